@@ -1,0 +1,17 @@
+"""Decode audio once and store features, token ids and lengths as Arrow shards."""
+
+from voxray.config.featurize import FeaturizeSettings
+from voxray.config.parse import parse
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(FeaturizeSettings, argv, job="featurize", about=__doc__ or "", demo="demo_featurize.yaml")
+    from voxray.launch import run_featurize_job
+
+    run_featurize_job(settings)
+
+
+if __name__ == "__main__":
+    main()

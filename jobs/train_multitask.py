@@ -1,0 +1,17 @@
+"""Fine-tune one model on ASR, spoken QA and text QA together."""
+
+from voxray.config.parse import parse
+from voxray.config.train import MultitaskSettings
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(MultitaskSettings, argv, job="train_multitask", about=__doc__ or "", demo="demo.yaml")
+    from voxray.launch import run_training
+
+    run_training(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Settings of jobs/evaluate.py and jobs/infer.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from voxray.config.groups import EvaluationDataFlags, SharedFeatureFlags, ModelFlags, OutputFlags
+from voxray.config.parse import Flag
+
+
+class AdapterFlags(ModelFlags):
+    lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
+    """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
+
+
+class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags):
+    per_device_bsz: Annotated[
+        int, Flag(("batch_size", "per_device_eval_batch_size", "batch_size_eval")), Field(ge=1)
+    ] = 4
+    """Rows generated together by one model."""
+    gen_max_new_tokens: Annotated[int, Flag(("max_new_tokens", "eval_max_new_tokens")), Field(ge=1)] = 256
+    """Longest answer in tokens."""
+    num_models: Annotated[int, Flag(("num_workers",)), Field(ge=0)] = 0
+    """Ray Data actors, each with a model; 0 takes one per GPU, or one per two CPUs."""
+    mode: Literal["", "submission_asr", "valid_asr", "submission_aac", "valid_aac"] = ""
+    """Only this task; the submission modes also write submission.csv."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "EvaluateSettings":
+        if not self.val_jsonl:
+            raise ValueError("--val_jsonl: required, the manifests to evaluate on")
+        return self
+
+
+class InferSettings(AdapterFlags):
+    audio_path: Annotated[str, Flag(path="input")] = ""
+    """One audio file to transcribe, or to answer --question about."""
+    question: str = ""
+    """What to ask about the audio; without it the audio is transcribed."""
+    language: str = ""
+    """Language of the audio as a two-letter code; empty lets the model find out."""
+    jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
+    """Manifest of rows to answer."""
+    output_path: Annotated[str, Flag(path="output")] = ""
+    """JSONL file for the answers of --jsonl; they are printed in any case."""
+    output_dir: Annotated[str, Flag(("lora_run",), path="model")] = ""
+    """Run folder of a training job: its final adapter, else its newest checkpoint, is used."""
+    max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
+    """Longest answer in tokens."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 takes the most likely token each time."""
+    batch_size: Annotated[int, Flag(("per_device_bsz", "ppl_batch")), Field(ge=1)] = 8
+    """Rows generated together."""
+    preview_rows: Annotated[int, Flag(("num_preview",)), Field(ge=0)] = 0
+    """Answer only the first so many rows of --jsonl; 0 answers all."""
+    max_len: Annotated[int, Field(ge=1)] = 1280
+    """Longest row in tokens; longer rows are reported and skipped, never cut."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of sampling."""
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "InferSettings":
+        if self.audio_path and self.jsonl:
+            raise ValueError("--audio_path and --jsonl: give one of them")
+        return self

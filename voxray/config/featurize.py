@@ -1,0 +1,15 @@
+"""Settings of jobs/featurize.py."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from voxray.config.groups import FeatureFlags, OutputFlags, BaseModelFlags
+from voxray.config.parse import CommaStrings, Flag
+
+
+class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags):
+    manifest: Annotated[CommaStrings, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
+    """Manifests (JSONL) to turn into feature shards, comma separated."""
+    output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"
+    """Folder of the feature shards; a training job with this --features_dir finds them there."""

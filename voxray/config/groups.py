@@ -1,0 +1,108 @@
+"""Flag groups that several jobs share. A job's settings class is a sum of these and a few fields of its own."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from voxray.config.parse import CommaStrings, Flag, Settings
+from voxray.tasks import parse_task_weights
+
+VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
+
+
+def _auto_or_count(value: Any) -> Any:
+    return value if value == "auto" else int(value)
+
+
+AutoCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
+TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
+
+
+class BaseModelFlags(Settings):
+    model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = VOXTRAL
+    """Base model: a folder on disk or a hub id."""
+
+
+class ModelFlags(BaseModelFlags):
+    bf16: bool = False
+    """Hold the frozen base weights and compute in bfloat16 (else float32). LoRA weights and optimizer stay float32."""
+    tf32: bool = False
+    """Let float32 matrix products use TF32 on GPUs that have it; warns where there is none."""
+
+
+class OutputFlags(Settings):
+    output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
+    """Folder for everything the job writes; relative ones stand under --storage_path, or the current directory."""
+    storage_path: str = ""
+    """Absolute folder that outlives the cluster (a shared mount); needed by submitted jobs for a relative --output_dir."""
+
+
+class FeatureFlags(Settings):
+    num_actors: Annotated[int, Field(ge=0)] = 0
+    """Ray Data processes that make features; 0 takes one per CPU, two at least."""
+    rows_per_shard: Annotated[int, Field(ge=1, le=4096)] = 64
+    """Manifest rows per shard file."""
+    strict: bool = False
+    """End the job at the first bad row instead of listing it in quarantine.jsonl."""
+
+
+class SharedFeatureFlags(FeatureFlags):
+    features_dir: Annotated[str, Flag(path="output")] = ""
+    """Folder of feature shards to reuse and fill; by default `features` in the output folder."""
+
+
+class LoraFlags(Settings):
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
+    """LoRA rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """LoRA scale; updates are multiplied by alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Dropout on the input of every LoRA branch, as a probability."""
+    freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
+    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well."""
+
+
+class OptimizerFlags(Settings):
+    lr: Annotated[float, Flag(("learning_rate",)), Field(gt=0)] = 2e-4
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the norm of all gradients to this; 0 turns clipping off."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Probability mass taken from the right token and spread over the vocabulary."""
+    epochs: Annotated[int, Flag(("num_train_epochs",)), Field(ge=1)] = 3
+    """Passes over the data; with --task_weights, as many draws as there are rows each."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Total optimizer steps, instead of --epochs; 0 leaves it to --epochs."""
+    per_device_bsz: Annotated[int, Flag(("per_device_train_batch_size",)), Field(ge=1)] = 2
+    """Rows per forward pass in one worker."""
+    grad_accum: Annotated[int, Flag(("gradient_accumulation_steps",)), Field(ge=1)] = 1
+    """Forward passes per worker and optimizer step."""
+    grad_ckpt: Annotated[bool, Flag(("gradient_checkpointing",))] = False
+    """Recompute activations in the backward pass to save memory."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the data order, the LoRA start and dropout."""
+
+
+class WorkerFlags(Settings):
+    num_workers: Annotated[AutoCount, Flag(("nproc",))] = "auto"
+    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray."""
+    loader_workers: Annotated[int, Field(ge=0)] = 1
+    """Threads that read and collate batches ahead of the model; 0 reads in line."""
+    pin_memory: bool = True
+    """Copy batches to the GPU from page-locked memory; nothing to do on a CPU."""
+    drop_last: bool = False
+    """Leave out the rows that do not fill the last optimizer step of an epoch."""
+
+
+class EvaluationDataFlags(Settings):
+    val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
+    """Manifests to evaluate on, comma separated."""
+    max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 1280
+    """Longest row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never cut."""
+

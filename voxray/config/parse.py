@@ -1,0 +1,270 @@
+"""Settings from defaults < YAML file < flags, checked all at once, before Ray or torch is imported.
+
+A job's settings are one frozen pydantic model: field name = flag = YAML key, the docstring under a field is its help.
+``Flag`` notes in a field's annotation carry what pydantic has no word for: old spellings, and whether a value is a path.
+"""
+
+import difflib
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "jobs" / "configs"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """What a settings field needs beside its type.
+
+    Attributes:
+        aliases: Old spellings accepted for the flag and the YAML key.
+        path: ``input`` is made absolute against the current directory; ``model`` likewise if it is a folder on disk
+            (else it is a hub id); ``output`` is left for ``launch`` to anchor, which knows where the job runs.
+        no_effect: Accepted so that old commands run; setting it warns with this reason.
+    """
+
+    aliases: tuple[str, ...] = ()
+    path: Literal["input", "model", "output"] | None = None
+    no_effect: str = ""
+
+
+def _split(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+CommaStrings = Annotated[tuple[str, ...], BeforeValidator(_split)]
+"""``a,b,c`` on the command line, a list or the same string in YAML."""
+
+
+class Settings(BaseModel):
+    """Base of every job's settings: frozen, no unknown keys, field docstrings kept for ``--help``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, demo: str) -> S:
+    """Read one job's settings.
+
+    Args:
+        model: The settings class.
+        argv: Arguments without the program's name; None reads ``sys.argv``.
+        job: Name of the job, for messages.
+        about: One sentence for ``--help``.
+        demo: File name in ``jobs/configs`` used when no flag is given at all.
+    Raises:
+        SystemExit: status 0 after ``--help``; status 2 with every bad field named, one line each.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(model, job=job, about=about, demo=demo))
+        raise SystemExit(0)
+    if not argv:
+        print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
+        values, errors = _read_yaml(CONFIGS / demo, model)
+        values = {name: _from_repository(model, name, value) for name, value in values.items()}
+        return _validated(model, values, {}, errors, job)
+    flags, config_path, errors = _scan(model, argv)
+    values = {}
+    if config_path is not None:
+        values, yaml_errors = _read_yaml(Path(config_path), model)
+        errors += yaml_errors
+    return _validated(model, values, flags, errors, job, config_path)
+
+
+def flag_names(model: type[Settings]) -> dict[str, str]:
+    """Map every accepted spelling (field names and aliases, with underscores) to its field."""
+    names = {name: name for name in model.model_fields}
+    for name, field in model.model_fields.items():
+        for alias in flag_of(field).aliases:
+            names[alias.replace("-", "_")] = name
+    return names
+
+
+def flag_of(field: FieldInfo) -> Flag:
+    """The field's ``Flag`` note, or an empty one."""
+    return next((note for note in field.metadata if isinstance(note, Flag)), Flag())
+
+
+def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str | None, list[str]]:
+    """Split argv into {field: raw value}, the --config path and the errors found on the way."""
+    names, values, errors, config_path = flag_names(model), {}, [], None
+    queue = list(argv)
+    while queue:
+        token = queue.pop(0)
+        if not token.startswith("--"):
+            errors.append(f"{token}: not a flag; every value follows its --flag")
+            continue
+        spelled, has_value, value = token[2:].partition("=")
+        key = spelled.replace("-", "_")
+        name, negated = names.get(key), False
+        if name is None and key.startswith("no_") and key[3:] in names:
+            name, negated = names[key[3:]], True
+            if not _is_bool(model.model_fields[name]):
+                errors.append(f"--{spelled}: only switches have a --no_ form")
+                continue
+        if key == "config" or (name is not None and not _is_bool(model.model_fields[name])):
+            if not has_value:
+                if not queue or queue[0].startswith("--"):
+                    errors.append(f"--{spelled}: needs a value")
+                    continue
+                value = queue.pop(0)
+            if key == "config":
+                config_path = value
+            else:
+                _put(values, name, value, f"--{spelled}", errors)
+        elif name is None:
+            errors.append(f"--{spelled}: unknown flag{_suggestion(key, names)}")
+        else:
+            if not has_value and queue and queue[0].lower() in {"true", "false"}:
+                has_value, value = "=", queue.pop(0)
+            if has_value and value.lower() not in {"true", "false"}:
+                errors.append(f"--{spelled}: a switch takes true or false, not {value!r}")
+                continue
+            _put(values, name, (value.lower() == "true" if has_value else True) != negated, f"--{spelled}", errors)
+    return values, config_path, errors
+
+
+def _put(values: dict[str, Any], name: str, value: Any, spelled: str, errors: list[str]) -> None:
+    """Keep one value; the last of a repeated flag wins only if it says the same thing."""
+    if name in values and values[name] != value:
+        errors.append(f"{spelled}: given twice, as {values[name]!r} and {value!r}")
+    values[name] = value
+
+
+def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return {}, [f"--config {path}: {' '.join(str(error).split())}"]
+    if not isinstance(loaded, dict):
+        return {}, [f"--config {path}: holds a {type(loaded).__name__}, not keys and values"]
+    names, values, errors = flag_names(model), {}, []
+    for key, value in loaded.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names)}")
+        else:
+            _put(values, name, value, f"{path}: {key}", errors)
+    return values, errors
+
+
+def _validated(
+    model: type[S],
+    values: dict[str, Any],
+    flags: dict[str, Any],
+    errors: list[str],
+    job: str,
+    config_path: str | None = None,
+) -> S:
+    settings = None
+    try:
+        settings = model.model_validate({**values, **flags})
+    except ValidationError as error:
+        for item in error.errors():
+            name = str(item["loc"][0]) if item["loc"] else ""
+            where = f"--{name}" if name in flags or name not in values else f"{config_path}: {name}"
+            message = item["msg"].removeprefix("Value error, ")
+            given = f" (got {item['input']!r})" if name and item["type"] != "missing" else ""
+            errors.append(f"{where}: {message}{given}" if name else message)
+    if settings is None or errors:
+        _refuse(job, errors)
+    for name in settings.model_fields_set:
+        reason = flag_of(model.model_fields[name]).no_effect
+        if reason:
+            print(f"warning: --{name} has no effect: {reason}", file=sys.stderr, flush=True)
+    return _with_absolute_inputs(settings)
+
+
+def _refuse(job: str, errors: list[str]) -> NoReturn:
+    for line in dict.fromkeys(errors):
+        print(f"error: {line}", file=sys.stderr)
+    print(f"{job}: {len(set(errors))} bad setting(s); --help lists them all", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _with_absolute_inputs(settings: S) -> S:
+    """Make relative inputs absolute: Ray's workers have other current directories than the person who typed them."""
+    changed = {}
+    for name, field in type(settings).model_fields.items():
+        kind, value = flag_of(field).path, getattr(settings, name)
+        if kind in {"input", "model"} and value:
+            make = _absolute_input if kind == "input" else _absolute_model
+            changed[name] = tuple(map(make, value)) if isinstance(value, tuple) else make(value)
+    return settings.model_copy(update=changed)
+
+
+def _absolute_input(value: str) -> str:
+    return value if "://" in value else str(Path(value).expanduser().absolute())
+
+
+def _absolute_model(value: str) -> str:
+    folder = Path(value).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else value
+
+
+def _from_repository(model: type[Settings], name: str, value: Any) -> Any:
+    """Demo recipes name the assets relative to the repository, wherever the job is started from."""
+    if flag_of(model.model_fields[name]).path not in {"input", "model"} or not value:
+        return value
+    parts = _split(value) if isinstance(value, str) else tuple(value)
+    found = [str(REPOSITORY / part) if (REPOSITORY / part).exists() else part for part in parts]
+    return ",".join(found)
+
+
+def _suggestion(key: str, names: dict[str, str]) -> str:
+    close = difflib.get_close_matches(key, [*names, "config"], n=1)
+    return f"; did you mean --{close[0]}?" if close else ""
+
+
+def _is_bool(field: FieldInfo) -> bool:
+    return field.annotation is bool
+
+
+def help_text(model: type[Settings], *, job: str, about: str, demo: str) -> str:
+    """The text of ``--help``: each field with its type, default, old spellings and docstring."""
+    lines = [f"python jobs/{job}.py [--config FILE.yaml] [flags]", "", about, ""]
+    lines += [f"Defaults < YAML < flags. With no flags at all it runs the demo recipe, jobs/configs/{demo}.", ""]
+    for name, field in model.model_fields.items():
+        spelled = f"--{name} / --no_{name}" if _is_bool(field) else f"--{name} {_type_name(field.annotation)}"
+        default = "required" if field.is_required() else f"default {_shown(field.default)}"
+        note = flag_of(field)
+        lines.append(f"  {spelled}  ({default})")
+        text = " ".join((field.description or "").split())
+        if note.aliases:
+            text += f" Also: {', '.join('--' + alias for alias in note.aliases)}."
+        if note.no_effect:
+            text += f" Accepted, no effect: {note.no_effect}."
+        lines += textwrap.wrap(text, 112, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return "|".join(map(str, typing.get_args(annotation)))
+    if origin in {typing.Union, types.UnionType}:
+        return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
+    if origin is tuple:
+        return f"{_type_name(typing.get_args(annotation)[0])},..."
+    if origin is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    return {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(annotation, "__name__", ""), "VALUE")
+
+
+def _shown(value: Any) -> str:
+    if value is None or value == "" or value == ():
+        return "none"
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,47 @@
+"""Settings of the training jobs."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from voxray.config.groups import (
+    EvaluationDataFlags,
+    SharedFeatureFlags,
+    LoraFlags,
+    ModelFlags,
+    OptimizerFlags,
+    OutputFlags,
+    TaskWeights,
+    WorkerFlags,
+)
+from voxray.config.parse import CommaStrings, Flag
+
+
+class MultitaskSettings(
+    OutputFlags, ModelFlags, EvaluationDataFlags, LoraFlags, OptimizerFlags, WorkerFlags, SharedFeatureFlags
+):
+    train_jsonl: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
+    """Manifests to train on, comma separated; tasks may be mixed within and across files."""
+    task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
+    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or asr=1,sqa=1.5 (tasks not named
+    are not drawn). Without it every row is seen once per epoch."""
+    eval_steps: Annotated[int, Field(ge=0)] = 0
+    """Validate every so many optimizer steps; 0 validates after each epoch."""
+    eval_max_rows: Annotated[int, Field(ge=0)] = 200
+    """Validation rows per task during training, the first ones of the files; 0 takes all."""
+    eval_max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer generated during validation, in tokens."""
+    save_steps: Annotated[int, Field(ge=1)] = 200
+    """Write a checkpoint every so many optimizer steps; one is also written at the end of the run."""
+    log_steps: Annotated[int, Flag(("logging_steps",)), Field(ge=1)] = 10
+    """Print progress every so many steps; metrics.jsonl has every step."""
+    overwrite: bool = False
+    """Start afresh in an --output_dir that holds a run with other settings, deleting that run."""
+    debug: bool = False
+    """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> "MultitaskSettings":
+        if not self.output_dir:
+            raise ValueError("--output_dir: required, the folder of the run")
+        return self

@@ -1,0 +1,389 @@
+"""Ray at the edge: start or join a cluster, make features, run training processes, and show how they get on."""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxray.config.featurize import FeaturizeSettings
+from voxray.config.train import MultitaskSettings
+from voxray.data.featurize import FeaturizeReport, featurize
+from voxray.data.shards import write_atomically, write_json
+from voxray.errors import RunError, SettingsError
+from voxray.manifest import first_fault
+from voxray.recipes import multitask
+from voxray.run_folder import anchor, make_folder, open_run
+from voxray.terminal import Bar, console, progress_bar
+from voxray.training.engine import Worker
+from voxray.training.loop import STOP_FILE
+from voxray.training.monitor import LOG, METRICS
+
+ERROR_FILE, RESULT_FILE = "error.json", "result.json"
+MAX_RESTARTS = 3
+RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports travel with this poll; the default is 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # autoscaled nodes take minutes to come up
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
+    """A Ray to work with: the cluster named by RAY_ADDRESS (set in submitted jobs), else one started here and stopped after.
+
+    Args:
+        log_path: File that takes Ray's own messages.
+        num_processes: Processes that will run at a time. A Ray started here gets one CPU more than that, and not fewer
+            than the machine has, because Ray Data hangs when training holds every CPU.
+    """
+    for name, value in RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_processes + 1), **quiet)
+    except Exception as error:  # Ray's start fails in many ways, none of which the user caused by a setting
+        raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+    _quiet_loggers(log_path)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_loggers(log_path: Path) -> None:
+    """Send the messages of Ray's Python side to a file instead of the terminal."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    handler = logging.FileHandler(log_path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
+                logger.removeHandler(old)
+    logger = logging.getLogger("ray")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def run_featurize(
+    manifests: Sequence[str],
+    model_id: str,
+    features_dir: Path,
+    *,
+    rows_per_shard: int,
+    num_actors: int,
+    strict: bool,
+    use_ray: bool = True,
+) -> FeaturizeReport:
+    """Featurize with a progress bar and a line about what came of it."""
+    with progress_bar("features") as bar:
+        report = featurize(
+            manifests,
+            model_id,
+            features_dir,
+            rows_per_shard=rows_per_shard,
+            num_actors=num_actors,
+            use_ray=use_ray,
+            strict=strict,
+            on_progress=bar.update,
+        )
+    new = f", {report.num_made} of them made now" if report.num_made else ", all of them there already"
+    console.print(f"features: {report.num_rows + report.num_bad} rows{new}, by {report.num_processes} process(es)")
+    if report.num_bad:
+        ledgers = ", ".join(str(folder / "quarantine.jsonl") for folder in report.folders if _size(folder))
+        console.print(f"features: {report.num_bad} bad row(s) left out, listed in {ledgers}")
+    return report
+
+
+def _size(folder: Path) -> int:
+    return (folder / "quarantine.jsonl").stat().st_size
+
+
+def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
+    """Run the featurize job from checked settings.
+
+    Raises:
+        RunError, SettingsError: What the user has to put right.
+    """
+    output_dir = anchor(settings.output_dir or settings.features_dir, settings.storage_path)
+    first_fault(settings.manifest)
+    make_folder(output_dir)
+    with ray_session(output_dir / "ray.log", settings.num_actors):
+        report = run_featurize(
+            settings.manifest,
+            settings.model_id,
+            output_dir,
+            rows_per_shard=settings.rows_per_shard,
+            num_actors=settings.num_actors,
+            strict=settings.strict,
+        )
+    ledgers = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in report.folders)
+    write_atomically(output_dir / "quarantine.jsonl", ledgers)
+    console.print(f"features of {len(report.folders)} manifest(s) in {output_dir}")
+    return report
+
+
+def run_training(settings: MultitaskSettings) -> dict[str, Any]:
+    """Run a training job from checked settings to its summary line.
+
+    Raises:
+        RunError, SettingsError: What the user has to put right.
+    """
+    run_dir = anchor(settings.output_dir, settings.storage_path)
+    first_fault((*settings.train_jsonl, *settings.val_jsonl))
+    open_run(run_dir, settings, overwrite=settings.overwrite)
+    (run_dir / ERROR_FILE).unlink(missing_ok=True)
+    _warn_about_idle_flags(settings)
+    num_workers = count_workers(settings.num_workers)
+    use_ray = num_workers > 0
+
+    def work() -> dict[str, Any]:
+        data = training_data(settings, run_dir, use_ray=use_ray)
+        with _stop_on_signal(run_dir), _watched(run_dir):
+            if use_ray:
+                result = on_workers(settings, run_dir, data, num_workers)
+            else:
+                result = multitask.train(settings, run_dir, data, Worker(device=_device(0)))
+        write_json(run_dir / RESULT_FILE, result)
+        return result
+
+    if use_ray:
+        with ray_session(run_dir / "ray.log", num_workers):
+            result = work()
+    else:
+        result = work()
+    if result["finished"]:
+        console.print(f"trained: {result['steps']} steps; adapter in {run_dir / 'adapter'}; run folder {run_dir}")
+    else:
+        console.print(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
+    return result
+
+
+def training_data(settings: MultitaskSettings, run_dir: Path, *, use_ray: bool) -> multitask.Data:
+    """Bring the feature sets of a training job up to date."""
+    features_dir = anchor(settings.features_dir, settings.storage_path) if settings.features_dir else run_dir / "features"
+    make_folder(features_dir, "--features_dir")
+    report = run_featurize(
+        tuple(dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl))),
+        settings.model_id,
+        features_dir,
+        rows_per_shard=settings.rows_per_shard,
+        num_actors=settings.num_actors,
+        strict=settings.strict,
+        use_ray=use_ray,
+    )
+    names = dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl))
+    folder_of = dict(zip(names, report.folders, strict=True))
+    train = tuple(folder_of[name] for name in dict.fromkeys(settings.train_jsonl))
+    return multitask.Data(train, tuple(folder_of[name] for name in dict.fromkeys(settings.val_jsonl)))
+
+
+def on_workers(
+    settings: MultitaskSettings,
+    run_dir: Path,
+    data: multitask.Data,
+    num_workers: int,
+    *,
+    callbacks: Sequence[Any] = (),
+) -> dict[str, Any]:
+    """Run the recipe in ``num_workers`` Ray Train processes; after a crash start them again from the last checkpoint.
+
+    Ray Train runs in a thread so that this one can take signals.
+
+    Args:
+        callbacks: Ray Train callbacks, used by sweeps.
+    Raises:
+        RunError: The recipe refused its input (not tried again), or crashed more often than allowed.
+    """
+    for attempt in range(MAX_RESTARTS + 1):
+        outcome: dict[str, Any] = {}
+        thread = threading.Thread(
+            target=_fit_once, args=(settings, run_dir, data, num_workers, callbacks, outcome), daemon=True
+        )
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.3)  # short waits, because signals are only taken between them
+        if "result" in outcome:
+            return outcome["result"]
+        if (run_dir / ERROR_FILE).is_file():
+            raise_stored_error(run_dir)
+        reason = _last_line(outcome["error"])
+        if attempt < MAX_RESTARTS:
+            console.print(f"a worker failed ({reason}); starting again from the last checkpoint", markup=False)
+    raise RunError(f"training failed {MAX_RESTARTS + 1} times, last with: {reason}; Ray's log: {run_dir / 'ray.log'}")
+
+
+def _fit_once(
+    settings: MultitaskSettings,
+    run_dir: Path,
+    data: multitask.Data,
+    num_workers: int,
+    callbacks: Sequence[Any],
+    outcome: dict[str, Any],
+) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
+    trainer = TorchTrainer(
+        _worker_main,
+        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=ray.train.RunConfig(
+            name=f"ray-{os.getpid()}-{threading.get_ident()}",
+            storage_path=str(run_dir / "ray"),
+            callbacks=list(callbacks),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+    try:
+        outcome["result"] = trainer.fit().return_value
+    except Exception as error:  # told to the user by on_workers
+        outcome["error"] = error
+
+
+def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train process runs."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    context, run_dir = ray.train.get_context(), Path(config["run_dir"])
+    device = get_device()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    try:
+        return multitask.train(config["settings"], run_dir, config["data"], worker, report=ray.train.report)
+    except (RunError, SettingsError) as error:
+        write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
+        raise
+
+
+def raise_stored_error(run_dir: Path) -> None:
+    """Raise on the driver what a worker refused."""
+    stored = json.loads((run_dir / ERROR_FILE).read_text())
+    raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
+
+
+def count_workers(num_workers: str | int) -> int:
+    """``auto`` is one per GPU of this machine, or one."""
+    return max(1, torch.cuda.device_count()) if num_workers == "auto" else int(num_workers)
+
+
+def _device(rank: int) -> torch.device:
+    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _warn_about_idle_flags(settings: MultitaskSettings) -> None:
+    """Say which flags change nothing on this machine."""
+    if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
+        for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
+            if getattr(settings, name):
+                console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
+
+
+@contextmanager
+def _stop_on_signal(run_dir: Path) -> Iterator[None]:
+    """Let the first SIGINT or SIGTERM save the run and end it; the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if (run_dir / STOP_FILE).exists():
+            raise KeyboardInterrupt
+        (run_dir / STOP_FILE).touch()
+        console.print(f"{signal.Signals(number).name}: saving and stopping after this step; once more stops at once")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def _watched(run_dir: Path) -> Iterator[None]:
+    """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
+    log, metrics = _Tail(run_dir / LOG), _Tail(run_dir / METRICS)
+    total, done = 0, threading.Event()
+
+    def show(bar: Bar) -> None:
+        nonlocal total
+        for line in log.new_lines():
+            bar.say(line)
+            total = _total_steps(line) or total
+        for line in metrics.new_lines():
+            record = json.loads(line)
+            if record["kind"] == "train" and total:
+                bar.update(record["step"], total)
+
+    def follow(bar: Bar) -> None:
+        while not done.wait(0.3):
+            show(bar)
+
+    with progress_bar("training") as bar:
+        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            show(bar)
+
+
+def _total_steps(line: str) -> int:
+    """The number of steps in ``starting at step 0 of 120``."""
+    words = line.split()
+    return int(words[-1]) if words[:1] and words[0] in {"starting", "going"} and words[-1].isdigit() else 0
+
+
+class _Tail:
+    """Lines appended to a file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._place = path.stat().st_size if path.is_file() else 0
+
+    def new_lines(self) -> list[str]:
+        if not self._path.is_file():
+            return []
+        size = self._path.stat().st_size
+        self._place = min(self._place, size)  # a resumed run shortens its metrics first
+        with open(self._path, "rb") as file:
+            file.seek(self._place)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._place += len(whole)
+        return whole.decode("utf-8", "replace").splitlines()
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

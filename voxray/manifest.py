@@ -1,0 +1,215 @@
+"""Manifests: JSON Lines files with one training or evaluation row per line.
+
+Reading never holds a whole file: the driver walks it once to cut it into chunks of lines (``chunks``), and whoever
+processes a chunk reads just its bytes (``read_chunk``). Every row and every error knows its file and line.
+"""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from voxray.errors import RunError
+from voxray.tasks import Task, task_of
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: Short code that summaries count by, such as ``bad_json`` or ``audio_missing``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One usable row.
+
+    Attributes:
+        id: The row's own ``id``, else ``<file name>:<line>``.
+        task: Its entry in the task table.
+        prompt: The user's text; empty for a transcription request.
+        answer: The text to be produced.
+        audio_path: Absolute path of the clip, or "" for text tasks.
+        language: Two-letter code, or "" when the row has none.
+        source: ``<manifest>:<line>``, for messages.
+    """
+
+    id: str
+    task: Task
+    prompt: str
+    answer: str
+    audio_path: str
+    language: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of whole lines of one manifest.
+
+    Attributes:
+        manifest: Absolute path of the file.
+        number: Position of the chunk in its manifest, from 0.
+        start: First byte.
+        end: Byte after the last.
+        first_line: Line number of the first line, from 1.
+        num_lines: Lines in the chunk, blank ones included.
+    """
+
+    manifest: str
+    number: int
+    start: int
+    end: int
+    first_line: int
+    num_lines: int
+
+    def read_bytes(self) -> bytes:
+        with open(self.manifest, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.end - self.start)
+
+
+@dataclass
+class ChunkRows:
+    """What a chunk holds: usable samples and the rows that are not, each with its line."""
+
+    samples: list[Sample] = field(default_factory=list)
+    bad: list[tuple[int, BadRow]] = field(default_factory=list)
+
+
+def chunks(manifest: str, lines_per_chunk: int) -> Iterator[Chunk]:
+    """Cut a manifest into runs of lines, reading it once with flat memory.
+
+    Raises:
+        RunError: The file is missing, cannot be read, or is empty.
+    """
+    number, start, position, first_line, line = 0, 0, 0, 1, 0
+    try:
+        with open(manifest, "rb") as file:
+            for raw in file:
+                position += len(raw)
+                line += 1
+                if line - first_line + 1 == lines_per_chunk:
+                    yield Chunk(manifest, number, start, position, first_line, lines_per_chunk)
+                    number, start, first_line = number + 1, position, line + 1
+    except OSError as error:
+        raise RunError(f"{manifest}: cannot read the manifest: {error.strerror}") from error
+    if position > start:
+        yield Chunk(manifest, number, start, position, first_line, line - first_line + 1)
+    if position == 0:
+        raise RunError(f"{manifest}: the manifest is empty")
+
+
+def read_chunk(chunk: Chunk, raw: bytes | None = None) -> ChunkRows:
+    """Parse the rows of a chunk; bad ones come back with their reason, blank lines are passed over."""
+    rows = ChunkRows()
+    for offset, line in enumerate((chunk.read_bytes() if raw is None else raw).split(b"\n")):
+        number = chunk.first_line + offset
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            rows.samples.append(parse_row(line, chunk.manifest, number))
+        except BadRow as error:
+            rows.bad.append((number, error))
+    return rows
+
+
+def parse_row(line: bytes, manifest: str, number: int) -> Sample:
+    """Check one line of a manifest.
+
+    Raises:
+        BadRow: Not UTF-8, not a JSON object, of no known task, or with a value of the wrong kind.
+    """
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow("bad_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRow("bad_json", f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadRow("bad_row", f"a JSON {type(row).__name__}, not an object")
+    try:
+        task = task_of(row)
+    except ValueError as error:
+        raise BadRow("unknown_task", str(error)) from None
+    for key in {*task.keys, *task.prompt_keys, "language"}:
+        if row.get(key) is not None and not isinstance(row[key], str):
+            raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
+        if key in task.keys and row[key] is None:
+            raise BadRow("bad_type", f"{key} is null")
+    answer = row[task.answer_key].strip()
+    if not answer and not task.allows_empty_answer:
+        raise BadRow("empty_text", f"{task.answer_key} is empty")
+    if task.prompt_keys and not row[task.prompt_keys[0]].strip():
+        raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
+    audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
+    row_id = str(row.get("id") or f"{Path(manifest).name}:{number}")
+    return Sample(
+        row_id, task, task.prompt(row), answer, audio_path, _language(row.get("language")), f"{manifest}:{number}"
+    )
+
+
+def _audio_path(value: str, manifest: str) -> str:
+    """Resolve a clip's path against the manifest's folder, else the current one; NFC and NFD names both find it."""
+    if not value.strip():
+        raise BadRow("empty_text", "audio_path is empty")
+    if "\0" in value:
+        raise BadRow("audio_missing", "audio_path holds a zero byte")
+    for base in (Path(manifest).parent, Path.cwd()):
+        for form in (value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)):
+            path = base / form
+            try:
+                if path.is_file():
+                    return str(path)
+            except OSError:
+                continue
+    raise BadRow("audio_missing", f"audio file not found: {value}")
+
+
+def _language(value: str | None) -> str:
+    """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> ""."""
+    text = (value or "").strip().lower().replace("_", "-").split("-")[0]
+    text = {"korean": "ko", "english": "en", "kor": "ko", "eng": "en", "auto": ""}.get(text, text)
+    if text and not (len(text) == 2 and text.isascii() and text.isalpha()):
+        raise BadRow("bad_language", f"language {value!r} is not a two-letter code")
+    return text
+
+
+def first_fault(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:
+    """Make sure on the driver, before any process starts, that the manifests hold at least one row to work with.
+
+    Stops reading at the first usable row of each file, so it costs nothing on good data.
+
+    Raises:
+        RunError: A manifest cannot be read, or none of its rows is usable; names the first bad line.
+    """
+    for manifest in manifests:
+        first: tuple[int, BadRow] | None = None
+        for chunk in chunks(manifest, lines_per_chunk):
+            rows = read_chunk(chunk)
+            if rows.samples:
+                break
+            first = first or (rows.bad[0] if rows.bad else None)
+        else:
+            if first is None:
+                raise RunError(f"{manifest}:1: no usable row, every line is blank")
+            raise RunError(f"{manifest}:{first[0]}: no usable row in this manifest; the first fault: {first[1]}")
+
+
+def digest(raw: bytes) -> str:
+    """Content hash used for manifests and clips."""
+    return hashlib.sha256(raw).hexdigest()

@@ -1,0 +1,122 @@
+"""What a model family offers to the rest of voxray, and the table of families.
+
+Everything outside ``models/`` speaks to these two protocols. A family has a front end, which turns rows into features and
+token ids and needs no weights (featurize workers load just that), and a model side, which loads, trains and generates.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from voxray.errors import RunError, SettingsError
+from voxray.manifest import Sample
+
+
+@dataclass(frozen=True)
+class AudioFeatures:
+    """Features of one clip without its padding.
+
+    Attributes:
+        mel_KB: float32, shape (num_valid_frames, num_mel_bins).
+        fill: Value of every padded frame after them.
+        num_windows: Whole model windows that the padded clip fills.
+    """
+
+    mel_KB: np.ndarray
+    fill: float
+    num_windows: int
+
+
+class FrontEnd(Protocol):
+    """Rows -> features and token ids; picklable, without weights.
+
+    Attributes:
+        fingerprint: Hash of everything that decides its output; shards made under another one are stale.
+        sample_rate_hz: Rate that clips are resampled to.
+        max_audio_sec: Longest clip the family takes.
+        window_frames: Mel frames of one model window.
+        num_mel_bins: Bins of one frame.
+        pad_id: Token id of padding.
+        eos_id: Token id that ends an answer.
+    """
+
+    fingerprint: str
+    sample_rate_hz: int
+    max_audio_sec: float
+    window_frames: int
+    num_mel_bins: int
+    pad_id: int
+    eos_id: int
+
+    def features(self, samples: np.ndarray) -> AudioFeatures: ...
+
+    def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]: ...
+
+    def target_ids(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def show(self, ids: Sequence[int]) -> str: ...
+
+
+class Family(Protocol):
+    """The model side.
+
+    Attributes:
+        roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
+        lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
+    """
+
+    name: str
+    roles: Mapping[str, tuple[str, ...]]
+    lora_targets: Mapping[str, tuple[str, ...]]
+
+    def front_end(self, model_id: str) -> FrontEnd: ...
+
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
+
+    def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor: ...
+
+    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor: ...
+
+
+def family_of(model_id: str) -> Family:
+    """Find the family of a base model from its configuration.
+
+    Raises:
+        RunError: The model's configuration cannot be had.
+        SettingsError: The model is of no family that voxray knows.
+    """
+    from voxray.models.voxtral import Voxtral
+
+    families: dict[str, Family] = {"voxtral": Voxtral()}
+    kind = str(read_config(model_id).get("model_type"))
+    if kind not in families:
+        raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(families)}")
+    return families[kind]
+
+
+def read_config(model_id: str) -> dict[str, Any]:
+    """Read a model's config.json from its folder or the hub."""
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(model_id)[0]
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"--model_id {model_id}: no usable config.json in this folder or on the hub: {reason}") from None
+
+
+def model_file(model_id: str, name: str) -> str:
+    """Path of one of a model's files, from its folder or through the hub's cache."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(model_id, name)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model_id {model_id}: {name} is missing: {' '.join(str(error).split())[:200]}") from None
+    assert path is not None
+    return path

@@ -1,0 +1,207 @@
+"""Voxtral: Whisper encoder -> projector (four encoder frames a position) -> Mistral-type language model.
+
+Window length, mel bins and positions per window come from the model's configuration: 30 s, 128 and 375 for the released
+Voxtral, other figures for the tiny one.
+
+Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins, N answer positions, V vocabulary.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
+from voxray.errors import RunError
+from voxray.manifest import BadRow, Sample
+from voxray.models.family import AudioFeatures, model_file
+
+FEATURES_VERSION = "logmel-1"
+TEMPLATE_VERSION = "voxtral-v7-1"
+ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
+MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
+
+
+class VoxtralFrontEnd:
+    """Voxtral's features and prompts, equal to ``VoxtralProcessor``'s (tests hold the two against each other).
+
+    The prompts are built from token ids directly: the processor encodes every clip as a WAV file in base64 to count its
+    windows, which costs more than the features themselves.
+    """
+
+    sample_rate_hz = SAMPLE_RATE_HZ
+    max_audio_sec = MAX_AUDIO_SEC
+
+    def __init__(self, model_id: str) -> None:
+        from transformers import VoxtralConfig
+
+        audio = VoxtralConfig.from_pretrained(model_id).audio_config
+        self.model_id = model_id
+        self.num_mel_bins: int = audio.num_mel_bins
+        self.window_frames: int = audio.max_source_positions * ENCODER_STRIDE
+        self.window_samples = self.window_frames * HOP_SAMPLES
+        # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
+        self.positions_per_window: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+        self._check_preprocessor(model_id)
+        self._load_tokenizer()
+        self.fingerprint = hashlib.sha256(
+            json.dumps(
+                [
+                    FEATURES_VERSION,
+                    TEMPLATE_VERSION,
+                    self.num_mel_bins,
+                    self.window_frames,
+                    self.positions_per_window,
+                    hashlib.sha256(Path(self._tokenizer_path).read_bytes()).hexdigest(),
+                ]
+            ).encode()
+        ).hexdigest()
+
+    def _check_preprocessor(self, model_id: str) -> None:
+        """Refuse a front end that computes other features than ours."""
+        from transformers import WhisperFeatureExtractor
+
+        try:
+            found = WhisperFeatureExtractor.from_pretrained(model_id)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"--model_id {model_id}: no usable preprocessor_config.json: {reason}") from None
+        wanted = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
+        for name, value in {**wanted, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
+            if getattr(found, name) != value:
+                raise RunError(f"--model_id {model_id}: its preprocessor has {name} {getattr(found, name)}, not {value}")
+
+    def _load_tokenizer(self) -> None:
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        self._tokenizer_path = model_file(self.model_id, "tekken.json")
+        self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
+        names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
+        try:
+            ids = [self._tekken.get_special_token(name) for name in names]
+        except Exception as error:
+            raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {error}") from None
+        self.bos_id, self.eos_id, self.pad_id = ids[:3]
+        self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tokenizer is read again where the front end arrives: its Rust core does not pickle."""
+        return {key: value for key, value in self.__dict__.items() if key not in {"_tekken", "_logmel"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load_tokenizer()
+
+    def features(self, samples: np.ndarray) -> AudioFeatures:
+        """Log-mel of one clip; the clamp to 8 decades is over the whole recording, as in the processor.
+
+        Args:
+            samples: float32, shape (num_samples,), 16 kHz.
+        """
+        if not hasattr(self, "_logmel"):
+            self._logmel = LogMel(self.num_mel_bins)
+        num_windows = -(-len(samples) // self.window_samples)
+        mel_KF, fill = self._logmel.valid(samples, num_windows * self.window_samples)
+        return AudioFeatures(mel_KF, fill, num_windows)
+
+    def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]:
+        """Token ids up to where the answer starts.
+
+        A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
+        the language is unknown), a chat is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
+
+        Source: mistral-common, ``InstructTokenizerV7``.
+        """
+        ids = [self.bos_id, self.begin_inst_id]
+        if sample.audio_path:
+            ids += [self.begin_audio_id] + [self.audio_id] * (num_windows * self.positions_per_window)
+        if sample.task.template == "transcription":
+            language = self._encode(f"lang:{sample.language}") if sample.language else []
+            return [*ids, self.end_inst_id, *language, self.transcribe_id]
+        return [*ids, *self._encode(sample.prompt), self.end_inst_id]
+
+    def target_ids(self, text: str) -> list[int]:
+        """Token ids of the answer and the end-of-text token after it."""
+        return [*self._encode(text), self.eos_id]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tekken.encode(text, bos=False, eos=False)
+        except UnicodeEncodeError:
+            raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without control tokens."""
+        return self._decode(ids, "IGNORE")
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of token ids for people: control tokens kept, runs of audio positions as ``[AUDIO]x375``."""
+        text = self._decode(ids, "KEEP")
+        return re.sub(r"(?:\[AUDIO\])+", lambda run: f"[AUDIO]x{run[0].count('[AUDIO]')}", text)
+
+    def _decode(self, ids: Sequence[int], policy: str) -> str:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        return self._tekken.decode([int(token) for token in ids], special_token_policy=SpecialTokenPolicy[policy])
+
+
+class Voxtral:
+    """Voxtral's model side."""
+
+    name = "voxtral"
+    roles = {
+        "encoder": ("audio_tower",),
+        "projector": ("multi_modal_projector",),
+        "llm": ("language_model", "lm_head"),
+    }
+    lora_targets = {
+        "encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+        "projector": ("linear_1", "linear_2"),
+        "llm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    }
+
+    def front_end(self, model_id: str) -> VoxtralFrontEnd:
+        return VoxtralFrontEnd(model_id)
+
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the base with every weight frozen.
+
+        Raises:
+            RunError: Weights are missing or cannot be read.
+        """
+        from transformers import VoxtralForConditionalGeneration
+
+        try:
+            model: Any = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+        return model.to(device).requires_grad_(False).eval()
+
+    def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+        """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.
+
+        Args:
+            model: The base or its PEFT wrapper.
+            batch: ``input_ids``, ``attention_mask`` (B, L) and, if a row has audio, ``input_features`` (W, F, T).
+            keep_BL: True where the next token is to be predicted.
+        Returns:
+            logits_NV.
+        """
+        base = getattr(model, "base_model", model)
+        base = getattr(base, "model", base) if base is not model else model
+        hidden_BLD = base.model(use_cache=False, **batch).last_hidden_state
+        return base.lm_head(hidden_BLD[keep_BL])
+
+    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Continue left-padded prompts.
+
+        Returns:
+            ids_BL of the continuations alone, padded on the right.
+        """
+        ids_BL = model.generate(**batch, **options)
+        return ids_BL[:, batch["input_ids"].shape[1] :]

@@ -1,0 +1,125 @@
+"""The run folder: where a job's output goes, and what a finished run says about how it came to be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from voxray import __version__
+from voxray.config.parse import REPOSITORY, Settings
+from voxray.data.shards import write_json
+from voxray.errors import RunError, SettingsError
+
+PACKAGES = ("ray", "torch", "transformers", "peft", "mistral-common", "pyarrow", "numpy", "soundfile", "soxr", "tokenizers")
+MAY_CHANGE = {
+    *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
+    *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
+    *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32"),
+}
+"""Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
+
+
+def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
+    """Absolute place of an output folder.
+
+    A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path`` there.
+
+    Raises:
+        SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
+    """
+    folder = Path(path).expanduser()
+    if "://" in path or "://" in storage_path:
+        raise SettingsError(f"{flag} {path}: give a mounted folder; URLs are not supported")
+    if storage_path and not Path(storage_path).is_absolute():
+        raise SettingsError(f"--storage_path {storage_path}: must be absolute")
+    if folder.is_absolute():
+        return folder
+    if storage_path:
+        return Path(storage_path) / folder
+    if is_submitted_job():
+        raise SettingsError(
+            f"{flag} {path}: relative, but a submitted job runs in a temporary copy; give --storage_path or an absolute folder"
+        )
+    return folder.absolute()
+
+
+def is_submitted_job() -> bool:
+    """Whether this process was started by ``ray job submit``."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def make_folder(path: Path, flag: str = "--output_dir") -> None:
+    """Create an output folder and make sure that it can be written to.
+
+    Raises:
+        RunError: It cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{flag} {path}: cannot write there: {error.strerror}") from None
+
+
+def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
+    """Make the run folder ready: keep what is there if it is the same run, else refuse or start afresh.
+
+    Raises:
+        SettingsError: The folder holds a run with other settings and ``overwrite`` is off.
+    """
+    make_folder(run_dir)
+    path = run_dir / "settings.json"
+    now = json.loads(settings.model_dump_json())
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text())
+        except ValueError:
+            before = {}
+        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
+        if overwrite:
+            _clear(run_dir)
+        elif changed:
+            shown = ", ".join(f"--{name} (was {before.get(name)}, now {now[name]})" for name in changed)
+            raise SettingsError(f"{run_dir} holds a run with other settings: {shown}; use --overwrite or another --output_dir")
+    (run_dir / "STOP").unlink(missing_ok=True)
+    write_json(path, now)
+    write_json(run_dir / "provenance.json", provenance())
+
+
+def _clear(run_dir: Path) -> None:
+    """Delete what a run wrote, and nothing else; the feature shards stay, they know themselves whether they fit."""
+    for name in ("checkpoints", "adapter", "tensorboard"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and the command of this process."""
+    versions = {"voxray": __version__, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"versions": versions, "git": _git_state(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout and whether it has changes; None outside one (a submitted job's copy, say)."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

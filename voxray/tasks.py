@@ -1,0 +1,101 @@
+"""The task table: how a row is recognised, what the model is asked, what it answers, how the answer is scored.
+
+A row's task follows from its keys, so manifests may mix tasks. A new task is one more entry in ``TASKS``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of training row.
+
+    Attributes:
+        name: Short name, used in flags, metrics and predictions.
+        keys: Keys that a row must have; a row belongs to the first task whose keys it has all.
+        template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
+        prompt_keys: Keys whose texts make the user message, joined by a newline; empty ones are left out.
+        answer_key: Key of the text the model is to produce.
+        metrics: Names of the metrics reported, the headline first.
+        allows_empty_answer: Whether "" is an answer (a clip in which nobody speaks), rather than a row to refuse.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    template: Literal["transcription", "chat"]
+    prompt_keys: tuple[str, ...]
+    answer_key: str
+    metrics: tuple[str, ...]
+    allows_empty_answer: bool = False
+
+    @property
+    def has_audio(self) -> bool:
+        return "audio_path" in self.keys
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The user's text of a row; empty for a plain transcription request."""
+        return "\n".join(str(row[key]) for key in self.prompt_keys if row.get(key))
+
+
+SPEECH_METRICS = ("cer_nospace", "cer", "wer", "exact_match")
+ANSWER_METRICS = ("rouge_l", "exact_match")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("asr", ("audio_path", "transcript"), "transcription", (), "transcript", SPEECH_METRICS, True),
+        Task("sqa", ("audio_path", "question", "answer"), "chat", ("question",), "answer", ANSWER_METRICS),
+        Task("tqa", ("instruction", "output"), "chat", ("instruction", "input"), "output", ANSWER_METRICS),
+    )
+}
+"""In the order in which ``--task_weights 1.0,1.5,1.2`` lists its numbers."""
+
+
+def task_of(row: Mapping[str, Any]) -> Task:
+    """Recognise the task of a manifest row.
+
+    Raises:
+        ValueError: The row has the keys of no task; the message lists what each task needs.
+    """
+    for task in TASKS.values():
+        if all(key in row for key in task.keys):
+            return task
+    wanted = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
+    raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({wanted})")
+
+
+def parse_task_weights(value: Any) -> dict[str, float]:
+    """Read ``1.0,1.5,1.2`` (in the table's order) or ``asr=1,sqa=1.5`` into {task: relative share}.
+
+    Raises:
+        ValueError: An unknown task, a missing, negative or non-finite number, or no positive weight at all.
+    """
+    if isinstance(value, Mapping):
+        pairs = [(str(name), weight) for name, weight in value.items()]
+    else:
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
+        if any("=" in str(part) for part in parts):
+            pairs = [tuple(str(part).split("=", 1)) for part in parts if "=" in str(part)]
+            if len(pairs) != len(parts):
+                raise ValueError("write every weight as task=number, or none of them")
+        elif len(parts) == len(TASKS):
+            pairs = list(zip(TASKS, parts, strict=True))
+        else:
+            raise ValueError(f"needs {len(TASKS)} numbers, for {', '.join(TASKS)}, or task=number pairs")
+    weights: dict[str, float] = {}
+    for name, text in pairs:
+        if name not in TASKS:
+            raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+        if name in weights:
+            raise ValueError(f"task {name!r} is given twice")
+        try:
+            weights[name] = float(text)
+        except (TypeError, ValueError):
+            raise ValueError(f"{text!r} is not a number") from None
+        if not 0 <= weights[name] < float("inf"):
+            raise ValueError(f"the weight of {name} must be 0 or more, not {text}")
+    if not any(weights.values()):
+        raise ValueError("at least one weight must be above 0")
+    return weights

@@ -1,0 +1,57 @@
+"""What a job shows while it works: progress bars on a terminal, a line now and then elsewhere (a log, `ray job logs`)."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 10.0
+console = Console(soft_wrap=True, highlight=False)
+
+
+class Bar:
+    """Progress of one step of a job; ``update`` may be called as often as one likes."""
+
+    def __init__(self, title: str, progress: Progress | None) -> None:
+        self._title, self._progress = title, progress
+        self._task = progress.add_task(title, total=None) if progress else None
+        self._last_line = time.monotonic()
+
+    def update(self, done: float, total: float) -> None:
+        """Show ``done`` of ``total``."""
+        if self._progress and self._task is not None:
+            self._progress.update(self._task, completed=done, total=total)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            console.print(f"{self._title}: {done:g} of {total:g}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        console.print(text, markup=False)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Bar]:
+    """A bar for one step of a job."""
+    if not console.is_terminal:
+        console.print(f"{title} ...", markup=False)
+        yield Bar(title, None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield Bar(title, progress)
+
+
+def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """{task: {metric: {"value", "n"}}} as a table."""
+    table = Table(title=title, title_justify="left")
+    for name in ("task", "metric", "value", "n"):
+        table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
+    for task, found in metrics.items():
+        for name, entry in found.items():
+            table.add_row(task, name, f"{entry['value']:.4f}", str(entry["n"]))
+    return table
