@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +36,7 @@ RAY_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a box of text even when told to be silent, unless this is off
 }
 
 
@@ -63,9 +66,29 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     _quiet_loggers(log_path)
     try:
-        yield
+        with _stderr_to(log_path):
+            yield
+            ray.shutdown()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(log_path: Path) -> Iterator[None]:
+    """Send what C++ code writes to the standard error of this process to a file; Python's own stays on the terminal."""
+    sys.stderr.flush()
+    terminal, log = os.dup(2), os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    before = sys.stderr
+    sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
+    os.dup2(log, 2)
+    os.close(log)
+    try:
+        yield
+    finally:
+        sys.stderr.close()
+        sys.stderr = before
+        os.dup2(terminal, 2)
+        os.close(terminal)
 
 
 def _quiet_loggers(log_path: Path) -> None:
@@ -230,6 +253,7 @@ def on_workers(
             return outcome["result"]
         if (run_dir / ERROR_FILE).is_file():
             raise_stored_error(run_dir)
+        _append_trace(run_dir / "ray.log", outcome["error"])
         reason = _last_line(outcome["error"])
         if attempt < MAX_RESTARTS:
             console.print(f"a worker failed ({reason}); starting again from the last checkpoint", markup=False)
@@ -382,6 +406,11 @@ class _Tail:
         whole = data[: data.rfind(b"\n") + 1]
         self._place += len(whole)
         return whole.decode("utf-8", "replace").splitlines()
+
+
+def _append_trace(log_path: Path, error: BaseException) -> None:
+    with open(log_path, "a", encoding="utf-8") as log:
+        log.write("".join(traceback.format_exception(error)))
 
 
 def _last_line(error: BaseException) -> str:

@@ -14,6 +14,8 @@ class AdapterFlags(ModelFlags):
 
 
 class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags):
+    output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
+    """Folder for predictions and metrics.json."""
     per_device_bsz: Annotated[
         int, Flag(("batch_size", "per_device_eval_batch_size", "batch_size_eval")), Field(ge=1)
     ] = 4

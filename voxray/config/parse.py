@@ -203,7 +203,8 @@ def _with_absolute_inputs(settings: S) -> S:
         if kind in {"input", "model"} and value:
             make = _absolute_input if kind == "input" else _absolute_model
             changed[name] = tuple(map(make, value)) if isinstance(value, tuple) else make(value)
-    return settings.model_copy(update=changed)
+    # model_copy would count these fields as set by the user, who may have left some to their defaults
+    return type(settings).model_construct(settings.model_fields_set, **{**dict(settings), **changed})
 
 
 def _absolute_input(value: str) -> str:

@@ -79,7 +79,9 @@ class ChunkFeaturizer:
         rows, clips = [], []
         for sample in parsed.samples:
             try:
-                rows.append(self._features(sample, clips))
+                row, clip = sample_features(sample, self.front_end)
+                rows.append(row)
+                clips += [clip] if clip else []
             except BadRow as error:
                 bad.append(_ledger_line(chunk.manifest, int(sample.source.rpartition(":")[2]), sample.id, error))
         write_shard(path, rows)
@@ -89,27 +91,37 @@ class ChunkFeaturizer:
         write_json(path.with_suffix(".json"), {**report, "content": content})
         return {**report, "content": content}
 
-    def _features(self, sample: Sample, clips: list[dict[str, Any]]) -> dict[str, Any]:
-        row: dict[str, Any] = {"mel": _NO_MEL, "num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0}
-        if sample.audio_path:
-            try:
-                raw = Path(sample.audio_path).read_bytes()
-            except OSError as error:
-                raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
-            clips.append({**_stat(sample.audio_path), "sha256": digest(raw)})
-            samples = decode(sample.audio_path, self.front_end.sample_rate_hz, raw)
-            duration_sec = len(samples) / self.front_end.sample_rate_hz
-            if duration_sec > self.front_end.max_audio_sec:
-                limit = f"the model takes {self.front_end.max_audio_sec:g} s"
-                raise BadRow("audio_too_long", f"{sample.audio_path} lasts {duration_sec:.1f} s; {limit}")
-            features = self.front_end.features(samples)
-            row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
-            row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
-        row |= {"prompt_ids": self.front_end.prompt_ids(sample, row["num_windows"])}
-        row |= {"target_ids": self.front_end.target_ids(sample.answer), "task": sample.task.name}
-        for name in ("id", "language", "source", "audio_path", "prompt", "answer"):
-            row[name] = getattr(sample, name)
-        return row
+
+def sample_features(sample: Sample, front_end: FrontEnd) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Everything that a shard holds of one row.
+
+    Returns:
+        The row's columns (see ``shards.SCHEMA``), and what identifies its clip (None for text).
+    Raises:
+        BadRow: The clip cannot be read, decoded or taken by the model, or the text cannot be encoded.
+    """
+    row: dict[str, Any] = {"mel": _NO_MEL, "num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0}
+    clip = None
+    if sample.audio_path:
+        try:
+            clip = _stat(sample.audio_path)
+            raw = Path(sample.audio_path).read_bytes()
+        except OSError as error:
+            raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
+        clip["sha256"] = digest(raw)
+        samples = decode(sample.audio_path, front_end.sample_rate_hz, raw)
+        duration_sec = len(samples) / front_end.sample_rate_hz
+        if duration_sec > front_end.max_audio_sec:
+            limit = f"the model takes {front_end.max_audio_sec:g} s"
+            raise BadRow("audio_too_long", f"{sample.audio_path} lasts {duration_sec:.1f} s; {limit}")
+        features = front_end.features(samples)
+        row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
+        row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
+    row |= {"prompt_ids": front_end.prompt_ids(sample, row["num_windows"])}
+    row |= {"target_ids": front_end.target_ids(sample.answer), "task": sample.task.name}
+    for name in ("id", "language", "source", "audio_path", "prompt", "answer"):
+        row[name] = getattr(sample, name)
+    return row, clip
 
 
 def featurize(

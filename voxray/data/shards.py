@@ -88,6 +88,13 @@ class FeatureRow:
     num_windows: int
     num_samples: int
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "FeatureRow":
+        """A row that was just computed and never stored (see ``featurize.sample_features``)."""
+        values = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids")}
+        return cls(**{**values, **ids, "mel_KB": row["mel"].astype(np.float16)})
+
 
 def set_folder(features_dir: Path, manifest: str, fingerprint: str) -> Path:
     """Folder of the feature set of one manifest under one front end."""

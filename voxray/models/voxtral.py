@@ -175,7 +175,9 @@ class Voxtral:
             RunError: Weights are missing or cannot be read.
         """
         from transformers import VoxtralForConditionalGeneration
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         try:
             model: Any = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
         except (OSError, ValueError) as error:

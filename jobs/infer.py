@@ -1,0 +1,17 @@
+"""Transcribe a clip, answer a question about it, or answer the rows of a manifest."""
+
+from voxray.config.evaluate import InferSettings
+from voxray.config.parse import REPOSITORY, parse
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(InferSettings, argv, job="infer", about=__doc__ or "", demo="demo_infer.yaml")
+    from voxray.evaluation.infer import run_inference
+
+    run_inference(settings, demo_jsonl=str(REPOSITORY / "tests/assets/speech/asr.val.jsonl"))
+
+
+if __name__ == "__main__":
+    main()

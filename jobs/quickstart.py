@@ -1,0 +1,17 @@
+"""The whole chain in one command: featurize, evaluate, train, evaluate again, compare."""
+
+from voxray.config.parse import parse
+from voxray.config.quickstart import QuickstartSettings
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(QuickstartSettings, argv, job="quickstart", about=__doc__ or "", demo="quickstart.yaml")
+    from voxray.quickstart import run_quickstart
+
+    run_quickstart(settings)
+
+
+if __name__ == "__main__":
+    main()

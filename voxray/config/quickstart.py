@@ -1,0 +1,17 @@
+"""Settings of jobs/quickstart.py: those of train_multitask, and what the evaluations around it need."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from voxray.config.parse import CommaStrings, Flag
+from voxray.config.train import MultitaskSettings
+
+
+class QuickstartSettings(MultitaskSettings):
+    num_workers: Annotated[int, Flag(("nproc",)), Field(ge=1)] = 2  # type: ignore[assignment]
+    """Training processes."""
+    base_val_jsonl: Annotated[CommaStrings, Flag(path="input")] = ()
+    """Held-out rows in the voices the base was trained on, shown beside the others."""
+    eval_bsz: Annotated[int, Field(ge=1)] = 16
+    """Rows generated together in the evaluations before and after."""

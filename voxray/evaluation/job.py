@@ -1,0 +1,118 @@
+"""The evaluate job: from checked settings to metrics.json."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings
+from voxray.data.featurize import to_jsonl
+from voxray.data.shards import TASK_CODES, Features, write_atomically, write_json
+from voxray.errors import RunError
+from voxray.evaluation.batch import Generation, evaluate, read_predictions
+from voxray.launch import ray_session, run_featurize
+from voxray.manifest import first_fault
+from voxray.models.lora import base_of_adapter, find_adapter
+from voxray.run_folder import anchor, make_folder, provenance
+from voxray.terminal import console, metrics_table, progress_bar
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation gave.
+
+    Attributes:
+        metrics: {task: {metric: {"value", "n"}}}.
+        output_dir: Where predictions and metrics.json are.
+    """
+
+    metrics: dict[str, dict[str, dict[str, Any]]]
+    output_dir: Path
+
+
+def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
+    """Featurize the manifests, answer their rows, score them.
+
+    Raises:
+        RunError, SettingsError: What the user has to put right.
+    """
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    first_fault(settings.val_jsonl)
+    model_id, adapter = base_and_adapter(settings, settings.lora_dir)
+    make_folder(output_dir)
+    write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
+    write_json(output_dir / "provenance.json", provenance())
+    features_dir = anchor(settings.features_dir, settings.storage_path) if settings.features_dir else output_dir / "features"
+    with ray_session(output_dir / "ray.log"):
+        report = run_featurize(
+            tuple(dict.fromkeys(settings.val_jsonl)),
+            model_id,
+            features_dir,
+            rows_per_shard=settings.rows_per_shard,
+            num_actors=settings.num_actors,
+            strict=settings.strict,
+        )
+        rows = rows_to_answer(Features(report.folders), settings, report.folders, output_dir)
+        generation = Generation(
+            model_id, str(adapter or ""), settings.bf16, settings.per_device_bsz, settings.gen_max_new_tokens
+        )
+        with progress_bar("answers") as bar:
+            metrics = evaluate(
+                generation, report.folders, rows, output_dir, num_models=settings.num_models, on_progress=bar.update
+            )
+    if settings.mode.startswith("submission"):
+        write_submission(output_dir)
+    title = f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
+    console.print(metrics_table(title, metrics))
+    console.print(f"predictions and metrics.json in {output_dir}", markup=False)
+    return EvaluationResult(metrics, output_dir)
+
+
+def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path | None]:
+    """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
+    if not lora_dir:
+        return settings.model_id, None
+    adapter = find_adapter(lora_dir)
+    if "model_id" in settings.model_fields_set:
+        return settings.model_id, adapter
+    return base_of_adapter(adapter) or settings.model_id, adapter
+
+
+def rows_to_answer(
+    features: Features, settings: EvaluateSettings, folders: tuple[Path, ...], output_dir: Path
+) -> list[int]:
+    """Rows of the asked-for task within the token limit; the others that were lost stand in quarantine.jsonl.
+
+    Raises:
+        RunError: None is left.
+    """
+    lengths, task = features.num_prompt_tokens, settings.mode.partition("_")[2]
+    wanted = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
+    too_long = np.flatnonzero(wanted & (lengths > settings.max_len))
+    lines = []
+    for row in too_long:
+        manifest, _, line = features.source(row).rpartition(":")
+        message = f"a prompt of {lengths[row]} tokens, over --max_len {settings.max_len}"
+        place = {"manifest": manifest, "line": int(line), "id": features.ids([row])[0]}
+        lines.append({**place, "reason": "too_long", "message": message})
+    ledgers = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in folders)
+    write_atomically(output_dir / "quarantine.jsonl", ledgers + to_jsonl(lines))
+    rows = np.flatnonzero(wanted & (lengths <= settings.max_len)).tolist()
+    if not rows:
+        what = f"no {task} row" if task else "no row"
+        raise RunError(f"--val_jsonl: {what} to evaluate within --max_len {settings.max_len}")
+    if lines:
+        console.print(f"{len(lines)} row(s) over --max_len left out, listed in {output_dir / 'quarantine.jsonl'}")
+    return rows
+
+
+def write_submission(output_dir: Path) -> None:
+    """Write submission.csv with the columns ``testset_id,text`` that SALMONN's evaluators take."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["testset_id", "text"])
+    writer.writerows([row["id"], row["prediction"]] for row in read_predictions(output_dir))
+    write_atomically(output_dir / "submission.csv", text.getvalue().encode())
