@@ -1,3 +1,3 @@
-"""voxray: fine-tune and evaluate audio language models on Ray."""
+"""Jobs on Ray that fine-tune and evaluate audio language models."""
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from voxray.data.shards import write_atomically, write_json
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
-from voxray.run_folder import anchor, make_folder, open_run
+from voxray.run_folder import anchor, features_folder, make_folder, open_run
 from voxray.terminal import Bar, console, progress_bar
 from voxray.training.engine import Worker
 from voxray.training.loop import STOP_FILE
@@ -42,7 +42,8 @@ RAY_SETTINGS = {
 
 @contextmanager
 def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
-    """A Ray to work with: the cluster named by RAY_ADDRESS (set in submitted jobs), else one started here and stopped after.
+    """A Ray to work with: the cluster named by RAY_ADDRESS (set in submitted jobs), else one started here and stopped
+    after.
 
     Args:
         log_path: File that takes Ray's own messages.
@@ -151,7 +152,7 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    output_dir = anchor(settings.output_dir or settings.features_dir, settings.storage_path)
+    output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault(settings.manifest)
     make_folder(output_dir)
     with ray_session(output_dir / "ray.log", settings.num_actors):
@@ -207,7 +208,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
 def training_data(settings: MultitaskSettings, run_dir: Path, *, use_ray: bool) -> multitask.Data:
     """Bring the feature sets of a training job up to date."""
-    features_dir = anchor(settings.features_dir, settings.storage_path) if settings.features_dir else run_dir / "features"
+    features_dir = features_folder(settings.features_dir, settings.storage_path, run_dir)
     make_folder(features_dir, "--features_dir")
     report = run_featurize(
         tuple(dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl))),
@@ -241,6 +242,7 @@ def on_workers(
     Raises:
         RunError: The recipe refused its input (not tried again), or crashed more often than allowed.
     """
+    reason = ""
     for attempt in range(MAX_RESTARTS + 1):
         outcome: dict[str, Any] = {}
         thread = threading.Thread(

@@ -14,7 +14,18 @@ from voxray.config.parse import REPOSITORY, Settings
 from voxray.data.shards import write_json
 from voxray.errors import RunError, SettingsError
 
-PACKAGES = ("ray", "torch", "transformers", "peft", "mistral-common", "pyarrow", "numpy", "soundfile", "soxr", "tokenizers")
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "mistral-common",
+    "pyarrow",
+    "numpy",
+    "soundfile",
+    "soxr",
+    "tokenizers",
+)
 MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
@@ -26,7 +37,8 @@ MAY_CHANGE = {
 def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
     """Absolute place of an output folder.
 
-    A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path`` there.
+    A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path``
+    there.
 
     Raises:
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
@@ -42,7 +54,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
         return Path(storage_path) / folder
     if is_submitted_job():
         raise SettingsError(
-            f"{flag} {path}: relative, but a submitted job runs in a temporary copy; give --storage_path or an absolute folder"
+            f"{flag} {path}: a submitted job runs in a temporary copy; make it absolute, or add --storage_path"
         )
     return folder.absolute()
 
@@ -50,6 +62,11 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
 def is_submitted_job() -> bool:
     """Whether this process was started by ``ray job submit``."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def features_folder(features_dir: str, storage_path: str, output_dir: Path) -> Path:
+    """Where a job's feature shards are: the folder asked for, else one in its output folder."""
+    return anchor(features_dir, storage_path, flag="--features_dir") if features_dir else output_dir / "features"
 
 
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
@@ -86,7 +103,9 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
             _clear(run_dir)
         elif changed:
             shown = ", ".join(f"--{name} (was {before.get(name)}, now {now[name]})" for name in changed)
-            raise SettingsError(f"{run_dir} holds a run with other settings: {shown}; use --overwrite or another --output_dir")
+            raise SettingsError(
+                f"{run_dir} holds a run with other settings: {shown}; use --overwrite or another --output_dir"
+            )
     (run_dir / "STOP").unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())

@@ -1,4 +1,4 @@
-"""What a job shows while it works: progress bars on a terminal, a line now and then elsewhere (a log, `ray job logs`)."""
+"""What a job shows while it works: progress bars on a terminal, a line now and then elsewhere (`ray job logs`)."""
 
 import time
 from collections.abc import Iterator, Mapping

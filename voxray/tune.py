@@ -51,7 +51,9 @@ def run_sweep(settings: TuneSettings) -> dict[str, Any]:
     unfinished = [row for row in rows if row[settings.metric] is None]
     _write_csv(output_dir / "results.csv", [*finished, *unfinished])
     _write_best(output_dir / "best.yaml", settings, finished[0])
-    console.print(f"sweep: {len(rows)} trials; best {settings.metric} {finished[0][settings.metric]:.4f} with", markup=False)
+    console.print(
+        f"sweep: {len(rows)} trials; best {settings.metric} {finished[0][settings.metric]:.4f} with", markup=False
+    )
     console.print(f"  task_weights {finished[0]['task_weights']}, lora_r {finished[0]['lora_r']}", markup=False)
     console.print(f"results.csv and best.yaml in {output_dir}", markup=False)
     return finished[0]
@@ -69,7 +71,9 @@ def _check(settings: TuneSettings) -> None:
 def trial_settings(settings: TuneSettings, choice: dict[str, Any], trial_dir: Path) -> MultitaskSettings:
     """Settings of the training run of one trial."""
     values = {name: value for name, value in dict(settings).items() if name in MultitaskSettings.model_fields}
-    return MultitaskSettings(**{**values, **choice, "output_dir": str(trial_dir), "storage_path": "", "overwrite": True})
+    return MultitaskSettings(
+        **{**values, **choice, "output_dir": str(trial_dir), "storage_path": "", "overwrite": True}
+    )
 
 
 def _tune(settings: TuneSettings, output_dir: Path, data: Data, num_workers: int) -> Any:
@@ -153,5 +157,5 @@ def _write_best(path: Path, settings: TuneSettings, best: dict[str, Any]) -> Non
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     values |= {"task_weights": best["task_weights"], "lora_r": int(best["lora_r"])}
     values["output_dir"] = str(path.parent / "best")
-    head = f"# best of the sweep by {settings.metric} ({best[settings.metric]:.4f}); give it to train_multitask as --config\n"
+    head = f"# best of the sweep by {settings.metric} ({best[settings.metric]:.4f}), for train_multitask --config\n"
     write_atomically(path, (head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode())

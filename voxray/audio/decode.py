@@ -1,7 +1,8 @@
 """Any audio file -> mono float32 samples at the model's rate.
 
 libsndfile (soundfile) reads what it can: wav, flac, mp3, ogg, opus, aiff and more. What it cannot, FFmpeg (PyAV) does:
-m4a, aac, webm, mp4. Resampling is soxr's HQ setting everywhere, whose filter passes 7 kHz untouched and leaves no alias.
+m4a, aac, webm, mp4. Resampling is soxr's HQ setting everywhere, whose filter passes 7 kHz untouched and leaves no
+alias.
 """
 
 import io
@@ -62,7 +63,7 @@ def _decode_soundfile(data: bytes) -> tuple[np.ndarray, int]:
 def _decode_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
     import av  # only for the formats that need it: it loads all of FFmpeg
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), mode="r") as container:
         if not container.streams.audio:
             raise ValueError("no audio stream")
         stream = container.streams.audio[0]

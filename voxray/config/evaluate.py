@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import EvaluationDataFlags, SharedFeatureFlags, ModelFlags, OutputFlags
+from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, SharedFeatureFlags
 from voxray.config.parse import Flag
 
 

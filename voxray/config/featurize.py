@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from voxray.config.groups import FeatureFlags, OutputFlags, BaseModelFlags
+from voxray.config.groups import BaseModelFlags, FeatureFlags, OutputFlags
 from voxray.config.parse import CommaStrings, Flag
 
 

@@ -34,7 +34,7 @@ class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
     """Folder for everything the job writes; relative ones stand under --storage_path, or the current directory."""
     storage_path: str = ""
-    """Absolute folder that outlives the cluster (a shared mount); needed by submitted jobs for a relative --output_dir."""
+    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
 
 
 class FeatureFlags(Settings):
@@ -105,4 +105,3 @@ class EvaluationDataFlags(Settings):
     """Manifests to evaluate on, comma separated."""
     max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 1280
     """Longest row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never cut."""
-

@@ -1,7 +1,8 @@
 """Settings from defaults < YAML file < flags, checked all at once, before Ray or torch is imported.
 
 A job's settings are one frozen pydantic model: field name = flag = YAML key, the docstring under a field is its help.
-``Flag`` notes in a field's annotation carry what pydantic has no word for: old spellings, and whether a value is a path.
+``Flag`` notes in a field's annotation carry what pydantic has no word for: old spellings, and whether a value is a
+path.
 """
 
 import difflib
@@ -115,18 +116,18 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
             if not _is_bool(model.model_fields[name]):
                 errors.append(f"--{spelled}: only switches have a --no_ form")
                 continue
-        if key == "config" or (name is not None and not _is_bool(model.model_fields[name])):
+        if key != "config" and name is None:
+            errors.append(f"--{spelled}: unknown flag{_suggestion(key, names)}")
+        elif name is None or not _is_bool(model.model_fields[name]):
             if not has_value:
                 if not queue or queue[0].startswith("--"):
                     errors.append(f"--{spelled}: needs a value")
                     continue
                 value = queue.pop(0)
-            if key == "config":
+            if name is None:
                 config_path = value
             else:
                 _put(values, name, value, f"--{spelled}", errors)
-        elif name is None:
-            errors.append(f"--{spelled}: unknown flag{_suggestion(key, names)}")
         else:
             if not has_value and queue and queue[0].lower() in {"true", "false"}:
                 has_value, value = "=", queue.pop(0)

@@ -6,11 +6,11 @@ from pydantic import Field, model_validator
 
 from voxray.config.groups import (
     EvaluationDataFlags,
-    SharedFeatureFlags,
     LoraFlags,
     ModelFlags,
     OptimizerFlags,
     OutputFlags,
+    SharedFeatureFlags,
     TaskWeights,
     WorkerFlags,
 )

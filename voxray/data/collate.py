@@ -20,8 +20,8 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
     """Prompt and answer, padded on the right; only the answer and its end-of-text token have labels.
 
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and ``input_features`` (W, F, T)
-        float32 if any row has audio.
+        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and ``input_features`` (W, F,
+        T) float32 if any row has audio.
     """
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
     shape = (len(rows), max(lengths))

@@ -1,9 +1,10 @@
 """Manifests -> feature shards, by Ray Data or in this process.
 
-Work is handed out in chunks of manifest lines; a chunk becomes one shard. Only chunk descriptions and counts travel through
-Ray: whoever gets a chunk reads its lines and clips, computes, and writes the shard itself. So the driver's memory does not
-grow with the data, the order of the rows does not depend on the workers, and a run that was cut off repeats only the chunks
-it had not finished.
+Work is handed out in chunks of manifest lines; a chunk becomes one shard. Only chunk descriptions and counts travel
+through
+Ray: whoever gets a chunk reads its lines and clips, computes, and writes the shard itself. So the driver's memory
+does not grow with the data, the order of the rows does not depend on the workers, and a run that was cut off repeats
+only the chunks it had not finished.
 """
 
 import hashlib
@@ -196,7 +197,9 @@ def _finish_set(manifest: str, folder: Path, front_end: FrontEnd, state: _SetSta
     write_atomically(folder / "quarantine.jsonl", to_jsonl(ledger))
     if not state.num_rows:
         first = ledger[0] if ledger else {"line": 1, "message": "every line is blank"}
-        raise RunError(f"{manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}")
+        raise RunError(
+            f"{manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}"
+        )
     num_shards = len(state.content)
     for path in (folder / "shards").glob("*.*"):
         if not path.stem.isdigit() or int(path.stem) >= num_shards:
@@ -282,4 +285,3 @@ def _ledger_line(manifest: str, line: int, row_id: str, error: BadRow) -> dict[s
 
 def to_jsonl(lines: Sequence[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-

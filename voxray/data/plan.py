@@ -1,8 +1,8 @@
 """The plan: which rows make up which optimizer step.
 
-A pure function of (tasks of the rows, task weights, seed, batch sizes, step). It knows nothing of workers: a step is a list of
-packs, and pack i belongs to rank i mod world size. So any number of workers sees the same global sequence, and a step
-number is all that a run needs to go on from.
+A pure function of (tasks of the rows, task weights, seed, batch sizes, step). It knows nothing of workers: a step is
+a list of packs, and pack i belongs to rank i mod world size. So any number of workers sees the same global sequence,
+and a step number is all that a run needs to go on from.
 """
 
 from collections.abc import Mapping
@@ -36,9 +36,9 @@ class Plan:
     Args:
         task: Task code of every usable row (its place in ``TASKS``).
         rows: Row number of every entry of ``task``.
-        weights: {task name: relative share of the draws}; None takes every row once per epoch. With weights an epoch has
-            as many draws as there are rows, and each task runs through permutations of its own rows, which go on from one
-            epoch to the next.
+        weights: {task name: relative share of the draws}; None takes every row once per epoch. With weights an epoch
+            has as many draws as there are rows, and each task runs through permutations of its own rows, which go on
+            from one epoch to the next.
         seed: Seed of all permutations.
         pack_size: Rows of a forward pass.
         packs_per_step: Forward passes of an optimizer step, over all workers.

@@ -1,7 +1,7 @@
 """Evaluation at scale: Ray Data actors, each with a model, answer the rows and write prediction shards.
 
-Rows are handed out in parts of similar length; a part becomes one Parquet file under ``predictions``. An evaluation that was
-cut off and is started again answers only the parts that have no file yet.
+Rows are handed out in parts of similar length; a part becomes one Parquet file under ``predictions``. An evaluation
+that was cut off and is started again answers only the parts that have no file yet.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from voxray.tasks import TASKS
 from voxray.text.normalize import KO_V1
 
 BATCHES_PER_PART = 4
+KEPT_COLUMNS = ("id", "task", "language", "source", "prompt", "num_samples")
 PREDICTION_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("id", "task", "language", "source", "prompt", "reference", "prediction")),
@@ -85,7 +87,9 @@ class Answerer:
                 self.model, self.family, self.front_end, stored, max_new_tokens=self.generation.max_new_tokens
             )
             for row, text in zip(stored, texts, strict=True):
-                entry = {name: getattr(row, name) for name in ("id", "task", "language", "source", "prompt", "num_samples")}
+                entry = {
+                    name: getattr(row, name) for name in ("id", "task", "language", "source", "prompt", "num_samples")
+                }
                 found.append({**entry, "reference": row.answer, "prediction": text, **as_row(count(row.answer, text))})
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(found, schema=PREDICTION_SCHEMA), sink)
@@ -118,7 +122,8 @@ def evaluate(
     """
     features, predictions = Features(folders), output_dir / "predictions"
     batches = list(length_batches(features, rows, generation.batch_size))
-    parts = [sum(batches[at : at + BATCHES_PER_PART], []) for at in range(0, len(batches), BATCHES_PER_PART)]
+    groups = [batches[at : at + BATCHES_PER_PART] for at in range(0, len(batches), BATCHES_PER_PART)]
+    parts = [list(chain.from_iterable(group)) for group in groups]
     _forget_other_evaluation(predictions, _key(generation, features, parts))
     waiting = [number for number in range(len(parts)) if not part_path(predictions, number).is_file()]
     done, total = sum(len(parts[number]) for number in range(len(parts)) if number not in set(waiting)), len(rows)
@@ -198,7 +203,8 @@ def _run_on_ray(
         fn_constructor_args=(generation, tuple(folders), predictions, num_threads),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        **({"num_gpus": min(1.0, num_gpus / size)} if num_gpus else {"num_cpus": min(1.0, num_cpus / size)}),
+        num_gpus=min(1.0, num_gpus / size) if num_gpus else None,
+        num_cpus=None if num_gpus else min(1.0, num_cpus / size),
     )
     for row in results.iter_rows():
         yield row["rows"]

@@ -88,7 +88,13 @@ def _one_clip(settings: InferSettings) -> Iterator[Sample]:
         raise RunError(f"--audio_path {settings.audio_path}: no such file")
     task = TASKS["sqa"] if settings.question else TASKS["asr"]
     yield Sample(
-        Path(settings.audio_path).name, task, settings.question, "", settings.audio_path, settings.language, "--audio_path"
+        Path(settings.audio_path).name,
+        task,
+        settings.question,
+        "",
+        settings.audio_path,
+        settings.language,
+        "--audio_path",
     )
 
 

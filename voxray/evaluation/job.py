@@ -16,7 +16,7 @@ from voxray.evaluation.batch import Generation, evaluate, read_predictions
 from voxray.launch import ray_session, run_featurize
 from voxray.manifest import first_fault
 from voxray.models.lora import base_of_adapter, find_adapter
-from voxray.run_folder import anchor, make_folder, provenance
+from voxray.run_folder import anchor, features_folder, make_folder, provenance
 from voxray.terminal import console, metrics_table, progress_bar
 
 
@@ -45,7 +45,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     make_folder(output_dir)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
-    features_dir = anchor(settings.features_dir, settings.storage_path) if settings.features_dir else output_dir / "features"
+    features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
     with ray_session(output_dir / "ray.log"):
         report = run_featurize(
             tuple(dict.fromkeys(settings.val_jsonl)),

@@ -1,7 +1,8 @@
 """What a model family offers to the rest of voxray, and the table of families.
 
-Everything outside ``models/`` speaks to these two protocols. A family has a front end, which turns rows into features and
-token ids and needs no weights (featurize workers load just that), and a model side, which loads, trains and generates.
+Everything outside ``models/`` speaks to these two protocols. A family has a front end, which turns rows into features
+and token ids and needs no weights (featurize workers load just that), and a model side, which loads, trains and
+generates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ def read_config(model_id: str) -> dict[str, Any]:
 
 def model_file(model_id: str, name: str) -> str:
     """Path of one of a model's files, from its folder or through the hub's cache."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         path = cached_file(model_id, name)

@@ -1,6 +1,7 @@
 """LoRA by role: which parts of a model it may touch, proof that it touches nothing else, and adapters on disk.
 
-Layer names alone do not say where a layer is: ``q_proj`` stands in the Whisper encoder as well as in the language model.
+Layer names alone do not say where a layer is: ``q_proj`` stands in the Whisper encoder as well as in the language
+model.
 """
 
 import json
@@ -119,7 +120,9 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> int:
     wrong = sorted(name for name in set(wanted) & set(tensors) if wanted[name].shape != tensors[name].shape)
     for names, what in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):
         if names:
-            raise RunError(f"{folder}: the adapter does not fit the model: it {what} {len(names)} tensors, as {names[0]}")
+            raise RunError(
+                f"{folder}: the adapter does not fit the model: it {what} {len(names)} tensors, as {names[0]}"
+            )
     set_peft_model_state_dict(model, tensors)
     return len(tensors)
 
@@ -140,8 +143,9 @@ def load_adapter(model: Any, folder: Path) -> tuple[PeftModel, int]:
 def find_adapter(path: str) -> Path:
     """Resolve an adapter, checkpoint or run folder to the folder that holds the adapter.
 
-    A run folder gives its final adapter, else its newest checkpoint; the older scripts' ``checkpoint-N`` folders and their
-    ``lora_stage1`` and ``lora_stage2_adapter`` names, which stand for a run's ``adapter`` folder, are understood too.
+    A run folder gives its final adapter, else its newest checkpoint; the older scripts' ``checkpoint-N`` folders and
+    their ``lora_stage1`` and ``lora_stage2_adapter`` names, which stand for a run's ``adapter`` folder, are
+    understood too.
 
     Raises:
         RunError: There is no adapter.

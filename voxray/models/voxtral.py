@@ -9,8 +9,9 @@ Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class VoxtralFrontEnd:
     def __init__(self, model_id: str) -> None:
         from transformers import VoxtralConfig
 
-        audio = VoxtralConfig.from_pretrained(model_id).audio_config
+        audio: Any = VoxtralConfig.from_pretrained(model_id).audio_config
         self.model_id = model_id
         self.num_mel_bins: int = audio.num_mel_bins
         self.window_frames: int = audio.max_source_positions * ENCODER_STRIDE
@@ -74,7 +75,9 @@ class VoxtralFrontEnd:
         wanted = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
         for name, value in {**wanted, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
             if getattr(found, name) != value:
-                raise RunError(f"--model_id {model_id}: its preprocessor has {name} {getattr(found, name)}, not {value}")
+                raise RunError(
+                    f"--model_id {model_id}: its preprocessor has {name} {getattr(found, name)}, not {value}"
+                )
 
     def _load_tokenizer(self) -> None:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -154,16 +157,20 @@ class Voxtral:
     """Voxtral's model side."""
 
     name = "voxtral"
-    roles = {
-        "encoder": ("audio_tower",),
-        "projector": ("multi_modal_projector",),
-        "llm": ("language_model", "lm_head"),
-    }
-    lora_targets = {
-        "encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
-        "projector": ("linear_1", "linear_2"),
-        "llm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    }
+    roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {
+            "encoder": ("audio_tower",),
+            "projector": ("multi_modal_projector",),
+            "llm": ("language_model", "lm_head"),
+        }
+    )
+    lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {
+            "encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+            "projector": ("linear_1", "linear_2"),
+            "llm": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        }
+    )
 
     def front_end(self, model_id: str) -> VoxtralFrontEnd:
         return VoxtralFrontEnd(model_id)

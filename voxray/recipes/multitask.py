@@ -155,15 +155,13 @@ def resume(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, start
     progress = read_progress(checkpoint)
     if progress.data != start.data:
         raise RunError(
-            f"{checkpoint}: the training data has changed since this run started; use --overwrite or another --output_dir"
+            f"{checkpoint}: the training data is not what this run began with; use --overwrite or another --output_dir"
         )
     load_checkpoint(checkpoint, model, optimizer)
     return progress
 
 
-def write_ledger(
-    run_dir: Path, data: Data, too_long: list[tuple[Features, np.ndarray]], max_len: int
-) -> None:
+def write_ledger(run_dir: Path, data: Data, too_long: list[tuple[Features, np.ndarray]], max_len: int) -> None:
     """Gather into the run's quarantine.jsonl the rows that featurize refused and those over the token limit."""
     folders = dict.fromkeys((*data.train, *data.validation))
     ledger = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in folders)

@@ -1,4 +1,4 @@
-"""Text normalisation before scoring. Versioned: results say which one was used, because it moves error rates by points."""
+"""Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points."""
 
 import re
 import unicodedata

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on, independent of the number of workers.
 
-A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (so it serves for inference as it is),
-the optimizer's moments and the step. Since the data order and all randomness follow from (seed, step, pack), there is nothing
-else to keep. It is written under another name and renamed when complete.
+A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (so it serves for inference as
+it is), the optimizer's moments and the step. Since the data order and all randomness follow from (seed, step, pack),
+there is nothing else to keep. It is written under another name and renamed when complete.
 """
 
 import json
@@ -79,7 +79,9 @@ def read_progress(folder: Path) -> Progress:
     try:
         return Progress(**json.loads((folder / "progress.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder / 'progress.json'}: damaged checkpoint ({error}); delete the folder to go on") from None
+        raise RunError(
+            f"{folder / 'progress.json'}: damaged checkpoint ({error}); delete the folder to go on"
+        ) from None
 
 
 def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:

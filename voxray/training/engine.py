@@ -1,8 +1,9 @@
 """What a training process is, and how several of them add up their gradients.
 
-Only LoRA weights train, a few megabytes, so data parallelism is one all-reduce of one flat buffer per optimizer step. Unlike
-DistributedDataParallel it does not care which parts of the model a batch used (text-only packs leave the projector without
-gradients on some ranks), and its order of additions never changes, so runs are reproducible to the bit on any number of ranks.
+Only LoRA weights train, a few megabytes, so data parallelism is one all-reduce of one flat buffer per optimizer step.
+Unlike DistributedDataParallel it does not care which parts of the model a batch used (text-only packs leave the
+projector without gradients on some ranks), and its order of additions never changes, so runs are reproducible to the
+bit on any number of ranks.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,14 @@ class Worker:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
 
-def sum_over_workers(
-    parameters: Sequence[torch.nn.Parameter], scalars: Sequence[float], worker: Worker
-) -> list[float]:
+def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence[float], worker: Worker) -> list[float]:
     """Add up the gradients of all workers in place, and a few numbers with them in the same message.
 
     Args:

@@ -1,0 +1,50 @@
+# Each target is enough by itself on a fresh clone: it makes .venv first, once. Start with `make demo`.
+#   make setup   .venv with the versions of constraints.txt      make check   lint, then test
+#   make demo    the smallest run of everything, on a CPU        make lint    ruff (rules, format) and basedpyright
+#   make test    the tests, on the CPU and without network       make chaos   the long tests and those that kill things
+#   make clean   remove .venv and caches
+# PYTHON=python3.12 names another interpreter; VOXRAY_TORCH_INDEX=URL an extra pip index for torch (see tools/setup.py).
+
+# Tried by running each: a version manager's stub is on PATH even where it leads nowhere.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && \
+	echo $$python && break; done)
+
+# Written last by tools/setup.py; older than one of the files below means that set-up has something to do.
+STAMP := .venv/.setup-done
+
+# .venv/bin on PATH is for ninja, which DeepSpeed calls by name.
+WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+# The tests see no GPU, no network and no cluster of somebody else's, whatever the machine has.
+TEST_ENV := env -u RAY_ADDRESS $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+
+.PHONY: setup demo test check lint chaos clean
+
+setup: $(STAMP)
+	@echo ".venv is ready"
+
+$(STAMP): constraints.txt pyproject.toml tools/setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or 3.12 on PATH: install one, or name one with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) tools/setup.py
+
+demo: $(STAMP)
+	@$(WITH_VENV) .venv/bin/python jobs/quickstart.py
+
+test: $(STAMP)
+	@$(TEST_ENV) .venv/bin/python -m pytest
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
+
+check: lint test
+
+chaos: $(STAMP)
+	@$(TEST_ENV) .venv/bin/python -m pytest -m "slow or chaos" --timeout 1800
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

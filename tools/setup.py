@@ -1,0 +1,260 @@
+"""Make .venv: check the machine, install what pyproject.toml asks for, prove that it imports.
+
+`make setup` runs this with the system's Python, before anything is installed; so it uses the standard library only.
+It can be run again at any time. The stamp file that `make` looks for is written last, so a set-up that failed half-way
+is never taken for a finished one.
+"""
+
+from __future__ import annotations  # an older Python must get as far as check_python
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+STAMP = VENV / ".setup-done"
+
+# An extra index for torch alone: the PyTorch project keeps one index per build (cpu, cu126, ...). Nothing is added by
+# default, so that pip's own configuration (a mirror, a folder of wheels, no network) stays in charge.
+TORCH_INDEX_VARIABLE = "VOXRAY_TORCH_INDEX"
+CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+
+SMOKE_TEST = """
+import torch, torchaudio, transformers, ray
+from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
+print(f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, "
+      f"transformers {transformers.__version__}, ray {ray.__version__}")
+"""
+
+
+class SetupError(Exception):
+    """Set-up cannot go on; the message says what to do about it."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+# The machine
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    """Refuse a Python that the dependencies have no builds for."""
+    if not (3, 11) <= version[:2] <= (3, 12):
+        found = ".".join(map(str, version[:2]))
+        raise SetupError(f"Python {found} found, 3.11 or 3.12 needed. Try: make setup PYTHON=python3.11")
+
+
+def check_compiler() -> None:
+    """DeepSpeed compiles a small C++ op at its first use; better to hear of a missing compiler now than then."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise SetupError(
+            f"no C++ compiler ({compiler}) on PATH, and DeepSpeed needs one. "
+            "Debian, Ubuntu: sudo apt-get install g++. Fedora: sudo dnf install gcc-c++."
+        )
+
+
+def warn_without_headers() -> None:
+    """The same op includes Python.h. Only DeepSpeed needs it, so this is a warning."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        say(f"warning: Python.h is missing, so DeepSpeed will not work (DDP will). Debian, Ubuntu: {package}.")
+
+
+def has_gpu() -> bool:
+    """Ask the NVIDIA driver; torch cannot be asked, it is not installed yet."""
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+# What to install
+
+
+def read_pins(constraints: Path) -> dict[str, str]:
+    """Read ``name==version`` lines into {name: version}."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", constraints.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def read_requirements(pyproject: Path, extras: list[str]) -> list[str]:
+    """List the requirements of the project and of these extras, less torch and torchaudio (steps of their own)."""
+    import tomllib  # not at the top: it came with Python 3.11, and check_python must get the chance to say so
+
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    unknown = set(extras) - set(project["optional-dependencies"])
+    if unknown:
+        raise SetupError(f"pyproject.toml has no extra named {', '.join(sorted(unknown))}")
+    wanted = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return [line for line in wanted if re.match(r"[\w.-]+", line).group() not in ("torch", "torchaudio")]
+
+
+def torch_requirement(version: str, gpu: bool, index: str | None) -> str:
+    """Choose the build of torch by how exactly it is asked for.
+
+    ``==2.13.0`` also matches local builds, and pip prefers them: 2.13.0+cpu from a folder of wheels or an extra index
+    wins over PyPI's CUDA build. ``===2.13.0`` compares the whole text and so passes over the local builds, which is
+    what a machine with a GPU wants.
+    """
+    return f"torch==={version}" if gpu and not index else f"torch=={version}"
+
+
+# Steps
+
+
+def make_venv() -> Path:
+    """Create .venv unless a working one of this Python version is there; return its python."""
+    python = VENV / "bin" / "python"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    check = f"import sys, pip; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
+    if python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0:
+        return python
+    say(f"creating .venv with Python {version}")
+    # The base executable: this may be running from the very venv that --clear empties.
+    base = getattr(sys, "_base_executable", sys.executable)
+    made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if made.returncode:
+        hint = f"Debian, Ubuntu: sudo apt-get install python{version}-venv"
+        raise SetupError(f"{made.stdout}{made.stderr}\ncould not create .venv. {hint}")
+    return python
+
+
+def pip_install(python: Path, what: str, *arguments: str) -> None:
+    """Run pip install under constraints.txt; show a line now and then, and all of pip's last lines if it fails."""
+    say(f"installing {what}")
+    # By environment and not by -c, because then the constraints also hold where pip builds a source package, as it does
+    # for DeepSpeed. Relative, because pip splits these variables at spaces and the clone's path may have some.
+    environment = os.environ | {
+        "PIP_CONSTRAINT": "constraints.txt",
+        "PIP_BUILD_CONSTRAINT": "constraints.txt",  # the name since pip 25.3
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
+    lines: list[str] = []
+    shown_at = time.monotonic()
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("Installing collected packages:") and "," in line:
+                say(f"    unpacking {line.count(',') + 1} packages")
+            elif time.monotonic() - shown_at > 10 and (step := re.match(r"\s*(Collecting|Downloading) [^\s(]+", line)):
+                say(f"    {step[0].strip().lower()}")
+                shown_at = time.monotonic()
+    if process.returncode:
+        raise SetupError(f"{''.join(lines[-40:])}\npip could not install {what}. Its last lines are above.")
+
+
+def import_error(python: Path, code: str) -> str | None:
+    """Run code in the venv; return None, or what it wrote when it failed."""
+    result = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return None if result.returncode == 0 else result.stderr.strip()
+
+
+def move_extensions(lib: Path) -> list[str]:
+    """Move torchaudio's compiled files into lib/cuda-linked; return their names."""
+    extensions = sorted(lib.glob("*.so"))
+    aside = lib / "cuda-linked"
+    for file in extensions:
+        aside.mkdir(exist_ok=True)
+        file.replace(aside / file.name)
+    return [file.name for file in extensions]
+
+
+def repair_torchaudio(python: Path) -> None:
+    """Make torchaudio import on a torch without CUDA.
+
+    Its wheel on PyPI is linked to CUDA libraries. Without them `import torchaudio` fails, and takes transformers' audio
+    models down with it. It does without its compiled files when they are absent, and voxray uses only its Python side
+    (Kaldi features, SpecAugment). Where it imports, as on a GPU box, nothing is touched.
+    """
+    if import_error(python, "import torchaudio") is None:
+        return
+    find = "import sysconfig; print(sysconfig.get_path('platlib'))"
+    site_packages = subprocess.run([python, "-c", find], check=True, capture_output=True, text=True).stdout.strip()
+    moved = move_extensions(Path(site_packages, "torchaudio", "lib"))
+    error = import_error(python, "import torchaudio")
+    if error:
+        raise SetupError(f"{error}\ntorchaudio does not import (moved aside: {', '.join(moved) or 'nothing'})")
+    say(f"torchaudio: moved its CUDA-linked files aside ({', '.join(moved)}); this torch has no CUDA")
+
+
+def check_torch_build(python: Path, gpu: bool) -> None:
+    """With a GPU a CPU torch would work, a hundred times slower and without a word; so it is an error."""
+    if not gpu:
+        return
+    error = import_error(python, "import torch; assert torch.version.cuda, f'torch {torch.__version__} has no CUDA'")
+    if error:
+        hint = f"{TORCH_INDEX_VARIABLE}=https://download.pytorch.org/whl/cu130 make setup"
+        raise SetupError(f"{error}\nthis machine has a GPU, but pip took a torch without CUDA. Name an index: {hint}")
+
+
+def set_up(extras: list[str], package: bool) -> None:
+    check_python(sys.version_info)
+    check_compiler()
+    warn_without_headers()
+    STAMP.unlink(missing_ok=True)
+    gpu = has_gpu()
+    index = os.environ.get(TORCH_INDEX_VARIABLE)
+    pins = read_pins(ROOT / "constraints.txt")
+    python = make_venv()
+
+    say("GPU found: torch with CUDA" if gpu else "no GPU found: torch for the CPU where pip has that build")
+    if not gpu and not index and sys.platform == "linux":
+        say(f"    (should pip fetch gigabytes of CUDA: stop, and {TORCH_INDEX_VARIABLE}={CPU_TORCH_INDEX} make setup)")
+    torch_index = ["--extra-index-url", index] if index else []
+    torch = torch_requirement(pins["torch"], gpu, index)
+    pip_install(python, torch, torch, *torch_index)
+    check_torch_build(python, gpu)
+    # --no-deps: whatever it may ask for one day, it must not bring another torch.
+    torchaudio = f"torchaudio=={pins['torchaudio']}"
+    pip_install(python, torchaudio, "--no-deps", torchaudio, *torch_index)
+    repair_torchaudio(python)
+    requirements = read_requirements(ROOT / "pyproject.toml", extras)
+    pip_install(python, "everything else (some minutes the first time)", "setuptools", *requirements)
+    if package:
+        pip_install(python, "voxray itself", "--no-deps", "--no-build-isolation", "--editable", ".")
+    # The ninja that came with pip is not on PATH unless .venv is activated; the Makefile's targets put it there.
+    if not (VENV / "bin" / "ninja").exists() and shutil.which("ninja") is None:
+        raise SetupError("ninja is missing, which DeepSpeed needs. Try: .venv/bin/pip install ninja")
+
+    say("checking that it imports")
+    smoke = subprocess.run([python, "-c", SMOKE_TEST], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if smoke.returncode:
+        raise SetupError("the installed packages do not import; the traceback is above. Try: make clean setup")
+    say(f"    {smoke.stdout.strip()}")
+    STAMP.touch()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make .venv and install into it.", allow_abbrev=False)
+    parser.add_argument("--extras", nargs="*", default=["dev"], help="extras to install with it (default: dev)")
+    parser.add_argument(
+        "--no-package", action="store_true", help="leave voxray out: a cluster's nodes get it with a job"
+    )
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    try:
+        set_up(arguments.extras, package=not arguments.no_package)
+    except SetupError as error:
+        print(f"set-up failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("set-up interrupted; run it again to go on", file=sys.stderr)
+        return 130
+    say(f"set-up done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
