@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from voxray.config.featurize import FeaturizeSettings
+from voxray.config.groups import ModelFlags
 from voxray.config.train import MultitaskSettings
 from voxray.data.featurize import FeaturizeReport, featurize
 from voxray.data.shards import write_atomically, write_json
@@ -180,7 +181,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
     open_run(run_dir, settings, overwrite=settings.overwrite)
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
-    _warn_about_idle_flags(settings)
+    warn_about_idle_flags(settings)
     num_workers = count_workers(settings.num_workers)
     use_ray = num_workers > 0
 
@@ -323,7 +324,7 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _warn_about_idle_flags(settings: MultitaskSettings) -> None:
+def warn_about_idle_flags(settings: ModelFlags) -> None:
     """Say which flags change nothing on this machine."""
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
