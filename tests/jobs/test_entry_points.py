@@ -81,7 +81,11 @@ def test_help_shows_every_flag_with_its_text() -> None:
             "--train_jsonl a.jsonl --output_dir o --lora_r 0 --lr nan --epochs two --bf16=maybe --task_weights 1,2",
             ("--lora_r", "--lr", "--epochs", "--bf16", "--task_weights"),
         ),
-        ("evaluate", "--val_jsonl a.jsonl --per_device_bsz 0 --mode other --num_models", ("--per_device_bsz", "--mode")),
+        (
+            "evaluate",
+            "--val_jsonl a.jsonl --per_device_bsz 0 --mode other --num_models",
+            ("--per_device_bsz", "--mode"),
+        ),
         ("featurize", "--rows_per_shard 0 --num_actors -1", ("--manifest", "--rows_per_shard", "--num_actors")),
         ("infer", "--temperature -1 --batch_size x --max_new_tokens 0", ("--temperature", "--batch_size", "--max_new")),
         (
