@@ -158,7 +158,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row.get("id") or f"{Path(manifest).name}:{number}")
     return Sample(
-        row_id, task, task.prompt(row), answer, audio_path, _language(row.get("language")), f"{manifest}:{number}"
+        row_id, task, task.prompt(row), answer, audio_path, language_code(row.get("language")), f"{manifest}:{number}"
     )
 
 
@@ -179,8 +179,12 @@ def _audio_path(value: str, manifest: str) -> str:
     raise BadRow("audio_missing", f"audio file not found: {value}")
 
 
-def _language(value: str | None) -> str:
-    """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> ""."""
+def language_code(value: str | None) -> str:
+    """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> "".
+
+    Raises:
+        BadRow: It is no two-letter code.
+    """
     text = (value or "").strip().lower().replace("_", "-").split("-")[0]
     text = {"korean": "ko", "english": "en", "kor": "ko", "eng": "en", "auto": ""}.get(text, text)
     if text and not (len(text) == 2 and text.isascii() and text.isalpha()):

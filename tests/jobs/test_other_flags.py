@@ -163,10 +163,10 @@ def test_numbers_of_ray_actors(
 
     monkeypatch.setattr(ray.data, "ActorPoolStrategy", watched)
     line = f"--model_id {TINY} --val_jsonl {small['tqa.val']} --output_dir {tmp_path} --rows_per_shard 1"
-    fast = "--num_actors 3 --num_models 2 --per_device_bsz 1 --gen_max_new_tokens 4"
+    fast = "--num_actors 3 --num_models 4 --per_device_bsz 1 --gen_max_new_tokens 4"
     monkeypatch.setattr(batch, "BATCHES_PER_PART", 1)
     load_job("evaluate").main([*line.split(), *fast.split()])
-    assert sizes == [3, 2]
+    assert sizes == [3, 4]
     parts = list((tmp_path / "predictions").glob("part-*.parquet"))
     assert len(parts) == 4
 
@@ -216,12 +216,16 @@ def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
     clip = str(SPEECH / "sample.wav")
     answer(audio_path=clip)
     answer(audio_path=clip, language="ko")
+    answer(audio_path=clip, language="Korean")
     [asked] = answer(audio_path=clip, question="무슨 번호입니까?")
     assert asked["task"] == "sqa" and asked["id"] == "sample.wav"
     assert prompts[0].endswith("[/INST][TRANSCRIBE]") and prompts[1].endswith("[/INST]lang:ko[TRANSCRIBE]")
-    assert prompts[2].endswith("무슨 번호입니까?[/INST]")
+    assert prompts[2] == prompts[1], "as in manifests"
+    assert prompts[3].endswith("무슨 번호입니까?[/INST]")
     with pytest.raises(RunError, match=r"--audio_path /no\.wav: no such file"):
         answer(audio_path="/no.wav")
+    with pytest.raises(SettingsError, match="--language: language 'Klingon' is not a two-letter code"):
+        answer(audio_path=clip, language="Klingon")
 
 
 def test_infer_rows(answered: list[dict[str, Any]], small: dict[str, str], tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import torch
 from voxray.config.evaluate import InferSettings
 from voxray.data.featurize import sample_features, to_jsonl
 from voxray.data.shards import FeatureRow, write_atomically
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.generate import answers
 from voxray.evaluation.job import base_and_adapter
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.launch import warn_about_idle_flags
-from voxray.manifest import BadRow, Sample, chunks, first_fault, read_chunk
+from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.run_folder import anchor
@@ -34,7 +34,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     Returns:
         One entry per row: id, task, prediction, and the reference if there is one.
     Raises:
-        RunError: The clip, manifest, model or adapter cannot be used.
+        RunError, SettingsError: The clip, manifest, model or adapter cannot be used.
     """
     manifest, limit = settings.jsonl, settings.preview_rows
     if not (settings.audio_path or manifest):
@@ -88,6 +88,10 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
 def _one_clip(settings: InferSettings) -> Iterator[Sample]:
     if not Path(settings.audio_path).is_file():
         raise RunError(f"--audio_path {settings.audio_path}: no such file")
+    try:
+        language = language_code(settings.language)
+    except BadRow as error:
+        raise SettingsError(f"--language: {error}") from None
     task = TASKS["sqa"] if settings.question else TASKS["asr"]
     yield Sample(
         Path(settings.audio_path).name,
@@ -95,7 +99,7 @@ def _one_clip(settings: InferSettings) -> Iterator[Sample]:
         settings.question,
         "",
         settings.audio_path,
-        settings.language,
+        language,
         "--audio_path",
     )
 
