@@ -51,7 +51,7 @@ def majority(speech: Path, task: str) -> float:
     return exact(answers, [top] * len(answers))
 
 
-def measure(model, speech: Path, encoder: Encoder, show: int = 0) -> dict[str, float]:
+def measure(model: torch.nn.Module, speech: Path, encoder: Encoder, show: int = 0) -> dict[str, float]:
     """Score all four validation manifests by generation."""
     figures = {}
     for name, key in (("base", "transcript"), ("asr", "transcript"), ("sqa", "answer"), ("tqa", "output")):
@@ -68,7 +68,13 @@ def measure(model, speech: Path, encoder: Encoder, show: int = 0) -> dict[str, f
     return figures
 
 
-def adapt(model, speech: Path, encoder: Encoder, num_steps: int = NUM_STEPS, peak_lr: float = PEAK_LR):
+def adapt(
+    model: VoxtralForConditionalGeneration,
+    speech: Path,
+    encoder: Encoder,
+    num_steps: int = NUM_STEPS,
+    peak_lr: float = PEAK_LR,
+) -> torch.nn.Module:
     """Train LoRA (llm and projector) on the three training manifests mixed; return the adapted model."""
     torch.manual_seed(0)
     rng = random.Random(0)
@@ -115,7 +121,7 @@ def write_readme(here: Path, model_folder: Path, speech: Path) -> None:
     figures = f"""
 {num_params:,} parameters; `voxtral-tiny/` {sizes[model_folder]:.1f} MB, `speech/` {sizes[speech]:.1f} MB.
 LoRA: r 16, alpha 32 on the language model's linear layers and the projector; the three training manifests mixed;
-{NUM_STEPS} steps of {BATCH_SIZE} rows, peak learning rate {PEAK_LR:g}, {WARMUP_STEPS} warm-up steps, then linear to zero.
+{NUM_STEPS} steps of {BATCH_SIZE} rows, peak rate {PEAK_LR:g}, {WARMUP_STEPS} warm-up steps, then linear to zero.
 Training and scoring took {took:.0f} s. CER is without spaces, EM is exact match.
 
 | | base | after LoRA | most frequent answer |

@@ -47,8 +47,7 @@ class Encoder:
     @lru_cache(maxsize=100)  # noqa: B019 - one encoder lives as long as the process
     def transcription(self, language: str) -> tuple[int, ...]:
         """Prompt of a transcription request."""
-        request = TranscriptionRequest(model="voxtral", audio=self._any_clip.encode(), language=language)
-        request = request.model_copy(update={"audio": self._any_clip})
+        request = TranscriptionRequest(model="voxtral", audio=self._any_clip, language=language)
         return tuple(self.tokenizer.encode_transcription(request).tokens)
 
     @lru_cache(maxsize=1000)  # noqa: B019
@@ -123,7 +122,9 @@ def collate(examples: list[Example], mels: torch.Tensor) -> dict[str, torch.Tens
 
 
 @torch.no_grad()
-def generate(model, examples: list[Example], mels: torch.Tensor, encoder: Encoder, batch_size: int = 40) -> list[str]:
+def generate(
+    model: torch.nn.Module, examples: list[Example], mels: torch.Tensor, encoder: Encoder, batch_size: int = 40
+) -> list[str]:
     """Answer each example greedily; prompts padded on the left, audio and text rows in batches of their own."""
     model.eval()
     answers: dict[int, str] = {}

@@ -28,6 +28,7 @@ NUM_STEPS, WARMUP_STEPS, PEAK_LR = 3500, 200, 1.5e-3
 NUM_AUDIO_ROWS, NUM_TEXT_ROWS = 24, 8  # of a batch
 SPOKEN_QUESTION_SHARE = 0.4  # of the audio rows
 CTC_WEIGHT = 0.3
+TRANSCRIBE_TOKEN_ID = 34
 
 
 class Material:
@@ -102,7 +103,13 @@ def build_model(vocab_size: int) -> VoxtralForConditionalGeneration:
     return model
 
 
-def losses(model, ctc_head, labels_of: dict[int, int], rows: list[Example], batch: dict) -> tuple:
+def losses(
+    model: VoxtralForConditionalGeneration,
+    ctc_head: torch.nn.Linear,
+    labels_of: dict[int, int],
+    rows: list[Example],
+    batch: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the answer loss (mean over answer tokens) and the CTC loss of the transcriptions in the batch."""
     audio = model.get_audio_features(batch["input_features"]).pooler_output
     embeds_BTD = model.get_input_embeddings()(batch["input_ids"])
@@ -116,7 +123,7 @@ def losses(model, ctc_head, labels_of: dict[int, int], rows: list[Example], batc
 
     spoken = [row for row in rows if row.clip is not None]
     log_probs = ctc_head(audio.reshape(len(spoken), -1, audio.shape[-1])).log_softmax(-1)
-    heard = [i for i, row in enumerate(spoken) if len(row.answer) > 1 and row.prompt[-1] == 34]  # [TRANSCRIBE]
+    heard = [i for i, row in enumerate(spoken) if row.prompt[-1] == TRANSCRIBE_TOKEN_ID]
     targets = [[labels_of[t] for t in spoken[i].answer[:-1]] for i in heard]
     ctc_loss = functional.ctc_loss(
         log_probs[heard].transpose(0, 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 DIGITS = {
@@ -75,6 +76,9 @@ class Utterance:
     facts: tuple[tuple[str, str], ...]
 
 
+Draw = Callable[[random.Random, str], Utterance]
+
+
 def normalise(text: str) -> str:
     """Fold a text to what the leak check compares: NFKC, lower case, letters and digits only."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFKC", text)).lower()
@@ -131,7 +135,9 @@ def heldout_utterance(rng: random.Random, language: str) -> Utterance:
     return labelled_number(rng, language) if kind == "labelled" else symptom(rng, language, full=True)
 
 
-def distinct(rng: random.Random, language: str, num: int, draw, banned: LeakGuard | None = None) -> list[Utterance]:
+def distinct(
+    rng: random.Random, language: str, num: int, draw: Draw, banned: LeakGuard | None = None
+) -> list[Utterance]:
     """Draw ``num`` different utterances, none of which contains a banned text."""
     found: dict[str, Utterance] = {}
     while len(found) < num:
