@@ -59,6 +59,8 @@ def measure(model: torch.nn.Module, speech: Path, encoder: Encoder, show: int = 
         said = generate(model, *read_rows(speech, rows, encoder), encoder)
         truth = [row[key] for row in rows]
         figures[name] = (cer if key == "transcript" else exact)(truth, said)
+        if name in ("sqa", "tqa"):
+            figures[f"{name}_either"] = exact(truth, [answer.removesuffix(texts.polite("", "ko")) for answer in said])
         if name == "base":
             for language in texts.LANGUAGES:
                 chosen = [i for i, row in enumerate(rows) if row["language"] == language]
@@ -131,7 +133,9 @@ Training and scoring took {took:.0f} s. CER is without spaces, EM is exact match
 | own voices, both (base.val) | CER {before["base"]:.3f} | {after["base"]:.3f} | |
 | unheard Korean women (asr.val) | CER {before["asr"]:.3f} | {after["asr"]:.3f} | |
 | spoken questions (sqa.val) | EM {before["sqa"]:.3f} | {after["sqa"]:.3f} | {floor["sqa"]:.3f} |
+| the same, with or without the full ending | EM {before["sqa_either"]:.3f} | {after["sqa_either"]:.3f} | |
 | written questions (tqa.val) | EM {before["tqa"]:.3f} | {after["tqa"]:.3f} | {floor["tqa"]:.3f} |
+| the same, with or without the full ending | EM {before["tqa_either"]:.3f} | {after["tqa_either"]:.3f} | |
 """
     readme = here / "README.md"
     head, rest = readme.read_text(encoding="utf-8").split(START)

@@ -18,7 +18,7 @@ import voices
 from corpus import HeldOut
 from examples import Encoder, Example, collate, feature_extractor, log_mels
 from torch.nn import functional
-from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
+from transformers import GenerationConfig, VoxtralForConditionalGeneration, VoxtralProcessor
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from voxray.models.tiny import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, tiny_voxtral_config
@@ -171,7 +171,7 @@ def train_base(folder: Path) -> None:
 
 def write_model(folder: Path, model: VoxtralForConditionalGeneration) -> None:
     """Write weights in float16 under a float32 config: half the bytes, and loading them computes in float32."""
-    model.generation_config.update(
+    model.generation_config = GenerationConfig(
         bos_token_id=BOS_TOKEN_ID, eos_token_id=EOS_TOKEN_ID, pad_token_id=PAD_TOKEN_ID, do_sample=False
     )
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
@@ -179,3 +179,4 @@ def write_model(folder: Path, model: VoxtralForConditionalGeneration) -> None:
     feature_extractor().save_pretrained(folder)  # the published folder has preprocessor_config.json as well
     processor = VoxtralProcessor(feature_extractor(), MistralCommonBackend.from_pretrained(folder))
     processor.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
