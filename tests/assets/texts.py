@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 DIGITS = {
-    "ko": "공 일 이 삼 사 오 육 칠 팔 구".split(),
-    "en": "zero one two three four five six seven eight nine".split(),
+    "ko": ["공", "일", "이", "삼", "사", "오", "육", "칠", "팔", "구"],
+    "en": ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"],
 }
 COUNTS = {
     "ko": {2: "두 개", 3: "세 개", 4: "네 개", 5: "다섯 개", 6: "여섯 개"},

@@ -62,5 +62,4 @@ def tiny_voxtral_config(vocab_size: int) -> VoxtralConfig:
         text_config=text_config,
         audio_token_id=AUDIO_TOKEN_ID,
         projector_hidden_act="gelu",
-        tie_word_embeddings=False,
     )
