@@ -4,11 +4,11 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import TINY
 
-import processes
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, collate_prompts, collate_training
 from voxray.data.plan import Plan
@@ -95,7 +95,7 @@ def test_loss_does_not_depend_on_how_a_batch_is_divided(data, tmp_path):
 
 
 def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
-    """Contract 6: ranks with only text and ranks with only audio in one step, steps of text alone; losses stay right."""
+    """Contract 6: ranks with only text beside ranks with only audio, steps of text alone; losses stay right."""
     weights = {"asr": 1.0, "tqa": 3.0}
     common = {"per_device_bsz": 1, "task_weights": weights, "max_steps": 6}
     features = Features(data.train)
@@ -109,7 +109,7 @@ def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_resume_is_exact(data, tmp_path, num_workers):
-    """Contract 4: 3 steps, new processes, 3 more = 6 steps, to the last bit, with dropout on and a partial last step."""
+    """Contract 4: 3 steps, new processes, 3 more = 6 steps, to the last bit, with dropout and partial steps."""
     common = {"per_device_bsz": 3, "lora_dropout": 0.1, "max_steps": 6, "save_steps": 3}
     straight = processes.run(settings(tmp_path / "a", **common), data, num_workers)
     processes.run(settings(tmp_path / "b", **common), data, num_workers)
