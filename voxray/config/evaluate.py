@@ -14,7 +14,9 @@ class AdapterFlags(ModelFlags):
 
 
 class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags):
-    val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input"), Field(min_length=1)]  # type: ignore[misc]
+    val_jsonl: Annotated[  # type: ignore[misc]
+        CommaStrings, Flag(("jsonl", "test_jsonl"), path="input"), Field(min_length=1)
+    ]
     """Manifests to evaluate on, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
     """Folder for predictions and metrics.json."""
