@@ -140,7 +140,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     except UnicodeDecodeError as error:
         raise BadRow("bad_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from None
     except UnicodeEncodeError as error:
-        raise BadRow("bad_utf8", f"not Unicode text ({ascii(error.object[error.start])}: {error.reason})") from None
+        raise BadRow("bad_utf8", f"not Unicode text ({error.object[error.start]!a}: {error.reason})") from None
     except (ValueError, RecursionError) as error:  # ValueError: broken JSON, and integers of over 4,300 digits
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(row, dict):
