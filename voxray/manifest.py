@@ -135,9 +135,13 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     """
     try:
         row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:  # half of a surrogate pair can be escaped in JSON, but is no text that could be stored
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow("bad_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeEncodeError as error:
+        raise BadRow("bad_utf8", f"not Unicode text ({error.object[error.start]!a}: {error.reason})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, and integers of over 4,300 digits
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("bad_row", f"a JSON {type(row).__name__}, not an object")
@@ -145,7 +149,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
         task = task_of(row)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
-    for key in {*task.keys, *task.prompt_keys, "language"}:
+    for key in (*task.keys, *task.prompt_keys, "language"):
         if row.get(key) is not None and not isinstance(row[key], str):
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
@@ -156,7 +160,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     if task.prompt_keys and not row[task.prompt_keys[0]].strip():
         raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
-    row_id = str(row.get("id") or f"{Path(manifest).name}:{number}")
+    row_id = f"{Path(manifest).name}:{number}" if row.get("id") in (None, "") else str(row["id"])
     return Sample(
         row_id, task, task.prompt(row), answer, audio_path, _language(row.get("language")), f"{manifest}:{number}"
     )

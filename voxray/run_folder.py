@@ -44,7 +44,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
     Raises:
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if "://" in path or "://" in storage_path:
         raise SettingsError(f"{flag} {path}: give a mounted folder; URLs are not supported")
     if storage_path and not Path(storage_path).is_absolute():

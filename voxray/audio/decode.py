@@ -40,7 +40,8 @@ def decode(path: str, sample_rate_hz: int, raw: bytes | None = None) -> np.ndarr
         try:
             samples_NC, rate_hz = decoder(data)
             break
-        except (soundfile.LibsndfileError, OSError, ValueError, RuntimeError) as error:
+        # MemoryError: a damaged header can promise terabytes
+        except (soundfile.LibsndfileError, OSError, ValueError, RuntimeError, MemoryError) as error:
             faults.append(" ".join(str(error).split()) or type(error).__name__)
     else:
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
@@ -63,15 +64,18 @@ def _decode_soundfile(data: bytes) -> tuple[np.ndarray, int]:
 def _decode_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
     import av  # only for the formats that need it: it loads all of FFmpeg
 
-    with av.open(io.BytesIO(data), mode="r") as container:
-        if not container.streams.audio:
-            raise ValueError("no audio stream")
-        stream = container.streams.audio[0]
-        rate_hz, blocks = stream.rate, []
-        resampler = av.AudioResampler(format="fltp", rate=rate_hz)
-        for frame in container.decode(stream):
-            blocks += [part.to_ndarray() for part in resampler.resample(frame)]
-        blocks += [part.to_ndarray() for part in resampler.resample(None)]
+    try:
+        with av.open(io.BytesIO(data), mode="r") as container:
+            if not container.streams.audio or container.streams.audio[0].codec_context is None:
+                raise ValueError("no audio stream that FFmpeg can decode")
+            stream = container.streams.audio[0]
+            rate_hz, blocks = stream.rate, []
+            resampler = av.AudioResampler(format="fltp", rate=rate_hz)
+            for frame in container.decode(stream):
+                blocks += [part.to_ndarray() for part in resampler.resample(frame)]
+            blocks += [part.to_ndarray() for part in resampler.resample(None)]
+    except av.FFmpegError as error:  # some of its kinds are neither OSError nor ValueError
+        raise ValueError(str(error)) from error
     if not blocks:
         raise ValueError("no audio frame")
     return np.concatenate(blocks, axis=1).T, rate_hz
