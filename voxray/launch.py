@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from voxray.config.featurize import FeaturizeSettings
+from voxray.config.groups import ModelFlags
 from voxray.config.train import MultitaskSettings
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize
 from voxray.data.shards import write_atomically, write_json
@@ -22,10 +22,9 @@ from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
 from voxray.run_folder import anchor, features_folder, make_folder, note_data, open_run
-from voxray.terminal import Bar, console, progress_bar
+from voxray.terminal import console, progress_bar
 from voxray.training.engine import Worker
-from voxray.training.loop import STOP_FILE
-from voxray.training.monitor import LOG, METRICS
+from voxray.watch import stop_on_signal, watched
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
 MAX_RESTARTS = 3
@@ -181,14 +180,14 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
     open_run(run_dir, settings, overwrite=settings.overwrite)
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
-    _warn_about_idle_flags(settings)
+    warn_about_idle_flags(settings)
     num_workers = count_workers(settings.num_workers)
     use_ray = num_workers > 0
 
     def work() -> dict[str, Any]:
         data = training_data(settings, run_dir, use_ray=use_ray)
         note_data(run_dir, (*data.train, *data.validation))
-        with _stop_on_signal(run_dir), _watched(run_dir):
+        with stop_on_signal(run_dir), watched(run_dir):
             if use_ray:
                 result = on_workers(settings, run_dir, data, num_workers)
             else:
@@ -335,91 +334,12 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _warn_about_idle_flags(settings: MultitaskSettings) -> None:
+def warn_about_idle_flags(settings: ModelFlags) -> None:
     """Say which flags change nothing on this machine."""
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
             if getattr(settings, name):
                 console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
-
-
-@contextmanager
-def _stop_on_signal(run_dir: Path) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM save the run and end it; the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if (run_dir / STOP_FILE).exists():
-            raise KeyboardInterrupt
-        (run_dir / STOP_FILE).touch()
-        console.print(f"{signal.Signals(number).name}: saving and stopping after this step; once more stops at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
-
-
-@contextmanager
-def _watched(run_dir: Path) -> Iterator[None]:
-    """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
-    log, metrics = _Tail(run_dir / LOG), _Tail(run_dir / METRICS)
-    total, done = 0, threading.Event()
-
-    def show(bar: Bar) -> None:
-        nonlocal total
-        for line in log.new_lines():
-            bar.say(line)
-            total = _total_steps(line) or total
-        for line in metrics.new_lines():
-            record = json.loads(line)
-            if record["kind"] == "train" and total:
-                bar.update(record["step"], total)
-
-    def follow(bar: Bar) -> None:
-        while not done.wait(0.3):
-            show(bar)
-
-    with progress_bar("training") as bar:
-        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            show(bar)
-
-
-def _total_steps(line: str) -> int:
-    """The number of steps in ``starting at step 0 of 120``."""
-    words = line.split()
-    return int(words[-1]) if words[:1] and words[0] in {"starting", "going"} and words[-1].isdigit() else 0
-
-
-class _Tail:
-    """Lines appended to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._place = path.stat().st_size if path.is_file() else 0
-
-    def new_lines(self) -> list[str]:
-        if not self._path.is_file():
-            return []
-        size = self._path.stat().st_size
-        self._place = min(self._place, size)  # a resumed run shortens its metrics first
-        with open(self._path, "rb") as file:
-            file.seek(self._place)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._place += len(whole)
-        return whole.decode("utf-8", "replace").splitlines()
 
 
 def _append_trace(log_path: Path, error: BaseException) -> None:

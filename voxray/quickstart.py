@@ -17,10 +17,12 @@ from voxray.evaluation.batch import metrics_by_task, read_predictions
 from voxray.evaluation.job import run_evaluation
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.launch import ray_session, run_featurize, run_training
-from voxray.run_folder import anchor, make_folder
+from voxray.run_folder import anchor, features_folder, make_folder
 from voxray.terminal import console
 
 Values = dict[str, dict[str, float]]
+SHARED = ("model_id", "bf16", "max_len", "num_actors", "rows_per_shard", "strict")
+"""Settings that hold for the training and for the evaluations around it."""
 
 
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
@@ -31,11 +33,14 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
     make_folder(output_dir)
-    shared = {"model_id": settings.model_id, "features_dir": str(output_dir / "features")}
+    features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
+    shared: dict[str, Any] = {"features_dir": str(features_dir)}
+    shared |= {name: getattr(settings, name) for name in SHARED}
     seconds: dict[str, float] = {}
     train = _train_settings(settings, output_dir, shared)
     evaluation = {
         **shared,
+        **({"tf32": True} if settings.tf32 else {}),
         "val_jsonl": (*settings.val_jsonl, *settings.base_val_jsonl),
         "per_device_bsz": settings.eval_bsz,
         "gen_max_new_tokens": settings.eval_max_new_tokens,
@@ -46,10 +51,10 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
             report = run_featurize(
                 manifests,
                 settings.model_id,
-                output_dir / "features",
-                rows_per_shard=train.rows_per_shard,
-                num_actors=0,
-                strict=False,
+                features_dir,
+                rows_per_shard=settings.rows_per_shard,
+                num_actors=settings.num_actors,
+                strict=settings.strict,
             )
         with _timed(seconds, "evaluate base"):
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "base")))
@@ -75,10 +80,11 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     return summary
 
 
-def _train_settings(settings: QuickstartSettings, output_dir: Path, shared: dict[str, str]) -> MultitaskSettings:
+def _train_settings(settings: QuickstartSettings, output_dir: Path, shared: dict[str, Any]) -> MultitaskSettings:
     names = set(MultitaskSettings.model_fields) & set(QuickstartSettings.model_fields)
     values = {name: getattr(settings, name) for name in names & settings.model_fields_set}
-    return MultitaskSettings(**{**values, **shared, "output_dir": str(output_dir / "train"), "overwrite": True})
+    values |= {**shared, "num_workers": settings.num_workers, "output_dir": str(output_dir / "train")}
+    return MultitaskSettings(**{**values, "overwrite": True})
 
 
 @contextmanager

@@ -30,7 +30,7 @@ PACKAGES = (
 MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
-    *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32"),
+    *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 

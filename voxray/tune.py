@@ -12,7 +12,7 @@ from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
 from voxray.data.shards import write_atomically, write_json
 from voxray.errors import RunError, SettingsError
-from voxray.launch import count_workers, on_workers, ray_session, training_data
+from voxray.launch import count_workers, on_workers, ray_session, training_data, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.recipes.multitask import Data
 from voxray.run_folder import anchor, make_folder, provenance
@@ -35,6 +35,7 @@ def run_sweep(settings: TuneSettings) -> dict[str, Any]:
     output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
     make_folder(output_dir)
+    warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
     num_workers = max(1, count_workers(settings.num_workers))

@@ -63,6 +63,7 @@ def _decode_soundfile(data: bytes) -> tuple[np.ndarray, int]:
 
 def _decode_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
     import av  # only for the formats that need it: it loads all of FFmpeg
+    from av.error import FFmpegError
 
     try:
         with av.open(io.BytesIO(data), mode="r") as container:
@@ -74,7 +75,7 @@ def _decode_ffmpeg(data: bytes) -> tuple[np.ndarray, int]:
             for frame in container.decode(stream):
                 blocks += [part.to_ndarray() for part in resampler.resample(frame)]
             blocks += [part.to_ndarray() for part in resampler.resample(None)]
-    except av.FFmpegError as error:  # some of its kinds are neither OSError nor ValueError
+    except FFmpegError as error:  # some of its kinds are neither OSError nor ValueError
         raise ValueError(str(error)) from error
     if not blocks:
         raise ValueError("no audio frame")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, SharedFeatureFlags
+from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, PlacementFlags, SharedFeatureFlags
 from voxray.config.parse import CommaStrings, Flag
 
 
@@ -13,7 +13,7 @@ class AdapterFlags(ModelFlags):
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 
 
-class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags):
+class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags, PlacementFlags):
     val_jsonl: Annotated[  # type: ignore[misc]
         CommaStrings, Flag(("jsonl", "test_jsonl"), path="input"), Field(min_length=1)
     ]

@@ -22,6 +22,13 @@ AutoCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
 TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
 
 
+class PlacementFlags(Settings):
+    cuda_visible_devices: Annotated[
+        str, Flag(no_effect="Ray places the workers; --num_workers says how many"), BeforeValidator(str)
+    ] = ""
+    """GPUs to use, as older scripts named them."""
+
+
 class BaseModelFlags(Settings):
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = VOXTRAL
     """Base model: a folder on disk or a hub id."""
@@ -93,7 +100,7 @@ class OptimizerFlags(Settings):
     """Seed of the data order, the LoRA start and dropout."""
 
 
-class WorkerFlags(Settings):
+class WorkerFlags(PlacementFlags):
     num_workers: Annotated[AutoCount, Flag(("nproc",))] = "auto"
     """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray."""
     loader_workers: Annotated[int, Field(ge=0)] = 1

@@ -11,6 +11,8 @@ from voxray.config.train import MultitaskSettings
 class QuickstartSettings(MultitaskSettings):
     num_workers: Annotated[int, Flag(("nproc",)), Field(ge=1)] = 2  # type: ignore[assignment]
     """Training processes."""
+    overwrite: Annotated[bool, Flag(no_effect="this job always starts afresh")] = False
+    """Start afresh."""
     base_val_jsonl: Annotated[CommaStrings, Flag(path="input")] = ()
     """Held-out rows in the voices the base was trained on, shown beside the others."""
     eval_bsz: Annotated[int, Field(ge=1)] = 16

@@ -29,6 +29,8 @@ class TuneSettings(MultitaskSettings):
         tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValidator(_comma_choices), Field(min_length=1)
     ] = (8, 16)
     """Choices of the LoRA rank: 4,8,16."""
+    overwrite: Annotated[bool, Flag(no_effect="every trial has a folder of its own")] = False
+    """Start afresh."""
     num_trials: Annotated[int, Field(ge=0)] = 0
     """Trials drawn at random from the choices; 0 runs every combination once."""
     metric: str = "asr/cer_nospace"

@@ -46,6 +46,7 @@ class Generation:
         model_id: Base model.
         adapter: Adapter folder, or "".
         bf16: Compute in bfloat16.
+        tf32: Let float32 matrix products use TF32.
         batch_size: Rows generated together.
         max_new_tokens: Longest answer.
     """
@@ -55,6 +56,7 @@ class Generation:
     bf16: bool
     batch_size: int
     max_new_tokens: int
+    tf32: bool = False
 
 
 class Answerer:
@@ -66,6 +68,7 @@ class Answerer:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             torch.set_num_threads(num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = generation.tf32
         self.family = family_of(generation.model_id)
         self.front_end = self.family.front_end(generation.model_id)
         dtype = torch.bfloat16 if generation.bf16 else torch.float32

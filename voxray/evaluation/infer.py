@@ -14,6 +14,7 @@ from voxray.errors import RunError
 from voxray.evaluation.generate import answers
 from voxray.evaluation.job import base_and_adapter
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
+from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, read_chunk
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
@@ -43,6 +44,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         first_fault((manifest,))
     output_path = anchor(settings.output_path, "", flag="--output_path") if settings.output_path else None
     model_id, adapter = base_and_adapter(settings, settings.lora_dir or settings.output_dir)
+    warn_about_idle_flags(settings)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(model_id)
     front_end = family.front_end(model_id)

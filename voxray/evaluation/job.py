@@ -13,7 +13,7 @@ from voxray.data.featurize import MIN_ACTORS, to_jsonl
 from voxray.data.shards import TASK_CODES, Features, write_atomically, write_json
 from voxray.errors import RunError
 from voxray.evaluation.batch import Generation, evaluate, read_predictions
-from voxray.launch import ray_session, run_featurize
+from voxray.launch import ray_session, run_featurize, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.models.lora import base_of_adapter, find_adapter
 from voxray.run_folder import anchor, features_folder, make_folder, provenance
@@ -43,6 +43,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     first_fault(settings.val_jsonl)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     make_folder(output_dir)
+    warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
     features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
@@ -57,7 +58,12 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         )
         rows = rows_to_answer(Features(report.folders), settings, report.folders, output_dir)
         generation = Generation(
-            model_id, str(adapter or ""), settings.bf16, settings.per_device_bsz, settings.gen_max_new_tokens
+            model_id,
+            str(adapter or ""),
+            settings.bf16,
+            settings.per_device_bsz,
+            settings.gen_max_new_tokens,
+            settings.tf32,
         )
         with progress_bar("answers") as bar:
             metrics = evaluate(

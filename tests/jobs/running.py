@@ -1,0 +1,84 @@
+"""Loading, parsing and starting job scripts, for the tests of this folder."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = tuple(sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+
+
+def load_job(job: str) -> ModuleType:
+    """A job's script as a module of its own, so that a test may change what it holds."""
+    spec = importlib.util.spec_from_file_location(f"job_under_test_{job}", ROOT / "jobs" / f"{job}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Parsed(Exception):
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+
+def parse_only(job: str, argv: Sequence[str]) -> Any:
+    """Settings that a job's script makes of its arguments, by its own class and demo recipe, without running it."""
+    module = load_job(job)
+    parse = module.parse
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise _Parsed(parse(*args, **kwargs))
+
+    module.parse = stop
+    try:
+        module.main(list(argv))
+    except _Parsed as found:
+        return found.settings
+    raise AssertionError(f"{job} never called parse")
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The job commands in the ``` blocks of a page, as (job, argv).
+
+    Every line in which python is given a script of jobs/ counts, `ray job submit` lines as well. A backslash at the end
+    continues a line; what follows a comment sign, a pipe, a redirection or && is not the job's.
+    """
+    found = []
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if not re.search(r"\bpython[\d.]*\s+jobs/", line):
+                continue
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+            lexer.whitespace_split = True
+            words = list(lexer)
+            place = next(at for at, word in enumerate(words) if word.startswith("jobs/"))
+            end = next((at for at, word in enumerate(words) if at > place and set(word) <= set("|&;<>")), len(words))
+            found.append((Path(words[place]).stem, words[place + 1 : end]))
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Environment of a job started as a process: this repository's code, no network, no other cluster."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a job as a process to its end."""
+    command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *argv]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, **options)
