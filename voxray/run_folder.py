@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray import __version__
-from voxray.config.parse import REPOSITORY, Settings
+from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
 from voxray.data.shards import write_json
 from voxray.errors import RunError, SettingsError
 
@@ -62,7 +62,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
 
 def is_submitted_job() -> bool:
     """Whether this process was started by ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return SUBMITTED_JOB_VARIABLE in os.environ
 
 
 def features_folder(features_dir: str, storage_path: str, output_dir: Path) -> Path:

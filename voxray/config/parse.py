@@ -22,6 +22,8 @@ from pydantic.fields import FieldInfo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
+SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the processes that ``ray job submit`` starts."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
         values, errors = _read_yaml(CONFIGS / demo, model)
         values = {name: _from_repository(model, name, value) for name, value in values.items()}
+        if SUBMITTED_JOB_VARIABLE in os.environ and "storage_path" in model.model_fields:
+            values["storage_path"] = str(Path.home() / "voxray")  # the current directory goes when the job ends
+            print(f"{job}: in a submitted job its output goes to {values['storage_path']}", flush=True)
         return _validated(model, values, {}, errors, job)
     flags, config_path, errors = _scan(model, argv)
     values = {}
