@@ -16,12 +16,12 @@ import torch
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.train import MultitaskSettings
-from voxray.data.featurize import FeaturizeReport, featurize
+from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize
 from voxray.data.shards import write_atomically, write_json
-from voxray.errors import RunError, SettingsError
+from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
-from voxray.run_folder import anchor, features_folder, make_folder, open_run
+from voxray.run_folder import anchor, features_folder, make_folder, note_data, open_run
 from voxray.terminal import Bar, console, progress_bar
 from voxray.training.engine import Worker
 from voxray.training.loop import STOP_FILE
@@ -155,7 +155,7 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault(settings.manifest)
     make_folder(output_dir)
-    with ray_session(output_dir / "ray.log", settings.num_actors):
+    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors)):
         report = run_featurize(
             settings.manifest,
             settings.model_id,
@@ -175,6 +175,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
     Raises:
         RunError, SettingsError: What the user has to put right.
+        Stopped: The run was asked to stop and saved itself.
     """
     run_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
@@ -186,6 +187,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         data = training_data(settings, run_dir, use_ray=use_ray)
+        note_data(run_dir, (*data.train, *data.validation))
         with _stop_on_signal(run_dir), _watched(run_dir):
             if use_ray:
                 result = on_workers(settings, run_dir, data, num_workers)
@@ -195,14 +197,15 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
         return result
 
     if use_ray:
-        with ray_session(run_dir / "ray.log", num_workers):
+        with ray_session(run_dir / "ray.log", max(num_workers, MIN_ACTORS, settings.num_actors)):
             result = work()
     else:
         result = work()
-    if result["finished"]:
-        console.print(f"trained: {result['steps']} steps; adapter in {run_dir / 'adapter'}; run folder {run_dir}")
-    else:
-        console.print(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
+    if not result["finished"]:
+        raise Stopped(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
+    console.print(
+        f"trained: {result['steps']} steps; adapter in {run_dir / 'adapter'}; run folder {run_dir}", markup=False
+    )
     return result
 
 
@@ -273,11 +276,10 @@ def _fit_once(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpus_within_reach() >= num_workers),
         run_config=ray.train.RunConfig(
             name=f"ray-{os.getpid()}-{threading.get_ident()}",
             storage_path=str(run_dir / "ray"),
@@ -312,6 +314,16 @@ def raise_stored_error(run_dir: Path) -> None:
     """Raise on the driver what a worker refused."""
     stored = json.loads((run_dir / ERROR_FILE).read_text())
     raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
+
+
+def gpus_within_reach() -> int:
+    """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
+    import ray
+    from ray._private.state import state
+
+    present = ray.cluster_resources().get("GPU", 0)
+    limits = state.get_max_resources_from_cluster_config() or {}  # None without an autoscaler
+    return int(max(present, limits.get("GPU", 0)))
 
 
 def count_workers(num_workers: str | int) -> int:

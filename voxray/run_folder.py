@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,13 @@ def _clear(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def note_data(run_dir: Path, feature_sets: Iterable[Path]) -> None:
+    """Add to provenance.json what the run's features were made of."""
+    path = run_dir / "provenance.json"
+    sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
+    write_json(path, {**json.loads(path.read_text()), "data": sets})
 
 
 def provenance() -> dict[str, Any]:

@@ -24,6 +24,7 @@ from voxray.manifest import BadRow, Chunk, Sample, chunks, digest, read_chunk
 from voxray.models.family import FrontEnd, family_of
 
 MIN_ACTORS = 2
+MAX_GROWN_ACTORS = 64
 _NO_MEL = np.empty((0, 0), np.float16)
 
 
@@ -229,26 +230,20 @@ def _run_on_ray(
     import ray
 
     items = [{"chunk": vars(chunk), "folder": str(folders[chunk.manifest])} for chunk in work]
-    wanted = num_actors or max(MIN_ACTORS, int(ray.cluster_resources().get("CPU", 1)))
-    size = max(1, min(wanted, len(items)))
+    present = int(ray.cluster_resources().get("CPU", 0))
+    # A cluster that starts from zero shows no CPU yet: begin small there, and let the pool grow with it.
+    least = min(num_actors or max(MIN_ACTORS, present), len(items))
+    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), len(items)))
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), 1000))
     results = dataset.map_batches(
         ChunkFeaturizer,
         fn_constructor_args=(front_end,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        num_cpus=_cpus_per_actor(size),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        num_cpus=1,
     )
     for row in results.iter_rows():
         yield json.loads(row["result"])
-
-
-def _cpus_per_actor(num_actors: int) -> float:
-    """A whole CPU each if the cluster has them, less if more actors were asked for than it has CPUs."""
-    import ray
-
-    available = ray.cluster_resources().get("CPU", 1.0)
-    return 1.0 if num_actors <= available else round(available / num_actors * 0.9, 3)
 
 
 def _report_of_good_shard(path: Path, raw: bytes, first_line: int) -> dict[str, Any] | None:

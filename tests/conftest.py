@@ -1,0 +1,71 @@
+"""What many tests need: the tiny assets, small feature sets made of them, and a Ray of their own."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ASSETS = Path(__file__).parent / "assets"
+TINY = str(ASSETS / "voxtral-tiny")
+SPEECH = ASSETS / "speech"
+TASKS = ("asr", "sqa", "tqa")
+
+
+def manifest(name: str) -> str:
+    """Absolute path of one of the assets' manifests, such as ``asr.train``."""
+    return str(SPEECH / f"{name}.jsonl")
+
+
+def read_rows(path: str) -> list[dict]:
+    """Rows of a manifest, with absolute audio paths."""
+    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if "audio_path" in row:
+            row["audio_path"] = str(Path(path).parent / row["audio_path"])
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Write a manifest; returns its path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Manifests with a few rows of each task: ``asr.train``, ``tqa.val`` and so on -> path."""
+    folder, sizes = tmp_path_factory.mktemp("small"), {"train": 12, "val": 4}
+    names = [f"{task}.{part}" for task in TASKS for part in sizes]
+    return {
+        name: write_rows(folder / f"{name}.jsonl", read_rows(manifest(name))[: sizes[name.partition(".")[2]]])
+        for name in names
+    }
+
+
+@pytest.fixture(scope="session")
+def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
+    """Featurize manifests with the tiny model in this process; returns their feature sets."""
+    from voxray.data.featurize import featurize
+
+    shared = tmp_path_factory.mktemp("features")
+
+    def make(*manifests: str, folder: Path = shared) -> tuple[Path, ...]:
+        return featurize(manifests, TINY, folder, rows_per_shard=8, use_ray=False).folders
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A Ray of this module's own, stopped after it."""
+    from voxray.launch import RAY_SETTINGS
+
+    os.environ.update(RAY_SETTINGS)
+    import ray
+
+    ray.init(address="local", num_cpus=4, log_to_driver=False)
+    yield
+    ray.shutdown()
