@@ -102,6 +102,13 @@ def test_byte_order_mark_is_passed_over_at_the_start_only(manifest):
     assert read_chunk(next(chunks(manifest("\ufeff\n" + line), 5))).samples[0].source.endswith(":2")
 
 
+def test_only_a_newline_ends_a_row(manifest):
+    raw = b'{"instruction": "i",\r"output":\x20"a\xe2\x80\xa8b\xc2\x85c"}\n'  # CR, line separator, next line
+    samples = read_chunk(next(chunks(manifest(raw * 2), 5))).samples
+    assert [sample.answer for sample in samples] == ["a\u2028b\x85c"] * 2
+    assert [sample.source[-2:] for sample in samples] == [":1", ":2"]
+
+
 def test_bytes_at_hand_are_not_read_again(manifest):
     chunk = next(chunks(manifest([TQA]), 5))
     Path(chunk.manifest).unlink()

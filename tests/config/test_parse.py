@@ -297,7 +297,8 @@ def test_fields_set_are_those_that_the_user_set(yaml):
 def test_relative_inputs_become_absolute_and_outputs_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    (tmp_path / "base").mkdir()
+    for name in ("base", "out"):
+        (tmp_path / name).mkdir()
     argv = ["--train_jsonl", "a,~/b,/c,s3://d/e,~no-such-user/f", "--output_dir", "out", "--model_id"]
     settings = read([*argv, "base"])
     assert settings.train_jsonl == (
@@ -312,9 +313,11 @@ def test_relative_inputs_become_absolute_and_outputs_do_not(tmp_path: Path, monk
     assert read([*argv, "m"]).features_dir == ""
 
 
-def test_settings_are_frozen():
+def test_settings_are_frozen_and_closed():
     with pytest.raises(ValueError, match="frozen"):
         read(NEEDED).lr = 1.0
+    with pytest.raises(ValueError, match="Extra inputs"):
+        MultitaskSettings(**{**dict(read(NEEDED)), "lora_rank": 4})
 
 
 def test_evaluate_and_infer_name_what_they_miss(capsys: pytest.CaptureFixture[str]):
