@@ -147,10 +147,17 @@ def test_what_may_change_may(here: Path):
     assert json.loads((here / "run" / "settings.json").read_text())["max_steps"] == 99
 
 
+def test_a_run_older_than_a_setting_goes_on(here: Path):
+    open_run(here / "run", settings(), overwrite=False)
+    path = here / "run" / "settings.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "lr"}))
+    open_run(here / "run", settings(), overwrite=False)
+
+
 def test_damaged_settings_are_no_run_to_go_on_with(here: Path):
     (here / "run").mkdir()
     (here / "run" / "settings.json").write_text('{"lr": 0.0')
-    with pytest.raises(SettingsError, match="--lr"):
+    with pytest.raises(SettingsError, match=r"settings\.json: damaged.*--overwrite"):
         open_run(here / "run", settings(), overwrite=False)
     open_run(here / "run", settings(), overwrite=True)
     open_run(here / "run", settings(), overwrite=False)

@@ -94,22 +94,26 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
     make_folder(run_dir)
     path = run_dir / "settings.json"
     now = json.loads(settings.model_dump_json())
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
-        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
-        if overwrite:
-            _clear(run_dir)
-        elif changed:
-            shown = ", ".join(f"--{name} (was {before.get(name)}, now {now[name]})" for name in changed)
-            raise SettingsError(
-                f"{run_dir} holds a run with other settings: {shown}; use --overwrite or another --output_dir"
-            )
+    if overwrite:
+        _clear(run_dir)
+    elif path.is_file():
+        _check_same_run(path, now)
     (run_dir / "STOP").unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())
+
+
+def _check_same_run(path: Path, now: dict[str, Any]) -> None:
+    """Compare with the settings that the folder's run was started with; a field may be newer than the run."""
+    advice = "use --overwrite or another --output_dir"
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise SettingsError(f"{path}: damaged, so this run cannot be told from others; {advice}") from None
+    changed = [name for name in now if name in before and name not in MAY_CHANGE and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
+        raise SettingsError(f"{path.parent} holds a run with other settings: {shown}; {advice}")
 
 
 def _clear(run_dir: Path) -> None:

@@ -18,18 +18,19 @@ FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mk
 """Read by FFmpeg first: libsndfile cannot, except Opus, which FFmpeg decodes twice as fast."""
 
 
-def decode(path: str, sample_rate_hz: int, raw: bytes | None = None) -> np.ndarray:
+def decode(path: str, sample_rate_hz: int, raw: bytes | None = None, *, max_sec: float = float("inf")) -> np.ndarray:
     """Decode a clip, average its channels and resample it.
 
     Args:
         path: The file; its suffix decides which decoder is tried first.
         sample_rate_hz: Rate to return.
         raw: The file's bytes if they are at hand already.
+        max_sec: Longest clip accepted; checked before resampling, since a header may claim a rate of 1 Hz.
     Returns:
         Samples, float32, shape (num_samples,).
     Raises:
-        BadRow: The file cannot be decoded (``audio_unreadable``), holds no sample (``audio_empty``) or holds
-            NaN or infinite samples (``audio_not_finite``).
+        BadRow: The file cannot be decoded (``audio_unreadable``), holds no sample (``audio_empty``), is too long
+            (``audio_too_long``) or holds NaN or infinite samples (``audio_not_finite``).
     """
     data = Path(path).read_bytes() if raw is None else raw
     decoders = [_decode_soundfile, _decode_ffmpeg]
@@ -47,6 +48,8 @@ def decode(path: str, sample_rate_hz: int, raw: bytes | None = None) -> np.ndarr
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
     if len(samples_NC) == 0:
         raise BadRow("audio_empty", f"{path} holds no sample")
+    if len(samples_NC) / rate_hz > max_sec:
+        raise BadRow("audio_too_long", f"{path} lasts {len(samples_NC) / rate_hz:.1f} s; the model takes {max_sec:g} s")
     samples = samples_NC.mean(axis=1, dtype=np.float32) if samples_NC.shape[1] > 1 else samples_NC[:, 0]
     if not np.isfinite(samples).all():
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")

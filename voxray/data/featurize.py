@@ -111,11 +111,7 @@ def sample_features(sample: Sample, front_end: FrontEnd) -> tuple[dict[str, Any]
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
         clip["sha256"] = digest(raw)
-        samples = decode(sample.audio_path, front_end.sample_rate_hz, raw)
-        duration_sec = len(samples) / front_end.sample_rate_hz
-        if duration_sec > front_end.max_audio_sec:
-            limit = f"the model takes {front_end.max_audio_sec:g} s"
-            raise BadRow("audio_too_long", f"{sample.audio_path} lasts {duration_sec:.1f} s; {limit}")
+        samples = decode(sample.audio_path, front_end.sample_rate_hz, raw, max_sec=front_end.max_audio_sec)
         features = front_end.features(samples)
         row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
         row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
