@@ -94,10 +94,11 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
     make_folder(run_dir)
     path = run_dir / "settings.json"
     now = json.loads(settings.model_dump_json())
-    if overwrite:
-        _clear(run_dir)
-    elif path.is_file():
-        _check_same_run(path, now)
+    if path.is_file():
+        if overwrite:
+            _clear(run_dir)
+        else:
+            _check_same_run(path, now)
     (run_dir / "STOP").unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())

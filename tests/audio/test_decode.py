@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from voxray.audio.decode import FFMPEG_SUFFIXES, decode
+from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode
 from voxray.manifest import BadRow
 
 RATE_HZ = 16_000
@@ -216,3 +216,31 @@ def test_damaged_files_are_bad_rows_or_sound(name: str):
             assert error.reason.startswith("audio_")
         else:
             assert len(samples) and np.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
+def test_a_segment_is_that_part_of_the_whole(tmp_path, name):
+    """Only the segment is read, and it is sample for sample what the whole file holds there."""
+    generator = np.random.default_rng(0)
+    soundfile.write(tmp_path / name, np.cumsum(generator.normal(0, 0.01, 8 * 16_000)).clip(-0.9, 0.9), 16_000)
+    whole = decode(str(tmp_path / name), 16_000)
+    part = decode(str(tmp_path / name), 16_000, part=Part(3.3, 2.1))
+    assert len(part) == 33_600 and np.array_equal(part, whole[52_800:86_400])
+    assert np.array_equal(decode(str(tmp_path / name), 16_000, part=Part(7.5)), whole[120_000:])
+    with pytest.raises(BadRow) as error:
+        decode(str(tmp_path / name), 16_000, part=Part(9.0, 1.0))
+    assert error.value.reason == "audio_empty"
+
+
+def test_one_channel_of_several(tmp_path):
+    both = np.stack([np.full(1_600, 0.25), np.full(1_600, -0.5)], axis=1)
+    soundfile.write(tmp_path / "a.wav", both, 16_000, subtype="FLOAT")
+    assert decode(str(tmp_path / "a.wav"), 16_000, part=Part(channel=1))[0] == -0.5
+    assert decode(str(tmp_path / "a.wav"), 16_000)[0] == -0.125
+    with pytest.raises(BadRow, match=r"2 channel\(s\), so there is no channel 2"):
+        decode(str(tmp_path / "a.wav"), 16_000, part=Part(channel=2))
+
+
+def test_headerless_pcm_with_an_odd_byte(tmp_path):
+    (tmp_path / "a.pcm").write_bytes(np.array([0, 16_384, -32_768], "<i2").tobytes() + b"x")
+    assert decode(str(tmp_path / "a.pcm"), 16_000).tolist() == [0.0, 0.5, -1.0]

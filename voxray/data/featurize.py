@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.audio.decode import decode
+from voxray.audio.decode import Part, decode
 from voxray.data.shards import set_folder, shard_path, write_atomically, write_index, write_json, write_shard
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Chunk, Sample, chunks, digest, read_chunk
@@ -87,7 +87,8 @@ class ChunkFeaturizer:
             except BadRow as error:
                 bad.append(_ledger_line(chunk.manifest, int(sample.source.rpartition(":")[2]), sample.id, error))
         write_shard(path, rows)
-        content = hashlib.sha256(raw + "".join(clip["sha256"] for clip in clips).encode()).hexdigest()
+        marks = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
+        content = hashlib.sha256(raw + marks.encode()).hexdigest()
         bad.sort(key=lambda line: line["line"])
         report = {"lines": digest(raw), "first_line": chunk.first_line, "rows": len(rows), "bad": bad, "clips": clips}
         write_json(path.with_suffix(".json"), {**report, "content": content})
@@ -105,13 +106,16 @@ def sample_features(sample: Sample, front_end: FrontEnd) -> tuple[dict[str, Any]
     row: dict[str, Any] = {"mel": _NO_MEL, "num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0}
     clip = None
     if sample.audio_path:
+        part = Part(sample.start_sec, sample.duration_sec, sample.channel)
         try:
             clip = _stat(sample.audio_path)
-            raw = Path(sample.audio_path).read_bytes()
+            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read.
+            raw = Path(sample.audio_path).read_bytes() if not (part.start_sec or part.duration_sec) else None
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
-        clip["sha256"] = digest(raw)
-        samples = decode(sample.audio_path, front_end.sample_rate_hz, raw, max_sec=front_end.max_audio_sec)
+        clip["sha256"] = "" if raw is None else digest(raw)
+        rate_hz, max_sec = front_end.sample_rate_hz, front_end.max_audio_sec
+        samples = decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec)
         features = front_end.features(samples)
         row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
         row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
@@ -260,7 +264,7 @@ def _clip_unchanged(clip: dict[str, Any]) -> bool:
     try:
         if _stat(clip["path"]) == {key: value for key, value in clip.items() if key != "sha256"}:
             return True
-        return digest(Path(clip["path"]).read_bytes()) == clip["sha256"]
+        return bool(clip["sha256"]) and digest(Path(clip["path"]).read_bytes()) == clip["sha256"]
     except OSError:
         return False
 
