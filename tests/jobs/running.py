@@ -4,9 +4,12 @@ import importlib.util
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,13 +72,55 @@ def environment() -> dict[str, str]:
     """Environment of a job started as a process: this repository's code, no network, no other cluster."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {
-        **kept,
-        "PYTHONPATH": path,
-        "HF_HUB_OFFLINE": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, **quiet, "PYTHONPATH": path}
+
+
+def processes_of(*marks: str) -> set[int]:
+    """Processes that hold one of the marks in their command line or environment, and all below them.
+
+    Give every tree that a test starts a mark of its own: then nobody else's process can be among them.
+    """
+    parents, found = {}, set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if fields[0] == "Z":
+                continue
+            parents[int(folder.name)] = int(fields[1])
+            text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if any(mark.encode() in text for mark in marks):
+            found.add(int(folder.name))
+    while below := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= below
+    return found
+
+
+def alive(pids: Iterable[int]) -> set[int]:
+    """Those of the processes that still run."""
+    found = set()
+    for pid in pids:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.add(pid)
+        except OSError:
+            continue
+    return found
+
+
+def end_processes(pids: Iterable[int], timeout_sec: float = 30) -> None:
+    """Kill processes that a test started, and wait until they are gone."""
+    pids, deadline = set(pids), time.monotonic() + timeout_sec
+    while left := alive(pids):
+        assert time.monotonic() < deadline, f"processes {sorted(left)} cannot be killed"
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
 
 
 def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:

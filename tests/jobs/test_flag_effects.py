@@ -1,0 +1,149 @@
+"""Every flag has an effect that a test sees, or warns that it has none: the table of which test that is.
+
+A new flag fails here until it has its line. The tests themselves are in ``test_training_flags.py`` and
+``test_other_flags.py``, or wherever the line says.
+"""
+
+import ast
+from functools import cache
+
+import pytest
+from running import JOBS, ROOT, parse_only
+
+from voxray.config.parse import Settings, flag_of
+
+WARNS = "other_flags::flags_that_warn"
+"""For flags marked ``no_effect``: parse says so whenever one is given."""
+
+FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
+TRAIN = {
+    "model_id": "training_flags::model_id",
+    "train_jsonl": FOLDERS,
+    "output_dir": FOLDERS,
+    "storage_path": FOLDERS,
+    "features_dir": FOLDERS,
+    "rows_per_shard": FOLDERS,
+    "num_actors": "other_flags::numbers_of_ray_actors",
+    "strict": "training_flags::strict",
+    "bf16": "training_flags::bf16",
+    "tf32": "training_flags::tf32 training_flags::idle_flags_warn_without_a_gpu",
+    "val_jsonl": "training_flags::val_jsonl_and_eval_steps",
+    "max_len": "training_flags::max_len",
+    "lora_r": "training_flags::lora_r_and_alpha",
+    "lora_alpha": "training_flags::lora_r_and_alpha",
+    "lora_dropout": "training_flags::lora_dropout",
+    "freeze_whisper": "training_flags::freeze_whisper",
+    "lr": "training_flags::lr_is_the_size_of_a_step training_flags::lr_schedule_and_warmup_steps",
+    "lr_schedule": "training_flags::lr_schedule_and_warmup_steps",
+    "warmup_steps": "training_flags::lr_schedule_and_warmup_steps",
+    "weight_decay": "training_flags::weight_decay",
+    "max_grad_norm": "training_flags::max_grad_norm",
+    "label_smoothing": "training_flags::label_smoothing",
+    "epochs": "training_flags::epochs_and_rows_per_step",
+    "max_steps": "training_flags::max_steps",
+    "per_device_bsz": "training_flags::epochs_and_rows_per_step",
+    "grad_accum": "training_flags::epochs_and_rows_per_step",
+    "grad_ckpt": "training_flags::grad_ckpt",
+    "seed": "training_flags::seed",
+    "num_workers": "training_flags::num_workers submit::submitted_run_succeeds",
+    "loader_workers": "training_flags::loader_workers",
+    "pin_memory": "training_flags::pin_memory training_flags::idle_flags_warn_without_a_gpu",
+    "drop_last": "training_flags::drop_last",
+    "cuda_visible_devices": WARNS,
+    "task_weights": "training_flags::task_weights",
+    "eval_steps": "training_flags::val_jsonl_and_eval_steps",
+    "eval_max_rows": "training_flags::eval_max_rows_and_new_tokens",
+    "eval_max_new_tokens": "training_flags::eval_max_rows_and_new_tokens",
+    "save_steps": "training_flags::save_steps",
+    "log_steps": "training_flags::log_steps",
+    "overwrite": "training_flags::overwrite",
+    "debug": "training_flags::debug",
+}
+FEATURIZE_FLAGS = "other_flags::featurize_flags"
+EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"
+EVALUATE_BATCHES = "other_flags::evaluate_batches_and_precision"
+INFER_ROWS, INFER_ADAPTER = "other_flags::infer_rows", "other_flags::infer_adapter"
+SAMPLING = "other_flags::infer_sampling_really_happens"
+TO_TRIALS = "other_flags::sweep_hands_its_flags_to_every_trial"
+SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
+HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
+
+SEEN_BY: dict[str, dict[str, str]] = {
+    "featurize": dict.fromkeys(
+        ("model_id", "manifest", "output_dir", "storage_path", "rows_per_shard", "strict"), FEATURIZE_FLAGS
+    )
+    | {"num_actors": "other_flags::numbers_of_ray_actors"},
+    "train_multitask": TRAIN,
+    "evaluate": {
+        **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
+        **dict.fromkeys(("val_jsonl", "mode"), EVALUATE_ROWS),
+        **dict.fromkeys(("per_device_bsz", "gen_max_new_tokens", "bf16", "tf32"), EVALUATE_BATCHES),
+        **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
+        **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
+        "max_len": "other_flags::evaluate_max_len",
+        "strict": "other_flags::evaluate_strict",
+        "cuda_visible_devices": WARNS,
+    },
+    "infer": {
+        **dict.fromkeys(("audio_path", "question", "language"), "other_flags::infer_clip"),
+        **dict.fromkeys(("jsonl", "output_path", "batch_size", "preview_rows", "bf16"), INFER_ROWS),
+        **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
+        **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
+        **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
+        "max_len": "other_flags::infer_max_len",
+    },
+    # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
+    "tune": {
+        **dict.fromkeys(TRAIN, TO_TRIALS),
+        **dict.fromkeys(("task_weights", "lora_r", "num_trials", "grace_steps", "max_concurrent_trials"), SEARCH),
+        **dict.fromkeys(("num_workers",), SEARCH),
+        **dict.fromkeys(("metric", "metric_mode", "output_dir", "storage_path"), WINNER),
+        "overwrite": WARNS,
+        "cuda_visible_devices": WARNS,
+    },
+    "quickstart": {
+        **dict.fromkeys((*TRAIN, "base_val_jsonl", "eval_bsz"), HANDED_ON),
+        "overwrite": WARNS,
+        "cuda_visible_devices": WARNS,
+    },
+}
+
+
+def settings_class(job: str) -> type[Settings]:
+    return type(parse_only(job, []))
+
+
+@cache
+def named_tests(name: str) -> set[str]:
+    """Names of the test functions of tests/jobs/test_<name>.py."""
+    tree = ast.parse((ROOT / "tests" / "jobs" / f"test_{name}.py").read_text(encoding="utf-8"))
+    return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_job_is_in_the_table() -> None:
+    assert set(SEEN_BY) == set(JOBS)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_flag_has_a_line(job: str) -> None:
+    fields = set(settings_class(job).model_fields)
+    missing, stale = fields - set(SEEN_BY[job]), set(SEEN_BY[job]) - fields
+    assert not missing, f"{job}: no test sees {sorted(missing)}"
+    assert not stale, f"{job}: no longer flags: {sorted(stale)}"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_lines_name_tests_that_exist(job: str) -> None:
+    for flag, line in SEEN_BY[job].items():
+        assert line.split(), f"{job} --{flag}: the line is empty"
+        for entry in line.split():
+            file, _, test = entry.partition("::")
+            assert test in named_tests(file), f"{job} --{flag}: there is no test_{test} in test_{file}.py"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_flags_without_effect_are_those_that_warn(job: str) -> None:
+    fields = settings_class(job).model_fields
+    assert {flag for flag, line in SEEN_BY[job].items() if line == WARNS} == {
+        name for name, field in fields.items() if flag_of(field).no_effect
+    }

@@ -1,0 +1,451 @@
+"""What the flags of featurize, evaluate, infer, tune and the quickstart change."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import SPEECH, TINY, manifest, read_rows, write_rows
+from running import load_job, parse_only
+
+from voxray import quickstart, tune
+from voxray.config.evaluate import EvaluateSettings, InferSettings
+from voxray.config.quickstart import QuickstartSettings
+from voxray.config.train import MultitaskSettings
+from voxray.config.tune import TuneSettings
+from voxray.errors import RunError, SettingsError
+from voxray.evaluation import batch, infer, job
+from voxray.models.lora import add_lora, save_adapter
+from voxray.models.voxtral import Voxtral
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose final adapter changes every answer, and whose checkpoint does too, otherwise."""
+    run = tmp_path_factory.mktemp("run")
+    for folder, seed in (("adapter", 1), ("checkpoints/step-000005", 2)):
+        torch.manual_seed(seed)
+        base = Voxtral().load_model(TINY, dtype=torch.float32, device=CPU)
+        model = add_lora(base, Voxtral(), ("projector", "llm"), model_id=TINY, r=4, alpha=64, dropout=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        save_adapter(model, run / folder)
+    return run
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What ``answers`` was called with, in evaluate and infer; the answer is always the same."""
+    seen: list[dict[str, Any]] = []
+
+    def answers(model: Any, family: Any, front_end: Any, rows: Any, **options: Any) -> list[str]:
+        dtype = next(model.parameters()).dtype
+        with_lora = any("lora" in name for name, _ in model.named_parameters())
+        seen.append({"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, **options})
+        return ["1"] * len(rows)
+
+    monkeypatch.setattr(batch, "answers", answers)
+    monkeypatch.setattr(infer, "answers", answers)
+    return seen
+
+
+# evaluate
+
+
+Evaluate = Callable[..., job.EvaluationResult]
+
+
+@pytest.fixture
+def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """Run the evaluate job in this process, on four speech and four text rows if nothing else is said."""
+    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(job, "run_featurize", partial(job.run_featurize, use_ray=False))
+    monkeypatch.setattr(job, "evaluate", partial(job.evaluate, use_ray=False))
+
+    def run(**flags: Any) -> job.EvaluationResult:
+        usual = {"model_id": TINY, "val_jsonl": (small["asr.val"], small["tqa.val"]), "storage_path": str(tmp_path)}
+        return job.run_evaluation(EvaluateSettings.model_validate({**usual, **flags}))
+
+    return run
+
+
+def test_evaluate_folders(evaluate: Evaluate, answered: list, tmp_path: Path) -> None:
+    usual = evaluate()
+    assert usual.output_dir == tmp_path / "runs/evaluate" and (usual.output_dir / "metrics.json").is_file()
+    assert len(list((usual.output_dir / "features").iterdir())) == 2
+    other = evaluate(output_dir=str(tmp_path / "elsewhere"), features_dir="shared", rows_per_shard=3)
+    assert other.output_dir == tmp_path / "elsewhere" and not (other.output_dir / "features").exists()
+    assert sorted(json.loads(path.read_text())["shards"] for path in (tmp_path / "shared").glob("*/set.json")) == [2, 2]
+
+
+def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str]) -> None:
+    assert {task: found["exact_match"]["n"] for task, found in evaluate().metrics.items()} == {"asr": 4, "tqa": 4}
+    assert set(evaluate(val_jsonl=(small["sqa.val"],), output_dir="b").metrics) == {"sqa"}
+    assert set(evaluate(mode="valid_asr", output_dir="c").metrics) == {"asr"}
+    result = evaluate(mode="submission_asr", output_dir="d")
+    lines = list(csv.reader((result.output_dir / "submission.csv").open(encoding="utf-8")))
+    assert lines[0] == ["testset_id", "text"] and lines[1:] == [[f"asr.val.jsonl:{line}", "1"] for line in range(1, 5)]
+    with pytest.raises(RunError, match="no aac row"):
+        evaluate(mode="valid_aac", output_dir="e")
+
+
+def test_evaluate_max_len(evaluate: Evaluate, answered: list, small: dict[str, str]) -> None:
+    result = evaluate(max_len=40)
+    assert set(result.metrics) == {"tqa"}, "the prompt of a clip has 50 positions per window"
+    ledger = [json.loads(line) for line in (result.output_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["manifest"], line["line"], line["reason"]) for line in ledger] == [
+        (small["asr.val"], line, "too_long") for line in range(1, 5)
+    ]
+
+
+def test_evaluate_batches_and_precision(
+    evaluate: Evaluate, answered: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate(per_device_bsz=3, gen_max_new_tokens=9, tf32=True)
+    assert sorted(len(call["rows"]) for call in answered) == [2, 3, 3]
+    assert {call["max_new_tokens"] for call in answered} == {9}
+    assert {call["dtype"] for call in answered} == {torch.float32}
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.cuda.is_available() or "warning: --tf32 has no effect" in capsys.readouterr().out
+    answered.clear()
+    evaluate(bf16=True, output_dir="b")
+    assert {call["dtype"] for call in answered} == {torch.bfloat16}
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_evaluate_model_and_adapter(
+    evaluate: Evaluate, answered: list[dict[str, Any]], adapter: Path, tmp_path: Path
+) -> None:
+    evaluate()
+    evaluate(lora_dir=str(adapter), output_dir="b")
+    assert [call["lora"] for call in answered[:1] + answered[-1:]] == [False, True]
+    with pytest.raises(RunError, match=r"--lora_dir .*: no adapter here"):
+        evaluate(lora_dir=str(tmp_path), output_dir="c")
+    with pytest.raises(RunError, match="--model_id /nowhere"):
+        evaluate(model_id="/nowhere", output_dir="d")
+    settings = EvaluateSettings(val_jsonl=("x",))
+    assert job.base_and_adapter(settings, str(adapter))[0] == TINY, "an adapter knows its base"
+
+
+def test_evaluate_strict(evaluate: Evaluate, answered: list, small: dict[str, str], tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", [*read_rows(small["tqa.val"])[:1], {"other": 1}])
+    with pytest.raises(RunError, match=rf"{path}:2: .*\(--strict\)"):
+        evaluate(val_jsonl=(path,), strict=True)
+    assert evaluate(val_jsonl=(path,)).metrics["tqa"]["exact_match"]["n"] == 1
+
+
+# featurize, and what only Ray does
+
+
+@pytest.mark.ray
+def test_numbers_of_ray_actors(
+    local_ray: None, small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    sizes: list[int] = []
+    strategy = ray.data.ActorPoolStrategy
+
+    def watched(**options: Any) -> Any:
+        sizes.append(options["size"])
+        return strategy(**options)
+
+    monkeypatch.setattr(ray.data, "ActorPoolStrategy", watched)
+    line = f"--model_id {TINY} --val_jsonl {small['tqa.val']} --output_dir {tmp_path} --rows_per_shard 1"
+    fast = "--num_actors 3 --num_models 2 --per_device_bsz 1 --gen_max_new_tokens 4"
+    monkeypatch.setattr(batch, "BATCHES_PER_PART", 1)
+    load_job("evaluate").main([*line.split(), *fast.split()])
+    assert sizes == [3, 2]
+    parts = list((tmp_path / "predictions").glob("part-*.parquet"))
+    assert len(parts) == 4
+
+
+@pytest.mark.ray
+def test_featurize_flags(
+    local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [*read_rows(small["tqa.val"]), {"audio_path": "x.wav", "transcript": "x"}])
+    line = f"--model_id {TINY} --manifest {bad},{small['asr.val']} --storage_path {tmp_path} --output_dir made"
+    load_job("featurize").main([*line.split(), "--rows_per_shard", "2", "--num_actors", "2"])
+    out, folder = capsys.readouterr().out, tmp_path / "made"
+    assert "features: 9 rows, 9 of them made now, by " in out and "1 bad row(s)" in out
+    shards = {json.loads(path.read_text())["manifest"]: path.parent / "shards" for path in folder.glob("*/set.json")}
+    assert {name: len(list(path.glob("*.arrow"))) for name, path in shards.items()} == {bad: 3, small["asr.val"]: 2}
+    [entry] = [json.loads(text) for text in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert (entry["manifest"], entry["line"], entry["reason"]) == (bad, 5, "audio_missing")
+    with pytest.raises(SystemExit) as end:
+        load_job("featurize").main([*line.split(), "--strict"])
+    assert end.value.code == 1
+    assert f"error: {bad}:5: audio file not found: x.wav (--strict)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        load_job("featurize").main([*line.split(), "--model_id", "/nowhere"])
+    assert end.value.code == 2, "given twice"
+    with pytest.raises(SystemExit) as end:
+        load_job("featurize").main(["--model_id", "/nowhere", "--manifest", bad, "--output_dir", str(folder)])
+    assert end.value.code == 1 and "--model_id /nowhere" in capsys.readouterr().err
+
+
+# infer
+
+
+def answer(**flags: Any) -> list[dict[str, Any]]:
+    return infer.run_inference(InferSettings.model_validate({"model_id": TINY, **flags}), manifest("asr.val"))
+
+
+def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+    features = infer.sample_features
+
+    def watched(sample: Any, front_end: Any) -> Any:
+        row = features(sample, front_end)
+        prompts.append(front_end.show(row[0]["prompt_ids"]))
+        return row
+
+    monkeypatch.setattr(infer, "sample_features", watched)
+    clip = str(SPEECH / "sample.wav")
+    answer(audio_path=clip)
+    answer(audio_path=clip, language="ko")
+    [asked] = answer(audio_path=clip, question="무슨 번호입니까?")
+    assert asked["task"] == "sqa" and asked["id"] == "sample.wav"
+    assert prompts[0].endswith("[/INST][TRANSCRIBE]") and prompts[1].endswith("[/INST]lang:ko[TRANSCRIBE]")
+    assert prompts[2].endswith("무슨 번호입니까?[/INST]")
+    with pytest.raises(RunError, match=r"--audio_path /no\.wav: no such file"):
+        answer(audio_path="/no.wav")
+
+
+def test_infer_rows(answered: list[dict[str, Any]], small: dict[str, str], tmp_path: Path) -> None:
+    def number_of_calls(**flags: Any) -> list[int]:
+        answered.clear()
+        answer(jsonl=small["tqa.val"], **flags)
+        return [len(call["rows"]) for call in answered]
+
+    assert number_of_calls(batch_size=3) == [3, 1]
+    assert number_of_calls(preview_rows=2) == [2]
+    assert answered[0]["max_new_tokens"] == 256 and answered[0]["temperature"] == 0
+    assert number_of_calls(max_new_tokens=5, temperature=0.5, seed=7) == [4]
+    assert (answered[0]["max_new_tokens"], answered[0]["temperature"], answered[0]["seed"]) == (5, 0.5, 7)
+    answer(jsonl=small["tqa.val"], output_path=str(tmp_path / "a.jsonl"), bf16=True)
+    assert answered[-1]["dtype"] == torch.bfloat16
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prediction"] for row in rows] == ["1"] * 4
+    assert [row["reference"] for row in rows] == [row["output"] for row in read_rows(small["tqa.val"])]
+
+
+def test_infer_max_len(answered: list, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match="nothing could be answered"):
+        answer(jsonl=small["asr.val"], max_len=50)
+    assert f"{small['asr.val']}:4: left out: " in capsys.readouterr().err
+
+
+def test_infer_sampling_really_happens(small: dict[str, str]) -> None:
+    def texts(**flags: Any) -> list[str]:
+        flags = {"max_new_tokens": 8, **flags}
+        return [row["prediction"] for row in answer(jsonl=small["tqa.val"], **flags)]
+
+    greedy = texts()
+    assert greedy == texts(seed=5), "without a temperature nothing is drawn"
+    hot = texts(temperature=5.0, seed=5)
+    assert hot == texts(temperature=5.0, seed=5) != greedy
+    assert hot != texts(temperature=5.0, seed=6)
+    assert all(len(short) < len(long) for short, long in zip(texts(max_new_tokens=1), greedy, strict=True))
+
+
+def test_infer_adapter(
+    adapter: Path, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def texts(**flags: Any) -> list[str]:
+        return [row["prediction"] for row in answer(jsonl=small["tqa.val"], max_new_tokens=8, **flags)]
+
+    base, final = texts(), texts(lora_dir=str(adapter))
+    assert f"adapter {adapter / 'adapter'}: " in capsys.readouterr().err
+    assert base != final == texts(output_dir=str(adapter)) == texts(lora_dir=str(adapter / "adapter"))
+    shutil.copytree(adapter / "checkpoints", tmp_path / "checkpoints")
+    assert texts(output_dir=str(tmp_path)) not in (base, final), "without a final adapter the newest checkpoint is used"
+
+
+def test_infer_model_id_and_tf32(answered: list, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    answer(jsonl=small["tqa.val"], tf32=True)
+    assert torch.backends.cuda.matmul.allow_tf32
+    assert torch.cuda.is_available() or "warning: --tf32 has no effect" in capsys.readouterr().out
+    answer(jsonl=small["tqa.val"])
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with pytest.raises(RunError, match="--model_id /nowhere"):
+        answer(jsonl=small["tqa.val"], model_id="/nowhere")
+
+
+# tune
+
+
+@pytest.fixture
+def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Run the tune job with trials that were over before they began; what Ray Tune was given is in ``given``."""
+    import ray
+    import ray.tune
+
+    given: dict[str, Any] = {}
+
+    class Tuner:
+        def __init__(self, trial: Any, *, param_space: dict, tune_config: Any, run_config: Any) -> None:
+            given.update(space=param_space, config=tune_config)
+
+        def fit(self) -> list[Any]:
+            values = {4: (0.4, 0.1), 8: (0.2, 0.3), 16: (0.3, 0.2)}
+            return [
+                SimpleNamespace(
+                    metrics={
+                        "asr/cer_nospace": cer,
+                        "asr/cer": 0.1,
+                        "tqa/rouge_l": rouge,
+                        "step": 3,
+                        "trial_id": str(r),
+                    },
+                    config={"task_weights": {"asr": 1.0, "tqa": 2.0}, "lora_r": r},
+                    error=None,
+                )
+                for r, (cer, rouge) in values.items()
+            ]
+
+    def training_data(settings: Any, output_dir: Path, **options: Any) -> None:
+        given["data"] = settings
+
+    monkeypatch.setattr(ray.tune, "Tuner", Tuner)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 9})
+    monkeypatch.setattr(tune, "ray_session", lambda log, processes: given.update(processes=processes) or nullcontext())
+    monkeypatch.setattr(tune, "training_data", training_data)
+
+    def run(line: str = "") -> dict[str, Any]:
+        usual = f"--model_id {TINY} --train_jsonl {small['tqa.train']} --val_jsonl {small['asr.val']}"
+        folders = f"--storage_path {tmp_path} --output_dir sweep --features_dir f"
+        given["best"] = tune.run_sweep(parse_only("tune", [*usual.split(), *folders.split(), *line.split()]))
+        given["yaml"] = yaml.safe_load((tmp_path / "sweep" / "best.yaml").read_text(encoding="utf-8"))
+        return given
+
+    return run
+
+
+def test_sweep_search(sweep: Callable[..., dict[str, Any]]) -> None:
+    given = sweep("--task_weights 1,1,1;2,1,1 --lora_r 4,8 --num_workers 2")
+    assert given["processes"] == 2 and given["config"].max_concurrent_trials == 4, "(9 CPUs - 1) / 2 processes"
+    assert given["space"]["lora_r"] == {"grid_search": [4, 8]} and given["config"].num_samples == 1
+    shares = [choice["asr"] for choice in given["space"]["task_weights"]["grid_search"]]
+    assert shares == [1.0, 2.0]
+    milestones = [milestone for milestone, _ in given["config"].scheduler._brackets[0]._rungs]
+    assert min(milestones) == 20
+    given = sweep("--num_trials 5 --grace_steps 7 --max_concurrent_trials 3 --lora_r 4,8")
+    assert given["config"].num_samples == 5 and given["config"].max_concurrent_trials == 3
+    assert given["space"]["lora_r"].categories == [4, 8], "drawn, not all tried"
+    assert min(milestone for milestone, _ in given["config"].scheduler._brackets[0]._rungs) == 7
+
+
+def test_sweep_winner(sweep: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    given = sweep()
+    assert given["config"].metric == "asr/cer_nospace" and given["config"].mode == "min"
+    assert given["best"]["lora_r"] == given["yaml"]["lora_r"] == 8
+    assert sweep("--metric_mode max")["yaml"]["lora_r"] == 4
+    assert sweep("--metric tqa/rouge_l --metric_mode max")["yaml"]["lora_r"] == 8
+    assert sweep("--metric tqa/rouge_l")["yaml"]["lora_r"] == 4
+    best = parse_only("train_multitask", ["--config", str(tmp_path / "sweep" / "best.yaml")])
+    assert best.task_weights == {"asr": 1.0, "tqa": 2.0} and best.output_dir == str(tmp_path / "sweep" / "best")
+    rows = list(csv.DictReader((tmp_path / "sweep" / "results.csv").open(encoding="utf-8")))
+    assert [row["lora_r"] for row in rows] == ["4", "16", "8"], "best first"
+    with pytest.raises(SettingsError, match="--metric asr/rouge_l: not one of asr/cer_nospace"):
+        sweep("--metric asr/rouge_l")
+
+
+def other_values(model: type) -> dict[str, Any]:
+    """A valid value for every field, other than its default."""
+    special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
+    special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
+    values = {}
+    for name, info in model.model_fields.items():
+        kind, default = info.annotation, info.default
+        plain = {bool: default is not True, int: (default if isinstance(default, int) else 0) + 1, str: f"a {name}"}
+        plain[float] = (default if isinstance(default, float | int) else 0) + 0.5
+        values[name] = special[name] if name in special else plain[kind]
+        assert values[name] != default, name
+    return values
+
+
+def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    values = other_values(MultitaskSettings)
+    swept = {"task_weights": ({"asr": 2.0},), "lora_r": (4,)}
+    settings = TuneSettings.model_validate({**values, **swept})
+    trial = tune.trial_settings(settings, {"task_weights": {"asr": 1.0}, "lora_r": 17}, tmp_path)
+    own = {"output_dir": str(tmp_path), "storage_path": "", "overwrite": True}
+    assert dict(trial) == {**values, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}
+    given = sweep("--num_actors 3 --rows_per_shard 5 --strict --tf32")["data"]
+    assert (given.features_dir, given.num_actors, given.rows_per_shard, given.strict) == ("f", 3, 5, True)
+
+
+# quickstart
+
+
+def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def featurized(manifests: Any, model_id: str, features_dir: Path, **options: Any) -> Any:
+        calls.append(("featurize", {"manifests": manifests, "model_id": model_id, "dir": features_dir, **options}))
+        return SimpleNamespace(folders=manifests)
+
+    split: list[Any] = []
+    monkeypatch.setattr(quickstart, "ray_session", lambda log, processes: split.append(processes) or nullcontext())
+    monkeypatch.setattr(quickstart, "run_featurize", featurized)
+    monkeypatch.setattr(quickstart, "run_training", lambda settings: calls.append(("train", dict(settings))))
+    monkeypatch.setattr(quickstart, "run_evaluation", lambda settings: calls.append(("evaluate", dict(settings))))
+    monkeypatch.setattr(quickstart, "read_predictions", lambda folder: [])
+    monkeypatch.setattr(quickstart, "_split", lambda rows, own: split.append(own) or ({}, {}))
+    monkeypatch.setattr(quickstart, "_most_frequent_answer", lambda folders, settings: {})
+    values = {**other_values(QuickstartSettings), "storage_path": str(tmp_path), "output_dir": "q", "features_dir": "f"}
+    quickstart.run_quickstart(QuickstartSettings.model_validate(values))
+    assert [name for name, _ in calls] == ["featurize", "evaluate", "train", "evaluate"]
+    (_, features), (_, before), (_, trained), (_, after) = calls
+    folder, common = tmp_path / "q", ("model_id", "num_actors", "rows_per_shard", "strict")
+    assert features == {
+        **{name: values[name] for name in common},
+        **{"manifests": ("t", "v", "b"), "dir": tmp_path / "f"},
+    }
+    own = {"output_dir": str(folder / "train"), "features_dir": str(tmp_path / "f"), "overwrite": True}
+    assert trained == {**{name: values[name] for name in MultitaskSettings.model_fields}, **own}
+    assert before["val_jsonl"] == after["val_jsonl"] == ("v", "b")
+    for evaluation in (before, after):
+        same = (*common, "bf16", "tf32", "max_len")
+        assert {name: evaluation[name] for name in same} == {name: values[name] for name in same}
+        assert evaluation["per_device_bsz"] == values["eval_bsz"]
+        assert evaluation["gen_max_new_tokens"] == values["eval_max_new_tokens"]
+        assert evaluation["features_dir"] == str(tmp_path / "f")
+    assert (before["output_dir"], after["output_dir"]) == (str(folder / "base"), str(folder / "tuned"))
+    assert (before["lora_dir"], after["lora_dir"]) == ("", str(folder / "train"))
+    assert split[0] == 3 and split[1:] == [("b",), ("b",)]
+    assert (folder / "summary.json").is_file()
+
+
+def test_quickstart_trains_in_two_processes_unless_told_otherwise(tmp_path: Path) -> None:
+    settings = QuickstartSettings(train_jsonl=("t",), output_dir="q")
+    assert quickstart._train_settings(settings, tmp_path, {"model_id": "m"}).num_workers == 2
+
+
+def test_flags_that_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    trains = "--train_jsonl t.jsonl --output_dir o"
+    for name, line, flag in (
+        ("train_multitask", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("tune", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("quickstart", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("evaluate", "--val_jsonl v.jsonl --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("tune", f"{trains} --overwrite", "overwrite"),
+        ("quickstart", f"{trains} --overwrite", "overwrite"),
+    ):
+        parse_only(name, line.split())
+        assert f"warning: --{flag} has no effect: " in capsys.readouterr().err
+    parse_only("train_multitask", trains.split())
+    assert "warning" not in capsys.readouterr().err

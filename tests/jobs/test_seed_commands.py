@@ -1,0 +1,235 @@
+"""Commands that people already use: each parses in the job that took the old script's place, and runs.
+
+They run word for word, in a folder laid out as they expect it: the base model's hub name is a link to the tiny model,
+and data/, the checkpoints and sample.wav are small ones. To cover another job, add its rows to ``SEED_COMMANDS``.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import SPEECH, TINY
+from running import JOBS, load_job, parse_only
+
+VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
+MULTITASK = (
+    f"--model_id {VOXTRAL} --train_jsonl data/ASR.jsonl,data/SQA.jsonl,data/TQA.jsonl "
+    "--val_jsonl data/ASR.dev.jsonl,data/SQA.dev.jsonl,data/TQA.dev.jsonl --output_dir ckpt_voxtral_mt "
+    "--per_device_bsz 2 --grad_accum 16 --max_len 1280 --eval_max_new_tokens 256 --lora_r 16 --lora_alpha 32 "
+    "--lora_dropout 0.05 --task_weights 1.0,1.5,1.2 --bf16 --tf32 --grad_ckpt --freeze_whisper --epochs 5"
+)
+STAGE_1 = (
+    f"--model_id {VOXTRAL} --output_dir ckpt_stage1_text --jsonl data/text_medqa.val.jsonl "
+    "--max_new_tokens 256 --temperature 0.7"
+)
+STAGE_2 = f"--base_model {VOXTRAL} --adapter_path ckpt_stage2_asr/lora_stage2_adapter"
+SEED_COMMANDS = [
+    ("infer", STAGE_1),
+    ("infer", f"{STAGE_1} --batch_size 8 --preview_rows 20"),
+    ("infer", "--adapter_path ckpt_stage2_asr/lora_stage2_adapter"),
+    ("infer", f"{STAGE_2} --audio_path sample.wav"),
+    ("infer", f"{STAGE_2} --test_jsonl test_data.jsonl --output_path results.jsonl"),
+    ("train_multitask", MULTITASK),
+    ("train_multitask", f"{MULTITASK} --debug"),
+    (
+        "evaluate",
+        f"--model_id {VOXTRAL} --lora_dir ckpt_voxtral_mt "
+        "--val_jsonl data/ASR.dev.jsonl,data/SQA.dev.jsonl,data/TQA.dev.jsonl "
+        "--per_device_bsz 4 --max_len 1280 --gen_max_new_tokens 256 --bf16",
+    ),
+]
+# accelerate_eval.sh read its manifests from the YAML file of its model, so these two name some.
+SALMONN_MODES = [
+    ("evaluate", f"--mode {mode} --model_id {VOXTRAL} --val_jsonl data/ASR.dev.jsonl,data/TQA.dev.jsonl")
+    for mode in ("submission_asr", "submission_aac")
+]
+QUICK = {"train_multitask": ["--num_workers", "0", "--debug"]}
+"""Added to run a command fast: no Ray Train for one process, a few rows."""
+
+TRAINS = "--train_jsonl data/ASR.jsonl --output_dir out"
+OLD_SPELLINGS = [
+    ("train_multitask", "--task_sampling 1.0,1.5,1.2", "task_weights", {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}),
+    ("train_multitask", "--eval_steps 500", "eval_steps", 500),
+    ("train_multitask", "--num_workers auto", "num_workers", "auto"),
+    ("train_multitask", "--nproc 2", "num_workers", 2),
+    ("train_multitask", "--no-pin_memory", "pin_memory", False),
+    ("train_multitask", "--no-drop_last", "drop_last", False),
+    ("train_multitask", "--learning_rate 1e-3", "lr", 1e-3),
+    ("train_multitask", "--num_train_epochs 3", "epochs", 3),
+    ("train_multitask", "--per_device_train_batch_size 8", "per_device_bsz", 8),
+    ("train_multitask", "--gradient_accumulation_steps 2", "grad_accum", 2),
+    ("train_multitask", "--cuda_visible_devices 0", "cuda_visible_devices", "0"),
+    ("evaluate", "--jsonl data/ASR.dev.jsonl", "val_jsonl", "data/ASR.dev.jsonl"),
+    ("evaluate", "--val_jsonl x.jsonl --batch_size_eval 8", "per_device_bsz", 8),
+    ("evaluate", "--val_jsonl x.jsonl --per_device_eval_batch_size 8", "per_device_bsz", 8),
+    ("evaluate", "--val_jsonl x.jsonl --out_dir out", "output_dir", "out"),
+    ("evaluate", "--val_jsonl x.jsonl --cuda_visible_devices 0,1", "cuda_visible_devices", "0,1"),
+    ("infer", "--jsonl x.jsonl --ppl_batch 4", "batch_size", 4),
+    ("infer", "--jsonl x.jsonl --num_preview 5", "preview_rows", 5),
+    ("infer", "--model_name_or_path some/model --audio_path x.wav", "model_id", "some/model"),
+    ("featurize", "--manifest x.jsonl --out_dir out", "output_dir", "out"),
+]
+
+
+@pytest.fixture(scope="module")
+def seed_folder(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the commands find what they name; the adapters come from the multitask command itself."""
+    folder = tmp_path_factory.mktemp("seed")
+    (folder / VOXTRAL).parent.mkdir()
+    (folder / VOXTRAL).symlink_to(TINY)
+    (folder / "data").mkdir()
+    for task in ("asr", "sqa", "tqa"):
+        shutil.copy(small[f"{task}.train"], folder / "data" / f"{task.upper()}.jsonl")
+        shutil.copy(small[f"{task}.val"], folder / "data" / f"{task.upper()}.dev.jsonl")
+    shutil.copy(small["tqa.val"], folder / "data" / "text_medqa.val.jsonl")
+    shutil.copy(small["asr.val"], folder / "test_data.jsonl")
+    shutil.copy(SPEECH / "sample.wav", folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        load_job("train_multitask").main([*MULTITASK.split(), *QUICK["train_multitask"]])
+        for old in ("ckpt_stage1_text", "ckpt_stage2_asr"):
+            shutil.copytree("ckpt_voxtral_mt/adapter", f"{old}/adapter")
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_training_command_made_an_adapter_and_a_metric_per_task(seed_folder: Path) -> None:
+    run = seed_folder / "ckpt_voxtral_mt"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in records if record["kind"] == "train"} == {1, 2, 3, 4}
+    last = records[-1]
+    assert last["kind"] == "validation"
+    assert {"asr/cer", "sqa/rouge_l", "tqa/rouge_l"} <= set(last)
+    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 10_000
+    assert json.loads((run / "settings.json").read_text())["task_weights"] == {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}
+
+
+@pytest.mark.parametrize(("job", "line"), SEED_COMMANDS + SALMONN_MODES)
+def test_command_parses(job: str, line: str, seed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(seed_folder)
+    settings = parse_only(job, line.split())
+    # --output_dir of the old inference script names the folder to read from, everywhere else the one to write to
+    assert len(settings.model_fields_set) == sum(word.startswith("--") for word in line.split())
+    assert settings.model_id == str(seed_folder / VOXTRAL), "the link is found, so nothing is fetched from a hub"
+
+
+@pytest.mark.parametrize(("job", "line", "field", "value"), OLD_SPELLINGS)
+def test_old_spelling_lands_in_its_field(
+    job: str, line: str, field: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = parse_only(job, f"{TRAINS} {line}".split() if job == "train_multitask" else line.split())
+    expected = (str(Path(value).absolute()),) if field == "val_jsonl" else value  # type: ignore[arg-type]
+    assert getattr(settings, field) == expected
+    assert ("Ray places the workers" in capsys.readouterr().err) == (field == "cuda_visible_devices")
+
+
+@pytest.fixture
+def in_seed_folder(seed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(seed_folder)
+    return seed_folder
+
+
+INFER_RUNS = [line for job, line in SEED_COMMANDS if job == "infer"]
+
+
+@pytest.mark.parametrize("line", INFER_RUNS)
+def test_infer_command_runs(line: str, in_seed_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_job("infer").main(line.split())
+    said = capsys.readouterr()
+    assert "adapter " in said.err and " tensors" in said.err, "no adapter is silently ignored"
+    if "--jsonl" in line or "--test_jsonl" in line:
+        assert len([text for text in said.out.splitlines() if "\t" in text]) == 4
+        assert ("exact_match" in said.out) and ("asr" if "--test_jsonl" in line else "tqa") in said.out
+    elif "--audio_path" in line:
+        assert said.out.strip() and "\t" not in said.out
+    else:  # an adapter alone shows what it does on a few clips of the assets
+        assert "no --audio_path and no --jsonl" in said.out
+    if "--output_path" in line:
+        rows = [json.loads(text) for text in (in_seed_folder / "results.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 and all(row["reference"] and "prediction" in row for row in rows)
+
+
+@pytest.mark.ray
+def test_evaluate_command_runs(local_ray: None, in_seed_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load_job("evaluate").main(next(line for job, line in SEED_COMMANDS if job == "evaluate").split())
+    found = json.loads((in_seed_folder / "runs/evaluate/metrics.json").read_text())
+    assert set(found) == {"asr", "sqa", "tqa"}
+    for metrics in found.values():
+        assert all(entry["n"] == 4 for entry in metrics.values())
+    assert "ckpt_voxtral_mt" in capsys.readouterr().out
+
+
+@pytest.mark.ray
+def test_submission_modes_run(local_ray: None, in_seed_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asr, aac = (line.split() for _, line in SALMONN_MODES)
+    load_job("evaluate").main([*asr, "--gen_max_new_tokens", "16", "--output_dir", "submission"])
+    lines = (in_seed_folder / "submission/submission.csv").read_text().splitlines()
+    assert lines[0] == "testset_id,text" and len(lines) == 5, "the text rows are not part of it"
+    with pytest.raises(SystemExit) as end:
+        load_job("evaluate").main([*aac, "--output_dir", "aac"])
+    assert end.value.code == 1
+    assert "no aac row to evaluate" in capsys.readouterr().err
+
+
+def test_every_job_says_first_that_no_flags_mean_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    for job in JOBS:
+        settings = parse_only(job, [])
+        said = capsys.readouterr().out
+        assert said.startswith(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/"), said
+        assert settings.model_id == TINY
+
+
+@pytest.fixture
+def run_without_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(job: str) -> Path:
+        load_job(job).main([])
+        return tmp_path / "runs" / "demo"
+
+    return run
+
+
+def test_infer_without_flags(run_without_flags: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run_without_flags("infer")
+    out = capsys.readouterr().out
+    assert out.startswith("infer: no flags given")
+    assert len([line for line in out.splitlines() if "\t" in line]) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_featurize_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    folder = run_without_flags("featurize") / "features"
+    assert sum(json.loads(path.read_text())["rows"] for path in folder.glob("*/set.json")) == 660
+    assert (folder / "quarantine.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_evaluate_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    found = json.loads((run_without_flags("evaluate") / "evaluate" / "metrics.json").read_text())
+    assert {task: metrics["exact_match"]["n"] for task, metrics in found.items()} == {"asr": 80, "sqa": 40, "tqa": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_train_multitask_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    run = run_without_flags("train_multitask") / "train"
+    assert json.loads((run / "result.json").read_text())["finished"]
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_tune_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    folder = run_without_flags("tune") / "tune"
+    assert len((folder / "results.csv").read_text().splitlines()) == 1 + 4
+    assert parse_only("train_multitask", ["--config", str(folder / "best.yaml")]).lora_r in (4, 16)

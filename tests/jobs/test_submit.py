@@ -1,0 +1,209 @@
+"""`ray job submit` against a real head with a dashboard: what succeeds, what is refused and how, what stopping saves.
+
+The head listens on the loopback interface, on free ports of its own, with a folder of its own. It and everything below
+it carries a mark in its environment, by which the teardown finds its processes and nobody else's.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, read_rows, write_rows
+from running import ROOT, alive, end_processes, environment, processes_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+RAY = str(Path(sys.executable).with_name("ray"))
+WAIT_SEC = 240
+
+
+def free_ports(number: int) -> list[int]:
+    """Free ports outside 10002-19999, which Ray gives to its workers."""
+    sockets: list[socket.socket] = []
+    try:
+        while len(sockets) < number:
+            sockets.append(socket.create_server(("127.0.0.1", 0)))
+            if 10002 <= sockets[-1].getsockname()[1] <= 19999:
+                sockets.pop().close()
+        return [item.getsockname()[1] for item in sockets]
+    finally:
+        for item in sockets:
+            item.close()
+
+
+@dataclass
+class Head:
+    """A running head and how to talk to it."""
+
+    address: str
+    env: dict[str, str]
+    submitted: list[str] = field(default_factory=list)
+
+    def ray(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [RAY, "job", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=self.env, cwd=ROOT, timeout=120)
+
+    def submit(self, name: str, job: str, arguments: list[str]) -> str:
+        """Hand in a job the way the README says, without waiting for it."""
+        name = f"{name}-{uuid.uuid4().hex[:8]}"
+        options = ["--address", self.address, "--submission-id", name, "--runtime-env", "runtime_env.yaml", "--no-wait"]
+        done = self.ray("submit", *options, "--", sys.executable, f"jobs/{job}.py", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        self.submitted.append(name)
+        return name
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self.address}/api/jobs/{path}", timeout=30) as answer:
+            return json.load(answer)
+
+    def wait(self, name: str) -> dict[str, Any]:
+        """A finished job's details, its log among them."""
+        deadline = time.monotonic() + WAIT_SEC
+        while (details := self.get(name))["status"] not in {"SUCCEEDED", "FAILED", "STOPPED"}:
+            assert time.monotonic() < deadline, f"{name} is {details['status']}: {self.get(f'{name}/logs')['logs']}"
+            time.sleep(0.5)
+        return {**details, "logs": self.get(f"{name}/logs")["logs"]}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    folder, mark = tempfile.mkdtemp(prefix="vx", dir="/tmp"), uuid.uuid4().hex  # short: Ray makes sockets in it
+    names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    names += ("metrics-export-port", "ray-client-server-port", "runtime-env-agent-port")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    env = {**environment(), "RAY_AUTH_MODE": "disabled", "VOXRAY_TEST_HEAD": mark}
+    del env["PYTHONPATH"]  # a job runs the code that it brings
+    command = [RAY, "start", "--head", "--num-cpus=4", "--dashboard-host=127.0.0.1", "--disable-usage-stats", "--block"]
+    command += [f"--temp-dir={folder}", *(f"--{name}={port}" for name, port in ports.items())]
+    with open(Path(folder) / "start.log", "w") as log:
+        starter = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    head = Head(f"http://127.0.0.1:{ports['dashboard-port']}", env)
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                head.get("")
+                break
+            except OSError:
+                assert starter.poll() is None, (Path(folder) / "start.log").read_text()
+                assert time.monotonic() < deadline, "the head does not answer"
+                time.sleep(0.5)
+        yield head
+    finally:
+        pids = {starter.pid} | processes_of(mark, folder)
+        end_processes(pids)
+        starter.wait(30)
+        end_processes(processes_of(mark, folder))
+        assert not processes_of(mark, folder) and not alive(pids)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def arguments(train_jsonl: str, storage: Path | None, *more: str) -> list[str]:
+    line = ["--model_id", TINY, "--train_jsonl", train_jsonl, "--output_dir", "runs/mt", "--num_workers", "2", *more]
+    return line if storage is None else [*line, "--storage_path", str(storage)]
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The jobs of this module, handed in together so that they wait for each other's start-up only once."""
+
+    storage: Path
+    names: dict[str, str]
+    expected: dict[str, tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def submitted(head: Head, small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Submitted:
+    storage = tmp_path_factory.mktemp("storage")
+    rows = write_rows(storage / "in" / "keyless.jsonl", [{"text": "no task has this"}, {"audio_path": "x.wav"}])
+    gone = [{**row, "audio_path": f"/gone/{number}.wav"} for number, row in enumerate(read_rows(small["asr.train"]))]
+    gone_path = write_rows(storage / "in" / "gone.jsonl", gone)
+    missing = str(storage / "in" / "missing.jsonl")
+    train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
+    val = ["--val_jsonl", ",".join(small[f"{task}.val"] for task in ("asr", "sqa", "tqa"))]
+    jobs = {
+        "good": arguments(train, storage, "--debug", "--eval_max_new_tokens", "8", *val),
+        "missing": arguments(missing, storage),
+        "keyless": arguments(rows, storage),
+        "gone": arguments(gone_path, storage),
+        "relative": arguments(train, None),
+    }
+    expected = {
+        "missing": (1, f"error: {missing}: cannot read the manifest: No such file or directory"),
+        "keyless": (1, f"error: {rows}:1: no usable row in this manifest; the first fault: keys text match no task"),
+        "gone": (
+            1,
+            f"error: {gone_path}:1: no usable row in this manifest; the first fault: audio file not found: /gone/0",
+        ),
+        "relative": (
+            2,
+            "error: --output_dir runs/mt: a submitted job runs in a temporary copy; make it absolute, or add",
+        ),
+    }
+    names = {name: head.submit(name, "train_multitask", line) for name, line in jobs.items()}
+    return Submitted(storage, names, expected)
+
+
+@pytest.mark.parametrize("name", ["missing", "keyless", "gone", "relative"])
+def test_refused_job_says_why_in_one_line(head: Head, submitted: Submitted, name: str) -> None:
+    details = head.wait(submitted.names[name])
+    status, reason = submitted.expected[name]
+    assert (details["status"], details["driver_exit_code"]) == ("FAILED", status), details["logs"]
+    _, _, said = details["logs"].partition("Running entrypoint for job")
+    lines = said.splitlines()[1:]  # the first is the command
+    assert len(lines) == 1 and lines[0].startswith(reason), details["logs"]
+
+
+def test_submitted_run_succeeds(head: Head, submitted: Submitted) -> None:
+    details = head.wait(submitted.names["good"])
+    assert (details["status"], details["driver_exit_code"]) == ("SUCCEEDED", 0), details["logs"]
+    run = submitted.storage / "runs" / "mt"
+    assert f"run folder {run}" in details["logs"]
+    settings = json.loads((run / "settings.json").read_text())
+    assert settings["output_dir"] == "runs/mt" and settings["num_workers"] == 2
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
+    assert {"asr/cer_nospace", "sqa/rouge_l", "tqa/rouge_l"} <= set(records[-1])
+    assert {path.name for path in (run / "adapter").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert (run / "checkpoints" / "step-000004" / "optimizer.pt").is_file()
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert (run / "quarantine.jsonl").read_text() == ""
+    provenance = json.loads((run / "provenance.json").read_text())
+    assert provenance["git"] is None, "the job ran the copy that it brought, which is no checkout"
+    assert provenance["command"][0] == "train_multitask.py"
+
+
+@pytest.mark.chaos
+def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_path: Path) -> None:
+    more = ("--max_steps", "100000", "--save_steps", "90000", "--per_device_bsz", "1")
+    name = head.submit("long", "train_multitask", arguments(small["tqa.train"], tmp_path, *more))
+    metrics, deadline = tmp_path / "runs/mt/metrics.jsonl", time.monotonic() + WAIT_SEC
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and head.get(name)["status"] in {"PENDING", "RUNNING"}, head.get(name)
+        time.sleep(0.3)
+    head.ray("stop", "--address", head.address, name)
+    details = head.wait(name)
+    assert details["status"] == "STOPPED", details["logs"]
+    assert "SIGINT: saving and stopping after this step" in details["logs"]
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    [checkpoint] = (tmp_path / "runs/mt/checkpoints").iterdir()
+    assert checkpoint.name == f"step-{steps[-1]:06d}" and steps == list(range(1, steps[-1] + 1))
+    assert json.loads((tmp_path / "runs/mt/result.json").read_text()) == {"steps": steps[-1], "finished": False}
+
+
+def test_nothing_of_the_head_listens_outside_this_machine(head: Head) -> None:
+    port = int(head.address.rpartition(":")[2])
+    listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    dashboard = [fields[1] for fields in listening if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port]
+    assert dashboard and all(address.startswith("0100007F") for address in dashboard), os.linesep.join(dashboard)

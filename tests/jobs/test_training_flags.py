@@ -1,0 +1,394 @@
+"""What each flag of train_multitask changes, seen on runs of a few steps in this process."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, read_rows, write_rows
+from running import parse_only
+from safetensors.torch import load_file, save_file
+
+from voxray import launch
+from voxray.config.train import MultitaskSettings
+from voxray.data import loader
+from voxray.data.loader import Loader
+from voxray.errors import RunError, SettingsError
+from voxray.recipes import multitask
+from voxray.training import validate
+from voxray.training.engine import Worker
+from voxray.training.monitor import read_metrics
+
+ROWS = 8
+
+
+@dataclass
+class Run:
+    """A short training run and what was seen of it."""
+
+    run_dir: Path
+    result: dict[str, Any] = field(default_factory=dict)
+    model: Any = None
+    loader: Any = None
+    layer_calls: int = 0
+    batches: list[tuple[int, str]] = field(default_factory=list)
+    """(rows, thread) of every batch that was collated."""
+
+    def records(self, kind: str = "train") -> list[dict[str, Any]]:
+        return read_metrics(self.run_dir, kind)
+
+    def column(self, name: str, kind: str = "train") -> list[float]:
+        return [record[name] for record in self.records(kind)]
+
+    def adapter(self) -> dict[str, torch.Tensor]:
+        return load_file(self.run_dir / "adapter" / "adapter_model.safetensors")
+
+    def weights(self, part: str) -> torch.Tensor:
+        """All of lora_A or lora_B as one vector."""
+        return torch.cat([tensor.flatten() for name, tensor in sorted(self.adapter().items()) if part in name])
+
+
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="module")
+def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Feature sets by name: ``text`` has 8 rows, ``speech`` and ``val`` a few of every task."""
+    folder = tmp_path_factory.mktemp("rows")
+    text = write_rows(folder / "text.jsonl", read_rows(small["tqa.train"])[:ROWS])
+    mixed = [row for task in ("asr", "sqa", "tqa") for row in read_rows(small[f"{task}.train"])[:4]]
+    speech = write_rows(folder / "speech.jsonl", mixed)
+    val = write_rows(folder / "val.jsonl", [row for task in ("asr", "tqa") for row in read_rows(small[f"{task}.val"])])
+    paths = {"text": text, "speech": speech, "val": val}
+    return {name: (path, make_features(path)) for name, path in paths.items()}
+
+
+@pytest.fixture
+def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
+    """Train the tiny model on text rows, one step if nothing else is said, and look over its shoulder."""
+    fit, collate_training = multitask.fit, loader.collate_training
+    runs: list[Run] = []
+
+    def watched_fit(trainee: Any, a_loader: Any, *args: Any) -> int:
+        run = runs[-1]
+        run.model, run.loader = trainee.model, a_loader
+
+        def count(module: Any, inputs: Any) -> None:
+            run.layer_calls += 1
+
+        layer = next(
+            module
+            for name, module in trainee.model.named_modules()
+            if name.endswith("language_model.layers.0.self_attn")  # within what is recomputed, and early in it
+        )
+        with layer.register_forward_pre_hook(count):
+            return fit(trainee, a_loader, *args)
+
+    def watched_collate(rows: Any, front_end: Any) -> Any:
+        runs[-1].batches.append((len(rows), threading.current_thread().name))
+        return collate_training(rows, front_end)
+
+    monkeypatch.setattr(multitask, "fit", watched_fit)
+    monkeypatch.setattr(loader, "collate_training", watched_collate)
+
+    def run(on: str = "text", val: str = "", **flags: Any) -> Run:
+        run_dir = tmp_path / f"run{len(runs)}"
+        run_dir.mkdir()
+        runs.append(Run(run_dir))
+        usual = {"model_id": TINY, "train_jsonl": data[on][0], "output_dir": str(run_dir), "num_workers": 0}
+        usual |= {"loader_workers": 0, "lora_dropout": 0.0, "lr": 1e-2}
+        if "epochs" not in flags:
+            usual["max_steps"] = 1
+        settings = MultitaskSettings.model_validate({**usual, **flags})
+        sets = multitask.Data(data[on][1], data[val][1] if val else ())
+        runs[-1].result = multitask.train(settings, run_dir, sets, Worker())
+        return runs[-1]
+
+    yield run
+
+
+def test_model_id(train: Train, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 0.9 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    usual, changed = train(), train(model_id=str(other))
+    assert usual.column("loss") != changed.column("loss")
+    stored = json.loads((changed.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert stored["base_model_name_or_path"] == str(other)
+
+
+def test_bf16(train: Train) -> None:
+    full, half = train(), train(bf16=True)
+    for run, dtype in ((full, torch.float32), (half, torch.bfloat16)):
+        kinds = {
+            (parameter.requires_grad, parameter.dtype)
+            for name, parameter in run.model.named_parameters()
+            if "embed_positions" not in name  # transformers keeps the encoder's sinusoids in float32
+        }
+        assert kinds == {(False, dtype), (True, torch.float32)}
+    assert full.column("loss") != half.column("loss")
+    assert full.column("loss") == pytest.approx(half.column("loss"), rel=0.05)
+
+
+def test_tf32(train: Train) -> None:
+    seen = []
+    for on in (True, False):
+        train(tf32=on)
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+    assert seen == [True, False]
+
+
+def test_idle_flags_warn_without_a_gpu(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers 0 --max_steps 1"
+    launch.run_training(parse_only("train_multitask", [*line.split(), "--tf32", "--pin_memory"]))
+    said = capsys.readouterr().out
+    assert "warning: --tf32 has no effect" in said and "warning: --pin_memory has no effect" in said
+    launch.run_training(parse_only("train_multitask", [*line.split(), "--no-pin_memory"]))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train()
+    assert run.loader.pin_memory is False, "nothing to pin for on a CPU"
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
+    place = {"rank": 0, "world_size": 1, "loader_workers": 0}
+    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, **place, pin_memory=True)
+    _, [(_, batch)] = next(pinning.steps(0, 1))
+    assert len(pinned) == len(batch)
+
+
+def test_lora_r_and_alpha(train: Train) -> None:
+    run = train(lora_r=4, lora_alpha=12)
+    stored = json.loads((run.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert (stored["r"], stored["lora_alpha"]) == (4, 12)
+    assert {min(tensor.shape) for tensor in run.adapter().values()} == {4}
+    assert {module.scaling["default"] for module in run.model.modules() if hasattr(module, "lora_A")} == {3.0}
+
+
+def test_lora_dropout(train: Train) -> None:
+    without, with_it = (train(lora_dropout=share, max_steps=2).column("loss") for share in (0.0, 0.5))
+    assert without[0] == with_it[0], "LoRA starts as nothing, so dropping its input changes nothing yet"
+    assert without[1] != with_it[1]
+
+
+def test_freeze_whisper(train: Train) -> None:
+    counts = [
+        json.loads((train("speech", freeze_whisper=on).run_dir / "parameters.json").read_text())["encoder"]["trainable"]
+        for on in (True, False)
+    ]
+    assert counts[0] == 0 and counts[1] > 0
+
+
+def test_lr_schedule_and_warmup_steps(train: Train) -> None:
+    assert train(lr=0.3, warmup_steps=2, lr_schedule="linear", max_steps=4).column("lr") == pytest.approx(
+        [0.1, 0.2, 0.3, 0.15]
+    )
+    assert train(lr=0.3, lr_schedule="constant", max_steps=3).column("lr") == pytest.approx([0.3] * 3)
+    assert train(lr=0.3, lr_schedule="cosine", max_steps=4).column("lr") == pytest.approx(
+        [0.3, 0.256066, 0.15, 0.043934], rel=1e-4
+    )
+
+
+def test_lr_is_the_size_of_a_step(train: Train) -> None:
+    small, large = (train(lr=lr).weights("lora_B").abs().max() for lr in (1e-3, 1e-2))
+    assert large / small == pytest.approx(10, rel=0.01), "Adam's first step is lr in every weight with a gradient"
+
+
+def test_weight_decay(train: Train) -> None:
+    plain, decayed = (train(weight_decay=decay, lr=1e-2).weights("lora_A") for decay in (0.0, 10.0))
+    assert torch.allclose(decayed, plain * (1 - 1e-2 * 10), atol=1e-6), "A has no gradient in the first step"
+
+
+def test_max_grad_norm(train: Train) -> None:
+    usual, tight, off, wide = (train(max_grad_norm=norm) for norm in (1.0, 1e-7, 0.0, 1e9))
+    assert usual.column("grad_norm") == tight.column("grad_norm"), "what is logged is the norm before clipping"
+    assert tight.weights("lora_B").abs().mean() < 0.5 * usual.weights("lora_B").abs().mean()
+    assert torch.equal(off.weights("lora_B"), wide.weights("lora_B")), "0 does not clip"
+
+
+def test_label_smoothing(train: Train) -> None:
+    sharp, smooth, flat = (train(label_smoothing=share).column("loss")[0] for share in (0.0, 0.1, 0.99))
+    assert sharp != smooth
+    # nearly all mass on the mean of -log p over the 4,096 tokens, which is never below that of the uniform distribution
+    assert flat > 8.3
+
+
+def test_epochs_and_rows_per_step(train: Train) -> None:
+    run = train(epochs=2, per_device_bsz=2, grad_accum=2)
+    assert run.column("step") == [1, 2, 3, 4], "2 passes over 8 rows, 4 at a time"
+    assert run.column("epoch") == pytest.approx([0.5, 1, 1.5, 2])
+    assert [rows for rows, _ in run.batches] == [2] * 8, "two forward passes a step"
+    assert run.layer_calls == 8
+
+
+def test_max_steps(train: Train) -> None:
+    assert train(max_steps=3).column("step") == [1, 2, 3]
+    assert len(train(max_steps=3, epochs=9).records()) == 3
+
+
+def test_drop_last(train: Train) -> None:
+    kept, dropped = (train(epochs=1, per_device_bsz=3, drop_last=on) for on in (False, True))
+    assert [rows for rows, _ in kept.batches] == [3, 3, 2]
+    assert [rows for rows, _ in dropped.batches] == [3, 3]
+
+
+def test_grad_ckpt(train: Train) -> None:
+    plain, recomputed = train(max_steps=2), train(max_steps=2, grad_ckpt=True)
+    assert (plain.layer_calls, recomputed.layer_calls) == (2, 4), "every layer runs once more in the backward pass"
+    assert plain.column("loss") == pytest.approx(recomputed.column("loss"), rel=1e-6)
+
+
+def test_seed(train: Train) -> None:
+    first, again, other = train(seed=3), train(seed=3), train(seed=4)
+    assert first.column("loss") == again.column("loss") and torch.equal(first.weights("A"), again.weights("A"))
+    assert first.column("loss") != other.column("loss"), "other rows come first"
+    assert not torch.equal(first.weights("lora_A"), other.weights("lora_A"))
+
+
+def test_loader_workers(train: Train) -> None:
+    for number in (0, 2):
+        threads = {name for _, name in train(max_steps=4, loader_workers=number).batches}
+        assert threads == ({"MainThread"} if number == 0 else {"loader_0", "loader_1"})
+
+
+def test_task_weights(train: Train) -> None:
+    run = train("speech", task_weights="asr=1,tqa=2", epochs=1, per_device_bsz=12)
+    names = {name for name in run.records()[0] if name.startswith("loss/")}
+    assert names == {"loss/asr", "loss/tqa"}, "a task without weight is not drawn"
+    assert "loss/sqa" in train("speech", epochs=1, per_device_bsz=12).records()[0]
+    assert {name: len(rows) for name, rows in run.loader.plan.rows_of_task.items()} == {"asr": 4, "sqa": 4, "tqa": 4}
+    drawn = run.loader.features.task[run.loader.plan.epoch_rows(0)].tolist()
+    assert (drawn.count(0), drawn.count(2)) == (4, 8)
+
+
+def test_max_len(train: Train, data: dict[str, Any]) -> None:
+    lengths = train("speech").loader.features.num_tokens
+    limit = int(sorted(lengths)[5])
+    run = train("speech", max_len=limit)
+    ledger = [json.loads(line) for line in (run.run_dir / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["reason"] for line in ledger} == {"too_long"}
+    assert {line["line"] for line in ledger} == {at + 1 for at, length in enumerate(lengths) if length > limit}
+    assert len(run.loader.plan.rows) == sum(lengths <= limit)
+    with pytest.raises(RunError, match="--max_len 1 "):
+        train("speech", max_len=1)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, max_new_tokens) of every batch that validation would have generated."""
+    seen: list[tuple[int, int]] = []
+
+    def answers(model: Any, family: Any, front_end: Any, rows: Any, *, max_new_tokens: int) -> list[str]:
+        seen.append((len(rows), max_new_tokens))
+        return ["1"] * len(rows)
+
+    monkeypatch.setattr(validate, "answers", answers)
+    return seen
+
+
+def test_val_jsonl_and_eval_steps(train: Train, asked: list[tuple[int, int]]) -> None:
+    assert train(max_steps=4).records("validation") == [] and not asked
+    assert train(val="val", max_steps=5, eval_steps=2).column("step", "validation") == [2, 4, 5]
+    run = train(val="val", epochs=2, per_device_bsz=4)
+    assert run.column("step", "validation") == [2, 4], "after every epoch"
+    assert {"asr/cer", "asr/cer_nospace", "tqa/rouge_l"} <= set(run.records("validation")[0])
+
+
+def test_eval_max_rows_and_new_tokens(train: Train, asked: list[tuple[int, int]]) -> None:
+    for limit, rows in ((2, 4), (0, 8)):
+        asked.clear()
+        train(val="val", eval_max_rows=limit, eval_max_new_tokens=7)
+        assert sum(count for count, _ in asked) == rows
+        assert {tokens for _, tokens in asked} == {7}
+
+
+def test_save_steps(train: Train) -> None:
+    for every, names in ((2, ["step-000002", "step-000004", "step-000005"]), (9, ["step-000005"])):
+        run = train(max_steps=5, save_steps=every)
+        assert sorted(path.name for path in (run.run_dir / "checkpoints").iterdir()) == names
+
+
+def test_log_steps(train: Train) -> None:
+    log = (train(max_steps=5, log_steps=2).run_dir / "train.log").read_text().splitlines()
+    assert [line.split("  ")[0] for line in log if line.startswith("step ")] == ["step 2/5", "step 4/5", "step 5/5"]
+
+
+def test_debug(train: Train, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multitask, "DEBUG_ROWS", 3)
+    monkeypatch.setattr(multitask, "DEBUG_VALIDATION_ROWS", 1)
+    run = train("speech", val="val", debug=True, epochs=9, per_device_bsz=9)
+    assert len(run.loader.plan.rows) == 9, "three of each task"
+    assert len(run.records()) == multitask.DEBUG_STEPS == 4
+    assert {rows for rows, _ in asked} == {2}, "one of each of the two tasks"
+
+
+def test_train_jsonl_output_dir_storage_path_features_dir(data: dict[str, Any], tmp_path: Path) -> None:
+    def settings(**flags: Any) -> MultitaskSettings:
+        usual = {"model_id": TINY, "train_jsonl": data["text"][0], "output_dir": "run", "storage_path": str(tmp_path)}
+        return MultitaskSettings.model_validate({**usual, "num_workers": 0, "max_steps": 1, "eval_steps": 9, **flags})
+
+    launch.run_training(settings())
+    assert (tmp_path / "run" / "adapter").is_dir() and len(list((tmp_path / "run" / "features").iterdir())) == 1
+    launch.run_training(settings(output_dir=str(tmp_path / "other"), features_dir="shared", rows_per_shard=3))
+    assert (tmp_path / "other" / "settings.json").is_file() and not (tmp_path / "other" / "features").exists()
+    [made] = (tmp_path / "shared").iterdir()
+    assert json.loads((made / "set.json").read_text()) | {"content": 0, "front_end": 0} == {
+        **{"manifest": data["text"][0], "rows": ROWS, "bad": 0, "shards": 3},
+        **{"content": 0, "front_end": 0},
+    }
+
+
+def test_overwrite(data: dict[str, Any], tmp_path: Path) -> None:
+    def settings(**flags: Any) -> MultitaskSettings:
+        usual = {"model_id": TINY, "train_jsonl": data["text"][0], "output_dir": str(tmp_path), "num_workers": 0}
+        return MultitaskSettings.model_validate({**usual, "max_steps": 2, **flags})
+
+    launch.run_training(settings())
+    with pytest.raises(SettingsError, match=r"--lr \(was 0.0002, now 0.001\); use --overwrite"):
+        launch.run_training(settings(lr=1e-3))
+    assert len(read_metrics(tmp_path, "train")) == 2, "a refused run has touched nothing"
+    launch.run_training(settings(lr=1e-3, max_steps=1, overwrite=True))
+    assert [record["lr"] for record in read_metrics(tmp_path, "train")] == [1e-3]
+
+
+def test_strict(tmp_path: Path, small: dict[str, str]) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [*read_rows(small["tqa.train"])[:2], {"instruction": "?", "output": ""}])
+
+    def settings(**flags: Any) -> MultitaskSettings:
+        usual = {"model_id": TINY, "train_jsonl": path, "output_dir": str(tmp_path / "run"), "num_workers": 0}
+        return MultitaskSettings.model_validate({**usual, "max_steps": 1, **flags})
+
+    with pytest.raises(RunError, match=rf"^{path}:3: output is empty \(--strict\)"):
+        launch.run_training(settings(strict=True))
+    launch.run_training(settings())
+    [line] = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert json.loads(line)["reason"] == "empty_text" and json.loads(line)["line"] == 3
+
+
+def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[int] = []
+
+    def on_workers(settings: Any, run_dir: Path, sets: Any, num_workers: int) -> dict[str, Any]:
+        asked_for.append(num_workers)
+        return {"steps": 0, "finished": True}
+
+    monkeypatch.setattr(launch, "on_workers", on_workers)
+    monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    for value in ("3", "auto"):
+        line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
+        launch.run_training(parse_only("train_multitask", line.split()))
+    assert asked_for == [3, 5], "auto is one per GPU"
