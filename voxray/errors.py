@@ -17,6 +17,10 @@ class SettingsError(ValueError):
     """Settings that only fail once the data or model is known; exit status 2. The message names the flag."""
 
 
+class Stopped(Exception):
+    """The run saved itself and ended because it was asked to; status 130, so that `train && evaluate` ends too."""
+
+
 def job(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a job's ``main`` so that the user's mistakes end in one line and an exit status, not in a traceback."""
 
@@ -28,6 +32,9 @@ def job(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(_say(error, 1))
         except SettingsError as error:
             sys.exit(_say(error, 2))
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            sys.exit(130)
         except KeyboardInterrupt:
             sys.exit(_say("stopped", 130))
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -17,16 +16,15 @@ import torch
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags
 from voxray.config.train import MultitaskSettings
-from voxray.data.featurize import FeaturizeReport, featurize
+from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize
 from voxray.data.shards import write_atomically, write_json
-from voxray.errors import RunError, SettingsError
+from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
-from voxray.run_folder import anchor, features_folder, make_folder, open_run
-from voxray.terminal import Bar, console, progress_bar
+from voxray.run_folder import anchor, features_folder, make_folder, note_data, open_run
+from voxray.terminal import console, progress_bar
 from voxray.training.engine import Worker
-from voxray.training.loop import STOP_FILE
-from voxray.training.monitor import LOG, METRICS
+from voxray.watch import stop_on_signal, watched
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
 MAX_RESTARTS = 3
@@ -156,7 +154,7 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault(settings.manifest)
     make_folder(output_dir)
-    with ray_session(output_dir / "ray.log", settings.num_actors):
+    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors)):
         report = run_featurize(
             settings.manifest,
             settings.model_id,
@@ -176,6 +174,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
     Raises:
         RunError, SettingsError: What the user has to put right.
+        Stopped: The run was asked to stop and saved itself.
     """
     run_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
@@ -187,7 +186,8 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
     def work() -> dict[str, Any]:
         data = training_data(settings, run_dir, use_ray=use_ray)
-        with _stop_on_signal(run_dir), _watched(run_dir):
+        note_data(run_dir, (*data.train, *data.validation))
+        with stop_on_signal(run_dir), watched(run_dir):
             if use_ray:
                 result = on_workers(settings, run_dir, data, num_workers)
             else:
@@ -196,14 +196,15 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
         return result
 
     if use_ray:
-        with ray_session(run_dir / "ray.log", num_workers):
+        with ray_session(run_dir / "ray.log", max(num_workers, MIN_ACTORS, settings.num_actors)):
             result = work()
     else:
         result = work()
-    if result["finished"]:
-        console.print(f"trained: {result['steps']} steps; adapter in {run_dir / 'adapter'}; run folder {run_dir}")
-    else:
-        console.print(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
+    if not result["finished"]:
+        raise Stopped(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
+    console.print(
+        f"trained: {result['steps']} steps; adapter in {run_dir / 'adapter'}; run folder {run_dir}", markup=False
+    )
     return result
 
 
@@ -274,11 +275,10 @@ def _fit_once(
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= num_workers
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpus_within_reach() >= num_workers),
         run_config=ray.train.RunConfig(
             name=f"ray-{os.getpid()}-{threading.get_ident()}",
             storage_path=str(run_dir / "ray"),
@@ -315,6 +315,16 @@ def raise_stored_error(run_dir: Path) -> None:
     raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
 
 
+def gpus_within_reach() -> int:
+    """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
+    import ray
+    from ray._private.state import state
+
+    present = ray.cluster_resources().get("GPU", 0)
+    limits = state.get_max_resources_from_cluster_config() or {}  # None without an autoscaler
+    return int(max(present, limits.get("GPU", 0)))
+
+
 def count_workers(num_workers: str | int) -> int:
     """``auto`` is one per GPU of this machine, or one."""
     return max(1, torch.cuda.device_count()) if num_workers == "auto" else int(num_workers)
@@ -330,85 +340,6 @@ def warn_about_idle_flags(settings: ModelFlags) -> None:
         for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
             if getattr(settings, name):
                 console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
-
-
-@contextmanager
-def _stop_on_signal(run_dir: Path) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM save the run and end it; the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if (run_dir / STOP_FILE).exists():
-            raise KeyboardInterrupt
-        (run_dir / STOP_FILE).touch()
-        console.print(f"{signal.Signals(number).name}: saving and stopping after this step; once more stops at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
-
-
-@contextmanager
-def _watched(run_dir: Path) -> Iterator[None]:
-    """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
-    log, metrics = _Tail(run_dir / LOG), _Tail(run_dir / METRICS)
-    total, done = 0, threading.Event()
-
-    def show(bar: Bar) -> None:
-        nonlocal total
-        for line in log.new_lines():
-            bar.say(line)
-            total = _total_steps(line) or total
-        for line in metrics.new_lines():
-            record = json.loads(line)
-            if record["kind"] == "train" and total:
-                bar.update(record["step"], total)
-
-    def follow(bar: Bar) -> None:
-        while not done.wait(0.3):
-            show(bar)
-
-    with progress_bar("training") as bar:
-        thread = threading.Thread(target=follow, args=(bar,), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            show(bar)
-
-
-def _total_steps(line: str) -> int:
-    """The number of steps in ``starting at step 0 of 120``."""
-    words = line.split()
-    return int(words[-1]) if words[:1] and words[0] in {"starting", "going"} and words[-1].isdigit() else 0
-
-
-class _Tail:
-    """Lines appended to a file since the last look."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._place = path.stat().st_size if path.is_file() else 0
-
-    def new_lines(self) -> list[str]:
-        if not self._path.is_file():
-            return []
-        size = self._path.stat().st_size
-        self._place = min(self._place, size)  # a resumed run shortens its metrics first
-        with open(self._path, "rb") as file:
-            file.seek(self._place)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._place += len(whole)
-        return whole.decode("utf-8", "replace").splitlines()
 
 
 def _append_trace(log_path: Path, error: BaseException) -> None:

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from voxray.errors import RunError
 from voxray.tasks import Task, task_of
@@ -43,6 +44,9 @@ class Sample:
         audio_path: Absolute path of the clip, or "" for text tasks.
         language: Two-letter code, or "" when the row has none.
         source: ``<manifest>:<line>``, for messages.
+        start_sec: Where in the file the clip begins.
+        duration_sec: How long it is; 0 takes all from ``start_sec`` on.
+        channel: Channel to take, from 0; -1 averages all.
     """
 
     id: str
@@ -52,6 +56,9 @@ class Sample:
     audio_path: str
     language: str
     source: str
+    start_sec: float = 0.0
+    duration_sec: float = 0.0
+    channel: int = -1
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,13 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     """
     try:
         row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:  # half of a surrogate pair can be escaped in JSON, but is no text that could be stored
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow("bad_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeEncodeError as error:
+        raise BadRow("bad_utf8", f"not Unicode text ({error.object[error.start]!a}: {error.reason})") from None
+    except (ValueError, RecursionError) as error:  # ValueError: broken JSON, and integers of over 4,300 digits
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("bad_row", f"a JSON {type(row).__name__}, not an object")
@@ -145,7 +156,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
         task = task_of(row)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
-    for key in {*task.keys, *task.prompt_keys, "language"}:
+    for key in (*task.keys, *task.prompt_keys, "language"):
         if row.get(key) is not None and not isinstance(row[key], str):
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
@@ -156,9 +167,31 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     if task.prompt_keys and not row[task.prompt_keys[0]].strip():
         raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
-    row_id = str(row.get("id") or f"{Path(manifest).name}:{number}")
-    return Sample(
-        row_id, task, task.prompt(row), answer, audio_path, language_code(row.get("language")), f"{manifest}:{number}"
+    row_id = f"{Path(manifest).name}:{number}" if row.get("id") in (None, "") else str(row["id"])
+    language, source = language_code(row.get("language")), f"{manifest}:{number}"
+    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *_segment(row))
+
+
+def _segment(row: dict[str, Any]) -> tuple[float, float, int]:
+    """``start`` (seconds), ``duration`` (seconds) and ``channel`` of a row.
+
+    Only a row with ``start`` is a part of its file; ``duration`` alone is what many manifests say of a whole one.
+    """
+    values = []
+    for key in ("start", "duration", "channel"):
+        value = row.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise BadRow("bad_type", f"{key} is {type(value).__name__}, not a number")
+        if value is not None and not 0 <= value < 1e9:
+            raise BadRow("bad_segment", f"{key} is {value}")
+        values.append(value)
+    start, duration, channel = values
+    if channel is not None and channel != int(channel):
+        raise BadRow("bad_segment", f"channel is {channel}")
+    return (
+        float(start or 0),
+        float(duration or 0) if start is not None else 0.0,
+        -1 if channel is None else int(channel),
     )
 
 

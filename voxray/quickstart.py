@@ -133,6 +133,6 @@ def show(summary: dict[str, Any]) -> None:
             table.add_row(task, name, f"{before:.3f}", f"{after:.3f}", "" if guess is None else f"{guess:.3f}")
     own = summary["own_voices"]
     for name, before in own["base"].get("asr", {}).items():
-        table.add_row("asr, the base's own voices", name, f"{before:.3f}", f"{own['tuned']['asr'][name]:.3f}", "")
+        table.add_row("asr, base's own voices", name, f"{before:.3f}", f"{own['tuned']['asr'][name]:.3f}", "")
     console.print(table)
     console.print("seconds: " + ", ".join(f"{step} {value:.0f}" for step, value in summary["seconds"].items()))

@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from voxray import __version__
-from voxray.config.parse import REPOSITORY, Settings
+from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
 from voxray.data.shards import write_json
 from voxray.errors import RunError, SettingsError
 
@@ -43,7 +44,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
     Raises:
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     if "://" in path or "://" in storage_path:
         raise SettingsError(f"{flag} {path}: give a mounted folder; URLs are not supported")
     if storage_path and not Path(storage_path).is_absolute():
@@ -61,7 +62,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
 
 def is_submitted_job() -> bool:
     """Whether this process was started by ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return SUBMITTED_JOB_VARIABLE in os.environ
 
 
 def features_folder(features_dir: str, storage_path: str, output_dir: Path) -> Path:
@@ -94,21 +95,26 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
     path = run_dir / "settings.json"
     now = json.loads(settings.model_dump_json())
     if path.is_file():
-        try:
-            before = json.loads(path.read_text())
-        except ValueError:
-            before = {}
-        changed = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
         if overwrite:
             _clear(run_dir)
-        elif changed:
-            shown = ", ".join(f"--{name} (was {before.get(name)}, now {now[name]})" for name in changed)
-            raise SettingsError(
-                f"{run_dir} holds a run with other settings: {shown}; use --overwrite or another --output_dir"
-            )
+        else:
+            _check_same_run(path, now)
     (run_dir / "STOP").unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())
+
+
+def _check_same_run(path: Path, now: dict[str, Any]) -> None:
+    """Compare with the settings that the folder's run was started with; a field may be newer than the run."""
+    advice = "use --overwrite or another --output_dir"
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise SettingsError(f"{path}: damaged, so this run cannot be told from others; {advice}") from None
+    changed = [name for name in now if name in before and name not in MAY_CHANGE and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
+        raise SettingsError(f"{path.parent} holds a run with other settings: {shown}; {advice}")
 
 
 def _clear(run_dir: Path) -> None:
@@ -117,6 +123,13 @@ def _clear(run_dir: Path) -> None:
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def note_data(run_dir: Path, feature_sets: Iterable[Path]) -> None:
+    """Add to provenance.json what the run's features were made of."""
+    path = run_dir / "provenance.json"
+    sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
+    write_json(path, {**json.loads(path.read_text()), "data": sets})
 
 
 def provenance() -> dict[str, Any]:

@@ -75,6 +75,8 @@ def parse_task_weights(value: Any) -> dict[str, float]:
     if isinstance(value, Mapping):
         pairs = [(str(name), weight) for name, weight in value.items()]
     else:
+        if not isinstance(value, str | list | tuple):
+            raise ValueError(f"needs {len(TASKS)} numbers, for {', '.join(TASKS)}, or task=number pairs")
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
         if any("=" in str(part) for part in parts):
             pairs = [tuple(str(part).split("=", 1)) for part in parts if "=" in str(part)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, PlacementFlags, SharedFeatureFlags
-from voxray.config.parse import Flag
+from voxray.config.parse import CommaStrings, Flag
 
 
 class AdapterFlags(ModelFlags):
@@ -14,6 +14,10 @@ class AdapterFlags(ModelFlags):
 
 
 class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags, PlacementFlags):
+    val_jsonl: Annotated[  # type: ignore[misc]
+        CommaStrings, Flag(("jsonl", "test_jsonl"), path="input"), Field(min_length=1)
+    ]
+    """Manifests to evaluate on, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
     """Folder for predictions and metrics.json."""
     per_device_bsz: Annotated[
@@ -26,12 +30,6 @@ class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFea
     """Ray Data actors, each with a model; 0 takes one per GPU, or one per two CPUs."""
     mode: Literal["", "submission_asr", "valid_asr", "submission_aac", "valid_aac"] = ""
     """Only this task; the submission modes also write submission.csv."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "EvaluateSettings":
-        if not self.val_jsonl:
-            raise ValueError("--val_jsonl: required, the manifests to evaluate on")
-        return self
 
 
 class InferSettings(AdapterFlags):

@@ -11,7 +11,11 @@ VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
 
 
 def _auto_or_count(value: Any) -> Any:
-    return value if value == "auto" else int(value)
+    if value == "auto":
+        return value
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError("must be auto or a whole number, 0 or more")
+    return int(value)
 
 
 AutoCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]

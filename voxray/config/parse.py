@@ -6,6 +6,7 @@ path.
 """
 
 import difflib
+import os
 import sys
 import textwrap
 import types
@@ -21,6 +22,8 @@ from pydantic.fields import FieldInfo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
+SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the processes that ``ray job submit`` starts."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
         values, errors = _read_yaml(CONFIGS / demo, model)
         values = {name: _from_repository(model, name, value) for name, value in values.items()}
+        if SUBMITTED_JOB_VARIABLE in os.environ and "storage_path" in model.model_fields:
+            values["storage_path"] = str(Path.home() / "voxray")  # the current directory goes when the job ends
+            print(f"{job}: in a submitted job its output goes to {values['storage_path']}", flush=True)
         return _validated(model, values, {}, errors, job)
     flags, config_path, errors = _scan(model, argv)
     values = {}
@@ -125,6 +131,8 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
                     continue
                 value = queue.pop(0)
             if name is None:
+                if config_path not in (None, value):
+                    errors.append(f"--config: given twice, as {config_path!r} and {value!r}")
                 config_path = value
             else:
                 _put(values, name, value, f"--{spelled}", errors)
@@ -148,7 +156,8 @@ def _put(values: dict[str, Any], name: str, value: Any, spelled: str, errors: li
 def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         return {}, [f"--config {path}: {' '.join(str(error).split())}"]
     if not isinstance(loaded, dict):
         return {}, [f"--config {path}: holds a {type(loaded).__name__}, not keys and values"]
@@ -157,6 +166,8 @@ def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names)}")
+        elif isinstance(value, bool) and not _is_bool(model.model_fields[name]):
+            errors.append(f"{path}: {key}: is no switch, but YAML reads this value as {value}; quote it if it is text")
         else:
             _put(values, name, value, f"{path}: {key}", errors)
     return values, errors
@@ -209,11 +220,11 @@ def _with_absolute_inputs(settings: S) -> S:
 
 
 def _absolute_input(value: str) -> str:
-    return value if "://" in value else str(Path(value).expanduser().absolute())
+    return value if "://" in value else str(Path(os.path.expanduser(value)).absolute())
 
 
 def _absolute_model(value: str) -> str:
-    folder = Path(value).expanduser()
+    folder = Path(os.path.expanduser(value))
     return str(folder.absolute()) if folder.is_dir() else value
 
 

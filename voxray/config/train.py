@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from voxray.config.groups import (
     EvaluationDataFlags,
@@ -20,6 +20,8 @@ from voxray.config.parse import CommaStrings, Flag
 class MultitaskSettings(
     OutputFlags, ModelFlags, EvaluationDataFlags, LoraFlags, OptimizerFlags, WorkerFlags, SharedFeatureFlags
 ):
+    output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
+    """Folder of the run; a relative one stands under --storage_path, or the current directory."""
     train_jsonl: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
     """Manifests to train on, comma separated; tasks may be mixed within and across files."""
     task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
@@ -39,9 +41,3 @@ class MultitaskSettings(
     """Start afresh in an --output_dir that holds a run with other settings, deleting that run."""
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
-
-    @model_validator(mode="after")
-    def _complete(self) -> "MultitaskSettings":
-        if not self.output_dir:
-            raise ValueError("--output_dir: required, the folder of the run")
-        return self

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from voxray.audio.decode import decode
+from voxray.audio.decode import Part, decode
 from voxray.data.shards import set_folder, shard_path, write_atomically, write_index, write_json, write_shard
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Chunk, Sample, chunks, digest, read_chunk
 from voxray.models.family import FrontEnd, family_of
 
 MIN_ACTORS = 2
+MAX_GROWN_ACTORS = 64
 _NO_MEL = np.empty((0, 0), np.float16)
 
 
@@ -86,7 +87,8 @@ class ChunkFeaturizer:
             except BadRow as error:
                 bad.append(_ledger_line(chunk.manifest, int(sample.source.rpartition(":")[2]), sample.id, error))
         write_shard(path, rows)
-        content = hashlib.sha256(raw + "".join(clip["sha256"] for clip in clips).encode()).hexdigest()
+        marks = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
+        content = hashlib.sha256(raw + marks.encode()).hexdigest()
         bad.sort(key=lambda line: line["line"])
         report = {"lines": digest(raw), "first_line": chunk.first_line, "rows": len(rows), "bad": bad, "clips": clips}
         write_json(path.with_suffix(".json"), {**report, "content": content})
@@ -104,17 +106,16 @@ def sample_features(sample: Sample, front_end: FrontEnd) -> tuple[dict[str, Any]
     row: dict[str, Any] = {"mel": _NO_MEL, "num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0}
     clip = None
     if sample.audio_path:
+        part = Part(sample.start_sec, sample.duration_sec, sample.channel)
         try:
             clip = _stat(sample.audio_path)
-            raw = Path(sample.audio_path).read_bytes()
+            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read.
+            raw = Path(sample.audio_path).read_bytes() if not (part.start_sec or part.duration_sec) else None
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
-        clip["sha256"] = digest(raw)
-        samples = decode(sample.audio_path, front_end.sample_rate_hz, raw)
-        duration_sec = len(samples) / front_end.sample_rate_hz
-        if duration_sec > front_end.max_audio_sec:
-            limit = f"the model takes {front_end.max_audio_sec:g} s"
-            raise BadRow("audio_too_long", f"{sample.audio_path} lasts {duration_sec:.1f} s; {limit}")
+        clip["sha256"] = "" if raw is None else digest(raw)
+        rate_hz, max_sec = front_end.sample_rate_hz, front_end.max_audio_sec
+        samples = decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec)
         features = front_end.features(samples)
         row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
         row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
@@ -229,26 +230,20 @@ def _run_on_ray(
     import ray
 
     items = [{"chunk": vars(chunk), "folder": str(folders[chunk.manifest])} for chunk in work]
-    wanted = num_actors or max(MIN_ACTORS, int(ray.cluster_resources().get("CPU", 1)))
-    size = max(1, min(wanted, len(items)))
+    present = int(ray.cluster_resources().get("CPU", 0))
+    # A cluster that starts from zero shows no CPU yet: begin small there, and let the pool grow with it.
+    least = min(num_actors or max(MIN_ACTORS, present), len(items))
+    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), len(items)))
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), 1000))
     results = dataset.map_batches(
         ChunkFeaturizer,
         fn_constructor_args=(front_end,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        num_cpus=_cpus_per_actor(size),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        num_cpus=1,
     )
     for row in results.iter_rows():
         yield json.loads(row["result"])
-
-
-def _cpus_per_actor(num_actors: int) -> float:
-    """A whole CPU each if the cluster has them, less if more actors were asked for than it has CPUs."""
-    import ray
-
-    available = ray.cluster_resources().get("CPU", 1.0)
-    return 1.0 if num_actors <= available else round(available / num_actors * 0.9, 3)
 
 
 def _report_of_good_shard(path: Path, raw: bytes, first_line: int) -> dict[str, Any] | None:
@@ -269,7 +264,7 @@ def _clip_unchanged(clip: dict[str, Any]) -> bool:
     try:
         if _stat(clip["path"]) == {key: value for key, value in clip.items() if key != "sha256"}:
             return True
-        return digest(Path(clip["path"]).read_bytes()) == clip["sha256"]
+        return bool(clip["sha256"]) and digest(Path(clip["path"]).read_bytes()) == clip["sha256"]
     except OSError:
         return False
 

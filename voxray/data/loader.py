@@ -8,6 +8,7 @@ from voxray.data.collate import Batch, collate_training
 from voxray.data.plan import Pack, Plan
 from voxray.data.shards import Features
 from voxray.models.family import FrontEnd
+from voxray.training.engine import Worker
 
 STEPS_AHEAD = 2
 
@@ -27,14 +28,12 @@ class Loader:
         features: Features,
         front_end: FrontEnd,
         plan: Plan,
-        *,
-        rank: int,
-        world_size: int,
+        worker: Worker,
         loader_workers: int,
+        *,
         pin_memory: bool,
     ) -> None:
-        self.features, self.front_end, self.plan = features, front_end, plan
-        self.rank, self.world_size = rank, world_size
+        self.features, self.front_end, self.plan, self.worker = features, front_end, plan, worker
         self.loader_workers, self.pin_memory = loader_workers, pin_memory
 
     def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Pack, Batch]]]]:
@@ -60,7 +59,7 @@ class Loader:
         return step, [(pack, future.result()) for pack, future in packs]
 
     def _packs(self, step: int) -> list[Pack]:
-        return self.plan.rank_packs(step, self.rank, self.world_size)
+        return self.plan.rank_packs(step, self.worker.rank, self.worker.world_size)
 
     def _batch(self, pack: Pack) -> Batch:
         batch = collate_training([self.features.row(number) for number in pack.rows], self.front_end)

@@ -20,6 +20,7 @@ import torch
 from voxray.data.shards import Features, write_atomically, write_json
 from voxray.evaluation.generate import answers, length_batches
 from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, count, metrics_of
+from voxray.launch import gpus_within_reach
 from voxray.models.family import family_of
 from voxray.models.lora import WEIGHTS, load_adapter
 from voxray.tasks import TASKS
@@ -196,8 +197,7 @@ def _run_on_ray(
         return
     import ray
 
-    resources = ray.cluster_resources()
-    num_gpus, num_cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    num_gpus, num_cpus = gpus_within_reach(), int(ray.cluster_resources().get("CPU", 1)) or 1
     size = min(num_models or num_gpus or max(1, num_cpus // 2), len(waiting))
     num_threads = max(1, num_cpus // size)
     items = [{"item": json.dumps({"part": number, "rows": parts[number]})} for number in waiting]

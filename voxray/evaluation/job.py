@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings
-from voxray.data.featurize import to_jsonl
+from voxray.data.featurize import MIN_ACTORS, to_jsonl
 from voxray.data.shards import TASK_CODES, Features, write_atomically, write_json
 from voxray.errors import RunError
 from voxray.evaluation.batch import Generation, evaluate, read_predictions
@@ -47,7 +47,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
     features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
-    with ray_session(output_dir / "ray.log"):
+    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, settings.num_models)):
         report = run_featurize(
             tuple(dict.fromkeys(settings.val_jsonl)),
             model_id,

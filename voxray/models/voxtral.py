@@ -201,8 +201,7 @@ class Voxtral:
         Returns:
             logits_NV.
         """
-        base = getattr(model, "base_model", model)
-        base = getattr(base, "model", base) if base is not model else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         hidden_BLD = base.model(use_cache=False, **batch).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 

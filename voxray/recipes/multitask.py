@@ -15,7 +15,7 @@ from voxray.data.loader import Loader
 from voxray.data.plan import Plan
 from voxray.data.shards import Features, write_atomically, write_json
 from voxray.errors import RunError
-from voxray.models.family import FrontEnd, family_of
+from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import add_lora, count_parameters, save_adapter, trainable_parameters
 from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from voxray.training.engine import Worker
@@ -52,16 +52,61 @@ def train(
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(settings.model_id)
     front_end = family.front_end(settings.model_id)
-    features, validation = Features(data.train), Features(data.validation)
+    features, held_out = Features(data.train), Features(data.validation)
+    rows, held_out_rows, too_long = choose_rows(settings, features, held_out)
+    trainee = build_trainee(settings, family, worker)
+    start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
+    start = resume(run_dir, trainee, start)
+    sizes = (settings.per_device_bsz, start.packs_per_step)
+    plan = Plan(features.task[rows], rows, settings.task_weights, settings.seed, *sizes, settings.drop_last)
+    num_steps = settings.max_steps or settings.epochs * plan.steps_per_epoch
+    num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
+    pin_memory = settings.pin_memory and worker.device.type == "cuda"
+    loader = Loader(features, front_end, plan, worker, settings.loader_workers, pin_memory=pin_memory)
+    monitor = Monitor(run_dir, start.step, active=worker.is_first)
+    if worker.is_first:
+        write_ledger(run_dir, data, too_long, settings.max_len)
+        write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
+        introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
+    last: dict[str, float] = {}
+
+    def check(step: int) -> None:
+        if len(held_out_rows):
+            sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
+            last.update(validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes))
+            monitor.record("validation", step, last)
+            monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
+        report({"step": step, **last})
+
+    step = fit(trainee, loader, settings, run_dir, start, num_steps, monitor, check)
+    finished = step >= num_steps
+    if worker.is_first and finished:
+        save_adapter(trainee.model, run_dir / "adapter")
+    monitor.close()
+    return {"steps": step, "finished": finished, **last}
+
+
+def choose_rows(
+    settings: MultitaskSettings, features: Features, held_out: Features
+) -> tuple[np.ndarray, np.ndarray, list[tuple[Features, np.ndarray]]]:
+    """Rows to train on, rows to validate on, and per feature set the rows over the token limit.
+
+    Raises:
+        RunError: Nothing is left to train on.
+    """
     rows, too_long = usable_rows(features, settings.max_len)
-    validation_rows, too_long_validation = usable_rows(validation, settings.max_len)
+    held_out_rows, too_long_held_out = usable_rows(held_out, settings.max_len)
     limit = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
-    validation_rows = first_rows_per_task(validation, validation_rows, limit)
+    held_out_rows = first_rows_per_task(held_out, held_out_rows, limit)
     if settings.debug:
         rows = first_rows_per_task(features, rows, DEBUG_ROWS)
     if not len(rows):
         raise RunError(f"--train_jsonl: no row is within --max_len {settings.max_len} tokens")
+    return rows, held_out_rows, [(features, too_long), (held_out, too_long_held_out)]
 
+
+def build_trainee(settings: MultitaskSettings, family: Family, worker: Worker) -> Trainee:
+    """Load the frozen base and add LoRA and its optimizer; the same on every worker."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     base = family.load_model(settings.model_id, dtype=dtype, device=worker.device)
     roles = ("projector", "llm") if settings.freeze_whisper else ("encoder", "projector", "llm")
@@ -70,65 +115,10 @@ def train(
     model = add_lora(base, family, roles, model_id=settings.model_id, **lora)
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_modes(model, family, frozen=[role for role in family.roles if role not in roles])
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
-
-    start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
-    checkpoints = list_checkpoints(run_dir)
-    if checkpoints:
-        start = resume(checkpoints[-1][1], model, optimizer, start)
-    plan = Plan(
-        features.task[rows],
-        rows,
-        settings.task_weights,
-        settings.seed,
-        settings.per_device_bsz,
-        start.packs_per_step,
-        settings.drop_last,
-    )
-    num_steps = settings.max_steps or settings.epochs * plan.steps_per_epoch
-    num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
-    loader = Loader(
-        features,
-        front_end,
-        plan,
-        rank=worker.rank,
-        world_size=worker.world_size,
-        loader_workers=settings.loader_workers,
-        pin_memory=settings.pin_memory and worker.device.type == "cuda",
-    )
-    monitor = Monitor(run_dir, start.step, active=worker.is_first)
-    if worker.is_first:
-        write_ledger(run_dir, data, [(features, too_long), (validation, too_long_validation)], settings.max_len)
-        write_json(run_dir / "parameters.json", count_parameters(model, family))
-        introduce(monitor, model, family, features, front_end, plan, start.step, num_steps)
-
-    last: dict[str, float] = {}
-
-    def check(step: int) -> None:
-        nonlocal last
-        if len(validation_rows):
-            last = validate(
-                model,
-                family,
-                front_end,
-                validation,
-                validation_rows,
-                worker,
-                batch_size=max(8, settings.per_device_bsz),
-                max_new_tokens=settings.eval_max_new_tokens,
-            )
-            monitor.record("validation", step, last)
-            monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
-        report({"step": step, **last})
-
-    set_modes(model, family, frozen=[role for role in family.roles if role not in roles])
-    step = fit(Trainee(model, family, optimizer, worker), loader, settings, run_dir, start, num_steps, monitor, check)
-    finished = step >= num_steps
-    if worker.is_first and finished:
-        save_adapter(model, run_dir / "adapter")
-    monitor.close()
-    return {"steps": step, "finished": finished, **last}
+    return Trainee(model, family, optimizer, worker)
 
 
 def usable_rows(features: Features, max_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,18 +136,21 @@ def set_modes(model: torch.nn.Module, family: Any, frozen: Sequence[str]) -> Non
             module.eval()
 
 
-def resume(checkpoint: Path, model: Any, optimizer: torch.optim.Optimizer, start: Progress) -> Progress:
-    """Load the newest checkpoint of the run and say where it stands.
+def resume(run_dir: Path, trainee: Trainee, start: Progress) -> Progress:
+    """Load the run's newest checkpoint, if it has one, and say where the run stands.
 
     Raises:
-        RunError: The training data is not what the run started with.
+        RunError: The training data is not what the run started with, or the checkpoint is damaged.
     """
-    progress = read_progress(checkpoint)
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return start
+    _, newest = checkpoints[-1]
+    progress = read_progress(newest)
     if progress.data != start.data:
-        raise RunError(
-            f"{checkpoint}: the training data is not what this run began with; use --overwrite or another --output_dir"
-        )
-    load_checkpoint(checkpoint, model, optimizer)
+        advice = "use --overwrite or another --output_dir"
+        raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
+    load_checkpoint(newest, trainee.model, trainee.optimizer)
     return progress
 
 

@@ -93,8 +93,8 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optim
     load_adapter_weights(model, folder)
     try:
         stored = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
-    except Exception as error:  # unpickling a damaged file raises almost anything
-        raise RunError(f"{folder / 'optimizer.pt'}: damaged checkpoint ({error}); delete the folder to go on") from None
+    except Exception:  # unpickling a damaged file raises almost anything, none of it fit for people
+        raise RunError(f"{folder}: damaged checkpoint (optimizer.pt); delete the folder to go on") from None
     names = [name for name, _ in trainable_parameters(model)]
     if set(stored) != set(names):
         raise RunError(f"{folder / 'optimizer.pt'}: moments of other parameters than the model's")

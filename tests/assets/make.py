@@ -1,0 +1,68 @@
+"""Make everything in this folder: the tiny Voxtral and the synthetic speech.
+
+    python tests/assets/make.py tokenizer   voxtral-tiny/tekken.json, cut from Tekken (see cut_tokenizer.py)
+    python tests/assets/make.py corpus      speech/: espeak-ng clips and manifests (see texts.py, voices.py, corpus.py)
+    python tests/assets/make.py base        voxtral-tiny/: the base model, trained here from scratch (see pretrain.py)
+    python tests/assets/make.py check       measure it: heard voices, unheard voices, after LoRA; writes README.md
+    python tests/assets/make.py all         the four in this order, about 25 minutes on two cores
+
+Needs the espeak-ng program; tests need only what it leaves here. Texts, speakers, rows and samples are the same in
+every run. Two things are not: Ogg files carry a random stream number, and trained weights depend on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import corpus
+import cut_tokenizer
+import texts
+
+HERE = Path(__file__).parent
+MODEL, SPEECH = HERE / "voxtral-tiny", HERE / "speech"
+VOCAB_SIZE = 4096
+sys.path.insert(0, str(HERE.parents[1]))  # voxray, when it is not installed
+
+
+def make_tokenizer() -> None:
+    """Write ``voxtral-tiny/tekken.json``."""
+    MODEL.mkdir(exist_ok=True)
+    cut_tokenizer.write_tokenizer(MODEL / "tekken.json", texts.all_strings(), VOCAB_SIZE)
+
+
+def make_corpus() -> None:
+    """Write ``speech/``."""
+    corpus.write_corpus(SPEECH)
+
+
+def make_base() -> None:
+    """Train the base model and write it with its processor to ``voxtral-tiny/``."""
+    import pretrain
+
+    pretrain.train_base(MODEL)
+
+
+def make_check() -> None:
+    """Measure the base before and after LoRA and write the figures to README.md."""
+    import adapt_check
+
+    adapt_check.write_readme(HERE, MODEL, SPEECH)
+
+
+STEPS = {"tokenizer": make_tokenizer, "corpus": make_corpus, "base": make_base, "check": make_check}
+
+
+def main() -> None:
+    """Run one step or all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=[*STEPS, "all"])
+    chosen = parser.parse_args().step
+    for name, step in STEPS.items():
+        if chosen in (name, "all"):
+            step()
+
+
+if __name__ == "__main__":
+    main()

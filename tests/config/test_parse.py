@@ -1,0 +1,344 @@
+"""Settings: defaults < YAML < flags, everything wrong named at once, nothing read that was not given."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from voxray.config.evaluate import EvaluateSettings, InferSettings
+from voxray.config.featurize import FeaturizeSettings
+from voxray.config.parse import REPOSITORY, Settings, flag_names, flag_of, help_text, parse
+from voxray.config.quickstart import QuickstartSettings
+from voxray.config.train import MultitaskSettings
+from voxray.config.tune import TuneSettings
+
+NEEDED = ["--output_dir", "out", "--train_jsonl", "a.jsonl"]
+JOBS = [
+    (MultitaskSettings, "demo.yaml"),
+    (EvaluateSettings, "demo_evaluate.yaml"),
+    (InferSettings, "demo_infer.yaml"),
+    (FeaturizeSettings, "demo_featurize.yaml"),
+    (TuneSettings, "demo_tune.yaml"),
+    (QuickstartSettings, "quickstart.yaml"),
+]
+
+
+def read(argv: list[str], model: type[Settings] = MultitaskSettings, demo: str = "demo.yaml"):
+    return parse(model, argv, job="a_job", about="About it.", demo=demo)
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str], model: type[Settings] = MultitaskSettings) -> str:
+    """Parse, expect exit status 2, give what was printed."""
+    with pytest.raises(SystemExit) as stop:
+        read(argv, model)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert "a_job: " in shown.err and shown.out == ""
+    return shown.err
+
+
+@pytest.fixture
+def yaml(tmp_path: Path):
+    def write(text: str) -> list[str]:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text, encoding="utf-8")
+        return ["--config", str(path)]
+
+    return write
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(yaml):
+    settings = read([*NEEDED, *yaml("lr: 1e-4\nepochs: 7\n"), "--epochs", "2"])
+    assert (settings.lr, settings.epochs, settings.lora_r) == (1e-4, 2, 16)
+    assert isinstance(settings.lr, float)
+
+
+def test_flags_win_wherever_the_config_flag_stands(yaml):
+    assert read(["--epochs", "2", *yaml("epochs: 7"), *NEEDED]).epochs == 2
+    assert read([*yaml("epochs: 7"), "--epochs", "2", *NEEDED]).epochs == 2
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_yaml_spellings_of_a_small_number(yaml, text: str):
+    assert read([*NEEDED, *yaml(f"lr: {text}")]).lr == 1e-4
+
+
+@pytest.mark.parametrize("given", ["a.jsonl,b.jsonl", "a.jsonl, b.jsonl ,", ["a.jsonl", "b.jsonl"]])
+def test_comma_lists(yaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given):
+    monkeypatch.chdir(tmp_path)
+    wanted = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    assert read(["--output_dir", "o", *yaml(f"train_jsonl: {given}")]).train_jsonl == wanted
+    if isinstance(given, str):
+        assert read(["--output_dir", "o", "--train_jsonl", given]).train_jsonl == wanted
+
+
+@pytest.mark.parametrize(
+    ("argv", "pin_memory"),
+    [
+        ([], True),
+        (["--pin_memory"], True),
+        (["--no_pin_memory"], False),
+        (["--no-pin_memory"], False),
+        (["--no-pin-memory"], False),
+        (["--pin-memory", "false"], False),
+        (["--pin_memory=False"], False),
+        (["--pin_memory=true"], True),
+        (["--no_pin_memory=false"], True),
+        (["--no_pin_memory", "true"], False),
+    ],
+)
+def test_switches(argv: list[str], pin_memory: bool):
+    assert read([*argv, *NEEDED]).pin_memory is pin_memory
+
+
+def test_values_after_an_equals_sign():
+    settings = read(["--output_dir=o=1", "--train_jsonl=a", "--lr=3e-3", "--grad-accum=4"])
+    assert (settings.output_dir, settings.lr, settings.grad_accum) == ("o=1", 3e-3, 4)
+
+
+@pytest.mark.parametrize(
+    ("model", "argv", "name", "value"),
+    [
+        (MultitaskSettings, ["--nproc", "2"], "num_workers", 2),
+        (MultitaskSettings, ["--num_workers", "auto"], "num_workers", "auto"),
+        (MultitaskSettings, ["--num_workers", "0"], "num_workers", 0),
+        (MultitaskSettings, ["--task_sampling", "1.0,1.5,1.2"], "task_weights", {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}),
+        (MultitaskSettings, ["--learning_rate", "1"], "lr", 1.0),
+        (MultitaskSettings, ["--num-train-epochs", "9"], "epochs", 9),
+        (MultitaskSettings, ["--gradient_accumulation_steps", "3"], "grad_accum", 3),
+        (MultitaskSettings, ["--no_freeze_encoder"], "freeze_whisper", False),
+        (MultitaskSettings, ["--drop_last"], "drop_last", True),
+        (MultitaskSettings, ["--no-drop_last"], "drop_last", False),
+        (MultitaskSettings, ["--eval_steps", "5"], "eval_steps", 5),
+        (MultitaskSettings, ["--jsonl", "/v"], "val_jsonl", ("/v",)),
+        (MultitaskSettings, ["--test_jsonl", "/v,/w"], "val_jsonl", ("/v", "/w")),
+        (InferSettings, ["--num_preview", "3"], "preview_rows", 3),
+        (InferSettings, ["--test_jsonl", "/v"], "jsonl", ("/v",)),
+        (EvaluateSettings, ["--jsonl", "/v", "--out_dir", "here"], "output_dir", "here"),
+        (EvaluateSettings, ["--jsonl", "/v", "--adapter_path", "/x"], "lora_dir", "/x"),
+        (TuneSettings, ["--lora_r", "4,8"], "lora_r", (4, 8)),
+        (
+            TuneSettings,
+            ["--task_sampling", "1,1,1;asr=1"],
+            "task_weights",
+            ({"asr": 1, "sqa": 1, "tqa": 1}, {"asr": 1}),
+        ),
+    ],
+)
+def test_old_spellings_and_forms(model, argv: list[str], name: str, value):
+    needed = NEEDED if issubclass(model, MultitaskSettings) else []
+    if model is InferSettings and "jsonl" in name:
+        value = value[0]
+    assert getattr(read([*needed, *argv], model), name) == value
+
+
+def test_out_dir_is_output_dir_also_in_yaml(yaml):
+    assert read(["--train_jsonl", "a", *yaml("out-dir: x\nnproc: auto")]).output_dir == "x"
+
+
+def test_every_alias_reaches_its_field():
+    for model, _ in JOBS:
+        names = flag_names(model)
+        for name, field in model.model_fields.items():
+            assert {names[alias] for alias in flag_of(field).aliases} <= {name}
+
+
+def test_every_bad_field_is_named_at_once(yaml, capsys: pytest.CaptureFixture[str]):
+    config = yaml("epochs: many\nlorra_r: 4\nweight_decay: -1\nseed: true\n")
+    said = refused([*config, "--lr", "0", "--lr_schedule", "cubic", "--lora_dropout=1", "--gradckpt", "word"], capsys)
+    wanted = ["lorra_r", "did you mean --lora_r", "epochs", "'many'", "weight_decay", "--lr: ", "--lr_schedule", "seed"]
+    wanted += ["--lora_dropout", "--gradckpt", "did you mean --grad_ckpt", "word: not a flag"]
+    wanted += ["--output_dir: Field required", "--train_jsonl: Field required"]
+    assert [text for text in wanted if text not in said] == []
+    assert said.count("error: ") == 11 and "11 bad setting(s)" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--lora_rank", "4"], "--lora_rank: unknown flag"),
+        (["--epoch", "4"], "--epoch: unknown flag; did you mean --epochs?"),
+        (["--train", "x"], "--train: unknown flag"),
+        (["--lora"], "--lora: unknown flag"),
+        (["--zzzz"], "--zzzz: unknown flag\n"),
+        (["-lr", "4"], "-lr: not a flag"),
+        (["--lr"], "--lr: needs a value"),
+        (["--lr", "--bf16"], "--lr: needs a value"),
+        (["--no_lr"], "--no_lr: only switches"),
+        (["--bf16=maybe"], "--bf16: a switch takes true or false"),
+        (["--epochs", "0"], "--epochs: Input should be greater than or equal to 1 (got '0')"),
+        (["--epochs", "2.5"], "--epochs: Input should be a valid integer"),
+        (["--lr", "nan"], "--lr: Input should be a finite number"),
+        (["--lr", "inf"], "--lr: Input should be a finite number"),
+        (["--lr", "-1"], "--lr: Input should be greater than 0"),
+        (["--lora_dropout", "1.0"], "--lora_dropout: Input should be less than 1"),
+        (["--num_workers", "-1"], "--num_workers: must be auto or a whole number"),
+        (["--num_workers", "some"], "--num_workers: must be auto or a whole number"),
+        (["--num_workers", "1.5"], "--num_workers: must be auto or a whole number"),
+        (["--task_weights", "1,2"], "--task_weights: needs 3 numbers"),
+        (["--val_jsonl", "b", "--val_jsonl", "c"], "--val_jsonl: given twice"),
+        (["--lr", "1", "--learning_rate", "2"], "--learning_rate: given twice, as '1' and '2'"),
+        (["--bf16", "--no_bf16"], "--no_bf16: given twice, as True and False"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "--config: given twice"),
+        (["--config"], "--config: needs a value"),
+    ],
+)
+def test_faulty_flags(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert message in refused([*NEEDED, *argv], capsys)
+
+
+def test_a_flag_repeated_with_the_same_value_is_fine():
+    assert read([*NEEDED, "--lr", "1e-3", "--learning_rate", "1e-3", "--bf16", "--bf16"]).lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr: [", "--config"),
+        ("- lr\n- 2\n", "holds a list, not keys and values"),
+        ("", "holds a NoneType"),
+        ("just words", "holds a str"),
+        ("lr: 1\nlearning_rate: 2", "learning_rate: given twice, as 1 and 2"),
+        ("num_worker: 2", "num_worker: unknown key; did you mean --num_workers?"),
+        ("num_workers:", "num_workers: must be auto or a whole number"),
+        ("num_workers: 2.7", "num_workers: must be auto or a whole number"),
+        ("num_workers: true", "num_workers: is no switch"),
+        ("epochs: yes", "epochs: is no switch"),
+        ("model_id: 3", "model_id: Input should be a valid string (got 3)"),
+        ("model_id:", "model_id: Input should be a valid string (got None)"),
+        ("bf16: 2", "bf16: Input should be a valid boolean"),
+        ("task_weights: 3", "task_weights: needs 3 numbers"),
+        ("task_weights: {asr: x}", "task_weights: 'x' is not a number"),
+        ("model_id: 2024-13-45", "month must be in 1..12"),
+        ("lr: !!float abc", "could not convert string to float"),
+        ("lr: !!bool abc", "--config"),
+        ("lr: !!timestamp abc", "--config"),
+        ("[" * 5000, "--config"),
+        ("lr: \x01", "--config"),
+    ],
+)
+def test_faulty_yaml(yaml, text: str, message: str, capsys: pytest.CaptureFixture[str]):
+    assert message in refused([*NEEDED, *yaml(text)], capsys)
+
+
+def test_yaml_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for path in (tmp_path / "missing.yaml", tmp_path):
+        assert f"--config {path}: " in refused([*NEEDED, "--config", str(path)], capsys)
+    (tmp_path / "latin.yaml").write_bytes(b"model_id: caf\xe9")
+    assert "utf-8" in refused([*NEEDED, "--config", str(tmp_path / "latin.yaml")], capsys)
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os"])
+def test_yaml_tags_execute_nothing(yaml, tmp_path: Path, tag: str, capsys: pytest.CaptureFixture[str]):
+    made = tmp_path / "made"
+    assert "could not determine a constructor" in refused([*NEEDED, *yaml(f"model_id: {tag} ['{made}']")], capsys)
+    assert not made.exists()
+
+
+def test_environment_variables_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    before = read(NEEDED)
+    for name in ("LR", "MODEL_ID", "EPOCHS", "TRAIN_JSONL", "BF16", "VOXRAY_LR", "OUTPUT_DIR", "CONFIG"):
+        monkeypatch.setenv(name, "7")
+        monkeypatch.setenv(name.lower(), "7")
+    assert read(NEEDED) == before
+    monkeypatch.setattr(os, "environ", {"HOME": "/nowhere"})
+    assert read(NEEDED) == before
+
+
+@pytest.mark.parametrize(("model", "demo"), JOBS)
+def test_help_lists_every_field_with_its_text(model, demo: str, capsys: pytest.CaptureFixture[str]):
+    for spelling in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stop:
+            read([spelling, "--no-such-flag"], model, demo)
+        assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    words = " ".join(shown.split())
+    assert demo in shown and "About it." in shown
+    for name, field in model.model_fields.items():
+        assert f"  --{name} " in shown
+        assert field.description, f"{name} has no docstring"
+        assert " ".join(field.description.split()) in words
+        for alias in flag_of(field).aliases:
+            assert f"--{alias}" in words
+
+
+def test_help_shows_types_and_defaults():
+    text = help_text(MultitaskSettings, job="train_multitask", about="", demo="demo.yaml")
+    assert "--lr_schedule cosine|linear|constant  (default cosine)" in text
+    assert "--num_workers auto|N  (default auto)" in text
+    assert "--train_jsonl TEXT,...  (required)" in text
+    assert "--pin_memory / --no_pin_memory  (default True)" in text
+
+
+@pytest.mark.parametrize(("model", "demo"), JOBS)
+def test_no_flags_run_the_demo_recipe_and_say_so_first(
+    model, demo: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings = read([], model, demo)
+    assert capsys.readouterr().out.startswith(
+        f"a_job: no flags given, so this runs the demo recipe (jobs/configs/{demo})"
+    )
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if flag_of(field).path == "input" and name in settings.model_fields_set:
+            for path in [value] if isinstance(value, str) else value:
+                assert Path(path).is_absolute()
+                assert not (REPOSITORY / "tests" / "assets").is_dir() or path.startswith(str(REPOSITORY))
+
+
+def test_fields_set_are_those_that_the_user_set(yaml):
+    settings = read([*NEEDED, *yaml("lr: 2e-4"), "--jsonl", "v"])
+    assert settings.model_fields_set == {"output_dir", "train_jsonl", "lr", "val_jsonl"}
+
+
+def test_relative_inputs_become_absolute_and_outputs_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name in ("base", "out"):
+        (tmp_path / name).mkdir()
+    argv = ["--train_jsonl", "a,~/b,/c,s3://d/e,~no-such-user/f", "--output_dir", "out", "--model_id"]
+    settings = read([*argv, "base"])
+    assert settings.train_jsonl == (
+        f"{tmp_path}/a",
+        "/home/someone/b",
+        "/c",
+        "s3://d/e",
+        f"{tmp_path}/~no-such-user/f",
+    )
+    assert (settings.output_dir, settings.model_id) == ("out", f"{tmp_path}/base")
+    assert read([*argv, "someone/model"]).model_id == "someone/model"  # a hub id, as there is no such folder
+    assert read([*argv, "m"]).features_dir == ""
+
+
+def test_settings_are_frozen_and_closed():
+    with pytest.raises(ValueError, match="frozen"):
+        read(NEEDED).lr = 1.0
+    with pytest.raises(ValueError, match="Extra inputs"):
+        MultitaskSettings(**{**dict(read(NEEDED)), "lora_rank": 4})
+
+
+def test_evaluate_and_infer_name_what_they_miss(capsys: pytest.CaptureFixture[str]):
+    said = refused(["--per_device_bsz", "0"], capsys, EvaluateSettings)
+    assert "--val_jsonl: Field required" in said and "--per_device_bsz" in said
+    assert "give one of them" in refused(["--audio_path", "a", "--jsonl", "b"], capsys, InferSettings)
+
+
+def test_settings_load_neither_torch_nor_ray():
+    code = """
+import importlib, pathlib, sys
+import voxray.config
+for path in pathlib.Path(voxray.config.__path__[0]).glob("*.py"):
+    importlib.import_module(f"voxray.config.{path.stem}")
+from voxray.config.parse import parse
+from voxray.config.train import MultitaskSettings
+try:
+    parse(MultitaskSettings, ["--lr", "x"], job="a", about="", demo="demo.yaml")
+except SystemExit as stop:
+    heavy = [name for name in ("torch", "ray", "transformers", "pyarrow", "numpy") if name in sys.modules]
+    print(stop.code, heavy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert done.stdout == "2 []\n", done.stdout + done.stderr

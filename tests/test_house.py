@@ -1,0 +1,118 @@
+"""Rules that hold over the whole code: nothing executes what it reads (contract 13), Ray at the edges, sizes."""
+
+import ast
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+REPOSITORY = Path(__file__).parents[1]
+CODE = sorted([*REPOSITORY.glob("voxray/**/*.py"), *REPOSITORY.glob("jobs/*.py"), *REPOSITORY.glob("tools/*.py")])
+RAY_ROOMS = {"launch.py", "data/prepare.py", "data/featurize.py", "evaluation/batch.py", "tune.py"}
+UNSAFE_CALLS = {
+    "eval",
+    "exec",
+    "pickle.load",
+    "pickle.loads",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "os.system",
+    "marshal.loads",
+}
+
+
+def calls(path: Path) -> list[tuple[str, ast.Call]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def keywords(call: ast.Call) -> dict[str, str]:
+    return {keyword.arg or "**": ast.unparse(keyword.value) for keyword in call.keywords}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_nothing_executes_what_it_reads(path):
+    for name, call in calls(path):
+        given = keywords(call)
+        assert name not in UNSAFE_CALLS, f"{path}:{call.lineno}: {name}"
+        assert name != "torch.load" or given.get("weights_only") == "True", f"{path}:{call.lineno}"
+        assert given.get("trust_remote_code", "False") == "False", f"{path}:{call.lineno}"
+        assert given.get("shell", "False") == "False", f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_ray_stays_in_its_rooms_and_files_stay_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 400
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if any(name.partition(".")[0] == "ray" for name in names):
+                assert str(path.relative_to(REPOSITORY / "voxray")) in RAY_ROOMS, f"{path}:{node.lineno}"
+
+
+def test_without_ray_the_library_still_imports(tmp_path):
+    """A GPU box without Ray runs recipe and loop; importing them must not need it."""
+    import subprocess
+    import sys
+
+    (tmp_path / "ray.py").write_text("raise ImportError('no Ray here')")
+    code = "import voxray.launch, voxray.recipes.multitask, voxray.evaluation.infer, voxray.data.featurize"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_bomb_in_a_checkpoint_does_not_go_off(tmp_path):
+    from voxray.errors import RunError
+    from voxray.models.lora import add_lora, save_adapter, trainable_parameters
+    from voxray.models.voxtral import Voxtral
+    from voxray.training.checkpoint import load_checkpoint
+
+    family, mark = Voxtral(), tmp_path / "exploded"
+    base = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    model = add_lora(base, family, ("llm",), model_id=TINY, r=2, alpha=4, dropout=0.0)
+    save_adapter(model, tmp_path)
+    (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb(mark)))
+    pickle.loads(pickle.dumps(Bomb(tmp_path / "proof")))
+    assert (tmp_path / "proof").exists(), "the bomb works where pickles are trusted"
+    optimizer = torch.optim.AdamW([parameter for _, parameter in trainable_parameters(model)])
+    with pytest.raises(RunError, match="damaged checkpoint"):
+        load_checkpoint(tmp_path, model, optimizer)
+    assert not mark.exists()
+
+
+def test_a_model_folder_cannot_bring_code(tmp_path):
+    """A config that names its own Python files is of no known family; its code is not imported."""
+    import json
+
+    from voxray.errors import SettingsError
+    from voxray.models.family import family_of
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(SettingsError, match="model type 'evil' is not one of voxtral"):
+        family_of(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_settings_and_provenance_hold_no_environment(tmp_path, monkeypatch):
+    """Tokens in the environment do not reach what a run writes."""
+    import json
+
+    from voxray.run_folder import provenance
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
+    assert "hf_secret_value" not in json.dumps(provenance())

@@ -1,0 +1,153 @@
+"""Runs through Ray: features by several processes, flat memory, training, signals. One Ray for the whole file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, write_rows
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.featurize import featurize
+from voxray.errors import RunError
+from voxray.launch import run_training
+
+pytestmark = pytest.mark.ray
+REPOSITORY = Path(__file__).parents[1]
+
+
+def text_rows(count: int) -> list[dict]:
+    return [{"instruction": f"number {n}", "input": "", "output": str(n % 10)} for n in range(count)]
+
+
+def test_features_by_ray_equal_features_made_here(local_ray, small, tmp_path):
+    """Two or more processes take part, and neither they nor their order show in the result."""
+    manifests = [small["asr.train"], small["tqa.train"]]
+    by_ray = featurize(manifests, TINY, tmp_path / "a", rows_per_shard=3, num_actors=2)
+    here = featurize(manifests, TINY, tmp_path / "b", rows_per_shard=3, use_ray=False)
+    assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 24
+    for one, other in zip(by_ray.folders, here.folders, strict=True):
+        for path in sorted(other.rglob("*.arrow")):
+            assert (one / path.relative_to(other)).read_bytes() == path.read_bytes()
+
+
+def test_only_what_is_missing_is_made(local_ray, small, tmp_path):
+    first = featurize([small["asr.train"]], TINY, tmp_path, rows_per_shard=3)
+    shards = first.folders[0] / "shards"
+    before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
+    (shards / "00002.arrow").unlink()
+    again = featurize([small["asr.train"]], TINY, tmp_path, rows_per_shard=3)
+    after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
+    assert again.num_made == 3 and again.num_rows == 12
+    assert {name for name in before if before[name] != after[name]} == {"00002.arrow"}
+
+
+def test_bad_rows_are_listed_and_the_rest_is_kept(local_ray, small, tmp_path):
+    rows = [json.loads(line) for line in Path(small["asr.train"]).read_text(encoding="utf-8").splitlines()][:4]
+    (tmp_path / "noise.wav").write_text("not audio")
+    rows += [{"audio_path": "noise.wav", "transcript": "x"}, {"audio_path": "absent.wav", "transcript": "x"}, {"a": 1}]
+    manifest = write_rows(tmp_path / "m.jsonl", rows)
+    report = featurize([manifest], TINY, tmp_path / "f", rows_per_shard=2)
+    assert (report.num_rows, report.num_bad) == (4, 3)
+    ledger = [json.loads(line) for line in (report.folders[0] / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["reason"]) for line in ledger] == [
+        (5, "audio_unreadable"),
+        (6, "audio_missing"),
+        (7, "unknown_task"),
+    ]
+    with pytest.raises(RunError, match=r"m\.jsonl:\d: .*\(--strict\)"):
+        featurize([manifest], TINY, tmp_path / "g", rows_per_shard=2, strict=True)
+
+
+def settings(small, output_dir: Path, **changes) -> MultitaskSettings:
+    values = {f"{part}_jsonl": [small[f"{task}.{part}"] for task in ("asr", "sqa", "tqa")] for part in ("train", "val")}
+    values |= {
+        "model_id": TINY,
+        "num_workers": 2,
+        "max_steps": 3,
+        "eval_max_new_tokens": 4,
+        "output_dir": str(output_dir),
+    }
+    return MultitaskSettings(**{**values, **changes})
+
+
+def test_a_run_explains_itself(local_ray, small, tmp_path):
+    """Contract 12, on a run of two Ray Train processes."""
+    result = run_training(settings(small, tmp_path))
+    assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"settings.json", "metrics.jsonl", "adapter", "checkpoints", "tensorboard", "quarantine.jsonl"}
+    assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 3
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["versions"]["ray"] and provenance["command"]
+    assert len(provenance["git"]["commit"]) == 40
+    assert provenance["data"] and all(len(entry["content"]) == 64 for entry in provenance["data"])
+    parameters = json.loads((tmp_path / "parameters.json").read_text())
+    assert parameters["encoder"]["trainable"] == 0 < parameters["llm"]["trainable"]
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("train") == 3 and kinds.count("validation") == 1
+    assert "step 3/3" in (tmp_path / "train.log").read_text()
+
+
+def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
+        run_training(settings(small, tmp_path, max_len=2))
+    assert time.monotonic() - began < 60
+
+
+def test_first_signal_saves_and_the_same_command_goes_on(small, tmp_path):
+    command = [
+        sys.executable,
+        str(REPOSITORY / "jobs" / "train_multitask.py"),
+        "--model_id",
+        TINY,
+        "--num_workers",
+        "0",
+    ]
+    command += ["--train_jsonl", small["asr.train"], "--output_dir", str(tmp_path / "run"), "--save_steps", "100000"]
+    process = subprocess.Popen([*command, "--max_steps", "5000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and metrics.read_text().count("\n") > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the same command goes on from there" in output, output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name[5:])
+    again = subprocess.run([*command, "--max_steps", str(step + 2)], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and f"going on from step {step} of {step + 2}" in again.stdout, again.stderr
+
+
+PROBE = """
+import resource, sys
+from pathlib import Path
+import voxray.launch as launch
+from voxray.data.featurize import featurize
+with launch.ray_session(Path(sys.argv[1]).parent / "ray.log", 3):
+    report = featurize([sys.argv[1]], sys.argv[2], Path(sys.argv[1]).parent / "f", rows_per_shard=256)
+print(report.num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def driver_mib(rows: int, folder: Path) -> int:
+    """Peak memory of a driver that featurizes so many rows of text."""
+    manifest = write_rows(folder / "m.jsonl", text_rows(rows))
+    command = [sys.executable, "-c", PROBE, manifest, TINY]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ""}, check=True)
+    made, mib = map(int, result.stdout.split()[-2:])
+    assert made == rows
+    return mib
+
+
+@pytest.mark.slow
+def test_the_drivers_memory_stays_flat_to_100_000_rows(tmp_path):
+    few, many = driver_mib(1_000, tmp_path / "few"), driver_mib(100_000, tmp_path / "many")
+    print(f"driver: {few} MiB with 1,000 rows, {many} MiB with 100,000")
+    assert many < few * 1.1 + 20

@@ -1,0 +1,184 @@
+"""The laws of training: answers only, any division of a batch, text-only batches, exact resume."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import TINY
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.collate import IGNORED, collate_prompts, collate_training
+from voxray.data.plan import Plan
+from voxray.data.shards import TASK_CODES, Features
+from voxray.models.family import family_of
+from voxray.recipes.multitask import Data
+
+GOLDEN_LOSSES = [3.848973, 5.183604, 1.948669, 5.992448]
+
+
+@pytest.fixture(scope="module")
+def data(small, make_features) -> Data:
+    names = [f"{task}.{part}" for part in ("train", "val") for task in ("asr", "sqa", "tqa")]
+    folders = make_features(*(small[name] for name in names))
+    return Data(folders[:3], folders[3:])
+
+
+def settings(output_dir: Path, **changes) -> MultitaskSettings:
+    values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-3}
+    values |= {
+        "max_steps": 4,
+        "per_device_bsz": 4,
+        "eval_max_rows": 1,
+        "eval_max_new_tokens": 4,
+        "output_dir": str(output_dir),
+    }
+    return MultitaskSettings(**{**values, **changes})
+
+
+def losses(records) -> list[float]:
+    return [record["loss"] for record in records]
+
+
+def sha(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_loss_falls_on_answers_only(data):
+    """Contract 1: labels are the answer's tokens and nothing else, and the prompt is the one used at evaluation."""
+    features, front_end = Features(data.train), family_of(TINY).front_end(TINY)
+    for task in TASK_CODES.values():
+        row = features.row(int((features.task == task).argmax()))
+        trained, asked = collate_training([row], front_end), collate_prompts([row], front_end)
+        labels = trained["labels"][0]
+        answer = labels[labels != IGNORED].tolist()
+        assert answer == front_end.target_ids(row.answer)
+        assert trained["input_ids"][0][labels == IGNORED].tolist() == asked["input_ids"][0].tolist()
+        assert trained["input_ids"][0].tolist() == asked["input_ids"][0].tolist() + answer
+
+
+def test_padding_and_other_rows_have_no_labels(data):
+    features, front_end = Features(data.train), family_of(TINY).front_end(TINY)
+    rows = [features.row(number) for number in range(0, len(features), 5)]
+    batch = collate_training(rows, front_end)
+    assert (batch["labels"] != IGNORED).sum(1).tolist() == [len(row.target_ids) for row in rows]
+    assert batch["attention_mask"].sum(1).tolist() == [len(row.prompt_ids) + len(row.target_ids) for row in rows]
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == front_end.pad_id).all()
+    assert batch["input_features"].shape == (sum(row.num_windows for row in rows), 128, 400)
+
+
+def test_loss_equals_transformers(data):
+    """The answer-only loss is transformers' own loss on the same labels, with the padding and the audio."""
+    from voxray.training.loop import answer_loss
+
+    family = family_of(TINY)
+    features, front_end = Features(data.train), family.front_end(TINY)
+    model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    batch = collate_training([features.row(number) for number in (0, 13, 25, 7)], front_end)
+    ours = answer_loss(model, family, batch, 0.0)
+    theirs = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
+    assert float(ours.sum()) / int((batch["labels"] != IGNORED).sum()) == pytest.approx(float(theirs), rel=1e-5)
+    assert (ours > 0).all(), "all three tasks are in this batch"
+
+
+def test_loss_does_not_depend_on_how_a_batch_is_divided(data, tmp_path):
+    """Contract 5: batch 4 = batch 2 x accumulation 2 = 2 workers x batch 2 (and 2 x 1 x accumulation 2)."""
+    whole = losses(processes.run(settings(tmp_path / "a"), data))
+    accumulated = losses(processes.run(settings(tmp_path / "b", per_device_bsz=2, grad_accum=2), data))
+    two = losses(processes.run(settings(tmp_path / "c", per_device_bsz=2), data, num_workers=2))
+    four = losses(processes.run(settings(tmp_path / "d", per_device_bsz=1, grad_accum=2), data, num_workers=2))
+    assert len(whole) == 4 and whole[0] != whole[1]
+    for other in (accumulated, two, four):
+        assert other == pytest.approx(whole, abs=1e-5)
+
+
+def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
+    """Contract 6: ranks with only text beside ranks with only audio, steps of text alone; losses stay right."""
+    weights = {"asr": 1.0, "tqa": 3.0}
+    common = {"per_device_bsz": 1, "task_weights": weights, "max_steps": 6}
+    features = Features(data.train)
+    plan = Plan(features.task, np.arange(len(features)), weights, 0, 1, 2)
+    kinds = [tuple(bool(features.num_windows[pack.rows[0]]) for pack in plan.step_packs(step)) for step in range(6)]
+    assert (False, False) in kinds and len({kind for kind in kinds if any(kind) and not all(kind)}) >= 1
+    together = losses(processes.run(settings(tmp_path / "a", **{**common, "per_device_bsz": 2}), data))
+    divided = losses(processes.run(settings(tmp_path / "b", **common), data, num_workers=2))
+    assert divided == pytest.approx(together, abs=1e-5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_resume_is_exact(data, tmp_path, num_workers):
+    """Contract 4: 3 steps, new processes, 3 more = 6 steps, to the last bit, with dropout and partial steps."""
+    common = {"per_device_bsz": 3, "lora_dropout": 0.1, "max_steps": 6, "save_steps": 3}
+    straight = processes.run(settings(tmp_path / "a", **common), data, num_workers)
+    processes.run(settings(tmp_path / "b", **common), data, num_workers)
+    _forget_after(tmp_path / "b", 3)
+    resumed = processes.run(settings(tmp_path / "b", **common), data, num_workers)
+    assert sha(tmp_path / "a") == sha(tmp_path / "b")
+    assert losses(straight) == losses(resumed)
+    assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6]
+
+
+def _forget_after(run_dir: Path, step: int) -> None:
+    """Leave a run as if it had been killed right after the checkpoint of ``step``; its log goes on to the end."""
+    import shutil
+
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run_dir / "adapter")
+
+
+def test_resume_with_another_number_of_workers_sees_the_same_batches(data, tmp_path):
+    common = {"per_device_bsz": 1, "max_steps": 6, "save_steps": 3}
+    straight = losses(processes.run(settings(tmp_path / "a", **common), data, num_workers=2))
+    processes.run(settings(tmp_path / "b", **common), data, num_workers=2)
+    _forget_after(tmp_path / "b", 3)
+    resumed = losses(processes.run(settings(tmp_path / "b", **common), data, num_workers=1))
+    assert resumed[:3] == straight[:3]
+    assert resumed == pytest.approx(straight, abs=1e-5)
+
+
+def test_dropout_depends_on_step_and_pack_only(data, tmp_path):
+    """With dropout on, accumulating in one process gives what the same packs give in two."""
+    common = {"per_device_bsz": 2, "lora_dropout": 0.3, "max_steps": 2}
+    one = losses(processes.run(settings(tmp_path / "a", **common, grad_accum=2), data))
+    two = losses(processes.run(settings(tmp_path / "b", **common), data, num_workers=2))
+    assert two == pytest.approx(one, abs=1e-5)
+    none = losses(processes.run(settings(tmp_path / "c", **{**common, "lora_dropout": 0.0}, grad_accum=2), data))
+    assert abs(none[1] - one[1]) > 1e-4, "dropout is on in the runs above"
+
+
+def test_golden_losses(data, tmp_path):
+    """A refactor leaves the first losses of the recipe as they are."""
+    assert losses(processes.run(settings(tmp_path), data)) == pytest.approx(GOLDEN_LOSSES, abs=2e-4)
+
+
+def test_damaged_checkpoint_is_named(data, tmp_path):
+    from voxray.errors import RunError
+
+    processes.run(settings(tmp_path, save_steps=2), data)
+    newest = tmp_path / "checkpoints" / "step-000004"
+    (newest / "optimizer.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(RunError, match=r"step-000004: damaged checkpoint"):
+        processes.run(settings(tmp_path, max_steps=6), data)
+
+
+def test_changed_data_is_refused(data, tmp_path, small, make_features):
+    from voxray.errors import RunError
+
+    processes.run(settings(tmp_path), data)
+    other = Data(make_features(small["asr.val"]), data.validation)
+    with pytest.raises(RunError, match="training data is not what this run began with"):
+        processes.run(settings(tmp_path, max_steps=6), other)
+
+
+def test_base_and_encoder_stay_untouched(data, tmp_path):
+    """After training, a fresh base plus the stored adapter is all there is; the adapter has no encoder tensor."""
+    from safetensors.torch import load_file
+
+    processes.run(settings(tmp_path), data)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors and not any("audio_tower" in name for name in tensors)
+    assert any(tensor.abs().sum() > 0 for name, tensor in tensors.items() if "lora_B" in name)
