@@ -57,6 +57,15 @@ class Run:
 Train = Callable[..., Run]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Feature sets by name: ``text`` has 8 rows, ``speech`` and ``val`` a few of every task."""
@@ -163,8 +172,7 @@ def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.loader.pin_memory is False, "nothing to pin for on a CPU"
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
-    place = {"rank": 0, "world_size": 1, "loader_workers": 0}
-    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, **place, pin_memory=True)
+    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, pin_memory=True)
     _, [(_, batch)] = next(pinning.steps(0, 1))
     assert len(pinned) == len(batch)
 
@@ -386,7 +394,7 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(launch, "on_workers", on_workers)
     monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: None)
+    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.Data((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
