@@ -163,8 +163,7 @@ def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.loader.pin_memory is False, "nothing to pin for on a CPU"
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
-    place = {"rank": 0, "world_size": 1, "loader_workers": 0}
-    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, **place, pin_memory=True)
+    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, pin_memory=True)
     _, [(_, batch)] = next(pinning.steps(0, 1))
     assert len(pinned) == len(batch)
 
@@ -386,7 +385,7 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(launch, "on_workers", on_workers)
     monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: None)
+    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.Data((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
