@@ -167,7 +167,7 @@ def test_numbers_of_ray_actors(
     strategy = ray.data.ActorPoolStrategy
 
     def watched(**options: Any) -> Any:
-        sizes.append(options["size"])
+        sizes.append(options.get("size") or options["max_size"])
         return strategy(**options)
 
     monkeypatch.setattr(ray.data, "ActorPoolStrategy", watched)
