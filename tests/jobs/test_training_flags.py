@@ -57,6 +57,15 @@ class Run:
 Train = Callable[..., Run]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Feature sets by name: ``text`` has 8 rows, ``speech`` and ``val`` a few of every task."""
