@@ -68,9 +68,8 @@ def test_decomposed_hangul_is_cleaned_too():
     assert clean_transcript(unicodedata.normalize("NFD", "아/ 그+ 그거")).text == "아 그 그거"
 
 
-PIECES = st.sampled_from(
-    [*"()/+*{} .,?!bnlou0159가네mR-&", " (", ")/(", "120/80", "ml/", "(3)/(삼)", " +", "u/", "그/ "]
-)
+MARKS = "()/+*{} .,?!bnlou0159가네mR-&"
+PIECES = st.sampled_from([*MARKS, " (", ")/(", "120/80", "ml/", "(3)/(삼)", " +", "u/", "그/ "])
 MARKED = st.lists(PIECES, max_size=25).map("".join)
 
 

@@ -44,10 +44,10 @@ class KoreanText:
 def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:
     """Take the transcription marks off one line; cleaning a clean line changes nothing, and no digit is ever lost.
 
-    ``(spelling)/(reading)`` comes first and gives both texts; two numbers, ``(120)/(80)``, are no such pair. Noise tags
-    ``b/ l/ n/ o/ u/`` go only at the beginning of a word, and not where they are a unit (``5 l/분``). The filler's ``/``
-    and the repeat's ``+`` go only at the end of a word (``+`` before a Hangul word too, where typists misplace it);
-    ``Rh+``, ``ml/min``, ``120/80`` and ``1+1`` stay. Brackets that do not match are noted and kept.
+    ``(spelling)/(reading)`` comes first and gives both texts; two numbers, ``(120)/(80)``, are no such pair. Noise
+    tags ``b/ l/ n/ o/ u/`` go only at the beginning of a word, and not where they are a unit (``5 l/분``). The filler's
+    ``/`` and the repeat's ``+`` go only at the end of a word (``+`` before a Hangul word too, where typists misplace
+    it); ``Rh+``, ``ml/min``, ``120/80`` and ``1+1`` stay. Brackets that do not match are noted and kept.
     """
     notes: set[str] = set()
     spelling = _to_fixed_point(raw, 1, notes)
