@@ -1,4 +1,4 @@
-"""Faults that can be heard in the samples of a clip: clipping, silence, an offset, a dead tail, a lie about the rate."""
+"""Faults in the samples of a clip: clipping, silence, an offset, a dead tail, a lie about the rate."""
 
 from dataclasses import dataclass
 

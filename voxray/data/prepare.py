@@ -3,11 +3,11 @@
 Three passes, none of which holds the corpus in memory:
 
 1. The driver reads the corpus' text files through an importer and spools its rows in chunks on disk.
-2. Ray Data actors take chunks: clean the texts, decode and measure the audio, and write what they found beside the chunk.
+2. Ray Data actors take chunks: clean the texts, decode and measure the audio, and write the results beside the chunk.
 3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary.
 
-A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the workers
-did.
+A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the
+workers did.
 """
 
 import hashlib
@@ -24,10 +24,11 @@ from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.shards import write_atomically
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
-from voxray.importers import ImportedRow, ImportFault, embedded_audio
+from voxray.importers import ImportedRow, ImportFault
+from voxray.importers.huggingface import embedded_audio
 from voxray.manifest import BadRow
 from voxray.tasks import Task, task_of
-from voxray.text.korean import clean_transcript
+from voxray.text.korean import Reading, clean_transcript
 from voxray.text.normalize import normalize_ko_v1
 
 MIN_ACTORS = 2
@@ -43,7 +44,7 @@ class Limits:
     min_chars_per_sec: float
     max_chars_per_sec: float
     max_duration_error_sec: float
-    reading: str
+    reading: Reading
 
 
 @dataclass
@@ -257,11 +258,11 @@ class Tally:
     """Rows and hours by what became of them."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, what: str, duration_sec: float) -> None:
         self.rows[what] += 1
-        self.seconds[what] += duration_sec
+        self.seconds[what] = self.seconds.get(what, 0.0) + duration_sec
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         return {
