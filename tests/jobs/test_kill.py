@@ -36,12 +36,14 @@ class Driver:
         output = {"stdout": self.log, "stderr": self.log}
         self.process = subprocess.Popen(command, env=env, start_new_session=True, **output)
 
-    def kill(self) -> set[int]:
-        """SIGKILL to the whole process group; returns what ran at that moment, other groups included."""
-        below = processes_of(self.mark)
+    def processes(self) -> set[int]:
+        """Everything that runs below this start, processes with a group of their own included."""
+        return processes_of(self.mark)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group, without any warning."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
-        return below
 
     def end(self) -> None:
         end_processes(processes_of(self.mark))
@@ -89,20 +91,25 @@ def test_killed_runs_end_as_the_uninterrupted_one(start: Callable[[str], Driver]
     wait(start("whole"), tmp_path / "whole.log")
     usual_sec = time.monotonic() - began
     assert steps_written(whole) == list(range(1, STEPS + 1))
+    cut_off = 0
     for seed in range(3):
         name, draw = f"killed{seed}", random.Random(seed)
         run, left_behind = tmp_path / name, set()
         # Once somewhere between start-up and the last step, once at a step: the second is sure to lose work.
         first = start(name)
         time.sleep(draw.uniform(0.3, 0.9) * usual_sec)
-        left_behind |= first.kill()
-        second, target = start(name), draw.randrange(3, STEPS)
-        deadline = time.monotonic() + WAIT_SEC
+        left_behind |= first.processes()
+        first.kill()
+        second, target = start(name), draw.randrange(3, STEPS - 3)
+        done, deadline = max(steps_written(run), default=0), time.monotonic() + WAIT_SEC
         while second.process.poll() is None and max(steps_written(run), default=0) < target:
             assert time.monotonic() < deadline, (tmp_path / f"{name}.log").read_text()
-            time.sleep(0.02)
+            if max(steps_written(run), default=0) <= done:  # looking takes longer than a step
+                left_behind |= second.processes()
+            time.sleep(0.01)
         if second.process.poll() is None:
-            left_behind |= second.kill()
+            second.kill()
+        cut_off += not (run / "adapter").exists() and bool(list((run / "checkpoints").glob("step-*")))
         wait(start(name), tmp_path / f"{name}.log")
         assert steps_written(run) == list(range(1, STEPS + 1)), f"seed {seed}: every step once"
         assert adapter_hash(run) == adapter_hash(whole), f"seed {seed}"
@@ -110,3 +117,4 @@ def test_killed_runs_end_as_the_uninterrupted_one(start: Callable[[str], Driver]
         while alive(left_behind):
             assert time.monotonic() < deadline, f"seed {seed}: still running: {alive(left_behind)}"
             time.sleep(0.5)
+    assert cut_off, "not one run was killed between its first checkpoint and its end: the test has shown nothing"
