@@ -44,7 +44,7 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
     utterances = _segments(folder) if (folder / "segments").is_file() else _recordings(folder)
     seen: set[str] = set()
     for found in utterances:
-        if found.reason == "unused_recording" if isinstance(found, ImportFault) else False:
+        if isinstance(found, ImportFault) and found.reason == "unused_recording":
             yield found
             continue
         if found.id and found.id in seen:
@@ -71,7 +71,7 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
 
 
 def _table(file: Path) -> tuple[_Table, list[ImportFault]]:
-    """``id rest of the line`` -> {id: entry}, and the faults that no id leads to; a line's own fault stands in for it."""
+    """``id rest of the line`` -> {id: entry or the line's own fault}, and the faults that no id leads to."""
     table: _Table = {}
     faults = []
     for line in text_lines(file):

@@ -1,4 +1,4 @@
-"""KsponSpeech and corpora built like it: ``.trn`` lists of ``path :: text``, or folders of clips each with a ``.txt``."""
+"""KsponSpeech and corpora built like it: ``.trn`` lists of ``path :: text``, or clips each with a ``.txt`` beside it."""
 
 import os
 from collections.abc import Iterator

@@ -85,7 +85,7 @@ def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str,
             "unsupported_source", f"a source of type {source.get('type')!r}: only files are read, nothing is run"
         )
     channels = source.get("channels") or [0]
-    if channel not in channels:
+    if not isinstance(channel, int) or not isinstance(channels, list) or channel not in channels:
         raise BadRow("audio_channel", f"channel {channel} is none of the file's, {channels}"[:300])
     return find_audio(source.get("source"), folder), channels.index(channel)
 

@@ -1,5 +1,7 @@
 """Lines and records of text files, plain or gzipped, one at a time, each fault with its line."""
 
+import codecs
+import contextlib
 import csv
 import gzip
 import re
@@ -85,10 +87,8 @@ def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
     """
     korean = None
     if korean_code_page and not raw.isascii():
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             korean = raw.decode("cp949")
-        except UnicodeDecodeError:
-            pass
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -246,8 +246,6 @@ def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
 
 def _chunks(path: Path) -> Iterator[str | ImportFault]:
     """A file's text in pieces of 1 MiB, an empty one last; bytes that are not UTF-8 become lone surrogates."""
-    import codecs
-
     decoder: Any = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     with open_text(path) as file:
         while True:
@@ -256,6 +254,8 @@ def _chunks(path: Path) -> Iterator[str | ImportFault]:
             except (OSError, EOFError, zlib.error) as error:
                 yield ImportFault(str(path.absolute()), 1, "", "damaged_file", f"reading stops: {error}")
                 return
-            yield decoder.decode(raw, final=not raw)
+            text = decoder.decode(raw, final=not raw)
+            if text or not raw:  # "" in the middle (half a character) would say that the file ends
+                yield text
             if not raw:
                 return

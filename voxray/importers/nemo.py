@@ -22,7 +22,7 @@ def _convert(record: Record) -> dict[str, Any]:
         raise BadRow("unknown_task", f"a translation from {source} to {target}, not a transcript")
     if "audio_filepath" not in record.values:
         raise BadRow("missing_key", "no audio_filepath")
-    values = {
+    values: dict[str, Any] = {
         "audio_path": find_audio(record.values["audio_filepath"], record.folder),
         "transcript": record.text("text"),
     }

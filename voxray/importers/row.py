@@ -132,12 +132,25 @@ def find_audio(value: Any, *folders: Path) -> str:
     if "://" in value and not os.path.isfile(value):
         raise BadRow("remote_audio", f"download it first: {value}")
     if value.strip():
-        for folder in (*folders, Path.cwd()):
-            for form in (value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)):
-                path = str(folder.absolute() / form)
-                if os.path.isfile(path):  # False for a folder, a loop of links, a zero byte, a name too long
-                    return path
+        bases = [folder.absolute() for folder in (*folders, Path.cwd())]
+        for base in bases:
+            if os.path.isfile(path := str(base / value)):  # False for a folder, a loop of links, a name too long
+                return path
+        for base in bases if not value.isascii() else ():
+            if path := _other_form(base, Path(value)):
+                return path
     raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}"[:1000])
+
+
+def _other_form(base: Path, value: Path) -> str | None:
+    """Find a file whose name, or a folder's above it, is spelled NFD on disk and NFC in the list, or the reverse."""
+    found = base
+    for part in value.parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        found = next((found / form for form in forms if os.path.lexists(found / form)), None)
+        if found is None:
+            return None
+    return str(found) if os.path.isfile(found) else None
 
 
 def keep_keys(record: Record, names: dict[str, str]) -> dict[str, Any]:
