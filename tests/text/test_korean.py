@@ -25,6 +25,7 @@ LINES = [  # raw, spelling, phonetic (None: the same), notes
     ("(A4)/(에이 4) 용지", "A4 용지", "에이 4 용지", ()),
     ("((1)/(일))/(하나)", "((1)/(일))/(하나)", None, ("nested_brackets",)),
     ("(웃음) 네", "(웃음) 네", None, ()),
+    ("(3) b/ / (삼) 네", "3 네", "삼 네", ("noise",)),
     ("이거) 하나(만", "이거) 하나(만", None, ("unbalanced_brackets",)),
     # Noise tags
     ("b/ 아/ 모+ 몬 소리야 n/", "아 모 몬 소리야", None, ("noise",)),

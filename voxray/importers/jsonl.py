@@ -18,7 +18,7 @@ from voxray.tasks import task_of
 AUDIO_MARK = "<audio>"
 _TRANSCRIBE = re.compile(
     r"(?:please )?transcribe(?: (?:this|the))?(?: (?:audio|speech|clip|recording))?(?: (?:in)?to text)?"
-    r"|(?:이 |다음 )?(?:음성|오디오)[을를]? ?(?:받아 ?(?:쓰세요|써 ?주세요|적으세요|적어 ?주세요)|전사(?:하세요|해 ?주세요))"
+    r"|(?:이 |다음 )?(?:음성|오디오)[을를]? ?(?:받아 ?(?:쓰세요|적으세요|(?:써|적어) ?주세요)|전사해 ?주세요)"
 )
 _CLIP_KEYS = ("audio", "audio_url", "path", "url", "audio_path")
 

@@ -10,32 +10,8 @@ from voxray.importers.row import find_audio
 from voxray.manifest import BadRow
 
 AUDIO_SUFFIXES = frozenset(
-    [
-        ".wav",
-        ".flac",
-        ".mp3",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".sph",
-        ".wv1",
-        ".wv2",
-        ".aif",
-        ".aiff",
-        ".au",
-        ".snd",
-        ".caf",
-        ".m4a",
-        ".aac",
-        ".mp4",
-        ".webm",
-        ".wma",
-        ".mov",
-        ".mka",
-        ".w64",
-        ".pcm",
-        ".3gp",
-    ]
+    {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".sph", ".wv1", ".wv2", ".aif", ".aiff", ".au", ".snd", ".caf"}
+    | {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".mka", ".w64", ".pcm", ".3gp"}
 )
 
 

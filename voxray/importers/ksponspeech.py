@@ -1,4 +1,4 @@
-"""KsponSpeech and corpora built like it: ``.trn`` lists of ``path :: text``, or clips each with a ``.txt`` beside it."""
+"""KsponSpeech and corpora built like it: ``.trn`` lists of ``path :: text``, or clips beside a ``.txt`` each."""
 
 import os
 from collections.abc import Iterator

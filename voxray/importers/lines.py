@@ -215,12 +215,15 @@ def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
 
 def _element(name: str, line: int, text: str) -> Record | ImportFault:
     try:
+        text.encode("utf-8")
         return Record(name, line, parse_object(text))
+    except UnicodeEncodeError:
+        return ImportFault(name, line, "", "bad_encoding", "not UTF-8")
     except BadRow as error:
         return ImportFault(name, line, "", error.reason, error.message)
 
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^"{}\[\],:]+|"', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\s+|[^"{}\[\],:\s]+|"', re.DOTALL)
 
 
 def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
@@ -245,12 +248,12 @@ def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
 
 
 def _chunks(path: Path) -> Iterator[str | ImportFault]:
-    """A file's text in pieces of 1 MiB, an empty one last; bytes that are not UTF-8 become lone surrogates."""
+    """A file's text in pieces of 64 KiB, an empty one last; bytes that are not UTF-8 become lone surrogates."""
     decoder: Any = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     with open_text(path) as file:
         while True:
             try:
-                raw = file.read(1 << 20)
+                raw = file.read(1 << 16)
             except (OSError, EOFError, zlib.error) as error:
                 yield ImportFault(str(path.absolute()), 1, "", "damaged_file", f"reading stops: {error}")
                 return
