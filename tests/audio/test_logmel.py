@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from voxray.audio.logmel import FRAMES_AT_A_TIME, HOP_SAMPLES, SAMPLE_RATE_HZ, LogMel
+from voxray.audio.logmel import FRAMES_AT_A_TIME, HOP_SAMPLES, SAMPLE_RATE_HZ, SUMS_START_AT, LogMel, _apply, _cut
 
 SECOND = SAMPLE_RATE_HZ
 
@@ -134,3 +134,22 @@ def test_bands_that_would_round_otherwise_are_not_used(monkeypatch, starts: tupl
     finally:
         torch.set_num_threads(before)
     assert np.array_equal(mel, wanted) and fill == wanted_fill
+
+
+@pytest.mark.parametrize("num_mel_bins", [80, 128])
+@pytest.mark.parametrize("starts", [*SUMS_START_AT, (0, 57), (0, 33, 100)])
+def test_bands_hold_every_filter(num_mel_bins: int, starts: tuple[int, ...]):
+    """Wherever the sums start, bands give the dense product but for rounding, from far fewer weights."""
+    (whole,) = _cut_nothing(num_mel_bins)
+    filters_FM = whole.filters_FM
+    bands = _cut(filters_FM, starts)
+    power_TF = torch.rand(70, 201, generator=torch.Generator().manual_seed(0))
+    found = _apply(bands, power_TF, torch.full((70, num_mel_bins), torch.nan))
+    torch.testing.assert_close(found, power_TF @ filters_FM, rtol=1e-5, atol=0)
+    assert sum(band.filters_FM.numel() for band in bands) < filters_FM.numel() / 3
+
+
+def _cut_nothing(num_mel_bins: int) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("voxray.audio.logmel.SUMS_START_AT", ())
+        return LogMel(num_mel_bins)._bands

@@ -43,6 +43,8 @@ class LogMel:
 
     Args:
         num_mel_bins: 80 (Whisper up to large-v2) or 128 (large-v3, Voxtral).
+    Attributes:
+        num_bands: Products that take the place of the dense one; 1 where only that keeps the bits, which is slower.
     """
 
     def __init__(self, num_mel_bins: int) -> None:
@@ -58,6 +60,7 @@ class LogMel:
         self.num_mel_bins = num_mel_bins
         filters_FM = torch.from_numpy(filters).to(torch.float32)
         self._bands = _bands(filters_FM)
+        self.num_bands = len(self._bands)
         self._window = torch.hann_window(N_FFT).numpy()
 
     @torch.inference_mode()
