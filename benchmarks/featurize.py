@@ -45,6 +45,7 @@ NUM_CLIPS = 64  # different ones; the others are hard links to them
 ROWS_PER_SHARD = 64  # the default of the job
 TEXT = "환자는 어제부터 열이 나고 기침을 하며 혈압은 120/80 이었습니다"
 GIB = 1 << 30
+MIN_STEADY_SEC = 5.0  # less is too short to be measured
 
 
 def write_clips(folder: Path) -> list[Path]:
@@ -172,9 +173,8 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
     # The first shards of all actors belong to the start: nothing was there to be done before them.
     first = marks[min(2 * num_actors, len(marks) - 2)]
     share = (marks[-1][1] - first[1]) / marks[-1][1]  # of all rows
-    enough = len(marks) >= 6 * num_actors  # shards; with fewer the steady part is too short to be measured
     steady_sec, _, spent_sec, busy_sec = (last - then for last, then in zip(marks[-1], first, strict=True))
-    enough = enough and spent_sec > 0
+    enough = steady_sec >= MIN_STEADY_SEC and spent_sec > 0
     bound = num_actors / parts_sec
     return {
         "hours": round(audio_sec / 3600, 2),
@@ -212,8 +212,8 @@ def main() -> None:
     print("hours  Ray s  first shard s  total s  whole  steady  CPU   busy  driver GiB  actor GiB")
     for row in rows:
         print(
-            "{hours:5}  {ray_start_sec:5}  {first_shard_sec:13}  {total_sec:7}  {whole:5}  {steady!s:6}  {cpu!s:4}  {busy!s:4}  "
-            "{driver_gib:10}  {actor_gib:9}".format(**row)
+            "{hours:5}  {ray_start_sec:5}  {first_shard_sec:13}  {total_sec:7}  {whole:5}  {steady!s:6}  "
+            "{cpu!s:4}  {busy!s:4}  {driver_gib:10}  {actor_gib:9}".format(**row)
         )
     rates = {part: round(1 / seconds) for part, seconds in parts.items()}
     print(json.dumps({"benchmark": "featurize", "num_actors": flags.num_actors, "parts": rates, "rows": rows}))

@@ -61,7 +61,7 @@ class LogMel:
         filters_FM = torch.from_numpy(filters).to(torch.float32)
         self._bands = _bands(filters_FM)
         self.num_bands = len(self._bands)
-        self._window = torch.hann_window(N_FFT).numpy()
+        self._window = torch.hann_window(N_FFT)
 
     @torch.inference_mode()
     def valid(self, samples: np.ndarray, padded_samples: int) -> tuple[np.ndarray, float]:
@@ -89,7 +89,7 @@ class LogMel:
         num_blocks = -(-computed // FRAMES_AT_A_TIME)
         size = -(-computed // num_blocks)  # even blocks: the last one must not be narrow
         for start in range(0, computed, size):
-            power_TF = _power(torch.from_numpy(frames_TN[start : start + size] * self._window))
+            power_TF = _power(frames_TN[start : start + size] * self._window)
             _apply(self._bands, power_TF, log_TM[start : start + size])
         mel_KM = log_TM[:num_frames].clamp_(min=FLOOR).log10_().numpy()
         clamp = np.maximum(mel_KM.max(), SILENCE) - DYNAMIC_RANGE
@@ -99,11 +99,11 @@ class LogMel:
         return mel_KM, float((np.maximum(clamp, SILENCE) + FOUR) / FOUR)
 
 
-def _frames(samples: np.ndarray, padded_samples: int, num_frames: int) -> np.ndarray:
+def _frames(samples: np.ndarray, padded_samples: int, num_frames: int) -> torch.Tensor:
     """The first frames of the clip as the extractor sees it: zeros behind it, 200 samples mirrored at both ends.
 
     Returns:
-        frames_TN, overlapping views of one array.
+        frames_TN, overlapping views of one tensor.
     """
     half = N_FFT // 2
     padded = np.zeros((num_frames - 1) * HOP_SAMPLES + N_FFT, np.float32)
@@ -112,7 +112,7 @@ def _frames(samples: np.ndarray, padded_samples: int, num_frames: int) -> np.nda
     beyond = len(padded) - half - padded_samples
     if beyond > 0:  # the last frame of the padded length reaches 40 samples beyond it
         padded[-beyond:] = padded[-beyond - 2 : -2 * beyond - 2 : -1]
-    return np.lib.stride_tricks.as_strided(padded, (num_frames, N_FFT), (4 * HOP_SAMPLES, 4), writeable=False)
+    return torch.from_numpy(padded).as_strided((num_frames, N_FFT), (HOP_SAMPLES, 1))
 
 
 def _power(frames_TN: torch.Tensor) -> torch.Tensor:
@@ -122,7 +122,7 @@ def _power(frames_TN: torch.Tensor) -> torch.Tensor:
     imaginary parts alike, as they lie next to each other. Apart, they are half as many; and the fastest way to take
     them apart is to read each pair as one integer and to keep its lower and its upper half.
     """
-    pairs_TF = torch.view_as_real(torch.fft.rfft(frames_TN)).view(torch.int64).squeeze(-1)
+    pairs_TF = torch.fft.rfft(frames_TN).view(torch.int64)
     real_TF = pairs_TF.to(torch.int32).view(torch.float32)
     imaginary_TF = pairs_TF.bitwise_right_shift_(32).to(torch.int32).view(torch.float32)
     magnitude_TF = torch.hypot(real_TF, imaginary_TF, out=real_TF)
