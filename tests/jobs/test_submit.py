@@ -82,7 +82,7 @@ def head() -> Iterator[Head]:
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "ray-client-server-port", "runtime-env-agent-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    env = {**environment(), "RAY_AUTH_MODE": "disabled", "VOXRAY_TEST_HEAD": mark}
+    env = {**environment(), "RAY_AUTH_MODE": "disabled", "VOXRAY_TEST_HEAD": mark, "HOME": folder}
     del env["PYTHONPATH"]  # a job runs the code that it brings
     command = [RAY, "start", "--head", "--num-cpus=4", "--dashboard-host=127.0.0.1", "--disable-usage-stats", "--block"]
     command += [f"--temp-dir={folder}", *(f"--{name}={port}" for name, port in ports.items())]
@@ -182,6 +182,16 @@ def test_submitted_run_succeeds(head: Head, submitted: Submitted) -> None:
     provenance = json.loads((run / "provenance.json").read_text())
     assert provenance["git"] is None, "the job ran the copy that it brought, which is no checkout"
     assert provenance["command"][0] == "train_multitask.py"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_without_flags_the_demo_recipe_runs_and_its_output_stays(head: Head) -> None:
+    details = head.wait(head.submit("bare", "train_multitask", []))
+    assert details["status"] == "SUCCEEDED", details["logs"]
+    assert "train_multitask: no flags given, so this runs the demo recipe" in details["logs"]
+    run = Path(head.env["HOME"]) / "voxray" / "runs" / "demo" / "train"
+    assert f"run folder {run}" in details["logs"] and (run / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.chaos

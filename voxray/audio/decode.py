@@ -6,6 +6,7 @@ alias.
 """
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,28 +51,43 @@ def decode(
     """Decode a clip, average its channels and resample it.
 
     Args:
-        path: The file; its suffix decides which decoder is tried first. ``.pcm`` is headerless 16-bit mono at 16 kHz.
+        path, raw, part, max_sec: See ``decode_native``.
         sample_rate_hz: Rate to return.
+    Returns:
+        Samples, float32, shape (num_samples,).
+    Raises:
+        BadRow: As ``decode_native``; or the clip is shorter than one sample at that rate (``audio_empty``).
+    """
+    samples, rate_hz = decode_native(path, raw, part=part, max_sec=max_sec)
+    if rate_hz != sample_rate_hz:
+        samples = soxr.resample(samples, rate_hz, sample_rate_hz, quality="HQ")
+    if len(samples) == 0:
+        raise BadRow("audio_empty", f"{path} is shorter than one sample at {sample_rate_hz} Hz")
+    return np.ascontiguousarray(samples, dtype=np.float32)
+
+
+def decode_native(
+    path: str, raw: bytes | None = None, *, part: Part = WHOLE, max_sec: float = float("inf")
+) -> tuple[np.ndarray, int]:
+    """Decode a clip at its own rate and average its channels.
+
+    Args:
+        path: The file; its suffix decides which decoder is tried first. ``.pcm`` is headerless 16-bit mono at 16 kHz.
         raw: The file's bytes if they are at hand already; else only what ``part`` needs is read from the file.
         part: What to take of the file.
         max_sec: Longest clip accepted; checked before resampling, since a header may claim a rate of 1 Hz.
     Returns:
-        Samples, float32, shape (num_samples,).
+        Samples, float32, shape (num_samples,), and their rate in Hz.
     Raises:
         BadRow: The file cannot be decoded (``audio_unreadable``), holds no sample in that part (``audio_empty``), is
             too long (``audio_too_long``), lacks the channel (``audio_channel``) or holds NaN or infinite samples
             (``audio_not_finite``).
+        OSError: The file is missing.
     """
-    decoders = [_decode_soundfile, _decode_ffmpeg]
     if raw is None:
         Path(path).stat()  # that a file is missing is for the caller to say
-    suffix = Path(path).suffix.lower()
-    if suffix in FFMPEG_SUFFIXES:
-        decoders.reverse()
-    elif suffix == ".pcm":
-        decoders = [_decode_pcm]
     faults = []
-    for decoder in decoders:
+    for decoder in _decoders(path):
         try:
             samples_NC, rate_hz = decoder(path if raw is None else io.BytesIO(raw), part, max_sec)
             break
@@ -83,15 +99,18 @@ def decode(
     if len(samples_NC) == 0:
         raise BadRow("audio_empty", f"{path} holds no sample" + (" in this segment" if part != WHOLE else ""))
     if len(samples_NC) / rate_hz > max_sec:
-        raise BadRow("audio_too_long", f"{path} lasts {len(samples_NC) / rate_hz:.1f} s; the model takes {max_sec:g} s")
+        raise BadRow("audio_too_long", f"{path} lasts {len(samples_NC) / rate_hz:.1f} s; the limit is {max_sec:g} s")
     samples = _one_channel(samples_NC, part.channel, path)
     if not np.isfinite(samples).all():
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
-    if rate_hz != sample_rate_hz:
-        samples = soxr.resample(samples, rate_hz, sample_rate_hz, quality="HQ")
-    if len(samples) == 0:
-        raise BadRow("audio_empty", f"{path} is shorter than one sample at {sample_rate_hz} Hz")
-    return np.ascontiguousarray(samples, dtype=np.float32)
+    return samples, rate_hz
+
+
+def _decoders(path: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".pcm":
+        return [_decode_pcm]
+    return [_decode_ffmpeg, _decode_soundfile] if suffix in FFMPEG_SUFFIXES else [_decode_soundfile, _decode_ffmpeg]
 
 
 def _one_channel(samples_NC: np.ndarray, channel: int, path: str) -> np.ndarray:

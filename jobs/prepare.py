@@ -1,0 +1,17 @@
+"""Turn a raw corpus into checked, cleaned and split manifests, with a ledger of every row left out."""
+
+from voxray.config.parse import parse
+from voxray.config.prepare import PrepareSettings
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(PrepareSettings, argv, job="prepare", about=__doc__ or "", demo="demo_prepare.yaml")
+    from voxray.data.prepare_job import run_prepare_job
+
+    run_prepare_job(settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Flags of prepare, each seen at work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import write_rows
+from running import load_job, parse_only
+
+from voxray.data.prepare import RowChecker
+from voxray.data.prepare_job import _limits, run_prepare_job
+
+RATE = 16_000
+WIDE = "--min_sec 0 --max_sec 60 --min_chars_per_sec 0 --max_chars_per_sec 1000"
+
+
+def noise(sec: float, level: float = 0.1) -> np.ndarray:
+    return np.random.default_rng(7).normal(0, level, round(sec * RATE)).clip(-0.9, 0.9)
+
+
+def reason(folder: Path, samples: np.ndarray, flags: str, **row: Any) -> str:
+    """What the checks say of one clip under these flags."""
+    soundfile.write(folder / "a.wav", samples, RATE)
+    settings = parse_only("prepare", f"--input x.jsonl --train_output {folder}/t.jsonl {flags}".split())
+    values = {"audio_path": str(folder / "a.wav"), "transcript": "열이 납니다", **row}
+    checker = RowChecker(_limits(settings), folder)
+    return checker.check_row({"source": "m:1", "id": "1", "values": values}).reason
+
+
+LIMITS = [
+    ("min_sec", noise(2), "2.5", "too_short", {}),
+    ("max_sec", noise(4), "3.5", "too_long", {}),
+    ("min_chars", noise(4), "6", "text_too_short", {}),
+    ("max_chars", noise(4), "4", "text_too_long", {}),
+    ("min_chars_per_sec", noise(4), "2", "speaking_rate", {}),
+    ("max_chars_per_sec", noise(4), "1", "speaking_rate", {}),
+    ("min_peak_db", noise(4, 0.0003), "-40", "too_quiet", {}),
+    ("min_rms_db", noise(4, 0.002), "-50", "near_silence", {}),
+    ("max_clip_share", np.append(noise(4), np.ones(500)), "0.001", "clipping", {}),
+    ("max_dc", noise(4) + 0.05, "0.02", "dc_offset", {}),
+    ("max_zero_tail_sec", np.append(noise(4), np.zeros(RATE)), "0.5", "zero_tail", {}),
+    ("min_high_band_db", np.sin(np.arange(4 * RATE) / 10) / 2, "-60", "narrow_band", {}),
+    ("max_duration_error_sec", noise(4), "0.1", "duration_mismatch", {"duration": 4.5}),
+]
+OFF = (
+    "--min_chars 0 --max_chars 9999 --min_peak_db -160 --min_rms_db -160 --max_clip_share 1 --max_dc 1 "
+    "--max_zero_tail_sec 99 --min_high_band_db -160 --max_duration_error_sec 9"
+)
+
+
+@pytest.mark.parametrize(("flag", "samples", "value", "fault", "row"), LIMITS, ids=[entry[0] for entry in LIMITS])
+def test_limits(tmp_path: Path, flag: str, samples: np.ndarray, value: str, fault: str, row: dict) -> None:
+    words = f"{WIDE} {OFF}".split()
+    others = [word for at in range(0, len(words), 2) for word in words[at : at + 2] if words[at] != f"--{flag}"]
+    assert reason(tmp_path, samples, f"{WIDE} {OFF}", **row) == ""
+    assert reason(tmp_path, samples, f"{' '.join(others)} --{flag} {value}", **row) == fault
+
+
+@pytest.mark.ray
+def test_files_split_and_workers(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where outputs go, the split's share and seed, duplicates, leaks, and what is handed to how many processes."""
+    import ray
+
+    sizes: list[int] = []
+    strategy = ray.data.ActorPoolStrategy
+    monkeypatch.setattr(
+        ray.data, "ActorPoolStrategy", lambda **options: sizes.append(options["size"]) or strategy(**options)
+    )
+    rows = [{"instruction": f"물음 {n}", "input": "", "output": f"답 {n}"} for n in range(20)]
+    manifest = write_rows(tmp_path / "raw.jsonl", [*rows, rows[0]])
+    line = (
+        f"--input {manifest} --format jsonl --storage_path {tmp_path} --train_output o/t.jsonl --val_output o/v.jsonl"
+    )
+
+    def run(flags: str) -> tuple[list[dict], list[dict], list[dict]]:
+        run_prepare_job(parse_only("prepare", [*line.split(), *flags.split()]))
+        names = ("o/t.jsonl", "o/v.jsonl", "ledger.jsonl")
+        return tuple([json.loads(text) for text in (tmp_path / name).read_text().splitlines()] for name in names)  # type: ignore[return-value]
+
+    ledger = f"--quarantine {tmp_path}/ledger.jsonl"
+    train, val, lost = run(f"{ledger} --val_share 0.2 --num_actors 3 --rows_per_chunk 2")
+    assert (len(train), len(val), [entry["reason"] for entry in lost]) == (16, 4, ["duplicate"])
+    assert sizes == [3]
+    assert run(f"{ledger} --val_share 0.2 --seed 5")[1] != val
+    train, val, lost = run(f"{ledger} --val_share 0.5 --duplicates keep")
+    assert len(train) + len(val) == 21 and abs(len(val) - 10.5) <= 1 and not lost
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        load_job("prepare").main(["--input", "nowhere", "--train_output", "t.jsonl"])
+    assert end.value.code == 1
+
+
+def test_reading(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", noise(4), RATE)
+    values = {"audio_path": str(tmp_path / "a.wav"), "transcript": "(70%)/(칠십 퍼센트) 확률"}
+    texts = []
+    for reading in ("spelling", "phonetic"):
+        settings = parse_only("prepare", f"--input x --train_output t.jsonl --reading {reading}".split())
+        checked = RowChecker(_limits(settings), tmp_path).check_row(
+            {"source": "m:1", "id": "1", "values": dict(values)}
+        )
+        texts.append(checked.values["transcript"])
+    assert texts == ["70% 확률", "칠십 퍼센트 확률"]
+
+
+def test_seed_command_of_split_and_clean_parses() -> None:
+    line = (
+        "--input data/raw_medqa.jsonl --train_output data/text_medqa.train.jsonl --val_output data/text_medqa.val.jsonl"
+    )
+    settings = parse_only("prepare", line.split())
+    assert settings.val_output == "data/text_medqa.val.jsonl"
+    assert (settings.min_sec, settings.max_sec) == (3, 25)
+    old = parse_only("prepare", ["--input", "a.jsonl", "--out_train", "b.jsonl", "--out_val", "c.jsonl"])
+    assert (old.train_output, old.val_output) == ("b.jsonl", "c.jsonl")
+
+
+@pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
+def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
+    """Two of three training rows say what a validation row says, in other voices."""
+    from voxray.data.prepare import Checked, Outputs, checked_path, write_manifests
+
+    rows = []
+    for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
+        values = {"audio_path": f"{number}.wav", "transcript": text}
+        split = "val" if speaker == "b" else "train"
+        row = Checked(
+            f"m:{number + 1}", str(number), values, "", "", 1.0, f"h{number}", text, f"speaker:{speaker}", split
+        )
+        rows.append(vars(row))
+    chunk = tmp_path / "000000.jsonl"
+    write_rows(checked_path(chunk), rows)
+    outputs = Outputs(tmp_path / "t.jsonl", tmp_path / "v.jsonl", tmp_path / "q.jsonl")
+    settings = parse_only("prepare", f"--input x --train_output t.jsonl --leaks {policy}".split())
+    outcome = write_manifests([chunk], outputs, val_share=0.25, seed=0, duplicates="drop", leak_policy=settings.leaks)
+    outputs.finish(keep=True)
+    assert (outcome.leaks.audio, outcome.leaks.text, outcome.leaks.speaker) == (0, 2, 0)
+    if train is not None:
+        assert outcome.tally.rows["train"] == train and outcome.tally.rows["leak_text"] == 3 - train

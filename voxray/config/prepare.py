@@ -1,0 +1,76 @@
+"""Settings of jobs/prepare.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from voxray.config.parse import CommaStrings, Flag, Settings
+
+
+class PrepareSettings(Settings):
+    input: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
+    """Corpora to read: files or folders, comma separated."""
+    format: Literal[
+        "auto", "kaldi", "nemo", "ksponspeech", "commonvoice", "huggingface", "lhotse", "salmonn", "jsonl"
+    ] = "auto"
+    """Format of the corpora; auto looks at the files."""
+    train_output: Annotated[str, Flag(("out_train",), path="output"), Field(min_length=1)]
+    """Manifest of the training rows to write."""
+    val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
+    """Manifest of the validation rows to write; without it nothing is split off."""
+    quarantine: Annotated[str, Flag(path="output")] = ""
+    """Ledger of the rows left out; by default quarantine.jsonl beside the training manifest."""
+    storage_path: str = ""
+    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
+    reading: Literal["spelling", "phonetic"] = "spelling"
+    """Which side of (spelling)/(reading) becomes the text; the other one is kept beside it for scoring."""
+    min_sec: Annotated[float, Field(ge=0)] = 3.0
+    """Shortest clip kept, in seconds."""
+    max_sec: Annotated[float, Field(gt=0)] = 25.0
+    """Longest clip kept, in seconds."""
+    min_chars: Annotated[int, Field(ge=0)] = 1
+    """Shortest transcript or answer kept, in characters without spaces."""
+    max_chars: Annotated[int, Field(ge=1)] = 2000
+    """Longest transcript or answer kept, in characters without spaces."""
+    min_chars_per_sec: Annotated[float, Field(ge=0)] = 0.5
+    """Slowest transcript kept, in characters without spaces per second of audio."""
+    max_chars_per_sec: Annotated[float, Field(gt=0)] = 25.0
+    """Fastest transcript kept, in characters without spaces per second of audio."""
+    min_peak_db: Annotated[float, Field(le=0)] = -40.0
+    """Quietest peak kept, in dB of full scale."""
+    min_rms_db: Annotated[float, Field(le=0)] = -50.0
+    """Quietest clip kept, as root mean square in dB of full scale."""
+    max_clip_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Largest share of samples at full scale."""
+    max_dc: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Largest constant offset, as a share of full scale."""
+    max_zero_tail_sec: Annotated[float, Field(ge=0)] = 1.0
+    """Longest run of exact zeros at the end of a clip, in seconds."""
+    min_high_band_db: Annotated[float, Field(le=0)] = -70.0
+    """Least power above 4.2 kHz against all power, in dB, for files that say 8.4 kHz or more; -160 turns it off."""
+    max_duration_error_sec: Annotated[float, Field(ge=0)] = 0.1
+    """Largest difference between the length a corpus states and the one decoded, in seconds."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Drop rows whose decoded audio and task, or, without audio, whose normalised texts occurred before."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the rows that goes to validation."""
+    leaks: Annotated[Literal["refuse", "drop", "allow"], Flag()] = "refuse"
+    """What to do when audio, text or a speaker of the validation rows is in training: refuse, drop those training rows,
+    or allow it; the numbers are printed in any case."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the split."""
+    num_actors: Annotated[int, Field(ge=0)] = 0
+    """Ray Data processes that check rows; 0 takes one per CPU, two at least."""
+    rows_per_chunk: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Rows handed to a process at a time."""
+
+    @model_validator(mode="after")
+    def _limits(self) -> "PrepareSettings":
+        for low, high in (
+            ("min_sec", "max_sec"),
+            ("min_chars", "max_chars"),
+            ("min_chars_per_sec", "max_chars_per_sec"),
+        ):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(f"--{low} {getattr(self, low):g} is over --{high} {getattr(self, high):g}")
+        return self

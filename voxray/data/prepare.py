@@ -1,0 +1,365 @@
+"""Raw corpora -> checked, cleaned, split manifests, with a ledger in which every lost row has its reason.
+
+Three passes, none of which holds the corpus in memory:
+
+1. The driver reads the corpus' text files through an importer and spools its rows in chunks on disk.
+2. Ray Data actors take chunks: clean the texts, decode and measure the audio, and write the results beside the chunk.
+3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary.
+
+A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the
+workers did.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxray.audio.decode import Part, decode_native
+from voxray.audio.quality import QualityLimits, check, measure
+from voxray.data.shards import write_atomically
+from voxray.data.split import Leaks, count_leaks, decide, note_validation
+from voxray.importers import ImportedRow, ImportFault
+from voxray.importers.huggingface import embedded_audio
+from voxray.manifest import BadRow
+from voxray.tasks import Task, task_of
+from voxray.text.korean import Reading, clean_transcript
+from voxray.text.normalize import normalize_ko_v1
+
+MIN_ACTORS = 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a row must satisfy; see the settings of the same names."""
+
+    quality: QualityLimits
+    min_chars: int
+    max_chars: int
+    min_chars_per_sec: float
+    max_chars_per_sec: float
+    max_duration_error_sec: float
+    reading: Reading
+
+
+@dataclass
+class Checked:
+    """A row after the second pass.
+
+    Attributes:
+        source: ``<file>:<line>``.
+        id: The row's id.
+        values: The manifest row to write; empty if the row is bad.
+        reason, message: Why it is bad, else "".
+        duration_sec: Length of its audio, 0 for text.
+        audio_hash, text_hash: Hashes of the decoded samples and of the normalised texts.
+        group: What must stay on one side of the split: speaker, session, or the row's own text.
+        split: The side that the corpus itself puts the row on, if it says so.
+    """
+
+    source: str
+    id: str
+    values: dict[str, Any] = field(default_factory=dict)
+    reason: str = ""
+    message: str = ""
+    duration_sec: float = 0.0
+    audio_hash: str = ""
+    text_hash: str = ""
+    group: str = ""
+    split: str = ""
+
+
+class RowChecker:
+    """Checks the rows of a spooled chunk; the unit of work of a Ray Data actor."""
+
+    def __init__(self, limits: Limits, clips_dir: Path) -> None:
+        self.limits, self.clips_dir = limits, clips_dir
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's form of ``check_chunk``: a batch of one path."""
+        path = Path(str(batch["chunk"][0]))
+        return {"chunk": [str(path)], "rows": [self.check_chunk(path)]}
+
+    def check_chunk(self, path: Path) -> int:
+        """Check the rows of a chunk and write the results beside it; returns how many there are."""
+        results = [vars(self.check_row(json.loads(line))) for line in path.read_bytes().splitlines()]
+        write_atomically(checked_path(path), _to_jsonl(results))
+        return len(results)
+
+    def check_row(self, spooled: dict[str, Any]) -> Checked:
+        """Clean and measure one row; a fault ends up in its ``reason`` and never as an exception."""
+        source, row_id = spooled["source"], spooled["id"]
+        if spooled.get("reason"):
+            return Checked(source, row_id, reason=spooled["reason"], message=spooled["message"])
+        values, audio = dict(spooled["values"]), (0.0, "")
+        duration_sec = 0.0
+        try:
+            task = task_of(values)
+            if task.has_audio:
+                audio = self._check_audio(values, row_id)
+                duration_sec = audio[0]
+            text = self._check_text(values, task, duration_sec)
+        except BadRow as error:
+            return Checked(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
+        except ValueError as error:
+            return Checked(source, row_id, reason="unknown_task", message=str(error))
+        split, group = str(values.pop("split", "")), _group(values, text)
+        if task.has_audio:
+            values["duration"] = round(duration_sec, 3)
+        return Checked(source, row_id, values, "", "", duration_sec, audio[1], _hash(task.name + text), group, split)
+
+    def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
+        """Clean the answer in place and check its length; returns the normalised texts of the row."""
+        answer = values[task.answer_key]
+        if task.template == "transcription":
+            cleaned = clean_transcript(values.pop("transcript_raw", answer), self.limits.reading)
+            if cleaned.text != answer:
+                values["transcript_raw"] = answer
+            if cleaned.phonetic != cleaned.text:
+                values["transcript_phonetic"] = cleaned.phonetic
+            if cleaned.notes:
+                values["transcript_notes"] = list(cleaned.notes)
+            answer = cleaned.text
+        values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
+        num_chars = len("".join(answer.split()))
+        limits = self.limits
+        if num_chars < limits.min_chars:
+            raise BadRow(
+                "empty_text" if not num_chars else "text_too_short", f"{task.answer_key}: {num_chars} characters"
+            )
+        if num_chars > limits.max_chars:
+            raise BadRow("text_too_long", f"{task.answer_key}: {num_chars} characters, over {limits.max_chars}")
+        if task.template == "transcription":
+            rate = num_chars / duration_sec
+            if not limits.min_chars_per_sec <= rate <= limits.max_chars_per_sec:
+                within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
+                raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
+        return normalize_ko_v1(f"{task.prompt(values)}\n{answer}")
+
+    def _check_audio(self, values: dict[str, Any], row_id: str) -> tuple[float, str]:
+        """Decode and measure the clip; returns its length and the hash of its samples."""
+        embedded = values.pop("audio_bytes_from", None)
+        claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
+        raw = None
+        if embedded:
+            raw = embedded_audio(embedded["file"], embedded["row"])
+            values["audio_path"] = str(self.clips_dir / f"{_hash(raw)[:20]}{_suffix(raw)}")
+            if not Path(values["audio_path"]).is_file():
+                write_atomically(Path(values["audio_path"]), raw)
+        part = Part(float(values.get("start") or 0), float(stated_sec or 0) if "start" in values else 0.0)
+        part = Part(part.start_sec, part.duration_sec, int(values.get("channel", -1)))
+        try:
+            samples, rate_hz = decode_native(values["audio_path"], raw, part=part, max_sec=self.limits.quality.max_sec)
+        except OSError as error:
+            raise BadRow("audio_missing", f"cannot read {values['audio_path']}: {error.strerror}") from None
+        except BadRow as error:
+            raise BadRow("too_long", error.message) if error.reason == "audio_too_long" else error from None
+        if claimed_hz and int(claimed_hz) != rate_hz:
+            raise BadRow("wrong_rate", f"{rate_hz} Hz, but the corpus says {claimed_hz}")
+        quality = measure(samples, rate_hz)
+        check(quality, self.limits.quality)
+        if stated_sec and abs(stated_sec - quality.duration_sec) > self.limits.max_duration_error_sec:
+            raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
+        pcm = np.clip(np.round(samples * 32_768), -32_768, 32_767).astype("<i2")
+        return quality.duration_sec, _hash(pcm.tobytes())
+
+
+def _group(values: dict[str, Any], text: str) -> str:
+    for key in ("speaker", "session"):
+        if values.get(key):
+            return f"{key}:{values[key]}"
+    return f"text:{_hash(text)}"
+
+
+def _hash(value: str | bytes) -> str:
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:32]
+
+
+def _suffix(raw: bytes) -> str:
+    """File name ending of embedded audio, by its first bytes; decoding does not depend on it."""
+    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
+    return next((suffix for start, suffix in kinds.items() if raw.startswith(start)), ".m4a")
+
+
+def _to_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "surrogatepass")
+
+
+def spool(rows: Iterator[ImportedRow | ImportFault], folder: Path, rows_per_chunk: int) -> list[Path]:
+    """First pass: write the importer's rows to disk in chunks; returns their paths in order."""
+    paths: list[Path] = []
+    waiting: list[dict[str, Any]] = []
+
+    def write() -> None:
+        paths.append(folder / f"{len(paths):06d}.jsonl")
+        write_atomically(paths[-1], _to_jsonl(waiting))
+        waiting.clear()
+
+    for row in rows:
+        fault = isinstance(row, ImportFault)
+        what = {"reason": row.reason, "message": row.message} if fault else {"values": row.values}
+        waiting.append({"source": f"{row.source_file}:{row.line}", "id": row.id, **what})
+        if len(waiting) == rows_per_chunk:
+            write()
+    if waiting:
+        write()
+    return paths
+
+
+def checked_path(chunk: Path) -> Path:
+    return chunk.with_suffix(".checked.jsonl")
+
+
+def run_checks(
+    paths: list[Path],
+    checker: RowChecker,
+    *,
+    num_actors: int,
+    use_ray: bool,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Second pass: check every chunk, by Ray Data or in this process."""
+    if not use_ray:
+        for done, path in enumerate(paths, 1):
+            checker.check_chunk(path)
+            on_progress(done, len(paths))
+        return
+    import ray
+
+    present = int(ray.cluster_resources().get("CPU", 0))
+    size = min(num_actors or max(MIN_ACTORS, present), len(paths))
+    dataset = ray.data.from_items([{"chunk": str(path)} for path in paths], override_num_blocks=min(len(paths), 1000))
+    results = dataset.map_batches(
+        RowChecker,
+        fn_constructor_args=(checker.limits, checker.clips_dir),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=max(1, size), max_tasks_in_flight_per_actor=2),
+        num_cpus=1,
+    )
+    for done, _ in enumerate(results.iter_rows(), 1):
+        on_progress(done, len(paths))
+
+
+def read_checked(paths: list[Path]) -> Iterator[Checked]:
+    """Results of the second pass, in the order of the input."""
+    for path in paths:
+        with open(checked_path(path), encoding="utf-8", errors="surrogatepass") as file:
+            for line in file:
+                yield Checked(**json.loads(line))
+
+
+@dataclass
+class Tally:
+    """Rows and hours by what became of them."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, what: str, duration_sec: float) -> None:
+        self.rows[what] += 1
+        self.seconds[what] = self.seconds.get(what, 0.0) + duration_sec
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        return {
+            name: {"rows": count, "hours": round(self.seconds[name] / 3600, 4)}
+            for name, count in sorted(self.rows.items())
+        }
+
+
+@dataclass
+class Outcome:
+    """What the third pass decides row by row.
+
+    Attributes:
+        tally: Rows and hours of train, val and every reason of a loss.
+        leaks: What of the validation side is in training.
+    """
+
+    tally: Tally
+    leaks: Leaks
+
+
+class Outputs:
+    """The three files being written; they appear under their names together, when all is done."""
+
+    def __init__(self, train: Path, val: Path | None, ledger: Path) -> None:
+        self._final = {"train": train, "ledger": ledger} | ({"val": val} if val else {})
+        self._parts = {name: path.with_name(f".{path.name}.part") for name, path in self._final.items()}
+        for path in self._final.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._files = {name: open(path, "w", encoding="utf-8") for name, path in self._parts.items()}  # noqa: SIM115
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def finish(self, *, keep: bool) -> None:
+        """Close the files and put them in place; or drop them, except the ledger."""
+        for name, file in self._files.items():
+            file.close()
+            if keep or name == "ledger":
+                self._parts[name].replace(self._final[name])
+            else:
+                self._parts[name].unlink()
+
+
+def write_manifests(
+    paths: list[Path],
+    outputs: Outputs,
+    *,
+    val_share: float | None,
+    seed: int,
+    duplicates: str,
+    leak_policy: str,
+) -> Outcome:
+    """Third pass: drop duplicates, split, look for leaks, write every row where it belongs.
+
+    Args:
+        val_share: Share of the rows for validation; None writes no validation manifest.
+        duplicates: ``drop`` or ``keep``.
+        leak_policy: ``refuse`` (write no manifest if there is a leak), ``drop`` (the training rows) or ``allow``.
+    """
+    split = decide(_unique(paths, duplicates), val_share or 0.0, seed, wanted=val_share is not None)
+    note_validation(split, _unique(paths, duplicates))
+    outcome = Outcome(Tally(), count_leaks(split, _unique(paths, duplicates)))
+    for row in _unique(paths, duplicates):
+        side = split.side(row)
+        if not row.reason and side == "other":
+            row.reason, row.message = (
+                "other_split",
+                f"the corpus puts it into {row.split!r}, neither train nor validation",
+            )
+        elif not row.reason and side == "train" and leak_policy == "drop":
+            kind = split.leak(row)
+            if kind:
+                row.reason, row.message = f"leak_{kind}", f"its {kind} is in the validation rows as well"
+        if row.reason:
+            outputs.write("ledger", _ledger_entry(row))
+        else:
+            outputs.write(side, row.values if "id" in row.values else {"id": row.id, **row.values})
+        outcome.tally.add(row.reason or side, row.duration_sec)
+    return outcome
+
+
+def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
+    """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
+    seen: dict[str, str] = {}
+    for row in read_checked(paths):
+        if not row.reason and duplicates == "drop":
+            key = f"{task_of(row.values).name}:{row.audio_hash}" if row.audio_hash else row.text_hash
+            if row.audio_hash and task_of(row.values).prompt_keys:
+                key += row.text_hash  # one clip may be asked many questions
+            first = seen.setdefault(key, row.source)
+            if first != row.source:
+                row.reason, row.message = "duplicate", f"the same as {first}"
+        yield row
+
+
+def _ledger_entry(row: Checked) -> dict[str, Any]:
+    source_file, _, line = row.source.rpartition(":")
+    place = {"source_file": source_file, "line": int(line), "id": row.id}
+    return {**place, "reason": row.reason, "message": row.message}

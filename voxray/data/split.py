@@ -1,0 +1,130 @@
+"""Which checked rows go to training and which to validation, and what of one leaks into the other.
+
+Works on hashes and group names only, a few dozen bytes per row, so a million rows fit easily.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+TRAIN_NAMES = {"train", "training"}
+VALIDATION_NAMES = {"dev", "val", "valid", "validation", "eval"}
+
+
+class Splittable(Protocol):
+    """What a split looks at (see ``prepare.Checked``)."""
+
+    reason: str
+    audio_hash: str
+    text_hash: str
+    group: str
+    split: str
+
+
+@dataclass
+class Leaks:
+    """How much of the validation side is on the training side as well.
+
+    Attributes:
+        audio: Training rows whose decoded audio is also in validation.
+        text: Training rows whose normalised texts are also in validation.
+        speaker: Speakers and sessions on both sides.
+    """
+
+    audio: int = 0
+    text: int = 0
+    speaker: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.audio or self.text or self.speaker)
+
+    def __str__(self) -> str:
+        return f"{self.audio} training rows by audio, {self.text} by text, {self.speaker} speakers or sessions"
+
+
+@dataclass
+class Split:
+    """The decision over all rows.
+
+    Attributes:
+        groups: Groups on the validation side, where the split is ours.
+        by_corpus: Whether the corpus' own split was taken over.
+        audio, text, speakers: Hashes and groups of the validation rows.
+    """
+
+    groups: set[str] = field(default_factory=set)
+    by_corpus: bool = False
+    audio: set[str] = field(default_factory=set)
+    text: set[str] = field(default_factory=set)
+    speakers: set[str] = field(default_factory=set)
+
+    def side(self, row: Splittable) -> str:
+        """``train``, ``val``, or ``other`` for a side of the corpus that is neither (its test set, say)."""
+        if not self.by_corpus:
+            return "val" if row.group in self.groups else "train"
+        name = row.split.lower()
+        return "train" if name in TRAIN_NAMES else "val" if name in VALIDATION_NAMES else "other"
+
+    def leak(self, row: Splittable) -> str:
+        """How a training row leaks: ``audio``, ``text``, ``speaker`` or ""."""
+        if row.audio_hash and row.audio_hash in self.audio:
+            return "audio"
+        if row.text_hash in self.text:
+            return "text"
+        return "speaker" if row.group in self.speakers else ""
+
+
+def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: bool) -> Split:
+    """Choose the validation side: the corpus' own if every row names one, else whole groups drawn at random.
+
+    Args:
+        rows: All usable rows, in order.
+        val_share: Share of the rows to validate on, filled with whole groups.
+        wanted: False if there is no validation output; then everything trains.
+    """
+    sizes: Counter[str] = Counter()
+    names: Counter[str] = Counter()
+    for row in rows:
+        if not row.reason:
+            sizes[row.group] += 1
+            names[row.split.lower()] += 1
+    if not wanted:
+        return Split()
+    if names and "" not in names and names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
+        return Split(by_corpus=True)
+    target, chosen, count = val_share * sum(sizes.values()), set(), 0
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    for group in order:
+        # Take a group if that brings the count nearer to the target; one large speaker must not take it all.
+        if count < target and abs(count + sizes[group] - target) <= abs(count - target):
+            chosen.add(group)
+            count += sizes[group]
+    return Split(groups=chosen)
+
+
+def note_validation(split: Split, rows: Iterable[Splittable]) -> None:
+    """Remember what is on the validation side."""
+    for row in rows:
+        if not row.reason and split.side(row) == "val":
+            split.text.add(row.text_hash)
+            if row.audio_hash:
+                split.audio.add(row.audio_hash)
+            if not row.group.startswith("text:"):
+                split.speakers.add(row.group)
+
+
+def count_leaks(split: Split, rows: Iterable[Splittable]) -> Leaks:
+    """Count what is on both sides."""
+    leaks, speakers = Leaks(), set()
+    for row in rows:
+        if row.reason or split.side(row) != "train":
+            continue
+        leaks.audio += bool(row.audio_hash) and row.audio_hash in split.audio
+        leaks.text += row.text_hash in split.text
+        if row.group in split.speakers:
+            speakers.add(row.group)
+    leaks.speaker = len(speakers)
+    return leaks

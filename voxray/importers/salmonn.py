@@ -1,0 +1,33 @@
+"""SALMONN: one JSON file ``{"annotation": [{"path", "text", "task", "Q"?}, ...]}``, read element by element."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from voxray.importers.lines import array_objects
+from voxray.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
+from voxray.manifest import BadRow
+from voxray.tasks import TASKS
+
+
+def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
+    """Read an annotation file: ``asr`` gives asr rows, ``QA`` with its ``Q`` sqa rows; other tasks are faults.
+
+    A second clip (``expand_wav``) makes a row a fault, since no task here takes two.
+    """
+    return import_records(array_objects(path, "annotation"), _convert)
+
+
+def _convert(record: Record) -> dict[str, Any]:
+    task, text = record.text("task"), record.text("text")
+    if record.values.get("expand_wav"):
+        raise BadRow("several_audios", "expand_wav adds a second clip")
+    if "path" not in record.values:
+        raise BadRow("missing_key", "no path")
+    audio_path = find_audio(record.values["path"], record.folder)
+    kept = keep_keys(record, {"language": "language", "speaker": "speaker"})
+    if task == "asr":
+        return {"audio_path": audio_path, "transcript": text} | kept
+    if task in ("QA", "sqa"):
+        return {"audio_path": audio_path, "question": record.text("Q"), "answer": text} | kept
+    raise BadRow("unknown_task", f"task {task!r} is none of asr, QA (voxray's tasks: {', '.join(TASKS)})")
