@@ -128,6 +128,13 @@ def test_old_spelling_lands_in_its_field(
     assert ("Ray places the workers" in capsys.readouterr().err) == (field == "cuda_visible_devices")
 
 
+@pytest.mark.parametrize("mode", ["submission_asr", "submission_aac"])
+def test_a_mode_alone_takes_the_demo_rows(mode: str) -> None:
+    """The old evaluator's command as it was written; its manifests stood in a YAML file."""
+    settings = parse_only("evaluate", ["--mode", mode])
+    assert settings.model_id == TINY and Path(settings.val_jsonl[0]).name == "asr.val.jsonl"
+
+
 @pytest.fixture
 def in_seed_folder(seed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(seed_folder)

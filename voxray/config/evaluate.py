@@ -1,11 +1,11 @@
 """Settings of jobs/evaluate.py and jobs/infer.py."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, PlacementFlags, SharedFeatureFlags
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import DEMO_ASSETS, CommaStrings, Flag
 
 
 class AdapterFlags(ModelFlags):
@@ -29,7 +29,16 @@ class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFea
     num_models: Annotated[int, Flag(("num_workers",)), Field(ge=0)] = 0
     """Ray Data actors, each with a model; 0 takes one per GPU, or one per two CPUs."""
     mode: Literal["", "submission_asr", "valid_asr", "submission_aac", "valid_aac"] = ""
-    """Only this task; the submission modes also write submission.csv."""
+    """Only this task; the submission modes also write submission.csv. Without --val_jsonl (the older evaluator read its
+    manifests from a YAML file) it answers the held-out rows of the demo with the demo's model."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_alone(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("mode") and "val_jsonl" not in values:
+            held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
+            return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
+        return values
 
 
 class InferSettings(AdapterFlags):

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
+DEMO_ASSETS = REPOSITORY / "tests" / "assets"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the processes that ``ray job submit`` starts."""
 
