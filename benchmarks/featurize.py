@@ -9,8 +9,8 @@ runs on Ray like ``jobs/featurize.py``, once per ``--hours``. Three ratios to th
     CPU      seconds of processor time: the parts' against what the actors used. This one holds on a busy machine
 
 A core that other processes use as well makes the first two ratios smaller, as the parts are timed in processor time.
-``busy`` tells that apart from actors that wait for work: the share of the steady time in which an actor ran or stood in
-the queue for a core (Linux's schedstat). On an idle machine ``steady`` would be about ``CPU`` times ``busy``.
+``cores`` shows how much of their cores the actors had in the steady time: ``steady`` is ``CPU`` times ``cores``. It is
+below 1 where others take the cores or where actors wait for work; only an idle machine tells which.
 Prints a table and one JSON line with the same figures.
 
     python benchmarks/featurize.py --hours 1,10
@@ -110,7 +110,6 @@ class Watch:
 
     def __init__(self) -> None:
         self.cpu_sec: dict[int, float] = {}
-        self.runnable_sec: dict[int, float] = {}
         self.actor_bytes = self.driver_bytes = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -132,17 +131,10 @@ class Watch:
                     if "MapWorker" in process.cmdline()[0]:
                         spent = process.cpu_times()
                         self.cpu_sec[process.pid] = spent.user + spent.system
-                        self.runnable_sec[process.pid] = runnable_sec(process.pid)
                         memory = process.memory_info()
                         self.actor_bytes = max(self.actor_bytes, memory.rss - memory.shared)
-                except (psutil.Error, OSError, IndexError):
+                except (psutil.Error, IndexError):
                     continue  # ended meanwhile
-
-
-def runnable_sec(pid: int) -> float:
-    """Seconds in which the busiest thread of a process ran or waited for a core."""
-    threads = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
-    return max((int(ran) + int(waited)) / 1e9 for ran, waited, _ in threads)
 
 
 def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float) -> dict[str, Any]:
@@ -151,14 +143,13 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
     Args:
         parts_sec: What the parts take of one core per second of audio.
     """
-    marks: list[tuple[float, int, float, float]] = []
+    marks: list[tuple[float, int, float]] = []
     began = time.perf_counter()
     with Watch() as watch, ray_session(manifest.parent / "ray.log", num_actors):
         ray_sec = time.perf_counter() - began
 
         def on_progress(done: int, total: int) -> None:
-            used, runnable = sum(watch.cpu_sec.values()), sum(watch.runnable_sec.values())
-            marks.append((time.perf_counter(), done, used, runnable))
+            marks.append((time.perf_counter(), done, sum(watch.cpu_sec.values())))
 
         report = featurize(
             [str(manifest)],
@@ -173,7 +164,7 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
     # The first shards of all actors belong to the start: nothing was there to be done before them.
     first = marks[min(2 * num_actors, len(marks) - 2)]
     share = (marks[-1][1] - first[1]) / marks[-1][1]  # of all rows
-    steady_sec, _, spent_sec, busy_sec = (last - then for last, then in zip(marks[-1], first, strict=True))
+    steady_sec, _, spent_sec = (last - then for last, then in zip(marks[-1], first, strict=True))
     enough = steady_sec >= MIN_STEADY_SEC and spent_sec > 0
     bound = num_actors / parts_sec
     return {
@@ -184,7 +175,7 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
         "whole": round(audio_sec / (ended - began) / bound, 2),
         "steady": round(share * audio_sec / steady_sec / bound, 2) if enough else None,
         "cpu": round(share * audio_sec * parts_sec / spent_sec, 2) if enough else None,
-        "busy": round(busy_sec / steady_sec / num_actors, 2) if enough else None,
+        "cores": round(spent_sec / steady_sec / num_actors, 2) if enough else None,
         "driver_gib": round(watch.driver_bytes / GIB, 2),
         "actor_gib": round(watch.actor_bytes / GIB, 2),
     }
@@ -209,11 +200,11 @@ def main() -> None:
         for number, hours in enumerate(float(hours) for hours in flags.hours.split(",")):
             manifest, audio_sec = write_manifest(folder / str(number), clips, hours)
             rows.append(run_job(manifest, audio_sec, flags.num_actors, parts_sec))
-    print("hours  Ray s  first shard s  total s  whole  steady  CPU   busy  driver GiB  actor GiB")
+    print("hours  Ray s  first shard s  total s  whole  steady  CPU   cores  driver GiB  actor GiB")
     for row in rows:
         print(
             "{hours:5}  {ray_start_sec:5}  {first_shard_sec:13}  {total_sec:7}  {whole:5}  {steady!s:6}  "
-            "{cpu!s:4}  {busy!s:4}  {driver_gib:10}  {actor_gib:9}".format(**row)
+            "{cpu!s:4}  {cores!s:5}  {driver_gib:10}  {actor_gib:9}".format(**row)
         )
     rates = {part: round(1 / seconds) for part, seconds in parts.items()}
     print(json.dumps({"benchmark": "featurize", "num_actors": flags.num_actors, "parts": rates, "rows": rows}))
