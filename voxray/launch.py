@@ -16,8 +16,8 @@ import torch
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags
 from voxray.config.train import MultitaskSettings
-from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize
-from voxray.data.shards import write_atomically, write_json
+from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize, write_ledger
+from voxray.data.shards import write_json
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
@@ -163,8 +163,7 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
             num_actors=settings.num_actors,
             strict=settings.strict,
         )
-    ledgers = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in report.folders)
-    write_atomically(output_dir / "quarantine.jsonl", ledgers)
+    write_ledger(output_dir / "quarantine.jsonl", report.folders)
     console.print(f"features of {len(report.folders)} manifest(s) in {output_dir}")
     return report
 

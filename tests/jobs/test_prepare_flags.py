@@ -67,7 +67,7 @@ def test_files_split_and_workers(local_ray: None, tmp_path: Path, monkeypatch: p
     sizes: list[int] = []
     strategy = ray.data.ActorPoolStrategy
     monkeypatch.setattr(
-        ray.data, "ActorPoolStrategy", lambda **options: sizes.append(options["size"]) or strategy(**options)
+        ray.data, "ActorPoolStrategy", lambda **options: sizes.append(options["max_size"]) or strategy(**options)
     )
     rows = [{"instruction": f"물음 {n}", "input": "", "output": f"답 {n}"} for n in range(20)]
     manifest = write_rows(tmp_path / "raw.jsonl", [*rows, rows[0]])

@@ -10,7 +10,7 @@ only the chunks it had not finished.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from voxray.audio.decode import Part, decode
-from voxray.data.shards import set_folder, shard_path, write_atomically, write_index, write_json, write_shard
+from voxray.data.shards import Features, set_folder, shard_path, write_atomically, write_index, write_json, write_shard
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Chunk, Sample, chunks, digest, read_chunk
 from voxray.models.family import FrontEnd, family_of
@@ -230,20 +230,45 @@ def _run_on_ray(
     import ray
 
     items = [{"chunk": vars(chunk), "folder": str(folders[chunk.manifest])} for chunk in work]
-    present = int(ray.cluster_resources().get("CPU", 0))
-    # A cluster that starts from zero shows no CPU yet: begin small there, and let the pool grow with it.
-    least = min(num_actors or max(MIN_ACTORS, present), len(items))
-    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), len(items)))
     dataset = ray.data.from_items([{"item": item} for item in items], override_num_blocks=min(len(items), 1000))
     results = dataset.map_batches(
         ChunkFeaturizer,
         fn_constructor_args=(front_end,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2),
+        compute=actor_pool(num_actors, len(items)),
         num_cpus=1,
     )
     for row in results.iter_rows():
         yield json.loads(row["result"])
+
+
+def actor_pool(num_actors: int, num_items: int) -> Any:
+    """Ray Data's strategy for a pool of CPU actors: as many as asked for, else one per CPU of the cluster.
+
+    A cluster that starts from zero shows no CPU yet: the pool begins small there and grows with it.
+    """
+    import ray
+
+    present = int(ray.cluster_resources().get("CPU", 0))
+    least = max(1, min(num_actors or max(MIN_ACTORS, present), num_items))
+    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), num_items))
+    return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
+
+
+def write_ledger(path: Path, folders: Iterable[Path], too_long: Iterable[tuple[Features, int, str]] = ()) -> None:
+    """Gather the ledgers of feature sets, and rows over a token limit, into one quarantine.jsonl.
+
+    Args:
+        folders: Feature sets; one named twice counts once.
+        too_long: (features, row number, message) of rows that a job itself leaves out.
+    """
+    lines = []
+    for features, row, message in too_long:
+        manifest, _, line = features.source(row).rpartition(":")
+        place = {"manifest": manifest, "line": int(line), "id": features.ids([row])[0]}
+        lines.append({**place, "reason": "too_long", "message": message})
+    ledgers = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in dict.fromkeys(folders))
+    write_atomically(path, ledgers + to_jsonl(lines))
 
 
 def _report_of_good_shard(path: Path, raw: bytes, first_line: int) -> dict[str, Any] | None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
+from voxray.data.featurize import actor_pool
 from voxray.data.shards import write_atomically
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
 from voxray.importers import ImportedRow, ImportFault
@@ -30,8 +31,6 @@ from voxray.manifest import BadRow
 from voxray.tasks import Task, task_of
 from voxray.text.korean import Reading, clean_transcript
 from voxray.text.normalize import normalize_ko_v1
-
-MIN_ACTORS = 2
 
 
 @dataclass(frozen=True)
@@ -231,14 +230,12 @@ def run_checks(
         return
     import ray
 
-    present = int(ray.cluster_resources().get("CPU", 0))
-    size = min(num_actors or max(MIN_ACTORS, present), len(paths))
     dataset = ray.data.from_items([{"chunk": str(path)} for path in paths], override_num_blocks=min(len(paths), 1000))
     results = dataset.map_batches(
         RowChecker,
         fn_constructor_args=(checker.limits, checker.clips_dir),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=max(1, size), max_tasks_in_flight_per_actor=2),
+        compute=actor_pool(num_actors, len(paths)),
         num_cpus=1,
     )
     for done, _ in enumerate(results.iter_rows(), 1):

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
 from voxray.config.prepare import PrepareSettings
+from voxray.data.featurize import MIN_ACTORS
 from voxray.data.prepare import (
-    MIN_ACTORS,
     Limits,
     Outcome,
     Outputs,

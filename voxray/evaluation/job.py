@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings
-from voxray.data.featurize import MIN_ACTORS, to_jsonl
+from voxray.data.featurize import MIN_ACTORS, write_ledger
 from voxray.data.shards import TASK_CODES, Features, write_atomically, write_json
 from voxray.errors import RunError
 from voxray.evaluation.batch import Generation, evaluate, read_predictions
@@ -98,20 +98,15 @@ def rows_to_answer(
     lengths, task = features.num_prompt_tokens, settings.mode.partition("_")[2]
     wanted = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
     too_long = np.flatnonzero(wanted & (lengths > settings.max_len))
-    lines = []
-    for row in too_long:
-        manifest, _, line = features.source(row).rpartition(":")
-        message = f"a prompt of {lengths[row]} tokens, over --max_len {settings.max_len}"
-        place = {"manifest": manifest, "line": int(line), "id": features.ids([row])[0]}
-        lines.append({**place, "reason": "too_long", "message": message})
-    ledgers = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in folders)
-    write_atomically(output_dir / "quarantine.jsonl", ledgers + to_jsonl(lines))
+    limit = f"over --max_len {settings.max_len}"
+    lost = [(features, int(row), f"a prompt of {lengths[row]} tokens, {limit}") for row in too_long]
+    write_ledger(output_dir / "quarantine.jsonl", folders, lost)
     rows = np.flatnonzero(wanted & (lengths <= settings.max_len)).tolist()
     if not rows:
         what = f"no {task} row" if task else "no row"
         raise RunError(f"--val_jsonl: {what} to evaluate within --max_len {settings.max_len}")
-    if lines:
-        console.print(f"{len(lines)} row(s) over --max_len left out, listed in {output_dir / 'quarantine.jsonl'}")
+    if lost:
+        console.print(f"{len(lost)} row(s) over --max_len left out, listed in {output_dir / 'quarantine.jsonl'}")
     return rows
 
 

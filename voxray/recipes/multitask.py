@@ -10,10 +10,10 @@ import torch
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, collate_training
-from voxray.data.featurize import to_jsonl
+from voxray.data.featurize import write_ledger
 from voxray.data.loader import Loader
 from voxray.data.plan import Plan
-from voxray.data.shards import Features, write_atomically, write_json
+from voxray.data.shards import Features, write_json
 from voxray.errors import RunError
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import add_lora, count_parameters, save_adapter, trainable_parameters
@@ -65,7 +65,9 @@ def train(
     loader = Loader(features, front_end, plan, worker, settings.loader_workers, pin_memory=pin_memory)
     monitor = Monitor(run_dir, start.step, active=worker.is_first)
     if worker.is_first:
-        write_ledger(run_dir, data, too_long, settings.max_len)
+        limit = f"tokens, over --max_len {settings.max_len}"
+        lost = [(part, int(row), f"{part.num_tokens[row]} {limit}") for part, numbers in too_long for row in numbers]
+        write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
         write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
         introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
     last: dict[str, float] = {}
@@ -152,20 +154,6 @@ def resume(run_dir: Path, trainee: Trainee, start: Progress) -> Progress:
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
     load_checkpoint(newest, trainee.model, trainee.optimizer)
     return progress
-
-
-def write_ledger(run_dir: Path, data: Data, too_long: list[tuple[Features, np.ndarray]], max_len: int) -> None:
-    """Gather into the run's quarantine.jsonl the rows that featurize refused and those over the token limit."""
-    folders = dict.fromkeys((*data.train, *data.validation))
-    ledger = b"".join((folder / "quarantine.jsonl").read_bytes() for folder in folders)
-    lines = []
-    for features, rows in too_long:
-        for row in rows:
-            manifest, _, line = features.source(row).rpartition(":")
-            message = f"{features.num_tokens[row]} tokens, over --max_len {max_len}"
-            place = {"manifest": manifest, "line": int(line), "id": features.ids([row])[0]}
-            lines.append({**place, "reason": "too_long", "message": message})
-    write_atomically(run_dir / "quarantine.jsonl", ledger + to_jsonl(lines))
 
 
 def introduce(
