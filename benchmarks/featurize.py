@@ -32,11 +32,13 @@ import soundfile
 import soxr
 import torch
 
+from voxray.data.extract import Extractor
 from voxray.data.featurize import featurize
-from voxray.data.shards import write_shard
+from voxray.data.shards import shard_bytes
 from voxray.launch import ray_session
 from voxray.manifest import Sample
 from voxray.models.voxtral import VoxtralFrontEnd
+from voxray.storage import write_atomically
 from voxray.tasks import TASKS
 
 TINY = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
@@ -94,11 +96,13 @@ def measure_parts(clips: list[Path], folder: Path, passes: int) -> dict[str, flo
         names = ("id", "language", "source", "audio_path", "prompt", "answer")
         rows = [
             {name: getattr(task, name) for name in names}
-            | {"task": "asr", "mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
-            | {"num_windows": 2, "num_samples": len(clip), "prompt_ids": prompt, "target_ids": target}
+            | {"audio": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill, "num_windows": 2}
+            | {"task": "asr", "variant": 0, "num_samples": len(clip), "prompt_ids": prompt, "target_ids": target}
             for clip, features, (prompt, target) in zip(samples, made, ids, strict=True)
         ]
-        timed("write", lambda: write_shard(folder / "parts" / "00000.arrow", rows))
+        shape = (front_end.num_mel_bins,)
+        shard = folder / "parts" / "00000.arrow"
+        timed("write", lambda: write_atomically(shard, shard_bytes(rows, "mel", torch.float16, shape)))
 
     for _ in range(passes):
         one_pass()
@@ -153,7 +157,7 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
 
         report = featurize(
             [str(manifest)],
-            str(TINY),
+            Extractor(str(TINY)),
             manifest.parent / "features",
             rows_per_shard=ROWS_PER_SHARD,
             num_actors=num_actors,

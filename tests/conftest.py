@@ -48,12 +48,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
     """Featurize manifests with the tiny model in this process; returns their feature sets."""
+    from voxray.data.extract import Extractor
     from voxray.data.featurize import featurize
 
     shared = tmp_path_factory.mktemp("features")
 
     def make(*manifests: str, folder: Path = shared) -> tuple[Path, ...]:
-        return featurize(manifests, TINY, folder, rows_per_shard=8, use_ray=False).folders
+        return featurize(manifests, Extractor(TINY), folder, rows_per_shard=8, use_ray=False).folders
 
     return make
 

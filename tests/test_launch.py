@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY, write_rows
 
 from voxray.config.train import MultitaskSettings
+from voxray.data.extract import Extractor
 from voxray.data.featurize import featurize
 from voxray.errors import RunError
 from voxray.launch import run_training
@@ -27,8 +28,8 @@ def text_rows(count: int) -> list[dict]:
 def test_features_by_ray_equal_features_made_here(local_ray, small, tmp_path):
     """Two or more processes take part, and neither they nor their order show in the result."""
     manifests = [small["asr.train"], small["tqa.train"]]
-    by_ray = featurize(manifests, TINY, tmp_path / "a", rows_per_shard=3, num_actors=2)
-    here = featurize(manifests, TINY, tmp_path / "b", rows_per_shard=3, use_ray=False)
+    by_ray = featurize(manifests, Extractor(TINY), tmp_path / "a", rows_per_shard=3, num_actors=2)
+    here = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
     assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 24
     for one, other in zip(by_ray.folders, here.folders, strict=True):
         for path in sorted(other.rglob("*.arrow")):
@@ -36,11 +37,11 @@ def test_features_by_ray_equal_features_made_here(local_ray, small, tmp_path):
 
 
 def test_only_what_is_missing_is_made(local_ray, small, tmp_path):
-    first = featurize([small["asr.train"]], TINY, tmp_path, rows_per_shard=3)
+    first = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
     shards = first.folders[0] / "shards"
     before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
     (shards / "00002.arrow").unlink()
-    again = featurize([small["asr.train"]], TINY, tmp_path, rows_per_shard=3)
+    again = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
     after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
     assert again.num_made == 3 and again.num_rows == 12
     assert {name for name in before if before[name] != after[name]} == {"00002.arrow"}
@@ -51,7 +52,7 @@ def test_bad_rows_are_listed_and_the_rest_is_kept(local_ray, small, tmp_path):
     (tmp_path / "noise.wav").write_text("not audio")
     rows += [{"audio_path": "noise.wav", "transcript": "x"}, {"audio_path": "absent.wav", "transcript": "x"}, {"a": 1}]
     manifest = write_rows(tmp_path / "m.jsonl", rows)
-    report = featurize([manifest], TINY, tmp_path / "f", rows_per_shard=2)
+    report = featurize([manifest], Extractor(TINY), tmp_path / "f", rows_per_shard=2)
     assert (report.num_rows, report.num_bad) == (4, 3)
     ledger = [json.loads(line) for line in (report.folders[0] / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in ledger] == [
@@ -60,7 +61,7 @@ def test_bad_rows_are_listed_and_the_rest_is_kept(local_ray, small, tmp_path):
         (7, "unknown_task"),
     ]
     with pytest.raises(RunError, match=r"m\.jsonl:\d: .*\(--strict\)"):
-        featurize([manifest], TINY, tmp_path / "g", rows_per_shard=2, strict=True)
+        featurize([manifest], Extractor(TINY), tmp_path / "g", rows_per_shard=2, strict=True)
 
 
 def settings(small, output_dir: Path, **changes) -> MultitaskSettings:
@@ -129,9 +130,10 @@ PROBE = """
 import resource, sys
 from pathlib import Path
 import voxray.launch as launch
+from voxray.data.extract import Extractor
 from voxray.data.featurize import featurize
 with launch.ray_session(Path(sys.argv[1]).parent / "ray.log", 3):
-    report = featurize([sys.argv[1]], sys.argv[2], Path(sys.argv[1]).parent / "f", rows_per_shard=256)
+    report = featurize([sys.argv[1]], Extractor(sys.argv[2]), Path(sys.argv[1]).parent / "f", rows_per_shard=256)
 print(report.num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

@@ -9,7 +9,7 @@ import pytest
 from voxray import run_folder
 from voxray.config.train import MultitaskSettings
 from voxray.errors import RunError, SettingsError
-from voxray.run_folder import MAY_CHANGE, anchor, features_folder, is_submitted_job, make_folder, open_run, provenance
+from voxray.run_folder import MAY_CHANGE, anchor, is_submitted_job, make_folder, open_run, provenance
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -62,12 +62,6 @@ def test_paths_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch):
 def test_paths_that_are_refused(path: str, storage_path: str, message: str):
     with pytest.raises(SettingsError, match=message):
         anchor(path, storage_path)
-
-
-def test_features_stand_in_the_output_folder_unless_told_otherwise(here: Path):
-    assert features_folder("", "/mnt", Path("/out")) == Path("/out/features")
-    assert features_folder("f", "/mnt", Path("/out")) == Path("/mnt/f")
-    assert features_folder("f", "", Path("/out")) == here / "f"
 
 
 # -- make_folder

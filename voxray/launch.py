@@ -16,13 +16,14 @@ import torch
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags
 from voxray.config.train import MultitaskSettings
-from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, featurize, write_ledger
-from voxray.data.shards import write_json
+from voxray.data.feature_sets import features_place, log_folder, make_features
+from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.recipes import multitask
-from voxray.run_folder import anchor, features_folder, make_folder, note_data, open_run
-from voxray.terminal import console, progress_bar
+from voxray.run_folder import anchor, note_data, open_run
+from voxray.storage import write_json
+from voxray.terminal import console
 from voxray.training.engine import Worker
 from voxray.watch import stop_on_signal, watched
 
@@ -111,58 +112,16 @@ def _quiet_loggers(log_path: Path) -> None:
     logger.propagate = False
 
 
-def run_featurize(
-    manifests: Sequence[str],
-    model_id: str,
-    features_dir: Path,
-    *,
-    rows_per_shard: int,
-    num_actors: int,
-    strict: bool,
-    use_ray: bool = True,
-) -> FeaturizeReport:
-    """Featurize with a progress bar and a line about what came of it."""
-    with progress_bar("features") as bar:
-        report = featurize(
-            manifests,
-            model_id,
-            features_dir,
-            rows_per_shard=rows_per_shard,
-            num_actors=num_actors,
-            use_ray=use_ray,
-            strict=strict,
-            on_progress=bar.update,
-        )
-    new = f", {report.num_made} of them made now" if report.num_made else ", all of them there already"
-    console.print(f"features: {report.num_rows + report.num_bad} rows{new}, by {report.num_processes} process(es)")
-    if report.num_bad:
-        ledgers = ", ".join(str(folder / "quarantine.jsonl") for folder in report.folders if _size(folder))
-        console.print(f"features: {report.num_bad} bad row(s) left out, listed in {ledgers}")
-    return report
-
-
-def _size(folder: Path) -> int:
-    return (folder / "quarantine.jsonl").stat().st_size
-
-
 def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     """Run the featurize job from checked settings.
 
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault(settings.manifest)
-    make_folder(output_dir)
-    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors)):
-        report = run_featurize(
-            settings.manifest,
-            settings.model_id,
-            output_dir,
-            rows_per_shard=settings.rows_per_shard,
-            num_actors=settings.num_actors,
-            strict=settings.strict,
-        )
+    output_dir = features_place(settings, settings.output_dir, settings.storage_path, flag="--output_dir")
+    with ray_session(log_folder(output_dir) / "ray.log", max(MIN_ACTORS, settings.num_actors)):
+        report = make_features(settings, settings.model_id, settings.manifest, output_dir, bf16=settings.bf16)
     write_ledger(output_dir / "quarantine.jsonl", report.folders)
     console.print(f"features of {len(report.folders)} manifest(s) in {output_dir}")
     return report
@@ -209,21 +168,19 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
 
 def training_data(settings: MultitaskSettings, run_dir: Path, *, use_ray: bool) -> multitask.Data:
     """Bring the feature sets of a training job up to date."""
-    features_dir = features_folder(settings.features_dir, settings.storage_path, run_dir)
-    make_folder(features_dir, "--features_dir")
-    report = run_featurize(
-        tuple(dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl))),
+    where = settings.features_dir or str(run_dir / "features")
+    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
+    train, validation = (tuple(dict.fromkeys(names)) for names in (settings.train_jsonl, settings.val_jsonl))
+    report = make_features(
+        settings,
         settings.model_id,
+        train,
         features_dir,
-        rows_per_shard=settings.rows_per_shard,
-        num_actors=settings.num_actors,
-        strict=settings.strict,
+        bf16=settings.bf16,
+        plain_manifests=validation,
         use_ray=use_ray,
     )
-    names = dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl))
-    folder_of = dict(zip(names, report.folders, strict=True))
-    train = tuple(folder_of[name] for name in dict.fromkeys(settings.train_jsonl))
-    return multitask.Data(train, tuple(folder_of[name] for name in dict.fromkeys(settings.val_jsonl)))
+    return multitask.Data(report.folders[: len(train)], report.folders[len(train) :])
 
 
 def on_workers(

@@ -4,24 +4,29 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from voxray.config.evaluate import EvaluateSettings
+from voxray.config.groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
-from voxray.data.shards import TASK_CODES, Features, write_json
+from voxray.data.feature_sets import features_place, make_features
+from voxray.data.features import Features
+from voxray.data.shards import TASK_CODES
 from voxray.evaluation.batch import metrics_by_task, read_predictions
 from voxray.evaluation.job import run_evaluation
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
-from voxray.launch import ray_session, run_featurize, run_training
-from voxray.run_folder import anchor, features_folder, make_folder
+from voxray.launch import ray_session, run_training
+from voxray.run_folder import anchor, make_folder
+from voxray.storage import Place, write_json
 from voxray.terminal import console
 
 Values = dict[str, dict[str, float]]
-SHARED = ("model_id", "bf16", "max_len", "num_actors", "rows_per_shard", "strict")
+SHARED = ("model_id", "bf16", "max_len", *FeatureFlags.model_fields)
 """Settings that hold for the training and for the evaluations around it."""
 
 
@@ -33,8 +38,9 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
     make_folder(output_dir)
-    features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
-    shared: dict[str, Any] = {"features_dir": str(features_dir)}
+    where = settings.features_dir or str(output_dir / "features")
+    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
+    shared: dict[str, Any] = {"features_dir": where if "://" in where else str(features_dir)}
     shared |= {name: getattr(settings, name) for name in SHARED}
     seconds: dict[str, float] = {}
     train = _train_settings(settings, output_dir, shared)
@@ -47,14 +53,14 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     }
     with ray_session(output_dir / "ray.log", settings.num_workers):
         with _timed(seconds, "featurize"):
-            manifests = tuple(dict.fromkeys((*settings.train_jsonl, *evaluation["val_jsonl"])))
-            report = run_featurize(
-                manifests,
+            manifests = tuple(dict.fromkeys(settings.train_jsonl)), tuple(dict.fromkeys(evaluation["val_jsonl"]))
+            report = make_features(
+                settings,
                 settings.model_id,
+                manifests[0],
                 features_dir,
-                rows_per_shard=settings.rows_per_shard,
-                num_actors=settings.num_actors,
-                strict=settings.strict,
+                bf16=settings.bf16,
+                plain_manifests=manifests[1],
             )
         with _timed(seconds, "evaluate base"):
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "base")))
@@ -63,7 +69,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
         with _timed(seconds, "evaluate tuned"):
             adapter = str(output_dir / "train")
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "tuned"), lora_dir=adapter))
-    folders = dict(zip(manifests, report.folders, strict=True))
+    folders = dict(zip(chain(*manifests), report.folders, strict=True))
     base, own_voices = _split(read_predictions(output_dir / "base"), settings.base_val_jsonl)
     tuned, own_voices_tuned = _split(read_predictions(output_dir / "tuned"), settings.base_val_jsonl)
     summary = {
@@ -106,7 +112,7 @@ def _values(metrics: dict[str, dict[str, dict[str, Any]]]) -> Values:
     return {task: {name: entry["value"] for name, entry in found.items()} for task, found in metrics.items()}
 
 
-def _most_frequent_answer(folders: dict[str, Path], settings: QuickstartSettings) -> Values:
+def _most_frequent_answer(folders: dict[str, Place], settings: QuickstartSettings) -> Values:
     """What always giving the training data's most frequent answer would score; any learning has to beat it."""
     train = Features(folders[name] for name in settings.train_jsonl)
     held_out = Features(folders[name] for name in settings.val_jsonl)

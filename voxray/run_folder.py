@@ -12,8 +12,8 @@ from typing import Any
 
 from voxray import __version__
 from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
-from voxray.data.shards import write_json
 from voxray.errors import RunError, SettingsError
+from voxray.storage import Place, write_json
 
 PACKAGES = (
     "ray",
@@ -31,6 +31,7 @@ MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
+    *("cache_budget_gib", "features_cache_dir", "features_cache_gib"),
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 
@@ -63,11 +64,6 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
 def is_submitted_job() -> bool:
     """Whether this process was started by ``ray job submit``."""
     return SUBMITTED_JOB_VARIABLE in os.environ
-
-
-def features_folder(features_dir: str, storage_path: str, output_dir: Path) -> Path:
-    """Where a job's feature shards are: the folder asked for, else one in its output folder."""
-    return anchor(features_dir, storage_path, flag="--features_dir") if features_dir else output_dir / "features"
 
 
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
@@ -125,7 +121,7 @@ def _clear(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def note_data(run_dir: Path, feature_sets: Iterable[Path]) -> None:
+def note_data(run_dir: Path, feature_sets: Iterable[Place]) -> None:
     """Add to provenance.json what the run's features were made of."""
     path = run_dir / "provenance.json"
     sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]

@@ -10,12 +10,12 @@ import yaml
 
 from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
-from voxray.data.shards import write_atomically, write_json
 from voxray.errors import RunError, SettingsError
 from voxray.launch import count_workers, on_workers, ray_session, training_data, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.recipes.multitask import Data
 from voxray.run_folder import anchor, make_folder, provenance
+from voxray.storage import write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.terminal import console, progress_bar
 

@@ -1,5 +1,6 @@
 """Feature shards: what is written is what is read, without copies, from any thread, and all of it or nothing."""
 
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,20 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
-from voxray.data import shards
-from voxray.data.shards import (
-    SCHEMA,
-    FeatureRow,
-    Features,
-    set_folder,
-    shard_path,
-    write_atomically,
-    write_index,
-    write_json,
-    write_shard,
-)
+from voxray.data import features as features_module
+from voxray.data.features import FeatureRow, Features
+from voxray.data.shards import index_part, set_folder, shard_bytes, shard_path, shard_schema, write_index
 from voxray.errors import RunError
+from voxray.storage import write_atomically, write_json
 
 NUM_BINS = 8
 
@@ -40,7 +34,8 @@ def make_row(number: int, task: str = "asr") -> dict[str, Any]:
         "answer": f"답 {number}",
         "prompt_ids": random.integers(0, 131_072, 1 + number % 5).tolist(),
         "target_ids": random.integers(0, 131_072, number % 7).tolist(),
-        "mel": random.normal(size=(frames, NUM_BINS if frames else 0)).astype(np.float32),
+        "audio": random.normal(size=(frames, NUM_BINS)).astype(np.float32),
+        "variant": 0,
         "num_frames": frames,
         "fill": float(np.float32(-0.7 - number / 100)),
         "num_windows": int(frames > 0),
@@ -52,11 +47,22 @@ def make_rows(start: int, count: int) -> list[dict[str, Any]]:
     return [make_row(number, ("asr", "sqa", "tqa")[number % 3]) for number in range(start, start + count)]
 
 
+def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A shard of log-mel and what its report says for the index."""
+    data = shard_bytes(rows, "mel", torch.float16, [NUM_BINS])
+    write_atomically(path, data)
+    index = index_part(rows, int(path.stem) if path.stem.isdigit() else 0)
+    sums = {"rows": len(rows), "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+    write_json(path.with_suffix(".json"), {**sums, "index": index})
+
+
 def make_set(folder: Path, *parts: list[dict[str, Any]]) -> Path:
     for number, rows in enumerate(parts):
         write_shard(shard_path(folder, number), rows)
-    assert write_index(folder, len(parts)) == sum(map(len, parts))
-    write_json(folder / "set.json", {"content": folder.name})
+    made = write_index(folder, len(parts))
+    assert made["rows"] == sum(map(len, parts))
+    assert made["index_sha256"] == hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
+    write_json(folder / "set.json", {"content": folder.name, "store": "mel"})
     return folder
 
 
@@ -65,10 +71,10 @@ def assert_same(found: FeatureRow, row: dict[str, Any]) -> None:
         assert getattr(found, name) == row[name], name
     assert found.prompt_ids.tolist() == row["prompt_ids"] and found.prompt_ids.dtype == np.int32
     assert found.target_ids.tolist() == row["target_ids"] and found.target_ids.dtype == np.int32
-    assert found.mel_KB.dtype == np.float16 and len(found.mel_KB) == row["num_frames"]
-    assert found.mel_KB.ndim == 2
+    assert found.audio.dtype == np.float16 and len(found.audio) == row["num_frames"]
+    assert found.audio.ndim == 2
     if row["num_frames"]:
-        assert np.array_equal(found.mel_KB, row["mel"].astype(np.float16))
+        assert np.array_equal(found.audio, row["audio"].astype(np.float16))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (16,), (17,), (40, 0, 5), (0, 33), (3, 16, 32, 1)])
@@ -114,19 +120,19 @@ def test_rows_are_read_only_views_of_the_mapped_file(tmp_path: Path):
     before = pa.total_allocated_bytes()
     kept = [features.row(number) for number in range(40)]
     assert pa.total_allocated_bytes() == before  # Arrow took no memory: the bytes are those of the file
-    assert sum(row.mel_KB.size for row in kept) > 1000
+    assert sum(row.audio.size for row in kept) > 1000
     for row in kept:
-        for array in (row.mel_KB, row.prompt_ids, row.target_ids):
+        for array in (row.audio, row.prompt_ids, row.target_ids):
             assert not array.flags.writeable and not array.flags.owndata
     again = features.row(1)
-    assert np.shares_memory(again.mel_KB, kept[1].mel_KB) and np.shares_memory(again.prompt_ids, kept[1].prompt_ids)
+    assert np.shares_memory(again.audio, kept[1].audio) and np.shares_memory(again.prompt_ids, kept[1].prompt_ids)
     with pytest.raises(ValueError, match="read-only"):
-        kept[1].mel_KB[0, 0] = 0
+        kept[1].audio[0, 0] = 0
 
 
 def test_rows_outlive_the_features_that_gave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = make_rows(0, 12)
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(features_module, "OPEN_SHARDS", 2)
     features = Features([make_set(tmp_path / "set", *([row] for row in rows))])
     kept = [features.row(number) for number in range(12)]
     assert len(features._open) == 2
@@ -136,7 +142,7 @@ def test_rows_outlive_the_features_that_gave_them(tmp_path: Path, monkeypatch: p
 
 
 def test_many_threads_read_the_right_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)  # so that shards are closed and opened while others read
+    monkeypatch.setattr(features_module, "OPEN_SHARDS", 3)  # so that shards are closed and opened while others read
     rows = make_rows(0, 160)
     features = Features([make_set(tmp_path / "set", *(rows[start : start + 20] for start in range(0, 160, 20)))])
     numbers = np.random.default_rng(0).integers(0, 160, 3000).tolist()
@@ -152,13 +158,13 @@ def test_a_row_that_was_never_stored_equals_the_stored_one(tmp_path: Path):
     for number, row in enumerate(rows):
         made, stored = FeatureRow.of(row), features.row(number)
         assert_same(made, row)
-        assert np.array_equal(made.mel_KB, stored.mel_KB) or not row["num_frames"]
+        assert np.array_equal(made.audio, stored.audio) or not row["num_frames"]
 
 
 def test_shards_are_plain_arrow_files(tmp_path: Path):
     write_shard(tmp_path / "one.arrow", make_rows(0, 40))
     with pa.ipc.open_file(str(tmp_path / "one.arrow")) as reader:
-        assert reader.schema == SCHEMA
+        assert reader.schema == shard_schema("mel", torch.float16, [NUM_BINS])
         assert [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)] == [16, 16, 8]
 
 

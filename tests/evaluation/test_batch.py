@@ -10,7 +10,7 @@ from conftest import TINY
 from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxray.audio.decode import decode
-from voxray.data.shards import Features
+from voxray.data.features import Features
 from voxray.evaluation.batch import Generation, evaluate, part_path, read_predictions
 from voxray.evaluation.generate import answers, length_batches
 from voxray.models.family import family_of

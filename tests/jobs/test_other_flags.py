@@ -18,9 +18,11 @@ from running import load_job, parse_only
 
 from voxray import quickstart, tune
 from voxray.config.evaluate import EvaluateSettings, InferSettings
+from voxray.config.groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
+from voxray.data.extract import Extractor
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation import batch, infer, job
 from voxray.models.lora import add_lora, save_adapter
@@ -79,7 +81,7 @@ Evaluate = Callable[..., job.EvaluationResult]
 def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
     """Run the evaluate job in this process, on four speech and four text rows if nothing else is said."""
     monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "run_featurize", partial(job.run_featurize, use_ray=False))
+    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
     monkeypatch.setattr(job, "evaluate", partial(job.evaluate, use_ray=False))
 
     def run(**flags: Any) -> job.EvaluationResult:
@@ -214,14 +216,14 @@ def answer(**flags: Any) -> list[dict[str, Any]]:
 
 def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts: list[str] = []
-    features = infer.sample_features
+    make = Extractor.sample_rows
 
-    def watched(sample: Any, front_end: Any) -> Any:
-        row = features(sample, front_end)
-        prompts.append(front_end.show(row[0]["prompt_ids"]))
-        return row
+    def watched(extractor: Any, sample: Any) -> Any:
+        rows, clip = make(extractor, sample)
+        prompts.append(extractor.front_end.show(rows[0]["prompt_ids"]))
+        return rows, clip
 
-    monkeypatch.setattr(infer, "sample_features", watched)
+    monkeypatch.setattr(Extractor, "sample_rows", watched)
     clip = str(SPEECH / "sample.wav")
     answer(audio_path=clip)
     answer(audio_path=clip, language="ko")
@@ -407,13 +409,14 @@ def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any
 def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
-    def featurized(manifests: Any, model_id: str, features_dir: Path, **options: Any) -> Any:
-        calls.append(("featurize", {"manifests": manifests, "model_id": model_id, "dir": features_dir, **options}))
-        return SimpleNamespace(folders=manifests)
+    def featurized(settings: Any, model_id: str, manifests: Any, features_dir: Path, **options: Any) -> Any:
+        given = {"settings": settings, "model_id": model_id, "manifests": manifests, "dir": features_dir}
+        calls.append(("featurize", {**given, **options}))
+        return SimpleNamespace(folders=(*manifests, *options["plain_manifests"]))
 
     split: list[Any] = []
     monkeypatch.setattr(quickstart, "ray_session", lambda log, processes: split.append(processes) or nullcontext())
-    monkeypatch.setattr(quickstart, "run_featurize", featurized)
+    monkeypatch.setattr(quickstart, "make_features", featurized)
     monkeypatch.setattr(quickstart, "run_training", lambda settings: calls.append(("train", dict(settings))))
     monkeypatch.setattr(quickstart, "run_evaluation", lambda settings: calls.append(("evaluate", dict(settings))))
     monkeypatch.setattr(quickstart, "read_predictions", lambda folder: [])
@@ -423,11 +426,10 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     quickstart.run_quickstart(QuickstartSettings.model_validate(values))
     assert [name for name, _ in calls] == ["featurize", "evaluate", "train", "evaluate"]
     (_, features), (_, before), (_, trained), (_, after) = calls
-    folder, common = tmp_path / "q", ("model_id", "num_actors", "rows_per_shard", "strict")
-    assert features == {
-        **{name: values[name] for name in common},
-        **{"manifests": ("t", "v", "b"), "dir": tmp_path / "f"},
-    }
+    folder, common = tmp_path / "q", ("model_id", *FeatureFlags.model_fields)
+    assert dict(features.pop("settings")) == values
+    given = {"manifests": ("t",), "plain_manifests": ("v", "b"), "dir": tmp_path / "f"}
+    assert features == {"model_id": values["model_id"], "bf16": values["bf16"], **given}
     own = {"output_dir": str(folder / "train"), "features_dir": str(tmp_path / "f"), "overwrite": True}
     assert trained == {**{name: values[name] for name in MultitaskSettings.model_fields}, **own}
     assert before["val_jsonl"] == after["val_jsonl"] == ("v", "b")

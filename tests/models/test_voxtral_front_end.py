@@ -11,8 +11,9 @@ from conftest import SPEECH, TINY
 from transformers import VoxtralProcessor
 
 from voxray.data.collate import padded_windows
+from voxray.data.extract import Extractor
+from voxray.data.features import Features
 from voxray.data.featurize import featurize
-from voxray.data.shards import Features
 from voxray.manifest import Sample
 from voxray.models.voxtral import VoxtralFrontEnd
 from voxray.tasks import TASKS
@@ -112,7 +113,7 @@ def test_shards_hold_the_processors_features(processor, front_end, tmp_path):
         soundfile.write(tmp_path / f"{length}.wav", noise(length), 16_000, subtype="PCM_16")
         lines.append(f'{{"audio_path": "{length}.wav", "transcript": "a", "id": "{length}"}}\n')
     (tmp_path / "m.jsonl").write_text("".join(lines))
-    report = featurize([str(tmp_path / "m.jsonl")], TINY, tmp_path / "f", rows_per_shard=4, use_ray=False)
+    report = featurize([str(tmp_path / "m.jsonl")], Extractor(TINY), tmp_path / "f", rows_per_shard=4, use_ray=False)
     features = Features(report.folders)
     assert len(features) == len(lines)
     for number in range(len(features)):
@@ -121,7 +122,7 @@ def test_shards_hold_the_processors_features(processor, front_end, tmp_path):
         theirs = processor.apply_transcription_request(**request, **SHAPE)
         assert row.prompt_ids.tolist() == theirs["input_ids"][0].tolist()
         wanted = theirs["input_features"].numpy()
-        stored = padded_windows(row, front_end)
+        stored = padded_windows(row.audio, row.fill, row.num_windows, front_end)
         assert stored.shape == wanted.shape
         assert np.abs(stored - wanted).max() <= np.finfo(np.float16).eps, row.id
         ours = front_end.features(noise(int(row.id)))

@@ -11,8 +11,9 @@ from conftest import TINY
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, collate_prompts, collate_training
+from voxray.data.features import Features
 from voxray.data.plan import Plan
-from voxray.data.shards import TASK_CODES, Features
+from voxray.data.shards import TASK_CODES
 from voxray.models.family import family_of
 from voxray.recipes.multitask import Data
 

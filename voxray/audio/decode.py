@@ -106,6 +106,31 @@ def decode_native(
     return samples, rate_hz
 
 
+def header_seconds(path: str) -> float:
+    """Length of a file as its header says, without decoding it.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or does not say.
+    """
+    if Path(path).suffix.lower() == ".pcm":
+        return Path(path).stat().st_size / 2 / PCM_RATE_HZ
+    try:
+        return soundfile.info(path).duration
+    except soundfile.LibsndfileError:
+        import av
+        from av.error import FFmpegError
+
+        try:
+            opened: Any = av.open(path, mode="r")
+            with opened as container:
+                seconds = (container.duration or 0) / av.time_base
+        except FFmpegError as error:
+            raise ValueError(str(error)) from None
+        if not seconds:
+            raise ValueError(f"{path} does not say how long it is") from None
+        return seconds
+
+
 def _decoders(path: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
     suffix = Path(path).suffix.lower()
     if suffix == ".pcm":

@@ -48,6 +48,14 @@ class OutputFlags(Settings):
     """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
 
 
+def _numbers(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+CommaNumbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
+"""``0.9,1.1`` on the command line, a list or the same string in YAML."""
+
+
 class FeatureFlags(Settings):
     num_actors: Annotated[int, Field(ge=0)] = 0
     """Ray Data processes that make features; 0 takes one per CPU, two at least."""
@@ -55,11 +63,58 @@ class FeatureFlags(Settings):
     """Manifest rows per shard file."""
     strict: bool = False
     """End the job at the first bad row instead of listing it in quarantine.jsonl."""
+    store: Annotated[Literal["mel", "pcm16", "encoder"], Flag(("cache",))] = "mel"
+    """What feature shards hold of a clip: mel (float16 log-mel), pcm16 (the samples; log-mel is made at loading), or
+    encoder (outputs of the frozen audio encoder, so that training skips it)."""
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of stored encoder outputs; float32 gives the losses of mel shards to the last bit."""
+    cache_budget_gib: Annotated[float, Field(gt=0)] = 200.0
+    """Largest size of the shards of --store encoder, GiB; the need is estimated first, and more is refused."""
+    features_cache_dir: Annotated[str, Flag(path="output")] = "~/.cache/voxray/shards"
+    """Where copies of shards are kept that are read from a URL."""
+    features_cache_gib: Annotated[float, Field(gt=0)] = 50.0
+    """Largest size of those copies, GiB; the ones used longest ago go first."""
 
 
 class SharedFeatureFlags(FeatureFlags):
     features_dir: Annotated[str, Flag(path="output")] = ""
-    """Folder of feature shards to reuse and fill; by default `features` in the output folder."""
+    """Folder of feature shards to reuse and fill, or its URL (s3://bucket/features); by default `features` in the
+    output folder."""
+
+
+class VariantFlags(Settings):
+    variants: Annotated[int, Field(ge=1, le=100)] = 1
+    """Fixed variants of every training clip, made when featurized; the first is the clip as it is. Each epoch draws one
+    of them for every row."""
+    speeds: Annotated[
+        tuple[Annotated[float, Field(ge=0.5, le=2)], ...], BeforeValidator(_numbers), Field(min_length=1)
+    ] = (0.9, 1.1)
+    """Factors of tempo and pitch that the other variants take in turn; 1 leaves it."""
+    noise_snr: Annotated[CommaNumbers, Field(max_length=2)] = ()
+    """Lowest and highest level of speech over added noise in dB, such as 10,20; without it no noise is added."""
+    noise_dir: Annotated[str, Flag(path="input")] = ""
+    """Folder of recordings that noise is taken from; without it noise is white."""
+    noise_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that a variant has noise."""
+    room_dir: Annotated[str, Flag(path="input")] = ""
+    """Folder of room impulse responses; without it no room is added."""
+    room_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that a variant is heard in a room."""
+    variant_seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the variants; another one makes other shards."""
+
+
+class MaskFlags(Settings):
+    freq_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    """SpecAugment: bands of mel bins masked in every training clip; 0 turns it off."""
+    freq_mask_bins: Annotated[int, Field(ge=1)] = 27
+    """Widest such band, in bins."""
+    time_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    """SpecAugment: stretches of frames masked in every training clip; 0 turns it off."""
+    time_mask_frames: Annotated[int, Field(ge=1)] = 100
+    """Longest such stretch, in frames of 10 ms."""
+    time_mask_share: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Largest share of the clip that one such stretch covers."""
 
 
 class LoraFlags(Settings):

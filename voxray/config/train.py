@@ -2,23 +2,33 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from voxray.config.groups import (
     EvaluationDataFlags,
     LoraFlags,
+    MaskFlags,
     ModelFlags,
     OptimizerFlags,
     OutputFlags,
     SharedFeatureFlags,
     TaskWeights,
+    VariantFlags,
     WorkerFlags,
 )
 from voxray.config.parse import CommaStrings, Flag
 
 
 class MultitaskSettings(
-    OutputFlags, ModelFlags, EvaluationDataFlags, LoraFlags, OptimizerFlags, WorkerFlags, SharedFeatureFlags
+    OutputFlags,
+    ModelFlags,
+    EvaluationDataFlags,
+    LoraFlags,
+    OptimizerFlags,
+    WorkerFlags,
+    SharedFeatureFlags,
+    VariantFlags,
+    MaskFlags,
 ):
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
     """Folder of the run; a relative one stands under --storage_path, or the current directory."""
@@ -41,3 +51,12 @@ class MultitaskSettings(
     """Start afresh in an --output_dir that holds a run with other settings, deleting that run."""
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
+
+    @model_validator(mode="after")
+    def _encoder_outputs_are_fixed(self) -> "MultitaskSettings":
+        """Stored outputs are those of the encoder as it is, for clips as they are."""
+        if self.store == "encoder" and not self.freeze_whisper:
+            raise ValueError("--store encoder: LoRA in the encoder (--no_freeze_whisper) changes its outputs")
+        if self.store == "encoder" and (self.freq_masks or self.time_masks):
+            raise ValueError("--store encoder: masks on features (--freq_masks, --time_masks) never reach the encoder")
+        return self

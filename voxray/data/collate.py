@@ -3,25 +3,32 @@
 Shape letters: B rows, L tokens, W windows of all rows one after the other, F mel bins, T mel frames of a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from voxray.data.shards import TASK_CODES, FeatureRow
+from voxray.data.features import FeatureRow
+from voxray.data.shards import TASK_CODES
 from voxray.models.family import FrontEnd
 
 IGNORED = -100  # the label that PyTorch's cross entropy passes over
 
+PCM_SCALE = 32_768  # of 16-bit samples
+
 Batch = dict[str, torch.Tensor]
+Masks = Callable[[np.ndarray], np.ndarray] | None
+"""Covers parts of a clip's log-mel, shape (frames, bins)."""
 
 
-def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
+def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
     """Prompt and answer, padded on the right; only the answer and its end-of-text token have labels.
 
+    Args:
+        masks: Applied to the log-mel of every clip (SpecAugment), in the order of the rows.
     Returns:
-        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and ``input_features`` (W, F,
-        T) float32 if any row has audio.
+        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and, if any row has audio,
+        ``input_features``: (W, F, T) float32, or the encoder's outputs as they are stored.
     """
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
     shape = (len(rows), max(lengths))
@@ -37,14 +44,14 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
     batch = {"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}
     batch["labels"] = torch.from_numpy(labels_BL)
     batch["task"] = torch.tensor([TASK_CODES[row.task] for row in rows])
-    return batch | _audio(rows, front_end)
+    return batch | _audio(rows, front_end, masks)
 
 
 def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
     """Prompts alone, padded on the left as generation needs them.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (B, L) int64, and ``input_features`` (W, F, T) float32 if any row has audio.
+        ``input_ids``, ``attention_mask`` (B, L) int64, and ``input_features`` if any row has audio (see above).
     """
     shape = (len(rows), max(len(row.prompt_ids) for row in rows))
     ids_BL = np.full(shape, front_end.pad_id, np.int64)
@@ -53,22 +60,35 @@ def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
         ids_BL[number, shape[1] - len(row.prompt_ids) :] = row.prompt_ids
         mask_BL[number, shape[1] - len(row.prompt_ids) :] = 1
     batch = {"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}
-    return batch | _audio(rows, front_end)
+    return batch | _audio(rows, front_end, None)
 
 
-def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
-    windows = [padded_windows(row, front_end) for row in rows if row.num_windows]
-    return {"input_features": torch.from_numpy(np.concatenate(windows))} if windows else {}
+def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Batch:
+    windows = [_model_input(row, front_end, masks) for row in rows if row.num_windows]
+    if not windows:
+        return {}
+    inputs = torch.from_numpy(np.concatenate(windows))
+    return {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
 
 
-def padded_windows(row: FeatureRow, front_end: FrontEnd) -> np.ndarray:
-    """A clip's features as the model takes them: valid frames, then the fill, cut into windows.
+def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:
+    """What the model takes of a clip: (windows, bins, frames) of log-mel, or the encoder's outputs as they are."""
+    if row.store == "encoder":
+        return row.audio
+    mel_KF, fill = row.audio, row.fill
+    if row.store == "pcm16":
+        features = front_end.features(row.audio.astype(np.float32) / PCM_SCALE)
+        mel_KF, fill = features.mel_KB, features.fill
+    return padded_windows(masks(mel_KF) if masks else mel_KF, fill, row.num_windows, front_end)
+
+
+def padded_windows(mel_KF: np.ndarray, fill: float, num_windows: int, front_end: FrontEnd) -> np.ndarray:
+    """A clip's log-mel as the model takes it: valid frames, then the fill, cut into windows.
 
     Returns:
-        float32, shape (row.num_windows, num_mel_bins, window_frames).
+        float32, shape (num_windows, num_mel_bins, window_frames).
     """
-    shape = (row.num_windows * front_end.window_frames, front_end.num_mel_bins)
-    mel_KF = np.full(shape, row.fill, np.float32)
-    mel_KF[: len(row.mel_KB)] = row.mel_KB
-    mel_WTF = mel_KF.reshape(row.num_windows, front_end.window_frames, front_end.num_mel_bins)
+    padded_KF = np.full((num_windows * front_end.window_frames, front_end.num_mel_bins), fill, np.float32)
+    padded_KF[: len(mel_KF)] = mel_KF
+    mel_WTF = padded_KF.reshape(num_windows, front_end.window_frames, front_end.num_mel_bins)
     return np.ascontiguousarray(mel_WTF.transpose(0, 2, 1))

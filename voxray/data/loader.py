@@ -3,14 +3,34 @@
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
-from voxray.data.collate import Batch, collate_training
+import numpy as np
+
+from voxray.audio.augment import SpecAugment, spec_augment
+from voxray.data.collate import Batch, Masks, collate_training
+from voxray.data.features import Features
 from voxray.data.plan import Pack, Plan
-from voxray.data.shards import Features
 from voxray.models.family import FrontEnd
 from voxray.training.engine import Worker
 
 STEPS_AHEAD = 2
+MASK_STREAM = 1  # so that the masks of a pack are drawn from other numbers than its dropout
+
+
+@dataclass(frozen=True)
+class Masking:
+    """SpecAugment on the clips of a pack, drawn from (seed, step, pack): nothing is carried from one to the next."""
+
+    how: SpecAugment
+    seed: int
+
+    def of(self, step: int, pack: int) -> Masks:
+        """Masks for the clips of one pack, in the order of its rows; None if there are none."""
+        if not self.how:
+            return None
+        rng = np.random.default_rng([self.seed, step, pack, MASK_STREAM])
+        return lambda mel_KF: spec_augment(mel_KF, self.how, rng)
 
 
 class Loader:
@@ -20,6 +40,7 @@ class Loader:
 
     Args:
         loader_workers: Threads that read ahead; 0 reads when asked.
+        masking: Masks on the features of training clips.
         pin_memory: Put batches into page-locked memory, for quick copies to a GPU.
     """
 
@@ -30,23 +51,24 @@ class Loader:
         plan: Plan,
         worker: Worker,
         loader_workers: int,
+        masking: Masking,
         *,
         pin_memory: bool,
     ) -> None:
         self.features, self.front_end, self.plan, self.worker = features, front_end, plan, worker
-        self.loader_workers, self.pin_memory = loader_workers, pin_memory
+        self.loader_workers, self.masking, self.pin_memory = loader_workers, masking, pin_memory
 
     def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Pack, Batch]]]]:
         """Steps ``start`` to ``end`` - 1."""
         if not self.loader_workers:
             for step in range(start, end):
-                yield step, [(pack, self._batch(pack)) for pack in self._packs(step)]
+                yield step, [(pack, self._batch(step, pack)) for pack in self._packs(step)]
             return
         waiting: deque[tuple[int, list[tuple[Pack, Future[Batch]]]]] = deque()
         with ThreadPoolExecutor(self.loader_workers, thread_name_prefix="loader") as pool:
             try:
                 for step in range(start, end):
-                    waiting.append((step, [(pack, pool.submit(self._batch, pack)) for pack in self._packs(step)]))
+                    waiting.append((step, [(pack, pool.submit(self._batch, step, pack)) for pack in self._packs(step)]))
                     if len(waiting) > STEPS_AHEAD:
                         yield self._ready(*waiting.popleft())
                 while waiting:
@@ -61,6 +83,7 @@ class Loader:
     def _packs(self, step: int) -> list[Pack]:
         return self.plan.rank_packs(step, self.worker.rank, self.worker.world_size)
 
-    def _batch(self, pack: Pack) -> Batch:
-        batch = collate_training([self.features.row(number) for number in pack.rows], self.front_end)
+    def _batch(self, step: int, pack: Pack) -> Batch:
+        rows = [self.features.row(number) for number in pack.rows]
+        batch = collate_training(rows, self.front_end, self.masking.of(step, pack.number))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch

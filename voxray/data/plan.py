@@ -29,13 +29,37 @@ class Pack:
     counts: bool = True
 
 
+class Variants:
+    """The usable variants of every sample, and which of them an epoch takes.
+
+    Args:
+        rows: Row numbers, ascending; variants of a sample are neighbours.
+        sample: Running number of the sample of every row.
+        seed: Seed of the draws.
+    Attributes:
+        first: Row number of every sample's first usable variant; stands for the sample in the plan.
+    """
+
+    def __init__(self, rows: np.ndarray, sample: np.ndarray, seed: int) -> None:
+        _, self._start, self._count = np.unique(sample, return_index=True, return_counts=True)
+        self._rows, self._seed, self.first = rows, seed, rows[self._start]
+
+    def of_epoch(self, rows: np.ndarray, epoch: int) -> np.ndarray:
+        """Put in the place of first variants those that an epoch takes: drawn by (seed, epoch, sample)."""
+        if len(self._rows) == len(self.first):
+            return rows
+        drawn = np.random.default_rng([self._seed, epoch, len(TASKS) + 1]).random(len(self.first))
+        taken = self._start + (drawn * self._count).astype(np.int64)
+        return self._rows[taken[np.searchsorted(self.first, rows)]]
+
+
 @dataclass
 class Plan:
     """The global sequence of packs of a run.
 
     Args:
         task: Task code of every usable row (its place in ``TASKS``).
-        rows: Row number of every entry of ``task``.
+        rows: Row number of every entry of ``task``; with variants, the first one of every sample.
         weights: {task name: relative share of the draws}; None takes every row once per epoch. With weights an epoch
             has as many draws as there are rows, and each task runs through permutations of its own rows, which go on
             from one epoch to the next.
@@ -43,6 +67,7 @@ class Plan:
         pack_size: Rows of a forward pass.
         packs_per_step: Forward passes of an optimizer step, over all workers.
         drop_last: Leave out the rows that do not fill an epoch's last step; else that step is smaller.
+        variants: What may be drawn in the place of ``rows``.
     Raises:
         SettingsError: A task with a positive weight has no rows, or not even one step can be filled.
     """
@@ -54,6 +79,7 @@ class Plan:
     pack_size: int
     packs_per_step: int
     drop_last: bool = False
+    variants: Variants | None = None
     _cached: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +121,8 @@ class Plan:
         if self._cached is None or self._cached[0] != epoch:
             drawn = [self._draws(name, epoch * count, count) for name, count in self._quota.items()]
             order = np.random.default_rng([self.seed, epoch, len(TASKS)]).permutation(sum(map(len, drawn)))
-            self._cached = (epoch, np.concatenate(drawn)[order])
+            rows = np.concatenate(drawn)[order]
+            self._cached = (epoch, self.variants.of_epoch(rows, epoch) if self.variants else rows)
         return self._cached[1]
 
     def _draws(self, name: str, start: int, count: int) -> np.ndarray:

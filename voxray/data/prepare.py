@@ -23,11 +23,11 @@ import numpy as np
 from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
-from voxray.data.shards import write_atomically
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
 from voxray.importers import ImportedRow, ImportFault
 from voxray.importers.huggingface import embedded_audio
 from voxray.manifest import BadRow
+from voxray.storage import write_atomically
 from voxray.tasks import Task, task_of
 from voxray.text.korean import Reading, clean_transcript
 from voxray.text.normalize import normalize_ko_v1

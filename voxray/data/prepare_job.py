@@ -21,11 +21,11 @@ from voxray.data.prepare import (
     spool,
     write_manifests,
 )
-from voxray.data.shards import write_json
 from voxray.errors import RunError
 from voxray.importers import IMPORTERS, ImportedRow, ImportFault, detect
 from voxray.launch import ray_session
 from voxray.run_folder import anchor, make_folder
+from voxray.storage import write_json
 from voxray.terminal import console, progress_bar
 
 

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from voxray.data.shards import Features, write_atomically, write_json
+from voxray.data.features import Features
 from voxray.evaluation.generate import answers, length_batches
 from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, count, metrics_of
 from voxray.launch import gpus_within_reach
 from voxray.models.family import family_of
 from voxray.models.lora import WEIGHTS, load_adapter
+from voxray.storage import Place, write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.text.normalize import KO_V1
 
@@ -62,7 +63,7 @@ class Generation:
 class Answerer:
     """A loaded model that answers parts; the unit of work of a Ray Data actor."""
 
-    def __init__(self, generation: Generation, folders: Sequence[Path], predictions: Path, num_threads: int) -> None:
+    def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
         self.generation, self.predictions = generation, predictions
         self.features = Features(folders)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +74,8 @@ class Answerer:
         self.front_end = self.family.front_end(generation.model_id)
         dtype = torch.bfloat16 if generation.bf16 else torch.float32
         self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device)
+        if self.features.store == "encoder":
+            self.family.skip_encoder(self.model)
         if generation.adapter:
             self.model, _ = load_adapter(self.model, Path(generation.adapter))
 
@@ -106,7 +109,7 @@ def part_path(predictions: Path, part: int) -> Path:
 
 def evaluate(
     generation: Generation,
-    folders: Sequence[Path],
+    folders: Sequence[Place],
     rows: Sequence[int],
     output_dir: Path,
     *,
@@ -172,7 +175,7 @@ def _forget_other_evaluation(predictions: Path, key: str) -> None:
 
 def _run_here(
     generation: Generation,
-    folders: Sequence[Path],
+    folders: Sequence[Place],
     predictions: Path,
     parts: Sequence[list[int]],
     waiting: Sequence[int],
@@ -187,7 +190,7 @@ def _run_here(
 
 def _run_on_ray(
     generation: Generation,
-    folders: Sequence[Path],
+    folders: Sequence[Place],
     predictions: Path,
     parts: Sequence[list[int]],
     waiting: Sequence[int],

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from voxray.data.collate import collate_prompts
-from voxray.data.shards import FeatureRow, Features
+from voxray.data.features import FeatureRow, Features
 from voxray.models.family import Family, FrontEnd
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from voxray.config.evaluate import InferSettings
-from voxray.data.featurize import sample_features, to_jsonl
-from voxray.data.shards import FeatureRow, write_atomically
+from voxray.data.extract import Extractor
+from voxray.data.features import FeatureRow
+from voxray.data.featurize import to_jsonl
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.generate import answers
 from voxray.evaluation.job import base_and_adapter
@@ -19,6 +20,7 @@ from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, 
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.run_folder import anchor
+from voxray.storage import write_atomically
 from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table
 
@@ -46,8 +48,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     model_id, adapter = base_and_adapter(settings, settings.lora_dir or settings.output_dir)
     warn_about_idle_flags(settings)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    family = family_of(model_id)
-    front_end = family.front_end(model_id)
+    family, extractor = family_of(model_id), Extractor(model_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     model = family.load_model(model_id, dtype=dtype, device=device)
@@ -57,11 +58,11 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     samples = _one_clip(settings) if settings.audio_path else _manifest_rows(manifest, limit)
     found: list[dict[str, Any]] = []
     scored: dict[str, list[dict[str, int]]] = {}
-    for rows in _batches(samples, front_end, settings):
+    for rows in _batches(samples, extractor, settings):
         texts = answers(
             model,
             family,
-            front_end,
+            extractor.front_end,
             rows,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -118,12 +119,12 @@ def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
             yield sample
 
 
-def _batches(samples: Iterator[Sample], front_end: Any, settings: InferSettings) -> Iterator[list[FeatureRow]]:
+def _batches(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[FeatureRow]]:
     """Features of the samples, ``batch_size`` at a time."""
     batch: list[FeatureRow] = []
     for sample in samples:
         try:
-            row = FeatureRow.of(sample_features(sample, front_end)[0])
+            row = FeatureRow.of(extractor.sample_rows(sample)[0][0])
             if len(row.prompt_ids) > settings.max_len:
                 raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {settings.max_len}")
         except BadRow as error:

@@ -9,14 +9,18 @@ from typing import Any
 import numpy as np
 
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings
+from voxray.data.feature_sets import features_place, make_features
+from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
-from voxray.data.shards import TASK_CODES, Features, write_atomically, write_json
-from voxray.errors import RunError
+from voxray.data.shards import TASK_CODES
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.batch import Generation, evaluate, read_predictions
-from voxray.launch import ray_session, run_featurize, warn_about_idle_flags
+from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
-from voxray.models.lora import base_of_adapter, find_adapter
-from voxray.run_folder import anchor, features_folder, make_folder, provenance
+from voxray.models.family import family_of
+from voxray.models.lora import base_of_adapter, find_adapter, roles_of_adapter
+from voxray.run_folder import anchor, make_folder, provenance
+from voxray.storage import Place, write_atomically, write_json
 from voxray.terminal import console, metrics_table, progress_bar
 
 
@@ -46,15 +50,13 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
-    features_dir = features_folder(settings.features_dir, settings.storage_path, output_dir)
+    where = settings.features_dir or str(output_dir / "features")
+    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
+    if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
+        raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
     with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, settings.num_models)):
-        report = run_featurize(
-            tuple(dict.fromkeys(settings.val_jsonl)),
-            model_id,
-            features_dir,
-            rows_per_shard=settings.rows_per_shard,
-            num_actors=settings.num_actors,
-            strict=settings.strict,
+        report = make_features(
+            settings, model_id, (), features_dir, bf16=settings.bf16, plain_manifests=settings.val_jsonl
         )
         rows = rows_to_answer(Features(report.folders), settings, report.folders, output_dir)
         generation = Generation(
@@ -88,7 +90,7 @@ def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path |
 
 
 def rows_to_answer(
-    features: Features, settings: EvaluateSettings, folders: tuple[Path, ...], output_dir: Path
+    features: Features, settings: EvaluateSettings, folders: tuple[Place, ...], output_dir: Path
 ) -> list[int]:
     """Rows of the asked-for task within the token limit; the others that were lost stand in quarantine.jsonl.
 

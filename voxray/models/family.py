@@ -5,8 +5,10 @@ and token ids and needs no weights (featurize workers load just that), and a mod
 generates.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +42,8 @@ class FrontEnd(Protocol):
         max_audio_sec: Longest clip the family takes.
         window_frames: Mel frames of one model window.
         num_mel_bins: Bins of one frame.
+        encoder_positions: Outputs of the audio encoder for one window.
+        encoder_dim: Width of each of them.
         pad_id: Token id of padding.
         eos_id: Token id that ends an answer.
     """
@@ -49,10 +53,14 @@ class FrontEnd(Protocol):
     max_audio_sec: float
     window_frames: int
     num_mel_bins: int
+    encoder_positions: int
+    encoder_dim: int
     pad_id: int
     eos_id: int
 
     def features(self, samples: np.ndarray) -> AudioFeatures: ...
+
+    def num_windows(self, num_samples: int) -> int: ...
 
     def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]: ...
 
@@ -76,6 +84,14 @@ class Family(Protocol):
     lora_targets: Mapping[str, tuple[str, ...]]
 
     def front_end(self, model_id: str) -> FrontEnd: ...
+
+    def encoder_fingerprint(self, model_id: str) -> str: ...
+
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
+
+    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor: ...
+
+    def skip_encoder(self, model: Any) -> None: ...
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
 
@@ -121,3 +137,37 @@ def model_file(model_id: str, name: str) -> str:
         raise RunError(f"--model_id {model_id}: {name} is missing: {' '.join(str(error).split())[:200]}") from None
     assert path is not None
     return path
+
+
+def weights_below(model_id: str, module: str) -> dict[str, torch.Tensor]:
+    """Tensors of one module out of a model's safetensors files, as they are stored, without reading the others.
+
+    Args:
+        module: Its name, such as ``audio_tower``.
+    Returns:
+        {name below the module: tensor}, sorted.
+    Raises:
+        RunError: Files are missing or hold no such module.
+    """
+    from safetensors import safe_open
+
+    found: dict[str, torch.Tensor] = {}
+    for path in _weight_files(model_id, module):
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                _, at, below = f".{name}".partition(f".{module}.")
+                if at:
+                    found[below] = file.get_tensor(name)
+    if not found:
+        raise RunError(f"--model_id {model_id}: its weights hold no {module}")
+    return dict(sorted(found.items()))
+
+
+def _weight_files(model_id: str, module: str) -> list[str]:
+    """The files that hold a module: those that the index names, or the only one."""
+    try:
+        index = json.loads(Path(model_file(model_id, "model.safetensors.index.json")).read_text())
+    except RunError:
+        return [model_file(model_id, "model.safetensors")]
+    files = {file for name, file in index["weight_map"].items() if f".{module}." in f".{name}"}
+    return [model_file(model_id, file) for file in sorted(files)]

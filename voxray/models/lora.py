@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from voxray.errors import RunError
@@ -163,6 +164,19 @@ def find_adapter(path: str) -> Path:
     if not usable:
         raise RunError(f"--lora_dir {path}: no adapter here (no {CONFIG}, adapter folder or checkpoint)")
     return usable[-1][1]
+
+
+def roles_of_adapter(folder: Path, family: Family) -> set[str]:
+    """Roles that an adapter on disk changes.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
+            return {role_of(name, family) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except Exception as error:  # safetensors raises its own types for a damaged file
+        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
 
 
 def base_of_adapter(folder: Path) -> str:

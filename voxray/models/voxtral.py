@@ -20,10 +20,11 @@ import torch
 from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
-from voxray.models.family import AudioFeatures, model_file
+from voxray.models.family import AudioFeatures, model_file, weights_below
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
+ENCODER = "audio_tower"
 ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
 MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
 
@@ -44,6 +45,8 @@ class VoxtralFrontEnd:
         audio: Any = VoxtralConfig.from_pretrained(model_id).audio_config
         self.model_id = model_id
         self.num_mel_bins: int = audio.num_mel_bins
+        self.encoder_positions: int = audio.max_source_positions
+        self.encoder_dim: int = audio.hidden_size
         self.window_frames: int = audio.max_source_positions * ENCODER_STRIDE
         self.window_samples = self.window_frames * HOP_SAMPLES
         # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
@@ -108,9 +111,13 @@ class VoxtralFrontEnd:
         """
         if not hasattr(self, "_logmel"):
             self._logmel = LogMel(self.num_mel_bins)
-        num_windows = -(-len(samples) // self.window_samples)
+        num_windows = self.num_windows(len(samples))
         mel_KF, fill = self._logmel.valid(samples, num_windows * self.window_samples)
         return AudioFeatures(mel_KF, fill, num_windows)
+
+    def num_windows(self, num_samples: int) -> int:
+        """Whole windows that a clip fills, the last one padded."""
+        return -(-num_samples // self.window_samples)
 
     def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]:
         """Token ids up to where the answer starts.
@@ -153,13 +160,26 @@ class VoxtralFrontEnd:
         return self._tekken.decode([int(token) for token in ids], special_token_policy=SpecialTokenPolicy[policy])
 
 
+class _PassThrough(torch.nn.Module):
+    """Stands where the encoder was, and gives its stored outputs on to the projector."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
+
+
 class Voxtral:
     """Voxtral's model side."""
 
     name = "voxtral"
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {
-            "encoder": ("audio_tower",),
+            "encoder": (ENCODER,),
             "projector": ("multi_modal_projector",),
             "llm": ("language_model", "lm_head"),
         }
@@ -190,6 +210,44 @@ class Voxtral:
         except (OSError, ValueError) as error:
             raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
         return model.to(device).requires_grad_(False).eval()
+
+    def encoder_fingerprint(self, model_id: str) -> str:
+        """Hash of the audio encoder's weights as they are stored."""
+        found = hashlib.sha256()
+        for name, tensor in weights_below(model_id, ENCODER).items():
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the audio encoder alone, as ``load_model`` would load it.
+
+        Raises:
+            RunError: Its weights are missing or do not fit the configuration.
+        """
+        from transformers import VoxtralConfig, VoxtralEncoder
+
+        config = VoxtralConfig.from_pretrained(model_id).audio_config
+        encoder: Any = VoxtralEncoder._from_config(config, dtype=dtype)
+        try:
+            encoder.load_state_dict({name: t.to(dtype) for name, t in weights_below(model_id, ENCODER).items()})
+        except RuntimeError as error:
+            raise RunError(f"--model_id {model_id}: {' '.join(str(error).split())[:300]}") from None
+        return encoder.to(device).requires_grad_(False).eval()
+
+    @torch.inference_mode()
+    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
+        """Outputs of the encoder for whole windows.
+
+        Returns:
+            states_WPD, P encoder frames of a window.
+        """
+        return encoder(mel_WFT, return_dict=True).last_hidden_state
+
+    def skip_encoder(self, model: Any) -> None:
+        """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base.model.audio_tower = _PassThrough(base.dtype)
 
     def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
         """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.

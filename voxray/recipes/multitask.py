@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from voxray.audio.augment import SpecAugment
+from voxray.config.groups import MaskFlags
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, collate_training
+from voxray.data.features import Features
 from voxray.data.featurize import write_ledger
-from voxray.data.loader import Loader
-from voxray.data.plan import Plan
-from voxray.data.shards import Features, write_json
+from voxray.data.loader import Loader, Masking
+from voxray.data.plan import Plan, Variants
+from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import add_lora, count_parameters, save_adapter, trainable_parameters
+from voxray.storage import Place, write_json
 from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from voxray.training.engine import Worker
 from voxray.training.loop import Trainee, fit
@@ -30,8 +34,8 @@ DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
 class Data:
     """Feature sets of a run."""
 
-    train: tuple[Path, ...]
-    validation: tuple[Path, ...]
+    train: tuple[Place, ...]
+    validation: tuple[Place, ...]
 
 
 def train(
@@ -54,15 +58,18 @@ def train(
     front_end = family.front_end(settings.model_id)
     features, held_out = Features(data.train), Features(data.validation)
     rows, held_out_rows, too_long = choose_rows(settings, features, held_out)
-    trainee = build_trainee(settings, family, worker)
+    trainee = build_trainee(settings, family, worker, with_encoder=features.store != "encoder")
     start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
     start = resume(run_dir, trainee, start)
     sizes = (settings.per_device_bsz, start.packs_per_step)
-    plan = Plan(features.task[rows], rows, settings.task_weights, settings.seed, *sizes, settings.drop_last)
+    variants = Variants(rows, features.sample[rows], settings.seed)
+    task = features.task[variants.first]
+    plan = Plan(task, variants.first, settings.task_weights, settings.seed, *sizes, settings.drop_last, variants)
     num_steps = settings.max_steps or settings.epochs * plan.steps_per_epoch
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
-    loader = Loader(features, front_end, plan, worker, settings.loader_workers, pin_memory=pin_memory)
+    masks = Masking(SpecAugment(**{name: getattr(settings, name) for name in MaskFlags.model_fields}), settings.seed)
+    loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, pin_memory=pin_memory)
     monitor = Monitor(run_dir, start.step, active=worker.is_first)
     if worker.is_first:
         limit = f"tokens, over --max_len {settings.max_len}"
@@ -96,8 +103,8 @@ def choose_rows(
     Raises:
         RunError: Nothing is left to train on.
     """
-    rows, too_long = usable_rows(features, settings.max_len)
-    held_out_rows, too_long_held_out = usable_rows(held_out, settings.max_len)
+    rows, too_long = features.within(settings.max_len)
+    held_out_rows, too_long_held_out = held_out.within(settings.max_len)
     limit = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
     held_out_rows = first_rows_per_task(held_out, held_out_rows, limit)
     if settings.debug:
@@ -107,10 +114,16 @@ def choose_rows(
     return rows, held_out_rows, [(features, too_long), (held_out, too_long_held_out)]
 
 
-def build_trainee(settings: MultitaskSettings, family: Family, worker: Worker) -> Trainee:
-    """Load the frozen base and add LoRA and its optimizer; the same on every worker."""
+def build_trainee(settings: MultitaskSettings, family: Family, worker: Worker, *, with_encoder: bool = True) -> Trainee:
+    """Load the frozen base and add LoRA and its optimizer; the same on every worker.
+
+    Args:
+        with_encoder: False if the features are the encoder's outputs already.
+    """
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     base = family.load_model(settings.model_id, dtype=dtype, device=worker.device)
+    if not with_encoder:
+        family.skip_encoder(base)
     roles = ("projector", "llm") if settings.freeze_whisper else ("encoder", "projector", "llm")
     torch.manual_seed(settings.seed)
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
@@ -121,12 +134,6 @@ def build_trainee(settings: MultitaskSettings, family: Family, worker: Worker) -
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
     return Trainee(model, family, optimizer, worker)
-
-
-def usable_rows(features: Features, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers within the token limit, and those over it."""
-    fits = features.num_tokens <= max_len
-    return np.flatnonzero(fits), np.flatnonzero(~fits)
 
 
 def set_modes(model: torch.nn.Module, family: Any, frozen: Sequence[str]) -> None:
@@ -175,8 +182,8 @@ def introduce(
     monitor.say(f"data: {kept} rows; {plan.steps_per_epoch} steps of {plan.rows_per_step} rows per epoch")
     monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
     drawn = plan.epoch_rows(0)
-    for name, task_rows in plan.rows_of_task.items():
-        of_task = np.isin(drawn, task_rows)
+    for name in plan.rows_of_task:
+        of_task = features.task[drawn] == TASK_CODES[name]
         if of_task.any():
             batch = collate_training([features.row(int(drawn[of_task.argmax()]))], front_end)
             ids, answer = batch["input_ids"][0], batch["labels"][0] != IGNORED

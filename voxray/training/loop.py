@@ -16,9 +16,9 @@ from peft import PeftModel
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, Batch
+from voxray.data.features import Features
 from voxray.data.loader import Loader
 from voxray.data.plan import Pack, Plan
-from voxray.data.shards import Features
 from voxray.models.family import Family
 from voxray.models.lora import trainable_parameters
 from voxray.tasks import TASKS

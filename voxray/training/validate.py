@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.data.shards import Features
+from voxray.data.features import Features
 from voxray.evaluation.generate import answers, length_batches
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.models.family import Family, FrontEnd
