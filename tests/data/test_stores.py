@@ -30,7 +30,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Speech and text, and one clip that fills three windows."""
     folder = tmp_path_factory.mktemp("rows")
     found = [row for task in ("asr", "sqa", "tqa") for row in read_rows(manifest(f"{task}.train"))[:5]]
-    samples = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in found[:5]])
+    samples = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in found[:5]] * 3)
     soundfile.write(folder / "long.wav", samples[: int(16_000 * 2.3 * WINDOW_SEC)], 16_000, subtype="PCM_16")
     found.append({"audio_path": str(folder / "long.wav"), "transcript": "긴 녹음", "language": "ko"})
     return write_rows(folder / "m.jsonl", found)
@@ -43,7 +43,7 @@ def make(rows: str, folder: Path, **storing: Any) -> Features:
 
 
 def train(features: Features, run_dir: Path, **changes: Any) -> dict[str, list[float]]:
-    values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-3}
+    values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 2e-4}
     values |= {"max_steps": 4, "per_device_bsz": 5, "output_dir": str(run_dir), "eval_max_new_tokens": 5}
     run_dir.mkdir()
     settings = MultitaskSettings.model_validate({**values, **changes})
@@ -64,24 +64,29 @@ def from_mel(rows: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
 def test_float32_encoder_outputs_train_to_the_last_bit(rows, from_mel, tmp_path):
     features = make(rows, tmp_path / "f", store="encoder", dtype="float32")
     long = features.row(15)
-    assert long.audio.shape == (3, 200, 64) and long.audio.dtype == np.float32
+    assert long.audio.shape == (3, 200, 128) and long.audio.dtype == np.float32
     assert train(features, tmp_path / "run", store="encoder") == from_mel
 
 
-def test_bfloat16_encoder_outputs_train_within_1e_4(rows, from_mel, tmp_path):
-    features = make(rows, tmp_path / "f", store="encoder")
-    assert features.row(15).audio.dtype == np.uint16
-    found = train(features, tmp_path / "run", store="encoder")
-    assert found["loss"] != from_mel["loss"]  # or this test would see nothing
-    assert np.allclose(found["loss"], from_mel["loss"], rtol=0, atol=1e-4 * 5), (found, from_mel)
-    assert abs(found["loss"][0] - from_mel["loss"][0]) < 1e-4
+@pytest.mark.parametrize(
+    ("dtype", "stored", "each", "on_average"), [("bfloat16", "uint16", 1e-3, 3e-4), ("float16",) * 2 + (1e-4, 4e-5)]
+)
+def test_smaller_encoder_outputs_train_nearly_alike(rows, from_mel, tmp_path, dtype, stored, each, on_average):
+    """Steps of five rows of voices that the base never heard; means over more rows come out closer (2e-5 to 4e-5)."""
+    features = make(rows, tmp_path / "f", store="encoder", dtype=dtype)
+    assert features.row(15).audio.dtype == stored
+    found = train(features, tmp_path / "run", store="encoder", cache_dtype=dtype)
+    difference = np.abs(np.subtract(found["loss"], from_mel["loss"]))
+    assert 0 < difference.mean() < on_average and (difference < each).all(), difference
 
 
 def test_a_bfloat16_run_trains_the_same_from_its_own_outputs(rows, tmp_path):
-    """--bf16 computes the encoder in bfloat16, so bfloat16 outputs are what it would have computed, bit for bit."""
+    """--bf16 computes the encoder in bfloat16, so bfloat16 outputs are what it would have computed, but for the size of
+    its batches, which bfloat16 products show."""
     mel = train(make(rows, tmp_path / "mel"), tmp_path / "a", bf16=True)
     stored = train(make(rows, tmp_path / "f", store="encoder", bf16=True), tmp_path / "b", bf16=True, store="encoder")
-    assert np.allclose(mel["loss"], stored["loss"], rtol=0, atol=1e-3)
+    difference = np.abs(np.subtract(mel["loss"], stored["loss"]))
+    assert difference[0] < 1e-4 and (difference < 0.02).all(), difference
 
 
 def test_stored_samples_are_the_clips_and_train_alike(rows, from_mel, tmp_path):
@@ -109,7 +114,7 @@ def test_the_encoder_is_not_in_memory_when_its_outputs_are_stored(rows, tmp_path
     after = sum(parameter.numel() for parameter in model.parameters())
     encoder = family.load_encoder(TINY, dtype=torch.float32, device=torch.device("cpu"))
     assert before - after == sum(parameter.numel() for parameter in encoder.parameters()) > 0
-    assert batch["input_features"].shape == (3, 200, 64)
+    assert batch["input_features"].shape == (3, 200, 128)
 
 
 def test_caches_are_keyed_by_all_that_made_them(rows, tmp_path):

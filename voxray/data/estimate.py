@@ -48,9 +48,7 @@ def allowances(
     on_estimate(total)
     sizes = f"encoder outputs need up to {total / GIB:.3g} GiB"
     if total > max_bytes:
-        raise RunError(
-            f"--cache_budget_gib: {sizes}, over the budget of {max_bytes / GIB:.3g} GiB; nothing was written"
-        )
+        raise RunError(f"--cache_budget_gib {max_bytes / GIB:.3g}: {sizes}; nothing was written")
     free = _free_bytes(features_dir)
     if total - there > free:
         raise RunError(f"{features_dir}: {sizes}, and the disk has {free / GIB:.3g} GiB left; nothing was written")

@@ -34,7 +34,7 @@ class Storing:
     """
 
     store: Literal["mel", "pcm16", "encoder"] = "mel"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     bf16: bool = False
     waveform: WaveformAugmentation = NONE
 

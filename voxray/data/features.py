@@ -28,8 +28,8 @@ class FeatureRow:
 
     Attributes:
         store: What ``audio`` is, one of ``shards.STORES``.
-        audio: mel: float16, (num_frames, num_mel_bins); pcm16: int16, (num_samples,); encoder: float32, or uint16
-            that holds the bits of bfloat16, (num_windows, positions, hidden). Empty for text tasks.
+        audio: mel: float16, (num_frames, num_mel_bins); pcm16: int16, (num_samples,); encoder: float32, float16,
+            or uint16 that holds the bits of bfloat16, (num_windows, positions, hidden). Empty for text tasks.
         fill: Value of the padded frames of ``mel``.
     """
 

@@ -34,7 +34,8 @@ STORES = ("mel", "pcm16", "encoder")
 
 mel      log-mel of the valid frames, float16, (frames, bins); ``fill`` is the value of all frames after them
 pcm16    the samples, int16, at the model's rate; features are made when a row is loaded
-encoder  outputs of the frozen encoder for whole windows, (windows, positions, hidden), float32 or the bits of bfloat16
+encoder  outputs of the frozen encoder for whole windows, (windows, positions, hidden), float32, float16 or the bits
+         of bfloat16
 """
 AUDIO_COLUMN = "audio"
 
