@@ -95,7 +95,7 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         system, path = self._place
-        with system.open_input_stream(path) as file:
+        with _as_os_errors(self), system.open_input_stream(path) as file:
             return file.read()
 
     def read_text(self) -> str:
@@ -104,20 +104,22 @@ class RemotePath:
     def download(self, target: Path) -> None:
         """Copy the file to the local disk."""
         system, path = self._place
-        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+        with _as_os_errors(self):
+            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
 
     def write_bytes(self, data: Any) -> None:
         """Write the file so that nobody sees a part of it."""
         system, path = self._place
-        if system.type_name in OBJECT_STORES:
-            with system.open_output_stream(path) as file:
+        with _as_os_errors(self):
+            if system.type_name in OBJECT_STORES:
+                with system.open_output_stream(path) as file:
+                    file.write(data)
+                return
+            _make_folder(system, path.rpartition("/")[0])
+            partial = f"{path}.{os.getpid()}.part"
+            with system.open_output_stream(partial) as file:
                 file.write(data)
-            return
-        system.create_dir(path.rpartition("/")[0], recursive=True)
-        partial = f"{path}.{os.getpid()}.part"
-        with system.open_output_stream(partial) as file:
-            file.write(data)
-        system.move(partial, path)
+            system.move(partial, path)
 
     def unlink(self) -> None:
         system, path = self._place
@@ -132,6 +134,28 @@ class RemotePath:
 
 
 Place = Path | RemotePath
+
+
+@contextmanager
+def _as_os_errors(path: RemotePath) -> Iterator[None]:
+    """Each of fsspec's file systems has errors of its own; here they are all ``OSError`` and name the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _make_folder(system: fs.FileSystem, path: str) -> None:
+    """Create a folder that may be there already, or be made by somebody else at this moment."""
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        return
+    try:
+        system.create_dir(path, recursive=True)
+    except Exception:
+        if system.get_file_info(path).type != fs.FileType.Directory:
+            raise
 
 
 @lru_cache(maxsize=16)

@@ -47,8 +47,12 @@ class ChunkFeaturizer:
         self.extractor = extractor
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form of ``make``: a batch of one item."""
-        return {"result": [json.dumps(self.make(batch["item"][0]))]}
+        """Ray Data's form of ``make``: a batch of one item; what the user has to put right comes back as ``error``."""
+        try:
+            result = self.make(batch["item"][0])
+        except (RunError, OSError) as error:
+            result = {"error": " ".join(str(error).split())}
+        return {"result": [json.dumps(result)]}
 
     def make(self, item: WorkItem) -> dict[str, Any]:
         """Write the chunk's shard unless a good one is there.

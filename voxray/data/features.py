@@ -175,7 +175,7 @@ class Features:
 def _describe(folder: Place) -> dict[str, Any]:
     try:
         return json.loads((folder / "set.json").read_text())
-    except FileNotFoundError:
+    except OSError:
         raise RunError(f"{folder}: not a finished feature set; run featurize on its manifest") from None
 
 

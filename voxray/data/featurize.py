@@ -176,7 +176,10 @@ def _is_finished(folder: Place, content: str) -> bool:
 def _run_here(extractor: Extractor, work: list[WorkItem], num_actors: int) -> Iterator[dict[str, Any]]:
     featurizer = ChunkFeaturizer(extractor)
     for item in work:
-        yield featurizer.make(item)
+        try:
+            yield featurizer.make(item)
+        except OSError as error:
+            raise RunError(" ".join(str(error).split())) from error
 
 
 def _run_on_ray(extractor: Extractor, work: list[WorkItem], num_actors: int) -> Iterator[dict[str, Any]]:
@@ -194,7 +197,10 @@ def _run_on_ray(extractor: Extractor, work: list[WorkItem], num_actors: int) -> 
         num_cpus=1,
     )
     for row in results.iter_rows():
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise RunError(result["error"])
+        yield result
 
 
 def actor_pool(num_actors: int, num_items: int) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from voxray.errors import RunError
 from voxray.storage import CacheLimits, RemotePath, checksum
 
+SUFFIXES = {".arrow", ".part"}  # what belongs to the cache, of the files in its folder
 ABANDONED_SEC = 3600.0  # a download that has not grown for this long belongs to a process that is gone
 
 
@@ -71,7 +72,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _make_room(folder: Path, limits: CacheLimits, wanted: int) -> None:
     """Remove what was used longest ago until ``wanted`` bytes fit."""
-    found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if path.suffix)
+    found = sorted(
+        (path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if path.suffix in SUFFIXES
+    )
     total = sum(size for _, size, _ in found)
     for used_at, size, path in found:
         if total + wanted <= limits.max_bytes:
