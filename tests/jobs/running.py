@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -127,3 +128,28 @@ def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.Completed
     """Run a job as a process to its end."""
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, **options)
+
+
+class Driver:
+    """One start of a job, whose processes can be told from everybody else's and killed."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.mark = f"voxray-test-{uuid.uuid4().hex}"
+        self.log = open(log, "ab")  # noqa: SIM115  # open for the life of the process
+        env = {**environment(), "VOXRAY_TEST_DRIVER": self.mark}
+        output = {"stdout": self.log, "stderr": self.log}
+        self.process = subprocess.Popen(command, env=env, start_new_session=True, **output)
+
+    def processes(self) -> set[int]:
+        """Everything that runs below this start, processes with a group of their own included."""
+        return processes_of(self.mark)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole process group, without any warning."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+    def end(self) -> None:
+        end_processes(processes_of(self.mark))
+        self.process.wait(30)
+        self.log.close()

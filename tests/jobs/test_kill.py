@@ -6,49 +6,20 @@ everybody else's.
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TINY
-from running import ROOT, alive, end_processes, environment, processes_of
+from running import ROOT, Driver, alive
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 STEPS = 12
 GRACE_SEC = 30  # in which what a killed driver leaves behind has to end by itself
 WAIT_SEC = 300
-
-
-class Driver:
-    """One start of the training command."""
-
-    def __init__(self, command: list[str], log: Path) -> None:
-        self.mark = f"voxray-test-{uuid.uuid4().hex}"
-        self.log = open(log, "ab")  # noqa: SIM115  # open for the life of the process
-        env = {**environment(), "VOXRAY_TEST_DRIVER": self.mark}
-        output = {"stdout": self.log, "stderr": self.log}
-        self.process = subprocess.Popen(command, env=env, start_new_session=True, **output)
-
-    def processes(self) -> set[int]:
-        """Everything that runs below this start, processes with a group of their own included."""
-        return processes_of(self.mark)
-
-    def kill(self) -> None:
-        """SIGKILL to the whole process group, without any warning."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
-
-    def end(self) -> None:
-        end_processes(processes_of(self.mark))
-        self.process.wait(30)
-        self.log.close()
 
 
 @pytest.fixture
