@@ -15,6 +15,13 @@ from voxray.config.parse import Settings, flag_of
 WARNS = "other_flags::flags_that_warn"
 """For flags marked ``no_effect``: parse says so whenever one is given."""
 
+CACHE = dict.fromkeys(("features_cache_dir", "features_cache_gib"), "feature_flags::features_cache")
+VARIANTS = dict.fromkeys(
+    ("speeds", "noise_snr", "noise_dir", "noise_share", "room_dir", "room_share", "variant_seed"),
+    "feature_flags::variants",
+)
+MASKS = ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_mask_share")
+FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
 TRAIN = {
     "model_id": "training_flags::model_id",
@@ -58,6 +65,10 @@ TRAIN = {
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
+    **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib", "variants"), FEATURES_TRAINED),
+    **CACHE,
+    **VARIANTS,
+    **dict.fromkeys(MASKS, "feature_flags::masks"),
 }
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
 EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"
@@ -73,7 +84,15 @@ SEEN_BY: dict[str, dict[str, str]] = {
     "featurize": dict.fromkeys(
         ("model_id", "manifest", "output_dir", "storage_path", "rows_per_shard", "strict"), FEATURIZE_FLAGS
     )
-    | {"num_actors": "other_flags::numbers_of_ray_actors"},
+    | {
+        "num_actors": "other_flags::numbers_of_ray_actors",
+        **dict.fromkeys(("store", "cache_dtype"), "feature_flags::store"),
+        **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
+        "verify": "feature_flags::verify",
+        "variants": "feature_flags::variants",
+        **CACHE,
+        **VARIANTS,
+    },
     "train_multitask": TRAIN,
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
@@ -83,6 +102,8 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "max_len": "other_flags::evaluate_max_len",
         "strict": "other_flags::evaluate_strict",
+        **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
+        **CACHE,
         "cuda_visible_devices": WARNS,
     },
     "infer": {

@@ -99,9 +99,9 @@ def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with layer.register_forward_pre_hook(count):
             return fit(trainee, a_loader, *args)
 
-    def watched_collate(rows: Any, front_end: Any) -> Any:
+    def watched_collate(rows: Any, front_end: Any, masks: Any) -> Any:
         runs[-1].batches.append((len(rows), threading.current_thread().name))
-        return collate_training(rows, front_end)
+        return collate_training(rows, front_end, masks)
 
     monkeypatch.setattr(multitask, "fit", watched_fit)
     monkeypatch.setattr(loader, "collate_training", watched_collate)
@@ -172,7 +172,8 @@ def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.loader.pin_memory is False, "nothing to pin for on a CPU"
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
-    pinning = Loader(run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, pin_memory=True)
+    parts = (run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, run.loader.masking)
+    pinning = Loader(*parts, pin_memory=True)
     _, [(_, batch)] = next(pinning.steps(0, 1))
     assert len(pinned) == len(batch)
 
@@ -352,10 +353,9 @@ def test_train_jsonl_output_dir_storage_path_features_dir(data: dict[str, Any], 
     launch.run_training(settings(output_dir=str(tmp_path / "other"), features_dir="shared", rows_per_shard=3))
     assert (tmp_path / "other" / "settings.json").is_file() and not (tmp_path / "other" / "features").exists()
     [made] = (tmp_path / "shared").iterdir()
-    assert json.loads((made / "set.json").read_text()) | {"content": 0, "front_end": 0} == {
-        **{"manifest": data["text"][0], "rows": ROWS, "bad": 0, "shards": 3},
-        **{"content": 0, "front_end": 0},
-    }
+    described = json.loads((made / "set.json").read_text())
+    wanted = {"manifest": data["text"][0], "samples": ROWS, "rows": ROWS, "bad": 0, "shards": 3, "store": "mel"}
+    assert {name: described[name] for name in wanted} == wanted
 
 
 def test_overwrite(data: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""What the flags about features change: how clips are stored, where, in which variants, and under which masks."""
+
+import json
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import soundfile
+from conftest import TINY, read_rows, write_rows
+
+from voxray import launch
+from voxray.config.evaluate import EvaluateSettings
+from voxray.config.featurize import FeaturizeSettings
+from voxray.config.train import MultitaskSettings
+from voxray.data import feature_sets, loader
+from voxray.data.features import Features
+from voxray.errors import RunError
+from voxray.evaluation import job
+from voxray.recipes import multitask
+from voxray.storage import CacheLimits, RemotePath
+from voxray.training.engine import Worker
+
+
+@pytest.fixture
+def speech(small: dict[str, str], tmp_path: Path) -> str:
+    return write_rows(tmp_path / "asr.jsonl", read_rows(small["asr.train"])[:4])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, speech: str, tmp_path: Path) -> Any:
+    """Run the featurize job in this process; returns its features and the schema of a shard."""
+    monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(launch, "make_features", partial(feature_sets.make_features, use_ray=False))
+
+    def run(**flags: Any) -> tuple[Features, dict[str, Any]]:
+        usual = {"model_id": TINY, "manifest": speech, "output_dir": str(tmp_path / "f")}
+        folders = launch.run_featurize_job(FeaturizeSettings.model_validate({**usual, **flags})).folders
+        assert isinstance(folders[0], Path)
+        schema = pa.ipc.open_file(str(next(folders[0].glob("shards/*.arrow")))).schema
+        return Features(folders), {**(schema.metadata or {}), "type": schema.field("audio").type.value_type}
+
+    return run
+
+
+def test_store(made: Any) -> None:
+    kinds = {}
+    for flags in ({}, {"store": "pcm16"}, {"cache": "encoder"}, {"store": "encoder", "cache_dtype": "float32"}):
+        names = {("store" if name == "cache" else name): value for name, value in flags.items()}
+        features, schema = made(**names)
+        kinds[tuple(flags.values())] = (features.store, str(schema["type"]))
+    assert list(kinds.values()) == [
+        ("mel", "halffloat"),
+        ("pcm16", "int16"),
+        ("encoder", "uint16"),
+        ("encoder", "float"),
+    ]
+
+
+def test_cache_budget_and_bf16(made: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match=r"--cache_budget_gib 1e-05: encoder outputs need up to"):
+        made(store="encoder", cache_budget_gib=1e-5)
+    full, _ = made(store="encoder", cache_budget_gib=1)
+    assert "encoder outputs will take" in capsys.readouterr().out
+    half, _ = made(store="encoder", bf16=True)
+    assert full.folders != half.folders
+    one, other = (features.row(0).audio.view(np.uint16) for features in (full, half))
+    assert one.shape == other.shape and 0 < np.mean(one != other) < 1
+
+
+def test_verify(made: Any) -> None:
+    features, _ = made()
+    shard = features.folders[0] / "shards" / "00000.arrow"
+    right = shard.read_bytes()
+    middle = len(right) // 2
+    shard.write_bytes(right[:middle] + bytes([right[middle] ^ 1]) + right[middle + 1 :])
+    made()
+    assert shard.read_bytes() != right
+    made(verify=True)
+    assert shard.read_bytes() == right
+
+
+def test_variants(made: Any, tmp_path: Path) -> None:
+    for name, value in (("noise", 1.0), ("rooms", 0.5)):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", np.random.default_rng(0).normal(0, value / 9, 8000), 16_000)
+    noise = {"variants": 2, "speeds": "1.0", "noise_snr": "0,1", "noise_share": 1}
+    seen = {}
+    for name, flags in {
+        "usual": {"variants": 3},
+        "speeds": {"variants": 3, "speeds": "0.8,1.2"},
+        "noise": noise,
+        "louder": {**noise, "noise_snr": "-9,-8"},
+        "from files": {**noise, "noise_dir": str(tmp_path / "noise")},
+        "seldom": {**noise, "noise_share": 0.0, "variants": 2, "speeds": "0.9"},
+        "seed": {**noise, "variant_seed": 1},
+        "rooms": {"variants": 2, "speeds": "1.0", "room_dir": str(tmp_path / "rooms"), "room_share": 1},
+        "no rooms": {"variants": 2, "speeds": "0.9", "room_dir": str(tmp_path / "rooms"), "room_share": 0},
+    }.items():
+        features, _ = made(**flags)
+        assert len(features) == 4 * flags["variants"], name
+        seen[name] = (features.num_samples[1], features.row(1).audio.tobytes())
+    assert seen["usual"][0] * 0.9 == pytest.approx(seen["speeds"][0] * 0.8, abs=2)
+    assert len({audio for _, audio in seen.values()}) == len(seen) - 2, "0.9 without anything is one and the same"
+    assert seen["usual"] == seen["seldom"] == seen["no rooms"]
+
+
+def test_feature_flags_reach_training(small: dict[str, str], speech: str, tmp_path: Path) -> None:
+    """Training manifests get the variants, the held-out ones do not; both are stored as asked for."""
+    flags = {"model_id": TINY, "train_jsonl": speech, "val_jsonl": small["asr.val"], "num_workers": 0, "variants": 3}
+    settings = MultitaskSettings.model_validate({**flags, "output_dir": str(tmp_path), "cache_dtype": "float32"})
+    data = launch.training_data(settings.model_copy(update={"store": "encoder"}), tmp_path, use_ray=False)
+    train, held_out = Features(data.train), Features(data.validation)
+    assert (train.store, len(train), len(held_out)) == ("encoder", 12, 4)
+    assert train.row(0).audio.dtype == np.float32
+    tight = settings.model_copy(update={"store": "encoder", "cache_budget_gib": 1e-6})
+    with pytest.raises(RunError, match="--cache_budget_gib"):
+        launch.training_data(tight, tmp_path, use_ray=False)
+    (tmp_path / "run").mkdir()
+    run = settings.model_copy(update={"store": "encoder", "max_steps": 2, "eval_max_new_tokens": 2})
+    assert multitask.train(run, tmp_path / "run", data, Worker())["steps"] == 2
+
+
+def test_masks(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, spec_augment = [], loader.spec_augment
+    monkeypatch.setattr(loader, "spec_augment", lambda mel, how, rng: asked.append(how) or spec_augment(mel, how, rng))
+    losses = []
+    for number, flags in enumerate(
+        (
+            {},
+            {"freq_masks": 2, "freq_mask_bins": 99},
+            {"time_masks": 3, "time_mask_frames": 50, "time_mask_share": 0.9},
+        )
+    ):
+        values = {"model_id": TINY, "train_jsonl": speech, "num_workers": 0, "max_steps": 1, "lora_dropout": 0.0}
+        settings = MultitaskSettings.model_validate({**values, "output_dir": str(tmp_path), **flags})
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        multitask.train(settings, run_dir, launch.training_data(settings, tmp_path, use_ray=False), Worker())
+        [record] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        losses.append(record["loss"])
+    assert len(set(losses)) == 3
+    assert [(how.freq_masks, how.freq_mask_bins) for how in asked[:2]] == [(2, 99)] * 2
+    wanted = [(3, 50, 0.9)] * 2
+    assert [(how.time_masks, how.time_mask_frames, how.time_mask_share) for how in asked[-2:]] == wanted
+
+
+def test_feature_flags_reach_evaluation(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers from stored encoder outputs are those from log-mel."""
+    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
+    monkeypatch.setattr(job, "evaluate", partial(job.evaluate, use_ray=False))
+    found = []
+    for number, flags in enumerate(({}, {"store": "encoder", "cache_dtype": "float32"}, {"store": "pcm16"})):
+        values = {"model_id": TINY, "val_jsonl": small["asr.val"], "output_dir": str(tmp_path / str(number))}
+        job.run_evaluation(EvaluateSettings.model_validate({**values, "gen_max_new_tokens": 12, **flags}))
+        found.append([row["prediction"] for row in job.read_predictions(tmp_path / str(number))])
+        [folder] = (tmp_path / str(number) / "features").iterdir()
+        assert Features([folder]).store == flags.get("store", "mel")
+    assert found[0] == found[1] == found[2] and any(found[0])
+    values |= {"store": "encoder", "cache_budget_gib": 1e-6, "output_dir": str(tmp_path / "tight")}
+    with pytest.raises(RunError, match="--cache_budget_gib"):
+        job.run_evaluation(EvaluateSettings.model_validate(values))
+
+
+def test_features_cache(tmp_path: Path) -> None:
+    """Where copies of remote shards go, and how many (tests/data/test_remote.py has the rest)."""
+    flags = {"features_cache_dir": str(tmp_path / "c"), "features_cache_gib": 3}
+    for settings in (
+        FeaturizeSettings.model_validate({"manifest": "m", **flags}),
+        MultitaskSettings.model_validate({"train_jsonl": "t", "output_dir": "o", **flags}),
+        EvaluateSettings.model_validate({"val_jsonl": "v", **flags}),
+    ):
+        place = feature_sets.features_place(settings, "memory://voxray-flag", "", flag="--features_dir")
+        assert isinstance(place, RemotePath) and place.cache == CacheLimits(str(tmp_path / "c"), 3 * 2**30)
