@@ -7,9 +7,11 @@ does not grow with the data, the order of the rows does not depend on the worker
 only the chunks it had not finished.
 """
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from voxray.models.family import FrontEnd, family_of
 
 MIN_ACTORS = 2
 MAX_GROWN_ACTORS = 64
+MAX_WHOLE_BYTES = 256 << 20
 _NO_MEL = np.empty((0, 0), np.float16)
 
 
@@ -109,13 +112,18 @@ def sample_features(sample: Sample, front_end: FrontEnd) -> tuple[dict[str, Any]
         part = Part(sample.start_sec, sample.duration_sec, sample.channel)
         try:
             clip = _stat(sample.audio_path)
-            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read.
-            raw = Path(sample.audio_path).read_bytes() if not (part.start_sec or part.duration_sec) else None
+            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read,
+            # and of a huge one only what the longest clip needs.
+            whole = not (part.start_sec or part.duration_sec) and clip["size"] <= MAX_WHOLE_BYTES
+            raw = Path(sample.audio_path).read_bytes() if whole else None
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
         clip["sha256"] = "" if raw is None else digest(raw)
         rate_hz, max_sec = front_end.sample_rate_hz, front_end.max_audio_sec
-        samples = decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec)
+        try:
+            samples = decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec)
+        except OSError as error:  # gone since
+            raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
         features = front_end.features(samples)
         row = {"mel": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
         row |= {"num_windows": features.num_windows, "num_samples": len(samples)}
@@ -296,6 +304,8 @@ def _clip_unchanged(clip: dict[str, Any]) -> bool:
 
 def _stat(path: str) -> dict[str, Any]:
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}
 
 

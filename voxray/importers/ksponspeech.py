@@ -8,7 +8,7 @@ from typing import Any
 from voxray.errors import RunError
 from voxray.importers.lines import decode_text, text_lines
 from voxray.importers.row import ImportedRow, ImportFault, find_audio
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, open_regular
 from voxray.text.korean import clean_transcript
 
 AUDIO_SUFFIXES = (".pcm", ".wav", ".flac")
@@ -79,7 +79,7 @@ def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
 def _pair(clip: Path, text: Path) -> ImportedRow | ImportFault:
     try:
         try:
-            with open(text, "rb") as file:
+            with open_regular(text) as file:
                 raw = file.read(MAX_TEXT_BYTES + 1)
         except OSError as error:
             raise BadRow("text_unreadable", f"cannot read {text}: {error.strerror}") from None

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from voxray.manifest import BadRow
 
+MAX_DEPTH = 100  # of objects and lists in each other; a row that Python can just read, it may not be able to write
+
 
 @dataclass(frozen=True)
 class ImportedRow:
@@ -106,7 +108,8 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        BadRow: Broken JSON (``bad_json``), no object (``bad_row``) or half a surrogate pair in it (``bad_encoding``).
+        BadRow: Broken JSON or over 100 levels deep (``bad_json``), no object (``bad_row``) or half a surrogate pair in it
+            (``bad_encoding``).
     """
     try:
         value = json.loads(text)
@@ -118,6 +121,16 @@ def parse_object(text: str) -> dict[str, Any]:
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadRow("bad_row", f"a JSON {type(value).__name__}, not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise BadRow("bad_json", f"objects and lists nested over {MAX_DEPTH} deep")
     return value
 
 
@@ -134,12 +147,14 @@ def find_audio(value: Any, *folders: Path) -> str:
     if value.strip():
         bases = [folder.absolute() for folder in (*folders, Path.cwd())]
         for base in bases:
-            if os.path.isfile(path := str(base / value)):  # False for a folder, a loop of links, a name too long
+            if os.path.isfile(path := str(base / value)):  # False for a folder, pipe or device, a loop of links
                 return path
         for base in bases if not value.isascii() else ():
             if path := _other_form(base, Path(value)):
                 return path
-    raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}"[:1000])
+        if any(os.path.exists(base / value) for base in bases):
+            raise BadRow("audio_missing", f"not an audio file: {value}")
+    raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}")
 
 
 def _other_form(base: Path, value: Path) -> str | None:
@@ -154,9 +169,16 @@ def _other_form(base: Path, value: Path) -> str | None:
 
 
 def keep_keys(record: Record, names: dict[str, str]) -> dict[str, Any]:
-    """Take optional values over under voxray's names ({theirs: ours}); null and "" are left out."""
-    values = record.values
-    return {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) not in (None, "")}
+    """Take optional values over under voxray's names ({theirs: ours}); null and "" are left out.
+
+    Raises:
+        BadRow: One is neither text nor a number (``bad_type``).
+    """
+    found = {ours: record.values[theirs] for theirs, ours in names.items() if record.values.get(theirs) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str | int | float):
+            raise BadRow("bad_type", f"{name} is {type(value).__name__}, neither text nor a number")
+    return {name: value for name, value in found.items() if value != ""}
 
 
 def seconds(value: Any, name: str) -> float:
