@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 from voxray.errors import RunError
 from voxray.tasks import TASKS, Task, task_of
 
-
 MAX_LINE_BYTES = 64 << 20
 """A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
 MAX_MESSAGE_CHARS = 1000
@@ -53,7 +52,7 @@ class Sample:
     """One usable row.
 
     Attributes:
-        id: The row's own ``id``, else ``<file name>:<line>``.
+        id: The row's own ``id`` if that is text or a number, else ``<file name>:<line>``.
         task: Its entry in the task table.
         prompt: The user's text; empty for a transcription request.
         answer: The text to be produced.
@@ -191,19 +190,22 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     answer = row[task.answer_key].strip()
     if not answer and not task.allows_empty_answer:
         raise BadRow("empty_text", f"{task.answer_key} is empty")
-    if task.prompt_keys and not row[task.prompt_keys[0]].strip():
-        raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
-    row_id = f"{Path(manifest).name}:{number}" if row.get("id") in (None, "") else str(row["id"])
+    row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
     language, source = language_code(row.get("language")), f"{manifest}:{number}"
     return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row))
 
 
+def is_id(value: Any) -> bool:
+    """Whether a value can name a row; another one is as good as none."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+
+
 def check_values(row: dict[str, Any]) -> Task:
-    """Find a row's task and check the kinds of the values that voxray uses, but not whether its audio is there.
+    """Find a row's task and check the values that voxray uses, except the answer's text and the audio.
 
     Raises:
-        BadRow: ``unknown_task``, ``bad_type``, ``bad_language`` or ``bad_segment``.
+        BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language`` or ``bad_segment``.
     """
     try:
         task = task_of(row)
@@ -214,8 +216,8 @@ def check_values(row: dict[str, Any]) -> Task:
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
             raise BadRow("bad_type", f"{key} is null")
-    if isinstance(row.get("id"), bool | list | dict):
-        raise BadRow("bad_type", f"id is {type(row['id']).__name__}, neither text nor a number")
+    if task.prompt_keys and not row[task.prompt_keys[0]].strip():
+        raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
     language_code(row.get("language"))
     segment(row)
     return task
@@ -277,17 +279,33 @@ def _audio_path(value: str, manifest: str) -> str:
         raise BadRow("empty_text", "audio_path is empty")
     if "\0" in value:
         raise BadRow("audio_missing", "audio_path holds a zero byte")
-    odd = False
-    for base in (Path(manifest).parent, Path.cwd()):
-        for form in (value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)):
-            path = base / form
-            try:
-                if path.is_file():
-                    return str(path)
-                odd = odd or path.exists()
-            except OSError:
-                continue
-    raise BadRow("audio_missing", f"{'not an audio file' if odd else 'audio file not found'}: {value}")
+    bases = (Path(manifest).parent, Path.cwd())
+    for base in bases:
+        found = find_file(base, value)
+        if found:
+            return found
+    kind = "not an audio file" if any(os.path.exists(base / value) for base in bases) else "audio file not found"
+    raise BadRow("audio_missing", f"{kind}: {value}")
+
+
+def find_file(base: Path, value: str) -> str:
+    """The path of a regular file under a folder, also where the disk spells a name NFD and the list NFC or the reverse.
+
+    Returns:
+        The path, "" if there is none: for a folder, a pipe, a device, a loop of links or a name too long as well.
+    """
+    if os.path.isfile(path := base / value):
+        return str(path)
+    if value.isascii():
+        return ""
+    found = base
+    for part in Path(value).parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        fitting = next((found / form for form in forms if os.path.lexists(found / form)), None)
+        if fitting is None:
+            return ""
+        found = fitting
+    return str(found) if os.path.isfile(found) else ""
 
 
 def language_code(value: str | None) -> str:

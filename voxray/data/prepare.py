@@ -26,7 +26,7 @@ from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
 from voxray.data.shards import write_atomically
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
-from voxray.data.unique import UniqueIds
+from voxray.data.unique import FirstSeen, UniqueIds
 from voxray.importers import ImportedRow, ImportFault
 from voxray.importers.huggingface import embedded_audio
 from voxray.manifest import BadRow, check_values, one_line, segment
@@ -148,6 +148,8 @@ class RowChecker:
         """Decode and measure the clip; returns its length and the hash of its samples."""
         embedded = values.pop("audio_bytes_from", None)
         claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
+        if not isinstance(claimed_hz, int | float | None):
+            raise BadRow("bad_type", f"sample_rate is {type(claimed_hz).__name__}, not a number")
         raw = None
         if embedded:
             raw = embedded_audio(embedded["file"], embedded["row"])
@@ -363,14 +365,14 @@ def write_manifests(
 
 def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
     """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
-    seen: dict[str, str] = {}
+    first_seen = FirstSeen()
     for row in read_checked(paths):
         if not row.reason and duplicates == "drop":
             key = f"{task_of(row.values).name}:{row.audio_hash}" if row.audio_hash else row.text_hash
             if row.audio_hash and task_of(row.values).prompt_keys:
                 key += row.text_hash  # one clip may be asked many questions
-            first = seen.setdefault(key, row.source)
-            if first != row.source:
+            first = first_seen(key, row.source)
+            if first:
                 row.reason, row.message = "duplicate", f"the same as {first}"
         yield row
 

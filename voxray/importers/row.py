@@ -2,13 +2,12 @@
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, find_file
 
 MAX_DEPTH = 100  # of objects and lists in each other; a row that Python can just read, it may not be able to write
 
@@ -108,8 +107,8 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        BadRow: Broken JSON or over 100 levels deep (``bad_json``), no object (``bad_row``) or half a surrogate pair in it
-            (``bad_encoding``).
+        BadRow: Broken JSON or over 100 levels of it (``bad_json``), no object (``bad_row``), or half a surrogate pair
+            in it (``bad_encoding``).
     """
     try:
         value = json.loads(text)
@@ -147,25 +146,11 @@ def find_audio(value: Any, *folders: Path) -> str:
     if value.strip():
         bases = [folder.absolute() for folder in (*folders, Path.cwd())]
         for base in bases:
-            if os.path.isfile(path := str(base / value)):  # False for a folder, pipe or device, a loop of links
-                return path
-        for base in bases if not value.isascii() else ():
-            if path := _other_form(base, Path(value)):
+            if path := find_file(base, value):
                 return path
         if any(os.path.exists(base / value) for base in bases):
             raise BadRow("audio_missing", f"not an audio file: {value}")
     raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}")
-
-
-def _other_form(base: Path, value: Path) -> str | None:
-    """Find a file whose name, or a folder's above it, is spelled NFD on disk and NFC in the list, or the reverse."""
-    found = base
-    for part in value.parts:
-        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        found = next((found / form for form in forms if os.path.lexists(found / form)), None)
-        if found is None:
-            return None
-    return str(found) if os.path.isfile(found) else None
 
 
 def keep_keys(record: Record, names: dict[str, str]) -> dict[str, Any]:
