@@ -134,6 +134,9 @@ def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[R
                 end = first + parquet.metadata.row_group(group).num_rows
                 yield from (ImportFault(name, row + 1, "", "damaged_file", message) for row in range(number, end))
                 number = end
+    if number < num_rows:
+        message = f"the file says that it has {num_rows} rows, and holds {number}"
+        yield ImportFault(name, number + 1, "", "damaged_file", message)
 
 
 def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
@@ -192,7 +195,7 @@ def embedded_audio(file: str, row: int) -> bytes:
                 clip = _clips(file, group, stat.st_mtime_ns, stat.st_size)[row - first].as_py()
             else:
                 clip = _stream_to(parquet, group, row - first)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadRow("audio_unreadable", f"{file}: {' '.join(str(error).split())[:300]}") from None
     if not clip or clip.get("bytes") is None:
         raise BadRow("audio_missing", f"{file} has no audio bytes in row {row}")
