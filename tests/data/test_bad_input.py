@@ -282,6 +282,7 @@ def test_a_line_without_end_is_named_and_does_not_fill_the_memory(tmp_path, monk
 # -- names that are no text
 
 
+@pytest.mark.ray
 def test_names_in_an_old_code_page(local_ray, tmp_path):
     """A Korean corpus unpacked without regard to its code page: refused by name, and the ledger can be read."""
     folder = os.fsencode(tmp_path) + b"/kspon"
@@ -323,6 +324,16 @@ COMMAND = (
 
 
 @pytest.mark.parametrize("name", ["audio", "null", "key", "gone"])
+def test_rows_of_an_old_cache_are_refused(tmp_path, name):
+    manifest = old_caches(tmp_path)[name]
+    with pytest.raises(RunError, match=rf"{name}\.jsonl:1: .*{COMMAND}$"):
+        first_fault((manifest,))
+    found = list(IMPORTERS[detect(manifest)].rows(Path(manifest)))
+    assert [(getattr(item, "reason", "row"), item.line) for item in found] == [("old_cache", 1), ("old_cache", 2)]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ["audio", "key"])
 def test_an_old_cache_ends_featurize_training_and_prepare_in_one_line(local_ray, tmp_path, name, monkeypatch, capsys):
     import torch
 

@@ -96,6 +96,20 @@ def test_kspon_folders(tmp_path):
     ]
 
 
+def test_kspon_folders_that_are_links_are_named(tmp_path):
+    for folder in ("a", "elsewhere"):
+        clip(tmp_path / folder / "x.pcm")
+        lines(tmp_path / folder / "x.txt", "네")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    rows, faults = read("ksponspeech", tmp_path / "a")
+    assert len(rows) == 1
+    assert [(Path(fault.source_file).name, fault.reason) for fault in faults] == [
+        ("linked", "linked_folder"),
+        ("loop", "linked_folder"),
+    ]
+
+
 def test_kspon_text_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(ksponspeech, "MAX_TEXT_BYTES", 100)
     clip(tmp_path / "a.pcm")

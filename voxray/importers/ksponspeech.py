@@ -61,6 +61,10 @@ def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
 
     for folder, subfolders, names in os.walk(root.absolute(), onerror=refuse):
         subfolders.sort()
+        for linked in (os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))):
+            yield ImportFault(
+                linked, 1, "", "linked_folder", "a link to a folder is not followed: name it with --input"
+            )
         texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
