@@ -13,18 +13,15 @@ import pytest
 import soundfile
 from bad_input import PREPARE_LIMITS, Case, build, noise, wav_header
 from conftest import TINY, write_rows
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from voxray.audio.decode import Part, decode, decode_native
 from voxray.config.prepare import PrepareSettings
 from voxray.data.featurize import featurize, sample_features, write_ledger
 from voxray.data.prepare_job import run_prepare_job
 from voxray.data.shards import Features
-from voxray.data.unique import FirstSeen, UniqueIds
 from voxray.errors import RunError, job
 from voxray.importers import IMPORTERS, ImportedRow, detect
-from voxray.manifest import BadRow, Chunk, Sample, chunks, first_fault, read_chunk
+from voxray.manifest import BadRow, Sample, chunks, first_fault, read_chunk
 from voxray.models.family import family_of
 from voxray.tasks import TASKS
 
@@ -369,77 +366,3 @@ def test_audio_beside_an_old_cache_is_used_and_text_is_text(tmp_path):
     assert [sample.task.name for sample in rows.samples] == ["asr", "tqa"]
     assert [error.reason for _, error in rows.bad] == ["unknown_task"]
     assert [type(item).__name__ for item in IMPORTERS["jsonl"].rows(Path(manifest))][:2] == ["ImportedRow"] * 2
-
-
-# -- laws
-
-FRAGMENTS = [
-    b"{",
-    b"}",
-    b"[",
-    b'"',
-    b":",
-    b",",
-    b"\\ud800",
-    b"\0",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\r",
-    b"null",
-    b"NaN",
-    b"1e999",
-]
-FRAGMENTS += [
-    b'"instruction"',
-    b'"output"',
-    b'"audio_path"',
-    b'"transcript"',
-    b'"start"',
-    b'"id"',
-    b'"x.pt"',
-    b"9" * 400,
-]
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["a.pt", "ko", "/", ".."]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=5,
-)
-KEYS = ("instruction", "input", "output", "audio_path", "transcript", "question", "answer", "language", "id", "start")
-ROWS = st.dictionaries(st.sampled_from([*KEYS, "duration", "channel", "features"]), VALUES, max_size=8)
-LINES = (
-    st.binary(max_size=60)
-    | st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(b"".join)
-    | ROWS.map(lambda row: json.dumps(row).encode())
-)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(LINES, max_size=8), st.booleans())
-@example([b'{"instruction": "i", "output": "o"}', b"\xff", b" "], False)
-def test_any_bytes_are_rows_or_listed(parts, crlf):
-    raw = (b"\r\n" if crlf else b"\n").join(parts)
-    rows = read_chunk(Chunk("/nowhere/m.jsonl", 0, 0, len(raw), 1, raw.count(b"\n") + 1), raw)
-    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    wanted = [number for number, line in enumerate(lines, 1) if line.strip()]
-    found = [int(sample.source.rpartition(":")[2]) for sample in rows.samples] + [number for number, _ in rows.bad]
-    assert sorted(found) == wanted
-    for _, error in rows.bad:
-        assert error.reason and error.message and len(error.message) <= 1000 and "\n" not in error.message
-    for sample in rows.samples:
-        assert json.dumps([sample.id, sample.prompt, sample.answer], ensure_ascii=False).encode()
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.sampled_from(["a", "b", "a#2", "a#3", "a#2#2", "b#2"])))
-def test_ids_become_unique_and_first_come_keep_theirs(ids):
-    unique = UniqueIds()
-    made = [unique(row_id) for row_id in ids]
-    assert len(set(made)) == len(ids)
-    assert all(found == row_id or found.startswith(f"{row_id}#") for found, row_id in zip(made, ids, strict=True))
-    assert not ids or made[0] == ids[0]
-
-
-def test_where_a_key_was_first_seen():
-    seen = FirstSeen()
-    told = [seen(key, source) for key, source in (("a", "x:1"), ("b", "y:2"), ("a", "y:3"), ("b", "x:9"), ("a", "x:1"))]
-    assert told == ["", "", "x:1", "y:2", "x:1"]
