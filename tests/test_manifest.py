@@ -169,7 +169,7 @@ def test_ids(given_id: object, kept: str | None):
         ({"audio_path": "no.wav", "transcript": "a"}, "audio_missing", "audio file not found: no.wav"),
         ({"audio_path": "a\0b", "transcript": "a"}, "audio_missing", "zero byte"),
         ({"audio_path": "a" * 5000, "transcript": "a"}, "audio_missing", "not found"),
-        ({"audio_path": "/", "transcript": "a"}, "audio_missing", "not found: /"),
+        ({"audio_path": "/", "transcript": "a"}, "audio_missing", "not an audio file: /"),
         ({**TQA, "language": "klingon"}, "bad_language", "'klingon'"),
         ({**TQA, "language": "한"}, "bad_language", "'한'"),
     ],

@@ -4,16 +4,24 @@ Reading never holds a whole file: the driver walks it once to cut it into chunks
 processes a chunk reads just its bytes (``read_chunk``). Every row and every error knows its file and line.
 """
 
+import errno
 import hashlib
 import json
+import os
+import stat
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from voxray.errors import RunError
-from voxray.tasks import Task, task_of
+from voxray.tasks import TASKS, Task, task_of
+
+MAX_LINE_BYTES = 64 << 20
+"""A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
+MAX_MESSAGE_CHARS = 1000
+OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
 class BadRow(ValueError):
@@ -21,15 +29,22 @@ class BadRow(ValueError):
 
     Attributes:
         reason: Short code that summaries count by, such as ``bad_json`` or ``audio_missing``.
+        message: One line of at most 1,000 characters, whatever values of the row it quotes.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)
         self.reason = reason
-        self.message = message
+        self.message = one_line(message)
 
     def __str__(self) -> str:
         return self.message
+
+
+def one_line(message: str) -> str:
+    """A message that quotes what was read, made fit for one line of a terminal or ledger."""
+    short = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
+    return "\\n".join(short.splitlines())
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class Sample:
     """One usable row.
 
     Attributes:
-        id: The row's own ``id``, else ``<file name>:<line>``.
+        id: The row's own ``id`` if that is text or a number, else ``<file name>:<line>``.
         task: Its entry in the task table.
         prompt: The user's text; empty for a transcription request.
         answer: The text to be produced.
@@ -99,23 +114,40 @@ def chunks(manifest: str, lines_per_chunk: int) -> Iterator[Chunk]:
     """Cut a manifest into runs of lines, reading it once with flat memory.
 
     Raises:
-        RunError: The file is missing, cannot be read, or is empty.
+        RunError: The file is missing, no regular file, cannot be read, is empty, or has a line of over 64 MiB.
     """
     number, start, position, first_line, line = 0, 0, 0, 1, 0
     try:
-        with open(manifest, "rb") as file:
-            for raw in file:
+        manifest.encode("utf-8")
+        with open_regular(manifest) as file:
+            while raw := file.readline(MAX_LINE_BYTES + 1):
                 position += len(raw)
                 line += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise RunError(f"{manifest}:{line}: a line of over {MAX_LINE_BYTES >> 20} MiB is no row")
                 if line - first_line + 1 == lines_per_chunk:
                     yield Chunk(manifest, number, start, position, first_line, lines_per_chunk)
                     number, start, first_line = number + 1, position, line + 1
     except OSError as error:
         raise RunError(f"{manifest}: cannot read the manifest: {error.strerror}") from error
+    except UnicodeEncodeError:
+        raise RunError(f"{manifest!a}: cannot use the manifest: its path is not UTF-8; rename it") from None
     if position > start:
         yield Chunk(manifest, number, start, position, first_line, line - first_line + 1)
     if position == 0:
         raise RunError(f"{manifest}: the manifest is empty")
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading; a pipe, which might wait for ever, or a device, which might never end, is refused.
+
+    Raises:
+        OSError: It is no regular file, or cannot be opened.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() has its own say
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
 
 
 def read_chunk(chunk: Chunk, raw: bytes | None = None) -> ChunkRows:
@@ -138,7 +170,8 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     """Check one line of a manifest.
 
     Raises:
-        BadRow: Not UTF-8, not a JSON object, of no known task, or with a value of the wrong kind.
+        BadRow: Not UTF-8, not a JSON object, of no known task, of an old feature cache, or with a value of the wrong
+            kind.
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -152,6 +185,28 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow("bad_row", f"a JSON {type(row).__name__}, not an object")
+    refuse_old_cache(row)
+    task = check_values(row)
+    answer = row[task.answer_key].strip()
+    if not answer and not task.allows_empty_answer:
+        raise BadRow("empty_text", f"{task.answer_key} is empty")
+    audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
+    row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
+    language, source = language_code(row.get("language")), f"{manifest}:{number}"
+    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row))
+
+
+def is_id(value: Any) -> bool:
+    """Whether a value can name a row; another one is as good as none."""
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+
+
+def check_values(row: dict[str, Any]) -> Task:
+    """Find a row's task and check the values that voxray uses, except the answer's text and the audio.
+
+    Raises:
+        BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language`` or ``bad_segment``.
+    """
     try:
         task = task_of(row)
     except ValueError as error:
@@ -161,21 +216,44 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
             raise BadRow("bad_type", f"{key} is null")
-    answer = row[task.answer_key].strip()
-    if not answer and not task.allows_empty_answer:
-        raise BadRow("empty_text", f"{task.answer_key} is empty")
     if task.prompt_keys and not row[task.prompt_keys[0]].strip():
         raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
-    audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
-    row_id = f"{Path(manifest).name}:{number}" if row.get("id") in (None, "") else str(row["id"])
-    language, source = language_code(row.get("language")), f"{manifest}:{number}"
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *_segment(row))
+    language_code(row.get("language"))
+    segment(row)
+    return task
 
 
-def _segment(row: dict[str, Any]) -> tuple[float, float, int]:
+def refuse_old_cache(row: dict[str, Any]) -> None:
+    """Refuse a row of the feature caches that ``build_cache.py`` once made: JSON Lines that point to .pt files.
+
+    A row that has audio beside its .pt file is no such row; nor is one of text alone.
+
+    Raises:
+        BadRow: ``old_cache``; the message names the file and the command that makes features.
+    """
+    audio_path = row.get("audio_path")
+    if audio_path in (None, ""):
+        if all(key in row for key in TASKS["tqa"].keys):
+            return
+        values = row.values()
+    else:
+        values = (audio_path,)
+    for value in values:
+        if isinstance(value, str) and value.lower().endswith(OLD_CACHE_SUFFIXES):
+            raise BadRow(
+                "old_cache",
+                f"{value[-200:]} is of an old feature cache, which is not read; make features of the audio: "
+                "python jobs/featurize.py --manifest <the JSONL with audio_path>",
+            )
+
+
+def segment(row: dict[str, Any]) -> tuple[float, float, int]:
     """``start`` (seconds), ``duration`` (seconds) and ``channel`` of a row.
 
     Only a row with ``start`` is a part of its file; ``duration`` alone is what many manifests say of a whole one.
+
+    Raises:
+        BadRow: Not a number (``bad_type``), or negative, infinite or NaN (``bad_segment``).
     """
     values = []
     for key in ("start", "duration", "channel"):
@@ -201,15 +279,33 @@ def _audio_path(value: str, manifest: str) -> str:
         raise BadRow("empty_text", "audio_path is empty")
     if "\0" in value:
         raise BadRow("audio_missing", "audio_path holds a zero byte")
-    for base in (Path(manifest).parent, Path.cwd()):
-        for form in (value, unicodedata.normalize("NFC", value), unicodedata.normalize("NFD", value)):
-            path = base / form
-            try:
-                if path.is_file():
-                    return str(path)
-            except OSError:
-                continue
-    raise BadRow("audio_missing", f"audio file not found: {value}")
+    bases = (Path(manifest).parent, Path.cwd())
+    for base in bases:
+        found = find_file(base, value)
+        if found:
+            return found
+    kind = "not an audio file" if any(os.path.exists(base / value) for base in bases) else "audio file not found"
+    raise BadRow("audio_missing", f"{kind}: {value}")
+
+
+def find_file(base: Path, value: str) -> str:
+    """The path of a regular file under a folder, also where the disk spells a name NFD and the list NFC or the reverse.
+
+    Returns:
+        The path, "" if there is none: for a folder, a pipe, a device, a loop of links or a name too long as well.
+    """
+    if os.path.isfile(path := base / value):
+        return str(path)
+    if value.isascii():
+        return ""
+    found = base
+    for part in Path(value).parts:
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        fitting = next((found / form for form in forms if os.path.lexists(found / form)), None)
+        if fitting is None:
+            return ""
+        found = fitting
+    return str(found) if os.path.isfile(found) else ""
 
 
 def language_code(value: str | None) -> str:

@@ -282,3 +282,28 @@ def test_jsonl(tmp_path):
         (21, "audio_missing"),
         (22, "missing_key"),
     ]
+
+
+@pytest.mark.parametrize("depth", [99, 101, *range(960, 1000, 3), 100_000])
+def test_what_is_read_can_be_written(tmp_path, depth):
+    """JSON just shallow enough to be read was too deep to be written, which ended the job."""
+    from voxray.data.prepare import spool
+
+    text = '{"instruction": "i", "output": "o", "x": ' + "[" * depth + "]" * depth + "}"
+    rows, faults = read("jsonl", lines(tmp_path / "m.jsonl", text))
+    assert [len(rows), len(faults)] == ([1, 0] if depth < 100 else [0, 1])
+    spool(iter([*rows, *faults]), tmp_path, 10)
+
+
+@pytest.mark.parametrize("name", ["nemo", "lhotse", "salmonn", "huggingface"])
+@pytest.mark.parametrize("value", [["a"], {"a": 1}])
+def test_a_speaker_that_is_no_name_is_a_fault(tmp_path, name, value):
+    sound = clip(tmp_path / "a.wav")
+    row = {
+        "nemo": {"audio_filepath": sound, "text": "네", "speaker": value},
+        "lhotse": cut(sound, [supervision(speaker=value)]),
+        "salmonn": {"annotation": [{"path": sound, "text": "네", "task": "asr", "speaker": value}]},
+        "huggingface": {"file_name": sound, "text": "네", "speaker": value},
+    }[name]
+    rows, faults = read(name, lines(tmp_path / "metadata.jsonl", row))
+    assert not rows and reasons(faults) == [(1, "bad_type")]

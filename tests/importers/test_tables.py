@@ -96,6 +96,20 @@ def test_kspon_folders(tmp_path):
     ]
 
 
+def test_kspon_folders_that_are_links_are_named(tmp_path):
+    for folder in ("a", "elsewhere"):
+        clip(tmp_path / folder / "x.pcm")
+        lines(tmp_path / folder / "x.txt", "네")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    rows, faults = read("ksponspeech", tmp_path / "a")
+    assert len(rows) == 1
+    assert [(Path(fault.source_file).name, fault.reason) for fault in faults] == [
+        ("linked", "linked_folder"),
+        ("loop", "linked_folder"),
+    ]
+
+
 def test_kspon_text_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(ksponspeech, "MAX_TEXT_BYTES", 100)
     clip(tmp_path / "a.pcm")
@@ -212,3 +226,35 @@ def test_damaged_and_foreign_parquet(tmp_path):
     pq.write_table(pa.table({"x": [1]}), tmp_path / "c.parquet")
     with pytest.raises(RunError, match="neither a column file_name"):
         read("huggingface", tmp_path / "c.parquet")
+
+
+def test_parquet_values_that_are_no_text_cost_their_row_alone(tmp_path):
+    """Arrow takes a column's word for what is in it; and a speaker may be anything."""
+    sound = clip(tmp_path / "a.wav")
+    texts = pa.array([b"one", b"\xb3\xd7", b"three", b"four"], pa.binary()).view(pa.string())
+    far = pa.array([0, 1, 2, 1 << 62], pa.int64()).view(pa.timestamp("us"))
+    table = {"file_name": [sound] * 4, "text": texts, "taken_at": far, "speaker_id": [1, 2, 3, 4]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    rows, faults = read("huggingface", tmp_path / "a.parquet")
+    assert [(row.line, row.values["speaker"]) for row in rows] == [(1, 1), (3, 3), (4, 4)]
+    assert reasons(faults) == [(2, "bad_encoding")]
+    for speakers in (far, pa.array([b"x"] * 4), pa.array([["a"]] * 4)):
+        pq.write_table(pa.table(table | {"speaker_id": speakers}), tmp_path / "a.parquet")
+        rows, faults = read("huggingface", tmp_path / "a.parquet")
+        assert not rows and {fault.reason for fault in faults} <= {"bad_type", "bad_encoding"}
+        assert [fault.line for fault in faults] == [1, 2, 3, 4]
+
+
+def test_a_parquet_file_that_holds_fewer_rows_than_it_says(tmp_path, monkeypatch):
+    sound = clip(tmp_path / "a.wav")
+    pq.write_table(pa.table({"file_name": [sound] * 4, "text": ["네"] * 4}), tmp_path / "a.parquet", row_group_size=2)
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "iter_batches",
+        lambda self, size, row_groups, columns: (
+            whole(self, size, row_groups=[0], columns=columns) if row_groups == [0] else iter([])
+        ),
+    )
+    rows, faults = read("huggingface", tmp_path / "a.parquet")
+    assert [row.line for row in rows] == [1, 2] and reasons(faults) == [(3, "damaged_file")]

@@ -15,11 +15,15 @@ import numpy as np
 import soundfile
 import soxr
 
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, open_regular
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
 """Read by FFmpeg first: libsndfile cannot, except Opus, which FFmpeg decodes twice as fast."""
 PCM_RATE_HZ = 16_000
+ZEROS_BYTES = 1 << 16
+"""No container begins with so many zeros, as a download that never came does; decoders would search all of them."""
+MAX_MISSING_SEC = 0.5
+"""How much a file may end before the segment that is asked of it; the times of corpora are rounded."""
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,11 @@ def decode_native(
         Samples, float32, shape (num_samples,), and their rate in Hz.
     Raises:
         BadRow: The file cannot be decoded (``audio_unreadable``), holds no sample in that part (``audio_empty``), is
-            too long (``audio_too_long``), lacks the channel (``audio_channel``) or holds NaN or infinite samples
-            (``audio_not_finite``).
-        OSError: The file is missing.
+            too long (``audio_too_long``), ends before the part does (``audio_too_short``), lacks the channel
+            (``audio_channel``) or holds NaN or infinite samples (``audio_not_finite``).
+        FileNotFoundError: The file is missing.
     """
-    if raw is None:
-        Path(path).stat()  # that a file is missing is for the caller to say
+    _refuse_zeros(path, raw)
     faults = []
     for decoder in _decoders(path):
         try:
@@ -93,13 +96,18 @@ def decode_native(
             break
         # MemoryError: a damaged header can promise terabytes
         except (soundfile.LibsndfileError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            faults.append(" ".join(str(error).split()) or type(error).__name__)
+            said = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
+            faults.append(" ".join(said.split()) or type(error).__name__)
     else:
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
     if len(samples_NC) == 0:
         raise BadRow("audio_empty", f"{path} holds no sample" + (" in this segment" if part != WHOLE else ""))
     if len(samples_NC) / rate_hz > max_sec:
         raise BadRow("audio_too_long", f"{path} lasts {len(samples_NC) / rate_hz:.1f} s; the limit is {max_sec:g} s")
+    if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
+        ends_sec = part.start_sec + len(samples_NC) / rate_hz
+        wanted = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
+        raise BadRow("audio_too_short", f"{path} ends at {ends_sec:.2f} s, within {wanted}")
     samples = _one_channel(samples_NC, part.channel, path)
     if not np.isfinite(samples).all():
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
@@ -112,6 +120,7 @@ def header_seconds(path: str) -> float:
     Raises:
         OSError, ValueError: It cannot be read, or does not say.
     """
+    _refuse_zeros(path, None)
     if Path(path).suffix.lower() == ".pcm":
         return Path(path).stat().st_size / 2 / PCM_RATE_HZ
     try:
@@ -121,14 +130,40 @@ def header_seconds(path: str) -> float:
         from av.error import FFmpegError
 
         try:
-            opened: Any = av.open(path, mode="r")
-            with opened as container:
+            with _open_ffmpeg(path) as container:
                 seconds = (container.duration or 0) / av.time_base
         except FFmpegError as error:
             raise ValueError(str(error)) from None
         if not seconds:
             raise ValueError(f"{path} does not say how long it is") from None
         return seconds
+
+
+def _open_ffmpeg(file: Any) -> Any:
+    """Open audio with FFmpeg, and nothing but that file.
+
+    Text that looks like a playlist or a session description must neither open another file nor the network.
+    """
+    import av
+
+    protocols = "file" if isinstance(file, str) else "none"
+    return av.open(file, mode="r", options={"protocol_whitelist": protocols})
+
+
+def _refuse_zeros(path: str, raw: bytes | None) -> None:
+    """Refuse, before a decoder opens it, what is no file, and a file whose beginning is a hole."""
+    if raw is None:
+        try:
+            with open_regular(path) as file:
+                head = file.read(ZEROS_BYTES)
+        except FileNotFoundError:
+            raise  # for the caller to say
+        except OSError as error:
+            raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
+    else:
+        head = raw[:ZEROS_BYTES]
+    if len(head) == ZEROS_BYTES and not any(head) and Path(path).suffix.lower() != ".pcm":
+        raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {ZEROS_BYTES >> 10} KiB of zeros")
 
 
 def _decoders(path: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
@@ -164,11 +199,16 @@ def _decode_soundfile(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray
 
 def _decode_pcm(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
     """Headerless 16-bit little-endian mono at 16 kHz, as KsponSpeech stores it; an odd last byte is left out."""
-    data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-    samples = np.frombuffer(data, "<i2", count=len(data) // 2)
-    start = round(part.start_sec * PCM_RATE_HZ)
-    end = start + round(part.duration_sec * PCM_RATE_HZ) if part.duration_sec else None
-    return (samples[start:end].astype(np.float32) / 32_768)[:, None], PCM_RATE_HZ
+    start = 2 * round(part.start_sec * PCM_RATE_HZ)
+    opened: Any = file if isinstance(file, io.BytesIO) else open_regular(file)
+    with opened:
+        num_bytes = max(0, opened.seek(0, io.SEEK_END) - start)
+        length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
+        if length_sec < float("inf"):
+            num_bytes = min(num_bytes, 2 * round(length_sec * PCM_RATE_HZ))
+        opened.seek(start)
+        samples = np.frombuffer(opened.read(num_bytes // 2 * 2), "<i2")
+    return (samples.astype(np.float32) / 32_768)[:, None], PCM_RATE_HZ
 
 
 def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
@@ -178,12 +218,13 @@ def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, i
 
     blocks: list[np.ndarray] = []
     try:
-        opened: Any = av.open(file, mode="r")
-        with opened as container:
+        with _open_ffmpeg(file) as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise ValueError("no audio stream that FFmpeg can decode")
             stream = container.streams.audio[0]
             rate_hz, first_sec, decoded = stream.rate, None, 0
+            if not rate_hz:
+                raise ValueError("a sample rate of 0")
             length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
             if part.start_sec:
                 container.seek(int(part.start_sec * av.time_base))

@@ -1,8 +1,10 @@
 """Manifest rows -> everything that a shard holds of them."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from voxray.models.family import Family, FrontEnd, family_of
 
 Row = dict[str, Any]
 """The columns of one row (see ``shards``)."""
+MAX_WHOLE_BYTES = 256 << 20  # a larger file is not read into memory as a whole
 ENCODER_WINDOWS = 8  # windows of one forward pass of the encoder
 
 
@@ -108,13 +111,15 @@ class Extractor:
         part = Part(sample.start_sec, sample.duration_sec, sample.channel)
         try:
             clip = file_state(sample.audio_path)
-            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read.
-            raw = None if part.start_sec or part.duration_sec else Path(sample.audio_path).read_bytes()
+            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read,
+            # and of a huge one only what the longest clip needs.
+            whole = not (part.start_sec or part.duration_sec) and clip["size"] <= MAX_WHOLE_BYTES
+            raw = Path(sample.audio_path).read_bytes() if whole else None
+            clip["sha256"] = "" if raw is None else digest(raw)
+            rate_hz, max_sec = self.front_end.sample_rate_hz, self.front_end.max_audio_sec
+            return decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec), clip
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror}") from None
-        clip["sha256"] = "" if raw is None else digest(raw)
-        rate_hz, max_sec = self.front_end.sample_rate_hz, self.front_end.max_audio_sec
-        return decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec), clip
 
     def _mel(self, samples: np.ndarray) -> dict[str, Any]:
         features = self.front_end.features(samples)
@@ -153,6 +158,12 @@ class Extractor:
 
 
 def file_state(path: str) -> dict[str, Any]:
-    """Size and times of a clip's file."""
+    """Size and times of a clip's file.
+
+    Raises:
+        OSError: There is none, or it is a pipe, a device or a folder.
+    """
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
     return {"path": path, "size": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": status.st_ctime_ns}

@@ -7,7 +7,8 @@ Three passes, none of which holds the corpus in memory:
 3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary.
 
 A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the
-workers did.
+workers did. Ids are unique in what is written: evaluation names rows by them. A row with an id that an earlier one has,
+as where two corpora number from 1, is no worse for it, so it is kept as ``<id>#2``, the next as ``<id>#3``.
 """
 
 import hashlib
@@ -24,9 +25,10 @@ from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
+from voxray.data.unique import FirstSeen, UniqueIds
 from voxray.importers import ImportedRow, ImportFault
 from voxray.importers.huggingface import embedded_audio
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, check_values, one_line, segment
 from voxray.storage import write_atomically
 from voxray.tasks import Task, task_of
 from voxray.text.korean import Reading, clean_transcript
@@ -98,16 +100,15 @@ class RowChecker:
         values, audio = dict(spooled["values"]), (0.0, "")
         duration_sec = 0.0
         try:
-            task = task_of(values)
+            _refuse_bad_names(source, values)
+            task = check_values(values)
             if task.has_audio:
                 audio = self._check_audio(values, row_id)
                 duration_sec = audio[0]
             text = self._check_text(values, task, duration_sec)
         except BadRow as error:
             return Checked(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
-        except ValueError as error:
-            return Checked(source, row_id, reason="unknown_task", message=str(error))
-        split, group = str(values.pop("split", "")), _group(values, text)
+        split, group = str(values.pop("split", None) or ""), _group(values, text)
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
         return Checked(source, row_id, values, "", "", duration_sec, audio[1], _hash(task.name + text), group, split)
@@ -116,7 +117,10 @@ class RowChecker:
         """Clean the answer in place and check its length; returns the normalised texts of the row."""
         answer = values[task.answer_key]
         if task.template == "transcription":
-            cleaned = clean_transcript(values.pop("transcript_raw", answer), self.limits.reading)
+            raw = values.pop("transcript_raw", answer)
+            if not isinstance(raw, str):
+                raise BadRow("bad_type", f"transcript_raw is {type(raw).__name__}, not text")
+            cleaned = clean_transcript(raw, self.limits.reading)
             if cleaned.text != answer:
                 values["transcript_raw"] = answer
             if cleaned.phonetic != cleaned.text:
@@ -144,21 +148,22 @@ class RowChecker:
         """Decode and measure the clip; returns its length and the hash of its samples."""
         embedded = values.pop("audio_bytes_from", None)
         claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
+        if not isinstance(claimed_hz, int | float | None):
+            raise BadRow("bad_type", f"sample_rate is {type(claimed_hz).__name__}, not a number")
         raw = None
         if embedded:
             raw = embedded_audio(embedded["file"], embedded["row"])
             values["audio_path"] = str(self.clips_dir / f"{_hash(raw)[:20]}{_suffix(raw)}")
             if not Path(values["audio_path"]).is_file():
                 write_atomically(Path(values["audio_path"]), raw)
-        part = Part(float(values.get("start") or 0), float(stated_sec or 0) if "start" in values else 0.0)
-        part = Part(part.start_sec, part.duration_sec, int(values.get("channel", -1)))
+        part, max_sec = Part(*segment(values)), self.limits.quality.max_sec
         try:
-            samples, rate_hz = decode_native(values["audio_path"], raw, part=part, max_sec=self.limits.quality.max_sec)
+            samples, rate_hz = decode_native(values["audio_path"], raw, part=part, max_sec=max_sec)
         except OSError as error:
             raise BadRow("audio_missing", f"cannot read {values['audio_path']}: {error.strerror}") from None
         except BadRow as error:
             raise BadRow("too_long", error.message) if error.reason == "audio_too_long" else error from None
-        if claimed_hz and int(claimed_hz) != rate_hz:
+        if claimed_hz and claimed_hz != rate_hz:
             raise BadRow("wrong_rate", f"{rate_hz} Hz, but the corpus says {claimed_hz}")
         quality = measure(samples, rate_hz)
         check(quality, self.limits.quality)
@@ -166,6 +171,14 @@ class RowChecker:
             raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
         pcm = np.clip(np.round(samples * 32_768), -32_768, 32_767).astype("<i2")
         return quality.duration_sec, _hash(pcm.tobytes())
+
+
+def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
+    """File names come as the disk has them; one in an old code page cannot stand in a manifest."""
+    try:
+        f"{source}{values.get('audio_path')}".encode()
+    except UnicodeEncodeError:
+        raise BadRow("bad_encoding", "the file's name is not UTF-8; rename it, with convmv for one") from None
 
 
 def _group(values: dict[str, Any], text: str) -> str:
@@ -275,10 +288,12 @@ class Outcome:
     Attributes:
         tally: Rows and hours of train, val and every reason of a loss.
         leaks: What of the validation side is in training.
+        first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
     """
 
     tally: Tally
     leaks: Leaks
+    first_fault: str = ""
 
 
 class Outputs:
@@ -289,7 +304,11 @@ class Outputs:
         self._parts = {name: path.with_name(f".{path.name}.part") for name, path in self._final.items()}
         for path in self._final.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._files = {name: open(path, "w", encoding="utf-8") for name, path in self._parts.items()}  # noqa: SIM115
+        # The ledger also names files whose names are not UTF-8: as \\udcNN, which JSON reads back as Python has them.
+        self._files = {
+            name: open(path, "w", encoding="utf-8", errors="backslashreplace" if name == "ledger" else "strict")  # noqa: SIM115
+            for name, path in self._parts.items()
+        }
 
     def write(self, name: str, row: dict[str, Any]) -> None:
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -323,6 +342,7 @@ def write_manifests(
     split = decide(_unique(paths, duplicates), val_share or 0.0, seed, wanted=val_share is not None)
     note_validation(split, _unique(paths, duplicates))
     outcome = Outcome(Tally(), count_leaks(split, _unique(paths, duplicates)))
+    unique_id = UniqueIds()
     for row in _unique(paths, duplicates):
         side = split.side(row)
         if not row.reason and side == "other":
@@ -336,22 +356,23 @@ def write_manifests(
                 row.reason, row.message = f"leak_{kind}", f"its {kind} is in the validation rows as well"
         if row.reason:
             outputs.write("ledger", _ledger_entry(row))
+            outcome.first_fault = outcome.first_fault or one_line(f"{row.source}: {row.message}")
         else:
-            outputs.write(side, row.values if "id" in row.values else {"id": row.id, **row.values})
+            outputs.write(side, {"id": unique_id(row.id), **row.values})
         outcome.tally.add(row.reason or side, row.duration_sec)
     return outcome
 
 
 def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
     """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
-    seen: dict[str, str] = {}
+    first_seen = FirstSeen()
     for row in read_checked(paths):
         if not row.reason and duplicates == "drop":
             key = f"{task_of(row.values).name}:{row.audio_hash}" if row.audio_hash else row.text_hash
             if row.audio_hash and task_of(row.values).prompt_keys:
                 key += row.text_hash  # one clip may be asked many questions
-            first = seen.setdefault(key, row.source)
-            if first != row.source:
+            first = first_seen(key, row.source)
+            if first:
                 row.reason, row.message = "duplicate", f"the same as {first}"
         yield row
 
@@ -359,4 +380,4 @@ def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
 def _ledger_entry(row: Checked) -> dict[str, Any]:
     source_file, _, line = row.source.rpartition(":")
     place = {"source_file": source_file, "line": int(line), "id": row.id}
-    return {**place, "reason": row.reason, "message": row.message}
+    return {**place, "reason": row.reason, "message": one_line(row.message)}

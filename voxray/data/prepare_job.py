@@ -62,7 +62,8 @@ def run_prepare_job(settings: PrepareSettings) -> Outcome:
     _summarise(settings, outcome, train, ledger)
     _refuse_leaks(settings, outcome)
     if not outcome.tally.rows["train"]:
-        raise RunError(f"--input {', '.join(settings.input)}: no usable row; the reasons are in {ledger}")
+        first = f"; the first fault: {outcome.first_fault}" if outcome.first_fault else ""
+        raise RunError(f"--input {', '.join(settings.input)}: no usable row, the reasons are in {ledger}{first}")
     return outcome
 
 

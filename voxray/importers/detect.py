@@ -8,7 +8,7 @@ from voxray.errors import RunError
 from voxray.importers.huggingface import FILE_COLUMNS, METADATA
 from voxray.importers.lines import open_text, text_lines
 from voxray.importers.row import ImportFault, parse_object
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, refuse_old_cache
 from voxray.tasks import TASKS
 
 _LINES_TRIED = 100
@@ -66,9 +66,14 @@ def _file(path: Path) -> str | None:
         if isinstance(line, ImportFault):
             continue
         try:
-            found = _by_keys(set(parse_object(line.text)))
+            row = parse_object(line.text)
+            found = _by_keys(set(row))
         except BadRow:
             continue
+        try:
+            refuse_old_cache(row)
+        except BadRow:
+            found = "jsonl"  # which says of every row what to do instead
         if found:
             return found
     return "salmonn" if head.lstrip().startswith(b"{") and b'"annotation"' in head else None

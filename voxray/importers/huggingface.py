@@ -3,6 +3,7 @@ files with a column audio{bytes, path}, read by pyarrow alone.
 """
 
 import functools
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from voxray.errors import RunError
 from voxray.importers.lines import csv_records, json_lines
 from voxray.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, open_regular
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_COLUMNS = ("transcript", "transcription", "text", "sentence")
@@ -25,6 +26,7 @@ _KEPT = {
     "gender": "gender",
     "split": "split",
 }
+_READ = {"id", "question", "answer", *TEXT_COLUMNS, *FILE_COLUMNS, *_KEPT}
 ROWS_PER_BATCH = 64
 MAX_CACHED_BYTES = 256 << 20
 
@@ -78,6 +80,7 @@ def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
     import pyarrow.parquet as pq
 
     try:
+        open_regular(file).close()
         with pq.ParquetFile(file) as parquet:
             audio = audio_column(parquet.schema_arrow)
             names = parquet.schema_arrow.names
@@ -109,15 +112,18 @@ def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[R
 
     name, number = str(file.absolute()), 0
     with pq.ParquetFile(file) as parquet:
-        columns = [column for column in parquet.schema_arrow.names if column != audio]
+        columns = [column for column in parquet.schema_arrow.names if column in _READ and column != audio]
         for group in range(parquet.num_row_groups):
             has_bytes = _has_bytes(parquet.metadata.row_group(group), audio)
             read = columns + ([] if audio is None else [f"{audio}.path"] if has_bytes is not None else [audio])
             first = number
             try:
                 for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=read):
-                    for values in batch.to_pylist():
+                    for values in map(_values_of, itertools.repeat(batch), range(batch.num_rows)):
                         number += 1
+                        if isinstance(values, str):
+                            yield ImportFault(name, number, "", "bad_encoding", values)
+                            continue
                         clip = (values.pop(audio, None) or {}) if audio else {}
                         embedded = has_bytes if has_bytes is not None else clip.get("bytes") is not None
                         if audio:
@@ -128,6 +134,17 @@ def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[R
                 end = first + parquet.metadata.row_group(group).num_rows
                 yield from (ImportFault(name, row + 1, "", "damaged_file", message) for row in range(number, end))
                 number = end
+    if number < num_rows:
+        message = f"the file says that it has {num_rows} rows, and holds {number}"
+        yield ImportFault(name, number + 1, "", "damaged_file", message)
+
+
+def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
+    """One row of a batch; or, since Arrow does not check what a file claims to be text or a time, its fault."""
+    try:
+        return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+    except (ValueError, OverflowError) as error:
+        return " ".join(str(error).split())
 
 
 def _has_bytes(group: Any, audio: str | None) -> bool | None:
@@ -178,7 +195,7 @@ def embedded_audio(file: str, row: int) -> bytes:
                 clip = _clips(file, group, stat.st_mtime_ns, stat.st_size)[row - first].as_py()
             else:
                 clip = _stream_to(parquet, group, row - first)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadRow("audio_unreadable", f"{file}: {' '.join(str(error).split())[:300]}") from None
     if not clip or clip.get("bytes") is None:
         raise BadRow("audio_missing", f"{file} has no audio bytes in row {row}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from voxray.importers.lines import json_lines
 from voxray.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, refuse_old_cache
 from voxray.tasks import task_of
 
 AUDIO_MARK = "<audio>"
@@ -31,13 +31,14 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
 def _convert(record: Record) -> dict[str, Any]:
     if "messages" in record.values:
         return _chat(record)
+    refuse_old_cache(record.values)
     try:
         task = task_of(record.values)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
     for key in task.keys:
         record.text(key)
-    values = {key: value for key, value in record.values.items() if key != "id"}
+    values = {key: value for key, value in record.values.items() if key not in ("id", "audio_bytes_from")}
     return values | ({"audio_path": find_audio(values["audio_path"], record.folder)} if task.has_audio else {})
 
 

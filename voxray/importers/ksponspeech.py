@@ -8,7 +8,7 @@ from typing import Any
 from voxray.errors import RunError
 from voxray.importers.lines import decode_text, text_lines
 from voxray.importers.row import ImportedRow, ImportFault, find_audio
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, open_regular
 from voxray.text.korean import clean_transcript
 
 AUDIO_SUFFIXES = (".pcm", ".wav", ".flac")
@@ -61,6 +61,10 @@ def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
 
     for folder, subfolders, names in os.walk(root.absolute(), onerror=refuse):
         subfolders.sort()
+        for linked in (os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))):
+            yield ImportFault(
+                linked, 1, "", "linked_folder", "a link to a folder is not followed: name it with --input"
+            )
         texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
@@ -79,7 +83,7 @@ def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
 def _pair(clip: Path, text: Path) -> ImportedRow | ImportFault:
     try:
         try:
-            with open(text, "rb") as file:
+            with open_regular(text) as file:
                 raw = file.read(MAX_TEXT_BYTES + 1)
         except OSError as error:
             raise BadRow("text_unreadable", f"cannot read {text}: {error.strerror}") from None

@@ -12,10 +12,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from voxray.errors import RunError
 from voxray.importers.row import ImportFault, Record, parse_object
-from voxray.manifest import BadRow
+from voxray.manifest import MAX_LINE_BYTES, BadRow, open_regular
 
-MAX_LINE_BYTES = 64 << 20
-"""A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
 _HANGUL = re.compile("[가-힣]")
 
 
@@ -68,7 +66,7 @@ def open_text(path: Path) -> BinaryIO:
         RunError: It cannot be opened.
     """
     try:
-        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
+        file = open_regular(path)  # the caller closes it
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
     except OSError as error:

@@ -2,13 +2,14 @@
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from voxray.manifest import BadRow
+from voxray.manifest import BadRow, find_file
+
+MAX_DEPTH = 100  # of objects and lists in each other; a row that Python can just read, it may not be able to write
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        BadRow: Broken JSON (``bad_json``), no object (``bad_row``) or half a surrogate pair in it (``bad_encoding``).
+        BadRow: Broken JSON or over 100 levels of it (``bad_json``), no object (``bad_row``), or half a surrogate pair
+            in it (``bad_encoding``).
     """
     try:
         value = json.loads(text)
@@ -118,6 +120,16 @@ def parse_object(text: str) -> dict[str, Any]:
         raise BadRow("bad_json", f"not JSON ({error})") from None
     if not isinstance(value, dict):
         raise BadRow("bad_row", f"a JSON {type(value).__name__}, not an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise BadRow("bad_json", f"objects and lists nested over {MAX_DEPTH} deep")
     return value
 
 
@@ -134,29 +146,24 @@ def find_audio(value: Any, *folders: Path) -> str:
     if value.strip():
         bases = [folder.absolute() for folder in (*folders, Path.cwd())]
         for base in bases:
-            if os.path.isfile(path := str(base / value)):  # False for a folder, a loop of links, a name too long
+            if path := find_file(base, value):
                 return path
-        for base in bases if not value.isascii() else ():
-            if path := _other_form(base, Path(value)):
-                return path
-    raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}"[:1000])
-
-
-def _other_form(base: Path, value: Path) -> str | None:
-    """Find a file whose name, or a folder's above it, is spelled NFD on disk and NFC in the list, or the reverse."""
-    found = base
-    for part in value.parts:
-        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        found = next((found / form for form in forms if os.path.lexists(found / form)), None)
-        if found is None:
-            return None
-    return str(found) if os.path.isfile(found) else None
+        if any(os.path.exists(base / value) for base in bases):
+            raise BadRow("audio_missing", f"not an audio file: {value}")
+    raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}")
 
 
 def keep_keys(record: Record, names: dict[str, str]) -> dict[str, Any]:
-    """Take optional values over under voxray's names ({theirs: ours}); null and "" are left out."""
-    values = record.values
-    return {ours: values[theirs] for theirs, ours in names.items() if values.get(theirs) not in (None, "")}
+    """Take optional values over under voxray's names ({theirs: ours}); null and "" are left out.
+
+    Raises:
+        BadRow: One is neither text nor a number (``bad_type``).
+    """
+    found = {ours: record.values[theirs] for theirs, ours in names.items() if record.values.get(theirs) is not None}
+    for name, value in found.items():
+        if not isinstance(value, str | int | float):
+            raise BadRow("bad_type", f"{name} is {type(value).__name__}, neither text nor a number")
+    return {name: value for name, value in found.items() if value != ""}
 
 
 def seconds(value: Any, name: str) -> float:
