@@ -100,6 +100,10 @@ class VoxtralFrontEnd:
         self.__dict__.update(state)
         self._load_tokenizer()
 
+    def num_windows(self, num_samples: int) -> int:
+        """Model windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
+        return -(-num_samples // self.window_samples)
+
     def features(self, samples: np.ndarray) -> AudioFeatures:
         """Log-mel of one clip; the clamp to 8 decades is over the whole recording, as in the processor.
 
@@ -108,7 +112,7 @@ class VoxtralFrontEnd:
         """
         if not hasattr(self, "_logmel"):
             self._logmel = LogMel(self.num_mel_bins)
-        num_windows = -(-len(samples) // self.window_samples)
+        num_windows = self.num_windows(len(samples))
         mel_KF, fill = self._logmel.valid(samples, num_windows * self.window_samples)
         return AudioFeatures(mel_KF, fill, num_windows)
 
