@@ -53,20 +53,21 @@ def sides_of(manifests: Sequence[str], compare: str) -> Sides:
     """
     if compare == "none":
         return Sides(("all",), (0,) * len(manifests))
-    said = [_side_in_name(Path(manifest)) for manifest in manifests]
+    paths = [Path(manifest) for manifest in manifests]
+    folders_differ = len({path.parent for path in paths}) > 1
+    said = [_side_in_name(path, ask_folder=folders_differ) for path in paths]
     if compare == "files" or not any(said):
-        return Sides(tuple(Path(manifest).name for manifest in manifests), tuple(range(len(manifests))))
+        counts = Counter(path.name for path in paths)
+        names = (f"{at}. {path.name}" if counts[path.name] > 1 else path.name for at, path in enumerate(paths, 1))
+        return Sides(tuple(names), tuple(range(len(paths))))
     return Sides(SIDES, tuple(SIDES.index(side or "train") for side in said))
 
 
-def _side_in_name(path: Path) -> str:
-    """``train``, ``val`` or ``test`` if the file's name or its folder's has such a word, else ""."""
+def _side_in_name(path: Path, *, ask_folder: bool) -> str:
+    """``train``, ``val`` or ``test`` if a word of the file's name says so, or all of its folder's name, else ""."""
     kinds = {**dict.fromkeys(TRAIN_NAMES, "train"), **dict.fromkeys(VALIDATION_NAMES, "val"), "test": "test"}
-    for name in (path.stem, path.parent.name):
-        found = [kinds[word] for word in re.split("[^a-z]+", name.lower()) if word in kinds]
-        if found:
-            return found[-1]
-    return ""
+    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in kinds]
+    return kinds[words[-1]] if words else kinds.get(path.parent.name.lower(), "") if ask_folder else ""
 
 
 @dataclass
@@ -76,9 +77,10 @@ class Numbers:
     values: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in UNITS})
 
     def add(self, row: Measured) -> None:
+        """Note a row; 0 is a length of text, anywhere else it stands for what was not measured."""
         for name, values in self.values.items():
             value = getattr(row, name)
-            if value:
+            if value or name in {"num_chars", "num_bytes"}:
                 values.append(value)
 
     def summary(self, name: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from voxray.models.family import FrontEnd, family_of
 from voxray.run_folder import anchor, make_folder
 from voxray.terminal import console, progress_bar
 
-SHOWN_FAULTS = 8
+SHOWN_FAULTS = 12
 
 
 def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str, Any]:
@@ -160,18 +160,30 @@ def _summarise(figures: dict[str, Any], found: Found, output_dir: Path) -> None:
     console.print(table)
     if not figures["model_id"]:
         console.print("lengths are in characters (bytes in the report): no --model_id, so no tokens were counted")
+    sides: dict[str, list[str]] = {}
+    for file in figures["files"]:
+        sides.setdefault(file["side"], []).append(Path(file["path"]).name)
+    if len(sides) > 1:
+        shown = " | ".join(f"{side}: {', '.join(names)}" for side, names in sides.items())
+        console.print(f"leaks were looked for between {shown}", markup=False)
+    elif len(figures["files"]) > 1:
+        console.print("all files are of one side, so no leaks were looked for; --compare files does", markup=False)
     for kind in ("faults", "warnings"):
         counts = ", ".join(f"{reason} {count}" for reason, count in figures[kind].items())
         console.print(f"{kind}: {counts or 'none'}", markup=False)
-    first = [finding for reason in figures["faults"] for finding in found.examples[reason]][:SHOWN_FAULTS]
+    _show_faults(figures, found, output_dir)
+    console.print(f"report: {output_dir / 'report.html'}", markup=False)
+
+
+def _show_faults(figures: dict[str, Any], found: Found, output_dir: Path) -> None:
+    first = [found.examples[reason][0] for reason in figures["faults"]][:SHOWN_FAULTS]
     for finding in first:
         text = f"{finding['source_file']}:{finding['line']}: {finding['reason']}: {finding['message']}"
         console.print(f"  {escape(text.encode('utf-8', 'backslashreplace').decode())}")
     if sum(figures["faults"].values()) > len(first):
-        console.print(f"  and more, all in {output_dir / 'faults.jsonl'}", markup=False)
+        console.print(f"  the first of each kind; all are in {output_dir / 'faults.jsonl'}", markup=False)
     if figures["tasks"].get("unknown", {}).get("rows") == figures["rows"]:
         console.print("no row is of a known task; jobs/prepare.py turns raw corpora into manifests", markup=False)
-    console.print(f"report: {output_dir / 'report.html'}", markup=False)
 
 
 def _end(figures: dict[str, Any], found: Found, fix: Path | None, fixed: Fixed | None, output_dir: Path) -> None:

@@ -14,6 +14,7 @@ from voxray.data.audit_findings import UNITS, Numbers
 from voxray.data.shards import write_atomically
 
 MAX_BINS, DPI = 60, 150
+MAX_UNFOLDED = 40  # findings; with more of them each reason is folded
 LONG_TAIL = 4.0  # a maximum over so many times the 95th percentile puts the axis on a logarithmic scale
 NEAR_LIMIT = 3.0  # a limit further out than so many times the maximum is not drawn
 COLOURS = ("#2563a8", "#e08a2e", "#3d9970", "#9b59b6", "#777777")
@@ -39,6 +40,9 @@ table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid #edf0f3;vertical-align:top;overflow-wrap:anywhere}
 tr:last-child td{border-bottom:0}
 th{color:#5c6b7a;font-weight:600;white-space:nowrap}
+.findings{table-layout:fixed}
+.findings th:nth-child(1){width:32%}
+.findings th:nth-child(2){width:12%}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code{font:13px ui-monospace,monospace}
 details{margin:6px 0}
@@ -92,6 +96,8 @@ def histogram(numbers: Mapping[str, Numbers], name: str, limit: float | None = N
     high = max(high, limit or 0.0) if near else high
     is_long = low > 0 and high > LONG_TAIL * float(np.percentile(together, 95))
     num_bins = int(min(MAX_BINS, max(8, 2 * len(together) ** 0.5)))
+    if high - low < 0.2 * high:  # values that hardly differ are not to look as if they did
+        low, high = 0.8 * low, 1.2 * high
     edges = np.geomspace(low, high * 1.001, num_bins + 1) if is_long else np.linspace(low, high + 1e-9, num_bins + 1)
     figure = Figure(figsize=(9, 3.0), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
@@ -164,10 +170,8 @@ def _lengths(figures: Mapping[str, Any]) -> str:
             summary = entry.get(name)
             if summary:
                 values = [f"{summary[key]:,.5g}" if summary[key] < 1e5 else f"{summary[key]:,.0f}" for key in SUMMARY]
-                rows.append(
-                    [UNITS[name].replace("s", "seconds") if name == "duration_sec" else UNITS[name], task, *values]
-                )
-    return _table(["in", "task", *SUMMARY], rows)
+                rows.append([UNITS[name], task, *values])
+    return _table(["in", "task", *SUMMARY], rows) if rows else '<p class="note">No row could be measured.</p>'
 
 
 def _findings(
@@ -180,25 +184,31 @@ def _findings(
         return '<p class="note">None.</p>'
     overview = [[reason, count, *advice.get(reason, ("", ""))] for reason, count in counts.items()]
     parts = [_table(["reason", "rows", "what it is", "what to do"], overview)]
+    unfolded = " open" if sum(len(examples[reason]) for reason in counts) <= MAX_UNFOLDED else ""
     for reason, count in counts.items():
         found = examples[reason]
         more = f" (the first {len(found)}; all are in {file})" if count > len(found) else ""
         rows = [[f"{entry['source_file']}:{entry['line']}", entry["id"], entry["message"]] for entry in found]
-        table = _table(["where", "id", "message"], rows)
-        parts.append(f"<details><summary><b>{_text(reason)}</b>{count}{_text(more)}</summary>{table}</details>")
+        table = _table(["where", "id", "message"], rows, "findings")
+        parts.append(
+            f"<details{unfolded}><summary><b>{_text(reason)}</b>{count}{_text(more)}</summary>{table}</details>"
+        )
     return "".join(parts)
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f'<div class="box"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
+    texts = [[_text(value) for value in row] for row in rows]
+    kinds = [' class="n"' if all(map(_is_number, column)) else "" for column in zip(*texts, strict=True)]
+    head = "".join(f"<th{kind}>{_text(name)}</th>" for name, kind in zip(names, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{text}</td>" for text, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in texts
+    )
+    return f'<div class="box"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(value: Any) -> str:
-    text = _text(value)
-    is_number = text.replace(",", "").replace(".", "").isdecimal()
-    return f'<td class="n">{text}</td>' if is_number else f"<td>{text}</td>"
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").replace(".", "").isdecimal()
 
 
 def _text(value: Any) -> str:

@@ -83,12 +83,14 @@ class VoxtralFrontEnd:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
         self._tokenizer_path = model_file(self.model_id, "tekken.json")
-        self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
         names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
         try:
+            self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
             ids = [self._tekken.get_special_token(name) for name in names]
         except Exception as error:
-            raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {error}") from None
+            raise RunError(
+                f"{self._tokenizer_path}: not a Voxtral tokenizer: {' '.join(str(error).split())[:200]}"
+            ) from None
         self.bos_id, self.eos_id, self.pad_id = ids[:3]
         self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
 
