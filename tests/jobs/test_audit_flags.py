@@ -107,10 +107,10 @@ def test_same_side_files_are_not_compared_unless_asked(tmp_path: Path, capsys: p
 
 
 @pytest.mark.ray
-def test_actors_chunks_and_exit_status(
+def test_actors_and_chunks(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The job itself, by Ray: as many actors and rows at a time as asked for, the findings of one process, exit 1."""
+    """The job itself, by Ray: as many actors and rows at a time as asked for, and the findings of one process."""
     import ray
 
     sizes: list[int] = []
@@ -122,17 +122,14 @@ def test_actors_chunks_and_exit_status(
     soundfile.write(tmp_path / "b.wav", noise(1), RATE)
     rows: list[dict] = [{**TEXT, "output": f"답 {n % 8}"} for n in range(9)]
     rows += [{"audio_path": f"{name}.wav", "transcript": "열이 납니다"} for name in "ab"]
-    manifest = write_rows(tmp_path / "m.jsonl", rows)
-    line = f"--input {manifest} --model_id {TINY} --output_dir {tmp_path}/ray"
-    assert fails(f"{line} --num_actors 3 --rows_per_chunk 2") == 1
-    assert sizes == [3]
-    assert "error: 2 fault(s) in 2 of 11 row(s)" in capsys.readouterr().err
-    with pytest.raises(Exception, match="fault"):
-        run(tmp_path, f"--input {manifest} --model_id {TINY}")
-    assert (tmp_path / "ray" / "faults.jsonl").read_text() == (tmp_path / "out" / "faults.jsonl").read_text()
-    load_job("audit").main(f"{line} --rows_per_chunk 11 --fix {tmp_path}/clean.jsonl".split())
-    assert sizes[1:] == [1], "one chunk needs one actor"
+    line = f"--input {write_rows(tmp_path / 'm.jsonl', rows)} --model_id {TINY}"
+    chunks = f"--num_actors 3 --rows_per_chunk 4 --output_dir {tmp_path}/ray --fix {tmp_path}/clean.jsonl"
+    load_job("audit").main(f"{line} {chunks}".split())
+    assert sizes == [3], "three chunks, which the default size would make one"
     assert "9 row(s) written, 2 with faults left out" in capsys.readouterr().out
+    with pytest.raises(Exception, match=r"2 fault\(s\) in 2 of 11 row\(s\)"):
+        run(tmp_path, line)
+    assert (tmp_path / "ray" / "faults.jsonl").read_text() == (tmp_path / "out" / "faults.jsonl").read_text()
 
 
 def test_bad_inputs_and_outputs_end_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,7 +112,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
         "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
-        **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_chunks_and_exit_status"),
+        **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {
