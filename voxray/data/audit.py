@@ -12,10 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soxr
-
-from voxray.audio.decode import Part, decode_native
+from voxray.audio.decode import Part, decode_native, resampled_length
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.audio.quality import QualityLimits, faults, measure
 from voxray.data.identity import audio_hash, duplicate_key, row_text, short_hash, speaker_of
@@ -26,7 +23,6 @@ from voxray.models.family import FrontEnd
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer; a damaged header may say so and fill the memory
 STREAMED_BYTES = 0x7FFF_0000  # sizes from here on are what programs write that do not know the size yet
-RESAMPLER_SLACK = 16  # samples by which a length computed from the rates may differ from the resampler's
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class RowMeasurer:
             if sample.answer and not limits.min_chars_per_sec <= row.chars_per_sec <= limits.max_chars_per_sec:
                 message = f"{row.chars_per_sec:.1f} characters per second, outside {within}"
                 row.warnings.append(("speaking_rate", message))
-        return num_resampled(samples, rate_hz, self.front_end) if self.front_end else 0
+        return resampled_length(len(samples), rate_hz, self.front_end.sample_rate_hz) if self.front_end else 0
 
     def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: Measured) -> None:
         num_windows = front_end.num_windows(num_samples) if num_samples else 0
@@ -187,19 +183,6 @@ def over_limit(
     if total - num_audio > total - max_len:
         advice += f", or shorten its texts by {total - max_len} tokens"
     return f"{sizes}: {fate}. To keep it, {advice}"
-
-
-def num_resampled(samples: np.ndarray, rate_hz: int, front_end: FrontEnd) -> int:
-    """Length of a clip at the model's rate; resampled for it only where a few samples decide on one window more."""
-    if rate_hz == front_end.sample_rate_hz:
-        return len(samples)
-    about = round(len(samples) * front_end.sample_rate_hz / rate_hz)
-    least, most = max(1, about - RESAMPLER_SLACK), about + RESAMPLER_SLACK
-    if front_end.num_windows(least) != front_end.num_windows(most) or about <= RESAMPLER_SLACK:
-        about = len(soxr.resample(samples, rate_hz, front_end.sample_rate_hz, quality="HQ"))
-    if about == 0:
-        raise BadRow("audio_empty", f"the clip is shorter than one sample at {front_end.sample_rate_hz} Hz")
-    return about
 
 
 def missing_bytes(path: Path) -> int:
