@@ -84,7 +84,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
         text,
         {**text, "instruction": " 답하시오", "output": "정상."},
         asr("1.wav", "같은 이름", id="a"),
-        asr("2.wav", "새는 소리 하나"),
+        asr("2.wav", f"새는 소리 {SCRIPT}"),
         asr("3.wav", "양쪽에서 하는 말"),
         asr("4.wav", "양쪽에 있는 사람", speaker="v1"),
         asr("5.wav", f"정상이고 {SCRIPT} 있는 말"),
@@ -358,4 +358,4 @@ def test_report_opens_in_a_browser(planted, tmp_path):
     assert dom.count("<img") == 2 and dom.count("data:image/png;base64,") == 2
     assert f"{len(EXPECTED)} fault(s)" in dom and f"{train}:13" in dom
     assert f"<b>{found['rows']}</b>" in dom and f"<b>{found['clean_rows']}</b>" in dom
-    assert "&lt;script&gt;" in dom and "<script" not in dom
+    assert "<td>새는 소리 &lt;script&gt;" in dom and "<script" not in dom

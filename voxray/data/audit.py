@@ -22,6 +22,7 @@ from voxray.manifest import BadRow, Chunk, Sample, chunks, read_chunk
 from voxray.models.family import FrontEnd
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer; a damaged header may say so and fill the memory
+EXCERPT_CHARS = 60
 STREAMED_BYTES = 0x7FFF_0000  # sizes from here on are what programs write that do not know the size yet
 
 
@@ -55,6 +56,7 @@ class Measured:
         text: Hash of task and normalised texts, "" where texts do not tell rows apart.
         key: What a duplicate has as well (see ``identity.duplicate_key``).
         speaker: See ``identity.speaker_of``.
+        excerpt: Beginning of the answer, for people.
     """
 
     file: int
@@ -73,6 +75,7 @@ class Measured:
     text: str = ""
     key: str = ""
     speaker: str = ""
+    excerpt: str = ""
 
 
 class RowMeasurer:
@@ -104,6 +107,7 @@ class RowMeasurer:
         """Fill in what can be said of one row; a fault of its audio ends up in ``faults``."""
         row.id = "" if values.get("id") in (None, "") else sample.id
         row.task, row.speaker = sample.task.name, speaker_of(values)
+        row.excerpt = sample.answer[:EXCERPT_CHARS]
         texts = (sample.prompt, sample.answer)
         row.num_chars, row.num_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
         row.warnings += _text_warnings("".join(texts))

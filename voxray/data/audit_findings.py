@@ -226,7 +226,7 @@ def write_findings(audit: Audit, output_dir: Path, max_examples: int) -> Found:
             for findings, counts, file in sides:
                 for reason, message in findings:
                     place = {"source_file": audit.measurements.manifests[row.file], "line": row.line, "id": row.id}
-                    finding = {**place, "reason": reason, "message": message}
+                    finding = {**place, "reason": reason, "message": message, "text": row.excerpt}
                     file.write((json.dumps(finding, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
                     if counts[reason] < max_examples:
                         found.examples[reason].append(finding)

@@ -41,8 +41,9 @@ th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid #edf0f3;ver
 tr:last-child td{border-bottom:0}
 th{color:#5c6b7a;font-weight:600;white-space:nowrap}
 .findings{table-layout:fixed}
-.findings th:nth-child(1){width:32%}
-.findings th:nth-child(2){width:12%}
+.findings th:nth-child(1){width:26%}
+.findings th:nth-child(2){width:9%}
+.findings th:nth-child(3){width:22%}
 .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 code{font:13px ui-monospace,monospace}
 details{margin:6px 0}
@@ -188,8 +189,10 @@ def _findings(
     for reason, count in counts.items():
         found = examples[reason]
         more = f" (the first {len(found)}; all are in {file})" if count > len(found) else ""
-        rows = [[f"{entry['source_file']}:{entry['line']}", entry["id"], entry["message"]] for entry in found]
-        table = _table(["where", "id", "message"], rows, "findings")
+        rows = [
+            [f"{entry['source_file']}:{entry['line']}", entry["id"], entry["text"], entry["message"]] for entry in found
+        ]
+        table = _table(["where", "id", "begins with", "message"], rows, "findings")
         parts.append(
             f"<details{unfolded}><summary><b>{_text(reason)}</b>{count}{_text(more)}</summary>{table}</details>"
         )
