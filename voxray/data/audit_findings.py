@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from voxray.data.audit import Measured, Measurements
-from voxray.data.shards import replacing
+from voxray.data.audit_fix import replacing
 from voxray.data.split import TRAIN_NAMES, VALIDATION_NAMES
 
 SIDES = ("train", "val", "test")

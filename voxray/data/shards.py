@@ -17,11 +17,10 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -104,26 +103,19 @@ def set_folder(features_dir: Path, manifest: str, fingerprint: str) -> Path:
     return features_dir / f"{Path(manifest).stem}-{key}"
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes its name only when all of it is on disk; on an error nothing is left."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a small file so that a reader, or a later run, sees all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as file:
-            yield file
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader, or a later run, sees all of it or nothing."""
-    with replacing(path) as file:
-        file.write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
