@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import soxr
 
-from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode
+from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode, resampled_length
 from voxray.manifest import BadRow
 
 RATE_HZ = 16_000
@@ -244,3 +244,18 @@ def test_one_channel_of_several(tmp_path):
 def test_headerless_pcm_with_an_odd_byte(tmp_path):
     (tmp_path / "a.pcm").write_bytes(np.array([0, 16_384, -32_768], "<i2").tobytes() + b"x")
     assert decode(str(tmp_path / "a.pcm"), 16_000).tolist() == [0.0, 0.5, -1.0]
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 192_000])
+def test_the_length_after_resampling_is_known_before(rate_hz: int) -> None:
+    """Also where half a sample decides, and for a clip so short that nothing is left."""
+    for count in (*range(1, 40), 4_409, 4_410, 4_411, 99_999, 123_457):
+        raw = by_soundfile(np.zeros(count, np.float32), rate_hz, "WAV")
+        try:
+            expected = len(decode("a.wav", RATE_HZ, raw))
+        except BadRow as error:
+            assert error.reason == "audio_empty"
+            with pytest.raises(BadRow, match="shorter than one sample"):
+                resampled_length(count, rate_hz, RATE_HZ)
+        else:
+            assert resampled_length(count, rate_hz, RATE_HZ) == expected

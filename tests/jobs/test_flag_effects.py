@@ -78,6 +78,7 @@ SAMPLING = "other_flags::infer_sampling_really_happens"
 TO_TRIALS = "other_flags::sweep_hands_its_flags_to_every_trial"
 SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
 PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_split_and_workers"
+AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -123,6 +124,16 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("duplicates", "val_share", "seed", "num_actors", "rows_per_chunk"), PREPARE_RUN),
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
+    },
+    "audit": {
+        **dict.fromkeys(("min_sec", "max_sec", "min_chars_per_sec", "max_chars_per_sec"), AUDIT_LIMITS),
+        **dict.fromkeys(("min_peak_db", "min_rms_db", "max_clip_share", "max_dc", "max_zero_tail_sec"), AUDIT_LIMITS),
+        **dict.fromkeys(("min_high_band_db", "max_duration_error_sec"), AUDIT_LIMITS),
+        **dict.fromkeys(("input", "output_dir", "storage_path", "model_id", "fix"), AUDIT_FILES),
+        "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
+        "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
+        **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
+        **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {

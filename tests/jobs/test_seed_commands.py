@@ -46,6 +46,7 @@ SALMONN_MODES = [
     ("evaluate", f"--mode {mode} --model_id {VOXTRAL} --val_jsonl data/ASR.dev.jsonl,data/TQA.dev.jsonl")
     for mode in ("submission_asr", "submission_aac")
 ]
+AUDITS = ["--input data/raw_medqa.jsonl", "--input data/text_medqa.train.jsonl"]
 QUICK = {"train_multitask": ["--num_workers", "0", "--debug"]}
 """Added to run a command fast: no Ray Train for one process, a few rows."""
 
@@ -71,6 +72,8 @@ OLD_SPELLINGS = [
     ("infer", "--jsonl x.jsonl --num_preview 5", "preview_rows", 5),
     ("infer", "--model_name_or_path some/model --audio_path x.wav", "model_id", "some/model"),
     ("featurize", "--manifest x.jsonl --out_dir out", "output_dir", "out"),
+    ("audit", "--jsonl x.jsonl --max_length 2048", "max_len", 2048),
+    ("audit", "--train_jsonl x.jsonl --base_model some/model", "model_id", "some/model"),
 ]
 
 
@@ -183,6 +186,37 @@ def test_submission_modes_run(local_ray: None, in_seed_folder: Path, capsys: pyt
     assert "no aac row to evaluate" in capsys.readouterr().err
 
 
+@pytest.mark.ray
+def test_audit_commands_run(
+    local_ray: None,
+    small: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Lengths, faults and long rows of the raw file and of the clean one; the three old scripts in one."""
+    raw, clean = AUDITS
+    rows = Path(small["tqa.train"]).read_bytes()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "text_medqa.train.jsonl").write_bytes(rows)
+    (tmp_path / "data" / "raw_medqa.jsonl").write_bytes(rows + rows.splitlines(keepends=True)[0] + b"{")
+    monkeypatch.chdir(tmp_path)
+    for line in AUDITS:
+        settings = parse_only("audit", line.split())
+        assert settings.input == (str(tmp_path / line.split()[1]),) and settings.model_fields_set == {"input"}
+    load_job("audit").main(clean.split())
+    said = capsys.readouterr().out
+    assert "faults: none" in said and "lengths are in characters" in said
+    found = json.loads((tmp_path / "runs/audit/audit.json").read_text())
+    assert (found["rows"], found["faults"], found["length_unit"]) == (12, {}, "characters and bytes")
+    with pytest.raises(SystemExit) as end:
+        load_job("audit").main(raw.split())
+    assert end.value.code == 1
+    said = capsys.readouterr()
+    assert "raw_medqa.jsonl:13: duplicate: the same as" in said.out and "raw_medqa.jsonl:14: bad_json" in said.out
+    assert "2 fault(s) in 2 of 14 row(s)" in said.err and (tmp_path / "runs/audit/report.html").is_file()
+
+
 def test_every_job_says_first_that_no_flags_mean_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
     for job in JOBS:
         settings = parse_only(job, [])
@@ -215,6 +249,13 @@ def test_featurize_without_flags(local_ray: None, run_without_flags: Callable[[s
     folder = run_without_flags("featurize") / "features"
     assert sum(json.loads(path.read_text())["rows"] for path in folder.glob("*/set.json")) == 660
     assert (folder / "quarantine.jsonl").read_text() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_audit_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    found = json.loads((run_without_flags("audit") / "audit" / "audit.json").read_text())
+    assert (found["rows"], found["faults"], found["length_unit"]) == (820, {}, "tokens")
 
 
 @pytest.mark.slow

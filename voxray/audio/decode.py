@@ -70,6 +70,18 @@ def decode(
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
+def resampled_length(num_samples: int, rate_hz: int, sample_rate_hz: int) -> int:
+    """Samples that ``decode`` returns of a clip with so many at ``rate_hz``: soxr rounds to the nearest, halves up.
+
+    Raises:
+        BadRow: That is none (``audio_empty``), as in ``decode``.
+    """
+    length = int(num_samples * sample_rate_hz / rate_hz + 0.5)
+    if length == 0:
+        raise BadRow("audio_empty", f"the clip is shorter than one sample at {sample_rate_hz} Hz")
+    return length
+
+
 def decode_native(
     path: str, raw: bytes | None = None, *, part: Part = WHOLE, max_sec: float = float("inf")
 ) -> tuple[np.ndarray, int]:

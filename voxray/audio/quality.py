@@ -82,15 +82,15 @@ def _high_band_db(samples: np.ndarray, rate_hz: int) -> float:
     return _db(float(np.sqrt(high / power.sum()))) if power.sum() > 0 else 0.0
 
 
-def check(quality: Quality, limits: QualityLimits) -> None:
-    """Refuse a clip outside the limits; the first fault is the one that is named.
+def faults(quality: Quality, limits: QualityLimits) -> list[tuple[str, str]]:
+    """All that is wrong with a clip, worst first.
 
-    Raises:
-        BadRow: With the reason too_short, too_long, too_quiet, near_silence, clipping, dc_offset, zero_tail or
-            narrow_band, and the figure.
+    Returns:
+        Pairs of a reason (too_short, too_long, too_quiet, near_silence, clipping, dc_offset, zero_tail or narrow_band)
+        and a message with the figure.
     """
     q, at = quality, limits
-    faults = (
+    found = (
         (q.duration_sec < at.min_sec, "too_short", f"{q.duration_sec:.2f} s, under {at.min_sec:g} s"),
         (q.duration_sec > at.max_sec, "too_long", f"{q.duration_sec:.2f} s, over {at.max_sec:g} s"),
         (q.peak_db < at.min_peak_db, "too_quiet", f"peak {q.peak_db:.1f} dB, under {at.min_peak_db:g} dB"),
@@ -104,6 +104,14 @@ def check(quality: Quality, limits: QualityLimits) -> None:
             f"nothing above {HIGH_BAND_HZ} Hz ({q.high_band_db:.0f} dB): recorded at a lower rate than it says",
         ),
     )
-    for fault, reason, message in faults:
-        if fault:
-            raise BadRow(reason, message)
+    return [(reason, message) for fault, reason, message in found if fault]
+
+
+def check(quality: Quality, limits: QualityLimits) -> None:
+    """Refuse a clip outside the limits; the first fault is the one that is named.
+
+    Raises:
+        BadRow: With a reason and message of ``faults``.
+    """
+    for reason, message in faults(quality, limits):
+        raise BadRow(reason, message)

@@ -77,6 +77,35 @@ class FeatureFlags(Settings):
     """Largest size of those copies, GiB; the ones used longest ago go first."""
 
 
+class ClipLimitFlags(Settings):
+    min_chars_per_sec: Annotated[float, Field(ge=0)] = 0.5
+    """Slowest transcript that is fine, in characters without spaces per second of audio."""
+    max_chars_per_sec: Annotated[float, Field(gt=0)] = 25.0
+    """Fastest transcript that is fine, in characters without spaces per second of audio."""
+    min_peak_db: Annotated[float, Field(le=0)] = -40.0
+    """Quietest peak that is fine, in dB of full scale."""
+    min_rms_db: Annotated[float, Field(le=0)] = -50.0
+    """Quietest clip that is fine, as root mean square in dB of full scale."""
+    max_clip_share: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Largest share of samples at full scale."""
+    max_dc: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Largest constant offset, as a share of full scale."""
+    max_zero_tail_sec: Annotated[float, Field(ge=0)] = 1.0
+    """Longest run of exact zeros at the end of a clip, in seconds."""
+    min_high_band_db: Annotated[float, Field(le=0)] = -70.0
+    """Least power above 4.2 kHz against all power, in dB, for files that say 8.4 kHz or more; -160 turns it off."""
+    max_duration_error_sec: Annotated[float, Field(ge=0)] = 0.1
+    """Largest difference between the length a row states and the one decoded, in seconds."""
+
+
+def check_pairs(settings: Settings, *lows: str) -> None:
+    """Refuse a lower limit over its upper one; ``min_x`` and ``max_x`` are a pair."""
+    for low in lows:
+        high = low.replace("min_", "max_", 1)
+        if getattr(settings, low) > getattr(settings, high):
+            raise ValueError(f"--{low} {getattr(settings, low):g} is over --{high} {getattr(settings, high):g}")
+
+
 class SharedFeatureFlags(FeatureFlags):
     features_dir: Annotated[str, Flag(path="output")] = ""
     """Folder of feature shards to reuse and fill, or its URL (s3://bucket/features); by default `features` in the

@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.parse import CommaStrings, Flag, Settings
+from voxray.config.groups import ClipLimitFlags, check_pairs
+from voxray.config.parse import CommaStrings, Flag
 
 
-class PrepareSettings(Settings):
+class PrepareSettings(ClipLimitFlags):
     input: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
     """Corpora to read: files or folders, comma separated."""
     format: Literal[
@@ -32,24 +33,6 @@ class PrepareSettings(Settings):
     """Shortest transcript or answer kept, in characters without spaces."""
     max_chars: Annotated[int, Field(ge=1)] = 2000
     """Longest transcript or answer kept, in characters without spaces."""
-    min_chars_per_sec: Annotated[float, Field(ge=0)] = 0.5
-    """Slowest transcript kept, in characters without spaces per second of audio."""
-    max_chars_per_sec: Annotated[float, Field(gt=0)] = 25.0
-    """Fastest transcript kept, in characters without spaces per second of audio."""
-    min_peak_db: Annotated[float, Field(le=0)] = -40.0
-    """Quietest peak kept, in dB of full scale."""
-    min_rms_db: Annotated[float, Field(le=0)] = -50.0
-    """Quietest clip kept, as root mean square in dB of full scale."""
-    max_clip_share: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Largest share of samples at full scale."""
-    max_dc: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest constant offset, as a share of full scale."""
-    max_zero_tail_sec: Annotated[float, Field(ge=0)] = 1.0
-    """Longest run of exact zeros at the end of a clip, in seconds."""
-    min_high_band_db: Annotated[float, Field(le=0)] = -70.0
-    """Least power above 4.2 kHz against all power, in dB, for files that say 8.4 kHz or more; -160 turns it off."""
-    max_duration_error_sec: Annotated[float, Field(ge=0)] = 0.1
-    """Largest difference between the length a corpus states and the one decoded, in seconds."""
     duplicates: Literal["drop", "keep"] = "drop"
     """Drop rows whose decoded audio and task, or, without audio, whose normalised texts occurred before."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -66,11 +49,5 @@ class PrepareSettings(Settings):
 
     @model_validator(mode="after")
     def _limits(self) -> "PrepareSettings":
-        for low, high in (
-            ("min_sec", "max_sec"),
-            ("min_chars", "max_chars"),
-            ("min_chars_per_sec", "max_chars_per_sec"),
-        ):
-            if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"--{low} {getattr(self, low):g} is over --{high} {getattr(self, high):g}")
+        check_pairs(self, "min_sec", "min_chars", "min_chars_per_sec")
         return self

@@ -11,19 +11,17 @@ workers did. Ids are unique in what is written: evaluation names rows by them. A
 as where two corpora number from 1, is no worse for it, so it is kept as ``<id>#2``, the next as ``<id>#3``.
 """
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
+from voxray.data.identity import audio_hash, duplicate_key, row_text, short_hash, speaker_of
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
 from voxray.data.unique import FirstSeen, UniqueIds
 from voxray.importers import ImportedRow, ImportFault
@@ -32,7 +30,6 @@ from voxray.manifest import BadRow, check_values, one_line, segment
 from voxray.storage import write_atomically
 from voxray.tasks import Task, task_of
 from voxray.text.korean import Reading, clean_transcript
-from voxray.text.normalize import normalize_ko_v1
 
 
 @dataclass(frozen=True)
@@ -81,10 +78,9 @@ class RowChecker:
     def __init__(self, limits: Limits, clips_dir: Path) -> None:
         self.limits, self.clips_dir = limits, clips_dir
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form of ``check_chunk``: a batch of one path."""
-        path = Path(str(batch["chunk"][0]))
-        return {"chunk": [str(path)], "rows": [self.check_chunk(path)]}
+    def work(self, item: str) -> dict[str, Any]:
+        """``check_chunk`` as ``run_workers`` calls it."""
+        return {"rows": self.check_chunk(Path(item))}
 
     def check_chunk(self, path: Path) -> int:
         """Check the rows of a chunk and write the results beside it; returns how many there are."""
@@ -108,10 +104,12 @@ class RowChecker:
             text = self._check_text(values, task, duration_sec)
         except BadRow as error:
             return Checked(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
-        split, group = str(values.pop("split", None) or ""), _group(values, text)
+        split = str(values.pop("split", None) or "")
+        group = speaker_of(values) or f"text:{short_hash(text)}"
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
-        return Checked(source, row_id, values, "", "", duration_sec, audio[1], _hash(task.name + text), group, split)
+        text_hash = short_hash(task.name + text)
+        return Checked(source, row_id, values, "", "", duration_sec, audio[1], text_hash, group, split)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
         """Clean the answer in place and check its length; returns the normalised texts of the row."""
@@ -142,7 +140,7 @@ class RowChecker:
             if not limits.min_chars_per_sec <= rate <= limits.max_chars_per_sec:
                 within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
                 raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
-        return normalize_ko_v1(f"{task.prompt(values)}\n{answer}")
+        return row_text(task.prompt(values), answer)
 
     def _check_audio(self, values: dict[str, Any], row_id: str) -> tuple[float, str]:
         """Decode and measure the clip; returns its length and the hash of its samples."""
@@ -153,7 +151,7 @@ class RowChecker:
         raw = None
         if embedded:
             raw = embedded_audio(embedded["file"], embedded["row"])
-            values["audio_path"] = str(self.clips_dir / f"{_hash(raw)[:20]}{_suffix(raw)}")
+            values["audio_path"] = str(self.clips_dir / f"{short_hash(raw)[:20]}{_suffix(raw)}")
             if not Path(values["audio_path"]).is_file():
                 write_atomically(Path(values["audio_path"]), raw)
         part, max_sec = Part(*segment(values)), self.limits.quality.max_sec
@@ -169,8 +167,7 @@ class RowChecker:
         check(quality, self.limits.quality)
         if stated_sec and abs(stated_sec - quality.duration_sec) > self.limits.max_duration_error_sec:
             raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
-        pcm = np.clip(np.round(samples * 32_768), -32_768, 32_767).astype("<i2")
-        return quality.duration_sec, _hash(pcm.tobytes())
+        return quality.duration_sec, audio_hash(samples)
 
 
 def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
@@ -179,17 +176,6 @@ def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
         f"{source}{values.get('audio_path')}".encode()
     except UnicodeEncodeError:
         raise BadRow("bad_encoding", "the file's name is not UTF-8; rename it, with convmv for one") from None
-
-
-def _group(values: dict[str, Any], text: str) -> str:
-    for key in ("speaker", "session"):
-        if values.get(key):
-            return f"{key}:{values[key]}"
-    return f"text:{_hash(text)}"
-
-
-def _hash(value: str | bytes) -> str:
-    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:32]
 
 
 def _suffix(raw: bytes) -> str:
@@ -236,23 +222,54 @@ def run_checks(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Second pass: check every chunk, by Ray Data or in this process."""
+    arguments, items = (checker.limits, checker.clips_dir), list(map(str, paths))
+    results = run_workers(RowChecker, arguments, items, num_actors=num_actors, use_ray=use_ray)
+    for done, _ in enumerate(results, 1):
+        on_progress(done, len(paths))
+
+
+class Worker(Protocol):
+    """What ``run_workers`` runs: one item in, one small result out, both JSON values; big ones go through files."""
+
+    def work(self, item: Any) -> dict[str, Any]: ...
+
+
+class _Actor:
+    """A worker as a Ray Data actor; its one column goes as JSON, so that items may be of any shape."""
+
+    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
+        self._worker = make(*arguments)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"result": [json.dumps(self._worker.work(json.loads(str(batch["item"][0]))))]}
+
+
+def run_workers(
+    make: Callable[..., Worker], arguments: tuple[Any, ...], items: Sequence[Any], *, num_actors: int, use_ray: bool
+) -> Iterator[dict[str, Any]]:
+    """Hand every item to a worker, on Ray Data actors or in this process; results come as they are done.
+
+    Args:
+        make, arguments: Class of the worker and what it is made with; both must pickle.
+        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, two at least.
+    """
     if not use_ray:
-        for done, path in enumerate(paths, 1):
-            checker.check_chunk(path)
-            on_progress(done, len(paths))
+        worker = make(*arguments)
+        yield from map(worker.work, items)
         return
     import ray
 
-    dataset = ray.data.from_items([{"chunk": str(path)} for path in paths], override_num_blocks=min(len(paths), 1000))
+    rows = [{"item": json.dumps(item)} for item in items]
+    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
     results = dataset.map_batches(
-        RowChecker,
-        fn_constructor_args=(checker.limits, checker.clips_dir),
+        _Actor,
+        fn_constructor_args=(make, arguments),
         batch_size=1,
-        compute=actor_pool(num_actors, len(paths)),
+        compute=actor_pool(num_actors, len(rows)),
         num_cpus=1,
     )
-    for done, _ in enumerate(results.iter_rows(), 1):
-        on_progress(done, len(paths))
+    for row in results.iter_rows():
+        yield json.loads(row["result"])
 
 
 def read_checked(paths: list[Path]) -> Iterator[Checked]:
@@ -368,10 +385,7 @@ def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
     first_seen = FirstSeen()
     for row in read_checked(paths):
         if not row.reason and duplicates == "drop":
-            key = f"{task_of(row.values).name}:{row.audio_hash}" if row.audio_hash else row.text_hash
-            if row.audio_hash and task_of(row.values).prompt_keys:
-                key += row.text_hash  # one clip may be asked many questions
-            first = first_seen(key, row.source)
+            first = first_seen(duplicate_key(task_of(row.values), row.audio_hash, row.text_hash), row.source)
             if first:
                 row.reason, row.message = "duplicate", f"the same as {first}"
         yield row

@@ -11,11 +11,11 @@ class UniqueIds:
         self._counts: dict[int, int] = {}  # of ids met more than once
 
     def __call__(self, row_id: str) -> str:
-        own, found = short_hash(row_id), row_id
-        while short_hash(found) in self._taken:
+        own, found = _bits_of(row_id), row_id
+        while _bits_of(found) in self._taken:
             self._counts[own] = self._counts.get(own, 1) + 1
             found = f"{row_id}#{self._counts[own]}"
-        self._taken.add(short_hash(found))
+        self._taken.add(_bits_of(found))
         return found
 
 
@@ -29,13 +29,13 @@ class FirstSeen:
     def __call__(self, key: str, source: str) -> str:
         """``<file>:<line>`` of the row that had this key before this one at ``source``, "" if none had."""
         file, _, line = source.rpartition(":")
-        first = self._first.get(short_hash(key))
+        first = self._first.get(_bits_of(key))
         if first is None:
-            self._first[short_hash(key)] = (self._files.setdefault(file, len(self._files)) << 40) + int(line)
+            self._first[_bits_of(key)] = (self._files.setdefault(file, len(self._files)) << 40) + int(line)
             return ""
         return f"{list(self._files)[first >> 40]}:{first & (1 << 40) - 1}"
 
 
-def short_hash(value: str) -> int:
+def _bits_of(value: str) -> int:
     """60 bits: of ten million texts, two share theirs once in 20,000 times."""
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") >> 4

@@ -86,12 +86,13 @@ class VoxtralFrontEnd:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
         self._tokenizer_path = model_file(self.model_id, "tekken.json")
-        self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
         names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
         try:
+            self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
             ids = [self._tekken.get_special_token(name) for name in names]
         except Exception as error:
-            raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {error}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {reason}") from None
         self.bos_id, self.eos_id, self.pad_id = ids[:3]
         self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
 
@@ -116,7 +117,7 @@ class VoxtralFrontEnd:
         return AudioFeatures(mel_KF, fill, num_windows)
 
     def num_windows(self, num_samples: int) -> int:
-        """Whole windows that a clip fills, the last one padded."""
+        """Whole windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
         return -(-num_samples // self.window_samples)
 
     def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]:

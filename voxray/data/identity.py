@@ -1,0 +1,46 @@
+"""When two rows are the same, or of one speaker: what duplicates and leaks are found by, in prepare and in audit."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from voxray.tasks import Task
+from voxray.text.normalize import normalize_ko_v1
+
+
+def short_hash(value: str | bytes) -> str:
+    """The first 128 bits of SHA-256, as 32 hex digits."""
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:32]
+
+
+def audio_hash(samples: np.ndarray) -> str:
+    """Hash of decoded samples as 16-bit integers, so that a WAV file and its FLAC copy are the same.
+
+    Args:
+        samples: float32, shape (num_samples,), full scale 1.
+    """
+    return short_hash(np.clip(np.round(samples * 32_768), -32_768, 32_767).astype("<i2").tobytes())
+
+
+def row_text(prompt: str, answer: str) -> str:
+    """A row's texts, normalised."""
+    return normalize_ko_v1(f"{prompt}\n{answer}")
+
+
+def duplicate_key(task: Task, audio: str, text: str) -> str:
+    """What two rows share if one of them is superfluous.
+
+    Args:
+        audio, text: Hashes of the decoded samples ("" without audio), and of the task and its texts.
+    """
+    if not audio:
+        return text
+    # One clip may be asked many questions.
+    return f"{task.name}:{audio}{text if task.prompt_keys else ''}"
+
+
+def speaker_of(row: Mapping[str, Any]) -> str:
+    """``speaker:<name>``, else ``session:<name>``, else ""."""
+    return next((f"{key}:{row[key]}" for key in ("speaker", "session") if row.get(key)), "")
