@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode
+from voxray.audio.decode import FFMPEG_SUFFIXES, WHOLE, Part, decode, header_seconds
 from voxray.errors import RunError
-from voxray.manifest import BadRow
 
 VERSION = 1  # goes up whenever the same settings would give other samples
 SLOWEST, FASTEST = 0.5, 2.0  # beyond these nobody speaks, and clips could vanish
@@ -210,8 +209,9 @@ def _content(path: str) -> str:
 def _recording(path: str, rate_hz: int) -> np.ndarray:
     """A noise or room file; that it is damaged is no fault of the row that it is drawn for, so it is no ``BadRow``."""
     try:
-        samples = decode(path, rate_hz, part=Part(duration_sec=RECORDING_SEC))
-    except (BadRow, OSError) as error:
+        part = Part(duration_sec=RECORDING_SEC) if header_seconds(path) > RECORDING_SEC else WHOLE
+        samples = decode(path, rate_hz, part=part)
+    except (ValueError, OSError) as error:  # BadRow is a ValueError
         raise RunError(f"{path}: cannot use this noise or room file: {error}") from error
     samples.flags.writeable = False
     return samples
