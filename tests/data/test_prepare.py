@@ -179,3 +179,13 @@ def test_a_file_at_8_khz_saved_as_16_khz_is_a_lie(tmp_path):
     with pytest.raises(BadRow) as error:
         check(clip(upsampled), limits)
     assert error.value.reason == "narrow_band"
+
+
+@pytest.mark.ray
+def test_one_question_may_be_asked_of_clips_on_both_sides(local_ray, tmp_path, corpus):
+    """That many clips have one question and one answer is no leak; that a transcript is read twice is."""
+    asked = [{"audio_path": row["audio_path"], "question": "무엇입니까?", "answer": "혈압"} for row in corpus]
+    rows = [{**row, "split": "train" if at < 9 else "val"} for at, row in enumerate(asked)]
+    train, val, _, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    assert (len(train), len(val)) == (9, 3)
+    assert summary["leaks"] == {"audio": 0, "text": 0, "speaker": 0}

@@ -126,10 +126,9 @@ def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
         values = {"audio_path": f"{number}.wav", "transcript": text}
         split = "val" if speaker == "b" else "train"
-        row = Checked(
-            f"m:{number + 1}", str(number), values, "", "", 1.0, f"h{number}", text, f"speaker:{speaker}", split
-        )
-        rows.append(vars(row))
+        hashes = {"audio_hash": f"h{number}", "text_hash": text, "leak_text": text}
+        sides = {"group": f"speaker:{speaker}", "split": split}
+        rows.append(vars(Checked(f"m:{number + 1}", str(number), values, duration_sec=1.0, **hashes, **sides)))
     chunk = tmp_path / "000000.jsonl"
     write_rows(checked_path(chunk), rows)
     outputs = Outputs(tmp_path / "t.jsonl", tmp_path / "v.jsonl", tmp_path / "q.jsonl")

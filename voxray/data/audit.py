@@ -15,7 +15,7 @@ from typing import Any
 from voxray.audio.decode import Part, decode_native, resampled_length
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.audio.quality import QualityLimits, faults, measure
-from voxray.data.identity import audio_hash, duplicate_key, row_text, short_hash, speaker_of
+from voxray.data.identity import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_of
 from voxray.data.prepare import run_workers
 from voxray.manifest import BadRow, Chunk, Sample, chunks, read_chunk
 from voxray.models.family import FrontEnd
@@ -53,7 +53,7 @@ class Measured:
         num_tokens: Length in tokens (prompt, audio, answer), 0 without a model.
         chars_per_sec: Characters of the transcript without spaces per second, 0 where it is no transcription.
         audio: Hash of the decoded samples, "" for text.
-        text: Hash of task and normalised texts, "" where texts do not tell rows apart.
+        text: See ``identity.leak_text``.
         key: What a duplicate has as well (see ``identity.duplicate_key``).
         speaker: See ``identity.speaker_of``.
         excerpt: Beginning of the answer, for people.
@@ -121,8 +121,7 @@ class RowMeasurer:
         text = row_text(sample.prompt, sample.answer)
         text_hash = short_hash(sample.task.name + text)
         row.key = duplicate_key(sample.task, row.audio, text_hash)
-        # One question with one answer belongs to many clips, and so does silence: there the audio alone tells.
-        row.text = "" if sample.audio_path and (sample.task.prompt_keys or not text) else text_hash
+        row.text = leak_text(sample.task, text)
         row.usable = True
         return row
 

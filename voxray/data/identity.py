@@ -29,6 +29,17 @@ def row_text(prompt: str, answer: str) -> str:
     return normalize_ko_v1(f"{prompt}\n{answer}")
 
 
+def leak_text(task: Task, text: str) -> str:
+    """Hash by which a row's normalised texts are a leak when another split has them too, or "".
+
+    One question with one answer rightly belongs to many clips, and so does the empty transcript of silence: what leaks
+    there is the audio.
+    """
+    if task.has_audio and (task.prompt_keys or not text):
+        return ""
+    return short_hash(task.name + text)
+
+
 def duplicate_key(task: Task, audio: str, text: str) -> str:
     """What two rows share if one of them is superfluous.
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from voxray.audio.decode import Part, decode_native
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
-from voxray.data.identity import audio_hash, duplicate_key, row_text, short_hash, speaker_of
+from voxray.data.identity import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_of
 from voxray.data.split import Leaks, count_leaks, decide, note_validation
 from voxray.data.unique import FirstSeen, UniqueIds
 from voxray.importers import ImportedRow, ImportFault
@@ -56,6 +56,7 @@ class Checked:
         reason, message: Why it is bad, else "".
         duration_sec: Length of its audio, 0 for text.
         audio_hash, text_hash: Hashes of the decoded samples and of the normalised texts.
+        leak_text: See ``identity.leak_text``.
         group: What must stay on one side of the split: speaker, session, or the row's own text.
         split: The side that the corpus itself puts the row on, if it says so.
     """
@@ -68,6 +69,7 @@ class Checked:
     duration_sec: float = 0.0
     audio_hash: str = ""
     text_hash: str = ""
+    leak_text: str = ""
     group: str = ""
     split: str = ""
 
@@ -108,8 +110,8 @@ class RowChecker:
         group = speaker_of(values) or f"text:{short_hash(text)}"
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
-        text_hash = short_hash(task.name + text)
-        return Checked(source, row_id, values, "", "", duration_sec, audio[1], text_hash, group, split)
+        hashes = (audio[1], short_hash(task.name + text), leak_text(task, text))
+        return Checked(source, row_id, values, "", "", duration_sec, *hashes, group, split)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
         """Clean the answer in place and check its length; returns the normalised texts of the row."""

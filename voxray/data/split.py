@@ -18,7 +18,7 @@ class Splittable(Protocol):
 
     reason: str
     audio_hash: str
-    text_hash: str
+    leak_text: str
     group: str
     split: str
 
@@ -71,7 +71,7 @@ class Split:
         """How a training row leaks: ``audio``, ``text``, ``speaker`` or ""."""
         if row.audio_hash and row.audio_hash in self.audio:
             return "audio"
-        if row.text_hash in self.text:
+        if row.leak_text and row.leak_text in self.text:
             return "text"
         return "speaker" if row.group in self.speakers else ""
 
@@ -109,7 +109,8 @@ def note_validation(split: Split, rows: Iterable[Splittable]) -> None:
     """Remember what is on the validation side."""
     for row in rows:
         if not row.reason and split.side(row) == "val":
-            split.text.add(row.text_hash)
+            if row.leak_text:
+                split.text.add(row.leak_text)
             if row.audio_hash:
                 split.audio.add(row.audio_hash)
             if not row.group.startswith("text:"):
@@ -123,7 +124,7 @@ def count_leaks(split: Split, rows: Iterable[Splittable]) -> Leaks:
         if row.reason or split.side(row) != "train":
             continue
         leaks.audio += bool(row.audio_hash) and row.audio_hash in split.audio
-        leaks.text += row.text_hash in split.text
+        leaks.text += bool(row.leak_text) and row.leak_text in split.text
         if row.group in split.speakers:
             speakers.add(row.group)
     leaks.speaker = len(speakers)
