@@ -66,6 +66,54 @@ def task_of(row: Mapping[str, Any]) -> Task:
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({wanted})")
 
 
+def parse_task_sizes(value: Any) -> dict[str, int]:
+    """Read ``asr=4,sqa=2,tqa=8`` into {task: rows}.
+
+    Raises:
+        ValueError: An unknown task, one given twice, or a number that is not whole and positive.
+    """
+    if isinstance(value, str):
+        pairs = [part.strip().partition("=")[::2] for part in value.split(",") if part.strip()]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        raise ValueError("needs task=number pairs, such as asr=4,sqa=2")
+    sizes: dict[str, int] = {}
+    for name, number in pairs:
+        if _known_task(name) in sizes:
+            raise ValueError(f"task {name!r} is given twice")
+        if isinstance(number, bool) or not str(number).isdecimal() or int(number) < 1:
+            raise ValueError(f"the number for {name} must be whole and above 0, not {number!r}")
+        sizes[name] = int(number)
+    return sizes
+
+
+def parse_curriculum(value: Any) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """Read ``tqa:1,tqa+asr:1,tqa+asr+sqa:3`` (tasks:epochs of every phase) into ((tasks, epochs), ...).
+
+    Raises:
+        ValueError: An unknown task, or a number of epochs that is not whole and positive.
+    """
+    if not isinstance(value, str):
+        value = ",".join(f"{'+'.join(tasks)}:{epochs}" for tasks, epochs in value)
+    phases = []
+    for part in filter(None, map(str.strip, value.split(","))):
+        tasks, _, epochs = part.partition(":")
+        if not epochs.strip().isdecimal() or int(epochs) < 1:
+            raise ValueError(f"{part!r}: write tasks:epochs, such as tqa+asr:2")
+        names = tuple(_known_task(name.strip()) for name in tasks.split("+"))
+        if len(set(names)) < len(names):
+            raise ValueError(f"{part!r}: a task is given twice")
+        phases.append((names, int(epochs)))
+    return tuple(phases)
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return name
+
+
 def parse_task_weights(value: Any) -> dict[str, float]:
     """Read ``1.0,1.5,1.2`` (in the table's order) or ``asr=1,sqa=1.5`` into {task: relative share}.
 
@@ -88,9 +136,7 @@ def parse_task_weights(value: Any) -> dict[str, float]:
             raise ValueError(f"needs {len(TASKS)} numbers, for {', '.join(TASKS)}, or task=number pairs")
     weights: dict[str, float] = {}
     for name, text in pairs:
-        if name not in TASKS:
-            raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
-        if name in weights:
+        if _known_task(name) in weights:
             raise ValueError(f"task {name!r} is given twice")
         try:
             weights[name] = float(text)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxray.data.batching import Batching
 from voxray.data.plan import Pack, Plan
 from voxray.errors import SettingsError
 from voxray.tasks import TASKS
@@ -25,7 +26,8 @@ def plan(
 ) -> Plan:
     """A plan over so many rows of asr, sqa, tqa, mixed; row numbers start at 100 and have gaps."""
     task = np.random.default_rng(7).permutation(np.repeat(np.arange(len(counts), dtype=np.int8), counts))
-    return Plan(task, 100 + 3 * np.arange(len(task)), weights, seed, pack_size, packs_per_step, drop_last)
+    batching = Batching("fixed", pack_size=pack_size)
+    return Plan(task, 100 + 3 * np.arange(len(task)), weights, seed, batching, packs_per_step, drop_last)
 
 
 def tasks_of(made: Plan, rows: np.ndarray) -> collections.Counter[str]:
@@ -53,8 +55,8 @@ def test_every_row_once_per_epoch(asr: int, tqa: int, pack_size: int, packs: int
         return
     made = plan(asr, 0, tqa, seed=seed, pack_size=pack_size, packs_per_step=packs, drop_last=drop_last)
     for epoch in range(3):
-        first = epoch * made.steps_per_epoch
-        steps = [made.step_packs(step) for step in range(first, first + made.steps_per_epoch)]
+        first = made.steps_in(epoch) if epoch else 0
+        steps = [made.step_packs(step) for step in range(first, first + made.steps_of(epoch))]
         drawn = [row for step in steps for row in counted(step)]
         assert len(set(drawn)) == len(drawn)
         if drop_last:
@@ -133,7 +135,7 @@ def test_a_task_is_shuffled_anew_each_time_it_starts_over():
 @pytest.mark.parametrize("packs_per_step", [1, 3, 8])
 def test_the_same_sequence_for_any_number_of_workers(weights, world_size: int, packs_per_step: int):
     made = plan(21, 9, 8, weights=weights, packs_per_step=packs_per_step)
-    for step in range(2 * made.steps_per_epoch + 1):
+    for step in range(2 * made.steps_of(0) + 1):
         whole = made.step_packs(step)
         ranks = [made.rank_packs(step, rank, world_size) for rank in range(world_size)]
         assert len({len(packs) for packs in ranks}) == 1
@@ -152,19 +154,19 @@ def test_the_same_sequence_for_any_number_of_workers(weights, world_size: int, p
 def test_batch_4_holds_the_rows_of_2_times_batch_2(weights, drop_last: bool):
     one = plan(17, 8, weights=weights, pack_size=4, packs_per_step=1, drop_last=drop_last)
     two = plan(17, 8, weights=weights, pack_size=2, packs_per_step=2, drop_last=drop_last)
-    assert one.steps_per_epoch == two.steps_per_epoch
-    for step in range(3 * one.steps_per_epoch):
+    assert one.steps_of(0) == two.steps_of(0)
+    for step in range(3 * one.steps_of(0)):
         assert counted(one.step_packs(step)) == counted(two.step_packs(step))
 
 
 def test_the_last_step_of_an_epoch():
     smaller = plan(14, pack_size=2, packs_per_step=3)
-    assert smaller.steps_per_epoch == 3 and smaller.rows_per_step == 6
+    assert smaller.steps_of(0) == 3
     packs = smaller.step_packs(2)
     assert [len(pack.rows) for pack in packs] == [2, 1, 1] and [pack.counts for pack in packs] == [True, False, False]
     assert [pack.number for pack in packs] == [0, 1, 2]
-    assert plan(14, drop_last=True).steps_per_epoch == 2
-    assert plan(12).steps_per_epoch == plan(12, drop_last=True).steps_per_epoch == 2
+    assert plan(14, drop_last=True).steps_of(0) == 2
+    assert plan(12).steps_of(0) == plan(12, drop_last=True).steps_of(0) == 2
 
 
 @pytest.mark.parametrize("weights", [None, {"asr": 1, "sqa": 3}])
@@ -205,4 +207,4 @@ def test_plans_that_cannot_be(arguments: tuple[int, ...], options: dict, message
 
 
 def test_a_weight_of_zero_needs_no_rows():
-    assert plan(4, weights={"asr": 1, "tqa": 0}).steps_per_epoch == 1
+    assert plan(4, weights={"asr": 1, "tqa": 0}).steps_of(0) == 1

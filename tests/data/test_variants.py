@@ -10,6 +10,7 @@ from conftest import TINY, manifest, read_rows, write_rows
 
 from voxray.audio.augment import SpecAugment, WaveformAugmentation, augment
 from voxray.config.train import MultitaskSettings
+from voxray.data.batching import Batching
 from voxray.data.extract import Extractor, Storing
 from voxray.data.feature_sets import storing_of
 from voxray.data.features import Features
@@ -83,7 +84,9 @@ def test_variants_show_in_the_key_and_plain_manifests_have_none(speech, extracto
 def plan_of(features: Features, seed: int = 0, **changes: Any) -> Plan:
     rows, _ = features.within(changes.pop("max_len", 10_000))
     variants = Variants(rows, features.sample[rows], seed)
-    return Plan(features.task[variants.first], variants.first, changes.get("weights"), seed, 2, 2, False, variants)
+    batching = Batching("fixed", pack_size=2)
+    task, weights = features.task[variants.first], changes.get("weights")
+    return Plan(task, variants.first, weights, seed, batching, 2, False, variants)
 
 
 def test_an_epoch_takes_one_variant_of_every_sample(features):

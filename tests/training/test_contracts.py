@@ -10,6 +10,7 @@ import torch
 from conftest import TINY
 
 from voxray.config.train import MultitaskSettings
+from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_prompts, collate_training
 from voxray.data.features import Features
 from voxray.data.plan import Plan
@@ -100,7 +101,7 @@ def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
     weights = {"asr": 1.0, "tqa": 3.0}
     common = {"per_device_bsz": 1, "task_weights": weights, "max_steps": 6}
     features = Features(data.train)
-    plan = Plan(features.task, np.arange(len(features)), weights, 0, 1, 2)
+    plan = Plan(features.task, np.arange(len(features)), weights, 0, Batching("fixed", pack_size=1), 2)
     kinds = [tuple(bool(features.num_windows[pack.rows[0]]) for pack in plan.step_packs(step)) for step in range(6)]
     assert (False, False) in kinds and len({kind for kind in kinds if any(kind) and not all(kind)}) >= 1
     together = losses(processes.run(settings(tmp_path / "a", **{**common, "per_device_bsz": 2}), data))

@@ -2,10 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from voxray.config.parse import CommaStrings, Flag, Settings
-from voxray.tasks import parse_task_weights
+from voxray.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
 
@@ -183,6 +183,24 @@ class OptimizerFlags(Settings):
     """Recompute activations in the backward pass to save memory."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the data order, the LoRA start and dropout."""
+
+
+class BatchingFlags(Settings):
+    batching: Literal["fixed", "length", "packed"] = "fixed"
+    """Which rows share a forward pass: fixed takes --per_device_bsz rows as they are drawn, length those of similar
+    length, packed puts rows one after the other, without padding, up to --pack_tokens."""
+    pack_tokens: Annotated[int, Field(ge=16)] = 4096
+    """Tokens of a pack (prompts, audio and answers) with --batching packed; no row may be longer."""
+    per_task_bsz: Annotated[dict[str, int] | None, BeforeValidator(parse_task_sizes)] = None
+    """Rows of a forward pass by task, asr=4,sqa=2,tqa=8, with --batching length; each then holds one task alone."""
+    curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(parse_curriculum)] = ()
+    """Tasks and epochs of one phase after the other, tqa:1,tqa+asr:1,tqa+asr+sqa:3; takes the place of --epochs."""
+
+    @model_validator(mode="after")
+    def _sizes_need_lengths(self) -> "BatchingFlags":
+        if self.per_task_bsz and self.batching != "length":
+            raise ValueError("--per_task_bsz: needs --batching length")
+        return self
 
 
 class WorkerFlags(PlacementFlags):

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from voxray.config.groups import (
+    BatchingFlags,
     EvaluationDataFlags,
     LoraFlags,
     MaskFlags,
@@ -25,6 +26,7 @@ class MultitaskSettings(
     EvaluationDataFlags,
     LoraFlags,
     OptimizerFlags,
+    BatchingFlags,
     WorkerFlags,
     SharedFeatureFlags,
     VariantFlags,

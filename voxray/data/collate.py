@@ -47,6 +47,30 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Mas
     return batch | _audio(rows, front_end, masks)
 
 
+def collate_packed(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
+    """Prompts and answers one after the other in one row, without any padding.
+
+    Args:
+        masks: See ``collate_training``.
+    Returns:
+        ``input_ids``, ``position_ids`` (which start again with every sample), ``labels`` and ``task`` (of every token),
+        all (1, L) int64; ``segment_ends`` (number of samples,) int64; ``input_features`` as in ``collate_training``.
+    """
+    parts = [(row.prompt_ids, row.target_ids) for row in rows]
+    lengths = [len(prompt) + len(target) for prompt, target in parts]
+    ids = np.concatenate([array for part in parts for array in part]).astype(np.int64)
+    labels = np.concatenate([array for prompt, target in parts for array in (np.full(len(prompt), IGNORED), target)])
+    columns = {
+        "input_ids": ids,
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "labels": labels.astype(np.int64),
+        "task": np.repeat([TASK_CODES[row.task] for row in rows], lengths).astype(np.int64),
+    }
+    batch = {name: torch.from_numpy(column)[None] for name, column in columns.items()}
+    batch["segment_ends"] = torch.from_numpy(np.cumsum(lengths))
+    return batch | _audio(rows, front_end, masks)
+
+
 def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
     """Prompts alone, padded on the left as generation needs them.
 

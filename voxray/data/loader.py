@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxray.audio.augment import SpecAugment, spec_augment
-from voxray.data.collate import Batch, Masks, collate_training
+from voxray.data.collate import Batch, Masks, collate_packed, collate_training
 from voxray.data.features import Features
 from voxray.data.plan import Pack, Plan
 from voxray.models.family import FrontEnd
@@ -85,5 +85,6 @@ class Loader:
 
     def _batch(self, step: int, pack: Pack) -> Batch:
         rows = [self.features.row(number) for number in pack.rows]
-        batch = collate_training(rows, self.front_end, self.masking.of(step, pack.number))
+        collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
+        batch = collate(rows, self.front_end, self.masking.of(step, pack.number))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch

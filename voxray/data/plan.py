@@ -1,15 +1,16 @@
 """The plan: which rows make up which optimizer step.
 
-A pure function of (tasks of the rows, task weights, seed, batch sizes, step). It knows nothing of workers: a step is
-a list of packs, and pack i belongs to rank i mod world size. So any number of workers sees the same global sequence,
-and a step number is all that a run needs to go on from.
+A pure function of (tasks and lengths of the rows, task weights, curriculum, seed, batching, step). It knows nothing of
+workers: a step is a list of packs, and pack i belongs to rank i mod world size. So any number of workers sees the same
+global sequence, and a step number is all that a run needs to go on from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from voxray.data.batching import Batching, Packs, make_packs
 from voxray.errors import SettingsError
 from voxray.tasks import TASKS
 
@@ -44,6 +45,10 @@ class Variants:
         _, self._start, self._count = np.unique(sample, return_index=True, return_counts=True)
         self._rows, self._seed, self.first = rows, seed, rows[self._start]
 
+    def first_of(self, rows: np.ndarray) -> np.ndarray:
+        """The first variants of the samples that some rows are variants of."""
+        return self.first[np.searchsorted(self.first, rows, side="right") - 1]
+
     def of_epoch(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Put in the place of first variants those that an epoch takes: drawn by (seed, epoch, sample)."""
         if len(self._rows) == len(self.first):
@@ -51,6 +56,19 @@ class Variants:
         drawn = np.random.default_rng([self._seed, epoch, len(TASKS) + 1]).random(len(self.first))
         taken = self._start + (drawn * self._count).astype(np.int64)
         return self._rows[taken[np.searchsorted(self.first, rows)]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a curriculum.
+
+    Attributes:
+        tasks: Names of the tasks that are drawn.
+        epochs: How many epochs it lasts.
+    """
+
+    tasks: tuple[str, ...]
+    epochs: int
 
 
 @dataclass
@@ -64,23 +82,30 @@ class Plan:
             has as many draws as there are rows, and each task runs through permutations of its own rows, which go on
             from one epoch to the next.
         seed: Seed of all permutations.
-        pack_size: Rows of a forward pass.
+        batching: Which rows share a pack.
         packs_per_step: Forward passes of an optimizer step, over all workers.
-        drop_last: Leave out the rows that do not fill an epoch's last step; else that step is smaller.
+        drop_last: Leave out what does not fill an epoch's last step; else that step is smaller.
         variants: What may be drawn in the place of ``rows``.
+        num_tokens: Tokens of every row number; only ``fixed`` batching does without.
+        curriculum: Phases; an epoch draws from the rows of its phase's tasks, and the last phase goes on for ever.
+            Empty draws from all tasks.
     Raises:
-        SettingsError: A task with a positive weight has no rows, or not even one step can be filled.
+        SettingsError: A task with a positive weight or in the curriculum has no rows, or not even one step can be
+            filled.
     """
 
     task: np.ndarray
     rows: np.ndarray
     weights: Mapping[str, float] | None
     seed: int
-    pack_size: int
+    batching: Batching
     packs_per_step: int
     drop_last: bool = False
     variants: Variants | None = None
-    _cached: tuple[int, np.ndarray] | None = field(default=None, init=False, repr=False)
+    num_tokens: np.ndarray | None = None
+    curriculum: Sequence[Phase] = ()
+    _packs: dict[int, Packs] = field(default_factory=dict, init=False, repr=False)
+    _ends: list[int] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.task) == len(self.rows)
@@ -91,39 +116,47 @@ class Plan:
                 raise SettingsError(f"--task_weights: {name} has weight {weight:g}, but there is no {name} row")
         if not len(self.rows):
             raise SettingsError("--train_jsonl: no row to train on")
-        if not self.steps_per_epoch:
-            raise SettingsError(f"--drop_last: {len(self.rows)} rows do not fill one step of {self.rows_per_step}")
-        self._quota = self._quotas()
+        self.curriculum = tuple(self.curriculum) or (Phase(tuple(self.rows_of_task), 1),)
+        self._quotas = [self._quota(phase) for phase in self.curriculum]
+        self._codes = dict(zip(self.rows.tolist(), self.task.tolist(), strict=True)) if self.batching.per_task else {}
+        if not self.steps_of(0):
+            per_step = self.batching.pack_size * self.packs_per_step
+            raise SettingsError(f"--drop_last: {len(self.rows)} rows do not fill one step of {per_step}")
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.pack_size * self.packs_per_step
-
-    @property
-    def steps_per_epoch(self) -> int:
-        full, rest = divmod(len(self.rows), self.rows_per_step)
-        return full + bool(rest and not self.drop_last)
-
-    def _quotas(self) -> dict[str, int]:
+    def _quota(self, phase: Phase) -> dict[str, int]:
         """Draws of each task in an epoch: the shares by largest remainder, so they add up exactly."""
+        for name in phase.tasks:
+            if name not in self.rows_of_task:
+                raise SettingsError(f"--curriculum: there is no {name} row")
         if self.weights is None:
-            return {name: len(rows) for name, rows in self.rows_of_task.items()}
-        total = sum(self.weights.values())
-        exact = {name: len(self.rows) * weight / total for name, weight in self.weights.items() if weight > 0}
+            return {name: len(self.rows_of_task[name]) for name in phase.tasks}
+        weights = {name: self.weights.get(name, 0.0) for name in phase.tasks if self.weights.get(name, 0.0) > 0}
+        if not weights:
+            raise SettingsError(f"--curriculum {'+'.join(phase.tasks)}: none of these tasks has a weight")
+        draws = sum(len(self.rows_of_task[name]) for name in phase.tasks)
+        exact = {name: draws * weight / sum(weights.values()) for name, weight in weights.items()}
         quota = {name: int(share) for name, share in exact.items()}
         by_remainder = sorted(exact, key=lambda name: (quota[name] - exact[name], name))
-        for name in by_remainder[: len(self.rows) - sum(quota.values())]:
+        for name in by_remainder[: draws - sum(quota.values())]:
             quota[name] += 1
         return quota
 
+    @property
+    def curriculum_epochs(self) -> int:
+        return sum(phase.epochs for phase in self.curriculum)
+
+    def _phase(self, epoch: int) -> int:
+        ends = np.cumsum([phase.epochs for phase in self.curriculum])
+        return min(int(np.searchsorted(ends, epoch, side="right")), len(self.curriculum) - 1)
+
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """Row numbers in the order in which an epoch draws them."""
-        if self._cached is None or self._cached[0] != epoch:
-            drawn = [self._draws(name, epoch * count, count) for name, count in self._quota.items()]
-            order = np.random.default_rng([self.seed, epoch, len(TASKS)]).permutation(sum(map(len, drawn)))
-            rows = np.concatenate(drawn)[order]
-            self._cached = (epoch, self.variants.of_epoch(rows, epoch) if self.variants else rows)
-        return self._cached[1]
+        before = [self._quotas[self._phase(earlier)] for earlier in range(epoch)]
+        quota = self._quotas[self._phase(epoch)]
+        drawn = [self._draws(name, sum(q.get(name, 0) for q in before), count) for name, count in quota.items()]
+        order = np.random.default_rng([self.seed, epoch, len(TASKS)]).permutation(sum(map(len, drawn)))
+        rows = np.concatenate(drawn)[order]
+        return self.variants.of_epoch(rows, epoch) if self.variants else rows
 
     def _draws(self, name: str, start: int, count: int) -> np.ndarray:
         """Draws number ``start`` to ``start + count`` of a task out of its endless row of permutations."""
@@ -135,15 +168,60 @@ class Plan:
         first = start - rounds[0] * len(rows) if count else 0
         return np.concatenate([*shuffled, rows[:0]])[first : first + count]
 
+    def epoch_packs(self, epoch: int) -> Packs:
+        """All packs of an epoch; the last two epochs asked for are kept."""
+        if epoch not in self._packs:
+            rows = self.epoch_rows(epoch)
+            tokens = np.zeros(len(rows), np.int64) if self.num_tokens is None else self.num_tokens[rows]
+            rng = np.random.default_rng([self.seed, epoch, len(TASKS) + 2])
+            self._packs = {number: packs for number, packs in self._packs.items() if number == epoch - 1}
+            self._packs[epoch] = make_packs(rows, tokens, self._task_of(rows), self.batching, rng)
+        return self._packs[epoch]
+
+    def _task_of(self, rows: np.ndarray) -> np.ndarray:
+        if not self.batching.per_task:
+            return np.zeros(len(rows), np.int8)
+        first = self.variants.first_of(rows) if self.variants else rows
+        return np.array([self._codes[row] for row in first.tolist()], np.int8)
+
+    def steps_of(self, epoch: int) -> int:
+        """Optimizer steps of an epoch."""
+        packs = self.epoch_packs(epoch)
+        full, rest = divmod(len(packs), self.packs_per_step)
+        if rest == 0 and self.batching.kind == "fixed" and self.drop_last:
+            rest = len(packs.rows) % self.batching.pack_size  # the last pack is a short one
+            return full - bool(rest)
+        return full + bool(rest and not self.drop_last)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch of a step and its place in it, from 0."""
+        while not self._ends or self._ends[-1] <= step:
+            self._ends.append((self._ends[-1] if self._ends else 0) + self.steps_of(len(self._ends)))
+        epoch = int(np.searchsorted(self._ends, step, side="right"))
+        return epoch, step - (self._ends[epoch - 1] if epoch else 0)
+
+    def steps_in(self, epochs: int) -> int:
+        """Optimizer steps of the first so many epochs."""
+        while len(self._ends) < epochs:
+            self.locate(self._ends[-1] if self._ends else 0)
+        return self._ends[epochs - 1]
+
+    def epochs_done(self, step: int) -> float:
+        """Epochs that are behind a run that has done so many steps; whole at the end of one."""
+        epoch, place = self.locate(step)
+        return epoch + place / self.steps_of(epoch)
+
     def step_packs(self, step: int) -> list[Pack]:
         """The packs of one optimizer step; always ``packs_per_step`` of them."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        rows = self.epoch_rows(epoch)[place * self.rows_per_step :][: self.rows_per_step]
-        packs = []
+        epoch, place = self.locate(step)
+        packs, first = self.epoch_packs(epoch), place * self.packs_per_step
+        found = []
         for number in range(self.packs_per_step):
-            mine = rows[number * self.pack_size :][: self.pack_size]
-            packs.append(Pack(number, mine) if len(mine) else Pack(number, rows[:1], counts=False))
-        return packs
+            if first + number < len(packs):
+                found.append(Pack(number, packs.pack(first + number)))
+            else:
+                found.append(Pack(number, found[0].rows[:1], counts=False))
+        return found
 
     def rank_packs(self, step: int, rank: int, world_size: int) -> list[Pack]:
         """The packs that one rank computes; every rank gets equally many, short ones a filler."""

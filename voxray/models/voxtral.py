@@ -21,6 +21,7 @@ from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
 from voxray.models.family import AudioFeatures, model_file, weights_below
+from voxray.models.packed import use_packed_attention
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
@@ -255,13 +256,17 @@ class Voxtral:
 
         Args:
             model: The base or its PEFT wrapper.
-            batch: ``input_ids``, ``attention_mask`` (B, L) and, if a row has audio, ``input_features`` (W, F, T).
+            batch: As ``collate`` makes it, padded or packed, without labels and tasks.
             keep_BL: True where the next token is to be predicted.
         Returns:
             logits_NV.
         """
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        hidden_BLD = base.model(use_cache=False, **batch).last_hidden_state
+        base, inputs = model.get_base_model() if hasattr(model, "get_base_model") else model, dict[str, Any](batch)
+        if "segment_ends" in inputs:
+            use_packed_attention(base.model.language_model)
+            inputs["segment_ends"] = tuple(inputs["segment_ends"].tolist())
+        # The cache stays off: with it the library lets the samples of a packed row see each other.
+        hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
     def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

@@ -11,11 +11,12 @@ import torch
 from voxray.audio.augment import SpecAugment
 from voxray.config.groups import MaskFlags
 from voxray.config.train import MultitaskSettings
+from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_training
 from voxray.data.features import Features
 from voxray.data.featurize import write_ledger
 from voxray.data.loader import Loader, Masking
-from voxray.data.plan import Plan, Variants
+from voxray.data.plan import Phase, Plan, Variants
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError
 from voxray.models.family import Family, FrontEnd, family_of
@@ -61,11 +62,21 @@ def train(
     trainee = build_trainee(settings, family, worker, with_encoder=features.store != "encoder")
     start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
     start = resume(run_dir, trainee, start)
-    sizes = (settings.per_device_bsz, start.packs_per_step)
     variants = Variants(rows, features.sample[rows], settings.seed)
     task = features.task[variants.first]
-    plan = Plan(task, variants.first, settings.task_weights, settings.seed, *sizes, settings.drop_last, variants)
-    num_steps = settings.max_steps or settings.epochs * plan.steps_per_epoch
+    plan = Plan(
+        task,
+        variants.first,
+        settings.task_weights,
+        settings.seed,
+        Batching(settings.batching, settings.per_device_bsz, settings.pack_tokens, settings.per_task_bsz),
+        start.packs_per_step,
+        settings.drop_last,
+        variants,
+        features.num_tokens,
+        [Phase(*phase) for phase in settings.curriculum],
+    )
+    num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if settings.curriculum else settings.epochs)
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
     masks = Masking(SpecAugment(**{name: getattr(settings, name) for name in MaskFlags.model_fields}), settings.seed)
@@ -179,7 +190,9 @@ def introduce(
     roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
     kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
-    monitor.say(f"data: {kept} rows; {plan.steps_per_epoch} steps of {plan.rows_per_step} rows per epoch")
+    packs = plan.epoch_packs(0)
+    size = len(packs.rows) / len(packs) * plan.packs_per_step
+    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch")
     monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
     drawn = plan.epoch_rows(0)
     for name in plan.rows_of_task:

@@ -59,7 +59,6 @@ def fit(
         Steps done; fewer than ``num_steps`` if the run was asked to stop.
     """
     plan, worker = loader.plan, trainee.worker
-    eval_steps = settings.eval_steps or plan.steps_per_epoch
     step, saved = start.step, start.step
 
     def save() -> None:
@@ -73,7 +72,8 @@ def fit(
         record, stop = train_step(trainee, settings, plan, loader.features, number, packs, lr, run_dir)
         step = number + 1
         record |= _speed(plan, loader.features, number, time.perf_counter() - began)
-        monitor.record("train", step, {**record, "lr": lr, "epoch": step / plan.steps_per_epoch})
+        epochs = plan.epochs_done(step)
+        monitor.record("train", step, {**record, "lr": lr, "epoch": epochs})
         if step % settings.log_steps == 0 or step == num_steps:
             monitor.say(f"step {step}/{num_steps}  loss {record['loss']:.4f}  lr {lr:.2e}")
         if step % settings.save_steps == 0 or step == num_steps or stop:
@@ -82,7 +82,8 @@ def fit(
         if stop:
             monitor.say(f"asked to stop: saved at step {step}")
             break
-        if step % eval_steps == 0 or step == num_steps:
+        due = step % settings.eval_steps == 0 if settings.eval_steps else epochs == int(epochs)
+        if due or step == num_steps:
             validate(step)
     assert saved == step, "a run ends with a checkpoint of its last step"
     return step
@@ -135,14 +136,14 @@ def answer_loss(model: Any, family: Family, batch: Batch, label_smoothing: float
     Returns:
         float32, shape (number of tasks,).
     """
-    labels_BL, task_B = batch["labels"], batch["task"]
+    labels_BL, task = batch["labels"], batch["task"]
     inputs = {name: tensor for name, tensor in batch.items() if name not in {"labels", "task"}}
     next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
     keep_BL = next_BL != IGNORED
     logits_NV = family.answer_logits(model, inputs, keep_BL).float()
     loss_N = F.cross_entropy(logits_NV, next_BL[keep_BL], reduction="none", label_smoothing=label_smoothing)
-    task_N = task_B[:, None].expand_as(keep_BL)[keep_BL]
-    return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_N, loss_N)
+    task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # packed rows have a task per token
+    return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_BL[keep_BL], loss_N)
 
 
 def seed_pack(seed: int, step: int, pack: int) -> None:
@@ -171,9 +172,18 @@ def _answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
     return np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
 
 
+def efficiency(plan: Plan, features: Features, step: int) -> float:
+    """Share of a step's tokens that are no padding; packs count as their whole budget, which balances the ranks."""
+    packs = [features.num_tokens[pack.rows] for pack in plan.step_packs(step) if pack.counts]
+    packed = plan.batching.kind == "packed"
+    return float(
+        sum(map(np.sum, packs)) / sum(plan.batching.pack_tokens if packed else len(p) * p.max() for p in packs)
+    )
+
+
 def _speed(plan: Plan, features: Features, step: int, seconds: float) -> dict[str, float]:
     rows = _step_rows(plan, step)
-    record = {"sec": seconds, "samples_per_sec": len(rows) / seconds}
+    record = {"sec": seconds, "samples_per_sec": len(rows) / seconds, "efficiency": efficiency(plan, features, step)}
     record["tokens_per_sec"] = float(features.num_tokens[rows].sum()) / seconds
     if torch.cuda.is_available():
         record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -1,0 +1,161 @@
+"""Packed rows: the same mathematics as padded ones, in training, on any number of workers, and after a resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import TINY
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.collate import collate_packed, collate_prompts, collate_training
+from voxray.data.features import Features
+from voxray.models.family import family_of
+from voxray.models.lora import add_lora, trainable_parameters
+from voxray.models.packed import PACKED
+from voxray.recipes import multitask
+from voxray.recipes.multitask import Data
+from voxray.training.engine import Worker
+from voxray.training.loop import answer_loss
+
+MIX = ("asr.train", "sqa.train", "tqa.train")
+
+
+@pytest.fixture(scope="module")
+def data(small, make_features) -> Data:
+    folders = make_features(*(small[name] for name in (*MIX, "asr.val", "tqa.val")))
+    return Data(folders[:3], folders[3:])
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    family = family_of(TINY)
+    torch.manual_seed(0)
+    base = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    wrapped = add_lora(base, family, ("projector", "llm"), model_id=TINY, r=4, alpha=8, dropout=0.0)
+    for name, parameter in trainable_parameters(wrapped):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)  # zeros would hide what LoRA does
+    return wrapped
+
+
+def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    family = family_of(TINY)
+    model.zero_grad()
+    losses = sum(answer_loss(model, family, batch, 0.0) for batch in batches)
+    assert isinstance(losses, torch.Tensor)
+    losses.sum().backward()
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for _, p in trainable_parameters(model)]
+    return losses.detach(), torch.cat([grad.flatten() for grad in grads])
+
+
+def rows_of(data: Data, count: int = 12) -> list[Any]:
+    features = Features(data.train)
+    return [features.row(int(number)) for number in np.random.default_rng(0).permutation(len(features))[:count]]
+
+
+def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
+    """Audio, spoken QA and text in one pack: per task to 1e-5 per token, and gradients alike."""
+    front_end, rows = family_of(TINY).front_end(TINY), rows_of(data)
+    tokens = sum(len(row.target_ids) for row in rows)
+    padded, padded_grads = loss_and_gradients(model, [collate_training(rows, front_end)])
+    single, single_grads = loss_and_gradients(model, [collate_training([row], front_end) for row in rows])
+    packed, packed_grads = loss_and_gradients(model, [collate_packed(rows, front_end)])
+    for found, grads in ((single, single_grads), (packed, packed_grads)):
+        assert (found - padded).abs().max() / tokens < 1e-5
+        assert (grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
+    assert (packed > 0).all(), "all three tasks are in it"
+
+
+def test_samples_of_a_pack_do_not_see_each_other(data, model):
+    """Another neighbour leaves a sample's logits as they are."""
+    family = family_of(TINY)
+    front_end, rows = family.front_end(TINY), rows_of(data)
+
+    def logits(*order: int) -> list[torch.Tensor]:
+        batch = collate_packed([rows[number] for number in order], front_end)
+        labels, ends = batch.pop("labels"), batch["segment_ends"].tolist()
+        batch.pop("task")
+        with torch.no_grad():
+            found = family.answer_logits(model, batch, torch.ones_like(labels, dtype=torch.bool))
+        return [found[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    alone = logits(3)[0]
+    assert torch.allclose(logits(3, 5)[0], alone, atol=1e-5)
+    assert torch.allclose(logits(7, 1, 3)[2], alone, atol=1e-5)
+
+
+def test_generation_and_padded_batches_work_on_a_model_that_took_packs(data):
+    family = family_of(TINY)
+    front_end, rows = family.front_end(TINY), rows_of(data, 6)
+
+    def fresh() -> Any:
+        return family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+
+    used = fresh()
+    with torch.no_grad():
+        answer_loss(used, family, collate_packed(rows, front_end), 0.0)
+        assert used.model.language_model.config._attn_implementation == PACKED
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": front_end.pad_id}
+        prompts = collate_prompts(rows, front_end)
+        assert torch.equal(family.generate(used, prompts, **options), family.generate(fresh(), prompts, **options))
+        batch = collate_training(rows, front_end)
+        assert torch.equal(answer_loss(used, family, batch, 0.0), answer_loss(fresh(), family, batch, 0.0))
+
+
+def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
+    values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lr": 1e-3, "batching": "packed"}
+    values |= {"pack_tokens": 200, "grad_accum": 2, "max_steps": 6, "eval_max_rows": 1, "eval_max_new_tokens": 4}
+    values |= {"lora_dropout": 0.05, "freq_masks": 1, "time_masks": 1, "time_mask_share": 0.2, "save_steps": 2}
+    return MultitaskSettings.model_validate({**values, "output_dir": str(output_dir), **changes})
+
+
+def run(data: Data, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
+    run_dir.mkdir(exist_ok=True)
+    multitask.train(settings(run_dir, **changes), run_dir, data, Worker())
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == "train"]
+
+
+def sha(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_packed_training_resumes_to_the_bit(data, tmp_path):
+    """With dropout and SpecAugment on, 6 steps are 2 and 4 in one file after the other."""
+    whole = run(data, tmp_path / "whole")
+    run(data, tmp_path / "parts", max_steps=2, lr_schedule="constant")
+    first = run(data, tmp_path / "constant", lr_schedule="constant")
+    parts = run(data, tmp_path / "parts", lr_schedule="constant")
+    assert [record["loss"] for record in parts] == [record["loss"] for record in first]
+    assert sha(tmp_path / "parts") == sha(tmp_path / "constant") != sha(tmp_path / "whole")
+    assert all(0 < record["efficiency"] <= 1 for record in whole)
+
+
+def test_two_workers_train_packs_as_one_does(data, tmp_path):
+    """The same packs, whoever computes them (losses to 1e-5; dropout is drawn per pack)."""
+    one = processes.run(settings(tmp_path / "a", grad_accum=4), data)
+    two = processes.run(settings(tmp_path / "b", grad_accum=2), data, num_workers=2)
+    assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], abs=1e-5)
+
+
+def test_gradient_checkpointing_keeps_samples_apart(data, tmp_path):
+    """What is computed again in the backward pass must be computed on the same segments."""
+    plain, again = (run(data, tmp_path / str(flag), grad_ckpt=flag, max_steps=3) for flag in (False, True))
+    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in plain], abs=1e-6)
+
+
+def test_stored_encoder_outputs_can_be_packed(data, small, tmp_path):
+    from voxray.data.extract import Extractor, Storing
+    from voxray.data.featurize import featurize
+
+    extractor = Extractor(TINY, Storing("encoder", dtype="float32"))
+    manifests = [small[name] for name in MIX]
+    folders = featurize(manifests, extractor, tmp_path / "f", rows_per_shard=8, use_ray=False).folders
+    plain = {"freq_masks": 0, "time_masks": 0}
+    stored = run(Data(folders, ()), tmp_path / "a", store="encoder", **plain)
+    mel = run(Data(data.train, ()), tmp_path / "b", **plain)
+    assert [record["loss"] for record in stored] == pytest.approx([record["loss"] for record in mel], abs=1e-6)
