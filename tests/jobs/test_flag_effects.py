@@ -69,6 +69,8 @@ TRAIN = {
     **CACHE,
     **VARIANTS,
     **dict.fromkeys(MASKS, "feature_flags::masks"),
+    **dict.fromkeys(("batching", "pack_tokens", "per_task_bsz"), "training_flags::batching"),
+    "curriculum": "training_flags::curriculum",
 }
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
 EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"

@@ -39,6 +39,8 @@ class Run:
     layer_calls: int = 0
     batches: list[tuple[int, str]] = field(default_factory=list)
     """(rows, thread) of every batch that was collated."""
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    """Of the ids of every packed batch."""
 
     def records(self, kind: str = "train") -> list[dict[str, Any]]:
         return read_metrics(self.run_dir, kind)
@@ -81,7 +83,7 @@ def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytes
 @pytest.fixture
 def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     """Train the tiny model on text rows, one step if nothing else is said, and look over its shoulder."""
-    fit, collate_training = multitask.fit, loader.collate_training
+    fit, collate_training, collate_packed = multitask.fit, loader.collate_training, loader.collate_packed
     runs: list[Run] = []
 
     def watched_fit(trainee: Any, a_loader: Any, *args: Any) -> int:
@@ -104,7 +106,15 @@ def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return collate_training(rows, front_end, masks)
 
     monkeypatch.setattr(multitask, "fit", watched_fit)
+
+    def watched_packing(rows: Any, front_end: Any, masks: Any) -> Any:
+        batch = collate_packed(rows, front_end, masks)
+        runs[-1].batches.append((len(rows), threading.current_thread().name))
+        runs[-1].shapes.append(tuple(batch["input_ids"].shape))
+        return batch
+
     monkeypatch.setattr(loader, "collate_training", watched_collate)
+    monkeypatch.setattr(loader, "collate_packed", watched_packing)
 
     def run(on: str = "text", val: str = "", **flags: Any) -> Run:
         run_dir = tmp_path / f"run{len(runs)}"
@@ -240,6 +250,30 @@ def test_epochs_and_rows_per_step(train: Train) -> None:
     assert run.column("epoch") == pytest.approx([0.5, 1, 1.5, 2])
     assert [rows for rows, _ in run.batches] == [2] * 8, "two forward passes a step"
     assert run.layer_calls == 8
+
+
+def test_batching(train: Train) -> None:
+    """Packs of one row each that hold several samples; rows of a length together; one task a pack."""
+    packed = train("speech", batching="packed", pack_tokens=150, max_steps=2)
+    assert all(shape[0] == 1 for shape in packed.shapes) and max(shape[1] for shape in packed.shapes) <= 150
+    assert max(rows for rows, _ in packed.batches) > 1
+    with pytest.raises(SettingsError, match="--pack_tokens 20: a row of"):
+        train("speech", batching="packed", pack_tokens=20)
+    sized = train("speech", batching="length", per_task_bsz="asr=4,sqa=1,tqa=2", epochs=1)
+    sizes = {}
+    for pack in (pack for step in range(7) for pack in sized.loader.plan.step_packs(step)):
+        [task] = set(sized.loader.features.task[pack.rows].tolist())
+        sizes.setdefault(task, []).append(len(pack.rows))
+    assert {task: sorted(found) for task, found in sizes.items()} == {0: [4], 1: [1, 1, 1, 1], 2: [2, 2]}
+    with pytest.raises(ValueError, match="--per_task_bsz: needs --batching length"):
+        MultitaskSettings.model_validate({"train_jsonl": "t", "output_dir": "o", "per_task_bsz": "asr=4"})
+
+
+def test_curriculum(train: Train) -> None:
+    run = train("speech", curriculum="tqa:1,asr+tqa:2", epochs=9, per_device_bsz=4)
+    drawn = [sorted({*run.loader.features.task[run.loader.plan.epoch_rows(epoch)].tolist()}) for epoch in range(3)]
+    assert drawn == [[2], [0, 2], [0, 2]]
+    assert run.result["steps"] == 1 + 2 + 2, "the curriculum says how many epochs there are"
 
 
 def test_max_steps(train: Train) -> None:
