@@ -76,8 +76,8 @@ def transformers_batches(tokens: np.ndarray, rows: int) -> list[np.ndarray]:
 
 def lhotse_batches(tokens: np.ndarray, budget: int) -> list[np.ndarray]:
     """Cuts of so many seconds as rows have tokens; padding counts towards the budget."""
-    from lhotse import CutSet, MonoCut, Recording
-    from lhotse.dataset import DynamicBucketingSampler
+    from lhotse import CutSet, MonoCut, Recording  # pyright: ignore[reportMissingImports]
+    from lhotse.dataset import DynamicBucketingSampler  # pyright: ignore[reportMissingImports]
 
     def cuts() -> Iterator[Any]:
         for number, length in enumerate(tokens.tolist()):
