@@ -117,6 +117,13 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
     },
+    "export": {
+        **dict.fromkeys(("lora_dir", "model_id"), "export::runs_checkpoints_and_bases_are_found"),
+        **dict.fromkeys(("output_dir", "overwrite"), "export::folders_that_hold_something_are_left_alone"),
+        "storage_path": "export::a_relative_output_stands_under_the_storage_path",
+        "merge": "export::only_the_projector_can_be_merged",
+        "dtype": "export::dtype",
+    },
     "prepare": {
         **dict.fromkeys(("min_sec", "max_sec", "min_chars", "max_chars"), PREPARE_LIMITS),
         **dict.fromkeys(("min_chars_per_sec", "max_chars_per_sec", "min_peak_db", "min_rms_db"), PREPARE_LIMITS),

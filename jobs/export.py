@@ -1,0 +1,17 @@
+"""Merge an adapter into its base and write a model that needs neither PEFT nor voxray; check that it answers alike."""
+
+from voxray.config.export import ExportSettings
+from voxray.config.parse import parse
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(ExportSettings, argv, job="export", about=__doc__ or "", demo="demo_export.yaml")
+    from voxray.models.export import run_export
+
+    run_export(settings)
+
+
+if __name__ == "__main__":
+    main()
