@@ -118,9 +118,8 @@ def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tenso
     rows = []
     for name in ("asr", "tqa"):
         audio = TASKS[name].has_audio
-        sample = Sample(
-            "probe", TASKS[name], "" if audio else PROBE_TEXT, PROBE_TEXT, "probe" if audio else "", "ko", ""
-        )
+        prompt, path = ("", "probe") if audio else (PROBE_TEXT, "")
+        sample = Sample("probe", TASKS[name], prompt, PROBE_TEXT, path, "ko", "")
         num_windows = features.num_windows if audio else 0
         values = {"id": "probe", "task": name, "language": "ko", "source": "", "prompt": sample.prompt}
         values |= {"answer": PROBE_TEXT, "fill": features.fill, "num_windows": num_windows, "num_samples": len(samples)}

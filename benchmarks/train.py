@@ -1,0 +1,257 @@
+"""Training side by side: voxray's loop and transformers' Trainer, on the same model, rows and LoRA.
+
+Two Voxtrals with 30 s windows and random weights, one with a vocabulary of 4,096 and one with 131,072 (only the head
+differs), on rows in the seeds' mix (43 % speech recognition, 5 % spoken QA, 52 % text QA). One epoch each:
+
+    plain    Trainer as in public Voxtral scripts: log-mel in the collator, rows as they come, LoRA by suffix, which
+             puts it into the audio encoder as well
+    strong   Trainer with what it offers: LoRA on the language model alone, length groups, cached log-mel, two loader
+             workers
+    voxray   packed batches, logits at answers alone, from log-mel shards; LoRA on the projector as well
+    cached   the same from the frozen encoder's outputs
+
+All with the same threads, type, rank, and the same number of rows in a batch on average. Tokens are those of rows,
+without padding. First the losses on the same batch are compared: speed is not bought with other mathematics. Prints a
+table of ratios and one JSON line.
+
+    python benchmarks/train.py --rows 192
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    Trainer,
+    TrainingArguments,
+    VoxtralConfig,
+    VoxtralForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.collate import IGNORED, collate_training
+from voxray.data.extract import Extractor, Storing
+from voxray.data.features import Features
+from voxray.data.featurize import featurize
+from voxray.models.family import family_of
+from voxray.models.lora import add_lora
+from voxray.models.tiny import AUDIO_TOKEN_ID
+from voxray.recipes import multitask
+from voxray.training.engine import Worker
+from voxray.training.loop import answer_loss
+
+ASSETS = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
+SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+BATCH_ROWS = 8
+SHORT = "환자는 어제부터 열이 나고 기침을 하며 "
+
+
+def write_model(folder: Path, vocab_size: int) -> str:
+    """A Voxtral with 30 s windows and random weights, in the published layout."""
+    audio = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    audio |= {"num_mel_bins": 128, "max_source_positions": 1500}
+    text = {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 256, "intermediate_size": 768}
+    text |= {"num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32}
+    text |= {"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11}
+    torch.manual_seed(0)
+    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=AUDIO_TOKEN_ID)
+    VoxtralForConditionalGeneration(config).save_pretrained(folder)
+    for name in ("tekken.json", "preprocessor_config.json"):
+        shutil.copyfile(ASSETS / name, folder / name)
+    return str(folder)
+
+
+def write_rows(folder: Path, count: int) -> str:
+    """A manifest in the seeds' mix; clips are noise, as what they say does not matter to speed."""
+    random = np.random.default_rng(0)
+    for number in range(16):
+        sound = random.normal(0, 0.1, round(16_000 * random.uniform(3, 12))).astype(np.float32)
+        soundfile.write(folder / f"{number}.wav", sound, 16_000)
+    with open(folder / "m.jsonl", "w", encoding="utf-8") as manifest:
+        for number, kind in enumerate(random.choice(["asr", "sqa", "tqa"], count, p=[0.43, 0.05, 0.52])):
+            clip = {"audio_path": f"{number % 16}.wav", "language": "ko"}
+            long = SHORT * max(1, round(random.lognormal(1.0, 0.6)))
+            row = {"instruction": long, "input": "", "output": SHORT * 2}
+            row = {**clip, "transcript": SHORT} if kind == "asr" else row
+            row = {**clip, "question": SHORT, "answer": SHORT} if kind == "sqa" else row
+            manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return str(folder / "m.jsonl")
+
+
+def read_clips(manifest: str) -> dict[int, np.ndarray]:
+    """Samples of the rows that have a clip, by row number."""
+    found = {}
+    for number, line in enumerate(Path(manifest).read_text(encoding="utf-8").splitlines()):
+        path = json.loads(line).get("audio_path")
+        if path:
+            found[number] = soundfile.read(Path(manifest).parent / path, dtype="float32")[0]
+    return found
+
+
+def features_of(manifest: str, model_id: str, folder: Path, store: Any = "mel") -> Features:
+    extractor = Extractor(model_id, Storing(store, dtype="float32"))
+    return Features(featurize([manifest], extractor, folder, rows_per_shard=64, use_ray=False).folders)
+
+
+class LengthTrainer(Trainer):
+    """Groups by length; the option of the same name wants a data set of another library."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        rows: Any = self.train_dataset
+        return LengthGroupedSampler(BATCH_ROWS, lengths=rows.lengths)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Row numbers with their lengths, which Trainer groups by."""
+
+    def __init__(self, features: Features) -> None:
+        self.lengths = features.num_tokens.tolist()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: int) -> dict[str, int]:
+        return {"number": number, "length": self.lengths[number]}
+
+
+def trainer_batch(features: Features, front_end: Any, numbers: list[int]) -> dict[str, torch.Tensor]:
+    """What Trainer hands to the model: voxray's padded batch without its task column."""
+    batch = collate_training([features.row(number) for number in numbers], front_end)
+    return {name: tensor for name, tensor in batch.items() if name != "task"}
+
+
+def run_trainer(model: Any, features: Features, collate: Callable[..., Any], folder: Path, *, grouped: bool) -> float:
+    """Seconds of one epoch."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH_ROWS,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=2 if grouped else 0,
+    )
+    kind = LengthTrainer if grouped else Trainer
+    trainer = kind(model=model, args=arguments, train_dataset=Rows(features), data_collator=collate)
+    began = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - began
+
+
+def plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folder: Path) -> float:
+    """Trainer as in public scripts."""
+    extract = WhisperFeatureExtractor.from_pretrained(model_id)
+    front_end = family_of(model_id).front_end(model_id)
+    base = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(target_modules=SUFFIXES, **LORA))  # type: ignore[arg-type]
+
+    def collate(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        numbers = [item["number"] for item in items]
+        batch = trainer_batch(features, front_end, numbers)
+        heard = [clips[number] for number in numbers if number in clips]
+        if heard:
+            options = {"sampling_rate": 16_000, "padding": "max_length", "return_tensors": "pt"}
+            batch["input_features"] = extract(heard, max_length=480_000, **options).input_features
+        return batch
+
+    return run_trainer(model, features, collate, folder, grouped=False)
+
+
+def strong(model_id: str, features: Features, folder: Path) -> float:
+    """Trainer with what it offers."""
+    family = family_of(model_id)
+    front_end = family.front_end(model_id)
+    base = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
+    model = add_lora(base, family, ("llm",), model_id=model_id, r=LORA["r"], alpha=16, dropout=0.0)  # type: ignore[arg-type]
+
+    def collate(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        return trainer_batch(features, front_end, [item["number"] for item in items])
+
+    return run_trainer(model, features, collate, folder, grouped=True)
+
+
+def ours(model_id: str, features: Features, run_dir: Path) -> float:
+    """voxray's recipe as its job runs it; validation, which is none, and the final checkpoint included."""
+    run_dir.mkdir()
+    budget = round(float(features.num_tokens.mean()) * BATCH_ROWS)
+    values = {"train_jsonl": "unused", "model_id": model_id, "output_dir": str(run_dir), "epochs": 1, "lr": 1e-4}
+    values |= {"batching": "packed", "pack_tokens": max(budget, int(features.num_tokens.max()))}
+    values |= {"lora_r": LORA["r"], "lora_alpha": 16, "lora_dropout": 0.0, "store": features.store, "log_steps": 10**6}
+    settings = MultitaskSettings.model_validate(values)
+    data = multitask.Data(features.folders, ())  # type: ignore[arg-type]
+    multitask.train(settings, run_dir, data, Worker())
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return sum(record["sec"] for record in records)
+
+
+def loss_difference(model_id: str, features: Features) -> float:
+    """The library's loss against ours on the same batches, relative."""
+    family = family_of(model_id)
+    front_end = family.front_end(model_id)
+    model = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
+    worst = 0.0
+    with torch.no_grad():
+        for start in (0, 4):
+            rows = [features.row(number) for number in range(start, start + 4)]
+            batch = collate_training(rows, front_end)
+            mine = float(answer_loss(model, family, batch, 0.0).sum() / (batch["labels"] != IGNORED).sum())
+            theirs = float(model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss)
+            worst = max(worst, abs(mine - theirs) / theirs)
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--vocabularies", default="4096,131072")
+    flags = parser.parse_args()
+    warnings.simplefilter("ignore")
+    found = []
+    print("            tokens/s                        to strong       to plain")
+    print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference")
+    with tempfile.TemporaryDirectory() as name:
+        manifest = write_rows(Path(name), flags.rows)
+        for vocabulary in map(int, flags.vocabularies.split(",")):
+            folder = Path(name) / str(vocabulary)
+            folder.mkdir()
+            model_id = write_model(folder / "model", vocabulary)
+            features = features_of(manifest, model_id, folder / "f")
+            stored = features_of(manifest, model_id, folder / "f", "encoder")
+            clips = read_clips(manifest)
+            tokens = float(features.num_tokens.sum())
+            difference = loss_difference(model_id, features)
+            seconds = {
+                "plain": plain(model_id, features, clips, folder / "plain"),
+                "strong": strong(model_id, features, folder / "strong"),
+                "voxray": ours(model_id, features, folder / "ours"),
+                "cached": ours(model_id, stored, folder / "cached"),
+            }
+            rate = {kind: tokens / value for kind, value in seconds.items()}
+            ratios = (rate["voxray"] / rate["strong"], rate["cached"] / rate["strong"], rate["cached"] / rate["plain"])
+            shown = "  ".join(f"{rate[kind]:6.0f}" for kind in seconds)
+            shown += "".join(f"  {ratio:6.2f}" for ratio in ratios)
+            print(f"{vocabulary:10}  {shown}  {difference:.1e}", flush=True)
+            row = {"vocabulary": vocabulary, "loss_difference": difference, **{k: round(v) for k, v in rate.items()}}
+            found.append({**row, "ratios": [round(ratio, 2) for ratio in ratios]})
+    print(json.dumps({"benchmark": "train", "rows": found}))
+
+
+if __name__ == "__main__":
+    main()
