@@ -30,6 +30,15 @@ from voxray.models.voxtral import Voxtral
 FAMILY = Voxtral()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def tiny():
     return FAMILY.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
 

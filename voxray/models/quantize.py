@@ -54,12 +54,16 @@ def quantization(kind: str, dtype: torch.dtype, keep: Sequence[str]) -> Any:
 
 
 def settle(model: Any) -> None:
-    """Keep the scales of 8-bit weights in the layers' state, where their first forward pass would move them.
+    """Make quantised layers compute the same in training and evaluation, and after either.
 
-    On a CPU PEFT's DoRA replaces such a weight by a copy without scales, over and over; layers then took the scales of
-    the copy.
+    4 bits: on a CPU with AVX512-BF16 the first evaluation would repack the weights with scales in bfloat16, for good,
+    and so a validation would change the training after it. 8 bits: PEFT's DoRA, on a CPU, replaces a weight by a copy
+    without scales, over and over, and the layer would take those of the copy; here the scales stay in the layer's
+    state, where its first forward pass would move them.
     """
     for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
         if hasattr(module, "init_8bit_state"):
             module.init_8bit_state()
             module.register_forward_pre_hook(_ignore_copies)
