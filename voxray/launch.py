@@ -292,6 +292,9 @@ def _device(rank: int) -> torch.device:
 
 def warn_about_idle_flags(settings: ModelFlags) -> None:
     """Say which flags change nothing on this machine."""
+    unused = {"lora_r", "lora_alpha", "lora_dropout"} if getattr(settings, "tuning", "") == "full" else set()
+    for name in sorted(unused & settings.model_fields_set):
+        console.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
             if getattr(settings, name):

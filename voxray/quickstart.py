@@ -26,7 +26,7 @@ from voxray.storage import Place, write_json
 from voxray.terminal import console
 
 Values = dict[str, dict[str, float]]
-SHARED = ("model_id", "bf16", "max_len", *FeatureFlags.model_fields)
+SHARED = ("model_id", "bf16", "fp16", "quantize", "max_len", *FeatureFlags.model_fields)
 """Settings that hold for the training and for the evaluations around it."""
 
 

@@ -31,7 +31,7 @@ MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
-    *("cache_budget_gib", "features_cache_dir", "features_cache_gib"),
+    *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps"),
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 

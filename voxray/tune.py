@@ -65,6 +65,8 @@ def _check(settings: TuneSettings) -> None:
     if task not in TASKS or metric not in TASKS[task].metrics:
         known = ", ".join(f"{name}/{item}" for name, entry in TASKS.items() for item in entry.metrics)
         raise SettingsError(f"--metric {settings.metric}: not one of {known}")
+    if settings.tuning == "full":
+        raise SettingsError("--tuning full: a sweep is over LoRA ranks, which full tuning does not have")
     if not settings.val_jsonl:
         raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
 

@@ -10,26 +10,32 @@ from conftest import SPEECH, TINY
 
 from voxray.config.evaluate import InferSettings
 from voxray.config.export import ExportSettings
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.infer import run_inference
 from voxray.models import export
 from voxray.models.export import run_export
 from voxray.models.family import family_of
-from voxray.models.lora import CONFIG, WEIGHTS, add_lora, load_adapter, save_adapter, trainable_parameters
+from voxray.models.lora import CONFIG, WEIGHTS, add_lora, load_adapter, save_adapter, train_fully, trainable_parameters
 
 FAMILY = family_of(TINY)
 CPU = torch.device("cpu")
 CLIP = str(SPEECH / "sample.wav")
 
 
-def make_adapter(folder: Path, roles: tuple[str, ...] = ("projector", "llm"), seed: int = 0) -> Path:
+def make_adapter(
+    folder: Path, roles: tuple[str, ...] = ("projector", "llm"), seed: int = 0, tuning: str = "lora"
+) -> Path:
     """An adapter that changes what the model says."""
     torch.manual_seed(seed)
     base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
-    model = add_lora(base, FAMILY, roles, model_id=TINY, r=4, alpha=16, dropout=0.1)
-    for name, parameter in trainable_parameters(model):
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+    if tuning == "full":
+        model = train_fully(base, FAMILY, roles)
+    else:
+        model = add_lora(base, FAMILY, roles, model_id=TINY, r=4, alpha=16, dropout=0.1, tuning=tuning)
+    with torch.no_grad():
+        for name, parameter in trainable_parameters(model):
+            if "lora_B" in name or tuning == "full":
+                parameter += torch.randn_like(parameter) * (0.05 if tuning != "full" else 0.05)
     save_adapter(model, folder)
     return folder
 
@@ -54,6 +60,17 @@ def test_a_merged_model_answers_as_base_and_adapter(tmp_path):
     stored = json.loads((tmp_path / "e" / "export.json").read_text())
     assert stored == report and stored["versions"]["torch"] and stored["base"] == TINY
     assert not list((tmp_path / "e").glob("adapter*")), "nothing is left of the adapter"
+
+
+@pytest.mark.parametrize("tuning", ["dora", "rslora", "full"])
+def test_every_kind_of_tuning_can_be_exported(tuning, tmp_path):
+    adapter = make_adapter(tmp_path / "a", tuning=tuning)
+    report = run(adapter, tmp_path / "e", dtype="float32")
+    assert report["difference_on_disk"] < 1e-4
+    assert said(model_id=str(tmp_path / "e")) == said(lora_dir=str(adapter)) != said(model_id=TINY)
+    if tuning == "full":
+        with pytest.raises(SettingsError, match=r"--merge projector: .* holds whole weights"):
+            run(adapter, tmp_path / "f", merge="projector")
 
 
 def test_transformers_alone_loads_it(tmp_path):

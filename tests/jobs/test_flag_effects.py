@@ -33,6 +33,10 @@ TRAIN = {
     "num_actors": "other_flags::numbers_of_ray_actors",
     "strict": "training_flags::strict",
     "bf16": "training_flags::bf16",
+    "fp16": "training_flags::fp16",
+    "quantize": "training_flags::quantize",
+    "tuning": "training_flags::tuning",
+    "max_bad_steps": "training_flags::max_bad_steps",
     "tf32": "training_flags::tf32 training_flags::idle_flags_warn_without_a_gpu",
     "val_jsonl": "training_flags::val_jsonl_and_eval_steps",
     "max_len": "training_flags::max_len",
@@ -100,7 +104,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
         **dict.fromkeys(("val_jsonl", "mode"), EVALUATE_ROWS),
-        **dict.fromkeys(("per_device_bsz", "gen_max_new_tokens", "bf16", "tf32"), EVALUATE_BATCHES),
+        **dict.fromkeys(("per_device_bsz", "gen_max_new_tokens", "bf16", "fp16", "quantize", "tf32"), EVALUATE_BATCHES),
         **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "max_len": "other_flags::evaluate_max_len",
@@ -111,7 +115,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     },
     "infer": {
         **dict.fromkeys(("audio_path", "question", "language"), "other_flags::infer_clip"),
-        **dict.fromkeys(("jsonl", "output_path", "batch_size", "preview_rows", "bf16"), INFER_ROWS),
+        **dict.fromkeys(("jsonl", "output_path", "batch_size", "preview_rows", "bf16", "fp16", "quantize"), INFER_ROWS),
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),

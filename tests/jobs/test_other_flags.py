@@ -29,6 +29,11 @@ from voxray.models.lora import add_lora, save_adapter
 from voxray.models.voxtral import Voxtral
 
 CPU = torch.device("cpu")
+PRECISIONS: tuple[tuple[dict[str, Any], tuple[torch.dtype, int]], ...] = (
+    ({"fp16": True}, (torch.float16, 0)),
+    ({"quantize": "8bit"}, (torch.float32, 8)),
+    ({"quantize": "4bit", "bf16": True}, (torch.bfloat16, 4)),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,8 +67,10 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def answers(model: Any, family: Any, front_end: Any, rows: Any, **options: Any) -> list[str]:
         dtype = next(model.parameters()).dtype
+        kinds = {parameter.dtype for parameter in model.parameters()}
+        bits = 8 if torch.int8 in kinds else 4 if torch.uint8 in kinds else 0
         with_lora = any("lora" in name for name, _ in model.named_parameters())
-        seen.append({"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, **options})
+        seen.append({"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, "bits": bits, **options})
         return ["1"] * len(rows)
 
     monkeypatch.setattr(batch, "answers", answers)
@@ -133,6 +140,10 @@ def test_evaluate_batches_and_precision(
     evaluate(bf16=True, output_dir="b")
     assert {call["dtype"] for call in answered} == {torch.bfloat16}
     assert not torch.backends.cuda.matmul.allow_tf32
+    for at, (flags, seen) in enumerate(PRECISIONS):
+        answered.clear()
+        evaluate(**flags, output_dir=f"precision{at}")
+        assert {(call["dtype"], call["bits"]) for call in answered} == {seen}
 
 
 def test_evaluate_model_and_adapter(
@@ -252,6 +263,9 @@ def test_infer_rows(answered: list[dict[str, Any]], small: dict[str, str], tmp_p
     assert (answered[0]["max_new_tokens"], answered[0]["temperature"], answered[0]["seed"]) == (5, 0.5, 7)
     answer(jsonl=small["tqa.val"], output_path=str(tmp_path / "a.jsonl"), bf16=True)
     assert answered[-1]["dtype"] == torch.bfloat16
+    for flags, seen in PRECISIONS:
+        answer(jsonl=small["tqa.val"], **flags)
+        assert (answered[-1]["dtype"], answered[-1]["bits"]) == seen
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prediction"] for row in rows] == ["1"] * 4
     assert [row["reference"] for row in rows] == [row["output"] for row in read_rows(small["tqa.val"])]
@@ -374,15 +388,18 @@ def test_sweep_winner(sweep: Callable[..., dict[str, Any]], tmp_path: Path) -> N
     assert best.task_weights == {"asr": 1.0, "tqa": 2.0} and best.output_dir == str(tmp_path / "sweep" / "best")
     rows = list(csv.DictReader((tmp_path / "sweep" / "results.csv").open(encoding="utf-8")))
     assert [row["lora_r"] for row in rows] == ["4", "16", "8"], "best first"
+    with pytest.raises(SettingsError, match="--tuning full: a sweep is over LoRA ranks"):
+        sweep("--tuning full")
     with pytest.raises(SettingsError, match="--metric asr/rouge_l: not one of asr/cer_nospace"):
         sweep("--metric asr/rouge_l")
 
 
-def other_values(model: type) -> dict[str, Any]:
-    """A valid value for every field, other than its default."""
+def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
+    """A valid value for every field, other than its default; of bf16 and fp16, which exclude each other, for one."""
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
+    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "dora"}
     special |= {"store": "pcm16", "cache_dtype": "float32", "speeds": (0.8,), "noise_snr": (3.0, 4.0)}
     values = {}
     for name, info in model.model_fields.items():
@@ -390,12 +407,13 @@ def other_values(model: type) -> dict[str, Any]:
         plain = {bool: default is not True, int: (default if isinstance(default, int) else 0) + 1, str: f"a {name}"}
         plain[float] = (default if isinstance(default, float | int) else 0) + 0.5
         values[name] = special[name] if name in special else plain[kind]
-        assert values[name] != default, name
+        assert values[name] != default or name in {"bf16", "fp16"} - {half}, name
     return values
 
 
-def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    values = other_values(MultitaskSettings)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any]], tmp_path: Path, half: str) -> None:
+    values = other_values(MultitaskSettings, half)
     swept = {"task_weights": ({"asr": 2.0},), "lora_r": (4,)}
     settings = TuneSettings.model_validate({**values, **swept})
     trial = tune.trial_settings(settings, {"task_weights": {"asr": 1.0}, "lora_r": 17}, tmp_path)
@@ -408,7 +426,8 @@ def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any
 # quickstart
 
 
-def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def featurized(settings: Any, model_id: str, manifests: Any, features_dir: Path, **options: Any) -> Any:
@@ -424,7 +443,12 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(quickstart, "read_predictions", lambda folder: [])
     monkeypatch.setattr(quickstart, "_split", lambda rows, own: split.append(own) or ({}, {}))
     monkeypatch.setattr(quickstart, "_most_frequent_answer", lambda folders, settings: {})
-    values = {**other_values(QuickstartSettings), "storage_path": str(tmp_path), "output_dir": "q", "features_dir": "f"}
+    values = {
+        **other_values(QuickstartSettings, half),
+        "storage_path": str(tmp_path),
+        "output_dir": "q",
+        "features_dir": "f",
+    }
     quickstart.run_quickstart(QuickstartSettings.model_validate(values))
     assert [name for name, _ in calls] == ["featurize", "evaluate", "train", "evaluate"]
     (_, features), (_, before), (_, trained), (_, after) = calls
@@ -436,7 +460,7 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained == {**{name: values[name] for name in MultitaskSettings.model_fields}, **own}
     assert before["val_jsonl"] == after["val_jsonl"] == ("v", "b")
     for evaluation in (before, after):
-        same = (*common, "bf16", "tf32", "max_len")
+        same = (*common, "bf16", "fp16", "quantize", "tf32", "max_len")
         assert {name: evaluation[name] for name in same} == {name: values[name] for name in same}
         assert evaluation["per_device_bsz"] == values["eval_bsz"]
         assert evaluation["gen_max_new_tokens"] == values["eval_max_new_tokens"]

@@ -20,6 +20,7 @@ from voxray.config.train import MultitaskSettings
 from voxray.data import loader
 from voxray.data.loader import Loader
 from voxray.errors import RunError, SettingsError
+from voxray.models.voxtral import Voxtral
 from voxray.recipes import multitask
 from voxray.training import validate
 from voxray.training.engine import Worker
@@ -156,6 +157,53 @@ def test_bf16(train: Train) -> None:
     assert full.column("loss") == pytest.approx(half.column("loss"), rel=0.05)
 
 
+def test_fp16(train: Train) -> None:
+    full, half = train(), train(fp16=True)
+    kinds = {(parameter.requires_grad, parameter.dtype) for _, parameter in half.model.named_parameters()}
+    assert kinds >= {(False, torch.float16), (True, torch.float32)} and (True, torch.float16) not in kinds
+    assert half.column("loss_scale") == [2.0**16] and "loss_scale" not in full.records()[0]
+    assert full.column("loss") != half.column("loss")
+    assert full.column("loss") == pytest.approx(half.column("loss"), rel=0.05)
+
+
+def test_quantize(train: Train) -> None:
+    losses = {kind: train(quantize=kind).column("loss")[0] for kind in ("none", "8bit", "4bit")}
+    assert len(set(losses.values())) == 3
+    assert [losses["8bit"], losses["4bit"]] == pytest.approx([losses["none"]] * 2, rel=0.1)
+    stored = {parameter.dtype for parameter in train(quantize="4bit").model.parameters()}
+    assert stored == {torch.uint8, torch.float32}
+
+
+def test_tuning(train: Train) -> None:
+    runs = {kind: train(tuning=kind, lora_r=4, lora_alpha=8) for kind in ("lora", "dora", "rslora", "full")}
+    scales = {
+        kind: {module.scaling["default"] for module in run.model.modules() if hasattr(module, "lora_A")}
+        for kind, run in runs.items()
+    }
+    assert scales == {"lora": {2.0}, "dora": {2.0}, "rslora": {4.0}, "full": set()}
+    words = {
+        kind: {name.rpartition("lora_")[2].partition(".")[0] for name in run.adapter()} for kind, run in runs.items()
+    }
+    assert words["lora"] == words["rslora"] == {"A", "B"} and words["dora"] == {"A", "B", "magnitude_vector"}
+    counts = json.loads((runs["full"].run_dir / "parameters.json").read_text())
+    assert counts["encoder"]["trainable"] == 0
+    assert all(counts[role]["trainable"] == counts[role]["total"] > 0 for role in ("projector", "llm"))
+    for flags in ({"bf16": True}, {"fp16": True}, {"quantize": "4bit"}):
+        with pytest.raises(ValueError, match="--tuning full trains the weights themselves, in float32: leave out --"):
+            train(tuning="full", **flags)
+    with pytest.raises(ValueError, match="--bf16 and --fp16: give one of them"):
+        train(bf16=True, fp16=True)
+
+
+def test_max_bad_steps(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer_logits = Voxtral.answer_logits
+    monkeypatch.setattr(Voxtral, "answer_logits", lambda *args: answer_logits(*args) * float("nan"))
+    for limit in (1, 3):
+        line = rf"^step {limit}: .* {limit} time\(s\) in a row \(--max_bad_steps\); rows of this step: text\.jsonl:"
+        with pytest.raises(RunError, match=line):
+            train(max_steps=9, max_bad_steps=limit)
+
+
 def test_tf32(train: Train) -> None:
     seen = []
     for on in (True, False):
@@ -175,6 +223,8 @@ def test_idle_flags_warn_without_a_gpu(
     assert "warning: --tf32 has no effect" in said and "warning: --pin_memory has no effect" in said
     launch.run_training(parse_only("train_multitask", [*line.split(), "--no-pin_memory"]))
     assert "warning" not in capsys.readouterr().out
+    launch.warn_about_idle_flags(parse_only("train_multitask", [*line.split(), "--tuning", "full", "--lora_r", "4"]))
+    assert "warning: --lora_r has no effect: --tuning full has no LoRA" in capsys.readouterr().out
 
 
 def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
 from voxray.errors import RunError
@@ -19,12 +20,23 @@ from voxray.models.lora import (
     find_adapter,
     load_adapter,
     role_of,
+    roles_of_adapter,
     save_adapter,
     target_pattern,
+    train_fully,
 )
 from voxray.models.voxtral import Voxtral
 
 FAMILY = Voxtral()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny():
@@ -131,6 +143,84 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match="cannot read the adapter"):
         load_adapter(tiny(), tmp_path / "a")
+
+
+def generated(model):
+    """What a model continues four prompts with, and its logits."""
+    ids = torch.tensor([[1, 3, 500 + row, 600, 700, 4] for row in range(4)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.inference_mode():
+        return FAMILY.generate(model.eval(), batch, max_new_tokens=12, do_sample=False), model(**batch).logits
+
+
+def quantized(kind):
+    return FAMILY.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"), quantize=kind)
+
+
+def trained(kind, quantize="none"):
+    """A tiny model tuned in one of the four ways until it says something else than the base."""
+    base, roles = quantized(quantize), ("projector", "llm")
+    torch.manual_seed(0)
+    if kind == "full":
+        model = train_fully(base, FAMILY, roles)
+    else:
+        model = add_lora(base, FAMILY, roles, model_id=TINY, r=4, alpha=8, dropout=0.0, tuning=kind)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    ids = torch.tensor([[1, 3, 500, 600, 700, 4, 900, 901, 902, 903, 904, 2]])
+    for _ in range(3):
+        model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantize"),
+    [("lora", "none"), ("dora", "none"), ("rslora", "none"), ("full", "none"), ("lora", "4bit"), ("dora", "8bit")],
+)
+def test_what_was_trained_answers_the_same_when_it_is_loaded(tmp_path, kind, quantize):
+    model, fresh = trained(kind, quantize), quantized(quantize)
+    save_adapter(model, tmp_path)
+    _, before = generated(fresh)
+    loaded, num_tensors = load_adapter(fresh, tmp_path)
+    texts, scores = generated(loaded)
+    wanted_texts, wanted_scores = generated(model)
+    assert torch.equal(texts, wanted_texts) and torch.equal(scores, wanted_scores)
+    assert not torch.allclose(scores, before, atol=1e-2)
+    # two matrices for each of 2 x 7 + 2 layers, DoRA a length of every column as well
+    all_weights = sum(role_of(name, FAMILY) != "encoder" for name, _ in tiny().named_parameters())
+    assert num_tensors == {"lora": 32, "dora": 48, "rslora": 32, "full": all_weights}[kind]
+    assert base_of_adapter(tmp_path) == TINY and find_adapter(str(tmp_path)) == tmp_path
+    assert roles_of_adapter(tmp_path, FAMILY) == {"projector", "llm"}
+
+
+def test_full_tuning_trains_all_of_the_roles_but_what_is_fixed():
+    model = train_fully(tiny(), FAMILY, ("encoder", "llm"))
+    idle = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {role_of(name, FAMILY) for name in idle} == {"encoder", "projector"}
+    assert [name for name in idle if "audio_tower" in name] == ["model.audio_tower.embed_positions.weight"]
+    headless = tiny()
+    FAMILY.skip_encoder(headless)
+    with pytest.raises(RunError, match="--tuning full: the encoder has no weights to train"):
+        train_fully(headless, FAMILY, ("encoder", "llm"))
+
+
+def test_fully_tuned_weights_that_do_not_fit_are_refused(tmp_path):
+    save_adapter(trained("full"), tmp_path)
+    for kind in ("8bit", "4bit"):
+        with pytest.raises(RunError, match="fully tuned weights, which no quantised base takes; leave out --quantize"):
+            load_adapter(quantized(kind), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop("lm_head.weight")
+    for changed, message in (
+        ({}, r"it lacks 1 tensors, as lm_head\.weight"),
+        ({"lm_head.weight": head[:-1].contiguous()}, r"it has in another shape 1 tensors, as lm_head\.weight"),
+        ({"lm_head.weight": head, "other": head.clone()}, "it has, unknown to the model, 1 tensors, as other"),
+    ):
+        save_file({**tensors, **changed}, path)
+        with pytest.raises(RunError, match=f"the adapter does not fit the model: {message}"):
+            load_adapter(tiny(), tmp_path)
 
 
 def test_adapters_are_found_in_run_folders(tmp_path):

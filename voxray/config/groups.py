@@ -19,6 +19,7 @@ def _auto_or_count(value: Any) -> Any:
 
 
 AutoCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
+TaskSizes = Annotated[dict[str, int], BeforeValidator(parse_task_sizes)]
 TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
 
 
@@ -37,8 +38,19 @@ class BaseModelFlags(Settings):
 class ModelFlags(BaseModelFlags):
     bf16: bool = False
     """Hold the frozen base weights and compute in bfloat16 (else float32). LoRA weights and optimizer stay float32."""
+    fp16: bool = False
+    """The same in float16, for GPUs without bfloat16 such as a T4; training scales the loss."""
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    """Hold the language model's layers in 8 bits (LLM.int8) or 4 bits (NF4, double quantised), by bitsandbytes; the
+    rest, and computing, is float32, or as --bf16 or --fp16 say."""
     tf32: bool = False
     """Let float32 matrix products use TF32 on GPUs that have it; warns where there is none."""
+
+    @model_validator(mode="after")
+    def _one_half_precision(self) -> "ModelFlags":
+        if self.bf16 and self.fp16:
+            raise ValueError("--bf16 and --fp16: give one of them")
+        return self
 
 
 class OutputFlags(Settings):
@@ -148,6 +160,9 @@ class MaskFlags(Settings):
 
 
 class LoraFlags(Settings):
+    tuning: Literal["lora", "dora", "rslora", "full"] = "lora"
+    """What trains: LoRA; DoRA, which adapts direction and length of weights apart; rsLoRA, with scale alpha / sqrt(r);
+    or full, all weights of the projector and the language model themselves, which needs a float32 base."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
     """LoRA rank."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
@@ -155,7 +170,19 @@ class LoraFlags(Settings):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the input of every LoRA branch, as a probability."""
     freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
-    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well."""
+    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well. With --tuning
+    full it is the encoder's own weights that stay or train."""
+
+    @model_validator(mode="after")
+    def _full_tuning_is_float32(self) -> "LoraFlags":
+        """Small updates vanish in 16 bits, and there is no second copy of the weights in float32."""
+        given = [f"--{name}" for name in ("bf16", "fp16") if getattr(self, name, False)]
+        given += [f"--quantize {kind}" for kind in [getattr(self, "quantize", "none")] if kind != "none"]
+        if self.tuning == "full" and given:
+            raise ValueError(
+                f"--tuning full trains the weights themselves, in float32: leave out {' and '.join(given)}"
+            )
+        return self
 
 
 class OptimizerFlags(Settings):
@@ -169,6 +196,8 @@ class OptimizerFlags(Settings):
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the norm of all gradients to this; 0 turns clipping off."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 10
+    """Stop after so many steps in a row whose loss or gradients are not finite; each of them is skipped and counted."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability mass taken from the right token and spread over the vocabulary."""
     epochs: Annotated[int, Flag(("num_train_epochs",)), Field(ge=1)] = 3
@@ -191,7 +220,7 @@ class BatchingFlags(Settings):
     length, packed puts rows one after the other, without padding, up to --pack_tokens."""
     pack_tokens: Annotated[int, Field(ge=16)] = 4096
     """Tokens of a pack (prompts, audio and answers) with --batching packed; no row may be longer."""
-    per_task_bsz: Annotated[dict[str, int] | None, BeforeValidator(parse_task_sizes)] = None
+    per_task_bsz: TaskSizes | None = None
     """Rows of a forward pass by task, asr=4,sqa=2,tqa=8, with --batching length; each then holds one task alone."""
     curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(parse_curriculum)] = ()
     """Tasks and epochs of one phase after the other, tqa:1,tqa+asr:1,tqa+asr+sqa:3; takes the place of --epochs."""

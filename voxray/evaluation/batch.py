@@ -23,6 +23,7 @@ from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, count, metrics
 from voxray.launch import gpus_within_reach
 from voxray.models.family import family_of
 from voxray.models.lora import WEIGHTS, load_adapter
+from voxray.models.quantize import base_dtype
 from voxray.storage import Place, write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.text.normalize import KO_V1
@@ -50,6 +51,8 @@ class Generation:
         tf32: Let float32 matrix products use TF32.
         batch_size: Rows generated together.
         max_new_tokens: Longest answer.
+        fp16: Compute in float16.
+        quantize: none, 8bit or 4bit.
     """
 
     model_id: str
@@ -58,6 +61,8 @@ class Generation:
     batch_size: int
     max_new_tokens: int
     tf32: bool = False
+    fp16: bool = False
+    quantize: str = "none"
 
 
 class Answerer:
@@ -72,8 +77,8 @@ class Answerer:
         torch.backends.cuda.matmul.allow_tf32 = generation.tf32
         self.family = family_of(generation.model_id)
         self.front_end = self.family.front_end(generation.model_id)
-        dtype = torch.bfloat16 if generation.bf16 else torch.float32
-        self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device)
+        dtype, quantize = base_dtype(bf16=generation.bf16, fp16=generation.fp16), generation.quantize
+        self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device, quantize=quantize)
         if self.features.store == "encoder":
             self.family.skip_encoder(self.model)
         if generation.adapter:

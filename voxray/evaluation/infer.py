@@ -19,6 +19,7 @@ from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
+from voxray.models.quantize import base_dtype
 from voxray.run_folder import anchor
 from voxray.storage import write_atomically
 from voxray.tasks import TASKS
@@ -50,8 +51,8 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family, extractor = family_of(model_id), Extractor(model_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = family.load_model(model_id, dtype=dtype, device=device)
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    model = family.load_model(model_id, dtype=dtype, device=device, quantize=settings.quantize)
     if adapter:
         model, num_tensors = load_adapter(model, adapter)
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)

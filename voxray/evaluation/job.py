@@ -66,6 +66,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
             settings.per_device_bsz,
             settings.gen_max_new_tokens,
             settings.tf32,
+            settings.fp16,
+            settings.quantize,
         )
         with progress_bar("answers") as bar:
             metrics = evaluate(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from voxray.config.export import ExportSettings
 from voxray.data.collate import collate_training
 from voxray.data.features import FeatureRow
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import CONFIG, WEIGHTS, base_of_adapter, find_adapter, load_adapter, role_of, target_pattern
@@ -36,7 +36,7 @@ PROBE_SEC, PROBE_TEXT = 1.5, "환자는 어제부터 열이 납니다"
 
 
 def run_export(settings: ExportSettings) -> dict[str, Any]:
-    """Merge an adapter and write the model.
+    """Merge an adapter, or fully tuned weights, and write the model.
 
     Returns:
         What stands in export.json.
@@ -57,7 +57,9 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     console.print(f"adapter {adapter}: all of its {num_tensors} tensors used", markup=False)
     with_adapter = probe_logits(model, family, front_end)
     roles = list(family.roles) if settings.merge == "all" else ["projector"]
-    num_merged = merge_roles(model, family, roles)
+    if not isinstance(model, PeftModel) and settings.merge != "all":
+        raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
+    num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
     if not num_merged:
         raise RunError(f"--merge {settings.merge}: {adapter} has no part in the projector")
     difference = _difference(probe_logits(model, family, front_end), with_adapter)
@@ -149,9 +151,9 @@ def _dtype(name: str, model_id: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def _write(model: PeftModel, family: Family, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
+def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
     """Write the merged base with its tokenizer and processor files, and what was not merged as an adapter on it."""
-    base: Any = model.get_base_model()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     rest = sorted({role_of(name, family) for name, m in base.named_modules() if isinstance(m, LoraLayer)})
     if rest:
         _write_rest(model, family, folder / "adapter", rest, final)

@@ -77,11 +77,13 @@ class Family(Protocol):
     Attributes:
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
+        fixed: Names of modules whose weights never train, not even in full tuning.
     """
 
     name: str
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
+    fixed: tuple[str, ...]
 
     def front_end(self, model_id: str) -> FrontEnd: ...
 
@@ -93,7 +95,7 @@ class Family(Protocol):
 
     def skip_encoder(self, model: Any) -> None: ...
 
-    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
 
     def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor: ...
 

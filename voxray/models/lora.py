@@ -1,4 +1,4 @@
-"""LoRA by role: which parts of a model it may touch, proof that it touches nothing else, and adapters on disk.
+"""What trains, by role: LoRA or the weights themselves, proof that nothing else does, and the result on disk.
 
 Layer names alone do not say where a layer is: ``q_proj`` stands in the Whisper encoder as well as in the language
 model.
@@ -19,6 +19,7 @@ from voxray.errors import RunError
 from voxray.models.family import Family
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FULL = "full"
 
 
 def target_pattern(family: Family, roles: Sequence[str]) -> str:
@@ -37,13 +38,22 @@ def role_of(name: str, family: Family) -> str:
 
 
 def add_lora(
-    model: Any, family: Family, roles: Sequence[str], *, model_id: str, r: int, alpha: float, dropout: float
+    model: Any,
+    family: Family,
+    roles: Sequence[str],
+    *,
+    model_id: str,
+    r: int,
+    alpha: float,
+    dropout: float,
+    tuning: str = "lora",
 ) -> PeftModel:
     """Wrap a frozen base with LoRA on the given roles.
 
     Args:
         roles: Such as ("projector", "llm").
         model_id: Name or folder of the base, kept in the adapter.
+        tuning: ``lora``, ``dora`` or ``rslora``.
     Returns:
         The PEFT model; LoRA weights are float32 and the only ones that train.
     Raises:
@@ -54,6 +64,8 @@ def add_lora(
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=dropout,
         target_modules=target_pattern(family, roles),
+        use_dora=tuning == "dora",
+        use_rslora=tuning == "rslora",
         base_model_name_or_path=model_id,
     )
     matched = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
@@ -63,6 +75,22 @@ def add_lora(
     wrapped = get_peft_model(model, config)
     check_lora(wrapped, family, roles)
     return wrapped
+
+
+def train_fully(model: Any, family: Family, roles: Sequence[str]) -> Any:
+    """Let all weights of the given roles train, without LoRA.
+
+    Raises:
+        RunError: A role has no weights.
+    """
+    for name, parameter in model.named_parameters():
+        if role_of(name, family) in roles and not set(family.fixed) & set(name.split(".")):
+            parameter.requires_grad_(True)
+    counts = count_parameters(model, family)
+    for role in roles:
+        if not counts.get(role, {}).get("trainable"):
+            raise RunError(f"--tuning full: the {role} has no weights to train")
+    return model
 
 
 def check_lora(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:
@@ -87,11 +115,18 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter in PEFT's format: safetensors and a JSON configuration."""
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write what trains: an adapter in PEFT's format, or fully tuned weights in the same two files.
+
+    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_state(model).items()}
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    if not isinstance(model, PeftModel):
+        described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": sorted(tensors)}
+        (folder / CONFIG).write_text(json.dumps(described, indent=1))
+        return
     config = model.peft_config["default"]
     inference, config.inference_mode = config.inference_mode, True
     try:
@@ -100,12 +135,14 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         config.inference_mode = inference
 
 
-def _adapter_state(model: PeftModel) -> Mapping[str, torch.Tensor]:
+def _adapter_state(model: Any) -> Mapping[str, torch.Tensor]:
+    if not isinstance(model, PeftModel):
+        return dict(trainable_parameters(model))
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> int:
-    """Copy an adapter's tensors into a model that has the same LoRA layers.
+def load_adapter_weights(model: Any, folder: Path) -> int:
+    """Copy stored tensors into a model in which just these train: LoRA layers, or the weights themselves.
 
     Returns:
         Tensors copied.
@@ -124,16 +161,33 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> int:
             raise RunError(
                 f"{folder}: the adapter does not fit the model: it {what} {len(names)} tensors, as {names[0]}"
             )
-    set_peft_model_state_dict(model, tensors)
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, tensors)
+    else:
+        for name, parameter in trainable_parameters(model):
+            parameter.data.copy_(tensors[name])
     return len(tensors)
 
 
-def load_adapter(model: Any, folder: Path) -> tuple[PeftModel, int]:
-    """Wrap a base with a stored adapter, for inference.
+def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
+    """Wrap a base with a stored adapter, or put fully tuned weights in the place of its own, for inference.
 
     Returns:
-        The PEFT model in eval mode and the number of tensors matched.
+        The model in eval mode and the number of tensors matched.
+    Raises:
+        RunError: What is stored cannot be read or does not fit the base.
     """
+    described = _read_config(folder)
+    if described.get("tuning") == FULL:
+        names = set(described.get("tensors", ()))
+        for name, parameter in model.named_parameters():
+            if name in names and not parameter.is_floating_point():
+                raise RunError(
+                    f"{folder}: holds fully tuned weights, which no quantised base takes; leave out --quantize"
+                )
+            parameter.requires_grad_(name in names)
+        num_tensors = load_adapter_weights(model, folder)
+        return model.requires_grad_(False).eval(), num_tensors
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
@@ -181,7 +235,13 @@ def roles_of_adapter(folder: Path, family: Family) -> set[str]:
 
 def base_of_adapter(folder: Path) -> str:
     """The base model that an adapter was trained on, as its configuration names it."""
+    return str(_read_config(folder)["base_model_name_or_path"] or "")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] or "")
-    except (OSError, ValueError, KeyError):
+        described = json.loads((folder / CONFIG).read_text())
+        described["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{folder / CONFIG}: cannot read the adapter's configuration") from None
+    return described

@@ -22,6 +22,7 @@ from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
 from voxray.models.family import AudioFeatures, model_file, weights_below
 from voxray.models.packed import use_packed_attention
+from voxray.models.quantize import quantization, settle
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
@@ -197,20 +198,28 @@ class Voxtral:
     def front_end(self, model_id: str) -> VoxtralFrontEnd:
         return VoxtralFrontEnd(model_id)
 
-    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+    fixed: tuple[str, ...] = ("embed_positions",)  # sinusoids
+
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """Load the base with every weight frozen.
 
+        Args:
+            dtype: Type of the weights and of computing.
+            quantize: ``8bit`` or ``4bit`` quantises the language model's layers.
         Raises:
-            RunError: Weights are missing or cannot be read.
+            RunError: Weights are missing or cannot be read, or bitsandbytes is missing.
         """
         from transformers import VoxtralForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        config = quantization(quantize, dtype, keep=(ENCODER, "multi_modal_projector", "lm_head"))
+        options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
         try:
-            model: Any = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=dtype)
+            model: Any = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **options)
         except (OSError, ValueError) as error:
             raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+        settle(model)
         return model.to(device).requires_grad_(False).eval()
 
     def encoder_fingerprint(self, model_id: str) -> str:

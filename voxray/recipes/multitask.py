@@ -20,10 +20,12 @@ from voxray.data.plan import Phase, Plan, Variants
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError
 from voxray.models.family import Family, FrontEnd, family_of
-from voxray.models.lora import add_lora, count_parameters, save_adapter, trainable_parameters
+from voxray.models.lora import add_lora, count_parameters, save_adapter, train_fully, trainable_parameters
+from voxray.models.quantize import base_dtype
 from voxray.storage import Place, write_json
 from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
 from voxray.training.engine import Worker
+from voxray.training.guard import Guard
 from voxray.training.loop import Trainee, fit
 from voxray.training.monitor import Monitor
 from voxray.training.validate import first_rows_per_task, validate
@@ -126,25 +128,28 @@ def choose_rows(
 
 
 def build_trainee(settings: MultitaskSettings, family: Family, worker: Worker, *, with_encoder: bool = True) -> Trainee:
-    """Load the frozen base and add LoRA and its optimizer; the same on every worker.
+    """Load the base, choose what trains, and make its optimizer; the same on every worker.
 
     Args:
         with_encoder: False if the features are the encoder's outputs already.
     """
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    base = family.load_model(settings.model_id, dtype=dtype, device=worker.device)
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    base = family.load_model(settings.model_id, dtype=dtype, device=worker.device, quantize=settings.quantize)
     if not with_encoder:
         family.skip_encoder(base)
     roles = ("projector", "llm") if settings.freeze_whisper else ("encoder", "projector", "llm")
     torch.manual_seed(settings.seed)
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
-    model = add_lora(base, family, roles, model_id=settings.model_id, **lora)
+    if settings.tuning == "full":
+        model = train_fully(base, family, roles)
+    else:
+        model = add_lora(base, family, roles, model_id=settings.model_id, tuning=settings.tuning, **lora)
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_modes(model, family, frozen=[role for role in family.roles if role not in roles])
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
-    return Trainee(model, family, optimizer, worker)
+    return Trainee(model, family, optimizer, worker, Guard.of(fp16=settings.fp16))
 
 
 def set_modes(model: torch.nn.Module, family: Any, frozen: Sequence[str]) -> None:
@@ -171,6 +176,7 @@ def resume(run_dir: Path, trainee: Trainee, start: Progress) -> Progress:
         advice = "use --overwrite or another --output_dir"
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
     load_checkpoint(newest, trainee.model, trainee.optimizer)
+    trainee.guard.load(progress.guard)
     return progress
 
 

@@ -9,11 +9,11 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 
 from voxray.errors import RunError
 from voxray.models.lora import load_adapter_weights, save_adapter, trainable_parameters
@@ -29,14 +29,16 @@ class Progress:
         step: Optimizer steps done.
         packs_per_step: Forward passes per step over all workers, fixed when the run starts.
         data: Fingerprint of the training features.
+        guard: State of the ``Guard``: the loss scale and what was skipped.
     """
 
     step: int
     packs_per_step: int
     data: str
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
-def write_checkpoint(run_dir: Path, model: PeftModel, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+def write_checkpoint(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
     """Write a checkpoint and drop all but the newest few. Only rank 0 calls this."""
     final = run_dir / "checkpoints" / f"step-{progress.step:06d}"
     partial = final.with_name(f".{final.name}.part")
@@ -84,7 +86,7 @@ def read_progress(folder: Path) -> Progress:
         ) from None
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and moments into the model and its optimizer.
 
     Raises:

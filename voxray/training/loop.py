@@ -5,39 +5,42 @@ Shape letters: B rows, L tokens, N answer positions of a batch, V vocabulary.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import IGNORED, Batch
 from voxray.data.features import Features
 from voxray.data.loader import Loader
 from voxray.data.plan import Pack, Plan
+from voxray.errors import RunError
 from voxray.models.family import Family
 from voxray.models.lora import trainable_parameters
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import Progress, write_checkpoint
-from voxray.training.engine import Worker, sum_over_workers
+from voxray.training.engine import Worker, gather, sum_over_workers
+from voxray.training.guard import Guard
 from voxray.training.monitor import Monitor
 
 STOP_FILE = "STOP"
 """Its presence in the run folder asks the run to save itself and end after the current step."""
+ROWS_NAMED = 8
 
 
 @dataclass
 class Trainee:
     """A model in training with what belongs to it."""
 
-    model: PeftModel
+    model: Any
     family: Family
     optimizer: torch.optim.Optimizer
     worker: Worker
+    guard: Guard = field(default_factory=Guard)
 
 
 def fit(
@@ -63,7 +66,7 @@ def fit(
 
     def save() -> None:
         if worker.is_first:
-            done = Progress(step, start.packs_per_step, start.data)
+            done = Progress(step, start.packs_per_step, start.data, trainee.guard.state())
             write_checkpoint(run_dir, trainee.model, trainee.optimizer, done)
 
     for number, packs in loader.steps(start.step, num_steps):
@@ -74,6 +77,8 @@ def fit(
         record |= _speed(plan, loader.features, number, time.perf_counter() - began)
         epochs = plan.epochs_done(step)
         monitor.record("train", step, {**record, "lr": lr, "epoch": epochs})
+        if trainee.guard.bad_steps >= settings.max_bad_steps:
+            raise RunError(_bad_steps(trainee, plan, loader.features, number))
         if step % settings.log_steps == 0 or step == num_steps:
             monitor.say(f"step {step}/{num_steps}  loss {record['loss']:.4f}  lr {lr:.2e}")
         if step % settings.save_steps == 0 or step == num_steps or stop:
@@ -105,25 +110,36 @@ def train_step(
     are divided. How many tokens those are is known from the plan.
 
     Returns:
-        {"loss", "loss/<task>", "grad_norm"} over all workers, and whether any worker was asked to stop.
+        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and whether any worker was asked to stop.
     """
     tokens = _answer_tokens(plan, features, step)
     losses = torch.zeros(len(TASKS), device=trainee.worker.device)
+    loss_of_pack: list[tuple[Pack, torch.Tensor]] = []
     for pack, batch in packs:
         seed_pack(settings.seed, step, pack.number)
         batch = {name: tensor.to(trainee.worker.device, non_blocking=True) for name, tensor in batch.items()}
         loss_T = answer_loss(trainee.model, trainee.family, batch, settings.label_smoothing)
-        (loss_T.sum() * (float(pack.counts) / tokens.sum())).backward()
+        (loss_T.sum() * (float(pack.counts) / tokens.sum() * trainee.guard.scale)).backward()
         losses += loss_T.detach() * float(pack.counts)
+        loss_of_pack.append((pack, loss_T.detach().sum()))
     parameters = [parameter for _, parameter in trainable_parameters(trainee.model)]
     asked = float((run_dir / STOP_FILE).exists())
     *sums, stop = sum_over_workers(parameters, [*losses.tolist(), asked], trainee.worker)
+    trainee.guard.unscale(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"), foreach=False)
     for group in trainee.optimizer.param_groups:
         group["lr"] = lr
-    trainee.optimizer.step()
-    trainee.optimizer.zero_grad(set_to_none=True)
     record = {"loss": sum(sums) / float(tokens.sum()), "grad_norm": float(norm)}
+    if trainee.guard.allows(record["loss"], record["grad_norm"], fp16=settings.fp16):
+        trainee.optimizer.step()
+    else:
+        trainee.guard.suspects = [
+            row for pack, loss in loss_of_pack if not loss.isfinite() for row in pack.rows.tolist()
+        ]
+    trainee.optimizer.zero_grad(set_to_none=True)
+    record["skipped"] = trainee.guard.skipped
+    if settings.fp16:
+        record["loss_scale"] = trainee.guard.scale
     for name, total, count in zip(TASKS, sums, tokens, strict=True):
         if count:
             record[f"loss/{name}"] = total / float(count)
@@ -164,6 +180,17 @@ def learning_rate(settings: MultitaskSettings, step: int, num_steps: int) -> flo
 
 def _step_rows(plan: Plan, step: int) -> np.ndarray:
     return np.concatenate([pack.rows for pack in plan.step_packs(step) if pack.counts])
+
+
+def _bad_steps(trainee: Trainee, plan: Plan, features: Features, step: int) -> str:
+    """Why a run cannot go on, with the rows whose loss is no number, or else all of the step. Every worker calls it."""
+    found: list[Any] = gather(trainee.guard.suspects, trainee.worker)
+    rows = sorted({row for part in found for row in part}) or sorted(set(_step_rows(plan, step).tolist()))
+    names = ", ".join(features.ids(rows[:ROWS_NAMED])) + (
+        f" and {more} more" if (more := len(rows) - ROWS_NAMED) > 0 else ""
+    )
+    times = f"{trainee.guard.bad_steps} time(s) in a row (--max_bad_steps)"
+    return f"step {step + 1}: the loss or its gradients were no finite numbers, {times}; rows of this step: {names}"
 
 
 def _answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
