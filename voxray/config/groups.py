@@ -154,8 +154,6 @@ class LoraFlags(Settings):
     """LoRA scale; updates are multiplied by alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the input of every LoRA branch, as a probability."""
-    freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
-    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well."""
 
 
 class OptimizerFlags(Settings):
