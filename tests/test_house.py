@@ -61,7 +61,7 @@ def test_without_ray_the_library_still_imports(tmp_path):
     import sys
 
     (tmp_path / "ray.py").write_text("raise ImportError('no Ray here')")
-    code = "import voxray.launch, voxray.recipes.multitask, voxray.evaluation.infer, voxray.data.featurize"
+    code = "import voxray.launch, voxray.recipes.stage, voxray.evaluation.infer, voxray.data.featurize"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{REPOSITORY}"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags
-from voxray.config.train import MultitaskSettings
+from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
-from voxray.recipes import multitask
-from voxray.run_folder import anchor, note_data, open_run
+from voxray.models.family import family_of
+from voxray.recipes import asr_adapter, multitask, text
+from voxray.recipes.stage import Data, earlier_of
+from voxray.run_folder import add_provenance, anchor, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
 from voxray.training.engine import Worker
@@ -29,6 +31,12 @@ from voxray.watch import stop_on_signal, watched
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
 MAX_RESTARTS = 3
+RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
+    TextSettings: text.train,
+    AsrAdapterSettings: asr_adapter.train,
+    MultitaskSettings: multitask.train,
+}
+"""Every training job's recipe, by the class of its settings."""
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports travel with this poll; the default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # autoscaled nodes take minutes to come up
@@ -127,7 +135,7 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     return report
 
 
-def run_training(settings: MultitaskSettings) -> dict[str, Any]:
+def run_training(settings: TrainSettings) -> dict[str, Any]:
     """Run a training job from checked settings to its summary line.
 
     Raises:
@@ -136,7 +144,10 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
     """
     run_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
+    earlier = earlier_of(settings, family_of(settings.model_id)) if settings.init_adapter else None
     open_run(run_dir, settings, overwrite=settings.overwrite)
+    if earlier:
+        add_provenance(run_dir, init_adapter=earlier.described())
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
     warn_about_idle_flags(settings)
     num_workers = count_workers(settings.num_workers)
@@ -149,7 +160,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
             if use_ray:
                 result = on_workers(settings, run_dir, data, num_workers)
             else:
-                result = multitask.train(settings, run_dir, data, Worker(device=_device(0)))
+                result = RECIPES[type(settings)](settings, run_dir, data, Worker(device=_device(0)))
         write_json(run_dir / RESULT_FILE, result)
         return result
 
@@ -166,7 +177,7 @@ def run_training(settings: MultitaskSettings) -> dict[str, Any]:
     return result
 
 
-def training_data(settings: MultitaskSettings, run_dir: Path, *, use_ray: bool) -> multitask.Data:
+def training_data(settings: TrainSettings, run_dir: Path, *, use_ray: bool) -> Data:
     """Bring the feature sets of a training job up to date."""
     where = settings.features_dir or str(run_dir / "features")
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
@@ -180,13 +191,13 @@ def training_data(settings: MultitaskSettings, run_dir: Path, *, use_ray: bool) 
         plain_manifests=validation,
         use_ray=use_ray,
     )
-    return multitask.Data(report.folders[: len(train)], report.folders[len(train) :])
+    return Data(report.folders[: len(train)], report.folders[len(train) :])
 
 
 def on_workers(
-    settings: MultitaskSettings,
+    settings: TrainSettings,
     run_dir: Path,
-    data: multitask.Data,
+    data: Data,
     num_workers: int,
     *,
     callbacks: Sequence[Any] = (),
@@ -221,9 +232,9 @@ def on_workers(
 
 
 def _fit_once(
-    settings: MultitaskSettings,
+    settings: TrainSettings,
     run_dir: Path,
-    data: multitask.Data,
+    data: Data,
     num_workers: int,
     callbacks: Sequence[Any],
     outcome: dict[str, Any],
@@ -259,7 +270,8 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     try:
-        return multitask.train(config["settings"], run_dir, config["data"], worker, report=ray.train.report)
+        settings = config["settings"]
+        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, report=ray.train.report)
     except (RunError, SettingsError) as error:
         write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise

@@ -123,9 +123,14 @@ def _clear(run_dir: Path) -> None:
 
 def note_data(run_dir: Path, feature_sets: Iterable[Place]) -> None:
     """Add to provenance.json what the run's features were made of."""
-    path = run_dir / "provenance.json"
     sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
-    write_json(path, {**json.loads(path.read_text()), "data": sets})
+    add_provenance(run_dir, data=sets)
+
+
+def add_provenance(run_dir: Path, **facts: Any) -> None:
+    """Add to provenance.json what became known after the run was opened."""
+    path = run_dir / "provenance.json"
+    write_json(path, {**json.loads(path.read_text()), **facts})
 
 
 def provenance() -> dict[str, Any]:

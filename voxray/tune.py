@@ -13,7 +13,7 @@ from voxray.config.tune import TuneSettings
 from voxray.errors import RunError, SettingsError
 from voxray.launch import count_workers, on_workers, ray_session, training_data, warn_about_idle_flags
 from voxray.manifest import first_fault
-from voxray.recipes.multitask import Data
+from voxray.recipes.stage import Data
 from voxray.run_folder import anchor, make_folder, provenance
 from voxray.storage import write_atomically, write_json
 from voxray.tasks import TASKS

@@ -11,11 +11,13 @@ from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.parse import REPOSITORY, Settings, flag_names, flag_of, help_text, parse
 from voxray.config.quickstart import QuickstartSettings
-from voxray.config.train import MultitaskSettings
+from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.config.tune import TuneSettings
 
 NEEDED = ["--output_dir", "out", "--train_jsonl", "a.jsonl"]
 JOBS = [
+    (TextSettings, "demo_train_text.yaml"),
+    (AsrAdapterSettings, "demo_train_asr_adapter.yaml"),
     (MultitaskSettings, "demo.yaml"),
     (EvaluateSettings, "demo_evaluate.yaml"),
     (InferSettings, "demo_infer.yaml"),
@@ -118,6 +120,8 @@ def test_values_after_an_equals_sign():
         (InferSettings, ["--test_jsonl", "/v"], "jsonl", ("/v",)),
         (EvaluateSettings, ["--jsonl", "/v", "--out_dir", "here"], "output_dir", "here"),
         (EvaluateSettings, ["--jsonl", "/v", "--adapter_path", "/x"], "lora_dir", "/x"),
+        (TextSettings, ["--init_adapter", "/a/lora_stage1"], "init_adapter", "/a/lora_stage1"),
+        (AsrAdapterSettings, ["--gradient_checkpointing"], "grad_ckpt", True),
         (TuneSettings, ["--lora_r", "4,8"], "lora_r", (4, 8)),
         (
             TuneSettings,
@@ -128,7 +132,7 @@ def test_values_after_an_equals_sign():
     ],
 )
 def test_old_spellings_and_forms(model, argv: list[str], name: str, value):
-    needed = NEEDED if issubclass(model, MultitaskSettings) else []
+    needed = NEEDED if issubclass(model, TrainSettings) else []
     if model is InferSettings and "jsonl" in name:
         value = value[0]
     assert getattr(read([*needed, *argv], model), name) == value

@@ -82,6 +82,16 @@ def test_help_shows_every_flag_with_its_text() -> None:
             ("--lora_r", "--lr", "--epochs", "--bf16", "--task_weights"),
         ),
         (
+            "train_text",
+            "--output_dir o --lora_r 0 --task_weights 1,1,1",
+            ("--lora_r", "--task_weights", "--train_jsonl"),
+        ),
+        (
+            "train_asr_adapter",
+            "--train_jsonl a --output_dir o --grad_accum 0 --freeze_whisper",
+            ("--grad_accum", "--freeze_whisper"),
+        ),
+        (
             "evaluate",
             "--val_jsonl a.jsonl --per_device_bsz 0 --mode other --num_models",
             ("--per_device_bsz", "--mode"),

@@ -35,7 +35,7 @@ def make_adapter(
     with torch.no_grad():
         for name, parameter in trainable_parameters(model):
             if "lora_B" in name or tuning == "full":
-                parameter += torch.randn_like(parameter) * (0.05 if tuning != "full" else 0.05)
+                parameter += torch.randn_like(parameter) * 0.05
     save_adapter(model, folder)
     return folder
 

@@ -69,6 +69,7 @@ TRAIN = {
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
+    "init_adapter": "stages::init_adapter_is_loaded_kept_and_noted stages::init_adapter_trains_on_from_where_it_was",
     **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib", "variants"), FEATURES_TRAINED),
     **CACHE,
     **VARIANTS,
@@ -76,6 +77,13 @@ TRAIN = {
     **dict.fromkeys(("batching", "pack_tokens", "per_task_bsz"), "training_flags::batching"),
     "curriculum": "training_flags::curriculum",
 }
+PUBLISHED = {
+    flag: f"{TRAIN[flag]} stages::defaults_of_the_stages_are_the_published_ones"
+    for flag in ("lora_r", "lora_alpha", "lr", "epochs")
+}
+ONLY_MULTITASK = {"curriculum", "per_task_bsz", "freeze_whisper", "task_weights"}
+ONLY_AUDIO = {"variants", *VARIANTS, *MASKS}
+OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
 EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"
 EVALUATE_BATCHES = "other_flags::evaluate_batches_and_precision"
@@ -85,6 +93,7 @@ TO_TRIALS = "other_flags::sweep_hands_its_flags_to_every_trial"
 SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
 PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_split_and_workers"
 AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
+REACHES = "stages::flags_reach_the_recipe"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -99,6 +108,22 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "variants": "feature_flags::variants",
         **CACHE,
         **VARIANTS,
+    },
+    # The stages share one code path, which train_multitask's tests see; a flag of theirs is shown to reach it.
+    "train_text": {
+        **{flag: f"{line} {REACHES}" for flag, line in TRAIN.items() if flag not in ONLY_MULTITASK | ONLY_AUDIO},
+        **dict.fromkeys(("train_jsonl", "val_jsonl"), OF_STAGE),
+        **PUBLISHED,
+        "cuda_visible_devices": WARNS,
+    },
+    "train_asr_adapter": {
+        **{flag: f"{line} {REACHES}" for flag, line in TRAIN.items() if flag not in ONLY_MULTITASK},
+        **dict.fromkeys(("train_jsonl", "val_jsonl"), OF_STAGE),
+        **dict.fromkeys(("store", "cache_dtype"), "stages::stored_encoder_outputs_give_the_adapter_the_same_losses"),
+        **dict.fromkeys(MASKS, "feature_flags::masks stages::stored_encoder_outputs_give_the_adapter_the_same_losses"),
+        **PUBLISHED,
+        "grad_ckpt": "stages::a_frozen_language_model_recomputes_and_stays_in_eval",
+        "cuda_visible_devices": WARNS,
     },
     "train_multitask": TRAIN,
     "evaluate": {

@@ -480,6 +480,8 @@ def test_flags_that_warn(capsys: pytest.CaptureFixture[str]) -> None:
     trains = "--train_jsonl t.jsonl --output_dir o"
     for name, line, flag in (
         ("train_multitask", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("train_text", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
+        ("train_asr_adapter", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
         ("tune", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
         ("quickstart", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
         ("evaluate", "--val_jsonl v.jsonl --cuda_visible_devices 0", "cuda_visible_devices"),

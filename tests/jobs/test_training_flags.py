@@ -21,7 +21,7 @@ from voxray.data import loader
 from voxray.data.loader import Loader
 from voxray.errors import RunError, SettingsError
 from voxray.models.voxtral import Voxtral
-from voxray.recipes import multitask
+from voxray.recipes import multitask, stage
 from voxray.training import validate
 from voxray.training.engine import Worker
 from voxray.training.monitor import read_metrics
@@ -84,7 +84,7 @@ def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytes
 @pytest.fixture
 def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
     """Train the tiny model on text rows, one step if nothing else is said, and look over its shoulder."""
-    fit, collate_training, collate_packed = multitask.fit, loader.collate_training, loader.collate_packed
+    fit, collate_training, collate_packed = stage.fit, loader.collate_training, loader.collate_packed
     runs: list[Run] = []
 
     def watched_fit(trainee: Any, a_loader: Any, *args: Any) -> int:
@@ -106,7 +106,7 @@ def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         runs[-1].batches.append((len(rows), threading.current_thread().name))
         return collate_training(rows, front_end, masks)
 
-    monkeypatch.setattr(multitask, "fit", watched_fit)
+    monkeypatch.setattr(stage, "fit", watched_fit)
 
     def watched_packing(rows: Any, front_end: Any, masks: Any) -> Any:
         batch = collate_packed(rows, front_end, masks)
@@ -419,11 +419,11 @@ def test_log_steps(train: Train) -> None:
 
 
 def test_debug(train: Train, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multitask, "DEBUG_ROWS", 3)
-    monkeypatch.setattr(multitask, "DEBUG_VALIDATION_ROWS", 1)
+    monkeypatch.setattr(stage, "DEBUG_ROWS", 3)
+    monkeypatch.setattr(stage, "DEBUG_VALIDATION_ROWS", 1)
     run = train("speech", val="val", debug=True, epochs=9, per_device_bsz=9)
     assert len(run.loader.plan.rows) == 9, "three of each task"
-    assert len(run.records()) == multitask.DEBUG_STEPS == 4
+    assert len(run.records()) == stage.DEBUG_STEPS == 4
     assert {rows for rows, _ in asked} == {2}, "one of each of the two tasks"
 
 

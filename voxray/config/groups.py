@@ -169,9 +169,6 @@ class LoraFlags(Settings):
     """LoRA scale; updates are multiplied by alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Dropout on the input of every LoRA branch, as a probability."""
-    freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
-    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well. With --tuning
-    full it is the encoder's own weights that stay or train."""
 
     @model_validator(mode="after")
     def _full_tuning_is_float32(self) -> "LoraFlags":
@@ -220,13 +217,16 @@ class BatchingFlags(Settings):
     length, packed puts rows one after the other, without padding, up to --pack_tokens."""
     pack_tokens: Annotated[int, Field(ge=16)] = 4096
     """Tokens of a pack (prompts, audio and answers) with --batching packed; no row may be longer."""
+
+
+class TaskBatchingFlags(BatchingFlags):
     per_task_bsz: TaskSizes | None = None
     """Rows of a forward pass by task, asr=4,sqa=2,tqa=8, with --batching length; each then holds one task alone."""
     curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(parse_curriculum)] = ()
     """Tasks and epochs of one phase after the other, tqa:1,tqa+asr:1,tqa+asr+sqa:3; takes the place of --epochs."""
 
     @model_validator(mode="after")
-    def _sizes_need_lengths(self) -> "BatchingFlags":
+    def _sizes_need_lengths(self) -> "TaskBatchingFlags":
         if self.per_task_bsz and self.batching != "length":
             raise ValueError("--per_task_bsz: needs --batching length")
         return self

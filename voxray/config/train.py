@@ -13,6 +13,7 @@ from voxray.config.groups import (
     OptimizerFlags,
     OutputFlags,
     SharedFeatureFlags,
+    TaskBatchingFlags,
     TaskWeights,
     VariantFlags,
     WorkerFlags,
@@ -20,7 +21,7 @@ from voxray.config.groups import (
 from voxray.config.parse import CommaStrings, Flag
 
 
-class MultitaskSettings(
+class TrainSettings(
     OutputFlags,
     ModelFlags,
     EvaluationDataFlags,
@@ -29,16 +30,16 @@ class MultitaskSettings(
     BatchingFlags,
     WorkerFlags,
     SharedFeatureFlags,
-    VariantFlags,
-    MaskFlags,
 ):
+    """What every training job takes."""
+
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
     """Folder of the run; a relative one stands under --storage_path, or the current directory."""
     train_jsonl: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
     """Manifests to train on, comma separated; tasks may be mixed within and across files."""
-    task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
-    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or asr=1,sqa=1.5 (tasks not named
-    are not drawn). Without it every row is seen once per epoch."""
+    init_adapter: Annotated[str, Flag(path="input")] = ""
+    """Start from the LoRA of an earlier run or stage: a run, adapter or checkpoint folder of the same rank and alpha.
+    Parts that this job does not train stay as they are and are saved with the result."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Validate every so many optimizer steps; 0 validates after each epoch."""
     eval_max_rows: Annotated[int, Field(ge=0)] = 200
@@ -54,11 +55,53 @@ class MultitaskSettings(
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
 
+
+class TextSettings(TrainSettings):
+    """Settings of jobs/train_text.py."""
+
+
+class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags):
+    """Settings of jobs/train_asr_adapter.py."""
+
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
+    """LoRA rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """LoRA scale; updates are multiplied by alpha / r."""
+    lr: Annotated[float, Flag(("learning_rate",)), Field(gt=0)] = 1e-4
+    """Peak learning rate of AdamW."""
+    epochs: Annotated[int, Flag(("num_train_epochs",)), Field(ge=1)] = 2
+    """Passes over the data."""
+    per_device_bsz: Annotated[int, Flag(("per_device_train_batch_size",)), Field(ge=1)] = 8
+    """Rows per forward pass in one worker."""
+    grad_accum: Annotated[int, Flag(("gradient_accumulation_steps",)), Field(ge=1)] = 4
+    """Forward passes per worker and optimizer step."""
+
+    @model_validator(mode="after")
+    def _masks_need_mel(self) -> "AsrAdapterSettings":
+        refuse_masks_on_encoder_outputs(self.store, self)
+        return self
+
+
+class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlags):
+    """Settings of jobs/train_multitask.py."""
+
+    freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
+    """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well. With --tuning
+    full it is the encoder's own weights that stay or train."""
+    task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
+    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or asr=1,sqa=1.5 (tasks not named
+    are not drawn). Without it every row is seen once per epoch."""
+
     @model_validator(mode="after")
     def _encoder_outputs_are_fixed(self) -> "MultitaskSettings":
         """Stored outputs are those of the encoder as it is, for clips as they are."""
         if self.store == "encoder" and not self.freeze_whisper:
             raise ValueError("--store encoder: LoRA in the encoder (--no_freeze_whisper) changes its outputs")
-        if self.store == "encoder" and (self.freq_masks or self.time_masks):
-            raise ValueError("--store encoder: masks on features (--freq_masks, --time_masks) never reach the encoder")
+        refuse_masks_on_encoder_outputs(self.store, self)
         return self
+
+
+def refuse_masks_on_encoder_outputs(store: str, masks: MaskFlags) -> None:
+    """Masks are put on log-mel, which is not there where the encoder's outputs are stored."""
+    if store == "encoder" and (masks.freq_masks or masks.time_masks):
+        raise ValueError("--store encoder: masks on features (--freq_masks, --time_masks) never reach the encoder")

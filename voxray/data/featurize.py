@@ -216,18 +216,18 @@ def actor_pool(num_actors: int, num_items: int) -> Any:
     return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
 
 
-def write_ledger(path: Place, folders: Iterable[Place], too_long: Iterable[tuple[Features, int, str]] = ()) -> None:
-    """Gather the ledgers of feature sets, and rows over a token limit, into one quarantine.jsonl.
+def write_ledger(path: Place, folders: Iterable[Place], lost: Iterable[tuple[Features, int, str, str]] = ()) -> None:
+    """Gather the ledgers of feature sets, and rows that a job itself leaves out, into one quarantine.jsonl.
 
     Args:
         folders: Feature sets; a line that stands in several of them counts once.
-        too_long: (features, row number, message) of rows that a job itself leaves out.
+        lost: (features, row number, reason, message) of rows that a job itself leaves out.
     """
     lines = []
-    for features, row, message in too_long:
+    for features, row, reason, message in lost:
         manifest, _, line = features.source(row).rpartition(":")
         place = {"manifest": manifest, "line": int(line), "id": features.ids([row])[0]}
-        lines.append({**place, "reason": "too_long", "message": message})
+        lines.append({**place, "reason": reason, "message": message})
     ledgers = [(folder / "quarantine.jsonl").read_bytes() for folder in dict.fromkeys(folders)]
     known = dict.fromkeys(line for ledger in ledgers for line in ledger.splitlines(keepends=True))
     write_atomically(path, b"".join(known) + to_jsonl(lines))

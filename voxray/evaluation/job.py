@@ -103,7 +103,7 @@ def rows_to_answer(
     wanted = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
     too_long = np.flatnonzero(wanted & (lengths > settings.max_len))
     limit = f"over --max_len {settings.max_len}"
-    lost = [(features, int(row), f"a prompt of {lengths[row]} tokens, {limit}") for row in too_long]
+    lost = [(features, int(row), "too_long", f"a prompt of {lengths[row]} tokens, {limit}") for row in too_long]
     write_ledger(output_dir / "quarantine.jsonl", folders, lost)
     rows = np.flatnonzero(wanted & (lengths <= settings.max_len)).tolist()
     if not rows:

@@ -6,7 +6,7 @@ model.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +141,11 @@ def _adapter_state(model: Any) -> Mapping[str, torch.Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def load_adapter_weights(model: Any, folder: Path) -> int:
+def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool] = lambda name: True) -> int:
     """Copy stored tensors into a model in which just these train: LoRA layers, or the weights themselves.
 
+    Args:
+        within: Which of the model's tensors the adapter has to have.
     Returns:
         Tensors copied.
     Raises:
@@ -153,7 +155,7 @@ def load_adapter_weights(model: Any, folder: Path) -> int:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
-    wanted = _adapter_state(model)
+    wanted = {name: tensor for name, tensor in _adapter_state(model).items() if within(name)}
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     wrong = sorted(name for name in set(wanted) & set(tensors) if wanted[name].shape != tensors[name].shape)
     for names, what in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):
@@ -195,7 +197,7 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
     return wrapped.eval(), num_tensors
 
 
-def find_adapter(path: str) -> Path:
+def find_adapter(path: str, flag: str = "--lora_dir") -> Path:
     """Resolve an adapter, checkpoint or run folder to the folder that holds the adapter.
 
     A run folder gives its final adapter, else its newest checkpoint; the older scripts' ``checkpoint-N`` folders and
@@ -216,7 +218,7 @@ def find_adapter(path: str) -> Path:
     numbered = [(int(match[1]), item) for item in found if (match := re.search(r"-(\d+)$", item.name))]
     usable = sorted((number, item) for number, item in numbered if (item / CONFIG).is_file())
     if not usable:
-        raise RunError(f"--lora_dir {path}: no adapter here (no {CONFIG}, adapter folder or checkpoint)")
+        raise RunError(f"{flag} {path}: no adapter here (no {CONFIG}, adapter folder or checkpoint)")
     return usable[-1][1]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from voxray.config.train import MultitaskSettings
+from voxray.config.train import TrainSettings
 from voxray.data.collate import IGNORED, Batch
 from voxray.data.features import Features
 from voxray.data.loader import Loader
@@ -46,7 +46,7 @@ class Trainee:
 def fit(
     trainee: Trainee,
     loader: Loader,
-    settings: MultitaskSettings,
+    settings: TrainSettings,
     run_dir: Path,
     start: Progress,
     num_steps: int,
@@ -96,7 +96,7 @@ def fit(
 
 def train_step(
     trainee: Trainee,
-    settings: MultitaskSettings,
+    settings: TrainSettings,
     plan: Plan,
     features: Features,
     step: int,
@@ -168,7 +168,7 @@ def seed_pack(seed: int, step: int, pack: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
-def learning_rate(settings: MultitaskSettings, step: int, num_steps: int) -> float:
+def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
     """Learning rate of step ``step`` (from 0): linear warm-up, then the chosen shape down to 0 at the end."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)

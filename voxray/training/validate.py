@@ -39,14 +39,15 @@ def validate(
     Returns:
         {"<task>/<metric>": value} over all workers' rows, the same on every worker.
     """
-    was_training = model.training
+    in_training = [module for module in model.modules() if module.training]
     model.eval()
     mine: list[tuple[str, dict[str, int]]] = []
     for batch in length_batches(features, rows[worker.rank :: worker.world_size].tolist(), batch_size):
         stored = [features.row(number) for number in batch]
         texts = answers(model, family, front_end, stored, max_new_tokens=max_new_tokens)
         mine += [(row.task, as_row(count(row.answer, text))) for row, text in zip(stored, texts, strict=True)]
-    model.train(was_training)
+    for module in in_training:  # not model.train(), which would wake the frozen parts as well
+        module.training = True
     scored: Sequence[Any] = [item for part in gather(mine, worker) for item in part]  # type: ignore[attr-defined]
     found = {}
     for task in TASKS:

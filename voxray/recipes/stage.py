@@ -1,0 +1,309 @@
+"""What the stages of LoRA training share: rows, a trainee, the plan and the loop, for the roles and tasks of one stage.
+
+A stage is told apart by data alone (``Stage``); its recipe says which it is and calls ``train_stage``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxray.audio.augment import SpecAugment
+from voxray.config.groups import MaskFlags
+from voxray.config.train import TrainSettings
+from voxray.data.batching import Batching
+from voxray.data.collate import IGNORED, collate_training
+from voxray.data.features import Features
+from voxray.data.featurize import write_ledger
+from voxray.data.loader import Loader, Masking
+from voxray.data.plan import Phase, Plan, Variants
+from voxray.data.shards import TASK_CODES
+from voxray.errors import RunError, SettingsError
+from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
+from voxray.models.family import Family, FrontEnd, family_of
+from voxray.models.lora import add_lora, check_lora, count_parameters, save_adapter, train_fully, trainable_parameters
+from voxray.models.quantize import base_dtype
+from voxray.storage import Place, write_json
+from voxray.tasks import TASKS
+from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
+from voxray.training.engine import Worker
+from voxray.training.guard import Guard
+from voxray.training.loop import Trainee, fit
+from voxray.training.monitor import Monitor
+from voxray.training.validate import first_rows_per_task, validate
+
+DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
+
+Report = Callable[[dict[str, Any]], None]
+"""Takes each validation's metrics and the step, on every worker."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Feature sets of a run."""
+
+    train: tuple[Place, ...]
+    validation: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage of training does.
+
+    Attributes:
+        roles: Parts of the model that LoRA trains.
+        tasks: Tasks whose rows it trains on and validates with; rows of others are left out and listed.
+        task_weights: Relative shares of the rows drawn; None draws every row once per epoch.
+        per_task_bsz: Rows of a forward pass by task, for batches by length.
+        curriculum: Tasks and epochs of one phase after the other; empty draws all tasks for --epochs.
+    """
+
+    roles: tuple[str, ...]
+    tasks: tuple[str, ...] = tuple(TASKS)
+    task_weights: Mapping[str, float] | None = None
+    per_task_bsz: Mapping[str, int] | None = None
+    curriculum: tuple[Phase, ...] = ()
+
+
+Lost = tuple[Features, int, str, str]
+"""A row that is left out: (features, row number, reason, message)."""
+
+
+def train_stage(
+    stage: Stage,
+    settings: TrainSettings,
+    run_dir: Path,
+    data: Data,
+    worker: Worker,
+    report: Report = lambda metrics: None,
+) -> dict[str, Any]:
+    """Train one adapter; every worker calls this.
+
+    Args:
+        run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
+    Returns:
+        {"steps", "finished", metrics of the last validation}.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    family = family_of(settings.model_id)
+    front_end = family.front_end(settings.model_id)
+    features, held_out = Features(data.train), Features(data.validation)
+    rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out)
+    trainee, started = build_trainee(stage, settings, family, worker, with_encoder=features.store != "encoder")
+    start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
+    start = resume(run_dir, trainee, start)
+    plan = plan_of(stage, settings, features, rows, start.packs_per_step)
+    num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
+    num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
+    pin_memory = settings.pin_memory and worker.device.type == "cuda"
+    masks = Masking(masks_of(settings), settings.seed)
+    loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, pin_memory=pin_memory)
+    monitor = Monitor(run_dir, start.step, active=worker.is_first)
+    if worker.is_first:
+        write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
+        write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
+        for line in filter(None, (started, count_lost(stage, lost))):
+            monitor.say(line)
+        introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
+    last: dict[str, float] = {}
+
+    def check(step: int) -> None:
+        if len(held_out_rows):
+            sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
+            last.update(validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes))
+            monitor.record("validation", step, last)
+            monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
+        report({"step": step, **last})
+
+    step = fit(trainee, loader, settings, run_dir, start, num_steps, monitor, check)
+    finished = step >= num_steps
+    if worker.is_first and finished:
+        save_adapter(trainee.model, run_dir / "adapter")
+    monitor.close()
+    return {"steps": step, "finished": finished, **last}
+
+
+def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.ndarray, packs_per_step: int) -> Plan:
+    """The plan of a run over the rows that it may draw."""
+    variants = Variants(rows, features.sample[rows], settings.seed)
+    sizes = (settings.per_device_bsz, settings.pack_tokens, stage.per_task_bsz)
+    return Plan(
+        features.task[variants.first],
+        variants.first,
+        stage.task_weights,
+        settings.seed,
+        Batching(settings.batching, *sizes),
+        packs_per_step,
+        settings.drop_last,
+        variants,
+        features.num_tokens,
+        stage.curriculum,
+    )
+
+
+def masks_of(settings: TrainSettings) -> SpecAugment:
+    """SpecAugment as the settings have it; none for jobs without such flags."""
+    names = MaskFlags.model_fields if isinstance(settings, MaskFlags) else ()
+    return SpecAugment(**{name: getattr(settings, name) for name in names})
+
+
+def choose_rows(
+    stage: Stage, settings: TrainSettings, features: Features, held_out: Features
+) -> tuple[np.ndarray, np.ndarray, list[Lost]]:
+    """Rows to train on, rows to validate on, and those that are left out.
+
+    Raises:
+        RunError: Nothing is left to train on.
+    """
+    lost: list[Lost] = []
+    kept = []
+    for part in (features, held_out):
+        rows, too_long = part.within(settings.max_len)
+        of_stage = np.isin(part.task, [TASK_CODES[name] for name in stage.tasks])
+        limit = f"tokens, over --max_len {settings.max_len}"
+        too_long = too_long[of_stage[too_long]]
+        lost += [(part, int(row), "too_long", f"{part.num_tokens[row]} {limit}") for row in too_long]
+        others = np.flatnonzero(~of_stage)
+        others = others[np.unique(part.sample[others], return_index=True)[1]]  # not every variant of a clip
+        names = {code: name for name, code in TASK_CODES.items()}
+        message = f"this job trains on {', '.join(stage.tasks)} rows"
+        lost += [(part, int(row), "other_task", f"{names[int(part.task[row])]}: {message}") for row in others]
+        kept.append(rows[of_stage[rows]])
+    rows, held_out_rows = kept
+    limit_rows = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
+    held_out_rows = first_rows_per_task(held_out, held_out_rows, limit_rows)
+    if settings.debug:
+        rows = first_rows_per_task(features, rows, DEBUG_ROWS)
+    if not len(rows):
+        raise RunError(f"--train_jsonl: {_why_none(stage, settings, features)}")
+    return rows, held_out_rows, lost
+
+
+def _why_none(stage: Stage, settings: TrainSettings, features: Features) -> str:
+    if np.isin(features.task, [TASK_CODES[name] for name in stage.tasks]).any() or len(stage.tasks) == len(TASKS):
+        return f"no row is within --max_len {settings.max_len} tokens"
+    wanted = "; ".join(f"{name}: {', '.join(TASKS[name].keys)}" for name in stage.tasks)
+    return f"holds no row of the task that this job trains on ({wanted})"
+
+
+def count_lost(stage: Stage, lost: Sequence[Lost]) -> str:
+    """A line on the rows of other tasks; empty if there are none."""
+    others = sum(reason == "other_task" for _, _, reason, _ in lost)
+    wanted = ", ".join(stage.tasks)
+    return f"left out: {others} rows of other tasks than {wanted}, listed in quarantine.jsonl" if others else ""
+
+
+def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None:
+    """The adapter that ``--init_adapter`` names, checked against the settings."""
+    lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
+    return read_earlier(settings.init_adapter, family, store=settings.store, **lora)
+
+
+def build_trainee(
+    stage: Stage, settings: TrainSettings, family: Family, worker: Worker, *, with_encoder: bool = True
+) -> tuple[Trainee, str]:
+    """Load the base, choose what trains, and make its optimizer; the same on every worker.
+
+    Args:
+        with_encoder: False if the features are the encoder's outputs already.
+    Returns:
+        The trainee, and a line on the adapter that its LoRA starts from, if there is one.
+    """
+    earlier = earlier_of(settings, family)
+    if earlier and settings.tuning == "full":
+        raise SettingsError("--init_adapter: holds LoRA, which --tuning full has none of")
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    base = family.load_model(settings.model_id, dtype=dtype, device=worker.device, quantize=settings.quantize)
+    if not with_encoder:
+        family.skip_encoder(base)
+    torch.manual_seed(settings.seed)
+    lora = {"r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
+    adapted = [role for role in family.roles if role in stage.roles or (earlier and role in earlier.roles)]
+    if settings.tuning == "full":
+        model = train_fully(base, family, stage.roles)
+    else:
+        model = add_lora(base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, **lora)
+    started = ""
+    if earlier:
+        copied = start_from(model, family, earlier, stage.roles)
+        check_lora(model, family, stage.roles)
+        kept = [role for role in earlier.roles if role not in stage.roles]
+        started = f"LoRA starts from {earlier.folder}: {copied} tensors of {', '.join(earlier.roles)}"
+        started += f"; kept as they are: {', '.join(kept)}" if kept else ""
+    if settings.grad_ckpt:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_modes(model, family, stage.roles)
+    parameters = [parameter for _, parameter in trainable_parameters(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
+    return Trainee(model, family, optimizer, worker, Guard.of(fp16=settings.fp16)), started
+
+
+def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:
+    """Training mode in the roles that train, and eval in the others.
+
+    Layers of a frozen part that gradients pass through (the language model behind a trained projector) still recompute
+    their activations if asked to, which transformers does in training mode only; what they are made of stays in eval.
+    """
+    model.train()
+    order = list(family.roles)
+    first = min(order.index(role) for role in roles)
+    for role in order:
+        if role in roles:
+            continue
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in family.roles[role]:
+                module.eval()
+                for layer in module.modules():
+                    if order.index(role) > first and getattr(layer, "gradient_checkpointing", False):
+                        layer.training = True
+
+
+def resume(run_dir: Path, trainee: Trainee, start: Progress) -> Progress:
+    """Load the run's newest checkpoint, if it has one, and say where the run stands.
+
+    Raises:
+        RunError: The training data is not what the run started with, or the checkpoint is damaged.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        return start
+    _, newest = checkpoints[-1]
+    progress = read_progress(newest)
+    if progress.data != start.data:
+        advice = "use --overwrite or another --output_dir"
+        raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
+    load_checkpoint(newest, trainee.model, trainee.optimizer)
+    trainee.guard.load(progress.guard)
+    return progress
+
+
+def introduce(
+    monitor: Monitor,
+    model: torch.nn.Module,
+    family: Any,
+    features: Features,
+    front_end: FrontEnd,
+    plan: Plan,
+    step: int,
+    num_steps: int,
+) -> None:
+    """Say what is about to be trained on what: parameters per role, the plan, one decoded example per task."""
+    counts = count_parameters(model, family)
+    total, trainable = (sum(entry[key] for entry in counts.values()) for key in ("total", "trainable"))
+    roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
+    monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
+    kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
+    packs = plan.epoch_packs(0)
+    size = len(packs.rows) / len(packs) * plan.packs_per_step
+    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch")
+    monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
+    drawn = plan.epoch_rows(0)
+    for name in plan.rows_of_task:
+        of_task = features.task[drawn] == TASK_CODES[name]
+        if of_task.any():
+            batch = collate_training([features.row(int(drawn[of_task.argmax()]))], front_end)
+            ids, answer = batch["input_ids"][0], batch["labels"][0] != IGNORED
+            monitor.say(f"  {name}: {front_end.show(ids[~answer].tolist())} | {front_end.show(ids[answer].tolist())}")
