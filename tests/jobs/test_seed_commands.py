@@ -256,7 +256,7 @@ def test_every_job_says_first_that_no_flags_mean_the_demo(capsys: pytest.Capture
         settings = parse_only(job, [])
         said = capsys.readouterr().out
         assert said.startswith(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/"), said
-        assert getattr(settings, "model_id", TINY) == TINY
+        assert getattr(settings, "model_id", TINY) in (TINY, ""), "an adapter names its base"
 
 
 @pytest.fixture

@@ -79,6 +79,7 @@ MARKED = st.lists(PIECES, max_size=25).map("".join)
 @example("b/b/+*네/+")
 @example("(1) u/ / (2)")
 @example("((1)/(2))/(3)")
+@example("((3)/(삼))/(120/80)")
 def test_cleaning_twice_changes_nothing(raw):
     cleaned = clean_transcript(raw)
     for text in (cleaned.spelling, cleaned.phonetic):

@@ -88,19 +88,24 @@ def _clean_once(text: str, side: int, notes: set[str]) -> str:
 
 
 def _take_reading(text: str, side: int, notes: set[str]) -> str:
-    """Replace each ``(spelling)/(reading)`` by one side."""
-
-    def replace(match: re.Match[str]) -> str:
-        if all(re.search(r"\d", part) and not re.search("[가-힣]", part) for part in match.groups()):
-            notes.add("number_pair")
-            return match[0]
-        return match[side].strip()
-
-    taken = _PAIR.sub(replace, text)
-    if taken != text and any(replace(match) != match[0] for match in _PAIR.finditer(taken)):
+    """Replace each ``(spelling)/(reading)`` by one side; where that would make another pair, leave all as it is."""
+    number_pairs = [match[0] for match in _PAIR.finditer(text) if _is_number_pair(match)]
+    if number_pairs:
+        notes.add("number_pair")
+    taken = {number: _one_side(text, number) for number in (1, 2)}
+    # Both sides decide, whichever is asked for, or the two readings of one line would be cleaned by different rules.
+    if any([match[0] for match in _PAIR.finditer(found)] != number_pairs for found in taken.values()):
         notes.add("nested_brackets")
         return text
-    return taken
+    return taken[side]
+
+
+def _one_side(text: str, side: int) -> str:
+    return _PAIR.sub(lambda match: match[0] if _is_number_pair(match) else match[side].strip(), text)
+
+
+def _is_number_pair(match: re.Match[str]) -> bool:
+    return all(re.search(r"\d", part) and not re.search("[가-힣]", part) for part in match.groups())
 
 
 def _take_tags(match: re.Match[str], notes: set[str]) -> str:
