@@ -60,6 +60,17 @@ def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tup
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of this module's own, stopped after it."""
     from voxray.launch import RAY_SETTINGS

@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,21 +28,14 @@ from voxray.evaluation import batch, infer, job
 from voxray.models.lora import add_lora, save_adapter
 from voxray.models.voxtral import Voxtral
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 PRECISIONS: tuple[tuple[dict[str, Any], tuple[torch.dtype, int]], ...] = (
     ({"fp16": True}, (torch.float16, 0)),
     ({"quantize": "8bit"}, (torch.float32, 8)),
     ({"quantize": "4bit", "bf16": True}, (torch.bfloat16, 4)),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,20 +21,13 @@ from voxray.evaluation import job
 from voxray.recipes import stage
 from voxray.training.monitor import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROLE = {"train_text": "llm", "train_asr_adapter": "projector"}
 """What LoRA goes to."""
 SETTINGS = {"train_text": TextSettings, "train_asr_adapter": AsrAdapterSettings}
 TASK = {"train_text": "tqa", "train_asr_adapter": "asr"}
 SAME_LORA = ("--lora_r", "4", "--lora_alpha", "8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from voxray.training import validate
 from voxray.training.engine import Worker
 from voxray.training.monitor import read_metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 8
 
 
@@ -58,15 +60,6 @@ class Run:
 
 
 Train = Callable[..., Run]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,16 +27,9 @@ from voxray.models.lora import (
 )
 from voxray.models.voxtral import Voxtral
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILY = Voxtral()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On busy cores the threads of one small matrix product spend most of their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny():

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,10 @@ from voxray.models.voxtral import Voxtral
 from voxray.recipes.multitask import Data
 from voxray.training.loop import answer_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILY, CPU = Voxtral(), torch.device("cpu")
 QUANTIZED = ("8bit", "4bit")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def load(quantize: str = "none", dtype: torch.dtype = torch.float32) -> Any:

@@ -20,6 +20,7 @@ from voxray.manifest import BadRow, open_regular
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
 """Read by FFmpeg first: libsndfile cannot, except Opus, which FFmpeg decodes twice as fast."""
 PCM_RATE_HZ = 16_000
+PCM_SCALE = 32_768  # of 16-bit samples
 ZEROS_BYTES = 1 << 16
 """No container begins with so many zeros, as a download that never came does; decoders would search all of them."""
 MAX_MISSING_SEC = 0.5
@@ -126,6 +127,11 @@ def decode_native(
     return samples, rate_hz
 
 
+def to_pcm16(samples: np.ndarray) -> np.ndarray:
+    """Samples of full scale 1 as 16-bit integers, rounded to the nearest."""
+    return np.clip(np.rint(samples * PCM_SCALE), -PCM_SCALE, PCM_SCALE - 1).astype("<i2")
+
+
 def header_seconds(path: str) -> float:
     """Length of a file as its header says, without decoding it.
 
@@ -220,7 +226,7 @@ def _decode_pcm(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]
             num_bytes = min(num_bytes, 2 * round(length_sec * PCM_RATE_HZ))
         opened.seek(start)
         samples = np.frombuffer(opened.read(num_bytes // 2 * 2), "<i2")
-    return (samples.astype(np.float32) / 32_768)[:, None], PCM_RATE_HZ
+    return (samples.astype(np.float32) / PCM_SCALE)[:, None], PCM_RATE_HZ
 
 
 def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:

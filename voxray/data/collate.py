@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from voxray.audio.decode import PCM_SCALE
 from voxray.data.features import FeatureRow
 from voxray.data.shards import TASK_CODES
 from voxray.models.family import FrontEnd
 
 IGNORED = -100  # the label that PyTorch's cross entropy passes over
 
-PCM_SCALE = 32_768  # of 16-bit samples
 
 Batch = dict[str, torch.Tensor]
 Masks = Callable[[np.ndarray], np.ndarray] | None

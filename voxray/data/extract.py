@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from voxray.audio.augment import NONE, WaveformAugmentation, augment
-from voxray.audio.decode import Part, decode
-from voxray.data.collate import PCM_SCALE, padded_windows
+from voxray.audio.decode import Part, decode, to_pcm16
+from voxray.data.collate import padded_windows
 from voxray.manifest import BadRow, Sample, digest
 from voxray.models.family import Family, FrontEnd, family_of
 
@@ -127,8 +127,8 @@ class Extractor:
         return {**found, "num_windows": features.num_windows}
 
     def _pcm(self, samples: np.ndarray) -> dict[str, Any]:
-        pcm = np.clip(np.rint(samples * PCM_SCALE), -PCM_SCALE, PCM_SCALE - 1).astype(np.int16)
-        return {"audio": pcm, "num_frames": 0, "fill": 0.0, "num_windows": self.front_end.num_windows(len(samples))}
+        num_windows = self.front_end.num_windows(len(samples))
+        return {"audio": to_pcm16(samples), "num_frames": 0, "fill": 0.0, "num_windows": num_windows}
 
     def encode(self, rows: Sequence[Row]) -> None:
         """Put the encoder's outputs in the place of log-mel; does nothing for the other stores.

@@ -75,7 +75,12 @@ def featurize(
         RunError: A manifest is missing or holds no usable row; with ``strict``, any row is bad; or the shards would
             take more than ``max_bytes`` or more than the disk has.
     """
-    sets = _sets(manifests, plain_manifests, extractor, features_dir)
+    # Without variants the two kinds of manifests share their sets.
+    wanted = [*((manifest, True) for manifest in manifests), *((manifest, False) for manifest in plain_manifests)]
+    places = tuple(_set_of(manifest, augmented, extractor, features_dir) for manifest, augmented in wanted)
+    sets: dict[Place, tuple[str, bool]] = {}
+    for place, what in zip(places, wanted, strict=True):
+        sets.setdefault(place, what)
     # The work list is the one thing that grows with the data: about 200 bytes for every `rows_per_shard` rows.
     work = [
         WorkItem(chunk, folder, augmented, verify)
@@ -101,24 +106,11 @@ def featurize(
         _finish_set(manifest, folder, extractor, augmented, states[str(folder)])
     num_rows = sum(state.num_rows for state in states.values())
     num_bad = sum(state.num_bad for state in states.values())
-    order = [*((manifest, True) for manifest in manifests), *((manifest, False) for manifest in plain_manifests)]
-    places = tuple(_set_of(manifest, augmented, extractor, features_dir) for manifest, augmented in order)
     return FeaturizeReport(places, num_rows, num_bad, num_made, len(pids))
 
 
 def _set_of(manifest: str, augmented: bool, extractor: Extractor, features_dir: Place) -> Place:
     return set_folder(features_dir, manifest, extractor.fingerprint if augmented else extractor.plain_fingerprint)
-
-
-def _sets(
-    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
-) -> dict[Place, tuple[str, bool]]:
-    """{folder: (manifest, with variants)}; without any variants the two kinds of manifests share their sets."""
-    wanted = [*((manifest, True) for manifest in manifests), *((manifest, False) for manifest in plain_manifests)]
-    sets: dict[Place, tuple[str, bool]] = {}
-    for manifest, augmented in wanted:
-        sets.setdefault(_set_of(manifest, augmented, extractor, features_dir), (manifest, augmented))
-    return sets
 
 
 class _SetState:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from voxray.audio.decode import to_pcm16
 from voxray.tasks import Task
 from voxray.text.normalize import normalize_ko_v1
 
@@ -21,7 +22,7 @@ def audio_hash(samples: np.ndarray) -> str:
     Args:
         samples: float32, shape (num_samples,), full scale 1.
     """
-    return short_hash(np.clip(np.round(samples * 32_768), -32_768, 32_767).astype("<i2").tobytes())
+    return short_hash(to_pcm16(samples).tobytes())
 
 
 def row_text(prompt: str, answer: str) -> str:
