@@ -6,8 +6,6 @@ import pickle
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY
 
 REPOSITORY = Path(__file__).parents[1]
 CODE = sorted([*REPOSITORY.glob("voxray/**/*.py"), *REPOSITORY.glob("jobs/*.py"), *REPOSITORY.glob("tools/*.py")])
@@ -77,20 +75,14 @@ class Bomb:
 
 def test_a_pickle_bomb_in_a_checkpoint_does_not_go_off(tmp_path):
     from voxray.errors import RunError
-    from voxray.models.lora import add_lora, save_adapter, trainable_parameters
-    from voxray.models.voxtral import Voxtral
-    from voxray.training.checkpoint import load_checkpoint
+    from voxray.training.checkpoint import read_moments
 
-    family, mark = Voxtral(), tmp_path / "exploded"
-    base = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
-    model = add_lora(base, family, ("llm",), model_id=TINY, r=2, alpha=4, dropout=0.0)
-    save_adapter(model, tmp_path)
+    mark = tmp_path / "exploded"
     (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb(mark)))
     pickle.loads(pickle.dumps(Bomb(tmp_path / "proof")))
     assert (tmp_path / "proof").exists(), "the bomb works where pickles are trusted"
-    optimizer = torch.optim.AdamW([parameter for _, parameter in trainable_parameters(model)])
     with pytest.raises(RunError, match="damaged checkpoint"):
-        load_checkpoint(tmp_path, model, optimizer)
+        read_moments(tmp_path)
     assert not mark.exists()
 
 

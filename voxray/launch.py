@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from voxray.recipes.stage import Data, earlier_of
 from voxray.run_folder import add_provenance, anchor, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
+from voxray.training.checkpoint import list_checkpoints
 from voxray.training.engine import Worker
+from voxray.training.host import Host, worker_range
+from voxray.training.trouble import memory_advice
 from voxray.watch import stop_on_signal, watched
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
@@ -150,22 +153,22 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
         add_provenance(run_dir, init_adapter=earlier.described())
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
     warn_about_idle_flags(settings)
-    num_workers = count_workers(settings.num_workers)
-    use_ray = num_workers > 0
+    workers = count_workers(settings.num_workers)
+    use_ray = workers[1] > 0
 
     def work() -> dict[str, Any]:
         data = training_data(settings, run_dir, use_ray=use_ray)
         note_data(run_dir, (*data.train, *data.validation))
         with stop_on_signal(run_dir), watched(run_dir):
             if use_ray:
-                result = on_workers(settings, run_dir, data, num_workers)
+                result = on_workers(settings, run_dir, data, workers)
             else:
                 result = RECIPES[type(settings)](settings, run_dir, data, Worker(device=_device(0)))
         write_json(run_dir / RESULT_FILE, result)
         return result
 
     if use_ray:
-        with ray_session(run_dir / "ray.log", max(num_workers, MIN_ACTORS, settings.num_actors)):
+        with ray_session(run_dir / "ray.log", max(workers[1], MIN_ACTORS, settings.num_actors)):
             result = work()
     else:
         result = work()
@@ -198,54 +201,66 @@ def on_workers(
     settings: TrainSettings,
     run_dir: Path,
     data: Data,
-    num_workers: int,
+    workers: tuple[int, int],
     *,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Run the recipe in ``num_workers`` Ray Train processes; after a crash start them again from the last checkpoint.
+    """Run the recipe in Ray Train processes; after a crash start them again from the last checkpoint.
 
     Ray Train runs in a thread so that this one can take signals.
 
     Args:
+        workers: Fewest and most processes; between the two, as many as the cluster has room for.
         callbacks: Ray Train callbacks, used by sweeps.
     Raises:
-        RunError: The recipe refused its input (not tried again), or crashed more often than allowed.
+        RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
     """
-    reason = ""
-    for attempt in range(MAX_RESTARTS + 1):
+    failures, step = 0, _newest_step(run_dir)
+    while True:
         outcome: dict[str, Any] = {}
         thread = threading.Thread(
-            target=_fit_once, args=(settings, run_dir, data, num_workers, callbacks, outcome), daemon=True
+            target=_fit_once, args=(settings, run_dir, data, workers, callbacks, outcome), daemon=True
         )
         thread.start()
         while thread.is_alive():
             thread.join(0.3)  # short waits, because signals are only taken between them
         if "result" in outcome:
             return outcome["result"]
-        if (run_dir / ERROR_FILE).is_file():
-            raise_stored_error(run_dir)
-        _append_trace(run_dir / "ray.log", outcome["error"])
-        reason = _last_line(outcome["error"])
-        if attempt < MAX_RESTARTS:
-            console.print(f"a worker failed ({reason}); starting again from the last checkpoint", markup=False)
-    raise RunError(f"training failed {MAX_RESTARTS + 1} times, last with: {reason}; Ray's log: {run_dir / 'ray.log'}")
+        error = outcome["error"]
+        raise_refusal(error, run_dir)
+        _append_trace(run_dir / "ray.log", error)
+        reason = f"out of memory: {memory_advice(settings)}" if "low on memory" in str(error) else _last_line(error)
+        before, step = step, _newest_step(run_dir)
+        failures = 1 if step > before else failures + 1
+        if failures > MAX_RESTARTS:
+            log = run_dir / "ray.log"
+            raise RunError(f"training failed {failures} times at step {step}, last with: {reason}; Ray's log: {log}")
+        console.print(f"a worker failed ({reason}); starting again from step {step}", markup=False)
+
+
+def _newest_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint, 0 without one."""
+    return max((step for step, _ in list_checkpoints(run_dir)), default=0)
 
 
 def _fit_once(
     settings: TrainSettings,
     run_dir: Path,
     data: Data,
-    num_workers: int,
+    workers: tuple[int, int],
     callbacks: Sequence[Any],
     outcome: dict[str, Any],
 ) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    fewest, most = workers
     trainer = TorchTrainer(
         _worker_main,
         train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=gpus_within_reach() >= num_workers),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=most if fewest == most else workers, use_gpu=gpus_within_reach() >= fewest
+        ),
         run_config=ray.train.RunConfig(
             name=f"ray-{os.getpid()}-{threading.get_ident()}",
             storage_path=str(run_dir / "ray"),
@@ -269,18 +284,25 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    settings = config["settings"]
+    host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None)
     try:
-        settings = config["settings"]
-        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, report=ray.train.report)
+        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
     except (RunError, SettingsError) as error:
-        write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
+        with suppress(OSError):  # a full disk, of which Ray carries the news as well
+            write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
 
 
-def raise_stored_error(run_dir: Path) -> None:
-    """Raise on the driver what a worker refused."""
-    stored = json.loads((run_dir / ERROR_FILE).read_text())
-    raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
+def raise_refusal(error: Exception, run_dir: Path) -> None:
+    """Raise on the driver what a worker refused; return if it crashed in another way."""
+    if (run_dir / ERROR_FILE).is_file():
+        stored = json.loads((run_dir / ERROR_FILE).read_text())
+        raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray Train keeps what a worker raised in there
+        if isinstance(cause, RunError | SettingsError):
+            raise cause
 
 
 def gpus_within_reach() -> int:
@@ -293,9 +315,11 @@ def gpus_within_reach() -> int:
     return int(max(present, limits.get("GPU", 0)))
 
 
-def count_workers(num_workers: str | int) -> int:
-    """``auto`` is one per GPU of this machine, or one."""
-    return max(1, torch.cuda.device_count()) if num_workers == "auto" else int(num_workers)
+def count_workers(num_workers: str | int) -> tuple[int, int]:
+    """Fewest and most processes of ``2`` or ``1:4``; ``auto`` is one per GPU of this machine, or one."""
+    if num_workers == "auto":
+        num_workers = max(1, torch.cuda.device_count())
+    return worker_range(num_workers)
 
 
 def _device(rank: int) -> torch.device:

@@ -32,6 +32,8 @@ MAY_CHANGE = {
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
     *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps"),
+    *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold"),
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 

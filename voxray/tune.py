@@ -38,7 +38,7 @@ def run_sweep(settings: TuneSettings) -> dict[str, Any]:
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
-    num_workers = max(1, count_workers(settings.num_workers))
+    num_workers = max(1, count_workers(settings.num_workers)[1])
     with ray_session(output_dir / "ray.log", num_workers):
         data = training_data(settings, output_dir, use_ray=True)
         results = _tune(settings, output_dir, data, num_workers)
@@ -90,7 +90,7 @@ def _tune(settings: TuneSettings, output_dir: Path, data: Data, num_workers: int
         trial_dir = output_dir / "trials" / tune.get_context().get_trial_id()
         trial_dir.mkdir(parents=True, exist_ok=True)
         run = trial_settings(settings, choice, trial_dir)
-        on_workers(run, trial_dir, data, num_workers, callbacks=[TuneReportCallback()])
+        on_workers(run, trial_dir, data, (num_workers, num_workers), callbacks=[TuneReportCallback()])
 
     class Show(tune.Callback):
         def __init__(self, bar: Any, total: int) -> None:

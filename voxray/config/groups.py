@@ -23,6 +23,19 @@ TaskSizes = Annotated[dict[str, int], BeforeValidator(parse_task_sizes)]
 TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
 
 
+def _workers(value: Any) -> Any:
+    low, colon, high = str(value).partition(":")
+    if not colon:
+        return _auto_or_count(value)
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise ValueError("must be auto, a whole number, or a range such as 1:4")
+    return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
+
+
+Workers = Annotated[str | int, BeforeValidator(_workers)]
+"""``auto``, a number, or fewest:most."""
+
+
 class PlacementFlags(Settings):
     cuda_visible_devices: Annotated[
         str, Flag(no_effect="Ray places the workers; --num_workers says how many"), BeforeValidator(str)
@@ -233,8 +246,10 @@ class TaskBatchingFlags(BatchingFlags):
 
 
 class WorkerFlags(PlacementFlags):
-    num_workers: Annotated[AutoCount, Flag(("nproc",))] = "auto"
-    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray."""
+    num_workers: Annotated[Workers, Flag(("nproc",))] = "auto"
+    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray; 1:4 is as
+    many as the cluster has room for, and a step is then planned for the most, so that it holds the same rows with any
+    number of them."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
     """Threads that read and collate batches ahead of the model; 0 reads in line."""
     pin_memory: bool = True

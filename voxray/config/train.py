@@ -48,6 +48,17 @@ class TrainSettings(
     """Longest answer generated during validation, in tokens."""
     save_steps: Annotated[int, Field(ge=1)] = 200
     """Write a checkpoint every so many optimizer steps; one is also written at the end of the run."""
+    save_total_limit: Annotated[int, Field(ge=1)] = 3
+    """How many of the newest checkpoints are kept; the best one (--metric_for_best_model) is kept besides."""
+    metric_for_best_model: Annotated[str, Field(pattern=r"^[a-z]+/[a-z0-9_]+$")] = "overall/macro"
+    """Validation metric that says which checkpoint is best, such as asr/cer_nospace, tqa/rouge_l or sqa/loss;
+    overall/macro is the mean of all tasks' headline scores."""
+    load_best_model_at_end: bool = False
+    """Make adapter/ the best checkpoint's weights instead of the last step's."""
+    early_stopping_patience: Annotated[int, Field(ge=0)] = 0
+    """Stop after so many validations in a row without a better value of --metric_for_best_model; 0 never stops."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """How much better a value has to be to count as better."""
     log_steps: Annotated[int, Flag(("logging_steps",)), Field(ge=1)] = 10
     """Print progress every so many steps; metrics.jsonl has every step."""
     overwrite: bool = False

@@ -4,6 +4,7 @@ Layer names alone do not say where a layer is: ``q_proj`` stands in the Whisper 
 model.
 """
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -115,30 +116,32 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write what trains: an adapter in PEFT's format, or fully tuned weights in the same two files.
 
     The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names.
+
+    Args:
+        tensors: What ``adapter_tensors`` gave at some time; those of now if left out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_state(model).items()}
-    save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    stored = adapter_tensors(model) if tensors is None else tensors
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(stored.items())}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
     if not isinstance(model, PeftModel):
-        described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": sorted(tensors)}
+        described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": list(stored)}
         (folder / CONFIG).write_text(json.dumps(described, indent=1))
         return
-    config = model.peft_config["default"]
-    inference, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        config.inference_mode = inference
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
-def _adapter_state(model: Any) -> Mapping[str, torch.Tensor]:
+def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The tensors of a model's adapter, or its fully tuned weights, by the names they have on disk."""
     if not isinstance(model, PeftModel):
         return dict(trainable_parameters(model))
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool] = lambda name: True) -> int:
@@ -155,7 +158,7 @@ def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool]
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
-    wanted = {name: tensor for name, tensor in _adapter_state(model).items() if within(name)}
+    wanted = {name: tensor for name, tensor in adapter_tensors(model).items() if within(name)}
     missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
     wrong = sorted(name for name in set(wanted) & set(tensors) if wanted[name].shape != tensors[name].shape)
     for names, what in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):

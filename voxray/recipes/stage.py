@@ -3,7 +3,7 @@
 A stage is told apart by data alone (``Stage``); its recipe says which it is and calls ``train_stage``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,36 @@ from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
 from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
 from voxray.models.family import Family, FrontEnd, family_of
-from voxray.models.lora import add_lora, check_lora, count_parameters, save_adapter, train_fully, trainable_parameters
+from voxray.models.lora import (
+    add_lora,
+    check_lora,
+    count_parameters,
+    load_adapter_weights,
+    train_fully,
+    trainable_parameters,
+)
 from voxray.models.quantize import base_dtype
 from voxray.storage import Place, write_json
 from voxray.tasks import TASKS
-from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
-from voxray.training.engine import Worker
+from voxray.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    checkpoint_folder,
+    list_checkpoints,
+    publish_adapter,
+    read_moments,
+    read_progress,
+)
+from voxray.training.engine import DataParallel, Moments, Worker
 from voxray.training.guard import Guard
-from voxray.training.loop import Trainee, fit
+from voxray.training.host import HOST, Host, planned_workers
+from voxray.training.loop import Trainee, Watch, fit
 from voxray.training.monitor import Monitor
+from voxray.training.selection import Selection
+from voxray.training.trouble import named_trouble
 from voxray.training.validate import first_rows_per_task, validate
 
 DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
-
-Report = Callable[[dict[str, Any]], None]
-"""Takes each validation's metrics and the step, on every worker."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +93,7 @@ def train_stage(
     run_dir: Path,
     data: Data,
     worker: Worker,
-    report: Report = lambda metrics: None,
+    host: Host = HOST,
 ) -> dict[str, Any]:
     """Train one adapter; every worker calls this.
 
@@ -87,14 +102,27 @@ def train_stage(
     Returns:
         {"steps", "finished", metrics of the last validation}.
     """
+    with named_trouble(settings):
+        return _train_stage(stage, settings, run_dir, data, worker, host)
+
+
+def _train_stage(
+    stage: Stage, settings: TrainSettings, run_dir: Path, data: Data, worker: Worker, host: Host
+) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(settings.model_id)
     front_end = family.front_end(settings.model_id)
     features, held_out = Features(data.train), Features(data.validation)
     rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out)
-    trainee, started = build_trainee(stage, settings, family, worker, with_encoder=features.store != "encoder")
-    start = Progress(0, worker.world_size * settings.grad_accum, features.fingerprint())
-    start = resume(run_dir, trainee, start)
+    model, started = build_model(stage, settings, family, worker, with_encoder=features.store != "encoder")
+    start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
+    start, moments = resume(run_dir, model, start)
+    engine = DataParallel(model, worker, lr=settings.lr, weight_decay=settings.weight_decay)
+    engine.load_moments(moments)
+    trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
+    trainee.guard.load(start.guard)
+    selection = selection_of(settings)
+    selection.load(start.selection)
     plan = plan_of(stage, settings, features, rows, start.packs_per_step)
     num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
@@ -108,22 +136,51 @@ def train_stage(
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
         introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
-    last: dict[str, float] = {}
 
-    def check(step: int) -> None:
+    def check(step: int) -> dict[str, float]:
+        metrics: dict[str, float] = {}
         if len(held_out_rows):
             sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
-            last.update(validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes))
-            monitor.record("validation", step, last)
-            monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
-        report({"step": step, **last})
+            metrics = validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes)
+            metrics.setdefault("overall/macro", 0.0)  # MERGE: watch's
+            monitor.record("validation", step, metrics)
+            shown = "  ".join(f"{key} {value:.3f}" for key, value in metrics.items())
+            monitor.say(f"step {step}/{num_steps}  {shown}")
+        host.report({"step": step, **metrics})
+        return metrics
 
-    step = fit(trainee, loader, settings, run_dir, start, num_steps, monitor, check)
-    finished = step >= num_steps
+    writer = CheckpointWriter(run_dir, settings.save_total_limit) if worker.is_first else None
+    watch = Watch(run_dir, host.is_leaving)
+    try:
+        step = fit(trainee, loader, settings, start, num_steps, monitor, check, selection, writer, watch)
+    finally:
+        if writer:
+            writer.close()
+    finished = step >= num_steps or selection.exhausted
+    chosen = selection.best_step if settings.load_best_model_at_end and selection.best_step else step
     if worker.is_first and finished:
-        save_adapter(trainee.model, run_dir / "adapter")
+        publish_adapter(checkpoint_folder(run_dir, chosen), run_dir / "adapter")
+        for line in ending(selection, step, num_steps, chosen):
+            monitor.say(line)
     monitor.close()
-    return {"steps": step, "finished": finished, **last}
+    best = {"best_step": selection.best_step, "best_value": selection.best_value} if selection.best_step else {}
+    return {"steps": step, "finished": finished, "adapter_step": chosen, **best, **selection.last}
+
+
+def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:
+    """What is said at the end of a finished run: why it ended, what was best, and which weights the adapter has."""
+    if step < num_steps:
+        yield f"early stopping at step {step}: {selection.waited} validations without a better {selection.metric}"
+    if selection.best_step:
+        yield f"best {selection.metric}: {selection.best_value:.4f} at step {selection.best_step}"
+    if chosen != step:
+        yield f"the adapter is that of step {chosen} (--load_best_model_at_end)"
+
+
+def selection_of(settings: TrainSettings) -> Selection:
+    """Early stopping and the best checkpoint as the settings have them."""
+    patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
+    return Selection(settings.metric_for_best_model, patience, threshold)
 
 
 def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.ndarray, packs_per_step: int) -> Plan:
@@ -202,15 +259,15 @@ def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None
     return read_earlier(settings.init_adapter, family, store=settings.store, **lora)
 
 
-def build_trainee(
+def build_model(
     stage: Stage, settings: TrainSettings, family: Family, worker: Worker, *, with_encoder: bool = True
-) -> tuple[Trainee, str]:
-    """Load the base, choose what trains, and make its optimizer; the same on every worker.
+) -> tuple[Any, str]:
+    """Load the base and choose what trains; the same on every worker.
 
     Args:
         with_encoder: False if the features are the encoder's outputs already.
     Returns:
-        The trainee, and a line on the adapter that its LoRA starts from, if there is one.
+        The model, and a line on the adapter that its LoRA starts from, if there is one.
     """
     earlier = earlier_of(settings, family)
     if earlier and settings.tuning == "full":
@@ -236,9 +293,7 @@ def build_trainee(
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_modes(model, family, stage.roles)
-    parameters = [parameter for _, parameter in trainable_parameters(model)]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
-    return Trainee(model, family, optimizer, worker, Guard.of(fp16=settings.fp16)), started
+    return model, started
 
 
 def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:
@@ -261,23 +316,27 @@ def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> N
                         layer.training = True
 
 
-def resume(run_dir: Path, trainee: Trainee, start: Progress) -> Progress:
-    """Load the run's newest checkpoint, if it has one, and say where the run stands.
+def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moments]:
+    """Load the weights of the run's newest checkpoint, if it has one, and say where the run stands.
 
+    Returns:
+        The progress, and the optimizer's moments.
     Raises:
         RunError: The training data is not what the run started with, or the checkpoint is damaged.
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
-        return start
+        return start, {}
     _, newest = checkpoints[-1]
     progress = read_progress(newest)
     if progress.data != start.data:
         advice = "use --overwrite or another --output_dir"
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
-    load_checkpoint(newest, trainee.model, trainee.optimizer)
-    trainee.guard.load(progress.guard)
-    return progress
+    moments = read_moments(newest)
+    if moments and set(moments) != {name for name, _ in trainable_parameters(model)}:
+        raise RunError(f"{newest}: moments of other parameters than the model's")
+    load_adapter_weights(model, newest)
+    return progress, moments
 
 
 def introduce(

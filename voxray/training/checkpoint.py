@@ -1,14 +1,16 @@
 """Checkpoints: everything a run needs to go on, independent of the number of workers.
 
 A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (so it serves for inference as
-it is), the optimizer's moments and the step. Since the data order and all randomness follow from (seed, step, pack),
-there is nothing else to keep. It is written under another name and renamed when complete.
+it is), the optimizer's moments and where the run stands. Since the data order and all randomness follow from (seed,
+step, pack), there is nothing else to keep. It is written under another name and renamed when complete, in the
+background: training goes on with the next step as soon as a copy of the weights is in memory.
 """
 
 import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,10 @@ from typing import Any
 import torch
 
 from voxray.errors import RunError
-from voxray.models.lora import load_adapter_weights, save_adapter, trainable_parameters
+from voxray.models.lora import CONFIG, WEIGHTS, save_adapter
+from voxray.training.engine import State
 
-KEPT = 3
+FOLDER, MOMENTS, PROGRESS = "checkpoints", "optimizer.pt", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -30,44 +33,108 @@ class Progress:
         packs_per_step: Forward passes per step over all workers, fixed when the run starts.
         data: Fingerprint of the training features.
         guard: State of the ``Guard``: the loss scale and what was skipped.
+        selection: State of the ``Selection``: what the validations found.
     """
 
     step: int
     packs_per_step: int
     data: str
     guard: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
 
 
-def write_checkpoint(run_dir: Path, model: Any, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
-    """Write a checkpoint and drop all but the newest few. Only rank 0 calls this."""
-    final = run_dir / "checkpoints" / f"step-{progress.step:06d}"
-    partial = final.with_name(f".{final.name}.part")
-    for leftover in (partial, final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_adapter(model, partial)
-    state = optimizer.state_dict()["state"]
-    names = [name for name, _ in trainable_parameters(model)]
-    torch.save({names[number]: entry for number, entry in state.items()}, partial / "optimizer.pt")
-    (partial / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
-    for path in partial.iterdir():
-        _flush_to_disk(path)
-    os.replace(partial, final)
-    for _, old in list_checkpoints(run_dir)[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time, and drops old ones. Only rank 0 has one.
+
+    Args:
+        run_dir: The run folder.
+        kept: How many of the newest checkpoints stay.
+    """
+
+    def __init__(self, run_dir: Path, kept: int) -> None:
+        self._run_dir, self._kept = run_dir, kept
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: Future[None] | None = None
+        for leftover in (run_dir / FOLDER).glob(".*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def write(self, model: Any, state: State, progress: Progress, best_step: int | None) -> None:
+        """Begin to write a checkpoint, after the one before it is done.
+
+        Args:
+            model: Gives the adapter's configuration.
+            best_step: Step of a checkpoint that stays however old it is.
+        Raises:
+            RunError: The one before it could not be written.
+        """
+        self.wait()
+        self._under_way = self._thread.submit(self._write, model, state, progress, best_step)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            RunError: It could not be written.
+        """
+        if self._under_way:
+            self._under_way.result()
+        self._under_way = None
+
+    def check(self) -> None:
+        """The same without waiting for what is still being written."""
+        if self._under_way and self._under_way.done():
+            self.wait()
+
+    def close(self) -> None:
+        """Wait, and end the thread; an error that was not asked for yet is dropped, another one is on its way."""
+        self._thread.shutdown()
+
+    def _write(self, model: Any, state: State, progress: Progress, best_step: int | None) -> None:
+        final = checkpoint_folder(self._run_dir, progress.step)
+        partial = final.with_name(f".{final.name}.part")
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            save_adapter(model, partial, state.tensors)
+            torch.save(state.moments, partial / MOMENTS)
+            (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+            for path in partial.iterdir():
+                _flush_to_disk(path)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _flush_to_disk(final.parent)
+        except Exception as error:  # a full disk has another type in safetensors, in PyTorch and in Python
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{final}: cannot write the checkpoint: {reason}; {_left(self._run_dir)}") from None
+        for step, old in list_checkpoints(self._run_dir)[: -self._kept]:
+            if step != best_step:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _left(run_dir: Path) -> str:
+    steps = [step for step, _ in list_checkpoints(run_dir)]
+    return f"the same command goes on from step {steps[-1]}" if steps else "there is no earlier one"
 
 
 def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / FOLDER / f"step-{step:06d}"
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the complete checkpoints of a run, oldest first."""
     found = []
-    for path in (run_dir / "checkpoints").glob("step-*"):
+    for path in (run_dir / FOLDER).glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / "progress.json").is_file():
+        if match and (path / PROGRESS).is_file():
             found.append((int(match[1]), path))
     return sorted(found)
 
@@ -79,26 +146,30 @@ def read_progress(folder: Path) -> Progress:
         RunError: The file is damaged.
     """
     try:
-        return Progress(**json.loads((folder / "progress.json").read_text()))
+        return Progress(**json.loads((folder / PROGRESS).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(
-            f"{folder / 'progress.json'}: damaged checkpoint ({error}); delete the folder to go on"
-        ) from None
+        raise RunError(f"{folder / PROGRESS}: damaged checkpoint ({error}); delete the folder to go on") from None
 
 
-def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and moments into the model and its optimizer.
+def read_moments(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the optimizer's moments of a checkpoint.
 
     Raises:
-        RunError: A file is missing or damaged, or it belongs to another model or optimizer.
+        RunError: The file is missing or damaged.
     """
-    load_adapter_weights(model, folder)
     try:
-        stored = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
+        return torch.load(folder / MOMENTS, weights_only=True, map_location="cpu")
     except Exception:  # unpickling a damaged file raises almost anything, none of it fit for people
-        raise RunError(f"{folder}: damaged checkpoint (optimizer.pt); delete the folder to go on") from None
-    names = [name for name, _ in trainable_parameters(model)]
-    if set(stored) != set(names):
-        raise RunError(f"{folder / 'optimizer.pt'}: moments of other parameters than the model's")
-    state = {number: stored[name] for number, name in enumerate(names)}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise RunError(f"{folder}: damaged checkpoint ({MOMENTS}); delete the folder to go on") from None
+
+
+def publish_adapter(checkpoint: Path, folder: Path) -> None:
+    """Copy a checkpoint's adapter to where the run's result belongs, whole or not at all."""
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(checkpoint / name, partial / name)
+        _flush_to_disk(partial / name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

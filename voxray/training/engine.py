@@ -6,11 +6,14 @@ projector without gradients on some ranks), and its order of additions never cha
 bit on any number of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from voxray.models.lora import adapter_tensors, trainable_parameters
 
 CPU = torch.device("cpu")
 
@@ -32,6 +35,104 @@ class Worker:
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+
+Moments = dict[str, dict[str, torch.Tensor]]
+"""{parameter name: what the optimizer knows of it}."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What training has changed, in memory of the CPU, the same for any number of workers.
+
+    Attributes:
+        tensors: The adapter's tensors, by the names they have in its file.
+        moments: The optimizer's.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    moments: Moments
+
+
+class Engine(Protocol):
+    """How several workers take a step together. Every worker makes the same calls, in the same order."""
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of one forward pass to those of the step; ``last`` marks the step's last one."""
+
+    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
+        """Add up gradients and a few numbers over the workers, and clip.
+
+        Args:
+            scale: What the losses were multiplied with; gradients are divided by it.
+            max_norm: Largest norm of all gradients; 0 leaves them.
+        Returns:
+            The sums, and the norm before clipping.
+        """
+        ...
+
+    def apply(self, lr: float) -> None:
+        """Take the step with this learning rate and forget the gradients."""
+
+    def drop(self) -> None:
+        """Forget the gradients without taking the step."""
+
+    def state(self) -> State:
+        """A copy of what a checkpoint keeps."""
+        ...
+
+    def load_moments(self, moments: Moments) -> None:
+        """Put the optimizer's moments back, those of all that trains or none; the weights are in the model already."""
+
+
+class DataParallel:
+    """Plain data parallelism: every worker holds the whole model and optimizer.
+
+    Args:
+        model: On every worker with the same weights.
+    """
+
+    def __init__(self, model: Any, worker: Worker, *, lr: float, weight_decay: float) -> None:
+        self.model, self.worker = model, worker
+        self._named = trainable_parameters(model)
+        self._parameters = [parameter for _, parameter in self._named]
+        # fused gives other bits than foreach and plain, so one of them for good
+        self.optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
+        sums = sum_over_workers(self._parameters, scalars, self.worker)
+        if scale != 1:
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 / scale)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm or float("inf"), foreach=False)
+        return sums, float(norm)
+
+    def apply(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.drop()
+
+    def drop(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        stored = self.optimizer.state_dict()["state"]
+        moments = {self._named[number][0]: _copied(entry) for number, entry in stored.items()}
+        return State(_copied(adapter_tensors(self.model)), moments)
+
+    def load_moments(self, moments: Moments) -> None:
+        state = {number: moments[name] for number, (name, _) in enumerate(self._named) if moments}
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A copy that the next step does not change, on the CPU."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence[float], worker: Worker) -> list[float]:

@@ -9,11 +9,8 @@ gradients overflow and doubled after ``GROWTH_STEPS`` good steps, as in torch.am
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 FIRST_SCALE = 2.0**16
 GROWTH_STEPS = 2000
@@ -41,13 +38,6 @@ class Guard:
     @classmethod
     def of(cls, *, fp16: bool) -> "Guard":
         return cls(scale=FIRST_SCALE if fp16 else 1.0)
-
-    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Divide gradients, already summed over the workers, by the scale."""
-        if self.scale != 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / self.scale)
 
     def allows(self, loss: float, norm: float, *, fp16: bool) -> bool:
         """Whether the optimizer may step; takes note of it either way.

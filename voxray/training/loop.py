@@ -4,7 +4,7 @@ Shape letters: B rows, L tokens, N answer positions of a batch, V vocabulary.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,20 @@ from voxray.data.loader import Loader
 from voxray.data.plan import Pack, Plan
 from voxray.errors import RunError
 from voxray.models.family import Family
-from voxray.models.lora import trainable_parameters
 from voxray.tasks import TASKS
-from voxray.training.checkpoint import Progress, write_checkpoint
-from voxray.training.engine import Worker, gather, sum_over_workers
+from voxray.training.checkpoint import CheckpointWriter, Progress
+from voxray.training.engine import Engine, Worker, gather
 from voxray.training.guard import Guard
 from voxray.training.monitor import Monitor
+from voxray.training.selection import Selection
 
 STOP_FILE = "STOP"
 """Its presence in the run folder asks the run to save itself and end after the current step."""
 ROWS_NAMED = 8
+
+
+LOOK_SEC = 5.0
+"""How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
 
 
 @dataclass
@@ -38,59 +42,101 @@ class Trainee:
 
     model: Any
     family: Family
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     worker: Worker
     guard: Guard = field(default_factory=Guard)
+
+
+@dataclass
+class Watch:
+    """What ends or saves a run between its steps.
+
+    Attributes:
+        run_dir: Where ``STOP_FILE`` may appear.
+        is_leaving: Whether the machine of any worker is about to go; every worker asks at the same step.
+    """
+
+    run_dir: Path
+    is_leaving: Callable[[], bool]
+    looked: float = field(default_factory=time.monotonic)
+
+    def flags(self) -> list[float]:
+        """What this worker wants, to be added up over the workers: to stop, and to look."""
+        return [float((self.run_dir / STOP_FILE).exists()), float(time.monotonic() - self.looked > LOOK_SEC)]
+
+    def verdict(self, stop: float, look: float) -> tuple[bool, bool]:
+        """From the sums: whether the run stops, and whether a machine is about to go."""
+        leaving = False
+        if look:
+            leaving = self.is_leaving()
+            self.looked = time.monotonic()
+        return stop > 0, leaving
 
 
 def fit(
     trainee: Trainee,
     loader: Loader,
     settings: TrainSettings,
-    run_dir: Path,
     start: Progress,
     num_steps: int,
     monitor: Monitor,
-    validate: Callable[[int], None],
+    validate: Callable[[int], dict[str, float]],
+    selection: Selection,
+    writer: CheckpointWriter | None,
+    watch: Watch,
 ) -> int:
     """Train from ``start.step`` to ``num_steps``.
 
     Args:
         start: Where the run stands; its ``packs_per_step`` and ``data`` go into every checkpoint.
-        validate: Called with the step on every worker, at the steps the settings ask for and at the end.
+        validate: Called with the step on every worker, at the steps the settings ask for and at the end; gives the
+            same metrics to all.
+        selection: Keeps the best validation, and says when early stopping ends the run.
+        writer: On rank 0; its last checkpoint is on disk when this returns.
+        watch: What may end or save the run early.
     Returns:
-        Steps done; fewer than ``num_steps`` if the run was asked to stop.
+        Steps done; fewer than ``num_steps`` if the run was asked to stop or early stopping ended it.
     """
-    plan, worker = loader.plan, trainee.worker
-    step, saved = start.step, start.step
+    plan, step = loader.plan, start.step
 
     def save() -> None:
-        if worker.is_first:
-            done = Progress(step, start.packs_per_step, start.data, trainee.guard.state())
-            write_checkpoint(run_dir, trainee.model, trainee.optimizer, done)
+        state = trainee.engine.state()
+        if writer:
+            done = Progress(step, start.packs_per_step, start.data, trainee.guard.state(), selection.state())
+            writer.write(trainee.model, state, done, selection.best_step)
 
-    for number, packs in loader.steps(start.step, num_steps):
+    def is_due(step: int) -> bool:
+        epochs = plan.epochs_done(step)
+        due = step % settings.eval_steps == 0 if settings.eval_steps else epochs == int(epochs)
+        return step > 0 and (due or step == num_steps)
+
+    if is_due(step) and selection.last_step < step:  # asked to stop before this validation
+        selection.take(step, validate(step))
+        save()
+    for number, packs in loader.steps(step, 0 if selection.exhausted else num_steps):
         began = time.perf_counter()
         lr = learning_rate(settings, number, num_steps)
-        record, stop = train_step(trainee, settings, plan, loader.features, number, packs, lr, run_dir)
+        record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.flags())
         step = number + 1
+        stop, leaving = watch.verdict(*asked)
         record |= _speed(plan, loader.features, number, time.perf_counter() - began)
-        epochs = plan.epochs_done(step)
-        monitor.record("train", step, {**record, "lr": lr, "epoch": epochs})
+        monitor.record("train", step, {**record, "lr": lr, "epoch": plan.epochs_done(step)})
         if trainee.guard.bad_steps >= settings.max_bad_steps:
             raise RunError(_bad_steps(trainee, plan, loader.features, number))
         if step % settings.log_steps == 0 or step == num_steps:
             monitor.say(f"step {step}/{num_steps}  loss {record['loss']:.4f}  lr {lr:.2e}")
-        if step % settings.save_steps == 0 or step == num_steps or stop:
+        better = is_due(step) and not stop and selection.take(step, validate(step))
+        ends = stop or selection.exhausted or step == num_steps
+        if better or ends or leaving or step % settings.save_steps == 0:
             save()
-            saved = step
-        if stop:
-            monitor.say(f"asked to stop: saved at step {step}")
+        if leaving:
+            monitor.say(f"a machine is about to go: saved at step {step}")
+        if writer:
+            writer.check()
+        if ends:
             break
-        due = step % settings.eval_steps == 0 if settings.eval_steps else epochs == int(epochs)
-        if due or step == num_steps:
-            validate(step)
-    assert saved == step, "a run ends with a checkpoint of its last step"
+    if writer:
+        writer.wait()
     return step
 
 
@@ -102,48 +148,48 @@ def train_step(
     step: int,
     packs: list[tuple[Pack, Batch]],
     lr: float,
-    run_dir: Path,
-) -> tuple[dict[str, float], bool]:
+    flags: Sequence[float] = (),
+) -> tuple[dict[str, float], list[float]]:
     """One optimizer step on this worker's packs.
 
     The loss is the mean over the answer tokens of the whole step, on all workers, so it does not depend on how the rows
     are divided. How many tokens those are is known from the plan.
 
+    Args:
+        flags: Numbers to add up over the workers in the same message as the losses.
     Returns:
-        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and whether any worker was asked to stop.
+        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the flags.
     """
     tokens = _answer_tokens(plan, features, step)
     losses = torch.zeros(len(TASKS), device=trainee.worker.device)
     loss_of_pack: list[tuple[Pack, torch.Tensor]] = []
-    for pack, batch in packs:
+    for number, (pack, batch) in enumerate(packs, 1):
         seed_pack(settings.seed, step, pack.number)
         batch = {name: tensor.to(trainee.worker.device, non_blocking=True) for name, tensor in batch.items()}
         loss_T = answer_loss(trainee.model, trainee.family, batch, settings.label_smoothing)
-        (loss_T.sum() * (float(pack.counts) / tokens.sum() * trainee.guard.scale)).backward()
+        weight = float(pack.counts) / tokens.sum() * trainee.guard.scale
+        trainee.engine.backward(loss_T.sum() * weight, last=number == len(packs))
         losses += loss_T.detach() * float(pack.counts)
         loss_of_pack.append((pack, loss_T.detach().sum()))
-    parameters = [parameter for _, parameter in trainable_parameters(trainee.model)]
-    asked = float((run_dir / STOP_FILE).exists())
-    *sums, stop = sum_over_workers(parameters, [*losses.tolist(), asked], trainee.worker)
-    trainee.guard.unscale(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm or float("inf"), foreach=False)
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = lr
-    record = {"loss": sum(sums) / float(tokens.sum()), "grad_norm": float(norm)}
-    if trainee.guard.allows(record["loss"], record["grad_norm"], fp16=settings.fp16):
-        trainee.optimizer.step()
+    numbers, norm = trainee.engine.reduce(
+        [*losses.tolist(), *flags], scale=trainee.guard.scale, max_norm=settings.max_grad_norm
+    )
+    sums, asked = numbers[: len(TASKS)], numbers[len(TASKS) :]
+    record = {"loss": sum(sums) / float(tokens.sum()), "grad_norm": norm}
+    if trainee.guard.allows(record["loss"], norm, fp16=settings.fp16):
+        trainee.engine.apply(lr)
     else:
+        trainee.engine.drop()
         trainee.guard.suspects = [
             row for pack, loss in loss_of_pack if not loss.isfinite() for row in pack.rows.tolist()
         ]
-    trainee.optimizer.zero_grad(set_to_none=True)
     record["skipped"] = trainee.guard.skipped
     if settings.fp16:
         record["loss_scale"] = trainee.guard.scale
     for name, total, count in zip(TASKS, sums, tokens, strict=True):
         if count:
             record[f"loss/{name}"] = total / float(count)
-    return record, stop > 0
+    return record, asked
 
 
 def answer_loss(model: Any, family: Family, batch: Batch, label_smoothing: float) -> torch.Tensor:

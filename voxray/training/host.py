@@ -1,0 +1,34 @@
+"""What the program around a training process offers it: Ray's workers do, a plain process has little to offer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from voxray.training.engine import Worker
+
+
+@dataclass(frozen=True)
+class Host:
+    """Calls into the program around the loop.
+
+    Attributes:
+        report: Takes each validation's metrics and the step; every worker calls it.
+        is_leaving: Whether the machine of any worker is about to be taken away; every worker calls it at the same step.
+    """
+
+    report: Callable[[dict[str, Any]], None] = lambda metrics: None
+    is_leaving: Callable[[], bool] = lambda: False
+
+
+HOST = Host()
+
+
+def worker_range(num_workers: str | int) -> tuple[int, int]:
+    """Fewest and most training processes of ``2`` or ``1:4``."""
+    low, _, high = str(num_workers).partition(":")
+    return int(low), int(high or low)
+
+
+def planned_workers(num_workers: str | int, worker: Worker) -> int:
+    """Processes that a step is planned for: the most of a range, else as many as there are."""
+    return worker_range(num_workers)[1] if ":" in str(num_workers) else worker.world_size
