@@ -344,4 +344,4 @@ def _append_trace(log_path: Path, error: BaseException) -> None:
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return lines[-1].partition(" Worker exit type:")[0][:300] if lines else type(error).__name__

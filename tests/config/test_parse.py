@@ -271,7 +271,7 @@ def test_help_lists_every_field_with_its_text(model, demo: str, capsys: pytest.C
 def test_help_shows_types_and_defaults():
     text = help_text(MultitaskSettings, job="train_multitask", about="", demo="demo.yaml")
     assert "--lr_schedule cosine|linear|constant  (default cosine)" in text
-    assert "--num_workers auto|N  (default auto)" in text
+    assert "--num_workers auto|N|TEXT  (default auto)" in text
     assert "--train_jsonl TEXT,...  (required)" in text
     assert "--pin_memory / --no_pin_memory  (default True)" in text
 

@@ -66,6 +66,11 @@ TRAIN = {
     "eval_max_rows": "training_flags::eval_max_rows_and_new_tokens",
     "eval_max_new_tokens": "training_flags::eval_max_rows_and_new_tokens",
     "save_steps": "training_flags::save_steps",
+    "save_total_limit": "checkpoint::the_newest_and_the_best_are_kept",
+    **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end"), "selection::the_best_becomes_the_adapter"),
+    **dict.fromkeys(
+        ("early_stopping_patience", "early_stopping_threshold"), "selection::early_stopping_ends_a_run_and_stays"
+    ),
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
@@ -196,8 +201,9 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of tests/jobs/test_<name>.py."""
-    tree = ast.parse((ROOT / "tests" / "jobs" / f"test_{name}.py").read_text(encoding="utf-8"))
+    """Names of the test functions of tests/jobs/test_<name>.py, or of tests/training/test_<name>.py."""
+    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training"))
+    tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

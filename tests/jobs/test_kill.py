@@ -1,4 +1,4 @@
-"""Kill -9 at any moment, start the same command again: the end is the same to the bit.
+"""Kill -9 of a worker, the driver or everything, at random steps, ten times in a row: the end is the same to the bit.
 
 Every driver runs in a session of its own and carries a mark in its environment, by which its processes are told from
 everybody else's.
@@ -6,7 +6,9 @@ everybody else's.
 
 import hashlib
 import json
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,21 +19,21 @@ from conftest import TINY
 from running import ROOT, Driver, alive
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
-STEPS = 12
+STEPS, SAVE_STEPS, KILLS = 60, 3, 10
 GRACE_SEC = 30  # in which what a killed driver leaves behind has to end by itself
 WAIT_SEC = 300
+KINDS = ("worker", "driver", "everything")
 
 
 @pytest.fixture
-def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[[str], Driver]]:
+def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[[str, int], Driver]]:
     """Start the same training in a folder of that name; all of its processes end with the test."""
     drivers: list[Driver] = []
 
-    def begin(name: str) -> Driver:
-        line = (
-            f"--model_id {TINY} --output_dir {tmp_path / name} --features_dir {tmp_path / 'features'} --num_workers 2"
-        )
-        line += f" --max_steps {STEPS} --save_steps 2 --lora_dropout 0.1 --seed 3 --per_device_bsz 4 --grad_accum 4"
+    def begin(name: str, num_workers: int) -> Driver:
+        line = f"--model_id {TINY} --output_dir {tmp_path / name} --features_dir {tmp_path / 'features'}"
+        line += f" --num_workers {num_workers} --max_steps {STEPS} --save_steps {SAVE_STEPS} --seed 3"
+        line += " --batching packed --pack_tokens 256 --grad_accum 2 --lora_dropout 0.05 --freq_masks 1 --time_masks 1"
         train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
         command = [sys.executable, str(ROOT / "jobs/train_multitask.py"), *line.split(), "--train_jsonl", train]
         drivers.append(Driver(command, tmp_path / f"{name}.log"))
@@ -50,49 +52,67 @@ def adapter_hash(run: Path) -> str:
     return hashlib.sha256((run / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def steps_written(run: Path) -> list[int]:
+def records(run: Path, kind: str) -> list[dict]:
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line)["step"] for line in lines if '"train"' in line]
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
 
 
-def log_size(run: Path) -> int:
-    path = run / "train.log"
-    return path.stat().st_size if path.is_file() else 0
+def last_step(run: Path) -> int:
+    return max((record["step"] for record in records(run, "train")), default=0)
 
 
-def test_killed_runs_end_as_the_uninterrupted_one(start: Callable[[str], Driver], tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    began = time.monotonic()
-    wait(start("whole"), tmp_path / "whole.log")
-    usual_sec = time.monotonic() - began
-    assert steps_written(whole) == list(range(1, STEPS + 1))
-    cut_off = 0
-    for seed in range(3):
-        name, draw = f"killed{seed}", random.Random(seed)
-        run, left_behind = tmp_path / name, set()
-        # Once somewhere between start-up and the last step, once at a step: the second is sure to lose work.
-        first = start(name)
-        time.sleep(draw.uniform(0.3, 0.9) * usual_sec)
-        left_behind |= first.processes()
-        first.kill()
-        said = log_size(run)
-        second, target = start(name), draw.randrange(3, STEPS - 3)
-        deadline = time.monotonic() + WAIT_SEC
-        while second.process.poll() is None and max(steps_written(run), default=0) < target:
-            assert time.monotonic() < deadline, (tmp_path / f"{name}.log").read_text()
-            if log_size(run) == said:  # not during the steps: looking around takes longer than one of them
-                left_behind |= second.processes()
-            time.sleep(0.01)
-        if second.process.poll() is None:
-            second.kill()
-        saved = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
-        cut_off += 0 < saved < STEPS
-        wait(start(name), tmp_path / f"{name}.log")
-        assert steps_written(run) == list(range(1, STEPS + 1)), f"seed {seed}: every step once"
-        assert adapter_hash(run) == adapter_hash(whole), f"seed {seed}"
-        deadline = time.monotonic() + GRACE_SEC
-        while alive(left_behind):
-            assert time.monotonic() < deadline, f"seed {seed}: still running: {alive(left_behind)}"
-            time.sleep(0.5)
-    assert cut_off, "no run was killed between its first checkpoint and its last: the test has shown nothing"
+def saved_step(run: Path) -> int:
+    return max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def training_processes(driver: Driver) -> list[int]:
+    """The processes of Ray Train's workers, which bear that name."""
+    found = []
+    for pid in sorted(alive(driver.processes())):
+        try:
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_killed_ten_times_it_ends_as_the_uninterrupted_run(
+    start: Callable[[str, int], Driver], tmp_path: Path, num_workers: int
+) -> None:
+    whole, run, draw = tmp_path / "whole", tmp_path / "killed", random.Random(num_workers)
+    wait(start("whole", num_workers), tmp_path / "whole.log")
+    assert [record["step"] for record in records(whole, "train")] == list(range(1, STEPS + 1))
+    driver, left_behind, saved_before = start("killed", num_workers), set[int](), 0
+    for number in range(KILLS):
+        kind, began = KINDS[number % len(KINDS)], saved_step(run)
+        target, deadline = began + draw.randint(1, SAVE_STEPS + 2), time.monotonic() + WAIT_SEC
+        resumed = len(records(run, "resume"))
+        while last_step(run) < target or (number and len(records(run, "resume")) < min(resumed + 1, number)):
+            assert driver.process.poll() is None, (tmp_path / "killed.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+            time.sleep(0.05)
+        left_behind |= driver.processes()
+        if kind == "worker":
+            os.kill(draw.choice(training_processes(driver)), signal.SIGKILL)
+            continue
+        if kind == "driver":
+            driver.process.kill()
+            driver.process.wait()
+        driver.kill()
+        driver = start("killed", num_workers)
+        assert saved_step(run) >= saved_before, "a checkpoint that was complete stays"
+        saved_before = saved_step(run)
+    wait(driver, tmp_path / "killed.log")
+    assert [record["step"] for record in records(run, "train")] == list(range(1, STEPS + 1)), "every step once"
+    resumes = records(run, "resume")
+    print([(record["step"], record["repeated_steps"]) for record in resumes])
+    assert len(resumes) == KILLS and all(0 <= record["repeated_steps"] <= SAVE_STEPS for record in resumes)
+    assert any(record["repeated_steps"] for record in resumes), "no kill cost a step: the test has shown nothing"
+    assert adapter_hash(run) == adapter_hash(whole)
+    deadline = time.monotonic() + GRACE_SEC
+    while alive(left_behind):
+        assert time.monotonic() < deadline, f"still running: {alive(left_behind)}"
+        time.sleep(0.5)

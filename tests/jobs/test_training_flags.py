@@ -463,17 +463,17 @@ def test_strict(tmp_path: Path, small: dict[str, str]) -> None:
 
 
 def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for: list[int] = []
+    asked_for: list[tuple[int, int]] = []
 
-    def on_workers(settings: Any, run_dir: Path, sets: Any, num_workers: int) -> dict[str, Any]:
-        asked_for.append(num_workers)
+    def on_workers(settings: Any, run_dir: Path, sets: Any, workers: tuple[int, int]) -> dict[str, Any]:
+        asked_for.append(workers)
         return {"steps": 0, "finished": True}
 
     monkeypatch.setattr(launch, "on_workers", on_workers)
     monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
     monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.Data((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
-    for value in ("3", "auto"):
+    for value in ("3", "auto", "1:4"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
         launch.run_training(parse_only("train_multitask", line.split()))
-    assert asked_for == [3, 5], "auto is one per GPU"
+    assert asked_for == [(3, 3), (5, 5), (1, 4)], "auto is one per GPU"

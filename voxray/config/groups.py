@@ -18,7 +18,6 @@ def _auto_or_count(value: Any) -> Any:
     return int(value)
 
 
-AutoCount = Annotated[Literal["auto"] | int, BeforeValidator(_auto_or_count)]
 TaskSizes = Annotated[dict[str, int], BeforeValidator(parse_task_sizes)]
 TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
 
@@ -32,7 +31,7 @@ def _workers(value: Any) -> Any:
     return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
 
 
-Workers = Annotated[str | int, BeforeValidator(_workers)]
+Workers = Annotated[Literal["auto"] | int | str, BeforeValidator(_workers)]
 """``auto``, a number, or fewest:most."""
 
 

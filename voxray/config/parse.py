@@ -7,6 +7,7 @@ path.
 
 import difflib
 import os
+import re
 import sys
 import textwrap
 import types
@@ -154,9 +155,26 @@ def _put(values: dict[str, Any], name: str, value: Any, spelled: str, errors: li
     values[name] = value
 
 
+def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """The pattern of a YAML number, refusing colons; other patterns as they are."""
+    if tag.rpartition(":")[2] not in {"int", "float"}:
+        return pattern
+    return re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """YAML without numbers to base 60: ``num_workers: 1:4`` is a range, not 64."""
+
+
+_SafeLoader.yaml_implicit_resolvers = {
+    first: [(tag, _without_base_60(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _SafeLoader)  # a SafeLoader
     # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
     except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         return {}, [f"--config {path}: {' '.join(str(error).split())}"]

@@ -3,7 +3,8 @@
 A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (so it serves for inference as
 it is), the optimizer's moments and where the run stands. Since the data order and all randomness follow from (seed,
 step, pack), there is nothing else to keep. It is written under another name and renamed when complete, in the
-background: training goes on with the next step as soon as a copy of the weights is in memory.
+background while the next step is computed; only then does training wait for it, so that a kill costs at most
+``save_steps`` steps.
 """
 
 import json
@@ -76,14 +77,9 @@ class CheckpointWriter:
         Raises:
             RunError: It could not be written.
         """
-        if self._under_way:
-            self._under_way.result()
-        self._under_way = None
-
-    def check(self) -> None:
-        """The same without waiting for what is still being written."""
-        if self._under_way and self._under_way.done():
-            self.wait()
+        under_way, self._under_way = self._under_way, None
+        if under_way:
+            under_way.result()
 
     def close(self) -> None:
         """Wait, and end the thread; an error that was not asked for yet is dropped, another one is on its way."""

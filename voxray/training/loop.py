@@ -117,6 +117,8 @@ def fit(
         began = time.perf_counter()
         lr = learning_rate(settings, number, num_steps)
         record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.flags())
+        if writer:
+            writer.wait()
         step = number + 1
         stop, leaving = watch.verdict(*asked)
         record |= _speed(plan, loader.features, number, time.perf_counter() - began)
@@ -131,8 +133,6 @@ def fit(
             save()
         if leaving:
             monitor.say(f"a machine is about to go: saved at step {step}")
-        if writer:
-            writer.check()
         if ends:
             break
     if writer:

@@ -14,7 +14,8 @@ class Monitor:
 
     Args:
         run_dir: The run folder.
-        first_step: Steps done before; records of later ones, written by a run that was cut off, are dropped.
+        first_step: Steps done before; records of later ones, written by a run that was cut off, are dropped, and a
+            record of kind ``resume`` says how many steps those were.
         active: Whether this is rank 0.
     """
 
@@ -25,11 +26,15 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         path = run_dir / METRICS
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= first_step]
+        before = _whole_lines(path)
+        kept = [line for line in before if json.loads(line)["step"] <= first_step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115  # open for the life of the run
         self._log = open(run_dir / LOG, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        if before:
+            last = max(json.loads(line)["step"] for line in before)
+            self.record("resume", first_step, {"repeated_steps": last - first_step})
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one record: ``{"kind", "step", ...values}``; numbers that are not finite become null."""

@@ -1,0 +1,130 @@
+"""Checkpoints: which are kept, and that a failed one costs nothing but itself."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from voxray.errors import RunError
+from voxray.models.lora import CONFIG, WEIGHTS
+from voxray.training import checkpoint
+from voxray.training.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    checkpoint_folder,
+    list_checkpoints,
+    publish_adapter,
+    read_moments,
+    read_progress,
+)
+from voxray.training.engine import DataParallel, State, Worker
+
+
+class Model(torch.nn.Linear):
+    """Stands for a fully tuned model, whose configuration names its base."""
+
+    class config:  # as in transformers
+        name_or_path = "base"
+
+
+STATE = State({"weight": torch.ones(2, 2)}, {"weight": {"exp_avg": torch.zeros(2, 2)}})
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [step for step, _ in list_checkpoints(run_dir)]
+
+
+def write(writer: CheckpointWriter, step: int, best_step: int = 0, state: State = STATE) -> None:
+    writer.write(Model(2, 2), state, Progress(step, 1, "data"), best_step)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, kept=2)
+    for step in range(1, 7):
+        write(writer, step, best_step=min(step, 2))
+    writer.wait()
+    assert steps(tmp_path) == [2, 5, 6]
+    assert read_progress(checkpoint_folder(tmp_path, 6)) == Progress(6, 1, "data")
+    assert torch.equal(read_moments(checkpoint_folder(tmp_path, 6))["weight"]["exp_avg"], torch.zeros(2, 2))
+    writer.close()
+
+
+def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = checkpoint.save_adapter
+
+    def slowly(*args: object) -> None:
+        time.sleep(0.5)
+        save(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save_adapter", slowly)
+    writer, began = CheckpointWriter(tmp_path, kept=3), time.monotonic()
+    write(writer, 1)
+    assert time.monotonic() - began < 0.3 and steps(tmp_path) == []
+    write(writer, 2)
+    assert steps(tmp_path) == [1], "the second waits for the first"
+    writer.wait()
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_the_next_step_does_not_change_what_is_being_written() -> None:
+    model = Model(2, 2)
+    engine = DataParallel(model, Worker(), lr=0.1, weight_decay=0.0)
+    states = []
+    for _ in range(2):
+        engine.backward(model(torch.ones(1, 2)).sum(), last=True)
+        engine.reduce([], scale=1.0, max_norm=0.0)
+        engine.apply(0.1)
+        states.append(engine.state())
+    for name in ("weight", "bias"):
+        assert not torch.equal(states[0].tensors[name], states[1].tensors[name])
+        assert not torch.equal(states[0].moments[name]["exp_avg"], states[1].moments[name]["exp_avg"])
+
+
+def test_what_a_kill_leaves_behind_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / ".step-000004.part").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000003").mkdir()
+    CheckpointWriter(tmp_path, kept=3)
+    assert not (tmp_path / "checkpoints" / ".step-000004.part").exists()
+    assert steps(tmp_path) == [], "a folder without progress.json is none of ours"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_there_was(small_disk: Path) -> None:
+    writer, big = CheckpointWriter(small_disk, kept=3), State({"weight": torch.ones(2**19)}, {})
+    write(writer, 1)
+    write(writer, 2, state=big)
+    line = r"step-000002: cannot write the checkpoint: .*; the same command goes on from step 1$"
+    with pytest.raises(RunError, match=line):
+        writer.wait()
+    assert steps(small_disk) == [1] and os.listdir(small_disk / "checkpoints") == ["step-000001"]
+    write(writer, 3)
+    writer.wait()
+    assert steps(small_disk) == [1, 3], "with room it goes on"
+
+
+def test_the_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, kept=3)
+    write(writer, 1)
+    writer.wait()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").touch()
+    publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter")
+    assert sorted(os.listdir(tmp_path / "adapter")) == sorted([CONFIG, WEIGHTS])
+    assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["tuning"] == "full"
