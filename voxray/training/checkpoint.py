@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from voxray.errors import RunError
-from voxray.models.lora import CONFIG, WEIGHTS, save_adapter
+from voxray.models.lora import save_adapter
 from voxray.training.engine import State
 
 FOLDER, MOMENTS, PROGRESS = "checkpoints", "optimizer.pt", "progress.json"
@@ -164,8 +164,9 @@ def publish_adapter(checkpoint: Path, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in (CONFIG, WEIGHTS):
-        shutil.copyfile(checkpoint / name, partial / name)
-        _flush_to_disk(partial / name)
+    for path in checkpoint.iterdir():
+        if path.name not in {MOMENTS, PROGRESS}:
+            shutil.copyfile(path, partial / path.name)
+            _flush_to_disk(partial / path.name)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
