@@ -27,6 +27,7 @@ from voxray.run_folder import add_provenance, anchor, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
 from voxray.training.engine import Worker
+from voxray.training.monitor import Publish
 from voxray.watch import stop_on_signal, watched
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
@@ -271,10 +272,27 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     try:
         settings = config["settings"]
-        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, report=ray.train.report)
+        publish = _gauges(run_dir.name) if worker.is_first else None
+        return RECIPES[type(settings)](
+            settings, run_dir, config["data"], worker, report=ray.train.report, publish=publish
+        )
     except (RunError, SettingsError) as error:
         write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
+
+
+def _gauges(run: str) -> Publish:
+    """Make figures gauges ``voxray_<name>``, tagged with the run and the task, at the node's Prometheus endpoint."""
+    from ray.util.metrics import Gauge
+
+    gauges: dict[str, Gauge] = {}
+
+    def publish(name: str, task: str, value: float) -> None:
+        if name not in gauges:
+            gauges[name] = Gauge(f"voxray_{name}", f"{name} of a training run", tag_keys=("run", "task"))
+        gauges[name].set(value, tags={"run": run, "task": task})
+
+    return publish
 
 
 def raise_stored_error(run_dir: Path) -> None:

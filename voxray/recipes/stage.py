@@ -32,7 +32,9 @@ from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoi
 from voxray.training.engine import Worker
 from voxray.training.guard import Guard
 from voxray.training.loop import Trainee, fit
-from voxray.training.monitor import Monitor
+from voxray.training.monitor import Monitor, Publish
+from voxray.training.previews import MAX_TOKENS, Previews, PreviewSettings, agreed, preview
+from voxray.training.speed import epoch_efficiency
 from voxray.training.validate import first_rows_per_task, validate
 
 DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
@@ -79,13 +81,16 @@ def train_stage(
     data: Data,
     worker: Worker,
     report: Report = lambda metrics: None,
+    publish: Publish | None = None,
 ) -> dict[str, Any]:
     """Train one adapter; every worker calls this.
 
     Args:
         run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
+        publish: Takes every figure that rank 0 records.
     Returns:
-        {"steps", "finished", metrics of the last validation}.
+        {"steps", "finished", metrics of the last validation}, and on rank 0 {"best": {headline metric of a task: {"step",
+        "value"}}}.
     """
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(settings.model_id)
@@ -101,7 +106,7 @@ def train_stage(
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
     masks = Masking(masks_of(settings), settings.seed)
     loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, pin_memory=pin_memory)
-    monitor = Monitor(run_dir, start.step, active=worker.is_first)
+    monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=publish)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
         write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
@@ -109,21 +114,45 @@ def train_stage(
             monitor.say(line)
         introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
     last: dict[str, float] = {}
+    previews = previews_of(settings, run_dir, monitor) if worker.is_first and len(held_out_rows) else None
 
     def check(step: int) -> None:
+        last.clear()
         if len(held_out_rows):
+            how = agreed(previews, worker)
             sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
-            last.update(validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes))
+            parts = (front_end, held_out, held_out_rows)
+            found = validate(
+                trainee.model, family, *parts, worker, loss_batch_size=settings.per_device_bsz, **sizes
+            )
+            last.update(found.metrics)
             monitor.record("validation", step, last)
             monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
+            shown = preview(how, trainee, *parts, found, step=step, seed=settings.seed, **sizes)
+            monitor.show_previews(step, shown)
         report({"step": step, **last})
 
     step = fit(trainee, loader, settings, run_dir, start, num_steps, monitor, check)
     finished = step >= num_steps
     if worker.is_first and finished:
         save_adapter(trainee.model, run_dir / "adapter")
+    best = monitor.best_steps()
+    for name, entry in best.items():
+        monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
     monitor.close()
-    return {"steps": step, "finished": finished, **last}
+    return {"steps": step, "finished": finished, **last, **({"best": best} if best else {})}
+
+
+def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
+    """The run's previews; its previews.yaml, once written, holds over the flags."""
+    tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
+    previews = Previews.of_run(
+        run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens)
+    )
+    rows = previews.settings.rows
+    if "preview_rows" in settings.model_fields_set and rows != settings.preview_rows:
+        monitor.say(f"previews: {previews.path} says rows: {rows}, which holds over --preview_rows")
+    return previews
 
 
 def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.ndarray, packs_per_step: int) -> Plan:
@@ -298,7 +327,8 @@ def introduce(
     kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
     packs = plan.epoch_packs(0)
     size = len(packs.rows) / len(packs) * plan.packs_per_step
-    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch")
+    real = f"{epoch_efficiency(plan, features):.1%} of their tokens are no padding"
+    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch; {real}")
     monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
     drawn = plan.epoch_rows(0)
     for name in plan.rows_of_task:
