@@ -162,6 +162,7 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     run = here / "run"
     open_run(run, settings(), overwrite=False)
     written = ["checkpoints/step-10/adapter.safetensors", "adapter/adapter_config.json", "tensorboard/events"]
+    written += ["previews.jsonl", "previews.yaml"]
     written += ["metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"]
     mine = ["notes.txt", "features/a/index.arrow", "data/train.jsonl", "checkpoints.txt", "other/metrics.jsonl"]
     for name in written + mine:

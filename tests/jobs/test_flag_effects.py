@@ -65,6 +65,7 @@ TRAIN = {
     "eval_steps": "training_flags::val_jsonl_and_eval_steps",
     "eval_max_rows": "training_flags::eval_max_rows_and_new_tokens",
     "eval_max_new_tokens": "training_flags::eval_max_rows_and_new_tokens",
+    "preview_rows": "training_flags::preview_rows",
     "save_steps": "training_flags::save_steps",
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",

@@ -89,8 +89,8 @@ def train_stage(
         run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
         publish: Takes every figure that rank 0 records.
     Returns:
-        {"steps", "finished", metrics of the last validation}, and on rank 0 {"best": {headline metric of a task: {"step",
-        "value"}}}.
+        {"steps", "finished", metrics of the last validation}; on rank 0 also {"best": {metric: {"step", "value"}}} for
+        every task's headline metric.
     """
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(settings.model_id)
@@ -122,12 +122,10 @@ def train_stage(
             how = agreed(previews, worker)
             sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
             parts = (front_end, held_out, held_out_rows)
-            found = validate(
-                trainee.model, family, *parts, worker, loss_batch_size=settings.per_device_bsz, **sizes
-            )
+            found = validate(trainee.model, family, *parts, worker, loss_batch_size=settings.per_device_bsz, **sizes)
             last.update(found.metrics)
             monitor.record("validation", step, last)
-            monitor.say(f"step {step}/{num_steps}  " + "  ".join(f"{key} {value:.3f}" for key, value in last.items()))
+            monitor.say(f"step {step}/{num_steps}  {told(last)}")
             shown = preview(how, trainee, *parts, found, step=step, seed=settings.seed, **sizes)
             monitor.show_previews(step, shown)
         report({"step": step, **last})
@@ -143,12 +141,16 @@ def train_stage(
     return {"steps": step, "finished": finished, **last, **({"best": best} if best else {})}
 
 
+def told(metrics: Mapping[str, float]) -> str:
+    """The figures of a validation that a line for people has room for."""
+    names = [f"{name}/{item}" for name, task in TASKS.items() for item in (*task.metrics, "perplexity")]
+    return "  ".join(f"{name} {metrics[name]:.3f}" for name in (*names, "overall/macro") if name in metrics)
+
+
 def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
     """The run's previews; its previews.yaml, once written, holds over the flags."""
     tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
-    previews = Previews.of_run(
-        run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens)
-    )
+    previews = Previews.of_run(run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens))
     rows = previews.settings.rows
     if "preview_rows" in settings.model_fields_set and rows != settings.preview_rows:
         monitor.say(f"previews: {previews.path} says rows: {rows}, which holds over --preview_rows")

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, previews.jsonl, TensorBoard, and train.log with the lines for people."""
+"""What a run writes about itself: metrics.jsonl, previews.jsonl, TensorBoard, and train.log with lines for people."""
 
 import json
 import math
@@ -107,8 +107,8 @@ class Monitor:
 def published_name(kind: str, name: str) -> tuple[str, str]:
     """A figure's name outside the run, and its task.
 
-    ``loss/asr`` of a training step is ("loss", "asr"), ``asr/cer`` of a validation ("validation_cer", "asr"), ``sec`` of
-    an epoch ("epoch_sec", "").
+    ``loss/asr`` of a training step is ("loss", "asr"), ``asr/cer`` of a validation is ("validation_cer", "asr"), and
+    ``sec`` of an epoch is ("epoch_sec", "").
     """
     parts = name.split("/")
     task = next((part for part in parts if part in TASKS), "")

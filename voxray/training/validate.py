@@ -6,7 +6,7 @@ workers, and on each of them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -132,9 +132,9 @@ def answer_losses(
     return {task: likelihood_metrics(nll[task], int(tokens[code])) for task, code in TASK_CODES.items()}
 
 
-def shared_batches(features: Features, rows: Sequence[int], batch_size: int, worker: Worker) -> list[list[int]]:
+def shared_batches(features: Features, rows: np.ndarray, batch_size: int, worker: Worker) -> list[list[int]]:
     """This worker's share of the batches of some rows."""
-    batches = list(length_batches(features, [int(row) for row in rows], batch_size))
+    batches = list(length_batches(features, rows.tolist(), batch_size))
     return batches[worker.rank :: worker.world_size]
 
 

@@ -20,8 +20,8 @@ def text_metrics(task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, dict[
 
     bleu                    sacrebleu's corpus BLEU on characters (spaces do not count), from 0 to 100
     char_f1                 KorQuAD's F1 of the two bags of characters, spaces left out, the mean over rows, 0 to 1
-    distinct_1, distinct_2  different n-grams over all n-grams of all answers, in ROUGE units (Hangul by character, Latin
-                            words and numbers whole), 0 to 1; it falls with the amount of text, so compare equal sets
+    distinct_1, distinct_2  different n-grams over all n-grams of all answers, 0 to 1, in ROUGE units (Hangul by
+                            character, Latin words and numbers whole); it falls with the amount of text
 
     Args:
         pairs: (reference, prediction) as raw text.
