@@ -136,6 +136,7 @@ def test_what_may_change_may(here: Path):
     values |= {"log_steps": 1, "max_steps": 99, "epochs": 9, "strict": True, "rows_per_shard": 3, "overwrite": True}
     values |= {"eval_max_new_tokens": 3, "val_jsonl": ("/v",), "tf32": True, "cuda_visible_devices": "1"}
     values |= {"cache_budget_gib": 3, "features_cache_dir": "/c", "features_cache_gib": 4, "max_bad_steps": 2}
+    values |= {"preview_rows": 9}
     assert set(values) == MAY_CHANGE and set(MultitaskSettings.model_fields) >= MAY_CHANGE
     open_run(here / "run", settings(), overwrite=False)
     open_run(here / "run", settings(**values), overwrite=False)

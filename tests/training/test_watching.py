@@ -23,13 +23,14 @@ from voxray.data.features import Features
 from voxray.evaluation.generate import answers
 from voxray.evaluation.metrics.names import validation_metrics
 from voxray.models.family import family_of
+from voxray.models.voxtral import Voxtral
 from voxray.recipes import multitask, stage
 from voxray.recipes.multitask import Data
 from voxray.training import hardware, validate
 from voxray.training.engine import Worker
 from voxray.training.hardware import Hardware
 from voxray.training.monitor import published_name, read_metrics
-from voxray.training.previews import PREVIEWS_YAML, PreviewSettings, read_settings
+from voxray.training.previews import PREVIEWS_YAML, PreviewSettings, preview, read_settings
 from voxray.watch import Pace, watched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,17 +167,24 @@ def test_a_gpu_is_asked_once_a_second_and_owes_no_answer(monkeypatch):
 # validation
 
 
-def test_loss_and_perplexity_are_those_of_transformers(data):
+def test_loss_and_perplexity_are_those_of_transformers(data, monkeypatch):
     """By the library's own loss, row by row, on the base as it is loaded."""
     family = family_of(TINY)
     model: Any = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, front_end = Features(data.validation), family.front_end(TINY)
-    rows = np.arange(len(features))
+    rows, answer_logits, in_training = np.arange(len(features)), Voxtral.answer_logits, []
+
+    def watched_logits(family: Any, model: Any, *args: Any) -> torch.Tensor:
+        in_training.append(any(module.training for module in model.modules()))
+        return answer_logits(family, model, *args)
+
+    monkeypatch.setattr(Voxtral, "answer_logits", watched_logits)
     model.train()
     found = validate.validate(
         model, family, front_end, features, rows, Worker(), batch_size=8, loss_batch_size=5, max_new_tokens=1
     ).metrics
     assert all(module.training for module in model.modules()), "as it was"
+    assert in_training and not any(in_training), "no dropout"
     model.eval()
     for code, task in enumerate(TASKS):
         nll = tokens = 0.0
@@ -332,6 +340,18 @@ def test_previews_of_steps_that_are_done_again_are_dropped(data, tmp_path):
         file.write('{"step": 1, "task": "as')  # cut off by a kill
     train(tmp_path, data, max_steps=3, eval_steps=1, save_steps=2)
     assert [entry["step"] for entry in shown(tmp_path)] == [1] * 6 + [2] * 6 + [3] * 6
+
+
+def test_drawing_leaves_the_random_state_as_it_was(data):
+    family = family_of(TINY)
+    model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    features, rows = Features(data.validation), np.arange(3)
+    how = PreviewSettings(temperature=1.0, max_new_tokens=2)
+    trainee: Any = SimpleNamespace(model=model, family=family, worker=Worker())
+    parts = (family.front_end(TINY), features, rows, validate.Validation({}, {}))
+    before = torch.get_rng_state()
+    assert len(preview(how, trainee, *parts, step=1, seed=0, batch_size=2, max_new_tokens=2)) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_top_p_keeps_to_the_likeliest_tokens(data):
