@@ -78,6 +78,7 @@ def local_ray() -> Iterator[None]:
     os.environ.update(RAY_SETTINGS)
     import ray
 
-    ray.init(address="local", num_cpus=4, log_to_driver=False)
+    often = {"metrics_report_interval_ms": 1000}  # the default is 10 s
+    ray.init(address="local", num_cpus=4, log_to_driver=False, _system_config=often)
     yield
     ray.shutdown()

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from conftest import TINY, write_rows
+from prometheus_client.parser import text_string_to_metric_families
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.extract import Extractor
@@ -92,6 +94,29 @@ def test_a_run_explains_itself(local_ray, small, tmp_path):
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("train") == 3 and kinds.count("validation") == 1
     assert "step 3/3" in (tmp_path / "train.log").read_text()
+    assert json.loads((tmp_path / "result.json").read_text())["best"]["asr/cer_nospace"]["step"] == 3
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
+    figures = gauges(tmp_path.name, "ray_voxray_loss")
+    assert figures[""] == pytest.approx(last["loss"])
+    assert {f"loss/{task}": figures[task] for task in figures if f"loss/{task}" in last}.items() <= last.items()
+    assert gauges(tmp_path.name, "ray_voxray_data_wait")[""] == pytest.approx(last["data_wait"])
+    assert gauges(tmp_path.name, "ray_voxray_validation_cer_nospace") == {"asr": result["asr/cer_nospace"]}
+
+
+def gauges(run: str, name: str) -> dict[str, float]:
+    """{task: value} of a gauge at the node's Prometheus endpoint, which may be a second behind."""
+    import ray
+
+    [node] = ray.nodes()
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    for _ in range(100):
+        with urllib.request.urlopen(address, timeout=5) as page:
+            found = text_string_to_metric_families(page.read().decode())
+        samples = [sample for family in found for sample in family.samples if sample.name == name]
+        if mine := [sample for sample in samples if sample.labels.get("run") == run]:
+            return {sample.labels.get("task", ""): sample.value for sample in mine}
+        time.sleep(0.2)
+    raise AssertionError(f"no gauge {name} of {run}")
 
 
 def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp_path):

@@ -138,6 +138,7 @@ def test_what_may_change_may(here: Path):
     values |= {"cache_budget_gib": 3, "features_cache_dir": "/c", "features_cache_gib": 4, "max_bad_steps": 2}
     values |= {"save_total_limit": 9, "metric_for_best_model": "asr/wer", "load_best_model_at_end": True}
     values |= {"early_stopping_patience": 2, "early_stopping_threshold": 0.5}
+    values |= {"preview_rows": 9}
     assert set(values) == MAY_CHANGE and set(MultitaskSettings.model_fields) >= MAY_CHANGE
     open_run(here / "run", settings(), overwrite=False)
     open_run(here / "run", settings(**values), overwrite=False)
@@ -164,6 +165,7 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     run = here / "run"
     open_run(run, settings(), overwrite=False)
     written = ["checkpoints/step-10/adapter.safetensors", "adapter/adapter_config.json", "tensorboard/events"]
+    written += ["previews.jsonl", "previews.yaml"]
     written += ["metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"]
     mine = ["notes.txt", "features/a/index.arrow", "data/train.jsonl", "checkpoints.txt", "other/metrics.jsonl"]
     for name in written + mine:

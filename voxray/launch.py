@@ -29,6 +29,7 @@ from voxray.terminal import console
 from voxray.training.checkpoint import list_checkpoints
 from voxray.training.engine import Worker
 from voxray.training.host import Host, worker_range
+from voxray.training.monitor import Publish
 from voxray.training.trouble import memory_advice
 from voxray.watch import stop_on_signal, watched
 
@@ -285,13 +286,28 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     settings = config["settings"]
-    host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None)
+    publish = _gauges(run_dir.name) if worker.is_first else None
+    host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
     try:
         return RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
     except (RunError, SettingsError) as error:
         with suppress(OSError):  # a full disk, of which Ray carries the news as well
             write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
+
+
+def _gauges(run: str) -> Publish:
+    """Make figures gauges ``voxray_<name>``, tagged with the run and the task, at the node's Prometheus endpoint."""
+    from ray.util.metrics import Gauge
+
+    gauges: dict[str, Gauge] = {}
+
+    def publish(name: str, task: str, value: float) -> None:
+        if name not in gauges:
+            gauges[name] = Gauge(f"voxray_{name}", f"{name} of a training run", tag_keys=("run", "task"))
+        gauges[name].set(value, tags={"run": run, "task": task})
+
+    return publish
 
 
 def raise_refusal(error: Exception, run_dir: Path) -> None:

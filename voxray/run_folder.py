@@ -31,7 +31,7 @@ MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
-    *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps"),
+    *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps", "preview_rows"),
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold"),
 }
@@ -119,7 +119,8 @@ def _clear(run_dir: Path) -> None:
     """Delete what a run wrote, and nothing else; the feature shards stay, they know themselves whether they fit."""
     for name in ("checkpoints", "adapter", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"):
+    files = ("metrics.jsonl", "previews.jsonl", "previews.yaml", "train.log", "result.json")
+    for name in (*files, "quarantine.jsonl", "parameters.json"):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -18,16 +18,16 @@ class Bar:
 
     def __init__(self, title: str, progress: Progress | None) -> None:
         self._title, self._progress = title, progress
-        self._task = progress.add_task(title, total=None) if progress else None
+        self._task = progress.add_task(title, total=None, note="") if progress else None
         self._last_line = time.monotonic()
 
-    def update(self, done: float, total: float) -> None:
-        """Show ``done`` of ``total``."""
+    def update(self, done: float, total: float, note: str = "") -> None:
+        """Show ``done`` of ``total``, and a note beside it."""
         if self._progress and self._task is not None:
-            self._progress.update(self._task, completed=done, total=total)
+            self._progress.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            console.print(f"{self._title}: {done:g} of {total:g}")
+            console.print(f"{self._title}: {done:g} of {total:g}  {note}".rstrip())
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
@@ -35,15 +35,26 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Bar]:
-    """A bar for one step of a job."""
+def progress_bar(title: str, *, own_eta: bool = False) -> Iterator[Bar]:
+    """A bar for one step of a job.
+
+    Args:
+        own_eta: The notes say how much time is left; else the bar reckons it from its own updates.
+    """
     if not console.is_terminal:
         console.print(f"{title} ...", markup=False)
         yield Bar(title, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+    left = TextColumn("{task.fields[note]}") if own_eta else TimeRemainingColumn()
+    with Progress(*columns, TimeElapsedColumn(), left, console=console, transient=True) as progress:
         yield Bar(title, progress)
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:

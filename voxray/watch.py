@@ -1,16 +1,20 @@
 """What the driver does while a run is under way: show its lines and its progress, and pass on the wish to stop."""
 
 import json
+import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from voxray.terminal import Bar, console, progress_bar
+from voxray.terminal import Bar, clock, console, progress_bar
 from voxray.training.loop import STOP_FILE
 from voxray.training.monitor import LOG, METRICS
+
+RECENT_STEPS = 50
 
 
 @contextmanager
@@ -38,24 +42,24 @@ def stop_on_signal(run_dir: Path) -> Iterator[None]:
 @contextmanager
 def watched(run_dir: Path) -> Iterator[None]:
     """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
-    log, metrics = _Tail(run_dir / LOG), _Tail(run_dir / METRICS)
-    total, done = 0, threading.Event()
+    log, metrics, pace = _Tail(run_dir / LOG), _Tail(run_dir / METRICS), Pace()
+    done = threading.Event()
 
     def show(bar: Bar) -> None:
-        nonlocal total
-        for line in log.new_lines():
+        lines, records = log.new_lines(), metrics.new_lines()
+        for line in lines:
             bar.say(line)
-            total = _total_steps(line) or total
-        for line in metrics.new_lines():
-            record = json.loads(line)
-            if record["kind"] == "train" and total:
-                bar.update(record["step"], total)
+            pace.hear(line)
+        for line in records:
+            pace.record(line)
+        if pace.total and (lines or records):
+            bar.update(pace.step, pace.total, pace.note())
 
     def follow(bar: Bar) -> None:
         while not done.wait(0.3):
             show(bar)
 
-    with progress_bar("training") as bar:
+    with progress_bar("training", own_eta=True) as bar:
         thread = threading.Thread(target=follow, args=(bar,), daemon=True)
         thread.start()
         try:
@@ -66,10 +70,50 @@ def watched(run_dir: Path) -> Iterator[None]:
             show(bar)
 
 
-def _total_steps(line: str) -> int:
-    """The number of steps in ``starting at step 0 of 120``."""
-    words = line.split()
-    return int(words[-1]) if words[:1] and words[0] in {"starting", "going"} and words[-1].isdigit() else 0
+class Pace:
+    """Where a run stands and how long it still takes, from its lines and records.
+
+    The time left follows from the seconds of the last steps alone: a run that goes on from step 900 is as sure of it as
+    one that began, and steps of another length (a curriculum's next phase) are noticed soon. Validation and saving are
+    not in it.
+
+    Attributes:
+        step: Steps done.
+        total: Steps to do; 0 while it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.step = self.total = 0
+        self._loss: float | None = None
+        self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def hear(self, line: str) -> None:
+        """Take note of ``starting at step 0 of 120`` or ``going on from step 60 of 120``."""
+        if found := re.fullmatch(r"(?:starting at|going on from) step (\d+) of (\d+)", line):
+            self.step, self.total = int(found[1]), int(found[2])
+            self._seconds.clear()
+
+    def record(self, line: str) -> None:
+        """Take note of one line of metrics.jsonl; half of one is passed over."""
+        try:
+            record = json.loads(line)
+        except ValueError:
+            return
+        if isinstance(record, dict) and record.get("kind") == "train":
+            self.step, self._loss = record["step"], record.get("loss")
+            self._seconds.append(record.get("sec") or 0.0)
+
+    def seconds_left(self) -> float | None:
+        """None before the first step."""
+        if not self._seconds:
+            return None
+        return max(0, self.total - self.step) * sum(self._seconds) / len(self._seconds)
+
+    def note(self) -> str:
+        """Loss and time left, for the end of the bar."""
+        loss = "" if self._loss is None else f"loss {self._loss:.4f}  "
+        left = self.seconds_left()
+        return loss + ("" if left is None else f"{clock(left)} left")
 
 
 class _Tail:

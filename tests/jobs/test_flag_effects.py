@@ -65,6 +65,7 @@ TRAIN = {
     "eval_steps": "training_flags::val_jsonl_and_eval_steps",
     "eval_max_rows": "training_flags::eval_max_rows_and_new_tokens",
     "eval_max_new_tokens": "training_flags::eval_max_rows_and_new_tokens",
+    "preview_rows": "training_flags::preview_rows",
     "save_steps": "training_flags::save_steps",
     "save_total_limit": "checkpoint::the_newest_and_the_best_are_kept",
     **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end"), "selection::the_best_becomes_the_adapter"),

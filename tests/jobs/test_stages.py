@@ -95,7 +95,8 @@ def test_a_stage_trains_its_part_on_its_rows(name: str, run: Callable[..., Path]
     assert any(tensor.abs().sum() > 0 for key, tensor in found.items() if "lora_B" in key)
     records = read_metrics(out, "train")
     assert {key for record in records for key in record if key.startswith("loss/")} == {f"loss/{TASK[name]}"}
-    assert {key.partition("/")[0] for key in read_metrics(out, "validation")[-1] if "/" in key} == {TASK[name]}
+    groups = {key.partition("/")[0] for key in read_metrics(out, "validation")[-1] if "/" in key}
+    assert groups == {TASK[name], "overall"}
     lost = ledger(out)
     assert {line["reason"] for line in lost} == {"other_task"} and len(lost) == 2 * 12 + 4
     assert all(f"trains on {TASK[name]} rows" in line["message"] for line in lost)

@@ -400,6 +400,15 @@ def test_eval_max_rows_and_new_tokens(train: Train, asked: list[tuple[int, int]]
         assert {tokens for _, tokens in asked} == {7}
 
 
+def test_preview_rows(train: Train, asked: list[tuple[int, int]]) -> None:
+    for rows, entries in ((0, 0), (1, 2), (3, 6)):
+        run = train(val="val", preview_rows=rows)
+        lines = (run.run_dir / "previews.jsonl").read_text().splitlines()
+        assert [json.loads(line)["prediction"] for line in lines] == ["1"] * entries, "what validation generated"
+        assert f"rows: {rows}  #" in (run.run_dir / "previews.yaml").read_text()
+    assert not (train().run_dir / "previews.yaml").exists(), "there is nothing to validate on"
+
+
 def test_save_steps(train: Train) -> None:
     for every, names in ((2, ["step-000002", "step-000004", "step-000005"]), (9, ["step-000005"])):
         run = train(max_steps=5, save_steps=every)

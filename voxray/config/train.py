@@ -46,6 +46,9 @@ class TrainSettings(
     """Validation rows per task during training, the first ones of the files; 0 takes all."""
     eval_max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer generated during validation, in tokens."""
+    preview_rows: Annotated[int, Flag(("num_preview",)), Field(ge=0, le=10_000)] = 2
+    """Validation rows per task whose generated answers are shown at each validation; 0 shows none. Goes into
+    previews.yaml of a new run, which may be edited while it trains."""
     save_steps: Annotated[int, Field(ge=1)] = 200
     """Write a checkpoint every so many optimizer steps; one is also written at the end of the run."""
     save_total_limit: Annotated[int, Field(ge=1)] = 3

@@ -27,6 +27,7 @@ def answers(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
     """Generate the answers to a batch of rows.
@@ -34,6 +35,7 @@ def answers(
     Args:
         max_new_tokens: Longest answer.
         temperature: 0 takes the most likely token each time; else tokens are drawn, seeded by ``seed``.
+        top_p: Draw among the likeliest tokens that have this probability together; 1 draws among all.
     Returns:
         One text per row, without control tokens.
     """
@@ -42,7 +44,8 @@ def answers(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(int(np.random.SeedSequence([seed]).generate_state(1)[0]))
-        sampling = {"do_sample": True, "temperature": temperature}
+        # transformers would draw among 50 tokens unless told that top_k is off
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     ids_BL = family.generate(
         model,
         batch,

@@ -22,6 +22,7 @@ from voxray.data.loader import Loader, Masking
 from voxray.data.plan import Phase, Plan, Variants
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
+from voxray.evaluation.metrics.names import validation_metrics
 from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import (
@@ -49,9 +50,12 @@ from voxray.training.guard import Guard
 from voxray.training.host import HOST, Host, planned_workers
 from voxray.training.loop import Trainee, Watch, fit
 from voxray.training.monitor import Monitor
+from voxray.training.previews import MAX_TOKENS, Previews, PreviewSettings
 from voxray.training.selection import Selection
+from voxray.training.speed import epoch_efficiency
 from voxray.training.trouble import named_trouble
-from voxray.training.validate import first_rows_per_task, validate
+from voxray.training.validate import first_rows_per_task
+from voxray.training.validator import Sizes, Validator
 
 DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
 
@@ -99,8 +103,10 @@ def train_stage(
 
     Args:
         run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
+        publish: Takes every figure that rank 0 records.
     Returns:
-        {"steps", "finished", metrics of the last validation}.
+        {"steps", "finished", metrics of the last validation}; on rank 0 also {"best": {metric: {"step", "value"}}} for
+        every task's headline metric.
     """
     with named_trouble(settings):
         return _train_stage(stage, settings, run_dir, data, worker, host)
@@ -121,7 +127,7 @@ def _train_stage(
     engine.load_moments(moments)
     trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
     trainee.guard.load(start.guard)
-    selection = selection_of(settings)
+    selection = selection_of(settings, held_out, held_out_rows)
     selection.load(start.selection)
     plan = plan_of(stage, settings, features, rows, start.packs_per_step)
     num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
@@ -129,30 +135,23 @@ def _train_stage(
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
     masks = Masking(masks_of(settings), settings.seed)
     loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, pin_memory=pin_memory)
-    monitor = Monitor(run_dir, start.step, active=worker.is_first)
+    monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
         write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
         introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
-
-    def check(step: int) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        if len(held_out_rows):
-            sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
-            metrics = validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes)
-            metrics.setdefault("overall/macro", 0.0)  # MERGE: watch's
-            monitor.record("validation", step, metrics)
-            shown = "  ".join(f"{key} {value:.3f}" for key, value in metrics.items())
-            monitor.say(f"step {step}/{num_steps}  {shown}")
-        host.report({"step": step, **metrics})
-        return metrics
+    sizes = Sizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
+    held = (front_end, held_out, held_out_rows)
+    validator = Validator(trainee, *held, sizes, monitor, settings.seed, num_steps, host.report)
+    if worker.is_first and len(held_out_rows):
+        validator.previews = previews_of(settings, run_dir, monitor)
 
     writer = CheckpointWriter(run_dir, settings.save_total_limit) if worker.is_first else None
     watch = Watch(run_dir, host.is_leaving)
     try:
-        step = fit(trainee, loader, settings, start, num_steps, monitor, check, selection, writer, watch)
+        step = fit(trainee, loader, settings, start, num_steps, monitor, validator, selection, writer, watch)
     finally:
         if writer:
             writer.close()
@@ -162,25 +161,48 @@ def _train_stage(
         publish_adapter(checkpoint_folder(run_dir, chosen), run_dir / "adapter")
         for line in ending(selection, step, num_steps, chosen):
             monitor.say(line)
+    best = monitor.best_steps()
+    if selection.best_step:
+        best[selection.metric] = {"step": selection.best_step, "value": selection.best_value}
+    for name, entry in best.items():
+        monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
     monitor.close()
-    best = {"best_step": selection.best_step, "best_value": selection.best_value} if selection.best_step else {}
-    return {"steps": step, "finished": finished, "adapter_step": chosen, **best, **selection.last}
+    found = {"steps": step, "finished": finished, "adapter_step": chosen, **selection.last}
+    return {**found, "best": best} if best else found
 
 
 def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:
-    """What is said at the end of a finished run: why it ended, what was best, and which weights the adapter has."""
+    """What is said at the end of a finished run: why it ended early, and whose weights the adapter has."""
     if step < num_steps:
         yield f"early stopping at step {step}: {selection.waited} validations without a better {selection.metric}"
-    if selection.best_step:
-        yield f"best {selection.metric}: {selection.best_value:.4f} at step {selection.best_step}"
     if chosen != step:
         yield f"the adapter is that of step {chosen} (--load_best_model_at_end)"
 
 
-def selection_of(settings: TrainSettings) -> Selection:
-    """Early stopping and the best checkpoint as the settings have them."""
-    patience, threshold = settings.early_stopping_patience, settings.early_stopping_threshold
-    return Selection(settings.metric_for_best_model, patience, threshold)
+def selection_of(settings: TrainSettings, held_out: Features, rows: np.ndarray) -> Selection:
+    """Early stopping and the best checkpoint as the settings have them.
+
+    Raises:
+        SettingsError: Validating these rows never gives the metric.
+    """
+    metric, given = settings.metric_for_best_model, "metric_for_best_model" in settings.model_fields_set
+    tasks = [name for name, code in TASK_CODES.items() if code in held_out.task[rows]]
+    if tasks and given and metric not in (known := validation_metrics(tasks)):
+        raise SettingsError(f"--metric_for_best_model {metric}: validation has {', '.join(known)}")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name) and not tasks:
+            raise SettingsError(f"--{name}: needs validation rows (--val_jsonl)")
+    return Selection(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
+
+
+def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
+    """The run's previews; its previews.yaml, once written, holds over the flags."""
+    tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
+    previews = Previews.of_run(run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens))
+    rows = previews.settings.rows
+    if "preview_rows" in settings.model_fields_set and rows != settings.preview_rows:
+        monitor.say(f"previews: {previews.path} says rows: {rows}, which holds over --preview_rows")
+    return previews
 
 
 def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.ndarray, packs_per_step: int) -> Plan:
@@ -357,7 +379,8 @@ def introduce(
     kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
     packs = plan.epoch_packs(0)
     size = len(packs.rows) / len(packs) * plan.packs_per_step
-    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch")
+    real = f"{epoch_efficiency(plan, features):.1%} of their tokens are no padding"
+    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch; {real}")
     monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
     drawn = plan.epoch_rows(0)
     for name in plan.rows_of_task:

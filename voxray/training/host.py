@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxray.training.engine import Worker
+from voxray.training.monitor import Publish
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,12 @@ class Host:
     Attributes:
         report: Takes each validation's metrics and the step; every worker calls it.
         is_leaving: Whether the machine of any worker is about to be taken away; every worker calls it at the same step.
+        publish: Takes every figure that rank 0 records; None if nobody watches.
     """
 
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
     is_leaving: Callable[[], bool] = lambda: False
+    publish: Publish | None = None
 
 
 HOST = Host()

@@ -26,6 +26,7 @@ from voxray.training.engine import Engine, Worker, gather
 from voxray.training.guard import Guard
 from voxray.training.monitor import Monitor
 from voxray.training.selection import Selection
+from voxray.training.speed import Speed, answer_tokens, step_rows
 
 STOP_FILE = "STOP"
 """Its presence in the run folder asks the run to save itself and end after the current step."""
@@ -113,16 +114,19 @@ def fit(
     if is_due(step) and selection.last_step < step:  # asked to stop before this validation
         selection.take(step, validate(step))
         save()
-    for number, packs in loader.steps(step, 0 if selection.exhausted else num_steps):
-        began = time.perf_counter()
+    speed = Speed(loader, trainee.worker.device)
+    for number, packs in speed.timed(loader.steps(step, 0 if selection.exhausted else num_steps)):
         lr = learning_rate(settings, number, num_steps)
         record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.flags())
         if writer:
             writer.wait()
         step = number + 1
         stop, leaving = watch.verdict(*asked)
-        record |= _speed(plan, loader.features, number, time.perf_counter() - began)
-        monitor.record("train", step, {**record, "lr": lr, "epoch": plan.epochs_done(step)})
+        record |= speed.record(number)
+        epochs = plan.epochs_done(step)
+        monitor.record("train", step, {**record, "lr": lr, "epoch": epochs})
+        if epochs == int(epochs):
+            monitor.end_epoch(plan, loader.features, step)
         if trainee.guard.bad_steps >= settings.max_bad_steps:
             raise RunError(_bad_steps(trainee, plan, loader.features, number))
         if step % settings.log_steps == 0 or step == num_steps:
@@ -160,7 +164,7 @@ def train_step(
     Returns:
         {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the flags.
     """
-    tokens = _answer_tokens(plan, features, step)
+    tokens = answer_tokens(plan, features, step)
     losses = torch.zeros(len(TASKS), device=trainee.worker.device)
     loss_of_pack: list[tuple[Pack, torch.Tensor]] = []
     for number, (pack, batch) in enumerate(packs, 1):
@@ -224,40 +228,12 @@ def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
     return settings.lr * (1 - share) if settings.lr_schedule == "linear" else settings.lr
 
 
-def _step_rows(plan: Plan, step: int) -> np.ndarray:
-    return np.concatenate([pack.rows for pack in plan.step_packs(step) if pack.counts])
-
-
 def _bad_steps(trainee: Trainee, plan: Plan, features: Features, step: int) -> str:
     """Why a run cannot go on, with the rows whose loss is no number, or else all of the step. Every worker calls it."""
     found: list[Any] = gather(trainee.guard.suspects, trainee.worker)
-    rows = sorted({row for part in found for row in part}) or sorted(set(_step_rows(plan, step).tolist()))
+    rows = sorted({row for part in found for row in part}) or sorted(set(step_rows(plan, step).tolist()))
     names = ", ".join(features.ids(rows[:ROWS_NAMED])) + (
         f" and {more} more" if (more := len(rows) - ROWS_NAMED) > 0 else ""
     )
     times = f"{trainee.guard.bad_steps} time(s) in a row (--max_bad_steps)"
     return f"step {step + 1}: the loss or its gradients were no finite numbers, {times}; rows of this step: {names}"
-
-
-def _answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
-    """Answer tokens of each task in a step, over all workers."""
-    rows = _step_rows(plan, step)
-    return np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
-
-
-def efficiency(plan: Plan, features: Features, step: int) -> float:
-    """Share of a step's tokens that are no padding; packs count as their whole budget, which balances the ranks."""
-    packs = [features.num_tokens[pack.rows] for pack in plan.step_packs(step) if pack.counts]
-    packed = plan.batching.kind == "packed"
-    return float(
-        sum(map(np.sum, packs)) / sum(plan.batching.pack_tokens if packed else len(p) * p.max() for p in packs)
-    )
-
-
-def _speed(plan: Plan, features: Features, step: int, seconds: float) -> dict[str, float]:
-    rows = _step_rows(plan, step)
-    record = {"sec": seconds, "samples_per_sec": len(rows) / seconds, "efficiency": efficiency(plan, features, step)}
-    record["tokens_per_sec"] = float(features.num_tokens[rows].sum()) / seconds
-    if torch.cuda.is_available():
-        record["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return record

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from voxray.errors import RunError
+from voxray.evaluation.metrics.names import higher_is_better
 
 
 @dataclass
@@ -69,8 +70,3 @@ class Selection:
         if state["metric"] == self.metric and state["best_value"] is not None:
             self.best_step, self.best_value = int(state["best_step"]), float(state["best_value"])
             self.waited = int(state["waited"])
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of a metric is the better one."""
-    return metric.rpartition("/")[2] not in {"cer", "cer_nospace", "wer", "loss", "perplexity"}

@@ -1,16 +1,43 @@
-"""Validation during training: generate answers to the validation rows and score them, shared out over the workers."""
+"""Validation during training: generate answers to the validation rows, score them, and weigh the reference answers.
 
-from collections.abc import Sequence
+Rows are put into batches first and the batches are then shared out over the workers, so a batch is computed alike by
+any number of them, and what is added up is added up in the order of rows: the figures are the same for any number of
+workers, and on each of them.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from voxray.data.collate import collate_training
 from voxray.data.features import Features
+from voxray.data.shards import TASK_CODES
 from voxray.evaluation.generate import answers, length_batches
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
+from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
+from voxray.evaluation.metrics.texts import text_metrics
 from voxray.models.family import Family, FrontEnd
 from voxray.tasks import TASKS
 from voxray.training.engine import Worker, gather
+from voxray.training.loop import answer_loss
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation gave, the same on every worker.
+
+    Attributes:
+        metrics: {"<task>/<metric>" or "overall/<figure>": value}; what is not finite or has no rows is absent.
+        texts: {row number: generated answer} of all rows.
+    """
+
+    metrics: dict[str, float]
+    texts: dict[int, str]
 
 
 def first_rows_per_task(features: Features, rows: np.ndarray, limit: int) -> np.ndarray:
@@ -19,6 +46,18 @@ def first_rows_per_task(features: Features, rows: np.ndarray, limit: int) -> np.
         return rows
     kept = [rows[features.task[rows] == code][:limit] for code in range(len(TASKS))]
     return np.sort(np.concatenate(kept))
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Dropout off meanwhile; after it every module is in the mode in which it was."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:  # not model.train(), which would wake the frozen parts as well
+            module.training = True
 
 
 def validate(
@@ -30,27 +69,75 @@ def validate(
     worker: Worker,
     *,
     batch_size: int,
+    loss_batch_size: int,
     max_new_tokens: int,
-) -> dict[str, float]:
-    """Score a model by what it generates.
+) -> Validation:
+    """Score a model by what it generates, and by how likely it finds the reference answers. Every worker calls it.
 
     Args:
+        features: The validation sets; ``overall/weighted`` counts all of their rows, used or not.
         rows: Row numbers to validate on, the same on every worker.
-    Returns:
-        {"<task>/<metric>": value} over all workers' rows, the same on every worker.
+        batch_size: Rows generated together.
+        loss_batch_size: Rows of a forward pass over prompt and answer.
     """
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    mine: list[tuple[str, dict[str, int]]] = []
-    for batch in length_batches(features, rows[worker.rank :: worker.world_size].tolist(), batch_size):
-        stored = [features.row(number) for number in batch]
-        texts = answers(model, family, front_end, stored, max_new_tokens=max_new_tokens)
-        mine += [(row.task, as_row(count(row.answer, text))) for row, text in zip(stored, texts, strict=True)]
-    for module in in_training:  # not model.train(), which would wake the frozen parts as well
-        module.training = True
-    scored: Sequence[Any] = [item for part in gather(mine, worker) for item in part]  # type: ignore[attr-defined]
-    found = {}
-    for task in TASKS:
-        metrics = metrics_of(task, [counts for name, counts in scored if name == task])
-        found |= {f"{task}/{name}": float(entry["value"]) for name, entry in metrics.items()}
-    return found
+    mine: list[tuple[int, str, str, dict[str, int]]] = []
+    with in_eval_mode(model):
+        for batch in shared_batches(features, rows, batch_size, worker):
+            stored = [features.row(number) for number in batch]
+            texts = answers(model, family, front_end, stored, max_new_tokens=max_new_tokens)
+            for number, row, text in zip(batch, stored, texts, strict=True):
+                mine.append((number, row.answer, text, as_row(count(row.answer, text))))
+        losses = answer_losses(model, family, front_end, features, rows, worker, batch_size=loss_batch_size)
+    scored = sorted((item for part in gather_lists(mine, worker) for item in part), key=lambda item: item[0])
+    metrics: dict[str, float] = {}
+    for task, code in TASK_CODES.items():
+        of_task = [item for item in scored if features.task[item[0]] == code]
+        found = metrics_of(task, [counts for *_, counts in of_task])
+        found |= text_metrics(task, [(reference, text) for _, reference, text, _ in of_task])
+        values = {name: float(entry["value"]) for name, entry in found.items()} | losses.get(task, {})
+        metrics |= {f"{task}/{name}": value for name, value in values.items()}
+    sizes = {task: int((features.task == code).sum()) for task, code in TASK_CODES.items()}
+    metrics |= overall_metrics(metrics, sizes)
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Validation(finite, {row: text for row, _, text, _ in scored})
+
+
+def answer_losses(
+    model: Any,
+    family: Family,
+    front_end: FrontEnd,
+    features: Features,
+    rows: np.ndarray,
+    worker: Worker,
+    *,
+    batch_size: int,
+) -> dict[str, dict[str, float]]:
+    """Loss and perplexity of the reference answers, by the forward pass of training without label smoothing.
+
+    Args:
+        model: In eval mode.
+    Returns:
+        {task: {"loss", "perplexity"}} over all workers' rows.
+    """
+    mine: list[list[float]] = []
+    with torch.no_grad():
+        for batch in shared_batches(features, rows, batch_size, worker):
+            inputs = collate_training([features.row(number) for number in batch], front_end)
+            on_device = {name: tensor.to(worker.device) for name, tensor in inputs.items()}
+            mine.append(answer_loss(model, family, on_device, label_smoothing=0.0).tolist())
+    sums = [item for part in gather_lists(mine, worker) for item in part]
+    tokens = np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
+    # fsum rounds once, so that the order in which workers come does not matter
+    nll = {task: math.fsum(entry[code] for entry in sums) for task, code in TASK_CODES.items()}
+    return {task: likelihood_metrics(nll[task], int(tokens[code])) for task, code in TASK_CODES.items()}
+
+
+def shared_batches(features: Features, rows: np.ndarray, batch_size: int, worker: Worker) -> list[list[int]]:
+    """This worker's share of the batches of some rows."""
+    batches = list(length_batches(features, rows.tolist(), batch_size))
+    return batches[worker.rank :: worker.world_size]
+
+
+def gather_lists(mine: list[Any], worker: Worker) -> list[list[Any]]:
+    """Every worker's list, on every worker."""
+    return list(gather(mine, worker))  # type: ignore[arg-type]
