@@ -1,6 +1,5 @@
 """What the flags about features change: how clips are stored, where, in which variants, and under which masks."""
 
-import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
