@@ -51,6 +51,7 @@ from voxray.models.tiny import AUDIO_TOKEN_ID
 from voxray.recipes import multitask
 from voxray.training.engine import Worker
 from voxray.training.loop import answer_loss
+from voxray.training.monitor import read_metrics
 
 ASSETS = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -197,8 +198,7 @@ def ours(model_id: str, features: Features, run_dir: Path) -> float:
     settings = MultitaskSettings.model_validate(values)
     data = multitask.Data(features.folders, ())  # type: ignore[arg-type]
     multitask.train(settings, run_dir, data, Worker())
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return sum(record["sec"] for record in records)
+    return sum(record["sec"] for record in read_metrics(run_dir, "train"))
 
 
 def loss_difference(model_id: str, features: Features) -> float:

@@ -1,6 +1,5 @@
 """What the flags about features change: how clips are stored, where, in which variants, and under which masks."""
 
-import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from voxray.evaluation import job
 from voxray.recipes import multitask
 from voxray.storage import CacheLimits, RemotePath
 from voxray.training.engine import Worker
+from voxray.training.monitor import read_metrics
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_masks(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         run_dir = tmp_path / str(number)
         run_dir.mkdir()
         multitask.train(settings, run_dir, launch.training_data(settings, tmp_path, use_ray=False), Worker())
-        [record] = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        [record] = read_metrics(run_dir, "train")
         losses.append(record["loss"])
     assert len(set(losses)) == 3
     assert [(how.freq_masks, how.freq_mask_bins) for how in asked[:2]] == [(2, 99)] * 2

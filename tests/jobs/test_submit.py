@@ -206,7 +206,8 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
     details = head.wait(name)
     assert details["status"] == "STOPPED", details["logs"]
     assert "SIGINT: saving and stopping after this step" in details["logs"]
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [record["step"] for record in records if record["kind"] == "train"]
     [checkpoint] = (tmp_path / "runs/mt/checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps[-1]:06d}" and steps == list(range(1, steps[-1] + 1))
     assert json.loads((tmp_path / "runs/mt/result.json").read_text()) == {"steps": steps[-1], "finished": False}
