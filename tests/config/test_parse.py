@@ -62,6 +62,15 @@ def test_flags_win_wherever_the_config_flag_stands(yaml):
     assert read([*yaml("epochs: 7"), "--epochs", "2", *NEEDED]).epochs == 2
 
 
+def test_yaml_ranges_are_no_numbers_to_base_60(yaml) -> None:
+    assert read([*NEEDED, *yaml("num_workers: 1:4")]).num_workers == "1:4"
+    assert read([*NEEDED, *yaml("num_workers: 3")]).num_workers == 3
+    assert read([*NEEDED, "--num_workers", "2:2"]).num_workers == 2
+    for bad in ("4:1", "0:2", "1:", "a:b", "1:2:3"):
+        with pytest.raises(SystemExit):
+            read([*NEEDED, "--num_workers", bad])
+
+
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", "'1e-4'"])
 def test_yaml_spellings_of_a_small_number(yaml, text: str):
     assert read([*NEEDED, *yaml(f"lr: {text}")]).lr == 1e-4

@@ -174,7 +174,7 @@ _SafeLoader.yaml_implicit_resolvers = {
 
 def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _SafeLoader)  # a SafeLoader
+        loaded = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
     except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         return {}, [f"--config {path}: {' '.join(str(error).split())}"]
