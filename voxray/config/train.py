@@ -89,8 +89,8 @@ class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlag
     """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well. With --tuning
     full it is the encoder's own weights that stay or train."""
     task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
-    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or asr=1,sqa=1.5 (tasks not named
-    are not drawn). Without it every row is seen once per epoch."""
+    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or by name, asr=1,aac=1.5 (tasks not
+    named are not drawn). Without it every row is seen once per epoch."""
 
     @model_validator(mode="after")
     def _encoder_outputs_are_fixed(self) -> "MultitaskSettings":

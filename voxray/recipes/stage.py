@@ -4,7 +4,7 @@ A stage is told apart by data alone (``Stage``); its recipe says which it is and
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Stage:
     """
 
     roles: tuple[str, ...]
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = field(default_factory=lambda: tuple(TASKS))
     task_weights: Mapping[str, float] | None = None
     per_task_bsz: Mapping[str, int] | None = None
     curriculum: tuple[Phase, ...] = ()
