@@ -47,7 +47,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     train = _train_settings(settings, output_dir, shared)
     evaluation = {
         **shared,
-        **({"tf32": True} if settings.tf32 else {}),
+        **{name: True for name in ("tf32", "trim_audio_tokens") if getattr(settings, name)},
         "val_jsonl": (*settings.val_jsonl, *settings.base_val_jsonl),
         "per_device_bsz": settings.eval_bsz,
         "gen_max_new_tokens": settings.eval_max_new_tokens,

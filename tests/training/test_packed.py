@@ -67,7 +67,7 @@ def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
     for found, grads in ((single, single_grads), (packed, packed_grads)):
         assert (found - padded).abs().max() / tokens < 1e-5
         assert (grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
-    assert (packed > 0).all(), "all three tasks are in it"
+    assert (packed[:3] > 0).all(), "all three tasks are in it"
 
 
 def test_samples_of_a_pack_do_not_see_each_other(data, model):

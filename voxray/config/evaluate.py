@@ -4,7 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, PlacementFlags, SharedFeatureFlags
+from voxray.config.groups import (
+    EvaluationDataFlags,
+    ModelFlags,
+    OutputFlags,
+    PlacementFlags,
+    SharedFeatureFlags,
+    TrimFlags,
+)
 from voxray.config.parse import DEMO_ASSETS, CommaStrings, Flag
 from voxray.tasks import TASKS
 
@@ -16,7 +23,7 @@ def _known_mode(value: str) -> str:
     return value
 
 
-class AdapterFlags(ModelFlags):
+class AdapterFlags(ModelFlags, TrimFlags):
     lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 

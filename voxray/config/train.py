@@ -15,6 +15,7 @@ from voxray.config.groups import (
     SharedFeatureFlags,
     TaskBatchingFlags,
     TaskWeights,
+    TrimFlags,
     VariantFlags,
     WorkerFlags,
 )
@@ -60,7 +61,7 @@ class TextSettings(TrainSettings):
     """Settings of jobs/train_text.py."""
 
 
-class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags):
+class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags, TrimFlags):
     """Settings of jobs/train_asr_adapter.py."""
 
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -82,7 +83,7 @@ class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags):
         return self
 
 
-class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlags):
+class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlags, TrimFlags):
     """Settings of jobs/train_multitask.py."""
 
     freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True

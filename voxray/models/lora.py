@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from voxray.errors import RunError
 from voxray.models.family import Family
+from voxray.models.trimming import write_record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FULL = "full"
@@ -118,11 +119,13 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
 def save_adapter(model: Any, folder: Path) -> None:
     """Write what trains: an adapter in PEFT's format, or fully tuned weights in the same two files.
 
-    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names.
+    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. What else is
+    needed to use them as they were trained stands in ``voxray.json`` (see ``trimming``).
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _adapter_state(model).items()}
     save_file(dict(sorted(tensors.items())), folder / WEIGHTS, metadata={"format": "pt"})
+    write_record(model, folder)
     if not isinstance(model, PeftModel):
         described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": sorted(tensors)}
         (folder / CONFIG).write_text(json.dumps(described, indent=1))

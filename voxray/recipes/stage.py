@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from voxray.audio.augment import SpecAugment
-from voxray.config.groups import MaskFlags
+from voxray.config.groups import MaskFlags, TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_training
@@ -26,6 +26,7 @@ from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import add_lora, check_lora, count_parameters, save_adapter, train_fully, trainable_parameters
 from voxray.models.quantize import base_dtype
+from voxray.models.trimming import note_trimming, trims_audio
 from voxray.storage import Place, write_json
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import Progress, list_checkpoints, load_checkpoint, read_progress
@@ -199,7 +200,13 @@ def count_lost(stage: Stage, lost: Sequence[Lost]) -> str:
 def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None:
     """The adapter that ``--init_adapter`` names, checked against the settings."""
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
-    return read_earlier(settings.init_adapter, family, store=settings.store, **lora)
+    trimming = trimming_of(settings)
+    return read_earlier(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
+
+
+def trimming_of(settings: TrainSettings) -> bool | None:
+    """Whether prompts leave out the audio tokens of padding; None for jobs that train without audio."""
+    return trims_audio(settings.model_id, settings.trim_audio_tokens) if isinstance(settings, TrimFlags) else None
 
 
 def build_trainee(
@@ -226,6 +233,8 @@ def build_trainee(
         model = train_fully(base, family, stage.roles)
     else:
         model = add_lora(base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, **lora)
+    trimmed = trimming_of(settings)
+    note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
     started = ""
     if earlier:
         copied = start_from(model, family, earlier, stage.roles)
