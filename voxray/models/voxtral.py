@@ -21,7 +21,7 @@ from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
 from voxray.models.family import AudioFeatures, model_file, weights_below
-from voxray.models.packed import use_packed_attention
+from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.trimming import trims_audio
 
@@ -295,7 +295,7 @@ class Voxtral:
         inputs = _with_trimmed_audio(base, batch)
         if "segment_ends" in inputs:
             use_packed_attention(base.model.language_model)
-            inputs["segment_ends"] = tuple(inputs["segment_ends"].tolist())
+            inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
         # The cache stays off: with it the library lets the samples of a packed row see each other.
         hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
