@@ -56,6 +56,7 @@ TRAIN = {
     "per_device_bsz": "training_flags::epochs_and_rows_per_step",
     "grad_accum": "training_flags::epochs_and_rows_per_step",
     "grad_ckpt": "training_flags::grad_ckpt",
+    "compile": "training_flags::compile",
     "seed": "training_flags::seed",
     "num_workers": "training_flags::num_workers submit::submitted_run_succeeds",
     "loader_workers": "training_flags::loader_workers",

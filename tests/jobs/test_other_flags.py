@@ -407,7 +407,7 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
-    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "dora"}
+    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "rslora"}
     special |= {"store": "pcm16", "cache_dtype": "float32", "speeds": (0.8,), "noise_snr": (3.0, 4.0)}
     values = {}
     for name, info in model.model_fields.items():

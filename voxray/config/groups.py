@@ -213,6 +213,9 @@ class OptimizerFlags(Settings):
     """Forward passes per worker and optimizer step."""
     grad_ckpt: Annotated[bool, Flag(("gradient_checkpointing",))] = False
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the language model's layers (torch.compile), which takes a minute or more at the start. Losses, and those
+    of a run that was resumed, are the same to rounding, not to the last bit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the data order, the LoRA start and dropout."""
 

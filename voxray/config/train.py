@@ -56,6 +56,12 @@ class TrainSettings(
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
 
+    @model_validator(mode="after")
+    def _dora_does_not_compile(self) -> "TrainSettings":
+        if self.compile and self.tuning == "dora":
+            raise ValueError("--compile: DoRA's layers fall into too many pieces; leave it out, or take --tuning lora")
+        return self
+
 
 class TextSettings(TrainSettings):
     """Settings of jobs/train_text.py."""

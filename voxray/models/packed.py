@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
+from voxray.models.compiling import is_compiled, left_out
+
 PACKED = "voxray_packed"
 """Name under which the attention is known to transformers."""
 MAX_HEAD_DIM = 256  # of the flash kernel, which also wants a multiple of 8
@@ -49,7 +51,8 @@ def use_packed_attention(language_model: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(PACKED, packed_attention)
+    attention = left_out(packed_attention) if is_compiled(language_model) else packed_attention
+    AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, _mask)
     language_model.config._attn_implementation = PACKED
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_valid_frames
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
+from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.family import AudioFeatures, model_file, weights_below
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
@@ -281,6 +283,14 @@ class Voxtral:
         base = _base(model)
         base.model.audio_tower = _PassThrough(base.dtype)
 
+    def compile_layers(self, model: Any) -> None:
+        """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
+
+        Raises:
+            RunError: Nothing can be compiled on this machine.
+        """
+        compile_layers(_base(model).model.language_model, model.device)
+
     def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
         """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.
 
@@ -306,8 +316,12 @@ class Voxtral:
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        inputs = _with_trimmed_audio(_base(model), batch)
-        ids_BL = model.generate(**inputs, **options)
+        base = _base(model)
+        inputs = _with_trimmed_audio(base, batch)
+        # Layers compiled for training would be compiled anew for one token and a cache that grows.
+        eager = torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
+        with eager:
+            ids_BL = model.generate(**inputs, **options)
         return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
 
 

@@ -245,6 +245,8 @@ def build_trainee(
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_modes(model, family, stage.roles)
+    if settings.compile:
+        family.compile_layers(model)
     parameters = [parameter for _, parameter in trainable_parameters(model)]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, foreach=False)
     return Trainee(model, family, optimizer, worker, Guard.of(fp16=settings.fp16)), started
