@@ -92,7 +92,10 @@ def measure_parts(clips: list[Path], folder: Path, passes: int) -> dict[str, flo
         decoded = timed("decode", lambda: [soundfile.read(path, dtype="float32")[0] for path in clips])
         samples = timed("resample", lambda: [soxr.resample(clip, RATE_HZ, 16_000, quality="HQ") for clip in decoded])
         made = timed("mel", lambda: [front_end.features(clip) for clip in samples])
-        ids = timed("tokens", lambda: [(front_end.prompt_ids(task, 2), front_end.target_ids(TEXT)) for _ in clips])
+        two_windows = 2 * front_end.window_samples
+        ids = timed(
+            "tokens", lambda: [(front_end.prompt_ids(task, two_windows), front_end.target_ids(TEXT)) for _ in clips]
+        )
         names = ("id", "language", "source", "audio_path", "prompt", "answer")
         rows = [
             {name: getattr(task, name) for name in names}

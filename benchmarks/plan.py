@@ -126,8 +126,8 @@ def main() -> None:
             name, lambda how=how: epoch_of(of_plan(task, tokens, how)), tokens, budget if name == "packed" else None
         )
         drawn = task[of_plan(task, tokens, how, WEIGHTS).epoch_packs(0).rows]
-        wanted = np.array([WEIGHTS[task_name] for task_name in TASKS])
-        error = np.abs(np.bincount(drawn, minlength=len(TASKS)) / len(drawn) - wanted / wanted.sum()).max()
+        wanted = np.array([WEIGHTS[task_name] for task_name in WEIGHTS])
+        error = np.abs(np.bincount(drawn, minlength=len(WEIGHTS)) / len(drawn) - wanted / wanted.sum()).max()
         found.append({**row, "share_error": float(error)})
     print(f"{flags.count:,} rows, {flags.rows} rows or {budget:,} tokens a batch")
     print("name     efficiency  imbalance     rows/s  shares")

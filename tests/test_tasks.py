@@ -4,11 +4,14 @@ import math
 
 import pytest
 
+from voxray.data.shards import TASK_CODES
+from voxray.manifest import BadRow, check_values
 from voxray.tasks import TASKS, parse_task_weights, task_of
 
 ASR = {"audio_path": "a.wav", "transcript": "안녕"}
 SQA = {"audio_path": "a.wav", "question": "q", "answer": "a"}
 TQA = {"instruction": "i", "output": "o"}
+AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,10 @@ TQA = {"instruction": "i", "output": "o"}
         ({**TQA, **SQA}, "sqa"),
         ({**TQA, **ASR, **SQA}, "asr"),
         ({**TQA, "audio_path": "a.wav"}, "tqa"),
+        (AAC, "aac"),
+        ({**AAC, "question": "What is heard?"}, "aac"),
+        ({**AAC, **SQA}, "sqa"),
+        ({**AAC, **ASR}, "asr"),
         ({"transcript": None, "audio_path": None}, "asr"),  # what the values are is the manifest's business
     ],
 )
@@ -48,7 +55,24 @@ def test_prompts():
     assert TASKS["tqa"].prompt(TQA) == "i"
     assert TASKS["tqa"].prompt({**TQA, "input": "x"}) == "i\nx"
     assert TASKS["tqa"].prompt({**TQA, "input": ""}) == TASKS["tqa"].prompt({**TQA, "input": None}) == "i"
-    assert [task.has_audio for task in TASKS.values()] == [True, True, False]
+    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac"]
+
+
+def test_a_caption_is_asked_for_by_the_row_or_else_as_salmonn_asks():
+    assert TASKS["aac"].prompt(AAC) == TASKS["aac"].prompt({**AAC, "question": ""}) == "Please describe the audio."
+    assert TASKS["aac"].prompt({**AAC, "question": "What is heard?"}) == "What is heard?"
+    wrong = [({**AAC, "question": " "}, "question is empty"), ({**SQA, "question": ""}, "question is empty")]
+    wrong += [({**AAC, "caption": None}, "caption is null"), ({**AAC, "question": 3}, "question is int, not text")]
+    for row, message in wrong:
+        with pytest.raises(BadRow, match=message):
+            check_values(row)
+    assert check_values(AAC) is check_values({**AAC, "question": None}) is TASKS["aac"]
+
+
+def test_places_in_the_table_are_codes_on_disk():
+    """Shards and checkpoints made before hold these numbers; a new task goes to the end."""
+    assert list(TASKS)[:4] == ["asr", "sqa", "tqa", "aac"]
+    assert {name: code for name, code in TASK_CODES.items() if code < 4} == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3}
 
 
 @pytest.mark.parametrize(
@@ -59,6 +83,7 @@ def test_prompts():
         ([1, 2.5, "3"], {"asr": 1.0, "sqa": 2.5, "tqa": 3.0}),
         ((0, 0, 1), {"asr": 0.0, "sqa": 0.0, "tqa": 1.0}),
         ("asr=1,sqa=1.5", {"asr": 1.0, "sqa": 1.5}),
+        ("asr=1,aac=0.5", {"asr": 1.0, "aac": 0.5}),
         ("tqa=1e-1", {"tqa": 0.1}),
         (["tqa=1", "asr=0"], {"tqa": 1.0, "asr": 0.0}),
         ({"sqa": 2}, {"sqa": 2.0}),
@@ -84,8 +109,8 @@ def test_task_weights(value, weights: dict[str, float]):
         ([1, 2, [3]], "is not a number"),
         ("asr=1,2", "every weight as task=number, or none"),
         ("asr=1,asr=2", "'asr' is given twice"),
-        ("asr=1,aac=2", "unknown task 'aac'; known: asr, sqa, tqa"),
-        ({"aac": 1}, "unknown task 'aac'"),
+        ("asr=1,xyz=2", "unknown task 'xyz'; known: asr, sqa, tqa"),
+        ({"xyz": 1}, "unknown task 'xyz'"),
         ("-1,1,1", "weight of asr must be 0 or more, not -1"),
         ("1,nan,1", "weight of sqa must be 0 or more"),
         ("1,1,inf", "weight of tqa must be 0 or more"),

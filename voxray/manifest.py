@@ -216,8 +216,9 @@ def check_values(row: dict[str, Any]) -> Task:
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
             raise BadRow("bad_type", f"{key} is null")
-    if task.prompt_keys and not row[task.prompt_keys[0]].strip():
-        raise BadRow("empty_text", f"{task.prompt_keys[0]} is empty")
+    for key in task.prompt_keys[:1]:
+        if not (row.get(key) or task.default_prompt).strip():
+            raise BadRow("empty_text", f"{key} is empty")
     language_code(row.get("language"))
     segment(row)
     return task
@@ -233,7 +234,7 @@ def refuse_old_cache(row: dict[str, Any]) -> None:
     """
     audio_path = row.get("audio_path")
     if audio_path in (None, ""):
-        if all(key in row for key in TASKS["tqa"].keys):
+        if any(not task.has_audio and all(key in row for key in task.keys) for task in TASKS.values()):
             return
         values = row.values()
     else:

@@ -23,6 +23,7 @@ from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.launch import ray_session, run_training
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import Place, write_json
+from voxray.tasks import TASKS
 from voxray.terminal import console
 
 Values = dict[str, dict[str, float]]
@@ -46,7 +47,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     train = _train_settings(settings, output_dir, shared)
     evaluation = {
         **shared,
-        **({"tf32": True} if settings.tf32 else {}),
+        **{name: True for name in ("tf32", "trim_audio_tokens") if getattr(settings, name)},
         "val_jsonl": (*settings.val_jsonl, *settings.base_val_jsonl),
         "per_device_bsz": settings.eval_bsz,
         "gen_max_new_tokens": settings.eval_max_new_tokens,
@@ -117,7 +118,7 @@ def _most_frequent_answer(folders: dict[str, Place], settings: QuickstartSetting
     train = Features(folders[name] for name in settings.train_jsonl)
     held_out = Features(folders[name] for name in settings.val_jsonl)
     found: Values = {}
-    for task in ("sqa", "tqa"):
+    for task in (task.name for task in TASKS.values() if task.template == "chat"):
         answers = Counter(train.row(row).answer for row in (train.task == TASK_CODES[task]).nonzero()[0])
         rows = (held_out.task == TASK_CODES[task]).nonzero()[0]
         if answers and len(rows):

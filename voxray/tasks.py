@@ -17,6 +17,7 @@ class Task:
         keys: Keys that a row must have; a row belongs to the first task whose keys it has all.
         template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
         prompt_keys: Keys whose texts make the user message, joined by a newline; empty ones are left out.
+        default_prompt: The user message of a row that has none of them.
         answer_key: Key of the text the model is to produce.
         metrics: Names of the metrics reported, the headline first.
         allows_empty_answer: Whether "" is an answer (a clip in which nobody speaks), rather than a row to refuse.
@@ -29,6 +30,7 @@ class Task:
     answer_key: str
     metrics: tuple[str, ...]
     allows_empty_answer: bool = False
+    default_prompt: str = ""
 
     @property
     def has_audio(self) -> bool:
@@ -36,7 +38,7 @@ class Task:
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The user's text of a row; empty for a plain transcription request."""
-        return "\n".join(str(row[key]) for key in self.prompt_keys if row.get(key))
+        return "\n".join(str(row[key]) for key in self.prompt_keys if row.get(key)) or self.default_prompt
 
 
 SPEECH_METRICS = ("cer_nospace", "cer", "wer", "exact_match")
@@ -48,9 +50,20 @@ TASKS: dict[str, Task] = {
         Task("asr", ("audio_path", "transcript"), "transcription", (), "transcript", SPEECH_METRICS, True),
         Task("sqa", ("audio_path", "question", "answer"), "chat", ("question",), "answer", ANSWER_METRICS),
         Task("tqa", ("instruction", "output"), "chat", ("instruction", "input"), "output", ANSWER_METRICS),
+        Task(
+            "aac",
+            ("audio_path", "caption"),
+            "chat",
+            ("question",),
+            "caption",
+            ANSWER_METRICS,
+            default_prompt="Please describe the audio.",  # SALMONN's own request for a caption
+        ),
     )
 }
-"""In the order in which ``--task_weights 1.0,1.5,1.2`` lists its numbers."""
+"""A new task goes to the end: its place is its code in feature shards, so no earlier one may move."""
+POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
+"""The tasks that ``--task_weights 1.0,1.5,1.2`` means; weights of others are given by name."""
 
 
 def task_of(row: Mapping[str, Any]) -> Task:
@@ -115,25 +128,26 @@ def _known_task(name: str) -> str:
 
 
 def parse_task_weights(value: Any) -> dict[str, float]:
-    """Read ``1.0,1.5,1.2`` (in the table's order) or ``asr=1,sqa=1.5`` into {task: relative share}.
+    """Read ``1.0,1.5,1.2`` (for asr, sqa, tqa) or ``asr=1,aac=1.5`` into {task: relative share}.
 
     Raises:
         ValueError: An unknown task, a missing, negative or non-finite number, or no positive weight at all.
     """
+    needed = f"needs {len(POSITIONAL_TASKS)} numbers, for {', '.join(POSITIONAL_TASKS)}, or task=number pairs"
     if isinstance(value, Mapping):
         pairs = [(str(name), weight) for name, weight in value.items()]
     else:
         if not isinstance(value, str | list | tuple):
-            raise ValueError(f"needs {len(TASKS)} numbers, for {', '.join(TASKS)}, or task=number pairs")
+            raise ValueError(needed)
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
         if any("=" in str(part) for part in parts):
             pairs = [tuple(str(part).split("=", 1)) for part in parts if "=" in str(part)]
             if len(pairs) != len(parts):
                 raise ValueError("write every weight as task=number, or none of them")
-        elif len(parts) == len(TASKS):
-            pairs = list(zip(TASKS, parts, strict=True))
+        elif len(parts) == len(POSITIONAL_TASKS):
+            pairs = list(zip(POSITIONAL_TASKS, parts, strict=True))
         else:
-            raise ValueError(f"needs {len(TASKS)} numbers, for {', '.join(TASKS)}, or task=number pairs")
+            raise ValueError(needed)
     weights: dict[str, float] = {}
     for name, text in pairs:
         if _known_task(name) in weights:

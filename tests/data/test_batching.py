@@ -187,7 +187,7 @@ def test_words_for_sizes_and_phases():
     assert parse_task_sizes("asr=4, sqa=2") == parse_task_sizes({"asr": 4, "sqa": "2"}) == {"asr": 4, "sqa": 2}
     phases = ((("tqa",), 1), (("tqa", "asr"), 2))
     assert parse_curriculum("tqa:1, tqa+asr:2") == parse_curriculum(phases) == phases
-    for wrong in ("asr", "asr=0", "asr=1.5", "aac=1", "asr=1,asr=2", 5):
+    for wrong in ("asr", "asr=0", "asr=1.5", "xyz=1", "asr=1,asr=2", 5):
         with pytest.raises(ValueError, match=r"unknown task|whole|twice|pairs"):
             parse_task_sizes(wrong)
     for wrong in ("asr", "asr:0", "xyz:1", "asr+asr:1"):

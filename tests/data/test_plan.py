@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxray.data.batching import Batching
-from voxray.data.plan import Pack, Plan
+from voxray.data.plan import ORDER, PACKS, VARIANTS, Pack, Plan, _stream
 from voxray.errors import SettingsError
-from voxray.tasks import TASKS
+from voxray.tasks import POSITIONAL_TASKS, TASKS
 
 CODES = {name: code for code, name in enumerate(TASKS)}
 
@@ -81,7 +81,7 @@ def test_the_order_is_redrawn_each_epoch_and_with_each_seed():
 def test_shares_by_largest_remainder(counts: list[int], shares: list[float]):
     if sum(shares) < 0.01:
         return
-    weights = dict(zip(TASKS, shares, strict=True))
+    weights = dict(zip(POSITIONAL_TASKS, shares, strict=True))
     made = plan(*counts, weights=weights)
     total = sum(counts)
     exact = {name: total * share / sum(shares) for name, share in weights.items()}
@@ -89,13 +89,13 @@ def test_shares_by_largest_remainder(counts: list[int], shares: list[float]):
         drawn = made.epoch_rows(epoch)
         found = tasks_of(made, drawn)
         assert len(drawn) == total
-        assert all(abs(found[name] - exact[name]) < 1 for name in TASKS)
+        assert all(abs(found[name] - exact[name]) < 1 for name in weights)
         if total >= 200:
-            assert all(abs(found[name] / total - exact[name] / total) <= 0.01 for name in TASKS)
+            assert all(abs(found[name] / total - exact[name] / total) <= 0.01 for name in weights)
         # Rounded up are those that lost most by rounding down.
-        rest = {name: exact[name] - int(exact[name]) for name in TASKS}
-        up = [rest[name] for name in TASKS if found[name] > int(exact[name])]
-        down = [rest[name] for name in TASKS if found[name] == int(exact[name])]
+        rest = {name: exact[name] - int(exact[name]) for name in weights}
+        up = [rest[name] for name in weights if found[name] > int(exact[name])]
+        down = [rest[name] for name in weights if found[name] == int(exact[name])]
         assert not up or not down or min(up) >= max(down) - 1e-9
 
 
@@ -191,6 +191,16 @@ PINNED = [
     [133, 127, 112, 121, 100, 100, 130, 118, 103, 106, 106, 121],
 ]
 PINNED_UNWEIGHTED = [109, 103, 100, 106]
+
+
+def test_a_task_more_leaves_the_plan_of_the_others_as_it_was(monkeypatch):
+    """And its own draws come from a stream of their own, not from one that orders an epoch or draws variants."""
+    monkeypatch.setitem(TASKS, "more", TASKS["tqa"])
+    test_a_plan_pinned_to_its_values()
+    streams = [_stream(code) for code in range(len(TASKS))]
+    assert len({*streams, ORDER, VARIANTS, PACKS}) == len(TASKS) + 3
+    weighted = plan(0, 0, 0, 7, 7, weights={"aac": 1, "more": 2})
+    assert tasks_of(weighted, weighted.epoch_rows(0)) == {"aac": 5, "more": 9}
 
 
 @pytest.mark.parametrize(

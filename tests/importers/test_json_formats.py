@@ -151,7 +151,8 @@ def annotation(sound):
     return [
         {"path": sound, "text": "네", "task": "asr"},
         {"path": "a.wav", "text": "둘", "task": "QA", "Q": '몇 개? [{"}]'},
-        {"path": sound, "text": "x", "task": "audiocaption"},
+        {"path": sound, "text": "개가 짖는다", "task": "audiocaption"},
+        {"path": sound, "text": "x", "task": "phone_recognition"},
         {"path": sound, "text": "x", "task": "QA"},
         {"path": "gone.wav", "text": "x", "task": "asr"},
         {"path": sound, "text": "x", "task": "asr", "expand_wav": [sound]},
@@ -191,11 +192,12 @@ def test_salmonn(tmp_path, monkeypatch, indent, chunk):
     assert [row.values for row in rows] == [
         {"audio_path": sound, "transcript": "네"},
         {"audio_path": sound, "question": '몇 개? [{"}]', "answer": "둘"},
+        {"audio_path": sound, "caption": "개가 짖는다"},
     ]
     assert [fault.reason for fault in faults] == SALMONN_FAULTS
     if indent:
         text = path.read_text(encoding="utf-8-sig").split("\n")
-        assert [text[row.line - 1].strip() for row in rows] == ["{", "{"]
+        assert [text[row.line - 1].strip() for row in rows] == ["{", "{", "{"]
 
 
 @pytest.mark.parametrize(

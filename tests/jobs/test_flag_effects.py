@@ -23,6 +23,7 @@ VARIANTS = dict.fromkeys(
 MASKS = ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_mask_share")
 FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
+TRIM = "trim_flag"
 TRAIN = {
     "model_id": "training_flags::model_id",
     "train_jsonl": FOLDERS,
@@ -55,6 +56,7 @@ TRAIN = {
     "per_device_bsz": "training_flags::epochs_and_rows_per_step",
     "grad_accum": "training_flags::epochs_and_rows_per_step",
     "grad_ckpt": "training_flags::grad_ckpt",
+    "compile": "training_flags::compile",
     "seed": "training_flags::seed",
     "num_workers": "training_flags::num_workers submit::submitted_run_succeeds",
     "loader_workers": "training_flags::loader_workers",
@@ -82,13 +84,14 @@ TRAIN = {
     **dict.fromkeys(MASKS, "feature_flags::masks"),
     **dict.fromkeys(("batching", "pack_tokens", "per_task_bsz"), "training_flags::batching"),
     "curriculum": "training_flags::curriculum",
+    "trim_audio_tokens": f"{TRIM}::it_trains_on_shorter_rows_and_is_remembered {TRIM}::stages_agree_on_it",
 }
 PUBLISHED = {
     flag: f"{TRAIN[flag]} stages::defaults_of_the_stages_are_the_published_ones"
     for flag in ("lora_r", "lora_alpha", "lr", "epochs")
 }
 ONLY_MULTITASK = {"curriculum", "per_task_bsz", "freeze_whisper", "task_weights"}
-ONLY_AUDIO = {"variants", *VARIANTS, *MASKS}
+ONLY_AUDIO = {"variants", "trim_audio_tokens", *VARIANTS, *MASKS}
 OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
 EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"
@@ -111,6 +114,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("store", "cache_dtype"), "feature_flags::store"),
         **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
         "verify": "feature_flags::verify",
+        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_as_training_does",
         "variants": "feature_flags::variants",
         **CACHE,
         **VARIANTS,
@@ -139,6 +143,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "max_len": "other_flags::evaluate_max_len",
+        "trim_audio_tokens": f"{TRIM}::evaluation_asks_as_the_adapter_was_trained",
         "strict": "other_flags::evaluate_strict",
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
         **CACHE,
@@ -151,6 +156,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
+        "trim_audio_tokens": f"{TRIM}::infer_asks_as_the_adapter_was_trained",
     },
     "export": {
         **dict.fromkeys(("lora_dir", "model_id"), "export::runs_checkpoints_and_bases_are_found"),
@@ -175,6 +181,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("min_high_band_db", "max_duration_error_sec"), AUDIT_LIMITS),
         **dict.fromkeys(("input", "output_dir", "storage_path", "model_id", "fix"), AUDIT_FILES),
         "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
+        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_as_training_does",
         "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),

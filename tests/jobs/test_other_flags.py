@@ -100,7 +100,8 @@ def test_evaluate_folders(evaluate: Evaluate, answered: list, tmp_path: Path) ->
     assert sorted(json.loads(path.read_text())["shards"] for path in (tmp_path / "shared").glob("*/set.json")) == [2, 2]
 
 
-def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str]) -> None:
+def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str], tmp_path: Path) -> None:
+    asr = read_rows(small["asr.val"])
     assert {task: found["exact_match"]["n"] for task, found in evaluate().metrics.items()} == {"asr": 4, "tqa": 4}
     assert set(evaluate(val_jsonl=(small["sqa.val"],), output_dir="b").metrics) == {"sqa"}
     assert set(evaluate(mode="valid_asr", output_dir="c").metrics) == {"asr"}
@@ -109,6 +110,20 @@ def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str]
     assert lines[0] == ["testset_id", "text"] and lines[1:] == [[f"asr.val.jsonl:{line}", "1"] for line in range(1, 5)]
     with pytest.raises(RunError, match="no aac row"):
         evaluate(mode="valid_aac", output_dir="e")
+    sounds = [{"audio_path": row["audio_path"], "caption": "소리", "id": f"test{n}"} for n, row in enumerate(asr)]
+    captions = write_rows(tmp_path / "aac.jsonl", [sounds[0], {**sounds[1], "question": "What is heard?"}])
+    both = {"val_jsonl": (captions, small["tqa.val"])}
+    assert set(evaluate(**both, output_dir="f").metrics) == {"aac", "tqa"}
+    assert evaluate(**both, mode="valid_aac", output_dir="g").metrics == {
+        "aac": {"rouge_l": {"value": 0, "n": 2}, "exact_match": {"value": 0, "n": 2}}
+    }
+    result = evaluate(**both, mode="submission_aac", output_dir="h")
+    lines = list(csv.reader((result.output_dir / "submission.csv").open(encoding="utf-8")))
+    assert lines == [["testset_id", "text"], ["test0", "1"], ["test1", "1"]]
+    asked = [row["prompt"] for row in batch.read_predictions(result.output_dir)]
+    assert asked == ["Please describe the audio.", "What is heard?"]
+    with pytest.raises(ValueError, match="must be submission_ or valid_ with one of asr, sqa, tqa, aac"):
+        EvaluateSettings.model_validate({"val_jsonl": "a", "mode": "submission_xyz"})
 
 
 def test_evaluate_max_len(evaluate: Evaluate, answered: list, small: dict[str, str]) -> None:
@@ -392,7 +407,7 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
-    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "dora"}
+    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "rslora"}
     special |= {"store": "pcm16", "cache_dtype": "float32", "speeds": (0.8,), "noise_snr": (3.0, 4.0)}
     values = {}
     for name, info in model.model_fields.items():

@@ -336,6 +336,22 @@ def test_grad_ckpt(train: Train) -> None:
     assert plain.column("loss") == pytest.approx(recomputed.column("loss"), rel=1e-6)
 
 
+def test_compile(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers run as compiled code (here captured, not compiled: tests/models/test_compile.py does that)."""
+    from torch._dynamo.utils import counters
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, dynamic=True, backend="aot_eager"))
+    plain = train(max_steps=2)
+    counters.clear()
+    compiled = train(max_steps=2, compile=True)
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert plain.column("loss") == pytest.approx(compiled.column("loss"), abs=1e-5)
+    assert plain.adapter().keys() == compiled.adapter().keys()
+    with pytest.raises(ValueError, match="--compile: DoRA's layers fall into too many pieces"):
+        train(compile=True, tuning="dora")
+
+
 def test_seed(train: Train) -> None:
     first, again, other = train(seed=3), train(seed=3), train(seed=4)
     assert first.column("loss") == again.column("loss") and torch.equal(first.weights("A"), again.weights("A"))

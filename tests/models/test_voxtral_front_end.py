@@ -50,7 +50,7 @@ def test_transcription_prompt(processor, front_end, language, num_windows):
     clip = noise((num_windows - 1) * WINDOW_SAMPLES + 9_000)
     request = {"audio": [clip], "format": ["wav"], "sampling_rate": 16_000, "model_id": "tiny"}
     theirs = processor.apply_transcription_request(**request, language=language or None, **SHAPE)
-    assert front_end.prompt_ids(sample("asr", language=language), num_windows) == theirs["input_ids"][0].tolist()
+    assert front_end.prompt_ids(sample("asr", language=language), len(clip)) == theirs["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("question", ["마지막 숫자는 무엇입니까?", "How many numbers? ", "환자 120/80 😀\nnew line"])
@@ -58,7 +58,7 @@ def test_spoken_question_prompt(processor, front_end, question):
     content = [{"type": "audio", "path": str(next((SPEECH / "val").glob("*.wav")))}, {"type": "text", "text": question}]
     kwargs = {**SHAPE, "return_tensors": "pt", "return_dict": True, "tokenize": True}
     theirs = processor.apply_chat_template([{"role": "user", "content": content}], processor_kwargs=kwargs)
-    assert front_end.prompt_ids(sample("sqa", question), 1) == theirs["input_ids"][0].tolist()
+    assert front_end.prompt_ids(sample("sqa", question), WINDOW_SAMPLES) == theirs["input_ids"][0].tolist()
 
 
 def test_text_question_prompt(processor, front_end):

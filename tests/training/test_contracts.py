@@ -83,7 +83,7 @@ def test_loss_equals_transformers(data):
     ours = answer_loss(model, family, batch, 0.0)
     theirs = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
     assert float(ours.sum()) / int((batch["labels"] != IGNORED).sum()) == pytest.approx(float(theirs), rel=1e-5)
-    assert (ours > 0).all(), "all three tasks are in this batch"
+    assert (ours[:3] > 0).all(), "all three tasks are in this batch"
 
 
 def test_loss_does_not_depend_on_how_a_batch_is_divided(data, tmp_path):

@@ -1,5 +1,6 @@
 """Packed rows: the same mathematics as padded ones, in training, on any number of workers, and after a resume."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from conftest import TINY
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import collate_packed, collate_prompts, collate_training
 from voxray.data.features import Features
+from voxray.models import packed
 from voxray.models.family import family_of
 from voxray.models.lora import add_lora, trainable_parameters
 from voxray.models.packed import PACKED
@@ -63,11 +65,11 @@ def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
     tokens = sum(len(row.target_ids) for row in rows)
     padded, padded_grads = loss_and_gradients(model, [collate_training(rows, front_end)])
     single, single_grads = loss_and_gradients(model, [collate_training([row], front_end) for row in rows])
-    packed, packed_grads = loss_and_gradients(model, [collate_packed(rows, front_end)])
-    for found, grads in ((single, single_grads), (packed, packed_grads)):
+    in_pack, packed_grads = loss_and_gradients(model, [collate_packed(rows, front_end)])
+    for found, grads in ((single, single_grads), (in_pack, packed_grads)):
         assert (found - padded).abs().max() / tokens < 1e-5
         assert (grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
-    assert (packed > 0).all(), "all three tasks are in it"
+    assert (in_pack[:3] > 0).all(), "all three tasks are in it"
 
 
 def test_samples_of_a_pack_do_not_see_each_other(data, model):
@@ -86,6 +88,125 @@ def test_samples_of_a_pack_do_not_see_each_other(data, model):
     alone = logits(3)[0]
     assert torch.allclose(logits(3, 5)[0], alone, atol=1e-5)
     assert torch.allclose(logits(7, 1, 3)[2], alone, atol=1e-5)
+
+
+def dense(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, value_BHLD: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Attention written out: every query against every key, those of other samples and of later tokens masked."""
+    group = query_BHLD.shape[1] // key_BHLD.shape[1]
+    key_BHLD, value_BHLD = (tensor.repeat_interleave(group, dim=1) for tensor in (key_BHLD, value_BHLD))
+    sample = torch.bucketize(torch.arange(ends[-1]), torch.tensor(ends), right=True)
+    place = torch.arange(ends[-1])
+    seen = (sample[:, None] == sample[None]) & (place[:, None] >= place[None])
+    scores = query_BHLD @ key_BHLD.transpose(2, 3) / query_BHLD.shape[-1] ** 0.5
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value_BHLD).transpose(1, 2)
+
+
+def kernel(calls: list[dict[str, Any]]) -> Any:
+    """Stands for ``torch.nn.attention.varlen.varlen_attn``, with its arguments, on a CPU: one softmax per query."""
+
+    def varlen_attn(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        calls.append({"bounds": cu_seq_q, "max": (max_q, max_k), "window": window_size, "gqa": enable_gqa})
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and type(max_q) is int
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1, "the kernel refuses others"
+        group, parts = query.shape[1] // key.shape[1], []
+        for place in range(len(query)):
+            start = cu_seq_k[int((cu_seq_k[1:] <= place).sum())]
+            scores = (query[place].unflatten(0, (-1, group)) @ key[start : place + 1].permute(1, 2, 0)) * scale
+            parts.append((scores.softmax(-1) @ value[start : place + 1].transpose(0, 1)).flatten(0, 1))
+        return torch.stack(parts)
+
+    inspected = inspect.signature(packed.varlen_attn).parameters
+    assert all(inspected[name].kind == item.kind for name, item in inspect.signature(varlen_attn).parameters.items())
+    return varlen_attn
+
+
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
+def test_packed_attention_equals_attention_written_out(monkeypatch, flash, heads):
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(packed, "varlen_attn", kernel(calls))
+    monkeypatch.setattr(packed, "takes_flash", lambda *what: flash)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 11, count, 16).transpose(1, 2) for count in (heads[0], heads[1], heads[1]))
+    segments = packed.Segments.of(torch.tensor([1, 6, 11]))
+    layer = torch.nn.Module()
+    found, weights = packed.packed_attention(layer, query, key, value, None, scaling=16**-0.5, segments=segments)
+    assert weights is None and torch.allclose(found, dense(query, key, value, [1, 6, 11]), atol=1e-6)
+    assert len(calls) == flash, "one call for the whole row"
+    for call in calls:
+        assert call["bounds"].tolist() == [0, 1, 6, 11] and call["max"] == (5, 5)
+        assert call["window"] == (-1, 0) and call["gqa"] == (heads[0] != heads[1])
+
+
+def test_a_pack_through_the_flash_kernel_has_the_loss_of_the_padded_batch(data, model, monkeypatch):
+    front_end, rows = family_of(TINY).front_end(TINY), rows_of(data, 4)
+    padded, _ = loss_and_gradients(model, [collate_training(rows, front_end)])
+    calls: list[dict[str, Any]] = []
+    real = kernel(calls)
+    monkeypatch.setattr(packed, "takes_flash", lambda *what: True)
+    monkeypatch.setattr(packed, "varlen_attn", real)
+    found, _ = loss_and_gradients(model, [collate_packed(rows, front_end)])
+    assert (found - padded).abs().max() / sum(len(row.target_ids) for row in rows) < 1e-5
+    assert len(calls) == 2, "one per layer"
+
+
+CUDA, HALF = torch.device("cuda"), torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "dropout", "capability", "takes"),
+    [
+        (CUDA, HALF, 128, 0.0, (8, 0), True),
+        (CUDA, torch.float16, 64, 0.0, (9, 0), True),
+        (CUDA, torch.float32, 128, 0.0, (9, 0), False),
+        (CUDA, HALF, 128, 0.0, (7, 5), False),  # a T4
+        (CUDA, HALF, 128, 0.1, (9, 0), False),
+        (CUDA, HALF, 100, 0.0, (9, 0), False),
+        (CUDA, HALF, 512, 0.0, (9, 0), False),
+        (torch.device("cpu"), HALF, 128, 0.0, (9, 0), False),
+    ],
+)
+def test_where_the_flash_kernel_is_taken(monkeypatch, device, dtype, head_dim, dropout, capability, takes):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert packed.takes_flash(device, dtype, head_dim, dropout) == takes
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert not packed.takes_flash(device, dtype, head_dim, dropout)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not packed.takes_flash(device, dtype, head_dim, dropout), "AMD's PyTorch calls its devices cuda, too"
+
+
+@pytest.mark.gpu
+def test_the_flash_kernel_equals_attention_written_out():
+    """On a GPU, gradients included."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 300, count, 64, device="cuda", dtype=HALF).transpose(1, 2) for count in (8, 2, 2)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    segments = packed.Segments.of(torch.tensor([1, 120, 300], device="cuda"))
+    assert packed.takes_flash(inputs[0].device, HALF, 64, 0.0)
+    found, _ = packed.packed_attention(torch.nn.Module(), *inputs, None, scaling=64**-0.5, segments=segments)
+    found_grads = torch.autograd.grad(found.float().square().sum(), inputs)
+    exact = [tensor.detach().float().cpu().requires_grad_() for tensor in inputs]
+    wanted = dense(*exact, [1, 120, 300])
+    wanted_grads = torch.autograd.grad(wanted.square().sum(), exact)
+    assert torch.allclose(found.float().cpu(), wanted, atol=0.03)
+    for ours, theirs in zip(found_grads, wanted_grads, strict=True):
+        assert (ours.float().cpu() - theirs).abs().max() < 0.03 * theirs.abs().max()
 
 
 def test_generation_and_padded_batches_work_on_a_model_that_took_packs(data):

@@ -67,8 +67,7 @@ class LogMel:
     def valid(self, samples: np.ndarray, padded_samples: int) -> tuple[np.ndarray, float]:
         """Compute the frames of a zero-padded clip that differ from its padding.
 
-        Frame t covers samples [160 t - 200, 160 t + 200) and the first tap of the Hann window is 0, so frames from
-        (n + 198) // 160 + 1 on see only zeros. They all hold the clamp level of the clip, which is returned once.
+        The others all hold the clamp level of the clip, which is returned once.
 
         Args:
             samples: float32, shape (n,), 16 kHz.
@@ -82,7 +81,7 @@ class LogMel:
         num_samples = len(samples)
         if not 0 < num_samples <= padded_samples:
             raise ValueError(f"a clip of {num_samples} samples does not fit into {padded_samples}")
-        num_frames = min((num_samples + 198) // HOP_SAMPLES + 1, padded_samples // HOP_SAMPLES)
+        num_frames = num_valid_frames(num_samples, padded_samples)
         computed = min(max(num_frames, MIN_FRAMES), padded_samples // HOP_SAMPLES)
         frames_TN = _frames(samples, padded_samples, computed)
         log_TM = torch.empty(computed, self.num_mel_bins)
@@ -97,6 +96,15 @@ class LogMel:
         mel_KM += FOUR
         mel_KM /= FOUR
         return mel_KM, float((np.maximum(clamp, SILENCE) + FOUR) / FOUR)
+
+
+def num_valid_frames(num_samples: int, padded_samples: int) -> int:
+    """Frames of a zero-padded clip that differ from its padding.
+
+    Frame t covers samples [160 t - 200, 160 t + 200) and the first tap of the Hann window is 0, so frames from
+    (n + 198) // 160 + 1 on see only zeros.
+    """
+    return min((num_samples + 198) // HOP_SAMPLES + 1, padded_samples // HOP_SAMPLES)
 
 
 def _frames(samples: np.ndarray, padded_samples: int, num_frames: int) -> torch.Tensor:

@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import ClipLimitFlags, OutputFlags, check_pairs
+from voxray.config.groups import ClipLimitFlags, OutputFlags, TrimFlags, check_pairs
 from voxray.config.parse import CommaStrings, Flag
 
 
-class AuditSettings(OutputFlags, ClipLimitFlags):
+class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags):
     input: Annotated[CommaStrings, Flag(("jsonl", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to audit, comma separated; leaks are looked for between them."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/audit"

@@ -1,14 +1,29 @@
 """Settings of jobs/evaluate.py and jobs/infer.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.groups import EvaluationDataFlags, ModelFlags, OutputFlags, PlacementFlags, SharedFeatureFlags
+from voxray.config.groups import (
+    EvaluationDataFlags,
+    ModelFlags,
+    OutputFlags,
+    PlacementFlags,
+    SharedFeatureFlags,
+    TrimFlags,
+)
 from voxray.config.parse import DEMO_ASSETS, CommaStrings, Flag
+from voxray.tasks import TASKS
 
 
-class AdapterFlags(ModelFlags):
+def _known_mode(value: str) -> str:
+    kind, _, task = value.partition("_")
+    if value and (kind not in ("submission", "valid") or task not in TASKS):
+        raise ValueError(f"must be submission_ or valid_ with one of {', '.join(TASKS)}, such as valid_asr")
+    return value
+
+
+class AdapterFlags(ModelFlags, TrimFlags):
     lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 
@@ -28,9 +43,9 @@ class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFea
     """Longest answer in tokens."""
     num_models: Annotated[int, Flag(("num_workers",)), Field(ge=0)] = 0
     """Ray Data actors, each with a model; 0 takes one per GPU, or one per two CPUs."""
-    mode: Literal["", "submission_asr", "valid_asr", "submission_aac", "valid_aac"] = ""
-    """Only this task; the submission modes also write submission.csv. Without --val_jsonl (the older evaluator read its
-    manifests from a YAML file) it answers the held-out rows of the demo with the demo's model."""
+    mode: Annotated[str, AfterValidator(_known_mode)] = ""
+    """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
+    (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
 
     @model_validator(mode="before")
     @classmethod

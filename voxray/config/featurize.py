@@ -4,11 +4,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from voxray.config.groups import BaseModelFlags, FeatureFlags, OutputFlags, VariantFlags
+from voxray.config.groups import BaseModelFlags, FeatureFlags, OutputFlags, TrimFlags, VariantFlags
 from voxray.config.parse import CommaStrings, Flag
 
 
-class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags):
+class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
     manifest: Annotated[CommaStrings, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to turn into feature shards, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"

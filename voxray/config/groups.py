@@ -101,6 +101,12 @@ class FeatureFlags(Settings):
     """Largest size of those copies, GiB; the ones used longest ago go first."""
 
 
+class TrimFlags(Settings):
+    trim_audio_tokens: bool = False
+    """Leave out the audio tokens that stand for the padding of the last window (30 s for Voxtral), which are most of a
+    short clip's. It changes what the model reads, so an adapter remembers it, and jobs that use the adapter follow."""
+
+
 class ClipLimitFlags(Settings):
     min_chars_per_sec: Annotated[float, Field(ge=0)] = 0.5
     """Slowest transcript that is fine, in characters without spaces per second of audio."""
@@ -219,6 +225,9 @@ class OptimizerFlags(Settings):
     """Forward passes per worker and optimizer step."""
     grad_ckpt: Annotated[bool, Flag(("gradient_checkpointing",))] = False
     """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile the language model's layers (torch.compile), which takes a minute or more at the start. Losses, and those
+    of a run that was resumed, are the same to rounding, not to the last bit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the data order, the LoRA start and dropout."""
 

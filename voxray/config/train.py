@@ -15,6 +15,7 @@ from voxray.config.groups import (
     SharedFeatureFlags,
     TaskBatchingFlags,
     TaskWeights,
+    TrimFlags,
     VariantFlags,
     WorkerFlags,
 )
@@ -69,12 +70,18 @@ class TrainSettings(
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
 
+    @model_validator(mode="after")
+    def _dora_does_not_compile(self) -> "TrainSettings":
+        if self.compile and self.tuning == "dora":
+            raise ValueError("--compile: DoRA's layers fall into too many pieces; leave it out, or take --tuning lora")
+        return self
+
 
 class TextSettings(TrainSettings):
     """Settings of jobs/train_text.py."""
 
 
-class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags):
+class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags, TrimFlags):
     """Settings of jobs/train_asr_adapter.py."""
 
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -96,15 +103,15 @@ class AsrAdapterSettings(TrainSettings, VariantFlags, MaskFlags):
         return self
 
 
-class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlags):
+class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlags, TrimFlags):
     """Settings of jobs/train_multitask.py."""
 
     freeze_whisper: Annotated[bool, Flag(("freeze_encoder",))] = True
     """Keep LoRA out of the Whisper audio encoder; --no_freeze_whisper adds LoRA to its attention as well. With --tuning
     full it is the encoder's own weights that stay or train."""
     task_weights: Annotated[TaskWeights | None, Flag(("task_sampling",))] = None
-    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or asr=1,sqa=1.5 (tasks not named
-    are not drawn). Without it every row is seen once per epoch."""
+    """Relative shares of the samples drawn: 1.0,1.5,1.2 in the order asr,sqa,tqa, or by name, asr=1,aac=1.5 (tasks not
+    named are not drawn). Without it every row is seen once per epoch."""
 
     @model_validator(mode="after")
     def _encoder_outputs_are_fixed(self) -> "MultitaskSettings":

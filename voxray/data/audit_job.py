@@ -41,7 +41,8 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     if fix:
         check_fix_path(fix, settings.input)
     plan_chunks(settings.input, output_dir, settings.rows_per_chunk)  # a missing file is told before a folder is made
-    front_end = family_of(settings.model_id).front_end(settings.model_id) if settings.model_id else None
+    model_id, trim_audio = settings.model_id, settings.trim_audio_tokens
+    front_end = family_of(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None
     if not front_end and "max_len" in settings.model_fields_set:
         console.print("--max_len is not checked: tokens can be counted only with --model_id", markup=False)
     make_folder(output_dir)

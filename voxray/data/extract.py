@@ -34,12 +34,14 @@ class Storing:
         dtype: Of stored encoder outputs.
         bf16: Whether the encoder computes in bfloat16, as a training run with --bf16 does.
         waveform: Variants of every clip.
+        trim_audio: Leave audio tokens that stand for padding out of prompts; what is stored of the clip is the same.
     """
 
     store: Literal["mel", "pcm16", "encoder"] = "mel"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     bf16: bool = False
     waveform: WaveformAugmentation = NONE
+    trim_audio: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -60,7 +62,7 @@ class Extractor:
 
     def __init__(self, model_id: str, storing: Storing | None = None) -> None:
         self.model_id, self.storing = model_id, storing or Storing()
-        self.front_end: FrontEnd = family_of(model_id).front_end(model_id)
+        self.front_end: FrontEnd = family_of(model_id).front_end(model_id, trim_audio=self.storing.trim_audio)
         how = [self.front_end.fingerprint, self.storing.store]
         if self.storing.store == "encoder":
             weights = family_of(model_id).encoder_fingerprint(model_id)
@@ -102,7 +104,7 @@ class Extractor:
         for variant in range(waveform.num_variants if augmented else 1):
             heard = augment(samples, rate_hz, variant, key, waveform, max_sec=limit) if variant else samples
             audio = self._pcm(heard) if self.storing.store == "pcm16" else self._mel(heard)
-            prompt_ids = self.front_end.prompt_ids(sample, audio["num_windows"])
+            prompt_ids = self.front_end.prompt_ids(sample, len(heard))
             rows.append({**shared, **audio, "num_samples": len(heard), "variant": variant, "prompt_ids": prompt_ids})
         return rows, clip
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from voxray.audio.augment import NONE, WaveformAugmentation, list_audio
 from voxray.config.featurize import FeaturizeSettings
-from voxray.config.groups import FeatureFlags, VariantFlags
+from voxray.config.groups import FeatureFlags, TrimFlags, VariantFlags
 from voxray.data.extract import Extractor, Storing
 from voxray.data.featurize import FeaturizeReport, featurize
 from voxray.errors import RunError, SettingsError
@@ -80,7 +80,8 @@ def storing_of(settings: FeatureFlags, *, bf16: bool) -> Storing:
         given = sorted(settings.model_fields_set & set(VariantFlags.model_fields) - {"variants"})
         if given:
             console.print(f"warning: --{given[0]} has no effect without --variants", markup=False)
-    return Storing(settings.store, settings.cache_dtype, bf16, waveform)
+    trim_audio = isinstance(settings, TrimFlags) and settings.trim_audio_tokens
+    return Storing(settings.store, settings.cache_dtype, bf16, waveform, trim_audio)
 
 
 def make_features(

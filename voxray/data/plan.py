@@ -14,6 +14,14 @@ from voxray.data.batching import Batching, Packs, make_packs
 from voxray.errors import SettingsError
 from voxray.tasks import TASKS
 
+ORDER, VARIANTS, PACKS = 3, 4, 5
+"""Streams of random numbers of an epoch, beside those in which tasks draw their rows."""
+
+
+def _stream(code: int) -> int:
+    """Stream of a task's draws: 0, 1, 2 for the first three, then on from those above; never another by a new task."""
+    return code if code < ORDER else code + PACKS + 1 - ORDER
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -53,7 +61,7 @@ class Variants:
         """Put in the place of first variants those that an epoch takes: drawn by (seed, epoch, sample)."""
         if len(self._rows) == len(self.first):
             return rows
-        drawn = np.random.default_rng([self._seed, epoch, len(TASKS) + 1]).random(len(self.first))
+        drawn = np.random.default_rng([self._seed, epoch, VARIANTS]).random(len(self.first))
         taken = self._start + (drawn * self._count).astype(np.int64)
         return self._rows[taken[np.searchsorted(self.first, rows)]]
 
@@ -154,17 +162,17 @@ class Plan:
         before = [self._quotas[self._phase(earlier)] for earlier in range(epoch)]
         quota = self._quotas[self._phase(epoch)]
         drawn = [self._draws(name, sum(q.get(name, 0) for q in before), count) for name, count in quota.items()]
-        order = np.random.default_rng([self.seed, epoch, len(TASKS)]).permutation(sum(map(len, drawn)))
+        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(sum(map(len, drawn)))
         rows = np.concatenate(drawn)[order]
         return self.variants.of_epoch(rows, epoch) if self.variants else rows
 
     def _draws(self, name: str, start: int, count: int) -> np.ndarray:
         """Draws number ``start`` to ``start + count`` of a task out of its endless row of permutations."""
-        rows, code = self.rows_of_task[name], list(TASKS).index(name)
+        rows, stream = self.rows_of_task[name], _stream(list(TASKS).index(name))
         if self.weights is None:
             return rows
         rounds = range(start // len(rows), (start + count - 1) // len(rows) + 1)
-        shuffled = [rows[np.random.default_rng([self.seed, index, code]).permutation(len(rows))] for index in rounds]
+        shuffled = [rows[np.random.default_rng([self.seed, index, stream]).permutation(len(rows))] for index in rounds]
         first = start - rounds[0] * len(rows) if count else 0
         return np.concatenate([*shuffled, rows[:0]])[first : first + count]
 
@@ -173,7 +181,7 @@ class Plan:
         if epoch not in self._packs:
             rows = self.epoch_rows(epoch)
             tokens = np.zeros(len(rows), np.int64) if self.num_tokens is None else self.num_tokens[rows]
-            rng = np.random.default_rng([self.seed, epoch, len(TASKS) + 2])
+            rng = np.random.default_rng([self.seed, epoch, PACKS])
             self._packs = {number: packs for number, packs in self._packs.items() if number == epoch - 1}
             self._packs[epoch] = make_packs(rows, tokens, self._task_of(rows), self.batching, rng)
         return self._packs[epoch]

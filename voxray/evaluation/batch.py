@@ -53,6 +53,7 @@ class Generation:
         max_new_tokens: Longest answer.
         fp16: Compute in float16.
         quantize: none, 8bit or 4bit.
+        trim_audio: Whether prompts leave out the audio tokens of padding.
     """
 
     model_id: str
@@ -63,6 +64,7 @@ class Generation:
     tf32: bool = False
     fp16: bool = False
     quantize: str = "none"
+    trim_audio: bool = False
 
 
 class Answerer:
@@ -76,7 +78,7 @@ class Answerer:
             torch.set_num_threads(num_threads)
         torch.backends.cuda.matmul.allow_tf32 = generation.tf32
         self.family = family_of(generation.model_id)
-        self.front_end = self.family.front_end(generation.model_id)
+        self.front_end = self.family.front_end(generation.model_id, trim_audio=generation.trim_audio)
         dtype, quantize = base_dtype(bf16=generation.bf16, fp16=generation.fp16), generation.quantize
         self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device, quantize=quantize)
         if self.features.store == "encoder":

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from voxray.config.evaluate import InferSettings
-from voxray.data.extract import Extractor
+from voxray.data.extract import Extractor, Storing
 from voxray.data.features import FeatureRow
 from voxray.data.featurize import to_jsonl
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.generate import answers
-from voxray.evaluation.job import base_and_adapter
+from voxray.evaluation.job import as_trained, base_and_adapter
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
@@ -47,9 +47,10 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         first_fault((manifest,))
     output_path = anchor(settings.output_path, "", flag="--output_path") if settings.output_path else None
     model_id, adapter = base_and_adapter(settings, settings.lora_dir or settings.output_dir)
+    settings = as_trained(settings, model_id, adapter)
     warn_about_idle_flags(settings)
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    family, extractor = family_of(model_id), Extractor(model_id)
+    family, extractor = family_of(model_id), Extractor(model_id, Storing(trim_audio=settings.trim_audio_tokens))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     model = family.load_model(model_id, dtype=dtype, device=device, quantize=settings.quantize)

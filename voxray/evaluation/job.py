@@ -4,7 +4,7 @@ import csv
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.models.family import family_of
 from voxray.models.lora import base_of_adapter, find_adapter, roles_of_adapter
+from voxray.models.trimming import read_record, trims_audio
 from voxray.run_folder import anchor, make_folder, provenance
 from voxray.storage import Place, write_atomically, write_json
 from voxray.terminal import console, metrics_table, progress_bar
@@ -46,6 +47,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault(settings.val_jsonl)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
+    settings = as_trained(settings, model_id, adapter)
     make_folder(output_dir)
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
@@ -68,6 +70,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
             settings.tf32,
             settings.fp16,
             settings.quantize,
+            settings.trim_audio_tokens,
         )
         with progress_bar("answers") as bar:
             metrics = evaluate(
@@ -89,6 +92,23 @@ def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path |
     if "model_id" in settings.model_fields_set:
         return settings.model_id, adapter
     return base_of_adapter(adapter) or settings.model_id, adapter
+
+
+Flags = TypeVar("Flags", bound=AdapterFlags)
+
+
+def as_trained(settings: Flags, model_id: str, adapter: Path | None) -> Flags:
+    """The settings with prompts as the adapter, or the base, was trained on.
+
+    Raises:
+        SettingsError: A flag asks for others.
+    """
+    trained = read_record(adapter) if adapter else None
+    trimmed = trims_audio(model_id, settings.trim_audio_tokens) if trained is None else trained
+    if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
+        kind = "with" if trimmed else "without"
+        raise SettingsError(f"--trim_audio_tokens: {adapter or model_id} was trained {kind} it; leave the flag out")
+    return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
 def rows_to_answer(

@@ -9,9 +9,13 @@ from voxray.importers.row import ImportedRow, ImportFault, Record, find_audio, i
 from voxray.manifest import BadRow
 from voxray.tasks import TASKS
 
+CAPTIONS = ("audiocaption", "audiocaption_v2", "aac")
+
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read an annotation file: ``asr`` gives asr rows, ``QA`` with its ``Q`` sqa rows; other tasks are faults.
+    """Read an annotation file: ``asr``, ``QA`` with its ``Q``, and ``audiocaption`` (also ``audiocaption_v2``).
+
+    They give asr, sqa and aac rows; other tasks are faults.
 
     A second clip (``expand_wav``) makes a row a fault, since no task here takes two.
     """
@@ -30,4 +34,6 @@ def _convert(record: Record) -> dict[str, Any]:
         return {"audio_path": audio_path, "transcript": text} | kept
     if task in ("QA", "sqa"):
         return {"audio_path": audio_path, "question": record.text("Q"), "answer": text} | kept
-    raise BadRow("unknown_task", f"task {task!r} is none of asr, QA (voxray's tasks: {', '.join(TASKS)})")
+    if task in CAPTIONS:
+        return {"audio_path": audio_path, "caption": text} | kept
+    raise BadRow("unknown_task", f"task {task!r} is none of asr, QA, audiocaption (voxray's tasks: {', '.join(TASKS)})")

@@ -15,6 +15,7 @@ from peft import PeftModel
 from voxray.errors import RunError, SettingsError
 from voxray.models.family import Family
 from voxray.models.lora import CONFIG, WEIGHTS, find_adapter, load_adapter_weights, role_of, roles_of_adapter
+from voxray.models.trimming import read_record
 
 SHAPING = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 """Options of PEFT, beside rank and alpha, that decide what an adapter's tensors do."""
@@ -28,11 +29,13 @@ class EarlierAdapter:
         folder: Where it is.
         roles: Parts of the model that it changes, in the family's order.
         base: The base it was trained on, as it names it.
+        trims_audio: Whether it was trained without the audio tokens of padding; None if without audio.
     """
 
     folder: Path
     roles: tuple[str, ...]
     base: str
+    trims_audio: bool | None = None
 
     def described(self) -> dict[str, Any]:
         """What provenance.json says of it."""
@@ -40,16 +43,20 @@ class EarlierAdapter:
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
 
 
-def read_earlier(path: str, family: Family, *, r: int, alpha: float, store: str) -> EarlierAdapter | None:
+def read_earlier(
+    path: str, family: Family, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
+) -> EarlierAdapter | None:
     """Find the adapter of ``--init_adapter`` and check that training can go on from it.
 
     Args:
         path: A run, adapter or checkpoint folder; None comes back for "".
         r, alpha: Rank and scale of the training to come.
         store: What its feature shards hold.
+        trims_audio: Whether it leaves out the audio tokens of padding; None if it has no audio.
     Raises:
         RunError: There is no adapter, or it cannot be read.
-        SettingsError: It has another rank or alpha, or changes an encoder whose outputs are stored.
+        SettingsError: It has another rank or alpha, changes an encoder whose outputs are stored, or was trained on
+            other audio tokens.
     """
     if not path:
         return None
@@ -66,8 +73,12 @@ def read_earlier(path: str, family: Family, *, r: int, alpha: float, store: str)
         raise RunError(f"--init_adapter {path}: has tensors of no known part of {family.name} ({', '.join(unknown)})")
     if store == "encoder" and "encoder" in roles:
         raise SettingsError(f"--store encoder: --init_adapter {path} changes the encoder, so its outputs differ")
+    trained = read_record(folder)
+    if None not in (trained, trims_audio) and trained != trims_audio:
+        kind = "with it; give it here too" if trained else "without it"
+        raise SettingsError(f"--trim_audio_tokens: the adapter of --init_adapter {path} was trained {kind}")
     ordered = tuple(role for role in family.roles if role in roles)
-    return EarlierAdapter(folder, ordered, str(stored.get("base_model_name_or_path") or ""))
+    return EarlierAdapter(folder, ordered, str(stored.get("base_model_name_or_path") or ""), trained)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

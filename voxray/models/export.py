@@ -23,6 +23,7 @@ from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import CONFIG, WEIGHTS, base_of_adapter, find_adapter, load_adapter, role_of, target_pattern
+from voxray.models.trimming import note_trimming, read_record, trims_audio, write_record
 from voxray.run_folder import anchor, make_folder, provenance
 from voxray.storage import write_json
 from voxray.tasks import TASKS
@@ -51,10 +52,14 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise RunError(f"{adapter / CONFIG}: names no base model; give one with --model_id")
     _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
     family = family_of(model_id)
-    front_end = family.front_end(model_id)
+    trimmed = trims_audio(model_id, bool(read_record(adapter)))
+    front_end = family.front_end(model_id, trim_audio=trimmed)
     base = family.load_model(model_id, dtype=torch.float32, device=CPU)
     model, num_tensors = load_adapter(base, adapter)
     console.print(f"adapter {adapter}: all of its {num_tensors} tensors used", markup=False)
+    if trimmed:
+        note_trimming(base, trimmed)  # its config.json is written with the model
+        console.print("trained with --trim_audio_tokens: voxray reads that off config.json, others have to know it")
     with_adapter = probe_logits(model, family, front_end)
     roles = list(family.roles) if settings.merge == "all" else ["projector"]
     if not isinstance(model, PeftModel) and settings.merge != "all":
@@ -74,7 +79,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         _write(model, family, partial, model_id, dtype, output_dir)
         written = _difference(_logits_from_disk(partial, family, dtype), with_adapter)
         _check(written, dtype, "the model on disk")
-        report |= {"layers_merged": num_merged, "dtype": str(dtype).removeprefix("torch.")}
+        report |= {"trim_audio_tokens": trimmed, "layers_merged": num_merged}
+        report |= {"dtype": str(dtype).removeprefix("torch.")}
         report |= {"difference_merged": difference, "difference_on_disk": written, **provenance()}
         write_json(partial / REPORT, report)
         shutil.rmtree(output_dir, ignore_errors=True)
@@ -125,7 +131,7 @@ def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tenso
         num_windows = features.num_windows if audio else 0
         values = {"id": "probe", "task": name, "language": "ko", "source": "", "prompt": sample.prompt}
         values |= {"answer": PROBE_TEXT, "fill": features.fill, "num_windows": num_windows, "num_samples": len(samples)}
-        values |= {"prompt_ids": front_end.prompt_ids(sample, num_windows), "audio": features.mel_KB}
+        values |= {"prompt_ids": front_end.prompt_ids(sample, len(samples) if audio else 0), "audio": features.mel_KB}
         rows.append(FeatureRow.of({**values, "target_ids": front_end.target_ids(PROBE_TEXT)}))
     batch = collate_training(rows, front_end)
     keep_BL = batch.pop("attention_mask").bool()
@@ -181,6 +187,7 @@ def _write_rest(model: PeftModel, family: Family, folder: Path, roles: Sequence[
     config.target_modules = target_pattern(family, roles)
     config.base_model_name_or_path, config.inference_mode = str(final), True
     config.save_pretrained(str(folder))
+    write_record(model, folder)
 
 
 def _logits_from_disk(folder: Path, family: Family, dtype: torch.dtype) -> torch.Tensor:

@@ -46,6 +46,7 @@ class FrontEnd(Protocol):
         encoder_dim: Width of each of them.
         pad_id: Token id of padding.
         eos_id: Token id that ends an answer.
+        trims_audio: Whether audio tokens that stand for padding alone are left out of prompts.
     """
 
     fingerprint: str
@@ -57,12 +58,13 @@ class FrontEnd(Protocol):
     encoder_dim: int
     pad_id: int
     eos_id: int
+    trims_audio: bool
 
     def features(self, samples: np.ndarray) -> AudioFeatures: ...
 
     def num_windows(self, num_samples: int) -> int: ...
 
-    def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]: ...
+    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]: ...
 
     def target_ids(self, text: str) -> list[int]: ...
 
@@ -85,7 +87,15 @@ class Family(Protocol):
     lora_targets: Mapping[str, tuple[str, ...]]
     fixed: tuple[str, ...]
 
-    def front_end(self, model_id: str) -> FrontEnd: ...
+    def front_end(self, model_id: str, *, trim_audio: bool = False) -> FrontEnd:
+        """The front end of a base.
+
+        Args:
+            trim_audio: Leave out the audio tokens that stand for padding alone.
+        Raises:
+            SettingsError: ``trim_audio`` is asked of a family whose clips take the same number of tokens always.
+        """
+        ...
 
     def encoder_fingerprint(self, model_id: str) -> str: ...
 
@@ -96,6 +106,8 @@ class Family(Protocol):
     def skip_encoder(self, model: Any) -> None: ...
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
+
+    def compile_layers(self, model: Any) -> None: ...
 
     def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor: ...
 

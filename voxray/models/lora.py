@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from voxray.errors import RunError
 from voxray.models.family import Family
+from voxray.models.trimming import write_record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FULL = "full"
@@ -119,7 +120,8 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
 def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write what trains: an adapter in PEFT's format, or fully tuned weights in the same two files.
 
-    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names.
+    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. What else is
+    needed to use them as they were trained stands in ``voxray.json`` (see ``trimming``).
 
     Args:
         tensors: What ``adapter_tensors`` gave at some time; those of now if left out.
@@ -128,6 +130,7 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] |
     stored = adapter_tensors(model) if tensors is None else tensors
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(stored.items())}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    write_record(model, folder)
     if not isinstance(model, PeftModel):
         described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": list(stored)}
         (folder / CONFIG).write_text(json.dumps(described, indent=1))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
+from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_valid_frames
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
+from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.family import AudioFeatures, model_file, weights_below
-from voxray.models.packed import use_packed_attention
+from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
+from voxray.models.trimming import trims_audio
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
@@ -36,16 +39,21 @@ class VoxtralFrontEnd:
 
     The prompts are built from token ids directly: the processor encodes every clip as a WAV file in base64 to count its
     windows, which costs more than the features themselves.
+
+    Args:
+        model_id: Base model.
+        trim_audio: Give a clip only the audio tokens that its own frames reach. The encoder still hears whole windows;
+            what it and the projector make of the padding has no place in the language model then (see ``Voxtral``).
     """
 
     sample_rate_hz = SAMPLE_RATE_HZ
     max_audio_sec = MAX_AUDIO_SEC
 
-    def __init__(self, model_id: str) -> None:
+    def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
         from transformers import VoxtralConfig
 
         audio: Any = VoxtralConfig.from_pretrained(model_id).audio_config
-        self.model_id = model_id
+        self.model_id, self.trims_audio = model_id, trims_audio(model_id, trim_audio)
         self.num_mel_bins: int = audio.num_mel_bins
         self.encoder_positions: int = audio.max_source_positions
         self.encoder_dim: int = audio.hidden_size
@@ -53,6 +61,7 @@ class VoxtralFrontEnd:
         self.window_samples = self.window_frames * HOP_SAMPLES
         # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
         self.positions_per_window: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+        self.frames_per_position = self.window_frames // self.positions_per_window  # 3,000 / 375 = 8
         self._check_preprocessor(model_id)
         self._load_tokenizer()
         self.fingerprint = hashlib.sha256(
@@ -64,6 +73,7 @@ class VoxtralFrontEnd:
                     self.window_frames,
                     self.positions_per_window,
                     hashlib.sha256(Path(self._tokenizer_path).read_bytes()).hexdigest(),
+                    *(["trimmed"] if self.trims_audio else []),
                 ]
             ).encode()
         ).hexdigest()
@@ -122,8 +132,21 @@ class VoxtralFrontEnd:
         """Whole windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
         return -(-num_samples // self.window_samples)
 
-    def prompt_ids(self, sample: Sample, num_windows: int) -> list[int]:
+    def num_positions(self, num_samples: int) -> int:
+        """Audio tokens of a clip: those of whole windows, or, trimmed, those that its frames reach.
+
+        A position holds eight mel frames: the encoder's stride of two, four of whose frames the projector takes.
+        """
+        padded = self.num_windows(num_samples)
+        if not self.trims_audio:
+            return padded * self.positions_per_window
+        return -(-num_valid_frames(num_samples, padded * self.window_samples) // self.frames_per_position)
+
+    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
         """Token ids up to where the answer starts.
+
+        Args:
+            num_samples: Length of the clip at 16 kHz; 0 leaves out its tokens.
 
         A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
         the language is unknown), a chat is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
@@ -132,7 +155,7 @@ class VoxtralFrontEnd:
         """
         ids = [self.bos_id, self.begin_inst_id]
         if sample.audio_path:
-            ids += [self.begin_audio_id] + [self.audio_id] * (num_windows * self.positions_per_window)
+            ids += [self.begin_audio_id] + [self.audio_id] * (self.num_positions(num_samples) if num_samples else 0)
         if sample.task.template == "transcription":
             language = self._encode(f"lang:{sample.language}") if sample.language else []
             return [*ids, self.end_inst_id, *language, self.transcribe_id]
@@ -195,8 +218,8 @@ class Voxtral:
         }
     )
 
-    def front_end(self, model_id: str) -> VoxtralFrontEnd:
-        return VoxtralFrontEnd(model_id)
+    def front_end(self, model_id: str, *, trim_audio: bool = False) -> VoxtralFrontEnd:
+        return VoxtralFrontEnd(model_id, trim_audio=trim_audio)
 
     fixed: tuple[str, ...] = ("embed_positions",)  # sinusoids
 
@@ -257,8 +280,16 @@ class Voxtral:
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = _base(model)
         base.model.audio_tower = _PassThrough(base.dtype)
+
+    def compile_layers(self, model: Any) -> None:
+        """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
+
+        Raises:
+            RunError: Nothing can be compiled on this machine.
+        """
+        compile_layers(_base(model).model.language_model, model.device)
 
     def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
         """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.
@@ -270,10 +301,11 @@ class Voxtral:
         Returns:
             logits_NV.
         """
-        base, inputs = model.get_base_model() if hasattr(model, "get_base_model") else model, dict[str, Any](batch)
+        base = _base(model)
+        inputs = _with_trimmed_audio(base, batch)
         if "segment_ends" in inputs:
             use_packed_attention(base.model.language_model)
-            inputs["segment_ends"] = tuple(inputs["segment_ends"].tolist())
+            inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
         # The cache stays off: with it the library lets the samples of a packed row see each other.
         hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
@@ -284,5 +316,53 @@ class Voxtral:
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        ids_BL = model.generate(**batch, **options)
-        return ids_BL[:, batch["input_ids"].shape[1] :]
+        base = _base(model)
+        inputs = _with_trimmed_audio(base, batch)
+        # Layers compiled for training would be compiled anew for one token and a cache that grows.
+        eager = torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
+        with eager:
+            ids_BL = model.generate(**inputs, **options)
+        return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put embeddings in the place of token ids where a batch has fewer audio tokens than its windows have positions.
+
+    The library itself takes only as many as there are positions. How many each clip has is read off its prompt: the
+    tokens of a clip are neighbours, and other tokens stand between two clips.
+    """
+    inputs = dict[str, Any](batch)
+    if "input_features" not in batch:
+        return inputs
+    audio = base.config.audio_config
+    per_window = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    is_audio_BL = batch["input_ids"] == base.config.audio_token_id
+    num_windows = len(batch["input_features"])
+    if int(is_audio_BL.sum()) == num_windows * per_window:
+        return inputs
+    keep = _first_positions(is_audio_BL, num_windows, per_window)
+    embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
+    states = base.model.get_audio_features(inputs.pop("input_features"), return_dict=True).pooler_output[keep]
+    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], states.to(embeddings_BLD.dtype))
+    return inputs
+
+
+def _first_positions(is_audio_BL: torch.Tensor, num_windows: int, per_window: int) -> torch.Tensor:
+    """Which of the windows' positions have a token: of every clip the first ones.
+
+    Returns:
+        bool, shape (num_windows * per_window,).
+    """
+    begins_BL = is_audio_BL & ~torch.nn.functional.pad(is_audio_BL, (1, 0))[:, :-1]
+    clip_of_token = begins_BL.flatten().cumsum(0)[is_audio_BL.flatten()] - 1
+    lengths = torch.bincount(clip_of_token)
+    padded = (lengths + per_window - 1) // per_window * per_window
+    total = num_windows * per_window
+    assert int(padded.sum()) == total, f"clips of {lengths.tolist()} audio tokens in {num_windows} windows"
+    place = torch.arange(total, device=lengths.device)
+    starts, clip = padded.cumsum(0) - padded, torch.repeat_interleave(padded)
+    return place - starts[clip] < lengths[clip]

@@ -4,7 +4,7 @@ A stage is told apart by data alone (``Stage``); its recipe says which it is and
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from voxray.audio.augment import SpecAugment
-from voxray.config.groups import MaskFlags
+from voxray.config.groups import MaskFlags, TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_training
@@ -34,6 +34,7 @@ from voxray.models.lora import (
     trainable_parameters,
 )
 from voxray.models.quantize import base_dtype
+from voxray.models.trimming import note_trimming, trims_audio
 from voxray.storage import Place, write_json
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import (
@@ -81,7 +82,7 @@ class Stage:
     """
 
     roles: tuple[str, ...]
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = field(default_factory=lambda: tuple(TASKS))
     task_weights: Mapping[str, float] | None = None
     per_task_bsz: Mapping[str, int] | None = None
     curriculum: tuple[Phase, ...] = ()
@@ -278,7 +279,13 @@ def count_lost(stage: Stage, lost: Sequence[Lost]) -> str:
 def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None:
     """The adapter that ``--init_adapter`` names, checked against the settings."""
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
-    return read_earlier(settings.init_adapter, family, store=settings.store, **lora)
+    trimming = trimming_of(settings)
+    return read_earlier(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
+
+
+def trimming_of(settings: TrainSettings) -> bool | None:
+    """Whether prompts leave out the audio tokens of padding; None for jobs that train without audio."""
+    return trims_audio(settings.model_id, settings.trim_audio_tokens) if isinstance(settings, TrimFlags) else None
 
 
 def build_model(
@@ -305,6 +312,8 @@ def build_model(
         model = train_fully(base, family, stage.roles)
     else:
         model = add_lora(base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, **lora)
+    trimmed = trimming_of(settings)
+    note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
     started = ""
     if earlier:
         copied = start_from(model, family, earlier, stage.roles)
@@ -315,6 +324,8 @@ def build_model(
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     set_modes(model, family, stage.roles)
+    if settings.compile:
+        family.compile_layers(model)
     return model, started
 
 

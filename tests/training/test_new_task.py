@@ -1,0 +1,52 @@
+"""A new task is one more entry in the table: its rows are featurized, trained on, validated with and evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY, read_rows, write_rows
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.extract import Extractor
+from voxray.data.features import Features
+from voxray.data.featurize import featurize
+from voxray.data.shards import TASK_CODES
+from voxray.models.family import family_of
+from voxray.recipes import multitask
+from voxray.recipes.stage import Data
+from voxray.tasks import TASKS, Task
+from voxray.training.engine import Worker
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MOOD = Task("mood", ("audio_path", "mood"), "chat", (), "mood", ("exact_match",), default_prompt="Which mood?")
+
+
+@pytest.fixture
+def fifth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry, and the codes of shards, which are taken from the table when the module is imported."""
+    monkeypatch.setitem(TASKS, "mood", MOOD)
+    monkeypatch.setitem(TASK_CODES, "mood", len(TASKS) - 1)
+
+
+@pytest.mark.parametrize("how", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])
+def test_a_fifth_task_trains_and_validates(fifth: None, small: dict[str, str], tmp_path: Path, how: dict) -> None:
+    clips = read_rows(small["asr.train"])
+    rows = [{"audio_path": row["audio_path"], "mood": "calm"} for row in clips[:4]]
+    rows += [{"audio_path": row["audio_path"], "caption": "사람이 말한다"} for row in clips[4:8]]
+    path = write_rows(tmp_path / "m.jsonl", [*rows, *read_rows(small["tqa.train"])[:4]])
+    folders = featurize([path], Extractor(TINY), tmp_path / "f", rows_per_shard=8, use_ray=False).folders
+    features, front_end = Features(folders), family_of(TINY).front_end(TINY)
+    assert features.task.tolist() == [4] * 4 + [3] * 4 + [2] * 4
+    shown = front_end.show(features.row(0).prompt_ids.tolist())
+    assert shown == "<s>[INST][BEGIN_AUDIO][AUDIO]x50Which mood?[/INST]"
+    values = {"train_jsonl": path, "val_jsonl": path, "model_id": TINY, "num_workers": 0, "max_steps": 2}
+    values |= {"output_dir": str(tmp_path), "eval_max_rows": 1, "eval_max_new_tokens": 2, "per_device_bsz": 12, **how}
+    settings = MultitaskSettings.model_validate(values)
+    found = multitask.train(settings, tmp_path, Data(folders, folders), Worker())
+    assert found["finished"] and found["mood/exact_match"] == 0 and "mood/rouge_l" not in found
+    assert {"aac/rouge_l", "aac/exact_match", "tqa/rouge_l"} < set(found)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["kind"] == "train"]
+    assert all({"loss/mood", "loss/aac", "loss/tqa"} & set(record) for record in steps)
+    assert any(record.get("loss/mood", 0) > 0 for record in steps) and "loss/asr" not in steps[0]
