@@ -9,7 +9,9 @@ Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -176,6 +178,33 @@ class _PassThrough(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
 
 
+@contextmanager
+def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+    """Within it the token embeddings of a batch without audio depend on the given roles, with a weight of zero."""
+    if not {"encoder", "projector"} & set(roles):
+        yield
+        return
+    audio, model = base.config.audio_config, base.model
+
+    def add_nothing(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
+        zeros = partial(torch.zeros, dtype=base.dtype, device=embedded_BLD.device)
+        if "encoder" in roles:
+            stored = isinstance(model.audio_tower, _PassThrough)
+            frames = audio.max_source_positions
+            window = zeros(1, frames, audio.hidden_size) if stored else zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
+            states = model.get_audio_features(window, return_dict=True).pooler_output
+        else:
+            states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
+        nothing = states.float().mean() * 0  # the mean of 16-bit numbers may not overflow
+        return embedded_BLD + nothing.to(embedded_BLD.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(add_nothing)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Voxtral:
     """Voxtral's model side."""
 
@@ -260,13 +289,17 @@ class Voxtral:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.model.audio_tower = _PassThrough(base.dtype)
 
-    def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+    def answer_logits(
+        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
+    ) -> torch.Tensor:
         """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.
 
         Args:
             model: The base or its PEFT wrapper.
             batch: As ``collate`` makes it, padded or packed, without labels and tasks.
             keep_BL: True where the next token is to be predicted.
+            touched: Roles that take part even in a batch without audio, at the place in the order of computing that
+                they have with audio, without changing the result: they get gradients of zero.
         Returns:
             logits_NV.
         """
@@ -275,7 +308,8 @@ class Voxtral:
             use_packed_attention(base.model.language_model)
             inputs["segment_ends"] = tuple(inputs["segment_ends"].tolist())
         # The cache stays off: with it the library lets the samples of a packed row see each other.
-        hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
+        with _touching(base, () if "input_features" in inputs else touched):
+            hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
     def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

@@ -44,7 +44,7 @@ from voxray.training.checkpoint import (
     read_moments,
     read_progress,
 )
-from voxray.training.engine import DataParallel, Moments, Worker
+from voxray.training.engine import DataParallel, Engine, Moments, Worker
 from voxray.training.guard import Guard
 from voxray.training.host import HOST, Host, planned_workers
 from voxray.training.loop import Trainee, Watch, fit
@@ -117,7 +117,8 @@ def _train_stage(
     model, started = build_model(stage, settings, family, worker, with_encoder=features.store != "encoder")
     start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
     start, moments = resume(run_dir, model, start)
-    engine = DataParallel(model, worker, lr=settings.lr, weight_decay=settings.weight_decay)
+    counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
+    engine = engine_of(settings, model, family, worker, with_audio=bool(features.num_windows[rows].any()))
     engine.load_moments(moments)
     trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
     trainee.guard.load(start.guard)
@@ -132,16 +133,17 @@ def _train_stage(
     monitor = Monitor(run_dir, start.step, active=worker.is_first)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
-        write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
+        write_json(run_dir / "parameters.json", counts)
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
-        introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
+        introduce(monitor, counts, features, front_end, plan, start.step, num_steps)
 
     def check(step: int) -> dict[str, float]:
         metrics: dict[str, float] = {}
         if len(held_out_rows):
             sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
-            metrics = validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes)
+            with engine.whole_model():
+                metrics = validate(trainee.model, family, front_end, held_out, held_out_rows, worker, **sizes)
             metrics.setdefault("overall/macro", 0.0)  # MERGE: watch's
             monitor.record("validation", step, metrics)
             shown = "  ".join(f"{key} {value:.3f}" for key, value in metrics.items())
@@ -165,6 +167,20 @@ def _train_stage(
     monitor.close()
     best = {"best_step": selection.best_step, "best_value": selection.best_value} if selection.best_step else {}
     return {"steps": step, "finished": finished, "adapter_step": chosen, **best, **selection.last}
+
+
+def engine_of(settings: TrainSettings, model: Any, family: Family, worker: Worker, *, with_audio: bool) -> Engine:
+    """How the workers take a step together, as ``--strategy`` says.
+
+    Args:
+        with_audio: Whether any row to train on has audio.
+    """
+    rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.strategy == "ddp":
+        return DataParallel(model, family, worker, **rates)
+    from voxray.training.zero import Zero
+
+    return Zero(model, family, worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
 
 
 def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:
@@ -341,8 +357,7 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moment
 
 def introduce(
     monitor: Monitor,
-    model: torch.nn.Module,
-    family: Any,
+    counts: dict[str, dict[str, int]],
     features: Features,
     front_end: FrontEnd,
     plan: Plan,
@@ -350,7 +365,6 @@ def introduce(
     num_steps: int,
 ) -> None:
     """Say what is about to be trained on what: parameters per role, the plan, one decoded example per task."""
-    counts = count_parameters(model, family)
     total, trainable = (sum(entry[key] for entry in counts.values()) for key in ("total", "trainable"))
     roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
