@@ -180,13 +180,13 @@ class _PassThrough(torch.nn.Module):
 
 @contextmanager
 def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
-    """Within it the token embeddings of a batch without audio depend on the given roles, with a weight of zero."""
+    """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
     if not {"encoder", "projector"} & set(roles):
         yield
         return
     audio, model = base.config.audio_config, base.model
 
-    def add_nothing(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
+    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
         zeros = partial(torch.zeros, dtype=base.dtype, device=embedded_BLD.device)
         if "encoder" in roles:
             stored = isinstance(model.audio_tower, _PassThrough)
@@ -195,10 +195,11 @@ def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
             states = model.get_audio_features(window, return_dict=True).pooler_output
         else:
             states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
-        nothing = states.float().mean() * 0  # the mean of 16-bit numbers may not overflow
-        return embedded_BLD + nothing.to(embedded_BLD.dtype)
+        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
+        never = torch.zeros((), dtype=torch.bool, device=embedded_BLD.device)
+        return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
 
-    hook = model.get_input_embeddings().register_forward_hook(add_nothing)
+    hook = model.get_input_embeddings().register_forward_hook(depend)
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 It computes what ``DataParallel`` does, and its checkpoints are the same files for any number of workers. Three things
 are done here and not by DeepSpeed. Gradients are added up, not averaged, because a loss is already divided by the
-tokens of all workers; so each loss is multiplied by their number. Norm and clipping come before the step, which the
+tokens of all workers; so DeepSpeed's mean is multiplied by their number. Norm and clipping come before the step, which the
 guard may still refuse. And checkpoints hold whole tensors, where DeepSpeed's own can only be read by as many workers
 as wrote them.
 
@@ -69,7 +69,7 @@ class Zero:
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * self.worker.world_size)
+        self._engine.backward(loss)
 
     def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
         grads = self._gradients()
@@ -77,11 +77,12 @@ class Zero:
         sums = torch.tensor([*scalars, sum(squares)], dtype=torch.float64, device=self.worker.device)
         dist.all_reduce(sums)
         *totals, square = sums.tolist()
-        norm = square**0.5 / scale
-        factor = min(1.0, max_norm / (norm + 1e-6)) / scale if max_norm else 1 / scale  # as torch's clip_grad_norm_
-        if factor != 1:
-            for grad in grads:
-                grad.mul_(factor)
+        factor = self.worker.world_size / scale  # here and not on the loss, which could overflow in float16
+        norm = square**0.5 * factor
+        if max_norm:
+            factor *= min(1.0, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        for grad in grads:
+            grad.mul_(factor)
         return totals, norm
 
     def apply(self, lr: float) -> None:
