@@ -187,16 +187,18 @@ def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
     audio, model = base.config.audio_config, base.model
 
     def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        zeros = partial(torch.zeros, dtype=base.dtype, device=embedded_BLD.device)
-        if "encoder" in roles:
-            stored = isinstance(model.audio_tower, _PassThrough)
-            frames = audio.max_source_positions
-            window = zeros(1, frames, audio.hidden_size) if stored else zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
-            states = model.get_audio_features(window, return_dict=True).pooler_output
-        else:
-            states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
+        device, frames = embedded_BLD.device, audio.max_source_positions
+        zeros = partial(torch.zeros, dtype=base.dtype, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
+            if "encoder" not in roles:
+                states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
+            elif isinstance(model.audio_tower, _PassThrough):
+                states = model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
+            else:
+                window_WFT = zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
+                states = model.get_audio_features(window_WFT).pooler_output
         # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
-        never = torch.zeros((), dtype=torch.bool, device=embedded_BLD.device)
+        never = torch.zeros((), dtype=torch.bool, device=device)
         return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
 
     hook = model.get_input_embeddings().register_forward_hook(depend)
