@@ -14,11 +14,14 @@ import pytest
 import torch
 from conftest import TINY
 from processes import Job
+from running import start
 from safetensors.torch import load_file
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.batching import Batching
+from voxray.data.extract import Extractor, Storing
 from voxray.data.features import Features
+from voxray.data.featurize import featurize
 from voxray.data.plan import Plan
 from voxray.errors import RunError
 from voxray.recipes.multitask import Data
@@ -129,9 +132,7 @@ def test_training_is_that_of_ddp(runs: Path, stage: int) -> None:
 def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: Data, stage: int) -> None:
     """Contract 6: ranks with only text beside ranks with only audio, and steps of text alone."""
     features = Features(data.train)
-    kinds = [
-        tuple(bool(features.num_windows[pack].any()) for pack in packs) for packs in steps(data, 6, **TEXT_HEAVY)
-    ]
+    kinds = [tuple(bool(features.num_windows[pack].any()) for pack in packs) for packs in steps(data, 6, **TEXT_HEAVY)]
     assert (False, False) in kinds and any(any(kind) and not all(kind) for kind in kinds)
     assert_alike(runs / f"text-zero{stage}", runs / "text-ddp", loss=1e-5)
 
@@ -195,8 +196,12 @@ def test_other_ways_to_compute(runs: Path, kind: str, loss: float) -> None:
 
 
 @pytest.mark.slow
-def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, make_features: Callable) -> None:
+def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, small: dict[str, str]) -> None:
+    """The last kind starts from LoRA in the encoder, which it keeps as it is."""
     train = Data(data.train, ())
+    storing = Extractor(TINY, Storing("encoder", dtype="float32"))
+    paths = [small["asr.train"], small["tqa.train"]]
+    stored = Data(featurize(paths, storing, tmp_path / "stored", rows_per_shard=8, use_ray=False).folders, ())
     kinds: dict[str, dict[str, Any]] = {
         "encoder": {**TEXT_HEAVY, "freeze_whisper": False},
         "dora": {"tuning": "dora"},
@@ -204,14 +209,44 @@ def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, make_fea
         "packed": {"batching": "packed", "pack_tokens": 600},
         "recomputed": {"grad_ckpt": True},
         "16 bits": {"bf16": True},
+        "stored": {**TEXT_HEAVY, "store": "encoder", "cache_dtype": "float32"},
+        "kept": {"init_adapter": str(tmp_path / "encoder-ddp" / "adapter")},
     }
     names: Sequence[tuple[str, dict[str, Any]]] = (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3]))
-    wanted = {f"{kind}-{name}": ({**flags, **more}, train) for kind, more in kinds.items() for name, flags in names}
+    wanted = {
+        f"{kind}-{name}": ({**flags, **more}, stored if kind == "stored" else train)
+        for name, flags in names
+        for kind, more in kinds.items()
+    }
     in_one_go(tmp_path, wanted)
     for kind in kinds:
         for stage in (2, 3):
             loose = {"loss": 1e-2, "norm": 1e-2} if kind == "16 bits" else {}
             assert_alike(tmp_path / f"{kind}-zero{stage}", tmp_path / f"{kind}-ddp", **loose)
+    before = weights(tmp_path / "encoder-ddp" / "adapter")
+    after = weights(tmp_path / "kept-zero3" / "adapter")
+    in_encoder = [name for name in before if "audio_tower" in name]
+    assert in_encoder and all(torch.equal(before[name], after[name]) for name in in_encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_changes_its_strategy_on_ray_workers(small: dict[str, str], tmp_path: Path) -> None:
+    """From the command line: two steps of ddp, then two of stage 2 and two of stage 3, in one run folder."""
+    usual = f"--model_id {TINY} --train_jsonl {small['asr.train']},{small['tqa.train']} --lr 1e-3 --lora_dropout 0"
+    usual += f" --val_jsonl {small['tqa.val']} --eval_max_rows 3 --eval_max_new_tokens 4 --lr_schedule constant"
+    turns = {2: "--strategy ddp", 4: "--strategy deepspeed", 6: "--strategy deepspeed --zero_stage 3"}
+    for max_steps, turn in turns.items():
+        line = f"{usual} --num_workers 2 --max_steps {max_steps} {turn} --output_dir {tmp_path / 'turns'}"
+        done = start("train_multitask", line.split())
+        assert done.returncode == 0, done.stderr
+        noise = [word for word in ("deepspeed", "DeepSpeed", "Warning") if word in done.stdout + done.stderr]
+        assert not noise, done.stdout + done.stderr
+    done = start("train_multitask", f"{usual} --num_workers 2 --max_steps 6 --output_dir {tmp_path / 'ddp'}".split())
+    assert done.returncode == 0, done.stderr
+    assert column(tmp_path / "turns") == pytest.approx(column(tmp_path / "ddp"), abs=1e-5)
+    shown = [read_metrics(tmp_path / name, "validation")[-1] for name in ("turns", "ddp")]
+    assert shown[0] == shown[1]
 
 
 def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

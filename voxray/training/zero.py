@@ -2,9 +2,9 @@
 
 It computes what ``DataParallel`` does, and its checkpoints are the same files for any number of workers. Three things
 are done here and not by DeepSpeed. Gradients are added up, not averaged, because a loss is already divided by the
-tokens of all workers; so DeepSpeed's mean is multiplied by their number. Norm and clipping come before the step, which the
-guard may still refuse. And checkpoints hold whole tensors, where DeepSpeed's own can only be read by as many workers
-as wrote them.
+tokens of all workers; so DeepSpeed's mean is multiplied by their number. Norm and clipping come before the step, which
+the guard may still refuse. And checkpoints hold whole tensors, where DeepSpeed's own can only be read by as many
+workers as wrote them.
 
 Names of DeepSpeed's optimizers that are no documented interface: ``averaged_gradients``,
 ``single_partition_of_fp32_groups``, ``fp32_partitioned_groups_flat`` and ``_lazy_init_hp_params_optimizer_state``.
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from voxray.errors import RunError
 from voxray.models.family import Family
@@ -45,7 +46,15 @@ class Zero:
     """
 
     def __init__(
-        self, model: Any, family: Family, worker: Worker, *, stage: int, with_audio: bool, lr: float, weight_decay: float
+        self,
+        model: Any,
+        family: Family,
+        worker: Worker,
+        *,
+        stage: int,
+        with_audio: bool,
+        lr: float,
+        weight_decay: float,
     ) -> None:
         self.model, self.worker, self._stage = model, worker, stage
         self._named = trainable_parameters(model)
@@ -108,7 +117,7 @@ class Zero:
         moments: Moments = {}
         taken = next(iter(self.optimizer.state.values()), {}).get("step")
         for name, parameter in self._named if taken is not None else ():
-            entry = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
+            entry: Any = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
             if self.worker.is_first:
                 moments[name] = copied({"step": taken, **entry})
         return State(tensors, moments)
@@ -119,12 +128,13 @@ class Zero:
         if not moments:
             return
         step = next(iter(moments.values()))["step"]
-        flats = self._zero.fp32_partitioned_groups_flat if self._stage == 3 else self._zero.single_partition_of_fp32_groups
+        zero = self._zero
+        flats = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         for flat in flats:  # DeepSpeed makes them at the first step
             zeros = {key: torch.zeros_like(flat) for key in OPTIMIZER_STATES}
             self.optimizer.state[flat] = {"step": step.clone(), **zeros}
         if self._stage < 3:
-            self._zero._lazy_init_hp_params_optimizer_state()
+            zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._named:
             for key in OPTIMIZER_STATES:
                 safe_set_full_optimizer_state(parameter, moments[name][key].to(self.worker.device), key)
@@ -191,8 +201,8 @@ def _import_deepspeed(worker: Worker) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls it makes, every step
     # it would compile its own messages between processes of one CPU machine, which needs a compiler and gains nothing
-    deepspeed.ops.__compatible_ops__ = {}
-    if not dist.is_initialized():
+    deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
+    if not dist.is_initialized():  # one process by itself
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=worker.rank, world_size=worker.world_size)
+        dist.init_process_group(backend, store=HashStore(), rank=worker.rank, world_size=worker.world_size)
     return deepspeed
