@@ -32,6 +32,8 @@ DDP: dict[str, Any] = {}
 ZERO = {2: {"strategy": "deepspeed"}, 3: {"strategy": "deepspeed", "zero_stage": 3}}
 TEXT_HEAVY = {"task_weights": {"asr": 1.0, "tqa": 3.0}, "grad_accum": 1, "max_steps": 6}
 RESUMED = {"lora_dropout": 0.1, "max_steps": 6, "save_steps": 3, "grad_accum": 1}
+VALIDATED = {"eval_steps": 2, "eval_max_rows": 1, "eval_max_new_tokens": 12}
+FULL = {"tuning": "full", "lr": 1e-4, "max_grad_norm": 1e-5}
 POISONED = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4}
 
 
@@ -44,7 +46,7 @@ def data(small: dict[str, str], make_features: Callable) -> Data:
 
 def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
     values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-3}
-    values |= {"max_steps": 4, "per_device_bsz": 1, "grad_accum": 2, "eval_max_rows": 2, "eval_max_new_tokens": 4}
+    values |= {"max_steps": 4, "per_device_bsz": 1, "grad_accum": 2}
     return MultitaskSettings.model_validate({**values, "output_dir": str(output_dir), **changes})
 
 
@@ -75,9 +77,9 @@ def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
     bad = next(row for pack in steps(data, 3)[2] for row in pack if features.num_windows[row])
     wanted: dict[str, tuple[dict[str, Any], Data]] = {}
     for name, flags in (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3])):
-        wanted[f"mix-{name}"] = (flags, data)
+        wanted[f"mix-{name}"] = ({**flags, **VALIDATED}, Data(data.train, data.validation[:1]))
         wanted[f"text-{name}"] = ({**flags, **TEXT_HEAVY}, train)
-        wanted[f"full-{name}"] = ({**flags, "tuning": "full", "lr": 1e-4}, train)
+        wanted[f"full-{name}"] = ({**flags, **FULL}, train)
         wanted[f"bad-{name}"] = ({**flags, **POISONED}, train)
         wanted[f"straight-{name}"] = ({**flags, **RESUMED}, train)
         if flags:
@@ -118,11 +120,11 @@ def assert_alike(one: Path, other: Path, *, loss: float = 1e-4, norm: float = 1e
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_training_is_that_of_ddp(runs: Path, stage: int) -> None:
-    """Audio and text, accumulated, with gradients clipped; and each worker generates as often as it has rows."""
+    """Audio and text, accumulated; validated on the only row there is, with one worker idle, and trained on."""
     ours, theirs = runs / f"mix-zero{stage}", runs / "mix-ddp"
     assert_alike(ours, theirs, loss=1e-5)
-    assert min(column(ours, "grad_norm")) > 1, "--max_grad_norm clips every step"
-    assert read_metrics(ours, "validation") == read_metrics(theirs, "validation") != []
+    shown, expected = (read_metrics(run, "validation") for run in (ours, theirs))
+    assert shown == expected and [record["step"] for record in shown] == [2, 4]
     for name, tensor in weights(ours / "adapter").items():
         assert torch.allclose(tensor, weights(theirs / "adapter")[name], atol=1e-4)
     assert (ours / "parameters.json").read_text() == (theirs / "parameters.json").read_text()
@@ -138,7 +140,8 @@ def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: Data, stage: i
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_full_tuning(runs: Path, stage: int) -> None:
+def test_full_tuning_and_clipping(runs: Path, stage: int) -> None:
+    """Clipped so far that AdamW sees it; it takes no notice of a common factor unless gradients come near its epsilon."""
     assert_alike(runs / f"full-zero{stage}", runs / "full-ddp")
 
 

@@ -82,17 +82,18 @@ class Zero:
 
     def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
         grads = self._gradients()
-        squares = [float(torch.linalg.vector_norm(grad, dtype=torch.float64)) ** 2 for grad in grads]
-        sums = torch.tensor([*scalars, sum(squares)], dtype=torch.float64, device=self.worker.device)
-        dist.all_reduce(sums)
-        *totals, square = sums.tolist()
+        numbers = torch.tensor([*scalars, 0.0], dtype=torch.float64, device=self.worker.device)
+        for grad in grads:
+            numbers[-1] += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+        dist.all_reduce(numbers)
+        *sums, square = numbers.tolist()
         factor = self.worker.world_size / scale  # here and not on the loss, which could overflow in float16
         norm = square**0.5 * factor
         if max_norm:
             factor *= min(1.0, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
         for grad in grads:
             grad.mul_(factor)
-        return totals, norm
+        return sums, norm
 
     def apply(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -117,9 +118,10 @@ class Zero:
         moments: Moments = {}
         taken = next(iter(self.optimizer.state.values()), {}).get("step")
         for name, parameter in self._named if taken is not None else ():
-            entry: Any = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
+            entry: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
+            entry["step"] = taken
             if self.worker.is_first:
-                moments[name] = copied({"step": taken, **entry})
+                moments[name] = copied(entry)
         return State(tensors, moments)
 
     def load_moments(self, moments: Moments) -> None:
