@@ -141,7 +141,7 @@ def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: Data, stage: i
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_full_tuning_and_clipping(runs: Path, stage: int) -> None:
-    """Clipped so far that AdamW sees it; it takes no notice of a common factor unless gradients come near its epsilon."""
+    """Clipped so far that AdamW sees it, to which a common factor is nothing unless gradients come near its epsilon."""
     assert_alike(runs / f"full-zero{stage}", runs / "full-ddp")
 
 
