@@ -20,6 +20,7 @@ PACKAGES = (
     "torch",
     "transformers",
     "peft",
+    "deepspeed",
     "mistral-common",
     "pyarrow",
     "numpy",
@@ -33,7 +34,7 @@ MAY_CHANGE = {
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
     *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps", "preview_rows"),
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
-    *("early_stopping_patience", "early_stopping_threshold"),
+    *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 

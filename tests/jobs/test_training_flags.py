@@ -23,7 +23,7 @@ from voxray.errors import RunError, SettingsError
 from voxray.models.voxtral import Voxtral
 from voxray.recipes import multitask, stage
 from voxray.training import validate
-from voxray.training.engine import Worker
+from voxray.training.engine import DataParallel, Worker
 from voxray.training.monitor import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -502,3 +502,25 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
         launch.run_training(parse_only("train_multitask", line.split()))
     assert asked_for == [(3, 3), (5, 5), (1, 4)], "auto is one per GPU"
+
+
+def test_strategy_and_zero_stage(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they change is in tests/training/test_zero.py; here is who gets them."""
+    from voxray.training import zero
+
+    asked_for: list[int] = []
+
+    def other(*args: Any, stage: int, with_audio: bool, **rates: float) -> DataParallel:
+        asked_for.append(stage)
+        return DataParallel(*args, **rates)
+
+    monkeypatch.setattr(zero, "Zero", other)
+    train(strategy="ddp")
+    assert asked_for == []
+    train(strategy="deepspeed")
+    train(strategy="deepspeed", zero_stage=3)
+    assert asked_for == [2, 3]
+    assert parse_only("train_text", ["--train_jsonl", "x", "--output_dir", "y", "--zero_stage", "2"]).zero_stage == 2
+    for value in ("1", "4", "two"):
+        with pytest.raises(SystemExit):
+            parse_only("train_text", ["--train_jsonl", "x", "--output_dir", "y", "--zero_stage", value])

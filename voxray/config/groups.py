@@ -266,6 +266,24 @@ class WorkerFlags(PlacementFlags):
     """Leave out the rows that do not fill the last optimizer step of an epoch."""
 
 
+class StrategyFlags(Settings):
+    strategy: Literal["ddp", "deepspeed"] = "ddp"
+    """How several workers train together: ddp keeps the whole model and optimizer in each of them, deepspeed divides
+    them up (ZeRO), which saves memory with --tuning full, and little with LoRA."""
+    zero_stage: Annotated[int, Field(ge=2, le=3)] = 2
+    """What --strategy deepspeed divides: 2 gradients and the optimizer's moments, 3 the weights as well, for bases
+    without --quantize."""
+
+    @model_validator(mode="after")
+    def _stage_3_divides_plain_weights(self) -> "StrategyFlags":
+        quantized = getattr(self, "quantize", "none")
+        if self.zero_stage == 3 and self.strategy != "deepspeed":
+            raise ValueError("--zero_stage 3: needs --strategy deepspeed")
+        if self.zero_stage == 3 and quantized != "none":
+            raise ValueError(f"--zero_stage 3: cannot divide quantised weights; leave out --quantize {quantized}")
+        return self
+
+
 class EvaluationDataFlags(Settings):
     val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
     """Manifests to evaluate on, comma separated."""

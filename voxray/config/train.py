@@ -13,6 +13,7 @@ from voxray.config.groups import (
     OptimizerFlags,
     OutputFlags,
     SharedFeatureFlags,
+    StrategyFlags,
     TaskBatchingFlags,
     TaskWeights,
     TrimFlags,
@@ -30,6 +31,7 @@ class TrainSettings(
     OptimizerFlags,
     BatchingFlags,
     WorkerFlags,
+    StrategyFlags,
     SharedFeatureFlags,
 ):
     """What every training job takes."""

@@ -141,10 +141,11 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] |
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors of a model's adapter, or its fully tuned weights, by the names they have on disk."""
+    """The parameters of a model's adapter, or its fully tuned weights, by the names they have on disk."""
     if not isinstance(model, PeftModel):
         return dict(trainable_parameters(model))
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    own = model.state_dict(keep_vars=True)  # not copies of their data as it is now
+    return dict(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False))
 
 
 def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool] = lambda name: True) -> int:

@@ -9,8 +9,9 @@ Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -199,6 +200,36 @@ class _PassThrough(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
 
 
+@contextmanager
+def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+    """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
+    if not {"encoder", "projector"} & set(roles):
+        yield
+        return
+    audio, model = base.config.audio_config, base.model
+
+    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
+        device, frames = embedded_BLD.device, audio.max_source_positions
+        zeros = partial(torch.zeros, dtype=base.dtype, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
+            if "encoder" not in roles:
+                states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
+            elif isinstance(model.audio_tower, _PassThrough):
+                states = model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
+            else:
+                window_WFT = zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
+                states = model.get_audio_features(window_WFT).pooler_output
+        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
+        never = torch.zeros((), dtype=torch.bool, device=device)
+        return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
+
+    hook = model.get_input_embeddings().register_forward_hook(depend)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Voxtral:
     """Voxtral's model side."""
 
@@ -291,13 +322,17 @@ class Voxtral:
         """
         compile_layers(_base(model).model.language_model, model.device)
 
-    def answer_logits(self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+    def answer_logits(
+        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
+    ) -> torch.Tensor:
         """Logits at the chosen positions only: with 131,072 tokens they are most of a step's memory.
 
         Args:
             model: The base or its PEFT wrapper.
             batch: As ``collate`` makes it, padded or packed, without labels and tasks.
             keep_BL: True where the next token is to be predicted.
+            touched: Roles that take part even in a batch without audio, at the place in the order of computing that
+                they have with audio, without changing the result: they get gradients of zero.
         Returns:
             logits_NV.
         """
@@ -307,7 +342,8 @@ class Voxtral:
             use_packed_attention(base.model.language_model)
             inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
         # The cache stays off: with it the library lets the samples of a packed row see each other.
-        hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
+        with _touching(base, () if "input_features" in batch else touched):
+            hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
     def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:

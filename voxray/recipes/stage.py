@@ -46,7 +46,7 @@ from voxray.training.checkpoint import (
     read_moments,
     read_progress,
 )
-from voxray.training.engine import DataParallel, Moments, Worker
+from voxray.training.engine import DataParallel, Engine, Moments, Worker
 from voxray.training.guard import Guard
 from voxray.training.host import HOST, Host, planned_workers
 from voxray.training.loop import Trainee, Watch, fit
@@ -124,7 +124,8 @@ def _train_stage(
     model, started = build_model(stage, settings, family, worker, with_encoder=features.store != "encoder")
     start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
     start, moments = resume(run_dir, model, start)
-    engine = DataParallel(model, worker, lr=settings.lr, weight_decay=settings.weight_decay)
+    counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
+    engine = engine_of(settings, model, family, worker, with_audio=bool(features.num_windows[rows].any()))
     engine.load_moments(moments)
     trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
     trainee.guard.load(start.guard)
@@ -139,10 +140,10 @@ def _train_stage(
     monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
-        write_json(run_dir / "parameters.json", count_parameters(trainee.model, family))
+        write_json(run_dir / "parameters.json", counts)
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
-        introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
+        introduce(monitor, counts, features, front_end, plan, start.step, num_steps)
     sizes = Sizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
     held = (front_end, held_out, held_out_rows)
     validator = Validator(trainee, *held, sizes, monitor, settings.seed, num_steps, host.report)
@@ -170,6 +171,20 @@ def _train_stage(
     monitor.close()
     found = {"steps": step, "finished": finished, "adapter_step": chosen, **selection.last}
     return {**found, "best": best} if best else found
+
+
+def engine_of(settings: TrainSettings, model: Any, family: Family, worker: Worker, *, with_audio: bool) -> Engine:
+    """How the workers take a step together, as ``--strategy`` says.
+
+    Args:
+        with_audio: Whether any row to train on has audio.
+    """
+    rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.strategy == "ddp":
+        return DataParallel(model, family, worker, **rates)
+    from voxray.training.zero import Zero
+
+    return Zero(model, family, worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
 
 
 def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:
@@ -374,8 +389,7 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moment
 
 def introduce(
     monitor: Monitor,
-    model: torch.nn.Module,
-    family: Any,
+    counts: dict[str, dict[str, int]],
     features: Features,
     front_end: FrontEnd,
     plan: Plan,
@@ -383,7 +397,6 @@ def introduce(
     num_steps: int,
 ) -> None:
     """Say what is about to be trained on what: parameters per role, the plan, one decoded example per task."""
-    counts = count_parameters(model, family)
     total, trainable = (sum(entry[key] for entry in counts.values()) for key in ("total", "trainable"))
     roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")

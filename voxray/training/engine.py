@@ -7,12 +7,14 @@ bit on any number of ranks.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from voxray.models.family import Family
 from voxray.models.lora import adapter_tensors, trainable_parameters
 
 CPU = torch.device("cpu")
@@ -57,6 +59,10 @@ class State:
 class Engine(Protocol):
     """How several workers take a step together. Every worker makes the same calls, in the same order."""
 
+    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+        """The forward pass, as the family's ``answer_logits`` does it."""
+        ...
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one forward pass to those of the step; ``last`` marks the step's last one."""
 
@@ -78,11 +84,15 @@ class Engine(Protocol):
         """Forget the gradients without taking the step."""
 
     def state(self) -> State:
-        """A copy of what a checkpoint keeps."""
+        """A copy of what a checkpoint keeps; only rank 0 is sure to get it."""
         ...
 
     def load_moments(self, moments: Moments) -> None:
         """Put the optimizer's moments back, those of all that trains or none; the weights are in the model already."""
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Within it every worker has all weights, and may use the model as often as it likes, but not train."""
+        ...
 
 
 class DataParallel:
@@ -90,14 +100,18 @@ class DataParallel:
 
     Args:
         model: On every worker with the same weights.
+        family: Makes the forward pass.
     """
 
-    def __init__(self, model: Any, worker: Worker, *, lr: float, weight_decay: float) -> None:
-        self.model, self.worker = model, worker
+    def __init__(self, model: Any, family: Family, worker: Worker, *, lr: float, weight_decay: float) -> None:
+        self.model, self.worker, self._family = model, worker, family
         self._named = trainable_parameters(model)
         self._parameters = [parameter for _, parameter in self._named]
         # fused gives other bits than foreach and plain, so one of them for good
         self.optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+
+    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+        return self._family.answer_logits(self.model, batch, keep_BL)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
@@ -122,15 +136,18 @@ class DataParallel:
 
     def state(self) -> State:
         stored = self.optimizer.state_dict()["state"]
-        moments = {self._named[number][0]: _copied(entry) for number, entry in stored.items()}
-        return State(_copied(adapter_tensors(self.model)), moments)
+        moments = {self._named[number][0]: copied(entry) for number, entry in stored.items()}
+        return State(copied(adapter_tensors(self.model)), moments)
 
     def load_moments(self, moments: Moments) -> None:
         state = {number: moments[name] for number, (name, _) in enumerate(self._named) if moments}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
+    def whole_model(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
-def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy that the next step does not change, on the CPU."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 

@@ -6,6 +6,7 @@ Shape letters: B rows, L tokens, N answer positions of a batch, V vocabulary.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ STOP_FILE = "STOP"
 ROWS_NAMED = 8
 
 
+Logits = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 LOOK_SEC = 5.0
 """How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
 
@@ -170,7 +172,7 @@ def train_step(
     for number, (pack, batch) in enumerate(packs, 1):
         seed_pack(settings.seed, step, pack.number)
         batch = {name: tensor.to(trainee.worker.device, non_blocking=True) for name, tensor in batch.items()}
-        loss_T = answer_loss(trainee.model, trainee.family, batch, settings.label_smoothing)
+        loss_T = task_losses(trainee.engine.logits, batch, settings.label_smoothing)
         weight = float(pack.counts) / tokens.sum() * trainee.guard.scale
         trainee.engine.backward(loss_T.sum() * weight, last=number == len(packs))
         losses += loss_T.detach() * float(pack.counts)
@@ -197,8 +199,15 @@ def train_step(
 
 
 def answer_loss(model: Any, family: Family, batch: Batch, label_smoothing: float) -> torch.Tensor:
+    """``task_losses`` of a model outside training."""
+    return task_losses(partial(family.answer_logits, model), batch, label_smoothing)
+
+
+def task_losses(logits: Logits, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Cross entropy summed per task, over answer tokens only.
 
+    Args:
+        logits: The forward pass: from a batch without labels and tasks, and where to predict, to logits_NV.
     Returns:
         float32, shape (number of tasks,).
     """
@@ -206,7 +215,7 @@ def answer_loss(model: Any, family: Family, batch: Batch, label_smoothing: float
     inputs = {name: tensor for name, tensor in batch.items() if name not in {"labels", "task"}}
     next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
     keep_BL = next_BL != IGNORED
-    logits_NV = family.answer_logits(model, inputs, keep_BL).float()
+    logits_NV = logits(inputs, keep_BL).float()
     loss_N = F.cross_entropy(logits_NV, next_BL[keep_BL], reduction="none", label_smoothing=label_smoothing)
     task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # packed rows have a task per token
     return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_BL[keep_BL], loss_N)

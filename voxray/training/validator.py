@@ -65,11 +65,12 @@ class Validator:
             answering = {"batch_size": sizes.batch_size, "max_new_tokens": sizes.max_new_tokens}
             held_out = (self.front_end, self.features, self.rows)
             model, family, worker = self.trainee.model, self.trainee.family, self.trainee.worker
-            found = validate(model, family, *held_out, worker, loss_batch_size=sizes.loss_batch_size, **answering)
+            with self.trainee.engine.whole_model():
+                found = validate(model, family, *held_out, worker, loss_batch_size=sizes.loss_batch_size, **answering)
+                shown = preview(how, self.trainee, *held_out, found, step=step, seed=self.seed, **answering)
             metrics = found.metrics
             self.monitor.record("validation", step, metrics)
             self.monitor.say(f"step {step}/{self.num_steps}  {told(metrics)}")
-            shown = preview(how, self.trainee, *held_out, found, step=step, seed=self.seed, **answering)
             self.monitor.show_previews(step, shown)
         self.report({"step": step, **metrics})
         return metrics

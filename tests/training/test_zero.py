@@ -1,0 +1,280 @@
+"""ZeRO does what plain data parallelism does, which other tests hold to its laws, with parts of the model per worker.
+
+The short runs of this file go through the same two processes, one after the other.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import TINY
+from processes import Job
+from running import start
+from safetensors.torch import load_file
+
+from voxray.config.train import MultitaskSettings
+from voxray.data.batching import Batching
+from voxray.data.extract import Extractor, Storing
+from voxray.data.features import Features
+from voxray.data.featurize import featurize
+from voxray.data.plan import Plan
+from voxray.errors import RunError
+from voxray.recipes.multitask import Data
+from voxray.training.engine import Worker
+from voxray.training.monitor import read_metrics
+
+DDP: dict[str, Any] = {}
+ZERO = {2: {"strategy": "deepspeed"}, 3: {"strategy": "deepspeed", "zero_stage": 3}}
+TEXT_HEAVY = {"task_weights": {"asr": 1.0, "tqa": 3.0}, "grad_accum": 1, "max_steps": 6}
+RESUMED = {"lora_dropout": 0.1, "max_steps": 6, "save_steps": 3, "grad_accum": 1}
+VALIDATED = {"eval_steps": 2, "eval_max_rows": 1, "eval_max_new_tokens": 12}
+FULL = {"tuning": "full", "lr": 1e-4, "max_grad_norm": 1e-5}
+POISONED = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4}
+
+
+@pytest.fixture(scope="module")
+def data(small: dict[str, str], make_features: Callable) -> Data:
+    names = [f"{task}.{part}" for part in ("train", "val") for task in ("asr", "sqa", "tqa")]
+    folders = make_features(*(small[name] for name in names))
+    return Data(folders[:3], folders[3:])
+
+
+def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
+    values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-3}
+    values |= {"max_steps": 4, "per_device_bsz": 1, "grad_accum": 2}
+    return MultitaskSettings.model_validate({**values, "output_dir": str(output_dir), **changes})
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
+def steps(data: Data, num_steps: int, **changes: Any) -> list[list[list[int]]]:
+    """Rows of each pack of each step of a run of one row per pack over two workers."""
+    features = Features(data.train)
+    weights, packs = changes.get("task_weights"), 2 * changes.get("grad_accum", 2)
+    plan = Plan(features.task, np.arange(len(features)), weights, 0, Batching("fixed", pack_size=1), packs)
+    return [[pack.rows.tolist() for pack in plan.step_packs(step)] for step in range(num_steps)]
+
+
+def in_one_go(folder: Path, runs: dict[str, tuple[dict[str, Any], Data]], **more: dict[str, Any]) -> Path:
+    """Train all of them on two workers; ``more`` has what else their jobs need."""
+    jobs = [Job(settings(folder / name, **flags), rows, **more.get(name, {})) for name, (flags, rows) in runs.items()]
+    processes.run_all(jobs, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the runs that most tests look at."""
+    folder, train = tmp_path_factory.mktemp("zero"), Data(data.train, ())
+    features = Features(data.train)
+    bad = next(row for pack in steps(data, 3)[2] for row in pack if features.num_windows[row])
+    wanted: dict[str, tuple[dict[str, Any], Data]] = {}
+    for name, flags in (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3])):
+        wanted[f"mix-{name}"] = ({**flags, **VALIDATED}, Data(data.train, data.validation[:1]))
+        wanted[f"text-{name}"] = ({**flags, **TEXT_HEAVY}, train)
+        wanted[f"full-{name}"] = ({**flags, **FULL}, train)
+        wanted[f"bad-{name}"] = ({**flags, **POISONED}, train)
+    for name, flags in (("ddp", DDP), ("zero2", ZERO[2])):
+        wanted[f"4bit-{name}"] = ({**flags, "quantize": "4bit", "max_steps": 2}, train)
+        wanted[f"fp16-{name}"] = ({**flags, "fp16": True}, train)
+        wanted[f"packed-{name}"] = ({**flags, "batching": "packed", "pack_tokens": 600, "max_steps": 2}, train)
+        wanted[f"straight-{name}"] = ({**flags, **RESUMED}, train)
+    wanted["resumed-zero2"] = ({**ZERO[2], **RESUMED}, train)
+    wanted["ddp-to-zero3"] = ({**ZERO[3], **RESUMED}, train)
+    after = {"resumed-zero2": {"after": checkpoint(folder / "straight-zero2", 3)}}
+    after["ddp-to-zero3"] = {"after": checkpoint(folder / "straight-ddp", 3)}
+    poisoned = {f"bad-{name}": {"poisoned": (bad,)} for name in ("ddp", "zero2", "zero3")}
+    return in_one_go(folder, wanted, **after, **poisoned)
+
+
+def column(run: Path, name: str = "loss") -> list[Any]:
+    return [record[name] for record in read_metrics(run, "train")]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def sha(folder: Path) -> str:
+    return hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def assert_alike(one: Path, other: Path, *, loss: float = 1e-4, norm: float = 1e-4) -> None:
+    assert column(one) == pytest.approx(column(other), abs=loss)
+    assert column(one, "grad_norm") == pytest.approx(column(other, "grad_norm"), rel=norm)
+    assert column(one, "skipped") == column(other, "skipped")
+    theirs = weights(other / "adapter")
+    ours = weights(one / "adapter")
+    assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_training_is_that_of_ddp(runs: Path, stage: int) -> None:
+    """Audio and text, accumulated; validated on the only row there is, with one worker idle, and trained on."""
+    ours, theirs = runs / f"mix-zero{stage}", runs / "mix-ddp"
+    assert_alike(ours, theirs, loss=1e-5)
+    shown, expected = (read_metrics(run, "validation") for run in (ours, theirs))
+    assert shown == expected and [record["step"] for record in shown] == [2, 4]
+    for name, tensor in weights(ours / "adapter").items():
+        assert torch.allclose(tensor, weights(theirs / "adapter")[name], atol=1e-4)
+    assert (ours / "parameters.json").read_text() == (theirs / "parameters.json").read_text()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: Data, stage: int) -> None:
+    """Contract 6: ranks with only text beside ranks with only audio, and steps of text alone."""
+    features = Features(data.train)
+    kinds = [tuple(bool(features.num_windows[pack].any()) for pack in packs) for packs in steps(data, 6, **TEXT_HEAVY)]
+    assert (False, False) in kinds and any(any(kind) and not all(kind) for kind in kinds)
+    assert_alike(runs / f"text-zero{stage}", runs / "text-ddp", loss=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_full_tuning_and_clipping(runs: Path, stage: int) -> None:
+    """Clipped so far that AdamW sees it, to which a common factor is nothing unless gradients come near its epsilon."""
+    assert_alike(runs / f"full-zero{stage}", runs / "full-ddp")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_bad_step_changes_nothing_on_any_worker(runs: Path, stage: int) -> None:
+    run = runs / f"bad-zero{stage}"
+    assert column(run, "skipped") == [0, 0, 1, 1]
+    assert column(run)[2] is None and column(run)[3] is not None
+    two, three, four = (checkpoint(run, step) for step in (2, 3, 4))
+    assert sha(two) == sha(three) != sha(four)
+    before, after = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (two, three))
+    assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
+    assert column(run)[3] == pytest.approx(column(runs / "bad-ddp")[3], abs=1e-5), "and it goes on as ddp does"
+    assert column(run, "grad_norm")[3] == pytest.approx(column(runs / "bad-ddp", "grad_norm")[3], rel=1e-4)
+
+
+def assert_resumed(straight: Path, resumed: Path) -> None:
+    """3 steps and 3 more from the checkpoint = 6 steps, to the last bit, with dropout."""
+    assert column(resumed) == column(straight)[3:]
+    assert sha(resumed / "adapter") == sha(straight / "adapter")
+    one, other = (torch.load(checkpoint(run, 6) / "optimizer.pt", weights_only=True) for run in (straight, resumed))
+    assert all(torch.equal(entry[key], other[name][key]) for name, entry in one.items() for key in entry)
+
+
+def assert_as_good_as(run: Path, straight: Path) -> None:
+    """What goes on from another engine's step 3, or from the start, ends as if there had been one engine alone."""
+    losses, expected = column(run), column(straight)
+    assert losses == pytest.approx(expected[-len(losses) :], abs=1e-5)
+    ours, theirs = (torch.load(checkpoint(folder, 6) / "optimizer.pt", weights_only=True) for folder in (run, straight))
+    assert set(ours) == set(theirs)
+    for name, entry in theirs.items():
+        assert {key: tensor.shape for key, tensor in ours[name].items()} == {key: t.shape for key, t in entry.items()}
+        assert entry["step"] == ours[name]["step"] == 6
+        assert torch.allclose(entry["exp_avg"], ours[name]["exp_avg"], atol=1e-4)
+
+
+def test_resume_is_exact(runs: Path) -> None:
+    assert_resumed(runs / "straight-zero2", runs / "resumed-zero2")
+
+
+@pytest.mark.parametrize("name", ["straight-zero2", "ddp-to-zero3"])
+def test_checkpoints_fit_the_other_strategies(runs: Path, name: str) -> None:
+    assert_as_good_as(runs / name, runs / "straight-ddp")
+
+
+@pytest.mark.slow
+def test_checkpoints_of_stage_3(data: Data, tmp_path: Path) -> None:
+    train, after = Data(data.train, ()), {"after": checkpoint(tmp_path / "straight", 3)}
+    wanted = {"ddp": DDP, "straight": ZERO[3], "resumed": ZERO[3], "zero3-to-zero2": ZERO[2], "zero3-to-ddp": DDP}
+    runs = {name: ({**flags, **RESUMED}, train) for name, flags in wanted.items()}
+    in_one_go(tmp_path, runs, **dict.fromkeys(("resumed", "zero3-to-zero2", "zero3-to-ddp"), after))
+    assert_resumed(tmp_path / "straight", tmp_path / "resumed")
+    for name in wanted:
+        assert_as_good_as(tmp_path / name, tmp_path / "ddp")
+
+
+@pytest.mark.parametrize("flags", [DDP, ZERO[2]], ids=["ddp", "zero2"])
+def test_two_workers_then_one(runs: Path, data: Data, tmp_path: Path, flags: dict[str, Any]) -> None:
+    """In this process, which has no process group: DeepSpeed gets one of its own. What it then saves is read again."""
+    train = Data(data.train, ())
+    after = checkpoint(runs / "straight-zero2", 3)
+    processes.run(settings(tmp_path, **{**RESUMED, **flags}), train, after=after)
+    assert column(tmp_path) == pytest.approx(column(runs / "straight-zero2")[3:], abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("4bit", 1e-5), ("fp16", 5e-3), ("packed", 1e-5)])
+def test_other_ways_to_compute(runs: Path, kind: str, loss: float) -> None:
+    assert_alike(runs / f"{kind}-zero2", runs / f"{kind}-ddp", loss=loss, norm=max(loss, 1e-4))
+
+
+@pytest.mark.slow
+def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, small: dict[str, str]) -> None:
+    """The last kind starts from LoRA in the encoder, which it keeps as it is."""
+    train = Data(data.train, ())
+    storing = Extractor(TINY, Storing("encoder", dtype="float32"))
+    paths = [small["asr.train"], small["tqa.train"]]
+    stored = Data(featurize(paths, storing, tmp_path / "stored", rows_per_shard=8, use_ray=False).folders, ())
+    kinds: dict[str, dict[str, Any]] = {
+        "encoder": {**TEXT_HEAVY, "freeze_whisper": False},
+        "dora": {"tuning": "dora"},
+        "text": {"task_weights": {"tqa": 1.0}},
+        "packed": {"batching": "packed", "pack_tokens": 600},
+        "recomputed": {"grad_ckpt": True},
+        "16 bits": {"bf16": True},
+        "stored": {**TEXT_HEAVY, "store": "encoder", "cache_dtype": "float32"},
+        "kept": {"init_adapter": str(tmp_path / "encoder-ddp" / "adapter")},
+    }
+    names: Sequence[tuple[str, dict[str, Any]]] = (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3]))
+    wanted = {
+        f"{kind}-{name}": ({**flags, **more}, stored if kind == "stored" else train)
+        for name, flags in names
+        for kind, more in kinds.items()
+    }
+    in_one_go(tmp_path, wanted)
+    for kind in kinds:
+        for stage in (2, 3):
+            loose = {"loss": 1e-2, "norm": 1e-2} if kind == "16 bits" else {}
+            assert_alike(tmp_path / f"{kind}-zero{stage}", tmp_path / f"{kind}-ddp", **loose)
+    before = weights(tmp_path / "encoder-ddp" / "adapter")
+    after = weights(tmp_path / "kept-zero3" / "adapter")
+    in_encoder = [name for name in before if "audio_tower" in name]
+    assert in_encoder and all(torch.equal(before[name], after[name]) for name in in_encoder)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_run_changes_its_strategy_on_ray_workers(small: dict[str, str], tmp_path: Path) -> None:
+    """From the command line: two steps of ddp, then two of stage 2 and two of stage 3, in one run folder."""
+    usual = f"--model_id {TINY} --train_jsonl {small['asr.train']},{small['tqa.train']} --lr 1e-3 --lora_dropout 0"
+    usual += f" --val_jsonl {small['tqa.val']} --eval_max_rows 3 --eval_max_new_tokens 4 --lr_schedule constant"
+    turns = {2: "--strategy ddp", 4: "--strategy deepspeed", 6: "--strategy deepspeed --zero_stage 3"}
+    for max_steps, turn in turns.items():
+        line = f"{usual} --num_workers 2 --max_steps {max_steps} {turn} --output_dir {tmp_path / 'turns'}"
+        done = start("train_multitask", line.split())
+        assert done.returncode == 0, done.stderr
+        noise = [word for word in ("deepspeed", "DeepSpeed", "Warning") if word in done.stdout + done.stderr]
+        assert not noise, done.stdout + done.stderr
+    done = start("train_multitask", f"{usual} --num_workers 2 --max_steps 6 --output_dir {tmp_path / 'ddp'}".split())
+    assert done.returncode == 0, done.stderr
+    assert column(tmp_path / "turns") == pytest.approx(column(tmp_path / "ddp"), abs=1e-5)
+    shown = [read_metrics(tmp_path / name, "validation")[-1] for name in ("turns", "ddp")]
+    assert shown[0] == shown[1]
+
+
+def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from voxray.training import zero
+
+    monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
+    line = "--strategy deepspeed: needs DeepSpeed, which is not installed (pip install deepspeed)"
+    with pytest.raises(RunError) as caught:
+        zero._import_deepspeed(Worker())
+    assert str(caught.value) == line
+
+
+def test_stage_3_takes_no_quantised_base(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--zero_stage 3: cannot divide quantised weights; leave out --quantize 4bit"):
+        settings(tmp_path, **ZERO[3], quantize="4bit")
+    with pytest.raises(ValueError, match="--zero_stage 3: needs --strategy deepspeed"):
+        settings(tmp_path, zero_stage=3)
