@@ -114,22 +114,7 @@ def train_stage(
             monitor.say(line)
         introduce(monitor, trainee.model, family, features, front_end, plan, start.step, num_steps)
     last: dict[str, float] = {}
-    previews = previews_of(settings, run_dir, monitor) if worker.is_first and len(held_out_rows) else None
-
-    def check(step: int) -> None:
-        last.clear()
-        if len(held_out_rows):
-            how = agreed(previews, worker)
-            sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
-            parts = (front_end, held_out, held_out_rows)
-            found = validate(trainee.model, family, *parts, worker, loss_batch_size=settings.per_device_bsz, **sizes)
-            last.update(found.metrics)
-            monitor.record("validation", step, last)
-            monitor.say(f"step {step}/{num_steps}  {told(last)}")
-            shown = preview(how, trainee, *parts, found, step=step, seed=settings.seed, **sizes)
-            monitor.show_previews(step, shown)
-        report({"step": step, **last})
-
+    check = checking(settings, run_dir, trainee, front_end, held_out, held_out_rows, num_steps, monitor, report, last)
     step = fit(trainee, loader, settings, run_dir, start, num_steps, monitor, check)
     finished = step >= num_steps
     if worker.is_first and finished:
@@ -139,6 +124,45 @@ def train_stage(
         monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
     monitor.close()
     return {"steps": step, "finished": finished, **last, **({"best": best} if best else {})}
+
+
+def checking(
+    settings: TrainSettings,
+    run_dir: Path,
+    trainee: Trainee,
+    front_end: FrontEnd,
+    held_out: Features,
+    rows: np.ndarray,
+    num_steps: int,
+    monitor: Monitor,
+    report: Report,
+    last: dict[str, float],
+) -> Callable[[int], None]:
+    """What a run does at the steps that validate: score the model, show previews, report.
+
+    Args:
+        rows: Validation rows, none of them if there is nothing to validate on.
+        last: Takes the metrics of every validation in place of those of the one before.
+    """
+    worker = trainee.worker
+    previews = previews_of(settings, run_dir, monitor) if worker.is_first and len(rows) else None
+    sizes = {"batch_size": max(8, settings.per_device_bsz), "max_new_tokens": settings.eval_max_new_tokens}
+    parts = (front_end, held_out, rows)
+
+    def check(step: int) -> None:
+        last.clear()
+        if len(rows):
+            how = agreed(previews, worker)
+            loss_size = {"loss_batch_size": settings.per_device_bsz}  # fits, as training with gradients does
+            found = validate(trainee.model, trainee.family, *parts, worker, **sizes, **loss_size)
+            last.update(found.metrics)
+            monitor.record("validation", step, last)
+            monitor.say(f"step {step}/{num_steps}  {told(last)}")
+            shown = preview(how, trainee, *parts, found, step=step, seed=settings.seed, **sizes)
+            monitor.show_previews(step, shown)
+        report({"step": step, **last})
+
+    return check
 
 
 def told(metrics: Mapping[str, float]) -> str:
