@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch.multiprocessing as mp
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.features import FeatureRow, Features
-from voxray.recipes import multitask
+from voxray.recipes import multitask, stage
 from voxray.training import guard
 from voxray.training.engine import Worker
+from voxray.training.loop import Trainee
 from voxray.training.monitor import read_metrics
 
 
@@ -29,6 +30,7 @@ class Job:
         first_scale: Loss scale that a float16 run begins with.
         poisoned: Rows whose audio is read as NaN.
         after: Checkpoint of another run that this one goes on from.
+        look: Called on every worker with what was trained, at the end.
     """
 
     settings: MultitaskSettings
@@ -36,6 +38,7 @@ class Job:
     first_scale: float = guard.FIRST_SCALE
     poisoned: Sequence[int] = ()
     after: Path | None = None
+    look: Callable[[MultitaskSettings, Trainee], None] | None = None
 
 
 def run(
@@ -84,7 +87,15 @@ def _train(job: Job, worker: Worker) -> None:
         shutil.copytree(job.after, run_dir / "checkpoints" / job.after.name)
     if job.after and worker.world_size > 1:
         dist.barrier()
-    with _trouble(job.first_scale, job.poisoned):
+    fit = stage.fit
+
+    def watched(trainee: Trainee, *args: Any) -> int:
+        steps = fit(trainee, *args)
+        if job.look:
+            job.look(job.settings, trainee)
+        return steps
+
+    with _trouble(job.first_scale, job.poisoned), mock.patch.object(stage, "fit", watched):
         multitask.train(job.settings, run_dir, job.data, worker)
 
 
