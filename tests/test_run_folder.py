@@ -149,7 +149,11 @@ def test_a_run_older_than_a_setting_goes_on(here: Path):
     open_run(here / "run", settings(), overwrite=False)
     path = here / "run" / "settings.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "lr"}))
+    older = path.read_text()
     open_run(here / "run", settings(), overwrite=False)
+    path.write_text(older)
+    with pytest.raises(SettingsError, match=r"--lr \(was 0\.0002, now 0\.1\)"):
+        open_run(here / "run", settings(lr=0.1), overwrite=False)
 
 
 def test_damaged_settings_are_no_run_to_go_on_with(here: Path):

@@ -97,19 +97,24 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
         if overwrite:
             _clear(run_dir)
         else:
-            _check_same_run(path, now)
+            _check_same_run(path, settings, now)
     (run_dir / "STOP").unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())
 
 
-def _check_same_run(path: Path, now: dict[str, Any]) -> None:
-    """Compare with the settings that the folder's run was started with; a field may be newer than the run."""
+def _check_same_run(path: Path, settings: Settings, now: dict[str, Any]) -> None:
+    """Compare with the settings that the folder's run was started with.
+
+    A run that is older than a field was as the field's default is now.
+    """
     advice = "use --overwrite or another --output_dir"
     try:
         before = json.loads(path.read_text())
     except ValueError:
         raise SettingsError(f"{path}: damaged, so this run cannot be told from others; {advice}") from None
+    defaults = {name: field.default for name, field in type(settings).model_fields.items() if not field.is_required()}
+    before = {**json.loads(json.dumps(defaults)), **before}
     changed = [name for name in now if name in before and name not in MAY_CHANGE and before[name] != now[name]]
     if changed:
         shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)

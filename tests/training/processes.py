@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch.multiprocessing as mp
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.features import FeatureRow, Features
-from voxray.recipes import multitask
+from voxray.recipes import multitask, stage
 from voxray.training import guard
 from voxray.training.engine import Worker
-from voxray.training.loop import Watch
+from voxray.training.loop import Trainee, Watch
 from voxray.training.monitor import read_metrics
 
 
@@ -31,6 +31,7 @@ class Job:
         poisoned: Rows whose audio is read as NaN.
         stop_after: Ask the run to stop after so many steps; 0 lets it end.
         after: Checkpoint of another run that this one goes on from.
+        look: Called on every worker with what was trained, at the end.
     """
 
     settings: MultitaskSettings
@@ -39,6 +40,7 @@ class Job:
     poisoned: Sequence[int] = ()
     stop_after: int = 0
     after: Path | None = None
+    look: Callable[[MultitaskSettings, Trainee], None] | None = None
 
 
 def run(
@@ -87,7 +89,15 @@ def _train(job: Job, worker: Worker) -> None:
         shutil.copytree(job.after, run_dir / "checkpoints" / job.after.name)
     if job.after and worker.world_size > 1:
         dist.barrier()
-    with _trouble(job):
+    fit = stage.fit
+
+    def watched(trainee: Trainee, *args: Any) -> int:
+        steps = fit(trainee, *args)
+        if job.look:
+            job.look(job.settings, trainee)
+        return steps
+
+    with _trouble(job), mock.patch.object(stage, "fit", watched):
         multitask.train(job.settings, run_dir, job.data, worker)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from voxray.errors import RunError
 from voxray.models.lora import CONFIG, WEIGHTS
+from voxray.models.voxtral import Voxtral
 from voxray.training import checkpoint
 from voxray.training.checkpoint import (
     CheckpointWriter,
@@ -74,7 +75,7 @@ def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_next_step_does_not_change_what_is_being_written() -> None:
     model = Model(2, 2)
-    engine = DataParallel(model, Worker(), lr=0.1, weight_decay=0.0)
+    engine = DataParallel(model, Voxtral(), Worker(), lr=0.1, weight_decay=0.0)
     states = []
     for _ in range(2):
         engine.backward(model(torch.ones(1, 2)).sum(), last=True)

@@ -125,8 +125,7 @@ def _train_stage(
     start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
     start, moments = resume(run_dir, model, start)
     counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
-    engine = engine_of(settings, model, family, worker, with_audio=bool(features.num_windows[rows].any()))
-    engine.load_moments(moments)
+    engine = engine_of(settings, model, family, worker, moments, with_audio=bool(features.num_windows[rows].any()))
     trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
     trainee.guard.load(start.guard)
     selection = selection_of(settings, held_out, held_out_rows)
@@ -173,18 +172,25 @@ def _train_stage(
     return {**found, "best": best} if best else found
 
 
-def engine_of(settings: TrainSettings, model: Any, family: Family, worker: Worker, *, with_audio: bool) -> Engine:
+def engine_of(
+    settings: TrainSettings, model: Any, family: Family, worker: Worker, moments: Moments, *, with_audio: bool
+) -> Engine:
     """How the workers take a step together, as ``--strategy`` says.
 
     Args:
+        moments: To go on from.
         with_audio: Whether any row to train on has audio.
     """
+    engine: Engine
     rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.strategy == "ddp":
-        return DataParallel(model, family, worker, **rates)
-    from voxray.training.zero import Zero
+        engine = DataParallel(model, family, worker, **rates)
+    else:
+        from voxray.training.zero import Zero
 
-    return Zero(model, family, worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
+        engine = Zero(model, family, worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
+    engine.load_moments(moments)
+    return engine
 
 
 def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:

@@ -42,4 +42,6 @@ def memory_advice(settings: TrainSettings) -> str:
     ways += [] if settings.grad_ckpt else ["add --grad_ckpt"]
     ways += [] if settings.bf16 or settings.fp16 or settings.tuning == "full" else ["add --bf16"]
     ways += ["--quantize 4bit"] if settings.quantize == "none" and settings.tuning != "full" else []
+    if settings.tuning == "full" and settings.zero_stage < 3:
+        ways.append("take several workers with --strategy deepspeed --zero_stage 3")
     return "; ".join([*ways, f"or lower --max_len (now {settings.max_len})"])

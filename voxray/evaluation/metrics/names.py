@@ -21,10 +21,10 @@ def text_metrics_of(task: str) -> tuple[str, ...]:
     return TEXT_METRICS if "rouge_l" in TASKS[task].metrics else ()
 
 
-def validation_metrics(tasks: Iterable[str] = tuple(TASKS)) -> tuple[str, ...]:
-    """Every key that validating rows of these tasks can give."""
+def validation_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
+    """Every key that validating rows of these tasks, or of all, can give."""
     found = []
-    for task in tasks:
+    for task in TASKS if tasks is None else tasks:
         names = (*TASKS[task].metrics, *text_metrics_of(task), *LIKELIHOOD_METRICS)
         found += [f"{task}/{name}" for name in names]
     return (*found, *(f"overall/{name}" for name in OVERALL))
