@@ -1,4 +1,4 @@
-"""The plan: every row in its turn, shares held, and the same sequence whoever computes it."""
+"""Contract 3, the plan: every row in its turn, shares held, and the same sequence whoever computes it."""
 
 import collections
 from itertools import pairwise
