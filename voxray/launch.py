@@ -22,7 +22,8 @@ from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, text
-from voxray.recipes.stage import Data, earlier_of
+from voxray.recipes.build import earlier_of
+from voxray.recipes.stage import Data
 from voxray.run_folder import add_provenance, anchor, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console

@@ -9,9 +9,8 @@ Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,11 +26,11 @@ from voxray.models.family import AudioFeatures, model_file, weights_below
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.trimming import trims_audio
+from voxray.models.voxtral_audio import ENCODER_STRIDE, PassThrough, touching, with_trimmed_audio
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
 ENCODER = "audio_tower"
-ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
 MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
 
 
@@ -187,49 +186,6 @@ class VoxtralFrontEnd:
         return self._tekken.decode([int(token) for token in ids], special_token_policy=SpecialTokenPolicy[policy])
 
 
-class _PassThrough(torch.nn.Module):
-    """Stands where the encoder was, and gives its stored outputs on to the projector."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
-
-
-@contextmanager
-def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
-    """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
-    if not {"encoder", "projector"} & set(roles):
-        yield
-        return
-    audio, model = base.config.audio_config, base.model
-
-    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        device, frames = embedded_BLD.device, audio.max_source_positions
-        zeros = partial(torch.zeros, dtype=base.dtype, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
-            if "encoder" not in roles:
-                states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
-            elif isinstance(model.audio_tower, _PassThrough):
-                states = model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
-            else:
-                window_WFT = zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
-                states = model.get_audio_features(window_WFT).pooler_output
-        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
-
-    hook = model.get_input_embeddings().register_forward_hook(depend)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 class Voxtral:
     """Voxtral's model side."""
 
@@ -312,7 +268,7 @@ class Voxtral:
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
         base = _base(model)
-        base.model.audio_tower = _PassThrough(base.dtype)
+        base.model.audio_tower = PassThrough(base.dtype)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
@@ -337,12 +293,12 @@ class Voxtral:
             logits_NV.
         """
         base = _base(model)
-        inputs = _with_trimmed_audio(base, batch)
+        inputs = with_trimmed_audio(base, batch)
         if "segment_ends" in inputs:
             use_packed_attention(base.model.language_model)
             inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
         # The cache stays off: with it the library lets the samples of a packed row see each other.
-        with _touching(base, () if "input_features" in batch else touched):
+        with touching(base, () if "input_features" in batch else touched):
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
@@ -353,7 +309,7 @@ class Voxtral:
             ids_BL of the continuations alone, padded on the right.
         """
         base = _base(model)
-        inputs = _with_trimmed_audio(base, batch)
+        inputs = with_trimmed_audio(base, batch)
         # Layers compiled for training would be compiled anew for one token and a cache that grows.
         eager = torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
         with eager:
@@ -363,42 +319,3 @@ class Voxtral:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Put embeddings in the place of token ids where a batch has fewer audio tokens than its windows have positions.
-
-    The library itself takes only as many as there are positions. How many each clip has is read off its prompt: the
-    tokens of a clip are neighbours, and other tokens stand between two clips.
-    """
-    inputs = dict[str, Any](batch)
-    if "input_features" not in batch:
-        return inputs
-    audio = base.config.audio_config
-    per_window = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
-    is_audio_BL = batch["input_ids"] == base.config.audio_token_id
-    num_windows = len(batch["input_features"])
-    if int(is_audio_BL.sum()) == num_windows * per_window:
-        return inputs
-    keep = _first_positions(is_audio_BL, num_windows, per_window)
-    embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
-    states = base.model.get_audio_features(inputs.pop("input_features"), return_dict=True).pooler_output[keep]
-    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], states.to(embeddings_BLD.dtype))
-    return inputs
-
-
-def _first_positions(is_audio_BL: torch.Tensor, num_windows: int, per_window: int) -> torch.Tensor:
-    """Which of the windows' positions have a token: of every clip the first ones.
-
-    Returns:
-        bool, shape (num_windows * per_window,).
-    """
-    begins_BL = is_audio_BL & ~torch.nn.functional.pad(is_audio_BL, (1, 0))[:, :-1]
-    clip_of_token = begins_BL.flatten().cumsum(0)[is_audio_BL.flatten()] - 1
-    lengths = torch.bincount(clip_of_token)
-    padded = (lengths + per_window - 1) // per_window * per_window
-    total = num_windows * per_window
-    assert int(padded.sum()) == total, f"clips of {lengths.tolist()} audio tokens in {num_windows} windows"
-    place = torch.arange(total, device=lengths.device)
-    starts, clip = padded.cumsum(0) - padded, torch.repeat_interleave(padded)
-    return place - starts[clip] < lengths[clip]

@@ -1,0 +1,95 @@
+"""How audio enters Voxtral's language model: trimmed, stored already encoded, or not at all in a batch.
+
+Shape letters: B rows, L tokens, D width, W windows, T mel frames of a window, F mel bins.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
+
+
+class PassThrough(torch.nn.Module):
+    """Stands where the encoder was, and gives its stored outputs on to the projector."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
+
+
+@contextmanager
+def touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+    """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
+    if not {"encoder", "projector"} & set(roles):
+        yield
+        return
+    audio, model = base.config.audio_config, base.model
+
+    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
+        device, frames = embedded_BLD.device, audio.max_source_positions
+        zeros = partial(torch.zeros, dtype=base.dtype, device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
+            if "encoder" not in roles:
+                states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
+            elif isinstance(model.audio_tower, PassThrough):
+                states = model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
+            else:
+                window_WFT = zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
+                states = model.get_audio_features(window_WFT).pooler_output
+        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
+        never = torch.zeros((), dtype=torch.bool, device=device)
+        return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
+
+    hook = model.get_input_embeddings().register_forward_hook(depend)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put embeddings in the place of token ids where a batch has fewer audio tokens than its windows have positions.
+
+    The library itself takes only as many as there are positions. How many each clip has is read off its prompt: the
+    tokens of a clip are neighbours, and other tokens stand between two clips.
+    """
+    inputs = dict[str, Any](batch)
+    if "input_features" not in batch:
+        return inputs
+    audio = base.config.audio_config
+    per_window = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    is_audio_BL = batch["input_ids"] == base.config.audio_token_id
+    num_windows = len(batch["input_features"])
+    if int(is_audio_BL.sum()) == num_windows * per_window:
+        return inputs
+    keep = _first_positions(is_audio_BL, num_windows, per_window)
+    embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
+    states = base.model.get_audio_features(inputs.pop("input_features"), return_dict=True).pooler_output[keep]
+    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], states.to(embeddings_BLD.dtype))
+    return inputs
+
+
+def _first_positions(is_audio_BL: torch.Tensor, num_windows: int, per_window: int) -> torch.Tensor:
+    """Which of the windows' positions have a token: of every clip the first ones.
+
+    Returns:
+        bool, shape (num_windows * per_window,).
+    """
+    begins_BL = is_audio_BL & ~torch.nn.functional.pad(is_audio_BL, (1, 0))[:, :-1]
+    clip_of_token = begins_BL.flatten().cumsum(0)[is_audio_BL.flatten()] - 1
+    lengths = torch.bincount(clip_of_token)
+    padded = (lengths + per_window - 1) // per_window * per_window
+    total = num_windows * per_window
+    assert int(padded.sum()) == total, f"clips of {lengths.tolist()} audio tokens in {num_windows} windows"
+    place = torch.arange(total, device=lengths.device)
+    starts, clip = padded.cumsum(0) - padded, torch.repeat_interleave(padded)
+    return place - starts[clip] < lengths[clip]
