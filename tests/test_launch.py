@@ -18,6 +18,7 @@ from voxray.data.extract import Extractor
 from voxray.data.featurize import featurize
 from voxray.errors import RunError
 from voxray.launch import run_training
+from voxray.training.monitor import read_metrics
 
 pytestmark = pytest.mark.ray
 REPOSITORY = Path(__file__).parents[1]
@@ -124,6 +125,34 @@ def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
         run_training(settings(small, tmp_path, max_len=2))
     assert time.monotonic() - began < 60
+
+
+ELASTIC = """
+import os, sys
+from voxray.launch import RAY_SETTINGS, run_training
+from voxray.config.train import MultitaskSettings
+os.environ.update(RAY_SETTINGS)
+import ray
+if __name__ == "__main__":
+    ray.init(address="local", num_cpus=2, log_to_driver=False)
+    run_training(MultitaskSettings.model_validate_json(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_a_range_of_workers_takes_what_there_is_and_trains_on_the_same_batches(small, tmp_path):
+    """A cluster with room for two of one to three: steps are planned for three, and one process alone sees the same."""
+    common = {"val_jsonl": (), "lora_dropout": 0.0, "per_device_bsz": 2, "max_steps": 4}
+    elastic = settings(small, tmp_path / "elastic", **common, num_workers="1:3")
+    command = [sys.executable, "-c", ELASTIC, elastic.model_dump_json()]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    alone = settings(small, tmp_path / "alone", **common, num_workers=0, grad_accum=3)
+    run_training(alone)
+    found, expected = (read_metrics(tmp_path / name, "train") for name in ("elastic", "alone"))
+    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], abs=1e-5)
+    progress = json.loads((tmp_path / "elastic" / "checkpoints" / "step-000004" / "progress.json").read_text())
+    assert progress["packs_per_step"] == 3
 
 
 def test_first_signal_saves_and_the_same_command_goes_on(small, tmp_path):
