@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 from voxray.config.train import MultitaskSettings
-from voxray.errors import RunError, SettingsError
+from voxray.errors import SettingsError
 from voxray.recipes import multitask
 from voxray.training import validator
 from voxray.training.engine import Worker
@@ -30,10 +30,11 @@ def test_better_depends_on_the_metric_and_the_threshold() -> None:
     assert not score.take(3, {"tqa/rouge_l": 0.1}) and not score.exhausted, "patience 0 never stops"
 
 
-def test_a_metric_that_validation_lacks_is_named() -> None:
-    with pytest.raises(RunError, match="--metric_for_best_model sqa/wer: validation has tqa/rouge_l"):
-        Selection("sqa/wer").take(1, {"tqa/rouge_l": 0.5})
-    assert not Selection("sqa/wer").take(1, {}), "no validation rows at all"
+def test_a_validation_without_the_metric_is_none_better() -> None:
+    """Rows whose references are all empty have no error rate."""
+    lacking = Selection("asr/cer", patience=2)
+    assert lacking.take(1, {"asr/cer": 0.5}) and not lacking.take(2, {"asr/exact_match": 0.5})
+    assert lacking.waited == 1 and not lacking.take(3, {}) and lacking.waited == 1, "no validation rows at all"
 
 
 def test_the_state_survives_json() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from voxray.errors import RunError
 from voxray.evaluation.metrics.names import higher_is_better
 
 
@@ -35,16 +34,12 @@ class Selection:
         """Note a validation.
 
         Returns:
-            Whether it is the best so far. A value that is no number never is.
-        Raises:
-            RunError: The validation has no such metric.
+            Whether it is the best so far. A value that is no number, or missing for want of rows that have it, never is.
         """
         self.last_step, self.last = step, dict(metrics)
         if not metrics:
             return False
-        if self.metric not in metrics:
-            raise RunError(f"--metric_for_best_model {self.metric}: validation has {', '.join(metrics)}")
-        value = metrics[self.metric]
+        value = metrics.get(self.metric, math.nan)
         gain = value - self.best_value if higher_is_better(self.metric) else self.best_value - value
         if math.isfinite(value) and (not self.best_step or gain > self.threshold):
             self.best_step, self.best_value, self.waited = step, value, 0
