@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY
+from pydantic import ValidationError
 
 from voxray.config.train import MultitaskSettings
 from voxray.errors import SettingsError
@@ -50,6 +51,15 @@ def test_the_state_survives_json() -> None:
     assert (other.best_step, other.last_step) == (0, 4), "what was best by another metric says nothing"
 
 
+def test_what_cannot_be_chosen_by_is_refused_at_once() -> None:
+    need = {"train_jsonl": "t", "output_dir": "o"}
+    for flags in ({"load_best_model_at_end": True}, {"early_stopping_patience": 1}, {"metric_for_best_model": "asr/x"}):
+        with pytest.raises(ValidationError, match=r"--val_jsonl|must be one of asr/cer_nospace"):
+            MultitaskSettings.model_validate({**need, **flags})
+        if "metric_for_best_model" not in flags:
+            MultitaskSettings.model_validate({**need, **flags, "val_jsonl": "v"})
+
+
 @pytest.fixture(scope="module")
 def data(small: dict[str, str], make_features: Callable) -> multitask.Data:
     return multitask.Data(make_features(small["tqa.train"]), make_features(small["tqa.val"]))
@@ -64,7 +74,13 @@ def run(
     def train(values: list[float], name: str = "run", **flags: Any) -> dict[str, Any]:
         found = iter(values)
         monkeypatch.setattr(validator, "validate", lambda *args, **options: Validation({LOSS: next(found)}, {}))
-        usual = {"model_id": TINY, "train_jsonl": "unused", "output_dir": str(tmp_path / name), "num_workers": 0}
+        usual = {
+            "model_id": TINY,
+            "train_jsonl": "unused",
+            "val_jsonl": "unused",
+            "output_dir": str(tmp_path / name),
+            "num_workers": 0,
+        }
         usual |= {"max_steps": 6, "eval_steps": 1, "save_steps": 100, "metric_for_best_model": LOSS, "preview_rows": 0}
         (tmp_path / name).mkdir(exist_ok=True)
         settings = MultitaskSettings.model_validate({**usual, **flags})

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.groups import (
     BatchingFlags,
@@ -21,6 +21,13 @@ from voxray.config.groups import (
     WorkerFlags,
 )
 from voxray.config.parse import CommaStrings, Flag
+from voxray.evaluation.metrics.names import validation_metrics
+
+
+def _known_metric(value: str) -> str:
+    if value not in (known := validation_metrics()):
+        raise ValueError(f"must be one of {', '.join(known)}")
+    return value
 
 
 class TrainSettings(
@@ -56,7 +63,7 @@ class TrainSettings(
     """Write a checkpoint every so many optimizer steps; one is also written at the end of the run."""
     save_total_limit: Annotated[int, Field(ge=1)] = 3
     """How many of the newest checkpoints are kept; the best one (--metric_for_best_model) is kept besides."""
-    metric_for_best_model: Annotated[str, Field(pattern=r"^[a-z]+/[a-z0-9_]+$")] = "overall/macro"
+    metric_for_best_model: Annotated[str, AfterValidator(_known_metric)] = "overall/macro"
     """Validation metric that says which checkpoint is best, such as asr/cer_nospace, tqa/rouge_l or sqa/loss;
     overall/macro is the mean of all tasks' headline scores."""
     load_best_model_at_end: bool = False
@@ -71,6 +78,13 @@ class TrainSettings(
     """Start afresh in an --output_dir that holds a run with other settings, deleting that run."""
     debug: bool = False
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
+
+    @model_validator(mode="after")
+    def _choosing_needs_validation(self) -> "TrainSettings":
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and not self.val_jsonl:
+                raise ValueError(f"--{name}: needs validation rows, --val_jsonl")
+        return self
 
     @model_validator(mode="after")
     def _what_does_not_compile(self) -> "TrainSettings":

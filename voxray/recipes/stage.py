@@ -201,9 +201,6 @@ def selection_of(settings: TrainSettings, held_out: Features, rows: np.ndarray) 
     tasks = [name for name, code in TASK_CODES.items() if code in held_out.task[rows]]
     if tasks and given and metric not in (known := validation_metrics(tasks)):
         raise SettingsError(f"--metric_for_best_model {metric}: validation has {', '.join(known)}")
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(settings, name) and not tasks:
-            raise SettingsError(f"--{name}: needs validation rows (--val_jsonl)")
     return Selection(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
 
 

@@ -34,7 +34,7 @@ class Selection:
         """Note a validation.
 
         Returns:
-            Whether it is the best so far. A value that is no number, or missing for want of rows that have it, never is.
+            Whether it is the best so far. A value that is no number, or is missing, never is.
         """
         self.last_step, self.last = step, dict(metrics)
         if not metrics:
