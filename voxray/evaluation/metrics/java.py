@@ -1,0 +1,1 @@
+def java_metrics(*a): return {}, {}
