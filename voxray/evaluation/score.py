@@ -1,7 +1,7 @@
 """From prediction rows to the content of metrics.json: figures with intervals, per task, slice, and over all tasks.
 
-Everything is counted anew from the raw texts, so predictions of another version, or of another system, are scored by the
-same rules.
+Everything is counted anew from the raw texts, so predictions of another version, or of another system, are scored by
+the same rules.
 """
 
 from collections import Counter
@@ -16,8 +16,14 @@ from voxray.errors import RunError
 from voxray.evaluation.metrics import captions
 from voxray.evaluation.metrics.counts import Ratio, as_columns, ratio_of
 from voxray.evaluation.metrics.java import java_metrics
-from voxray.evaluation.metrics.names import JAVA_METRICS, evaluation_metrics, headline, higher_is_better, is_caption
-from voxray.evaluation.metrics.names import is_transcript
+from voxray.evaluation.metrics.names import (
+    JAVA_METRICS,
+    evaluation_metrics,
+    headline,
+    higher_is_better,
+    is_caption,
+    is_transcript,
+)
 from voxray.evaluation.metrics.overall import figures, likelihood_metrics, score_of
 from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, references_of
 from voxray.evaluation.metrics.terms import Terms
@@ -152,7 +158,9 @@ def _rates(
     samples: dict[str, np.ndarray] = {}
     names = list(data.ratios)
     if num_resamples and groups.num > 1 and names:
-        tops, bottoms = (np.stack([getattr(data.ratios[name], side) for name in names], 1) for side in ("top", "bottom"))
+        tops, bottoms = (
+            np.stack([getattr(data.ratios[name], side) for name in names], 1) for side in ("top", "bottom")
+        )
         drawn = resampled_ratios(tops, bottoms, groups, seed=seed, num_resamples=num_resamples)
         samples = {name: drawn[:, at] for at, name in enumerate(names)}
     found = {name: _entry(data.ratios[name].value, data.ratios[name].n, samples.get(name)) for name in names}

@@ -1,7 +1,7 @@
 """Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points.
 
-``ko-v1`` is voxray's own, for Korean and for everything that is no transcript. Transcripts in other languages are scored
-as Whisper's papers and leaderboards do, by the normalisers of transformers; ``normalizer_of`` chooses.
+``ko-v1`` is voxray's own, for Korean and for everything that is no transcript. Transcripts in other languages are
+scored as Whisper's papers and leaderboards do, by the normalisers of transformers; ``normalizer_of`` chooses.
 """
 
 import json

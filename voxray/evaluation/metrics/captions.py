@@ -26,8 +26,8 @@ def tokenize(text: str) -> list[str]:
 def coco_bleu(captions: Sequence[Caption]) -> list[float]:
     """BLEU-1 to BLEU-4 of a set of captions, 0 to 1.
 
-    n-grams are counted over the whole set, each clipped to the reference that has most of it; of the references' lengths
-    the one closest to the prediction's counts, the shorter of two. No smoothing.
+    n-grams are counted over the whole set, each clipped to the reference that has most of it; of the references'
+    lengths the one closest to the prediction's counts, the shorter of two. No smoothing.
     """
     correct, guessed = [0] * MAX_ORDER, [0] * MAX_ORDER
     length = wanted_length = 0
@@ -54,8 +54,8 @@ def coco_bleu(captions: Sequence[Caption]) -> list[float]:
 def cider_d(captions: Sequence[Caption]) -> list[float]:
     """CIDEr-D of every caption, 0 to 10; their mean is that of the set.
 
-    How much an n-gram weighs depends on how many clips of this very set have it in a reference, so the figure belongs to
-    the whole set, and a single clip scores 0.
+    How much an n-gram weighs depends on how many clips of this very set have it in a reference, so the figure belongs
+    to the whole set, and a single clip scores 0.
 
     Source: Vedantam et al. 2015 (arXiv 1411.5726), with pycocoevalcap's length: the number of bigrams.
     """
@@ -98,4 +98,7 @@ def _ngrams(words: Sequence[str], order: int) -> Ngrams:
 
 
 def _all_ngrams(words: Sequence[str]) -> Ngrams:
-    return Counter(gram for order in range(1, MAX_ORDER + 1) for gram in _ngrams(words, order))
+    found: Ngrams = Counter()
+    for order in range(1, MAX_ORDER + 1):
+        found.update(_ngrams(words, order))
+    return found

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,8 @@ def count(
 def kinds(opcodes: Opcodes) -> tuple[int, int, int]:
     """Substitutions, deletions (of the reference) and insertions of an alignment."""
     found = {"replace": 0, "delete": 0, "insert": 0, "equal": 0}
-    for tag, from_ref, to_ref, from_pred, to_pred in opcodes:
-        found[tag] += max(to_ref - from_ref, to_pred - from_pred)
+    for step in opcodes:
+        found[step.tag] += max(step.src_end - step.src_start, step.dest_end - step.dest_start)
     return found["replace"], found["delete"], found["insert"]
 
 
@@ -153,12 +154,12 @@ def spaced_alike(ref: str, pred: str, opcodes: Opcodes) -> list[str]:
     Source: the idea of ESPnet's space-normalised hypotheses for KsponSpeech: only spacing beside errors stays wrong.
     """
     starts, begins = _word_starts(pred), _word_starts(ref)
-    for tag, from_ref, to_ref, from_pred, to_pred in opcodes:
-        if tag == "equal":
-            starts[from_pred:to_pred] = begins[from_ref:to_ref]
+    for step in opcodes:
+        if step.tag == "equal":
+            starts[step.dest_start : step.dest_end] = begins[step.src_start : step.src_end]
     solid = pred.replace(" ", "")
     cuts = [0, *(at for at in range(1, len(solid)) if starts[at]), len(solid)]
-    return [solid[start:end] for start, end in zip(cuts, cuts[1:], strict=False) if end > start]
+    return [solid[start:end] for start, end in pairwise(cuts) if end > start]
 
 
 def _word_starts(text: str) -> list[bool]:

@@ -20,8 +20,10 @@ def has_loop(solid: str) -> bool:
     if grams - len({solid[at : at + _GRAM] for at in range(grams)}) < MIN_CHARS - _GRAM + 1 - MIN_CHARS // MIN_TIMES:
         return False
     codes = np.frombuffer(solid.encode("utf-32-le", "surrogatepass"), np.uint32)
-    return any(_longest_run(codes[size:] == codes[:-size]) + size >= max(MIN_CHARS, MIN_TIMES * size) for size in
-               range(1, len(codes) // MIN_TIMES + 1))
+    return any(
+        _longest_run(codes[size:] == codes[:-size]) + size >= max(MIN_CHARS, MIN_TIMES * size)
+        for size in range(1, len(codes) // MIN_TIMES + 1)
+    )
 
 
 def _longest_run(equal: np.ndarray) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +27,12 @@ def likelihood_metrics(nll: float, tokens: int) -> dict[str, float]:
     return {"loss": loss} | ({"perplexity": perplexity} if math.isfinite(perplexity) else {})
 
 
-Values = TypeVar("Values", float, np.ndarray)
+def score_of(task: str, value: Any) -> Any:
+    """A task's headline metric turned so that 1 is best and 0 worst: ROUGE-L as it is, 1 - CER down to 0.
 
-
-def score_of(task: str, value: Values) -> Values:
-    """A task's headline metric turned so that 1 is best and 0 worst: ROUGE-L as it is, 1 - CER down to 0."""
+    Args:
+        value: A number, or an array of them; what comes back is of its kind.
+    """
     return value if higher_is_better(headline(task)) else 1 - np.minimum(value, 1.0)
 
 

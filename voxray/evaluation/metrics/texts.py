@@ -47,10 +47,11 @@ def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[Found, dict[str, str
         return {}, {}
     several = [((texts,) if isinstance(texts, str) else tuple(texts), prediction) for texts, prediction in pairs]
     found: Found = {}
-    signatures = dict.fromkeys(("rouge_l", "distinct_1", "distinct_2"), f"tok:{UNITS}|norm:{KO_V1}")
+    signatures: dict[str, str] = {}
     for name, metric in _sacrebleu_metrics().items():
         found[name] = {"value": _corpus_score(metric, several), "n": len(pairs)}
         signatures[name] = f"{metric.get_signature().format()}|norm:{KO_V1}"
+    signatures |= {name: f"tok:{UNITS}|norm:{KO_V1}" for name in ("rouge_l", "distinct_1", "distinct_2")}
     answers = [rouge_units(normalize_ko_v1(prediction)) for _, prediction in several]
     for size in (1, 2):
         ngrams = Counter(tuple(units[at : at + size]) for units in answers for at in range(len(units) - size + 1))
@@ -60,8 +61,7 @@ def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[Found, dict[str, str
         scores = captions.coco_bleu(several)
         found |= {f"bleu_{order}": {"value": score, "n": len(pairs)} for order, score in enumerate(scores, 1)}
         found["cider_d"] = {"value": sum(captions.cider_d(several)) / len(pairs), "n": len(pairs)}
-        names = ("rouge_l", "cider_d", *CAPTION_METRICS)
-        signatures |= dict.fromkeys(names, f"tok:words|norm:{KO_V1}")
+        signatures |= {name: f"tok:words|norm:{KO_V1}" for name in ("rouge_l", "cider_d", *CAPTION_METRICS)}
     return found, signatures
 
 
