@@ -23,10 +23,12 @@ from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
 from voxray.models.compiling import compile_layers, is_compiled
+from voxray.models.decoding import CausalDecoding
 from voxray.models.family import AudioFeatures, model_file, weights_below
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.trimming import trims_audio
+from voxray.models.voxtral_audio import with_trimmed_audio
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
@@ -337,7 +339,7 @@ class Voxtral:
             logits_NV.
         """
         base = _base(model)
-        inputs = _with_trimmed_audio(base, batch)
+        inputs = with_trimmed_audio(base, batch)
         if "segment_ends" in inputs:
             use_packed_attention(base.model.language_model)
             inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
@@ -346,6 +348,17 @@ class Voxtral:
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
+    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecoding, torch.Tensor]:
+        """Read left-padded prompts, to continue them token by token (see ``models.family.Family``)."""
+        base = _base(model)
+
+        def run(**inputs: Any) -> torch.Tensor:
+            with _uncompiled(base):
+                hidden_BLD = base.model(use_cache=True, **inputs).last_hidden_state
+            return base.lm_head(hidden_BLD[:, -1])
+
+        return CausalDecoding.begin(run, with_trimmed_audio(base, batch))
+
     def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """Continue left-padded prompts.
 
@@ -353,52 +366,16 @@ class Voxtral:
             ids_BL of the continuations alone, padded on the right.
         """
         base = _base(model)
-        inputs = _with_trimmed_audio(base, batch)
-        # Layers compiled for training would be compiled anew for one token and a cache that grows.
-        eager = torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
-        with eager:
+        inputs = with_trimmed_audio(base, batch)
+        with _uncompiled(base):
             ids_BL = model.generate(**inputs, **options)
         return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
 
 
+def _uncompiled(base: Any) -> Any:
+    """Layers compiled for training would be compiled anew for one token and a cache that grows."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
+
+
 def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Put embeddings in the place of token ids where a batch has fewer audio tokens than its windows have positions.
-
-    The library itself takes only as many as there are positions. How many each clip has is read off its prompt: the
-    tokens of a clip are neighbours, and other tokens stand between two clips.
-    """
-    inputs = dict[str, Any](batch)
-    if "input_features" not in batch:
-        return inputs
-    audio = base.config.audio_config
-    per_window = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
-    is_audio_BL = batch["input_ids"] == base.config.audio_token_id
-    num_windows = len(batch["input_features"])
-    if int(is_audio_BL.sum()) == num_windows * per_window:
-        return inputs
-    keep = _first_positions(is_audio_BL, num_windows, per_window)
-    embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
-    states = base.model.get_audio_features(inputs.pop("input_features"), return_dict=True).pooler_output[keep]
-    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], states.to(embeddings_BLD.dtype))
-    return inputs
-
-
-def _first_positions(is_audio_BL: torch.Tensor, num_windows: int, per_window: int) -> torch.Tensor:
-    """Which of the windows' positions have a token: of every clip the first ones.
-
-    Returns:
-        bool, shape (num_windows * per_window,).
-    """
-    begins_BL = is_audio_BL & ~torch.nn.functional.pad(is_audio_BL, (1, 0))[:, :-1]
-    clip_of_token = begins_BL.flatten().cumsum(0)[is_audio_BL.flatten()] - 1
-    lengths = torch.bincount(clip_of_token)
-    padded = (lengths + per_window - 1) // per_window * per_window
-    total = num_windows * per_window
-    assert int(padded.sum()) == total, f"clips of {lengths.tolist()} audio tokens in {num_windows} windows"
-    place = torch.arange(total, device=lengths.device)
-    starts, clip = padded.cumsum(0) - padded, torch.repeat_interleave(padded)
-    return place - starts[clip] < lengths[clip]

@@ -1,0 +1,44 @@
+"""Where a Voxtral prompt has fewer audio tokens than its windows have positions (see ``trimming``)."""
+
+from typing import Any
+
+import torch
+
+
+def with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Put embeddings in the place of token ids where a batch has fewer audio tokens than its windows have positions.
+
+    The library itself takes only as many as there are positions. How many each clip has is read off its prompt: the
+    tokens of a clip are neighbours, and other tokens stand between two clips.
+    """
+    inputs = dict[str, Any](batch)
+    if "input_features" not in batch:
+        return inputs
+    audio = base.config.audio_config
+    per_window = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+    is_audio_BL = batch["input_ids"] == base.config.audio_token_id
+    num_windows = len(batch["input_features"])
+    if int(is_audio_BL.sum()) == num_windows * per_window:
+        return inputs
+    keep = _first_positions(is_audio_BL, num_windows, per_window)
+    embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
+    states = base.model.get_audio_features(inputs.pop("input_features"), return_dict=True).pooler_output[keep]
+    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], states.to(embeddings_BLD.dtype))
+    return inputs
+
+
+def _first_positions(is_audio_BL: torch.Tensor, num_windows: int, per_window: int) -> torch.Tensor:
+    """Which of the windows' positions have a token: of every clip the first ones.
+
+    Returns:
+        bool, shape (num_windows * per_window,).
+    """
+    begins_BL = is_audio_BL & ~torch.nn.functional.pad(is_audio_BL, (1, 0))[:, :-1]
+    clip_of_token = begins_BL.flatten().cumsum(0)[is_audio_BL.flatten()] - 1
+    lengths = torch.bincount(clip_of_token)
+    padded = (lengths + per_window - 1) // per_window * per_window
+    total = num_windows * per_window
+    assert int(padded.sum()) == total, f"clips of {lengths.tolist()} audio tokens in {num_windows} windows"
+    place = torch.arange(total, device=lengths.device)
+    starts, clip = padded.cumsum(0) - padded, torch.repeat_interleave(padded)
+    return place - starts[clip] < lengths[clip]
