@@ -1,4 +1,4 @@
-"""Answer and score the rows of manifests with a base model, with or without an adapter."""
+"""Answer and score the rows of manifests with a base model, with or without an adapter; or score what is there."""
 
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.parse import parse
@@ -8,9 +8,9 @@ from voxray.errors import job
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(EvaluateSettings, argv, job="evaluate", about=__doc__ or "", demo="demo_evaluate.yaml")
-    from voxray.evaluation.job import run_evaluation
+    from voxray.evaluation.rescore import evaluate_or_score
 
-    run_evaluation(settings)
+    evaluate_or_score(settings)
 
 
 if __name__ == "__main__":

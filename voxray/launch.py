@@ -349,7 +349,7 @@ def warn_about_idle_flags(settings: ModelFlags) -> None:
     for name in sorted(unused & settings.model_fields_set):
         console.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
-        for name in sorted({"tf32", "pin_memory"} & settings.model_fields_set):
+        for name in sorted({"tf32", "pin_memory", "gpus_per_model"} & settings.model_fields_set):
             if getattr(settings, name):
                 console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
 

@@ -17,9 +17,9 @@ from voxray.config.train import MultitaskSettings
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.shards import TASK_CODES
-from voxray.evaluation.batch import metrics_by_task, read_predictions
 from voxray.evaluation.job import run_evaluation
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
+from voxray.evaluation.predictions import metrics_by_task, read_predictions
 from voxray.launch import ray_session, run_training
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import Place, write_json

@@ -1,21 +1,33 @@
 """Answers against transformers' own generate, and evaluations that were cut off."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, read_rows, write_rows
 from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxray.audio.decode import decode
 from voxray.data.features import Features
-from voxray.evaluation.batch import Generation, evaluate, part_path, read_predictions
-from voxray.evaluation.generate import answers, length_batches
+from voxray.errors import RunError
+from voxray.evaluation import answerer, batch, greedy
+from voxray.evaluation.answerer import MAX_LONE_DEATHS, Generation, deaths
+from voxray.evaluation.batch import Models, Pool, answer, check_invariance, pool_of, read_failed
+from voxray.evaluation.generate import Search, answers, by_expected_length
+from voxray.evaluation.predictions import part_path, read_predictions, scored
 from voxray.models.family import family_of
 
-GENERATION = Generation(TINY, "", bf16=False, batch_size=3, max_new_tokens=24)
+GENERATION = Generation(TINY, "", Search(24), batch_size=3)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def evaluated(folders, rows, output_dir, generation=GENERATION):
+    answer(generation, folders, rows, output_dir, use_ray=False)
+    return scored(read_predictions(output_dir))
 
 
 @pytest.fixture(scope="module")
@@ -48,38 +60,57 @@ def _line(source: str) -> str:
     return Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1]
 
 
-def test_longest_rows_come_first_and_none_is_lost(folders):
+def test_long_answers_come_first_and_no_row_is_lost(folders):
     features = Features(folders)
-    batches = list(length_batches(features, range(len(features)), 5))
-    assert sorted(row for batch in batches for row in batch) == list(range(len(features)))
-    lengths = [features.num_prompt_tokens[batch[0]] for batch in batches]
-    assert lengths == sorted(lengths, reverse=True)
+    order = by_expected_length(features, range(len(features)))
+    assert sorted(order) == list(range(len(features)))
+    asr = [row for row in order if features.row(row).task == "asr"]
+    chat = [row for row in order if features.row(row).task != "asr"]
+    assert order == chat + asr
+    clips = [features.num_samples[row] for row in asr]
+    assert clips == sorted(clips, reverse=True)
+    prompts = [features.num_prompt_tokens[row] for row in chat]
+    assert prompts == sorted(prompts, reverse=True)
 
 
-def test_metrics_and_predictions_agree(folders, tmp_path):
+def test_metrics_and_predictions_agree(folders, small, tmp_path):
     features = Features(folders)
-    metrics = evaluate(GENERATION, folders, range(len(features)), tmp_path, use_ray=False)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"asr", "sqa", "tqa"}
-    assert set(metrics["asr"]) == {"cer", "cer_nospace", "wer", "exact_match"}
-    assert set(metrics["sqa"]) == {"rouge_l", "exact_match"}
-    assert all(entry["n"] == 4 for task in metrics.values() for entry in task.values())
+    metrics = evaluated(folders, range(len(features)), tmp_path)
+    assert set(metrics) >= {"asr", "sqa", "tqa"}
+    assert all(metrics[task]["exact_match"]["n"] == 4 for task in ("asr", "sqa", "tqa"))
     rows = read_predictions(tmp_path)
     assert [row["id"] for row in rows if row["task"] == "asr"] == [f"asr.val.jsonl:{line}" for line in (1, 2, 3, 4)]
     asr = [row for row in rows if row["task"] == "asr"]
     assert metrics["asr"]["cer"]["value"] == sum(row["char_edits"] for row in asr) / sum(row["char_ref"] for row in asr)
     stored = pq.read_schema(part_path(tmp_path / "predictions", 0)).metadata
     assert stored[b"normalizer"] == b"ko-v1"
+    model = family_of(TINY).load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    front_end = family_of(TINY).front_end(TINY)
+    alone = [answers(model, family_of(TINY), front_end, [features.row(at)], max_new_tokens=24) for at in range(4)]
+    assert [[row["prediction"]] for row in asr] == alone
+    for row in rows:
+        assert row["sec"] > 0 and 0 <= row["num_new_tokens"] <= 24
+        assert row["hit_max"] == (row["num_new_tokens"] == 24)
+        assert row["dataset"] == f"{row['task']}.val" and row["speaker"] is None
+        assert (row["audio_path"] is not None and Path(row["audio_path"]).is_file()) == (row["task"] != "tqa")
+
+
+def test_what_the_manifest_says_of_a_row_is_in_its_prediction(small, make_features, tmp_path):
+    [first, second, *_] = read_rows(small["asr.val"])
+    known = {"speaker": "s1", "domain": "heart", "dataset": "ward", "snr_db": 12, "references": ["가", "나"]}
+    folders = make_features(write_rows(tmp_path / "m.jsonl", [{**first, **known, "id": 7}, {**second, "speaker": 3}]))
+    evaluated(folders, [0, 1], tmp_path / "o")
+    one, two = read_predictions(tmp_path / "o")
+    assert {name: one[name] for name in known} == known and one["id"] == "7"
+    assert (two["speaker"], two["dataset"], two["domain"], two["references"]) == ("3", "m", None, None)
 
 
 def test_an_evaluation_goes_on_where_it_was_cut_off(folders, tmp_path, monkeypatch):
     """Finished parts stay, the missing one is answered, and the result is that of an uninterrupted evaluation."""
-    from voxray.evaluation import batch
-
     monkeypatch.setattr(batch, "BATCHES_PER_PART", 1)
     rows = range(len(Features(folders)))
-    whole = evaluate(GENERATION, folders, rows, tmp_path / "a", use_ray=False)
-    answered = []
+    whole = evaluated(folders, rows, tmp_path / "a")
+    done = []
 
     class Dying(batch.Answerer):
         def write_part(self, part, rows):
@@ -89,25 +120,141 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(folders, tmp_path, monkeypat
 
     monkeypatch.setattr(batch, "Answerer", Dying)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(GENERATION, folders, rows, tmp_path / "b", use_ray=False)
+        evaluated(folders, rows, tmp_path / "b")
 
     class Noting(Dying.__base__):
         def write_part(self, part, rows):
-            answered.append(part)
+            done.append(part)
             super().write_part(part, rows)
 
     monkeypatch.setattr(batch, "Answerer", Noting)
-    assert evaluate(GENERATION, folders, rows, tmp_path / "b", use_ray=False) == whole
-    assert answered == [2, 3]
-    assert evaluate(GENERATION, folders, rows, tmp_path / "b", use_ray=False) == whole
-    assert answered == [2, 3], "nothing is answered twice"
+    assert evaluated(folders, rows, tmp_path / "b") == whole
+    assert done == [2, 3]
+    assert evaluated(folders, rows, tmp_path / "b") == whole
+    assert done == [2, 3], "nothing is answered twice"
 
 
 def test_other_settings_do_not_reuse_predictions(folders, tmp_path):
-    rows = range(4)
-    evaluate(GENERATION, folders, rows, tmp_path, use_ray=False)
+    evaluated(folders, range(4), tmp_path)
     before = (tmp_path / "predictions" / "part-00000.parquet").stat().st_mtime_ns
-    other = Generation(TINY, "", bf16=False, batch_size=3, max_new_tokens=1)
-    evaluate(other, folders, rows, tmp_path, use_ray=False)
+    evaluated(folders, range(4), tmp_path, Generation(TINY, "", Search(1), batch_size=3))
     assert (tmp_path / "predictions" / "part-00000.parquet").stat().st_mtime_ns != before
     assert all(len(row["prediction"]) <= 4 for row in read_predictions(tmp_path))
+
+
+def failing_on(monkeypatch, *ids):
+    """The model fails whenever one of these rows is in its batch; returns the sizes of the batches."""
+    sizes, collate = [], greedy.collate_prompts
+
+    def collated(rows, front_end):
+        sizes.append(len(rows))
+        if {row.id for row in rows} & set(ids):
+            raise RuntimeError("no such expert")
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(greedy, "collate_prompts", collated)
+    return sizes
+
+
+def test_a_row_that_fails_is_listed_and_the_others_are_answered(folders, tmp_path, monkeypatch):
+    rows = range(len(Features(folders)))
+    whole = {row["id"]: row["prediction"] for row in evaluated_rows(folders, rows, tmp_path / "a")}
+    failing_on(monkeypatch, "asr.val.jsonl:2", "tqa.val.jsonl:3")
+    found = {row["id"]: row["prediction"] for row in evaluated_rows(folders, rows, tmp_path / "b")}
+    assert found == {name: text for name, text in whole.items() if name not in ("asr.val.jsonl:2", "tqa.val.jsonl:3")}
+    failed = sorted(read_failed(tmp_path / "b"))
+    features = Features(folders)
+    assert [features.ids([row])[0] for row, *_ in failed] == ["asr.val.jsonl:2", "tqa.val.jsonl:3"]
+    assert {(reason, message) for _, reason, message in failed} == {("not_answered", "RuntimeError: no such expert")}
+    with pytest.raises(RunError, match=r"not one row could be answered; .*asr.val.jsonl:2: RuntimeError: no such ex"):
+        evaluated(folders, [1], tmp_path / "c")
+
+
+def test_a_batch_that_does_not_fit_memory_is_made_smaller(folders, tmp_path, monkeypatch):
+    """Memory lacks with more than one row at a time: all rows are answered all the same."""
+    collate, sizes = greedy.collate_prompts, []
+
+    def collated(rows, front_end):
+        sizes.append(len(rows))
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(greedy, "collate_prompts", collated)
+    assert len(evaluated_rows(folders, range(6), tmp_path)) == 6 and not read_failed(tmp_path)
+    assert max(sizes) == 3
+
+
+def evaluated_rows(folders, rows, output_dir):
+    evaluated(folders, rows, output_dir)
+    return read_predictions(output_dir)
+
+
+def test_rows_that_kill_their_process_are_found_and_given_up(tmp_path):
+    """Two of them in one part: once all rows are answered together, then one by one; the others are never blamed."""
+    mark, rows, num_processes, given_up, gone = tmp_path / "p" / ".attempts", range(10, 18), 0, set(), []
+    for _ in range(2 * MAX_LONE_DEATHS + 2):
+        working = deaths(mark)
+        gone.append(working)  # or it would be closed when it is collected
+        attempt, given_up = working.__enter__(), set()
+        num_processes += 1
+        assert attempt.alone == (num_processes > 1)
+        groups = [[row] for row in rows] if attempt.alone else [list(rows)]
+        for group in groups:
+            if not attempt.may(group):
+                given_up.add(group[0])
+            elif {12, 15} & set(group):
+                break  # nothing after this happens in a process that is gone, not even __exit__
+        else:
+            working.__exit__(None, None, None)
+            break
+    assert given_up == {12, 15} and num_processes == 2 * MAX_LONE_DEATHS + 2
+    assert not mark.exists(), "and nothing is held against them in the next run"
+
+
+def test_what_is_given_up_is_listed(folders, tmp_path, monkeypatch):
+    """A part whose process died before: its rows are answered one by one, and alike, but the one that killed it."""
+    rows = range(6)
+    whole = {row["id"]: row["prediction"] for row in evaluated_rows(folders, rows, tmp_path / "a")}
+    monkeypatch.setattr(batch, "_forget_other_evaluation", lambda predictions, key: None)
+    mark = tmp_path / "b" / "predictions" / ".attempts-00000"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("\n" + "\n 4" * MAX_LONE_DEATHS)
+    sizes = failing_on(monkeypatch)
+    found = {row["id"]: row["prediction"] for row in evaluated_rows(folders, rows, tmp_path / "b")}
+    [killer] = Features(folders).ids([4])
+    assert found == {name: text for name, text in whole.items() if name != killer}
+    assert read_failed(tmp_path / "b") == [(4, "process_died", "2 processes died while they answered this row")]
+    assert set(sizes) == {1} and not mark.exists()
+
+
+def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
+    rows = range(len(Features(folders)))
+    evaluated(folders, rows, tmp_path)
+    found = check_invariance(GENERATION, folders, rows, tmp_path, 5, use_ray=False)
+    assert found == {"n": 5, "differing": 0, "ids": []}
+    assert check_invariance(GENERATION, folders, rows, tmp_path, 99, use_ray=False)["n"] == len(rows)
+    real = answerer.generated
+
+    def other(model, family, front_end, rows, *, batch_size, search):
+        for place, given in real(model, family, front_end, rows, batch_size=batch_size, search=search):
+            text = given.text + "!" * (batch_size == 1 and rows[place].id == "sqa.val.jsonl:1")
+            yield place, replace(given, text=text)
+
+    monkeypatch.setattr(answerer, "generated", other)
+    shutil.rmtree(tmp_path / "one_by_one")
+    found = check_invariance(GENERATION, folders, rows, tmp_path, 99, use_ray=False)
+    assert found == {"n": len(rows), "differing": 1, "ids": ["sqa.val.jsonl:1"]}
+
+
+def test_models_share_out_the_cluster():
+    def pool(number, gpus, cpus, parts=100, gpus_each=0.0):
+        return pool_of(Models(number, gpus_each), gpus, cpus, parts)
+
+    assert pool(0, 0, 8) == Pool(4, 4, None, 1.0, 2), "one model per two CPUs"
+    assert pool(0, 4, 8) == Pool(4, 4, 1.0, None, 2), "one per GPU"
+    assert pool(0, 2, 8, gpus_each=0.5) == Pool(4, 4, 0.5, None, 2), "two on each GPU"
+    assert pool("1:3", 0, 8) == Pool(1, 3, None, 1.0, 2)
+    assert pool("2:8", 0, 4, parts=1) == Pool(1, 1, None, 1.0, 4), "no more than there is to do"
+    assert pool(8, 2, 8) == Pool(8, 8, 0.25, None, 1)
+    assert pool(0, 0, 1) == Pool(1, 1, None, 1.0, 1)

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,9 @@ from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
 from voxray.data.extract import Extractor
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation import batch, infer, job
+from voxray.evaluation import answerer, batch, infer, job
+from voxray.evaluation.generate import Generated, Search
+from voxray.evaluation.predictions import read_predictions
 from voxray.models.lora import add_lora, save_adapter
 from voxray.models.voxtral import Voxtral
 
@@ -55,19 +58,20 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What ``answers`` was called with, in evaluate and infer; the answer is always the same."""
+    """What ``generated`` was called with, in evaluate and infer; the answer is always the same."""
     seen: list[dict[str, Any]] = []
 
-    def answers(model: Any, family: Any, front_end: Any, rows: Any, **options: Any) -> list[str]:
+    def generated(model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, search: Search) -> Any:
         dtype = next(model.parameters()).dtype
         kinds = {parameter.dtype for parameter in model.parameters()}
         bits = 8 if torch.int8 in kinds else 4 if torch.uint8 in kinds else 0
         with_lora = any("lora" in name for name, _ in model.named_parameters())
-        seen.append({"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, "bits": bits, **options})
-        return ["1"] * len(rows)
+        what = {"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, "bits": bits}
+        seen.append({**what, "batch_size": batch_size, **asdict(search)})
+        return ((place, Generated("1", 1, False, 0.1)) for place in range(len(rows)))
 
-    monkeypatch.setattr(batch, "answers", answers)
-    monkeypatch.setattr(infer, "answers", answers)
+    monkeypatch.setattr(answerer, "generated", generated)
+    monkeypatch.setattr(infer, "generated", generated)
     return seen
 
 
@@ -82,7 +86,8 @@ def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """Run the evaluate job in this process, on four speech and four text rows if nothing else is said."""
     monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
     monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "evaluate", partial(job.evaluate, use_ray=False))
+    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
+    monkeypatch.setattr(job, "check_invariance", partial(job.check_invariance, use_ray=False))
 
     def run(**flags: Any) -> job.EvaluationResult:
         usual = {"model_id": TINY, "val_jsonl": (small["asr.val"], small["tqa.val"]), "storage_path": str(tmp_path)}
@@ -114,13 +119,12 @@ def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str]
     captions = write_rows(tmp_path / "aac.jsonl", [sounds[0], {**sounds[1], "question": "What is heard?"}])
     both = {"val_jsonl": (captions, small["tqa.val"])}
     assert set(evaluate(**both, output_dir="f").metrics) == {"aac", "tqa"}
-    assert evaluate(**both, mode="valid_aac", output_dir="g").metrics == {
-        "aac": {"rouge_l": {"value": 0, "n": 2}, "exact_match": {"value": 0, "n": 2}}
-    }
+    metrics = evaluate(**both, mode="valid_aac", output_dir="g").metrics
+    assert set(metrics) == {"aac"} and metrics["aac"]["rouge_l"] == {"value": 0, "n": 2}
     result = evaluate(**both, mode="submission_aac", output_dir="h")
     lines = list(csv.reader((result.output_dir / "submission.csv").open(encoding="utf-8")))
     assert lines == [["testset_id", "text"], ["test0", "1"], ["test1", "1"]]
-    asked = [row["prompt"] for row in batch.read_predictions(result.output_dir)]
+    asked = [row["prompt"] for row in read_predictions(result.output_dir)]
     assert asked == ["Please describe the audio.", "What is heard?"]
     with pytest.raises(ValueError, match="must be submission_ or valid_ with one of asr, sqa, tqa, aac"):
         EvaluateSettings.model_validate({"val_jsonl": "a", "mode": "submission_xyz"})
@@ -139,7 +143,7 @@ def test_evaluate_batches_and_precision(
     evaluate: Evaluate, answered: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     evaluate(per_device_bsz=3, gen_max_new_tokens=9, tf32=True)
-    assert sorted(len(call["rows"]) for call in answered) == [2, 3, 3]
+    assert [(len(call["rows"]), call["batch_size"]) for call in answered] == [(8, 3)]
     assert {call["max_new_tokens"] for call in answered} == {9}
     assert {call["dtype"] for call in answered} == {torch.float32}
     assert torch.backends.cuda.matmul.allow_tf32
@@ -258,12 +262,16 @@ def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
         answer(audio_path=clip, language="Klingon")
 
 
-def test_infer_rows(answered: list[dict[str, Any]], small: dict[str, str], tmp_path: Path) -> None:
+def test_infer_rows(
+    answered: list[dict[str, Any]], small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def number_of_calls(**flags: Any) -> list[int]:
         answered.clear()
         answer(jsonl=small["tqa.val"], **flags)
         return [len(call["rows"]) for call in answered]
 
+    assert number_of_calls(batch_size=3) == [4] and answered[0]["batch_size"] == 3
+    monkeypatch.setattr(infer, "BATCHES_PER_GROUP", 1)
     assert number_of_calls(batch_size=3) == [3, 1]
     assert number_of_calls(preview_rows=2) == [2]
     assert answered[0]["max_new_tokens"] == 256 and answered[0]["temperature"] == 0

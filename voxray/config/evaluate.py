@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from voxray.config.groups import (
     EvaluationDataFlags,
@@ -12,7 +12,7 @@ from voxray.config.groups import (
     SharedFeatureFlags,
     TrimFlags,
 )
-from voxray.config.parse import DEMO_ASSETS, CommaStrings, Flag
+from voxray.config.parse import DEMO_ASSETS, Flag, Settings
 from voxray.tasks import TASKS
 
 
@@ -23,16 +23,45 @@ def _known_mode(value: str) -> str:
     return value
 
 
+def _models(value: Any) -> Any:
+    low, colon, high = str(value).partition(":")
+    if not colon:
+        if isinstance(value, bool) or not low.isdecimal():
+            raise ValueError("must be a whole number, or a range such as 1:4")
+        return int(low)
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
+        raise ValueError("must be a whole number, or a range such as 1:4")
+    return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
+
+
+class SearchFlags(Settings):
+    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    """Beginnings of an answer that are followed at a time; 1 takes the likeliest token at every step."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 takes the most likely token each time."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With --temperature: draw among the likeliest tokens that have this probability together; 1 draws among all."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of sampling."""
+
+    @model_validator(mode="after")
+    def _one_search(self) -> "SearchFlags":
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError("--num_beams and --temperature: give one of them")
+        if self.top_p < 1 and not self.temperature:
+            raise ValueError(f"--top_p {self.top_p:g}: needs --temperature above 0")
+        return self
+
+
 class AdapterFlags(ModelFlags, TrimFlags):
     lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 
 
-class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFeatureFlags, PlacementFlags):
-    val_jsonl: Annotated[  # type: ignore[misc]
-        CommaStrings, Flag(("jsonl", "test_jsonl"), path="input"), Field(min_length=1)
-    ]
-    """Manifests to evaluate on, comma separated."""
+class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SearchFlags, SharedFeatureFlags, PlacementFlags):
+    score_only: Annotated[str, Flag(path="input")] = ""
+    """Score what is there, without a model: the folder of an evaluation, or a JSONL file of {id, task, reference or
+    references, prediction}, and language, speaker and so on where they are known."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
     """Folder for predictions and metrics.json."""
     per_device_bsz: Annotated[
@@ -41,24 +70,41 @@ class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SharedFea
     """Rows generated together by one model."""
     gen_max_new_tokens: Annotated[int, Flag(("max_new_tokens", "eval_max_new_tokens")), Field(ge=1)] = 256
     """Longest answer in tokens."""
-    num_models: Annotated[int, Flag(("num_workers",)), Field(ge=0)] = 0
-    """Ray Data actors, each with a model; 0 takes one per GPU, or one per two CPUs."""
+    num_models: Annotated[int | str, Flag(("num_workers",)), BeforeValidator(_models)] = 0
+    """Ray Data actors, each with a model, or fewest:most of them, such as 1:4; 0 takes one per GPU, or one per two
+    CPUs."""
+    gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that each of them takes, such as 0.5 for two on one GPU; 0 gives each one, or its share."""
+    check_batch_invariance: Annotated[int, Field(ge=0)] = 0
+    """Answer so many rows once more, each by itself, and report those whose text differs."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""
     """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
     (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "EvaluateSettings":
+        if self.score_only and self.val_jsonl:
+            raise ValueError("--val_jsonl and --score_only: give one of them")
+        if not (self.score_only or self.val_jsonl):
+            raise ValueError("--val_jsonl: required, unless --score_only names predictions to score")
+        if self.gpus_per_model > 1 and self.gpus_per_model % 1:
+            raise ValueError(f"--gpus_per_model {self.gpus_per_model:g}: a fraction of one GPU, or whole ones")
+        if self.check_batch_invariance and self.temperature:
+            raise ValueError("--check_batch_invariance: answers that are drawn with --temperature always differ")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _mode_alone(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("mode") and "val_jsonl" not in values:
+        if isinstance(values, dict) and values.get("mode") and not {"val_jsonl", "score_only"} & set(values):
             held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
             return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
         return values
 
 
-class InferSettings(AdapterFlags):
+class InferSettings(AdapterFlags, SearchFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
-    """One audio file to transcribe, or to answer --question about."""
+    """An audio file, or a folder of them, to transcribe, or to answer --question about."""
     question: str = ""
     """What to ask about the audio; without it the audio is transcribed."""
     language: str = ""
@@ -66,21 +112,19 @@ class InferSettings(AdapterFlags):
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""
-    """JSONL file for the answers of --jsonl; they are printed in any case."""
+    """JSONL file for the answers; they are printed in any case."""
+    json_lines: Annotated[bool, Flag(("json",))] = False
+    """Print answers as JSON lines instead of text."""
     output_dir: Annotated[str, Flag(("lora_run",), path="model")] = ""
     """Run folder of a training job: its final adapter, else its newest checkpoint, is used."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
     """Longest answer in tokens."""
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Sampling temperature; 0 takes the most likely token each time."""
     batch_size: Annotated[int, Flag(("per_device_bsz", "ppl_batch")), Field(ge=1)] = 8
     """Rows generated together."""
     preview_rows: Annotated[int, Flag(("num_preview",)), Field(ge=0)] = 0
     """Answer only the first so many rows of --jsonl; 0 answers all."""
     max_len: Annotated[int, Field(ge=1)] = 1280
     """Longest row in tokens; longer rows are reported and skipped, never cut."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of sampling."""
 
     @model_validator(mode="after")
     def _one_input(self) -> "InferSettings":

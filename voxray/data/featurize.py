@@ -18,7 +18,7 @@ from voxray.data.features import Features
 from voxray.data.shards import set_folder, write_index
 from voxray.errors import RunError
 from voxray.manifest import chunks, digest
-from voxray.storage import Place, children, write_atomically, write_json
+from voxray.storage import Place, children, to_jsonl, write_atomically, write_json
 
 MIN_ACTORS = 2
 MAX_GROWN_ACTORS = 64
@@ -223,7 +223,3 @@ def write_ledger(path: Place, folders: Iterable[Place], lost: Iterable[tuple[Fea
     ledgers = [(folder / "quarantine.jsonl").read_bytes() for folder in dict.fromkeys(folders)]
     known = dict.fromkeys(line for ledger in ledgers for line in ledger.splitlines(keepends=True))
     write_atomically(path, b"".join(known) + to_jsonl(lines))
-
-
-def to_jsonl(lines: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -1,6 +1,8 @@
-"""Answers of a model to stored rows."""
+"""Answers of a model to stored rows: in evaluation, in ``infer``, in validation and previews during training."""
 
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -8,17 +10,93 @@ import torch
 
 from voxray.data.collate import collate_prompts
 from voxray.data.features import FeatureRow, Features
+from voxray.data.shards import TASK_CODES
+from voxray.evaluation.greedy import greedy
 from voxray.models.family import Family, FrontEnd
+from voxray.tasks import TASKS
+
+_TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How an answer is looked for.
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        num_beams: 1 takes the likeliest token at every step, more follow so many beginnings at a time.
+        temperature: 0 draws nothing; else tokens are drawn, seeded by ``seed``.
+        top_p: Draw among the likeliest tokens that have this probability together; 1 draws among all.
+    """
+
+    max_new_tokens: int
+    num_beams: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.num_beams == 1 and self.temperature == 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """An answer.
+
+    Attributes:
+        text: Without control tokens.
+        num_new_tokens: Its tokens, without the one that ends it.
+        hit_max: Whether it was cut off at ``max_new_tokens``.
+        sec: The row's share of the time that its batches took, reading the prompt included.
+    """
+
+    text: str
+    num_new_tokens: int
+    hit_max: bool
+    sec: float
+
+
+def by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
+    """Rows in the order in which they are best answered: the longest answers first, similar prompts side by side.
+
+    A transcript is as long as its clip. How long a chat answer gets nobody knows, so these come first; the short ones
+    at the end then fill the batch while the long ones finish.
+    """
+    chat = ~np.isin(features.task, _TRANSCRIPTION)
+    lengths = (features.num_samples, features.num_prompt_tokens)
+
+    def key(row: int) -> tuple[int, ...]:
+        by_clip, by_prompt = (-int(column[row]) for column in lengths)
+        return (0, by_prompt, by_clip, row) if chat[row] else (1, by_clip, by_prompt, row)
+
+    return sorted(rows, key=key)
 
 
 def length_batches(features: Features, rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Group rows of similar prompt and clip length, the longest first, so that little is padded."""
-    order = sorted(rows, key=lambda row: (-int(features.num_prompt_tokens[row]), -int(features.num_samples[row]), row))
+    """Those rows in batches."""
+    order = by_expected_length(features, rows)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-@torch.inference_mode()
+def generated(
+    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], *, batch_size: int, search: Search
+) -> Iterator[tuple[int, Generated]]:
+    """Answer rows, ``batch_size`` at a time, and yield each answer with its row's place as soon as it is there."""
+    limit = search.max_new_tokens
+    if search.is_greedy:
+        for answer in greedy(model, family, front_end, rows, batch_size=batch_size, limits=[limit] * len(rows)):
+            yield answer.number, _finished(answer.ids, front_end, limit, answer.sec)
+        return
+    for start in range(0, len(rows), batch_size):
+        batch, began = rows[start : start + batch_size], time.perf_counter()
+        found = _library_ids(model, family, front_end, batch, search)
+        sec = (time.perf_counter() - began) / len(batch)
+        for place, ids in enumerate(found):
+            yield start + place, _finished(ids, front_end, limit, sec)
+
+
 def answers(
     model: Any,
     family: Family,
@@ -30,31 +108,31 @@ def answers(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Generate the answers to a batch of rows.
+    """Texts of the answers to one batch of rows (see ``Search``)."""
+    search = Search(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    found = dict(generated(model, family, front_end, rows, batch_size=len(rows), search=search))
+    return [found[place].text for place in range(len(rows))]
 
-    Args:
-        max_new_tokens: Longest answer.
-        temperature: 0 takes the most likely token each time; else tokens are drawn, seeded by ``seed``.
-        top_p: Draw among the likeliest tokens that have this probability together; 1 draws among all.
-    Returns:
-        One text per row, without control tokens.
-    """
+
+@torch.inference_mode()
+def _library_ids(
+    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], search: Search
+) -> list[list[int]]:
+    """Tokens of answers by transformers' generate, without the end-of-text token."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate_prompts(rows, front_end).items()}
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        torch.manual_seed(int(np.random.SeedSequence([seed]).generate_state(1)[0]))
+    options: dict[str, Any] = {"do_sample": False, "num_beams": search.num_beams}
+    if search.temperature > 0:
+        torch.manual_seed(int(np.random.SeedSequence([search.seed]).generate_state(1)[0]))
         # transformers would draw among 50 tokens unless told that top_k is off
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    ids_BL = family.generate(
-        model,
-        batch,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=front_end.pad_id,
-        eos_token_id=front_end.eos_id,
-        **sampling,
-    )
-    return [front_end.decode(_until(ids, front_end.eos_id)).strip() for ids in ids_BL.tolist()]
+        options |= {"do_sample": True, "temperature": search.temperature, "top_p": search.top_p, "top_k": 0}
+    special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}
+    ids_BL = family.generate(model, batch, max_new_tokens=search.max_new_tokens, **special, **options)
+    return [_until(ids, front_end.eos_id) for ids in ids_BL.tolist()]
+
+
+def _finished(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Generated:
+    return Generated(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec)
 
 
 def _until(ids: list[int], eos_id: int) -> list[int]:

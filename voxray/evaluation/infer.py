@@ -1,32 +1,40 @@
-"""Answers for one clip or a manifest, in this process and without Ray."""
+"""Answers for a clip, a folder of clips or a manifest, in this process and without Ray."""
 
+import json
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
+from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
 from voxray.data.extract import Extractor, Storing
 from voxray.data.features import FeatureRow
-from voxray.data.featurize import to_jsonl
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation.generate import answers
-from voxray.evaluation.job import as_trained, base_and_adapter
-from voxray.evaluation.metrics.counts import as_row, count, metrics_of
+from voxray.evaluation.generate import generated
+from voxray.evaluation.job import as_trained, base_and_adapter, search_of
+from voxray.evaluation.joining import join_texts
+from voxray.evaluation.long_audio import chunks_of, is_too_long, overlap_share
+from voxray.evaluation.manifest_keys import ManifestKeys
+from voxray.evaluation.predictions import scored, with_counts
 from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.models.quantize import base_dtype
 from voxray.run_folder import anchor
-from voxray.storage import write_atomically
+from voxray.storage import to_jsonl, write_atomically
 from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table
 
 DEMO_ROWS = 4
 LINES_PER_CHUNK = 256
+BATCHES_PER_GROUP = 4  # answered before the first of them is shown
 
 
 def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, Any]]:
@@ -35,14 +43,15 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     Args:
         demo_jsonl: Manifest used when neither a clip nor a manifest is given.
     Returns:
-        One entry per row: id, task, prediction, and the reference if there is one.
+        One entry per row: id, task, prediction, and for the rows of a manifest reference and counts.
     Raises:
         RunError, SettingsError: The clip, manifest, model or adapter cannot be used.
     """
+    talk = Console(stderr=True) if settings.json_lines else console  # so that what is printed can be parsed
     manifest, limit = settings.jsonl, settings.preview_rows
     if not (settings.audio_path or manifest):
         manifest, limit = demo_jsonl, limit or DEMO_ROWS
-        console.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
+        talk.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
     if manifest:
         first_fault((manifest,))
     output_path = anchor(settings.output_path, "", flag="--output_path") if settings.output_path else None
@@ -57,54 +66,84 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if adapter:
         model, num_tensors = load_adapter(model, adapter)
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
-    samples = _one_clip(settings) if settings.audio_path else _manifest_rows(manifest, limit)
+    samples = _clips(settings) if settings.audio_path else _manifest_rows(manifest, limit)
     found: list[dict[str, Any]] = []
-    scored: dict[str, list[dict[str, int]]] = {}
-    for rows in _batches(samples, extractor, settings):
-        texts = answers(
+    search, keys = search_of(settings, settings.max_new_tokens), ManifestKeys()
+    for asked in _groups(samples, extractor, settings):
+        rows = [row for item in asked for row in item.rows]
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompt_ids))
+        told = generated(
             model,
             family,
             extractor.front_end,
-            rows,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed + len(found),
+            [rows[place] for place in order],
+            batch_size=settings.batch_size,
+            search=replace(search, seed=search.seed + len(found)),
         )
-        for row, text in zip(rows, texts, strict=True):
-            print(text if settings.audio_path else f"{row.id}\t{text}", flush=True)
-            entry = {"id": row.id, "task": row.task, "prediction": text}
-            if not settings.audio_path:
-                counts = as_row(count(row.answer, text))
-                scored.setdefault(row.task, []).append(counts)
-                entry |= {"reference": row.answer, **counts}
+        text_of = {order[at]: answer.text for at, answer in told}
+        texts = iter([text_of[place] for place in range(len(rows))])
+        for item in asked:
+            text = join_texts([next(texts) for _ in item.rows], item.overlap_share)
+            entry = _entry(item.rows[0], text, None if settings.audio_path else keys)
             found.append(entry)
+            _show(entry, settings)
     if not found:
         raise RunError(f"{settings.audio_path or manifest}: nothing could be answered")
     if output_path:
         write_atomically(output_path, to_jsonl(found))
-    if scored:
-        metrics = {task: metrics_of(task, scored[task]) for task in TASKS if task in scored}
-        console.print(metrics_table(f"{len(found)} rows", metrics))
+    if not settings.audio_path:
+        metrics = scored(found)
+        table = metrics_table(f"{len(found)} rows", {task: metrics[task] for task in TASKS if task in metrics})
+        talk.print(table)
     return found
 
 
-def _one_clip(settings: InferSettings) -> Iterator[Sample]:
-    if not Path(settings.audio_path).is_file():
-        raise RunError(f"--audio_path {settings.audio_path}: no such file")
+@dataclass(frozen=True)
+class _Item:
+    """What is answered as one: a row, or the chunks of a recording that is too long for the model."""
+
+    rows: list[FeatureRow]
+    overlap_share: float = 0.0
+
+
+def _entry(row: FeatureRow, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
+    """An answer with what is known of its row; with ``keys`` that is its reference and counts too."""
+    entry = {"id": row.id, "task": row.task, "prediction": text}
+    if keys is None:
+        return entry
+    known = {name: value for name, value in keys.of(row.source).items() if value is not None}
+    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": row.num_samples}
+    return with_counts({**entry, **own, **known})
+
+
+def _show(entry: dict[str, Any], settings: InferSettings) -> None:
+    if settings.json_lines:
+        print(json.dumps(entry, ensure_ascii=False), flush=True)
+    elif os.path.isfile(settings.audio_path):
+        print(entry["prediction"], flush=True)
+    else:
+        print(f"{entry['id']}\t{entry['prediction']}", flush=True)
+
+
+def _clips(settings: InferSettings) -> Iterator[Sample]:
+    """The file at --audio_path, or all audio below that folder."""
+    path = Path(settings.audio_path)
+    if path.is_dir():
+        try:
+            clips = {str(Path(clip).relative_to(path.absolute())): clip for clip in list_audio(str(path))}
+        except RunError as error:
+            raise RunError(f"--audio_path {error}") from None
+    elif path.is_file():
+        clips = {path.name: str(path)}
+    else:
+        raise RunError(f"--audio_path {path}: no such file")
     try:
         language = language_code(settings.language)
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
     task = TASKS["sqa"] if settings.question else TASKS["asr"]
-    yield Sample(
-        Path(settings.audio_path).name,
-        task,
-        settings.question,
-        "",
-        settings.audio_path,
-        language,
-        "--audio_path",
-    )
+    for name, clip in clips.items():
+        yield Sample(name, task, settings.question, "", clip, language, clip if path.is_dir() else "--audio_path")
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
@@ -121,22 +160,42 @@ def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
             yield sample
 
 
-def _batches(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[FeatureRow]]:
-    """Features of the samples, ``batch_size`` at a time."""
-    batch: list[FeatureRow] = []
+def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[_Item]]:
+    """Features of the samples, a few batches at a time; samples without any are named on standard error."""
+    group: list[_Item] = []
     for sample in samples:
         try:
-            row = FeatureRow.of(extractor.sample_rows(sample)[0][0])
-            if len(row.prompt_ids) > settings.max_len:
-                raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {settings.max_len}")
+            item = _item(sample, extractor, settings.max_len)
         except BadRow as error:
-            if settings.audio_path:
+            if os.path.isfile(settings.audio_path):
                 raise RunError(f"--audio_path: {error}") from None
             print(f"{sample.source}: left out: {error}", file=sys.stderr)
             continue
-        batch.append(row)
-        if len(batch) == settings.batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        group.append(item)
+        if len(group) == BATCHES_PER_GROUP * settings.batch_size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _item(sample: Sample, extractor: Extractor, max_len: int) -> _Item:
+    """Features of a sample, or of its chunks if it is speech that is too long for the model.
+
+    Raises:
+        BadRow: It has none.
+    """
+    parts, share = [sample], 0.0
+    try:
+        rows = [FeatureRow.of(extractor.sample_rows(sample)[0][0])]
+    except BadRow as error:
+        if not is_too_long(error.reason, sample):
+            raise
+        parts = chunks_of(sample, extractor.front_end, max_len)
+        share = overlap_share(parts)
+        print(f"{sample.source}: too long for the model, answered in {len(parts)} chunks", file=sys.stderr)
+        rows = [FeatureRow.of(extractor.sample_rows(part)[0][0]) for part in parts]
+    for row in rows:
+        if len(row.prompt_ids) > max_len:
+            raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {max_len}")
+    return _Item(rows, share)

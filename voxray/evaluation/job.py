@@ -2,26 +2,34 @@
 
 import csv
 import io
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from voxray.config.evaluate import AdapterFlags, EvaluateSettings
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings, SearchFlags
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation.batch import Generation, evaluate, read_predictions
+from voxray.evaluation.answerer import Generation
+from voxray.evaluation.batch import Models, answer, check_invariance, read_failed
+from voxray.evaluation.generate import Search
+from voxray.evaluation.long_audio import write_chunk_manifest
+from voxray.evaluation.predictions import read_predictions, scored
 from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.models.family import family_of
 from voxray.models.lora import base_of_adapter, find_adapter, roles_of_adapter
 from voxray.models.trimming import read_record, trims_audio
 from voxray.run_folder import anchor, make_folder, provenance
-from voxray.storage import Place, write_atomically, write_json
+from voxray.storage import Place, to_jsonl, write_atomically, write_json
+from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table, progress_bar
 
 
@@ -30,7 +38,7 @@ class EvaluationResult:
     """What an evaluation gave.
 
     Attributes:
-        metrics: {task: {metric: {"value", "n"}}}.
+        metrics: {task: {metric: {"value", "n"}}}; metrics.json says more.
         output_dir: Where predictions and metrics.json are.
     """
 
@@ -56,32 +64,105 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
     if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
         raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
-    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, settings.num_models)):
-        report = make_features(
-            settings, model_id, (), features_dir, bf16=settings.bf16, plain_manifests=settings.val_jsonl
-        )
-        rows = rows_to_answer(Features(report.folders), settings, report.folders, output_dir)
-        generation = Generation(
-            model_id,
-            str(adapter or ""),
-            settings.bf16,
-            settings.per_device_bsz,
-            settings.gen_max_new_tokens,
-            settings.tf32,
-            settings.fp16,
-            settings.quantize,
-            settings.trim_audio_tokens,
-        )
+    generation = Generation(
+        model_id,
+        str(adapter or ""),
+        search_of(settings, settings.gen_max_new_tokens),
+        settings.per_device_bsz,
+        bf16=settings.bf16,
+        tf32=settings.tf32,
+        fp16=settings.fp16,
+        quantize=settings.quantize,
+        trim_audio=settings.trim_audio_tokens,
+    )
+    models = Models(settings.num_models, settings.gpus_per_model)
+    most_models = int(str(settings.num_models).rpartition(":")[2])
+    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
+        folders, long_audio = evaluation_features(settings, model_id, features_dir, output_dir)
+        features = Features(folders)
+        rows, lost = rows_to_answer(features, settings)
+        write_evaluation_ledger(output_dir, folders, lost, long_audio)
         with progress_bar("answers") as bar:
-            metrics = evaluate(
-                generation, report.folders, rows, output_dir, num_models=settings.num_models, on_progress=bar.update
+            answer(generation, folders, rows, output_dir, models=models, on_progress=bar.update)
+        failed = [(features, *entry) for entry in read_failed(output_dir)]
+        metrics = scored(read_predictions(output_dir))
+        if settings.check_batch_invariance:
+            num_rows = settings.check_batch_invariance
+            metrics["batch_invariance"] = check_invariance(
+                generation, folders, rows, output_dir, num_rows, models=models
             )
+    if failed:
+        write_evaluation_ledger(output_dir, folders, [*lost, *failed], long_audio)
+    if long_audio.sources:
+        metrics["long_audio"] = {"n": len(long_audio.sources), "chunks": long_audio.num_chunks}
+    write_json(output_dir / "metrics.json", metrics)
     if settings.mode.startswith("submission"):
         write_submission(output_dir)
-    title = f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
-    console.print(metrics_table(title, metrics))
+    _summarize(
+        settings, metrics, len(failed), f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
+    )
     console.print(f"predictions and metrics.json in {output_dir}", markup=False)
-    return EvaluationResult(metrics, output_dir)
+    return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
+
+
+def _summarize(settings: EvaluateSettings, metrics: dict[str, Any], num_failed: int, title: str) -> None:
+    """Print what came out, and what did not come out as it should."""
+    console.print(metrics_table(title, {task: metrics[task] for task in TASKS if task in metrics}))
+    if num_failed:
+        console.print(f"{num_failed} row(s) could not be answered, listed in quarantine.jsonl")
+    if "long_audio" in metrics:
+        found = metrics["long_audio"]
+        console.print(f"{found['n']} recording(s) too long for the model answered in {found['chunks']} chunks")
+    if settings.check_batch_invariance:
+        found = metrics["batch_invariance"]
+        which = f": {', '.join(found['ids'][:20])}" if found["ids"] else ""
+        console.print(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}", markup=False)
+
+
+def search_of(settings: SearchFlags, max_new_tokens: int) -> Search:
+    """How the settings want answers to be looked for."""
+    given = {name: getattr(settings, name) for name in ("num_beams", "temperature", "top_p", "seed")}
+    return Search(max_new_tokens, **given)
+
+
+@dataclass(frozen=True)
+class LongAudio:
+    """Recordings that are answered in chunks.
+
+    Attributes:
+        sources: ``<manifest>:<line>`` of each.
+        num_chunks: Chunks of all of them.
+    """
+
+    sources: frozenset[str] = frozenset()
+    num_chunks: int = 0
+
+
+def evaluation_features(
+    settings: EvaluateSettings, model_id: str, features_dir: Place, output_dir: Path
+) -> tuple[tuple[Place, ...], LongAudio]:
+    """Feature sets of the manifests, and of the chunks of recordings that are too long for the model."""
+    make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
+    folders = make(plain_manifests=settings.val_jsonl).folders
+    front_end = family_of(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
+    chunk_manifest = output_dir / "long_audio.jsonl"
+    sources, num_chunks = write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest)
+    if not sources:
+        return folders, LongAudio()
+    more = make(plain_manifests=(str(chunk_manifest),)).folders
+    return (*folders, *more), LongAudio(frozenset(sources), num_chunks)
+
+
+def write_evaluation_ledger(
+    output_dir: Path, folders: tuple[Place, ...], lost: Sequence[tuple[Features, int, str, str]], long_audio: LongAudio
+) -> None:
+    """Write quarantine.jsonl: every row that is not answered, and why."""
+    path = output_dir / "quarantine.jsonl"
+    write_ledger(path, folders, lost)
+    if long_audio.sources:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        kept = [line for line in lines if f"{line['manifest']}:{line['line']}" not in long_audio.sources]
+        write_atomically(path, to_jsonl(kept))
 
 
 def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path | None]:
@@ -112,9 +193,9 @@ def as_trained(settings: Flags, model_id: str, adapter: Path | None) -> Flags:
 
 
 def rows_to_answer(
-    features: Features, settings: EvaluateSettings, folders: tuple[Place, ...], output_dir: Path
-) -> list[int]:
-    """Rows of the asked-for task within the token limit; the others that were lost stand in quarantine.jsonl.
+    features: Features, settings: EvaluateSettings
+) -> tuple[list[int], list[tuple[Features, int, str, str]]]:
+    """Rows of the asked-for task within the token limit, and those over it, for the ledger.
 
     Raises:
         RunError: None is left.
@@ -124,14 +205,13 @@ def rows_to_answer(
     too_long = np.flatnonzero(wanted & (lengths > settings.max_len))
     limit = f"over --max_len {settings.max_len}"
     lost = [(features, int(row), "too_long", f"a prompt of {lengths[row]} tokens, {limit}") for row in too_long]
-    write_ledger(output_dir / "quarantine.jsonl", folders, lost)
     rows = np.flatnonzero(wanted & (lengths <= settings.max_len)).tolist()
     if not rows:
         what = f"no {task} row" if task else "no row"
         raise RunError(f"--val_jsonl: {what} to evaluate within --max_len {settings.max_len}")
     if lost:
-        console.print(f"{len(lost)} row(s) over --max_len left out, listed in {output_dir / 'quarantine.jsonl'}")
-    return rows
+        console.print(f"{len(lost)} row(s) over --max_len left out, listed in quarantine.jsonl")
+    return rows, lost
 
 
 def write_submission(output_dir: Path) -> None:

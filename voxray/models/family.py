@@ -73,6 +73,26 @@ class FrontEnd(Protocol):
     def show(self, ids: Sequence[int]) -> str: ...
 
 
+class Decoding(Protocol):
+    """Rows whose answers are being generated: what the model remembers of the prompts and of what came after."""
+
+    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+        """Add one token to every row.
+
+        Returns:
+            logits_BV of the next one.
+        """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let all rows but these go."""
+        ...
+
+    def join(self, other: Any) -> None:
+        """Take the rows of another one of the same model in, after the own."""
+        ...
+
+
 class Family(Protocol):
     """The model side.
 
@@ -113,7 +133,17 @@ class Family(Protocol):
         self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
     ) -> torch.Tensor: ...
 
-    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor: ...
+    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[Decoding, torch.Tensor]:
+        """Read prompts as ``collate_prompts`` makes them.
+
+        Returns:
+            The rows' state, and logits_BV of the first token of each answer.
+        """
+        ...
+
+    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+        """Continue prompts by transformers' own generate, which also knows beams and sampling."""
+        ...
 
 
 def family_of(model_id: str) -> Family:

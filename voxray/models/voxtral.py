@@ -22,6 +22,7 @@ from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample
 from voxray.models.compiling import compile_layers, is_compiled
+from voxray.models.decoding import CausalDecoding
 from voxray.models.family import AudioFeatures, model_file, weights_below
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
@@ -302,6 +303,17 @@ class Voxtral:
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 
+    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecoding, torch.Tensor]:
+        """Read left-padded prompts, to continue them token by token (see ``models.family.Family``)."""
+        base = _base(model)
+
+        def run(**inputs: Any) -> torch.Tensor:
+            with _uncompiled(base):
+                hidden_BLD = base.model(use_cache=True, **inputs).last_hidden_state
+            return base.lm_head(hidden_BLD[:, -1])
+
+        return CausalDecoding.begin(run, with_trimmed_audio(base, batch))
+
     def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
         """Continue left-padded prompts.
 
@@ -310,11 +322,14 @@ class Voxtral:
         """
         base = _base(model)
         inputs = with_trimmed_audio(base, batch)
-        # Layers compiled for training would be compiled anew for one token and a cache that grows.
-        eager = torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
-        with eager:
+        with _uncompiled(base):
             ids_BL = model.generate(**inputs, **options)
         return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
+
+
+def _uncompiled(base: Any) -> Any:
+    """Layers compiled for training would be compiled anew for one token and a cache that grows."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
 
 
 def _base(model: Any) -> Any:

@@ -1,0 +1,259 @@
+"""Flags of evaluate and infer that say how answers are looked for, counted, printed, and scored without a model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import SPEECH, TINY, manifest, read_rows, write_rows
+from running import ROOT, environment, load_job, parse_only
+
+from voxray.config.evaluate import EvaluateSettings, InferSettings
+from voxray.evaluation import infer, job
+from voxray.evaluation.predictions import read_predictions
+from voxray.models.voxtral import VoxtralFrontEnd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Evaluate = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+    """Run the evaluate job in this process; gives metrics.json and the prediction rows."""
+    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
+    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
+    monkeypatch.setattr(job, "check_invariance", partial(job.check_invariance, use_ray=False))
+
+    def run(**flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        usual = {"model_id": TINY, "storage_path": str(tmp_path), "features_dir": "f", "gen_max_new_tokens": 8}
+        settings = {**usual, "val_jsonl": (small["tqa.val"],), **flags}
+        folder = job.run_evaluation(EvaluateSettings.model_validate(settings)).output_dir
+        return json.loads((folder / "metrics.json").read_text()), read_predictions(folder)
+
+    return run
+
+
+def infer_rows(**flags: Any) -> list[dict[str, Any]]:
+    given = {"model_id": TINY, "max_new_tokens": 8, **flags}
+    return infer.run_inference(InferSettings.model_validate(given), manifest("asr.val"))
+
+
+def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
+    """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
+
+    def texts(**flags: Any) -> list[str]:
+        shutil.rmtree(Path(evaluate.__closure__[1].cell_contents) / "runs", ignore_errors=True)  # type: ignore[index]
+        return [row["prediction"] for row in evaluate(**flags)[1]]
+
+    def inferred(**flags: Any) -> list[str]:
+        return [row["prediction"] for row in infer_rows(jsonl=small["tqa.val"], **flags)]
+
+    for answers in (texts, inferred):
+        greedy = answers()
+        assert answers(num_beams=4) != greedy
+        drawn = answers(temperature=3.0, seed=1)
+        assert drawn == answers(temperature=3.0, seed=1) != greedy
+        assert drawn != answers(temperature=3.0, seed=2)
+        assert answers(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--num_beams 2 --temperature 1", "--num_beams and --temperature: give one of them"),
+        ("--top_p 0.5", "--top_p 0.5: needs --temperature above 0"),
+        ("--temperature 1 --check_batch_invariance 2", "answers that are drawn with --temperature always differ"),
+        ("--gpus_per_model 1.5", "--gpus_per_model 1.5: a fraction of one GPU, or whole ones"),
+        ("--num_models 4:1", "--num_models: must be a whole number, or a range such as 1:4 (got '4:1')"),
+        ("--num_models some", "--num_models: must be a whole number, or a range such as 1:4 (got 'some')"),
+        ("--score_only p", "--val_jsonl and --score_only: give one of them"),
+    ],
+)
+def test_values_that_do_not_go_together(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_only("evaluate", ["--val_jsonl", "v.jsonl", *line.split()])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_something_to_evaluate_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_only("evaluate", ["--model_id", TINY])
+    assert end.value.code == 2 and "--val_jsonl: required, unless --score_only" in capsys.readouterr().err
+
+
+def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Both reach the pool (whose arithmetic has its own test), and so does the number of processes."""
+    sessions: list[int] = []
+    given: list[Any] = []
+    monkeypatch.setattr(job, "ray_session", lambda log, processes: sessions.append(processes) or nullcontext())
+    real = job.answer
+
+    def answer(*args: Any, models: Any, **options: Any) -> None:
+        given.append((models.number, models.gpus_each))
+        real(*args, models=models, **options)
+
+    monkeypatch.setattr(job, "answer", answer)
+    evaluate(num_models="1:3", gpus_per_model=0.5)
+    assert given == [("1:3", 0.5)] and sessions == [3]
+    assert "warning: --gpus_per_model has no effect" in capsys.readouterr().out
+
+
+def test_check_batch_invariance(evaluate: Evaluate, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    both = (small["tqa.val"], small["asr.val"])
+    metrics, _ = evaluate(val_jsonl=both, check_batch_invariance=5)
+    assert metrics["batch_invariance"] == {"n": 5, "differing": 0, "ids": []}
+    assert "0 of 5 rows differ when answered one by one" in capsys.readouterr().out
+
+
+# --score_only
+
+LINES = [
+    {"id": "a", "task": "asr", "reference": "가나다", "prediction": "가나라", "language": "ko", "speaker": "s"},
+    {"id": 2, "task": "sqa", "references": ["열이 나요", "열"], "prediction": "열이 나요"},
+    {"id": "e", "task": "asr", "reference": "", "prediction": "으음"},
+]
+BAD = [
+    ('{"id": "b", "task": "asr"', "not JSON"),
+    ('["list"]', "a JSON list, not an object"),
+    ('{"id": "b", "task": "asr", "reference": "x"}', "there is no prediction"),
+    ('{"id": "b", "task": "asr", "prediction": "x"}', "there is no reference"),
+    ('{"id": "b", "task": "asr", "reference": 3, "prediction": "x"}', "reference is no text"),
+    ('{"id": "b", "task": "sqa", "references": [], "prediction": "x"}', "references is not a list of texts"),
+    ('{"id": "b", "task": "mt", "reference": "x", "prediction": "x"}', "task 'mt' is not one of asr, sqa, tqa, aac"),
+    ('{"task": "asr", "reference": "x", "prediction": "x"}', "there is no id"),
+    ('{"id": "a", "task": "asr", "reference": "x", "prediction": "x"}', "id 'a' stands in line 1 already"),
+]
+
+
+def score(path: str, output_dir: Path, *flags: str) -> dict[str, Any]:
+    load_job("evaluate").main(["--score_only", path, "--output_dir", str(output_dir), *flags])
+    return json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+
+
+def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "other.jsonl"
+    good = "".join(json.dumps(line, ensure_ascii=False) + "\n\n" for line in LINES)
+    path.write_text(good + "\n".join(text for text, _ in BAD), encoding="utf-8")
+    metrics = score(str(path), tmp_path / "o")
+    assert metrics["asr"]["cer"]["value"] == pytest.approx(1 / 3) and metrics["asr"]["cer"]["n"] == 1
+    assert metrics["sqa"]["exact_match"]["value"] == 1
+    shown = capsys.readouterr()
+    assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in shown.out
+    named = shown.err.splitlines()
+    assert len(named) == len(BAD)
+    for line, (text, message) in zip(named, enumerate(BAD, 7), strict=True):
+        del text, message
+    for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True), 7):
+        assert line.startswith(f"{path}:{number}: left out: {message}")
+    ledger = [json.loads(line) for line in (tmp_path / "o" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["line"] for entry in ledger] == list(range(7, 7 + len(BAD)))
+    assert set(score(str(path), tmp_path / "p", "--mode", "valid_sqa")) >= {"sqa"}
+    path.write_text(BAD[0][0])
+    with pytest.raises(SystemExit) as end:
+        score(str(path), tmp_path / "q")
+    assert end.value.code == 1 and f"no row to score; {path}:1: not JSON" in capsys.readouterr().err
+    for missing, message in (("no.jsonl", "no such file or folder"), (str(tmp_path), "no predictions/part-*.parquet")):
+        with pytest.raises(SystemExit):
+            score(missing, tmp_path / "q")
+        assert message in capsys.readouterr().err
+
+
+def test_score_only_gives_what_the_evaluation_gave(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
+    """From its folder, from its predictions folder, and from its rows as JSON lines."""
+    metrics, rows = evaluate(val_jsonl=(small["tqa.val"], small["asr.val"]), output_dir="e")
+    assert score(str(tmp_path / "e"), tmp_path / "a") == metrics
+    assert score(str(tmp_path / "e" / "predictions"), tmp_path / "b") == metrics
+    assert score(write_rows(tmp_path / "r.jsonl", rows), tmp_path / "c") == metrics
+
+
+def test_score_only_loads_neither_model_nor_ray(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", LINES)
+    watched = (
+        "import sys, runpy; sys.argv = ['evaluate', '--score_only', sys.argv[1], '--output_dir', sys.argv[2]]\n"
+        f"runpy.run_path({str(ROOT / 'jobs' / 'evaluate.py')!r}, run_name='__main__')\n"
+        "print('LOADED', sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", watched, path, str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=True)
+    assert "LOADED []" in done.stdout
+
+
+# infer
+
+
+def test_infer_folder_and_json(tmp_path: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder is answered in the order of names, bad files aside; --json prints lines that can be parsed."""
+    (tmp_path / "b").mkdir()
+    shutil.copyfile(SPEECH / "sample.wav", tmp_path / "b" / "two.wav")
+    shutil.copyfile(SPEECH / "sample.wav", tmp_path / "one.wav")
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    (tmp_path / "notes.txt").write_text("no audio")
+    [alone] = infer_rows(audio_path=str(SPEECH / "sample.wav"), language="ko")
+    assert capsys.readouterr().out == alone["prediction"] + "\n"
+    found = infer_rows(audio_path=str(tmp_path), language="ko", batch_size=2, output_path=str(tmp_path / "o.jsonl"))
+    assert [(row["id"], row["prediction"]) for row in found] == [
+        ("b/two.wav", alone["prediction"]),
+        ("one.wav", alone["prediction"]),
+    ]
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [f"{row['id']}\t{row['prediction']}" for row in found]
+    assert f"{tmp_path / 'broken.wav'}: left out: " in shown.err
+    assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == found
+    infer_rows(audio_path=str(tmp_path), language="ko", json_lines=True)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
+    rows = infer_rows(jsonl=small["asr.val"], json_lines=True)
+    shown = capsys.readouterr()
+    assert [json.loads(line) for line in shown.out.splitlines()] == rows
+    assert [row["reference"] for row in rows] == [row["transcript"] for row in read_rows(small["asr.val"])]
+    assert all(row["char_ref"] for row in rows) and "cer" in shown.err
+    assert parse_only("infer", ["--audio_path", "x.wav", "--json"]).json_lines
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Exception, match=r"--audio_path .*empty: no audio file in this folder"):
+        infer_rows(audio_path=str(tmp_path / "empty"))
+
+
+# audio that is too long for the model
+
+
+@pytest.fixture
+def long_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clip of 14.5 s, and a model that takes no more than 8 s."""
+    monkeypatch.setattr(VoxtralFrontEnd, "max_audio_sec", 8.0)
+    said = [soundfile.read(row["audio_path"], dtype="float32") for row in read_rows(manifest("asr.train"))[:8]]
+    whole = np.concatenate([samples for samples, rate in said if rate == 16_000])
+    whole = np.resize(whole, int(14.5 * 16_000))
+    soundfile.write(tmp_path / "long.wav", whole, 16_000)
+    return tmp_path / "long.wav"
+
+
+def test_long_recordings_are_answered_in_chunks(
+    evaluate: Evaluate, long_clip: Path, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One row comes out, with its own reference, and the ledger no longer names it; other tasks stay refused."""
+    rows = [
+        {"audio_path": str(long_clip), "transcript": "긴 말", "language": "ko", "id": "long", "speaker": "s"},
+        {"audio_path": str(long_clip), "question": "무엇?", "answer": "답", "id": "asked"},
+        *read_rows(small["asr.val"])[:2],
+    ]
+    path = write_rows(tmp_path / "m.jsonl", rows)
+    metrics, found = evaluate(val_jsonl=(path,), output_dir="e")
+    assert metrics["long_audio"] == {"n": 1, "chunks": 3}
+    assert metrics["asr"]["cer"]["n"] == 3
+    [row] = [row for row in found if row["id"] == "long"]
+    assert (row["reference"], row["speaker"], row["dataset"], row["source"]) == ("긴 말", "s", "m", f"{path}:1")
+    assert row["num_samples"] == pytest.approx(14.5 * 16_000, abs=16)
+    ledger = [json.loads(line) for line in (tmp_path / "e" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["reason"]) for line in ledger] == [("asked", "audio_too_long")]
+    assert "1 recording(s) too long for the model answered in 3 chunks" in capsys.readouterr().out
+    [said] = infer_rows(audio_path=str(long_clip), language="ko")
+    assert said["prediction"] == row["prediction"]
+    assert "too long for the model, answered in 3 chunks" in capsys.readouterr().err

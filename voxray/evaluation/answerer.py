@@ -1,0 +1,193 @@
+"""A loaded model that answers parts of an evaluation and writes their prediction shards."""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxray.data.features import FeatureRow, Features
+from voxray.errors import RunError
+from voxray.evaluation.generate import Generated, Search, generated
+from voxray.evaluation.manifest_keys import ManifestKeys
+from voxray.evaluation.predictions import part_bytes, part_path, with_counts
+from voxray.manifest import one_line
+from voxray.models.family import family_of
+from voxray.models.lora import load_adapter
+from voxray.models.quantize import base_dtype
+from voxray.storage import Place, write_atomically, write_json
+
+MAX_LONE_DEATHS = 2
+"""How many processes may end while they answer one and the same row by itself before the row is given up."""
+STORED = ("id", "task", "language", "source", "prompt", "num_samples")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Everything that decides the answers, beside the rows.
+
+    Attributes:
+        model_id: Base model.
+        adapter: Adapter folder, or "".
+        search: How answers are looked for.
+        batch_size: Rows generated together.
+        bf16: Compute in bfloat16.
+        tf32: Let float32 matrix products use TF32.
+        fp16: Compute in float16.
+        quantize: none, 8bit or 4bit.
+        trim_audio: Whether prompts leave out the audio tokens of padding.
+    """
+
+    model_id: str
+    adapter: str
+    search: Search
+    batch_size: int
+    bf16: bool = False
+    tf32: bool = False
+    fp16: bool = False
+    quantize: str = "none"
+    trim_audio: bool = False
+
+
+class Answerer:
+    """The unit of work of a Ray Data actor."""
+
+    def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
+        self.generation, self.predictions = generation, predictions
+        self.features, self.keys = Features(folders), ManifestKeys()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cpu":
+            torch.set_num_threads(num_threads)
+        torch.backends.cuda.matmul.allow_tf32 = generation.tf32
+        self.family = family_of(generation.model_id)
+        self.front_end = self.family.front_end(generation.model_id, trim_audio=generation.trim_audio)
+        dtype, quantize = base_dtype(bf16=generation.bf16, fp16=generation.fp16), generation.quantize
+        self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device, quantize=quantize)
+        if self.features.store == "encoder":
+            self.family.skip_encoder(self.model)
+        if generation.adapter:
+            self.model, _ = load_adapter(self.model, Path(generation.adapter))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Ray Data's form of ``write_part``: a batch of one item; what ends the job comes back as ``error``."""
+        item = json.loads(batch["item"][0])
+        error = ""
+        try:
+            self.write_part(item["part"], item["rows"])
+        except (RunError, OSError) as fault:
+            error = " ".join(str(fault).split())
+        return {"rows": [len(item["rows"])], "error": [error]}
+
+    def write_part(self, part: int, rows: Sequence[int]) -> None:
+        """Answer some rows and write their prediction shard; rows that cannot be answered go beside it.
+
+        Raises:
+            RunError: The device has failed, so that no row can be answered any more.
+        """
+        found: list[dict[str, Any]] = []
+        failed: list[tuple[int, str, str]] = []
+        with deaths(self.predictions / f".attempts-{part:05d}") as attempt:
+            groups = [[row] for row in rows] if attempt.alone else [list(rows)]
+            for group in groups:
+                if not attempt.may(group):
+                    message = f"{MAX_LONE_DEATHS} processes died while they answered this row"
+                    failed.append((group[0], "process_died", message))
+                    continue
+                for row, answer in self._answer(group):
+                    if isinstance(answer, Exception):
+                        failed.append((row, "not_answered", _reason(answer)))
+                    else:
+                        found.append(self._entry(row, answer))
+            if failed:
+                write_json(failed_path(self.predictions, part), failed)
+            write_atomically(part_path(self.predictions, part), part_bytes(found))
+
+    def _answer(self, rows: Sequence[int], size: int = sys.maxsize) -> Iterator[tuple[int, Generated | Exception]]:
+        """Answers of rows; where the model fails, halves are tried, down to the row at which it fails."""
+        left = dict.fromkeys(rows)
+        try:
+            stored = [self.features.row(row) for row in rows]
+            for place, answer in self.generate(stored, min(self.generation.batch_size, size)):
+                del left[rows[place]]
+                yield rows[place], answer
+        except RunError:
+            raise
+        except Exception as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise RunError(f"the device failed, and answers nothing any more: {_reason(error)}") from error
+            if len(left) == 1:
+                yield next(iter(left)), error
+                return
+        if left:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            again, half = list(left), (len(left) + 1) // 2
+            yield from self._answer(again[:half], half)
+            yield from self._answer(again[half:], half)
+
+    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Generated]]:
+        parts = (self.model, self.family, self.front_end, rows)
+        return generated(*parts, batch_size=batch_size, search=self.generation.search)
+
+    def _entry(self, row: int, answer: Generated) -> dict[str, Any]:
+        stored = self.features.row(row)
+        entry = {name: getattr(stored, name) for name in STORED} | self.keys.of(stored.source)
+        reference = entry.pop("whole_reference", stored.answer)
+        entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
+        entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
+        return with_counts(entry)
+
+
+def _reason(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
+def failed_path(predictions: Path, part: int) -> Path:
+    """Where a part lists [row number, reason, message] of the rows that it could not answer."""
+    return part_path(predictions, part).with_suffix(".failed.json")
+
+
+class Attempt:
+    """One process at work on one part.
+
+    Attributes:
+        alone: Whether rows are answered one by one, since an earlier process ended on this part.
+    """
+
+    def __init__(self, file: int) -> None:
+        # One line per process, with the rows that it began alone: the last of them is where it ended.
+        before = os.read(file, os.fstat(file).st_size).decode().splitlines()
+        self._file, self._deaths = file, Counter(int(line.split()[-1]) for line in before if line.strip())
+        self.alone = bool(before)
+        os.write(file, b"\n")
+
+    def may(self, rows: Sequence[int]) -> bool:
+        """Note what is about to be answered; False for a row that has ended enough processes."""
+        if not self.alone:
+            return True
+        if self._deaths[rows[0]] >= MAX_LONE_DEATHS:
+            return False
+        os.write(self._file, f" {rows[0]}".encode())
+        return True
+
+
+@contextmanager
+def deaths(mark: Path) -> Iterator[Attempt]:
+    """Remember on disk that a part is being worked on, so that a row that kills its process is found and given up.
+
+    A process that ends on a part leaves its mark behind. The next one answers the part's rows one by one, and notes
+    each before it begins.
+    """
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        yield Attempt(file)
+    finally:
+        mark.unlink(missing_ok=True)
+        os.close(file)

@@ -1,0 +1,193 @@
+"""Prediction rows: how they lie on disk, how they are read back, how they are scored.
+
+An evaluation writes them in parts, ``predictions/part-00000.parquet`` and so on. Other systems' rows come as JSON
+Lines of ``{id, task, reference or references, prediction}`` and whatever else of a row is known.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from voxray.errors import RunError
+from voxray.evaluation.joining import joined_rows
+from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, count, metrics_of
+from voxray.manifest import BadRow, chunks
+from voxray.tasks import TASKS
+from voxray.text.normalize import KO_V1
+
+TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
+KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path")
+PREDICTION_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in (*TEXT_COLUMNS, *KNOWN_COLUMNS)),
+        ("references", pa.list_(pa.string())),
+        ("num_samples", pa.int64()),
+        ("snr_db", pa.float64()),
+        ("sec", pa.float64()),
+        ("num_new_tokens", pa.int64()),
+        ("hit_max", pa.bool_()),
+        ("chunk_of", pa.string()),
+        *((name, pa.int64()) for name in ("chunk", "num_chunks", "whole_samples")),
+        ("overlap_share", pa.float64()),
+        *((name, pa.int64()) for name in COUNT_NAMES),
+    ],
+    metadata={"normalizer": KO_V1},
+)
+"""Speaker, domain, references and noise level are null where the manifest does not say; ``sec`` is the row's share of
+the time that its batches took, ``hit_max`` says that the answer was cut off. The columns from ``chunk_of`` on are those
+of parts of recordings that are too long for the model (see ``long_audio``), null elsewhere."""
+LINES_PER_CHUNK = 256
+
+
+def scored(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The content of metrics.json."""
+    return metrics_by_task(rows)
+
+
+def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{task: {metric: {"value", "n"}}} of prediction rows."""
+    grouped = {task: [row for row in rows if row["task"] == task] for task in TASKS}
+    return {task: metrics_of(task, found) for task, found in grouped.items() if found}
+
+
+def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction row with the counts that its texts give."""
+    return {**row, **as_row(count(row["reference"], row["prediction"]))}
+
+
+def part_path(predictions: Path, part: int) -> Path:
+    return predictions / f"part-{part:05d}.parquet"
+
+
+def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Prediction rows as a Parquet file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
+    """All prediction rows of an evaluation, ordered by manifest and line; long recordings are one row each."""
+    files = sorted((output_dir / "predictions").glob("part-*.parquet"))
+    return sorted(_rows_of(files), key=lambda row: place_of(row["source"]))
+
+
+def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    return [with_counts(row) if row["chunk_of"] else row for row in joined_rows(rows)]
+
+
+def place_of(source: str) -> tuple[str, int]:
+    """``<manifest>:<line>`` -> (manifest, line)."""
+    manifest, _, line = source.rpartition(":")
+    return manifest, int(line)
+
+
+def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[tuple[str, int, BadRow]]]:
+    """Prediction rows of an evaluation's folder, or of JSON Lines, each with its counts made anew.
+
+    Args:
+        path: The output or predictions folder of an evaluation, or a JSONL file.
+        flag: What messages call it.
+    Returns:
+        The rows, and (file, line, fault) of every line that is none.
+    Raises:
+        RunError: There is nothing like that, or it cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        if not folder.exists():
+            raise RunError(f"{flag} {path}: no such file or folder")
+        return read_jsonl(str(folder.absolute()))
+    files = sorted(folder.glob("predictions/part-*.parquet")) or sorted(folder.glob("part-*.parquet"))
+    if not files:
+        raise RunError(f"{flag} {path}: no predictions/part-*.parquet and no part-*.parquet in this folder")
+    try:
+        return [with_counts(row) for row in _rows_of(files)], []
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise RunError(f"{flag} {path}: not the predictions of an evaluation: {' '.join(str(error).split())}") from None
+
+
+def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[tuple[str, int, BadRow]]]:
+    """Prediction rows of a JSONL file, and its bad lines (see ``read_any``)."""
+    rows: list[dict[str, Any]] = []
+    bad: list[tuple[str, int, BadRow]] = []
+    first_line: dict[tuple[str, str, str], int] = {}
+    for chunk in chunks(path, LINES_PER_CHUNK):
+        for at, raw in enumerate(chunk.read_bytes().split(b"\n")):
+            line = chunk.first_line + at
+            if not raw.strip():
+                continue
+            try:
+                row = _parsed(raw, path, line)
+                key = (row["dataset"] or "", row["task"], row["id"])
+                if key in first_line:
+                    raise BadRow("duplicate_id", f"id {row['id']!r} stands in line {first_line[key]} already")
+                first_line[key] = line
+                rows.append(row)
+            except BadRow as error:
+                bad.append((path, line, error))
+    return rows, bad
+
+
+def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
+    """One line as a prediction row.
+
+    Raises:
+        BadRow: It is none.
+    """
+    try:
+        found = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadRow("bad_json", f"not JSON: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise BadRow("bad_json", f"a JSON {type(found).__name__}, not an object")
+    task = found.get("task")
+    if not isinstance(task, str) or task not in TASKS:
+        raise BadRow("bad_task", f"task {task!r} is not one of {', '.join(TASKS)}")
+    if not isinstance(found.get("prediction"), str):
+        raise BadRow("no_prediction", "prediction is no text" if "prediction" in found else "there is no prediction")
+    references = found.get("references")
+    if references is None and isinstance(found.get("reference"), list):
+        references = found["reference"]
+    if references is not None and not (references and _are_texts(references)):
+        raise BadRow("no_reference", "references is not a list of texts with one text at least")
+    reference = references[0] if references else found.get("reference")
+    if not isinstance(reference, str):
+        raise BadRow("no_reference", "reference is no text" if "reference" in found else "there is no reference")
+    row_id = found.get("id")
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+        raise BadRow("no_id", "id is neither text nor a number" if "id" in found else "there is no id")
+    row: dict[str, Any] = {name: _text(found, name) for name in ("language", "prompt")}
+    row |= {name: known_text(found.get(name)) for name in KNOWN_COLUMNS}
+    row |= {"id": str(row_id), "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
+    row |= {"prediction": found["prediction"], "reference": reference, "references": references}
+    num_samples = found.get("num_samples", 0)
+    row["num_samples"] = num_samples if isinstance(num_samples, int) and num_samples > 0 else 0
+    return with_counts(row)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def known_text(value: Any) -> str | None:
+    """A name or number as text; None for anything else and for ""."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return str(value) or None
+
+
+def known_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < float("inf") else None

@@ -1,0 +1,52 @@
+"""``--score_only``: metrics of predictions that are there already, ours or another system's, without model or Ray."""
+
+import sys
+from typing import Any
+
+from voxray.config.evaluate import EvaluateSettings
+from voxray.errors import RunError
+from voxray.evaluation.predictions import read_any, scored
+from voxray.run_folder import anchor, make_folder
+from voxray.storage import to_jsonl, write_atomically, write_json
+from voxray.tasks import TASKS
+from voxray.terminal import console, metrics_table
+
+
+def evaluate_or_score(settings: EvaluateSettings) -> None:
+    """The evaluate job; only where answers are to be generated is anything of the model or of Ray loaded."""
+    if settings.score_only:
+        score_only(settings)
+        return
+    from voxray.evaluation.job import run_evaluation
+
+    run_evaluation(settings)
+
+
+def score_only(settings: EvaluateSettings) -> dict[str, Any]:
+    """Score ``--score_only`` and write metrics.json; bad lines are named, and listed in quarantine.jsonl.
+
+    Raises:
+        RunError: No line is a prediction.
+    """
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    rows, bad = read_any(settings.score_only, "--score_only")
+    task = settings.mode.partition("_")[2]
+    rows = [row for row in rows if not task or row["task"] == task]
+    for path, line, error in bad:
+        print(f"{path}:{line}: left out: {error}", file=sys.stderr, flush=True)
+    if not rows:
+        first = f"; {bad[0][0]}:{bad[0][1]}: {bad[0][2]}" if bad else ""
+        raise RunError(f"--score_only {settings.score_only}: no {task + ' ' if task else ''}row to score{first}")
+    make_folder(output_dir)
+    write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
+    ledger = [
+        {"manifest": path, "line": line, "id": "", "reason": error.reason, "message": error.message}
+        for path, line, error in bad
+    ]
+    write_atomically(output_dir / "quarantine.jsonl", to_jsonl(ledger))
+    metrics = scored(rows)
+    write_json(output_dir / "metrics.json", metrics)
+    console.print(metrics_table(settings.score_only, {task: metrics[task] for task in TASKS if task in metrics}))
+    left_out = f", {len(bad)} bad line(s) left out" if bad else ""
+    console.print(f"{len(rows)} rows scored{left_out}; metrics.json in {output_dir}", markup=False)
+    return metrics
