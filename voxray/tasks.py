@@ -19,7 +19,8 @@ class Task:
         prompt_keys: Keys whose texts make the user message, joined by a newline; empty ones are left out.
         default_prompt: The user message of a row that has none of them.
         answer_key: Key of the text the model is to produce.
-        metrics: Names of the metrics reported, the headline first.
+        metrics: Names of the metrics reported everywhere, the headline first; evaluation adds those of its kind
+            (``evaluation/metrics/names.py``).
         allows_empty_answer: Whether "" is an answer (a clip in which nobody speaks), rather than a row to refuse.
     """
 
@@ -41,8 +42,9 @@ class Task:
         return "\n".join(str(row[key]) for key in self.prompt_keys if row.get(key)) or self.default_prompt
 
 
-SPEECH_METRICS = ("cer_nospace", "cer", "wer", "exact_match")
+SPEECH_METRICS = ("cer_nospace", "cer", "wer", "swer", "exact_match")
 ANSWER_METRICS = ("rouge_l", "exact_match")
+CAPTION_METRICS = ("rouge_l", "exact_match", "cider_d")
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -56,7 +58,7 @@ TASKS: dict[str, Task] = {
             "chat",
             ("question",),
             "caption",
-            ANSWER_METRICS,
+            CAPTION_METRICS,
             default_prompt="Please describe the audio.",  # SALMONN's own request for a caption
         ),
     )

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from voxray.tasks import TASKS
+
 SECONDS_BETWEEN_LINES = 10.0
 console = Console(soft_wrap=True, highlight=False)
 
@@ -58,11 +60,18 @@ def clock(seconds: float) -> str:
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """{task: {metric: {"value", "n"}}} as a table."""
+    """{task: {metric: {"value", "n"}}} as a table, with the 95 % interval where there is one.
+
+    Args:
+        metrics: Also the content of a metrics.json, of which tasks and the figures over them are shown.
+    """
+    rows = [(task, name, entry) for task in (*TASKS, "overall") for name, entry in metrics.get(task, {}).items()]
+    intervals = any(entry.get("low") is not None for *_, entry in rows)
     table = Table(title=title, title_justify="left")
-    for name in ("task", "metric", "value", "n"):
+    for name in ("task", "metric", "value", *(["95 %"] if intervals else []), "n"):
         table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
-    for task, found in metrics.items():
-        for name, entry in found.items():
-            table.add_row(task, name, f"{entry['value']:.4f}", str(entry["n"]))
+    for task, name, entry in rows:
+        known = entry.get("low") is not None
+        between = [f"{entry['low']:.4f} - {entry['high']:.4f}" if known else ""] if intervals else []
+        table.add_row(task, name, f"{entry['value']:.4f}", *between, str(entry["n"]))
     return table

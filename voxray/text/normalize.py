@@ -1,13 +1,41 @@
-"""Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points."""
+"""Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points.
 
+``ko-v1`` is voxray's own, for Korean and for everything that is no transcript. Transcripts in other languages are
+scored as Whisper's papers and leaderboards do, by the normalisers of transformers; ``normalizer_of`` chooses.
+"""
+
+import json
 import re
 import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from voxray.errors import RunError
 
 KO_V1 = "ko-v1"
+WHISPER_BASIC = "whisper-basic-v1"
+WHISPER_EN = "whisper-en-v1"
+WHISPER_EN_PLAIN = "whisper-en-v1-nospelling"
+"""Whisper's English rules without its table of British and American spellings, which only its checkpoints carry."""
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _INVISIBLE = re.compile("[\u115f\u1160\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # Hangul fillers, variation selectors
 _INNER = re.compile(r"(?<=\d)[./:%-](?=\d)")
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """A normaliser and the name that results carry.
+
+    Attributes:
+        name: Its version; a rule that changes makes another one.
+        normalize: Text -> text whose words stand apart by one space each, with none around them.
+    """
+
+    name: str
+    normalize: Callable[[str], str]
 
 
 def normalize_ko_v1(text: str) -> str:
@@ -17,8 +45,7 @@ def normalize_ko_v1(text: str) -> str:
     commas removed; ``. / : % -`` kept between digits (120/80, 36.5), every other punctuation mark or symbol a space;
     invisible characters (zero width, fillers, the selector after an emoji) removed; runs of white space one space.
     """
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = _INVISIBLE.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+    text = _without_invisible(unicodedata.normalize("NFKC", text).lower())
     # Composed last: lower case and what an invisible character kept apart (two halves of a syllable) can compose anew.
     text = _THOUSANDS.sub("", unicodedata.normalize("NFC", text))
     kept = {match.start() for match in _INNER.finditer(text)}
@@ -26,3 +53,81 @@ def normalize_ko_v1(text: str) -> str:
         char if index in kept or unicodedata.category(char)[0] not in "PS" else " " for index, char in enumerate(text)
     )
     return " ".join("".join(shown).split())
+
+
+def normalize_whisper_basic(text: str) -> str:
+    """Whisper's normaliser for any language: lower case, no brackets with what is in them, no punctuation.
+
+    Never with its ``remove_diacritics``, which takes Hangul apart. Invisible characters, which Whisper's leaves in, go
+    first. Letters are not split for zh, ja, th, lo and my, as Whisper's WER does: take ``cer_nospace`` for those.
+    """
+    return " ".join(_basic()(_without_invisible(text)).split())
+
+
+def normalize_whisper_en(text: str, rules: Callable[[str], str] | None = None) -> str:
+    """Whisper's normaliser for English: as the basic one, and contractions, titles and numbers written one way.
+
+    What its number rules cannot take (over 4,300 digits in a row) goes through the basic one.
+
+    Args:
+        rules: Whisper's, with a table of spellings; without, none is spelled anew.
+    """
+    text = _without_invisible(text)
+    try:
+        return " ".join((rules or _english())(text).split())
+    except (ValueError, TypeError, IndexError):
+        return normalize_whisper_basic(text)
+
+
+KOREAN = Normalizer(KO_V1, normalize_ko_v1)
+BASIC = Normalizer(WHISPER_BASIC, normalize_whisper_basic)
+ENGLISH = Normalizer(WHISPER_EN_PLAIN, normalize_whisper_en)
+
+
+def normalizer_of(language: str, english: Normalizer = ENGLISH) -> Normalizer:
+    """The normaliser of transcripts in a language.
+
+    Args:
+        language: Two-letter code; "" (unknown) and ``ko`` take ko-v1, ``en`` takes ``english``, others Whisper's basic.
+        english: Another than the one without spellings, see ``english_with``.
+    """
+    if language in ("", "ko"):
+        return KOREAN
+    return english if language == "en" else BASIC
+
+
+def english_with(spellings_path: str | Path) -> Normalizer:
+    """Whisper's English normaliser with a table of spellings: the ``normalizer.json`` of any Whisper checkpoint.
+
+    Raises:
+        RunError: The file cannot be read, or is no table of words.
+    """
+    try:
+        found = json.loads(Path(spellings_path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{spellings_path}: cannot read the table of spellings: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(word, str) for word in found.values()):
+        raise RunError(f"{spellings_path}: no table of spellings; Whisper's checkpoints have one, normalizer.json")
+    return Normalizer(WHISPER_EN, partial(normalize_whisper_en, rules=_english_rules(found)))
+
+
+def _without_invisible(text: str) -> str:
+    return _INVISIBLE.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+
+
+@cache
+def _basic() -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    return BasicTextNormalizer()
+
+
+@cache
+def _english() -> Callable[[str], str]:
+    return _english_rules({})
+
+
+def _english_rules(spellings: Mapping[str, str]) -> Callable[[str], str]:
+    from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+    return EnglishTextNormalizer(spellings)

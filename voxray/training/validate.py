@@ -18,8 +18,10 @@ from voxray.data.collate import collate_training
 from voxray.data.features import Features
 from voxray.data.shards import TASK_CODES
 from voxray.evaluation.generate import answers, length_batches
-from voxray.evaluation.metrics.counts import as_row, count, metrics_of
+from voxray.evaluation.metrics.counts import as_row, metrics_of
+from voxray.evaluation.metrics.names import text_metrics_of
 from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
+from voxray.evaluation.metrics.rows import count_row
 from voxray.evaluation.metrics.texts import text_metrics
 from voxray.models.family import Family, FrontEnd
 from voxray.tasks import TASKS
@@ -86,13 +88,15 @@ def validate(
             stored = [features.row(number) for number in batch]
             texts = answers(model, family, front_end, stored, max_new_tokens=max_new_tokens)
             for number, row, text in zip(batch, stored, texts, strict=True):
-                mine.append((number, row.answer, text, as_row(count(row.answer, text))))
+                answered = {"task": row.task, "language": row.language, "reference": row.answer, "prediction": text}
+                mine.append((number, row.answer, text, as_row(count_row(answered))))
         losses = answer_losses(model, family, front_end, features, rows, worker, batch_size=loss_batch_size)
     scored = sorted((item for part in gather_lists(mine, worker) for item in part), key=lambda item: item[0])
     metrics: dict[str, float] = {}
     for task, code in TASK_CODES.items():
         of_task = [item for item in scored if features.task[item[0]] == code]
-        found = metrics_of(task, [counts for *_, counts in of_task])
+        names = (*TASKS[task].metrics, *text_metrics_of(task))
+        found = metrics_of(task, [counts for *_, counts in of_task], names)
         found |= text_metrics(task, [(reference, text) for _, reference, text, _ in of_task])
         values = {name: float(entry["value"]) for name, entry in found.items()} | losses.get(task, {})
         metrics |= {f"{task}/{name}": value for name, value in values.items()}

@@ -2,6 +2,9 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from voxray.evaluation.metrics.names import headline, higher_is_better
 
@@ -24,17 +27,17 @@ def likelihood_metrics(nll: float, tokens: int) -> dict[str, float]:
     return {"loss": loss} | ({"perplexity": perplexity} if math.isfinite(perplexity) else {})
 
 
-def score_of(task: str, value: float) -> float:
-    """A task's headline metric turned so that 1 is best and 0 worst: ROUGE-L as it is, 1 - CER down to 0."""
-    return value if higher_is_better(headline(task)) else 1 - min(value, 1.0)
+def score_of(task: str, value: Any) -> Any:
+    """A task's headline metric turned so that 1 is best and 0 worst: ROUGE-L as it is, 1 - CER down to 0.
+
+    Args:
+        value: A number, or an array of them; what comes back is of its kind.
+    """
+    return value if higher_is_better(headline(task)) else 1 - np.minimum(value, 1.0)
 
 
 def overall_metrics(values: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
     """Figures over the tasks that have a headline value, from their scores (``score_of``); all are from 0 to 1.
-
-    macro     mean of the scores, every task counting the same
-    weighted  mean of the scores, every task counting by the rows of its set
-    balance   smallest score over the largest: 1 if all tasks are equally good; 0 if the largest is 0
 
     Args:
         values: {"<task>/<metric>": value}.
@@ -42,14 +45,27 @@ def overall_metrics(values: Mapping[str, float], rows: Mapping[str, int]) -> dic
     Returns:
         {"overall/macro", ...}; empty without any task.
     """
-    keys = {task: f"{task}/{headline(task)}" for task in rows if rows[task]}
-    scores = {task: score_of(task, values[key]) for task, key in keys.items() if key in values}
-    if not scores:
+    tasks = [task for task in rows if rows[task] and f"{task}/{headline(task)}" in values]
+    if not tasks:
         return {}
-    total = sum(rows[task] for task in scores)
-    largest = max(scores.values())
-    return {
-        "overall/macro": sum(scores.values()) / len(scores),
-        "overall/weighted": sum(score * rows[task] for task, score in scores.items()) / total,
-        "overall/balance": min(scores.values()) / largest if largest else 0.0,
-    }
+    scores = np.array([[score_of(task, values[f"{task}/{headline(task)}"])] for task in tasks])
+    found = figures(scores, np.array([rows[task] for task in tasks]))
+    return {f"overall/{name}": float(value[0]) for name, value in found.items()}
+
+
+def figures(scores: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Figures over tasks.
+
+    macro     mean of the scores, every task counting the same
+    weighted  mean of the scores, every task counting by the rows of its set
+    balance   smallest score over the largest: 1 if all tasks are equally good; 0 if the largest is 0
+
+    Args:
+        scores: (tasks, n), n systems or draws at once.
+        weights: (tasks,), rows.
+    Returns:
+        {figure: (n,)}.
+    """
+    largest = scores.max(axis=0)
+    balance = np.where(largest > 0, scores.min(axis=0) / np.where(largest > 0, largest, 1), 0.0)
+    return {"macro": scores.mean(axis=0), "weighted": weights @ scores / weights.sum(), "balance": balance}

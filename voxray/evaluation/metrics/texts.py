@@ -1,63 +1,82 @@
-"""Metrics of free-text answers that need the texts themselves: BLEU, character F1, distinct-n.
+"""Metrics of free-text answers that need the whole set of texts: BLEU, chrF, distinct-n, and those of captions.
 
-Texts are normalised by ko-v1 first, as everywhere. BLEU and distinct-n belong to a whole set of answers: they are never
-means over parts of it.
+Texts are normalised by ko-v1 first. These metrics belong to a whole set of answers: they are never means over parts.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+from voxray.evaluation.metrics import captions
 from voxray.evaluation.metrics.counts import rouge_units
-from voxray.evaluation.metrics.names import text_metrics_of
-from voxray.text.normalize import normalize_ko_v1
+from voxray.evaluation.metrics.names import CAPTION_METRICS, is_caption, is_transcript
+from voxray.text.normalize import KO_V1, normalize_ko_v1
 
 BLEU_TOKENIZER = "char"
 """Of sacrebleu. Korean words carry their particles, so BLEU over whole words calls nearly right answers wrong."""
+UNITS = "hangul by character, latin words and numbers whole"
+
+Pair = tuple[str | Sequence[str], str]
+"""References, or the only one, and prediction, as raw text."""
+Found = dict[str, dict[str, float | int]]
 
 
-def text_metrics(task: str, pairs: Sequence[tuple[str, str]]) -> dict[str, dict[str, float | int]]:
-    """Metrics of all answers to a task's rows.
+def text_metrics(task: str, pairs: Sequence[Pair]) -> Found:
+    """Metrics of all answers to a task's rows, see ``scored_texts``."""
+    return scored_texts(task, pairs)[0]
+
+
+def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[Found, dict[str, str]]:
+    """Metrics of all answers to a task's rows, and what exactly made each figure.
 
     bleu                    sacrebleu's corpus BLEU on characters (spaces do not count), from 0 to 100
-    char_f1                 KorQuAD's F1 of the two bags of characters, spaces left out, the mean over rows, 0 to 1
+    chrf                    sacrebleu's chrF2, from 0 to 100
     distinct_1, distinct_2  different n-grams over all n-grams of all answers, 0 to 1, in ROUGE units (Hangul by
                             character, Latin words and numbers whole); it falls with the amount of text
+    bleu_1 .. bleu_4        of captions: COCO's BLEU in words, from 0 to 1
+    cider_d                 of captions: CIDEr-D, from 0 to 10
 
     Args:
-        pairs: (reference, prediction) as raw text.
+        pairs: References, one or more, and prediction of every row.
     Returns:
         {metric: {"value", "n"}}, ``n`` being rows, for distinct-n n-grams; without any of them the metric is absent.
-        Empty for a task that is not answered in free text.
+        {metric: signature}, sacrebleu's own, and what the others cut texts into.
+        Both are empty for a task that is not answered in free text.
     """
-    if not text_metrics_of(task) or not pairs:
-        return {}
-    normal = [(normalize_ko_v1(reference), normalize_ko_v1(prediction)) for reference, prediction in pairs]
-    found: dict[str, dict[str, float | int]] = {"bleu": {"value": bleu(normal), "n": len(pairs)}}
-    found["char_f1"] = {"value": sum(char_f1(*pair) for pair in normal) / len(pairs), "n": len(pairs)}
-    answers = [rouge_units(prediction) for _, prediction in normal]
+    if is_transcript(task) or not pairs:
+        return {}, {}
+    several = [((texts,) if isinstance(texts, str) else tuple(texts), prediction) for texts, prediction in pairs]
+    found: Found = {}
+    signatures: dict[str, str] = {}
+    for name, metric in _sacrebleu_metrics().items():
+        found[name] = {"value": _corpus_score(metric, several), "n": len(pairs)}
+        signatures[name] = f"{metric.get_signature().format()}|norm:{KO_V1}"
+    signatures |= {name: f"tok:{UNITS}|norm:{KO_V1}" for name in ("rouge_l", "distinct_1", "distinct_2")}
+    answers = [rouge_units(normalize_ko_v1(prediction)) for _, prediction in several]
     for size in (1, 2):
         ngrams = Counter(tuple(units[at : at + size]) for units in answers for at in range(len(units) - size + 1))
         if total := ngrams.total():
             found[f"distinct_{size}"] = {"value": len(ngrams) / total, "n": total}
-    return found
+    if is_caption(task):
+        scores = captions.coco_bleu(several)
+        found |= {f"bleu_{order}": {"value": score, "n": len(pairs)} for order, score in enumerate(scores, 1)}
+        found["cider_d"] = {"value": sum(captions.cider_d(several)) / len(pairs), "n": len(pairs)}
+        signatures |= {name: f"tok:words|norm:{KO_V1}" for name in ("rouge_l", "cider_d", *CAPTION_METRICS)}
+    return found, signatures
 
 
-def bleu(normal: Sequence[tuple[str, str]]) -> float:
-    """Corpus BLEU of (reference, prediction) pairs.
-
-    Source: sacrebleu with its defaults (4-grams, exponential smoothing) but for the tokenizer.
-    """
+def _sacrebleu_metrics() -> dict[str, Any]:
     from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
-    references, predictions = zip(*normal, strict=True)
-    return float(BLEU(tokenize=BLEU_TOKENIZER).corpus_score(list(predictions), [list(references)]).score)
+    return {"bleu": BLEU(tokenize=BLEU_TOKENIZER), "chrf": CHRF()}
 
 
-def char_f1(reference: str, prediction: str) -> float:
-    """Harmonic mean of precision and recall between two bags of characters; 1 if both are empty.
-
-    Source: KorQuAD 1.0's evaluation script, which scores characters because Korean words are not reliably divided.
-    """
-    wanted, given = (Counter(text.replace(" ", "")) for text in (reference, prediction))
-    total = wanted.total() + given.total()
-    return 2 * (wanted & given).total() / total if total else 1.0
+def _corpus_score(metric: Any, pairs: Sequence[captions.Caption]) -> float:
+    """Rows may have different numbers of references; None fills up, which sacrebleu passes over."""
+    most = max(len(references) for references, _ in pairs)
+    streams = [
+        [normalize_ko_v1(references[at]) if at < len(references) else None for references, _ in pairs]
+        for at in range(most)
+    ]
+    return float(metric.corpus_score([normalize_ko_v1(prediction) for _, prediction in pairs], streams).score)

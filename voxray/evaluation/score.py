@@ -1,0 +1,320 @@
+"""From prediction rows to the content of metrics.json: figures with intervals, per task, slice, and over all tasks.
+
+Everything is counted anew from the raw texts, so predictions of another version, or of another system, are scored by
+the same rules.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxray.errors import RunError
+from voxray.evaluation.metrics import captions
+from voxray.evaluation.metrics.counts import Ratio, as_columns, ratio_of
+from voxray.evaluation.metrics.java import java_metrics
+from voxray.evaluation.metrics.names import (
+    JAVA_METRICS,
+    evaluation_metrics,
+    headline,
+    higher_is_better,
+    is_caption,
+    is_transcript,
+)
+from voxray.evaluation.metrics.overall import figures, likelihood_metrics, score_of
+from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, references_of
+from voxray.evaluation.metrics.terms import Terms
+from voxray.evaluation.metrics.texts import scored_texts
+from voxray.evaluation.slices import slices_of
+from voxray.evaluation.stats import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_ratios, resamples_for
+from voxray.tasks import TASKS
+from voxray.text.normalize import ENGLISH, Normalizer, english_with
+
+SLICE_RESAMPLES = 1_000
+SPEAKERS_NAMED = 5
+TERMS_NAMED = 20
+NOT_SUMS = "a figure of the whole set, which is no sum over its rows: no interval"
+
+Entry = dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The rows of one task with all that adds up over them.
+
+    Attributes:
+        ratios: {metric: its two columns}, one number per row.
+        columns: {count: array}.
+        terms: (in the reference, found), per row; empty without terms.
+    """
+
+    task: str
+    rows: Sequence[Row]
+    columns: Mapping[str, np.ndarray]
+    terms: Sequence[tuple[Counter[str], Counter[str]]]
+    ratios: Mapping[str, Ratio]
+
+
+def score(
+    rows: Iterable[Row],
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    terms: Sequence[str] = (),
+    english_spelling: str = "",
+    caption_jars: str = "",
+) -> dict[str, Any]:
+    """Score predictions.
+
+    Args:
+        rows: Prediction rows, see ``metrics.rows``.
+        seed: Of the bootstrap.
+        num_resamples: Draws of the bootstrap for whole tasks; slices take 1,000 at most. 0 gives no intervals.
+        terms: Terms whose recall in transcripts is measured.
+        english_spelling: File with Whisper's table of spellings, for English transcripts.
+        caption_jars: Folder with what METEOR and SPICE need besides pycocoevalcap, see ``metrics.java``.
+    Returns:
+        {task: {metric: {"value", "low", "high", "n"}}} and beside the tasks: ``overall`` (macro, weighted, balance, of
+        the same form), ``slices``, ``normalizer`` ({name: rows}), ``signatures``, ``intervals``, ``counts``,
+        ``not_available`` and ``terms``. ``low`` and ``high`` are null where there is no interval.
+    Raises:
+        RunError: There are no rows, or one cannot be scored.
+    """
+    rows = list(rows)
+    for at, row in enumerate(rows, start=1):
+        check_row(row, f"row {at} ({row.get('id') or row.get('source') or 'no id'})")
+    if not rows:
+        raise RunError("no prediction to score")
+    english = english_with(english_spelling) if english_spelling else ENGLISH
+    names = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    of_tasks = {
+        task: counted(task, [row for row in rows if row["task"] == task], terms=terms, english=english)
+        for task in names
+    }
+    found: dict[str, Any] = {}
+    about: dict[str, Any] = {"signatures": {}, "intervals": {}, "not_available": {}}
+    drawn: dict[str, np.ndarray] = {}
+    for task, data in of_tasks.items():
+        groups = groups_of(data.rows)
+        found[task], samples = _rates(data, groups, (seed, list(TASKS).index(task)), num_resamples)
+        drawn |= {task: samples[headline(task)]} if headline(task) in samples else {}
+        about["intervals"][task] = _about_intervals(groups, num_resamples)
+        _add_texts(found[task], about, data, groups, (seed, list(TASKS).index(task)), num_resamples)
+        if is_caption(task):
+            _add_java(found[task], about, data.rows, caption_jars)
+        order = evaluation_metrics(task)
+        found[task] = {name: found[task][name] for name in order if name in found[task]}
+    found["overall"] = _overall(found, {task: len(data.rows) for task, data in of_tasks.items()}, drawn)
+    found["slices"] = {task: _slices(data, seed, num_resamples) for task, data in of_tasks.items()}
+    found["normalizer"] = dict(Counter(normalizer_of_row(row, english).name for row in rows).most_common())
+    found["counts"] = {task: _counts(data) for task, data in of_tasks.items()}
+    if terms:
+        found["terms"] = _terms([pair for data in of_tasks.values() for pair in data.terms], len(set(terms)))
+    return {**found, **about}
+
+
+def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
+    """Of the content of a metrics.json only {task: {metric: {"value", ...}}}."""
+    return {task: metrics[task] for task in TASKS if task in metrics}
+
+
+def counted(task: str, rows: Sequence[Row], *, terms: Sequence[str] = (), english: Normalizer = ENGLISH) -> Counted:
+    """Count the rows of one task; what a metric's ratio is made of stands in ``ratios``, row by row."""
+    columns = as_columns([asdict(count_row(row, english)) for row in rows])
+    found_terms: list[tuple[Counter[str], Counter[str]]] = []
+    if terms and is_transcript(task):
+        lists = {name: Terms(terms, name) for name in {normalizer_of_row(row, english) for row in rows}}
+        for row in rows:
+            own = lists[normalizer_of_row(row, english)]
+            wanted = own.count(references_of(row)[0])
+            found_terms.append((wanted, wanted & own.count(row["prediction"])))
+        columns["terms_ref"] = np.array([wanted.total() for wanted, _ in found_terms])
+        columns["terms_found"] = np.array([both.total() for _, both in found_terms])
+    ratios = {name: ratio_of(task, name, columns) for name in evaluation_metrics(task)}
+    if not columns["two_readings"].any():
+        ratios |= {"cer_phonetic": None, "cer_best": None}
+    ratios["loss"] = _loss(rows)
+    kept = {name: ratio for name, ratio in ratios.items() if ratio is not None}
+    return Counted(task, rows, columns, found_terms, kept)
+
+
+def _loss(rows: Sequence[Row]) -> Ratio | None:
+    """-ln p of the reference answers, by tokens, of the rows that know theirs."""
+    known = [row.get("nll") is not None and bool(row.get("num_tokens")) for row in rows]
+    if not any(known):
+        return None
+    top = [float(row["nll"]) if has else 0.0 for row, has in zip(rows, known, strict=True)]
+    bottom = [float(row["num_tokens"]) if has else 0.0 for row, has in zip(rows, known, strict=True)]
+    return Ratio(np.array(top), np.array(bottom), sum(known))
+
+
+def _rates(
+    data: Counted, groups: Groups, seed: Sequence[int], num_resamples: int
+) -> tuple[dict[str, Entry], dict[str, np.ndarray]]:
+    """Entries of all metrics that are ratios of sums, and their values in each draw."""
+    samples: dict[str, np.ndarray] = {}
+    names = list(data.ratios)
+    if num_resamples and groups.num > 1 and names:
+        tops, bottoms = (
+            np.stack([getattr(data.ratios[name], side) for name in names], 1) for side in ("top", "bottom")
+        )
+        drawn = resampled_ratios(tops, bottoms, groups, seed=seed, num_resamples=num_resamples)
+        samples = {name: drawn[:, at] for at, name in enumerate(names)}
+    found = {name: _entry(data.ratios[name].value, data.ratios[name].n, samples.get(name)) for name in names}
+    if "loss" in found:
+        ratio = data.ratios["loss"]
+        likely = likelihood_metrics(float(ratio.top.sum()), int(ratio.bottom.sum()))
+        del found["loss"]
+        drawn_loss = samples.get("loss")
+        for name, value in likely.items():
+            of_draws = drawn_loss if name == "loss" or drawn_loss is None else np.exp(drawn_loss)
+            found[name] = _entry(value, ratio.n, of_draws)
+    return found, samples
+
+
+def _entry(value: float, n: int, samples: np.ndarray | None = None) -> Entry:
+    low, high = (None, None) if samples is None else interval(samples)
+    return {"value": value, "low": low, "high": high, "n": n}
+
+
+def _about_intervals(groups: Groups, num_resamples: int) -> dict[str, Any]:
+    draws = resamples_for(groups.num, num_resamples)
+    return {"level": LEVEL, "resampled": groups.unit, "groups": groups.num, "num_resamples": draws}
+
+
+def _add_texts(
+    found: dict[str, Entry],
+    about: dict[str, Any],
+    data: Counted,
+    groups: Groups,
+    seed: Sequence[int],
+    num_resamples: int,
+) -> None:
+    """Metrics of whole texts; of them only CIDEr-D is a mean over rows, with the weights of this set."""
+    pairs = [(references_of(row), row["prediction"]) for row in data.rows]
+    texts, signatures = scored_texts(data.task, pairs)
+    if not texts:
+        return
+    found |= {name: _entry(float(entry["value"]), int(entry["n"])) for name, entry in texts.items()}
+    about["signatures"][data.task] = signatures
+    without = [name for name in texts if name != "cider_d"]
+    about["intervals"][data.task]["without"] = dict.fromkeys(without, NOT_SUMS)
+    if "cider_d" in texts:
+        values = np.array(captions.cider_d(pairs))
+        clips = Counted(data.task, data.rows, {}, (), {"cider_d": Ratio(values, np.ones_like(values), len(values))})
+        found |= _rates(clips, groups, seed, num_resamples)[0]
+
+
+def _add_java(found: dict[str, Entry], about: dict[str, Any], rows: Sequence[Row], caption_jars: str) -> None:
+    pairs = [(references_of(row), row["prediction"]) for row in rows]
+    values, missing = java_metrics(pairs, caption_jars)
+    if "spice" in values:
+        values["spider"] = (values["spice"] + float(found["cider_d"]["value"] or 0)) / 2
+    elif "spice" in missing:
+        missing["spider"] = f"it is the mean of CIDEr-D and SPICE: {missing['spice']}"
+    found |= {name: _entry(values[name], len(rows)) for name in JAVA_METRICS if name in values}
+    if missing:
+        about["not_available"][rows[0]["task"]] = missing
+
+
+def _overall(
+    found: Mapping[str, Mapping[str, Entry]], sizes: Mapping[str, int], drawn: Mapping[str, np.ndarray]
+) -> dict[str, Entry]:
+    """Figures over the tasks; their intervals draw every task's rows by themselves."""
+    tasks = [task for task in sizes if headline(task) in found[task]]
+    if not tasks:
+        return {}
+    weights = np.array([sizes[task] for task in tasks])
+    values = [score_of(task, float(found[task][headline(task)]["value"] or 0)) for task in tasks]
+    single = figures(np.array(values)[:, None], weights)
+    samples: dict[str, np.ndarray] = {}
+    if all(task in drawn for task in tasks):
+        draws = min(len(drawn[task]) for task in tasks)
+        samples = figures(np.stack([score_of(task, drawn[task][:draws]) for task in tasks]), weights)
+    return {name: _entry(float(value[0]), int(weights.sum()), samples.get(name)) for name, value in single.items()}
+
+
+def _slices(data: Counted, seed: int, num_resamples: int) -> dict[str, Any]:
+    """{dimension: {label: {"n", metric: entry}}}; of speakers only how many there are, the best and the worst."""
+    found: dict[str, Any] = {}
+    shown = [name for name in TASKS[data.task].metrics if name in data.ratios]
+    for dimension, parts in slices_of(data.rows).items():
+        if dimension == "speaker":
+            found[dimension] = _speakers(data, parts)
+            continue
+        found[dimension] = {
+            label: {"n": len(at), **_part(data, np.array(at), shown, seed, min(num_resamples, SLICE_RESAMPLES))}
+            for label, at in parts.items()
+        }
+    return found
+
+
+def _part(data: Counted, at: np.ndarray, names: Sequence[str], seed: int, num_resamples: int) -> dict[str, Entry]:
+    ratios = {name: _taken(data.ratios[name], at) for name in names}
+    kept = {name: ratio for name, ratio in ratios.items() if ratio.n}
+    rows = [data.rows[place] for place in at]
+    return _rates(Counted(data.task, rows, {}, (), kept), groups_of(rows), (seed,), num_resamples)[0]
+
+
+def _taken(ratio: Ratio, at: np.ndarray) -> Ratio:
+    return Ratio(ratio.top[at], ratio.bottom[at], int((ratio.bottom[at] > 0).sum()))
+
+
+def _speakers(data: Counted, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    name = headline(data.task)
+    if name not in data.ratios:
+        return {"num_speakers": len(parts)}
+    of_speakers = [(label, len(at), _taken(data.ratios[name], np.array(at))) for label, at in parts.items()]
+    listed = [{"speaker": label, "n": n, name: ratio.value} for label, n, ratio in of_speakers if ratio.n]
+    listed.sort(key=lambda entry: float(entry[name]), reverse=higher_is_better(name))
+    best, worst = listed[:SPEAKERS_NAMED], listed[::-1][:SPEAKERS_NAMED]
+    return {"num_speakers": len(parts), "best": best, "worst": worst}
+
+
+def _counts(data: Counted) -> dict[str, Any]:
+    """Sums that stand behind the rates, for whoever adds up several evaluations."""
+    if not is_transcript(data.task):
+        return {"rows": len(data.rows)}
+    scored, sums = data.columns["solid_ref"] > 0, data.columns
+    found: dict[str, Any] = {"rows": len(data.rows)}
+    for name, kind in (("characters", "solid"), ("words", "word")):
+        values = {word: int(sums[f"{kind}_{part}"][scored].sum()) for word, part in _KINDS.items()}
+        found[name] = values | {"reference": int(sums[f"{kind}_ref"][scored].sum())}
+    silent = ~scored
+    characters, words = (int(sums[f"{kind}_ins"][silent].sum()) for kind in ("solid", "word"))
+    found["empty_references"] = {"n": int(silent.sum()), "inserted_characters": characters, "inserted_words": words}
+    return found | {"two_readings": int(sums["two_readings"].sum())}
+
+
+def _terms(pairs: Sequence[tuple[Counter[str], Counter[str]]], num_terms: int) -> dict[str, Any]:
+    """How many terms there are, and which are missed the most."""
+    wanted: Counter[str] = Counter()
+    given: Counter[str] = Counter()
+    for in_reference, both in pairs:
+        wanted.update(in_reference)
+        given.update(both)
+    missed = sorted(wanted, key=lambda term: (given[term] - wanted[term], term))[:TERMS_NAMED]
+    named = [{"term": term, "n": wanted[term], "found": given[term]} for term in missed if given[term] < wanted[term]]
+    return {"num_terms": num_terms, "n": wanted.total(), "found": given.total(), "missed": named}
+
+
+def read_terms(path: str | Path) -> tuple[str, ...]:
+    """Terms of a text file, one a line; blank lines and those that begin with # are passed over.
+
+    Raises:
+        RunError: The file cannot be read, or has no term.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot read the list of terms: {error}") from None
+    terms = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
+    if not terms:
+        raise RunError(f"{path}: no term in this list; write one a line")
+    return terms
+
+
+_KINDS = {"substitutions": "sub", "deletions": "del", "insertions": "ins"}
