@@ -158,7 +158,12 @@ def _verdict(first: str, second: str, task: TaskComparison, run: int, metric: st
     figures = f"{metric} {entry.first:.3f} -> {entry.second:.3f}, difference {signed(entry.difference)}"
     if entry.interval:
         figures += f" [{signed(entry.interval[0])}, {signed(entry.interval[1])}]"
-    drawn = f"{entry.num_rows} rows" + (f" of {entry.num_units} speakers" if task.units.unit == "speaker" else "")
+    drawn = f"{entry.num_rows} rows"
+    speakers = len({row.values.get("speaker") for row in task.rows[0]} - {None, ""})
+    if task.units.unit == "speaker":
+        drawn += f" of {speakers} speakers"
+    elif speakers:
+        drawn += f" of {speakers} speaker(s), too few to say anything of others"
     figures += f", {p_text(p)}; {drawn}"
     if not task.differs((0, run), metric):
         return f"{task.task}: no difference can be shown between {first} and {second} ({figures})"

@@ -27,6 +27,7 @@ from voxray.tasks import TASKS
 PAGE = Path(__file__).parent / "page"
 ERROR_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 CHART_SLICES = ("duration", "length")
+SAME = 1e-9  # two values of a metric that are this near are the same
 LEGEND = (
     '<p class="note"><span class="key s">substituted</span> <span class="key i">added</span> '
     '<span class="key d">missing</span> The reference is above, the answer below it, both normalised; '
@@ -172,20 +173,23 @@ def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
 
 
 def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
-    """metrics.json as a table; an older one that has no intervals gets them here."""
-    own = {(task.task, name): bounds for task in found for name, [(_, bounds)] in task.values.items()}
-    rows = []
-    for task, entries in run.metrics.items():
-        if task not in TASKS and task != "overall":
-            continue
-        for name, entry in entries.items():
-            low, high = own.get((task, name)) or (None, None)
-            low, high = entry.get("low", low), entry.get("high", high)
-            interval = "" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-            better = "higher" if higher_is_better(f"{task}/{name}") else "lower"
-            value = Cell(f"{entry['value']:.4f}", entry["value"])
-            rows.append([task, name, value, interval, entry.get("n", ""), f"{better} is better"])
-    return table(["task", "metric", "value", "95 % interval", "n", ""], rows, "sortable", "metrics")
+    """What metrics.json holds, but sums over rows counted anew, so that all figures of a page agree."""
+    own = {(task.task, name): values[0] for task in found for name, values in task.values.items()}
+    stored = {(task, name): entry for task in (*TASKS, "overall") for name, entry in run.metrics.get(task, {}).items()}
+    rows, other = [], []
+    for task, name in sorted({**stored, **own}, key=lambda key: [*TASKS, "overall"].index(key[0])):
+        entry = stored.get((task, name), {})
+        value, bounds = own.get((task, name)) or (entry["value"], None)
+        if entry and abs(entry["value"] - value) > SAME:
+            other.append(f"{task} {name}")
+        elif entry.get("low") is not None:
+            bounds = entry["low"], entry["high"]
+        interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+        better = "higher" if higher_is_better(f"{task}/{name}") else "lower"
+        rows.append([task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", ""), f"{better} is better"])
+    note = f"metrics.json holds other values of {', '.join(other)}: it was made by other rules than this page."
+    shown = table(["task", "metric", "value", "95 % interval", "n", ""], rows, "sortable", "metrics")
+    return shown + (_list([note], "warnings") if other else "")
 
 
 def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
@@ -241,7 +245,7 @@ def _runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
                 row.append(Cell(shown, value, "best" if at in best[name] else ""))
             rows.append([*row, *(Cell(f"{values[at]:.3f}", values[at]) for values in whole.values())])
         heads = ["run", *task.values, *whole]
-        tables.append(f"<h3>{escaped(task.task)}</h3>" + table(heads, rows, "sortable", f"runs-{task.task}"))
+        tables.append(f"<h3>{escaped(task.task)}</h3>" + table(heads, rows, "sortable runs", f"runs-{task.task}"))
     note = "In bold: the best of each column that has intervals, and those that are not shown to differ from it."
     return "".join(tables) + f'<p class="note">{note}</p>'
 

@@ -23,7 +23,7 @@ from voxray.tasks import TASKS
 NO_MATTER = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
     *("features_cache_gib", "cache_budget_gib", "num_actors", "num_models", "per_device_bsz", "rows_per_shard"),
-    *("cuda_visible_devices", "strict", "seed"),
+    *("cuda_visible_devices", "strict", "seed", "gpus_per_model", "check_batch_invariance", "mode"),
 }
 """Settings that are what is being compared, or that do not change what is answered."""
 
