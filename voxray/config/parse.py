@@ -61,7 +61,7 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
-def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, demo: str) -> S:
+def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, demo: str, words: str = "") -> S:
     """Read one job's settings.
 
     Args:
@@ -70,12 +70,13 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         job: Name of the job, for messages.
         about: One sentence for ``--help``.
         demo: File name in ``jobs/configs`` used when no flag is given at all.
+        words: Field that takes the words before the first flag; "" takes none.
     Raises:
         SystemExit: status 0 after ``--help``; status 2 with every bad field named, one line each.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
-        print(help_text(model, job=job, about=about, demo=demo))
+        print(help_text(model, job=job, about=about, demo=demo, words=words))
         raise SystemExit(0)
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
@@ -85,7 +86,10 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
             values["storage_path"] = str(Path.home() / "voxray")  # the current directory goes when the job ends
             print(f"{job}: in a submitted job its output goes to {values['storage_path']}", flush=True)
         return _validated(model, values, {}, errors, job)
-    flags, config_path, errors = _scan(model, argv)
+    num_words = next((at for at, token in enumerate(argv) if token.startswith("--")), len(argv)) if words else 0
+    flags, config_path, errors = _scan(model, argv[num_words:])
+    if num_words:
+        _put(flags, words, tuple(argv[:num_words]), f"--{words}", errors)
     values = {}
     if config_path is not None:
         values, yaml_errors = _read_yaml(Path(config_path), model)
@@ -265,9 +269,10 @@ def _is_bool(field: FieldInfo) -> bool:
     return field.annotation is bool
 
 
-def help_text(model: type[Settings], *, job: str, about: str, demo: str) -> str:
+def help_text(model: type[Settings], *, job: str, about: str, demo: str, words: str = "") -> str:
     """The text of ``--help``: each field with its type, default, old spellings and docstring."""
-    lines = [f"python jobs/{job}.py [--config FILE.yaml] [flags]", "", about, ""]
+    first = f" [{words.upper()} ...]" if words else ""
+    lines = [f"python jobs/{job}.py{first} [--config FILE.yaml] [flags]", "", about, ""]
     lines += [f"Defaults < YAML < flags. With no flags at all it runs the demo recipe, jobs/configs/{demo}.", ""]
     for name, field in model.model_fields.items():
         spelled = f"--{name} / --no_{name}" if _is_bool(field) else f"--{name} {_type_name(field.annotation)}"

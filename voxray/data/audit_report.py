@@ -1,7 +1,5 @@
 """An audit as one HTML page that opens anywhere: style and pictures are in it, no script, nothing is fetched."""
 
-import base64
-import html
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 
 from voxray.data.audit_advice import FAULTS, WARNINGS
 from voxray.data.audit_findings import UNITS, Numbers
+from voxray.pages import escaped, page, picture, table
 from voxray.storage import write_atomically
 
 MAX_BINS, DPI = 60, 150
@@ -23,33 +22,10 @@ TITLES |= {"num_chars": "Length in characters (prompt and answer)", "num_bytes":
 TITLES |= {"chars_per_sec": "Speaking rate (transcripts)"}
 SUMMARY = ("rows", "min", "mean", "p50", "p90", "p95", "p99", "max")
 STYLE = """
-:root{color-scheme:light}
-body{font:15px/1.5 system-ui,"Noto Sans KR","Malgun Gothic","Apple SD Gothic Neo",sans-serif;color:#1d2733;
-background:#f4f6f8;margin:0}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:24px;margin:0 0 4px}
-h2{font-size:18px;margin:34px 0 10px}
-.verdict{display:inline-block;padding:2px 12px;border-radius:12px;font-weight:600;color:#fff;background:#b3372f}
-.verdict.good{background:#2d7d4f}
-.cards{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}
-.card{background:#fff;border:1px solid #dde3e9;border-radius:8px;padding:10px 18px;min-width:110px}
-.card b{display:block;font-size:22px}
-.card span,.note{color:#5c6b7a}
-.box{background:#fff;border:1px solid #dde3e9;border-radius:8px;padding:6px 14px;margin:10px 0;overflow-x:auto}
-table{border-collapse:collapse;width:100%}
-th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid #edf0f3;vertical-align:top;overflow-wrap:anywhere}
-tr:last-child td{border-bottom:0}
-th{color:#5c6b7a;font-weight:600;white-space:nowrap}
 .findings{table-layout:fixed}
 .findings th:nth-child(1){width:26%}
 .findings th:nth-child(2){width:9%}
 .findings th:nth-child(3){width:22%}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-code{font:13px ui-monospace,monospace}
-details{margin:6px 0}
-summary{cursor:pointer}
-summary b{margin-right:8px}
-img{max-width:100%;height:auto;display:block}
 """
 
 
@@ -71,13 +47,11 @@ def write_report(
     for name, file in ((length, "tokens" if figures["model_id"] else "characters"), ("duration_sec", "duration")):
         for old in ("tokens", "characters") if name == length else (file,):
             (output_dir / f"{old}.png").unlink(missing_ok=True)
-        picture = histogram(numbers, name, figures["max_len"] if name == "num_tokens" else None)
-        if picture:
-            write_atomically(output_dir / f"{file}.png", picture)
-            pictures.append((TITLES[name], picture))
-    page = _page(figures, pictures, examples)
-    # What no font and no UTF-8 could show (half of a surrogate pair in a name) is shown as its number.
-    write_atomically(output_dir / "report.html", page.encode("utf-8", "xmlcharrefreplace"))
+        png = histogram(numbers, name, figures["max_len"] if name == "num_tokens" else None)
+        if png:
+            write_atomically(output_dir / f"{file}.png", png)
+            pictures.append((TITLES[name], png))
+    write_atomically(output_dir / "report.html", _page(figures, pictures, examples))
 
 
 def histogram(numbers: Mapping[str, Numbers], name: str, limit: float | None = None) -> bytes | None:
@@ -124,7 +98,7 @@ def _page(
     figures: Mapping[str, Any],
     pictures: Sequence[tuple[str, bytes]],
     examples: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> str:
+) -> bytes:
     count = sum(figures["faults"].values())
     verdict = f'<span class="verdict">{count} fault(s)</span>' if count else '<span class="verdict good">clean</span>'
     unit = f"tokens of {figures['model_id']}, against --max_len {figures['max_len']}" if figures["model_id"] else ""
@@ -138,17 +112,15 @@ def _page(
     }
     shown = "".join(f'<div class="card"><b>{value}</b><span>{name}</span></div>' for name, value in cards.items())
     parts = [
-        f'<h1>Audit</h1><p>{verdict}</p><p class="note">Lengths are in {_text(unit)}.</p>',
+        f'<h1>Audit</h1><p>{verdict}</p><p class="note">Lengths are in {escaped(unit)}.</p>',
         f'<div class="cards">{shown}</div>',
         "<h2>Files</h2>" + _files(figures["files"]),
         "<h2>Lengths</h2>" + _lengths(figures),
-        *(f'<div class="box"><h2>{_text(title)}</h2>{_picture(title, png)}</div>' for title, png in pictures),
+        *(f'<div class="box"><h2>{escaped(title)}</h2>{picture(title, png)}</div>' for title, png in pictures),
         "<h2>Faults</h2>" + _findings(figures["faults"], examples, FAULTS, "faults.jsonl"),
         "<h2>Warnings</h2>" + _findings(figures["warnings"], examples, WARNINGS, "warnings.jsonl"),
     ]
-    head = f'<meta charset="utf-8"><title>voxray audit</title><style>{STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width">'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body><main>{"".join(parts)}</main></body></html>\n'
+    return page("voxray audit", "".join(parts), style=STYLE)
 
 
 def _files(files: Iterable[Mapping[str, Any]]) -> str:
@@ -159,7 +131,7 @@ def _files(files: Iterable[Mapping[str, Any]]) -> str:
         for file in files
     ]
     note = "Leaks were looked for between the sides; a row that leaks counts against the earlier one."
-    return _table(names, rows) + (f'<p class="note">{note}</p>' if compared else "")
+    return table(names, rows) + (f'<p class="note">{note}</p>' if compared else "")
 
 
 def _lengths(figures: Mapping[str, Any]) -> str:
@@ -172,7 +144,7 @@ def _lengths(figures: Mapping[str, Any]) -> str:
             if summary:
                 values = [f"{summary[key]:,.5g}" if summary[key] < 1e5 else f"{summary[key]:,.0f}" for key in SUMMARY]
                 rows.append([UNITS[name], task, *values])
-    return _table(["in", "task", *SUMMARY], rows) if rows else '<p class="note">No row could be measured.</p>'
+    return table(["in", "task", *SUMMARY], rows) if rows else '<p class="note">No row could be measured.</p>'
 
 
 def _findings(
@@ -184,7 +156,7 @@ def _findings(
     if not counts:
         return '<p class="note">None.</p>'
     overview = [[reason, count, *advice.get(reason, ("", ""))] for reason, count in counts.items()]
-    parts = [_table(["reason", "rows", "what it is", "what to do"], overview)]
+    parts = [table(["reason", "rows", "what it is", "what to do"], overview)]
     unfolded = " open" if sum(len(examples[reason]) for reason in counts) <= MAX_UNFOLDED else ""
     for reason, count in counts.items():
         found = examples[reason]
@@ -192,32 +164,8 @@ def _findings(
         rows = [
             [f"{entry['source_file']}:{entry['line']}", entry["id"], entry["text"], entry["message"]] for entry in found
         ]
-        table = _table(["where", "id", "begins with", "message"], rows, "findings")
+        shown = table(["where", "id", "begins with", "message"], rows, "findings")
         parts.append(
-            f"<details{unfolded}><summary><b>{_text(reason)}</b>{count}{_text(more)}</summary>{table}</details>"
+            f"<details{unfolded}><summary><b>{escaped(reason)}</b>{count}{escaped(more)}</summary>{shown}</details>"
         )
     return "".join(parts)
-
-
-def _table(names: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "") -> str:
-    texts = [[_text(value) for value in row] for row in rows]
-    kinds = [' class="n"' if all(map(_is_number, column)) else "" for column in zip(*texts, strict=True)]
-    head = "".join(f"<th{kind}>{_text(name)}</th>" for name, kind in zip(names, kinds, strict=True))
-    body = "".join(
-        "<tr>" + "".join(f"<td{kind}>{text}</td>" for text, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in texts
-    )
-    return f'<div class="box"><table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").isdecimal()
-
-
-def _text(value: Any) -> str:
-    return html.escape(f"{value:,}" if isinstance(value, int) else str(value))
-
-
-def _picture(title: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'

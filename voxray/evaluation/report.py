@@ -1,0 +1,359 @@
+"""Reports as one HTML page each, of one evaluation and of a comparison; they open from disk and fetch nothing."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from voxray.evaluation.charts import Value, bars, forest
+from voxray.evaluation.comparison import (
+    SliceComparison,
+    TaskComparison,
+    compare_slices,
+    compare_tasks,
+    interference,
+    p_text,
+    signed,
+    verdicts,
+)
+from voxray.evaluation.errors import Tally, tally
+from voxray.evaluation.metrics.names import headline, higher_is_better, is_transcript
+from voxray.evaluation.report_rows import as_script, page_rows
+from voxray.evaluation.runs import Matched, Row, Run, read_run
+from voxray.evaluation.stats import NUM_RESAMPLES
+from voxray.pages import Cell, escaped, page, table
+from voxray.storage import write_atomically, write_json
+from voxray.tasks import TASKS
+
+PAGE = Path(__file__).parent / "page"
+ERROR_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+CHART_SLICES = ("duration", "length")
+SAME = 1e-9  # two values of a metric that are this near are the same
+LEGEND = (
+    '<p class="note"><span class="key s">substituted</span> <span class="key i">added</span> '
+    '<span class="key d">missing</span> The reference is above, the answer below it, both normalised; '
+    "\u2423 is a space. Click on a column's name to sort.</p>"
+)
+
+
+def write_report(
+    output_dir: Path,
+    *,
+    into: Path | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+    top: int = 20,
+    max_rows: int = 10_000,
+    embed_audio_mib: int = 16,
+) -> dict[str, Any]:
+    """Write report.html and errors.json of a finished evaluation.
+
+    Args:
+        output_dir: The evaluation's folder, with predictions/ and metrics.json.
+        into: Folder to write to; the same one if None.
+        seed, num_resamples: Of the intervals of slices, and of whole tasks if metrics.json has none.
+        top: Errors of each kind that are listed.
+        max_rows: Rows that the page holds; those with most errors if there are more.
+        embed_audio_mib: Put clips into the page if they are no larger together.
+    Returns:
+        What errors.json holds: {task: see ``tally_json``}.
+    Raises:
+        RunError: There is no finished evaluation.
+    """
+    run = read_run(output_dir)
+    found = compare_tasks(Matched((run.rows,), "source", ()), seed=seed, num_resamples=num_resamples)
+    slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
+    tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
+    errors = {task: {unit: tally_json(entry, top) for unit, entry in of.items()} for task, of in tallies.items()}
+    parts = [
+        f"<h1>Evaluation: {escaped(run.label)}</h1>{_about([run])}",
+        _cards(run, found),
+        "<h2>Metrics</h2>" + _metrics(run, found),
+        _charts([run], found, slices),
+        _slice_table([run], slices),
+        *(_errors(task, of, top) for task, of in tallies.items()),
+        *_explorer([run], found, max_rows, embed_audio_mib),
+    ]
+    folder = into or output_dir
+    write_json(folder / "errors.json", errors)
+    write_atomically(folder / "report.html", _page(f"voxray evaluation: {run.label}", parts))
+    return errors
+
+
+def write_comparison(
+    path: Path,
+    runs: Sequence[Run],
+    matched: Matched,
+    found: Sequence[TaskComparison],
+    slices: Sequence[SliceComparison],
+    *,
+    max_rows: int,
+    embed_audio_mib: int,
+) -> None:
+    """Write comparison.html. Args as of ``comparison.as_json`` and ``write_report``."""
+    warnings = _list(matched.warnings, "warnings") if matched.warnings else ""
+    heads = [run.label for run in runs]
+    parts = [
+        f"<h1>{' / '.join(map(escaped, heads))}</h1>",
+        f'<p class="note">{len(matched.rows[0]):,} rows that all runs have, matched by {matched.key}. Intervals are '
+        "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where several are asked at once.</p>",
+        warnings,
+        "<h2>Verdict</h2>" + _list(verdicts(runs, found), "lead"),
+        "<h2>Metrics</h2>" + _runs_table(runs, found),
+        _charts(runs, found, slices),
+        _differences(runs, found),
+        "<h2>What one broke and the other had right</h2>" + _list(interference(runs, found), "lead"),
+        _slice_table(runs, slices),
+        "<h2>Runs</h2>" + _about(runs),
+        *_explorer(runs, found, max_rows, embed_audio_mib),
+    ]
+    write_atomically(path, _page(f"voxray comparison: {', '.join(heads)}", parts))
+
+
+def tallies_of(rows: Sequence[Row], task: str) -> dict[str, Tally]:
+    """Errors of a task's rows by word and, for transcripts, by character without spaces."""
+    found = {"word": tally((row.reference.split(), row.prediction.split()) for row in rows)}
+    if is_transcript(task):
+        found["character"] = tally((_solid(row.reference), _solid(row.prediction)) for row in rows)
+    return found
+
+
+def _solid(text: str) -> str:
+    return text.replace(" ", "")
+
+
+def tally_json(entry: Tally, top: int) -> dict[str, Any]:
+    """The most frequent errors of each kind, and how many there are in all."""
+    substitutions = [
+        {"reference": one, "prediction": other, "times": times}
+        for (one, other), times in entry.substitutions.most_common(top)
+    ]
+    return {
+        "num_reference": entry.num_reference,
+        "num_substitutions": entry.substitutions.total(),
+        "num_insertions": entry.insertions.total(),
+        "num_deletions": entry.deletions.total(),
+        "substitutions": substitutions,
+        "insertions": [{"prediction": unit, "times": times} for unit, times in entry.insertions.most_common(top)],
+        "deletions": [{"reference": unit, "times": times} for unit, times in entry.deletions.most_common(top)],
+    }
+
+
+def _page(title: str, parts: Iterable[str]) -> bytes:
+    style, script = ((PAGE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    return page(title, "".join(parts), style=style, script=script)
+
+
+def _list(sentences: Sequence[str], kind: str) -> str:
+    return f'<ul class="{kind}">' + "".join(f"<li>{escaped(text)}</li>" for text in sentences) + "</ul>"
+
+
+def _about(runs: Sequence[Run]) -> str:
+    """What was evaluated, and how it decoded."""
+    rows = []
+    for run in runs:
+        settings = run.settings
+        adapter = settings.get("lora_dir") or "none"
+        decoding = ", ".join(f"{name} {settings[name]}" for name in _DECODING if settings.get(name))
+        model, label = settings.get("model_id") or "not known", Cell(run.label, kind="name")
+        rows.append([label, model, adapter, decoding, run.normalizer or "not known", run.folder])
+    return table(["run", "model", "adapter", "decoding", "normaliser", "folder"], rows)
+
+
+_DECODING = ("gen_max_new_tokens", "num_beams", "temperature", "top_p", "bf16", "fp16", "quantize", "max_len")
+
+
+def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
+    cards = {"rows": f"{len(run.rows):,}", "right to the letter": f"{sum(row.exact for row in run.rows):,}"}
+    for task in found:
+        name = headline(task.task)
+        if name in task.values:
+            cards[f"{task.task} {name}"] = f"{task.values[name][0][0]:.3f}"
+    shown = "".join(f'<div class="card"><b>{escaped(v)}</b><span>{escaped(k)}</span></div>' for k, v in cards.items())
+    return f'<div class="cards">{shown}</div>'
+
+
+def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
+    """What metrics.json holds, but sums over rows counted anew, so that all figures of a page agree."""
+    own = {(task.task, name): values[0] for task in found for name, values in task.values.items()}
+    stored = {(task, name): entry for task in (*TASKS, "overall") for name, entry in run.metrics.get(task, {}).items()}
+    rows, other = [], []
+    for task, name in sorted({**stored, **own}, key=lambda key: [*TASKS, "overall"].index(key[0])):
+        entry = stored.get((task, name), {})
+        value, bounds = own.get((task, name)) or (entry["value"], None)
+        if entry and abs(entry["value"] - value) > SAME:
+            other.append(f"{task} {name}")
+        elif entry.get("low") is not None:
+            bounds = entry["low"], entry["high"]
+        interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+        better = "higher" if higher_is_better(f"{task}/{name}") else "lower"
+        rows.append([task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", ""), f"{better} is better"])
+    note = f"metrics.json holds other values of {', '.join(other)}: it was made by other rules than this page."
+    shown = table(["task", "metric", "value", "95 % interval", "n", ""], rows, "sortable", "metrics")
+    return shown + (_list([note], "warnings") if other else "")
+
+
+def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
+    pictures = []
+    for task in found:
+        name = headline(task.task)
+        groups, series = _histogram(runs, task)
+        pictures.append(bars(f"{task.task}: rows by their error", groups, series, "rows"))
+        for kind in CHART_SLICES:
+            entries = [entry for entry in slices if (entry.task, entry.slice) == (task.task, kind)]
+            labels = list(dict.fromkeys(entry.value for entry in entries))
+            if len(labels) > 1:
+                values = [
+                    (run.label, [_slice_value(entries, label, at) for label in labels]) for at, run in enumerate(runs)
+                ]
+                pictures.append(bars(f"{task.task}: {name} by {kind}", labels, values, name))
+    return f'<div class="charts">{"".join(pictures)}</div>'
+
+
+def _histogram(runs: Sequence[Run], task: TaskComparison) -> tuple[list[str], list[tuple[str, Sequence[Value | None]]]]:
+    names = ["0", *(f"to {edge:g}" for edge in ERROR_EDGES[1:]), f"over {ERROR_EDGES[-1]:g}"]
+    series: list[tuple[str, Sequence[Value | None]]] = []
+    for run, rows in zip(runs, task.rows, strict=True):
+        counts = [0] * len(names)
+        for row in rows:
+            counts[next((at for at, edge in enumerate(ERROR_EDGES) if row.error <= edge), len(ERROR_EDGES))] += 1
+        series.append((run.label, [Value(count) for count in counts]))
+    return names, series
+
+
+def _slice_value(entries: Sequence[SliceComparison], label: str, run: int) -> Value | None:
+    """One run's value on a slice; the first run's stands in every comparison with it."""
+    for entry in entries:
+        if entry.value == label and run in (0, entry.run):
+            found = entry.difference
+            bounds = found.first_interval if run == 0 else found.second_interval
+            return Value(found.first if run == 0 else found.second, *(bounds or (None, None)))
+    return None
+
+
+def _runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
+    """A table per task, runs down, metrics across."""
+    tables = []
+    for task in found:
+        best = {name: task.best(name) for name in task.values}
+        whole = {name: values for name, values in _of_whole_sets(runs, task).items() if name not in task.values}
+        rows = []
+        for at, run in enumerate(runs):
+            row = [Cell(run.label, kind="name")]
+            for name in task.values:
+                value, bounds = task.values[name][at]
+                shown = f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+                row.append(Cell(shown, value, "best" if at in best[name] else ""))
+            rows.append([*row, *(Cell(f"{values[at]:.3f}", values[at]) for values in whole.values())])
+        heads = ["run", *task.values, *whole]
+        tables.append(f"<h3>{escaped(task.task)}</h3>" + table(heads, rows, "sortable runs", f"runs-{task.task}"))
+    note = "In bold: the best of each column that has intervals, and those that are not shown to differ from it."
+    return "".join(tables) + f'<p class="note">{note}</p>'
+
+
+def _of_whole_sets(runs: Sequence[Run], task: TaskComparison) -> dict[str, list[float]]:
+    """Metrics that are no sums over rows, from metrics.json, if every run has just the matched rows."""
+    if any(sum(row.task == task.task for row in run.rows) != len(task.rows[0]) for run in runs):
+        return {}
+    entries = [run.metrics.get(task.task, {}) for run in runs]
+    names = [name for name in entries[0] if all(name in entry for entry in entries)]
+    return {name: [entry[name]["value"] for entry in entries] for name in names}
+
+
+def _way(metric: str, difference: float, is_shown: bool) -> int:
+    return 0 if not is_shown else 1 if (difference > 0) == higher_is_better(metric) else -1
+
+
+def _differences(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
+    """Every metric of every run against the first: a picture of the headlines and a table of all."""
+    pictures, rows = [], []
+    for at in range(1, len(runs)):
+        shown = []
+        for task in found:
+            for name, entry in task.pairs[0, at].items():
+                way = _way(name, entry.difference, task.differs((0, at), name))
+                bounds = entry.interval or (entry.difference, entry.difference)
+                # Turned so that the right side is the better one, whatever the metric.
+                sign = 1 if higher_is_better(name) else -1
+                turned = sorted(sign * end for end in bounds)
+                if name in TASKS[task.task].metrics:
+                    shown.append((f"{task.task} {name}", Value(sign * entry.difference, *turned), way))
+                rows.append(
+                    [
+                        *(Cell(runs[at].label, kind="name"), task.task, name, Cell(f"{entry.first:.3f}", entry.first)),
+                        *(Cell(f"{entry.second:.3f}", entry.second), _signed_cell(entry.difference, way)),
+                        *(f"{signed(bounds[0])} to {signed(bounds[1])}", _p_cell(task.adjusted[0, at][name])),
+                        entry.num_rows,
+                    ]
+                )
+        title = f"{runs[at].label} against {runs[0].label}"
+        pictures.append(forest(title, shown, "", "worse \u2190 difference \u2192 better"))
+    heads = ["run", "task", "metric", runs[0].label, "this run", "difference", "95 % interval", "p", "rows"]
+    drawn = f'<div class="charts">{"".join(pictures)}</div>'
+    return f"<h2>Against {escaped(runs[0].label)}</h2>{drawn}" + table(heads, rows, "sortable", "differences")
+
+
+def _signed_cell(difference: float, way: int) -> Cell:
+    return Cell(signed(difference), difference, {1: "up", -1: "down", 0: ""}[way])
+
+
+def _p_cell(p: float) -> Cell:
+    return Cell(p_text(p).removeprefix("p ").removeprefix("= "), p)
+
+
+def _slice_table(runs: Sequence[Run], slices: Sequence[SliceComparison]) -> str:
+    if not slices:
+        return ""
+    rows = []
+    for entry in slices:
+        found, name = entry.difference, headline(entry.task)
+        first = Cell(f"{found.first:.3f}", found.first)
+        own = found.first_interval
+        interval = "" if own is None else f"{own[0]:.3f} to {own[1]:.3f}"
+        row: list[Any] = [entry.task, entry.slice, entry.value, found.num_rows, name]
+        if len(runs) == 1:
+            rows.append([*row, first, interval])
+            continue
+        interval = "" if found.interval is None else " to ".join(map(signed, found.interval))
+        way = _way(name, found.difference, entry.is_shown)
+        row += [runs[entry.run].label, first, Cell(f"{found.second:.3f}", found.second)]
+        rows.append([*row, _signed_cell(found.difference, way), interval, _p_cell(entry.adjusted)])
+    heads = ["task", "slice", "is", "rows", "metric"]
+    tail = ["run", runs[0].label, "this run", "difference", "95 % interval", "p"]
+    tail = ["value", "95 % interval"] if len(runs) == 1 else tail
+    return "<h2>Slices</h2>" + table([*heads, *tail], rows, "sortable", "slices")
+
+
+def _errors(task: str, tallies: Mapping[str, Tally], top: int) -> str:
+    parts = []
+    for unit, entry in tallies.items():
+        tables = [
+            (
+                "substituted",
+                ["reference", "answer", "times"],
+                [[*k, n] for k, n in entry.substitutions.most_common(top)],
+            ),
+            ("missing", ["reference", "times"], [[k, n] for k, n in entry.deletions.most_common(top)]),
+            ("added", ["answer", "times"], [[k, n] for k, n in entry.insertions.most_common(top)]),
+        ]
+        totals = [entry.substitutions.total(), entry.deletions.total(), entry.insertions.total()]
+        shown = [
+            f"<div><h3>{total:,} {unit}s {name}</h3>{table(heads, rows, 'sortable') if rows else ''}</div>"
+            for (name, heads, rows), total in zip(tables, totals, strict=True)
+        ]
+        said = f"<b>by {unit}</b>of {entry.num_reference:,} {unit}s; the {top} most frequent of each kind"
+        parts.append(f'<details open><summary>{said}</summary><div class="side">{"".join(shown)}</div></details>')
+    return f"<h2>Errors: {escaped(task)}</h2>{''.join(parts)}"
+
+
+def _explorer(runs: Sequence[Run], found: Sequence[TaskComparison], max_rows: int, embed_audio_mib: int) -> list[str]:
+    rows = [[row for task in found for row in task.rows[at]] for at in range(len(runs))]
+    kept, left, clips = page_rows(rows, max_rows=max_rows, embed_audio_mib=embed_audio_mib)
+    data = as_script({"runs": [run.label for run in runs], "rows": kept, "left": left})
+    first = "those with the largest changes first" if len(runs) > 1 else "those with most errors first"
+    said = f"{len(kept):,} rows, {first}. {clips}" + (
+        f" {left:,} more are left out (--max_rows {max_rows})." if left else ""
+    )
+    return [
+        f'<h2>Rows</h2><p class="note">{escaped(said)}</p>{LEGEND}<div id="explorer"></div>',
+        f'<script type="application/json" id="data">{data}</script>',
+    ]
