@@ -31,7 +31,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(2), 0
     for _ in range(200):
         lengths = rng.integers(5, 40, 120)
-        low, high = ratio_interval(rng.binomial(lengths, 0.1).astype(float), lengths.astype(float), utterances(120), 500)
+        low, high = ratio_interval(
+            rng.binomial(lengths, 0.1).astype(float), lengths.astype(float), utterances(120), 500
+        )
         held += low <= 0.1 <= high
     assert 0.89 <= held / 200 <= 0.99
 

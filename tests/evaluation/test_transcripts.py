@@ -1,4 +1,4 @@
-"""What transcripts are scored by beside plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
+"""Transcripts beyond plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
 
 import itertools
 import random
