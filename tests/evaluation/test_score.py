@@ -76,6 +76,17 @@ def test_the_layout():
     }
 
 
+def test_languages_are_understood_as_in_manifests():
+    for language in ("en", "EN", "en-US", "en_GB", "English", "eng"):
+        assert list(score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"]) == [
+            "whisper-en-v1-nospelling"
+        ]
+    for language, name in ((None, "ko-v1"), ("", "ko-v1"), ("Korean", "ko-v1"), ("cmn", "whisper-basic-v1")):
+        assert score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"] == {name: 1}
+    question = {"task": "tqa", "language": "en", "reference": "twenty", "prediction": "20"}
+    assert score([question], num_resamples=0)["normalizer"] == {"ko-v1": 1}, "answers are no transcripts"
+
+
 def test_rates_are_jiwers_and_counts_add_up_to_them():
     rows = transcripts(60)
     found = score(rows, num_resamples=0)
@@ -156,7 +167,7 @@ def test_slices():
     rows[3]["dataset"] = "extra"
     found = score(rows, num_resamples=100)["slices"]["asr"]
     assert set(found) == {"dataset", "language", "speaker", "duration", "snr"}, "nobody knows a domain"
-    assert {label: part["n"] for label, part in found["dataset"].items()} == {"a.jsonl": 40, "b.jsonl": 39, "extra": 1}
+    assert {label: part["n"] for label, part in found["dataset"].items()} == {"a": 40, "b": 39, "extra": 1}
     assert {label: part["n"] for label, part in found["language"].items()} == {"ko": 60, "unknown": 20}
     assert list(found["language"]) == ["ko", "unknown"]
     assert list(found["duration"]) == ["0-2 s", "2-5 s", "5-10 s", "10-20 s", "20-30 s", "30 s and over"]
@@ -165,7 +176,7 @@ def test_slices():
     ]
     for dimension in ("dataset", "language", "duration", "snr"):
         assert sum(part["n"] for part in found[dimension].values()) == 80
-    whole, part = score(rows, num_resamples=0)["asr"], found["dataset"]["a.jsonl"]
+    whole, part = score(rows, num_resamples=0)["asr"], found["dataset"]["a"]
     alone = score([row for row in rows if row["source"].startswith("/data/a")], num_resamples=0)["asr"]
     assert {name: part[name]["value"] for name in TASKS["asr"].metrics} == {
         name: alone[name]["value"] for name in TASKS["asr"].metrics
@@ -180,7 +191,7 @@ def test_slices():
 def test_an_empty_reference_is_no_part_of_a_slice():
     rows = [{"task": "asr", "reference": "", "prediction": "환각", "source": "/a.jsonl:1"}, *transcripts(3)]
     found = score(rows, num_resamples=20)
-    assert found["slices"]["asr"]["dataset"]["a.jsonl"]["n"] == 3
+    assert found["slices"]["asr"]["dataset"]["a"]["n"] == 3
     assert found["asr"]["cer_nospace"]["n"] == 3 and found["asr"]["exact_match"]["n"] == 4
     silence = found["asr"]["silence_hallucination"]
     assert (silence["value"], silence["n"]) == (1, 1)
