@@ -174,6 +174,8 @@ def test_slices():
     assert list(found["snr"]) == [
         *("under 0 dB", "0-5 dB", "5-10 dB", "10-15 dB", "15-20 dB", "20 dB and over", "unknown"),
     ]
+    assert [part["n"] for part in found["duration"].values()] == [3, 9, 15, 21, 20, 12]
+    assert [part["n"] for part in found["snr"].values()] == [10, 5, 5, 5, 5, 40, 10]
     for dimension in ("dataset", "language", "duration", "snr"):
         assert sum(part["n"] for part in found[dimension].values()) == 80
     whole, part = score(rows, num_resamples=0)["asr"], found["dataset"]["a"]
@@ -218,6 +220,10 @@ def test_terms(tmp_path: Path):
     assert recall["value"] == 2 / 3 and recall["n"] == 3 and recall["low"] is not None
     missed = [{"term": "타이레놀", "n": 2, "found": 1}]
     assert found["terms"] == {"num_terms": 2, "n": 3, "found": 2, "missed": missed}
+    several = [{"task": "asr", "references": ["타이레놀", "네"], "prediction": "네"}]
+    assert score(several, terms=terms, num_resamples=0)["asr"]["term_recall"]["value"] == 0, "of the first reference"
+    raw = [{"task": "asr", "reference": "(타이레놀)/(타이레노르) 드세요", "prediction": "타이레노르"}]
+    assert score(raw, terms=terms, num_resamples=0)["terms"]["n"] == 1
     assert "term_recall" not in score(rows[2:], terms=terms, num_resamples=0)["asr"], "none in the references"
     path.write_text("# none\n", encoding="utf-8")
     for wrong in (path, tmp_path / "nowhere"):
