@@ -1,4 +1,4 @@
-"""What transcripts are scored by beside plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
+"""Transcripts beyond plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
 
 import itertools
 import random
@@ -100,6 +100,8 @@ def test_dual_references():
     plain, other = row("네", "네"), row(raw, "칠십 퍼센트 확률로 5mg이에요", transcript_phonetic=None)
     assert rates(plain, other)["cer_best"] == 0 and count_row(plain).two_readings == 0
     assert count_row(row("혈압 (120)/(80) 이고", "혈압 120 80 이고")).two_readings == 0, "two numbers are no readings"
+    neighbours = row("(5mg)/(오밀리그램) (70%)/(칠십퍼센트)", "5mg 칠십퍼센트")
+    assert rates(neighbours)["cer_best"] == 0, "spans that touch are two"
     wrong = count_row(row(raw, "칠십 퍼센트 확률로 6mg이에요"))
     assert (wrong.best_edits, wrong.best_ref) == (1, len("칠십퍼센트확률로5mg이에요"))
 
@@ -110,6 +112,9 @@ def test_of_several_references_the_closest_counts():
     answers = {"task": "tqa", "references": ["혈압", "고혈압 입니다"], "prediction": "고혈압입니"}
     assert count_row(answers).ref_units == 6
     assert count_row({**answers, "prediction": "혈압"}).exact == 1
+    words = {"task": "tqa", "references": ["x y z d", "d"], "prediction": "a b c d"}
+    assert count_row(words).ref_units == 1, "the subsequence decides, and not the rate of edits"
+    assert count_row({**words, "task": "asr"}).solid_ref == 4
 
 
 def test_answers_to_silence_are_told_apart():
@@ -167,11 +172,12 @@ def test_more_invented_than_said():
 
 
 def test_terms():
-    terms = Terms(["흉부 엑스레이", "혈압", "고혈압", "mg", "Tylenol", "36.5", "", "  "], KOREAN)
-    assert len(terms) == 6
+    terms = Terms(["흉부 엑스레이", "혈압", "고혈압", "mg", "Tylenol", "36.5", "", "혈압 계", "  "], KOREAN)
+    assert len(terms) == 7
     for text, found in [
         ("흉부엑스레이, 흉부 엑스레이", {"흉부 엑스레이": 2}),
         ("고혈압과 혈압", {"고혈압": 1, "혈압": 1}),
+        ("혈압계로 혈압을", {"혈압 계": 1, "혈압": 1}),
         ("5mg, 5 mg 그리고 omg mgs", {"mg": 2}),
         ("tylenol은 TYLENOL이고 tylenols는 아니다", {"Tylenol": 2}),
         ("체온 36.5도, 136.5", {"36.5": 1}),
