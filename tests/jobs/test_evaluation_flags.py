@@ -51,11 +51,10 @@ def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
     """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
 
     def texts(**flags: Any) -> list[str]:
-        shutil.rmtree(Path(evaluate.__closure__[1].cell_contents) / "runs", ignore_errors=True)  # type: ignore[index]
-        return [row["prediction"] for row in evaluate(**flags)[1]]
+        return [row["prediction"] for row in evaluate(val_jsonl=(small["sqa.val"],), **flags)[1]]
 
     def inferred(**flags: Any) -> list[str]:
-        return [row["prediction"] for row in infer_rows(jsonl=small["tqa.val"], **flags)]
+        return [row["prediction"] for row in infer_rows(jsonl=small["sqa.val"], **flags)]
 
     for answers in (texts, inferred):
         greedy = answers()
@@ -150,8 +149,6 @@ def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureF
     assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in shown.out
     named = shown.err.splitlines()
     assert len(named) == len(BAD)
-    for line, (text, message) in zip(named, enumerate(BAD, 7), strict=True):
-        del text, message
     for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True), 7):
         assert line.startswith(f"{path}:{number}: left out: {message}")
     ledger = [json.loads(line) for line in (tmp_path / "o" / "quarantine.jsonl").read_text().splitlines()]

@@ -144,6 +144,8 @@ def evaluation_features(
     """Feature sets of the manifests, and of the chunks of recordings that are too long for the model."""
     make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
     folders = make(plain_manifests=settings.val_jsonl).folders
+    if settings.mode.partition("_")[2] not in ("", "asr"):
+        return folders, LongAudio()
     front_end = family_of(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
     chunk_manifest = output_dir / "long_audio.jsonl"
     sources, num_chunks = write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest)

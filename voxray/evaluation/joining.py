@@ -8,8 +8,8 @@ from typing import Any
 
 from voxray.text.normalize import normalize_ko_v1
 
-MIN_CHARS = 4
-"""Shortest text that is taken for the same in two chunks; a single syllable comes up everywhere."""
+MIN_CHARS, MIN_WORDS = 4, 3
+"""The least that is taken for the same in two chunks; a single syllable comes up everywhere."""
 
 
 def join_texts(texts: Iterable[str], share: float) -> str:
@@ -28,11 +28,12 @@ def _joined(first: str, second: str, share: float) -> str:
         return first or second
     left, right = first.split(), second.split()
     seam = _seam([normalize_ko_v1(w) for w in left], [normalize_ko_v1(w) for w in right], share)
-    if seam and len("".join(left[seam[0] - seam[2] : seam[0]])) >= MIN_CHARS:
+    if seam and (seam[2] >= MIN_WORDS or len("".join(left[seam[0] - seam[2] : seam[0]])) >= MIN_CHARS):
         return " ".join([*left[: seam[0]], *right[seam[1] :]])
-    seam = _seam(first, second, share)
-    if seam and len(first[seam[0] - seam[2] : seam[0]].replace(" ", "")) >= MIN_CHARS:
-        return first[: seam[0]] + second[seam[1] :]
+    places = [[at for at, char in enumerate(text) if not char.isspace()] for text in (first, second)]
+    seam = _seam([first[at] for at in places[0]], [second[at] for at in places[1]], share)
+    if seam and seam[2] >= MIN_CHARS:
+        return first[: places[0][seam[0] - 1] + 1] + second[places[1][seam[1] - 1] + 1 :]
     return f"{first} {second}"
 
 
