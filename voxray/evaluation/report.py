@@ -95,7 +95,7 @@ def write_comparison(
     parts = [
         f"<h1>{' / '.join(map(escaped, heads))}</h1>",
         f'<p class="note">{len(matched.rows[0]):,} rows that all runs have, matched by {matched.key}. Intervals are '
-        "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where several are asked at once.</p>",
+        "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where there are several.</p>",
         warnings,
         "<h2>Verdict</h2>" + _list(verdicts(runs, found), "lead"),
         "<h2>Metrics</h2>" + _runs_table(runs, found),
@@ -175,7 +175,12 @@ def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
 def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
     """What metrics.json holds, but sums over rows counted anew, so that all figures of a page agree."""
     own = {(task.task, name): values[0] for task in found for name, values in task.values.items()}
-    stored = {(task, name): entry for task in (*TASKS, "overall") for name, entry in run.metrics.get(task, {}).items()}
+    stored = {
+        (task, name): entry
+        for task in (*TASKS, "overall")
+        for name, entry in run.metrics.get(task, {}).items()
+        if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
+    }
     rows, other = [], []
     for task, name in sorted({**stored, **own}, key=lambda key: [*TASKS, "overall"].index(key[0])):
         entry = stored.get((task, name), {})
@@ -185,11 +190,18 @@ def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
         elif entry.get("low") is not None:
             bounds = entry["low"], entry["high"]
         interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
-        better = "higher" if higher_is_better(f"{task}/{name}") else "lower"
-        rows.append([task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", ""), f"{better} is better"])
+        row = [task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", "")]
+        rows.append([*row, _direction(f"{task}/{name}")])
     note = f"metrics.json holds other values of {', '.join(other)}: it was made by other rules than this page."
     shown = table(["task", "metric", "value", "95 % interval", "n", ""], rows, "sortable", "metrics")
     return shown + (_list([note], "warnings") if other else "")
+
+
+def _direction(metric: str) -> str:
+    try:
+        return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
+    except ValueError:  # a metric of another version
+        return ""
 
 
 def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
