@@ -78,7 +78,10 @@ def test_pages_are_whole_in_themselves(folder):
         assert text.count("<script") == 2 and text.count("</script>") == 2, "the data and our own script"
         assert "default-src 'none'" in text
     errors = json.loads((folder / "a" / "errors.json").read_text())
-    assert errors["asr"]["character"]["num_deletions"] > 0 and set(errors) == {"asr", "tqa"}
+    asr = errors["asr"]
+    assert asr["units"]["character"]["num_deletions"] > 0 and set(errors) == {"asr", "tqa"}
+    assert [row["error"] for row in asr["worst"]] == sorted((row["error"] for row in asr["worst"]), reverse=True)
+    assert {(e["is"], e["n"]) for e in asr["slices"] if e["slice"] == "domain"} == {("내과", 6), ("외과", 6)}
 
 
 @needs_browser

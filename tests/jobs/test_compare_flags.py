@@ -88,7 +88,8 @@ def test_top_and_max_rows(runs, tmp_path):
     assert len(few) == 5 and len(whole) == 16 and few == whole[:5]
     assert "11 more are left out (--max_rows 5)" in (tmp_path / "few" / "comparison.html").read_text()
     compare(f"{runs[0]} --output_dir {tmp_path}/one --top 1")
-    assert len(json.loads((tmp_path / "one" / "errors.json").read_text())["asr"]["character"]["deletions"]) == 1
+    errors = json.loads((tmp_path / "one" / "errors.json").read_text())["asr"]
+    assert len(errors["units"]["character"]["deletions"]) == 1 and len(errors["worst"]) == 1
 
 
 def test_embed_audio_mib(small, tmp_path):

@@ -55,7 +55,7 @@ def write_report(
         max_rows: Rows that the page holds; those with most errors if there are more.
         embed_audio_mib: Put clips into the page if they are no larger together.
     Returns:
-        What errors.json holds: {task: see ``tally_json``}.
+        What errors.json holds: {task: {"units": {word or character: see ``tally_json``}, "worst", "slices"}}.
     Raises:
         RunError: There is no finished evaluation.
     """
@@ -63,7 +63,7 @@ def write_report(
     found = compare_tasks(Matched((run.rows,), "source", ()), seed=seed, num_resamples=num_resamples)
     slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
     tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
-    errors = {task: {unit: tally_json(entry, top) for unit, entry in of.items()} for task, of in tallies.items()}
+    errors = {task.task: _errors_json(task, tallies[task.task], slices, top) for task in found}
     parts = [
         f"<h1>Evaluation: {escaped(run.label)}</h1>{_about([run])}",
         _cards(run, found),
@@ -135,6 +135,25 @@ def tally_json(entry: Tally, top: int) -> dict[str, Any]:
         "substitutions": substitutions,
         "insertions": [{"prediction": unit, "times": times} for unit, times in entry.insertions.most_common(top)],
         "deletions": [{"reference": unit, "times": times} for unit, times in entry.deletions.most_common(top)],
+    }
+
+
+def _errors_json(
+    task: TaskComparison, tallies: Mapping[str, Tally], slices: Sequence[SliceComparison], top: int
+) -> dict[str, Any]:
+    """A task's part of errors.json."""
+    worst = sorted((row for row in task.rows[0] if row.error > 0), key=lambda row: -row.error)[:top]
+    by_slice = []
+    for entry in slices:
+        if entry.task == task.task:
+            low, high = entry.difference.first_interval or (None, None)
+            values = {"metric": headline(task.task), "value": entry.difference.first, "low": low, "high": high}
+            by_slice.append({"slice": entry.slice, "is": entry.value, **values, "n": entry.difference.num_rows})
+    named = ("id", "source", "reference", "prediction")
+    return {
+        "units": {unit: tally_json(entry, top) for unit, entry in tallies.items()},
+        "worst": [{**{name: row.values.get(name) for name in named}, "error": row.error} for row in worst],
+        "slices": by_slice,
     }
 
 
