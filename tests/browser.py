@@ -49,10 +49,9 @@ class Page:
 
     def click(self, selector: str) -> None:
         """Click with the mouse on the first element that a selector finds."""
-        place = self.read(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
-        )
+        found = f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
+        middle = "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2];"
+        place = self.read(f"(() => {{ {found} {middle} }})()")
         for kind in ("mousePressed", "mouseReleased"):
             event = {"type": kind, "x": place[0], "y": place[1], "button": "left", "clickCount": 1}
             self.call("Input.dispatchMouseEvent", **event)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.parse import REPOSITORY, Settings, flag_names, flag_of, help_text, parse
@@ -24,6 +25,7 @@ JOBS = [
     (FeaturizeSettings, "demo_featurize.yaml"),
     (TuneSettings, "demo_tune.yaml"),
     (QuickstartSettings, "quickstart.yaml"),
+    (CompareSettings, "demo_compare.yaml"),
 ]
 
 
@@ -355,3 +357,26 @@ except SystemExit as stop:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
     assert done.stdout == "2 []\n", done.stdout + done.stderr
+
+
+def test_words_before_the_first_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only a job that asks for them takes words, and only at the beginning, where they cannot be a flag's value."""
+
+    def words(*argv: str) -> CompareSettings:
+        return parse(CompareSettings, argv, job="compare", about="", demo="demo_compare.yaml", words="runs")
+
+    assert words("/a", "/b,c", "--seed", "3").runs == ("/a", "/b,c"), "a comma is part of a word"
+    assert words("--runs", "/a,/b").runs == ("/a", "/b")
+    (tmp_path / "c.yaml").write_text("runs: [/x]\nseed: 4\n")
+    assert (words("/a", "--config", str(tmp_path / "c.yaml")).runs, words("/a").seed) == (("/a",), 0)
+    for argv, message in (
+        (["--seed", "3", "/a"], "/a: not a flag"),
+        (["/a", "--runs", "/b"], "--runs: given twice"),
+    ):
+        with pytest.raises(SystemExit):
+            words(*argv)
+        assert message in capsys.readouterr().err
+    assert "compare.py [RUNS ...] [--config" in help_text(
+        CompareSettings, job="compare", about="", demo="", words="runs"
+    )
+    assert "stray: not a flag" in refused(["stray", *NEEDED], capsys)

@@ -103,6 +103,7 @@ def test_help_shows_every_flag_with_its_text() -> None:
             "--train_jsonl a.jsonl --output_dir o --lora_r 4,0 --metric_mode best --grace_steps 0",
             ("--lora_r", "--metric_mode", "--grace_steps"),
         ),
+        ("compare", "a b --seed -1 --num_resamples 1 --max_rows x", ("--seed", "--num_resamples", "--max_rows")),
         (
             "quickstart",
             "--train_jsonl a.jsonl --output_dir o --num_workers 0 --eval_bsz 0 --lora_dropout 1",

@@ -193,6 +193,12 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
+    "compare": {
+        **dict.fromkeys(("runs", "output_dir", "storage_path"), "compare_flags::runs_as_words_or_flag"),
+        **dict.fromkeys(("seed", "num_resamples"), "compare_flags::seed_and_num_resamples"),
+        **dict.fromkeys(("top", "max_rows"), "compare_flags::top_and_max_rows"),
+        "embed_audio_mib": "compare_flags::embed_audio_mib",
+    },
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {
         **dict.fromkeys(TRAIN, TO_TRIALS),

@@ -9,7 +9,7 @@ from voxray.config.parse import CommaStrings, Flag
 
 
 class CompareSettings(OutputFlags):
-    runs: Annotated[CommaStrings, Flag(("run",), path="input"), Field(min_length=1)]
+    runs: Annotated[CommaStrings, Flag(("run",), path="model"), Field(min_length=1)]
     """Folders of evaluations, comma separated, or as words before any flag (compare.py runs/a runs/b); the others are
     compared with the first. A single one gets its report.html."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""

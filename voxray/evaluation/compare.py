@@ -72,8 +72,8 @@ def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
     make_folder(into)
     names = ("seed", "num_resamples", "top", "max_rows", "embed_audio_mib")
     errors = write_report(folder, into=into, **{name: getattr(settings, name) for name in names})
-    for task, by_unit in errors.items():
-        for unit, entry in by_unit.items():
+    for task, of_task in errors.items():
+        for unit, entry in of_task["units"].items():
             console.print(_errors_table(f"{run.label}, {task}, by {unit}", entry))
     worst = sorted((row for row in run.rows if not row.exact), key=lambda row: -row.error)[:SHOWN_ROWS]
     for row in worst:

@@ -91,7 +91,7 @@ def compare_rows(
     sums = [_by_unit(values, units) for values in (*first, *second)]
     columns = np.concatenate([*first, *second], axis=1)
     draws = np.split(resampled_sums(columns, units, seed=seed, num_resamples=num_resamples), 4, axis=1)
-    p_values = _p_values(*sums, seed + 1, num_resamples)
+    p_values = _p_values(sums, seed + 1, num_resamples)
     found: list[Difference | None] = []
     for at, p in enumerate(p_values):
         top, divisor, other_top, other_divisor = (values[:, at].sum() for values in sums)
@@ -103,10 +103,15 @@ def compare_rows(
         usable = (draws[1][:, at] > 0) & (draws[3][:, at] > 0)
         drawn = [draws[place][usable, at] / draws[place + 1][usable, at] for place in (0, 2)]
         intervals = [_interval(values, num_units) for values in (*drawn, drawn[1] - drawn[0])]
-        values = (float(top / divisor), float(other_top / other_divisor))
+        value, other = float(top / divisor), float(other_top / other_divisor)
         found.append(
             Difference(
-                *(*values, intervals[0], intervals[1], values[1] - values[0], intervals[2]),
+                first=value,
+                second=other,
+                first_interval=intervals[0],
+                second_interval=intervals[1],
+                difference=other - value,
+                interval=intervals[2],
                 p=float(p),
                 num_rows=int(rows.sum()),
                 num_units=num_units,
@@ -150,15 +155,13 @@ def _chunks(num_draws: int, num_units: int) -> Iterator[int]:
         yield min(size, num_draws - start)
 
 
-def _p_values(
-    top_UM: np.ndarray,
-    divisor_UM: np.ndarray,
-    other_top_UM: np.ndarray,
-    other_divisor_UM: np.ndarray,
-    seed: int,
-    num_resamples: int,
-) -> np.ndarray:
-    """Two-sided p-value per metric: how often exchanging the runs within units gives as large a difference."""
+def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.ndarray:
+    """Two-sided p-value per metric: how often exchanging the runs within units gives as large a difference.
+
+    Args:
+        sums: By unit and metric: tops and divisors of the first run, then of the second.
+    """
+    top_UM, divisor_UM, other_top_UM, other_divisor_UM = sums
     moves = np.concatenate([other_top_UM - top_UM, other_divisor_UM - divisor_UM], axis=1)
     totals = np.concatenate([other_top_UM + top_UM, other_divisor_UM + divisor_UM], axis=1).sum(axis=0)
 

@@ -55,7 +55,7 @@ def write_report(
         max_rows: Rows that the page holds; those with most errors if there are more.
         embed_audio_mib: Put clips into the page if they are no larger together.
     Returns:
-        What errors.json holds: {task: see ``tally_json``}.
+        What errors.json holds: {task: {"units": {word or character: see ``tally_json``}, "worst", "slices"}}.
     Raises:
         RunError: There is no finished evaluation.
     """
@@ -63,7 +63,7 @@ def write_report(
     found = compare_tasks(Matched((run.rows,), "source", ()), seed=seed, num_resamples=num_resamples)
     slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
     tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
-    errors = {task: {unit: tally_json(entry, top) for unit, entry in of.items()} for task, of in tallies.items()}
+    errors = {task.task: _errors_json(task, tallies[task.task], slices, top) for task in found}
     parts = [
         f"<h1>Evaluation: {escaped(run.label)}</h1>{_about([run])}",
         _cards(run, found),
@@ -95,7 +95,7 @@ def write_comparison(
     parts = [
         f"<h1>{' / '.join(map(escaped, heads))}</h1>",
         f'<p class="note">{len(matched.rows[0]):,} rows that all runs have, matched by {matched.key}. Intervals are '
-        "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where several are asked at once.</p>",
+        "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where there are several.</p>",
         warnings,
         "<h2>Verdict</h2>" + _list(verdicts(runs, found), "lead"),
         "<h2>Metrics</h2>" + _runs_table(runs, found),
@@ -138,6 +138,25 @@ def tally_json(entry: Tally, top: int) -> dict[str, Any]:
     }
 
 
+def _errors_json(
+    task: TaskComparison, tallies: Mapping[str, Tally], slices: Sequence[SliceComparison], top: int
+) -> dict[str, Any]:
+    """A task's part of errors.json."""
+    worst = sorted((row for row in task.rows[0] if row.error > 0), key=lambda row: -row.error)[:top]
+    by_slice = []
+    for entry in slices:
+        if entry.task == task.task:
+            low, high = entry.difference.first_interval or (None, None)
+            values = {"metric": headline(task.task), "value": entry.difference.first, "low": low, "high": high}
+            by_slice.append({"slice": entry.slice, "is": entry.value, **values, "n": entry.difference.num_rows})
+    named = ("id", "source", "reference", "prediction")
+    return {
+        "units": {unit: tally_json(entry, top) for unit, entry in tallies.items()},
+        "worst": [{**{name: row.values.get(name) for name in named}, "error": row.error} for row in worst],
+        "slices": by_slice,
+    }
+
+
 def _page(title: str, parts: Iterable[str]) -> bytes:
     style, script = ((PAGE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return page(title, "".join(parts), style=style, script=script)
@@ -175,7 +194,12 @@ def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
 def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
     """What metrics.json holds, but sums over rows counted anew, so that all figures of a page agree."""
     own = {(task.task, name): values[0] for task in found for name, values in task.values.items()}
-    stored = {(task, name): entry for task in (*TASKS, "overall") for name, entry in run.metrics.get(task, {}).items()}
+    stored = {
+        (task, name): entry
+        for task in (*TASKS, "overall")
+        for name, entry in run.metrics.get(task, {}).items()
+        if isinstance(entry, dict) and isinstance(entry.get("value"), int | float)
+    }
     rows, other = [], []
     for task, name in sorted({**stored, **own}, key=lambda key: [*TASKS, "overall"].index(key[0])):
         entry = stored.get((task, name), {})
@@ -185,11 +209,18 @@ def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
         elif entry.get("low") is not None:
             bounds = entry["low"], entry["high"]
         interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
-        better = "higher" if higher_is_better(f"{task}/{name}") else "lower"
-        rows.append([task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", ""), f"{better} is better"])
+        row = [task, name, Cell(f"{value:.4f}", value), interval, entry.get("n", "")]
+        rows.append([*row, _direction(f"{task}/{name}")])
     note = f"metrics.json holds other values of {', '.join(other)}: it was made by other rules than this page."
     shown = table(["task", "metric", "value", "95 % interval", "n", ""], rows, "sortable", "metrics")
     return shown + (_list([note], "warnings") if other else "")
+
+
+def _direction(metric: str) -> str:
+    try:
+        return f"{'higher' if higher_is_better(metric) else 'lower'} is better"
+    except ValueError:  # a metric of another version
+        return ""
 
 
 def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
