@@ -17,6 +17,7 @@ from voxray.errors import RunError
 from voxray.evaluation import answerer, batch, greedy
 from voxray.evaluation.answerer import MAX_LONE_DEATHS, Generation, deaths
 from voxray.evaluation.batch import Models, Pool, answer, check_invariance, pool_of, read_failed
+from voxray.config.groups import ScoreFlags
 from voxray.evaluation.generate import Search, answers, by_expected_length
 from voxray.evaluation.predictions import part_path, read_predictions, scored
 from voxray.models.family import family_of
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def evaluated(folders, rows, output_dir, generation=GENERATION):
     answer(generation, folders, rows, output_dir, use_ray=False)
-    return scored(read_predictions(output_dir))
+    return scored(read_predictions(output_dir), ScoreFlags())
 
 
 @pytest.fixture(scope="module")

@@ -172,6 +172,27 @@ def test_score_only_gives_what_the_evaluation_gave(evaluate: Evaluate, small: di
     assert score(write_rows(tmp_path / "r.jsonl", rows), tmp_path / "c") == metrics
 
 
+def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they change is in tests/evaluation/test_score.py; here is that the job hands them on."""
+    lines = [
+        {"id": "a", "task": "asr", "reference": "the colour of 타이레놀", "prediction": "the color", "language": "en"},
+        {"id": "b", "task": "aac", "references": ["a dog barks"], "prediction": "a dog"},
+    ]
+    path, terms, table = write_rows(tmp_path / "x.jsonl", lines), tmp_path / "terms.txt", tmp_path / "normalizer.json"
+    terms.write_text("타이레놀\n", encoding="utf-8")
+    table.write_text('{"colour": "color"}', encoding="utf-8")
+    plain = score(path, tmp_path / "a")
+    assert "terms" not in plain and "not available" in plain["not_available"]["aac"]["meteor"]
+    found = score(path, tmp_path / "b", "--terms", str(terms), "--english_spelling", str(table))
+    assert found["terms"]["n"] == 1 and found["asr"]["term_recall"]["value"] == 0
+    assert "whisper-en-v1" in found["normalizer"] and found["asr"]["wer"]["value"] < plain["asr"]["wer"]["value"]
+    jars = score(path, tmp_path / "c", "--caption_jars", str(tmp_path))["not_available"]["aac"]["meteor"]
+    assert jars != plain["not_available"]["aac"]["meteor"]
+    with pytest.raises(SystemExit) as end:
+        score(path, tmp_path / "d", "--terms", str(tmp_path / "nowhere"))
+    assert end.value.code == 1 and "nowhere: cannot read the list of terms" in capsys.readouterr().err
+
+
 def test_score_only_loads_neither_model_nor_ray(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", LINES)
     watched = (

@@ -147,6 +147,9 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::search"),
         "check_batch_invariance": "evaluation_flags::check_batch_invariance",
         "score_only": "evaluation_flags::score_only_takes_anybodys_lines",
+        **dict.fromkeys(
+            ("terms", "english_spelling", "caption_jars"), "evaluation_flags::terms_spelling_and_jars score::terms"
+        ),
         "max_len": "other_flags::evaluate_max_len",
         "trim_audio_tokens": f"{TRIM}::evaluation_asks_as_the_adapter_was_trained",
         "strict": "other_flags::evaluate_strict",

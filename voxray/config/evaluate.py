@@ -9,6 +9,7 @@ from voxray.config.groups import (
     ModelFlags,
     OutputFlags,
     PlacementFlags,
+    ScoreFlags,
     SharedFeatureFlags,
     TrimFlags,
 )
@@ -58,7 +59,9 @@ class AdapterFlags(ModelFlags, TrimFlags):
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 
 
-class EvaluateSettings(OutputFlags, AdapterFlags, EvaluationDataFlags, SearchFlags, SharedFeatureFlags, PlacementFlags):
+class EvaluateSettings(
+    OutputFlags, AdapterFlags, EvaluationDataFlags, SearchFlags, ScoreFlags, SharedFeatureFlags, PlacementFlags
+):
     score_only: Annotated[str, Flag(path="input")] = ""
     """Score what is there, without a model: the folder of an evaluation, or a JSONL file of {id, task, reference or
     references, prediction}, and language, speaker and so on where they are known."""

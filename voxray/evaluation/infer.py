@@ -21,7 +21,8 @@ from voxray.evaluation.job import as_trained, base_and_adapter, search_of
 from voxray.evaluation.joining import join_texts
 from voxray.evaluation.long_audio import chunks_of, is_too_long, overlap_share
 from voxray.evaluation.manifest_keys import ManifestKeys
-from voxray.evaluation.predictions import scored, with_counts
+from voxray.evaluation.predictions import with_counts
+from voxray.evaluation.score import score
 from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
 from voxray.models.family import family_of
@@ -92,7 +93,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if output_path:
         write_atomically(output_path, to_jsonl(found))
     if not settings.audio_path:
-        metrics = scored(found)
+        metrics = score(found, num_resamples=0)
         table = metrics_table(f"{len(found)} rows", {task: metrics[task] for task in TASKS if task in metrics})
         talk.print(table)
     return found

@@ -22,6 +22,7 @@ from voxray.evaluation.batch import Models, answer, check_invariance, read_faile
 from voxray.evaluation.generate import Search
 from voxray.evaluation.long_audio import write_chunk_manifest
 from voxray.evaluation.predictions import read_predictions, scored
+from voxray.evaluation.report import write_report
 from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.models.family import family_of
@@ -85,7 +86,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         with progress_bar("answers") as bar:
             answer(generation, folders, rows, output_dir, models=models, on_progress=bar.update)
         failed = [(features, *entry) for entry in read_failed(output_dir)]
-        metrics = scored(read_predictions(output_dir))
+        metrics = scored(read_predictions(output_dir), settings)
         if settings.check_batch_invariance:
             num_rows = settings.check_batch_invariance
             metrics["batch_invariance"] = check_invariance(
@@ -96,12 +97,13 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     if long_audio.sources:
         metrics["long_audio"] = {"n": len(long_audio.sources), "chunks": long_audio.num_chunks}
     write_json(output_dir / "metrics.json", metrics)
+    write_report(output_dir)
     if settings.mode.startswith("submission"):
         write_submission(output_dir)
     _summarize(
         settings, metrics, len(failed), f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
     )
-    console.print(f"predictions and metrics.json in {output_dir}", markup=False)
+    console.print(f"predictions, metrics.json and report.html in {output_dir}", markup=False)
     return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 

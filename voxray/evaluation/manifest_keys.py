@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from voxray.evaluation.predictions import known_number, known_text, place_of
+from voxray.evaluation.predictions import KNOWN_COLUMNS, known_number, known_text, place_of
 from voxray.manifest import find_file
 
 CHUNK_KEYS = ("chunk_of", "chunk", "num_chunks", "whole_samples", "whole_reference", "overlap_share")
@@ -25,8 +25,8 @@ class ManifestKeys:
 
         Returns:
             ``speaker``, ``domain``, ``dataset`` (the manifest's name unless the row names one), ``audio_path``,
-            ``references``, ``snr_db``; None where the row does not say. For a chunk what its recording says, and
-            ``CHUNK_KEYS``.
+            ``references``, ``reference_phonetic``, ``snr_db``; None where the row does not say. For a chunk what its
+            recording says, and ``CHUNK_KEYS``.
         """
         manifest, line = place_of(source)
         if manifest not in self._files:
@@ -34,10 +34,8 @@ class ManifestKeys:
         found = self._files[manifest].get(line, {})
         if "chunk_of" in found:
             return self.of(found["chunk_of"]) | found
-        return {"speaker": None, "domain": None, "references": None, "snr_db": None, "audio_path": None} | {
-            "dataset": Path(manifest).stem,
-            **found,
-        }
+        missing = dict.fromkeys((*KNOWN_COLUMNS, "references", "snr_db"))
+        return {**missing, "dataset": Path(manifest).stem, **found}
 
 
 def _read(manifest: str) -> dict[int, dict[str, Any]]:
@@ -61,6 +59,7 @@ def _keys(row: dict[str, Any], manifest: str) -> dict[str, Any]:
     if "chunk_of" in row:
         return {name: row[name] for name in CHUNK_KEYS}
     found: dict[str, Any] = {name: known_text(row.get(name)) for name in ("speaker", "domain", "dataset")}
+    found["reference_phonetic"] = known_text(row.get("transcript_phonetic"))
     found["snr_db"] = known_number(row.get("snr_db"))
     references, path = row.get("references"), row.get("audio_path")
     if isinstance(references, list) and references and all(isinstance(text, str) for text in references):

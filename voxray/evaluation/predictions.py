@@ -12,15 +12,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from voxray.config.groups import ScoreFlags
 from voxray.errors import RunError
 from voxray.evaluation.joining import joined_rows
-from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, count, metrics_of
+from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, metrics_of
+from voxray.evaluation.metrics.rows import count_row
+from voxray.evaluation.score import read_terms, score
 from voxray.manifest import BadRow, chunks
 from voxray.tasks import TASKS
 from voxray.text.normalize import KO_V1
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
-KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path")
+KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
 PREDICTION_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in (*TEXT_COLUMNS, *KNOWN_COLUMNS)),
@@ -43,9 +46,10 @@ of parts of recordings that are too long for the model (see ``long_audio``), nul
 LINES_PER_CHUNK = 256
 
 
-def scored(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The content of metrics.json."""
-    return metrics_by_task(rows)
+def scored(rows: Sequence[dict[str, Any]], how: ScoreFlags) -> dict[str, Any]:
+    """The content of metrics.json, scored as the settings say."""
+    terms = read_terms(how.terms) if how.terms else ()
+    return score(rows, terms=terms, english_spelling=how.english_spelling, caption_jars=how.caption_jars)
 
 
 def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -56,7 +60,7 @@ def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[
 
 def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prediction row with the counts that its texts give."""
-    return {**row, **as_row(count(row["reference"], row["prediction"]))}
+    return {**row, **as_row(count_row(row))}
 
 
 def part_path(predictions: Path, part: int) -> Path:
@@ -164,6 +168,7 @@ def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in found else "there is no id")
     row: dict[str, Any] = {name: _text(found, name) for name in ("language", "prompt")}
     row |= {name: known_text(found.get(name)) for name in KNOWN_COLUMNS}
+    row["reference_phonetic"] = row["reference_phonetic"] or known_text(found.get("transcript_phonetic"))
     row |= {"id": str(row_id), "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
     row |= {"prediction": found["prediction"], "reference": reference, "references": references}
     num_samples = found.get("num_samples", 0)

@@ -44,7 +44,7 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
         for path, line, error in bad
     ]
     write_atomically(output_dir / "quarantine.jsonl", to_jsonl(ledger))
-    metrics = scored(rows)
+    metrics = scored(rows, settings)
     write_json(output_dir / "metrics.json", metrics)
     console.print(metrics_table(settings.score_only, {task: metrics[task] for task in TASKS if task in metrics}))
     left_out = f", {len(bad)} bad line(s) left out" if bad else ""
