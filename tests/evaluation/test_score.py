@@ -124,7 +124,7 @@ def test_intervals_are_over_speakers_where_there_are_some():
     assert score(rows, num_resamples=2000) == over_speakers, "seeded"
     assert score(rows, num_resamples=2000, seed=1)["asr"]["wer"]["low"] != over_speakers["asr"]["wer"]["low"]
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert score(shuffled, num_resamples=0)["asr"] == score(rows, num_resamples=0)["asr"]
+    assert score(shuffled, num_resamples=2000) == over_speakers, "in any order"
 
 
 def test_what_has_no_interval_says_so():

@@ -88,6 +88,7 @@ def score(
         check_row(row, f"row {at} ({row.get('id') or row.get('source') or 'no id'})")
     if not rows:
         raise RunError("no prediction to score")
+    rows.sort(key=_order)  # what is drawn is drawn by place: the same rows in another order have the same intervals
     english = english_with(english_spelling) if english_spelling else ENGLISH
     names = [task for task in TASKS if any(row["task"] == task for row in rows)]
     of_tasks = {
@@ -114,6 +115,10 @@ def score(
     if terms:
         found["terms"] = _terms([pair for data in of_tasks.values() for pair in data.terms], len(set(terms)))
     return {**found, **about}
+
+
+def _order(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ("id", "dataset", "references", "reference", "prediction"))
 
 
 def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
