@@ -225,6 +225,8 @@ def test_refusals_are_one_clear_line(pair, tmp_path):
     Path(torn, "predictions", "part-00000.parquet").write_bytes(b"PAR1 and no more")
     broken = write_evaluation(tmp_path / "broken", rows(["가"], ["가"]))
     Path(broken, "settings.json").write_text("{")
+    begun = write_evaluation(tmp_path / "begun", rows(["가"], ["가"]))
+    Path(begun, "metrics.json").write_text(json.dumps({"asr": {"exact_match": {"value": 1, "n": 9}}}))
     unlike = write_evaluation(tmp_path / "unlike", rows(["가"], ["가"], id="z", source="/z.jsonl:1"))
     for runs, error, message in (
         ((one, str(tmp_path / "none")), RunError, "no evaluation there"),
@@ -232,6 +234,11 @@ def test_refusals_are_one_clear_line(pair, tmp_path):
         ((one, cut), RunError, "cut: this evaluation has not finished"),
         ((one, torn), RunError, "torn/predictions: damaged: "),
         ((one, broken), RunError, "settings.json: damaged: "),
+        (
+            (one, begun),
+            RunError,
+            "metrics.json is of 9 asr rows, but 1 are in predictions/: the evaluation has not fin",
+        ),
         ((one, unlike), RunError, "base, unlike: nothing to compare: no row has the same task and source, or id"),
         ((one, other, one), SettingsError, "is given twice"),
         ((torn,), RunError, "damaged"),

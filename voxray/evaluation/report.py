@@ -272,7 +272,7 @@ def _runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
             row = [Cell(run.label, kind="name")]
             for name in task.values:
                 value, bounds = task.values[name][at]
-                shown = f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
+                shown = f"{value:.3f}" + (f" [{bounds[0]:.3f},\u00a0{bounds[1]:.3f}]" if bounds else "")
                 row.append(Cell(shown, value, "best" if at in best[name] else ""))
             rows.append([*row, *(Cell(f"{values[at]:.3f}", values[at]) for values in whole.values())])
         heads = ["run", *task.values, *whole]

@@ -123,6 +123,14 @@ def read_run(folder: Path, label: str = "") -> Run:
         raise RunError(f"{folder}: this evaluation answered no row")
     for at, row in enumerate(stored, start=1):
         check_row(row, f"{folder}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
+    for task in TASKS:
+        # Of a folder that was used twice the first evaluation's metrics.json stays until the second one has finished.
+        said, there = metrics.get(task, {}).get("exact_match", {}).get("n"), sum(row["task"] == task for row in stored)
+        if said not in (None, there):
+            raise RunError(
+                f"{folder}: metrics.json is of {said} {task} rows, but {there} are in predictions/: the evaluation has "
+                "not finished; start it again to go on"
+            )
     return Run(folder, label or folder.name, tuple(counted_rows(stored)), metrics, settings)
 
 
