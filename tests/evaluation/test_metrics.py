@@ -111,12 +111,28 @@ def test_counts_of_one_pair():
         char_ref=9,
         solid_edits=1,
         solid_ref=7,
+        solid_sub=1,
+        solid_del=0,
+        solid_ins=0,
+        solid_pred=7,
+        solid_common=6,
         word_edits=3,
         word_ref=3,
+        word_sub=2,
+        word_del=1,
+        word_ins=0,
+        spaced_edits=1,
+        phonetic_edits=1,
+        phonetic_ref=7,
+        best_edits=1,
+        best_ref=7,
+        two_readings=0,
         lcs_units=6,
         pred_units=7,
         ref_units=7,
+        top_lcs_units=6,
         exact=0,
+        looped=0,
     )
     assert tuple(as_row(count("a", "a"))) == COUNT_NAMES
 
@@ -148,7 +164,7 @@ def test_counts_add_up_over_shards(rows: list[tuple[str, str]], cut: int):
 @pytest.mark.parametrize("empty", ["", "   ", "\t\n", "...!?", "\u200b", "\u3000", "\u3164"])
 def test_an_empty_reference_has_no_error_rate(empty: str):
     found = values("asr", [(empty, "환각입니다"), ("네", "네"), (empty, "")])
-    assert found["cer"] == found["cer_nospace"] == found["wer"] == {"value": 0.0, "n": 1}
+    assert found["cer"] == found["cer_nospace"] == found["wer"] == found["swer"] == {"value": 0.0, "n": 1}
     assert found["exact_match"] == {"value": 2 / 3, "n": 3}
     assert set(values("asr", [(empty, "환각")])) == {"exact_match"}
 
@@ -156,7 +172,8 @@ def test_an_empty_reference_has_no_error_rate(empty: str):
 @pytest.mark.parametrize("empty", ["", "  ", "?!"])
 def test_an_empty_prediction_misses_everything(empty: str):
     found = values("asr", [("안녕 하세요", empty)])
-    assert {name: found[name]["value"] for name in found} == {"cer": 1, "cer_nospace": 1, "wer": 1, "exact_match": 0}
+    rates = {"cer": 1, "cer_nospace": 1, "wer": 1, "swer": 1}
+    assert {name: found[name]["value"] for name in found} == {**rates, "exact_match": 0}
     assert values("sqa", [("안녕", empty)])["rouge_l"]["value"] == 0
 
 
@@ -169,8 +186,9 @@ def test_no_rows_no_metrics():
 
 
 def test_the_headline_metric_comes_first():
-    assert list(values("asr", [("a", "a")])) == ["cer_nospace", "cer", "wer", "exact_match"]
+    assert list(values("asr", [("a", "a")])) == ["cer_nospace", "cer", "wer", "swer", "exact_match"]
     assert list(values("tqa", [("a", "a")])) == ["rouge_l", "exact_match"]
+    assert list(values("aac", [("a", "a")])) == ["rouge_l", "exact_match"], "CIDEr-D is no sum of counts"
 
 
 def test_composed_and_decomposed_text_is_the_same_text():

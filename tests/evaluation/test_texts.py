@@ -5,6 +5,7 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.evaluation.metrics.names import headline, higher_is_better, validation_metrics
 from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
 from voxray.evaluation.metrics.texts import text_metrics
@@ -24,6 +25,10 @@ pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=6)
 
 def values(rows: list[tuple[str, str]], task: str = "sqa") -> dict[str, float]:
     return {name: entry["value"] for name, entry in text_metrics(task, rows).items()}
+
+
+def char_f1(rows: list[tuple[str, str]]) -> float:
+    return metrics_of("sqa", [as_row(count(*pair)) for pair in rows], ("char_f1",))["char_f1"]["value"]
 
 
 def naive_distinct(predictions: list[str], size: int) -> float:
@@ -53,11 +58,13 @@ def korquad_f1(reference: str, prediction: str) -> float:
 
 @settings(deadline=None, max_examples=50)
 @given(pairs)
-def test_bleu_is_sacrebleus(rows: list[tuple[str, str]]):
+def test_bleu_and_chrf_are_sacrebleus(rows: list[tuple[str, str]]):
     normal = [(normalize_ko_v1(reference), normalize_ko_v1(prediction)) for reference, prediction in rows]
     references, predictions = map(list, zip(*normal, strict=True))
     expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="char").score
     assert values(rows)["bleu"] == pytest.approx(expected, abs=1e-9)
+    expected = sacrebleu.corpus_chrf(predictions, [references]).score
+    assert values(rows)["chrf"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_bleu_of_a_corpus_is_no_mean():
@@ -82,9 +89,9 @@ def test_distinct_counts_different_ngrams(predictions: list[str]):
 def test_distinct_takes_latin_words_whole_and_needs_the_whole_set():
     assert values([("", "take two pills, take two more")])["distinct_1"] == 4 / 6
     assert values([("", "네 네"), ("", "네 네")]) == pytest.approx(
-        {"bleu": 0, "char_f1": 0, "distinct_1": 1 / 4, "distinct_2": 1 / 2}
+        {"bleu": 0, "chrf": 0, "distinct_1": 1 / 4, "distinct_2": 1 / 2}
     )
-    assert values([("네", "")]) == {"bleu": 0, "char_f1": 0}, "no output, no n-gram"
+    assert values([("네", "")]) == {"bleu": 0, "chrf": 0}, "no output, no n-gram"
 
 
 @settings(deadline=None, max_examples=50)
@@ -92,7 +99,7 @@ def test_distinct_takes_latin_words_whole_and_needs_the_whole_set():
 def test_char_f1_is_korquads(rows: list[tuple[str, str]]):
     normal = [tuple(map(normalize_ko_v1, pair)) for pair in rows]
     expected = [1.0 if not "".join(pair).strip() else korquad_f1(*pair) for pair in normal]
-    assert values(rows)["char_f1"] == pytest.approx(sum(expected) / len(expected))
+    assert char_f1(rows) == pytest.approx(sum(expected) / len(expected))
 
 
 def test_transcription_has_no_text_metrics():
@@ -122,10 +129,13 @@ def test_perplexity_is_weighted_by_tokens_and_finite():
 
 def test_every_metric_has_a_better_side():
     lower = {key for key in validation_metrics() if not higher_is_better(key)}
-    assert {key.partition("/")[2] for key in lower} == {"cer_nospace", "cer", "wer", "loss", "perplexity"}
+    assert {key.partition("/")[2] for key in lower} == {"cer_nospace", "cer", "wer", "swer", "loss", "perplexity"}
+    faults = ("cer_best", "cer_phonetic", "silence_hallucination", "repetition", "asr/hallucination")
+    assert not any(map(higher_is_better, faults))
+    assert all(map(higher_is_better, ("term_recall", "aac/cider_d", "spider", "bleu_4", "chrf", "tqa/distinct_2")))
     assert higher_is_better("overall/macro") and higher_is_better("sqa/bleu") and higher_is_better("rouge_l")
     assert not higher_is_better("tqa/perplexity") and not higher_is_better("cer")
-    assert [headline(task) for task in TASKS] == ["cer_nospace", "rouge_l", "rouge_l"]
-    for unknown in ("asr/speed", "nobody/cer", "overall/cer", "asr/macro", "asr/rouge_l", ""):
+    assert [headline(task) for task in TASKS] == ["cer_nospace", "rouge_l", "rouge_l", "rouge_l"]
+    for unknown in ("asr/speed", "nobody/cer", "overall/cer", "asr/macro", "asr/rouge_l", "sqa/cider_d", ""):
         with pytest.raises(ValueError, match="unknown metric"):
             higher_is_better(unknown)

@@ -284,6 +284,16 @@ class StrategyFlags(Settings):
         return self
 
 
+class ScoreFlags(Settings):
+    terms: Annotated[str, Flag(path="input")] = ""
+    """Text file of terms (drugs, findings), one a line; which of them transcripts get right is reported."""
+    english_spelling: Annotated[str, Flag(path="input")] = ""
+    """Whisper's table of British and American spellings for English transcripts: a checkpoint's normalizer.json."""
+    caption_jars: Annotated[str, Flag(path="input")] = ""
+    """Folder with the two jars of Stanford CoreNLP 3.6.0: also computes METEOR, SPICE and SPIDEr of captions, with
+    Java."""
+
+
 class EvaluationDataFlags(Settings):
     val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
     """Manifests to evaluate on, comma separated."""

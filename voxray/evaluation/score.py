@@ -25,7 +25,7 @@ from voxray.evaluation.metrics.names import (
     is_transcript,
 )
 from voxray.evaluation.metrics.overall import figures, likelihood_metrics, score_of
-from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, references_of
+from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, readings_of, references_of
 from voxray.evaluation.metrics.terms import Terms
 from voxray.evaluation.metrics.texts import scored_texts
 from voxray.evaluation.slices import slices_of
@@ -88,6 +88,7 @@ def score(
         check_row(row, f"row {at} ({row.get('id') or row.get('source') or 'no id'})")
     if not rows:
         raise RunError("no prediction to score")
+    rows.sort(key=_order)  # what is drawn is drawn by place: the same rows in another order have the same intervals
     english = english_with(english_spelling) if english_spelling else ENGLISH
     names = [task for task in TASKS if any(row["task"] == task for row in rows)]
     of_tasks = {
@@ -116,6 +117,10 @@ def score(
     return {**found, **about}
 
 
+def _order(row: Row) -> tuple[str, ...]:
+    return tuple(str(row.get(name)) for name in ("id", "dataset", "references", "reference", "prediction"))
+
+
 def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
     """Of the content of a metrics.json only {task: {metric: {"value", ...}}}."""
     return {task: metrics[task] for task in TASKS if task in metrics}
@@ -129,7 +134,7 @@ def counted(task: str, rows: Sequence[Row], *, terms: Sequence[str] = (), englis
         lists = {name: Terms(terms, name) for name in {normalizer_of_row(row, english) for row in rows}}
         for row in rows:
             own = lists[normalizer_of_row(row, english)]
-            wanted = own.count(references_of(row)[0])
+            wanted = own.count(readings_of(row)[0] if len(references_of(row)) == 1 else references_of(row)[0])
             found_terms.append((wanted, wanted & own.count(row["prediction"])))
         columns["terms_ref"] = np.array([wanted.total() for wanted, _ in found_terms])
         columns["terms_found"] = np.array([both.total() for _, both in found_terms])

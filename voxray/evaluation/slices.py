@@ -50,8 +50,8 @@ def _named(value: Any) -> tuple[float, str] | None:
 
 
 def _dataset(row: Row) -> tuple[float, str] | None:
-    """The row's own name for it, else its manifest's file name."""
-    return _named(row.get("dataset") or Path(str(row.get("source") or "").rpartition(":")[0]).name)
+    """The row's own name for it, else its manifest's, without folder and suffix."""
+    return _named(row.get("dataset") or Path(str(row.get("source") or "").rpartition(":")[0]).stem)
 
 
 def _duration(row: Row) -> tuple[float, str] | None:

@@ -67,16 +67,18 @@ def normalize_whisper_basic(text: str) -> str:
 def normalize_whisper_en(text: str, rules: Callable[[str], str] | None = None) -> str:
     """Whisper's normaliser for English: as the basic one, and contractions, titles and numbers written one way.
 
-    What its number rules cannot take (over 4,300 digits in a row) goes through the basic one.
+    It takes Hangul apart, which is put together again, and may leave a mark alone ("..." -> "."), which goes. What its
+    number rules cannot take (over 4,300 digits in a row) goes through the basic one.
 
     Args:
         rules: Whisper's, with a table of spellings; without, none is spelled anew.
     """
     text = _without_invisible(text)
     try:
-        return " ".join((rules or _english())(text).split())
+        words = unicodedata.normalize("NFC", (rules or _english())(text)).split()
     except (ValueError, TypeError, IndexError):
         return normalize_whisper_basic(text)
+    return " ".join(word for word in words if any(map(str.isalnum, word)))
 
 
 KOREAN = Normalizer(KO_V1, normalize_ko_v1)

@@ -8,9 +8,9 @@ _GRAM = 4
 
 
 def has_loop(solid: str) -> bool:
-    """Whether some piece of a text stands in it at least 4 times in a row, these being 16 characters or more.
+    """Whether some piece of a text stands in it at least 4 times in a row, filling 16 characters or more.
 
-    The length leaves out what people do say ("네 네 네 네", "하하하하").
+    The length leaves out what people do say ("네 네 네 네", "하하하하"); what fills it up may be a piece cut off.
 
     Args:
         solid: A normalised text without its spaces.

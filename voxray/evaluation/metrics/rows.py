@@ -12,6 +12,7 @@ from typing import Any
 from voxray.errors import RunError
 from voxray.evaluation.metrics.counts import Counts, count
 from voxray.evaluation.metrics.names import is_caption, is_transcript
+from voxray.manifest import BadRow, language_code
 from voxray.tasks import TASKS
 from voxray.text.korean import clean_transcript
 from voxray.text.normalize import ENGLISH, KOREAN, Normalizer, normalizer_of
@@ -60,7 +61,13 @@ def readings_of(row: Row) -> tuple[str, str]:
 
 def normalizer_of_row(row: Row, english: Normalizer = ENGLISH) -> Normalizer:
     """The normaliser of a row: transcripts go by their language, answers and captions by ko-v1."""
-    return normalizer_of(row.get("language") or "", english) if is_transcript(row["task"]) else KOREAN
+    if not is_transcript(row["task"]):
+        return KOREAN
+    try:
+        language = language_code(row.get("language"))
+    except BadRow:  # no two-letter code, so neither Korean nor English
+        language = str(row["language"])
+    return normalizer_of(language, english)
 
 
 def count_row(row: Row, english: Normalizer = ENGLISH) -> Counts:

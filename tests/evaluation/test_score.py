@@ -1,0 +1,295 @@
+"""The content of metrics.json, from prediction rows of every kind."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxray.errors import RunError
+from voxray.evaluation.metrics.names import evaluation_metrics, higher_is_better
+from voxray.evaluation.score import by_task, read_terms, score
+from voxray.tasks import TASKS
+from voxray.terminal import console, metrics_table
+from voxray.text.normalize import normalize_ko_v1
+
+Rows = list[dict[str, Any]]
+WORDS = ["혈압이", "높습니다", "오늘은", "흉부", "엑스레이를", "찍어", "봅시다", "120/80", "mg", "네"]
+
+
+def transcripts(num: int, seed: int = 0) -> Rows:
+    """Drawn transcripts of which about one word in ten is wrong, by eight speakers of whom some err more."""
+    draw, rows = random.Random(seed), []
+    for at in range(num):
+        speaker = at % 8
+        words = draw.choices(WORDS, k=draw.randint(2, 9))
+        said = [draw.choice(WORDS) if draw.random() < 0.03 * speaker else word for word in words]
+        row = {"task": "asr", "language": "ko", "reference": " ".join(words), "prediction": " ".join(said)}
+        row |= {"id": f"r{at}", "speaker": f"s{speaker}", "source": f"/data/{'ab'[at % 2]}.jsonl:{at + 1}"}
+        rows.append({**row, "domain": "clinic", "num_samples": 16_000 * (1 + at % 35), "snr_db": None})
+    return rows
+
+
+MIXED: Rows = [
+    *transcripts(40),
+    {"task": "asr", "language": "en", "reference": "I've twenty colours.", "prediction": "i have 20 colors"},
+    {"task": "asr", "language": "de", "reference": "Größe: 36", "prediction": "größe 36"},
+    {"task": "tqa", "reference": "고혈압입니다", "prediction": "고혈압 입니다", "nll": 6.0, "num_tokens": 4},
+    {"task": "tqa", "reference": "네", "prediction": "아니요", "nll": 1.0, "num_tokens": 10},
+    {"task": "aac", "references": ["a dog barks", "barking"], "prediction": "a dog"},
+    {"task": "aac", "references": ["rain falls on a roof"], "prediction": "rain"},
+]
+
+
+def test_the_layout():
+    found = score(MIXED, num_resamples=200)
+    assert list(found)[:4] == ["asr", "tqa", "aac", "overall"] and list(by_task(found)) == ["asr", "tqa", "aac"]
+    assert set(found) - set(TASKS) == {
+        *("overall", "slices", "normalizer", "counts", "signatures", "intervals", "not_available"),
+    }
+    for task, metrics in by_task(found).items():
+        assert set(metrics) <= set(evaluation_metrics(task)) and next(iter(metrics)) == TASKS[task].metrics[0]
+        for name, entry in metrics.items():
+            assert list(entry) == ["value", "low", "high", "n"], name
+            assert math.isfinite(entry["value"]) and entry["n"] > 0 and higher_is_better(f"{task}/{name}") in (0, 1)
+            assert (entry["low"] is None) == (entry["high"] is None)
+            assert entry["low"] is None or entry["low"] <= entry["value"] + 1e-12, name
+            assert entry["high"] is None or entry["value"] <= entry["high"] + 1e-12, name
+    assert list(found["overall"]) == ["macro", "weighted", "balance"]
+    assert found["normalizer"] == {"ko-v1": 44, "whisper-en-v1-nospelling": 1, "whisper-basic-v1": 1}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found, "plain JSON, without NaN"
+    assert set(found["not_available"]["aac"]) == {"meteor", "spice", "spider"}
+    assert not set(found["aac"]) & {"meteor", "spice", "spider"}, "never replaced"
+    assert set(found["tqa"]) == {
+        *("rouge_l", "exact_match", "char_f1", "bleu", "chrf", "distinct_1", "distinct_2"),
+        *("repetition", "hallucination", "loss", "perplexity"),
+    }
+
+
+def test_languages_are_understood_as_in_manifests():
+    for language in ("en", "EN", "en-US", "en_GB", "English", "eng"):
+        assert list(score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"]) == [
+            "whisper-en-v1-nospelling"
+        ]
+    for language, name in ((None, "ko-v1"), ("", "ko-v1"), ("Korean", "ko-v1"), ("cmn", "whisper-basic-v1")):
+        assert score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"] == {name: 1}
+    question = {"task": "tqa", "language": "en", "reference": "twenty", "prediction": "20"}
+    assert score([question], num_resamples=0)["normalizer"] == {"ko-v1": 1}, "answers are no transcripts"
+
+
+def test_rates_are_jiwers_and_counts_add_up_to_them():
+    rows = transcripts(60)
+    found = score(rows, num_resamples=0)
+    texts = [normalize_ko_v1(row["reference"]) for row in rows], [normalize_ko_v1(row["prediction"]) for row in rows]
+    solid = [[text.replace(" ", "") for text in side] for side in texts]
+    assert found["asr"]["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid))
+    assert found["asr"]["wer"]["value"] == pytest.approx(jiwer.wer(*texts))
+    words, of_words = jiwer.process_words(*texts), found["counts"]["asr"]["words"]
+    assert [of_words[name] for name in ("substitutions", "deletions", "insertions")] == [
+        words.substitutions,
+        words.deletions,
+        words.insertions,
+    ]
+    for unit, metric in (("words", "wer"), ("characters", "cer_nospace")):
+        sums = found["counts"]["asr"][unit]
+        errors = sums["substitutions"] + sums["deletions"] + sums["insertions"]
+        assert errors / sums["reference"] == pytest.approx(found["asr"][metric]["value"])
+    assert found["asr"]["wer"] | {"value": 0} == {"value": 0, "low": None, "high": None, "n": 60}
+
+
+def test_intervals_are_over_speakers_where_there_are_some():
+    rows = transcripts(400)
+    over_speakers = score(rows, num_resamples=2000)
+    alone = score([{**row, "speaker": None} for row in rows], num_resamples=2000)
+    assert over_speakers["intervals"]["asr"] == {
+        "level": 0.95,
+        "resampled": "speaker",
+        "groups": 8,
+        "num_resamples": 2000,
+    }
+    assert alone["intervals"]["asr"]["resampled"] == "utterance" and alone["intervals"]["asr"]["groups"] == 400
+    wide, narrow = (found["asr"]["cer_nospace"] for found in (over_speakers, alone))
+    assert wide["value"] == narrow["value"]
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"]) > 0
+    assert score(rows, num_resamples=2000) == over_speakers, "seeded"
+    assert score(rows, num_resamples=2000, seed=1)["asr"]["wer"]["low"] != over_speakers["asr"]["wer"]["low"]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    assert score(shuffled, num_resamples=2000) == over_speakers, "in any order"
+
+
+def test_what_has_no_interval_says_so():
+    found = score(MIXED, num_resamples=100)
+    assert set(found["intervals"]["tqa"]["without"]) == {"bleu", "chrf", "distinct_1", "distinct_2"}
+    assert found["tqa"]["bleu"]["low"] is found["aac"]["bleu_4"]["high"] is None
+    assert found["aac"]["cider_d"]["low"] is not None, "a mean over clips"
+    single = score(MIXED[41:42], num_resamples=100)
+    assert single["asr"]["cer_nospace"] == {"value": 0.0, "low": None, "high": None, "n": 1}
+    assert single["overall"]["macro"] == {"value": 1.0, "low": None, "high": None, "n": 1}
+
+
+def test_overall():
+    found = score(MIXED, num_resamples=500)
+    asr, tqa, aac = (found[task] for task in ("asr", "tqa", "aac"))
+    scores = [1 - asr["cer_nospace"]["value"], tqa["rouge_l"]["value"], aac["rouge_l"]["value"]]
+    assert found["overall"]["macro"]["value"] == pytest.approx(np.mean(scores))
+    assert found["overall"]["weighted"]["value"] == pytest.approx(np.average(scores, weights=[42, 2, 2]))
+    assert found["overall"]["balance"]["value"] == pytest.approx(min(scores) / max(scores))
+    macro = found["overall"]["macro"]
+    assert macro["low"] < macro["value"] < macro["high"] and macro["n"] == 46
+    looping = [{"task": "asr", "reference": "네", "prediction": "네" * 90}] * 2
+    assert score(looping, num_resamples=50)["overall"]["macro"]["value"] == 0, "1 - min(CER, 1)"
+
+
+def test_perplexity_is_weighted_by_tokens():
+    found = score(MIXED, num_resamples=100)["tqa"]
+    assert found["loss"]["value"] == pytest.approx(0.5) and found["perplexity"]["value"] == pytest.approx(math.exp(0.5))
+    assert found["perplexity"]["n"] == 2 and found["perplexity"]["low"] == pytest.approx(math.exp(found["loss"]["low"]))
+    assert "perplexity" not in score(MIXED[:40], num_resamples=0)["asr"]
+    endless = score([{**MIXED[42], "nll": 1e9}], num_resamples=0)["tqa"]
+    assert endless["loss"]["value"] == 2.5e8 and "perplexity" not in endless
+    assert "loss" not in score([{**MIXED[42], "nll": math.nan}], num_resamples=0)["tqa"]
+
+
+def test_slices():
+    rows = transcripts(80)
+    for at, row in enumerate(rows):
+        row |= {"snr_db": None if at < 10 else at - 20.0, "language": "ko" if at % 4 else "", "domain": ""}
+    rows[3]["dataset"] = "extra"
+    found = score(rows, num_resamples=100)["slices"]["asr"]
+    assert set(found) == {"dataset", "language", "speaker", "duration", "snr"}, "nobody knows a domain"
+    assert {label: part["n"] for label, part in found["dataset"].items()} == {"a": 40, "b": 39, "extra": 1}
+    assert {label: part["n"] for label, part in found["language"].items()} == {"ko": 60, "unknown": 20}
+    assert list(found["language"]) == ["ko", "unknown"]
+    assert list(found["duration"]) == ["0-2 s", "2-5 s", "5-10 s", "10-20 s", "20-30 s", "30 s and over"]
+    assert list(found["snr"]) == [
+        *("under 0 dB", "0-5 dB", "5-10 dB", "10-15 dB", "15-20 dB", "20 dB and over", "unknown"),
+    ]
+    assert [part["n"] for part in found["duration"].values()] == [3, 9, 15, 21, 20, 12]
+    assert [part["n"] for part in found["snr"].values()] == [10, 5, 5, 5, 5, 40, 10]
+    for dimension in ("dataset", "language", "duration", "snr"):
+        assert sum(part["n"] for part in found[dimension].values()) == 80
+    whole, part = score(rows, num_resamples=0)["asr"], found["dataset"]["a"]
+    alone = score([row for row in rows if row["source"].startswith("/data/a")], num_resamples=0)["asr"]
+    assert {name: part[name]["value"] for name in TASKS["asr"].metrics} == {
+        name: alone[name]["value"] for name in TASKS["asr"].metrics
+    }
+    assert part["wer"]["low"] <= part["wer"]["value"] <= part["wer"]["high"] and set(part) - {"n"} < set(whole)
+    assert found["speaker"]["num_speakers"] == 8
+    best, worst = found["speaker"]["best"], found["speaker"]["worst"]
+    assert len(best) == len(worst) == 5 and best[0]["cer_nospace"] == 0 < worst[0]["cer_nospace"]
+    assert best[0]["speaker"] == "s0" and all(entry["n"] == 10 for entry in best)
+
+
+def test_an_empty_reference_is_no_part_of_a_slice():
+    rows = [{"task": "asr", "reference": "", "prediction": "환각", "source": "/a.jsonl:1"}, *transcripts(3)]
+    found = score(rows, num_resamples=20)
+    assert found["slices"]["asr"]["dataset"]["a"]["n"] == 3
+    assert found["asr"]["cer_nospace"]["n"] == 3 and found["asr"]["exact_match"]["n"] == 4
+    silence = found["asr"]["silence_hallucination"]
+    assert (silence["value"], silence["n"]) == (1, 1)
+    empty = {"n": 1, "inserted_characters": 2, "inserted_words": 1}
+    assert found["counts"]["asr"]["empty_references"] == empty
+    only = score(rows[:1], num_resamples=20)
+    assert set(only["asr"]) == {"exact_match", "silence_hallucination", "repetition", "hallucination"}
+    assert only["overall"] == {}, "there is no headline"
+
+
+def test_terms(tmp_path: Path):
+    path = tmp_path / "terms.txt"
+    path.write_text("\ufeff# drugs\n타이레놀\n\n  흉부 엑스레이 \n타이레놀\n", encoding="utf-8")
+    terms = read_terms(path)
+    assert terms == ("타이레놀", "흉부 엑스레이")
+    pairs = [
+        ("타이레놀 드세요", "타이네롤 드세요"),
+        ("흉부 엑스레이, 타이레놀", "흉부엑스레이 타이레놀"),
+        ("네", "타이레놀"),
+    ]
+    rows = [{"task": "asr", "reference": reference, "prediction": text} for reference, text in pairs]
+    found = score(rows, terms=terms, num_resamples=50)
+    recall = found["asr"]["term_recall"]
+    assert recall["value"] == 2 / 3 and recall["n"] == 3 and recall["low"] is not None
+    missed = [{"term": "타이레놀", "n": 2, "found": 1}]
+    assert found["terms"] == {"num_terms": 2, "n": 3, "found": 2, "missed": missed}
+    several = [{"task": "asr", "references": ["타이레놀", "네"], "prediction": "네"}]
+    assert score(several, terms=terms, num_resamples=0)["asr"]["term_recall"]["value"] == 0, "of the first reference"
+    raw = [{"task": "asr", "reference": "(타이레놀)/(타이레노르) 드세요", "prediction": "타이레노르"}]
+    assert score(raw, terms=terms, num_resamples=0)["terms"]["n"] == 1
+    assert "term_recall" not in score(rows[2:], terms=terms, num_resamples=0)["asr"], "none in the references"
+    path.write_text("# none\n", encoding="utf-8")
+    for wrong in (path, tmp_path / "nowhere"):
+        with pytest.raises(RunError, match=r"terms.txt: no term|nowhere: cannot read"):
+            read_terms(wrong)
+
+
+def test_english_spelling(tmp_path: Path):
+    table = tmp_path / "normalizer.json"
+    table.write_text('{"colours": "colors"}', encoding="utf-8")
+    assert score(MIXED[40:41], num_resamples=0)["asr"]["wer"]["value"] == 0.25
+    spelled = score(MIXED[40:41], num_resamples=0, english_spelling=str(table))
+    assert spelled["asr"]["wer"]["value"] == 0 and spelled["normalizer"] == {"whisper-en-v1": 1}
+
+
+ANY = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("가나다 abc12.\u200b👍")), max_size=30
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from(list(TASKS)), ANY, ANY, st.sampled_from(["", "ko", "en", "fr"])), max_size=6))
+def test_any_texts_give_finite_numbers(rows: list[tuple[str, str, str, str]]):
+    rows = [("asr", "네", "네", "ko"), *rows]
+    found = score(
+        [dict(zip(("task", "reference", "prediction", "language"), row, strict=True)) for row in rows], num_resamples=20
+    )
+    assert json.dumps(found, allow_nan=False)
+    for row in rows:
+        for task, text, _, language in (row, (row[0], unicodedata.normalize("NFD", row[1]), row[2], row[3])):
+            same = {"task": task, "reference": text, "prediction": row[1], "language": language}
+            entry = score([same], num_resamples=0)[task]
+            assert entry["exact_match"]["value"] == 1 and entry.get("cer_nospace", {"value": 0})["value"] == 0
+
+
+def test_long_texts_are_quick():
+    text = "가나다라마 바사아자 " * 1000
+    rows = [{"task": task, "reference": text, "prediction": text[:-5]} for task in TASKS]
+    rows.append({"task": "asr", "reference": "네", "prediction": "네 " * 5000})
+    rows.append({"task": "asr", "reference": "(70%)/(칠십) " + text, "prediction": "칠십 " + text})
+    began = time.perf_counter()
+    found = score(rows, num_resamples=50)
+    assert found["asr"]["cer_best"]["value"] < found["asr"]["cer_nospace"]["value"]
+    assert found["asr"]["repetition"]["value"] == 1 / 3 and time.perf_counter() - began < 30
+
+
+def test_rows_that_cannot_be_scored():
+    with pytest.raises(RunError, match=r"row 2 \(b\): task is None"):
+        score([MIXED[0], {"id": "b", "reference": "a", "prediction": "a"}])
+    with pytest.raises(RunError, match=r"row 1 \(/x.jsonl:7\): prediction is missing"):
+        score([{"task": "asr", "source": "/x.jsonl:7", "reference": "a"}])
+    with pytest.raises(RunError, match="no prediction to score"):
+        score([])
+
+
+def test_the_table_shows_intervals_and_the_figures_over_tasks():
+    with console.capture() as shown:
+        console.print(metrics_table("title", score(MIXED, num_resamples=50)))
+    text = shown.get()
+    assert "95 %" in text and "overall" in text and "cer_nospace" in text and "normalizer" not in text
+    with console.capture() as shown:
+        console.print(metrics_table("title", {"asr": {"cer": {"value": 0.25, "n": 3}}}))
+    assert "0.2500" in shown.get() and "95 %" not in shown.get()
+
+
+def test_scoring_needs_no_torch():
+    """Predictions of any system can be scored on a machine with nothing to run models on."""
+    code = "import sys, voxray.evaluation.score as s; s.score([dict(task='asr', reference='a', prediction='a')])"
+    subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)

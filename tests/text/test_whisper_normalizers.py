@@ -1,0 +1,96 @@
+"""The normalisers of transcripts in other languages: transformers' own, fit for any text, and named."""
+
+import json
+import math
+import pickle
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
+
+from voxray.errors import RunError
+from voxray.evaluation.metrics.counts import count
+from voxray.text.normalize import BASIC, ENGLISH, KOREAN, english_with, normalizer_of
+
+SENTENCES = [
+    "Mr. Smith can't pay $20 million [laughs] (um) by the 5th of June!",
+    "twenty one point five percent, and a half",
+    "Größe: 36,5 °C – naïve café",
+    "120/80 colour",
+    "",
+]
+ANY = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("aeinot one hundred 0159.%$'£ ")))
+
+
+@pytest.mark.parametrize("text", SENTENCES)
+def test_they_are_those_of_transformers(text: str):
+    assert BASIC.normalize(text) == " ".join(BasicTextNormalizer()(text).split())
+    assert ENGLISH.normalize(text) == " ".join(EnglishTextNormalizer({})(text).split())
+
+
+def test_the_language_chooses():
+    assert [normalizer_of(language).name for language in ("", "ko", "en", "de", "zh")] == [
+        "ko-v1",
+        "ko-v1",
+        "whisper-en-v1-nospelling",
+        "whisper-basic-v1",
+        "whisper-basic-v1",
+    ]
+    assert KOREAN.normalize("twenty") == "twenty" and ENGLISH.normalize("twenty") == "20"
+
+
+def test_spellings_come_from_a_checkpoints_file(tmp_path: Path):
+    table = tmp_path / "normalizer.json"
+    table.write_text(json.dumps({"colour": "color"}), encoding="utf-8")
+    english = english_with(table)
+    assert english.name == "whisper-en-v1" and english.normalize("Colours, the colour") == "colours the color"
+    assert ENGLISH.normalize("the colour") == "the colour"
+    assert normalizer_of("en", english) is english and normalizer_of("fr", english) is BASIC
+    for content in ("[]", '{"a": 1}', "{"):
+        table.write_text(content, encoding="utf-8")
+        with pytest.raises(RunError, match=r"normalizer.json: (no|cannot read the) table of spellings"):
+            english_with(table)
+    with pytest.raises(RunError, match="cannot read the table"):
+        english_with(tmp_path / "nowhere.json")
+
+
+@settings(deadline=None, max_examples=200)
+@given(ANY)
+@example("9" * 5000)
+@example("$1 and a half oh o'clock 1.2.3 ½ ² ٣ Ⅳ")
+@example("👨‍👩‍👧 ❤️\u200b")
+def test_any_text_is_taken(text: str):
+    for normalizer in (BASIC, ENGLISH):
+        once = normalizer.normalize(text)
+        assert once == " ".join(once.split())
+        assert not any(unicodedata.category(char) == "Cf" for char in once)
+        composed, taken_apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert count(composed, taken_apart, normalizer).solid_ref == count(composed, composed, normalizer).solid_ref
+
+
+@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda found: found.name)
+@pytest.mark.parametrize("text", ["", "   \t\n\u3000", "👍🏽", "👨‍👩‍👧", "\u200b\ufeff", "...", "-"])
+def test_nothing_is_nothing(text: str, normalizer):
+    found = count(text, text, normalizer)
+    assert normalizer.normalize(text) == "" and found.exact == 1 and found.char_ref == found.solid_ref == 0
+
+
+@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda found: found.name)
+def test_long_texts_and_other_forms(normalizer):
+    text = "the quick 갈색 여우 jumps " * 500
+    found = count(text, unicodedata.normalize("NFD", text), normalizer)
+    assert found.exact == 1 and found.char_edits == 0 and math.isclose(found.char_ref, 11_000, rel_tol=0.2)
+    other = count("a" * 10_000, "b" * 10_000, normalizer)
+    assert other.solid_edits == other.solid_sub == 10_000 and other.word_edits == other.spaced_edits == 1
+
+
+def test_a_normalizer_travels(tmp_path: Path):
+    """It goes to the actors of an evaluation."""
+    table = tmp_path / "normalizer.json"
+    table.write_text('{"colour": "color"}', encoding="utf-8")
+    for normalizer in (KOREAN, BASIC, ENGLISH, english_with(table)):
+        there = pickle.loads(pickle.dumps(normalizer))
+        assert there.normalize("My COLOUR, twenty") == normalizer.normalize("My COLOUR, twenty")
