@@ -212,6 +212,25 @@ def test_empty_references_and_odd_texts_are_compared(tmp_path):
     assert [row.error for row in runs[0].rows] == [1.0, 0.0, 0.0, 0.0, pytest.approx(10 / 3000)]
 
 
+def test_rows_are_counted_as_the_first_run_was(tmp_path):
+    """Its list of terms and its table of English spellings hold for all, so that the figures are metrics.json's."""
+    (tmp_path / "terms.txt").write_text("혈압\n약\n")
+    (tmp_path / "normalizer.json").write_text(json.dumps({"colour": "color"}))
+    rules = {"terms": str(tmp_path / "terms.txt"), "english_spelling": str(tmp_path / "normalizer.json")}
+    references = ["혈압 약", "약", "the colour red"]
+    answers = [["혈압", "약", "the color red"], ["혈압 약", "약", "the color red"]]
+    languages = [{"language": "ko"}, {"language": "ko"}, {"language": "en"}]
+    runs = []
+    for name, own in zip("ab", answers, strict=True):
+        found = [{**row, **more} for row, more in zip(rows(references, own), languages, strict=True)]
+        runs.append(write_evaluation(tmp_path / name, found, **(rules if name == "a" else {})))
+    metrics = compare(tmp_path, *runs)["tasks"]["asr"]["metrics"]
+    assert [entry["value"] for entry in metrics["term_recall"]["runs"]] == [pytest.approx(2 / 3), 1.0]
+    assert metrics["exact_match"]["runs"][1]["value"] == 1.0
+    Path(rules["english_spelling"]).unlink()
+    assert compare(tmp_path, *runs)["tasks"]["asr"]["metrics"]["exact_match"]["runs"][1]["value"] < 1
+
+
 def test_labels_tell_folders_apart():
     assert labels_of(["runs/a", "runs/b"]) == ["a", "b"]
     assert labels_of(["x/eval", "y/eval", "y/other"]) == ["x/eval", "y/eval", "y/other"]

@@ -10,7 +10,7 @@ import numpy as np
 from voxray.evaluation.errors import changed_rows, length_slices
 from voxray.evaluation.metrics.names import headline, higher_is_better
 from voxray.evaluation.paired import ALPHA, Difference, compare_rows, holm, interval_of, units_of
-from voxray.evaluation.runs import Matched, Row, Run, parts_of
+from voxray.evaluation.runs import Matched, Row, Rules, Run, parts_of
 from voxray.evaluation.slices import slices_of
 from voxray.evaluation.stats import Groups
 from voxray.tasks import TASKS
@@ -26,6 +26,7 @@ class TaskComparison:
     Attributes:
         task: Its name.
         rows: Per run, its rows.
+        rules: What they are counted by.
         units: What was drawn.
         values: {metric: per run (value, its interval)}.
         pairs: {(run, run): {metric: difference}}, every pair of runs, the earlier first.
@@ -35,6 +36,7 @@ class TaskComparison:
 
     task: str
     rows: tuple[tuple[Row, ...], ...]
+    rules: Rules
     units: Groups
     values: Mapping[str, list[tuple[float, tuple[float, float] | None]]]
     pairs: Mapping[tuple[int, int], Mapping[str, Difference]]
@@ -75,12 +77,14 @@ def compare_tasks(matched: Matched, *, seed: int, num_resamples: int) -> list[Ta
     for task in TASKS:
         rows = tuple(tuple(row for row in run if row.task == task) for run in matched.rows)
         if rows[0]:
-            found.append(_compare_task(task, rows, seed, num_resamples))
+            found.append(_compare_task(task, rows, matched.rules, seed, num_resamples))
     return found
 
 
-def _compare_task(task: str, rows: tuple[tuple[Row, ...], ...], seed: int, num_resamples: int) -> TaskComparison:
-    metrics, parts = parts_of(task, rows)
+def _compare_task(
+    task: str, rows: tuple[tuple[Row, ...], ...], rules: Rules, seed: int, num_resamples: int
+) -> TaskComparison:
+    metrics, parts = parts_of(task, rows, rules)
     units = units_of([row.values for row in rows[0]])
     options = {"seed": seed, "num_resamples": num_resamples}
     pairs: dict[tuple[int, int], dict[str, Difference]] = {}
@@ -105,14 +109,14 @@ def _compare_task(task: str, rows: tuple[tuple[Row, ...], ...], seed: int, num_r
             adjusted[pair][name] = p
     marks = [[{"error": row.error, "exact": row.exact} for row in run] for run in rows]
     changes = [changed_rows(marks[0], other) for other in marks[1:]]
-    return TaskComparison(task, rows, units, values, pairs, adjusted, changes)
+    return TaskComparison(task, rows, rules, units, values, pairs, adjusted, changes)
 
 
 def compare_slices(found: Sequence[TaskComparison], *, seed: int, num_resamples: int) -> list[SliceComparison]:
     """Each run against the first on every slice of every task; with a single run, its own values by slice."""
     entries: list[tuple[str, str, str, int, Difference]] = []
     for task in found:
-        names, parts = parts_of(task.task, task.rows)
+        names, parts = parts_of(task.task, task.rows, task.rules)
         if headline(task.task) not in names:
             continue
         column = slice(names.index(headline(task.task)), names.index(headline(task.task)) + 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.evaluation.stats import NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums
+from voxray.evaluation.stats import NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
 
 ALPHA = 0.05
 """A difference is called one if its p-value is below this and its interval leaves out 0."""
@@ -179,6 +179,7 @@ def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.n
     if num_units <= MAX_EXACT_UNITS:
         signs = 1.0 - 2.0 * ((np.arange(1 << num_units)[:, None] >> np.arange(num_units)) & 1)
         return (size(signs @ moves) >= limit).mean(axis=0)
+    num_resamples = resamples_for(num_units, num_resamples)
     rng, reached = np.random.default_rng(seed), np.zeros(len(limit))
     for num_draws in _chunks(num_resamples, num_units):
         signs = rng.integers(0, 2, (num_draws, num_units), dtype=np.int8).astype(np.float64) * 2 - 1

@@ -60,7 +60,7 @@ def write_report(
         RunError: There is no finished evaluation.
     """
     run = read_run(output_dir)
-    found = compare_tasks(Matched((run.rows,), "source", ()), seed=seed, num_resamples=num_resamples)
+    found = compare_tasks(Matched((run.rows,), "source", (), run.rules), seed=seed, num_resamples=num_resamples)
     slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
     tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
     errors = {task.task: _errors_json(task, tallies[task.task], slices, top) for task in found}

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from voxray.evaluation.metrics.counts import as_columns, as_row
 from voxray.evaluation.metrics.names import evaluation_metrics, is_transcript
 from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row, readings_of, references_of
 from voxray.evaluation.paired import Parts
-from voxray.evaluation.score import counted
+from voxray.evaluation.score import counted, read_terms
 from voxray.evaluation.slices import slices_of
 from voxray.tasks import TASKS
+from voxray.text.normalize import ENGLISH, Normalizer, english_with
 
 NO_MATTER = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
@@ -26,6 +28,14 @@ NO_MATTER = {
     *("cuda_visible_devices", "strict", "seed", "gpus_per_model", "check_batch_invariance", "mode"),
 }
 """Settings that are what is being compared, or that do not change what is answered."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counting needs beside the texts, as ``--english_spelling`` and ``--terms`` of the evaluation gave it."""
+
+    english: Normalizer = ENGLISH
+    terms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,7 @@ class Run:
         rows: All its answers.
         metrics: Its metrics.json.
         settings: Its settings.json; empty if there is none.
+        rules: What its rows were counted by.
     """
 
     folder: Path
@@ -71,6 +82,7 @@ class Run:
     rows: tuple[Row, ...]
     metrics: Mapping[str, Any]
     settings: Mapping[str, Any]
+    rules: Rules = Rules()
 
     @property
     def normalizer(self) -> str:
@@ -87,25 +99,33 @@ class Matched:
         rows: Per run, the same rows in the same order.
         key: What they were matched by, ``source`` or ``id``.
         warnings: What makes the comparison less than fair, in words.
+        rules: What all were counted by.
     """
 
     rows: tuple[tuple[Row, ...], ...]
     key: str
     warnings: tuple[str, ...]
+    rules: Rules = Rules()
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
-    """Read evaluations.
+    """Read evaluations and count their answers, all by the rules of the first.
 
     Raises:
         RunError: A folder holds none, an unfinished or a damaged one.
     """
-    return [read_run(Path(folder), label) for folder, label in zip(folders, labels_of(folders), strict=True)]
+    labels = labels_of(folders)
+    first = read_run(Path(folders[0]), labels[0])
+    others = zip(folders[1:], labels[1:], strict=True)
+    return [first, *(read_run(Path(folder), label, first.rules) for folder, label in others)]
 
 
-def read_run(folder: Path, label: str = "") -> Run:
+def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
     """Read one evaluation and count its answers.
 
+    Args:
+        label: What it is called; its folder's name if empty.
+        rules: Count by these rules, not by its own.
     Raises:
         RunError: There is none, or it is unfinished or damaged.
     """
@@ -131,7 +151,20 @@ def read_run(folder: Path, label: str = "") -> Run:
                 f"{folder}: metrics.json is of {said} {task} rows, but {there} are in predictions/: the evaluation has "
                 "not finished; start it again to go on"
             )
-    return Run(folder, label or folder.name, tuple(counted_rows(stored)), metrics, settings)
+    rules = rules or rules_of(settings)
+    return Run(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
+
+
+def rules_of(settings: Mapping[str, Any]) -> Rules:
+    """The rules of an evaluation; without a file that is no longer there, which the report then shows."""
+    rules = Rules()
+    with suppress(RunError):
+        if settings.get("english_spelling"):
+            rules = replace(rules, english=english_with(settings["english_spelling"]))
+    with suppress(RunError):
+        if settings.get("terms"):
+            rules = replace(rules, terms=read_terms(settings["terms"]))
+    return rules
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -156,19 +189,19 @@ def labels_of(folders: Sequence[str]) -> list[str]:
     return [str(Path(folder)) for folder in folders]
 
 
-def counted_rows(stored: Sequence[Mapping[str, Any]]) -> list[Row]:
+def counted_rows(stored: Sequence[Mapping[str, Any]], rules: Rules) -> list[Row]:
     """Count prediction rows from their raw texts, whatever version of the counts is stored beside them."""
     rows: list[Row] = []
     for task in TASKS:
         of_task = [values for values in stored if values["task"] == task]
         if not of_task:
             continue
-        texts = [_normal_texts(values) for values in of_task]
+        texts = [_normal_texts(values, rules.english) for values in of_task]
         slices: list[dict[str, str]] = [{} for _ in of_task]
         for name, parts in {**slices_of(of_task), **length_slices([reference for reference, _ in texts])}.items():
             for label, at in ((label, at) for label, places in parts.items() for at in places):
                 slices[at][name] = label
-        counts = [as_row(count_row(values)) for values in of_task]
+        counts = [as_row(count_row(values, rules.english)) for values in of_task]
         errors = row_errors(task, as_columns(counts))
         for values, (reference, prediction), numbers, error, own in zip(
             of_task, texts, counts, errors, slices, strict=True
@@ -177,9 +210,9 @@ def counted_rows(stored: Sequence[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def _normal_texts(values: Mapping[str, Any]) -> tuple[str, str]:
+def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, str]:
     """Normalised reference and prediction as they are shown; of several references the closest."""
-    normalize = normalizer_of_row(values).normalize
+    normalize = normalizer_of_row(values, english).normalize
     references = references_of(values)
     if len(references) == 1 and is_transcript(values["task"]):
         references = readings_of(values)[:1]
@@ -206,7 +239,12 @@ def match(runs: Sequence[Run]) -> Matched:
     prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in same)
     if prompts:
         warnings.append(f"{prompts} of {len(same)} matched rows were asked with other prompts")
-    return Matched(tuple(tuple(table[entry] for entry in same) for table in tables), key, (*warnings, *_unlike(runs)))
+    return Matched(
+        tuple(tuple(table[entry] for entry in same) for table in tables),
+        key,
+        (*warnings, *_unlike(runs)),
+        runs[0].rules,
+    )
 
 
 def _keyed(runs: Sequence[Run], key: str) -> list[dict[tuple[str, str], Row]]:
@@ -263,13 +301,15 @@ def _shown(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def parts_of(task: str, runs: Sequence[Sequence[Row]]) -> tuple[list[str], list[Parts]]:
+def parts_of(task: str, runs: Sequence[Sequence[Row]], rules: Rules) -> tuple[list[str], list[Parts]]:
     """What the rows of a task add to metrics, run by run.
 
     Returns:
         The metrics that are ratios of sums and have a value in every run, the headline first; and their ``Parts``.
     """
-    ratios = [counted(task, [row.values for row in rows]).ratios for rows in runs]
+    ratios = [
+        counted(task, [row.values for row in rows], terms=rules.terms, english=rules.english).ratios for rows in runs
+    ]
     names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
     parts = [
         tuple(np.stack([getattr(of_run[name], side) for name in names], axis=1) for side in ("top", "bottom"))
