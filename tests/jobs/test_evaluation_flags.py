@@ -176,13 +176,22 @@ def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[s
     """What they change is in tests/evaluation/test_score.py; here is that the job hands them on."""
     lines = [
         {"id": "a", "task": "asr", "reference": "the colour of 타이레놀", "prediction": "the color", "language": "en"},
-        {"id": "b", "task": "aac", "references": ["a dog barks"], "prediction": "a dog"},
+        {"id": "b", "task": "aac", "references": ["a dog barks"], "prediction": "a dog", "nll": 2.0, "num_tokens": 4},
+        {
+            "id": "c",
+            "task": "asr",
+            "reference": "5mg",
+            "transcript_phonetic": "오 밀리그램",
+            "prediction": "오밀리그램",
+        },
     ]
     path, terms, table = write_rows(tmp_path / "x.jsonl", lines), tmp_path / "terms.txt", tmp_path / "normalizer.json"
     terms.write_text("타이레놀\n", encoding="utf-8")
     table.write_text('{"colour": "color"}', encoding="utf-8")
     plain = score(path, tmp_path / "a")
     assert "terms" not in plain and "not available" in plain["not_available"]["aac"]["meteor"]
+    assert plain["asr"]["cer_best"]["value"] < plain["asr"]["cer_nospace"]["value"]
+    assert plain["aac"]["loss"]["value"] == 0.5
     found = score(path, tmp_path / "b", "--terms", str(terms), "--english_spelling", str(table))
     assert found["terms"]["n"] == 1 and found["asr"]["term_recall"]["value"] == 0
     assert "whisper-en-v1" in found["normalizer"] and found["asr"]["wer"]["value"] < plain["asr"]["wer"]["value"]

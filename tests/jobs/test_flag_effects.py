@@ -225,8 +225,8 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of tests/jobs/test_<name>.py, or of tests/training/test_<name>.py."""
-    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training"))
+    """Names of the test functions of tests/jobs/test_<name>.py, or of those of tests/training or evaluation."""
+    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training", "evaluation"))
     tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 

@@ -18,15 +18,13 @@ from voxray.data.features import Features
 from voxray.errors import RunError
 from voxray.evaluation.answerer import Answerer, Generation
 from voxray.evaluation.generate import by_expected_length
-from voxray.evaluation.predictions import part_path, read_predictions
+from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
 from voxray.launch import gpus_within_reach
 from voxray.models.lora import WEIGHTS
 from voxray.storage import Place, write_json
-from voxray.text.normalize import KO_V1
 
 BATCHES_PER_PART = 8
 """A part's last rows wait for each other, so it should be long; what a killed run repeats is its parts in flight."""
-FORMAT = 2  # of prediction shards; parts of another one are answered again
 Progress = Callable[[int, int], None]
 
 
@@ -152,7 +150,7 @@ def _key(generation: Generation, features: Features, parts: Sequence[Sequence[in
     weights = Path(generation.adapter) / WEIGHTS if generation.adapter else None
     adapter = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
     described = {**asdict(generation), "adapter": adapter, "data": features.fingerprint(), "parts": parts}
-    return hashlib.sha256(json.dumps({**described, "format": FORMAT}).encode()).hexdigest()
+    return hashlib.sha256(json.dumps({**described, "format": PREDICTION_SCHEMA.names}).encode()).hexdigest()
 
 
 def _forget_other_evaluation(predictions: Path, key: str) -> None:
@@ -161,7 +159,9 @@ def _forget_other_evaluation(predictions: Path, key: str) -> None:
     if not mark.is_file() or json.loads(mark.read_text()).get("key") != key:
         for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
             path.unlink()
-        write_json(mark, {"key": key, "normalizer": KO_V1})
+        for name in ("metrics.json", "report.html", "errors.json"):
+            (predictions.parent / name).unlink(missing_ok=True)
+        write_json(mark, {"key": key})
 
 
 def _run_here(

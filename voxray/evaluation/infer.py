@@ -94,7 +94,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         write_atomically(output_path, to_jsonl(found))
     if not settings.audio_path:
         metrics = score(found, num_resamples=0)
-        table = metrics_table(f"{len(found)} rows", {task: metrics[task] for task in TASKS if task in metrics})
+        table = metrics_table(f"{len(found)} rows", metrics)
         talk.print(table)
     return found
 

@@ -109,7 +109,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
 
 def _summarize(settings: EvaluateSettings, metrics: dict[str, Any], num_failed: int, title: str) -> None:
     """Print what came out, and what did not come out as it should."""
-    console.print(metrics_table(title, {task: metrics[task] for task in TASKS if task in metrics}))
+    console.print(metrics_table(title, metrics))
     if num_failed:
         console.print(f"{num_failed} row(s) could not be answered, listed in quarantine.jsonl")
     if "long_audio" in metrics:

@@ -16,11 +16,10 @@ from voxray.config.groups import ScoreFlags
 from voxray.errors import RunError
 from voxray.evaluation.joining import joined_rows
 from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, metrics_of
-from voxray.evaluation.metrics.rows import count_row
+from voxray.evaluation.metrics.rows import count_row, normalizer_of_row
 from voxray.evaluation.score import read_terms, score
 from voxray.manifest import BadRow, chunks
 from voxray.tasks import TASKS
-from voxray.text.normalize import KO_V1
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
 KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
@@ -28,6 +27,7 @@ PREDICTION_SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in (*TEXT_COLUMNS, *KNOWN_COLUMNS)),
         ("references", pa.list_(pa.string())),
+        ("normalizer", pa.string()),
         ("num_samples", pa.int64()),
         ("snr_db", pa.float64()),
         ("sec", pa.float64()),
@@ -38,7 +38,6 @@ PREDICTION_SCHEMA = pa.schema(
         ("overlap_share", pa.float64()),
         *((name, pa.int64()) for name in COUNT_NAMES),
     ],
-    metadata={"normalizer": KO_V1},
 )
 """Speaker, domain, references and noise level are null where the manifest does not say; ``sec`` is the row's share of
 the time that its batches took, ``hit_max`` says that the answer was cut off. The columns from ``chunk_of`` on are those
@@ -60,7 +59,7 @@ def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[
 
 def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prediction row with the counts that its texts give."""
-    return {**row, **as_row(count_row(row))}
+    return {**row, "normalizer": normalizer_of_row(row).name, **as_row(count_row(row))}
 
 
 def part_path(predictions: Path, part: int) -> Path:
@@ -82,7 +81,7 @@ def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
 
 def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    return [with_counts(row) if row["chunk_of"] else row for row in joined_rows(rows)]
+    return [with_counts(row) if row.get("chunk_of") else row for row in joined_rows(rows)]
 
 
 def place_of(source: str) -> tuple[str, int]:
@@ -168,6 +167,7 @@ def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in found else "there is no id")
     row: dict[str, Any] = {name: _text(found, name) for name in ("language", "prompt")}
     row |= {name: known_text(found.get(name)) for name in KNOWN_COLUMNS}
+    row |= {name: known_number(found.get(name)) for name in ("duration", "nll", "num_tokens")}
     row["reference_phonetic"] = row["reference_phonetic"] or known_text(found.get("transcript_phonetic"))
     row |= {"id": str(row_id), "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
     row |= {"prediction": found["prediction"], "reference": reference, "references": references}

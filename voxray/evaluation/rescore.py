@@ -1,14 +1,15 @@
 """``--score_only``: metrics of predictions that are there already, ours or another system's, without model or Ray."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from voxray.config.evaluate import EvaluateSettings
 from voxray.errors import RunError
-from voxray.evaluation.predictions import read_any, scored
+from voxray.evaluation.predictions import part_bytes, part_path, read_any, scored
+from voxray.evaluation.report import write_report
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import to_jsonl, write_atomically, write_json
-from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table
 
 
@@ -45,8 +46,14 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
     ]
     write_atomically(output_dir / "quarantine.jsonl", to_jsonl(ledger))
     metrics = scored(rows, settings)
+    predictions = output_dir / "predictions"
+    if Path(settings.score_only).resolve() not in {output_dir.resolve(), predictions.resolve()}:
+        for older in predictions.glob("part-*"):
+            older.unlink()
+        write_atomically(part_path(predictions, 0), part_bytes(rows))  # for jobs/compare.py
     write_json(output_dir / "metrics.json", metrics)
-    console.print(metrics_table(settings.score_only, {task: metrics[task] for task in TASKS if task in metrics}))
+    write_report(output_dir)
+    console.print(metrics_table(settings.score_only, metrics))
     left_out = f", {len(bad)} bad line(s) left out" if bad else ""
-    console.print(f"{len(rows)} rows scored{left_out}; metrics.json in {output_dir}", markup=False)
+    console.print(f"{len(rows)} rows scored{left_out}; metrics.json and report.html in {output_dir}", markup=False)
     return metrics

@@ -11,12 +11,12 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from voxray.errors import RunError
-from voxray.evaluation.batch import read_predictions
 from voxray.evaluation.errors import length_slices, row_errors
 from voxray.evaluation.metrics.counts import as_columns, as_row
 from voxray.evaluation.metrics.names import evaluation_metrics, is_transcript
 from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row, readings_of, references_of
 from voxray.evaluation.paired import Parts
+from voxray.evaluation.predictions import read_predictions
 from voxray.evaluation.score import counted, read_terms
 from voxray.evaluation.slices import slices_of
 from voxray.tasks import TASKS
