@@ -86,7 +86,7 @@ def test_values_that_do_not_go_together(line: str, message: str, capsys: pytest.
 def test_something_to_evaluate_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse_only("evaluate", ["--model_id", TINY])
-    assert end.value.code == 2 and "--val_jsonl: required, unless --score_only" in capsys.readouterr().err
+    assert end.value.code == 2 and "--score_only: give --val_jsonl, manifests to evaluate on" in capsys.readouterr().err
 
 
 def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

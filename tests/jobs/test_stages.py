@@ -265,12 +265,13 @@ def test_the_three_stages_in_a_row(
     assert set(tensors(third)) == set(tensors(second)) > set(tensors(first_stage))
     monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
     monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "evaluate", partial(job.evaluate, use_ray=False))
+    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
     monkeypatch.chdir(tmp_path)
     held_out = ",".join(small[f"{task}.val"] for task in ("asr", "tqa"))
     evaluated = ["--lora_dir", str(third), "--val_jsonl", held_out, "--gen_max_new_tokens", "8", "--output_dir", "e"]
     load_job("evaluate").main(evaluated)
-    assert set(json.loads((tmp_path / "e" / "metrics.json").read_text())) == {"asr", "tqa"}
+    found = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert found["asr"]["cer"]["n"] == found["tqa"]["rouge_l"]["n"] == 4 and "sqa" not in found
     capsys.readouterr()
     load_job("infer").main(["--lora_dir", str(third), "--jsonl", small["tqa.val"], "--max_new_tokens", "4"])
     said = capsys.readouterr()

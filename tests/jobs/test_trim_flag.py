@@ -90,8 +90,8 @@ def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert generation.trim_audio == (seen[-1].num_prompt_tokens.min() < 54)
         return real(generation, folders, *args, use_ray=False, **options)
 
-    real = job.evaluate
-    monkeypatch.setattr(job, "evaluate", answered)
+    real = job.answer
+    monkeypatch.setattr(job, "answer", answered)
 
     def run(**flags: Any) -> Features:
         usual = {"model_id": TINY, "val_jsonl": (small["asr.val"],), "output_dir": str(tmp_path / f"e{len(seen)}")}

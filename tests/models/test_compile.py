@@ -90,6 +90,7 @@ def compare(small: dict[str, str], make_features: Any, folder: Path, how: str, *
     assert answers[0] == answers[1] and counters["stats"]["unique_graphs"] == num_graphs[-1], "nothing new for it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["padded", "packed"])
 def test_layers_are_captured_once(fresh, without_inductor, small, make_features, tmp_path, how):
     compare(small, make_features, tmp_path, how, grad_ckpt=how == "packed")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.groups import (
     EvaluationDataFlags,
@@ -62,7 +62,7 @@ class AdapterFlags(ModelFlags, TrimFlags):
 class EvaluateSettings(
     OutputFlags, AdapterFlags, EvaluationDataFlags, SearchFlags, ScoreFlags, SharedFeatureFlags, PlacementFlags
 ):
-    score_only: Annotated[str, Flag(path="input")] = ""
+    score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score what is there, without a model: the folder of an evaluation, or a JSONL file of {id, task, reference or
     references, prediction}, and language, speaker and so on where they are known."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
@@ -84,12 +84,18 @@ class EvaluateSettings(
     """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
     (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
 
+    @field_validator("score_only")
+    @classmethod
+    def _something_to_score(cls, value: str, info: ValidationInfo) -> str:
+        """Of the field, not of the whole: so it is said beside all other faults."""
+        if not value and not info.data.get("val_jsonl", True):
+            raise ValueError("give --val_jsonl, manifests to evaluate on, or predictions to score")
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> "EvaluateSettings":
         if self.score_only and self.val_jsonl:
             raise ValueError("--val_jsonl and --score_only: give one of them")
-        if not (self.score_only or self.val_jsonl):
-            raise ValueError("--val_jsonl: required, unless --score_only names predictions to score")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:
             raise ValueError(f"--gpus_per_model {self.gpus_per_model:g}: a fraction of one GPU, or whole ones")
         if self.check_batch_invariance and self.temperature:
