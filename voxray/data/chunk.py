@@ -4,13 +4,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from voxray.data.attempts import attempts_at
 from voxray.data.extract import Extractor, file_state
 from voxray.data.shards import index_part, shard_bytes, shard_path
 from voxray.errors import RunError
@@ -121,9 +121,6 @@ class ChunkFeaturizer:
 def attempts(item: WorkItem, raw: bytes) -> Iterator[Any]:
     """Remember on disk which row is being worked on, so that one that kills its process is given up.
 
-    A crash inside a decoder, or the kernel ending a process that took too much memory, leaves no exception to catch.
-    Ray would start the process again and again with the same row. The mark goes when the chunk is done.
-
     Yields:
         A function to call with every sample before it is worked on; it raises BadRow for one that has ended
         ``MAX_ATTEMPTS`` processes.
@@ -132,28 +129,18 @@ def attempts(item: WorkItem, raw: bytes) -> Iterator[Any]:
         place = item.folder / "shards"
     else:
         place = Path(tempfile.gettempdir()) / "voxray-attempts" / digest(str(item.folder).encode())[:16]
-    place.mkdir(parents=True, exist_ok=True)
-    mark = place / f".attempts-{item.chunk.number:05d}-{digest(raw)[:16]}"
-    file = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    # One line per process, with the rows that it began: the last of them is where it ended.
-    before = os.read(file, os.fstat(file).st_size).decode().splitlines()
-    deaths = Counter(int(begun.split()[-1]) for begun in before if begun.strip())
-    os.write(file, b"\n")
+    with attempts_at(place / f".attempts-{item.chunk.number:05d}-{digest(raw)[:16]}") as begun:
 
-    def attempt(sample: Sample) -> None:
-        if not sample.task.has_audio:
-            return
-        if deaths[_line(sample)] >= MAX_ATTEMPTS:
-            raise BadRow(
-                "process_died", f"{sample.audio_path}: {MAX_ATTEMPTS} processes died while they read this clip"
-            )
-        os.write(file, f" {_line(sample)}".encode())
+        def attempt(sample: Sample) -> None:
+            if not sample.task.has_audio:
+                return
+            if begun.deaths[_line(sample)] >= MAX_ATTEMPTS:
+                raise BadRow(
+                    "process_died", f"{sample.audio_path}: {MAX_ATTEMPTS} processes died while they read this clip"
+                )
+            begun.begin(_line(sample))
 
-    try:
         yield attempt
-    finally:
-        mark.unlink(missing_ok=True)
-        os.close(file)
 
 
 def _line(sample: Sample) -> int:

@@ -1,9 +1,7 @@
 """A loaded model that answers parts of an evaluation and writes their prediction shards."""
 
 import json
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +10,7 @@ from typing import Any
 
 import torch
 
+from voxray.data.attempts import Attempts, attempts_at
 from voxray.data.features import FeatureRow, Features
 from voxray.errors import RunError
 from voxray.evaluation.generate import Generated, Search, generated
@@ -160,20 +159,16 @@ class Attempt:
         alone: Whether rows are answered one by one, since an earlier process ended on this part.
     """
 
-    def __init__(self, file: int) -> None:
-        # One line per process, with the rows that it began alone: the last of them is where it ended.
-        before = os.read(file, os.fstat(file).st_size).decode().splitlines()
-        self._file, self._deaths = file, Counter(int(line.split()[-1]) for line in before if line.strip())
-        self.alone = bool(before)
-        os.write(file, b"\n")
+    def __init__(self, begun: Attempts) -> None:
+        self._begun, self.alone = begun, begun.again
 
     def may(self, rows: Sequence[int]) -> bool:
         """Note what is about to be answered; False for a row that has ended enough processes."""
         if not self.alone:
             return True
-        if self._deaths[rows[0]] >= MAX_LONE_DEATHS:
+        if self._begun.deaths[rows[0]] >= MAX_LONE_DEATHS:
             return False
-        os.write(self._file, f" {rows[0]}".encode())
+        self._begun.begin(rows[0])
         return True
 
 
@@ -184,10 +179,5 @@ def deaths(mark: Path) -> Iterator[Attempt]:
     A process that ends on a part leaves its mark behind. The next one answers the part's rows one by one, and notes
     each before it begins.
     """
-    mark.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        yield Attempt(file)
-    finally:
-        mark.unlink(missing_ok=True)
-        os.close(file)
+    with attempts_at(mark) as begun:
+        yield Attempt(begun)

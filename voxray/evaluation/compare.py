@@ -19,7 +19,7 @@ from voxray.evaluation.comparison import (
 )
 from voxray.evaluation.errors import aligned_lines
 from voxray.evaluation.metrics.names import headline, is_transcript
-from voxray.evaluation.report import write_comparison, write_report
+from voxray.evaluation.report import report_run, write_comparison
 from voxray.evaluation.runs import Row, Run, differing_settings, match, read_run, read_runs
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import write_json
@@ -71,7 +71,7 @@ def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
     run = read_run(folder)  # said before a folder is made
     make_folder(into)
     names = ("seed", "num_resamples", "top", "max_rows", "embed_audio_mib")
-    errors = write_report(folder, into=into, **{name: getattr(settings, name) for name in names})
+    errors = report_run(run, into, **{name: getattr(settings, name) for name in names})
     for task, of_task in errors.items():
         for unit, entry in of_task["units"].items():
             console.print(_errors_table(f"{run.label}, {task}, by {unit}", entry))

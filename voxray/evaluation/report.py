@@ -35,31 +35,36 @@ LEGEND = (
 )
 
 
-def write_report(
-    output_dir: Path,
+def write_report(output_dir: Path, **how: Any) -> dict[str, Any]:
+    """Write report.html and errors.json of a finished evaluation into its folder, see ``report_run``.
+
+    Raises:
+        RunError: There is no finished evaluation.
+    """
+    return report_run(read_run(output_dir), output_dir, **how)
+
+
+def report_run(
+    run: Run,
+    folder: Path,
     *,
-    into: Path | None = None,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
     top: int = 20,
     max_rows: int = 10_000,
     embed_audio_mib: int = 16,
 ) -> dict[str, Any]:
-    """Write report.html and errors.json of a finished evaluation.
+    """Write report.html and errors.json of an evaluation that has been read.
 
     Args:
-        output_dir: The evaluation's folder, with predictions/ and metrics.json.
-        into: Folder to write to; the same one if None.
+        folder: To write to.
         seed, num_resamples: Of the intervals of slices, and of whole tasks if metrics.json has none.
         top: Errors of each kind that are listed.
         max_rows: Rows that the page holds; those with most errors if there are more.
         embed_audio_mib: Put clips into the page if they are no larger together.
     Returns:
         What errors.json holds: {task: {"units": {word or character: see ``tally_json``}, "worst", "slices"}}.
-    Raises:
-        RunError: There is no finished evaluation.
     """
-    run = read_run(output_dir)
     found = compare_tasks(Matched((run.rows,), "source", (), run.rules), seed=seed, num_resamples=num_resamples)
     slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
     tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
@@ -73,7 +78,6 @@ def write_report(
         *(_errors(task, of, top) for task, of in tallies.items()),
         *_explorer([run], found, max_rows, embed_audio_mib),
     ]
-    folder = into or output_dir
     write_json(folder / "errors.json", errors)
     write_atomically(folder / "report.html", _page(f"voxray evaluation: {run.label}", parts))
     return errors

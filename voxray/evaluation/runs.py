@@ -144,7 +144,7 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
     for at, row in enumerate(stored, start=1):
         check_row(row, f"{folder}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
     for task in TASKS:
-        # Of a folder that was used twice the first evaluation's metrics.json stays until the second one has finished.
+        # Other versions left an earlier evaluation's metrics.json beside new answers until these were finished.
         said, there = metrics.get(task, {}).get("exact_match", {}).get("n"), sum(row["task"] == task for row in stored)
         if said not in (None, there):
             raise RunError(
