@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from voxray.config.featurize import FeaturizeSettings
-from voxray.config.groups import ModelFlags
+from voxray.config.groups import ModelFlags, range_of
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
@@ -29,7 +29,7 @@ from voxray.storage import write_json
 from voxray.terminal import console
 from voxray.training.checkpoint import list_checkpoints
 from voxray.training.engine import Worker
-from voxray.training.host import Host, worker_range
+from voxray.training.host import Host
 from voxray.training.monitor import Publish
 from voxray.training.trouble import memory_advice
 from voxray.watch import stop_on_signal, watched
@@ -336,7 +336,7 @@ def count_workers(num_workers: str | int) -> tuple[int, int]:
     """Fewest and most processes of ``2`` or ``1:4``; ``auto`` is one per GPU of this machine, or one."""
     if num_workers == "auto":
         num_workers = max(1, torch.cuda.device_count())
-    return worker_range(num_workers)
+    return range_of(num_workers)
 
 
 def _device(rank: int) -> torch.device:

@@ -12,6 +12,7 @@ from voxray.config.groups import (
     ScoreFlags,
     SharedFeatureFlags,
     TrimFlags,
+    parse_range,
 )
 from voxray.config.parse import DEMO_ASSETS, Flag, Settings
 from voxray.tasks import TASKS
@@ -25,14 +26,12 @@ def _known_mode(value: str) -> str:
 
 
 def _models(value: Any) -> Any:
-    low, colon, high = str(value).partition(":")
-    if not colon:
-        if isinstance(value, bool) or not low.isdecimal():
-            raise ValueError("must be a whole number, or a range such as 1:4")
-        return int(low)
-    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise ValueError("must be a whole number, or a range such as 1:4")
-    return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
+    message = "must be a whole number, or a range such as 1:4"
+    if found := parse_range(value, message):
+        return found
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise ValueError(message)
+    return int(value)
 
 
 class SearchFlags(Settings):

@@ -23,12 +23,27 @@ TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
 
 
 def _workers(value: Any) -> Any:
+    return parse_range(value, "must be auto, a whole number, or a range such as 1:4") or _auto_or_count(value)
+
+
+def parse_range(value: Any, message: str) -> str | int | None:
+    """Read ``1:4``, fewest:most; one number if the two are equal, None if it is no range at all.
+
+    Raises:
+        ValueError: With the message, for a range that is none.
+    """
     low, colon, high = str(value).partition(":")
     if not colon:
-        return _auto_or_count(value)
+        return None
     if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
-        raise ValueError("must be auto, a whole number, or a range such as 1:4")
+        raise ValueError(message)
     return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
+
+
+def range_of(value: str | int) -> tuple[int, int]:
+    """Fewest and most of ``2`` or ``1:4``."""
+    low, _, high = str(value).partition(":")
+    return int(low), int(high or low)
 
 
 Workers = Annotated[Literal["auto"] | int | str, BeforeValidator(_workers)]

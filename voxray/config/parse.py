@@ -176,14 +176,27 @@ _SafeLoader.yaml_implicit_resolvers = {
 }
 
 
-def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        ValueError: It cannot be read, or holds something else; one line.
+    """
     try:
         loaded = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
     except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        return {}, [f"--config {path}: {' '.join(str(error).split())}"]
+        raise ValueError(" ".join(str(error).split())) from None
     if not isinstance(loaded, dict):
-        return {}, [f"--config {path}: holds a {type(loaded).__name__}, not keys and values"]
+        raise ValueError(f"holds a {type(loaded).__name__}, not keys and values")
+    return loaded
+
+
+def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
+    try:
+        loaded = read_yaml(path)
+    except ValueError as error:
+        return {}, [f"--config {path}: {error}"]
     names, values, errors = flag_names(model), {}, []
     for key, value in loaded.items():
         name = names.get(str(key).replace("-", "_"))

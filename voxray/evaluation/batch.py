@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from voxray.config.groups import range_of
 from voxray.data.features import Features
 from voxray.errors import RunError
 from voxray.evaluation.answerer import Answerer, Generation
@@ -62,9 +63,9 @@ class Pool:
 def pool_of(models: Models, num_gpus: int, num_cpus: int, num_parts: int) -> Pool:
     """Share out a cluster's GPUs and CPUs."""
     usual = int(num_gpus / (models.gpus_each or 1)) if num_gpus else num_cpus // 2
-    low, _, high = str(models.number or max(1, usual)).partition(":")
-    most = min(int(high or low), num_parts)
-    fewest = min(int(low), most)
+    low, high = range_of(models.number or max(1, usual))
+    most = min(high, num_parts)
+    fewest = min(low, most)
     threads = max(1, num_cpus // most)
     if num_gpus:
         return Pool(fewest, most, models.gpus_each or min(1.0, num_gpus / most), None, threads)

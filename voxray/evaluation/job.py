@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, SearchFlags
+from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
@@ -77,7 +78,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         trim_audio=settings.trim_audio_tokens,
     )
     models = Models(settings.num_models, settings.gpus_per_model)
-    most_models = int(str(settings.num_models).rpartition(":")[2])
+    _, most_models = range_of(settings.num_models)
     with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
         folders, long_audio = evaluation_features(settings, model_id, features_dir, output_dir)
         features = Features(folders)

@@ -24,18 +24,11 @@ from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.metrics.names import validation_metrics
 from voxray.models.family import Family, FrontEnd, family_of
-from voxray.models.lora import (
-    count_parameters,
-)
+from voxray.models.lora import count_parameters
 from voxray.recipes.build import build_model, resume
 from voxray.storage import Place, write_json
 from voxray.tasks import TASKS
-from voxray.training.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    checkpoint_folder,
-    publish_adapter,
-)
+from voxray.training.checkpoint import CheckpointWriter, Progress, checkpoint_folder, publish_adapter
 from voxray.training.engine import DataParallel, Engine, Moments, Worker
 from voxray.training.guard import Guard
 from voxray.training.host import HOST, Host, planned_workers
@@ -94,10 +87,10 @@ def train_stage(
 
     Args:
         run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
-        publish: Takes every figure that rank 0 records.
+        host: What surrounds this worker.
     Returns:
-        {"steps", "finished", metrics of the last validation}; on rank 0 also {"best": {metric: {"step", "value"}}} for
-        every task's headline metric.
+        {"steps", "finished", "adapter_step", metrics of the last validation}; with validation on rank 0 also {"best":
+        {metric: {"step", "value"}}} for every task's headline metric and the one that is watched.
     """
     with named_trouble(settings):
         return _train_stage(stage, settings, run_dir, data, worker, host)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from voxray.config.groups import range_of
 from voxray.training.engine import Worker
 from voxray.training.monitor import Publish
 
@@ -26,12 +27,6 @@ class Host:
 HOST = Host()
 
 
-def worker_range(num_workers: str | int) -> tuple[int, int]:
-    """Fewest and most training processes of ``2`` or ``1:4``."""
-    low, _, high = str(num_workers).partition(":")
-    return int(low), int(high or low)
-
-
 def planned_workers(num_workers: str | int, worker: Worker) -> int:
     """Processes that a step is planned for: the most of a range, else as many as there are."""
-    return worker_range(num_workers)[1] if ":" in str(num_workers) else worker.world_size
+    return range_of(num_workers)[1] if ":" in str(num_workers) else worker.world_size

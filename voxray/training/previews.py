@@ -11,10 +11,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field, ValidationError
 
-from voxray.config.parse import Settings
+from voxray.config.parse import Settings, read_yaml
 from voxray.data.features import Features
 from voxray.evaluation.generate import answers
 from voxray.models.family import FrontEnd
@@ -87,12 +86,9 @@ def read_settings(path: Path) -> PreviewSettings:
         ValueError: It cannot be read or holds something else; one line, with the key where there is one.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"holds a {type(loaded).__name__}, not keys and values")
+        loaded = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(str(error)[:300]) from None
     for key, value in loaded.items():
         if isinstance(value, bool):
             raise ValueError(f"{key}: must be a number (got {value})")
