@@ -3,6 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,3 +84,23 @@ def local_ray() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, log_to_driver=False, _system_config=often)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let the classes of a test's module travel to Ray's processes, which cannot import it."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
+@pytest.fixture
+def evaluation_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the evaluate job do everything in this process, without Ray."""
+    from voxray.evaluation import job
+
+    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
+    for name in ("make_features", "answer", "check_invariance"):
+        monkeypatch.setattr(job, name, partial(getattr(job, name), use_ray=False))

@@ -127,16 +127,6 @@ class Poisoned(Answerer):
         return super().generate(rows, batch_size)
 
 
-@pytest.fixture
-def by_value() -> Iterator[None]:
-    from ray import cloudpickle
-
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    yield
-    cloudpickle.unregister_pickle_by_value(module)
-
-
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_row_that_kills_its_process_is_given_up(

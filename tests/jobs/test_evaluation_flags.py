@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,8 @@ Evaluate = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
 
 
 @pytest.fixture
-def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def evaluate(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> Evaluate:
     """Run the evaluate job in this process; gives metrics.json and the prediction rows."""
-    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
-    monkeypatch.setattr(job, "check_invariance", partial(job.check_invariance, use_ray=False))
 
     def run(**flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         usual = {"model_id": TINY, "storage_path": str(tmp_path), "features_dir": "f", "gen_max_new_tokens": 8}

@@ -4,7 +4,6 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +124,6 @@ class Poisoned(Extractor):
         if sample.id == "poison":
             os._exit(9)
         return super()._read(sample)
-
-
-@pytest.fixture
-def by_value() -> Iterator[None]:
-    from ray import cloudpickle
-
-    module = sys.modules[__name__]
-    cloudpickle.register_pickle_by_value(module)
-    yield
-    cloudpickle.unregister_pickle_by_value(module)
 
 
 @pytest.mark.ray

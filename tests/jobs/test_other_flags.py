@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -82,12 +81,8 @@ Evaluate = Callable[..., job.EvaluationResult]
 
 
 @pytest.fixture
-def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evaluate:
+def evaluate(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> Evaluate:
     """Run the evaluate job in this process, on four speech and four text rows if nothing else is said."""
-    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
-    monkeypatch.setattr(job, "check_invariance", partial(job.check_invariance, use_ray=False))
 
     def run(**flags: Any) -> job.EvaluationResult:
         usual = {"model_id": TINY, "val_jsonl": (small["asr.val"], small["tqa.val"]), "storage_path": str(tmp_path)}
