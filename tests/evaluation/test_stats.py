@@ -5,7 +5,8 @@ import time
 import numpy as np
 import pytest
 
-from voxray.evaluation.stats import Groups, groups_of, interval, resampled_ratios, resampled_sums, resamples_for
+from voxray.evaluation.metrics.counts import Ratio
+from voxray.evaluation.stats import Groups, groups_of, interval, resampled_sums, resamples_for
 
 
 def utterances(num: int) -> Groups:
@@ -13,8 +14,8 @@ def utterances(num: int) -> Groups:
 
 
 def ratio_interval(top: np.ndarray, bottom: np.ndarray, groups: Groups, num_resamples: int = 4000) -> tuple:
-    samples = resampled_ratios(top[:, None], bottom[:, None], groups, seed=1, num_resamples=num_resamples)
-    return interval(samples[:, 0])
+    columns = Ratio(top, bottom, len(top)).columns
+    return interval(Ratio.of_sums(resampled_sums(columns, groups, seed=1, num_resamples=num_resamples)))
 
 
 def test_an_interval_is_that_of_theory():

@@ -4,39 +4,41 @@ Everything is counted anew from the raw texts, so predictions of another version
 the same rules.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxray.errors import RunError
-from voxray.evaluation.metrics import captions
-from voxray.evaluation.metrics.counts import Ratio, as_columns, ratio_of
+from voxray.evaluation.metrics.captions import Caption
+from voxray.evaluation.metrics.counts import Ratio, as_columns, as_row, ratio_of
 from voxray.evaluation.metrics.java import java_metrics
 from voxray.evaluation.metrics.names import (
-    JAVA_METRICS,
     evaluation_metrics,
     headline,
     higher_is_better,
     is_caption,
     is_transcript,
 )
+from voxray.evaluation.metrics.ngrams import Summed
 from voxray.evaluation.metrics.overall import figures, likelihood_metrics, score_of
 from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, readings_of, references_of
 from voxray.evaluation.metrics.terms import Terms
 from voxray.evaluation.metrics.texts import scored_texts
 from voxray.evaluation.slices import slices_of
-from voxray.evaluation.stats import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_ratios, resamples_for
+from voxray.evaluation.stats import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
 from voxray.tasks import TASKS
 from voxray.text.normalize import ENGLISH, Normalizer, english_with
 
 SLICE_RESAMPLES = 1_000
 SPEAKERS_NAMED = 5
 TERMS_NAMED = 20
-NOT_SUMS = "a figure of the whole set, which is no sum over its rows: no interval"
+OF_DISTINCT = "an answer drawn twice brings no new n-gram, so that drawn sets would score lower: no interval"
+OF_JAVA = "a figure of the whole set, from a program in Java: no interval"
 
 Entry = dict[str, float | int | None]
 
@@ -99,15 +101,10 @@ def score(
     about: dict[str, Any] = {"signatures": {}, "intervals": {}, "not_available": {}}
     drawn: dict[str, np.ndarray] = {}
     for task, data in of_tasks.items():
-        groups = groups_of(data.rows)
-        found[task], samples = _rates(data, groups, (seed, list(TASKS).index(task)), num_resamples)
+        found[task], told, samples = _figures(data, (seed, list(TASKS).index(task)), num_resamples, caption_jars)
         drawn |= {task: samples[headline(task)]} if headline(task) in samples else {}
-        about["intervals"][task] = _about_intervals(groups, num_resamples)
-        _add_texts(found[task], about, data, groups, (seed, list(TASKS).index(task)), num_resamples)
-        if is_caption(task):
-            _add_java(found[task], about, data.rows, caption_jars)
-        order = evaluation_metrics(task)
-        found[task] = {name: found[task][name] for name in order if name in found[task]}
+        for name, value in told.items():
+            about[name] |= {task: value} if value else {}
     found["overall"] = _overall(found, {task: len(data.rows) for task, data in of_tasks.items()}, drawn)
     found["slices"] = {task: _slices(data, seed, num_resamples) for task, data in of_tasks.items()}
     found["normalizer"] = dict(Counter(normalizer_of_row(row, english).name for row in rows).most_common())
@@ -128,7 +125,7 @@ def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
 
 def counted(task: str, rows: Sequence[Row], *, terms: Sequence[str] = (), english: Normalizer = ENGLISH) -> Counted:
     """Count the rows of one task; what a metric's ratio is made of stands in ``ratios``, row by row."""
-    columns = as_columns([asdict(count_row(row, english)) for row in rows])
+    columns = as_columns([as_row(count_row(row, english)) for row in rows])
     found_terms: list[tuple[Counter[str], Counter[str]]] = []
     if terms and is_transcript(task):
         lists = {name: Terms(terms, name) for name in {normalizer_of_row(row, english) for row in rows}}
@@ -148,34 +145,61 @@ def counted(task: str, rows: Sequence[Row], *, terms: Sequence[str] = (), englis
 
 def _loss(rows: Sequence[Row]) -> Ratio | None:
     """-ln p of the reference answers, by tokens, of the rows that know theirs."""
-    known = [row.get("nll") is not None and bool(row.get("num_tokens")) for row in rows]
-    if not any(known):
-        return None
-    top = [float(row["nll"]) if has else 0.0 for row, has in zip(rows, known, strict=True)]
-    bottom = [float(row["num_tokens"]) if has else 0.0 for row, has in zip(rows, known, strict=True)]
-    return Ratio(np.array(top), np.array(bottom), sum(known))
+    known = [(row.get("nll"), row.get("num_tokens") or 0) for row in rows]
+    summed = [
+        (float(nll), float(tokens)) if nll is not None and math.isfinite(nll) and tokens > 0 else (0.0, 0.0)
+        for nll, tokens in known
+    ]
+    top, bottom = np.array(summed).T
+    n = int((bottom > 0).sum())
+    return Ratio(top, bottom, n) if n else None
+
+
+def _figures(
+    data: Counted, seed: Sequence[int], num_resamples: int, caption_jars: str
+) -> tuple[dict[str, Entry], dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """Entries of one task in their order, what is told of them beside, and the values in each draw."""
+    groups = groups_of(data.rows)
+    pairs = [(references_of(row), row["prediction"]) for row in data.rows]
+    summed, distinct, signatures = scored_texts(data.task, pairs)
+    found, samples = _rates({**data.ratios, **summed}, groups, seed, num_resamples)
+    found |= {name: _entry(float(entry["value"]), int(entry["n"])) for name, entry in distinct.items()}
+    without, missing = dict.fromkeys(distinct, OF_DISTINCT), {}
+    if is_caption(data.task):
+        values, missing = _java(pairs, float(found["cider_d"]["value"] or 0), caption_jars)
+        found |= {name: _entry(value, len(pairs)) for name, value in values.items()}
+        without |= dict.fromkeys(values, OF_JAVA)
+    draws = resamples_for(groups.num, num_resamples)
+    intervals = {"level": LEVEL, "resampled": groups.unit, "groups": groups.num, "num_resamples": draws}
+    told = {
+        "signatures": signatures,
+        "intervals": intervals | ({"without": without} if without else {}),
+        "not_available": missing,
+    }
+    return {name: found[name] for name in evaluation_metrics(data.task) if name in found}, told, samples
 
 
 def _rates(
-    data: Counted, groups: Groups, seed: Sequence[int], num_resamples: int
+    figured: Mapping[str, Ratio | Summed], groups: Groups, seed: Sequence[int], num_resamples: int
 ) -> tuple[dict[str, Entry], dict[str, np.ndarray]]:
-    """Entries of all metrics that are ratios of sums, and their values in each draw."""
+    """Entries of metrics that derive from sums, and their values in each draw, which is the same for all."""
     samples: dict[str, np.ndarray] = {}
-    names = list(data.ratios)
-    if num_resamples and groups.num > 1 and names:
-        tops, bottoms = (
-            np.stack([getattr(data.ratios[name], side) for name in names], 1) for side in ("top", "bottom")
-        )
-        drawn = resampled_ratios(tops, bottoms, groups, seed=seed, num_resamples=num_resamples)
-        samples = {name: drawn[:, at] for at, name in enumerate(names)}
-    found = {name: _entry(data.ratios[name].value, data.ratios[name].n, samples.get(name)) for name in names}
+    if num_resamples and groups.num > 1 and figured:
+        columns = [each.columns for each in figured.values()]
+        sums = resampled_sums(np.hstack(columns), groups, seed=seed, num_resamples=num_resamples)
+        ends = np.cumsum([part.shape[1] for part in columns])
+        for (name, each), end, part in zip(figured.items(), ends, columns, strict=True):
+            samples[name] = each.of_sums(sums[:, end - part.shape[1] : end])
+    found = {name: _entry(each.value, each.n, samples.get(name)) for name, each in figured.items()}
     if "loss" in found:
-        ratio = data.ratios["loss"]
-        likely = likelihood_metrics(float(ratio.top.sum()), int(ratio.bottom.sum()))
+        ratio = figured["loss"]
+        nll, tokens = ratio.columns.sum(axis=0)
+        likely = likelihood_metrics(float(nll), int(tokens))
         del found["loss"]
         drawn_loss = samples.get("loss")
         for name, value in likely.items():
-            of_draws = drawn_loss if name == "loss" or drawn_loss is None else np.exp(drawn_loss)
+            with np.errstate(over="ignore"):  # what is no float any more is left out of the interval
+                of_draws = drawn_loss if name == "loss" or drawn_loss is None else np.exp(drawn_loss)
             found[name] = _entry(value, ratio.n, of_draws)
     return found, samples
 
@@ -185,44 +209,14 @@ def _entry(value: float, n: int, samples: np.ndarray | None = None) -> Entry:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _about_intervals(groups: Groups, num_resamples: int) -> dict[str, Any]:
-    draws = resamples_for(groups.num, num_resamples)
-    return {"level": LEVEL, "resampled": groups.unit, "groups": groups.num, "num_resamples": draws}
-
-
-def _add_texts(
-    found: dict[str, Entry],
-    about: dict[str, Any],
-    data: Counted,
-    groups: Groups,
-    seed: Sequence[int],
-    num_resamples: int,
-) -> None:
-    """Metrics of whole texts; of them only CIDEr-D is a mean over rows, with the weights of this set."""
-    pairs = [(references_of(row), row["prediction"]) for row in data.rows]
-    texts, signatures = scored_texts(data.task, pairs)
-    if not texts:
-        return
-    found |= {name: _entry(float(entry["value"]), int(entry["n"])) for name, entry in texts.items()}
-    about["signatures"][data.task] = signatures
-    without = [name for name in texts if name != "cider_d"]
-    about["intervals"][data.task]["without"] = dict.fromkeys(without, NOT_SUMS)
-    if "cider_d" in texts:
-        values = np.array(captions.cider_d(pairs))
-        clips = Counted(data.task, data.rows, {}, (), {"cider_d": Ratio(values, np.ones_like(values), len(values))})
-        found |= _rates(clips, groups, seed, num_resamples)[0]
-
-
-def _add_java(found: dict[str, Entry], about: dict[str, Any], rows: Sequence[Row], caption_jars: str) -> None:
-    pairs = [(references_of(row), row["prediction"]) for row in rows]
+def _java(pairs: Sequence[Caption], cider_d: float, caption_jars: str) -> tuple[dict[str, float], dict[str, str]]:
+    """METEOR, SPICE and SPIDEr, and of those that cannot be had why not."""
     values, missing = java_metrics(pairs, caption_jars)
     if "spice" in values:
-        values["spider"] = (values["spice"] + float(found["cider_d"]["value"] or 0)) / 2
+        values["spider"] = (values["spice"] + cider_d) / 2
     elif "spice" in missing:
         missing["spider"] = f"it is the mean of CIDEr-D and SPICE: {missing['spice']}"
-    found |= {name: _entry(values[name], len(rows)) for name in JAVA_METRICS if name in values}
-    if missing:
-        about["not_available"][rows[0]["task"]] = missing
+    return values, missing
 
 
 def _overall(
@@ -261,7 +255,7 @@ def _part(data: Counted, at: np.ndarray, names: Sequence[str], seed: int, num_re
     ratios = {name: _taken(data.ratios[name], at) for name in names}
     kept = {name: ratio for name, ratio in ratios.items() if ratio.n}
     rows = [data.rows[place] for place in at]
-    return _rates(Counted(data.task, rows, {}, (), kept), groups_of(rows), (seed,), num_resamples)[0]
+    return _rates(kept, groups_of(rows), (seed,), num_resamples)[0]
 
 
 def _taken(ratio: Ratio, at: np.ndarray) -> Ratio:

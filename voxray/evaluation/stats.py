@@ -80,22 +80,6 @@ def resamples_for(num_groups: int, wanted: int) -> int:
     return min(wanted, max(MIN_RESAMPLES, _DRAWS_IN_ALL // max(num_groups, 1)))
 
 
-def resampled_ratios(
-    tops: np.ndarray, bottoms: np.ndarray, groups: Groups, *, seed: int | Sequence[int] = 0, num_resamples: int
-) -> np.ndarray:
-    """Ratios of sums for many draws of groups.
-
-    Args:
-        tops, bottoms: (rows, metrics).
-    Returns:
-        (draws, metrics); NaN where a draw has nothing below.
-    """
-    num_metrics = tops.shape[1]
-    sums = resampled_sums(np.hstack([tops, bottoms]), groups, seed=seed, num_resamples=num_resamples)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(sums[:, num_metrics:] > 0, sums[:, :num_metrics] / sums[:, num_metrics:], np.nan)
-
-
 def interval(samples: np.ndarray) -> tuple[float, float] | tuple[None, None]:
     """The middle 95 % of drawn values (percentile bootstrap); (None, None) without any."""
     samples = samples[np.isfinite(samples)]

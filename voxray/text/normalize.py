@@ -22,7 +22,28 @@ WHISPER_EN_PLAIN = "whisper-en-v1-nospelling"
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _INVISIBLE = re.compile("[\u115f\u1160\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # Hangul fillers, variation selectors
-_INNER = re.compile(r"(?<=\d)[./:%-](?=\d)")
+_INNER = re.compile(r"((?<=\d)[./:%-](?=\d))")
+
+
+class _Replacing(dict[int, int | str | None]):
+    """A table for ``str.translate`` that decides on a character when it first comes up: there are a million.
+
+    Args:
+        taken: Whether a character is replaced.
+        by: What by; None takes it out.
+    """
+
+    def __init__(self, taken: Callable[[str], object], by: str | None) -> None:
+        super().__init__()
+        self._taken, self._by = taken, by
+
+    def __missing__(self, code: int) -> int | str | None:
+        self[code] = self._by if self._taken(chr(code)) else code
+        return self[code]
+
+
+_SHOWN = _Replacing(lambda char: unicodedata.category(char) == "Cf" or _INVISIBLE.match(char), None)
+_SPACED = _Replacing(lambda char: unicodedata.category(char)[0] in "PS", " ")
 
 
 @dataclass(frozen=True)
@@ -48,11 +69,9 @@ def normalize_ko_v1(text: str) -> str:
     text = _without_invisible(unicodedata.normalize("NFKC", text).lower())
     # Composed last: lower case and what an invisible character kept apart (two halves of a syllable) can compose anew.
     text = _THOUSANDS.sub("", unicodedata.normalize("NFC", text))
-    kept = {match.start() for match in _INNER.finditer(text)}
-    shown = (
-        char if index in kept or unicodedata.category(char)[0] not in "PS" else " " for index, char in enumerate(text)
-    )
-    return " ".join("".join(shown).split())
+    parts = _INNER.split(text)  # every other one is a mark to keep
+    parts[::2] = [part.translate(_SPACED) for part in parts[::2]]
+    return " ".join("".join(parts).split())
 
 
 def normalize_whisper_basic(text: str) -> str:
@@ -114,7 +133,7 @@ def english_with(spellings_path: str | Path) -> Normalizer:
 
 
 def _without_invisible(text: str) -> str:
-    return _INVISIBLE.sub("", "".join(char for char in text if unicodedata.category(char) != "Cf"))
+    return text if text.isascii() else text.translate(_SHOWN)
 
 
 @cache

@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from voxray.text.normalize import normalize_ko_v1
 
 MAX_ORDER = 4
@@ -29,26 +31,35 @@ def coco_bleu(captions: Sequence[Caption]) -> list[float]:
     n-grams are counted over the whole set, each clipped to the reference that has most of it; of the references'
     lengths the one closest to the prediction's counts, the shorter of two. No smoothing.
     """
-    correct, guessed = [0] * MAX_ORDER, [0] * MAX_ORDER
-    length = wanted_length = 0
+    return bleu_of_sums(bleu_counts(captions).sum(axis=0, keepdims=True))[0].tolist()
+
+
+def bleu_counts(captions: Sequence[Caption]) -> np.ndarray:
+    """What every caption adds to ``coco_bleu``: (captions, 10), the words it has, the words it should have, its
+    n-grams that are right, 1 to 4, and all of them."""
+    rows = []
     for references, prediction in captions:
         words, wanted = tokenize(prediction), [tokenize(text) for text in references]
-        length += len(words)
-        wanted_length += min((abs(len(other) - len(words)), len(other)) for other in wanted)[1]
+        length = min((abs(len(other) - len(words)), len(other)) for other in wanted)[1]
+        correct, guessed = [], []
         for order in range(1, MAX_ORDER + 1):
             most: Ngrams = Counter()
             for other in wanted:
                 most |= _ngrams(other, order)
             found = _ngrams(words, order)
-            guessed[order - 1] += found.total()
-            correct[order - 1] += (found & most).total()
-    ratio = (length + _TINY) / (wanted_length + _SMALL)
-    penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-    scores, product = [], 1.0
-    for order in range(1, MAX_ORDER + 1):
-        product *= (correct[order - 1] + _TINY) / (guessed[order - 1] + _SMALL)
-        scores.append(product ** (1 / order) * penalty)
-    return scores
+            guessed.append(found.total())
+            correct.append((found & most).total())
+        rows.append([len(words), length, *correct, *guessed])
+    return np.array(rows, np.float64)
+
+
+def bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Sums of ``bleu_counts``, (n, 10), to BLEU-1 to BLEU-4, (n, 4)."""
+    lengths, wanted, correct, guessed = np.split(sums, (1, 2, 2 + MAX_ORDER), axis=1)
+    ratio = (lengths + _TINY) / (wanted + _SMALL)
+    penalty = np.exp(np.minimum(1 - 1 / ratio, 0))
+    precisions = (correct + _TINY) / (guessed + _SMALL)
+    return np.cumprod(precisions, axis=1) ** (1 / np.arange(1, MAX_ORDER + 1)) * penalty
 
 
 def cider_d(captions: Sequence[Caption]) -> list[float]:

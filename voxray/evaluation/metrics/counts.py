@@ -6,7 +6,7 @@ Counts add up: over shards, tasks, speakers, in any order. Rates are only formed
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
@@ -211,6 +211,17 @@ class Ratio:
     def value(self) -> float:
         return float(self.top.sum() / self.bottom.sum())
 
+    @property
+    def columns(self) -> np.ndarray:
+        """(utterances, 2), for ``of_sums``."""
+        return np.stack([self.top, self.bottom], axis=1)
+
+    @staticmethod
+    def of_sums(sums: np.ndarray) -> np.ndarray:
+        """Values, (n,), from sums of the columns, (n, 2); NaN where there is nothing below."""
+        top, bottom = sums.T
+        return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1), np.nan)
+
 
 def as_columns(rows: Iterable[Mapping[str, Any]], names: Sequence[str] = COUNT_NAMES) -> dict[str, np.ndarray]:
     """Counts of utterances as arrays."""
@@ -300,4 +311,4 @@ _MEANS: dict[str, Callable[[Mapping[str, np.ndarray]], np.ndarray]] = {
 
 def as_row(counts: Counts) -> dict[str, int]:
     """The counts as columns of a prediction row."""
-    return asdict(counts)
+    return dict(vars(counts))

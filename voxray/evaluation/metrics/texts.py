@@ -5,15 +5,16 @@ Texts are normalised by ko-v1 first. These metrics belong to a whole set of answ
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+
+import numpy as np
 
 from voxray.evaluation.metrics import captions
-from voxray.evaluation.metrics.counts import rouge_units
+from voxray.evaluation.metrics.counts import Ratio, rouge_units
 from voxray.evaluation.metrics.names import CAPTION_METRICS, is_caption, is_transcript
+from voxray.evaluation.metrics.ngrams import Summed, bleu_and_chrf
 from voxray.text.normalize import KO_V1, normalize_ko_v1
 
-BLEU_TOKENIZER = "char"
-"""Of sacrebleu. Korean words carry their particles, so BLEU over whole words calls nearly right answers wrong."""
 UNITS = "hangul by character, latin words and numbers whole"
 
 Pair = tuple[str | Sequence[str], str]
@@ -23,10 +24,11 @@ Found = dict[str, dict[str, float | int]]
 
 def text_metrics(task: str, pairs: Sequence[Pair]) -> Found:
     """Metrics of all answers to a task's rows, see ``scored_texts``."""
-    return scored_texts(task, pairs)[0]
+    summed, whole, _ = scored_texts(task, pairs)
+    return {name: {"value": each.value, "n": each.n} for name, each in summed.items()} | whole
 
 
-def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[Found, dict[str, str]]:
+def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | Summed], Found, dict[str, str]]:
     """Metrics of all answers to a task's rows, and what exactly made each figure.
 
     bleu                    sacrebleu's corpus BLEU on characters (spaces do not count), from 0 to 100
@@ -34,49 +36,44 @@ def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[Found, dict[str, str
     distinct_1, distinct_2  different n-grams over all n-grams of all answers, 0 to 1, in ROUGE units (Hangul by
                             character, Latin words and numbers whole); it falls with the amount of text
     bleu_1 .. bleu_4        of captions: COCO's BLEU in words, from 0 to 1
-    cider_d                 of captions: CIDEr-D, from 0 to 10
+    cider_d                 of captions: CIDEr-D, from 0 to 10, with the weights of this very set
 
     Args:
         pairs: References, one or more, and prediction of every row.
     Returns:
-        {metric: {"value", "n"}}, ``n`` being rows, for distinct-n n-grams; without any of them the metric is absent.
+        {metric: sums} of those that sums over rows give, for intervals too.
+        {metric: {"value", "n"}} of distinct-n, ``n`` being n-grams; without any of them the metric is absent.
         {metric: signature}, sacrebleu's own, and what the others cut texts into.
-        Both are empty for a task that is not answered in free text.
+        All are empty for a task that is not answered in free text.
     """
     if is_transcript(task) or not pairs:
-        return {}, {}
-    several = [((texts,) if isinstance(texts, str) else tuple(texts), prediction) for texts, prediction in pairs]
-    found: Found = {}
-    signatures: dict[str, str] = {}
-    for name, metric in _sacrebleu_metrics().items():
-        found[name] = {"value": _corpus_score(metric, several), "n": len(pairs)}
-        signatures[name] = f"{metric.get_signature().format()}|norm:{KO_V1}"
+        return {}, {}, {}
+    several = [
+        (tuple(map(normalize_ko_v1, (texts,) if isinstance(texts, str) else texts)), normalize_ko_v1(prediction))
+        for texts, prediction in pairs
+    ]
+    sacrebleus, signed = bleu_and_chrf(several)
+    summed: dict[str, Ratio | Summed] = {**sacrebleus}
+    signatures = {name: f"{signature}|norm:{KO_V1}" for name, signature in signed.items()}
     signatures |= {name: f"tok:{UNITS}|norm:{KO_V1}" for name in ("rouge_l", "distinct_1", "distinct_2")}
-    answers = [rouge_units(normalize_ko_v1(prediction)) for _, prediction in several]
+    if is_caption(task):
+        counts = captions.bleu_counts(several)
+        summed |= {name: Summed(counts, partial(_coco_bleu, at), len(pairs)) for at, name in enumerate(CAPTION_METRICS)}
+        values = np.array(captions.cider_d(several))
+        summed["cider_d"] = Ratio(values, np.ones_like(values), len(pairs))
+        signatures |= {name: f"tok:words|norm:{KO_V1}" for name in ("rouge_l", "cider_d", *CAPTION_METRICS)}
+    return summed, _distinct([prediction for _, prediction in several]), signatures
+
+
+def _distinct(predictions: Sequence[str]) -> Found:
+    found: Found = {}
+    answers = [rouge_units(text) for text in predictions]
     for size in (1, 2):
         ngrams = Counter(tuple(units[at : at + size]) for units in answers for at in range(len(units) - size + 1))
         if total := ngrams.total():
             found[f"distinct_{size}"] = {"value": len(ngrams) / total, "n": total}
-    if is_caption(task):
-        scores = captions.coco_bleu(several)
-        found |= {f"bleu_{order}": {"value": score, "n": len(pairs)} for order, score in enumerate(scores, 1)}
-        found["cider_d"] = {"value": sum(captions.cider_d(several)) / len(pairs), "n": len(pairs)}
-        signatures |= {name: f"tok:words|norm:{KO_V1}" for name in ("rouge_l", "cider_d", *CAPTION_METRICS)}
-    return found, signatures
+    return found
 
 
-def _sacrebleu_metrics() -> dict[str, Any]:
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
-
-    return {"bleu": BLEU(tokenize=BLEU_TOKENIZER), "chrf": CHRF()}
-
-
-def _corpus_score(metric: Any, pairs: Sequence[captions.Caption]) -> float:
-    """Rows may have different numbers of references; None fills up, which sacrebleu passes over."""
-    most = max(len(references) for references, _ in pairs)
-    streams = [
-        [normalize_ko_v1(references[at]) if at < len(references) else None for references, _ in pairs]
-        for at in range(most)
-    ]
-    return float(metric.corpus_score([normalize_ko_v1(prediction) for _, prediction in pairs], streams).score)
+def _coco_bleu(at: int, sums: np.ndarray) -> np.ndarray:
+    return captions.bleu_of_sums(sums)[:, at]
