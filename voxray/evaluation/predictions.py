@@ -5,6 +5,7 @@ Lines of ``{id, task, reference or references, prediction}`` and whatever else o
 """
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from voxray.config.groups import ScoreFlags
 from voxray.errors import RunError
 from voxray.evaluation.joining import joined_rows
 from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, metrics_of
-from voxray.evaluation.metrics.rows import count_row, normalizer_of_row
+from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row
 from voxray.evaluation.score import read_terms, score
 from voxray.manifest import BadRow, chunks
 from voxray.tasks import TASKS
@@ -43,6 +44,9 @@ PREDICTION_SCHEMA = pa.schema(
 the time that its batches took, ``hit_max`` says that the answer was cut off. The columns from ``chunk_of`` on are those
 of parts of recordings that are too long for the model (see ``long_audio``), null elsewhere."""
 LINES_PER_CHUNK = 256
+
+BadLine = tuple[str, int, BadRow]
+"""File, line, fault."""
 
 
 def scored(rows: Sequence[dict[str, Any]], how: ScoreFlags) -> dict[str, Any]:
@@ -85,12 +89,12 @@ def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
 
 
 def place_of(source: str) -> tuple[str, int]:
-    """``<manifest>:<line>`` -> (manifest, line)."""
+    """``<manifest>:<line>`` -> (manifest, line); line 0 if it says none."""
     manifest, _, line = source.rpartition(":")
-    return manifest, int(line)
+    return manifest, int(line) if line.isdecimal() else 0
 
 
-def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[tuple[str, int, BadRow]]]:
+def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadLine]]:
     """Prediction rows of an evaluation's folder, or of JSON Lines, each with its counts made anew.
 
     Args:
@@ -110,15 +114,20 @@ def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[tuple[str
     if not files:
         raise RunError(f"{flag} {path}: no predictions/part-*.parquet and no part-*.parquet in this folder")
     try:
-        return [with_counts(row) for row in _rows_of(files)], []
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    except (OSError, pa.ArrowInvalid) as error:
         raise RunError(f"{flag} {path}: not the predictions of an evaluation: {' '.join(str(error).split())}") from None
+    for at, row in enumerate(rows, start=1):
+        check_row(row, f"{flag} {path}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
+        if not place_of(row.setdefault("source", "") or "")[1]:
+            raise RunError(f"{flag} {path}: row {at} ({row.get('id') or 'no id'}): source is no <manifest>:<line>")
+    return [with_counts(row) for row in joined_rows(rows)], []
 
 
-def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[tuple[str, int, BadRow]]]:
+def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[BadLine]]:
     """Prediction rows of a JSONL file, and its bad lines (see ``read_any``)."""
     rows: list[dict[str, Any]] = []
-    bad: list[tuple[str, int, BadRow]] = []
+    bad: list[BadLine] = []
     first_line: dict[tuple[str, str, str], int] = {}
     for chunk in chunks(path, LINES_PER_CHUNK):
         for at, raw in enumerate(chunk.read_bytes().split(b"\n")):
@@ -145,13 +154,17 @@ def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
     """
     try:
         found = json.loads(raw.decode("utf-8-sig"))
+        if b"\\u" in raw:  # half of a surrogate pair can be escaped, but not stored: it becomes U+FFFD
+            text = json.dumps(found, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            found = json.loads(text.decode("utf-16", "replace"))
     except (ValueError, RecursionError) as error:
         raise BadRow("bad_json", f"not JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):
         raise BadRow("bad_json", f"a JSON {type(found).__name__}, not an object")
     task = found.get("task")
     if not isinstance(task, str) or task not in TASKS:
-        raise BadRow("bad_task", f"task {task!r} is not one of {', '.join(TASKS)}")
+        said = f"task {task!r} is not one of" if "task" in found else "there is no task; it is one of"
+        raise BadRow("bad_task", f"{said} {', '.join(TASKS)}")
     if not isinstance(found.get("prediction"), str):
         raise BadRow("no_prediction", "prediction is no text" if "prediction" in found else "there is no prediction")
     references = found.get("references")
@@ -162,17 +175,17 @@ def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
     reference = references[0] if references else found.get("reference")
     if not isinstance(reference, str):
         raise BadRow("no_reference", "reference is no text" if "reference" in found else "there is no reference")
-    row_id = found.get("id")
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
+    row_id = known_text(found.get("id"))
+    if row_id is None:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in found else "there is no id")
     row: dict[str, Any] = {name: _text(found, name) for name in ("language", "prompt")}
     row |= {name: known_text(found.get(name)) for name in KNOWN_COLUMNS}
     row |= {name: known_number(found.get(name)) for name in ("duration", "nll", "num_tokens")}
     row["reference_phonetic"] = row["reference_phonetic"] or known_text(found.get("transcript_phonetic"))
-    row |= {"id": str(row_id), "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
+    row |= {"id": row_id, "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
     row |= {"prediction": found["prediction"], "reference": reference, "references": references}
-    num_samples = found.get("num_samples", 0)
-    row["num_samples"] = num_samples if isinstance(num_samples, int) and num_samples > 0 else 0
+    num_samples = int(known_number(found.get("num_samples")) or 0)
+    row["num_samples"] = num_samples if 0 < num_samples < 1 << 63 else 0
     return with_counts(row)
 
 
@@ -186,13 +199,16 @@ def _text(row: Mapping[str, Any], name: str) -> str:
 
 
 def known_text(value: Any) -> str | None:
-    """A name or number as text; None for anything else and for ""."""
-    if isinstance(value, bool) or not isinstance(value, str | int):
+    """A name or number as text, 7.0 as "7"; None for anything else and for ""."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     return str(value) or None
 
 
 def known_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """A finite number; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
-    return float(value) if abs(value) < float("inf") else None
+    return float(value)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from voxray.manifest import BadRow, language_code
+
 SAMPLE_RATE_HZ = 16_000  # of ``num_samples``; not taken from audio.logmel, which brings torch along
 DURATION_EDGES_SEC = (2.0, 5.0, 10.0, 20.0, 30.0)
 SNR_EDGES_DB = (0.0, 5.0, 10.0, 15.0, 20.0)
@@ -54,6 +56,14 @@ def _dataset(row: Row) -> tuple[float, str] | None:
     return _named(row.get("dataset") or Path(str(row.get("source") or "").rpartition(":")[0]).stem)
 
 
+def _language(row: Row) -> tuple[float, str] | None:
+    """``en``, ``EN-us`` and ``English`` are one; what is no language is shown as it stands."""
+    try:
+        return _named(language_code(row.get("language")))
+    except BadRow:
+        return _named(row["language"])
+
+
 def _duration(row: Row) -> tuple[float, str] | None:
     length = duration_of(row)
     return _bucket(length, DURATION_EDGES_SEC, "s", lowest=0.0) if length > 0 else None
@@ -76,7 +86,7 @@ def _bucket(value: float, edges: Sequence[float], unit: str, lowest: float | Non
 
 _DIMENSIONS = {
     "dataset": _dataset,
-    "language": lambda row: _named(row.get("language")),
+    "language": _language,
     "speaker": lambda row: _named(row.get("speaker")),
     "domain": lambda row: _named(row.get("domain")),
     "duration": _duration,
