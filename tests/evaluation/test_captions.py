@@ -11,6 +11,7 @@ from voxray.evaluation.metrics.captions import cider_d, coco_bleu
 from voxray.evaluation.metrics.counts import as_row, metrics_of
 from voxray.evaluation.metrics.rows import count_row
 from voxray.evaluation.metrics.texts import scored_texts, text_metrics
+from voxray.evaluation.score import score
 
 PUBLISHED = [
     (["a man speaks.", "someone speaks.", "a man is speaking while a bird is chirping in the background"],
@@ -58,6 +59,8 @@ def test_figures_are_pycocoevalcaps():
     scores = cider_d(captions)
     assert sum(scores) / 400 == pytest.approx(GOLDEN["cider_d"], rel=1e-12)
     assert coco_bleu(captions) == pytest.approx(GOLDEN["bleu"], rel=1e-12)
+    summed = scored_texts("aac", captions)[0]
+    assert [summed[f"bleu_{order}"].value for order in (1, 2, 3, 4)] == coco_bleu(captions)
     assert rouge_l(captions) == pytest.approx(GOLDEN["rouge_l"], rel=1e-12)
 
 
@@ -154,6 +157,12 @@ def test_java_metrics(fake_java: Path):
     for name in java.CORENLP_JARS:
         (fake_java / name).touch()
     assert java.java_metrics(PUBLISHED, str(fake_java)) == ({"meteor": 0.25, "spice": 0.5}, {})
+    rows = [{"task": "aac", "references": references, "prediction": text} for references, text in PUBLISHED]
+    found = score(rows, num_resamples=20, caption_jars=str(fake_java))
+    assert (
+        found["not_available"] == {} and found["aac"]["spider"]["value"] == (found["aac"]["cider_d"]["value"] + 0.5) / 2
+    )
+    assert {"meteor", "spice", "spider"} < set(found["intervals"]["aac"]["without"])
     assert "English only" in java.java_metrics([(["개가 짖는다"], "개")], str(fake_java))[1]["meteor"]
     (fake_java.parent / "bin" / "java").write_text("#!/bin/sh\necho no room for the heap >&2\nexit 1\n")
     values, missing = java.java_metrics(PUBLISHED, str(fake_java))

@@ -164,7 +164,11 @@ def test_perplexity_is_weighted_by_tokens():
 def test_slices():
     rows = transcripts(80)
     for at, row in enumerate(rows):
-        row |= {"snr_db": None if at < 10 else at - 20.0, "language": "ko" if at % 4 else "", "domain": ""}
+        row |= {
+            "snr_db": None if at < 10 else at - 20.0,
+            "language": ("", "ko", "KO-kr", "Korean")[at % 4],
+            "domain": "",
+        }
     rows[3]["dataset"] = "extra"
     found = score(rows, num_resamples=100)["slices"]["asr"]
     assert set(found) == {"dataset", "language", "speaker", "duration", "snr"}, "nobody knows a domain"

@@ -1,14 +1,20 @@
 """Metrics of free text against sacrebleu and against naive counts; figures over tasks against sums done by hand."""
 
+import itertools
+import random
+from typing import Any
+
 import pytest
-import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.evaluation.metrics.names import headline, higher_is_better, validation_metrics
 from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
-from voxray.evaluation.metrics.texts import text_metrics
+from voxray.evaluation.metrics.texts import scored_texts, text_metrics
+from voxray.evaluation.score import score
 from voxray.tasks import TASKS
 from voxray.text.normalize import normalize_ko_v1
 
@@ -56,15 +62,39 @@ def korquad_f1(reference: str, prediction: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-@settings(deadline=None, max_examples=50)
-@given(pairs)
-def test_bleu_and_chrf_are_sacrebleus(rows: list[tuple[str, str]]):
-    normal = [(normalize_ko_v1(reference), normalize_ko_v1(prediction)) for reference, prediction in rows]
-    references, predictions = map(list, zip(*normal, strict=True))
-    expected = sacrebleu.corpus_bleu(predictions, [references], tokenize="char").score
-    assert values(rows)["bleu"] == pytest.approx(expected, abs=1e-9)
-    expected = sacrebleu.corpus_chrf(predictions, [references]).score
-    assert values(rows)["chrf"] == pytest.approx(expected, abs=1e-9)
+def sacrebleus(metric: BLEU | CHRF, rows: list[tuple[list[str], str]], **more: int) -> Any:
+    """Its own corpus score; None fills up where a row has fewer references than another."""
+    normal = [(list(map(normalize_ko_v1, references)), normalize_ko_v1(prediction)) for references, prediction in rows]
+    streams = list(itertools.zip_longest(*(references for references, _ in normal)))
+    return metric.corpus_score([prediction for _, prediction in normal], streams, **more)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.lists(texts, min_size=1, max_size=3), texts), min_size=1, max_size=5), st.randoms())
+def test_bleu_and_chrf_are_sacrebleus_to_the_last_digit(rows: list[tuple[list[str], str]], draw: random.Random):
+    """With one reference or several, as many in all rows or not; of the whole set and of any that is drawn from it."""
+    summed, _, signatures = scored_texts("sqa", rows)
+    at = [draw.randrange(len(rows)) for _ in rows]
+    for name, metric in (("bleu", BLEU(tokenize="char")), ("chrf", CHRF())):
+        assert summed[name].value == sacrebleus(metric, rows).score
+        assert signatures[name] == f"{metric.get_signature().format()}|norm:ko-v1"
+        drawn = summed[name].of_sums(summed[name].columns[at].sum(axis=0, keepdims=True))
+        assert drawn[0] == sacrebleus(metric, [rows[place] for place in at]).score
+
+
+def test_intervals_of_bleu_and_chrf_are_as_wide_as_sacrebleus():
+    """Its own bootstrap, over answers; it gives the middle of the draws and half their width."""
+    draw = random.Random(0)
+    rows = [
+        {"task": "tqa", "reference": "".join(letters), "prediction": "".join(draw.choices([*letters, "x"], k=12))}
+        for letters in (draw.choices("가나다라마바사", k=draw.randint(4, 20)) for _ in range(150))
+    ]
+    found = score(rows, num_resamples=2000)["tqa"]
+    for name, metric in (("bleu", BLEU(tokenize="char")), ("chrf", CHRF())):
+        theirs = sacrebleus(metric, [([row["reference"]], row["prediction"]) for row in rows], n_bootstrap=1000)
+        low, high = found[name]["low"], found[name]["high"]
+        assert (high - low) / 2 == pytest.approx(float(theirs._ci), rel=0.15)
+        assert (high + low) / 2 == pytest.approx(float(theirs._mean), abs=0.3 * float(theirs._ci))
 
 
 def test_bleu_of_a_corpus_is_no_mean():

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import SPEECH, TINY, manifest, read_rows, write_rows
@@ -114,7 +116,18 @@ LINES = [
     {"id": "a", "task": "asr", "reference": "가나다", "prediction": "가나라", "language": "ko", "speaker": "s"},
     {"id": 2, "task": "sqa", "references": ["열이 나요", "열"], "prediction": "열이 나요"},
     {"id": "e", "task": "asr", "reference": "", "prediction": "으음"},
+    {
+        "id": 7.0,
+        "task": "tqa",
+        "reference": "\ud83d",
+        "prediction": "네\udfff",
+        "speaker": "\ud83d",
+        "num_samples": 10**30,
+    },
+    {"id": 8, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 4, "duration": 10**400},
+    {"id": 9, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": -4},
 ]
+"""With what JSON can say and a file of texts and numbers cannot hold."""
 BAD = [
     ('{"id": "b", "task": "asr"', "not JSON"),
     ('["list"]', "a JSON list, not an object"),
@@ -124,6 +137,9 @@ BAD = [
     ('{"id": "b", "task": "sqa", "references": [], "prediction": "x"}', "references is not a list of texts"),
     ('{"id": "b", "task": "mt", "reference": "x", "prediction": "x"}', "task 'mt' is not one of asr, sqa, tqa, aac"),
     ('{"task": "asr", "reference": "x", "prediction": "x"}', "there is no id"),
+    ('{"id": "b", "reference": "x", "prediction": "x"}', "there is no task; it is one of asr, sqa, tqa, aac"),
+    ('{"id": true, "task": "asr", "reference": "x", "prediction": "x"}', "id is neither text nor a number"),
+    ('{"id": "7", "task": "tqa", "reference": "x", "prediction": "x"}', "id '7' stands in line 7 already"),
     ('{"id": "a", "task": "asr", "reference": "x", "prediction": "x"}', "id 'a' stands in line 1 already"),
 ]
 
@@ -135,19 +151,22 @@ def score(path: str, output_dir: Path, *flags: str) -> dict[str, Any]:
 
 def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.jsonl"
-    good = "".join(json.dumps(line, ensure_ascii=False) + "\n\n" for line in LINES)
-    path.write_text(good + "\n".join(text for text, _ in BAD), encoding="utf-8")
+    good = "".join(json.dumps(line) + "\r\n\n" for line in LINES)
+    path.write_text("\ufeff" + good + "\n".join(text for text, _ in BAD), encoding="utf-8")
     metrics = score(str(path), tmp_path / "o")
     assert metrics["asr"]["cer"]["value"] == pytest.approx(1 / 3) and metrics["asr"]["cer"]["n"] == 1
     assert metrics["sqa"]["exact_match"]["value"] == 1
+    assert metrics["tqa"]["loss"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+    assert metrics["tqa"]["exact_match"]["value"] == pytest.approx(2 / 3)
+    first = 2 * len(LINES) + 1
     shown = capsys.readouterr()
     assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in shown.out
     named = shown.err.splitlines()
     assert len(named) == len(BAD)
-    for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True), 7):
+    for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True), first):
         assert line.startswith(f"{path}:{number}: left out: {message}")
     ledger = [json.loads(line) for line in (tmp_path / "o" / "quarantine.jsonl").read_text().splitlines()]
-    assert [entry["line"] for entry in ledger] == list(range(7, 7 + len(BAD)))
+    assert [entry["line"] for entry in ledger] == list(range(first, first + len(BAD)))
     assert set(score(str(path), tmp_path / "p", "--mode", "valid_sqa")) >= {"sqa"}
     path.write_text(BAD[0][0])
     with pytest.raises(SystemExit) as end:
@@ -157,14 +176,37 @@ def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureF
         with pytest.raises(SystemExit):
             score(missing, tmp_path / "q")
         assert message in capsys.readouterr().err
+    path.write_text(good + "x\n" * 99)
+    score(str(path), tmp_path / "q")
+    shown = capsys.readouterr()
+    assert len(shown.err.splitlines()) == 21 and "79 more bad lines left out" in shown.err
+    assert len((tmp_path / "q" / "quarantine.jsonl").read_text().splitlines()) == 99
 
 
-def test_score_only_gives_what_the_evaluation_gave(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
+def test_score_only_gives_what_the_evaluation_gave(
+    evaluate: Evaluate, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From its folder, from its predictions folder, and from its rows as JSON lines."""
     metrics, rows = evaluate(val_jsonl=(small["tqa.val"], small["asr.val"]), output_dir="e")
     assert score(str(tmp_path / "e"), tmp_path / "a") == metrics
     assert score(str(tmp_path / "e" / "predictions"), tmp_path / "b") == metrics
     assert score(write_rows(tmp_path / "r.jsonl", rows), tmp_path / "c") == metrics
+    terms = tmp_path / "terms.txt"
+    terms.write_text("열\n", encoding="utf-8")
+    before, ledger = json.loads((tmp_path / "e" / "settings.json").read_text()), (tmp_path / "e" / "quarantine.jsonl")
+    ledger.write_text("{}\n")
+    assert "terms" in score(str(tmp_path / "e"), tmp_path / "e", "--terms", str(terms))
+    after = json.loads((tmp_path / "e" / "settings.json").read_text())
+    assert after == before | {"terms": str(terms)} and ledger.read_text() == "{}\n", "what was answered is as it was"
+    assert list((tmp_path / "e" / "predictions").glob("made_by.json"))
+    score(str(tmp_path / "r.jsonl"), tmp_path / "e")
+    assert not list((tmp_path / "e" / "predictions").glob("made_by.json")), "the evaluation's mark is not on others'"
+    others = tmp_path / "others"
+    others.mkdir()
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "task": "asr", "reference": "x"}]), others / "part-0.parquet")
+    with pytest.raises(SystemExit):
+        score(str(others), tmp_path / "d")
+    assert f"{others}: row 1 (a): prediction is missing, not text" in capsys.readouterr().err
 
 
 def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +240,7 @@ def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_score_only_loads_neither_model_nor_ray(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", LINES)
+    path = write_rows(tmp_path / "x.jsonl", LINES[:3])
     watched = (
         "import sys, runpy; sys.argv = ['evaluate', '--score_only', sys.argv[1], '--output_dir', sys.argv[2]]\n"
         f"runpy.run_path({str(ROOT / 'jobs' / 'evaluate.py')!r}, run_name='__main__')\n"
