@@ -307,9 +307,10 @@ def parts_of(task: str, runs: Sequence[Sequence[Row]], rules: Rules) -> tuple[li
     Returns:
         The metrics that are ratios of sums and have a value in every run, the headline first; and their ``Parts``.
     """
-    ratios = [
-        counted(task, [row.values for row in rows], terms=rules.terms, english=rules.english).ratios for rows in runs
-    ]
+    ratios = []
+    for rows in runs:
+        values, counts = [row.values for row in rows], [row.counts for row in rows]
+        ratios.append(counted(task, values, terms=rules.terms, english=rules.english, counts=counts).ratios)
     names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
     parts = [
         tuple(np.stack([getattr(of_run[name], side) for name in names], axis=1) for side in ("top", "bottom"))

@@ -123,9 +123,20 @@ def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
     return {task: metrics[task] for task in TASKS if task in metrics}
 
 
-def counted(task: str, rows: Sequence[Row], *, terms: Sequence[str] = (), english: Normalizer = ENGLISH) -> Counted:
-    """Count the rows of one task; what a metric's ratio is made of stands in ``ratios``, row by row."""
-    columns = as_columns([as_row(count_row(row, english)) for row in rows])
+def counted(
+    task: str,
+    rows: Sequence[Row],
+    *,
+    terms: Sequence[str] = (),
+    english: Normalizer = ENGLISH,
+    counts: Sequence[Mapping[str, int]] | None = None,
+) -> Counted:
+    """Count the rows of one task; what a metric's ratio is made of stands in ``ratios``, row by row.
+
+    Args:
+        counts: Of each row, if they have been counted by this very version already.
+    """
+    columns = as_columns([as_row(count_row(row, english)) for row in rows] if counts is None else counts)
     found_terms: list[tuple[Counter[str], Counter[str]]] = []
     if terms and is_transcript(task):
         lists = {name: Terms(terms, name) for name in {normalizer_of_row(row, english) for row in rows}}
