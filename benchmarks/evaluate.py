@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=131072, help="131072 is Voxtral's own")
     parser.add_argument("--answers_only", action="store_true")
     flags = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -12,6 +12,7 @@ from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxray.audio.decode import decode
 from voxray.config.groups import ScoreFlags
+from voxray.data.collate import collate_training
 from voxray.data.features import Features
 from voxray.errors import RunError
 from voxray.evaluation import answerer, batch, greedy
@@ -225,6 +226,35 @@ def test_what_is_given_up_is_listed(folders, tmp_path, monkeypatch):
     assert found == {name: text for name, text in whole.items() if name != killer}
     assert read_failed(tmp_path / "b") == [(4, "process_died", "2 processes died while they answered this row")]
     assert set(sizes) == {1} and not mark.exists()
+
+
+def test_reference_answers_are_weighed_as_transformers_does(folders, tmp_path, monkeypatch):
+    """Row by row with the library's own loss; a row that cannot be weighed keeps its answer."""
+    real, features = answerer.reference_losses, Features(folders)
+
+    def failing(model, family, front_end, rows):
+        if any(row.id == "tqa.val.jsonl:2" for row in rows):
+            raise RuntimeError("out of memory")
+        return real(model, family, front_end, rows)
+
+    monkeypatch.setattr(answerer, "reference_losses", failing)
+    metrics = evaluated(folders, range(len(features)), tmp_path, replace(GENERATION, perplexity="answers"))
+    model = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
+    front_end, found = family_of(TINY).front_end(TINY), {row["id"]: row for row in read_predictions(tmp_path)}
+    assert len(found) == len(features)
+    for row in (features.row(number) for number in range(len(features))):
+        told = found[row.id]
+        if row.task == "asr" or row.id == "tqa.val.jsonl:2":
+            assert told["nll"] is None and told["num_tokens"] is None
+            continue
+        batch = collate_training([row], front_end)
+        del batch["task"]
+        with torch.no_grad():
+            loss = float(model(**batch).loss)
+        assert told["num_tokens"] == len(row.target_ids)
+        assert told["nll"] == pytest.approx(loss * told["num_tokens"], rel=1e-5)
+    assert metrics["tqa"]["perplexity"]["n"] == 3 and metrics["sqa"]["perplexity"]["n"] == 4
+    assert "perplexity" not in metrics["asr"]
 
 
 def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):

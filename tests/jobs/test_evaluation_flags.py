@@ -103,6 +103,14 @@ def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, ca
     assert "warning: --gpus_per_model has no effect" in capsys.readouterr().out
 
 
+def test_perplexity(evaluate: Evaluate, small: dict[str, str]) -> None:
+    """Of answers if nothing is said, of transcripts too if asked for, and never of ``none``."""
+    both = (small["tqa.val"], small["asr.val"])
+    for asked, tasks in (({}, {"tqa"}), ({"perplexity": "all"}, {"tqa", "asr"}), ({"perplexity": "none"}, set())):
+        metrics, _ = evaluate(val_jsonl=both, **asked)
+        assert {task for task in ("tqa", "asr") if "perplexity" in metrics[task]} == tasks
+
+
 def test_check_batch_invariance(evaluate: Evaluate, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     both = (small["tqa.val"], small["asr.val"])
     metrics, _ = evaluate(val_jsonl=both, check_batch_invariance=5)

@@ -145,6 +145,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "gpus_per_model": "evaluation_flags::models_and_gpus",
         **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::search"),
+        "perplexity": "evaluation_flags::perplexity",
         "check_batch_invariance": "evaluation_flags::check_batch_invariance",
         "score_only": "evaluation_flags::score_only_takes_anybodys_lines",
         **dict.fromkeys(

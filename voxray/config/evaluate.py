@@ -1,6 +1,6 @@
 """Settings of jobs/evaluate.py and jobs/infer.py."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -77,6 +77,9 @@ class EvaluateSettings(
     CPUs."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that each of them takes, such as 0.5 for two on one GPU; 0 gives each one, or its share."""
+    perplexity: Literal["none", "answers", "all"] = "answers"
+    """Whose reference answers the model weighs, for loss and perplexity: of all tasks but transcription, of all, or of
+    none. Each costs about as much as reading its prompt."""
     check_batch_invariance: Annotated[int, Field(ge=0)] = 0
     """Answer so many rows once more, each by itself, and report those whose text differs."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""

@@ -1,12 +1,13 @@
 """A loaded model that answers parts of an evaluation and writes their prediction shards."""
 
 import json
+import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +15,9 @@ from voxray.data.attempts import Attempts, attempts_at
 from voxray.data.features import FeatureRow, Features
 from voxray.errors import RunError
 from voxray.evaluation.generate import Generated, Search, generated
+from voxray.evaluation.likelihood import reference_losses
 from voxray.evaluation.manifest_keys import ManifestKeys
+from voxray.evaluation.metrics.names import is_transcript
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
 from voxray.manifest import one_line
 from voxray.models.family import family_of
@@ -22,6 +25,9 @@ from voxray.models.lora import load_adapter
 from voxray.models.quantize import base_dtype
 from voxray.storage import Place, write_atomically, write_json
 
+Found = TypeVar("Found")
+Work = Callable[[Sequence[FeatureRow], int], Iterator[tuple[int, Found]]]
+"""Rows and how many at a time -> what is found for each, by its place."""
 MAX_LONE_DEATHS = 2
 """How many processes may end while they answer one and the same row by itself before the row is given up."""
 STORED = ("id", "task", "language", "source", "prompt", "num_samples")
@@ -41,6 +47,7 @@ class Generation:
         fp16: Compute in float16.
         quantize: none, 8bit or 4bit.
         trim_audio: Whether prompts leave out the audio tokens of padding.
+        perplexity: Whose reference answers are weighed: ``none``, ``answers`` (all but transcripts) or ``all``.
     """
 
     model_id: str
@@ -52,6 +59,7 @@ class Generation:
     fp16: bool = False
     quantize: str = "none"
     trim_audio: bool = False
+    perplexity: str = "none"
 
 
 class Answerer:
@@ -98,23 +106,28 @@ class Answerer:
                     message = f"{MAX_LONE_DEATHS} processes died while they answered this row"
                     failed.append((group[0], "process_died", message))
                     continue
-                for row, answer in self._answer(group):
+                answered: dict[int, Generated] = {}
+                for row, answer in self._in_halves(self.generate, group):
                     if isinstance(answer, Exception):
                         failed.append((row, "not_answered", _reason(answer)))
                     else:
-                        found.append(self._entry(row, answer))
+                        answered[row] = answer
+                nll = dict(self._in_halves(self.weigh, [row for row in answered if self._is_weighed(row)]))
+                found += (self._entry(row, answer, nll.get(row)) for row, answer in answered.items())
             if failed:
                 write_json(failed_path(self.predictions, part), failed)
             write_atomically(part_path(self.predictions, part), part_bytes(found))
 
-    def _answer(self, rows: Sequence[int], size: int = sys.maxsize) -> Iterator[tuple[int, Generated | Exception]]:
-        """Answers of rows; where the model fails, halves are tried, down to the row at which it fails."""
+    def _in_halves(
+        self, work: Work[Found], rows: Sequence[int], size: int = sys.maxsize
+    ) -> Iterator[tuple[int, Found | Exception]]:
+        """What some work finds for each row; where the model fails, halves are tried, down to the row that it is."""
         left = dict.fromkeys(rows)
         try:
             stored = [self.features.row(row) for row in rows]
-            for place, answer in self.generate(stored, min(self.generation.batch_size, size)):
+            for place, found in work(stored, min(self.generation.batch_size, size)):
                 del left[rows[place]]
-                yield rows[place], answer
+                yield rows[place], found
         except RunError:
             raise
         except Exception as error:
@@ -127,19 +140,33 @@ class Answerer:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             again, half = list(left), (len(left) + 1) // 2
-            yield from self._answer(again[:half], half)
-            yield from self._answer(again[half:], half)
+            yield from self._in_halves(work, again[:half], half)
+            yield from self._in_halves(work, again[half:], half)
 
     def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Generated]]:
         parts = (self.model, self.family, self.front_end, rows)
         return generated(*parts, batch_size=batch_size, search=self.generation.search)
 
-    def _entry(self, row: int, answer: Generated) -> dict[str, Any]:
+    def weigh(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, float]]:
+        """-ln p of the rows' reference answers."""
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            yield from enumerate(reference_losses(self.model, self.family, self.front_end, batch), start)
+
+    def _is_weighed(self, row: int) -> bool:
+        """Whether a row's reference is asked for, and is that of the whole row: chunks of a recording have none."""
+        stored, wanted = self.features.row(row), self.generation.perplexity
+        asked = wanted == "all" or (wanted == "answers" and not is_transcript(stored.task))
+        return asked and "chunk_of" not in self.keys.of(stored.source)
+
+    def _entry(self, row: int, answer: Generated, nll: float | Exception | None) -> dict[str, Any]:
         stored = self.features.row(row)
         entry = {name: getattr(stored, name) for name in STORED} | self.keys.of(stored.source)
         reference = entry.pop("whole_reference", stored.answer)
         entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
         entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
+        if isinstance(nll, float) and math.isfinite(nll):
+            entry |= {"nll": nll, "num_tokens": len(stored.target_ids)}
         return with_counts(entry)
 
 

@@ -133,7 +133,7 @@ def check_invariance(
     places = np.unique(np.linspace(0, len(rows) - 1, min(num_rows, len(rows))).round().astype(int))
     alone = output_dir / "one_by_one"
     answer(
-        replace(generation, batch_size=1),
+        replace(generation, batch_size=1, perplexity="none"),
         folders,
         [rows[place] for place in places],
         alone,

@@ -76,6 +76,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         fp16=settings.fp16,
         quantize=settings.quantize,
         trim_audio=settings.trim_audio_tokens,
+        perplexity=settings.perplexity,
     )
     models = Models(settings.num_models, settings.gpus_per_model)
     _, most_models = range_of(settings.num_models)

@@ -34,6 +34,8 @@ PREDICTION_SCHEMA = pa.schema(
         ("sec", pa.float64()),
         ("num_new_tokens", pa.int64()),
         ("hit_max", pa.bool_()),
+        ("nll", pa.float64()),
+        ("num_tokens", pa.int64()),
         ("chunk_of", pa.string()),
         *((name, pa.int64()) for name in ("chunk", "num_chunks", "whole_samples")),
         ("overlap_share", pa.float64()),
@@ -41,7 +43,8 @@ PREDICTION_SCHEMA = pa.schema(
     ],
 )
 """Speaker, domain, references and noise level are null where the manifest does not say; ``sec`` is the row's share of
-the time that its batches took, ``hit_max`` says that the answer was cut off. The columns from ``chunk_of`` on are those
+the time that its batches took, ``hit_max`` says that the answer was cut off. ``nll`` is -ln p of the reference, over
+``num_tokens`` tokens, null where nobody asked. The columns from ``chunk_of`` on are those
 of parts of recordings that are too long for the model (see ``long_audio``), null elsewhere."""
 LINES_PER_CHUNK = 256
 

@@ -24,6 +24,7 @@ from voxray.manifest import BadRow, Sample
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.family import AudioFeatures, model_file, weights_below
+from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.trimming import trims_audio
@@ -310,7 +311,7 @@ class Voxtral:
         def run(**inputs: Any) -> torch.Tensor:
             with _uncompiled(base):
                 hidden_BLD = base.model(use_cache=True, **inputs).last_hidden_state
-            return base.lm_head(hidden_BLD[:, -1])
+            return linear_of_few(base.lm_head, hidden_BLD[:, -1])
 
         return CausalDecoding.begin(run, with_trimmed_audio(base, batch))
 

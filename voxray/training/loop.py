@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from voxray.config.train import TrainSettings
-from voxray.data.collate import IGNORED, Batch
+from voxray.data.collate import Batch
 from voxray.data.features import Features
 from voxray.data.loader import Loader
 from voxray.data.plan import Pack, Plan
 from voxray.errors import RunError
 from voxray.models.family import Family
+from voxray.models.losses import Logits, token_losses
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import CheckpointWriter, Progress
 from voxray.training.engine import Engine, Worker, gather
@@ -32,9 +32,6 @@ from voxray.training.speed import Speed, answer_tokens, step_rows
 STOP_FILE = "STOP"
 """Its presence in the run folder asks the run to save itself and end after the current step."""
 ROWS_NAMED = 8
-
-
-Logits = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 LOOK_SEC = 5.0
 """How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
 
@@ -207,16 +204,12 @@ def task_losses(logits: Logits, batch: Batch, label_smoothing: float) -> torch.T
     """Cross entropy summed per task, over answer tokens only.
 
     Args:
-        logits: The forward pass: from a batch without labels and tasks, and where to predict, to logits_NV.
+        logits: The forward pass.
     Returns:
         float32, shape (number of tasks,).
     """
-    labels_BL, task = batch["labels"], batch["task"]
-    inputs = {name: tensor for name, tensor in batch.items() if name not in {"labels", "task"}}
-    next_BL = F.pad(labels_BL[:, 1:], (0, 1), value=IGNORED)
-    keep_BL = next_BL != IGNORED
-    logits_NV = logits(inputs, keep_BL).float()
-    loss_N = F.cross_entropy(logits_NV, next_BL[keep_BL], reduction="none", label_smoothing=label_smoothing)
+    loss_N, keep_BL = token_losses(logits, batch, label_smoothing)
+    task = batch["task"]
     task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # packed rows have a task per token
     return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_BL[keep_BL], loss_N)
 

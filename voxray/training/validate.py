@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from voxray.data.collate import collate_training
 from voxray.data.features import Features
 from voxray.data.shards import TASK_CODES
 from voxray.evaluation.generate import answers, length_batches
+from voxray.evaluation.likelihood import reference_losses
 from voxray.evaluation.metrics.counts import as_row, metrics_of
 from voxray.evaluation.metrics.names import text_metrics_of
 from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
@@ -26,7 +25,6 @@ from voxray.evaluation.metrics.texts import text_metrics
 from voxray.models.family import Family, FrontEnd
 from voxray.tasks import TASKS
 from voxray.training.engine import Worker, gather
-from voxray.training.loop import answer_loss
 
 
 @dataclass(frozen=True)
@@ -123,17 +121,15 @@ def answer_losses(
     Returns:
         {task: {"loss", "perplexity"}} over all workers' rows.
     """
-    mine: list[list[float]] = []
-    with torch.no_grad():
-        for batch in shared_batches(features, rows, batch_size, worker):
-            inputs = collate_training([features.row(number) for number in batch], front_end)
-            on_device = {name: tensor.to(worker.device) for name, tensor in inputs.items()}
-            mine.append(answer_loss(model, family, on_device, label_smoothing=0.0).tolist())
-    sums = [item for part in gather_lists(mine, worker) for item in part]
+    mine: list[tuple[int, float]] = []
+    for batch in shared_batches(features, rows, batch_size, worker):
+        losses = reference_losses(model, family, front_end, [features.row(number) for number in batch])
+        mine += zip((int(features.task[number]) for number in batch), losses, strict=True)
+    found = [item for part in gather_lists(mine, worker) for item in part]
     tokens = np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
     # fsum rounds once, so that the order in which workers come does not matter
-    nll = {task: math.fsum(entry[code] for entry in sums) for task, code in TASK_CODES.items()}
-    return {task: likelihood_metrics(nll[task], int(tokens[code])) for task, code in TASK_CODES.items()}
+    nll = {code: math.fsum(loss for task, loss in found if task == code) for code in TASK_CODES.values()}
+    return {task: likelihood_metrics(nll[code], int(tokens[code])) for task, code in TASK_CODES.items()}
 
 
 def shared_batches(features: Features, rows: np.ndarray, batch_size: int, worker: Worker) -> list[list[int]]:
