@@ -121,7 +121,7 @@ def test_check_batch_invariance(evaluate: Evaluate, small: dict[str, str], capsy
 # --score_only
 
 LINES = [
-    {"id": "a", "task": "asr", "reference": "가나다", "prediction": "가나라", "language": "ko", "speaker": "s"},
+    {"id": "a", "task": "asr", "reference": "가나다", "prediction": "가나라", "speaker": "s", "duration": 12.5},
     {"id": 2, "task": "sqa", "references": ["열이 나요", "열"], "prediction": "열이 나요"},
     {"id": "e", "task": "asr", "reference": "", "prediction": "으음"},
     {
@@ -134,6 +134,8 @@ LINES = [
     },
     {"id": 8, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 4, "duration": 10**400},
     {"id": 9, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": -4},
+    {"id": 10, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 1e300, "snr_db": 1e300},
+    {"id": 11, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 2.5, "duration": "3"},
 ]
 """With what JSON can say and a file of texts and numbers cannot hold."""
 BAD = [
@@ -165,7 +167,9 @@ def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureF
     assert metrics["asr"]["cer"]["value"] == pytest.approx(1 / 3) and metrics["asr"]["cer"]["n"] == 1
     assert metrics["sqa"]["exact_match"]["value"] == 1
     assert metrics["tqa"]["loss"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
-    assert metrics["tqa"]["exact_match"]["value"] == pytest.approx(2 / 3)
+    assert metrics["tqa"]["exact_match"]["value"] == pytest.approx(4 / 5)
+    assert metrics["slices"]["asr"]["duration"]["10-20 s"]["n"] == 1
+    assert score(str(tmp_path / "o"), tmp_path / "again")["slices"] == metrics["slices"], "all that is known is stored"
     first = 2 * len(LINES) + 1
     shown = capsys.readouterr()
     assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in shown.out

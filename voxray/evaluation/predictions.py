@@ -19,6 +19,7 @@ from voxray.evaluation.joining import joined_rows
 from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, metrics_of
 from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row
 from voxray.evaluation.score import read_terms, score
+from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.manifest import BadRow, chunks
 from voxray.tasks import TASKS
 
@@ -183,13 +184,20 @@ def _parsed(raw: bytes, path: str, line: int) -> dict[str, Any]:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in found else "there is no id")
     row: dict[str, Any] = {name: _text(found, name) for name in ("language", "prompt")}
     row |= {name: known_text(found.get(name)) for name in KNOWN_COLUMNS}
-    row |= {name: known_number(found.get(name)) for name in ("duration", "nll", "num_tokens")}
+    row |= {name: known_number(found.get(name)) for name in ("nll", "snr_db")}
+    row |= {name: _known_size(found.get(name)) for name in ("num_samples", "num_tokens")}
+    duration = known_number(found.get("duration")) or 0.0
+    row["num_samples"] = row["num_samples"] or _known_size(duration * SAMPLE_RATE_HZ // 1)
     row["reference_phonetic"] = row["reference_phonetic"] or known_text(found.get("transcript_phonetic"))
-    row |= {"id": row_id, "task": task, "source": f"{path}:{line}", "snr_db": known_number(found.get("snr_db"))}
+    row |= {"id": row_id, "task": task, "source": f"{path}:{line}"}
     row |= {"prediction": found["prediction"], "reference": reference, "references": references}
-    num_samples = int(known_number(found.get("num_samples")) or 0)
-    row["num_samples"] = num_samples if 0 < num_samples < 1 << 63 else 0
     return with_counts(row)
+
+
+def _known_size(value: Any) -> int | None:
+    """A whole number above 0 that Arrow can hold; None for anything else."""
+    number = known_number(value) or 0.5
+    return int(number) if number.is_integer() and 0 < number < 1 << 63 else None
 
 
 def _are_texts(value: Any) -> bool:
