@@ -14,7 +14,7 @@ STYLE = """
 --thin:#28313b;--good:#3f9a66;--bad:#cf5a50;--warn:#e3b75c;--warn-back:#2e2717}}
 body{font:15px/1.5 system-ui,"Noto Sans KR","Noto Sans CJK KR","Malgun Gothic","Apple SD Gothic Neo",sans-serif;
 color:var(--ink);background:var(--back);margin:0}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}
+main{max-width:1080px;margin:0 auto;padding:28px 20px 60px;overflow-wrap:anywhere}
 h1{font-size:24px;margin:0 0 4px}
 h2{font-size:18px;margin:34px 0 10px}
 .verdict{display:inline-block;padding:2px 12px;border-radius:12px;font-weight:600;color:#fff;background:var(--bad)}
@@ -30,11 +30,13 @@ th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--thin)
 overflow-wrap:anywhere}
 tr:last-child td{border-bottom:0}
 th{color:var(--soft);font-weight:600;white-space:nowrap}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td:not(.n){min-width:5.5em}
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap;overflow-wrap:normal}
 code{font:13px ui-monospace,monospace}
 details{margin:6px 0}
 summary{cursor:pointer}
 summary b{margin-right:8px}
+@media (max-width:640px){main{padding:20px 12px 40px}}
 img{max-width:100%;height:auto;display:block;background:#fff;border-radius:4px}
 """
 

@@ -12,7 +12,7 @@ from voxray.config.compare import CompareSettings
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.compare import run_compare
 from voxray.evaluation.comparison import compare_slices, compare_tasks, verdicts
-from voxray.evaluation.runs import labels_of, match, read_runs
+from voxray.evaluation.runs import labels_of, match, read_runs, training_differences
 
 WORDS = [
     "혈압이",
@@ -82,16 +82,23 @@ def test_values_are_jiwers_and_the_verdict_says_them(pair, tmp_path, capsys):
     assert metrics["cer_nospace"]["best_or_not_shown_to_differ"] == ["tuned"]
     swapped = compare(tmp_path, other, one)["verdicts"][0]
     assert swapped.startswith("asr: base is worse than tuned (")
+    assert found["summaries"] == ["tuned against base: better on asr"]
+    assert found["overall"]["macro"]["tuned"] == pytest.approx(1 - entry["second_value"])
 
 
-def test_chance_is_not_called_a_difference(pair, tmp_path):
-    one, _, references, _, _ = pair
+def test_chance_is_not_called_a_difference(pair, tmp_path, capsys):
+    one, _, references, first, _ = pair
     other = write_evaluation(tmp_path / "again", rows(references, damaged(references, 0.25, 4)))
     found = compare(tmp_path, one, other)
     assert found["verdicts"][0].startswith("asr: no difference can be shown between base and again (cer_nospace ")
     best = found["tasks"]["asr"]["metrics"]["cer_nospace"]["best_or_not_shown_to_differ"]
     assert best == ["base", "again"], "neither is marked as the better one"
     assert not any(entry["is_shown"] for entry in found["slices"])
+    assert found["tasks"]["asr"]["metrics"]["wer"]["runs"] and "*" not in capsys.readouterr().out.split("* the best")[0]
+    same = write_evaluation(tmp_path / "same", rows(references, first))
+    assert compare(tmp_path, one, same)["warnings"] == [
+        "same gave the same answer as base to every row: are they the same model?"
+    ]
 
 
 def test_what_one_broke_and_mended(tmp_path):
@@ -129,6 +136,12 @@ def test_rows_are_matched_by_source_else_by_id(pair, tmp_path):
     twice = write_evaluation(
         tmp_path / "twice", [{**row, "source": "/data/asr.val.jsonl:1"} for row in rows(references, second)]
     )
+    several = [{"task": "aac", "reference": "비", "references": ["비가 온다", "바람이 분다"]}] * 3
+    captions = [
+        write_evaluation(tmp_path / name, [{**row, "prediction": answer} for row in several])
+        for name, answer in (("rain", "비가 온다"), ("wind", "바람이 분다"))
+    ]
+    assert compare(tmp_path, *captions)["num_matched"] == 3, "each answer is closest to another of the same references"
     warned = compare(tmp_path, one, twice)["warnings"]
     assert warned == [], "the ids still tell them apart"
 
@@ -141,7 +154,7 @@ def test_settings_that_differ_are_warned_of(pair, tmp_path):
     warnings = compare(tmp_path, one, other)["warnings"]
     assert warnings == [
         "60 of 60 matched rows were asked with other prompts",
-        "the normalisers of their metrics.json differ (base ko-v1, o ko-v2); here all are counted anew with one",
+        "o: its metrics.json was normalised by ko-v2, here by ko-v1; all figures here are counted anew",
         "--gen_max_new_tokens differs: base 32, o 64",
     ], "adapter and batch are no matter, and an older run says nothing of a newer flag"
 
@@ -163,6 +176,14 @@ def test_slices_and_speakers(tmp_path):
     domains = {e["value"]: e for e in found["slices"] if e["slice"] == "domain"}
     assert domains["내과"]["is_shown"] and domains["내과"]["difference"] > 0 and domains["내과"]["num_rows"] == 60
     assert domains["외과"]["is_shown"] and domains["외과"]["difference"] < 0
+    [said] = found["slice_verdicts"]
+    num_better = sum(e["is_shown"] and e["difference"] < 0 for e in found["slices"])
+    num_worse = sum(e["is_shown"] and e["difference"] > 0 for e in found["slices"])
+    assert said.startswith(
+        f"asr by slice: b is better in {num_better} of {len(found['slices'])}, worse in {num_worse} ("
+    )
+    values = f"{domains['내과']['first_value']:.3f} -> {domains['내과']['second_value']:.3f}"
+    assert f"(domain 내과 {values}, p = {domains['내과']['p_adjusted']:.3f})" in said
     assert all(e["p_adjusted"] >= e["p"] for e in found["slices"])
     assert len([e for e in found["slices"] if e["slice"] == "speaker"]) == 20
     few = compare(tmp_path, evaluation("c", middle, 3), evaluation("d", good, 3))
@@ -208,7 +229,7 @@ def test_empty_references_and_odd_texts_are_compared(tmp_path):
     other = write_evaluation(tmp_path / "b", rows(texts, ["", "", "혈압", "😀", "나" * 100]))
     runs = read_runs([one, other])
     found = compare_tasks(match(runs), seed=0, num_resamples=500)
-    assert verdicts(runs, found) and compare_slices(found, seed=0, num_resamples=500) == []
+    assert verdicts(runs, found, 1) and compare_slices(found, seed=0, num_resamples=500) == []
     assert [row.error for row in runs[0].rows] == [1.0, 0.0, 0.0, 0.0, pytest.approx(10 / 3000)]
 
 
@@ -231,6 +252,21 @@ def test_rows_are_counted_as_the_first_run_was(tmp_path):
     assert compare(tmp_path, *runs)["tasks"]["asr"]["metrics"]["exact_match"]["runs"][1]["value"] < 1
 
 
+def test_adapters_are_told_apart_by_what_they_were_trained_with(pair, tmp_path):
+    """From the settings beside the adapter or above its checkpoint; the base has none."""
+    one, _, references, first, second = pair
+    runs = [one]
+    for name, answers, adapter, weights in (
+        ("a", first, "t1", None),
+        ("b", second, "t2/checkpoints/step-1", {"asr": 2}),
+    ):
+        (tmp_path / adapter).mkdir(parents=True)
+        trained = {"train_jsonl": ["x.jsonl"], "lora_r": 8, "task_weights": weights, "output_dir": name}
+        (tmp_path / adapter.split("/")[0] / "settings.json").write_text(json.dumps(trained))
+        runs.append(write_evaluation(tmp_path / name, rows(references, answers), lora_dir=str(tmp_path / adapter)))
+    assert training_differences(read_runs(runs)) == {"task_weights": ["", "none", "asr=2"]}
+
+
 def test_labels_tell_folders_apart():
     assert labels_of(["runs/a", "runs/b"]) == ["a", "b"]
     assert labels_of(["x/eval", "y/eval", "y/other"]) == ["x/eval", "y/eval", "y/other"]
@@ -248,7 +284,10 @@ def test_refusals_are_one_clear_line(pair, tmp_path):
     Path(begun, "metrics.json").write_text(json.dumps({"asr": {"exact_match": {"value": 1, "n": 9}}}))
     unlike = write_evaluation(tmp_path / "unlike", rows(["가"], ["가"], id="z", source="/z.jsonl:1"))
     for runs, error, message in (
-        ((one, str(tmp_path / "none")), RunError, "no evaluation there"),
+        ((one, str(tmp_path / "none")), RunError, "no evaluation there .*; no such folder"),
+        ((f"{one}/predictions", other), RunError, f"predictions: no evaluation there .*; give {one}$"),
+        ((str(Path(one).parent), other), RunError, f"no evaluation there .*; give {one} or {other}$"),
+        ((one, f"{cut}/settings.json"), RunError, "are scored first: jobs/evaluate.py --score_only .*settings.json"),
         ((one, str(tmp_path / "demo" / "base")), RunError, "`make demo` makes runs/demo/base"),
         ((one, cut), RunError, "cut: this evaluation has not finished"),
         ((one, torn), RunError, "torn/predictions: damaged: "),
@@ -258,7 +297,11 @@ def test_refusals_are_one_clear_line(pair, tmp_path):
             RunError,
             "metrics.json is of 9 asr rows, but 1 are in predictions/: the evaluation has not fin",
         ),
-        ((one, unlike), RunError, "base, unlike: nothing to compare: no row has the same task and source, or id"),
+        (
+            (one, unlike),
+            RunError,
+            "base, unlike: nothing to compare: no row has the same task and source, or id, .*asr",
+        ),
         ((one, other, one), SettingsError, "is given twice"),
         ((torn,), RunError, "damaged"),
     ):

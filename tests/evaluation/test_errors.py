@@ -125,6 +125,9 @@ def test_an_alignment_as_it_is_shown():
     )
     long = aligned_lines(["가나다라"] * 30, ["가나다"] * 30, width=60)
     assert max(display_width(line) for line in long.split("\n")) <= 60 and long.count("REF:") == 5
+    endless = aligned_lines(["가" * 90, "나"], ["가" * 90, "다" * 80], width=60).split("\n")
+    assert max(map(display_width, endless)) <= 60 and endless[0] == "REF: " + "가" * 25 + "…(90)"
+    assert endless[-1] == "     S" and "다…(80)" in endless[-2]
 
 
 def test_lengths_and_changes():

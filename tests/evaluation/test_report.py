@@ -134,7 +134,9 @@ def test_diffs_are_aligned_and_coloured(folder, page):
     )
     reference = speech_rows()[4]["reference"]
     assert "".join(top for _, top, _ in pairs).replace("␣", " ") == reference
-    assert pairs[-1][0] == "pair d" and pairs[-1][2] == "" and len(pairs[-1][1]) == 4
+    missing = [pair for pair in pairs if pair[0] == "pair d"]
+    assert missing == pairs[-len(missing) :] and all(below == "" for *_, below in missing)
+    assert len("".join(top for _, top, _ in missing)) == 4
     assert all(top == below for kind, top, below in pairs[:-1] if kind == "pair e")
     colour = "getComputedStyle(document.querySelector('#rows .pair.d .ref')).backgroundColor"
     light = page.read(colour)
@@ -142,6 +144,36 @@ def test_diffs_are_aligned_and_coloured(folder, page):
     assert (
         page.read(colour) != light and page.read("getComputedStyle(document.body).backgroundColor") == "rgb(20, 25, 31)"
     )
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [420, 1400])
+def test_nothing_sticks_out_and_hangul_stands_above_what_replaced_it(page, tmp_path, width):
+    """A narrow window, words without end, wide letters replaced by narrow ones, an answer that reads right to left."""
+    texts = [("혈압이 높다", "knee 높다"), ("가" * 2000, "나" * 900), ("مرحبا كيف", "مرحبا كي"), ("x y", "x" * 500)]
+    more = {"references": [], "speaker": "s" * 200}
+    rows = [{"reference": one, "prediction": other, **more} for one, other in texts]
+    rows += [{**row, "task": "tqa", "id": "z" * 300} for row in rows]
+    rows.append(
+        {"task": "tqa", "reference": "네", "references": ["네", "예"], "prediction": "네", "id": "either"}
+        | {"speaker": "s"}
+    )
+    one = write_evaluation(tmp_path / ("long_name_of_a_run_" * 5), rows, model_id="/" + "m" * 300)
+    answered = [{**row, "prediction": "예" if row.get("id") == "either" else ""} for row in rows]
+    other = write_evaluation(tmp_path / ("another_name_of_a_run_" * 5), answered)
+    run_compare(CompareSettings(runs=(one, other), output_dir=str(tmp_path / "out"), num_resamples=200))
+    write_report(Path(one), num_resamples=200)
+    for path in (tmp_path / "out" / "comparison.html", Path(one, "report.html")):
+        page.open(path, width=width)
+        assert page.read("document.documentElement.scrollWidth") <= width and page.console == []
+        right = page.read("[...document.querySelectorAll('#rows .right')].map(line => line.textContent)")
+        assert right == ["\u2713 네", "\u2713 예"][: 1 + (path.name == "comparison.html")], (
+            "what is right is shown as it was said"
+        )
+    page.type("#filter-text", "knee")
+    boxes = "['ref', 'hyp'].map(c => pair.querySelector('.' + c).getBoundingClientRect().x)"
+    pairs = page.read(f"[...document.querySelectorAll('#rows .pair.s')].map(pair => [pair.innerText, ...{boxes}])")
+    assert len(pairs) == 4 and all(above == below for _, above, below in pairs), "three letters by character, one word"
 
 
 @needs_browser
@@ -173,7 +205,9 @@ def test_a_comparison_opens_sorts_and_filters(folder, page):
     page.click("#rows th[data-key='change']")
     changes = [float(text) for text in page.read(COLUMN.format(5))]
     assert changes == sorted(changes, reverse=True) and changes[0] > 0 > changes[-1]
-    assert page.read("document.querySelectorAll('.lead li').length") == 4, "a verdict and what changed, by task"
+    assert page.read("document.querySelectorAll('.lead li').length") == 5, "verdicts, the slices of one task, changes"
+    glance = page.read("document.getElementById('overview').innerText")
+    assert glance.startswith("run\tmacro\tweighted\tbalance\tasr cer_nospace\ttqa rouge_l")
     assert page.read("document.querySelectorAll('svg').length") >= 3
     visible = "[...document.querySelectorAll('#slices tbody tr')].filter(row => !row.hidden).map(row => row.innerText)"
     assert len(page.read(visible)) > 2

@@ -1,13 +1,13 @@
 """Pictures of the evaluation reports as SVG, coloured by the page's style so that they follow light and dark."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from voxray.pages import escaped
 
 WIDTH, LEFT, TOP = 520, 46, 30
-PLOT_HEIGHT, BELOW = 150, 46
+PLOT_HEIGHT = 150
 ROW_HEIGHT = 26
 NAMES_WIDTH = 210
 LABEL_CHARS = 14
@@ -51,9 +51,8 @@ def bars(title: str, groups: Sequence[str], series: Sequence[tuple[str, Sequence
                 x = middle + (number - len(series) / 2) * size
                 parts.append(_bar(x, size, value, top, number, f"{group}, {name}: {value.value:.3f}"))
         parts.append(_text(middle, TOP + PLOT_HEIGHT + 16, group[:LABEL_CHARS], "axis", "middle"))
-    if len(series) > 1:
-        parts += _legend([name for name, _ in series], TOP + PLOT_HEIGHT + 36)
-    return _figure(title, TOP + PLOT_HEIGHT + (BELOW if len(series) > 1 else 26), parts)
+    legend = _legend([name for name, _ in series]) if len(series) > 1 else ""
+    return _figure(title, TOP + PLOT_HEIGHT + 26, parts, legend)
 
 
 def forest(title: str, rows: Sequence[tuple[str, Value, int]], unit: str, note: str = "") -> str:
@@ -105,12 +104,11 @@ def _bar(x: float, size: float, value: Value, top: float, number: int, said: str
     return f'<g class="c{number % NUM_COLOURS}"><title>{escaped(said)}</title>{shape}{whisker}</g>'
 
 
-def _legend(names: Sequence[str], y: float) -> Iterator[str]:
-    x = float(LEFT)
-    for number, name in enumerate(names):
-        yield f'<rect class="c{number % NUM_COLOURS}" x="{x:.0f}" y="{y - 9:.0f}" width="10" height="10" rx="2"/>'
-        yield _text(x + 15, y, name, "axis")
-        x += 30 + 7 * len(name)
+def _legend(names: Sequence[str]) -> str:
+    """Below the picture, as text that wraps: names of runs may be long, and many."""
+    shape = '<svg viewBox="0 0 10 10"><rect class="c{}" width="10" height="10" rx="2"/></svg>'
+    keys = [f"<span>{shape.format(at % NUM_COLOURS)}{escaped(name)}</span>" for at, name in enumerate(names)]
+    return f'<div class="legend">{"".join(keys)}</div>'
 
 
 def _down(value: float, top: float) -> float:
@@ -128,6 +126,6 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> st
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{mark}>{escaped(text)}</text>'
 
 
-def _figure(title: str, height: float, parts: Sequence[str]) -> str:
+def _figure(title: str, height: float, parts: Sequence[str], legend: str = "") -> str:
     picture = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escaped(title)}">{"".join(parts)}</svg>'
-    return f"<figure><figcaption>{escaped(title)}</figcaption>{picture}</figure>"
+    return f"<figure><figcaption>{escaped(title)}</figcaption>{picture}{legend}</figure>"

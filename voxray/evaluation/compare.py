@@ -15,7 +15,6 @@ from voxray.evaluation.comparison import (
     compare_slices,
     compare_tasks,
     interference,
-    verdicts,
 )
 from voxray.evaluation.errors import aligned_lines
 from voxray.evaluation.metrics.names import headline, is_transcript
@@ -28,6 +27,7 @@ from voxray.terminal import console
 
 SHOWN_ROWS = 3
 SHOWN_ERRORS = 8
+SHOWN_LINES = 12  # of an alignment
 
 
 def run_compare(settings: CompareSettings) -> dict[str, Any]:
@@ -85,9 +85,13 @@ def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
 
 def aligned(row: Row) -> str:
     """A row's reference and answer below each other: transcripts by character, answers by word."""
+    texts = (row.reference, row.prediction)
     if is_transcript(row.task):
-        return aligned_lines(row.reference, row.prediction, width=console.width, joint="")
-    return aligned_lines(row.reference.split(), row.prediction.split(), width=console.width)
+        lines = aligned_lines(*texts, width=console.width, joint="").split("\n")
+    else:
+        lines = aligned_lines(*(text.split() for text in texts), width=console.width).split("\n")
+    more = [f"... {len(lines) - SHOWN_LINES} more lines"] if len(lines) > SHOWN_LINES else []
+    return "\n".join([*lines[:SHOWN_LINES], *more])
 
 
 def _errors_table(title: str, entry: dict[str, Any]) -> Table:
@@ -116,12 +120,12 @@ def _say_comparison(runs: Sequence[Run], found: Sequence[TaskComparison], result
         names = [name for name in TASKS[task.task].metrics if name in task.values]
         for name in names:
             table.add_column(name, justify="right")
-        best = {name: task.best(name) for name in names}
+        best = {name: task.marked(name) for name in names}
         for at, run in enumerate(runs):
             table.add_row(escape(run.label), *(_shown(task, name, at, best[name]) for name in names))
         console.print(table)
-    console.print("* the best, and those that are not shown to differ from it; intervals are 95 %", markup=False)
-    for sentence in (*verdicts(runs, found), *interference(runs, found)):
+    console.print("* the best, and those not shown to differ from it, if any is; intervals are 95 %", markup=False)
+    for sentence in (*result["summaries"], *result["verdicts"], *result["slice_verdicts"], *interference(runs, found)):
         console.print(sentence, markup=False)
     for task in found:
         for run, change in zip(runs[1:], task.changes, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 
 from voxray.evaluation.errors import changed_rows, length_slices
 from voxray.evaluation.metrics.names import headline, higher_is_better
+from voxray.evaluation.metrics.overall import figures, score_of
 from voxray.evaluation.paired import ALPHA, Difference, compare_rows, holm, interval_of, units_of
 from voxray.evaluation.runs import Matched, Row, Rules, Run, parts_of
 from voxray.evaluation.slices import slices_of
@@ -17,6 +18,7 @@ from voxray.tasks import TASKS
 
 MIN_SLICE_ROWS = 5
 MAX_SLICES = 60  # values of one slice, of the speakers say; the largest are taken
+MAX_NAMED = 4  # slices that a sentence names
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,21 @@ class TaskComparison:
         """Whether a difference is shown, all pairs considered."""
         return self.pairs[pair][metric].is_shown and self.adjusted[pair][metric] < ALPHA
 
+    def way(self, run: int, metric: str) -> int:
+        """1 if a run is shown to be better than the first, -1 if worse, 0 if no difference is shown."""
+        return way(metric, self.pairs[0, run][metric].difference, self.differs((0, run), metric))
+
     def best(self, metric: str) -> list[int]:
         """The best run by a metric, and those that are not shown to differ from it."""
         values = [value for value, _ in self.values[metric]]
         first = values.index((max if higher_is_better(metric) else min)(values))
         pairs = {other: (min(first, other), max(first, other)) for other in range(len(values)) if other != first}
         return sorted([first, *(other for other, pair in pairs.items() if not self.differs(pair, metric))])
+
+    def marked(self, metric: str) -> list[int]:
+        """``best``, but none where no run is shown to differ from it."""
+        best = self.best(metric)
+        return best if len(best) < len(self.rows) else []
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,18 @@ class SliceComparison:
     adjusted: float
 
     @property
+    def way(self) -> int:
+        """1 if the run is shown to be better there, -1 if worse, 0 if no difference is shown."""
+        return way(headline(self.task), self.difference.difference, self.is_shown)
+
+    @property
     def is_shown(self) -> bool:
         return self.difference.is_shown and self.adjusted < ALPHA
+
+
+def way(metric: str, difference: float, is_shown: bool = True) -> int:
+    """1 for a difference to the better, -1 for one to the worse, 0 for none, or one that is not shown."""
+    return 0 if not (is_shown and difference) else 1 if (difference > 0) == higher_is_better(metric) else -1
 
 
 def compare_tasks(matched: Matched, *, seed: int, num_resamples: int) -> list[TaskComparison]:
@@ -146,33 +167,74 @@ def _slices(rows: Sequence[Row]) -> Iterator[tuple[str, str, np.ndarray]]:
                     yield name, label, np.array(numbers)
 
 
-def verdicts(runs: Sequence[Run], found: Sequence[TaskComparison]) -> list[str]:
-    """A sentence per run and task: is it better than the first run, by how much, and how sure is that."""
+def overall(found: Sequence[TaskComparison]) -> dict[str, list[float]]:
+    """{macro, weighted, balance: per run} of the tasks' scores on the matched rows, see ``metrics.overall.figures``."""
+    tasks = [task for task in found if headline(task.task) in task.values]
+    if not tasks:
+        return {}
+    scores = [[score_of(task.task, value) for value, _ in task.values[headline(task.task)]] for task in tasks]
+    weights = np.array([len(task.rows[0]) for task in tasks])
+    return {name: [float(value) for value in values] for name, values in figures(np.array(scores), weights).items()}
+
+
+def summary(runs: Sequence[Run], found: Sequence[TaskComparison], run: int) -> str:
+    """The tasks on which a run is better than the first, and those on which it is worse."""
+    ways = {task.task: task.way(run, headline(task.task)) for task in found if headline(task.task) in task.values}
+    words = {1: "better on", -1: "worse on", 0: "no difference can be shown on"}
+    named = {word: [task for task, own in ways.items() if own == which] for which, word in words.items()}
+    parts = [f"{word} {', '.join(tasks)}" for word, tasks in named.items() if tasks]
+    return f"{runs[run].label} against {runs[0].label}: {'; '.join(parts) or 'no task has a figure to compare'}"
+
+
+def slice_verdicts(runs: Sequence[Run], slices: Sequence[SliceComparison], run: int) -> list[str]:
+    """A sentence per task: in how many slices is a run better or worse than the first, and in which worse."""
     said = []
-    for run in range(1, len(runs)):
-        for task in found:
-            name = headline(task.task)
-            if name in task.values:
-                said.append(_verdict(runs[0].label, runs[run].label, task, run, name))
+    for task in dict.fromkeys(entry.task for entry in slices):
+        entries = [entry for entry in slices if (entry.task, entry.run) == (task, run)]
+        worse = [entry for entry in entries if entry.way == -1]
+        perhaps = [e for e in entries if not e.is_shown and way(headline(task), e.difference.difference) == -1]
+        num_better = sum(entry.way == 1 for entry in entries)
+        counts = f"better in {num_better} of {len(entries)}, worse in {len(worse) or 'none'}{_named(worse)}"
+        chance = f"; worse values that may be chance in {len(perhaps)}{_named(perhaps)}" if perhaps else ""
+        said.append(f"{task} by slice: {runs[run].label} is {counts}{chance}")
     return said
+
+
+def _named(entries: Sequence[SliceComparison]) -> str:
+    """The slices with the smallest p-values, by name."""
+    if not entries:
+        return ""
+    shown = [
+        f"{e.slice} {e.value} {e.difference.first:.3f} -> {e.difference.second:.3f}, {p_text(e.adjusted)}"
+        for e in sorted(entries, key=lambda e: e.difference.p)[:MAX_NAMED]
+    ]
+    more = [f"{len(entries) - MAX_NAMED} more"] if len(entries) > MAX_NAMED else []
+    return f" ({'; '.join([*shown, *more])})"
+
+
+def verdicts(runs: Sequence[Run], found: Sequence[TaskComparison], run: int) -> list[str]:
+    """A sentence per task: is a run better than the first, by how much, and how sure is that."""
+    names = {task.task: headline(task.task) for task in found}
+    judged = [task for task in found if names[task.task] in task.values]
+    return [_verdict(runs[0].label, runs[run].label, task, run, names[task.task]) for task in judged]
 
 
 def _verdict(first: str, second: str, task: TaskComparison, run: int, metric: str) -> str:
     entry, p = task.pairs[0, run][metric], task.adjusted[0, run][metric]
-    figures = f"{metric} {entry.first:.3f} -> {entry.second:.3f}, difference {signed(entry.difference)}"
+    said = f"{metric} {entry.first:.3f} -> {entry.second:.3f}, difference {signed(entry.difference)}"
     if entry.interval:
-        figures += f" [{signed(entry.interval[0])}, {signed(entry.interval[1])}]"
+        said += f" [{signed(entry.interval[0])}, {signed(entry.interval[1])}]"
     drawn = f"{entry.num_rows} rows"
     speakers = len({row.values.get("speaker") for row in task.rows[0]} - {None, ""})
     if task.units.unit == "speaker":
         drawn += f" of {speakers} speakers"
     elif speakers:
         drawn += f" of {speakers} speaker(s), too few to say anything of others"
-    figures += f", {p_text(p)}; {drawn}"
-    if not task.differs((0, run), metric):
-        return f"{task.task}: no difference can be shown between {first} and {second} ({figures})"
-    better = (entry.difference > 0) == higher_is_better(metric)
-    return f"{task.task}: {second} is {'better' if better else 'worse'} than {first} ({figures})"
+    said += f", {p_text(p)}; {drawn}"
+    shown = task.way(run, metric)
+    if not shown:
+        return f"{task.task}: no difference can be shown between {first} and {second} ({said})"
+    return f"{task.task}: {second} is {'better' if shown > 0 else 'worse'} than {first} ({said})"
 
 
 def signed(value: float) -> str:
@@ -208,7 +270,7 @@ def as_json(
     top: int,
 ) -> dict[str, Any]:
     """Everything that is said, as comparison.json holds it, with the ``top`` most changed rows of each kind."""
-    labels = [run.label for run in runs]
+    labels, others = [run.label for run in runs], range(1, len(runs))
     tasks: dict[str, Any] = {}
     for task in found:
         metrics = {}
@@ -247,11 +309,14 @@ def as_json(
         for entry in slices
     ]
     return {
-        "verdicts": verdicts(runs, found),
+        "summaries": [summary(runs, found, run) for run in others],
+        "verdicts": [said for run in others for said in verdicts(runs, found, run)],
+        "slice_verdicts": [said for run in others for said in slice_verdicts(runs, slices, run)],
         "warnings": list(matched.warnings),
         "num_matched": len(matched.rows[0]),
         "matched_by": matched.key,
         "runs": [{"label": run.label, "folder": str(run.folder), "num_rows": len(run.rows)} for run in runs],
+        "overall": {name: dict(zip(labels, values, strict=True)) for name, values in overall(found).items()},
         "tasks": tasks,
         "slices": by_slice,
     }

@@ -117,17 +117,29 @@ def aligned_lines(reference: Sequence[str], prediction: Sequence[str], *, width:
         ``REF:``, ``HYP:`` and, where anything differs, a line with S, I and D below what they stand for.
     """
     lines: list[list[str]] = [["REF: ", "HYP: ", "     "]]
-    room = max(1, width - 5)
+    room = whole = max(1, width - 5)
     for step in align(reference, prediction):
-        size = max(display_width(step.reference), display_width(step.prediction), 1)
-        cells = [_filled(step.reference, size), _filled(step.prediction, size), MARKS[step.kind].ljust(size)]
+        units = [_cut(unit, whole) for unit in (step.reference, step.prediction)]
+        size = max(*map(display_width, units), 1)
+        cells = [*(_filled(unit, size) for unit in units), MARKS[step.kind].ljust(size)]
         if room < size and len(lines[-1][0]) > 5:
             lines.append(["REF: ", "HYP: ", "     "])
-            room = max(1, width - 5)
+            room = whole
         lines[-1] = [line + cell + joint for line, cell in zip(lines[-1], cells, strict=True)]
         room -= size + len(joint)
     shown = [line.rstrip() for block in lines for line in block]
     return "\n".join(line for line in shown if line)
+
+
+def _cut(unit: str, room: int) -> str:
+    """A unit that is wider than a line, cut to it; its length in characters stands behind it."""
+    if display_width(unit) <= room:
+        return unit
+    end = f"\u2026({len(unit)})"
+    unit = unit[:room]
+    while unit and display_width(unit + end) > room:
+        unit = unit[:-1]
+    return unit + end
 
 
 def _filled(unit: str, size: int) -> str:

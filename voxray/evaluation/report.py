@@ -4,20 +4,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray.evaluation.charts import Value, bars, forest
+from voxray.evaluation.charts import Value, bars
 from voxray.evaluation.comparison import (
     SliceComparison,
     TaskComparison,
     compare_slices,
     compare_tasks,
     interference,
-    p_text,
-    signed,
+    slice_verdicts,
+    summary,
     verdicts,
 )
 from voxray.evaluation.errors import Tally, tally
 from voxray.evaluation.metrics.names import headline, higher_is_better, is_transcript
 from voxray.evaluation.report_rows import as_script, page_rows
+from voxray.evaluation.report_tables import about, differences, overview, runs_table, slice_table
 from voxray.evaluation.runs import Matched, Row, Run, read_run
 from voxray.evaluation.stats import NUM_RESAMPLES
 from voxray.pages import Cell, escaped, page, table
@@ -27,6 +28,7 @@ from voxray.tasks import TASKS
 PAGE = Path(__file__).parent / "page"
 ERROR_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 CHART_SLICES = ("duration", "length")
+LONGEST_WORD = 40
 SAME = 1e-9  # two values of a metric that are this near are the same
 LEGEND = (
     '<p class="note"><span class="key s">substituted</span> <span class="key i">added</span> '
@@ -70,11 +72,11 @@ def report_run(
     tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
     errors = {task.task: _errors_json(task, tallies[task.task], slices, top) for task in found}
     parts = [
-        f"<h1>Evaluation: {escaped(run.label)}</h1>{_about([run])}",
+        f"<h1>Evaluation: {escaped(run.label)}</h1>{about([run])}",
         _cards(run, found),
         "<h2>Metrics</h2>" + _metrics(run, found),
         _charts([run], found, slices),
-        _slice_table([run], slices),
+        slice_table([run], slices),
         *(_errors(task, of, top) for task, of in tallies.items()),
         *_explorer([run], found, max_rows, embed_audio_mib),
     ]
@@ -97,17 +99,24 @@ def write_comparison(
     warnings = _list(matched.warnings, "warnings") if matched.warnings else ""
     heads = [run.label for run in runs]
     parts = [
-        f"<h1>{' / '.join(map(escaped, heads))}</h1>",
+        f"<h1>{escaped(' and '.join(heads[1:]) if len(heads) < 4 else f'{len(heads) - 1} runs')} against "
+        f"{escaped(heads[0])}</h1>",
         f'<p class="note">{len(matched.rows[0]):,} rows that all runs have, matched by {matched.key}. Intervals are '
         "95 %, by paired bootstrap; p-values by exchanging the runs, raised by Holm where there are several.</p>",
         warnings,
-        "<h2>Verdict</h2>" + _list(verdicts(runs, found), "lead"),
-        "<h2>Metrics</h2>" + _runs_table(runs, found),
+        "<h2>Verdict</h2>",
+        *(
+            f"<h3>{escaped(summary(runs, found, run))}</h3>"
+            + _list([*verdicts(runs, found, run), *slice_verdicts(runs, slices, run)], "lead")
+            for run in range(1, len(runs))
+        ),
+        "<h2>Runs at a glance</h2>" + overview(runs, found),
+        "<h2>Metrics</h2>" + runs_table(runs, found),
         _charts(runs, found, slices),
-        _differences(runs, found),
+        differences(runs, found),
         "<h2>What one broke and the other had right</h2>" + _list(interference(runs, found), "lead"),
-        _slice_table(runs, slices),
-        "<h2>Runs</h2>" + _about(runs),
+        slice_table(runs, slices),
+        "<h2>Runs</h2>" + about(runs),
         *_explorer(runs, found, max_rows, embed_audio_mib),
     ]
     write_atomically(path, _page(f"voxray comparison: {', '.join(heads)}", parts))
@@ -168,21 +177,6 @@ def _page(title: str, parts: Iterable[str]) -> bytes:
 
 def _list(sentences: Sequence[str], kind: str) -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{escaped(text)}</li>" for text in sentences) + "</ul>"
-
-
-def _about(runs: Sequence[Run]) -> str:
-    """What was evaluated, and how it decoded."""
-    rows = []
-    for run in runs:
-        settings = run.settings
-        adapter = settings.get("lora_dir") or "none"
-        decoding = ", ".join(f"{name} {settings[name]}" for name in _DECODING if settings.get(name))
-        model, label = settings.get("model_id") or "not known", Cell(run.label, kind="name")
-        rows.append([label, model, adapter, decoding, run.normalizer or "not known", run.folder])
-    return table(["run", "model", "adapter", "decoding", "normaliser", "folder"], rows)
-
-
-_DECODING = ("gen_max_new_tokens", "num_beams", "temperature", "top_p", "bf16", "fp16", "quantize", "max_len")
 
 
 def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
@@ -265,99 +259,6 @@ def _slice_value(entries: Sequence[SliceComparison], label: str, run: int) -> Va
     return None
 
 
-def _runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
-    """A table per task, runs down, metrics across."""
-    tables = []
-    for task in found:
-        best = {name: task.best(name) for name in task.values}
-        whole = {name: values for name, values in _of_whole_sets(runs, task).items() if name not in task.values}
-        rows = []
-        for at, run in enumerate(runs):
-            row = [Cell(run.label, kind="name")]
-            for name in task.values:
-                value, bounds = task.values[name][at]
-                shown = f"{value:.3f}" + (f" [{bounds[0]:.3f},\u00a0{bounds[1]:.3f}]" if bounds else "")
-                row.append(Cell(shown, value, "best" if at in best[name] else ""))
-            rows.append([*row, *(Cell(f"{values[at]:.3f}", values[at]) for values in whole.values())])
-        heads = ["run", *task.values, *whole]
-        tables.append(f"<h3>{escaped(task.task)}</h3>" + table(heads, rows, "sortable runs", f"runs-{task.task}"))
-    note = "In bold: the best of each column that has intervals, and those that are not shown to differ from it."
-    return "".join(tables) + f'<p class="note">{note}</p>'
-
-
-def _of_whole_sets(runs: Sequence[Run], task: TaskComparison) -> dict[str, list[float]]:
-    """Metrics that are no sums over rows, from metrics.json, if every run has just the matched rows."""
-    if any(sum(row.task == task.task for row in run.rows) != len(task.rows[0]) for run in runs):
-        return {}
-    entries = [run.metrics.get(task.task, {}) for run in runs]
-    names = [name for name in entries[0] if all(name in entry for entry in entries)]
-    return {name: [entry[name]["value"] for entry in entries] for name in names}
-
-
-def _way(metric: str, difference: float, is_shown: bool) -> int:
-    return 0 if not is_shown else 1 if (difference > 0) == higher_is_better(metric) else -1
-
-
-def _differences(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
-    """Every metric of every run against the first: a picture of the headlines and a table of all."""
-    pictures, rows = [], []
-    for at in range(1, len(runs)):
-        shown = []
-        for task in found:
-            for name, entry in task.pairs[0, at].items():
-                way = _way(name, entry.difference, task.differs((0, at), name))
-                bounds = entry.interval or (entry.difference, entry.difference)
-                # Turned so that the right side is the better one, whatever the metric.
-                sign = 1 if higher_is_better(name) else -1
-                turned = sorted(sign * end for end in bounds)
-                if name in TASKS[task.task].metrics:
-                    shown.append((f"{task.task} {name}", Value(sign * entry.difference, *turned), way))
-                rows.append(
-                    [
-                        *(Cell(runs[at].label, kind="name"), task.task, name, Cell(f"{entry.first:.3f}", entry.first)),
-                        *(Cell(f"{entry.second:.3f}", entry.second), _signed_cell(entry.difference, way)),
-                        *(f"{signed(bounds[0])} to {signed(bounds[1])}", _p_cell(task.adjusted[0, at][name])),
-                        entry.num_rows,
-                    ]
-                )
-        title = f"{runs[at].label} against {runs[0].label}"
-        pictures.append(forest(title, shown, "", "worse \u2190 difference \u2192 better"))
-    heads = ["run", "task", "metric", runs[0].label, "this run", "difference", "95 % interval", "p", "rows"]
-    drawn = f'<div class="charts">{"".join(pictures)}</div>'
-    return f"<h2>Against {escaped(runs[0].label)}</h2>{drawn}" + table(heads, rows, "sortable", "differences")
-
-
-def _signed_cell(difference: float, way: int) -> Cell:
-    return Cell(signed(difference), difference, {1: "up", -1: "down", 0: ""}[way])
-
-
-def _p_cell(p: float) -> Cell:
-    return Cell(p_text(p).removeprefix("p ").removeprefix("= "), p)
-
-
-def _slice_table(runs: Sequence[Run], slices: Sequence[SliceComparison]) -> str:
-    if not slices:
-        return ""
-    rows = []
-    for entry in slices:
-        found, name = entry.difference, headline(entry.task)
-        first = Cell(f"{found.first:.3f}", found.first)
-        own = found.first_interval
-        interval = "" if own is None else f"{own[0]:.3f} to {own[1]:.3f}"
-        row: list[Any] = [entry.task, entry.slice, entry.value, found.num_rows, name]
-        if len(runs) == 1:
-            rows.append([*row, first, interval])
-            continue
-        interval = "" if found.interval is None else " to ".join(map(signed, found.interval))
-        way = _way(name, found.difference, entry.is_shown)
-        row += [runs[entry.run].label, first, Cell(f"{found.second:.3f}", found.second)]
-        rows.append([*row, _signed_cell(found.difference, way), interval, _p_cell(entry.adjusted)])
-    heads = ["task", "slice", "is", "rows", "metric"]
-    tail = ["run", runs[0].label, "this run", "difference", "95 % interval", "p"]
-    tail = ["value", "95 % interval"] if len(runs) == 1 else tail
-    return "<h2>Slices</h2>" + table([*heads, *tail], rows, "sortable", "slices")
-
-
 def _errors(task: str, tallies: Mapping[str, Tally], top: int) -> str:
     parts = []
     for unit, entry in tallies.items():
@@ -365,19 +266,24 @@ def _errors(task: str, tallies: Mapping[str, Tally], top: int) -> str:
             (
                 "substituted",
                 ["reference", "answer", "times"],
-                [[*k, n] for k, n in entry.substitutions.most_common(top)],
+                [[*map(_short, k), n] for k, n in entry.substitutions.most_common(top)],
             ),
-            ("missing", ["reference", "times"], [[k, n] for k, n in entry.deletions.most_common(top)]),
-            ("added", ["answer", "times"], [[k, n] for k, n in entry.insertions.most_common(top)]),
+            ("missing", ["reference", "times"], [[_short(k), n] for k, n in entry.deletions.most_common(top)]),
+            ("added", ["answer", "times"], [[_short(k), n] for k, n in entry.insertions.most_common(top)]),
         ]
         totals = [entry.substitutions.total(), entry.deletions.total(), entry.insertions.total()]
         shown = [
-            f"<div><h3>{total:,} {unit}s {name}</h3>{table(heads, rows, 'sortable') if rows else ''}</div>"
+            f"<div><h3>{unit}s {name}: {total:,}</h3>{table(heads, rows, 'sortable') if rows else ''}</div>"
             for (name, heads, rows), total in zip(tables, totals, strict=True)
         ]
         said = f"<b>by {unit}</b>of {entry.num_reference:,} {unit}s; the {top} most frequent of each kind"
         parts.append(f'<details open><summary>{said}</summary><div class="side">{"".join(shown)}</div></details>')
     return f"<h2>Errors: {escaped(task)}</h2>{''.join(parts)}"
+
+
+def _short(unit: str) -> str:
+    """A word for a table; one of a model that repeats itself without spaces may be thousands of characters."""
+    return unit if len(unit) <= LONGEST_WORD else f"{unit[:LONGEST_WORD]}\u2026 ({len(unit):,} characters)"
 
 
 def _explorer(runs: Sequence[Run], found: Sequence[TaskComparison], max_rows: int, embed_audio_mib: int) -> list[str]:

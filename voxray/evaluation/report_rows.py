@@ -60,6 +60,7 @@ def _page_row(answers: Sequence[Row]) -> dict[str, Any]:
         {
             **{"e": round(answer.error, 4), "x": answer.exact, "p": answer.values["prediction"] or ""},
             **({} if answer.exact else {"g": _marked(answer)}),
+            **({"n": answer.prediction} if answer.exact and answer.prediction != first.reference else {}),
         }
         for answer in answers
     ]

@@ -129,9 +129,8 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
     Raises:
         RunError: There is none, or it is unfinished or damaged.
     """
-    if not any((folder / "predictions").glob("part-*.parquet")):
-        made = "; `make demo` makes runs/demo/base and runs/demo/tuned" if folder.parent.name == "demo" else ""
-        raise RunError(f"{folder}: no evaluation there (no predictions/part-*.parquet){made}")
+    if not _has_answers(folder):
+        raise RunError(f"{folder}: no evaluation there (no predictions/part-*.parquet){_what_instead(folder)}")
     if not (folder / "metrics.json").is_file():
         raise RunError(f"{folder}: this evaluation has not finished (no metrics.json); start it again to go on")
     metrics, settings = (_read_json(folder / f"{name}.json") for name in ("metrics", "settings"))
@@ -153,6 +152,24 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
             )
     rules = rules or rules_of(settings)
     return Run(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
+
+
+def _has_answers(folder: Path) -> bool:
+    return any((folder / "predictions").glob("part-*.parquet"))
+
+
+def _what_instead(folder: Path) -> str:
+    """What to do about a path that is no evaluation."""
+    if folder.is_file():
+        return f"; answers in a file are scored first: jobs/evaluate.py --score_only {folder} --output_dir FOLDER"
+    near = [folder.parent] if folder.name == "predictions" else sorted(folder.iterdir()) if folder.is_dir() else []
+    if found := [str(place) for place in near if _has_answers(place)]:
+        return f"; give {' or '.join(found[:5])}"
+    if folder.exists():
+        return ""
+    return (
+        "; `make demo` makes runs/demo/base and runs/demo/tuned" if folder.parent.name == "demo" else "; no such folder"
+    )
 
 
 def rules_of(settings: Mapping[str, Any]) -> Rules:
@@ -230,12 +247,13 @@ def match(runs: Sequence[Run]) -> Matched:
     """
     tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda found: len(_common(found[0])))
     common = _common(tables)
-    same = [entry for entry in common if len({table[entry].reference for table in tables}) == 1]
+    same = [entry for entry in common if len({_asked(table[entry], runs[0].rules) for table in tables}) == 1]
     if not same:
         names = ", ".join(run.label for run in runs)
-        why = "their references differ" if common else "no row has the same task and source, or id, in all of them"
-        raise RunError(f"{names}: nothing to compare: {why}")
-    warnings = list(_row_warnings(runs, tables, len(common), len(same)))
+        tasks = "; ".join(f"{run.label} has {' and '.join(_tasks(run))}" for run in runs)
+        none = f"no row has the same task and source, or id, in all of them ({tasks})"
+        raise RunError(f"{names}: nothing to compare: {'their references differ' if common else none}")
+    warnings = list(_row_warnings(runs, tables, len(common), same))
     prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in same)
     if prompts:
         warnings.append(f"{prompts} of {len(same)} matched rows were asked with other prompts")
@@ -245,6 +263,15 @@ def match(runs: Sequence[Run]) -> Matched:
         (*warnings, *_unlike(runs)),
         runs[0].rules,
     )
+
+
+def _asked(row: Row, rules: Rules) -> frozenset[str]:
+    """All references of a row, normalised: of several, ``Row.reference`` is the one closest to this run's answer."""
+    return frozenset(map(normalizer_of_row(row.values, rules.english).normalize, references_of(row.values)))
+
+
+def _tasks(run: Run) -> list[str]:
+    return [task for task in TASKS if any(row.task == task for row in run.rows)]
 
 
 def _keyed(runs: Sequence[Run], key: str) -> list[dict[tuple[str, str], Row]]:
@@ -264,23 +291,33 @@ def _common(tables: Sequence[Mapping[tuple[str, str], Row]]) -> list[tuple[str, 
 
 
 def _row_warnings(
-    runs: Sequence[Run], tables: Sequence[Mapping[Any, Row]], num_common: int, num_same: int
+    runs: Sequence[Run], tables: Sequence[Mapping[Any, Row]], num_common: int, same: Sequence[tuple[str, str]]
 ) -> Iterator[str]:
-    if any(len(run.rows) != num_same for run in runs):
+    if any(len(run.rows) != len(same) for run in runs):
         sizes = ", ".join(f"{run.label} {len(run.rows)}" for run in runs)
-        yield f"the data differ: {num_same} rows matched ({sizes}); all figures here are of the matched rows"
+        lost = {task for run in runs for task in _tasks(run)} - {task for task, _ in same}
+        also = f"; no row of {' and '.join(task for task in TASKS if task in lost)} is in all of them" if lost else ""
+        yield f"the data differ: {len(same)} rows matched ({sizes}); all figures here are of the matched rows{also}"
     for run, table in zip(runs, tables, strict=True):
         if len(table) < len(run.rows):
             yield f"{run.label}: {len(run.rows) - len(table)} rows have no name of their own and are left out"
-    if num_same < num_common:
-        yield f"{num_common - num_same} rows are left out, for their references differ between the runs"
+    if len(same) < num_common:
+        yield f"{num_common - len(same)} rows are left out, for their references differ between the runs"
+    for run, table in zip(runs[1:], tables[1:], strict=True):
+        if all(table[entry].values["prediction"] == tables[0][entry].values["prediction"] for entry in same):
+            yield f"{run.label} gave the same answer as {runs[0].label} to every row: are they the same model?"
 
 
 def _unlike(runs: Sequence[Run]) -> Iterator[str]:
     """Settings in which runs differ that are meant to differ in the model alone."""
-    if len({run.normalizer for run in runs if run.normalizer}) > 1:
-        shown = ", ".join(f"{run.label} {run.normalizer or 'unknown'}" for run in runs)
-        yield f"the normalisers of their metrics.json differ ({shown}); here all are counted anew with one"
+    for run in runs:
+        own, now = (
+            run.metrics.get("normalizer"),
+            {normalizer_of_row(row.values, run.rules.english).name for row in run.rows},
+        )
+        if own and isinstance(own, dict) and set(own) != now:
+            used = f"normalised by {' and '.join(sorted(own))}, here by {' and '.join(sorted(now))}"
+            yield f"{run.label}: its metrics.json was {used}; all figures here are counted anew"
     for name, values in differing_settings(runs).items():
         shown = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
         yield f"--{name} differs: {shown}"
@@ -295,9 +332,30 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return found
 
 
+def training_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{flag: value per run} of the settings their adapters were trained with, where these differ; "" for no adapter."""
+    trained = [_training_of(run) for run in runs]
+    names = dict.fromkeys(name for own in trained for name in own if name not in NO_MATTER - {"seed"})
+    found = {name: [_shown(own.get(name)) if own else "" for own in trained] for name in names}
+    return {name: values for name, values in found.items() if len(set(values) - {""}) > 1}
+
+
+def _training_of(run: Run) -> Mapping[str, Any]:
+    """Settings of the training that a run's adapter came from: beside it, or above one of its checkpoints."""
+    adapter = Path(run.settings.get("lora_dir") or "")
+    for place in (adapter, *adapter.parents)[:3] if adapter.name else ():
+        with suppress(RunError):
+            found = _read_json(place / "settings.json")
+            if "train_jsonl" in found:
+                return found
+    return {}
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(Path(str(part)).name for part in value) or "none"
+        return " + ".join(Path(str(part)).name for part in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={part}" for name, part in value.items()) or "none"
     return "none" if value in (None, "") else str(value)
 
 

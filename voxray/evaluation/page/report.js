@@ -80,15 +80,17 @@
   if (!place) return;
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs;
+  // Of several runs the one that is furthest from the first.
+  const largest = (row) => row.a.reduce((most, { e }) => {
+    const change = e - row.a[0].e;
+    return Math.abs(change) > Math.abs(most) ? change : most;
+  }, 0);
   const columns = [
     ["task", (row) => row.t],
     ["id", (row) => row.i],
     ["sec", (row) => row.s || null],
     ...runs.map((name, at) => [runs.length > 1 ? "error, " + name : "error", (row) => row.a[at].e]),
-    ...runs.slice(1).map((name, at) => [
-      runs.length > 2 ? "change, " + name : "change",
-      (row) => row.a[at + 1].e - row.a[0].e,
-    ]),
+    ...(runs.length > 1 ? [["change", largest]] : []),
   ].filter(([name, value]) => name !== "sec" || data.rows.some((row) => value(row) !== null));
   let order = data.rows;
   let page = 0;
@@ -154,17 +156,26 @@
   box.append(table);
   place.append(controls, pagers[0].pager, box, pagers[1].pager);
 
+  // What breaks across lines: equal text at its spaces; substitutes unit by unit, each below the one it stands for, for
+  // Hangul is wider than Latin; what is added or missing at its words.
+  const divided = (mark, reference, answer, byWord) => {
+    const words = (text) => text.match(/\s*\S+|\s+/g) || [];
+    if (mark === "e") return (reference.match(/\S+\s*|\s+/g) || []).map((part) => [part, part]);
+    if (mark === "i") return words(answer).map((part) => ["", part]);
+    if (mark === "d") return words(reference).map((part) => [part, ""]);
+    const [above, below] = [reference, answer].map((text) => (byWord ? text.split(" ") : [...text]));
+    return above.map((unit, at) => [unit, below[at]]);
+  };
   // In texts that are aligned by character a space that is wrong has to be seen.
   const aligned = (pieces, byWord) => {
     const line = make("div", byWord ? "aligned words" : "aligned");
+    line.dir = "auto";
     const visible = (text) => (byWord ? text : text.replaceAll(" ", "\u2423"));
     for (const [mark, reference, answer] of pieces) {
-      // Equal text is divided at its spaces, so that a long line breaks where a reader expects it.
-      const parts = mark === "e" ? reference.match(/\S+\s*|\s+/g) || [] : [reference];
-      for (const part of parts) {
+      for (const [above, below] of divided(mark, reference, answer, byWord)) {
         const pair = make("div", "pair " + mark);
-        pair.append(make("span", "ref", mark === "e" ? part : visible(part)));
-        pair.append(make("span", "hyp", mark === "e" ? part : visible(answer)));
+        pair.append(make("span", "ref", mark === "e" ? above : visible(above)));
+        pair.append(make("span", "hyp", mark === "e" ? below : visible(below)));
         line.append(pair);
       }
     }
@@ -175,28 +186,31 @@
     if (row.q) cell.append(make("div", "asked", row.q));
     row.a.forEach((answer, at) => {
       if (runs.length > 1) {
-        const who = make("div", "who", runs[at] + " ");
+        const who = make("div", "who", `${runs[at]}, error ${shown(answer.e)} `);
         if (at && row.a[0].x !== answer.x) {
           const word = answer.x ? "mended" : "broken";
           who.append(make("span", "tag " + word, word));
         }
         cell.append(who);
       }
-      cell.append(aligned(answer.g || [["e", row.n, row.n]], row.b));
+      cell.append(answer.x ? make("div", "right", "\u2713 " + (answer.n ?? row.n)) : aligned(answer.g, row.b));
     });
-    const more = make("details");
-    more.append(make("summary", "small", "as written"));
-    more.append(make("div", "small", "reference: " + row.r));
-    row.a.forEach((answer, at) => more.append(make("div", "small", runs[at] + ": " + answer.p)));
-    more.append(make("div", "small", [row.w, ...Object.entries(row.d).map((pair) => pair.join(" "))].join(" \u00b7 ")));
-    cell.append(more);
+    const written = make("details");
+    written.append(make("summary", "small", "as written"));
+    written.append(make("div", "small", "reference: " + row.r));
+    row.a.forEach((answer, at) => written.append(make("div", "small", runs[at] + ": " + answer.p)));
+    const about = [row.w, ...Object.entries(row.d).map((pair) => pair.join(" "))].join(" \u00b7 ");
+    written.append(make("div", "small", about));
+    const more = make("div", "more");
     if (row.u) {
       const player = make("audio");
       player.controls = true;
       player.preload = "none";
       player.setAttribute("src", row.u);
-      cell.append(player);
+      more.append(player);
     }
+    more.append(written);
+    cell.append(more);
     return cell;
   };
   const shown = (value) => (typeof value === "number" ? value.toFixed(2) : value === null ? "" : value);
