@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags, range_of
@@ -343,15 +344,15 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def warn_about_idle_flags(settings: ModelFlags) -> None:
+def warn_about_idle_flags(settings: ModelFlags, talk: Console = console) -> None:
     """Say which flags change nothing on this machine."""
     unused = {"lora_r", "lora_alpha", "lora_dropout"} if getattr(settings, "tuning", "") == "full" else set()
     for name in sorted(unused & settings.model_fields_set):
-        console.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
+        talk.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         for name in sorted({"tf32", "pin_memory", "gpus_per_model"} & settings.model_fields_set):
             if getattr(settings, name):
-                console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
+                talk.print(f"warning: --{name} has no effect: there is no GPU on this machine")
 
 
 def _append_trace(log_path: Path, error: BaseException) -> None:

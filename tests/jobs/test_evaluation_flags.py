@@ -16,7 +16,8 @@ from conftest import SPEECH, TINY, manifest, read_rows, write_rows
 from running import ROOT, environment, load_job, parse_only
 
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.evaluation import infer, job
+from voxray.errors import RunError
+from voxray.evaluation import greedy, infer, job
 from voxray.evaluation.predictions import read_predictions
 from voxray.models.voxtral import VoxtralFrontEnd
 
@@ -42,7 +43,7 @@ def infer_rows(**flags: Any) -> list[dict[str, Any]]:
     return infer.run_inference(InferSettings.model_validate(given), manifest("asr.val"))
 
 
-def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
+def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
     """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
 
     def texts(**flags: Any) -> list[str]:
@@ -55,6 +56,11 @@ def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
     assert texts(num_beams=4) != greedy
     drawn = texts(temperature=3.0, seed=1)
     assert greedy != drawn != texts(temperature=3.0, seed=2)
+    twice = [{**row, "id": name} for row in read_rows(small["sqa.val"])[:1] for name in ("a", "b")]
+    asked = {"jsonl": write_rows(tmp_path / "twice.jsonl", twice), "batch_size": 1, "temperature": 3.0}
+    one, other = infer_rows(**asked)
+    assert one["prediction"] != other["prediction"], "every batch has draws of its own"
+    assert infer_rows(**asked) == [one, other], "and the same ones again"
     greedy = inferred()
     assert inferred(num_beams=4) != greedy
     assert inferred(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
@@ -239,8 +245,54 @@ def test_infer_folder_and_json(tmp_path: Path, small: dict[str, str], capsys: py
     assert all(row["char_ref"] for row in rows) and "cer" in shown.err
     assert parse_only("infer", ["--audio_path", "x.wav", "--json"]).json_lines
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Exception, match=r"--audio_path .*empty: no audio file in this folder"):
+    with pytest.raises(RunError, match=r"--audio_path .*empty: no audio file in this folder"):
         infer_rows(audio_path=str(tmp_path / "empty"))
+
+
+def test_infer_goes_on_where_the_model_fails(
+    small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that have no answer get a line each; the others are answered as ever, written and scored."""
+    out = tmp_path / "made" / "o.jsonl"
+    whole = infer_rows(jsonl=small["asr.val"], json_lines=True, output_path=str(out))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == whole
+    collate, lost = greedy.collate_prompts, {"asr.val.jsonl:2"}
+
+    def collated(rows: Any, front_end: Any) -> Any:
+        if lost & {row.id for row in rows}:
+            raise RuntimeError("no such\nexpert")
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(greedy, "collate_prompts", collated)
+    capsys.readouterr()
+    line = ["--model_id", TINY, "--max_new_tokens", "8", "--json", "--tf32", "--output_path", str(out)]
+    with pytest.raises(SystemExit) as end:
+        load_job("infer").main([*line, "--jsonl", small["asr.val"]])
+    shown = capsys.readouterr()
+    found = [json.loads(text) for text in shown.out.splitlines()]
+    assert found == [row for row in whole if row["id"] not in lost]
+    assert found == [json.loads(text) for text in out.read_text().splitlines()]
+    assert end.value.code == 1 and "cer" in shown.err and "--tf32 has no effect" in shown.err
+    assert f"{small['asr.val']}:2: not answered: RuntimeError: no such expert" in shown.err.splitlines()
+    assert "1 of 4 rows could not be answered" in shown.err.splitlines()[-1]
+    lost |= {row["id"] for row in whole}
+    with pytest.raises(RunError, match=r"asr\.val\.jsonl: nothing could be answered"):
+        infer_rows(jsonl=small["asr.val"])
+    with pytest.raises(RunError, match=r"--output_path .*made: a folder; name a file"):
+        infer_rows(jsonl=small["asr.val"], output_path=str(out.parent))
+
+
+def test_infer_takes_a_question_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
+    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [asked]), language="ko")
+    assert "warning: --language has no effect" in capsys.readouterr().out
+    assert infer_rows(question=asked["instruction"]) == [
+        {"id": "--question", "task": "tqa", "prediction": row["prediction"]}
+    ]
+    assert capsys.readouterr().out == row["prediction"] + "\n"
+    with pytest.raises(SystemExit):
+        parse_only("infer", ["--question", "x", "--jsonl", "x.jsonl"])
+    assert "--question and --jsonl: give one of them" in capsys.readouterr().err
 
 
 # audio that is too long for the model
@@ -278,4 +330,5 @@ def test_long_recordings_are_answered_in_chunks(
     assert "1 recording(s) too long for the model answered in 3 chunks" in capsys.readouterr().out
     [said] = infer_rows(audio_path=str(long_clip), language="ko")
     assert said["prediction"] == row["prediction"]
+    assert infer_rows(jsonl=write_rows(tmp_path / "n.jsonl", rows[:1]))[0]["num_samples"] == row["num_samples"]
     assert "too long for the model, answered in 3 chunks" in capsys.readouterr().err

@@ -114,7 +114,7 @@ class InferSettings(AdapterFlags, SearchFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe, or to answer --question about."""
     question: str = ""
-    """What to ask about the audio; without it the audio is transcribed."""
+    """What to ask about the audio; without it the audio is transcribed. Alone it is a question in text."""
     language: str = ""
     """Language of the audio as a two-letter code; empty lets the model find out."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
@@ -138,4 +138,6 @@ class InferSettings(AdapterFlags, SearchFlags):
     def _one_input(self) -> "InferSettings":
         if self.audio_path and self.jsonl:
             raise ValueError("--audio_path and --jsonl: give one of them")
+        if self.question and self.jsonl:
+            raise ValueError("--question and --jsonl: give one of them; the rows of a manifest hold their questions")
         return self

@@ -1,7 +1,6 @@
 """A loaded model that answers parts of an evaluation and writes their prediction shards."""
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +12,9 @@ import torch
 from voxray.data.attempts import Attempts, attempts_at
 from voxray.data.features import FeatureRow, Features
 from voxray.errors import RunError
-from voxray.evaluation.generate import Generated, Search, generated
+from voxray.evaluation.generate import Generated, Search, generated, reason_of, tried
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
-from voxray.manifest import one_line
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.models.quantize import base_dtype
@@ -54,24 +52,34 @@ class Generation:
     trim_audio: bool = False
 
 
+def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, int]:
+    """The model that answers, and how many tensors of the adapter it took.
+
+    Args:
+        skip_encoder: Rows hold the encoder's outputs.
+    Raises:
+        RunError: Base or adapter cannot be read, or do not fit.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = generation.tf32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family, dtype = family_of(generation.model_id), base_dtype(bf16=generation.bf16, fp16=generation.fp16)
+    model = family.load_model(generation.model_id, dtype=dtype, device=device, quantize=generation.quantize)
+    if skip_encoder:
+        family.skip_encoder(model)
+    return load_adapter(model, Path(generation.adapter)) if generation.adapter else (model, 0)
+
+
 class Answerer:
     """The unit of work of a Ray Data actor."""
 
     def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
         self.generation, self.predictions = generation, predictions
         self.features, self.keys = Features(folders), ManifestKeys()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
+        if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = generation.tf32
         self.family = family_of(generation.model_id)
         self.front_end = self.family.front_end(generation.model_id, trim_audio=generation.trim_audio)
-        dtype, quantize = base_dtype(bf16=generation.bf16, fp16=generation.fp16), generation.quantize
-        self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device, quantize=quantize)
-        if self.features.store == "encoder":
-            self.family.skip_encoder(self.model)
-        if generation.adapter:
-            self.model, _ = load_adapter(self.model, Path(generation.adapter))
+        self.model, _ = load(generation, skip_encoder=self.features.store == "encoder")
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's form of ``write_part``: a batch of one item; what ends the job comes back as ``error``."""
@@ -100,35 +108,20 @@ class Answerer:
                     continue
                 for row, answer in self._answer(group):
                     if isinstance(answer, Exception):
-                        failed.append((row, "not_answered", _reason(answer)))
+                        failed.append((row, "not_answered", reason_of(answer)))
                     else:
                         found.append(self._entry(row, answer))
             if failed:
                 write_json(failed_path(self.predictions, part), failed)
+            else:  # a process that was cut off may have failed at rows that this one has answered
+                failed_path(self.predictions, part).unlink(missing_ok=True)
             write_atomically(part_path(self.predictions, part), part_bytes(found))
 
-    def _answer(self, rows: Sequence[int], size: int = sys.maxsize) -> Iterator[tuple[int, Generated | Exception]]:
-        """Answers of rows; where the model fails, halves are tried, down to the row at which it fails."""
-        left = dict.fromkeys(rows)
-        try:
-            stored = [self.features.row(row) for row in rows]
-            for place, answer in self.generate(stored, min(self.generation.batch_size, size)):
-                del left[rows[place]]
-                yield rows[place], answer
-        except RunError:
-            raise
-        except Exception as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise RunError(f"the device failed, and answers nothing any more: {_reason(error)}") from error
-            if len(left) == 1:
-                yield next(iter(left)), error
-                return
-        if left:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            again, half = list(left), (len(left) + 1) // 2
-            yield from self._answer(again[:half], half)
-            yield from self._answer(again[half:], half)
+    def _answer(self, rows: Sequence[int]) -> Iterator[tuple[int, Generated | Exception]]:
+        def generate(some: Sequence[int], batch_size: int) -> Iterator[tuple[int, Generated]]:
+            return self.generate([self.features.row(row) for row in some], batch_size)
+
+        return tried(rows, self.generation.batch_size, generate)
 
     def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Generated]]:
         parts = (self.model, self.family, self.front_end, rows)
@@ -141,10 +134,6 @@ class Answerer:
         entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
         entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
         return with_counts(entry)
-
-
-def _reason(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
 
 def failed_path(predictions: Path, part: int) -> Path:

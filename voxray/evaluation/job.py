@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from voxray.config.evaluate import AdapterFlags, EvaluateSettings, SearchFlags
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
 from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
@@ -66,17 +66,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
     if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
         raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
-    generation = Generation(
-        model_id,
-        str(adapter or ""),
-        search_of(settings, settings.gen_max_new_tokens),
-        settings.per_device_bsz,
-        bf16=settings.bf16,
-        tf32=settings.tf32,
-        fp16=settings.fp16,
-        quantize=settings.quantize,
-        trim_audio=settings.trim_audio_tokens,
-    )
+    generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
     models = Models(settings.num_models, settings.gpus_per_model)
     _, most_models = range_of(settings.num_models)
     with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
@@ -122,10 +112,18 @@ def _summarize(settings: EvaluateSettings, metrics: dict[str, Any], num_failed: 
         console.print(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}", markup=False)
 
 
-def search_of(settings: SearchFlags, max_new_tokens: int) -> Search:
-    """How the settings want answers to be looked for."""
-    given = {name: getattr(settings, name) for name in ("num_beams", "temperature", "top_p", "seed")}
-    return Search(max_new_tokens, **given)
+def generation_of(
+    settings: EvaluateSettings | InferSettings,
+    model_id: str,
+    adapter: Path | None,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Generation:
+    """What decides the answers, as the settings want them looked for."""
+    search = Search(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
+    flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
+    trim_audio = settings.trim_audio_tokens
+    return Generation(model_id, str(adapter or ""), search, batch_size, trim_audio=trim_audio, **flags)
 
 
 @dataclass(frozen=True)

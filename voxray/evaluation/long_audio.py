@@ -59,6 +59,12 @@ def overlap_share(parts: Sequence[Sample]) -> float:
     return 1 - (parts[1].start_sec - parts[0].start_sec) / parts[0].duration_sec
 
 
+def whole_samples(sample: Sample, parts: Sequence[Sample], front_end: FrontEnd) -> int:
+    """Samples of the recording that the chunks are of."""
+    end_sec = parts[-1].start_sec + parts[-1].duration_sec
+    return round((end_sec - sample.start_sec) * front_end.sample_rate_hz)
+
+
 def write_chunk_manifest(
     folders: Iterable[Place], front_end: FrontEnd, max_len: int, path: Path
 ) -> tuple[set[str], int]:
@@ -76,9 +82,9 @@ def write_chunk_manifest(
             parts = chunks_of(sample, front_end, max_len)
         except BadRow:
             continue  # it stays in the ledger as it is
-        share, end = overlap_share(parts), parts[-1].start_sec + parts[-1].duration_sec
+        share, num_samples = overlap_share(parts), whole_samples(sample, parts, front_end)
         whole = {"chunk_of": sample.source, "whole_reference": sample.answer, "num_chunks": len(parts)}
-        whole["whole_samples"] = round((end - sample.start_sec) * front_end.sample_rate_hz)
+        whole["whole_samples"] = num_samples
         for number, part in enumerate(parts):
             row = {"id": sample.id, "audio_path": part.audio_path, "language": part.language, "transcript": ""}
             row |= {"start": part.start_sec, "duration": part.duration_sec}
