@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -81,7 +82,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     _quiet_loggers(log_path)
     try:
-        with _stderr_to(log_path):
+        with _stderr_to(log_path), _term_is_interrupt():
             yield
             ray.shutdown()
     finally:
@@ -104,6 +105,19 @@ def _stderr_to(log_path: Path) -> Iterator[None]:
         sys.stderr = before
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def _term_is_interrupt() -> Iterator[None]:
+    """Let SIGTERM, at which Ray ends the driver without a word, end a job as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet_loggers(log_path: Path) -> None:

@@ -43,6 +43,18 @@ def infer_rows(**flags: Any) -> list[dict[str, Any]]:
     return infer.run_inference(InferSettings.model_validate(given), manifest("asr.val"))
 
 
+def fail_at(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Any], bool]) -> None:
+    """Let the model fail whenever such a row is in its batch."""
+    collate = greedy.collate_prompts
+
+    def collated(rows: Any, front_end: Any) -> Any:
+        if any(map(fails, rows)):
+            raise RuntimeError("no such\nexpert")
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(greedy, "collate_prompts", collated)
+
+
 def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
     """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
 
@@ -105,6 +117,41 @@ def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, ca
     evaluate(num_models="1:3", gpus_per_model=0.5)
     assert given == [("1:3", 0.5)] and sessions == [3]
     assert "warning: --gpus_per_model has no effect" in capsys.readouterr().out
+
+
+def test_rows_that_failed_are_tried_again_when_asked(
+    evaluate: Evaluate, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, lambda row: row.id == "tqa.val.jsonl:2")
+        _, found = evaluate(output_dir="e")
+    assert len(found) == 3 and "--retry_failed tries again" in capsys.readouterr().out
+    ledger = tmp_path / "e" / "quarantine.jsonl"
+    assert len(evaluate(output_dir="e")[1]) == 3 and '"line": 2' in ledger.read_text()
+    assert len(evaluate(output_dir="e", retry_failed=True)[1]) == 4 and ledger.read_text() == ""
+    assert "could not be answered" in capsys.readouterr().out.partition("--retry_failed")[0]
+    # other settings: what is there is kept aside, and said to be
+    assert len(evaluate(output_dir="e", gen_max_new_tokens=2)[1]) == 4
+    assert "these are in predictions-earlier now" in capsys.readouterr().out
+    load_job("evaluate").main(
+        ["--score_only", str(tmp_path / "e" / "predictions-earlier"), "--output_dir", str(tmp_path / "s")]
+    )
+    assert "4 rows scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/step-000002/adapter_config.json", "adapter/x", "metrics.jsonl"])
+def test_an_evaluation_is_not_written_into_a_training_run(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / inside).touch()
+    for folder in {tmp_path, (tmp_path / inside).parent} if inside.endswith("config.json") else {tmp_path}:
+        for flag in ("--val_jsonl", "--score_only"):
+            with pytest.raises(SystemExit) as end:
+                load_job("evaluate").main([flag, manifest("asr.val"), "--output_dir", str(folder)])
+            assert end.value.code == 2
+            assert f"--output_dir {folder}: holds a training run or an adapter" in capsys.readouterr().err
+        assert not (folder / "settings.json").exists()
 
 
 def test_check_batch_invariance(evaluate: Evaluate, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,14 +303,8 @@ def test_infer_goes_on_where_the_model_fails(
     out = tmp_path / "made" / "o.jsonl"
     whole = infer_rows(jsonl=small["asr.val"], json_lines=True, output_path=str(out))
     assert [json.loads(line) for line in out.read_text().splitlines()] == whole
-    collate, lost = greedy.collate_prompts, {"asr.val.jsonl:2"}
-
-    def collated(rows: Any, front_end: Any) -> Any:
-        if lost & {row.id for row in rows}:
-            raise RuntimeError("no such\nexpert")
-        return collate(rows, front_end)
-
-    monkeypatch.setattr(greedy, "collate_prompts", collated)
+    lost = {"asr.val.jsonl:2"}
+    fail_at(monkeypatch, lambda row: row.id in lost)
     capsys.readouterr()
     line = ["--model_id", TINY, "--max_new_tokens", "8", "--json", "--tf32", "--output_path", str(out)]
     with pytest.raises(SystemExit) as end:
@@ -310,7 +351,12 @@ def long_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_long_recordings_are_answered_in_chunks(
-    evaluate: Evaluate, long_clip: Path, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Evaluate,
+    long_clip: Path,
+    small: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One row comes out, with its own reference, and the ledger no longer names it; other tasks stay refused."""
     rows = [
@@ -325,10 +371,20 @@ def test_long_recordings_are_answered_in_chunks(
     [row] = [row for row in found if row["id"] == "long"]
     assert (row["reference"], row["speaker"], row["dataset"], row["source"]) == ("긴 말", "s", "m", f"{path}:1")
     assert row["num_samples"] == pytest.approx(14.5 * 16_000, abs=16)
-    ledger = [json.loads(line) for line in (tmp_path / "e" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["reason"]) for line in ledger] == [("asked", "audio_too_long")]
+
+    def ledger(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines()]
+
+    assert [(line["id"], line["reason"]) for line in ledger("e")] == [("asked", "audio_too_long")]
     assert "1 recording(s) too long for the model answered in 3 chunks" in capsys.readouterr().out
     [said] = infer_rows(audio_path=str(long_clip), language="ko")
     assert said["prediction"] == row["prediction"]
     assert infer_rows(jsonl=write_rows(tmp_path / "n.jsonl", rows[:1]))[0]["num_samples"] == row["num_samples"]
     assert "too long for the model, answered in 3 chunks" in capsys.readouterr().err
+    fail_at(monkeypatch, lambda row: row.source.endswith(("long_audio.jsonl:2", "long_audio.jsonl:3")))
+    metrics, found = evaluate(val_jsonl=(path,), output_dir="f")
+    assert "long_audio" not in metrics and "long" not in {row["id"] for row in found}
+    _, lost = ledger("f")
+    reason = {"reason": "not_answered", "message": "chunk 2 of 3: RuntimeError: no such expert"}
+    assert lost == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not what was made of it"
+    assert "1 row(s) could not be answered" in capsys.readouterr().out

@@ -79,6 +79,9 @@ class EvaluateSettings(
     """GPUs that each of them takes, such as 0.5 for two on one GPU; 0 gives each one, or its share."""
     check_batch_invariance: Annotated[int, Field(ge=0)] = 0
     """Answer so many rows once more, each by itself, and report those whose text differs."""
+    retry_failed: bool = False
+    """Started again on the same folder: answer parts with rows that could not be answered once more. Without it these
+    rows stay in quarantine.jsonl, and only what is missing is answered."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""
     """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
     (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
