@@ -125,14 +125,17 @@ def test_rows_that_failed_are_tried_again_when_asked(
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, lambda row: row.id == "tqa.val.jsonl:2")
         _, found = evaluate(output_dir="e")
-    assert len(found) == 3 and "--retry_failed tries again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(found) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed tries" in said
     ledger = tmp_path / "e" / "quarantine.jsonl"
     assert len(evaluate(output_dir="e")[1]) == 3 and '"line": 2' in ledger.read_text()
     assert len(evaluate(output_dir="e", retry_failed=True)[1]) == 4 and ledger.read_text() == ""
-    assert "could not be answered" in capsys.readouterr().out.partition("--retry_failed")[0]
+    assert "1 row(s) left out" in capsys.readouterr().out
     # other settings: what is there is kept aside, and said to be
-    assert len(evaluate(output_dir="e", gen_max_new_tokens=2)[1]) == 4
-    assert "these are in predictions-earlier now" in capsys.readouterr().out
+    assert len(evaluate(output_dir="e", gen_max_new_tokens=1)[1]) == 4
+    said = capsys.readouterr().out
+    assert "4 answer(s) cut off at --gen_max_new_tokens 1" in said
+    assert "these are in predictions-earlier now" in said
     load_job("evaluate").main(
         ["--score_only", str(tmp_path / "e" / "predictions-earlier"), "--output_dir", str(tmp_path / "s")]
     )
@@ -325,9 +328,12 @@ def test_infer_goes_on_where_the_model_fails(
 
 def test_infer_takes_a_question_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
-    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [asked]), language="ko")
-    assert "warning: --language has no effect" in capsys.readouterr().out
-    assert infer_rows(question=asked["instruction"]) == [
+    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [asked]), language="ko", max_new_tokens=1)
+    shown = capsys.readouterr()
+    assert "warning: --language has no effect" in shown.out
+    assert "1 answer(s) cut off at --max_new_tokens 1" in shown.err
+    capsys.readouterr()
+    assert infer_rows(question=asked["instruction"], max_new_tokens=1) == [
         {"id": "--question", "task": "tqa", "prediction": row["prediction"]}
     ]
     assert capsys.readouterr().out == row["prediction"] + "\n"
@@ -387,4 +393,4 @@ def test_long_recordings_are_answered_in_chunks(
     _, lost = ledger("f")
     reason = {"reason": "not_answered", "message": "chunk 2 of 3: RuntimeError: no such expert"}
     assert lost == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not what was made of it"
-    assert "1 row(s) could not be answered" in capsys.readouterr().out
+    assert "2 row(s) left out in all, listed in quarantine.jsonl; --retry_failed" in capsys.readouterr().out

@@ -64,7 +64,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
     found: list[dict[str, Any]] = []
-    num_failed, keys = 0, ManifestKeys() if manifest else None
+    num_failed, num_cut, keys = 0, 0, ManifestKeys() if manifest else None
     # Line by line, so that what is answered is kept whatever happens to the rest.
     with open(output_path, "w", encoding="utf-8", buffering=1) as output:
         for item, answers in _answered(samples, model, how, settings):
@@ -73,10 +73,13 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 num_failed += 1
                 print(f"{item.rows[0].source}: not answered: {reason_of(fault)}", file=sys.stderr, flush=True)
                 continue
-            texts = [answer.text for answer in answers if not isinstance(answer, Exception)]
-            found.append(_entry(item, join_texts(texts, item.overlap_share), keys))
+            given = [answer for answer in answers if not isinstance(answer, Exception)]
+            num_cut += any(answer.hit_max for answer in given)
+            found.append(_entry(item, join_texts((answer.text for answer in given), item.overlap_share), keys))
             _show(found[-1], settings)
             output.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
+    if num_cut:
+        print(f"{num_cut} answer(s) cut off at --max_new_tokens {settings.max_new_tokens}", file=sys.stderr, flush=True)
     where = manifest or settings.audio_path or QUESTION_ID
     if not found:
         raise RunError(f"{where}: nothing could be answered")

@@ -69,43 +69,16 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
         raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
     generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
-    models = Models(settings.num_models, settings.gpus_per_model)
     _, most_models = range_of(settings.num_models)
     with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
-        folders = evaluation_features(settings, model_id, features_dir, output_dir)
-        features = Features(folders)
-        rows, lost = rows_to_answer(features, settings)
-        num_lost = write_evaluation_ledger(output_dir, folders, lost)
-        with progress_bar("answers") as bar:
-            answer(
-                generation,
-                folders,
-                rows,
-                output_dir,
-                models=models,
-                retry_failed=settings.retry_failed,
-                on_progress=bar.update,
-            )
-        failed = [(features, *entry) for entry in read_failed(output_dir)]
-        predictions = read_predictions(output_dir)
-        if not predictions:
-            raise RunError(f"no recording is answered as a whole; {features.source(failed[0][1])}: {failed[0][3]}")
-        metrics = scored(predictions, settings)
-        if settings.check_batch_invariance:
-            num_rows = settings.check_batch_invariance
-            metrics["batch_invariance"] = check_invariance(
-                generation, folders, rows, output_dir, num_rows, models=models
-            )
-    num_failed = write_evaluation_ledger(output_dir, folders, [*lost, *failed]) - num_lost
-    if chunks := [row["num_chunks"] for row in predictions if row["chunk_of"]]:
-        metrics["long_audio"] = {"n": len(chunks), "chunks": sum(chunks)}
+        metrics, notes = _answered(settings, generation, features_dir, output_dir)
     write_json(output_dir / "metrics.json", metrics)
     write_report(output_dir)
     if settings.mode.startswith("submission"):
         write_submission(output_dir)
-    _summarize(
-        settings, metrics, num_failed, f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
-    )
+    console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
+    for note in notes:
+        console.print(note, markup=False)
     console.print(f"predictions, metrics.json and report.html in {output_dir}", markup=False)
     return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
@@ -120,20 +93,41 @@ def _stopping(output_dir: Path) -> Iterator[None]:
         raise Stopped(f"stopped; the same command goes on from there; what is answered stays in {output_dir}") from None
 
 
-def _summarize(settings: EvaluateSettings, metrics: dict[str, Any], num_failed: int, title: str) -> None:
-    """Print what came out, and what did not come out as it should."""
-    console.print(metrics_table(title, metrics))
-    if num_failed:
-        console.print(
-            f"{num_failed} row(s) could not be answered, listed in quarantine.jsonl; --retry_failed tries again"
-        )
-    if "long_audio" in metrics:
-        found = metrics["long_audio"]
-        console.print(f"{found['n']} recording(s) too long for the model answered in {found['chunks']} chunks")
-    if settings.check_batch_invariance:
-        found = metrics["batch_invariance"]
+def _answered(
+    settings: EvaluateSettings, generation: Generation, features_dir: Place, output_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Answer the rows; returns metrics.json's content and what did not come out as it should, in lines.
+
+    Raises:
+        RunError: There is no row to answer, or none is answered.
+    """
+    folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
+    features, models = Features(folders), Models(settings.num_models, settings.gpus_per_model)
+    rows, lost = rows_to_answer(features, settings)
+    write_evaluation_ledger(output_dir, folders, lost)
+    again = settings.retry_failed
+    with progress_bar("answers") as bar:
+        answer(generation, folders, rows, output_dir, models=models, retry_failed=again, on_progress=bar.update)
+    failed = [(features, *entry) for entry in read_failed(output_dir)]
+    num_left_out = write_evaluation_ledger(output_dir, folders, [*lost, *failed])
+    predictions = read_predictions(output_dir)
+    if not predictions:
+        raise RunError(f"no recording is answered as a whole; {features.source(failed[0][1])}: {failed[0][3]}")
+    metrics, notes = scored(predictions, settings), []
+    if num_left_out:
+        hint = "; --retry_failed tries those again at which the model failed" if failed else ""
+        notes.append(f"{num_left_out} row(s) left out in all, listed in quarantine.jsonl{hint}")
+    if num_cut := sum(row["hit_max"] for row in predictions):
+        notes.append(f"{num_cut} answer(s) cut off at --gen_max_new_tokens {settings.gen_max_new_tokens}")
+    if chunks := [row["num_chunks"] for row in predictions if row["chunk_of"]]:
+        metrics["long_audio"] = {"n": len(chunks), "chunks": sum(chunks)}
+        notes.append(f"{len(chunks)} recording(s) too long for the model answered in {sum(chunks)} chunks")
+    if num_rows := settings.check_batch_invariance:
+        found = check_invariance(generation, folders, rows, output_dir, num_rows, models=models)
+        metrics["batch_invariance"] = found
         which = f": {', '.join(found['ids'][:20])}" if found["ids"] else ""
-        console.print(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}", markup=False)
+        notes.append(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}")
+    return metrics, notes
 
 
 def generation_of(
