@@ -322,6 +322,8 @@ def test_infer_goes_on_where_the_model_fails(
     lost |= {row["id"] for row in whole}
     with pytest.raises(RunError, match=r"asr\.val\.jsonl: nothing could be answered"):
         infer_rows(jsonl=small["asr.val"])
+    with pytest.raises(RunError, match=r"--output_dir .*: no adapter here"):
+        infer_rows(jsonl=small["asr.val"], output_dir=str(tmp_path))
     with pytest.raises(RunError, match=r"--output_path .*made: a folder; name a file"):
         infer_rows(jsonl=small["asr.val"], output_path=str(out.parent))
 

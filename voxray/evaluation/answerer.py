@@ -70,7 +70,12 @@ def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, in
 
 
 class Answerer:
-    """The unit of work of a Ray Data actor."""
+    """The unit of work of a Ray Data actor.
+
+    Attributes:
+        fault: Why there is no model, which ends the job at the first part; raised in ``__init__``, Ray would try it
+            again and then show its own traceback.
+    """
 
     def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
         self.generation, self.predictions = generation, predictions
@@ -79,7 +84,13 @@ class Answerer:
             torch.set_num_threads(num_threads)
         self.family = family_of(generation.model_id)
         self.front_end = self.family.front_end(generation.model_id, trim_audio=generation.trim_audio)
-        self.model, _ = load(generation, skip_encoder=self.features.store == "encoder")
+        self.model, self.fault = None, ""
+        try:
+            self.model, _ = load(generation, skip_encoder=self.features.store == "encoder")
+        except RunError as error:
+            self.fault = str(error)
+        except Exception as error:  # lack of memory, or whatever else a library raises
+            self.fault = f"the model cannot be loaded: {reason_of(error)}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's form of ``write_part``: a batch of one item; what ends the job comes back as ``error``."""
@@ -95,8 +106,10 @@ class Answerer:
         """Answer some rows and write their prediction shard; rows that cannot be answered go beside it.
 
         Raises:
-            RunError: The device has failed, so that no row can be answered any more.
+            RunError: There is no model, or the device has failed, so that no row can be answered any more.
         """
+        if self.fault:
+            raise RunError(self.fault)
         found: list[dict[str, Any]] = []
         failed: list[tuple[int, str, str]] = []
         with deaths(self.predictions / f".attempts-{part:05d}") as attempt:

@@ -56,7 +56,8 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         first_fault((manifest,))
     samples = _manifest_rows(manifest, limit) if manifest else _asked(settings)
     output_path = _output_path(settings.output_path)
-    model_id, adapter = base_and_adapter(settings, settings.lora_dir or settings.output_dir)
+    where = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
+    model_id, adapter = base_and_adapter(settings, *where)
     settings = as_trained(settings, model_id, adapter)
     _warn_about_idle_flags(settings, manifest, talk)
     how = generation_of(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
@@ -80,13 +81,13 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
             output.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
     if num_cut:
         print(f"{num_cut} answer(s) cut off at --max_new_tokens {settings.max_new_tokens}", file=sys.stderr, flush=True)
-    where = manifest or settings.audio_path or QUESTION_ID
+    asked = manifest or settings.audio_path or QUESTION_ID
     if not found:
-        raise RunError(f"{where}: nothing could be answered")
+        raise RunError(f"{asked}: nothing could be answered")
     if manifest:
         talk.print(metrics_table(f"{len(found)} rows", score(found, num_resamples=0)))
     if num_failed:
-        raise RunError(f"{where}: {num_failed} of {num_failed + len(found)} rows could not be answered, named above")
+        raise RunError(f"{asked}: {num_failed} of {num_failed + len(found)} rows could not be answered, named above")
     return found
 
 

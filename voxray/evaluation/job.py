@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,14 +174,17 @@ def write_evaluation_ledger(
     return len(lines)
 
 
-def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path | None]:
+def base_and_adapter(settings: AdapterFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
     """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
     if not lora_dir:
         return settings.model_id, None
-    adapter = find_adapter(lora_dir)
+    adapter = find_adapter(lora_dir, flag)
+    base = base_of_adapter(adapter)
     if "model_id" in settings.model_fields_set:
+        if base and Path(base).name != Path(settings.model_id).name:
+            print(f"warning: {adapter} was trained on {base}, not {settings.model_id}", file=sys.stderr, flush=True)
         return settings.model_id, adapter
-    return base_of_adapter(adapter) or settings.model_id, adapter
+    return base or settings.model_id, adapter
 
 
 Flags = TypeVar("Flags", bound=AdapterFlags)
