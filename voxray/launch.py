@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags, range_of
@@ -80,7 +82,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     _quiet_loggers(log_path)
     try:
-        with _stderr_to(log_path):
+        with _stderr_to(log_path), _term_is_interrupt():
             yield
             ray.shutdown()
     finally:
@@ -103,6 +105,19 @@ def _stderr_to(log_path: Path) -> Iterator[None]:
         sys.stderr = before
         os.dup2(terminal, 2)
         os.close(terminal)
+
+
+@contextmanager
+def _term_is_interrupt() -> Iterator[None]:
+    """Let SIGTERM, at which Ray ends the driver without a word, end a job as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet_loggers(log_path: Path) -> None:
@@ -343,15 +358,15 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def warn_about_idle_flags(settings: ModelFlags) -> None:
+def warn_about_idle_flags(settings: ModelFlags, talk: Console = console) -> None:
     """Say which flags change nothing on this machine."""
     unused = {"lora_r", "lora_alpha", "lora_dropout"} if getattr(settings, "tuning", "") == "full" else set()
     for name in sorted(unused & settings.model_fields_set):
-        console.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
+        talk.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):
         for name in sorted({"tf32", "pin_memory", "gpus_per_model"} & settings.model_fields_set):
             if getattr(settings, name):
-                console.print(f"warning: --{name} has no effect: there is no GPU on this machine")
+                talk.print(f"warning: --{name} has no effect: there is no GPU on this machine")
 
 
 def _append_trace(log_path: Path, error: BaseException) -> None:

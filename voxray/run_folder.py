@@ -84,6 +84,16 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
         raise RunError(f"{flag} {path}: cannot write there: {error.strerror}") from None
 
 
+def refuse_training_folder(folder: Path) -> None:
+    """Keep an evaluation from writing its settings and metrics over those of a training run.
+
+    Raises:
+        SettingsError: The folder is that of a run, a checkpoint or an adapter.
+    """
+    if any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl", "adapter_config.json")):
+        raise SettingsError(f"--output_dir {folder}: holds a training run or an adapter; give the evaluation its own")
+
+
 def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
     """Make the run folder ready: keep what is there if it is the same run, else refuse or start afresh.
 

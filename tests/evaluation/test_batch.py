@@ -257,6 +257,33 @@ def test_reference_answers_are_weighed_as_transformers_does(folders, tmp_path, m
     assert "perplexity" not in metrics["asr"]
 
 
+def test_without_a_model_the_job_ends_in_one_line(folders, tmp_path, monkeypatch):
+    """Also on Ray, where an exception while an actor starts is tried again and ends in a traceback."""
+    asked = {"item": [json.dumps({"part": 0, "rows": [0]})]}
+    damaged = replace(GENERATION, adapter=str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("[")
+    [error] = answerer.Answerer(damaged, folders, tmp_path / "p", 1)(asked)["error"]
+    assert "cannot read the adapter's configuration" in error
+
+    def load(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of\nmemory")
+
+    monkeypatch.setattr(answerer, "load", load)
+    message = "the model cannot be loaded: OutOfMemoryError: CUDA out of memory"
+    assert answerer.Answerer(GENERATION, folders, tmp_path / "p", 1)(asked)["error"] == [message]
+    with pytest.raises(RunError, match=message):
+        evaluated(folders, [0], tmp_path / "q")
+
+
+def test_a_list_of_failed_rows_does_not_outlive_their_answers(folders, tmp_path):
+    """A process fails at a row, lists it, and is cut off before its part is written; the next one answers the row."""
+    evaluated(folders, range(3), tmp_path)
+    part = tmp_path / "predictions" / "part-00000"
+    part.with_suffix(".parquet").unlink()
+    part.with_suffix(".failed.json").write_text('[[1, "not_answered", "no memory"]]')
+    assert len(evaluated_rows(folders, range(3), tmp_path)) == 3 and not read_failed(tmp_path)
+
+
 def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
     rows = range(len(Features(folders)))
     evaluated(folders, rows, tmp_path)

@@ -67,17 +67,23 @@ def wanted(speech: str, make_features: Callable[..., tuple[Path, ...]], tmp_path
 @pytest.mark.ray
 @pytest.mark.chaos
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("num_parts", [1, 5])
+@pytest.mark.parametrize(("num_parts", "number"), [(1, signal.SIGKILL), (5, signal.SIGKILL), (3, signal.SIGTERM)])
 def test_killed_and_started_again_every_row_is_answered_once(
-    speech: str, wanted: dict[str, str], tmp_path: Path, num_parts: int
+    speech: str, wanted: dict[str, str], tmp_path: Path, num_parts: int, number: signal.Signals
 ) -> None:
-    """kill -9 of the driver's group; the second start answers the rest, and only that."""
+    """kill -9 of the driver's group, or SIGTERM; the second start answers the rest, and only that."""
     job = EvaluateJob(speech, tmp_path / "job")
     first = job.start()
     try:
         job.wait_for(first, num_parts)
         left_behind = first.processes()
-        first.kill()
+        if number == signal.SIGTERM:
+            first.process.terminate()
+            assert first.process.wait(60) == 130
+            assert job.log.read_text().splitlines()[-1].startswith("stopped; the same command goes on from there")
+            assert not list(job.folder.glob("predictions/.attempts-*")), "no row is blamed for it"
+        else:
+            first.kill()
         deadline = time.monotonic() + WAIT_SEC
         while alive(left_behind):  # Ray's daemons see that their driver is gone, and end
             assert time.monotonic() < deadline, job.log.read_text()

@@ -18,7 +18,8 @@ from conftest import SPEECH, TINY, manifest, read_rows, write_rows
 from running import ROOT, environment, load_job, parse_only
 
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.evaluation import infer, job
+from voxray.errors import RunError
+from voxray.evaluation import greedy, infer, job
 from voxray.evaluation.predictions import read_predictions
 from voxray.models.voxtral import VoxtralFrontEnd
 
@@ -44,7 +45,19 @@ def infer_rows(**flags: Any) -> list[dict[str, Any]]:
     return infer.run_inference(InferSettings.model_validate(given), manifest("asr.val"))
 
 
-def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
+def fail_at(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Any], bool]) -> None:
+    """Let the model fail whenever such a row is in its batch."""
+    collate = greedy.collate_prompts
+
+    def collated(rows: Any, front_end: Any) -> Any:
+        if any(map(fails, rows)):
+            raise RuntimeError("no such\nexpert")
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(greedy, "collate_prompts", collated)
+
+
+def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
     """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
 
     def texts(**flags: Any) -> list[str]:
@@ -57,6 +70,11 @@ def test_search(evaluate: Evaluate, small: dict[str, str]) -> None:
     assert texts(num_beams=4) != greedy
     drawn = texts(temperature=3.0, seed=1)
     assert greedy != drawn != texts(temperature=3.0, seed=2)
+    twice = [{**row, "id": name} for row in read_rows(small["sqa.val"])[:1] for name in ("a", "b")]
+    asked = {"jsonl": write_rows(tmp_path / "twice.jsonl", twice), "batch_size": 1, "temperature": 3.0}
+    one, other = infer_rows(**asked)
+    assert one["prediction"] != other["prediction"], "every batch has draws of its own"
+    assert infer_rows(**asked) == [one, other], "and the same ones again"
     greedy = inferred()
     assert inferred(num_beams=4) != greedy
     assert inferred(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
@@ -109,6 +127,44 @@ def test_perplexity(evaluate: Evaluate, small: dict[str, str]) -> None:
     for asked, tasks in (({}, {"tqa"}), ({"perplexity": "all"}, {"tqa", "asr"}), ({"perplexity": "none"}, set())):
         metrics, _ = evaluate(val_jsonl=both, **asked)
         assert {task for task in ("tqa", "asr") if "perplexity" in metrics[task]} == tasks
+
+
+def test_rows_that_failed_are_tried_again_when_asked(
+    evaluate: Evaluate, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, lambda row: row.id == "tqa.val.jsonl:2")
+        _, found = evaluate(output_dir="e")
+    said = capsys.readouterr().out
+    assert len(found) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed tries" in said
+    ledger = tmp_path / "e" / "quarantine.jsonl"
+    assert len(evaluate(output_dir="e")[1]) == 3 and '"line": 2' in ledger.read_text()
+    assert len(evaluate(output_dir="e", retry_failed=True)[1]) == 4 and ledger.read_text() == ""
+    assert "1 row(s) left out" in capsys.readouterr().out
+    # other settings: what is there is kept aside, and said to be
+    assert len(evaluate(output_dir="e", gen_max_new_tokens=1)[1]) == 4
+    said = capsys.readouterr().out
+    assert "4 answer(s) cut off at --gen_max_new_tokens 1" in said
+    assert "these are in predictions-earlier now" in said
+    load_job("evaluate").main(
+        ["--score_only", str(tmp_path / "e" / "predictions-earlier"), "--output_dir", str(tmp_path / "s")]
+    )
+    assert "4 rows scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", ["checkpoints/step-000002/adapter_config.json", "adapter/x", "metrics.jsonl"])
+def test_an_evaluation_is_not_written_into_a_training_run(
+    inside: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / inside).touch()
+    for folder in {tmp_path, (tmp_path / inside).parent} if inside.endswith("config.json") else {tmp_path}:
+        for flag in ("--val_jsonl", "--score_only"):
+            with pytest.raises(SystemExit) as end:
+                load_job("evaluate").main([flag, manifest("asr.val"), "--output_dir", str(folder)])
+            assert end.value.code == 2
+            assert f"--output_dir {folder}: holds a training run or an adapter" in capsys.readouterr().err
+        assert not (folder / "settings.json").exists()
 
 
 def test_check_batch_invariance(evaluate: Evaluate, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,8 +349,53 @@ def test_infer_folder_and_json(tmp_path: Path, small: dict[str, str], capsys: py
     assert all(row["char_ref"] for row in rows) and "cer" in shown.err
     assert parse_only("infer", ["--audio_path", "x.wav", "--json"]).json_lines
     (tmp_path / "empty").mkdir()
-    with pytest.raises(Exception, match=r"--audio_path .*empty: no audio file in this folder"):
+    with pytest.raises(RunError, match=r"--audio_path .*empty: no audio file in this folder"):
         infer_rows(audio_path=str(tmp_path / "empty"))
+
+
+def test_infer_goes_on_where_the_model_fails(
+    small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that have no answer get a line each; the others are answered as ever, written and scored."""
+    out = tmp_path / "made" / "o.jsonl"
+    whole = infer_rows(jsonl=small["asr.val"], json_lines=True, output_path=str(out))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == whole
+    lost = {"asr.val.jsonl:2"}
+    fail_at(monkeypatch, lambda row: row.id in lost)
+    capsys.readouterr()
+    line = ["--model_id", TINY, "--max_new_tokens", "8", "--json", "--tf32", "--output_path", str(out)]
+    with pytest.raises(SystemExit) as end:
+        load_job("infer").main([*line, "--jsonl", small["asr.val"]])
+    shown = capsys.readouterr()
+    found = [json.loads(text) for text in shown.out.splitlines()]
+    assert found == [row for row in whole if row["id"] not in lost]
+    assert found == [json.loads(text) for text in out.read_text().splitlines()]
+    assert end.value.code == 1 and "cer" in shown.err and "--tf32 has no effect" in shown.err
+    assert f"{small['asr.val']}:2: not answered: RuntimeError: no such expert" in shown.err.splitlines()
+    assert "1 of 4 rows could not be answered" in shown.err.splitlines()[-1]
+    lost |= {row["id"] for row in whole}
+    with pytest.raises(RunError, match=r"asr\.val\.jsonl: nothing could be answered"):
+        infer_rows(jsonl=small["asr.val"])
+    with pytest.raises(RunError, match=r"--output_dir .*: no adapter here"):
+        infer_rows(jsonl=small["asr.val"], output_dir=str(tmp_path))
+    with pytest.raises(RunError, match=r"--output_path .*made: a folder; name a file"):
+        infer_rows(jsonl=small["asr.val"], output_path=str(out.parent))
+
+
+def test_infer_takes_a_question_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
+    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [asked]), language="ko", max_new_tokens=1)
+    shown = capsys.readouterr()
+    assert "warning: --language has no effect" in shown.out
+    assert "1 answer(s) cut off at --max_new_tokens 1" in shown.err
+    capsys.readouterr()
+    assert infer_rows(question=asked["instruction"], max_new_tokens=1) == [
+        {"id": "--question", "task": "tqa", "prediction": row["prediction"]}
+    ]
+    assert capsys.readouterr().out == row["prediction"] + "\n"
+    with pytest.raises(SystemExit):
+        parse_only("infer", ["--question", "x", "--jsonl", "x.jsonl"])
+    assert "--question and --jsonl: give one of them" in capsys.readouterr().err
 
 
 # audio that is too long for the model
@@ -312,7 +413,12 @@ def long_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_long_recordings_are_answered_in_chunks(
-    evaluate: Evaluate, long_clip: Path, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    evaluate: Evaluate,
+    long_clip: Path,
+    small: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One row comes out, with its own reference, and the ledger no longer names it; other tasks stay refused."""
     rows = [
@@ -327,9 +433,20 @@ def test_long_recordings_are_answered_in_chunks(
     [row] = [row for row in found if row["id"] == "long"]
     assert (row["reference"], row["speaker"], row["dataset"], row["source"]) == ("긴 말", "s", "m", f"{path}:1")
     assert row["num_samples"] == pytest.approx(14.5 * 16_000, abs=16)
-    ledger = [json.loads(line) for line in (tmp_path / "e" / "quarantine.jsonl").read_text().splitlines()]
-    assert [(line["id"], line["reason"]) for line in ledger] == [("asked", "audio_too_long")]
+
+    def ledger(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines()]
+
+    assert [(line["id"], line["reason"]) for line in ledger("e")] == [("asked", "audio_too_long")]
     assert "1 recording(s) too long for the model answered in 3 chunks" in capsys.readouterr().out
     [said] = infer_rows(audio_path=str(long_clip), language="ko")
     assert said["prediction"] == row["prediction"]
+    assert infer_rows(jsonl=write_rows(tmp_path / "n.jsonl", rows[:1]))[0]["num_samples"] == row["num_samples"]
     assert "too long for the model, answered in 3 chunks" in capsys.readouterr().err
+    fail_at(monkeypatch, lambda row: row.source.endswith(("long_audio.jsonl:2", "long_audio.jsonl:3")))
+    metrics, found = evaluate(val_jsonl=(path,), output_dir="f")
+    assert "long_audio" not in metrics and "long" not in {row["id"] for row in found}
+    _, lost = ledger("f")
+    reason = {"reason": "not_answered", "message": "chunk 2 of 3: RuntimeError: no such expert"}
+    assert lost == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not what was made of it"
+    assert "2 row(s) left out in all, listed in quarantine.jsonl; --retry_failed" in capsys.readouterr().out

@@ -148,11 +148,8 @@ def test_masks(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [(how.time_masks, how.time_mask_frames, how.time_mask_share) for how in asked[-2:]] == wanted
 
 
-def test_feature_flags_reach_evaluation(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_feature_flags_reach_evaluation(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> None:
     """Answers from stored encoder outputs are those from log-mel."""
-    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
     found = []
     for number, flags in enumerate(({}, {"store": "encoder", "cache_dtype": "float32"}, {"store": "pcm16"})):
         values = {"model_id": TINY, "val_jsonl": small["asr.val"], "output_dir": str(tmp_path / str(number))}

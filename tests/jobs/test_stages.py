@@ -3,8 +3,6 @@
 import json
 import pickle
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ from safetensors.torch import load_file
 from voxray import launch
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation import job
 from voxray.recipes import stage
 from voxray.training.monitor import read_metrics
 
@@ -256,6 +253,7 @@ def test_the_three_stages_in_a_row(
     first_stage: Path,
     small: dict[str, str],
     tmp_path: Path,
+    evaluation_here: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -263,9 +261,6 @@ def test_the_three_stages_in_a_row(
     second = run("train_asr_adapter", *SAME_LORA, init_adapter=str(first_stage))
     third = run("train_multitask", *SAME_LORA, init_adapter=str(second))
     assert set(tensors(third)) == set(tensors(second)) > set(tensors(first_stage))
-    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
-    monkeypatch.setattr(job, "answer", partial(job.answer, use_ray=False))
     monkeypatch.chdir(tmp_path)
     held_out = ",".join(small[f"{task}.val"] for task in ("asr", "tqa"))
     evaluated = ["--lora_dir", str(third), "--val_jsonl", held_out, "--gen_max_new_tokens", "8", "--output_dir", "e"]

@@ -3,8 +3,6 @@ trained."""
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +77,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def evaluate(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Features]:
+def evaluate(
+    small: dict[str, str], tmp_path: Path, evaluation_here: None, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Features]:
     """Run the evaluate job on four clips; returns the features that it asked with."""
-    monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(job, "make_features", partial(job.make_features, use_ray=False))
     seen: list[Features] = []
 
     def answered(generation: Any, folders: Any, *args: Any, **options: Any) -> Any:
         seen.append(Features(folders))
         assert generation.trim_audio == (seen[-1].num_prompt_tokens.min() < 54)
-        return real(generation, folders, *args, use_ray=False, **options)
+        return real(generation, folders, *args, **options)
 
     real = job.answer
     monkeypatch.setattr(job, "answer", answered)

@@ -116,7 +116,10 @@ def decode_native(
     if len(samples_NC) == 0:
         raise BadRow("audio_empty", f"{path} holds no sample" + (" in this segment" if part != WHOLE else ""))
     if len(samples_NC) / rate_hz > max_sec:
-        raise BadRow("audio_too_long", f"{path} lasts {len(samples_NC) / rate_hz:.1f} s; the limit is {max_sec:g} s")
+        raise BadRow(
+            "audio_too_long",
+            f"{path} lasts longer than {max_sec:g} s, which only evaluate and infer take, to transcribe it",
+        )
     if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
         ends_sec = part.start_sec + len(samples_NC) / rate_hz
         wanted = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"

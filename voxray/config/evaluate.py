@@ -82,6 +82,9 @@ class EvaluateSettings(
     none. Each costs about as much as reading its prompt."""
     check_batch_invariance: Annotated[int, Field(ge=0)] = 0
     """Answer so many rows once more, each by itself, and report those whose text differs."""
+    retry_failed: bool = False
+    """Started again on the same folder: answer parts with rows that could not be answered once more. Without it these
+    rows stay in quarantine.jsonl, and only what is missing is answered."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""
     """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
     (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
@@ -117,7 +120,7 @@ class InferSettings(AdapterFlags, SearchFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe, or to answer --question about."""
     question: str = ""
-    """What to ask about the audio; without it the audio is transcribed."""
+    """What to ask about the audio; without it the audio is transcribed. Alone it is a question in text."""
     language: str = ""
     """Language of the audio as a two-letter code; empty lets the model find out."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
@@ -141,4 +144,6 @@ class InferSettings(AdapterFlags, SearchFlags):
     def _one_input(self) -> "InferSettings":
         if self.audio_path and self.jsonl:
             raise ValueError("--audio_path and --jsonl: give one of them")
+        if self.question and self.jsonl:
+            raise ValueError("--question and --jsonl: give one of them; the rows of a manifest hold their questions")
         return self

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ import torch
 from voxray.data.attempts import Attempts, attempts_at
 from voxray.data.features import FeatureRow, Features
 from voxray.errors import RunError
-from voxray.evaluation.generate import Generated, Search, generated
+from voxray.evaluation.generate import Generated, Search, generated, reason_of, tried
 from voxray.evaluation.likelihood import reference_losses
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.metrics.names import is_transcript
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
-from voxray.manifest import one_line
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.models.quantize import base_dtype
@@ -62,24 +60,45 @@ class Generation:
     perplexity: str = "none"
 
 
+def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, int]:
+    """The model that answers, and how many tensors of the adapter it took.
+
+    Args:
+        skip_encoder: Rows hold the encoder's outputs.
+    Raises:
+        RunError: Base or adapter cannot be read, or do not fit.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = generation.tf32
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family, dtype = family_of(generation.model_id), base_dtype(bf16=generation.bf16, fp16=generation.fp16)
+    model = family.load_model(generation.model_id, dtype=dtype, device=device, quantize=generation.quantize)
+    if skip_encoder:
+        family.skip_encoder(model)
+    return load_adapter(model, Path(generation.adapter)) if generation.adapter else (model, 0)
+
+
 class Answerer:
-    """The unit of work of a Ray Data actor."""
+    """The unit of work of a Ray Data actor.
+
+    Attributes:
+        fault: Why there is no model, which ends the job at the first part; raised in ``__init__``, Ray would try it
+            again and then show its own traceback.
+    """
 
     def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
         self.generation, self.predictions = generation, predictions
         self.features, self.keys = Features(folders), ManifestKeys()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if device.type == "cpu":
+        if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
-        torch.backends.cuda.matmul.allow_tf32 = generation.tf32
         self.family = family_of(generation.model_id)
         self.front_end = self.family.front_end(generation.model_id, trim_audio=generation.trim_audio)
-        dtype, quantize = base_dtype(bf16=generation.bf16, fp16=generation.fp16), generation.quantize
-        self.model = self.family.load_model(generation.model_id, dtype=dtype, device=device, quantize=quantize)
-        if self.features.store == "encoder":
-            self.family.skip_encoder(self.model)
-        if generation.adapter:
-            self.model, _ = load_adapter(self.model, Path(generation.adapter))
+        self.model, self.fault = None, ""
+        try:
+            self.model, _ = load(generation, skip_encoder=self.features.store == "encoder")
+        except RunError as error:
+            self.fault = str(error)
+        except Exception as error:  # lack of memory, or whatever else a library raises
+            self.fault = f"the model cannot be loaded: {reason_of(error)}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Ray Data's form of ``write_part``: a batch of one item; what ends the job comes back as ``error``."""
@@ -95,8 +114,10 @@ class Answerer:
         """Answer some rows and write their prediction shard; rows that cannot be answered go beside it.
 
         Raises:
-            RunError: The device has failed, so that no row can be answered any more.
+            RunError: There is no model, or the device has failed, so that no row can be answered any more.
         """
+        if self.fault:
+            raise RunError(self.fault)
         found: list[dict[str, Any]] = []
         failed: list[tuple[int, str, str]] = []
         with deaths(self.predictions / f".attempts-{part:05d}") as attempt:
@@ -107,41 +128,26 @@ class Answerer:
                     failed.append((group[0], "process_died", message))
                     continue
                 answered: dict[int, Generated] = {}
-                for row, answer in self._in_halves(self.generate, group):
+                for row, answer in self._tried(self.generate, group):
                     if isinstance(answer, Exception):
-                        failed.append((row, "not_answered", _reason(answer)))
+                        failed.append((row, "not_answered", reason_of(answer)))
                     else:
                         answered[row] = answer
-                nll = dict(self._in_halves(self.weigh, [row for row in answered if self._is_weighed(row)]))
+                nll = dict(self._tried(self.weigh, [row for row in answered if self._is_weighed(row)]))
                 found += (self._entry(row, answer, nll.get(row)) for row, answer in answered.items())
             if failed:
                 write_json(failed_path(self.predictions, part), failed)
+            else:  # a process that was cut off may have failed at rows that this one has answered
+                failed_path(self.predictions, part).unlink(missing_ok=True)
             write_atomically(part_path(self.predictions, part), part_bytes(found))
 
-    def _in_halves(
-        self, work: Work[Found], rows: Sequence[int], size: int = sys.maxsize
-    ) -> Iterator[tuple[int, Found | Exception]]:
-        """What some work finds for each row; where the model fails, halves are tried, down to the row that it is."""
-        left = dict.fromkeys(rows)
-        try:
-            stored = [self.features.row(row) for row in rows]
-            for place, found in work(stored, min(self.generation.batch_size, size)):
-                del left[rows[place]]
-                yield rows[place], found
-        except RunError:
-            raise
-        except Exception as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise RunError(f"the device failed, and answers nothing any more: {_reason(error)}") from error
-            if len(left) == 1:
-                yield next(iter(left)), error
-                return
-        if left:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            again, half = list(left), (len(left) + 1) // 2
-            yield from self._in_halves(work, again[:half], half)
-            yield from self._in_halves(work, again[half:], half)
+    def _tried(self, work: Work[Found], rows: Sequence[int]) -> Iterator[tuple[int, Found | Exception]]:
+        """What some work finds for each row, or why it finds nothing."""
+
+        def of_stored(some: Sequence[int], batch_size: int) -> Iterator[tuple[int, Found]]:
+            return work([self.features.row(row) for row in some], batch_size)
+
+        return tried(rows, self.generation.batch_size, of_stored)
 
     def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Generated]]:
         parts = (self.model, self.family, self.front_end, rows)
@@ -168,10 +174,6 @@ class Answerer:
         if isinstance(nll, float) and math.isfinite(nll):
             entry |= {"nll": nll, "num_tokens": len(stored.target_ids)}
         return with_counts(entry)
-
-
-def _reason(error: Exception) -> str:
-    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
 
 
 def failed_path(predictions: Path, part: int) -> Path:

@@ -7,6 +7,7 @@ that was cut off and is started again answers only the parts that have no file y
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,12 +18,13 @@ import numpy as np
 from voxray.config.groups import range_of
 from voxray.data.features import Features
 from voxray.errors import RunError
-from voxray.evaluation.answerer import Answerer, Generation
+from voxray.evaluation.answerer import Answerer, Generation, failed_path
 from voxray.evaluation.generate import by_expected_length
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
 from voxray.launch import gpus_within_reach
 from voxray.models.lora import WEIGHTS
 from voxray.storage import Place, write_json
+from voxray.terminal import console
 
 BATCHES_PER_PART = 8
 """A part's last rows wait for each other, so it should be long; what a killed run repeats is its parts in flight."""
@@ -80,6 +82,7 @@ def answer(
     *,
     models: Models | None = None,
     use_ray: bool = True,
+    retry_failed: bool = False,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """Answer rows and write them to ``predictions`` in the output folder; parts that are there already stay.
@@ -87,6 +90,7 @@ def answer(
     Args:
         folders: Feature sets.
         rows: Row numbers within them.
+        retry_failed: Answer parts in which a row failed once more.
         use_ray: False answers in this process.
     Raises:
         RunError: No row at all can be answered.
@@ -95,6 +99,10 @@ def answer(
     order, size = by_expected_length(features, rows), BATCHES_PER_PART * generation.batch_size
     parts = [order[at : at + size] for at in range(0, len(order), size)]
     _forget_other_evaluation(predictions, _key(generation, features, parts))
+    for number in range(len(parts)) if retry_failed else ():
+        if failed_path(predictions, number).is_file():
+            part_path(predictions, number).unlink(missing_ok=True)
+            failed_path(predictions, number).unlink()
     waiting = [number for number in range(len(parts)) if not part_path(predictions, number).is_file()]
     done, total = sum(map(len, parts)) - sum(len(parts[number]) for number in waiting), len(rows)
     for num_rows in (_run_on_ray if use_ray else _run_here)(
@@ -111,6 +119,12 @@ def read_failed(output_dir: Path) -> list[tuple[int, str, str]]:
     """(row number, reason, message) of the rows that an evaluation could not answer."""
     files = sorted((output_dir / "predictions").glob("part-*.failed.json"))
     return [tuple(entry) for file in files for entry in json.loads(file.read_text())]
+
+
+def forget_attempts(output_dir: Path) -> None:
+    """Hold it against no row that its process was ended from outside; for when all of them are gone."""
+    for mark in (output_dir / "predictions").glob(".attempts-*"):
+        mark.unlink(missing_ok=True)
 
 
 def check_invariance(
@@ -157,12 +171,21 @@ def _key(generation: Generation, features: Features, parts: Sequence[Sequence[in
 def _forget_other_evaluation(predictions: Path, key: str) -> None:
     """Keep finished parts, and what is remembered of deaths, only if they belong to this very evaluation."""
     mark = predictions / "made_by.json"
-    if not mark.is_file() or json.loads(mark.read_text()).get("key") != key:
-        for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
-            path.unlink()
-        for name in ("metrics.json", "report.html", "errors.json"):
-            (predictions.parent / name).unlink(missing_ok=True)
-        write_json(mark, {"key": key})
+    if mark.is_file() and json.loads(mark.read_text()).get("key") == key:
+        return
+    if any(predictions.glob("part-*.parquet")):
+        earlier = predictions.with_name("predictions-earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        predictions.rename(earlier)
+        console.print(
+            f"{predictions.parent} holds answers to other rows or settings; these are in {earlier.name} now",
+            markup=False,
+        )
+    for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
+        path.unlink()
+    for name in ("metrics.json", "report.html", "errors.json"):
+        (predictions.parent / name).unlink(missing_ok=True)
+    write_json(mark, {"key": key})
 
 
 def _run_here(

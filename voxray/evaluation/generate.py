@@ -1,9 +1,10 @@
 """Answers of a model to stored rows: in evaluation, in ``infer``, in validation and previews during training."""
 
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,10 +12,13 @@ import torch
 from voxray.data.collate import collate_prompts
 from voxray.data.features import FeatureRow, Features
 from voxray.data.shards import TASK_CODES
+from voxray.errors import RunError
 from voxray.evaluation.greedy import greedy
+from voxray.manifest import one_line
 from voxray.models.family import Family, FrontEnd
 from voxray.tasks import TASKS
 
+Found = TypeVar("Found")
 _TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
 
 
@@ -25,7 +29,7 @@ class Search:
     Attributes:
         max_new_tokens: Longest answer.
         num_beams: 1 takes the likeliest token at every step, more follow so many beginnings at a time.
-        temperature: 0 draws nothing; else tokens are drawn, seeded by ``seed``.
+        temperature: 0 draws nothing; else tokens are drawn, seeded by ``seed`` and the ids of the rows in a batch.
         top_p: Draw among the likeliest tokens that have this probability together; 1 draws among all.
     """
 
@@ -97,6 +101,45 @@ def generated(
             yield start + place, _finished(ids, front_end, limit, sec)
 
 
+def tried(
+    rows: Sequence[int], batch_size: int, work: Callable[[Sequence[int], int], Iterator[tuple[int, Found]]]
+) -> Iterator[tuple[int, Found | Exception]]:
+    """Let the model work on rows; where it fails, halves are tried, down to the row at which it fails.
+
+    Args:
+        rows: Their numbers.
+        work: Given some of them and a batch size, yields (place among them, what it found).
+    Yields:
+        (row number, what was found or why nothing was).
+    Raises:
+        RunError: The device has failed, so that no row can be answered any more.
+    """
+    left = dict.fromkeys(rows)
+    try:
+        for place, found in work(rows, batch_size):
+            del left[rows[place]]
+            yield rows[place], found
+    except RunError:
+        raise
+    except Exception as error:
+        if isinstance(error, torch.AcceleratorError):
+            raise RunError(f"the device failed, and answers nothing any more: {reason_of(error)}") from error
+        if len(left) == 1:
+            yield next(iter(left)), error
+            return
+    if left:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        again, half = list(left), (len(left) + 1) // 2
+        for part in (again[:half], again[half:]):
+            yield from tried(part, min(batch_size, half), work)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a row has no answer, in one line."""
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+
+
 def answers(
     model: Any,
     family: Family,
@@ -123,7 +166,8 @@ def _library_ids(
     batch = {name: tensor.to(device) for name, tensor in collate_prompts(rows, front_end).items()}
     options: dict[str, Any] = {"do_sample": False, "num_beams": search.num_beams}
     if search.temperature > 0:
-        torch.manual_seed(int(np.random.SeedSequence([search.seed]).generate_state(1)[0]))
+        ids = zlib.crc32("\n".join(row.id for row in rows).encode())
+        torch.manual_seed(int(np.random.SeedSequence([search.seed, ids]).generate_state(1)[0]))
         # transformers would draw among 50 tokens unless told that top_k is off
         options |= {"do_sample": True, "temperature": search.temperature, "top_p": search.top_p, "top_k": 0}
     special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}

@@ -3,12 +3,11 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from voxray.audio.augment import list_audio
@@ -16,24 +15,23 @@ from voxray.config.evaluate import InferSettings
 from voxray.data.extract import Extractor, Storing
 from voxray.data.features import FeatureRow
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation.generate import generated
-from voxray.evaluation.job import as_trained, base_and_adapter, search_of
+from voxray.evaluation.answerer import Generation, load
+from voxray.evaluation.generate import Generated, generated, reason_of, tried
+from voxray.evaluation.job import as_trained, base_and_adapter, generation_of
 from voxray.evaluation.joining import join_texts
-from voxray.evaluation.long_audio import chunks_of, is_too_long, overlap_share
+from voxray.evaluation.long_audio import chunks_of, is_too_long, overlap_share, whole_samples
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.score import score
 from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
 from voxray.models.family import family_of
-from voxray.models.lora import load_adapter
-from voxray.models.quantize import base_dtype
-from voxray.run_folder import anchor
-from voxray.storage import to_jsonl, write_atomically
+from voxray.run_folder import anchor, make_folder
 from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table
 
 DEMO_ROWS = 4
+QUESTION_ID = "--question"
 LINES_PER_CHUNK = 256
 BATCHES_PER_GROUP = 4  # answered before the first of them is shown
 
@@ -42,61 +40,76 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     """Print the answer of every row; write them to ``--output_path``; score those that have references.
 
     Args:
-        demo_jsonl: Manifest used when neither a clip nor a manifest is given.
+        demo_jsonl: Manifest used when neither a clip, a manifest nor a question is given.
     Returns:
         One entry per row: id, task, prediction, and for the rows of a manifest reference and counts.
     Raises:
-        RunError, SettingsError: The clip, manifest, model or adapter cannot be used.
+        RunError, SettingsError: The clip, manifest, model or adapter cannot be used, or a row has no answer; that is
+            said when the others are answered, written and scored.
     """
     talk = Console(stderr=True) if settings.json_lines else console  # so that what is printed can be parsed
     manifest, limit = settings.jsonl, settings.preview_rows
-    if not (settings.audio_path or manifest):
+    if not (settings.audio_path or manifest or settings.question):
         manifest, limit = demo_jsonl, limit or DEMO_ROWS
         talk.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
     if manifest:
         first_fault((manifest,))
-    output_path = anchor(settings.output_path, "", flag="--output_path") if settings.output_path else None
-    model_id, adapter = base_and_adapter(settings, settings.lora_dir or settings.output_dir)
+    samples = _manifest_rows(manifest, limit) if manifest else _asked(settings)
+    output_path = _output_path(settings.output_path)
+    where = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
+    model_id, adapter = base_and_adapter(settings, *where)
     settings = as_trained(settings, model_id, adapter)
-    warn_about_idle_flags(settings)
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    family, extractor = family_of(model_id), Extractor(model_id, Storing(trim_audio=settings.trim_audio_tokens))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
-    model = family.load_model(model_id, dtype=dtype, device=device, quantize=settings.quantize)
+    _warn_about_idle_flags(settings, manifest, talk)
+    how = generation_of(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    model, num_tensors = load(how)
     if adapter:
-        model, num_tensors = load_adapter(model, adapter)
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
-    samples = _clips(settings) if settings.audio_path else _manifest_rows(manifest, limit)
     found: list[dict[str, Any]] = []
-    search, keys = search_of(settings, settings.max_new_tokens), ManifestKeys()
-    for asked in _groups(samples, extractor, settings):
-        rows = [row for item in asked for row in item.rows]
-        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompt_ids))
-        told = generated(
-            model,
-            family,
-            extractor.front_end,
-            [rows[place] for place in order],
-            batch_size=settings.batch_size,
-            search=replace(search, seed=search.seed + len(found)),
-        )
-        text_of = {order[at]: answer.text for at, answer in told}
-        texts = iter([text_of[place] for place in range(len(rows))])
-        for item in asked:
-            text = join_texts([next(texts) for _ in item.rows], item.overlap_share)
-            entry = _entry(item.rows[0], text, None if settings.audio_path else keys)
-            found.append(entry)
-            _show(entry, settings)
+    num_failed, num_cut, keys = 0, 0, ManifestKeys() if manifest else None
+    # Line by line, so that what is answered is kept whatever happens to the rest.
+    with open(output_path, "w", encoding="utf-8", buffering=1) as output:
+        for item, answers in _answered(samples, model, how, settings):
+            fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
+            if fault:
+                num_failed += 1
+                print(f"{item.rows[0].source}: not answered: {reason_of(fault)}", file=sys.stderr, flush=True)
+                continue
+            given = [answer for answer in answers if not isinstance(answer, Exception)]
+            num_cut += any(answer.hit_max for answer in given)
+            found.append(_entry(item, join_texts((answer.text for answer in given), item.overlap_share), keys))
+            _show(found[-1], settings)
+            output.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
+    if num_cut:
+        print(f"{num_cut} answer(s) cut off at --max_new_tokens {settings.max_new_tokens}", file=sys.stderr, flush=True)
+    asked = manifest or settings.audio_path or QUESTION_ID
     if not found:
-        raise RunError(f"{settings.audio_path or manifest}: nothing could be answered")
-    if output_path:
-        write_atomically(output_path, to_jsonl(found))
-    if not settings.audio_path:
-        metrics = score(found, num_resamples=0)
-        table = metrics_table(f"{len(found)} rows", metrics)
-        talk.print(table)
+        raise RunError(f"{asked}: nothing could be answered")
+    if manifest:
+        talk.print(metrics_table(f"{len(found)} rows", score(found, num_resamples=0)))
+    if num_failed:
+        raise RunError(f"{asked}: {num_failed} of {num_failed + len(found)} rows could not be answered, named above")
     return found
+
+
+def _warn_about_idle_flags(settings: InferSettings, manifest: str, talk: Console) -> None:
+    warn_about_idle_flags(settings, talk)
+    idle = {"language": "rows of a manifest name their own"} if manifest else {"preview_rows": "it is for manifests"}
+    if not (manifest or settings.audio_path):
+        idle["language"] = "it is that of audio"
+    for name, reason in idle.items():
+        if name in settings.model_fields_set and getattr(settings, name):
+            talk.print(f"warning: --{name} has no effect: {reason}", markup=False)
+
+
+def _output_path(path: str) -> Path:
+    """Where --output_path is; looked at before anything is answered."""
+    if not path:
+        return Path(os.devnull)
+    place = anchor(path, "", flag="--output_path")
+    if place.is_dir():
+        raise RunError(f"--output_path {place}: a folder; name a file")
+    make_folder(place.parent, "--output_path")
+    return place
 
 
 @dataclass(frozen=True)
@@ -104,30 +117,57 @@ class _Item:
     """What is answered as one: a row, or the chunks of a recording that is too long for the model."""
 
     rows: list[FeatureRow]
+    num_samples: int
     overlap_share: float = 0.0
 
 
-def _entry(row: FeatureRow, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
+def _answered(
+    samples: Iterator[Sample], model: Any, how: Generation, settings: InferSettings
+) -> Iterator[tuple[_Item, list[Generated | Exception]]]:
+    """What is answered, with the answer to each of its rows."""
+    family, extractor = family_of(how.model_id), Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
+    for asked in _groups(samples, extractor, settings):
+        rows = [row for item in asked for row in item.rows]
+
+        def generate(places: Sequence[int], batch_size: int) -> Iterator[tuple[int, Generated]]:
+            some = [rows[place] for place in places]  # noqa: B023  # used up before the next group
+            return generated(model, family, extractor.front_end, some, batch_size=batch_size, search=how.search)
+
+        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompt_ids))
+        told = dict(tried(order, how.batch_size, generate))
+        answers = iter([told[place] for place in range(len(rows))])
+        for item in asked:
+            yield item, [next(answers) for _ in item.rows]
+
+
+def _entry(item: _Item, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
     """An answer with what is known of its row; with ``keys`` that is its reference and counts too."""
+    row = item.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}
     if keys is None:
         return entry
     known = {name: value for name, value in keys.of(row.source).items() if value is not None}
-    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": row.num_samples}
+    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": item.num_samples}
     return with_counts({**entry, **own, **known})
 
 
 def _show(entry: dict[str, Any], settings: InferSettings) -> None:
     if settings.json_lines:
         print(json.dumps(entry, ensure_ascii=False), flush=True)
-    elif os.path.isfile(settings.audio_path):
+    elif entry["id"] == QUESTION_ID or os.path.isfile(settings.audio_path):
         print(entry["prediction"], flush=True)
     else:
         print(f"{entry['id']}\t{entry['prediction']}", flush=True)
 
 
-def _clips(settings: InferSettings) -> Iterator[Sample]:
-    """The file at --audio_path, or all audio below that folder."""
+def _asked(settings: InferSettings) -> Iterator[Sample]:
+    """The file at --audio_path, or all audio below that folder; without any, the question alone.
+
+    Raises:
+        RunError, SettingsError: There is no such file, no audio in the folder, or no such language.
+    """
+    if not settings.audio_path:
+        return iter([Sample(QUESTION_ID, TASKS["tqa"], settings.question, "", "", "", QUESTION_ID)])
     path = Path(settings.audio_path)
     if path.is_dir():
         try:
@@ -143,8 +183,8 @@ def _clips(settings: InferSettings) -> Iterator[Sample]:
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
     task = TASKS["sqa"] if settings.question else TASKS["asr"]
-    for name, clip in clips.items():
-        yield Sample(name, task, settings.question, "", clip, language, clip if path.is_dir() else "--audio_path")
+    sources = {name: clip if path.is_dir() else "--audio_path" for name, clip in clips.items()}
+    return (Sample(name, task, settings.question, "", clips[name], language, sources[name]) for name in clips)
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
@@ -186,9 +226,9 @@ def _item(sample: Sample, extractor: Extractor, max_len: int) -> _Item:
     Raises:
         BadRow: It has none.
     """
-    parts, share = [sample], 0.0
     try:
-        rows = [FeatureRow.of(extractor.sample_rows(sample)[0][0])]
+        rows, share = [FeatureRow.of(extractor.sample_rows(sample)[0][0])], 0.0
+        num_samples = rows[0].num_samples
     except BadRow as error:
         if not is_too_long(error.reason, sample):
             raise
@@ -196,7 +236,8 @@ def _item(sample: Sample, extractor: Extractor, max_len: int) -> _Item:
         share = overlap_share(parts)
         print(f"{sample.source}: too long for the model, answered in {len(parts)} chunks", file=sys.stderr)
         rows = [FeatureRow.of(extractor.sample_rows(part)[0][0]) for part in parts]
+        num_samples = whole_samples(sample, parts, extractor.front_end)
     for row in rows:
         if len(row.prompt_ids) > max_len:
             raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {max_len}")
-    return _Item(rows, share)
+    return _Item(rows, num_samples, share)

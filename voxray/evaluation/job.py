@@ -3,25 +3,27 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from voxray.config.evaluate import AdapterFlags, EvaluateSettings, SearchFlags
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
 from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
 from voxray.data.shards import TASK_CODES
-from voxray.errors import RunError, SettingsError
+from voxray.errors import RunError, SettingsError, Stopped
 from voxray.evaluation.answerer import Generation
-from voxray.evaluation.batch import Models, answer, check_invariance, read_failed
+from voxray.evaluation.batch import Models, answer, check_invariance, forget_attempts, read_failed
 from voxray.evaluation.generate import Search
-from voxray.evaluation.long_audio import write_chunk_manifest
+from voxray.evaluation.long_audio import CHUNK_MANIFEST, with_recordings, write_chunk_manifest
 from voxray.evaluation.predictions import read_predictions, scored
 from voxray.evaluation.report import write_report
 from voxray.launch import ray_session, warn_about_idle_flags
@@ -29,7 +31,7 @@ from voxray.manifest import first_fault
 from voxray.models.family import family_of
 from voxray.models.lora import base_of_adapter, find_adapter, roles_of_adapter
 from voxray.models.trimming import read_record, trims_audio
-from voxray.run_folder import anchor, make_folder, provenance
+from voxray.run_folder import anchor, make_folder, provenance, refuse_training_folder
 from voxray.storage import Place, to_jsonl, write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table, progress_bar
@@ -55,6 +57,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         RunError, SettingsError: What the user has to put right.
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
+    refuse_training_folder(output_dir)
     first_fault(settings.val_jsonl)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = as_trained(settings, model_id, adapter)
@@ -66,119 +69,123 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
     if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
         raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
-    generation = Generation(
-        model_id,
-        str(adapter or ""),
-        search_of(settings, settings.gen_max_new_tokens),
-        settings.per_device_bsz,
-        bf16=settings.bf16,
-        tf32=settings.tf32,
-        fp16=settings.fp16,
-        quantize=settings.quantize,
-        trim_audio=settings.trim_audio_tokens,
-        perplexity=settings.perplexity,
-    )
-    models = Models(settings.num_models, settings.gpus_per_model)
+    generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
+    generation = replace(generation, perplexity=settings.perplexity)
     _, most_models = range_of(settings.num_models)
-    with ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
-        folders, long_audio = evaluation_features(settings, model_id, features_dir, output_dir)
-        features = Features(folders)
-        rows, lost = rows_to_answer(features, settings)
-        write_evaluation_ledger(output_dir, folders, lost, long_audio)
-        with progress_bar("answers") as bar:
-            answer(generation, folders, rows, output_dir, models=models, on_progress=bar.update)
-        failed = [(features, *entry) for entry in read_failed(output_dir)]
-        metrics = scored(read_predictions(output_dir), settings)
-        if settings.check_batch_invariance:
-            num_rows = settings.check_batch_invariance
-            metrics["batch_invariance"] = check_invariance(
-                generation, folders, rows, output_dir, num_rows, models=models
-            )
-    if failed:
-        write_evaluation_ledger(output_dir, folders, [*lost, *failed], long_audio)
-    if long_audio.sources:
-        metrics["long_audio"] = {"n": len(long_audio.sources), "chunks": long_audio.num_chunks}
+    with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
+        metrics, notes = _answered(settings, generation, features_dir, output_dir)
     write_json(output_dir / "metrics.json", metrics)
     write_report(output_dir)
     if settings.mode.startswith("submission"):
         write_submission(output_dir)
-    _summarize(
-        settings, metrics, len(failed), f"{Path(model_id).name}{' + ' + str(adapter) if adapter else ', no adapter'}"
-    )
+    console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
+    for note in notes:
+        console.print(note, markup=False)
     console.print(f"predictions, metrics.json and report.html in {output_dir}", markup=False)
     return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 
-def _summarize(settings: EvaluateSettings, metrics: dict[str, Any], num_failed: int, title: str) -> None:
-    """Print what came out, and what did not come out as it should."""
-    console.print(metrics_table(title, metrics))
-    if num_failed:
-        console.print(f"{num_failed} row(s) could not be answered, listed in quarantine.jsonl")
-    if "long_audio" in metrics:
-        found = metrics["long_audio"]
-        console.print(f"{found['n']} recording(s) too long for the model answered in {found['chunks']} chunks")
-    if settings.check_batch_invariance:
-        found = metrics["batch_invariance"]
-        which = f": {', '.join(found['ids'][:20])}" if found["ids"] else ""
-        console.print(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}", markup=False)
+@contextmanager
+def _stopping(output_dir: Path) -> Iterator[None]:
+    """Say what becomes of an evaluation that is ended by Ctrl-C or SIGTERM."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        forget_attempts(output_dir)
+        raise Stopped(f"stopped; the same command goes on from there; what is answered stays in {output_dir}") from None
 
 
-def search_of(settings: SearchFlags, max_new_tokens: int) -> Search:
-    """How the settings want answers to be looked for."""
-    given = {name: getattr(settings, name) for name in ("num_beams", "temperature", "top_p", "seed")}
-    return Search(max_new_tokens, **given)
+def _answered(
+    settings: EvaluateSettings, generation: Generation, features_dir: Place, output_dir: Path
+) -> tuple[dict[str, Any], list[str]]:
+    """Answer the rows; returns metrics.json's content and what did not come out as it should, in lines.
 
-
-@dataclass(frozen=True)
-class LongAudio:
-    """Recordings that are answered in chunks.
-
-    Attributes:
-        sources: ``<manifest>:<line>`` of each.
-        num_chunks: Chunks of all of them.
+    Raises:
+        RunError: There is no row to answer, or none is answered.
     """
+    folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
+    features, models = Features(folders), Models(settings.num_models, settings.gpus_per_model)
+    rows, lost = rows_to_answer(features, settings)
+    write_evaluation_ledger(output_dir, folders, lost)
+    again = settings.retry_failed
+    with progress_bar("answers") as bar:
+        answer(generation, folders, rows, output_dir, models=models, retry_failed=again, on_progress=bar.update)
+    failed = [(features, *entry) for entry in read_failed(output_dir)]
+    num_left_out = write_evaluation_ledger(output_dir, folders, [*lost, *failed])
+    predictions = read_predictions(output_dir)
+    if not predictions:
+        raise RunError(f"no recording is answered as a whole; {features.source(failed[0][1])}: {failed[0][3]}")
+    metrics, notes = scored(predictions, settings), []
+    if num_left_out:
+        hint = "; --retry_failed tries those again at which the model failed" if failed else ""
+        notes.append(f"{num_left_out} row(s) left out in all, listed in quarantine.jsonl{hint}")
+    if num_cut := sum(row["hit_max"] for row in predictions):
+        notes.append(f"{num_cut} answer(s) cut off at --gen_max_new_tokens {settings.gen_max_new_tokens}")
+    if chunks := [row["num_chunks"] for row in predictions if row["chunk_of"]]:
+        metrics["long_audio"] = {"n": len(chunks), "chunks": sum(chunks)}
+        notes.append(f"{len(chunks)} recording(s) too long for the model answered in {sum(chunks)} chunks")
+    if num_rows := settings.check_batch_invariance:
+        found = check_invariance(generation, folders, rows, output_dir, num_rows, models=models)
+        metrics["batch_invariance"] = found
+        which = f": {', '.join(found['ids'][:20])}" if found["ids"] else ""
+        notes.append(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}")
+    return metrics, notes
 
-    sources: frozenset[str] = frozenset()
-    num_chunks: int = 0
+
+def generation_of(
+    settings: EvaluateSettings | InferSettings,
+    model_id: str,
+    adapter: Path | None,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Generation:
+    """What decides the answers, as the settings want them looked for."""
+    search = Search(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
+    flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
+    trim_audio = settings.trim_audio_tokens
+    return Generation(model_id, str(adapter or ""), search, batch_size, trim_audio=trim_audio, **flags)
 
 
 def evaluation_features(
     settings: EvaluateSettings, model_id: str, features_dir: Place, output_dir: Path
-) -> tuple[tuple[Place, ...], LongAudio]:
+) -> tuple[Place, ...]:
     """Feature sets of the manifests, and of the chunks of recordings that are too long for the model."""
     make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
     folders = make(plain_manifests=settings.val_jsonl).folders
+    chunk_manifest = output_dir / CHUNK_MANIFEST
+    chunk_manifest.unlink(missing_ok=True)
     if settings.mode.partition("_")[2] not in ("", "asr"):
-        return folders, LongAudio()
+        return folders
     front_end = family_of(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
-    chunk_manifest = output_dir / "long_audio.jsonl"
-    sources, num_chunks = write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest)
-    if not sources:
-        return folders, LongAudio()
-    more = make(plain_manifests=(str(chunk_manifest),)).folders
-    return (*folders, *more), LongAudio(frozenset(sources), num_chunks)
+    if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest):
+        return folders
+    return (*folders, *make(plain_manifests=(str(chunk_manifest),)).folders)
 
 
 def write_evaluation_ledger(
-    output_dir: Path, folders: tuple[Place, ...], lost: Sequence[tuple[Features, int, str, str]], long_audio: LongAudio
-) -> None:
-    """Write quarantine.jsonl: every row that is not answered, and why."""
-    path = output_dir / "quarantine.jsonl"
+    output_dir: Path, folders: tuple[Place, ...], lost: Sequence[tuple[Features, int, str, str]]
+) -> int:
+    """Write quarantine.jsonl: every row that is not answered, and why; returns their number."""
+    path, chunk_manifest = output_dir / "quarantine.jsonl", output_dir / CHUNK_MANIFEST
     write_ledger(path, folders, lost)
-    if long_audio.sources:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        kept = [line for line in lines if f"{line['manifest']}:{line['line']}" not in long_audio.sources]
-        write_atomically(path, to_jsonl(kept))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if chunk_manifest.is_file():
+        lines = with_recordings(lines, chunk_manifest)
+        write_atomically(path, to_jsonl(lines))
+    return len(lines)
 
 
-def base_and_adapter(settings: AdapterFlags, lora_dir: str) -> tuple[str, Path | None]:
+def base_and_adapter(settings: AdapterFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
     """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
     if not lora_dir:
         return settings.model_id, None
-    adapter = find_adapter(lora_dir)
+    adapter = find_adapter(lora_dir, flag)
+    base = base_of_adapter(adapter)
     if "model_id" in settings.model_fields_set:
+        if base and Path(base).name != Path(settings.model_id).name:
+            print(f"warning: {adapter} was trained on {base}, not {settings.model_id}", file=sys.stderr, flush=True)
         return settings.model_id, adapter
-    return base_of_adapter(adapter) or settings.model_id, adapter
+    return base or settings.model_id, adapter
 
 
 Flags = TypeVar("Flags", bound=AdapterFlags)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.audio.decode import header_seconds
+from voxray.evaluation.predictions import place_of
 from voxray.manifest import BadRow, Sample, chunks, read_chunk
 from voxray.models.family import FrontEnd
 from voxray.storage import Place, to_jsonl, write_atomically
@@ -18,6 +19,7 @@ from voxray.storage import Place, to_jsonl, write_atomically
 OVERLAP_SEC = 5.0
 MAX_CHUNKS = 1000  # a damaged header may claim years
 LINES_PER_CHUNK = 256
+CHUNK_MANIFEST = "long_audio.jsonl"
 
 
 def is_too_long(reason: str, sample: Sample) -> bool:
@@ -59,16 +61,20 @@ def overlap_share(parts: Sequence[Sample]) -> float:
     return 1 - (parts[1].start_sec - parts[0].start_sec) / parts[0].duration_sec
 
 
-def write_chunk_manifest(
-    folders: Iterable[Place], front_end: FrontEnd, max_len: int, path: Path
-) -> tuple[set[str], int]:
+def whole_samples(sample: Sample, parts: Sequence[Sample], front_end: FrontEnd) -> int:
+    """Samples of the recording that the chunks are of."""
+    end_sec = parts[-1].start_sec + parts[-1].duration_sec
+    return round((end_sec - sample.start_sec) * front_end.sample_rate_hz)
+
+
+def write_chunk_manifest(folders: Iterable[Place], front_end: FrontEnd, max_len: int, path: Path) -> bool:
     """Write a manifest of the chunks of all recordings that feature sets refused for their length.
 
     Args:
         folders: The feature sets, whose ledgers name them.
         path: The manifest; gone if there are none.
     Returns:
-        ``<manifest>:<line>`` of the recordings, and the number of chunks.
+        Whether there are any.
     """
     rows: list[dict[str, Any]] = []
     for sample in _refused(folders):
@@ -76,9 +82,9 @@ def write_chunk_manifest(
             parts = chunks_of(sample, front_end, max_len)
         except BadRow:
             continue  # it stays in the ledger as it is
-        share, end = overlap_share(parts), parts[-1].start_sec + parts[-1].duration_sec
+        share, num_samples = overlap_share(parts), whole_samples(sample, parts, front_end)
         whole = {"chunk_of": sample.source, "whole_reference": sample.answer, "num_chunks": len(parts)}
-        whole["whole_samples"] = round((end - sample.start_sec) * front_end.sample_rate_hz)
+        whole["whole_samples"] = num_samples
         for number, part in enumerate(parts):
             row = {"id": sample.id, "audio_path": part.audio_path, "language": part.language, "transcript": ""}
             row |= {"start": part.start_sec, "duration": part.duration_sec}
@@ -88,7 +94,35 @@ def write_chunk_manifest(
         write_atomically(path, to_jsonl(rows))
     else:
         path.unlink(missing_ok=True)
-    return {row["chunk_of"] for row in rows}, len(rows)
+    return bool(rows)
+
+
+def with_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> list[dict[str, Any]]:
+    """A ledger that speaks of recordings instead of their chunks.
+
+    Args:
+        ledger: Lines of a quarantine.jsonl.
+        chunk_manifest: What ``write_chunk_manifest`` wrote.
+    Returns:
+        The lines, without recordings that are answered in chunks; one of which a chunk was lost stands once, with the
+        chunk's reason.
+    """
+    chunk_rows = [json.loads(line) for line in chunk_manifest.read_text(encoding="utf-8").splitlines()]
+    whole, lost = {row["chunk_of"] for row in chunk_rows}, set()
+    found = []
+    for line in ledger:
+        if line["manifest"] == str(chunk_manifest):
+            row = chunk_rows[line["line"] - 1]
+            if row["chunk_of"] in lost:
+                continue
+            lost.add(row["chunk_of"])
+            manifest, number = place_of(row["chunk_of"])
+            message = f"chunk {row['chunk'] + 1} of {row['num_chunks']}: {line['message']}"
+            line = {**line, "manifest": manifest, "line": number, "id": row["id"], "message": message}
+        elif f"{line['manifest']}:{line['line']}" in whole:
+            continue
+        found.append(line)
+    return found
 
 
 def _refused(folders: Iterable[Place]) -> list[Sample]:

@@ -11,7 +11,7 @@ from voxray.config.groups import ScoreFlags
 from voxray.errors import RunError
 from voxray.evaluation.predictions import BadLine, part_bytes, part_path, read_any, scored
 from voxray.evaluation.report import write_report
-from voxray.run_folder import anchor, make_folder
+from voxray.run_folder import anchor, make_folder, refuse_training_folder
 from voxray.storage import to_jsonl, write_atomically, write_json
 from voxray.terminal import console, metrics_table
 
@@ -38,6 +38,7 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
         RunError: No line is a prediction.
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
+    refuse_training_folder(output_dir)
     rows, bad = read_any(settings.score_only, "--score_only")
     task = settings.mode.partition("_")[2]
     rows = [row for row in rows if not task or row["task"] == task]
