@@ -146,6 +146,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "gpus_per_model": "evaluation_flags::models_and_gpus",
         **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::search"),
         "perplexity": "evaluation_flags::perplexity",
+        "retry_failed": "evaluation_flags::rows_that_failed_are_tried_again_when_asked",
         "check_batch_invariance": "evaluation_flags::check_batch_invariance",
         "score_only": "evaluation_flags::score_only_takes_anybodys_lines",
         **dict.fromkeys(
