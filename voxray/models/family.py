@@ -97,12 +97,14 @@ class Family(Protocol):
     """The model side.
 
     Attributes:
+        tasks: Names of the tasks whose rows it answers.
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
         fixed: Names of modules whose weights never train, not even in full tuning.
     """
 
     name: str
+    tasks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
     fixed: tuple[str, ...]

@@ -29,6 +29,7 @@ from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.trimming import trims_audio
 from voxray.models.voxtral_audio import ENCODER_STRIDE, PassThrough, touching, with_trimmed_audio
+from voxray.tasks import TASKS
 
 FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
@@ -192,6 +193,7 @@ class Voxtral:
     """Voxtral's model side."""
 
     name = "voxtral"
+    tasks = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {
             "encoder": (ENCODER,),
