@@ -2,7 +2,7 @@
 
     python tests/assets/make.py tokenizer   voxtral-tiny/tekken.json, cut from Tekken (see cut_tokenizer.py)
     python tests/assets/make.py corpus      speech/: espeak-ng clips and manifests (see texts.py, voices.py, corpus.py)
-    python tests/assets/make.py base        voxtral-tiny/: the base model, trained here from scratch (see pretrain.py)
+    python tests/assets/make.py base        voxtral-tiny/: the base model, trained here from scratch (see pretrain_voxtral.py)
     python tests/assets/make.py check       measure it: heard voices, unheard voices, after LoRA; writes README.md
     python tests/assets/make.py all         the four in this order, about 25 minutes on two cores
 
@@ -39,9 +39,9 @@ def make_corpus() -> None:
 
 def make_base() -> None:
     """Train the base model and write it with its processor to ``voxtral-tiny/``."""
-    import pretrain
+    import pretrain_voxtral
 
-    pretrain.train_base(MODEL)
+    pretrain_voxtral.train_base(MODEL)
 
 
 def make_check() -> None:
