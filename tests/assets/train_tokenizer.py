@@ -18,7 +18,7 @@ END, START, PREVIOUS = "<|endoftext|>", "<|startoftranscript|>", "<|startofprev|
 TRANSCRIBE, TRANSLATE = "<|transcribe|>", "<|translate|>"
 NO_SPEECH, NO_TIMESTAMPS = "<|nospeech|>", "<|notimestamps|>"
 LANGUAGE_CODES = list(LANGUAGES)[:99]  # the hundredth, Cantonese, came with large-v3
-SECONDS_PER_TIMESTAMP = 0.02  # one encoder position
+WINDOW_POSITIONS = 200  # of the encoder, in 4 s
 
 
 def special_tokens() -> list[str]:
@@ -27,9 +27,9 @@ def special_tokens() -> list[str]:
     return [END, START, *languages, TRANSLATE, TRANSCRIBE, "<|startoflm|>", PREVIOUS, NO_SPEECH, NO_TIMESTAMPS]
 
 
-def timestamp_tokens(num_positions: int) -> list[str]:
-    """List the timestamps of a window of ``num_positions`` encoder positions; both ends count."""
-    return [f"<|{i * SECONDS_PER_TIMESTAMP:.2f}|>" for i in range(num_positions + 1)]
+def timestamp_tokens() -> list[str]:
+    """List the timestamps of a 4 s window, one every 0.02 s (an encoder position); both ends count."""
+    return [f"<|{i * 0.02:.2f}|>" for i in range(WINDOW_POSITIONS + 1)]
 
 
 def train_pairs(texts: list[str], num_tokens: int) -> models.BPE:
@@ -51,7 +51,7 @@ def train_pairs(texts: list[str], num_tokens: int) -> models.BPE:
     return learner.model
 
 
-def write_tokenizer(folder: Path, texts: list[str], num_tokens: int, num_positions: int) -> None:
+def write_tokenizer(folder: Path, texts: list[str], num_tokens: int) -> None:
     """Write all tokenizer files of a Whisper folder, then check that any text survives them."""
     folder.mkdir(exist_ok=True)
     train_pairs(texts, num_tokens).save(str(folder))  # vocab.json and merges.txt
@@ -62,22 +62,23 @@ def write_tokenizer(folder: Path, texts: list[str], num_tokens: int, num_positio
     tokenizer = WhisperTokenizer(vocab=vocab, merges=merges, pad_token=END)
     names = special_tokens()
     tokenizer.add_special_tokens({"extra_special_tokens": [AddedToken(name, special=True) for name in names]})
-    stamps = [AddedToken(stamp, normalized=False, special=False) for stamp in timestamp_tokens(num_positions)]
+    stamps = [AddedToken(stamp, normalized=False, special=False) for stamp in timestamp_tokens()]
     tokenizer.add_tokens(stamps)
     tokenizer.save_pretrained(folder)
     # The published folders carry the older, slower form of the same as well.
     write_json(folder / "vocab.json", vocab)
-    write_json(folder / "added_tokens.json", {name: i for name, i in tokenizer.get_added_vocab().items() if name != END})
+    added = tokenizer.get_added_vocab()
+    write_json(folder / "added_tokens.json", {name: i for name, i in added.items() if name != END})
     plain = {"bos_token": END, "eos_token": END, "pad_token": END, "unk_token": END}
     write_json(folder / "special_tokens_map.json", plain | {"additional_special_tokens": names})
-    check_tokenizer(WhisperTokenizer.from_pretrained(folder), texts, num_positions)
+    check_tokenizer(WhisperTokenizer.from_pretrained(folder), texts)
 
 
-def check_tokenizer(tokenizer: WhisperTokenizer, texts: list[str], num_positions: int) -> None:
+def check_tokenizer(tokenizer: WhisperTokenizer, texts: list[str]) -> None:
     """Assert that texts round-trip and that the special ids are where transformers computes them to be."""
     for text in (*texts, "가나다 힣 뷁 한자 漢字 🙂 naïve\n\t", "".join(map(chr, range(32, 0x2FF)))):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text, text
-    ids = tokenizer.convert_tokens_to_ids([*special_tokens(), *timestamp_tokens(num_positions)])
+    ids = tokenizer.convert_tokens_to_ids([*special_tokens(), *timestamp_tokens()])
     assert ids == list(range(tokenizer.eos_token_id, len(tokenizer))), ids
     assert tokenizer.all_special_ids[-1] == tokenizer.convert_tokens_to_ids(NO_TIMESTAMPS)  # timestamps begin after it
     longest = max(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)

@@ -19,11 +19,10 @@ from transformers import (
     WhisperTokenizer,
 )
 
-WINDOW_SEC, WINDOW_SAMPLES, WINDOW_FRAMES = 4, 64_000, 400
-WINDOW_POSITIONS = WINDOW_FRAMES // 2  # the second convolution has stride 2
+WINDOW_SEC, WINDOW_SAMPLES, WINDOW_FRAMES = 4, 64_000, 400  # 10 ms a frame, 20 ms a position
 NUM_MEL_BINS, HIDDEN_SIZE, MAX_TARGET_POSITIONS = 80, 128, 128
 # Text tokens made of nothing but these are never said; the published models leave out the like.
-NEVER_SAID = set("\"#()*+/:;<=>@[\\]^_`{|}~")
+NEVER_SAID = set('"#()*+/:;<=>@[\\]^_`{|}~')
 
 
 def whisper_config(tokenizer: WhisperTokenizer) -> WhisperConfig:
@@ -38,7 +37,7 @@ def whisper_config(tokenizer: WhisperTokenizer) -> WhisperConfig:
         decoder_attention_heads=4,
         encoder_ffn_dim=4 * HIDDEN_SIZE,
         decoder_ffn_dim=4 * HIDDEN_SIZE,
-        max_source_positions=WINDOW_POSITIONS,
+        max_source_positions=tok.WINDOW_POSITIONS,
         max_target_positions=MAX_TARGET_POSITIONS,
         median_filter_width=7,
         pad_token_id=tokenizer.pad_token_id,
