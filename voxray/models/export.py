@@ -68,7 +68,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
     num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
     if not num_merged:
-        raise RunError(f"--merge {settings.merge}: {adapter} has no part in it")
+        raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
     difference = _difference(probe_logits(model, family, front_end), with_adapter)
     _check(difference, torch.float32, "the merged model")
     partial = output_dir.with_name(f".{output_dir.name}.part")
