@@ -76,7 +76,7 @@ class WhisperFrontEnd(WindowedLogMel):
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == self._tokenizer.unk_token_id != self._tokenizer.eos_token_id:
+        if self._tokenizer.convert_ids_to_tokens(found) != token:  # what it does not know is <|endoftext|> to it
             raise RunError(f"--model_id {self.model_id}: its tokenizer has no {token}")
         return found
 
