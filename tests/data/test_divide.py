@@ -11,11 +11,13 @@ import soundfile
 from conftest import WHISPER, manifest, read_rows, write_rows
 
 from voxray.audio.decode import decode
+from voxray.audio.quality import QualityLimits
 from voxray.config.train import WhisperSettings
+from voxray.data.audit import AuditLimits, RowMeasurer
 from voxray.data.divide import parts_of, write_parts
 from voxray.data.features import Features
 from voxray.launch import run_training
-from voxray.manifest import Sample, samples_at
+from voxray.manifest import Sample, chunks, samples_at
 from voxray.models.family import family_of
 from voxray.tasks import TASKS
 
@@ -63,6 +65,15 @@ def test_only_rows_with_fitting_segments_are_divided(
     divided = Features(make_features(str(tmp_path / "parts.jsonl"), model_id=WHISPER, folder=tmp_path / "f"))
     assert (divided.num_windows == 1).all() and len(divided) == len(parts)
     assert [sample.source for sample in samples_at({f"{path}:4", f"{path}:1"})] == [f"{path}:1", f"{path}:4"]
+
+
+def test_an_audit_finds_what_cannot_be_divided(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    text = read_rows(manifest("tqa.val"))[:1]
+    [chunk] = chunks(write_rows(tmp_path / "m.jsonl", [*rows, *text]), 64)
+    limits = AuditLimits(QualityLimits(), 0.0, 100.0, 1.0, 448)
+    found = RowMeasurer(limits, FRONT_END).measure_chunk(chunk, 0)
+    reasons = [[reason for reason, _ in row.faults] for row in found]
+    assert reasons == [[], ["audio_too_long"], [], [], ["unsupported_task"]]
 
 
 def test_training_takes_the_parts_and_lists_what_it_cannot_divide(rows: list[dict[str, Any]], tmp_path: Path) -> None:

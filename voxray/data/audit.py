@@ -155,10 +155,14 @@ class RowMeasurer:
         num_prompt = len(front_end.prompt_ids(sample, num_samples))
         num_target = len(front_end.target_ids(sample.answer, sample.segments))
         row.num_tokens = num_prompt + num_target
+        window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
+        if front_end.max_windows and num_windows > front_end.max_windows and not sample.segments:
+            longest = f"{front_end.max_windows * window_sec:g} s"
+            message = f"the model is trained on {longest} at most, and the row has no segments to divide it at"
+            row.faults.append(("audio_too_long", message))
         if row.num_tokens <= self.limits.max_len:
             return
         num_audio = num_prompt - len(front_end.prompt_ids(sample, 0))
-        window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
         message = over_limit(num_prompt, num_target, num_audio, num_windows, window_sec, self.limits.max_len)
         row.faults.append(("over_max_len", message))
 
