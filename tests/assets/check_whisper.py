@@ -132,7 +132,7 @@ def adapt_on_corpus(ears: Ears) -> None:
 
 def write_readme(here: Path, folder: Path, speech: Path) -> None:
     """Measure, check that fine-tuning has something to show, and put the figures into README.md."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in training: a second thread gains little
     ears = Ears(folder, speech)
     num_params = sum(p.numel() for p in ears.model.parameters())
     before = measure(ears, show=3)
