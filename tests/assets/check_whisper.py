@@ -132,7 +132,7 @@ def adapt_on_corpus(ears: Ears) -> None:
 
 def write_readme(here: Path, folder: Path, speech: Path) -> None:
     """Measure, check that fine-tuning has something to show, and put the figures into README.md."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # as in training: a second thread gains little
     ears = Ears(folder, speech)
     num_params = sum(p.numel() for p in ears.model.parameters())
     before = measure(ears, show=3)
@@ -159,7 +159,8 @@ def write_readme(here: Path, folder: Path, speech: Path) -> None:
 {num_params:,} parameters; `whisper-tiny/` {size:.1f} MB.
 LoRA: r 32, alpha 64, dropout 0.05 on q_proj and v_proj of encoder and decoder; asr.train alone, without timestamps;
 {NUM_STEPS} steps of {BATCH_SIZE} rows, peak rate {PEAK_LR:g}, {WARMUP_STEPS} warm-up steps, then linear to zero.
-Training and scoring took {took:.0f} s. CER is without spaces; a long recording is about 10 s of `base.val` clips.
+Training and scoring took {took:.0f} s on one thread.
+CER is without spaces; a long recording is about 10 s of `base.val` clips.
 
 | CER | base | after LoRA |
 |---|---|---|

@@ -57,6 +57,7 @@ def generation_config(tokenizer: WhisperTokenizer) -> GenerationConfig:
         is_multilingual=True,
         lang_to_id={f"<|{code}|>": id_of(f"<|{code}|>") for code in tok.LANGUAGE_CODES},
         task_to_id={"transcribe": id_of(tok.TRANSCRIBE), "translate": id_of(tok.TRANSLATE)},
+        task="transcribe",  # else generate leaves the task out of the prompt wherever it detects the language itself
         no_timestamps_token_id=id_of(tok.NO_TIMESTAMPS),
         prev_sot_token_id=id_of(tok.PREVIOUS),
         max_initial_timestamp_index=50,  # 1 s
