@@ -10,7 +10,7 @@ import soundfile
 from conftest import write_rows
 from running import load_job, parse_only
 
-from voxray.data.prepare import RowChecker
+from voxray.data.prepare import ClipPlaces, RowChecker
 from voxray.data.prepare_job import _limits, run_prepare_job
 
 RATE = 16_000
@@ -26,7 +26,7 @@ def reason(folder: Path, samples: np.ndarray, flags: str, **row: Any) -> str:
     soundfile.write(folder / "a.wav", samples, RATE)
     settings = parse_only("prepare", f"--input x.jsonl --train_output {folder}/t.jsonl {flags}".split())
     values = {"audio_path": str(folder / "a.wav"), "transcript": "열이 납니다", **row}
-    checker = RowChecker(_limits(settings), folder)
+    checker = RowChecker(_limits(settings), ClipPlaces(folder))
     return checker.check_row({"source": "m:1", "id": "1", "values": values}).reason
 
 
@@ -99,7 +99,7 @@ def test_reading(tmp_path: Path) -> None:
     texts = []
     for reading in ("spelling", "phonetic"):
         settings = parse_only("prepare", f"--input x --train_output t.jsonl --reading {reading}".split())
-        checked = RowChecker(_limits(settings), tmp_path).check_row(
+        checked = RowChecker(_limits(settings), ClipPlaces(tmp_path)).check_row(
             {"source": "m:1", "id": "1", "values": dict(values)}
         )
         texts.append(checked.values["transcript"])
@@ -120,7 +120,8 @@ def test_seed_command_of_split_and_clean_parses() -> None:
 @pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
 def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     """Two of three training rows say what a validation row says, in other voices."""
-    from voxray.data.prepare import Checked, Outputs, checked_path, write_manifests
+    from voxray.data.prepare import Checked, checked_path
+    from voxray.data.prepare_outputs import Outputs, write_manifests
 
     rows = []
     for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
