@@ -126,6 +126,25 @@ def damaged(files: Iterable[Described], base: Path, *, verify: bool) -> list[str
     return bad
 
 
+def changed_source(sources: Iterable[Described], base: Path, *, verify: bool) -> str:
+    """Which of the described files outside the folder is another one by now, for a message; "" if none.
+
+    A base that is gone, as it is on the machine that the folder was carried to, is no change.
+
+    Args:
+        verify: Read them all; else one of the same size and time is taken for the same.
+    """
+    if not base.is_dir():
+        return ""
+    for entry in sources:
+        path = base / entry["path"]
+        if not path.is_file():
+            return f"{path} is gone"
+        if describe(path, base, () if verify else [entry])["sha256"] != entry["sha256"]:
+            return f"{path} is not what it was"
+    return ""
+
+
 def refuse_changes(folder: Path, changes: str) -> None:
     """
     Raises:

@@ -5,6 +5,7 @@ the lock file before its first byte comes, and what it made is on disk under its
 job may be killed at any moment, and the same command goes on.
 """
 
+import filecmp
 import json
 import shlex
 import shutil
@@ -17,8 +18,8 @@ from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ClipLimitFlags, FeatureFlags
 from voxray.config.prefetch import PrefetchSettings
 from voxray.config.prepare import PrepareSettings
-from voxray.data.corpora import Selection
-from voxray.data.corpus_source import AUDIO_SUFFIXES, Source, bring, find_source
+from voxray.data.corpora import AUDIO_SUFFIXES, Selection
+from voxray.data.corpus_source import Source, bring, find_source
 from voxray.data.feature_sets import make_features
 from voxray.data.featurize import MIN_ACTORS
 from voxray.data.identity import short_hash
@@ -26,7 +27,7 @@ from voxray.data.prepare_job import run_prepare_job
 from voxray.errors import RunError
 from voxray.hub import is_intact, model_files, open_repository, walk
 from voxray.launch import ray_session
-from voxray.lock import Lock, damaged, describe, describe_many, refuse_changes
+from voxray.lock import Lock, changed_source, damaged, describe, describe_many, refuse_changes
 from voxray.models.family import family_of
 from voxray.prefetch_plan import refuse_full_disk, show_plan
 from voxray.run_folder import anchor, make_folder
@@ -85,8 +86,7 @@ def _fetch_model(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
     own = Path(settings.model_id)
     step = lock.step("model")
     if not changes and lock.is_done("model") and own.is_dir() and "sources" in step:
-        changed = damaged(step["sources"], own, verify=settings.verify)
-        changes = f"{own / changed[0]} is not what was copied" if changed else ""
+        changes = changed_source(step["sources"], own, verify=settings.verify)
     if changes and settings.overwrite:
         shutil.rmtree(target, ignore_errors=True)
         lock.forget("model", "features")
@@ -128,7 +128,7 @@ def _fetch_model(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
 def _is_there(target: Path, file: Any, source: Path | None) -> bool:
     if not target.is_file() or not is_intact(target, file):
         return False
-    return source is None or target.read_bytes() == (source / file.path).read_bytes()
+    return source is None or filecmp.cmp(target, source / file.path, shallow=False)
 
 
 def _fetch_corpus(settings: PrefetchSettings, folder: Path, lock: Lock) -> tuple[Path, ...]:
@@ -140,8 +140,9 @@ def _fetch_corpus(settings: PrefetchSettings, folder: Path, lock: Lock) -> tuple
     asked = _asked(settings, CORPUS_ASKED)
     data_asked = {**asked, **_asked(settings, ("max_rows", *LIMITS))}
     changes = lock.changed("corpus", asked) or lock.changed("data", data_asked)
-    if not changes and lock.is_done("corpus"):
-        changes = _changed_sources(lock.step("corpus"), verify=settings.verify)
+    step = lock.step("corpus")
+    if not changes and lock.is_done("corpus") and "base" in step:
+        changes = changed_source(step["sources"], Path(step["base"]), verify=settings.verify)
     if changes and settings.overwrite:
         if lock.changed("corpus", asked) or not lock.changed("data", data_asked):
             shutil.rmtree(folder / "raw", ignore_errors=True)
@@ -185,18 +186,6 @@ def _described_sources(source: Source, raw: Path) -> dict[str, Any]:
     sources = [describe(path, base) for path in paths if path.suffix.lower() not in AUDIO_SUFFIXES]
     facts: dict[str, Any] = {"sources": sources} | ({"clips": describe_many(clips, base)} if clips else {})
     return facts | ({"base": str(base)} if source.base else {})
-
-
-def _changed_sources(step: dict[str, Any], *, verify: bool) -> str:
-    """What of a corpus on this machine is not what the lock file says; "" if nothing, or if it is gone by now."""
-    base = Path(step.get("base") or "/nonexistent")
-    if not base.is_dir():
-        return ""
-    for entry in step["sources"]:
-        path = base / entry["path"]
-        if path.is_file() and describe(path, base, [entry])["sha256"] != entry["sha256"]:
-            return f"{path} changed since"
-    return ", ".join(f"{base / path} changed since" for path in damaged(step["sources"], base, verify=verify)[:1])
 
 
 def _damaged_data(folder: Path, lock: Lock, *, verify: bool) -> bool:

@@ -10,12 +10,14 @@ from rich.table import Table
 
 from voxray.audio.decode import header_seconds
 from voxray.config.prefetch import PrefetchSettings
-from voxray.data.corpus_source import Source, clips_of, find_source, num_corpus_bytes
+from voxray.data.corpora import Selection
+from voxray.data.corpus_source import Source, find_source, num_corpus_bytes, readable
 from voxray.errors import RunError
 from voxray.hub import RepoFile, model_files, open_repository
+from voxray.importers import IMPORTERS, ImportedRow, detect
 from voxray.lock import Lock
 from voxray.models.family import read_config
-from voxray.terminal import console
+from voxray.terminal import clock, console
 
 GIB = 2**30
 MP3_BYTES_PER_SEC = 7_000
@@ -63,12 +65,10 @@ def show_plan(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
     need += _add_corpus(table, source, folder, settings, done=lock.is_done("corpus"))
     done = lock.is_done("data")
     seconds = _estimated_sec(source, settings)
-    for what, size, is_done in (
-        ("16 kHz audio, about", seconds * FLAC_BYTES_PER_SEC, done),
-        ("features, about", _feature_bytes(settings, seconds), lock.is_done("features")),
-    ):
-        if what.startswith("features") and not settings.features:
-            continue
+    made = [("16 kHz audio, about", seconds * FLAC_BYTES_PER_SEC, done)]
+    if settings.features:
+        made.append(("features, about", _feature_bytes(settings, seconds), lock.is_done("features")))
+    for what, size, is_done in made:
         to_come = 0.0 if is_done else size
         table.add_row(what, "", _size(size), "all" if is_done else "", _size(to_come))
         need += to_come
@@ -76,8 +76,7 @@ def show_plan(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
     free = free_bytes(folder)
     enough = "enough" if need < free else "NOT enough"
     console.print(
-        f"to come: about {_size(need)}, about {seconds / 3600:,.1f} hours of speech; the disk has {_size(free)} left: "
-        f"{enough}"
+        f"to come: about {_size(need)}, about {clock(seconds)} h of speech; the disk has {_size(free)} left: {enough}"
     )
     for name, found in (("model", repository.commit), ("corpus", source.commit)):
         if found:
@@ -114,16 +113,18 @@ def _add_corpus(table: Table, source: Source, folder: Path, settings: PrefetchSe
 
 
 def _estimated_sec(source: Source, settings: PrefetchSettings) -> float:
-    """Seconds of speech: by the headers of some clips, or by the size of what holds them."""
-    clips = clips_of(source)
-    if not clips:
-        seconds = num_corpus_bytes(source) / MP3_BYTES_PER_SEC
-    else:
-        found = []
-        for path in itertools.islice(clips, 0, None, max(1, len(clips) // CLIPS_READ)):
-            with suppress(OSError, ValueError):
-                found.append(header_seconds(str(path)))
-        seconds = sum(found) / max(len(found), 1) * len(clips)
+    """Seconds of speech: of rows that can be read already by the headers of some of their clips, else by size."""
+    inputs = [] if source.base is None or source.is_packed else readable(source, source.base)
+    select = Selection(source.base or Path(), settings.language, settings.splits, settings.max_rows)
+    rows = (row for path in inputs for row in select(IMPORTERS[detect(path)].rows(path)))
+    clips = [str(row.values.get("audio_path", "")) for row in rows if isinstance(row, ImportedRow)]
+    found = []
+    for path in filter(None, itertools.islice(clips, 0, None, max(1, len(clips) // CLIPS_READ))):
+        with suppress(OSError, ValueError):
+            found.append(header_seconds(path))
+    if found:
+        return sum(found) / len(found) * len(clips)
+    seconds = num_corpus_bytes(source) / MP3_BYTES_PER_SEC
     most = settings.max_rows * len(settings.splits) * CLIP_SEC
     return min(seconds, most) if most else seconds
 

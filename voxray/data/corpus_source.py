@@ -1,15 +1,16 @@
 """Where a corpus is before it is here, and how its files come: read where they lie, downloaded, or unpacked."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from voxray.data.corpora import AUDIO_SUFFIXES, corpus_files, in_clips, in_release, local_folder, no_such_language
+from voxray.data.corpora import corpus_files, in_clips, in_release, local_folder, no_such_language
 from voxray.data.unpack import is_archive, unpack
 from voxray.errors import RunError
 from voxray.hub import FolderRepository, RepoFile, Repository, copy_file, is_intact, open_repository
 from voxray.importers import detect
+from voxray.importers.huggingface import METADATA
 
 Progress = Callable[[float, float], None]
 
@@ -90,10 +91,8 @@ def bring(source: Source, raw: Path, language: str, dataset: str, on_progress: P
                 came(file.num_bytes)
             else:
                 source.repository.fetch(file, target, came)
-    if source.form == "folder":
-        return (base,)
     if not source.is_packed:
-        return tuple(base / file.path for file in _readable(source.files))
+        return tuple(readable(source, base))
     corpus, seen = raw / "corpus", set[str]()
     for file in source.files:
         path = base / file.path
@@ -111,23 +110,21 @@ def bring(source: Source, raw: Path, language: str, dataset: str, on_progress: P
     return (corpus,)
 
 
-def _readable(files: tuple[RepoFile, ...]) -> Iterator[RepoFile]:
-    """Of the files of a data set those that an importer takes: Parquet, else metadata, else the only one."""
-    parquet = [file for file in files if file.path.endswith(".parquet") and not _name(file).startswith("metadata.")]
-    metadata = [file for file in files if _name(file) in {"metadata.csv", "metadata.jsonl", "metadata.parquet"}]
-    yield from metadata or parquet or files
+def readable(source: Source, base: Path) -> list[Path]:
+    """What an importer takes of a corpus that is not packed: the folder, or metadata, Parquet or whatever files.
+
+    Args:
+        base: Where its files are.
+    """
+    if source.form == "folder":
+        return [base]
+    metadata = [file for file in source.files if _name(file) in METADATA]
+    parquet = [file for file in source.files if file.path.endswith(".parquet")]
+    return [base / file.path for file in metadata or parquet or source.files]
 
 
 def _name(file: RepoFile) -> str:
     return Path(file.path).name
-
-
-def clips_of(source: Source) -> list[Path]:
-    """The clips of a corpus that lie on this machine as files of their own."""
-    if source.base is None or source.is_packed:
-        return []
-    paths = (source.base / file.path for file in source.files)
-    return [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
 
 
 def num_corpus_bytes(source: Source) -> int:

@@ -5,13 +5,17 @@ grows out of all proportion while it is unpacked. It is read once, from front to
 job that was cut off is not written again.
 """
 
+import bz2
+import gzip
 import lzma
 import os
 import shutil
 import tarfile
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from voxray.errors import RunError
 
@@ -47,30 +51,49 @@ def unpack(
     Raises:
         RunError: It is damaged, would write outside the folder, is a bomb, or the disk is full.
     """
-    size, written, count = archive.stat().st_size, 0, 0
-    limit = MAX_GROWTH * size + SLACK_BYTES
+    size, grown, count = archive.stat().st_size, 0, 0
+    limit, written = MAX_GROWTH * size + SLACK_BYTES, list[Path]()
+
+    def grow(num_bytes: int) -> None:
+        nonlocal grown
+        grown += num_bytes
+        if grown > limit:
+            raise RunError(f"{archive}: refused, over {limit >> 20} MiB come out of {size >> 20} MiB")
+
     try:
-        # Not "r|*": with a seekable file, how far it was read says how much is left.
-        with open(archive, "rb") as raw, tarfile.open(fileobj=raw, mode="r|*") as members:
-            for member in members:
-                written += member.size
-                if written > limit:
-                    raise RunError(f"{archive}: refused, over {limit >> 20} MiB come out of {size >> 20} MiB")
-                target = "" if member.isdir() else wanted(member.name)
-                if not target:
-                    continue
-                _refuse_bad(archive, folder, member)
-                count += 1
-                _extract(members, member, folder / target, free=folder)
-                if count % 100 == 0:
-                    on_progress(raw.tell(), size)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise RunError(f"{archive}: damaged after {count} file(s): {' '.join(str(error).split())}") from None
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise RunError(f"{archive}: cannot unpack it into {folder}: {reason}") from None
+        with open(archive, "rb") as raw, _inflated(raw) as stream:
+            with tarfile.open(fileobj=stream, mode="r|") as members:
+                for member in members:
+                    grow(member.size)
+                    target = "" if member.isdir() else wanted(member.name)
+                    if not target:
+                        continue
+                    _refuse_bad(archive, folder, member)
+                    count += 1
+                    written += _extract(members, member, folder / target, free=folder)
+                    if count % 100 == 0:
+                        on_progress(raw.tell(), size)
+            while rest := stream.read(COPY_BYTES):  # the checksum of all of it comes last
+                grow(len(rest))
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno:
+            raise RunError(f"{archive}: cannot unpack it into {folder}: {error.strerror}") from None
+        for path in written:
+            path.unlink()
+        raise RunError(f"{archive}: damaged, so nothing of it is taken: {reason}") from None
     on_progress(size, size)
     return count
+
+
+def _inflated(raw: BinaryIO) -> Any:
+    """The tar itself; unlike tarfile's own streams, these check what they read against its checksum."""
+    start = raw.read(6)
+    raw.seek(0)
+    for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
+        if start.startswith(magic):
+            return module.open(raw)
+    return nullcontext(raw)
 
 
 def _refuse_bad(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
@@ -88,9 +111,10 @@ def _refuse_bad(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
         raise RunError(f"{archive}: refused, {member.name!r} is outside its folder")
 
 
-def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, target: Path, *, free: Path) -> None:
+def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, target: Path, *, free: Path) -> list[Path]:
+    """Write one file; returns its path, or nothing if it is there already."""
     if target.is_file() and target.stat().st_size == member.size:
-        return
+        return []
     target.parent.mkdir(parents=True, exist_ok=True)
     if member.size > COPY_BYTES and shutil.disk_usage(free).free < member.size + MIN_FREE_BYTES:
         raise RunError(f"{free}: the disk is full: {member.name!r} needs {member.size >> 20} MiB")
@@ -103,3 +127,4 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, target: Path, *,
     if partial.stat().st_size != member.size:
         raise EOFError(f"{member.name!r} ends too early")
     os.replace(partial, target)
+    return [target]
