@@ -8,6 +8,7 @@ import tarfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -24,6 +25,7 @@ LARGE = 100_000
 """Files of a server from this size on are "large": the server states their SHA-256."""
 
 
+@cache
 def clips(language: str = "ko") -> list[tuple[str, str, bytes]]:
     """(name, sentence, MP3 at 48 kHz) of as many of the assets' clips as ``SIZES`` says."""
     rows, found = read_rows(str(SPEECH / "asr.val.jsonl"))[: sum(SIZES.values())], []

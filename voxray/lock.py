@@ -63,6 +63,10 @@ class Lock:
         changes = [key for key in now if key in before and before[key] != now[key]]
         return ", ".join(f"--{key} (was {_shown(before[key])}, now {_shown(now[key])})" for key in changes)
 
+    def is_other(self, name: str, asked: Mapping[str, Any]) -> bool:
+        """Whether a step began with other settings and never ended; what it left is then of no use."""
+        return bool(self.step(name)) and self.step(name)["asked"] != json.loads(json.dumps(asked))
+
     def begin(self, name: str, asked: Mapping[str, Any], **facts: Any) -> None:
         """Note that a step is under way."""
         self._steps[name] = {"asked": dict(asked), **facts}

@@ -24,7 +24,7 @@ from voxray.data.feature_sets import make_features
 from voxray.data.featurize import MIN_ACTORS
 from voxray.data.identity import short_hash
 from voxray.data.prepare_job import run_prepare_job
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.hub import is_intact, model_files, open_repository, walk
 from voxray.launch import ray_session
 from voxray.lock import Lock, changed_source, damaged, describe, describe_many, refuse_changes
@@ -39,6 +39,7 @@ CORPUS_ASKED = ("dataset", "dataset_revision", "hub", "language", "splits")
 LIMITS = (*ClipLimitFlags.model_fields, "min_sec", "max_sec", "max_chars", "duplicates", "leaks", "val_share", "seed")
 MANIFESTS = {"train": "train.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
 CHECKSUMS = "clips.sha256"
+FOLDERS = ("model", "raw", "data", "features")
 JOBS = {"whisper": "train_whisper", "voxtral": "train_asr_adapter"}
 """The job that trains a model of that type on a manifest of transcripts."""
 
@@ -56,6 +57,8 @@ def run_prefetch(settings: PrefetchSettings) -> dict[str, Any]:
     if settings.dry_run:
         show_plan(settings, folder, lock)
         return {}
+    if not lock.path.is_file() and (foreign := [name for name in FOLDERS if (folder / name).exists()]):
+        raise SettingsError(f"--output_dir {folder}: holds a folder {foreign[0]} that is not of this job; name another")
     make_folder(folder)
     _fetch_model(settings, folder, lock)
     if settings.features:
@@ -92,7 +95,7 @@ def _fetch_model(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
         lock.forget("model", "features")
     else:
         refuse_changes(folder, changes)
-    step = lock.step("model")
+    step = {} if lock.is_other("model", asked) else lock.step("model")
     if lock.is_done("model"):
         bad = damaged(step["files"], folder, verify=settings.verify)
         if not bad:
@@ -105,6 +108,8 @@ def _fetch_model(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
         settings.model_id, "model", step.get("commit") or settings.model_revision, settings.hub
     )
     files = model_files(repository)
+    if lock.is_other("model", asked):
+        shutil.rmtree(target, ignore_errors=True)  # files of another model, which was cut off
     lock.begin("model", asked, commit=repository.commit)
     missing = [file for file in files if not _is_there(target / file.path, file, repository.folder)]
     refuse_full_disk(folder, sum(file.num_bytes for file in missing), "the model")
@@ -156,14 +161,17 @@ def _fetch_corpus(settings: PrefetchSettings, folder: Path, lock: Lock) -> tuple
         shown = ", ".join(f"{name} {count:,}" for name, count in rows.items())
         console.print(f"data: {shown} rows are there", markup=False)
         return ()
-    step = lock.step("corpus")
+    step = {} if lock.is_other("corpus", asked) else lock.step("corpus")
     inputs = tuple(folder / path for path in step.get("inputs", ()))
     if lock.is_done("corpus") and inputs and all(path.exists() for path in inputs):
         return inputs
     where = (settings.dataset, step.get("commit") or settings.dataset_revision, settings.hub)
     source = find_source(*where, settings.language, settings.splits)
+    raw = folder / "raw"
+    if lock.is_other("corpus", asked):
+        shutil.rmtree(raw, ignore_errors=True)
     lock.begin("corpus", asked, commit=source.commit)
-    raw, to_come = folder / "raw", sum(file.num_bytes for file in source.files)
+    to_come = sum(file.num_bytes for file in source.files)
     refuse_full_disk(folder, to_come * (int(source.base is None) + int(source.is_packed)), "the corpus")
     with progress_bar("corpus") as bar:
         inputs = bring(source, raw, settings.language, settings.dataset, bar.update)
@@ -322,7 +330,9 @@ def _say_what_is_next(settings: PrefetchSettings, folder: Path, lock: Lock) -> N
     words = ["--model_id", str(folder / "model"), "--train_jsonl", str(folder / "data" / MANIFESTS["train"])]
     if "validation" in rows:
         words += ["--val_jsonl", str(folder / "data" / MANIFESTS["validation"])]
-    words += ["--features_dir", str(folder / "features")]
-    words += ["--store", settings.store] if settings.store != "mel" else []
+    words += ["--features_dir", str(folder / "features"), "--output_dir", f"runs/{folder.name}"]
+    changed = settings.model_fields_set & {"store", "cache_dtype", "rows_per_shard"}
+    words += [word for name in sorted(changed) for word in (f"--{name}", str(getattr(settings, name)))]
+    words += ["--bf16"] if settings.bf16 else []
     console.print(f"all of it is in {folder}, as {lock.path.name} says; next, with the network off:", markup=False)
     console.print(f"  python jobs/{JOBS.get(str(kind), 'train_asr_adapter')}.py {shlex.join(words)}", markup=False)
