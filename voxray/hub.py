@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from voxray.errors import RunError, SettingsError
 from voxray.storage import checksum, replacing
@@ -71,15 +70,13 @@ def open_repository(repo_id: str, kind: Kind, revision: str, hub: str) -> Reposi
         hub: URL of a server or a folder; "" is huggingface.co, or what HF_ENDPOINT names.
     Raises:
         RunError: It is not there, or out of reach.
-        SettingsError: ``hub`` carries a password, which would end up in the lock file.
+        SettingsError: ``repo_id`` is a path that leads out of the folder ``hub``.
     """
     flag = "--model_id" if kind == "model" else "--dataset"
     if Path(repo_id).is_dir():
         return FolderRepository(Path(repo_id), repo_id, "")
     if hub and "://" not in hub:
         return _in_folder(Path(os.path.expanduser(hub)), repo_id, kind, revision, flag)
-    if hub and (urlsplit(hub).username or urlsplit(hub).password):
-        raise SettingsError("--hub: take the credentials out of the URL")
     return HubRepository(repo_id, kind, revision, hub, flag)
 
 

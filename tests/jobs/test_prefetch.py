@@ -443,6 +443,20 @@ def test_flags_are_handed_on(hub_folder: Path, tmp_path: Path, monkeypatch: pyte
     assert {name: handed[name] for name in wanted} == wanted
 
 
+def test_credentials_in_a_url_are_refused_unseen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_only("prefetch", ["--dataset", "x/y", "--hub", "https://me:hf_secret_value@hub.example"])
+    said = capsys.readouterr().err
+    assert "--hub: take the credentials out" in said and "secret" not in said
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("cv-corpus.tar.gz", str(tmp_path / "cv"), "./cv"):
+        with pytest.raises(RunError, match="no such file or folder"):
+            run(f"--model_id {TINY} --dataset {name} --output_dir {tmp_path / 'D'} --dry_run")
+
+
 def test_old_spellings() -> None:
     line = "--model_name_or_path some/model --dataset_name some/data --language_abbr sv-SE --out_dir out"
     settings = parse_only("prefetch", line.split())

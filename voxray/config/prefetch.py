@@ -1,6 +1,7 @@
 """Settings of jobs/prefetch.py."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -40,7 +41,7 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     """Splits to take, comma separated: train, validation (or dev), test. A corpus that has no validation rows gets
     some drawn from its training rows, whole speakers."""
     max_rows: Annotated[int, Field(ge=0)] = 0
-    """Most rows to take of each split, for trials; 0 takes all."""
+    """Most rows to take of each split, for trials; 0 takes all. What is downloaded stays the same."""
     hub: Annotated[str, Flag(path="model")] = ""
     """Where hub ids are looked up instead of huggingface.co: the URL of a server with the hub's API, or a folder with
     repositories in it (ORG/NAME, datasets/ORG/NAME) or a hub cache. A login is sent to huggingface.co alone."""
@@ -78,6 +79,13 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     """Where other jobs keep copies of shards that they read from a URL."""
     features_cache_gib: Annotated[float, Flag(no_effect=LOCAL), Field(gt=0)] = 50.0
     """Largest size of those copies, GiB."""
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> "PrefetchSettings":
+        """They would end up in the lock file; the message of a field's own validator would show them."""
+        if "://" in self.hub and "@" in urlsplit(self.hub).netloc:
+            raise ValueError("--hub: take the credentials out of the URL; a login is sent to huggingface.co alone")
+        return self
 
     @model_validator(mode="after")
     def _limits(self) -> "PrefetchSettings":

@@ -45,7 +45,9 @@ def find_source(dataset: str, revision: str, hub: str, language: str, splits: tu
     Raises:
         RunError: It is not there, holds no such language, or is in no form that is known.
     """
-    path = Path(dataset)
+    path = Path(dataset).expanduser().absolute()
+    if not path.exists() and (is_archive(dataset) or dataset.startswith(("/", ".", "~"))):
+        raise RunError(f"--dataset {dataset}: no such file or folder")
     if path.is_file():
         file = RepoFile(path.name, path.stat().st_size)
         return Source("archives" if is_archive(path.name) else "files", path.parent, (file,))
