@@ -361,6 +361,9 @@ def test_kill_9_among_the_rows(hub_folder: Path, tmp_path: Path, monkeypatch: py
     assert not list((out / "data").glob("*.jsonl")) and len(list((out / "data").rglob("*.flac"))) == 7
     lock = json.loads((out / NAME).read_text())["steps"]
     assert "done" in lock["corpus"] and "done" not in lock["data"]
+    stray = out / "data" / "audio" / "00" / "0.flac"
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_bytes(b"of a row that is left out in the end")
     checked: list[str] = []
     check_row = prepare.RowChecker.check_row
 
@@ -372,7 +375,7 @@ def test_kill_9_among_the_rows(hub_folder: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(prefetch, "PrepareSettings", partial(prefetch.PrepareSettings, rows_per_chunk=3))
     monkeypatch.setattr(prefetch, "bring", None)  # what is unpacked is not unpacked again
     run(line)
-    assert len(checked) == 6
+    assert len(checked) == 6 and not stray.exists()
     check(out)
     assert not list((out / "data").glob(".work-*"))
 

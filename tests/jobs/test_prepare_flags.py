@@ -184,7 +184,6 @@ def test_rows_like_those_of_the_test_set_do_not_train(tmp_path: Path) -> None:
     sides = [split.side(row) for row in rows]
     assert sides[9:] == ["test", "test"] and sorted(sides[:9]) == ["train"] * 6 + ["val"] * 3
     leaks = {number for number in range(9) if sides[number] == "train" and split.leak(rows[number]) == "text"}
-    assert leaks == {number for number in (0, 1) if sides[number] == "train"} and count_leaks(split, rows).text == len(
-        leaks
-    )
+    assert leaks == {number for number in (0, 1) if sides[number] == "train"}
+    assert count_leaks(split, rows).text == len(leaks) > 0
     assert "test" not in {decide(rows, 0.3, 0, wanted=True).side(row) for row in rows}
