@@ -105,6 +105,11 @@ def test_help_shows_every_flag_with_its_text() -> None:
         ),
         ("compare", "a b --seed -1 --num_resamples 1 --max_rows x", ("--seed", "--num_resamples", "--max_rows")),
         (
+            "prefetch",
+            "--language x --splits test --max_rows -1 --min_sec 3 --max_sec 2 --store wav",
+            ("--dataset", "--language", "--splits", "--max_rows", "--store"),
+        ),
+        (
             "quickstart",
             "--train_jsonl a.jsonl --output_dir o --num_workers 0 --eval_bsz 0 --lora_dropout 1",
             ("--num_workers", "--eval_bsz", "--lora_dropout"),

@@ -108,6 +108,7 @@ SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
 PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_split_and_workers"
 AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
 REACHES = "stages::flags_reach_the_recipe"
+HANDED_TO_JOBS = "prefetch::flags_are_handed_on"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -200,8 +201,30 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "max_duration_error_sec": PREPARE_LIMITS,
         **dict.fromkeys(("input", "format", "train_output", "val_output", "quarantine", "storage_path"), PREPARE_RUN),
         **dict.fromkeys(("duplicates", "val_share", "seed", "num_actors", "rows_per_chunk"), PREPARE_RUN),
+        "test_output": "prepare_flags::test_output_and_audio_output",
+        "audio_output": "prepare_flags::test_output_and_audio_output",
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
+    },
+    "prefetch": {
+        **dict.fromkeys(("model_id", "dataset", "hub", "output_dir"), "prefetch::a_hub_in_a_folder"),
+        **dict.fromkeys(("model_revision", "dataset_revision"), "prefetch::a_server_and_a_second_run_without_it"),
+        "language": "prefetch::a_language_that_is_not_there",
+        **dict.fromkeys(("splits", "max_rows"), "prefetch::splits_and_max_rows"),
+        **dict.fromkeys(("features", "keep_raw"), "prefetch::moved_elsewhere_it_still_loads"),
+        "overwrite": "prefetch::changes_are_refused_unless_overwritten",
+        "verify": f"prefetch::damage_is_found_and_put_right {HANDED_TO_JOBS}",
+        "dry_run": "prefetch::dry_run_writes_nothing",
+        "strict": "prefetch::rows_that_cannot_be_used_are_in_the_ledger",
+        "val_share": "prefetch::rows_without_a_split_get_validation_drawn_by_speaker",
+        # The rest are those of prepare and featurize, whose tests see them at work.
+        **dict.fromkeys(("storage_path", "num_actors", "rows_per_shard", "bf16", "seed"), HANDED_TO_JOBS),
+        **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), HANDED_TO_JOBS),
+        **dict.fromkeys(("min_sec", "max_sec", "max_chars", "duplicates", "leaks"), HANDED_TO_JOBS),
+        **dict.fromkeys(("min_chars_per_sec", "max_chars_per_sec", "min_peak_db", "min_rms_db"), HANDED_TO_JOBS),
+        **dict.fromkeys(("max_clip_share", "max_dc", "max_zero_tail_sec", "min_high_band_db"), HANDED_TO_JOBS),
+        "max_duration_error_sec": HANDED_TO_JOBS,
+        **dict.fromkeys(("features_cache_dir", "features_cache_gib"), WARNS),
     },
     "audit": {
         **dict.fromkeys(("min_sec", "max_sec", "min_chars_per_sec", "max_chars_per_sec"), AUDIT_LIMITS),

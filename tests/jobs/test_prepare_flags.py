@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import soundfile
 from conftest import write_rows
 from running import load_job, parse_only
 
-from voxray.data.prepare import RowChecker
+from voxray.audio.decode import Part, decode
+from voxray.data.prepare import ClipPlaces, RowChecker
 from voxray.data.prepare_job import _limits, run_prepare_job
 
 RATE = 16_000
@@ -26,7 +28,7 @@ def reason(folder: Path, samples: np.ndarray, flags: str, **row: Any) -> str:
     soundfile.write(folder / "a.wav", samples, RATE)
     settings = parse_only("prepare", f"--input x.jsonl --train_output {folder}/t.jsonl {flags}".split())
     values = {"audio_path": str(folder / "a.wav"), "transcript": "열이 납니다", **row}
-    checker = RowChecker(_limits(settings), folder)
+    checker = RowChecker(_limits(settings), ClipPlaces(folder))
     return checker.check_row({"source": "m:1", "id": "1", "values": values}).reason
 
 
@@ -99,7 +101,7 @@ def test_reading(tmp_path: Path) -> None:
     texts = []
     for reading in ("spelling", "phonetic"):
         settings = parse_only("prepare", f"--input x --train_output t.jsonl --reading {reading}".split())
-        checked = RowChecker(_limits(settings), tmp_path).check_row(
+        checked = RowChecker(_limits(settings), ClipPlaces(tmp_path)).check_row(
             {"source": "m:1", "id": "1", "values": dict(values)}
         )
         texts.append(checked.values["transcript"])
@@ -120,7 +122,8 @@ def test_seed_command_of_split_and_clean_parses() -> None:
 @pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
 def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     """Two of three training rows say what a validation row says, in other voices."""
-    from voxray.data.prepare import Checked, Outputs, checked_path, write_manifests
+    from voxray.data.prepare import Checked, checked_path
+    from voxray.data.prepare_outputs import Outputs, write_manifests
 
     rows = []
     for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
@@ -138,3 +141,49 @@ def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     assert (outcome.leaks.audio, outcome.leaks.text, outcome.leaks.speaker) == (0, 2, 0)
     if train is not None:
         assert outcome.tally.rows["train"] == train and outcome.tally.rows["leak_text"] == 3 - train
+
+
+@pytest.mark.ray
+def test_test_output_and_audio_output(local_ray: None, tmp_path: Path) -> None:
+    """The corpus' test rows in a manifest of their own, and 16 kHz copies of exactly what each row means."""
+    two_channels = np.stack([noise(8), noise(8)[::-1]], axis=1)
+    soundfile.write(tmp_path / "long.wav", np.repeat(two_channels, 3, axis=0), 3 * RATE)
+    rows = [
+        {"audio_path": "long.wav", "start": start, "duration": 3.0, "channel": channel, "transcript": f"말 {number}"}
+        | {"split": split, "speaker": split}
+        for number, (split, start, channel) in enumerate(
+            [("train", 0, 0), ("train", 4, 1), ("dev", 1, 0), ("test", 2, 1), ("Test", 4.5, 0)]
+        )
+    ]
+    write_rows(tmp_path / "raw.jsonl", rows)
+    line = f"--input {tmp_path}/raw.jsonl --storage_path {tmp_path} --train_output o/train.jsonl {WIDE}"
+    line += " --val_output o/val.jsonl --test_output o/test.jsonl --audio_output o/audio --min_high_band_db -160"
+    outcome = run_prepare_job(parse_only("prepare", line.split()))
+    assert {name: outcome.tally.rows[name] for name in ("train", "val", "test")} == {"train": 2, "val": 1, "test": 2}
+    moved = (tmp_path / "o").rename(tmp_path / "moved")
+    for name, wanted in (("train", rows[:2]), ("val", rows[2:3]), ("test", rows[3:])):
+        made = [json.loads(text) for text in (moved / f"{name}.jsonl").read_text().splitlines()]
+        for row, source in zip(made, wanted, strict=True):
+            assert row["transcript"] == source["transcript"] and "start" not in row and "channel" not in row
+            part = Part(source["start"], 3.0, source["channel"])
+            heard = decode(str(moved / row["audio_path"]), RATE)
+            assert np.abs(heard - decode(str(tmp_path / "long.wav"), RATE, part=part)).max() <= 0.5 / 32_768 + 1e-7
+    assert len(list((moved / "audio").rglob("*.flac"))) == 5
+
+
+def test_rows_like_those_of_the_test_set_do_not_train(tmp_path: Path) -> None:
+    """A test side alone leaves validation to be drawn from the rest, and what it shares with training is a leak."""
+    from voxray.data.split import count_leaks, decide, note_held_out
+
+    rows = [
+        SimpleNamespace(reason="", audio_hash=str(number), leak_text=f"t{number % 9}", group=f"g{number}", split=split)
+        for number, split in enumerate(["train"] * 9 + ["test"] * 2)
+    ]
+    split = decide(rows, 0.3, 0, wanted=True, with_test=True)
+    note_held_out(split, rows)
+    sides = [split.side(row) for row in rows]
+    assert sides[9:] == ["test", "test"] and sorted(sides[:9]) == ["train"] * 6 + ["val"] * 3
+    leaks = {number for number in range(9) if sides[number] == "train" and split.leak(rows[number]) == "text"}
+    assert leaks == {number for number in (0, 1) if sides[number] == "train"}
+    assert count_leaks(split, rows).text == len(leaks) > 0
+    assert "test" not in {decide(rows, 0.3, 0, wanted=True).side(row) for row in rows}

@@ -91,6 +91,9 @@ OLD_SPELLINGS = [
     ("infer", "--model_name_or_path some/model --audio_path x.wav", "model_id", "some/model"),
     ("featurize", "--manifest x.jsonl --out_dir out", "output_dir", "out"),
     ("audit", "--jsonl x.jsonl --max_length 2048", "max_len", 2048),
+    ("prefetch", "--dataset x --model_name_or_path some/model", "model_id", "some/model"),
+    ("prefetch", "--dataset_name some/data", "dataset", "some/data"),
+    ("prefetch", "--dataset x --language_abbr sv-SE", "language", "sv-SE"),
     ("audit", "--train_jsonl x.jsonl --base_model some/model", "model_id", "some/model"),
 ]
 
@@ -276,6 +279,15 @@ def test_infer_without_flags(run_without_flags: Callable[[str], Path], capsys: p
     out = capsys.readouterr().out
     assert out.startswith("infer: no flags given")
     assert len([line for line in out.splitlines() if "\t" in line]) == 4
+
+
+@pytest.mark.ray
+def test_prefetch_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
+    folder = run_without_flags("prefetch") / "prefetch"
+    steps = json.loads((folder / "prefetch.lock.json").read_text())["steps"]
+    assert all("done" in step for step in steps.values())
+    assert steps["data"]["rows"] == {"train": 64, "validation": 16}
+    assert [entry["samples"] for entry in steps["features"]["sets"]] == [64, 16]
 
 
 @pytest.mark.slow

@@ -19,6 +19,12 @@ class PrepareSettings(ClipLimitFlags):
     """Manifest of the training rows to write."""
     val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
     """Manifest of the validation rows to write; without it nothing is split off."""
+    test_output: Annotated[str, Flag(("out_test",), path="output")] = ""
+    """Manifest of what the corpus itself calls its test set; without it those rows are in the ledger, or, where the
+    corpus has no validation set, among the others."""
+    audio_output: Annotated[str, Flag(path="output")] = ""
+    """Folder for 16 kHz mono FLAC copies of the clips that are kept, which the manifests then name, relative to
+    themselves where the folder stands below them; without it they name the clips where they are."""
     quarantine: Annotated[str, Flag(path="output")] = ""
     """Ledger of the rows left out; by default quarantine.jsonl beside the training manifest."""
     storage_path: str = ""

@@ -4,7 +4,8 @@ Three passes, none of which holds the corpus in memory:
 
 1. The driver reads the corpus' text files through an importer and spools its rows in chunks on disk.
 2. Ray Data actors take chunks: clean the texts, decode and measure the audio, and write the results beside the chunk.
-3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary.
+3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary
+   (``prepare_outputs``).
 
 A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the
 workers did. Ids are unique in what is written: evaluation names rows by them. A row with an id that an earlier one has,
@@ -12,23 +13,23 @@ as where two corpora number from 1, is no worse for it, so it is kept as ``<id>#
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from voxray.audio.decode import Part, decode_native
+from voxray.audio.flac import flac_bytes
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.data.featurize import actor_pool
-from voxray.data.identity import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_of
-from voxray.data.split import Leaks, count_leaks, decide, note_validation
-from voxray.data.unique import FirstSeen, UniqueIds
+from voxray.data.identity import audio_hash, leak_text, row_text, short_hash, speaker_of
 from voxray.importers import ImportedRow, ImportFault
 from voxray.importers.huggingface import embedded_audio
-from voxray.manifest import BadRow, check_values, one_line, segment
+from voxray.manifest import BadRow, check_values, segment
 from voxray.storage import write_atomically
-from voxray.tasks import Task, task_of
+from voxray.tasks import Task
 from voxray.text.korean import Reading, clean_transcript
 
 
@@ -74,18 +75,39 @@ class Checked:
     split: str = ""
 
 
+@dataclass(frozen=True)
+class ClipPlaces:
+    """Where clips are written to.
+
+    Attributes:
+        embedded: Folder of clips that come out of Parquet files.
+        copies: Folder of 16 kHz copies of all clips that are kept; None makes none.
+        named_from: Folder that the manifests stand in; they name copies below it relative to it, so that all of it can
+            be carried elsewhere.
+    """
+
+    embedded: Path
+    copies: Path | None = None
+    named_from: Path | None = None
+
+
 class RowChecker:
     """Checks the rows of a spooled chunk; the unit of work of a Ray Data actor."""
 
-    def __init__(self, limits: Limits, clips_dir: Path) -> None:
-        self.limits, self.clips_dir = limits, clips_dir
+    def __init__(self, limits: Limits, places: ClipPlaces) -> None:
+        self.limits, self.places = limits, places
 
     def work(self, item: str) -> dict[str, Any]:
         """``check_chunk`` as ``run_workers`` calls it."""
         return {"rows": self.check_chunk(Path(item))}
 
     def check_chunk(self, path: Path) -> int:
-        """Check the rows of a chunk and write the results beside it; returns how many there are."""
+        """Check the rows of a chunk and write the results beside it; returns how many there are.
+
+        Results that stand there already, since the job before this one was cut off, are kept.
+        """
+        if checked_path(path).is_file():
+            return checked_path(path).read_bytes().count(b"\n")
         results = [vars(self.check_row(json.loads(line))) for line in path.read_bytes().splitlines()]
         write_atomically(checked_path(path), _to_jsonl(results))
         return len(results)
@@ -95,22 +117,24 @@ class RowChecker:
         source, row_id = spooled["source"], spooled["id"]
         if spooled.get("reason"):
             return Checked(source, row_id, reason=spooled["reason"], message=spooled["message"])
-        values, audio = dict(spooled["values"]), (0.0, "")
+        values, clip, heard = dict(spooled["values"]), None, ""
         duration_sec = 0.0
         try:
             _refuse_bad_names(source, values)
             task = check_values(values)
             if task.has_audio:
-                audio = self._check_audio(values, row_id)
-                duration_sec = audio[0]
+                clip = self._check_audio(values)
+                duration_sec, heard = len(clip[0]) / clip[1], audio_hash(clip[0])
             text = self._check_text(values, task, duration_sec)
+            if clip and self.places.copies:
+                self._copy(values, *clip, name=heard)
         except BadRow as error:
             return Checked(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
         split = str(values.pop("split", None) or "")
         group = speaker_of(values) or f"text:{short_hash(text)}"
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
-        hashes = (audio[1], short_hash(task.name + text), leak_text(task, text))
+        hashes = (heard, short_hash(task.name + text), leak_text(task, text))
         return Checked(source, row_id, values, "", "", duration_sec, *hashes, group, split)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
@@ -144,8 +168,8 @@ class RowChecker:
                 raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
         return row_text(task.prompt(values), answer)
 
-    def _check_audio(self, values: dict[str, Any], row_id: str) -> tuple[float, str]:
-        """Decode and measure the clip; returns its length and the hash of its samples."""
+    def _check_audio(self, values: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """Decode and measure the clip; returns its samples and their rate in Hz."""
         embedded = values.pop("audio_bytes_from", None)
         claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
         if not isinstance(claimed_hz, int | float | None):
@@ -153,8 +177,8 @@ class RowChecker:
         raw = None
         if embedded:
             raw = embedded_audio(embedded["file"], embedded["row"])
-            values["audio_path"] = str(self.clips_dir / f"{short_hash(raw)[:20]}{_suffix(raw)}")
-            if not Path(values["audio_path"]).is_file():
+            values["audio_path"] = str(self.places.embedded / f"{short_hash(raw)[:20]}{_suffix(raw)}")
+            if not self.places.copies and not Path(values["audio_path"]).is_file():
                 write_atomically(Path(values["audio_path"]), raw)
         part, max_sec = Part(*segment(values)), self.limits.quality.max_sec
         try:
@@ -169,7 +193,22 @@ class RowChecker:
         check(quality, self.limits.quality)
         if stated_sec and abs(stated_sec - quality.duration_sec) > self.limits.max_duration_error_sec:
             raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
-        return quality.duration_sec, audio_hash(samples)
+        return samples, rate_hz
+
+    def _copy(self, values: dict[str, Any], samples: np.ndarray, rate_hz: int, *, name: str) -> None:
+        """Write a 16 kHz copy of exactly what was heard and let the row name that instead.
+
+        Its name is the hash of the samples that it is made of, so the copy of a job that was cut off is a good one, and
+        256 folders hold them.
+        """
+        assert self.places.copies is not None
+        path = self.places.copies / name[:2] / f"{name}.flac"
+        if not path.is_file():
+            write_atomically(path, flac_bytes(samples, rate_hz))
+        base = self.places.named_from
+        values["audio_path"] = str(path.relative_to(base) if base and path.is_relative_to(base) else path)
+        for key in ("start", "channel"):  # the copy is that part, and has that channel alone
+            values.pop(key, None)
 
 
 def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
@@ -224,7 +263,7 @@ def run_checks(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Second pass: check every chunk, by Ray Data or in this process."""
-    arguments, items = (checker.limits, checker.clips_dir), list(map(str, paths))
+    arguments, items = (checker.limits, checker.places), list(map(str, paths))
     results = run_workers(RowChecker, arguments, items, num_actors=num_actors, use_ray=use_ray)
     for done, _ in enumerate(results, 1):
         on_progress(done, len(paths))
@@ -272,128 +311,3 @@ def run_workers(
     )
     for row in results.iter_rows():
         yield json.loads(row["result"])
-
-
-def read_checked(paths: list[Path]) -> Iterator[Checked]:
-    """Results of the second pass, in the order of the input."""
-    for path in paths:
-        with open(checked_path(path), encoding="utf-8", errors="surrogatepass") as file:
-            for line in file:
-                yield Checked(**json.loads(line))
-
-
-@dataclass
-class Tally:
-    """Rows and hours by what became of them."""
-
-    rows: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, what: str, duration_sec: float) -> None:
-        self.rows[what] += 1
-        self.seconds[what] = self.seconds.get(what, 0.0) + duration_sec
-
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        return {
-            name: {"rows": count, "hours": round(self.seconds[name] / 3600, 4)}
-            for name, count in sorted(self.rows.items())
-        }
-
-
-@dataclass
-class Outcome:
-    """What the third pass decides row by row.
-
-    Attributes:
-        tally: Rows and hours of train, val and every reason of a loss.
-        leaks: What of the validation side is in training.
-        first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
-    """
-
-    tally: Tally
-    leaks: Leaks
-    first_fault: str = ""
-
-
-class Outputs:
-    """The three files being written; they appear under their names together, when all is done."""
-
-    def __init__(self, train: Path, val: Path | None, ledger: Path) -> None:
-        self._final = {"train": train, "ledger": ledger} | ({"val": val} if val else {})
-        self._parts = {name: path.with_name(f".{path.name}.part") for name, path in self._final.items()}
-        for path in self._final.values():
-            path.parent.mkdir(parents=True, exist_ok=True)
-        # The ledger also names files whose names are not UTF-8: as \\udcNN, which JSON reads back as Python has them.
-        self._files = {
-            name: open(path, "w", encoding="utf-8", errors="backslashreplace" if name == "ledger" else "strict")  # noqa: SIM115
-            for name, path in self._parts.items()
-        }
-
-    def write(self, name: str, row: dict[str, Any]) -> None:
-        self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def finish(self, *, keep: bool) -> None:
-        """Close the files and put them in place; or drop them, except the ledger."""
-        for name, file in self._files.items():
-            file.close()
-            if keep or name == "ledger":
-                self._parts[name].replace(self._final[name])
-            else:
-                self._parts[name].unlink()
-
-
-def write_manifests(
-    paths: list[Path],
-    outputs: Outputs,
-    *,
-    val_share: float | None,
-    seed: int,
-    duplicates: str,
-    leak_policy: str,
-) -> Outcome:
-    """Third pass: drop duplicates, split, look for leaks, write every row where it belongs.
-
-    Args:
-        val_share: Share of the rows for validation; None writes no validation manifest.
-        duplicates: ``drop`` or ``keep``.
-        leak_policy: ``refuse`` (write no manifest if there is a leak), ``drop`` (the training rows) or ``allow``.
-    """
-    split = decide(_unique(paths, duplicates), val_share or 0.0, seed, wanted=val_share is not None)
-    note_validation(split, _unique(paths, duplicates))
-    outcome = Outcome(Tally(), count_leaks(split, _unique(paths, duplicates)))
-    unique_id = UniqueIds()
-    for row in _unique(paths, duplicates):
-        side = split.side(row)
-        if not row.reason and side == "other":
-            row.reason, row.message = (
-                "other_split",
-                f"the corpus puts it into {row.split!r}, neither train nor validation",
-            )
-        elif not row.reason and side == "train" and leak_policy == "drop":
-            kind = split.leak(row)
-            if kind:
-                row.reason, row.message = f"leak_{kind}", f"its {kind} is in the validation rows as well"
-        if row.reason:
-            outputs.write("ledger", _ledger_entry(row))
-            outcome.first_fault = outcome.first_fault or one_line(f"{row.source}: {row.message}")
-        else:
-            outputs.write(side, {"id": unique_id(row.id), **row.values})
-        outcome.tally.add(row.reason or side, row.duration_sec)
-    return outcome
-
-
-def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
-    """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
-    first_seen = FirstSeen()
-    for row in read_checked(paths):
-        if not row.reason and duplicates == "drop":
-            first = first_seen(duplicate_key(task_of(row.values), row.audio_hash, row.text_hash), row.source)
-            if first:
-                row.reason, row.message = "duplicate", f"the same as {first}"
-        yield row
-
-
-def _ledger_entry(row: Checked) -> dict[str, Any]:
-    source_file, _, line = row.source.rpartition(":")
-    place = {"source_file": source_file, "line": int(line), "id": row.id}
-    return {**place, "reason": row.reason, "message": one_line(row.message)}

@@ -2,7 +2,8 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,8 @@ from rich.table import Table
 from voxray.audio.quality import QualityLimits
 from voxray.config.prepare import PrepareSettings
 from voxray.data.featurize import MIN_ACTORS
-from voxray.data.prepare import (
-    Limits,
-    Outcome,
-    Outputs,
-    RowChecker,
-    run_checks,
-    spool,
-    write_manifests,
-)
+from voxray.data.prepare import ClipPlaces, Limits, RowChecker, run_checks, spool
+from voxray.data.prepare_outputs import Outcome, Outputs, write_manifests
 from voxray.errors import RunError
 from voxray.importers import IMPORTERS, ImportedRow, ImportFault, detect
 from voxray.launch import ray_session
@@ -28,37 +22,54 @@ from voxray.run_folder import anchor, make_folder
 from voxray.storage import write_json
 from voxray.terminal import console, progress_bar
 
+Rows = Iterator[ImportedRow | ImportFault]
 
-def run_prepare_job(settings: PrepareSettings) -> Outcome:
+
+def run_prepare_job(
+    settings: PrepareSettings,
+    *,
+    select: Callable[[Rows], Rows] = lambda rows: rows,
+    work_dir: Path | None = None,
+    use_ray: bool = True,
+) -> Outcome:
     """Read, check, split and write a corpus.
 
+    Args:
+        select: What to do with the rows of the corpus before anything else; it may leave some out.
+        work_dir: Folder for what is checked already, which a job that is cut off leaves to the next one with the same
+            corpus, limits and ``select``; by default one that goes with the job.
+        use_ray: False checks in this process.
     Raises:
         RunError: The corpus cannot be read, nothing of it is usable, or (``--leaks refuse``) the split leaks.
         SettingsError: An output cannot be placed.
     """
-    train = anchor(settings.train_output, settings.storage_path, flag="--train_output")
-    val = anchor(settings.val_output, settings.storage_path, flag="--val_output") if settings.val_output else None
-    ledger = train.with_name("quarantine.jsonl")
-    if settings.quarantine:
-        ledger = anchor(settings.quarantine, settings.storage_path, flag="--quarantine")
-    for path in filter(None, (train, val, ledger)):
+    names = ("train_output", "val_output", "test_output", "quarantine", "audio_output")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    places = {name: anchor(path, settings.storage_path, flag=f"--{name}") for name, path in given.items()}
+    train, audio = places["train_output"], places.pop("audio_output", None)
+    ledger = places.get("quarantine", train.with_name("quarantine.jsonl"))
+    for path in (*places.values(), ledger):
         make_folder(path.parent)
-    rows = chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input)
-    work = Path(tempfile.mkdtemp(prefix=".prepare-", dir=train.parent))
+    rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))
+    work = work_dir or Path(tempfile.mkdtemp(prefix=".prepare-", dir=train.parent))
+    finished = False
     try:
         with progress_bar("reading"):
             paths = spool(rows, work, settings.rows_per_chunk)
         if not paths:
             raise RunError(f"--input {', '.join(settings.input)}: no row in it")
-        checker = RowChecker(_limits(settings), train.parent / f"{train.stem}.clips")
-        with (
-            ray_session(train.parent / "ray.log", max(MIN_ACTORS, settings.num_actors)),
-            progress_bar("checking") as bar,
-        ):
-            run_checks(paths, checker, num_actors=settings.num_actors, use_ray=True, on_progress=bar.update)
-        outcome = _write(settings, paths, Outputs(train, val, ledger), with_validation=val is not None)
+        checker = RowChecker(
+            _limits(settings), ClipPlaces(train.parent / f"{train.stem}.clips", copies=audio, named_from=train.parent)
+        )
+        session = ray_session(train.parent / "ray.log", max(MIN_ACTORS, settings.num_actors))
+        with session if use_ray else nullcontext(), progress_bar("checking") as bar:
+            run_checks(paths, checker, num_actors=settings.num_actors, use_ray=use_ray, on_progress=bar.update)
+        outputs = Outputs(train, places.get("val_output"), ledger, places.get("test_output"))
+        outcome = _write(settings, paths, outputs)
+        finished = True
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if finished or not work_dir:
+            shutil.rmtree(work, ignore_errors=True)
     _summarise(settings, outcome, train, ledger)
     _refuse_leaks(settings, outcome)
     if not outcome.tally.rows["train"]:
@@ -88,14 +99,15 @@ def _limits(settings: PrepareSettings) -> Limits:
     return Limits(quality=quality, **{name: getattr(settings, name) for name in names})
 
 
-def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs, *, with_validation: bool) -> Outcome:
+def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs) -> Outcome:
     """Third pass; with a leak that is to be refused only the ledger appears."""
     keep = False
     try:
         outcome = write_manifests(
             paths,
             outputs,
-            val_share=settings.val_share if with_validation else None,
+            val_share=settings.val_share if settings.val_output else None,
+            with_test=bool(settings.test_output),
             seed=settings.seed,
             duplicates=settings.duplicates,
             leak_policy=settings.leaks,
@@ -109,7 +121,8 @@ def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs, *, wi
 def _summarise(settings: PrepareSettings, outcome: Outcome, train: Path, ledger: Path) -> None:
     kept = outcome.tally.as_dict()
     total = {"rows": sum(outcome.tally.rows.values()), "hours": round(sum(outcome.tally.seconds.values()) / 3600, 4)}
-    sides = {name: kept.pop(name, {"rows": 0, "hours": 0.0}) for name in ("train", "val")}
+    names = ("train", "val", *(["test"] if settings.test_output else []))
+    sides = {name: kept.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
     summary: dict[str, Any] = {"input": total, **sides, "quarantined": kept, "leaks": vars(outcome.leaks)}
     write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
     table = Table(title="prepare", title_justify="left")

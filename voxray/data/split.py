@@ -11,6 +11,7 @@ from typing import Protocol
 
 TRAIN_NAMES = {"train", "training"}
 VALIDATION_NAMES = {"dev", "val", "valid", "validation", "eval"}
+TEST_NAMES = {"test", "testing"}
 
 
 class Splittable(Protocol):
@@ -25,11 +26,11 @@ class Splittable(Protocol):
 
 @dataclass
 class Leaks:
-    """How much of the validation side is on the training side as well.
+    """How much of the validation side, and of the test side where there is one, is on the training side as well.
 
     Attributes:
-        audio: Training rows whose decoded audio is also in validation.
-        text: Training rows whose normalised texts are also in validation.
+        audio: Training rows whose decoded audio is also held out.
+        text: Training rows whose normalised texts are also held out.
         speaker: Speakers and sessions on both sides.
     """
 
@@ -51,21 +52,30 @@ class Split:
     Attributes:
         groups: Groups on the validation side, where the split is ours.
         by_corpus: Whether the corpus' own split was taken over.
-        audio, text, speakers: Hashes and groups of the validation rows.
+        with_test: Whether the corpus' own test rows are a side as well.
+        audio, text, speakers: Hashes and groups of the held-out rows.
     """
 
     groups: set[str] = field(default_factory=set)
     by_corpus: bool = False
+    with_test: bool = False
     audio: set[str] = field(default_factory=set)
     text: set[str] = field(default_factory=set)
     speakers: set[str] = field(default_factory=set)
 
     def side(self, row: Splittable) -> str:
-        """``train``, ``val``, or ``other`` for a side of the corpus that is neither (its test set, say)."""
+        """``train``, ``val``, ``test``, or ``other`` for a side of the corpus that is none of those wanted."""
+        name = row.split.lower()
+        if self.with_test and name in TEST_NAMES:
+            return "test"
         if not self.by_corpus:
             return "val" if row.group in self.groups else "train"
-        name = row.split.lower()
         return "train" if name in TRAIN_NAMES else "val" if name in VALIDATION_NAMES else "other"
+
+    @property
+    def held_out(self) -> str:
+        """What the rows that do not train are called in messages."""
+        return "validation or test" if self.with_test else "validation"
 
     def leak(self, row: Splittable) -> str:
         """How a training row leaks: ``audio``, ``text``, ``speaker`` or ""."""
@@ -76,24 +86,25 @@ class Split:
         return "speaker" if row.group in self.speakers else ""
 
 
-def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: bool) -> Split:
+def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: bool, with_test: bool = False) -> Split:
     """Choose the validation side: the corpus' own if every row names one, else whole groups drawn at random.
 
     Args:
         rows: All usable rows, in order.
         val_share: Share of the rows to validate on, filled with whole groups.
         wanted: False if there is no validation output; then everything trains.
+        with_test: Leave rows that the corpus calls its test set out of both.
     """
     sizes: Counter[str] = Counter()
     names: Counter[str] = Counter()
     for row in rows:
-        if not row.reason:
+        if not row.reason and not (with_test and row.split.lower() in TEST_NAMES):
             sizes[row.group] += 1
             names[row.split.lower()] += 1
     if not wanted:
-        return Split()
+        return Split(with_test=with_test)
     if names and "" not in names and names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
-        return Split(by_corpus=True)
+        return Split(by_corpus=True, with_test=with_test)
     target, chosen, count = val_share * sum(sizes.values()), set(), 0
     order = sorted(sizes)
     random.Random(seed).shuffle(order)
@@ -102,13 +113,13 @@ def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: b
         if count < target and abs(count + sizes[group] - target) <= abs(count - target):
             chosen.add(group)
             count += sizes[group]
-    return Split(groups=chosen)
+    return Split(groups=chosen, with_test=with_test)
 
 
-def note_validation(split: Split, rows: Iterable[Splittable]) -> None:
-    """Remember what is on the validation side."""
+def note_held_out(split: Split, rows: Iterable[Splittable]) -> None:
+    """Remember what is on the validation side and on the test side."""
     for row in rows:
-        if not row.reason and split.side(row) == "val":
+        if not row.reason and split.side(row) in {"val", "test"}:
             if row.leak_text:
                 split.text.add(row.leak_text)
             if row.audio_hash:

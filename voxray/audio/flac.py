@@ -1,0 +1,28 @@
+"""Clips written as 16 kHz mono FLAC, the form in which they take the least room and lose nothing a model hears."""
+
+import io
+
+import numpy as np
+import soundfile
+import soxr
+
+from voxray.audio.decode import PCM_RATE_HZ, to_pcm16
+from voxray.manifest import BadRow
+
+
+def flac_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
+    """Resample a clip to 16 kHz, as ``decode`` does, and pack it as 16-bit FLAC.
+
+    Args:
+        samples: float32, shape (num_samples,), full scale 1.
+        rate_hz: Their rate.
+    Raises:
+        BadRow: The clip is shorter than one sample at 16 kHz (``audio_empty``).
+    """
+    if rate_hz != PCM_RATE_HZ:
+        samples = soxr.resample(samples, rate_hz, PCM_RATE_HZ, quality="HQ")
+    if len(samples) == 0:
+        raise BadRow("audio_empty", f"the clip is shorter than one sample at {PCM_RATE_HZ} Hz")
+    packed = io.BytesIO()
+    soundfile.write(packed, to_pcm16(samples), PCM_RATE_HZ, format="FLAC", subtype="PCM_16")
+    return packed.getvalue()
