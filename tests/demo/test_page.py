@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 import jiwer
@@ -230,12 +231,41 @@ def test_what_is_said_into_the_microphone_is_transcribed(page: Page) -> None:
     assert 0.5 < float(facts_of(page, "tuned")["audio"].removesuffix(" s")) < 10
 
 
-def test_more_requests_than_may_wait_are_told_so(demo: Demo) -> None:
+def joined(demo: Demo, data: list[Any], session: str) -> int:
+    """Status that the server gives to a request like the button's."""
     with urlopen(f"{demo.url}/config") as response:
         [number] = [entry["id"] for entry in json.load(response)["dependencies"] if len(entry["inputs"]) == 5]
-    asked: dict[str, Any] = {"data": [None, QUESTION, "", "", True], "fn_index": number, "session_hash": "busy"}
-    body = json.dumps(asked).encode()
-    given = [posted(f"{demo.url}/gradio_api/queue/join", body, "application/json") for _ in range(8)]
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
+    return posted(f"{demo.url}/gradio_api/queue/join", body, "application/json")
+
+
+@pytest.mark.parametrize("named", ["{sample}", "/etc/passwd", "http://192.0.2.1/a.wav", "https://example.com/a.wav"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_request_names_no_file_of_the_machine_and_no_address(named: str, place: int, demo: Demo) -> None:
+    """Neither as the clip nor in the place of a text; Gradio would copy it to where it can be downloaded."""
+    path = named.format(sample=SAMPLE.with_name("asr.val.jsonl"))
+    data: list[Any] = [None, "", "", "", False]
+    data[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    before, session = {found for found in demo.folder.rglob("*") if found.is_file()}, f"{named}{place}"
+    assert joined(demo, data, session) == 200
+    with urlopen(f"{demo.url}/gradio_api/queue/data?session_hash={quote(session)}", timeout=30) as response:
+        events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data: ")]
+    [done] = [event for event in events if event["msg"] == "process_completed"]
+    assert not done["success"]
+    assert ("fetches nothing" if "://" in path else "was not uploaded by a user") in done["output"]["error"]
+    assert {found for found in demo.folder.rglob("*") if found.is_file()} == before
+
+
+def test_there_is_no_way_in_but_the_page(demo: Demo) -> None:
+    for path in ("docs", "redoc", "openapi.json", "gradio_api/file=/etc/passwd", f"gradio_api/file={ROOT}/README.md"):
+        with pytest.raises(HTTPError, match=r"HTTP Error 40[34]"):
+            urlopen(f"{demo.url}/{path}")
+    with urlopen(f"{demo.url}/gradio_api/info") as response:
+        assert json.load(response) == {"named_endpoints": {}, "unnamed_endpoints": {}}
+
+
+def test_more_requests_than_may_wait_are_told_so(demo: Demo) -> None:
+    given = [joined(demo, [None, QUESTION, "", "", True], "busy") for _ in range(12)]
     assert given[0] == 200 and 503 in given
 
 
@@ -245,5 +275,6 @@ def test_sigterm_ends_it_with_status_0_and_nothing_stays(page: Page, demo: Demo)
     demo.driver.process.send_signal(signal.SIGTERM)
     assert demo.driver.process.wait(20) == 0
     lines = demo.log.read_text().splitlines()
-    assert lines[-2:] == [f"demo at {demo.url}", "demo stopped"], "nothing else was said since"
+    assert [line for line in lines if line.startswith("demo ")] == [f"demo at {demo.url}", "demo stopped"]
+    assert lines[-1] == "demo stopped"
     assert list(demo.folder.iterdir()) == []

@@ -59,20 +59,23 @@ def _uploads() -> Iterator[None]:
 
 
 def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
-    """The page as a web application that sends nothing to, and fetches nothing from, anywhere else."""
+    """The page as a web application that takes uploads alone, and neither sends to nor fetches from anywhere else."""
     import gradio
     from fastapi import FastAPI
+    from gradio import processing_utils
 
     from voxray.demo.page import build_page, look
 
-    return gradio.mount_gradio_app(
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        build_page(answering, settings, example),
+    page = build_page(answering, settings, example)
+    no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+    app = gradio.mount_gradio_app(
+        FastAPI(**no_docs),
+        page,
         "/",
+        app_kwargs=no_docs,
         footer_links=[],
         run_history=False,
         allowed_paths=[example] if example else [],
-        show_error=True,
         max_file_size=int(settings.max_upload_mib * (1 << 20)),
         ssr_mode=False,
         enable_monitoring=False,
@@ -80,6 +83,15 @@ def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
         mcp_server=False,
         **look(),
     )
+    # A request may name any file or address in the place of an upload. Gradio refuses files elsewhere on the machine
+    # once a page is launched, of which mounting it takes no note; addresses on the internet it would fetch.
+    page.has_launched = True
+    processing_utils.async_ssrf_protected_get = _fetch_nothing
+    return app
+
+
+async def _fetch_nothing(url: str) -> Any:
+    raise ValueError(f"{url}: this demo takes uploads alone, and fetches nothing")
 
 
 @contextmanager
