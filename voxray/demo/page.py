@@ -114,7 +114,8 @@ def _inputs(answering: Answering, settings: DemoSettings, example: str) -> tuple
         elem_id="language",
     )
     with gr.Accordion("Score the answer", open=False, elem_id="scoring"):
-        reference = gr.Textbox(label="What was really said", lines=2, elem_id="reference")
+        label = "What was really said" + (", or the right answer" if asks else "")
+        reference = gr.Textbox(label=label, lines=2, elem_id="reference")
     compare = gr.Checkbox(True, label="Compare with the base model", visible=answering.has_base, elem_id="compare")
     button = gr.Button("Transcribe", variant="primary", size="lg", elem_id="run")
     question.change(None, question, button, js=CAPTION_OF_BUTTON)
@@ -152,11 +153,11 @@ def _runner(answering: Answering, max_new_tokens: int) -> Callable[..., Iterator
 
 
 def _facts(answer: Answer, max_new_tokens: int) -> str:
-    """Times, size and scores of an answer, as a row of figures with notes below."""
+    """Times and size of an answer, its scores, and notes, one below the other."""
     figures = {"tokens": str(answer.num_tokens), "time": f"{answer.sec:.2f} s"}
     if answer.audio_sec:
         figures = {"audio": f"{answer.audio_sec:.1f} s", **figures, "RTFx": f"{answer.rtfx:.1f}"}
-    figures |= {name: f"{value:.3f}" for name, value in answer.metrics.items()}
+    scores = {name: f"{value:.3f}" for name, value in answer.metrics.items()}
     notes = []
     if answer.hit_max:
         notes.append(f"cut off at {max_new_tokens} tokens")
@@ -164,8 +165,13 @@ def _facts(answer: Answer, max_new_tokens: int) -> str:
         notes.append(f"too long for the model as a whole: answered in {answer.num_chunks} chunks")
     if not answer.text:
         notes.append("the answer is empty: the model heard nothing to write down")
+    below = _cells(scores, "facts scores") if scores else ""
+    return _cells(figures, "facts") + below + "".join(f'<p class="note">{note}</p>' for note in notes)
+
+
+def _cells(figures: dict[str, str], kind: str) -> str:
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
-    return f'<dl class="facts">{cells}</dl>' + "".join(f'<p class="note">{note}</p>' for note in notes)
+    return f'<dl class="{kind}">{cells}</dl>'
 
 
 def _own_name(answering: Answering) -> str:
