@@ -271,7 +271,7 @@ def test_more_requests_than_may_wait_are_told_so(demo: Demo) -> None:
 
 def test_sigterm_ends_it_with_status_0_and_nothing_stays(page: Page, demo: Demo) -> None:
     """With a page open, which holds a connection, and clips in the folder."""
-    assert any(path.suffix == ".wav" for path in demo.folder.rglob("*"))
+    assert upload(demo, b"x") == 200 and any(demo.folder.rglob("large.wav"))
     demo.driver.process.send_signal(signal.SIGTERM)
     assert demo.driver.process.wait(20) == 0
     lines = demo.log.read_text().splitlines()

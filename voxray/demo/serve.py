@@ -15,7 +15,7 @@ from typing import Any
 
 from voxray.config.demo import DemoSettings
 from voxray.errors import RunError, SettingsError
-from voxray.launch import warn_about_idle_flags
+from voxray.launch import term_is_interrupt, warn_about_idle_flags
 from voxray.manifest import BadRow, language_code
 
 CLOSING_SEC = 1
@@ -35,7 +35,7 @@ def run_demo(settings: DemoSettings, example: str) -> None:
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
     warn_about_idle_flags(settings)
-    with _uploads(), _listener(settings.host, settings.port) as listener:
+    with term_is_interrupt(), _uploads(), _listener(settings.host, settings.port) as listener:
         try:
             import gradio  # noqa: F401  # said before a model is loaded
         except ImportError:
