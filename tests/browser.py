@@ -19,21 +19,24 @@ class Page:
 
     def __init__(self, reader: int, writer: int) -> None:
         self._reader, self._writer = reader, writer
-        self._left, self._number, self._session = b"", 0, ""
+        self._left, self._number, self._session, self._target = b"", 0, "", ""
         self.console: list[str] = []
         self.requests: list[str] = []
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load a file and wait until all of it is there."""
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    def open(self, place: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Load a file or a URL in the place of what is open and wait until all of it is there."""
+        url, before = place if isinstance(place, str) else place.absolute().as_uri(), self._target
+        self._target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = self.call("Target.attachToTarget", targetId=self._target, flatten=True)["sessionId"]
+        if before:  # two tabs would take the focus, and their pace, from each other
+            self.call("Target.closeTarget", targetId=before)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.absolute().as_uri())
-        self.wait_for("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.call("Page.navigate", url=url)
+        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def wait_for(self, condition: str) -> None:
         for _ in range(600):
@@ -65,6 +68,18 @@ class Page:
     def type(self, selector: str, text: str) -> None:
         self.read(f"document.querySelector({json.dumps(selector)}).focus()")
         self.call("Input.insertText", text=text)
+
+    def press(self, key: str, code: int) -> None:
+        """A key that is pressed and released, such as ``Enter``, 13."""
+        for kind in ("rawKeyDown", "char", "keyUp"):
+            text = {"text": chr(code)} if kind == "char" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    def give_files(self, selector: str, *paths: Path) -> None:
+        """Choose files in an <input type="file">."""
+        found = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")
+        files = [str(path.absolute()) for path in paths]
+        self.call("DOM.setFileInputFiles", files=files, objectId=found["result"]["objectId"])
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
@@ -105,7 +120,7 @@ class Page:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Page]:
+def browser(folder: Path, *more_flags: str) -> Iterator[Page]:
     """A browser with a profile of its own in ``folder``."""
     assert BROWSER is not None
     to_child, writer = os.pipe()
@@ -114,7 +129,7 @@ def browser(folder: Path) -> Iterator[Page]:
     # The pipe has to be file descriptors 3 and 4 of the child; a shell puts them there, which preexec_fn would do less
     # safely among threads.
     command = f'exec 3<&{to_child} 4>&{from_child}; exec "$@"'
-    flags = [*FLAGS, f"--user-data-dir={folder / 'profile'}"]
+    flags = [*FLAGS, *more_flags, f"--user-data-dir={folder / 'profile'}"]
     process = subprocess.Popen(
         ["bash", "-c", command, "bash", BROWSER, *flags],
         pass_fds=(to_child, from_child),

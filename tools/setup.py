@@ -238,7 +238,9 @@ def set_up(extras: list[str], package: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make .venv and install into it.", allow_abbrev=False)
-    parser.add_argument("--extras", nargs="*", default=["dev"], help="extras to install with it (default: dev)")
+    parser.add_argument(
+        "--extras", nargs="*", default=["demo", "dev"], help="extras to install with it (default: demo dev)"
+    )
     parser.add_argument(
         "--no-package", action="store_true", help="leave voxray out: a cluster's nodes get it with a job"
     )

@@ -84,7 +84,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     _quiet_loggers(log_path)
     try:
-        with _stderr_to(log_path), _term_is_interrupt():
+        with _stderr_to(log_path), term_is_interrupt():
             yield
             ray.shutdown()
     finally:
@@ -110,7 +110,7 @@ def _stderr_to(log_path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _term_is_interrupt() -> Iterator[None]:
+def term_is_interrupt() -> Iterator[None]:
     """Let SIGTERM, at which Ray ends the driver without a word, end a job as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -98,6 +98,7 @@ def test_help_shows_every_flag_with_its_text() -> None:
         ),
         ("featurize", "--rows_per_shard 0 --num_actors -1", ("--manifest", "--rows_per_shard", "--num_actors")),
         ("infer", "--temperature -1 --batch_size x --max_new_tokens 0", ("--temperature", "--batch_size", "--max_new")),
+        ("demo", "--host here --port -1 --concurrency 0", ("--host", "--port", "--concurrency")),
         (
             "tune",
             "--train_jsonl a.jsonl --output_dir o --lora_r 4,0 --metric_mode best --grace_steps 0",

@@ -109,6 +109,7 @@ PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_spl
 AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
 REACHES = "stages::flags_reach_the_recipe"
 HANDED_TO_JOBS = "prefetch::flags_are_handed_on"
+DEMO_MODEL = "answers::flags_decide_how_answers_are_looked_for"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -186,6 +187,19 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
         "trim_audio_tokens": f"{TRIM}::infer_asks_as_the_adapter_was_trained",
+    },
+    "demo": {
+        "model_id": "answers::both_sides_answer_as_infer_does",
+        "lora_dir": "answers::both_sides_answer_as_infer_does answers::fully_tuned_weights_have_no_base",
+        **dict.fromkeys(("bf16", "fp16", "quantize", "tf32", "trim_audio_tokens"), DEMO_MODEL),
+        **dict.fromkeys(("num_beams", "temperature", "top_p", "seed", "batch_size"), DEMO_MODEL),
+        "max_new_tokens": "answers::figures_of_an_answer",
+        "max_len": "answers::what_cannot_be_used_is_said_in_one_line",
+        "host": "serve::what_keeps_it_from_starting_is_one_line serve::it_says_where_it_is_and_who_can_reach_it",
+        "port": "serve::what_keeps_it_from_starting_is_one_line",
+        **dict.fromkeys(("max_upload_mib", "max_audio_sec"), "page::limits_of_length_and_size"),
+        **dict.fromkeys(("language", "concurrency", "keep_sec"), "serve::flags_reach_the_page"),
+        "queue_size": "serve::flags_reach_the_page page::more_requests_than_may_wait_are_told_so",
     },
     "export": {
         **dict.fromkeys(("lora_dir", "model_id"), "export::runs_checkpoints_and_bases_are_found"),
@@ -267,8 +281,8 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of tests/jobs/test_<name>.py, or of those of tests/training or evaluation."""
-    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training", "evaluation"))
+    """Names of the test functions of tests/jobs/test_<name>.py, or of those of tests/training, evaluation or demo."""
+    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training", "evaluation", "demo"))
     tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 

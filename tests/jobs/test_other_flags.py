@@ -24,7 +24,7 @@ from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
 from voxray.data.extract import Extractor
 from voxray.errors import RunError, SettingsError
-from voxray.evaluation import answerer, batch, infer, job
+from voxray.evaluation import answerer, batch, infer, items, job
 from voxray.evaluation.generate import Generated, Search
 from voxray.evaluation.predictions import read_predictions
 from voxray.models.lora import add_lora, save_adapter
@@ -70,7 +70,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return ((place, Generated("1", 1, False, 0.1)) for place in range(len(rows)))
 
     monkeypatch.setattr(answerer, "generated", generated)
-    monkeypatch.setattr(infer, "generated", generated)
+    monkeypatch.setattr(items, "generated", generated)
     return seen
 
 

@@ -44,6 +44,7 @@ SEED_COMMANDS = [
     ("infer", "--adapter_path ckpt_stage2_asr/lora_stage2_adapter"),
     ("infer", f"{STAGE_2} --audio_path sample.wav"),
     ("infer", f"{STAGE_2} --test_jsonl test_data.jsonl --output_path results.jsonl"),
+    ("demo", STAGE_2),
     ("train_multitask", MULTITASK),
     ("train_multitask", f"{MULTITASK} --debug"),
     (

@@ -3,8 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,17 @@ from rich.console import Console
 from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
 from voxray.data.extract import Extractor, Storing
-from voxray.data.features import FeatureRow
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Generation, load
-from voxray.evaluation.generate import Generated, generated, reason_of, tried
+from voxray.evaluation.generate import Generated, reason_of
+from voxray.evaluation.items import Item, answer_items, item_of, sample_of
 from voxray.evaluation.job import as_trained, base_and_adapter, generation_of
-from voxray.evaluation.joining import join_texts
-from voxray.evaluation.long_audio import chunks_of, is_too_long, overlap_share, whole_samples
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.score import score
 from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, Sample, chunks, first_fault, language_code, read_chunk
-from voxray.models.family import family_of
 from voxray.run_folder import anchor, make_folder
-from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table
 
 DEMO_ROWS = 4
@@ -76,7 +71,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 continue
             given = [answer for answer in answers if not isinstance(answer, Exception)]
             num_cut += any(answer.hit_max for answer in given)
-            found.append(_entry(item, join_texts((answer.text for answer in given), item.overlap_share), keys))
+            found.append(_entry(item, item.text(given), keys))
             _show(found[-1], settings)
             output.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
     if num_cut:
@@ -112,35 +107,16 @@ def _output_path(path: str) -> Path:
     return place
 
 
-@dataclass(frozen=True)
-class _Item:
-    """What is answered as one: a row, or the chunks of a recording that is too long for the model."""
-
-    rows: list[FeatureRow]
-    num_samples: int
-    overlap_share: float = 0.0
-
-
 def _answered(
     samples: Iterator[Sample], model: Any, how: Generation, settings: InferSettings
-) -> Iterator[tuple[_Item, list[Generated | Exception]]]:
+) -> Iterator[tuple[Item, list[Generated | Exception]]]:
     """What is answered, with the answer to each of its rows."""
-    family, extractor = family_of(how.model_id), Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
-    for asked in _groups(samples, extractor, settings):
-        rows = [row for item in asked for row in item.rows]
-
-        def generate(places: Sequence[int], batch_size: int) -> Iterator[tuple[int, Generated]]:
-            some = [rows[place] for place in places]  # noqa: B023  # used up before the next group
-            return generated(model, family, extractor.front_end, some, batch_size=batch_size, search=how.search)
-
-        order = sorted(range(len(rows)), key=lambda place: -len(rows[place].prompt_ids))
-        told = dict(tried(order, how.batch_size, generate))
-        answers = iter([told[place] for place in range(len(rows))])
-        for item in asked:
-            yield item, [next(answers) for _ in item.rows]
+    extractor = Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
+    for items in _groups(samples, extractor, settings):
+        yield from answer_items(items, model, extractor.front_end, how)
 
 
-def _entry(item: _Item, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
+def _entry(item: Item, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
     """An answer with what is known of its row; with ``keys`` that is its reference and counts too."""
     row = item.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}
@@ -167,7 +143,7 @@ def _asked(settings: InferSettings) -> Iterator[Sample]:
         RunError, SettingsError: There is no such file, no audio in the folder, or no such language.
     """
     if not settings.audio_path:
-        return iter([Sample(QUESTION_ID, TASKS["tqa"], settings.question, "", "", "", QUESTION_ID)])
+        return iter([sample_of(QUESTION_ID, settings.question)])
     path = Path(settings.audio_path)
     if path.is_dir():
         try:
@@ -182,9 +158,8 @@ def _asked(settings: InferSettings) -> Iterator[Sample]:
         language = language_code(settings.language)
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
-    task = TASKS["sqa"] if settings.question else TASKS["asr"]
     sources = {name: clip if path.is_dir() else "--audio_path" for name, clip in clips.items()}
-    return (Sample(name, task, settings.question, "", clips[name], language, sources[name]) for name in clips)
+    return (sample_of(name, settings.question, clip, language, sources[name]) for name, clip in clips.items())
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
@@ -201,43 +176,22 @@ def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
             yield sample
 
 
-def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[_Item]]:
+def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[Item]]:
     """Features of the samples, a few batches at a time; samples without any are named on standard error."""
-    group: list[_Item] = []
+    group: list[Item] = []
     for sample in samples:
         try:
-            item = _item(sample, extractor, settings.max_len)
+            item = item_of(sample, extractor, settings.max_len)
         except BadRow as error:
             if os.path.isfile(settings.audio_path):
                 raise RunError(f"--audio_path: {error}") from None
             print(f"{sample.source}: left out: {error}", file=sys.stderr)
             continue
+        if len(item.rows) > 1:
+            print(f"{sample.source}: too long for the model, answered in {len(item.rows)} chunks", file=sys.stderr)
         group.append(item)
         if len(group) == BATCHES_PER_GROUP * settings.batch_size:
             yield group
             group = []
     if group:
         yield group
-
-
-def _item(sample: Sample, extractor: Extractor, max_len: int) -> _Item:
-    """Features of a sample, or of its chunks if it is speech that is too long for the model.
-
-    Raises:
-        BadRow: It has none.
-    """
-    try:
-        rows, share = [FeatureRow.of(extractor.sample_rows(sample)[0][0])], 0.0
-        num_samples = rows[0].num_samples
-    except BadRow as error:
-        if not is_too_long(error.reason, sample):
-            raise
-        parts = chunks_of(sample, extractor.front_end, max_len)
-        share = overlap_share(parts)
-        print(f"{sample.source}: too long for the model, answered in {len(parts)} chunks", file=sys.stderr)
-        rows = [FeatureRow.of(extractor.sample_rows(part)[0][0]) for part in parts]
-        num_samples = whole_samples(sample, parts, extractor.front_end)
-    for row in rows:
-        if len(row.prompt_ids) > max_len:
-            raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {max_len}")
-    return _Item(rows, num_samples, share)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
 from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
@@ -133,7 +134,7 @@ def _answered(
 
 
 def generation_of(
-    settings: EvaluateSettings | InferSettings,
+    settings: EvaluateSettings | InferSettings | DemoSettings,
     model_id: str,
     adapter: Path | None,
     max_new_tokens: int,

@@ -1,0 +1,17 @@
+"""Try a model in the browser: speak or upload a clip, read the transcript, ask a question, compare with the base."""
+
+from voxray.config.demo import DemoSettings
+from voxray.config.parse import REPOSITORY, parse
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    settings = parse(DemoSettings, argv, job="demo", about=__doc__ or "", demo="demo_demo.yaml")
+    from voxray.demo.serve import run_demo
+
+    run_demo(settings, example=str(REPOSITORY / "tests/assets/speech/sample.wav"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""What keeps the demo from starting, what it says where it listens, and a page that offers what the model can do."""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from conftest import SPEECH, TINY
+from pydantic import ValidationError
+from running import load_job
+
+from voxray.config.demo import DemoSettings
+from voxray.demo import serve
+
+SAMPLE = str(SPEECH / "sample.wav")
+
+
+@dataclass
+class Model:
+    """What the page asks of ``Answering`` before anybody asks anything."""
+
+    tasks: tuple[str, ...]
+    has_base: bool
+    base_name: str = "<base>"
+    adapter_name: str = ""
+    seen: list[Any] = field(default_factory=list)
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio's folder is named in the environment, which is put back after every test."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+
+
+def ended(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as end:
+        load_job("demo").main(["--model_id", TINY, *argv])
+    code = end.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err
+
+
+def test_what_keeps_it_from_starting_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (2, "error: --language: language 'Klingon' is not a two-letter code\n")
+    assert ended(capsys, "--language", "Klingon") == said
+    code, error = ended(capsys, "--host", "my.machine", "--port", "70000", "--max_upload_mib", "0")
+    assert code == 2 and [line.split()[1] for line in error.splitlines()[:3]] == [
+        "--host:",
+        "--port:",
+        "--max_upload_mib:",
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        said = f"error: --host 127.0.0.1 --port {port}: Address already in use; --port 0 takes a free one\n"
+        assert ended(capsys, "--port", port) == (1, said)
+    code, error = ended(capsys, "--host", "192.0.2.1", "--port", "0")
+    assert (code, error) == (1, "error: --host 192.0.2.1 --port 0: Cannot assign requested address\n")
+    code, error = ended(capsys, "--port", "0", "--lora_dir", "/nowhere")
+    assert code == 1 and error.startswith("error: --lora_dir /nowhere: no adapter here")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert ended(capsys, "--port", "0") == (1, "error: the demo needs Gradio: pip install 'voxray[demo]'\n")
+    assert not os.path.exists(os.environ["GRADIO_TEMP_DIR"]), "the folder for uploads is gone"
+
+
+@pytest.mark.parametrize(
+    ("host", "url", "warns"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:7860", False),
+        ("localhost", "http://localhost:7860", False),
+        ("::1", "http://[::1]:7860", False),
+        ("0.0.0.0", "http://127.0.0.1:7860", True),
+        ("::", "http://127.0.0.1:7860", True),
+        ("192.168.1.5", "http://192.168.1.5:7860", True),
+    ],
+)
+def test_it_says_where_it_is_and_who_can_reach_it(
+    host: str, url: str, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    serve._say_where(DemoSettings(host=host).host, 7860)
+    said = capsys.readouterr()
+    assert said.out == f"demo at {url}\n"
+    assert ("anybody on the network can use this demo" in said.err) == warns
+    with pytest.raises(ValidationError, match="must be localhost or the number"):
+        DemoSettings(host=f"{host}x")
+
+
+def shown(model: Model, example: str = "", **flags: Any) -> tuple[Any, dict[str, Any]]:
+    """The page, and what it tells a browser of each of its parts: {id: properties}."""
+    pytest.importorskip("gradio")
+    from voxray.demo.page import build_page
+
+    page = build_page(model, DemoSettings(**flags), example)  # type: ignore[arg-type]
+    parts = [part["props"] for part in page.get_config_file()["components"]]
+    return page, {part["elem_id"]: part for part in parts if part.get("elem_id")}
+
+
+def test_the_page_offers_what_the_model_can_do() -> None:
+    _, parts = shown(Model(("asr",), has_base=False))
+    assert not any(parts[name]["visible"] for name in ("question", "compare", "base")) and "example" not in parts
+    assert parts["tuned-text"]["label"] == "Answer"
+    _, parts = shown(Model(("asr", "sqa"), has_base=True), SAMPLE)
+    assert all(parts[name]["visible"] for name in ("question", "compare", "base", "example"))
+    assert parts["question"]["info"] == "About the clip" and parts["tuned-text"]["label"] == "With the adapter"
+    _, parts = shown(Model(("asr", "sqa", "tqa"), has_base=True))
+    assert parts["question"]["info"] == "About the clip, or by itself"
+
+
+def test_names_and_notes_in_the_header() -> None:
+    from voxray.demo.page import _header
+
+    assert "<b>&lt;base&gt;</b>" in _header(Model(("asr",), False))  # type: ignore[arg-type]
+    assert "no base to compare with" in _header(Model(("asr",), False, adapter_name="run/full"))  # type: ignore[arg-type]
+    assert "no base" not in _header(Model(("asr",), True, adapter_name="run/adapter"))  # type: ignore[arg-type]
+
+
+def test_notes_below_an_answer() -> None:
+    from voxray.demo.answers import Answer
+    from voxray.demo.page import _facts
+
+    whole = Answer(True, "text", 12.0, 3.0, 5, False, 1, {"cer": 0.25})
+    assert "<dt>RTFx</dt><dd>4.0</dd>" in _facts(whole, 48) and "<dt>cer</dt><dd>0.250</dd>" in _facts(whole, 48)
+    assert "note" not in _facts(whole, 48)
+    cut = _facts(Answer(True, "", 0.0, 3.0, 48, True, 3, {}), 48)
+    assert "RTFx" not in cut and "scores" not in cut
+    assert all(note in cut for note in ("cut off at 48 tokens", "answered in 3 chunks", "the answer is empty"))
+
+
+def test_flags_reach_the_page() -> None:
+    page, parts = shown(Model(("asr",), False), language="ko", concurrency=3, queue_size=5, keep_sec=30)
+    assert parts["language"]["value"] == "ko" and page.delete_cache == (30, 30)
+    [limit] = {fn.concurrency_limit for fn in page.fns.values() if len(fn.inputs) == 5}
+    assert (limit, page._queue.max_size) == (3, 5)
+    page, _ = shown(Model(("asr",), False), keep_sec=7200)
+    assert page.delete_cache == (60, 7200)
+    from voxray.demo.page import _footer
+
+    assert "up to 90 s and 2.5 MiB" in _footer(DemoSettings(max_audio_sec=90, max_upload_mib=2.5))
