@@ -27,7 +27,7 @@ from voxray.data.featurize import actor_pool
 from voxray.data.identity import audio_hash, leak_text, row_text, short_hash, speaker_of
 from voxray.importers import ImportedRow, ImportFault
 from voxray.importers.huggingface import embedded_audio
-from voxray.manifest import BadRow, check_values, segment
+from voxray.manifest import BadRow, check_values, segment, segments
 from voxray.storage import write_atomically
 from voxray.tasks import Task
 from voxray.text.korean import Reading, clean_transcript
@@ -144,7 +144,8 @@ class RowChecker:
             raw = values.pop("transcript_raw", answer)
             if not isinstance(raw, str):
                 raise BadRow("bad_type", f"transcript_raw is {type(raw).__name__}, not text")
-            cleaned = clean_transcript(raw, self.limits.reading)
+            reading = self.limits.reading
+            cleaned = clean_transcript(raw, reading)
             if cleaned.text != answer:
                 values["transcript_raw"] = answer
             if cleaned.phonetic != cleaned.text:
@@ -152,6 +153,9 @@ class RowChecker:
             if cleaned.notes:
                 values["transcript_notes"] = list(cleaned.notes)
             answer = cleaned.text
+            if segments(values):
+                parts = [{**part, "text": clean_transcript(part["text"], reading).text} for part in values["segments"]]
+                values["segments"] = parts
         values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
         num_chars = len("".join(answer.split()))
         limits = self.limits
