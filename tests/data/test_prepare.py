@@ -126,17 +126,16 @@ def test_dual_notation_keeps_both_readings(local_ray, tmp_path, corpus):
 @pytest.mark.ray
 def test_segments_say_what_the_transcript_says(local_ray, tmp_path, corpus):
     rows = [{**row, "split": ""} for row in corpus[:3]]
-    said = [
-        {"start": 0, "end": 1.5, "text": "b/ (70%)/(칠십 퍼센트)"},
-        {"start": 2, "end": 3.5, "text": "그거+ 맞아요"},
-    ]
-    rows[0] |= {"transcript": "b/ (70%)/(칠십 퍼센트) 그거+ 맞아요", "segments": said}
+    texts = ["b/ (70%)/(칠십 퍼센트)", "그거+ 맞아요"]
+    said = [{"start": 2 * at, "end": 2 * at + 1.5, "text": text} for at, text in enumerate(texts)]
+    rows[0] |= {"transcript": " ".join(texts), "segments": said}
     train, val, bad, _ = prepare(tmp_path, write_rows(tmp_path / "s.jsonl", rows))
     [row] = [row for row in [*train, *val] if "segments" in row]
     assert [part["text"] for part in row["segments"]] == ["70%", "그거 맞아요"] and not bad
     assert row["transcript"] == "70% 그거 맞아요" and row["segments"][1]["start"] == 2
 
 
+@pytest.mark.ray
 def test_what_prepare_writes_is_a_manifest(local_ray, tmp_path, corpus):
     """Its rows are read back as samples, text rows as well."""
     from voxray.manifest import chunks, read_chunk
