@@ -121,7 +121,7 @@ class InferSettings(AdapterFlags, SearchFlags):
     """An audio file, or a folder of them, to transcribe, or to answer --question about."""
     question: str = ""
     """What to ask about the audio; without it the audio is transcribed. Alone it is a question in text."""
-    language: str = ""
+    language: Annotated[str, Flag(("language_abbr",))] = ""
     """Language of the audio as a two-letter code; empty lets the model find out."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
