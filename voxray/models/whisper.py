@@ -33,6 +33,7 @@ from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 TEMPLATE_VERSION = "whisper-1"
 ENCODER = "encoder"
 MAX_AUDIO_SEC = 2 * 3600.0  # of one recording; 230 MB of log-mel
+ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have one more at least
 TIME_STEP_SEC = 0.02  # of Whisper's time tokens: two mel frames
 
 
@@ -50,6 +51,7 @@ class WhisperFrontEnd(WindowedLogMel):
 
     def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
         from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
+        from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
         if trim_audio:
             raise SettingsError("--trim_audio_tokens: Whisper has no audio tokens in its prompts; leave it out")
@@ -60,17 +62,23 @@ class WhisperFrontEnd(WindowedLogMel):
         self.max_positions: int = config.max_target_positions
         try:
             self._tokenizer: Any = WhisperTokenizer.from_pretrained(model_id)
-            generation: Any = GenerationConfig.from_pretrained(model_id)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RunError(f"--model_id {model_id}: no usable tokenizer or generation_config.json: {reason}") from None
+            raise RunError(
+                f"--model_id {model_id}: no usable tokenizer: {' '.join(str(error).split())[:200]}"
+            ) from None
+        try:
+            generation: Any = GenerationConfig.from_pretrained(model_id)
+        except OSError:
+            generation = None  # checkpoints of old trainers have none
         self.eos_id = self.pad_id = self._id("<|endoftext|>")
         self.start_id = self._id("<|startoftranscript|>")
         self.no_times_id = self._id("<|notimestamps|>")
         # English-only checkpoints have neither language nor task in their prompts
-        self.is_multilingual = bool(getattr(generation, "is_multilingual", True))
+        self.is_multilingual = bool(getattr(generation, "is_multilingual", config.vocab_size != ENGLISH_VOCABULARY))
         self.needs_language = self.is_multilingual
-        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", {}) if self.is_multilingual else {}
+        known = {f"<|{code}|>": self._tokenizer.convert_tokens_to_ids(f"<|{code}|>") for code in LANGUAGES}
+        known = {token: number for token, number in known.items() if number != self.eos_id}
+        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", known) if self.is_multilingual else {}
         how = [FEATURES_VERSION, TEMPLATE_VERSION, self.num_mel_bins, self.window_frames, self.is_multilingual]
         self.fingerprint = hashlib.sha256(json.dumps([*how, self._tokenizer_hash()]).encode()).hexdigest()
 
