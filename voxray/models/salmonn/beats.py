@@ -166,12 +166,12 @@ class BeatsAttention(nn.Module):
         super().__init__()
         width, self.heads = config.encoder_embed_dim, config.encoder_attention_heads
         self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            setattr(self, name, nn.Linear(width, width))
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.grep_linear = nn.Linear(width // self.heads, 8)
         self.grep_a = nn.Parameter(torch.ones(1, self.heads, 1, 1))
         if has_table:
-            self.relative_attention_bias = nn.Embedding(self.num_buckets, self.heads)
+            self.relative_attention_bias: Any = nn.Embedding(self.num_buckets, self.heads)
 
     def position_bias(self, num_tokens: int) -> torch.Tensor:
         """What a query at one place adds for a key at another one, shape (H, num_tokens, num_tokens)."""

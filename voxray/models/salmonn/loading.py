@@ -64,9 +64,8 @@ def load(
     trained = None if checkpoint is None else read_trained(checkpoint)
     beats_config, beats_weights = read_beats(beats)
     encoder = load_whisper_encoder(whisper, dtype)
-    language_model, num_tokens = load_llm(llm, dtype, **llm_options)
+    language_model = load_llm(llm, dtype, **llm_options)
     config = build_config(trained, encoder.config, beats_config, language_model.config, qformer_heads)
-    config.text_config.vocab_size = num_tokens
     model = SalmonnForConditionalGeneration(config, encoder, language_model)
     load_beats_weights(model.beats, beats_weights, str(beats))
     model.beats.to(dtype)
@@ -107,14 +106,12 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> tuple[Any, int]:
+def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
     """A language model with a row for [PAD].
 
     SALMONN draws that row at random and never stores it. No [PAD] is ever read here, but as an answer it is one more
     choice, so the row is made the same every time: the mean of the others.
 
-    Returns:
-        The model and the number of its tokens.
     Raises:
         RunError: It cannot be read.
     """
@@ -129,7 +126,7 @@ def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> tuple[An
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.weight[num_rows:] = layer.weight[:num_rows].float().mean(0).to(layer.weight.dtype)
-    return model, max(num_tokens, num_rows)
+    return model
 
 
 def build_config(
@@ -186,12 +183,12 @@ def set_pad_rows(model: SalmonnForConditionalGeneration, rows: str | Path | Rows
     """Set the [PAD] rows of the language model's embedding and head.
 
     Args:
-        rows: {name of a weight: row}, or a file that holds that as its ``pad_rows``.
+        rows: {name of a weight: row}, or a file that holds that as its ``pad_rows``, or its content.
     Raises:
         RunError: The file cannot be read, or the rows are not the two.
     """
     path = "pad_rows" if isinstance(rows, Mapping) else str(rows)
-    found = rows if isinstance(rows, Mapping) else read_tensors(rows, "pad_rows")
+    found: Any = rows.get("pad_rows", rows) if isinstance(rows, Mapping) else read_tensors(rows, "pad_rows")
     weights = {official_name(name): weight for name, weight in model.named_parameters()}
     for name, row in found.items():
         if name not in weights or weights[name].shape[1:] != row.shape:
