@@ -1,13 +1,16 @@
-"""Sweep task weights and LoRA ranks of multitask training with Ray Tune."""
+"""Sweep LoRA ranks, and task weights where there are several tasks, with Ray Tune."""
+
+import sys
 
 from voxray.config.parse import parse
-from voxray.config.tune import TuneSettings
+from voxray.config.tune import sweep_settings
 from voxray.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
-    settings = parse(TuneSettings, argv, job="tune", about=__doc__ or "", demo="demo_tune.yaml")
+    kind = sweep_settings(sys.argv[1:] if argv is None else argv)
+    settings = parse(kind, argv, job="tune", about=__doc__ or "", demo="demo_tune.yaml")
     from voxray.tune import run_sweep
 
     run_sweep(settings)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ASSETS = Path(__file__).parent / "assets"
 TINY = str(ASSETS / "voxtral-tiny")
+WHISPER = str(ASSETS / "whisper-tiny")
 SPEECH = ASSETS / "speech"
 TASKS = ("asr", "sqa", "tqa")
 
@@ -49,14 +51,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
-    """Featurize manifests with the tiny model in this process; returns their feature sets."""
-    from voxray.data.extract import Extractor
+    """Featurize manifests with a tiny model in this process; returns their feature sets."""
+    from voxray.data.extract import Extractor, Storing
     from voxray.data.featurize import featurize
 
     shared = tmp_path_factory.mktemp("features")
 
-    def make(*manifests: str, folder: Path = shared) -> tuple[Path, ...]:
-        return featurize(manifests, Extractor(TINY), folder, rows_per_shard=8, use_ray=False).folders
+    def make(*manifests: str, folder: Path = shared, model_id: str = TINY, **storing: Any) -> tuple[Path, ...]:
+        extractor = Extractor(model_id, Storing(**storing))
+        return featurize(manifests, extractor, folder, rows_per_shard=8, use_ray=False).folders
 
     return make
 

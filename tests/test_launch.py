@@ -31,7 +31,10 @@ def text_rows(count: int) -> list[dict]:
 def test_features_by_ray_equal_features_made_here(local_ray, small, tmp_path):
     """Two or more processes take part, and neither they nor their order show in the result."""
     manifests = [small["asr.train"], small["tqa.train"]]
-    by_ray = featurize(manifests, Extractor(TINY), tmp_path / "a", rows_per_shard=3, num_actors=2)
+    for attempt in range(3):  # on busy cores one process may be done before the other has come up
+        by_ray = featurize(manifests, Extractor(TINY), tmp_path / f"a{attempt}", rows_per_shard=3, num_actors=2)
+        if by_ray.num_processes >= 2:
+            break
     here = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
     assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 24
     for one, other in zip(by_ray.folders, here.folders, strict=True):

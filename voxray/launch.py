@@ -17,15 +17,16 @@ from rich.console import Console
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags, range_of
-from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
+from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
+from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
-from voxray.recipes import asr_adapter, multitask, text
+from voxray.recipes import asr_adapter, multitask, text, whisper
 from voxray.recipes.build import earlier_of
-from voxray.recipes.stage import Data
+from voxray.recipes.data import Data, training_data
 from voxray.run_folder import add_provenance, anchor, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
@@ -42,6 +43,7 @@ RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
     TextSettings: text.train,
     AsrAdapterSettings: asr_adapter.train,
     MultitaskSettings: multitask.train,
+    WhisperSettings: whisper.train,
 }
 """Every training job's recipe, by the class of its settings."""
 RAY_SETTINGS = {
@@ -164,6 +166,8 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     """
     run_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
+    refuse_other_family(settings)
+    refuse_changed_outputs(family_of(settings.model_id), settings.store, settings.quantize, None)
     earlier = earlier_of(settings, family_of(settings.model_id)) if settings.init_adapter else None
     open_run(run_dir, settings, overwrite=settings.overwrite)
     if earlier:
@@ -197,21 +201,18 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     return result
 
 
-def training_data(settings: TrainSettings, run_dir: Path, *, use_ray: bool) -> Data:
-    """Bring the feature sets of a training job up to date."""
-    where = settings.features_dir or str(run_dir / "features")
-    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
-    train, validation = (tuple(dict.fromkeys(names)) for names in (settings.train_jsonl, settings.val_jsonl))
-    report = make_features(
-        settings,
-        settings.model_id,
-        train,
-        features_dir,
-        bf16=settings.bf16,
-        plain_manifests=validation,
-        use_ray=use_ray,
-    )
-    return Data(report.folders[: len(train)], report.folders[len(train) :])
+def refuse_other_family(settings: TrainSettings) -> None:
+    """Refuse a base that the job does not train.
+
+    Raises:
+        SettingsError: With the job that does.
+    """
+    found = family_of(settings.model_id).name
+    if found != settings.family:
+        hint = {"whisper": "jobs/train_whisper.py trains it", "voxtral": "jobs/train_multitask.py trains it"}.get(found)
+        raise SettingsError(
+            f"--model_id {settings.model_id}: a {found} model, and this job trains {settings.family}; {hint}"
+        )
 
 
 def on_workers(

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +47,10 @@ def one_line(message: str) -> str:
     return "\\n".join(short.splitlines())
 
 
+Segment = tuple[float, float, str]
+"""A part of a transcript: when it begins and ends, in seconds from the beginning of the clip, and its text."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One usable row.
@@ -62,6 +66,7 @@ class Sample:
         start_sec: Where in the file the clip begins.
         duration_sec: How long it is; 0 takes all from ``start_sec`` on.
         channel: Channel to take, from 0; -1 averages all.
+        segments: When the parts of the transcript are said, if the row says so.
     """
 
     id: str
@@ -74,6 +79,7 @@ class Sample:
     start_sec: float = 0.0
     duration_sec: float = 0.0
     channel: int = -1
+    segments: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,26 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
     language, source = language_code(row.get("language")), f"{manifest}:{number}"
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row))
+    where = (*segment(row), segments(row))
+    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *where)
+
+
+def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
+    """The usable rows at some places, manifest by manifest in order of their lines.
+
+    Args:
+        sources: ``<manifest>:<line>`` of each.
+    """
+    lines: dict[str, set[int]] = {}
+    for source in sources:
+        manifest, _, line = source.rpartition(":")
+        lines.setdefault(manifest, set()).add(int(line))
+    for manifest, wanted in sorted(lines.items()):
+        for chunk in chunks(manifest, lines_per_chunk):
+            if any(chunk.first_line <= line < chunk.first_line + chunk.num_lines for line in wanted):
+                for sample in read_chunk(chunk).samples:
+                    if int(sample.source.rpartition(":")[2]) in wanted:
+                        yield sample
 
 
 def is_id(value: Any) -> bool:
@@ -272,6 +297,30 @@ def segment(row: dict[str, Any]) -> tuple[float, float, int]:
         float(duration or 0) if start is not None else 0.0,
         -1 if channel is None else int(channel),
     )
+
+
+def segments(row: dict[str, Any]) -> tuple[Segment, ...]:
+    """``segments`` of a row, a list of {start, end, text} in seconds of the clip; else it is passed over.
+
+    Raises:
+        BadRow: ``bad_segment``: times that are no numbers, or do not follow each other; a text that is none.
+    """
+    found = row.get("segments")
+    if not isinstance(found, list) or not all(
+        isinstance(part, dict) and {"start", "end", "text"} <= set(part) for part in found
+    ):
+        return ()
+    read: list[Segment] = []
+    for part in found:
+        start, end, text = part["start"], part["end"], part["text"]
+        numbers = all(isinstance(at, int | float) and not isinstance(at, bool) for at in (start, end))
+        if not numbers or not isinstance(text, str):
+            raise BadRow("bad_segment", f"segments: needs numbers and a text, not {part}")
+        if not (read[-1][1] if read else 0) <= start < end < 1e9:
+            raise BadRow("bad_segment", f"segments: {start} to {end} s does not follow the one before it")
+        if text.strip():
+            read.append((float(start), float(end), text.strip()))
+    return tuple(read)
 
 
 def _audio_path(value: str, manifest: str) -> str:

@@ -1,29 +1,28 @@
-"""Sweeps: Ray Tune over task weights and LoRA ranks, every trial a Ray Train run, weak ones stopped early by ASHA."""
+"""Sweeps: Ray Tune over LoRA ranks and task weights, every trial a Ray Train run, weak ones stopped early by ASHA."""
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from voxray.config.train import MultitaskSettings
-from voxray.config.tune import TuneSettings
+from voxray.config.train import TrainSettings
 from voxray.errors import RunError, SettingsError
-from voxray.launch import count_workers, on_workers, ray_session, training_data, warn_about_idle_flags
+from voxray.launch import count_workers, on_workers, ray_session, refuse_other_family, warn_about_idle_flags
 from voxray.manifest import first_fault
-from voxray.recipes.stage import Data
+from voxray.recipes.data import Data, training_data
 from voxray.run_folder import anchor, make_folder, provenance
 from voxray.storage import write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.terminal import console, progress_bar
 
-SWEPT = ("task_weights", "lora_r")
 DRIVER_CPUS = 0.01  # a trial's own process only waits for its workers
 
 
-def run_sweep(settings: TuneSettings) -> dict[str, Any]:
+def run_sweep(settings: Any) -> dict[str, Any]:
     """Run the sweep and write ``results.csv`` and ``best.yaml``.
 
     Returns:
@@ -34,6 +33,7 @@ def run_sweep(settings: TuneSettings) -> dict[str, Any]:
     _check(settings)
     output_dir = anchor(settings.output_dir, settings.storage_path)
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
+    refuse_other_family(settings)
     make_folder(output_dir)
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
@@ -55,12 +55,12 @@ def run_sweep(settings: TuneSettings) -> dict[str, Any]:
     console.print(
         f"sweep: {len(rows)} trials; best {settings.metric} {finished[0][settings.metric]:.4f} with", markup=False
     )
-    console.print(f"  task_weights {finished[0]['task_weights']}, lora_r {finished[0]['lora_r']}", markup=False)
+    console.print(f"  {', '.join(f'{name} {finished[0][name]}' for name in swept(settings))}", markup=False)
     console.print(f"results.csv and best.yaml in {output_dir}", markup=False)
     return finished[0]
 
 
-def _check(settings: TuneSettings) -> None:
+def _check(settings: Any) -> None:
     task, _, metric = settings.metric.partition("/")
     if task not in TASKS or metric not in TASKS[task].metrics:
         known = ", ".join(f"{name}/{item}" for name, entry in TASKS.items() for item in entry.metrics)
@@ -71,15 +71,18 @@ def _check(settings: TuneSettings) -> None:
         raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
 
 
-def trial_settings(settings: TuneSettings, choice: dict[str, Any], trial_dir: Path) -> MultitaskSettings:
+def swept(settings: Any) -> tuple[str, ...]:
+    """Flags of which a sweep has several choices."""
+    return tuple(name for name in ("task_weights", "lora_r") if name in type(settings).model_fields)
+
+
+def trial_settings(settings: Any, choice: dict[str, Any], trial_dir: Path) -> TrainSettings:
     """Settings of the training run of one trial."""
-    values = {name: value for name, value in dict(settings).items() if name in MultitaskSettings.model_fields}
-    return MultitaskSettings(
-        **{**values, **choice, "output_dir": str(trial_dir), "storage_path": "", "overwrite": True}
-    )
+    values = {name: value for name, value in dict(settings).items() if name in settings.trains.model_fields}
+    return settings.trains(**{**values, **choice, "output_dir": str(trial_dir), "storage_path": "", "overwrite": True})
 
 
-def _tune(settings: TuneSettings, output_dir: Path, data: Data, num_workers: int) -> Any:
+def _tune(settings: Any, output_dir: Path, data: Data, num_workers: int) -> Any:
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -105,8 +108,8 @@ def _tune(settings: TuneSettings, output_dir: Path, data: Data, num_workers: int
     concurrent = settings.max_concurrent_trials or max(1, room)
     grid = settings.num_trials == 0
     choose = tune.grid_search if grid else tune.choice
-    space = {name: choose(list(getattr(settings, name))) for name in SWEPT}
-    num_trials = settings.num_trials or len(settings.task_weights) * len(settings.lora_r)
+    space = {name: choose(list(getattr(settings, name))) for name in swept(settings)}
+    num_trials = settings.num_trials or math.prod(len(getattr(settings, name)) for name in swept(settings))
     with progress_bar("trials") as bar:
         tuner = tune.Tuner(
             tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
@@ -130,11 +133,12 @@ def _tune(settings: TuneSettings, output_dir: Path, data: Data, num_workers: int
         return tuner.fit()
 
 
-def _row(result: Any, settings: TuneSettings) -> dict[str, Any]:
+def _row(result: Any, settings: Any) -> dict[str, Any]:
     """One trial as a line of results.csv."""
-    metrics = result.metrics or {}
-    weights = ",".join(f"{name}={weight:g}" for name, weight in (result.config or {})["task_weights"].items())
-    row = {"trial": metrics.get("trial_id"), "task_weights": weights, "lora_r": (result.config or {})["lora_r"]}
+    metrics, choice = result.metrics or {}, dict(result.config or {})
+    if "task_weights" in choice:
+        choice["task_weights"] = ",".join(f"{name}={weight:g}" for name, weight in choice["task_weights"].items())
+    row = {"trial": metrics.get("trial_id"), **choice}
     row |= {"step": metrics.get("step"), "sec": metrics.get("time_total_s")}
     names = [f"{name}/{item}" for name, task in TASKS.items() for item in task.metrics]
     row |= {name: metrics.get(name) for name in names if name in metrics or name == settings.metric}
@@ -150,15 +154,16 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def _write_best(path: Path, settings: TuneSettings, best: dict[str, Any]) -> None:
-    """The winner as a file that train_multitask takes as --config."""
+def _write_best(path: Path, settings: Any, best: dict[str, Any]) -> None:
+    """The winner as a file that the recipe's training job takes as --config."""
     values = {
         name: getattr(settings, name)
-        for name in MultitaskSettings.model_fields
-        if name in settings.model_fields_set and name not in {*SWEPT, "output_dir", "overwrite"}
+        for name in settings.trains.model_fields
+        if name in settings.model_fields_set and name not in {*swept(settings), "output_dir", "overwrite"}
     }
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    values |= {"task_weights": best["task_weights"], "lora_r": int(best["lora_r"])}
+    values |= {name: best[name] for name in swept(settings)}
     values["output_dir"] = str(path.parent / "best")
-    head = f"# best of the sweep by {settings.metric} ({best[settings.metric]:.4f}), for train_multitask --config\n"
+    value, job = f"{best[settings.metric]:.4f}", f"train_{settings.recipe}"
+    head = f"# best of the sweep by {settings.metric} ({value}), for {job} --config\n"
     write_atomically(path, (head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode())

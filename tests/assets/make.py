@@ -1,10 +1,13 @@
-"""Make everything in this folder: the tiny Voxtral and the synthetic speech.
+"""Make everything in this folder: the tiny Voxtral, the tiny Whisper and the synthetic speech.
 
-    python tests/assets/make.py tokenizer   voxtral-tiny/tekken.json, cut from Tekken (see cut_tokenizer.py)
-    python tests/assets/make.py corpus      speech/: espeak-ng clips and manifests (see texts.py, voices.py, corpus.py)
-    python tests/assets/make.py base        voxtral-tiny/: the base model, trained here from scratch (see pretrain.py)
-    python tests/assets/make.py check       measure it: heard voices, unheard voices, after LoRA; writes README.md
-    python tests/assets/make.py all         the four in this order, about 25 minutes on two cores
+    python tests/assets/make.py tokenizer       voxtral-tiny/tekken.json, cut from Tekken (see cut_tokenizer.py)
+    python tests/assets/make.py corpus          speech/: espeak-ng clips and manifests (texts.py, voices.py, corpus.py)
+    python tests/assets/make.py base            voxtral-tiny/: the base, trained from scratch (see pretrain_voxtral.py)
+    python tests/assets/make.py check           measure it: heard voices, unheard voices, after LoRA; writes README.md
+    python tests/assets/make.py whisper         whisper-tiny/: tokenizer and base model (train_tokenizer.py, windows.py,
+                                                pretrain_whisper.py)
+    python tests/assets/make.py check_whisper   measure it: the same, and long recordings and languages
+    python tests/assets/make.py all             the six in this order, about 50 minutes on two cores
 
 Needs the espeak-ng program; tests need only what it leaves here. Texts, speakers, rows and samples are the same in
 every run. Two things are not: Ogg files carry a random stream number, and trained weights depend on the CPU.
@@ -21,8 +24,9 @@ import cut_tokenizer
 import texts
 
 HERE = Path(__file__).parent
-MODEL, SPEECH = HERE / "voxtral-tiny", HERE / "speech"
+MODEL, WHISPER, SPEECH = HERE / "voxtral-tiny", HERE / "whisper-tiny", HERE / "speech"
 VOCAB_SIZE = 4096
+NUM_WHISPER_TOKENS = 1500  # of text, at most
 sys.path.insert(0, str(HERE.parents[1]))  # voxray, when it is not installed
 
 
@@ -39,19 +43,42 @@ def make_corpus() -> None:
 
 def make_base() -> None:
     """Train the base model and write it with its processor to ``voxtral-tiny/``."""
-    import pretrain
+    import pretrain_voxtral
 
-    pretrain.train_base(MODEL)
+    pretrain_voxtral.train_base(MODEL)
 
 
 def make_check() -> None:
     """Measure the base before and after LoRA and write the figures to README.md."""
-    import adapt_check
+    import check_voxtral
 
-    adapt_check.write_readme(HERE, MODEL, SPEECH)
+    check_voxtral.write_readme(HERE, MODEL, SPEECH)
 
 
-STEPS = {"tokenizer": make_tokenizer, "corpus": make_corpus, "base": make_base, "check": make_check}
+def make_whisper() -> None:
+    """Train the tiny Whisper's tokenizer, then its base model, and write the whole folder ``whisper-tiny/``."""
+    import pretrain_whisper
+    import train_tokenizer
+
+    train_tokenizer.write_tokenizer(WHISPER, texts.all_strings(), NUM_WHISPER_TOKENS)
+    pretrain_whisper.train_whisper(WHISPER)
+
+
+def make_check_whisper() -> None:
+    """Measure the tiny Whisper before and after LoRA and write the figures to README.md."""
+    import check_whisper
+
+    check_whisper.write_readme(HERE, WHISPER, SPEECH)
+
+
+STEPS = {
+    "tokenizer": make_tokenizer,
+    "corpus": make_corpus,
+    "base": make_base,
+    "check": make_check,
+    "whisper": make_whisper,
+    "check_whisper": make_check_whisper,
+}
 
 
 def main() -> None:

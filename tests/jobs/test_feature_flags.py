@@ -108,6 +108,19 @@ def test_variants(made: Any, tmp_path: Path) -> None:
     assert seen["usual"] == seen["seldom"] == seen["no rooms"]
 
 
+def test_language(speech: str, tmp_path: Path, made: Any) -> None:
+    """Of rows that name none; the others keep theirs."""
+    rows = read_rows(speech)
+    rows[0]["language"], rows[1]["language"] = "", "en"
+    features, _ = made(manifest=write_rows(tmp_path / "l.jsonl", rows))
+    assert features.has_language.tolist() == [False, True, True, True]
+    plain = [features.row(number).prompt_ids.tolist() for number in range(3)]
+    features, _ = made(manifest=str(tmp_path / "l.jsonl"), language="Korean")
+    assert features.has_language.all() and features.row(0).language == "ko"
+    found = [features.row(number).prompt_ids.tolist() for number in range(3)]
+    assert found[1:] == plain[1:] and len(found[0]) > len(plain[0]), "lang:ko is in the prompt"
+
+
 def test_feature_flags_reach_training(small: dict[str, str], speech: str, tmp_path: Path) -> None:
     """Training manifests get the variants, the held-out ones do not; both are stored as asked for."""
     flags = {"model_id": TINY, "train_jsonl": speech, "val_jsonl": small["asr.val"], "num_workers": 0, "variants": 3}

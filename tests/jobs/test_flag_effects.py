@@ -23,6 +23,7 @@ VARIANTS = dict.fromkeys(
 MASKS = ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_mask_share")
 FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
+LANGUAGE = "feature_flags::language"
 TRIM = "trim_flag"
 TRAIN = {
     "model_id": "training_flags::model_id",
@@ -32,6 +33,7 @@ TRAIN = {
     "features_dir": FOLDERS,
     "rows_per_shard": FOLDERS,
     "num_actors": "other_flags::numbers_of_ray_actors",
+    "language": LANGUAGE,
     "strict": "training_flags::strict",
     "bf16": "training_flags::bf16",
     "fp16": "training_flags::fp16",
@@ -92,6 +94,8 @@ PUBLISHED = {
     for flag in ("lora_r", "lora_alpha", "lr", "epochs")
 }
 ONLY_MULTITASK = {"curriculum", "per_task_bsz", "freeze_whisper", "task_weights"}
+NOT_WHISPER = {*ONLY_MULTITASK, "trim_audio_tokens"}
+OF_WHISPER = "whisper::defaults_are_the_published_ones"
 ONLY_AUDIO = {"variants", "trim_audio_tokens", *VARIANTS, *MASKS}
 OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
@@ -113,6 +117,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     | {
         "num_actors": "other_flags::numbers_of_ray_actors",
         **dict.fromkeys(("store", "cache_dtype"), "feature_flags::store"),
+        "language": LANGUAGE,
         **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
         "verify": "feature_flags::verify",
         "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_as_training_does",
@@ -137,6 +142,16 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "cuda_visible_devices": WARNS,
     },
     "train_multitask": TRAIN,
+    "train_whisper": {
+        **{flag: f"{line} whisper::flags_reach_the_recipe" for flag, line in TRAIN.items() if flag not in NOT_WHISPER},
+        **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lr", "warmup_steps"), OF_WHISPER),
+        **dict.fromkeys(("per_device_bsz", "max_len", "eval_max_new_tokens", "pack_tokens"), OF_WHISPER),
+        **dict.fromkeys(("freeze_encoder", "lora_targets"), "whisper::what_trains"),
+        "store": "whisper::stored_encoder_outputs_are_for_a_frozen_encoder",
+        "language": "whisper::old_settings_train",
+        "cuda_visible_devices": WARNS,
+        "task": WARNS,
+    },
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
         **dict.fromkeys(("val_jsonl", "mode"), EVALUATE_ROWS),
@@ -155,6 +170,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "max_len": "other_flags::evaluate_max_len",
         "trim_audio_tokens": f"{TRIM}::evaluation_asks_as_the_adapter_was_trained",
         "strict": "other_flags::evaluate_strict",
+        "language": LANGUAGE,
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
         **CACHE,
         "cuda_visible_devices": WARNS,
@@ -210,6 +226,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("task_weights", "lora_r", "num_trials", "grace_steps", "max_concurrent_trials"), SEARCH),
         **dict.fromkeys(("num_workers",), SEARCH),
         **dict.fromkeys(("metric", "metric_mode", "output_dir", "storage_path"), WINNER),
+        "recipe": "whisper::a_sweep_over_ranks",
         "overwrite": WARNS,
         "cuda_visible_devices": WARNS,
     },

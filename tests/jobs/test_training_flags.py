@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -96,6 +97,7 @@ def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             return fit(trainee, a_loader, *args)
 
     def watched_collate(rows: Any, front_end: Any, masks: Any) -> Any:
+        time.sleep(0.02)  # long enough for a second thread to take the next batch
         runs[-1].batches.append((len(rows), threading.current_thread().name))
         return collate_training(rows, front_end, masks)
 

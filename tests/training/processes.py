@@ -1,4 +1,4 @@
-"""Runs the multitask recipe in several processes over gloo, without Ray."""
+"""Runs a recipe in several processes over gloo, without Ray."""
 
 import shutil
 import sys
@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from voxray.config.train import MultitaskSettings
+from voxray.config.train import TrainSettings
 from voxray.data.features import FeatureRow, Features
-from voxray.recipes import multitask, stage
+from voxray.launch import RECIPES
+from voxray.recipes import stage
+from voxray.recipes.data import Data
 from voxray.training import guard
 from voxray.training.engine import Worker
 from voxray.training.loop import Trainee, Watch
@@ -34,18 +36,16 @@ class Job:
         look: Called on every worker with what was trained, at the end.
     """
 
-    settings: MultitaskSettings
-    data: multitask.Data
+    settings: TrainSettings
+    data: Data
     first_scale: float = guard.FIRST_SCALE
     poisoned: Sequence[int] = ()
     stop_after: int = 0
     after: Path | None = None
-    look: Callable[[MultitaskSettings, Trainee], None] | None = None
+    look: Callable[[TrainSettings, Trainee], None] | None = None
 
 
-def run(
-    settings: MultitaskSettings, data: multitask.Data, num_workers: int = 1, **trouble: Any
-) -> list[dict[str, Any]]:
+def run(settings: TrainSettings, data: Data, num_workers: int = 1, **trouble: Any) -> list[dict[str, Any]]:
     """Train in ``settings.output_dir`` and return the training records of metrics.jsonl; ``trouble`` as in ``Job``."""
     return run_all([Job(settings, data, **trouble)], num_workers)[0]
 
@@ -98,7 +98,7 @@ def _train(job: Job, worker: Worker) -> None:
         return steps
 
     with _trouble(job), mock.patch.object(stage, "fit", watched):
-        multitask.train(job.settings, run_dir, job.data, worker)
+        RECIPES[type(job.settings)](job.settings, run_dir, job.data, worker)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from voxray.config.parse import CommaStrings, Flag, Settings
+from voxray.manifest import language_code
 from voxray.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
@@ -110,6 +111,8 @@ class FeatureFlags(Settings):
     float16 is as small as bfloat16 and eight times as precise."""
     cache_budget_gib: Annotated[float, Field(gt=0)] = 200.0
     """Largest size of the shards of --store encoder, GiB; the need is estimated first, and more is refused."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
+    """Language of the audio rows that name none, as a two-letter code; without it nothing is said of them."""
     features_cache_dir: Annotated[str, Flag(path="output")] = "~/.cache/voxray/shards"
     """Where copies of shards are kept that are read from a URL."""
     features_cache_gib: Annotated[float, Field(gt=0)] = 50.0

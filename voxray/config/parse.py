@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
     num_words = next((at for at, token in enumerate(argv) if token.startswith("--")), len(argv)) if words else 0
     flags, config_path, errors = _scan(model, argv[num_words:])
     if num_words:
-        _put(flags, words, tuple(argv[:num_words]), f"--{words}", errors)
+        _put(model, flags, words, tuple(argv[:num_words]), f"--{words}", errors)
     values = {}
     if config_path is not None:
         values, yaml_errors = _read_yaml(Path(config_path), model)
@@ -141,22 +141,36 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
                     errors.append(f"--config: given twice, as {config_path!r} and {value!r}")
                 config_path = value
             else:
-                _put(values, name, value, f"--{spelled}", errors)
+                _put(model, values, name, value, f"--{spelled}", errors)
         else:
             if not has_value and queue and queue[0].lower() in {"true", "false"}:
                 has_value, value = "=", queue.pop(0)
             if has_value and value.lower() not in {"true", "false"}:
                 errors.append(f"--{spelled}: a switch takes true or false, not {value!r}")
                 continue
-            _put(values, name, (value.lower() == "true" if has_value else True) != negated, f"--{spelled}", errors)
+            is_on = (value.lower() == "true" if has_value else True) != negated
+            _put(model, values, name, is_on, f"--{spelled}", errors)
     return values, config_path, errors
 
 
-def _put(values: dict[str, Any], name: str, value: Any, spelled: str, errors: list[str]) -> None:
+def _put(model: type[Settings], values: dict[str, Any], name: str, value: Any, spelled: str, errors: list[str]) -> None:
     """Keep one value; the last of a repeated flag wins only if it says the same thing."""
-    if name in values and values[name] != value:
+    if name in values and not _same(model, name, values[name], value):
         errors.append(f"{spelled}: given twice, as {values[name]!r} and {value!r}")
     values[name] = value
+
+
+def _same(model: type[Settings], name: str, first: Any, second: Any) -> bool:
+    """Whether two spellings of a value mean the same, such as Korean and ko."""
+    if first == second:
+        return True
+    field = model.model_fields[name]
+    kind: Any = typing.Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
+    read = TypeAdapter(kind).validate_python
+    try:
+        return read(first) == read(second)
+    except ValidationError:
+        return False
 
 
 def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
@@ -205,7 +219,7 @@ def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[
         elif isinstance(value, bool) and not _is_bool(model.model_fields[name]):
             errors.append(f"{path}: {key}: is no switch, but YAML reads this value as {value}; quote it if it is text")
         else:
-            _put(values, name, value, f"{path}: {key}", errors)
+            _put(model, values, name, value, f"{path}: {key}", errors)
     return values, errors
 
 

@@ -1,6 +1,6 @@
 """Settings of the training jobs."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -22,12 +22,16 @@ from voxray.config.groups import (
 )
 from voxray.config.parse import CommaStrings, Flag
 from voxray.evaluation.metrics.names import validation_metrics
+from voxray.manifest import language_code
 
 
 def _known_metric(value: str) -> str:
     if value not in (known := validation_metrics()):
         raise ValueError(f"must be one of {', '.join(known)}")
     return value
+
+
+WHISPER = "openai/whisper-small"
 
 
 class TrainSettings(
@@ -43,6 +47,8 @@ class TrainSettings(
 ):
     """What every training job takes."""
 
+    family: ClassVar[str] = "voxtral"
+    """Name of the model family that the job trains."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
     """Folder of the run; a relative one stands under --storage_path, or the current directory."""
     train_jsonl: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
@@ -136,6 +142,48 @@ class MultitaskSettings(TrainSettings, TaskBatchingFlags, VariantFlags, MaskFlag
         """Stored outputs are those of the encoder as it is, for clips as they are."""
         if self.store == "encoder" and not self.freeze_whisper:
             raise ValueError("--store encoder: LoRA in the encoder (--no_freeze_whisper) changes its outputs")
+        refuse_masks_on_encoder_outputs(self.store, self)
+        return self
+
+
+class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
+    """Settings of jobs/train_whisper.py."""
+
+    family: ClassVar[str] = "whisper"
+    model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = WHISPER
+    """Base model: a folder on disk or a hub id."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
+    """Language of the rows that name none, as a two-letter code; without one a row is not trained on."""
+    task: Annotated[Literal["transcribe"], Flag(no_effect="there is only one")] = "transcribe"
+    """What Whisper is asked to do: transcribe, in the language that is spoken."""
+    freeze_encoder: Annotated[bool, Flag(("freeze_whisper",))] = False
+    """Train the decoder alone: keep LoRA out of the encoder. With --tuning full the encoder's own weights stay."""
+    lora_targets: Annotated[CommaStrings, Flag(("target_modules",)), Field(min_length=1)] = ("q_proj", "v_proj")
+    """Names of the layers that LoRA adapts, wherever they stand in encoder and decoder, cross attention too; others are
+    k_proj, out_proj, fc1 and fc2."""
+    pack_tokens: Annotated[int, Field(ge=16)] = 16_384
+    """Size of a pack with --batching packed: tokens, and the 1,500 positions that the encoder has for each clip."""
+    lora_r: Annotated[int, Field(ge=1, le=1024)] = 32
+    """LoRA rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 64
+    """LoRA scale; updates are multiplied by alpha / r."""
+    lr: Annotated[float, Flag(("learning_rate",)), Field(gt=0)] = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 50
+    """Optimizer steps over which the learning rate rises from 0."""
+    per_device_bsz: Annotated[int, Flag(("per_device_train_batch_size",)), Field(ge=1)] = 8
+    """Rows per forward pass in one worker."""
+    max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 448
+    """Longest row in tokens (prompt and transcript), 448 at most; longer rows are listed in quarantine.jsonl, never
+    cut."""
+    eval_max_new_tokens: Annotated[int, Field(ge=1)] = 225
+    """Longest answer generated during validation, in tokens."""
+
+    @model_validator(mode="after")
+    def _encoder_outputs_are_fixed(self) -> "WhisperSettings":
+        """Stored outputs are those of the encoder as it is, for clips as they are."""
+        if self.store == "encoder" and not self.freeze_encoder:
+            raise ValueError("--store encoder: LoRA in the encoder changes its outputs; add --freeze_encoder")
         refuse_masks_on_encoder_outputs(self.store, self)
         return self
 

@@ -153,7 +153,7 @@ class RowMeasurer:
     def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: Measured) -> None:
         num_windows = front_end.num_windows(num_samples) if num_samples else 0
         num_prompt = len(front_end.prompt_ids(sample, num_samples))
-        num_target = len(front_end.target_ids(sample.answer))
+        num_target = len(front_end.target_ids(sample.answer, sample.segments))
         row.num_tokens = num_prompt + num_target
         if row.num_tokens <= self.limits.max_len:
             return

@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch
 from voxray.audio.augment import NONE, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
 from voxray.data.collate import padded_windows
+from voxray.data.shards import LAYOUT
 from voxray.manifest import BadRow, Sample, digest
 from voxray.models.family import Family, FrontEnd, family_of
 
@@ -35,6 +36,7 @@ class Storing:
         bf16: Whether the encoder computes in bfloat16, as a training run with --bf16 does.
         waveform: Variants of every clip.
         trim_audio: Leave audio tokens that stand for padding out of prompts; what is stored of the clip is the same.
+        language: Two-letter code of the language of rows that name none, "" if it is not known.
     """
 
     store: Literal["mel", "pcm16", "encoder"] = "mel"
@@ -42,6 +44,7 @@ class Storing:
     bf16: bool = False
     waveform: WaveformAugmentation = NONE
     trim_audio: bool = False
+    language: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -63,7 +66,12 @@ class Extractor:
     def __init__(self, model_id: str, storing: Storing | None = None) -> None:
         self.model_id, self.storing = model_id, storing or Storing()
         self.front_end: FrontEnd = family_of(model_id).front_end(model_id, trim_audio=self.storing.trim_audio)
-        how = [self.front_end.fingerprint, self.storing.store]
+        how: list[Any] = [
+            LAYOUT,
+            self.front_end.fingerprint,
+            self.storing.store,
+            *filter(None, [self.storing.language]),
+        ]
         if self.storing.store == "encoder":
             weights = family_of(model_id).encoder_fingerprint(model_id)
             how += [self.storing.dtype, "bf16" if self.storing.bf16 else "fp32", weights]
@@ -91,7 +99,8 @@ class Extractor:
         Raises:
             BadRow: The clip is missing or unusable, or the text cannot be encoded.
         """
-        shared = {"target_ids": self.front_end.target_ids(sample.answer), "task": sample.task.name}
+        sample = replace(sample, language=sample.language or self.storing.language)
+        shared = {"target_ids": self.front_end.target_ids(sample.answer, sample.segments), "task": sample.task.name}
         for name in ("id", "language", "source", "audio_path", "prompt", "answer"):
             shared[name] = getattr(sample, name)
         if not sample.task.has_audio:

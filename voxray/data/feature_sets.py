@@ -81,7 +81,7 @@ def storing_of(settings: FeatureFlags, *, bf16: bool) -> Storing:
         if given:
             console.print(f"warning: --{given[0]} has no effect without --variants", markup=False)
     trim_audio = isinstance(settings, TrimFlags) and settings.trim_audio_tokens
-    return Storing(settings.store, settings.cache_dtype, bf16, waveform, trim_audio)
+    return Storing(settings.store, settings.cache_dtype, bf16, waveform, trim_audio, settings.language)
 
 
 def make_features(

@@ -89,6 +89,7 @@ class Features:
         num_target_tokens: Tokens of the answer, the end-of-text token included.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
+        has_language: Whether the row's language is known, bool.
 
     Raises:
         RunError: A folder holds no finished set, or the sets do not store the same.
@@ -111,6 +112,7 @@ class Features:
         self.num_target_tokens = self._numbers("num_target_tokens")
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
+        self.has_language = self._numbers("language") != ""
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
         self._max_open = OPEN_SHARDS if all(isinstance(f, Path) for f in self.folders) else OPEN_REMOTE_SHARDS

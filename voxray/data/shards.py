@@ -28,6 +28,8 @@ import torch
 from voxray.storage import Place, checksum, move_into_place, scratch_file, write_json
 from voxray.tasks import TASKS
 
+LAYOUT = 2
+"""Of the shards' columns and the index; sets of another layout are made again."""
 ROWS_PER_BATCH = 16
 STORES = ("mel", "pcm16", "encoder")
 """What a set can store of a clip:
@@ -59,6 +61,7 @@ INDEX_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
+        ("language", pa.string()),
         ("task", pa.int8()),
         ("variant", pa.int32()),
         ("shard", pa.int32()),
@@ -130,6 +133,7 @@ def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any
     return {
         "id": [row["id"] for row in rows],
         "source": [row["source"] for row in rows],
+        "language": [row["language"] for row in rows],
         "task": [TASK_CODES[row["task"]] for row in rows],
         "shard": [shard] * len(rows),
         "row": list(range(len(rows))),

@@ -88,17 +88,25 @@ def generated(
     model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], *, batch_size: int, search: Search
 ) -> Iterator[tuple[int, Generated]]:
     """Answer rows, ``batch_size`` at a time, and yield each answer with its row's place as soon as it is there."""
-    limit = search.max_new_tokens
+    limits = [max(1, min(search.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
+    is_alone = [front_end.is_answered_alone(row.prompt_ids, row.num_windows) for row in rows]
+    together = [place for place in range(len(rows)) if not is_alone[place]]
+    batches = [[place] for place in range(len(rows)) if is_alone[place]]
     if search.is_greedy:
-        for answer in greedy(model, family, front_end, rows, batch_size=batch_size, limits=[limit] * len(rows)):
-            yield answer.number, _finished(answer.ids, front_end, limit, answer.sec)
-        return
-    for start in range(0, len(rows), batch_size):
-        batch, began = rows[start : start + batch_size], time.perf_counter()
-        found = _library_ids(model, family, front_end, batch, search)
-        sec = (time.perf_counter() - began) / len(batch)
-        for place, ids in enumerate(found):
-            yield start + place, _finished(ids, front_end, limit, sec)
+        some, limits_of = [rows[place] for place in together], [limits[place] for place in together]
+        for answer in greedy(model, family, front_end, some, batch_size=batch_size, limits=limits_of):
+            place = together[answer.number]
+            yield place, _finished(answer.ids, front_end, limits[place], answer.sec)
+    else:
+        batches += [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
+    for places in batches:
+        began, limit = time.perf_counter(), min(limits[place] for place in places)
+        found = _library_ids(model, family, front_end, [rows[place] for place in places], search, limit)
+        sec = (time.perf_counter() - began) / len(places)
+        for place, ids in zip(places, found, strict=True):
+            # window by window, each of them may take the limit
+            longest = limit * rows[place].num_windows if is_alone[place] else limit
+            yield place, _finished(ids, front_end, longest, sec)
 
 
 def tried(
@@ -159,9 +167,13 @@ def answers(
 
 @torch.inference_mode()
 def _library_ids(
-    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], search: Search
+    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], search: Search, limit: int
 ) -> list[list[int]]:
-    """Tokens of answers by transformers' generate, without the end-of-text token."""
+    """Tokens of answers by transformers' generate, without the end-of-text token.
+
+    Args:
+        limit: Longest answer, in tokens.
+    """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate_prompts(rows, front_end).items()}
     options: dict[str, Any] = {"do_sample": False, "num_beams": search.num_beams}
@@ -171,7 +183,8 @@ def _library_ids(
         # transformers would draw among 50 tokens unless told that top_k is off
         options |= {"do_sample": True, "temperature": search.temperature, "top_p": search.top_p, "top_k": 0}
     special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}
-    ids_BL = family.generate(model, batch, max_new_tokens=search.max_new_tokens, **special, **options)
+    num_samples = [row.num_samples for row in rows]
+    ids_BL = family.generate(model, batch, num_samples=num_samples, max_new_tokens=limit, **special, **options)
     return [_until(ids, front_end.eos_id) for ids in ids_BL.tolist()]
 
 

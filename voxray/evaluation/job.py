@@ -28,8 +28,9 @@ from voxray.evaluation.predictions import read_predictions, scored
 from voxray.evaluation.report import write_report
 from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
+from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
-from voxray.models.lora import base_of_adapter, find_adapter, roles_of_adapter
+from voxray.models.lora import base_of_adapter, find_adapter
 from voxray.models.trimming import read_record, trims_audio
 from voxray.run_folder import anchor, make_folder, provenance, refuse_training_folder
 from voxray.storage import Place, to_jsonl, write_atomically, write_json
@@ -67,8 +68,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     write_json(output_dir / "provenance.json", provenance())
     where = settings.features_dir or str(output_dir / "features")
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
-    if settings.store == "encoder" and adapter and "encoder" in roles_of_adapter(adapter, family_of(model_id)):
-        raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
+    refuse_changed_outputs(family_of(model_id), settings.store, settings.quantize, adapter)
     generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
     generation = replace(generation, perplexity=settings.perplexity)
     _, most_models = range_of(settings.num_models)

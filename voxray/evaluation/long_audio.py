@@ -12,13 +12,12 @@ from typing import Any
 
 from voxray.audio.decode import header_seconds
 from voxray.evaluation.predictions import place_of
-from voxray.manifest import BadRow, Sample, chunks, read_chunk
+from voxray.manifest import BadRow, Sample, samples_at
 from voxray.models.family import FrontEnd
 from voxray.storage import Place, to_jsonl, write_atomically
 
 OVERLAP_SEC = 5.0
 MAX_CHUNKS = 1000  # a damaged header may claim years
-LINES_PER_CHUNK = 256
 CHUNK_MANIFEST = "long_audio.jsonl"
 
 
@@ -126,16 +125,9 @@ def with_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> l
 
 
 def _refused(folders: Iterable[Place]) -> list[Sample]:
-    wanted: dict[str, dict[int, str]] = {}
+    refused = []
     for folder in dict.fromkeys(folders):
         for line in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines()):
             if line["reason"] == "audio_too_long":
-                wanted.setdefault(line["manifest"], {})[line["line"]] = line["reason"]
-    found = []
-    for manifest, lines in wanted.items():
-        for chunk in chunks(manifest, LINES_PER_CHUNK):
-            if any(chunk.first_line <= line < chunk.first_line + chunk.num_lines for line in lines):
-                samples = read_chunk(chunk).samples
-                by_line = {int(sample.source.rpartition(":")[2]): sample for sample in samples}
-                found += [by_line[n] for n in sorted(lines) if n in by_line and is_too_long(lines[n], by_line[n])]
-    return found
+                refused.append(f"{line['manifest']}:{line['line']}")
+    return [sample for sample in samples_at(refused) if is_too_long("audio_too_long", sample)]

@@ -8,7 +8,7 @@ Shape letters: B rows, L columns, H heads, D width of a head, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
@@ -84,7 +84,7 @@ class CausalDecoding:
         self._position_B = mask_BL.sum(1)
 
     @classmethod
-    def begin(cls, run: Run, inputs: dict[str, Any]) -> tuple["CausalDecoding", torch.Tensor]:
+    def begin(cls, run: Run, inputs: dict[str, Any]) -> tuple[Self, torch.Tensor]:
         """Read prompts.
 
         Args:
@@ -95,7 +95,7 @@ class CausalDecoding:
         mask_BL = inputs["attention_mask"].bool()
         state = cls(run, mask_BL)
         positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
-        return state, run(**inputs, position_ids=positions_BL, past_key_values=state._cache)
+        return state, run(**inputs, position_ids=positions_BL, past_key_values=state._memory)
 
     def step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Add a token to every row; returns logits_BV of the next one."""
@@ -103,7 +103,7 @@ class CausalDecoding:
         # With four dimensions the library takes the mask as it is; without padding there is none to apply.
         mask = self._mask_BL[:, None, None] if self._is_padded else None
         inputs = {"input_ids": ids_B[:, None], "attention_mask": mask, "position_ids": self._position_B[:, None]}
-        logits_BV = self._run(**inputs, past_key_values=self._cache)
+        logits_BV = self._run(**inputs, past_key_values=self._memory)
         self._position_B = self._position_B + 1
         return logits_BV
 
@@ -129,6 +129,11 @@ class CausalDecoding:
 
     def _see(self, mask_BL: torch.Tensor) -> None:
         self._mask_BL, self._is_padded = mask_BL, not bool(mask_BL.all())
+
+    @property
+    def _memory(self) -> Any:
+        """What the model is given as ``past_key_values``."""
+        return self._cache
 
     @property
     def _layers(self) -> list[RoomyLayer]:

@@ -61,12 +61,14 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         note_trimming(base, trimmed)  # its config.json is written with the model
         console.print("trained with --trim_audio_tokens: voxray reads that off config.json, others have to know it")
     with_adapter = probe_logits(model, family, front_end)
-    roles = list(family.roles) if settings.merge == "all" else ["projector"]
+    roles = list(family.roles) if settings.merge == "all" else [settings.merge]
+    if not set(roles) <= set(family.roles):
+        raise SettingsError(f"--merge {settings.merge}: a {family.name} model has no {settings.merge}")
     if not isinstance(model, PeftModel) and settings.merge != "all":
         raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
     num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
     if not num_merged:
-        raise RunError(f"--merge {settings.merge}: {adapter} has no part in the projector")
+        raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
     difference = _difference(probe_logits(model, family, front_end), with_adapter)
     _check(difference, torch.float32, "the merged model")
     partial = output_dir.with_name(f".{output_dir.name}.part")
@@ -124,7 +126,7 @@ def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tenso
     samples = np.random.default_rng(0).normal(0, 0.1, round(PROBE_SEC * front_end.sample_rate_hz)).astype(np.float32)
     features = front_end.features(samples)
     rows = []
-    for name in ("asr", "tqa"):
+    for name in ("asr", "tqa") if "tqa" in family.tasks else ("asr",):
         audio = TASKS[name].has_audio
         prompt, path = ("", "probe") if audio else (PROBE_TEXT, "")
         sample = Sample("probe", TASKS[name], prompt, PROBE_TEXT, path, "ko", "")
@@ -169,7 +171,7 @@ def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch
     base.to(dtype).save_pretrained(folder)
     from transformers.utils.hub import cached_file
 
-    for name in ("tekken.json", "preprocessor_config.json", "processor_config.json", "params.json", "README.md"):
+    for name in (*family.files, "README.md"):
         found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
         if found and not (folder / name).exists():
             shutil.copyfile(found, folder / name)

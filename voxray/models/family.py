@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from voxray.errors import RunError, SettingsError
-from voxray.manifest import Sample
+from voxray.manifest import Sample, Segment
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,33 @@ class FrontEnd(Protocol):
         fingerprint: Hash of everything that decides its output; shards made under another one are stale.
         sample_rate_hz: Rate that clips are resampled to.
         max_audio_sec: Longest clip the family takes.
+        max_windows: Longest clip that it can be trained on, in windows; None is as long as it takes.
+        max_positions: Longest prompt and answer together, in tokens.
+        outside_positions: Positions of one window that cost memory and stand in no prompt: those of an encoder that a
+            decoder looks at.
         window_frames: Mel frames of one model window.
         num_mel_bins: Bins of one frame.
         encoder_positions: Outputs of the audio encoder for one window.
         encoder_dim: Width of each of them.
         pad_id: Token id of padding.
         eos_id: Token id that ends an answer.
+        needs_language: Whether a row has to say its language to be trained on.
         trims_audio: Whether audio tokens that stand for padding alone are left out of prompts.
     """
 
     fingerprint: str
     sample_rate_hz: int
     max_audio_sec: float
+    max_windows: int | None
+    max_positions: int
+    outside_positions: int
     window_frames: int
     num_mel_bins: int
     encoder_positions: int
     encoder_dim: int
     pad_id: int
     eos_id: int
+    needs_language: bool
     trims_audio: bool
 
     def features(self, samples: np.ndarray) -> AudioFeatures: ...
@@ -66,7 +75,17 @@ class FrontEnd(Protocol):
 
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]: ...
 
-    def target_ids(self, text: str) -> list[int]: ...
+    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
+        """Token ids of an answer and what ends it.
+
+        Args:
+            segments: When its parts are said, for families that are trained with times.
+        """
+        ...
+
+    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+        """Whether a row is answered by itself through ``Family.generate``, not in a batch token by token."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -101,6 +120,8 @@ class Family(Protocol):
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
         fixed: Names of modules whose weights never train, not even in full tuning.
+        quantized: Roles whose layers ``quantize`` holds in fewer bits.
+        files: Names of the files beside configuration and weights that make a model's folder complete.
     """
 
     name: str
@@ -108,6 +129,8 @@ class Family(Protocol):
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
     fixed: tuple[str, ...]
+    quantized: tuple[str, ...]
+    files: tuple[str, ...]
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> FrontEnd:
         """The front end of a base.
@@ -143,8 +166,16 @@ class Family(Protocol):
         """
         ...
 
-    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-        """Continue prompts by transformers' own generate, which also knows beams and sampling."""
+    def generate(
+        self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
+    ) -> torch.Tensor:
+        """Continue prompts by transformers' own generate, which also knows beams and sampling.
+
+        Args:
+            num_samples: Samples of each row's clip.
+        Returns:
+            ids_BL of the continuations alone, padded on the right.
+        """
         ...
 
 
@@ -156,8 +187,9 @@ def family_of(model_id: str) -> Family:
         SettingsError: The model is of no family that voxray knows.
     """
     from voxray.models.voxtral import Voxtral
+    from voxray.models.whisper import Whisper
 
-    families: dict[str, Family] = {"voxtral": Voxtral()}
+    families: dict[str, Family] = {family.name: family for family in (Voxtral(), Whisper())}
     kind = str(read_config(model_id).get("model_type"))
     if kind not in families:
         raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(families)}")

@@ -24,11 +24,16 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FULL = "full"
 
 
-def target_pattern(family: Family, roles: Sequence[str]) -> str:
-    """Regular expression over whole module names that matches the LoRA layers of some roles and nothing else."""
+def target_pattern(family: Family, roles: Sequence[str], targets: Sequence[str] = ()) -> str:
+    """Regular expression over whole module names that matches the LoRA layers of some roles and nothing else.
+
+    Args:
+        targets: Names of these layers; empty takes the family's own.
+    """
     parts = []
     for role in roles:
-        within, names = ("|".join(map(re.escape, words)) for words in (family.roles[role], family.lora_targets[role]))
+        words = (family.roles[role], targets or family.lora_targets[role])
+        within, names = ("|".join(map(re.escape, some)) for some in words)
         parts.append(rf"(?:.*\.)?(?:{within})\.(?:.*\.)?(?:{names})")
     return "|".join(parts)
 
@@ -49,6 +54,7 @@ def add_lora(
     alpha: float,
     dropout: float,
     tuning: str = "lora",
+    targets: Sequence[str] = (),
 ) -> PeftModel:
     """Wrap a frozen base with LoRA on the given roles.
 
@@ -56,6 +62,7 @@ def add_lora(
         roles: Such as ("projector", "llm").
         model_id: Name or folder of the base, kept in the adapter.
         tuning: ``lora``, ``dora`` or ``rslora``.
+        targets: Names of the layers to adapt within the roles; empty takes the family's own.
     Returns:
         The PEFT model; LoRA weights are float32 and the only ones that train.
     Raises:
@@ -65,7 +72,7 @@ def add_lora(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=dropout,
-        target_modules=target_pattern(family, roles),
+        target_modules=target_pattern(family, roles, targets),
         use_dora=tuning == "dora",
         use_rslora=tuning == "rslora",
         base_model_name_or_path=model_id,
@@ -73,7 +80,7 @@ def add_lora(
     matched = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
     for role in roles:
         if not any(role_of(name, family) == role for name in matched):
-            raise RunError(f"LoRA: no layer of the {role} is called {', '.join(family.lora_targets[role])}")
+            raise RunError(f"LoRA: no layer of the {role} is called {', '.join(targets or family.lora_targets[role])}")
     wrapped = get_peft_model(model, config)
     check_lora(wrapped, family, roles)
     return wrapped
@@ -86,7 +93,7 @@ def train_fully(model: Any, family: Family, roles: Sequence[str]) -> Any:
         RunError: A role has no weights.
     """
     for name, parameter in model.named_parameters():
-        if role_of(name, family) in roles and not set(family.fixed) & set(name.split(".")):
+        if role_of(name, family) in roles and not any(f".{fixed}." in f".{name}." for fixed in family.fixed):
             parameter.requires_grad_(True)
     counts = count_parameters(model, family)
     for role in roles:

@@ -53,6 +53,31 @@ def quantization(kind: str, dtype: torch.dtype, keep: Sequence[str]) -> Any:
     )
 
 
+def load_frozen(
+    model_class: Any, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str, keep: Sequence[str]
+) -> Any:
+    """Load a base with every weight frozen.
+
+    Args:
+        model_class: Its class in transformers.
+        dtype: Type of the weights and of computing.
+        quantize, keep: See ``quantization``.
+    Raises:
+        RunError: Weights are missing or cannot be read, or bitsandbytes is missing.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = quantization(quantize, dtype, keep)
+    options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
+    try:
+        model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+    settle(model)
+    return model.to(device).requires_grad_(False).eval()
+
+
 def settle(model: Any) -> None:
     """Make quantised layers compute the same in training and evaluation, and after either.
 

@@ -18,26 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel, num_valid_frames
+from voxray.audio.logmel import num_valid_frames
 from voxray.errors import RunError
-from voxray.manifest import BadRow, Sample
+from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
-from voxray.models.family import AudioFeatures, model_file, weights_below
+from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
+from voxray.models.family import model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
-from voxray.models.quantize import quantization, settle
+from voxray.models.quantize import load_frozen
 from voxray.models.trimming import trims_audio
-from voxray.models.voxtral_audio import ENCODER_STRIDE, PassThrough, touching, with_trimmed_audio
+from voxray.models.voxtral_audio import touching, with_trimmed_audio
+from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 from voxray.tasks import TASKS
 
-FEATURES_VERSION = "logmel-1"
 TEMPLATE_VERSION = "voxtral-v7-1"
 ENCODER = "audio_tower"
 MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
 
 
-class VoxtralFrontEnd:
+class VoxtralFrontEnd(WindowedLogMel):
     """Voxtral's features and prompts, equal to ``VoxtralProcessor``'s (tests hold the two against each other).
 
     The prompts are built from token ids directly: the processor encodes every clip as a WAV file in base64 to count its
@@ -49,23 +50,23 @@ class VoxtralFrontEnd:
             what it and the projector make of the padding has no place in the language model then (see ``Voxtral``).
     """
 
-    sample_rate_hz = SAMPLE_RATE_HZ
     max_audio_sec = MAX_AUDIO_SEC
+    max_windows: int | None = None
+    outside_positions = 0
+    needs_language = False
 
     def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
         from transformers import VoxtralConfig
 
-        audio: Any = VoxtralConfig.from_pretrained(model_id).audio_config
-        self.model_id, self.trims_audio = model_id, trims_audio(model_id, trim_audio)
-        self.num_mel_bins: int = audio.num_mel_bins
-        self.encoder_positions: int = audio.max_source_positions
+        config: Any = VoxtralConfig.from_pretrained(model_id)
+        audio = config.audio_config
+        super().__init__(model_id, audio.num_mel_bins, audio.max_source_positions)
+        self.trims_audio = trims_audio(model_id, trim_audio)
         self.encoder_dim: int = audio.hidden_size
-        self.window_frames: int = audio.max_source_positions * ENCODER_STRIDE
-        self.window_samples = self.window_frames * HOP_SAMPLES
+        self.max_positions: int = config.text_config.max_position_embeddings
         # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
         self.positions_per_window: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
         self.frames_per_position = self.window_frames // self.positions_per_window  # 3,000 / 375 = 8
-        self._check_preprocessor(model_id)
         self._load_tokenizer()
         self.fingerprint = hashlib.sha256(
             json.dumps(
@@ -80,22 +81,6 @@ class VoxtralFrontEnd:
                 ]
             ).encode()
         ).hexdigest()
-
-    def _check_preprocessor(self, model_id: str) -> None:
-        """Refuse a front end that computes other features than ours."""
-        from transformers import WhisperFeatureExtractor
-
-        try:
-            found = WhisperFeatureExtractor.from_pretrained(model_id)
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise RunError(f"--model_id {model_id}: no usable preprocessor_config.json: {reason}") from None
-        wanted = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
-        for name, value in {**wanted, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
-            if getattr(found, name) != value:
-                raise RunError(
-                    f"--model_id {model_id}: its preprocessor has {name} {getattr(found, name)}, not {value}"
-                )
 
     def _load_tokenizer(self) -> None:
         from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
@@ -113,27 +98,11 @@ class VoxtralFrontEnd:
 
     def __getstate__(self) -> dict[str, Any]:
         """The tokenizer is read again where the front end arrives: its Rust core does not pickle."""
-        return {key: value for key, value in self.__dict__.items() if key not in {"_tekken", "_logmel"}}
+        return {key: value for key, value in super().__getstate__().items() if key != "_tekken"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._load_tokenizer()
-
-    def features(self, samples: np.ndarray) -> AudioFeatures:
-        """Log-mel of one clip; the clamp to 8 decades is over the whole recording, as in the processor.
-
-        Args:
-            samples: float32, shape (num_samples,), 16 kHz.
-        """
-        if not hasattr(self, "_logmel"):
-            self._logmel = LogMel(self.num_mel_bins)
-        num_windows = self.num_windows(len(samples))
-        mel_KF, fill = self._logmel.valid(samples, num_windows * self.window_samples)
-        return AudioFeatures(mel_KF, fill, num_windows)
-
-    def num_windows(self, num_samples: int) -> int:
-        """Whole windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
-        return -(-num_samples // self.window_samples)
 
     def num_positions(self, num_samples: int) -> int:
         """Audio tokens of a clip: those of whole windows, or, trimmed, those that its frames reach.
@@ -164,7 +133,7 @@ class VoxtralFrontEnd:
             return [*ids, self.end_inst_id, *language, self.transcribe_id]
         return [*ids, *self._encode(sample.prompt), self.end_inst_id]
 
-    def target_ids(self, text: str) -> list[int]:
+    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
         """Token ids of the answer and the end-of-text token after it."""
         return [*self._encode(text), self.eos_id]
 
@@ -173,6 +142,10 @@ class VoxtralFrontEnd:
             return self._tekken.encode(text, bos=False, eos=False)
         except UnicodeEncodeError:
             raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
+
+    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+        """Never: all windows of a clip stand in one prompt."""
+        return False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without control tokens."""
@@ -193,7 +166,7 @@ class Voxtral:
     """Voxtral's model side."""
 
     name = "voxtral"
-    tasks = tuple(TASKS)
+    tasks: tuple[str, ...] = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {
             "encoder": (ENCODER,),
@@ -209,10 +182,12 @@ class Voxtral:
         }
     )
 
+    fixed: tuple[str, ...] = ("audio_tower.embed_positions",)  # sinusoids
+    quantized: tuple[str, ...] = ("llm",)
+    files: tuple[str, ...] = ("tekken.json", "preprocessor_config.json", "processor_config.json", "params.json")
+
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> VoxtralFrontEnd:
         return VoxtralFrontEnd(model_id, trim_audio=trim_audio)
-
-    fixed: tuple[str, ...] = ("embed_positions",)  # sinusoids
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """Load the base with every weight frozen.
@@ -224,25 +199,15 @@ class Voxtral:
             RunError: Weights are missing or cannot be read, or bitsandbytes is missing.
         """
         from transformers import VoxtralForConditionalGeneration
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
-        config = quantization(quantize, dtype, keep=(ENCODER, "multi_modal_projector", "lm_head"))
-        options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
-        try:
-            model: Any = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **options)
-        except (OSError, ValueError) as error:
-            raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
-        settle(model)
-        return model.to(device).requires_grad_(False).eval()
+        keep = (ENCODER, "multi_modal_projector", "lm_head")
+        return load_frozen(
+            VoxtralForConditionalGeneration, model_id, dtype=dtype, device=device, quantize=quantize, keep=keep
+        )
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the audio encoder's weights as they are stored."""
-        found = hashlib.sha256()
-        for name, tensor in weights_below(model_id, ENCODER).items():
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        return weights_fingerprint(model_id, ENCODER)
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the audio encoder alone, as ``load_model`` would load it.
@@ -253,21 +218,15 @@ class Voxtral:
         from transformers import VoxtralConfig, VoxtralEncoder
 
         config = VoxtralConfig.from_pretrained(model_id).audio_config
-        encoder: Any = VoxtralEncoder._from_config(config, dtype=dtype)
-        try:
-            encoder.load_state_dict({name: t.to(dtype) for name, t in weights_below(model_id, ENCODER).items()})
-        except RuntimeError as error:
-            raise RunError(f"--model_id {model_id}: {' '.join(str(error).split())[:300]}") from None
-        return encoder.to(device).requires_grad_(False).eval()
+        return load_alone(VoxtralEncoder, config, model_id, ENCODER, dtype=dtype, device=device)
 
-    @torch.inference_mode()
     def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
         """Outputs of the encoder for whole windows.
 
         Returns:
             states_WPD, P encoder frames of a window.
         """
-        return encoder(mel_WFT, return_dict=True).last_hidden_state
+        return encode(encoder, mel_WFT)
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
@@ -317,7 +276,9 @@ class Voxtral:
 
         return CausalDecoding.begin(run, with_trimmed_audio(base, batch))
 
-    def generate(self, model: Any, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    def generate(
+        self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
+    ) -> torch.Tensor:
         """Continue left-padded prompts.
 
         Returns:

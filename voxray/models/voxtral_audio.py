@@ -10,20 +10,8 @@ from typing import Any
 
 import torch
 
-ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
-
-
-class PassThrough(torch.nn.Module):
-    """Stands where the encoder was, and gives its stored outputs on to the projector."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
+from voxray.models.encoder import PassThrough
+from voxray.models.windows import ENCODER_STRIDE
 
 
 @contextmanager

@@ -31,13 +31,20 @@ def trimming_of(settings: TrainSettings) -> bool | None:
 
 
 def build_model(
-    roles: Sequence[str], settings: TrainSettings, family: Family, worker: Worker, *, with_encoder: bool = True
+    roles: Sequence[str],
+    settings: TrainSettings,
+    family: Family,
+    worker: Worker,
+    *,
+    with_encoder: bool = True,
+    lora_targets: Sequence[str] = (),
 ) -> tuple[Any, str]:
     """Load the base and choose what trains; the same on every worker.
 
     Args:
         roles: Parts of the model that train.
         with_encoder: False if the features are the encoder's outputs already.
+        lora_targets: Names of the layers that LoRA adapts within the roles; empty takes the family's own.
     Returns:
         The model, and a line on the adapter that its LoRA starts from, if there is one.
     """
@@ -54,7 +61,9 @@ def build_model(
     if settings.tuning == "full":
         model = train_fully(base, family, roles)
     else:
-        model = add_lora(base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, **lora)
+        model = add_lora(
+            base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, targets=lora_targets, **lora
+        )
     trimmed = trimming_of(settings)
     note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
     started = ""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from voxray.audio.augment import SpecAugment
+from voxray.audio.logmel import HOP_SAMPLES
 from voxray.config.groups import MaskFlags
 from voxray.config.train import TrainSettings
 from voxray.data.batching import Batching
@@ -26,7 +27,8 @@ from voxray.evaluation.metrics.names import validation_metrics
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import count_parameters
 from voxray.recipes.build import build_model, resume
-from voxray.storage import Place, write_json
+from voxray.recipes.data import Data
+from voxray.storage import write_json
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import CheckpointWriter, Progress, checkpoint_folder, publish_adapter
 from voxray.training.engine import DataParallel, Engine, Moments, Worker
@@ -45,14 +47,6 @@ DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
 
 
 @dataclass(frozen=True)
-class Data:
-    """Feature sets of a run."""
-
-    train: tuple[Place, ...]
-    validation: tuple[Place, ...]
-
-
-@dataclass(frozen=True)
 class Stage:
     """What one stage of training does.
 
@@ -62,6 +56,7 @@ class Stage:
         task_weights: Relative shares of the rows drawn; None draws every row once per epoch.
         per_task_bsz: Rows of a forward pass by task, for batches by length.
         curriculum: Tasks and epochs of one phase after the other; empty draws all tasks for --epochs.
+        lora_targets: Names of the layers that LoRA adapts within the roles; empty takes the family's own.
     """
 
     roles: tuple[str, ...]
@@ -69,6 +64,7 @@ class Stage:
     task_weights: Mapping[str, float] | None = None
     per_task_bsz: Mapping[str, int] | None = None
     curriculum: tuple[Phase, ...] = ()
+    lora_targets: tuple[str, ...] = ()
 
 
 Lost = tuple[Features, int, str, str]
@@ -103,8 +99,11 @@ def _train_stage(
     family = family_of(settings.model_id)
     front_end = family.front_end(settings.model_id)
     features, held_out = Features(data.train), Features(data.validation)
-    rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out)
-    model, started = build_model(stage.roles, settings, family, worker, with_encoder=features.store != "encoder")
+    rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out, front_end, data.divided)
+    with_encoder = features.store != "encoder"
+    model, started = build_model(
+        stage.roles, settings, family, worker, with_encoder=with_encoder, lora_targets=stage.lora_targets
+    )
     start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
     start, moments = resume(run_dir, model, start)
     counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
@@ -113,7 +112,7 @@ def _train_stage(
     trainee.guard.load(start.guard)
     selection = selection_of(settings, held_out, held_out_rows)
     selection.load(start.selection)
-    plan = plan_of(stage, settings, features, rows, start.packs_per_step)
+    plan = plan_of(stage, settings, features, rows, start.packs_per_step, front_end.outside_positions)
     num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
@@ -207,8 +206,19 @@ def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Pre
     return previews
 
 
-def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.ndarray, packs_per_step: int) -> Plan:
-    """The plan of a run over the rows that it may draw."""
+def plan_of(
+    stage: Stage,
+    settings: TrainSettings,
+    features: Features,
+    rows: np.ndarray,
+    packs_per_step: int,
+    outside_positions: int = 0,
+) -> Plan:
+    """The plan of a run over the rows that it may draw.
+
+    Args:
+        outside_positions: Of one window, beside the tokens (see ``models.family.FrontEnd``).
+    """
     variants = Variants(rows, features.sample[rows], settings.seed)
     sizes = (settings.per_device_bsz, settings.pack_tokens, stage.per_task_bsz)
     return Plan(
@@ -220,7 +230,7 @@ def plan_of(stage: Stage, settings: TrainSettings, features: Features, rows: np.
         packs_per_step,
         settings.drop_last,
         variants,
-        features.num_tokens,
+        features.num_tokens + features.num_windows * outside_positions,
         stage.curriculum,
     )
 
@@ -232,19 +242,27 @@ def masks_of(settings: TrainSettings) -> SpecAugment:
 
 
 def choose_rows(
-    stage: Stage, settings: TrainSettings, features: Features, held_out: Features
+    stage: Stage,
+    settings: TrainSettings,
+    features: Features,
+    held_out: Features,
+    front_end: FrontEnd,
+    divided: frozenset[str] = frozenset(),
 ) -> tuple[np.ndarray, np.ndarray, list[Lost]]:
     """Rows to train on, rows to validate on, and those that are left out.
 
+    Args:
+        divided: See ``Data``.
     Raises:
         RunError: Nothing is left to train on.
     """
     lost: list[Lost] = []
     kept = []
+    max_len = min(settings.max_len, front_end.max_positions)
     for part in (features, held_out):
-        rows, too_long = part.within(settings.max_len)
+        rows, too_long = part.within(max_len)
         of_stage = np.isin(part.task, [TASK_CODES[name] for name in stage.tasks])
-        limit = f"tokens, over --max_len {settings.max_len}"
+        limit = f"tokens, over --max_len {max_len}"
         too_long = too_long[of_stage[too_long]]
         lost += [(part, int(row), "too_long", f"{part.num_tokens[row]} {limit}") for row in too_long]
         others = np.flatnonzero(~of_stage)
@@ -252,7 +270,10 @@ def choose_rows(
         names = {code: name for name, code in TASK_CODES.items()}
         message = f"this job trains on {', '.join(stage.tasks)} rows"
         lost += [(part, int(row), "other_task", f"{names[int(part.task[row])]}: {message}") for row in others]
-        kept.append(rows[of_stage[rows]])
+        rows = rows[of_stage[rows]]
+        unfit = list(_unfit(part, rows, front_end, divided))
+        lost += [(part, row, reason, message) for row, reason, message in unfit if reason]
+        kept.append(rows[~np.isin(rows, [row for row, *_ in unfit])])
     rows, held_out_rows = kept
     limit_rows = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
     held_out_rows = first_rows_per_task(held_out, held_out_rows, limit_rows)
@@ -261,6 +282,26 @@ def choose_rows(
     if not len(rows):
         raise RunError(f"--train_jsonl: {_why_none(stage, settings, features)}")
     return rows, held_out_rows, lost
+
+
+def _unfit(
+    part: Features, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
+) -> Iterator[tuple[int, str, str]]:
+    """Rows within the token limit that the family cannot be trained on, with reason and message.
+
+    Of a row that stands again in parts the reason is empty: nothing of it is lost.
+    """
+    window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
+    for row in rows[part.num_windows[rows] > (front_end.max_windows or np.inf)].tolist():
+        seconds = part.num_samples[row] / front_end.sample_rate_hz
+        message = (
+            f"{seconds:.1f} s, and the model is trained on {window_sec * (front_end.max_windows or 1):g} s at most;"
+        )
+        message += " give the row segments ({start, end, text}), at which it is divided"
+        yield row, "" if part.source(row) in divided else "audio_too_long", message
+    if front_end.needs_language:
+        for row in rows[~part.has_language[rows]].tolist():
+            yield row, "no_language", "the row names no language, which this model is told; give it one, or --language"
 
 
 def _why_none(stage: Stage, settings: TrainSettings, features: Features) -> str:

@@ -1,8 +1,7 @@
-"""Measure the assets: what the base hears, what it does not, and what LoRA makes of it. Writes README.md."""
+"""Measure the tiny Voxtral: what the base hears, what it does not, and what LoRA makes of it. Writes README.md."""
 
 from __future__ import annotations
 
-import random
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,15 +10,14 @@ import texts
 import torch
 from corpus import read_jsonl
 from examples import Encoder, collate, generate, read_rows
-from peft import LoraConfig, get_peft_model
-from rapidfuzz.distance import Levenshtein
+from peft import LoraConfig
+from scores import adapt, cer, draw_rows, exact, folder_mb, write_figures
 from transformers import VoxtralForConditionalGeneration
 
 LORA_MODULES = (
     r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     r"|model\.multi_modal_projector\.linear_[12]"
 )
-START, END = "<!-- figures: written by make.py check -->", "<!-- end of figures -->"
 NUM_STEPS, BATCH_SIZE, PEAK_LR, WARMUP_STEPS = 300, 16, 2e-3, 20
 
 
@@ -28,19 +26,6 @@ def load(folder: Path) -> VoxtralForConditionalGeneration:
     model = VoxtralForConditionalGeneration.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     return model
-
-
-def cer(references: list[str], hypotheses: list[str]) -> float:
-    """Corpus character error rate without spaces."""
-    pairs = [(texts.normalise(r), texts.normalise(h)) for r, h in zip(references, hypotheses, strict=True)]
-    return sum(Levenshtein.distance(r, h) for r, h in pairs) / sum(len(r) for r, _ in pairs)
-
-
-def exact(references: list[str], hypotheses: list[str]) -> float:
-    """Share of answers that match after normalisation."""
-    return sum(texts.normalise(r) == texts.normalise(h) for r, h in zip(references, hypotheses, strict=True)) / len(
-        references
-    )
 
 
 def majority(speech: Path, task: str) -> float:
@@ -70,39 +55,13 @@ def measure(model: torch.nn.Module, speech: Path, encoder: Encoder, show: int = 
     return figures
 
 
-def adapt(
-    model: VoxtralForConditionalGeneration,
-    speech: Path,
-    encoder: Encoder,
-    num_steps: int = NUM_STEPS,
-    peak_lr: float = PEAK_LR,
-) -> torch.nn.Module:
+def adapt_on_corpus(model: VoxtralForConditionalGeneration, speech: Path, encoder: Encoder) -> torch.nn.Module:
     """Train LoRA (llm and projector) on the three training manifests mixed; return the adapted model."""
-    torch.manual_seed(0)
-    rng = random.Random(0)
     rows = [row for task in ("asr", "sqa", "tqa") for row in read_jsonl(speech / f"{task}.train.jsonl")]
     examples, mels = read_rows(speech, rows, encoder)
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LORA_MODULES))
-    model.print_trainable_parameters()
-    params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=peak_lr, weight_decay=0.0)
-    model.train()
-    order: list[int] = []
-    for step in range(num_steps):
-        if len(order) < BATCH_SIZE:
-            order += rng.sample(range(len(examples)), len(examples))
-        picked, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
-        warm, left = (step + 1) / WARMUP_STEPS, (num_steps - step) / num_steps
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(warm, left)
-        loss = model(**collate([examples[i] for i in picked], mels)).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        if step % 50 == 0 or step == num_steps - 1:
-            print(f"lora step {step} loss {loss:.3f}", flush=True)
-    return model
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_MODULES)
+    draws = draw_rows(examples, BATCH_SIZE)
+    return adapt(model, config, lambda: collate(next(draws), mels), NUM_STEPS, PEAK_LR, WARMUP_STEPS)
 
 
 def write_readme(here: Path, model_folder: Path, speech: Path) -> None:
@@ -114,11 +73,11 @@ def write_readme(here: Path, model_folder: Path, speech: Path) -> None:
     before = measure(model, speech, encoder, show=3)
     print("before", before, flush=True)
     started = time.perf_counter()
-    after = measure(adapt(model, speech, encoder), speech, encoder, show=3)
+    after = measure(adapt_on_corpus(model, speech, encoder), speech, encoder, show=3)
     took = time.perf_counter() - started
     print("after", after)
     floor = {task: majority(speech, task) for task in ("sqa", "tqa")}
-    sizes = {f: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) / 1e6 for f in (model_folder, speech)}
+    sizes = {folder: folder_mb(folder) for folder in (model_folder, speech)}
     assert sizes[model_folder] < 6 and sizes[speech] < 5, sizes
     figures = f"""
 {num_params:,} parameters; `voxtral-tiny/` {sizes[model_folder]:.1f} MB, `speech/` {sizes[speech]:.1f} MB.
@@ -137,9 +96,7 @@ Training and scoring took {took:.0f} s. CER is without spaces, EM is exact match
 | written questions (tqa.val) | EM {before["tqa"]:.3f} | {after["tqa"]:.3f} | {floor["tqa"]:.3f} |
 | the same, with or without the full ending | EM {before["tqa_either"]:.3f} | {after["tqa_either"]:.3f} | |
 """
-    readme = here / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split(START)
-    readme.write_text(f"{head}{START}{figures}{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_figures(here / "README.md", "voxtral", figures)
     assert before["base"] < 0.15, before
     assert after["asr"] < 0.5 * before["asr"], (before, after)
     assert all(after[task] > floor[task] for task in floor), (after, floor)

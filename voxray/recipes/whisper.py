@@ -1,0 +1,16 @@
+"""Whisper: transcription into LoRA on encoder and decoder, or on the decoder alone."""
+
+from pathlib import Path
+from typing import Any
+
+from voxray.config.train import WhisperSettings
+from voxray.recipes.stage import Data, Stage, train_stage
+from voxray.training.engine import Worker
+from voxray.training.host import HOST, Host
+
+
+def train(settings: WhisperSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
+    """Train one adapter on speech rows; every worker calls this (see ``train_stage``)."""
+    roles = ("decoder",) if settings.freeze_encoder else ("encoder", "decoder")
+    stage = Stage(roles, tasks=("asr",), lora_targets=settings.lora_targets)
+    return train_stage(stage, settings, run_dir, data, worker, host)
