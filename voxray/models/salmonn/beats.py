@@ -47,7 +47,10 @@ class Beats(nn.Module):
             padding_mask_BN: True where a clip is padded.
         Returns:
             states_BKD; those of tokens that are padding alone have values, but no other token sees them.
+        Raises:
+            ValueError: The samples make no token.
         """
+        self.check_length(waveform_BN.shape[1])
         padding_BK = None if padding_mask_BN is None else self.token_padding(padding_mask_BN)
         return self.encode(beats_fbank(waveform_BN), padding_BK)
 
@@ -67,6 +70,11 @@ class Beats(nn.Module):
         """Tokens of a clip: 30 s are 2,998 // 16 x 128 // 16 = 187 x 8 = 1,496."""
         patch = self.config.input_patch_size
         return num_fbank_frames(num_samples) // patch * (NUM_MEL_BINS // patch)
+
+    def check_length(self, num_samples: int) -> None:
+        """Refuse a batch of which no clip makes a token."""
+        if not self.num_tokens(num_samples):
+            raise ValueError(f"{num_samples} samples are too few for BEATs; pad them with zeros to 0.175 s or more")
 
     def token_padding(self, padding_mask_BN: torch.Tensor) -> torch.Tensor:
         """Tokens that are padding alone, in the reference's count.

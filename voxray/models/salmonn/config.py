@@ -68,6 +68,7 @@ class SalmonnConfig(PreTrainedConfig):
         end_sym: Text that ends an answer.
         alone: Whether a clip's embeddings are those that it has by itself. The reference's depend on the longest clip
             of the batch: what BEATs makes of the padding up to that length is passed on.
+        parts: {part: path} of the official files, in a folder that names them instead of holding weights.
     """
 
     model_type = "salmonn"
@@ -89,6 +90,7 @@ class SalmonnConfig(PreTrainedConfig):
     prompt_template: str = "USER: {}\nASSISTANT:"
     end_sym: str = "</s>"
     alone: bool = False
+    parts: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

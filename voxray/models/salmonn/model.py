@@ -17,6 +17,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from voxray.models.salmonn.beats import Beats, beats_fbank
 from voxray.models.salmonn.config import SalmonnConfig
+from voxray.models.salmonn.features import apart
 
 TRAINED = ("ln_speech", "ln_audio", "speech_Qformer", "speech_query_tokens", "speech_llama_proj")
 """What SALMONN trains beside the LoRA of its language model."""
@@ -87,7 +88,10 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
             padding_mask_BN: True where a clip is padded.
         Returns:
             embeds_BPD, the same number of positions for every clip.
+        Raises:
+            ValueError: The samples are too few for BEATs.
         """
+        self.beats.check_length(waveform_BN.shape[1])
         if padding_mask_BN is None:
             padding_mask_BN = torch.zeros_like(waveform_BN, dtype=torch.bool)
         return self._embed_fbank(mel_BFT, beats_fbank(waveform_BN), padding_mask_BN)
@@ -142,16 +146,16 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
         input_features: torch.Tensor | None = None,
         waveform: torch.Tensor | None = None,
         waveform_mask: torch.Tensor | None = None,
-        fbank: torch.Tensor | None = None,
         num_samples: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Inputs of the language model, with audio in the place of its placeholders.
 
         Args:
             input_ids: (B, L); ``audio_token_id`` stands for one position of audio.
-            input_features: (W, F, T) Whisper's log-mel of all clips, in the order of their placeholders.
+            input_features: (W, F, T) Whisper's log-mel of all windows, in the order of their placeholders.
             waveform: (W, N) their samples; with ``waveform_mask``, which is True for samples that are no padding.
-            fbank: (W, T, 128) BEATs' features instead of samples; with ``num_samples`` (W,).
+            num_samples: (W,) samples of every window, if there is no ``waveform``: then BEATs' features stand below the
+                log-mel in ``input_features`` (see ``features``).
         Returns:
             embeds_BLD.
         Raises:
@@ -165,11 +169,10 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
             raise ValueError(f"{found} audio tokens for {num_clips} clips, which have {wanted} positions")
         if input_features is None:
             return embeds_BLD
-        if fbank is not None:
-            assert num_samples is not None
-            audio_WPD = self.fbank_embeds(input_features, fbank, num_samples)
+        if waveform is None:
+            assert num_samples is not None, "neither samples nor their numbers"
+            audio_WPD = self.fbank_embeds(*apart(input_features, num_samples))
         else:
-            assert waveform is not None
             padding = None if waveform_mask is None else ~waveform_mask.bool()
             audio_WPD = self.audio_embeds(input_features, waveform, padding)
         return embeds_BLD.masked_scatter(is_audio_BL[..., None], audio_WPD.to(embeds_BLD.dtype))
@@ -181,7 +184,6 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
         input_features: torch.Tensor | None = None,
         waveform: torch.Tensor | None = None,
         waveform_mask: torch.Tensor | None = None,
-        fbank: torch.Tensor | None = None,
         num_samples: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         **options: Any,
@@ -194,7 +196,7 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
         Returns:
             The language model's output: ``logits`` (B, L, V), and ``loss`` if there are labels.
         """
-        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, fbank, num_samples)
+        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, num_samples)
         return self.llama_model(inputs_embeds=embeds_BLD, attention_mask=attention_mask, labels=labels, **options)
 
     def generate(
@@ -204,7 +206,6 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
         input_features: torch.Tensor | None = None,
         waveform: torch.Tensor | None = None,
         waveform_mask: torch.Tensor | None = None,
-        fbank: torch.Tensor | None = None,
         num_samples: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
@@ -217,7 +218,7 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, fbank, num_samples)
+        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, num_samples)
         return self.llama_model.generate(inputs_embeds=embeds_BLD, attention_mask=attention_mask, **options)
 
 
