@@ -73,6 +73,7 @@ class SalmonnFrontEnd(WindowedLogMel):
     def _read_shapes(self, config: SalmonnConfig) -> None:
         speech, beats, text = (getattr(config, f"{name}_config") for name in ("speech", "beats", "text"))
         self.encoder_dim: int = speech.d_model + beats.encoder_embed_dim
+        assert config.audio_token_id is not None  # the configuration sets it
         self.positions_per_window, self.audio_id = config.positions_per_clip, config.audio_token_id
         self.template, self.end_sym = config.prompt_template, config.end_sym
         self.max_positions: int = text.max_position_embeddings
