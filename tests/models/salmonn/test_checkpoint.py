@@ -211,6 +211,15 @@ def test_files_that_are_none_are_refused_in_one_line(files, tmp_path):
             salmonn.load(**{**files, part: tmp_path / "whisper"})
 
 
+def test_a_vicuna_with_sentencepiece_alone_says_what_it_needs(files, tmp_path, monkeypatch):
+    """Vicuna 1.1 has no tokenizer.json."""
+    shutil.copytree(files["llm"], tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").rename(tmp_path / "llm" / "tokenizer.model")
+    monkeypatch.setattr("voxray.models.salmonn.loading._has_sentencepiece", lambda: False)
+    with pytest.raises(RunError, match=r"tokenizer\.model, which needs: pip install sentencepiece"):
+        salmonn.load(**{**files, "llm": tmp_path / "llm"})
+
+
 def test_without_a_checkpoint_all_that_trains_is_new(files):
     torch.manual_seed(0)
     model = salmonn.load(**{**files, "checkpoint": None})

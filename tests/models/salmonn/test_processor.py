@@ -202,6 +202,16 @@ def test_a_folder_loads_what_it_names(folder, files, model, rows_of):
     assert again.name_or_path == folder
 
 
+def test_what_a_folder_says_holds_for_its_model(files, tmp_path):
+    """A clip's embeddings do not depend on its batch, unless the folder says so."""
+    parts = {name: file for name, file in files.items() if name != "pad_rows"}
+    write_folder(tmp_path, **parts, prompt_template="Q: {}\nA:")
+    model, front_end = load_folder(str(tmp_path), lora=False), SalmonnFrontEnd(str(tmp_path))
+    assert model.config.alone
+    assert model.config.prompt_template == front_end.template == "Q: {}\nA:"
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+
+
 def test_a_folder_may_hold_all_of_it(folder, files, tmp_path):
     from voxray.models.salmonn.loading import load_tokenizer
 

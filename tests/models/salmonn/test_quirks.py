@@ -1,6 +1,7 @@
-"""What we do where the reference does something that nobody would want; ``test_parity`` has its layout of batches.
+"""What we do where the reference does something that nobody would want.
 
-The towers' eval mode and the [PAD] row are in ``test_checkpoint``, the filter bank under autocast in ``test_fbank``.
+In other files: pads in the middle of a batch and batches of one prompt (``test_parity``); the towers' eval mode, the
+[PAD] row and SentencePiece (``test_checkpoint``); the filter bank under autocast (``tests/audio/test_fbank.py``).
 """
 
 import pytest

@@ -1,6 +1,7 @@
 """A SALMONN out of its official files."""
 
 import copy
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,19 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         RunError: It cannot be read.
     """
+    files = Path(folder)
+    if (files / "tokenizer.model").is_file() and not (files / "tokenizer.json").is_file() and not _has_sentencepiece():
+        raise RunError(f"{folder}: its only tokenizer is tokenizer.model, which needs: pip install sentencepiece")
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
         raise RunError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())[:200]}") from None
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def _has_sentencepiece() -> bool:
+    return importlib.util.find_spec("sentencepiece") is not None
 
 
 def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
