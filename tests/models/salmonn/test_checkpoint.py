@@ -114,8 +114,6 @@ def test_what_is_written_is_what_was_read(files, tmp_path, wrapped):
     if wrapped == "whole":
         model = add_lora(model, LORA_FAMILY, ["llm"], model_id="x", r=8, alpha=32, dropout=0.1)  # type: ignore[arg-type]
         freeze(model.get_base_model())
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(weight.requires_grad or "lora_" in name)
         assert load_trained(model, read).num_loaded == 73
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     write_trained(official_tensors(weights), tmp_path / "new" / "checkpoint_0.pth", {"lora_alpha": 32})

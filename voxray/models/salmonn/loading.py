@@ -170,9 +170,11 @@ def build_config(
 
 
 def freeze(model: SalmonnForConditionalGeneration) -> None:
-    """Let only what SALMONN trains beside its LoRA require gradients."""
+    """Let only what SALMONN trains require gradients: LoRA, wherever there is some, and all between the towers and the
+    language model.
+    """
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name.split(".")[0] in TRAINED)
+        weight.requires_grad_(name.split(".")[0] in TRAINED or ".lora_" in name)
 
 
 def wrap_llm(model: SalmonnForConditionalGeneration, trained: Trained | None = None) -> None:
