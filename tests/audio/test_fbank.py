@@ -1,0 +1,34 @@
+"""Our Kaldi filter bank against torchaudio's."""
+
+import pytest
+import torch
+from torchaudio.compliance import kaldi
+
+from voxray.audio.fbank import FLOOR, kaldi_fbank, num_fbank_frames
+
+
+def noise(num_samples: int) -> torch.Tensor:
+    return torch.randn(num_samples, generator=torch.Generator().manual_seed(num_samples)) * 0.1
+
+
+@pytest.mark.parametrize("num_samples", [400, 559, 560, 16_000, 48_123])
+def test_it_is_kaldis(num_samples):
+    wave_1N = noise(num_samples)[None]
+    theirs = kaldi.fbank(wave_1N * 2**15, num_mel_bins=128, sample_frequency=16_000)
+    ours = kaldi_fbank(wave_1N)[0]
+    assert len(ours) == num_fbank_frames(num_samples)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_silence_is_the_floor():
+    fbank = kaldi_fbank(torch.zeros(2, 1_000))
+    assert torch.equal(fbank, torch.full_like(fbank, FLOOR).log())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_leaves_it_alone(dtype):
+    """Under float16 the reference's is infinite throughout, unless it gets samples in float64."""
+    wave_1N = noise(8_000)[None]
+    plain = kaldi_fbank(wave_1N)
+    with torch.autocast("cpu", dtype=dtype):
+        assert torch.equal(kaldi_fbank(wave_1N), plain)

@@ -1,0 +1,271 @@
+"""Official files: read, refused, written; the full-size ones by their names and shapes."""
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ASSETS
+from transformers import LlamaConfig, WhisperConfig
+
+from voxray.errors import RunError
+from voxray.models import salmonn
+from voxray.models.lora import add_lora
+from voxray.models.salmonn.beats import Beats
+from voxray.models.salmonn.checkpoint import (
+    NOT_NEEDED,
+    TABLE,
+    Trained,
+    beats_tensors,
+    load_beats_weights,
+    load_trained,
+    official_name,
+    official_tensors,
+    read_trained,
+    write_trained,
+)
+from voxray.models.salmonn.config import BeatsConfig
+from voxray.models.salmonn.loading import build_config, freeze, wrap_llm
+from voxray.models.salmonn.model import SalmonnForConditionalGeneration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+REFERENCE = ASSETS / "salmonn-reference"
+LARGE_V2 = WhisperConfig(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120)
+VICUNA = {
+    "7b": LlamaConfig(vocab_size=32_001),
+    "13b": LlamaConfig(
+        vocab_size=32_001, hidden_size=5120, intermediate_size=13_824, num_hidden_layers=40, num_attention_heads=40
+    ),
+}
+LORA_FAMILY = SimpleNamespace(roles={"llm": ("llama_model",)}, lora_targets={"llm": ("q_proj", "v_proj")})
+
+
+def shapes(name: str) -> dict[str, torch.Tensor]:
+    """A full-size file's tensors without their values."""
+    stored = json.loads((REFERENCE / f"keys_{name}.json").read_text())
+    return {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
+
+
+@pytest.mark.parametrize(("size", "num_trained"), [("7b", 30_186_240), ("13b", 33_332_992)])
+def test_a_full_checkpoint_is_understood_whole(size, num_trained):
+    trained = Trained("salmonn_v1.pth", shapes(f"salmonn_{size}"))
+    with torch.device("meta"):
+        model = SalmonnForConditionalGeneration(build_config(trained, LARGE_V2, BeatsConfig(), VICUNA[size]))
+        freeze(model)
+        wrap_llm(model, trained)
+    loaded = load_trained(model, trained)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    assert sum(weight.numel() for weight in weights) == num_trained
+    assert loaded.num_loaded == len(weights)
+    assert loaded.num_loaded + len(loaded.not_needed) == len(trained.tensors)
+    layers = VICUNA[size].num_hidden_layers
+    assert len([name for name in loaded.not_needed if name.endswith("rotary_emb.inv_freq")]) == layers
+    assert len([name for name in loaded.not_needed if TABLE.fullmatch(name)]) == 11
+    assert len(loaded.not_needed) == layers + 11 + 1  # and position_ids
+    assert sum(weight.numel() for weight in model.beats.parameters()) == 90_311_792
+    assert sum(weight.numel() for weight in model.speech_Qformer.parameters()) == 22_837_248
+    assert model.config.positions_per_clip == 88
+
+
+def test_a_full_beats_file_is_understood_whole():
+    tensors = shapes("beats_full")
+    for classes, num_parameters in ((True, 90_717_055), (False, 90_311_792)):
+        settings = {"predictor_class": 527, "finetuned_model": True}
+        config = BeatsConfig.of_file(settings, "BEATs.pt", classes=classes)
+        with torch.device("meta"):
+            beats = Beats(config)
+        kept = beats_tensors(tensors, "BEATs.pt", classes=classes)
+        load_beats_weights(beats, kept, "BEATs.pt")
+        assert sum(weight.numel() for weight in beats.parameters()) == num_parameters
+        left_out = set(tensors) - set(kept) - {"predictor.weight", "predictor.bias"}
+        assert left_out == {name for name in tensors if re.search(r"layers\.(?!0\.).*relative_attention_bias", name)}
+
+
+def test_exactly_what_salmonn_trains_requires_gradients(files, rows_of, model):
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    stored = read_trained(files["checkpoint"]).tensors
+    assert {official_name(name) for name in trained} == {
+        name for name in stored if not (NOT_NEEDED.fullmatch(name) or TABLE.fullmatch(name))
+    }
+    assert len(trained) == 73  # 34 with weight decay, 39 without
+    model(**rows_of(["w3"], ["asr"], [0])).loss.backward()
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in trained if "embeddings" not in name)
+    model.zero_grad()
+
+
+def test_towers_stay_in_eval_mode(model):
+    model.train()
+    modes = {name: module.training for name, module in model.named_children()}
+    assert not modes.pop("speech_encoder") and not modes.pop("beats") and all(modes.values())
+    assert not any(module.training for module in model.beats.modules())
+    model.speech_encoder.requires_grad_(True)
+    assert model.train().speech_encoder.training
+    model.speech_encoder.requires_grad_(False)
+    model.eval()
+
+
+@pytest.mark.parametrize("wrapped", ["llm", "whole"])
+def test_what_is_written_is_what_was_read(files, tmp_path, wrapped):
+    """Names are the official ones, whether PEFT stands around the language model or around the whole."""
+    read = read_trained(files["checkpoint"])
+    model = salmonn.load(**files, lora=wrapped == "llm")
+    if wrapped == "whole":
+        model = add_lora(model, LORA_FAMILY, ["llm"], model_id="x", r=8, alpha=32, dropout=0.1)  # type: ignore[arg-type]
+        freeze(model.get_base_model())
+        assert load_trained(model, read).num_loaded == 73
+    weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    write_trained(official_tensors(weights), tmp_path / "new" / "checkpoint_0.pth", {"lora_alpha": 32})
+    again = read_trained(tmp_path / "new" / "checkpoint_0.pth")
+    assert again.settings == {"lora_alpha": 32}
+    assert len(again.tensors) == 73
+    for name, tensor in again.tensors.items():
+        assert torch.equal(tensor, read.tensors[name]), name
+
+
+def test_lora_around_the_whole_is_the_same_model(files, model, rows_of):
+    whole = salmonn.load(**files, lora=False)
+    whole = add_lora(whole, LORA_FAMILY, ["llm"], model_id="x", r=8, alpha=32, dropout=0.1)  # type: ignore[arg-type]
+    load_trained(whole, read_trained(files["checkpoint"]))
+    batch = rows_of(["w3"], ["asr"], [0])
+    with torch.no_grad():
+        assert torch.equal(whole.eval()(**batch).logits, model(**batch).logits)
+
+
+def changed(files, tmp_path, change) -> dict:
+    """The files with another checkpoint."""
+    content = torch.load(files["checkpoint"], weights_only=True)
+    change(content["model"])
+    torch.save(content, tmp_path / "changed.pth")
+    return {**files, "checkpoint": tmp_path / "changed.pth"}
+
+
+LM_HEAD = "llama_model.base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.update(surprise=torch.zeros(1)), "has surprise, unknown to the model"),
+        (lambda t: t.pop("ln_audio.bias"), "lacks ln_audio.bias"),
+        (
+            lambda t: t.update({"ln_audio.bias": torch.zeros(3)}),
+            r"ln_audio.bias has shape \(3,\), the model's has \(48",
+        ),
+        (lambda t: t.pop("speech_query_tokens"), "no SALMONN checkpoint: it lacks speech_query_tokens"),
+        (
+            lambda t: t["beats.encoder.layers.1.self_attn.relative_attention_bias.weight"].add_(1),
+            "trained with another BEATs file",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(files, tmp_path, change, message):
+    with pytest.raises(RunError, match=message):
+        salmonn.load(**changed(files, tmp_path, change))
+
+
+def test_what_other_trainers_save_along_is_not_needed(files, tmp_path, model):
+    """A tied head, an embedding, and names of compiled modules."""
+
+    def change(tensors):
+        tensors[LM_HEAD] = torch.randn(3, 3)
+        tensors["llama_model.base_model.model.model.embed_tokens.weight"] = torch.randn(3, 3)
+        for name in [name for name in tensors if name.startswith(("speech_Qformer", "beats"))]:
+            parts = name.split(".")
+            tensors[".".join([parts[0], "_orig_mod", *parts[1:]])] = tensors.pop(name)
+
+    again = salmonn.load(**changed(files, tmp_path, change))
+    for (name, ours), weight in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, weight), name
+
+
+def test_a_beats_file_of_another_kind_is_refused(files, tmp_path):
+    content = torch.load(files["beats"], weights_only=True)
+    for part, name, value, message in (
+        ("cfg", "deep_norm", False, "BEATs with deep_norm False is not supported"),
+        ("cfg", "encoder_layers", 4, "not the weights of its own 'cfg'"),
+        ("model", "encoder.layers.2.self_attn.relative_attention_bias.weight", torch.ones(320, 4), "differs from"),
+    ):
+        other = {**content, part: {**content[part], name: value}}
+        torch.save(other, tmp_path / "beats.pt")
+        with pytest.raises(RunError, match=message):
+            salmonn.load_beats(tmp_path / "beats.pt")
+
+
+def test_files_that_are_none_are_refused_in_one_line(files, tmp_path):
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("no tensors")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"model": {"a": SimpleNamespace()}}, tmp_path / "code.pth")
+    for name in ("none", "empty", "text", "list", "code"):
+        with pytest.raises(RunError, match=f"{name}.pth") as caught:
+            read_trained(tmp_path / f"{name}.pth")
+        assert "\n" not in str(caught.value)
+    shutil.copytree(files["whisper"], tmp_path / "whisper")
+    (tmp_path / "whisper" / "model.safetensors").unlink()
+    for part in ("whisper", "llm"):
+        with pytest.raises(RunError, match="cannot load"):
+            salmonn.load(**{**files, part: tmp_path / "whisper"})
+
+
+def test_a_vicuna_with_sentencepiece_alone_says_what_it_needs(files, tmp_path, monkeypatch):
+    """Vicuna 1.1 has no tokenizer.json."""
+    shutil.copytree(files["llm"], tmp_path / "llm")
+    (tmp_path / "llm" / "tokenizer.json").rename(tmp_path / "llm" / "tokenizer.model")
+    monkeypatch.setattr("voxray.models.salmonn.loading._has_sentencepiece", lambda: False)
+    with pytest.raises(RunError, match=r"tokenizer\.model, which needs: pip install sentencepiece"):
+        salmonn.load(**{**files, "llm": tmp_path / "llm"})
+
+
+def test_without_a_checkpoint_all_that_trains_is_new(files):
+    torch.manual_seed(0)
+    model = salmonn.load(**{**files, "checkpoint": None})
+    assert model.speech_Qformer.config.hidden_size == 768
+    assert model.speech_query_tokens.std().item() == pytest.approx(0.02, rel=0.1)
+    lora = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    assert len(lora) == 6 and not any(weight.any() for weight in lora)
+
+
+def test_the_pad_row_is_the_same_every_time(files):
+    """The reference draws it at random."""
+    first, second = (salmonn.load(**{**files, "pad_rows": None}, lora=False).llama_model for _ in range(2))
+    for layer, other in zip(
+        (first.get_input_embeddings(), first.get_output_embeddings()),
+        (second.get_input_embeddings(), second.get_output_embeddings()),
+        strict=True,
+    ):
+        assert len(layer.weight) == 421
+        assert torch.equal(layer.weight[-1], other.weight[-1])
+
+
+def test_pad_rows_may_come_as_a_file_or_its_content(files, tmp_path, model):
+    content = torch.load(files["pad_rows"], weights_only=True)
+    again = salmonn.load(**{**files, "pad_rows": content})
+    assert torch.equal(again.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    torch.save({"pad_rows": {"llama_model.lm_head.weight": torch.zeros(3)}}, tmp_path / "rows.pt")
+    with pytest.raises(RunError, match="is no row of the language model"):
+        salmonn.load(**{**files, "pad_rows": tmp_path / "rows.pt"})
+
+
+def test_a_saved_model_is_the_same_again(files, tmp_path, model, rows_of):
+    """As one folder, by the library's own means, with what trains in float32 also in a half-precision model."""
+    plain = salmonn.load(**files, lora=False)
+    plain.save_pretrained(tmp_path)
+    again = SalmonnForConditionalGeneration.from_pretrained(tmp_path).eval()
+    batch = rows_of(["w3"], ["asr"], [0])
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, plain(**batch).logits)
+    half = SalmonnForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    kinds = {name: {weight.dtype for weight in module.parameters()} for name, module in half.named_children()}
+    assert kinds["beats"] == kinds["llama_model"] == kinds["speech_encoder"] == {torch.bfloat16}
+    assert kinds["speech_Qformer"] == kinds["ln_audio"] == kinds["speech_llama_proj"] == {torch.float32}
+    assert half.speech_query_tokens.dtype == torch.float32
+    with torch.no_grad():
+        assert half(**batch).loss.item() == pytest.approx(plain(**batch).loss.item(), abs=0.1)
+
+
+def test_lora_of_peft_and_ours_have_one_name():
+    inner = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    assert official_name(inner) == inner
+    assert official_name("base_model.model.llama_model.model.layers.0.self_attn.q_proj.lora_A.default.weight") == inner

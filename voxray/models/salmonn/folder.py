@@ -1,0 +1,107 @@
+"""A SALMONN as one folder, which ``--model_id`` names.
+
+Either all of it lies there (``save_pretrained`` and the two front ends' files), or ``config.json`` says where the
+official parts are, so that 26 GB of a Vicuna need no second copy.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from voxray.errors import RunError
+from voxray.models.family import read_config
+from voxray.models.salmonn.checkpoint import read_beats, read_trained
+from voxray.models.salmonn.config import SalmonnConfig
+from voxray.models.salmonn.loading import build_config, load, load_tokenizer
+from voxray.models.salmonn.model import SalmonnForConditionalGeneration
+
+PARTS = ("whisper", "beats", "llm", "checkpoint", "prompts")
+
+
+def write_folder(
+    folder: Path,
+    *,
+    whisper: str | Path,
+    beats: str | Path,
+    llm: str | Path,
+    checkpoint: str | Path | None = None,
+    prompts: str | Path | None = None,
+    alone: bool = True,
+    qformer_heads: int | None = None,
+    **settings: Any,
+) -> SalmonnConfig:
+    """Write a ``config.json`` that names official parts, after a look at their shapes.
+
+    Args:
+        prompts: File of prompts by task (see ``prompts.read_prompts``).
+        alone: See ``SalmonnConfig``.
+        settings: Others of its attributes, such as ``end_sym``.
+    Raises:
+        RunError: A part cannot be read.
+    """
+    from transformers import AutoConfig
+
+    trained = None if checkpoint is None else read_trained(checkpoint)
+    found: dict[str, Any] = {}
+    for name, path in (("whisper", whisper), ("llm", llm)):
+        try:
+            found[name] = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: no usable config.json: {' '.join(str(error).split())[:200]}") from None
+    found["llm"].vocab_size = max(found["llm"].vocab_size, len(load_tokenizer(llm)))
+    config = build_config(trained, found["whisper"], read_beats(beats)[0], found["llm"], qformer_heads)
+    given = dict(zip(PARTS, (whisper, beats, llm, checkpoint, prompts), strict=True))
+    config.parts = {name: str(path) for name, path in given.items() if path is not None}
+    config.alone = alone
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    return config
+
+
+def read_folder(model_id: str) -> SalmonnConfig:
+    """A folder's configuration, with parts that lie in it as absolute paths.
+
+    Raises:
+        RunError: There is none, or it is no SALMONN's.
+    """
+    found = read_config(model_id)
+    if found.get("model_type") != SalmonnConfig.model_type:
+        raise RunError(f"--model_id {model_id}: model type {found.get('model_type')!r} is not salmonn")
+    try:
+        config = SalmonnConfig.from_dict(found)
+    except (TypeError, ValueError, KeyError) as error:
+        raise RunError(f"--model_id {model_id}: no usable config.json: {' '.join(str(error).split())[:200]}") from None
+    for name, path in (config.parts or {}).items():
+        inside = Path(model_id) / path
+        if config.parts is not None and inside.exists():
+            config.parts[name] = str(inside)
+    return config
+
+
+def part(model_id: str, config: SalmonnConfig, name: str) -> str:
+    """Where one of the parts is; the folder itself where all of it lies there."""
+    return (config.parts or {}).get(name, model_id)
+
+
+def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool = True, **llm_options: Any) -> Any:
+    """Load what a folder holds or names, in eval mode (see ``loading.load``).
+
+    Raises:
+        RunError: A part is missing, or does not fit.
+    """
+    config = read_folder(model_id)
+    if config.parts is None:
+        try:
+            return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
+        except (OSError, ValueError) as error:
+            raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+    qformer: Any = config.qformer_config
+    parts = {name: path for name, path in config.parts.items() if name != "prompts"}
+    heads = qformer.num_attention_heads
+    model = load(**parts, dtype=dtype, lora=lora, qformer_heads=heads, **llm_options)  # type: ignore[arg-type]
+    for name in ("parts", "alone", "prompt_template", "end_sym"):
+        setattr(model.config, name, getattr(config, name))
+    model.config.name_or_path = model.name_or_path = model_id
+    return model

@@ -1,0 +1,93 @@
+"""What SALMONN is asked: prompts of every task, one of which is drawn for each row and epoch."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from voxray.errors import RunError
+from voxray.tasks import TASKS
+
+AUDIO_MARK = "<SpeechHere>"
+QUESTION_MARK = "{}"
+QUESTION = f"<Speech>{AUDIO_MARK}</Speech> {QUESTION_MARK}"
+OFFICIAL_TASKS = {"audiocaption": "aac", "audiocaption_v2": "aac", "QA": "sqa"}
+DEFAULTS = {
+    "asr": (f"<Speech>{AUDIO_MARK}</Speech> Recognize the speech and give me the transcription.",),
+    "sqa": (QUESTION,),
+    "aac": (f"<Speech>{AUDIO_MARK}</Speech> Please describe the audio.",),
+}
+"""SALMONN's own prompts for testing."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts by task.
+
+    Attributes:
+        by_task: {task: prompts}; in every prompt a mark says where the audio goes, and maybe another where the row's
+            question goes.
+        left_out: What a file holds beside them, for a message: prompts without audio, tasks that voxray has not.
+    """
+
+    by_task: Mapping[str, tuple[str, ...]]
+    left_out: tuple[str, ...] = ()
+
+    def fixed(self, task: str, question: str) -> str:
+        """The prompt that evaluation uses: a task's first."""
+        return self._asks(task, question, 0)
+
+    def drawn(self, task: str, question: str, row_id: str, *, seed: int, epoch: int) -> str:
+        """The prompt of a row in one epoch: the same whenever it is asked for, on every machine."""
+        drawn = hashlib.sha256(f"{seed} {epoch} {row_id}".encode(errors="surrogatepass")).digest()
+        return self._asks(task, question, int.from_bytes(drawn[:8], "big"))
+
+    def _asks(self, task: str, question: str, number: int) -> str:
+        if not TASKS[task].has_audio:
+            return QUESTION_MARK
+        choice = self.by_task.get(task, (QUESTION,))
+        prompt = choice[number % len(choice)]
+        # A row that asks something of its own is asked just that.
+        asks = question and question != TASKS[task].default_prompt
+        return QUESTION if asks and QUESTION_MARK not in prompt else prompt
+
+
+def read_prompts(path: str | Path) -> Prompts:
+    """Read ``{task: prompt}`` or ``{task: [prompts]}`` from YAML or JSON, under voxray's or SALMONN's task names.
+
+    Tasks that the file does not have keep their default.
+
+    Raises:
+        RunError: It cannot be read or holds something else.
+    """
+    by_task: dict[str, tuple[str, ...]] = {}
+    left_out = []
+    for name, prompts in _read(path).items():
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RunError(f"{path}: {name}: needs a prompt or a list of prompts")
+        task = OFFICIAL_TASKS.get(name, name)
+        usable = tuple(prompt for prompt in prompts if AUDIO_MARK in prompt)
+        if task not in TASKS or not TASKS[task].has_audio:
+            left_out.append(f"task {name}")
+            continue
+        left_out += [f"{name}: {prompt}" for prompt in prompts if prompt not in usable]
+        if usable:
+            by_task[task] = by_task.get(task, ()) + usable
+    return Prompts({**DEFAULTS, **by_task}, tuple(left_out))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"{path}: cannot read the prompts: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise RunError(f"{path}: needs {{task: prompts}}")
+    return found
