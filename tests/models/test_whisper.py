@@ -130,6 +130,9 @@ def test_beams_are_the_librarys(model, theirs, features):
     rows = short(features)[:4]
     texts = [answer.text for answer in answered(model, rows, num_beams=3)]
     assert texts == [of_library(theirs, row, num_beams=3) for row in rows]
+    limit = FRONT_END.max_positions  # more than there is room for, and one less where the language is found
+    found = list(generated(model, FAMILY, FRONT_END, rows[:1], batch_size=1, search=Search(limit, temperature=0.5)))
+    assert found[0][1].text
 
 
 def test_a_long_recording_goes_through_whispers_own_algorithm(model, theirs, features):

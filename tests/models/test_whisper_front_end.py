@@ -1,7 +1,10 @@
 """Whisper's front end against transformers' own processor: features, prompts, labels, times."""
 
+import json
 import pickle
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +67,19 @@ def test_languages(front_end):
     assert front_end.show(unknown) == "<|startoftranscript|><|transcribe|><|notimestamps|>"
     with pytest.raises(BadRow, match="language 'zz' is none of the 99 that this model has"):
         front_end.prompt_ids(replace(SAID, language="zz"), 1)
+
+
+def test_folders_without_a_generation_config(front_end, tmp_path):
+    """As old trainers left them; and English-only ones, whose prompts say neither language nor task."""
+    shutil.copytree(WHISPER, tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    old = WhisperFrontEnd(str(tmp_path / "old"))
+    assert old.prompt_ids(SAID, 1) == front_end.prompt_ids(SAID, 1) and old.language_ids == front_end.language_ids
+    config = json.loads((Path(WHISPER) / "generation_config.json").read_text())
+    (tmp_path / "old" / "generation_config.json").write_text(json.dumps({**config, "is_multilingual": False}))
+    english = WhisperFrontEnd(str(tmp_path / "old"))
+    assert english.show(english.prompt_ids(SAID, 1)) == "<|startoftranscript|><|notimestamps|>"
+    assert not english.needs_language and english.fingerprint != front_end.fingerprint
 
 
 def test_other_tasks_are_refused(front_end):

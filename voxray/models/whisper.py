@@ -335,6 +335,8 @@ class Whisper:
                 return self._long(base, ids_BL[0], features, num_samples[0], options)
             states_BPD = _heard(base, features)
             ids_BL, mask_BL = self._with_languages(base, ids_BL, mask_BL, states_BPD)
+            room = base.config.max_target_positions - ids_BL.shape[1]  # a language that was found takes a position
+            options["max_new_tokens"] = min(options["max_new_tokens"], room)
             # With times the library may hear what follows the last of them once more.
             heard = {"encoder_outputs": BaseModelOutput(last_hidden_state=states_BPD)}
             return base.generate(
