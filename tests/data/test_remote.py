@@ -233,6 +233,7 @@ def ftp(tmp_path: Path) -> Iterator[str]:
     server.close_all()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
 def test_jobs_share_features_over_the_network(ftp, speech, tmp_path):

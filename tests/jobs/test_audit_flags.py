@@ -106,6 +106,7 @@ def test_same_side_files_are_not_compared_unless_asked(tmp_path: Path, capsys: p
     assert "leaks were looked for between a.train.jsonl: a.train.jsonl | b.train.jsonl" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_actors_and_chunks(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -133,6 +133,7 @@ class Poisoned(Answerer):
         return super().generate(rows, batch_size)
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_a_row_that_kills_its_process_is_given_up(

@@ -338,6 +338,7 @@ def test_grad_ckpt(train: Train) -> None:
     assert plain.column("loss") == pytest.approx(recomputed.column("loss"), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_compile(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers run as compiled code (here captured, not compiled: tests/models/test_compile.py does that)."""
     from torch._dynamo.utils import counters

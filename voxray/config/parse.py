@@ -165,7 +165,9 @@ def _same(model: type[Settings], name: str, first: Any, second: Any) -> bool:
     if first == second:
         return True
     field = model.model_fields[name]
-    kind: Any = typing.Annotated.__class_getitem__((field.annotation, *field.metadata))  # type: ignore[attr-defined]
+    kind: Any = field.annotation
+    if field.metadata:
+        kind = typing.Annotated.__class_getitem__((kind, *field.metadata))  # type: ignore[attr-defined]
     read = TypeAdapter(kind).validate_python
     try:
         return read(first) == read(second)

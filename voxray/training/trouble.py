@@ -13,8 +13,8 @@ from voxray.config.train import TrainSettings
 from voxray.errors import RunError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What PyTorch says: its CPU allocator, its CUDA allocator, and cuBLAS when it finds no room to work in."""
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
+"""What PyTorch says: its CPU allocator, its CUDA allocator, and cuBLAS and oneDNN when they find no room to work in."""
 
 
 @contextmanager
