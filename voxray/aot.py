@@ -64,8 +64,8 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     family = family_of(model_id)
     if settings.quantize != "none" and "encoder" in family.quantized:
         raise SettingsError(
-            f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers cannot be "
-            "compiled; leave it out"
+            f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "
+            "cannot be compiled; leave it out"
         )
     _check_backend(settings)
     warn_about_idle_flags(settings)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
@@ -178,7 +178,7 @@ def write_evaluation_ledger(
     return len(lines)
 
 
-def base_and_adapter(settings: AdapterFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
+def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
     """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
     if not lora_dir:
         return settings.model_id, None
