@@ -33,10 +33,10 @@ def package_name(requirement: str) -> str:
 # constraints.txt
 
 
-@pytest.mark.parametrize(
-    "requirement",
-    PROJECT["dependencies"] + [line for extra in PROJECT["optional-dependencies"].values() for line in extra],
-)
+EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "tensorrt"}
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"] + [line for extra in EXTRAS.values() for line in extra])
 def test_every_dependency_is_pinned_within_its_range(requirement: str, setup_script: ModuleType) -> None:
     from packaging.requirements import Requirement
 
@@ -44,6 +44,15 @@ def test_every_dependency_is_pinned_within_its_range(requirement: str, setup_scr
     name = package_name(requirement)
     assert name in pins
     assert Requirement(requirement).specifier.contains(pins[name])
+
+
+def test_tensorrt_is_that_of_the_pinned_torch(setup_script: ModuleType) -> None:
+    """It is numbered after the torch that it is made for, and gigabytes that only a GPU machine has a use for."""
+    from packaging.requirements import Requirement
+
+    pins = setup_script.read_pins(ROOT / "constraints.txt")
+    (line,) = PROJECT["optional-dependencies"]["tensorrt"]
+    assert Requirement(line).specifier.contains(pins["torch"]) and package_name(line) not in pins
 
 
 def test_constraints_hold_for_every_machine(setup_script: ModuleType) -> None:

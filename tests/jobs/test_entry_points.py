@@ -111,6 +111,16 @@ def test_help_shows_every_flag_with_its_text() -> None:
             ("--dataset", "--language", "--splits", "--max_rows", "--store"),
         ),
         (
+            "compile",
+            "--windows 0 --backend onnx --optimization_level 9 --seed -1",
+            ("--windows", "--backend", "--optimization_level", "--seed"),
+        ),
+        (
+            "efficiency",
+            "--batch_sizes two --clip_sec 0 --new_tokens 15 --repeats 0 --warmup -1 --task tqa --language klingon",
+            ("--batch_sizes", "--clip_sec", "--new_tokens", "--repeats", "--warmup", "--task", "--language"),
+        ),
+        (
             "quickstart",
             "--train_jsonl a.jsonl --output_dir o --num_workers 0 --eval_bsz 0 --lora_dropout 1",
             ("--num_workers", "--eval_bsz", "--lora_dropout"),

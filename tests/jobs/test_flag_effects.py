@@ -110,6 +110,8 @@ AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model
 REACHES = "stages::flags_reach_the_recipe"
 HANDED_TO_JOBS = "prefetch::flags_are_handed_on"
 DEMO_MODEL = "answers::flags_decide_how_answers_are_looked_for"
+COMPILED = "aot::flags_reach_the_compiler"
+MEASURED = "efficiency::flags_reach_the_measurement"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
 SEEN_BY: dict[str, dict[str, str]] = {
@@ -175,6 +177,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "language": LANGUAGE,
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
         **CACHE,
+        "compiled": "aot::evaluate_and_efficiency_use_it",
         "cuda_visible_devices": WARNS,
     },
     "infer": {
@@ -251,6 +254,24 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
+    "compile": {
+        **dict.fromkeys(("model_id", "output_dir"), "aot::a_program_hears_what_the_encoder_hears"),
+        **dict.fromkeys(("windows", "bf16", "fp16", "tf32", "lora_dir", "seed", "storage_path"), COMPILED),
+        **dict.fromkeys(("backend", "optimization_level"), "aot::tensorrt_is_an_extra_that_needs_a_gpu"),
+        "quantize": "aot::what_cannot_be_compiled_is_said_in_a_line",
+        "overwrite": "aot::a_folder_that_holds_something_is_left_alone",
+        "tensorrt_device": WARNS,
+    },
+    "efficiency": {
+        **dict.fromkeys(("model_id", "output_dir"), "efficiency::report_of_both_families"),
+        **dict.fromkeys(("batch_sizes", "clip_sec", "audio_path", "task", "question", "language"), MEASURED),
+        **dict.fromkeys(("new_tokens", "warmup", "repeats", "seed", "storage_path", "trim_audio_tokens"), MEASURED),
+        **dict.fromkeys(("bf16", "fp16", "tf32", "quantize"), MEASURED),
+        "lora_dir": "efficiency::an_adapter_brings_its_base",
+        "compare": "efficiency::compare_runs_every_variant_in_a_process_of_its_own",
+        "compiled": "aot::evaluate_and_efficiency_use_it",
+        **dict.fromkeys(("optimization_level", "tensorrt_device"), WARNS),
+    },
     "compare": {
         **dict.fromkeys(("runs", "output_dir", "storage_path"), "compare_flags::runs_as_words_or_flag"),
         **dict.fromkeys(("seed", "num_resamples"), "compare_flags::seed_and_num_resamples"),
@@ -281,8 +302,9 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of tests/jobs/test_<name>.py, or of those of tests/training, evaluation or demo."""
-    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in ("jobs", "training", "evaluation", "demo"))
+    """Names of the test functions of tests/jobs/test_<name>.py, or of those of other folders of tests."""
+    folders = ("jobs", "training", "evaluation", "demo", "models")
+    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in folders)
     tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 

@@ -500,6 +500,9 @@ def test_flags_that_warn(capsys: pytest.CaptureFixture[str]) -> None:
         ("evaluate", "--val_jsonl v.jsonl --cuda_visible_devices 0", "cuda_visible_devices"),
         ("tune", f"{trains} --overwrite", "overwrite"),
         ("quickstart", f"{trains} --overwrite", "overwrite"),
+        ("compile", "--tensorrt_device cuda:0", "tensorrt_device"),
+        ("efficiency", "--tensorrt_device cuda:0", "tensorrt_device"),
+        ("efficiency", "--optimization_level 3", "optimization_level"),
     ):
         parse_only(name, line.split())
         assert f"warning: --{flag} has no effect: " in capsys.readouterr().err

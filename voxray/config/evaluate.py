@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.groups import (
+    CompiledFlags,
     EvaluationDataFlags,
     ModelFlags,
     OutputFlags,
@@ -53,13 +54,24 @@ class SearchFlags(Settings):
         return self
 
 
-class AdapterFlags(ModelFlags, TrimFlags):
+class LoraDirFlags(ModelFlags):
     lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
 
 
+class AdapterFlags(LoraDirFlags, TrimFlags):
+    """An adapter, and prompts as it was trained on."""
+
+
 class EvaluateSettings(
-    OutputFlags, AdapterFlags, EvaluationDataFlags, SearchFlags, ScoreFlags, SharedFeatureFlags, PlacementFlags
+    OutputFlags,
+    AdapterFlags,
+    CompiledFlags,
+    EvaluationDataFlags,
+    SearchFlags,
+    ScoreFlags,
+    SharedFeatureFlags,
+    PlacementFlags,
 ):
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score what is there, without a model: the folder of an evaluation, or a JSONL file of {id, task, reference or
@@ -101,6 +113,8 @@ class EvaluateSettings(
     def _one_source(self) -> "EvaluateSettings":
         if self.score_only and self.val_jsonl:
             raise ValueError("--val_jsonl and --score_only: give one of them")
+        if self.compiled and self.store == "encoder":
+            raise ValueError("--compiled and --store encoder: give one of them; stored outputs are heard by nothing")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:
             raise ValueError(f"--gpus_per_model {self.gpus_per_model:g}: a fraction of one GPU, or whole ones")
         if self.check_batch_invariance and self.temperature:

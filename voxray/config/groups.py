@@ -81,6 +81,13 @@ class ModelFlags(BaseModelFlags):
         return self
 
 
+class CompiledFlags(Settings):
+    compiled: Annotated[str, Flag(path="input")] = ""
+    """Folder that jobs/compile.py wrote: what hears the audio runs as it was compiled there. It is refused unless it is
+    of these weights and this precision, made on such a device by this version of torch. What it holds is a program, so
+    give none that you would not run."""
+
+
 class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
     """Folder for everything the job writes; relative ones stand under --storage_path, or the current directory."""
@@ -94,6 +101,19 @@ def _numbers(value: Any) -> Any:
 
 CommaNumbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
 """``0.9,1.1`` on the command line, a list or the same string in YAML."""
+
+
+def _sizes(value: Any) -> Any:
+    return _numbers(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+
+
+Sizes = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1024)], ...],
+    BeforeValidator(_sizes),
+    AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),
+    Field(min_length=1),
+]
+"""``1,4``, or one number, as older scripts' YAML files have it; in ascending order."""
 
 
 class FeatureFlags(Settings):

@@ -18,6 +18,7 @@ from voxray.evaluation.likelihood import reference_losses
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.metrics.names import is_transcript
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
+from voxray.models.compiled import use_compiled
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
 from voxray.models.quantize import base_dtype
@@ -45,6 +46,7 @@ class Generation:
         fp16: Compute in float16.
         quantize: none, 8bit or 4bit.
         trim_audio: Whether prompts leave out the audio tokens of padding.
+        compiled: Folder of the compiled audio path, or "".
         perplexity: Whose reference answers are weighed: ``none``, ``answers`` (all but transcripts) or ``all``.
     """
 
@@ -57,6 +59,7 @@ class Generation:
     fp16: bool = False
     quantize: str = "none"
     trim_audio: bool = False
+    compiled: str = ""
     perplexity: str = "none"
 
 
@@ -66,7 +69,7 @@ def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, in
     Args:
         skip_encoder: Rows hold the encoder's outputs.
     Raises:
-        RunError: Base or adapter cannot be read, or do not fit.
+        RunError: Base, adapter or compiled audio path cannot be read, or do not fit.
     """
     torch.backends.cuda.matmul.allow_tf32 = generation.tf32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,7 +77,10 @@ def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, in
     model = family.load_model(generation.model_id, dtype=dtype, device=device, quantize=generation.quantize)
     if skip_encoder:
         family.skip_encoder(model)
-    return load_adapter(model, Path(generation.adapter)) if generation.adapter else (model, 0)
+    found = load_adapter(model, Path(generation.adapter)) if generation.adapter else (model, 0)
+    if generation.compiled:
+        use_compiled(found[0], family, Path(generation.compiled), dtype=dtype, device=device)
+    return found
 
 
 class Answerer:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from voxray.config.demo import DemoSettings
-from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
+from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.config.groups import range_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
@@ -29,6 +29,7 @@ from voxray.evaluation.predictions import read_predictions, scored
 from voxray.evaluation.report import write_report
 from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
+from voxray.models.compiled import read_report
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.models.lora import base_of_adapter, find_adapter
@@ -63,6 +64,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     first_fault(settings.val_jsonl)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = as_trained(settings, model_id, adapter)
+    if settings.compiled:
+        read_report(Path(settings.compiled))
     make_folder(output_dir)
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
@@ -143,8 +146,8 @@ def generation_of(
     """What decides the answers, as the settings want them looked for."""
     search = Search(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
-    trim_audio = settings.trim_audio_tokens
-    return Generation(model_id, str(adapter or ""), search, batch_size, trim_audio=trim_audio, **flags)
+    flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
+    return Generation(model_id, str(adapter or ""), search, batch_size, **flags)
 
 
 def evaluation_features(
@@ -176,7 +179,7 @@ def write_evaluation_ledger(
     return len(lines)
 
 
-def base_and_adapter(settings: AdapterFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
+def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
     """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
     if not lora_dir:
         return settings.model_id, None

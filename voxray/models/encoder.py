@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from voxray.errors import RunError, SettingsError
-from voxray.models.family import Family, weights_below
+from voxray.models.family import AudioPath, Family, weights_below
 from voxray.models.lora import roles_of_adapter
 
 
@@ -25,6 +25,31 @@ class PassThrough(torch.nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
+
+
+class Outputs(torch.nn.Module):
+    """An encoder of which only the outputs are taken, for compiling: mel_WFT -> states_WPD."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, mel_WFT: torch.Tensor) -> torch.Tensor:
+        return self.encoder(mel_WFT, return_dict=True).last_hidden_state
+
+
+def hear_through(encoder: Any, run: AudioPath) -> None:
+    """Let an encoder's outputs come from elsewhere, and free the memory of its layers.
+
+    The encoder itself stays: transformers reads the strides of its convolutions when it divides a long recording.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    def forward(input_features: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return BaseModelOutput(last_hidden_state=run(input_features))  # type: ignore[arg-type]
+
+    encoder.forward = forward
+    encoder.layers = torch.nn.ModuleList()
 
 
 def refuse_changed_outputs(family: Family, store: str, quantize: str, adapter: Path | None) -> None:

@@ -6,7 +6,7 @@ generates.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +112,10 @@ class Decoding(Protocol):
         ...
 
 
+AudioPath = Callable[[torch.Tensor], torch.Tensor]
+"""mel_WFT -> what the rest of a model takes of whole windows."""
+
+
 class Family(Protocol):
     """The model side.
 
@@ -151,6 +155,15 @@ class Family(Protocol):
     def skip_encoder(self, model: Any) -> None: ...
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
+
+    def audio_path(self, model: Any) -> torch.nn.Module:
+        """What hears whole windows in a model, with what an adapter adds to it: mel_WFT of the model's type -> what the
+        rest of the model takes, the same number of rows for every window."""
+        ...
+
+    def use_audio_path(self, model: Any, run: AudioPath) -> None:
+        """Let a model hear through something else, and free the memory of what heard until now."""
+        ...
 
     def compile_layers(self, model: Any) -> None: ...
 

@@ -24,12 +24,12 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
-from voxray.models.family import model_file
+from voxray.models.family import AudioPath, model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import load_frozen
 from voxray.models.trimming import trims_audio
-from voxray.models.voxtral_audio import touching, with_trimmed_audio
+from voxray.models.voxtral_audio import Projected, hear_through, touching, with_trimmed_audio
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 from voxray.tasks import TASKS
 
@@ -232,6 +232,15 @@ class Voxtral:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
         base = _base(model)
         base.model.audio_tower = PassThrough(base.dtype)
+
+    def audio_path(self, model: Any) -> Projected:
+        """Encoder and projector: mel_WFT -> states_ND, the positions of all windows one after the other."""
+        base = _base(model)
+        return Projected(base.model.audio_tower, base.model.multi_modal_projector, base.config.audio_config)
+
+    def use_audio_path(self, model: Any, run: AudioPath) -> None:
+        """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoder's layers."""
+        hear_through(_base(model).model, run)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.

@@ -1,6 +1,7 @@
 """How audio enters Voxtral's language model: trimmed, stored already encoded, or not at all in a batch.
 
-Shape letters: B rows, L tokens, D width, W windows, T mel frames of a window, F mel bins.
+Shape letters: B rows, L tokens, N audio positions, D width, W windows, P encoder frames of a window, T mel frames of a
+window, F mel bins.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,39 @@ from typing import Any
 import torch
 
 from voxray.models.encoder import PassThrough
+from voxray.models.family import AudioPath
 from voxray.models.windows import ENCODER_STRIDE
+
+
+class Projected(torch.nn.Module):
+    """Encoder and projector in a row, for compiling: mel_WFT -> states_ND.
+
+    Args:
+        audio: The encoder's configuration; its ``intermediate_size`` is what the projector takes at a time.
+    """
+
+    def __init__(self, encoder: torch.nn.Module, projector: torch.nn.Module, audio: Any) -> None:
+        super().__init__()
+        self.encoder, self.projector, self.width = encoder, projector, audio.intermediate_size
+
+    def forward(self, mel_WFT: torch.Tensor) -> torch.Tensor:
+        states_WPD = self.encoder(mel_WFT, return_dict=True).last_hidden_state
+        return self.projector(states_WPD.reshape(-1, self.width))
+
+
+def hear_through(model: Any, run: AudioPath) -> None:
+    """Let the language model's audio positions come from elsewhere, and free the memory of the encoder's layers.
+
+    Args:
+        model: A ``VoxtralModel``.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    def get_audio_features(input_features: torch.Tensor, **options: Any) -> Any:
+        return BaseModelOutputWithPooling(pooler_output=run(input_features))  # type: ignore[arg-type]
+
+    model.get_audio_features = get_audio_features
+    model.audio_tower.layers = torch.nn.ModuleList()
 
 
 @contextmanager

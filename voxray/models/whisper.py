@@ -24,8 +24,8 @@ from voxray.errors import RunError, SettingsError
 from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.cross_decoding import CrossDecoding
-from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
-from voxray.models.family import model_file
+from voxray.models.encoder import Outputs, PassThrough, encode, hear_through, load_alone, weights_fingerprint
+from voxray.models.family import AudioPath, model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.quantize import load_frozen
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
@@ -220,6 +220,14 @@ class Whisper:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
         base = _base(model)
         base.model.encoder = PassThrough(base.dtype)
+
+    def audio_path(self, model: Any) -> Outputs:
+        """The encoder: mel_WFT -> states_WPD."""
+        return Outputs(_base(model).model.encoder)
+
+    def use_audio_path(self, model: Any, run: AudioPath) -> None:
+        """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoder's layers."""
+        hear_through(_base(model).model.encoder, run)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of encoder and decoder; ``generate`` leaves them as they are.

@@ -1,0 +1,198 @@
+"""The compile job: a model's audio path -> programs for given numbers of windows, held against the model itself.
+
+What is compiled is all that hears the audio: Whisper's encoder, Voxtral's encoder and projector, with what an adapter
+adds to them. It is the part of a model whose shapes do not depend on what is asked and answered. Language models stay
+as they are: their shapes change with every token.
+
+Shape letters: W windows, F mel bins, T mel frames of a window.
+"""
+
+import hashlib
+import shutil
+import statistics
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from voxray.config.compile import CompileSettings
+from voxray.data.collate import padded_windows
+from voxray.errors import RunError, SettingsError
+from voxray.evaluation.answerer import Generation, load
+from voxray.evaluation.generate import Search
+from voxray.evaluation.job import base_and_adapter
+from voxray.launch import warn_about_idle_flags
+from voxray.models.compiled import (
+    FORMAT,
+    REPORT,
+    described,
+    import_tensorrt,
+    load_program,
+    weights_of,
+)
+from voxray.models.family import AudioPath, FrontEnd, family_of
+from voxray.models.lora import WEIGHTS
+from voxray.models.quantize import base_dtype
+from voxray.run_folder import anchor, make_folder, provenance
+from voxray.storage import checksum, write_json
+from voxray.terminal import console
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Largest difference allowed, as a share of the largest number; that of the type is what rounding gives."""
+INDUCTOR = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
+"""What is left out only calls the kernels, once each; compiling takes a third of the time without it."""
+NOISE = 0.1  # of the clip that both are asked about, as a share of full scale
+TIMED_RUNS = 5
+
+
+def run_compile(settings: CompileSettings) -> dict[str, Any]:
+    """Compile the audio path of a model, and write the programs if they compute what the model does.
+
+    Returns:
+        What stands in compiled.json.
+    Raises:
+        RunError: The model cannot be loaded or compiled, the folder is taken, or a program computes something else
+            (nothing is left behind then).
+        SettingsError: The settings do not fit the model.
+    """
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
+    model_id, adapter = base_and_adapter(settings, settings.lora_dir)
+    family = family_of(model_id)
+    if settings.quantize != "none" and "encoder" in family.quantized:
+        raise SettingsError(
+            f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "
+            "cannot be compiled; leave it out"
+        )
+    _check_backend(settings)
+    warn_about_idle_flags(settings)
+    flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
+    model, _ = load(Generation(model_id, str(adapter or ""), Search(1), 1, **flags))
+    device, dtype = next(model.parameters()).device, base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    front_end, path = family.front_end(model_id), family.audio_path(model).eval()
+    report = {"format": FORMAT, "model_id": model_id, "adapter": str(adapter or ""), "adapter_sha256": ""}
+    if adapter:
+        report["adapter_sha256"] = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+    report |= {**described(family, dtype, device), "weights": weights_of(path), "backend": settings.backend}
+    report |= {"mel_shape": [front_end.num_mel_bins, front_end.window_frames], "windows": {}}
+    partial = output_dir.with_name(f".{output_dir.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        for number in settings.windows:
+            mel_WFT = noise_windows(front_end, number, settings.seed).to(device, dtype)
+            file = partial / f"audio_w{number}.pt2"
+            console.print(f"compiling for {number} window(s) ...")
+            report["windows"][str(number)] = entry = compiled(path, mel_WFT, file, settings)
+            console.print(
+                f"{number} window(s): compiled in {entry['compile_sec']:.0f} s; differs by {entry['difference']:.1e} "
+                f"of the largest number; {entry['eager_sec'] * 1e3:.1f} -> {entry['compiled_sec'] * 1e3:.1f} ms"
+            )
+        write_json(partial / REPORT, {**report, **provenance()})
+        shutil.rmtree(output_dir, ignore_errors=True)
+        partial.replace(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(f"--compiled {output_dir} uses it", markup=False)
+    return report
+
+
+def _refuse_taken_folder(output_dir: Path, *, overwrite: bool) -> None:
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    if not (overwrite and (output_dir / REPORT).is_file()):
+        kind = "--overwrite replaces an earlier one" if (output_dir / REPORT).is_file() else "it holds something else"
+        raise RunError(f"--output_dir {output_dir}: is not empty; {kind}")
+
+
+def _check_backend(settings: CompileSettings) -> None:
+    if settings.backend == "aotinductor":
+        if "optimization_level" in settings.model_fields_set:
+            console.print("warning: --optimization_level has no effect: it is for --backend tensorrt")
+        return
+    import_tensorrt("--backend tensorrt")
+    if not torch.cuda.is_available():
+        raise RunError("--backend tensorrt: needs a GPU, and there is none on this machine")
+
+
+def noise_windows(front_end: FrontEnd, num_windows: int, seed: int) -> torch.Tensor:
+    """Features of seeded noise that fills whole windows, mel_WFT float32."""
+    rate_hz, hops = front_end.sample_rate_hz, front_end.window_frames
+    num_samples = round(hops * num_windows * rate_hz / 100)  # a frame is 10 ms
+    samples = np.random.default_rng(seed).normal(0, NOISE, num_samples).astype(np.float32)
+    mel_WFT = [
+        padded_windows(features.mel_KB, features.fill, features.num_windows, front_end)
+        for features in map(front_end.features, np.array_split(samples, num_windows))
+    ]
+    return torch.from_numpy(np.concatenate(mel_WFT))
+
+
+@torch.no_grad()
+def compiled(path: torch.nn.Module, mel_WFT: torch.Tensor, file: Path, settings: CompileSettings) -> dict[str, Any]:
+    """Compile for one number of windows, and hold the program that is on disk against the model.
+
+    Returns:
+        file, sha256, compile_sec; difference (largest, as a share of the model's largest number) and
+        difference_absolute from the model on ``mel_WFT``; eager_sec and compiled_sec, medians of a few runs.
+    Raises:
+        RunError: It cannot be compiled, or it computes something else.
+    """
+    began = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own parts about each other
+            exported = torch.export.export(path, (mel_WFT,))
+            if settings.backend == "tensorrt":
+                _write_tensorrt(exported, mel_WFT, file, settings.optimization_level)
+            else:
+                torch._inductor.aoti_compile_and_package(
+                    exported, package_path=str(file), inductor_configs=dict(INDUCTOR)
+                )
+    except Exception as error:  # compilers' errors have no common type
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"--backend {settings.backend}: cannot compile this on this machine: {reason}") from None
+    compile_sec = time.perf_counter() - began
+    program = load_program(file, mel_WFT.device)
+    wanted, found = path(mel_WFT), program(mel_WFT)
+    absolute = float((found.float() - wanted.float()).abs().max())
+    difference = absolute / float(wanted.float().abs().max())
+    if found.shape != wanted.shape or not difference <= TOLERANCE[mel_WFT.dtype]:
+        raise RunError(f"compile: the program computes something else than the model: they differ by {difference:.1e}")
+    return {
+        "file": file.name,
+        "sha256": checksum(file),
+        "compile_sec": compile_sec,
+        "difference": difference,
+        "difference_absolute": absolute,
+        "eager_sec": _median_sec(path, mel_WFT),
+        "compiled_sec": _median_sec(program, mel_WFT),
+    }
+
+
+def _write_tensorrt(exported: Any, mel_WFT: torch.Tensor, file: Path, optimization_level: int) -> None:
+    """Parts that TensorRT knows as engines, the rest by AOTInductor, in one package."""
+    tensorrt = import_tensorrt("--backend tensorrt")
+    engine = tensorrt.dynamo.compile(
+        exported, arg_inputs=[mel_WFT], optimization_level=optimization_level, min_block_size=1
+    )
+    tensorrt.save(engine, str(file), output_format="aot_inductor", arg_inputs=[mel_WFT], retrace=True)
+
+
+def _median_sec(run: AudioPath, mel_WFT: torch.Tensor) -> float:
+    seconds = []
+    for _ in range(TIMED_RUNS + 1):  # the first is not counted
+        synchronise(mel_WFT.device)
+        began = time.perf_counter()
+        run(mel_WFT)
+        synchronise(mel_WFT.device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked for; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,75 @@
+"""Settings of jobs/efficiency.py."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+
+from voxray.config.evaluate import AdapterFlags
+from voxray.config.groups import CompiledFlags, OutputFlags, Sizes
+from voxray.config.parse import CommaStrings, Flag
+from voxray.manifest import language_code
+from voxray.tasks import TASKS
+
+Variant = Literal["eager", "compiled", "8bit", "4bit"]
+_COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote"
+
+
+def _spoken(task: str) -> str:
+    spoken = [name for name, known in TASKS.items() if known.has_audio]
+    if task not in spoken:
+        raise ValueError(f"must be one of {', '.join(spoken)}")
+    return task
+
+
+class EfficiencySettings(OutputFlags, AdapterFlags, CompiledFlags):
+    output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/efficiency"
+    """Folder for efficiency.json and efficiency.png."""
+    batch_sizes: Annotated[Sizes, Flag(("batch_size", "batch_size_eval"))] = (1, 4)
+    """Clips that are answered together, comma separated; each is measured by itself."""
+    clip_sec: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """Length of the clip in seconds; it is noise, which takes as long to hear as speech."""
+    audio_path: Annotated[str, Flag(path="input")] = ""
+    """Audio file to take instead, whole."""
+    task: Annotated[str, AfterValidator(_spoken)] = "asr"
+    """What the model is asked to do with it."""
+    question: str = ""
+    """What it is asked about the clip, for --task sqa and aac."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = "ko"
+    """Language named in transcription prompts, as a two-letter code."""
+    new_tokens: Annotated[int, Flag(("max_new_tokens",)), Field(ge=16)] = 64
+    """Tokens of every answer, all of which are generated whatever the model says: the time per token is a mean over
+    them."""
+    warmup: Annotated[int, Field(ge=0)] = 3
+    """Answers before the first that counts."""
+    repeats: Annotated[int, Flag(("num_it",)), Field(ge=1)] = 10
+    """Answers that count, for each batch size."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the noise."""
+    compare: CommaStrings = ()
+    """Measure several variants, each in a process of its own, so that their memory does not mix: any of eager,
+    compiled (as --compiled says), 8bit and 4bit, comma separated."""
+    optimization_level: Annotated[int, Flag(no_effect=_COMPILES)] = 3
+    """As older scripts had it."""
+    tensorrt_device: Annotated[str, Flag(no_effect=_COMPILES), BeforeValidator(str)] = ""
+    """As older scripts had it."""
+
+    @model_validator(mode="after")
+    def _one_clip(self) -> "EfficiencySettings":
+        if self.audio_path and "clip_sec" in self.model_fields_set:
+            raise ValueError("--audio_path and --clip_sec: give one of them")
+        if self.question and not TASKS[self.task].prompt_keys:
+            raise ValueError(f"--question: --task {self.task} asks nothing")
+        if TASKS[self.task].prompt_keys and not (self.question or TASKS[self.task].default_prompt):
+            raise ValueError(f"--task {self.task}: needs --question")
+        return self
+
+    @model_validator(mode="after")
+    def _known_variants(self) -> "EfficiencySettings":
+        known = Variant.__args__  # type: ignore[attr-defined]
+        if unknown := [name for name in self.compare if name not in known]:
+            raise ValueError(f"--compare {','.join(unknown)}: must be of {', '.join(known)}")
+        if "compiled" in self.compare and not self.compiled:
+            raise ValueError("--compare compiled: needs --compiled, the folder that jobs/compile.py wrote")
+        if self.compare and self.quantize != "none":
+            raise ValueError(f"--quantize {self.quantize}: name it in --compare")
+        return self
