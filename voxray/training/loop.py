@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.data.collate import Batch
 from voxray.data.features import Features
@@ -226,7 +227,7 @@ def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
     ``cosine_from_start`` is SALMONN's: warm-up from ``warmup_start_lr``, then a cosine down to ``min_lr`` over all
     steps, of which the warm-up has gone by already, so the rate falls a little where the cosine takes over.
     """
-    if settings.lr_schedule == "cosine_from_start":
+    if isinstance(settings, SalmonnSettings) and settings.lr_schedule == "cosine_from_start":
         if step < settings.warmup_steps:
             return settings.warmup_start_lr + (settings.lr - settings.warmup_start_lr) * step / settings.warmup_steps
         share = step / max(1, num_steps)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers.utils import logging
 
 from voxray.errors import SettingsError
 from voxray.models.compiling import compile_layers, is_compiled
@@ -63,6 +64,7 @@ class Salmonn:
             RunError: Weights are missing or cannot be read, or bitsandbytes is missing.
             SettingsError: A checkpoint's LoRA would have to be added into quantised weights.
         """
+        logging.disable_progress_bar()
         config = quantization(quantize, dtype, (*ENCODERS, *TRAINED, "lm_head"))
         options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
         model = load_folder(model_id, dtype=dtype, **options)
