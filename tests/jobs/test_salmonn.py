@@ -26,7 +26,7 @@ from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
-from voxray.models.salmonn.checkpoint import load_trained, official_tensors, read_trained, write_trained
+from voxray.models.salmonn.checkpoint import official_tensors, write_trained
 from voxray.models.salmonn.model import TRAINED
 from voxray.recipes.data import Data
 from voxray.recipes.salmonn import drawn_prompts, made_ready
@@ -72,6 +72,7 @@ def test_defaults_are_the_published_ones() -> None:
     names = ("lora_r", "lora_alpha", "lora_dropout", "per_device_bsz", "grad_accum", "weight_decay", "max_grad_norm")
     assert [getattr(settings, name) for name in names] == [8, 32, 0.1, 8, 1, 0.05, 0]
     assert (settings.max_steps, settings.eval_steps, settings.save_steps, settings.seed) == (90_000, 3000, 3000, 42)
+    assert (settings.min_lr, settings.warmup_start_lr, settings.warmup_steps, settings.lr) == (1e-5, 1e-6, 3000, 3e-5)
     assert settings.stage == 1 and settings.eval_max_new_tokens == 200
 
 
@@ -122,6 +123,22 @@ def test_stage_2_needs_a_stage_1_and_takes_it(
         run("--stage", "2", "--lora_r", "4", ckpt=str(tmp_path / "salmonn_v1.pth"))
     with pytest.raises(SettingsError, match="rank 8 and alpha 32, this run --lora_r 4"):
         run("--stage", "2", "--lora_r", "4", ckpt=str(tuned))
+
+
+def test_flags_reach_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
+    given: list[Any] = []
+
+    def recipe(settings: Any, *args: Any) -> dict[str, Any]:
+        given.append(settings)
+        return {"steps": 2, "finished": True}
+
+    monkeypatch.setitem(launch.RECIPES, SalmonnSettings, recipe)
+    flags = "--lora_dropout 0.3 --weight_decay 0.2 --eval_steps 7 --seed 3 --dryrun --grad_ckpt --init_lr 2e-5"
+    run(*flags.split(), lr="")
+    (settings,) = given
+    assert (settings.lora_dropout, settings.weight_decay, settings.eval_steps, settings.seed) == (0.3, 0.2, 7, 3)
+    assert settings.debug and settings.grad_ckpt and settings.lr == 2e-5
 
 
 def test_settings_that_do_not_fit(capsys: pytest.CaptureFixture[str], run: Run) -> None:
@@ -265,6 +282,45 @@ def trained(folder: Path, data: Data, salmonn: str, num_workers: int = 1, **chan
     values |= {"max_steps": 6, "save_steps": 3, "eval_max_new_tokens": 4}
     settings = SalmonnSettings.model_validate({**values, **changes})
     return [record["loss"] for record in processes.run(settings, data, num_workers)]
+
+
+def test_workers_divide_the_same_step(
+    data: Data, salmonn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Q-Former has dropout of its own, drawn for each pack; so one pack of each worker is one of a lone worker."""
+    alone = trained(tmp_path / "a", data, salmonn, grad_accum=2, per_device_bsz=2, lora_dropout=0.0)
+    assert trained(tmp_path / "b", data, salmonn, 2, per_device_bsz=2, lora_dropout=0.0) == pytest.approx(
+        alone, abs=1e-5
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_alike(
+    salmonn: str, small: dict[str, str], make_features: Callable[..., Any], tmp_path: Path, stage: int
+) -> None:
+    """Rows of text alone among them, so that one worker may hear nothing while the other does."""
+    names = [small[f"{task}.train"] for task in ("asr", "tqa")]
+    data = Data(make_features(*names, model_id=salmonn), ())
+    how = {"per_device_bsz": 1, "lora_dropout": 0.0, "max_steps": 4}
+    plain = trained(tmp_path / "a", data, salmonn, 2, **how)
+    divided = {"strategy": "deepspeed", "zero_stage": stage, **how}
+    assert trained(tmp_path / "b", data, salmonn, 2, **divided) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_stages_learn(run: Run, salmonn: str) -> None:
+    """Nobody hears the women of the validation rows in training; new weights write nothing right."""
+    how = {"train_jsonl": manifest("asr.train"), "val_jsonl": manifest("asr.val"), "eval_max_new_tokens": "24"}
+    how |= {"eval_max_rows": "40", "max_steps": "220", "eval_steps": "220", "per_device_bsz": "16", "lr": "3e-3"}
+    how |= {"warmup_steps": "20", "max_grad_norm": "1", "lora_dropout": "0"}
+    first = run(**how)
+    second = run("--stage", "2", **{**how, "ckpt": str(first), "max_steps": "120", "eval_steps": "120"})
+    found = [json.loads((folder / "result.json").read_text())["asr/cer_nospace"] for folder in (first, second)]
+    assert found[1] < found[0] < 0.7
+    assert np.mean(losses(first)[-10:]) < 0.5 * np.mean(losses(first)[:10])
+    assert np.mean(losses(second)[-10:]) < np.mean(losses(first)[-10:])
 
 
 def test_resume_is_exact(data: Data, salmonn: str, tmp_path: Path) -> None:
