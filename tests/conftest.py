@@ -50,6 +50,22 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def salmonn_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Parts of a tiny SALMONN, by the training job's flags."""
+    from salmonn_tiny import write_parts
+
+    return write_parts(tmp_path_factory.mktemp("salmonn-parts"))
+
+
+@pytest.fixture(scope="session")
+def salmonn(salmonn_parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny SALMONN, whose weights between the encoders and the language model are new."""
+    from salmonn_tiny import write_tiny
+
+    return write_tiny(tmp_path_factory.mktemp("salmonn"), salmonn_parts)
+
+
+@pytest.fixture(scope="session")
 def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
     """Featurize manifests with a tiny model in this process; returns their feature sets."""
     from voxray.data.extract import Extractor, Storing

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags, range_of
+from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
@@ -24,7 +25,7 @@ from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
-from voxray.recipes import asr_adapter, multitask, text, whisper
+from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 from voxray.recipes.build import earlier_of
 from voxray.recipes.data import Data, training_data
 from voxray.run_folder import add_provenance, anchor, note_data, open_run
@@ -44,6 +45,7 @@ RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
     AsrAdapterSettings: asr_adapter.train,
     MultitaskSettings: multitask.train,
     WhisperSettings: whisper.train,
+    SalmonnSettings: salmonn.train,
 }
 """Every training job's recipe, by the class of its settings."""
 RAY_SETTINGS = {
@@ -209,7 +211,7 @@ def refuse_other_family(settings: TrainSettings) -> None:
     """
     found = family_of(settings.model_id).name
     if found != settings.family:
-        hint = {"whisper": "jobs/train_whisper.py trains it", "voxtral": "jobs/train_multitask.py trains it"}.get(found)
+        hint = f"jobs/train_{'multitask' if found == 'voxtral' else found}.py trains it"
         raise SettingsError(
             f"--model_id {settings.model_id}: a {found} model, and this job trains {settings.family}; {hint}"
         )

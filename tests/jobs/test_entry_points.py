@@ -32,7 +32,7 @@ cd voxray && python3.11 jobs/featurize.py --manifest a.jsonl && ls
 def job_of(config: Path) -> str:
     """The job that a recipe belongs to, by its name: demo.yaml trains, demo_<job> and <job>_<variant> name theirs."""
     name = config.stem.removeprefix("demo").removeprefix("_") or "train_multitask"
-    name = {"train": "train_multitask"}.get(name, name)
+    name = {"train": "train_multitask"}.get(name, f"train_{name}" if name.startswith("salmonn") else name)
     return max((job for job in JOBS if name == job or name.startswith(f"{job}_")), key=len)
 
 
@@ -95,6 +95,11 @@ def test_help_shows_every_flag_with_its_text() -> None:
             "evaluate",
             "--val_jsonl a.jsonl --per_device_bsz 0 --mode other --num_models",
             ("--per_device_bsz", "--mode"),
+        ),
+        (
+            "train_salmonn",
+            "--train_jsonl a --output_dir o --stage 3 --lr_schedule step --dryrun=maybe --cfg-path",
+            ("--stage", "--lr_schedule", "--dryrun", "--cfg-path"),
         ),
         ("featurize", "--rows_per_shard 0 --num_actors -1", ("--manifest", "--rows_per_shard", "--num_actors")),
         ("infer", "--temperature -1 --batch_size x --max_new_tokens 0", ("--temperature", "--batch_size", "--max_new")),

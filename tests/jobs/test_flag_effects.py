@@ -96,6 +96,12 @@ PUBLISHED = {
 ONLY_MULTITASK = {"curriculum", "per_task_bsz", "freeze_whisper", "task_weights"}
 NOT_WHISPER = {*ONLY_MULTITASK, "trim_audio_tokens"}
 OF_WHISPER = "whisper::defaults_are_the_published_ones"
+NOT_SALMONN = {*NOT_WHISPER, *MASKS}
+SALMONN = "salmonn"
+SALMONN_REACHES = f"{SALMONN}::flags_reach_the_recipe"
+OF_SALMONN = f"{SALMONN}::defaults_are_the_published_ones"
+SALMONN_RATES = f"{SALMONN}::rates_are_the_trainers {SALMONN}::settings_that_do_not_fit"
+SALMONN_FILES = f"{SALMONN}::the_trainers_own_files_run {SALMONN}::settings_that_do_not_fit"
 ONLY_AUDIO = {"variants", "trim_audio_tokens", *VARIANTS, *MASKS}
 OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
@@ -155,6 +161,23 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "language": "whisper::old_settings_train",
         "cuda_visible_devices": WARNS,
         "task": WARNS,
+    },
+    "train_salmonn": {
+        **{
+            flag: f"{line} {SALMONN}::flags_reach_the_recipe" for flag, line in TRAIN.items() if flag not in NOT_SALMONN
+        },
+        **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "per_device_bsz", "weight_decay"), OF_SALMONN),
+        **dict.fromkeys(("max_grad_norm", "max_steps", "eval_steps", "save_steps", "seed"), OF_SALMONN),
+        **dict.fromkeys(("grad_accum", "eval_max_new_tokens"), OF_SALMONN),
+        **dict.fromkeys(("lr", "lr_schedule", "warmup_steps", "min_lr", "warmup_start_lr"), SALMONN_RATES),
+        **dict.fromkeys(("stage", "init_adapter"), f"{SALMONN}::stage_2_needs_a_stage_1_and_takes_it"),
+        **dict.fromkeys(
+            ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
+        ),
+        "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row",
+        "store": f"{SALMONN}::packs_stored_samples_recomputing_and_text_alone",
+        "quantize": f"{SALMONN}::quantised_language_models_train",
+        "cuda_visible_devices": WARNS,
     },
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),

@@ -98,8 +98,9 @@ class EvaluateSettings(
     """Started again on the same folder: answer parts with rows that could not be answered once more. Without it these
     rows stay in quarantine.jsonl, and only what is missing is answered."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""
-    """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv. Without --val_jsonl
-    (the older evaluator read its manifests from a YAML file) it answers the demo's held-out rows with its model."""
+    """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv, with 4 beams and 200
+    tokens at most unless told otherwise. Without --val_jsonl (the older evaluator read its manifests from a YAML file)
+    it answers the demo's held-out rows with its model."""
 
     @field_validator("score_only")
     @classmethod
@@ -128,6 +129,15 @@ class EvaluateSettings(
             held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
             return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _submissions_search_as_before(cls, values: Any) -> Any:
+        """The older evaluator looked for submissions with four beams, 200 tokens at most."""
+        if not (isinstance(values, dict) and str(values.get("mode", "")).startswith("submission")):
+            return values
+        beams = {} if values.get("temperature") else {"num_beams": 4}
+        return {"gen_max_new_tokens": 200, **beams, **values}
 
 
 class InferSettings(AdapterFlags, SearchFlags):

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -56,6 +56,13 @@ class Settings(BaseModel):
     """Base of every job's settings: frozen, no unknown keys, field docstrings kept for ``--help``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    config_spellings: ClassVar[tuple[str, ...]] = ()
+    """Old spellings of --config."""
+
+    @classmethod
+    def of_file(cls, loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
+        """Keys and values of a YAML file as flags, and what is wrong with it; for jobs that read older files too."""
+        return loaded, []
 
 
 S = TypeVar("S", bound=Settings)
@@ -128,7 +135,7 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
             if not _is_bool(model.model_fields[name]):
                 errors.append(f"--{spelled}: only switches have a --no_ form")
                 continue
-        if key != "config" and name is None:
+        if name is None and key not in ("config", *model.config_spellings):
             errors.append(f"--{spelled}: unknown flag{_suggestion(key, names)}")
         elif name is None or not _is_bool(model.model_fields[name]):
             if not has_value:
@@ -213,7 +220,8 @@ def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[
         loaded = read_yaml(path)
     except ValueError as error:
         return {}, [f"--config {path}: {error}"]
-    names, values, errors = flag_names(model), {}, []
+    names, values = flag_names(model), {}
+    loaded, errors = model.of_file(loaded, path)
     for key, value in loaded.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from voxray.audio.decode import PCM_SCALE
+from voxray.audio.logmel import HOP_SAMPLES
 from voxray.data.features import FeatureRow
 from voxray.data.shards import TASK_CODES
 from voxray.models.family import FrontEnd
@@ -28,7 +29,8 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Mas
         masks: Applied to the log-mel of every clip (SpecAugment), in the order of the rows.
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and, if any row has audio,
-        ``input_features``: (W, F, T) float32, or the encoder's outputs as they are stored.
+        ``input_features``: (W, F, T) float32, or the encoder's outputs as they are stored; for front ends that count
+        samples also ``num_samples`` (W,) int64.
     """
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
     shape = (len(rows), max(lengths))
@@ -92,7 +94,16 @@ def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Bat
     if not windows:
         return {}
     inputs = torch.from_numpy(np.concatenate(windows))
-    return {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
+    batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
+    if front_end.counts_samples:
+        batch["num_samples"] = torch.tensor([length for row in rows for length in _window_samples(row, front_end)])
+    return batch
+
+
+def _window_samples(row: FeatureRow, front_end: FrontEnd) -> list[int]:
+    """Samples of each of a clip's windows that are no padding."""
+    size = front_end.window_frames * HOP_SAMPLES
+    return [max(0, min(size, row.num_samples - number * size)) for number in range(row.num_windows)]
 
 
 def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Reads a rank's packs ahead of the model."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -9,12 +9,14 @@ import numpy as np
 
 from voxray.audio.augment import SpecAugment, spec_augment
 from voxray.data.collate import Batch, Masks, collate_packed, collate_training
-from voxray.data.features import Features
+from voxray.data.features import FeatureRow, Features
 from voxray.data.plan import Pack, Plan
 from voxray.models.family import FrontEnd
 from voxray.training.engine import Worker
 
 STEPS_AHEAD = 2
+Redraw = Callable[[FeatureRow, int], FeatureRow]
+"""A row and an epoch -> the row as it is in that epoch."""
 MASK_STREAM = 1  # so that the masks of a pack are drawn from other numbers than its dropout
 
 
@@ -41,6 +43,7 @@ class Loader:
     Args:
         loader_workers: Threads that read ahead; 0 reads when asked.
         masking: Masks on the features of training clips.
+        redraw: Gives every row another prompt in each epoch, if any.
         pin_memory: Put batches into page-locked memory, for quick copies to a GPU.
     """
 
@@ -52,11 +55,13 @@ class Loader:
         worker: Worker,
         loader_workers: int,
         masking: Masking,
+        redraw: Redraw | None = None,
         *,
         pin_memory: bool,
     ) -> None:
         self.features, self.front_end, self.plan, self.worker = features, front_end, plan, worker
         self.loader_workers, self.masking, self.pin_memory = loader_workers, masking, pin_memory
+        self.redraw = redraw
 
     def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Pack, Batch]]]]:
         """Steps ``start`` to ``end`` - 1."""
@@ -85,6 +90,9 @@ class Loader:
 
     def _batch(self, step: int, pack: Pack) -> Batch:
         rows = [self.features.row(number) for number in pack.rows]
+        if self.redraw:
+            epoch, _ = self.plan.locate(step)
+            rows = [self.redraw(row, epoch) for row in rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
         batch = collate(rows, self.front_end, self.masking.of(step, pack.number))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch

@@ -16,6 +16,7 @@ import numpy as np
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.config.groups import range_of
+from voxray.data.annotations import as_manifests
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
@@ -61,6 +62,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
+    manifests = as_manifests(settings.val_jsonl, output_dir / "manifests")
+    settings = settings.model_copy(update={"val_jsonl": manifests})
     first_fault(settings.val_jsonl)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = as_trained(settings, model_id, adapter)
@@ -232,9 +235,9 @@ def rows_to_answer(
 
 
 def write_submission(output_dir: Path) -> None:
-    """Write submission.csv with the columns ``testset_id,text`` that SALMONN's evaluators take."""
+    """Write submission.csv with the columns ``testset_id,text`` of SALMONN's evaluators: one line an id, sorted."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["testset_id", "text"])
-    writer.writerows([row["id"], row["prediction"]] for row in read_predictions(output_dir))
+    writer.writerows(sorted({row["id"]: row["prediction"] for row in read_predictions(output_dir)}.items()))
     write_atomically(output_dir / "submission.csv", text.getvalue().encode())

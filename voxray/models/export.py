@@ -21,7 +21,7 @@ from voxray.data.collate import collate_training
 from voxray.data.features import FeatureRow
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample
-from voxray.models.family import Family, FrontEnd, family_of
+from voxray.models.family import Family, FrontEnd, family_of, read_config
 from voxray.models.lora import CONFIG, WEIGHTS, base_of_adapter, find_adapter, load_adapter, role_of, target_pattern
 from voxray.models.trimming import note_trimming, read_record, trims_audio, write_record
 from voxray.run_folder import anchor, make_folder, provenance
@@ -64,6 +64,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     roles = list(family.roles) if settings.merge == "all" else [settings.merge]
     if not set(roles) <= set(family.roles):
         raise SettingsError(f"--merge {settings.merge}: a {family.name} model has no {settings.merge}")
+    if settings.merge != "all" and family.trained_whole:
+        raise SettingsError(f"--merge {settings.merge}: what trains beside LoRA in {family.name} cannot be kept apart")
     if not isinstance(model, PeftModel) and settings.merge != "all":
         raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
     num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
@@ -136,8 +138,8 @@ def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tenso
         values |= {"prompt_ids": front_end.prompt_ids(sample, len(samples) if audio else 0), "audio": features.mel_KB}
         rows.append(FeatureRow.of({**values, "target_ids": front_end.target_ids(PROBE_TEXT)}))
     batch = collate_training(rows, front_end)
-    keep_BL = batch.pop("attention_mask").bool()
-    batch = {name: batch[name] for name in ("input_ids", "input_features")} | {"attention_mask": keep_BL.long()}
+    keep_BL = batch["attention_mask"].bool()
+    batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", "task")}
     return family.answer_logits(model, batch, keep_BL).float()
 
 
@@ -153,10 +155,9 @@ def _check(difference: float, dtype: torch.dtype, what: str) -> None:
 def _dtype(name: str, model_id: str) -> torch.dtype:
     if name != "base":
         return getattr(torch, name)
-    from transformers import AutoConfig
-
-    found = AutoConfig.from_pretrained(model_id).dtype
-    return found if isinstance(found, torch.dtype) else torch.float32
+    found = read_config(model_id)
+    named = getattr(torch, str(found.get("dtype", found.get("torch_dtype"))), None)
+    return named if isinstance(named, torch.dtype) else torch.float32
 
 
 def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
@@ -169,12 +170,7 @@ def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch
             layer: Any = base.get_submodule(name)
             base.set_submodule(name, layer.get_base_layer())
     base.to(dtype).save_pretrained(folder)
-    from transformers.utils.hub import cached_file
-
-    for name in (*family.files, "README.md"):
-        found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
-        if found and not (folder / name).exists():
-            shutil.copyfile(found, folder / name)
+    family.copy_files(model_id, folder)
 
 
 def _write_rest(model: PeftModel, family: Family, folder: Path, roles: Sequence[str], final: Path) -> None:

@@ -6,6 +6,7 @@ generates.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class FrontEnd(Protocol):
         eos_id: Token id that ends an answer.
         needs_language: Whether a row has to say its language to be trained on.
         trims_audio: Whether audio tokens that stand for padding alone are left out of prompts.
+        counts_samples: Whether the model asks how many samples of each window are no padding.
     """
 
     fingerprint: str
@@ -68,6 +70,7 @@ class FrontEnd(Protocol):
     eos_id: int
     needs_language: bool
     trims_audio: bool
+    counts_samples: bool
 
     def features(self, samples: np.ndarray) -> AudioFeatures: ...
 
@@ -123,6 +126,7 @@ class Family(Protocol):
         tasks: Names of the tasks whose rows it answers.
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
+        trained_whole: Names of modules whose own weights train beside LoRA, where their role trains.
         fixed: Names of modules whose weights never train, not even in full tuning.
         quantized: Roles whose layers ``quantize`` holds in fewer bits.
         files: Names of the files beside configuration and weights that make a model's folder complete.
@@ -132,6 +136,7 @@ class Family(Protocol):
     tasks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
+    trained_whole: tuple[str, ...]
     fixed: tuple[str, ...]
     quantized: tuple[str, ...]
     files: tuple[str, ...]
@@ -144,6 +149,14 @@ class Family(Protocol):
         Raises:
             SettingsError: ``trim_audio`` is asked of a family whose clips take the same number of tokens always.
         """
+        ...
+
+    def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        """Whether weight decay passes a parameter by."""
+        ...
+
+    def copy_files(self, model_id: str, folder: Path) -> None:
+        """Put what makes a model's folder complete, beside configuration and weights, into another folder."""
         ...
 
     def encoder_fingerprint(self, model_id: str) -> str: ...
@@ -192,6 +205,25 @@ class Family(Protocol):
         ...
 
 
+class UsualFamily:
+    """What a family has unless it says otherwise: nothing trains beside LoRA, and weight decay is for everything."""
+
+    trained_whole: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
+        return False
+
+    def copy_files(self, model_id: str, folder: Path) -> None:
+        """Copy ``files`` as far as the base has them and the folder does not."""
+        from transformers.utils.hub import cached_file
+
+        for name in (*self.files, "README.md"):
+            found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
+            if found and not (folder / name).exists():
+                shutil.copyfile(found, folder / name)
+
+
 def family_of(model_id: str) -> Family:
     """Find the family of a base model from its configuration.
 
@@ -199,10 +231,11 @@ def family_of(model_id: str) -> Family:
         RunError: The model's configuration cannot be had.
         SettingsError: The model is of no family that voxray knows.
     """
+    from voxray.models.salmonn.family import Salmonn
     from voxray.models.voxtral import Voxtral
     from voxray.models.whisper import Whisper
 
-    families: dict[str, Family] = {family.name: family for family in (Voxtral(), Whisper())}
+    families: dict[str, Family] = {family.name: family for family in (Voxtral(), Whisper(), Salmonn())}
     kind = str(read_config(model_id).get("model_type"))
     if kind not in families:
         raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(families)}")

@@ -8,6 +8,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,28 @@ def add_lora(
         tuning: ``lora``, ``dora`` or ``rslora``.
         targets: Names of the layers to adapt within the roles; empty takes the family's own.
     Returns:
-        The PEFT model; LoRA weights are float32 and the only ones that train.
+        The PEFT model; LoRA weights are float32 and the only ones that train, beside what the family trains whole.
     Raises:
         RunError: A role has no matching layer, or LoRA ended up outside the roles.
     """
+    adapted = [role for role in roles if role in family.lora_targets]
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=dropout,
-        target_modules=target_pattern(family, roles, targets),
+        target_modules=target_pattern(family, adapted, targets),
         use_dora=tuning == "dora",
         use_rslora=tuning == "rslora",
         base_model_name_or_path=model_id,
     )
     matched = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
-    for role in roles:
+    for role in adapted:
         if not any(role_of(name, family) == role for name in matched):
             raise RunError(f"LoRA: no layer of the {role} is called {', '.join(targets or family.lora_targets[role])}")
     wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if role_of(name, family) in roles and any(f".{whole}." in f".{name}." for whole in family.trained_whole):
+            parameter.requires_grad_(True)
     check_lora(wrapped, family, roles)
     return wrapped
 
@@ -152,7 +157,17 @@ def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
     if not isinstance(model, PeftModel):
         return dict(trainable_parameters(model))
     own = model.state_dict(keep_vars=True)  # not copies of their data as it is now
-    return dict(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False))
+    return dict(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)) | whole_weights(model)
+
+
+def whole_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Weights that train themselves, beside LoRA, in the model's order."""
+    return {name: parameter for name, parameter in trainable_parameters(model) if not is_lora(name)}
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor of an adapter is one of LoRA's layers, and not one of the base's own weights."""
+    return "lora_" in name
 
 
 def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool] = lambda name: True) -> int:
@@ -178,7 +193,10 @@ def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool]
                 f"{folder}: the adapter does not fit the model: it {what} {len(names)} tensors, as {names[0]}"
             )
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, tensors)
+        set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
+        for name, parameter in whole_weights(model).items():
+            if name in tensors:
+                parameter.data.copy_(tensors[name])
     else:
         for name, parameter in trainable_parameters(model):
             parameter.data.copy_(tensors[name])
@@ -207,8 +225,12 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+    if getattr(model, "trained_whole", ()):
+        whole = set(filterfalse(is_lora, tensor_names(folder)))
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or name in whole)
     num_tensors = load_adapter_weights(wrapped, folder)
-    return wrapped.eval(), num_tensors
+    return wrapped.requires_grad_(False).eval(), num_tensors
 
 
 def find_adapter(path: str, flag: str = "--lora_dir") -> Path:
@@ -242,9 +264,18 @@ def roles_of_adapter(folder: Path, family: Family) -> set[str]:
     Raises:
         RunError: It cannot be read.
     """
+    return {role_of(name, family) for name in tensor_names(folder)}
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Names of an adapter's tensors.
+
+    Raises:
+        RunError: It cannot be read.
+    """
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
-            return {role_of(name, family) for name in file.keys()}  # noqa: SIM118  # not a dict
+            return list(file.keys())
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
 

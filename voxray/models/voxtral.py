@@ -24,7 +24,7 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
-from voxray.models.family import AudioPath, model_file
+from voxray.models.family import AudioPath, UsualFamily, model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import load_frozen
@@ -162,7 +162,7 @@ class VoxtralFrontEnd(WindowedLogMel):
         return self._tekken.decode([int(token) for token in ids], special_token_policy=SpecialTokenPolicy[policy])
 
 
-class Voxtral:
+class Voxtral(UsualFamily):
     """Voxtral's model side."""
 
     name = "voxtral"

@@ -25,7 +25,7 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.cross_decoding import CrossDecoding
 from voxray.models.encoder import Outputs, PassThrough, encode, hear_through, load_alone, weights_fingerprint
-from voxray.models.family import AudioPath, model_file
+from voxray.models.family import AudioPath, UsualFamily, model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.quantize import load_frozen
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
@@ -161,7 +161,7 @@ class WhisperFrontEnd(WindowedLogMel):
         )
 
 
-class Whisper:
+class Whisper(UsualFamily):
     """Whisper's model side."""
 
     name = "whisper"

@@ -25,6 +25,7 @@ class WindowedLogMel:
     """
 
     sample_rate_hz = SAMPLE_RATE_HZ
+    counts_samples = False
 
     def __init__(self, model_id: str, num_mel_bins: int, encoder_positions: int) -> None:
         self.model_id, self.num_mel_bins = model_id, num_mel_bins

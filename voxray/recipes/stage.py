@@ -19,7 +19,7 @@ from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_training
 from voxray.data.features import Features
 from voxray.data.featurize import write_ledger
-from voxray.data.loader import Loader, Masking
+from voxray.data.loader import Loader, Masking, Redraw
 from voxray.data.plan import Phase, Plan, Variants
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
@@ -57,6 +57,7 @@ class Stage:
         per_task_bsz: Rows of a forward pass by task, for batches by length.
         curriculum: Tasks and epochs of one phase after the other; empty draws all tasks for --epochs.
         lora_targets: Names of the layers that LoRA adapts within the roles; empty takes the family's own.
+        redraw: Gives a row another prompt in every epoch; None leaves it the stored one.
     """
 
     roles: tuple[str, ...]
@@ -65,6 +66,7 @@ class Stage:
     per_task_bsz: Mapping[str, int] | None = None
     curriculum: tuple[Phase, ...] = ()
     lora_targets: tuple[str, ...] = ()
+    redraw: Redraw | None = None
 
 
 Lost = tuple[Features, int, str, str]
@@ -117,7 +119,9 @@ def _train_stage(
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
     masks = Masking(masks_of(settings), settings.seed)
-    loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, pin_memory=pin_memory)
+    loader = Loader(
+        features, front_end, plan, worker, settings.loader_workers, masks, stage.redraw, pin_memory=pin_memory
+    )
     monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)

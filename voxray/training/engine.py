@@ -105,10 +105,10 @@ class DataParallel:
 
     def __init__(self, model: Any, family: Family, worker: Worker, *, lr: float, weight_decay: float) -> None:
         self.model, self.worker, self._family = model, worker, family
-        self._named = trainable_parameters(model)
+        self._named, groups = parameter_groups(model, family)
         self._parameters = [parameter for _, parameter in self._named]
         # fused gives other bits than foreach and plain, so one of them for good
-        self.optimizer = torch.optim.AdamW(self._parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
 
     def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
         return self._family.answer_logits(self.model, batch, keep_BL)
@@ -145,6 +145,18 @@ class DataParallel:
 
     def whole_model(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def parameter_groups(model: Any, family: Family) -> tuple[list[tuple[str, torch.nn.Parameter]], list[dict[str, Any]]]:
+    """What trains, in the optimizer's order, and its groups: what decays, then what the family lets decay pass by."""
+    named = trainable_parameters(model)
+    kept = [family.no_decay(name, parameter) for name, parameter in named]
+    decaying = [entry for entry, passed_by in zip(named, kept, strict=True) if not passed_by]
+    others = [entry for entry, passed_by in zip(named, kept, strict=True) if passed_by]
+    groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in decaying]}] if decaying else []
+    if others:
+        groups.append({"params": [parameter for _, parameter in others], "weight_decay": 0.0})
+    return [*decaying, *others], groups
 
 
 def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

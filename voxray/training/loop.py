@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.data.collate import Batch
 from voxray.data.features import Features
@@ -221,7 +222,16 @@ def seed_pack(seed: int, step: int, pack: int) -> None:
 
 
 def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up, then the chosen shape down to 0 at the end."""
+    """Learning rate of step ``step`` (from 0): linear warm-up, then the chosen shape down to 0 at the end.
+
+    ``cosine_from_start`` is SALMONN's: warm-up from ``warmup_start_lr``, then a cosine down to ``min_lr`` over all
+    steps, of which the warm-up has gone by already, so the rate falls a little where the cosine takes over.
+    """
+    if isinstance(settings, SalmonnSettings) and settings.lr_schedule == "cosine_from_start":
+        if step < settings.warmup_steps:
+            return settings.warmup_start_lr + (settings.lr - settings.warmup_start_lr) * step / settings.warmup_steps
+        share = step / max(1, num_steps)
+        return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + float(np.cos(np.pi * share)))
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / (settings.warmup_steps + 1)
     share = (step - settings.warmup_steps) / max(1, num_steps - settings.warmup_steps)

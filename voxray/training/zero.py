@@ -25,8 +25,8 @@ from torch._C._distributed_c10d import HashStore
 
 from voxray.errors import RunError
 from voxray.models.family import Family
-from voxray.models.lora import adapter_tensors, role_of, trainable_parameters
-from voxray.training.engine import Moments, State, Worker, copied
+from voxray.models.lora import adapter_tensors, role_of
+from voxray.training.engine import Moments, State, Worker, copied, parameter_groups
 
 MOST_BUCKET_ELEMENTS = 100_000_000
 """Gradients that travel in one message at most: 400 MB in float32, which are set aside for it."""
@@ -57,11 +57,11 @@ class Zero:
         weight_decay: float,
     ) -> None:
         self.model, self.worker, self._stage = model, worker, stage
-        self._named = trainable_parameters(model)
+        self._named, groups = parameter_groups(model, family)
         self._stored = adapter_tensors(model)
         parameters = [parameter for _, parameter in self._named]
         # the same choice as in DataParallel, so that runs can change between the two
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
         self._deepspeed = _import_deepspeed(worker)
         trained = {role_of(name, family) for name, _ in self._named}
         touched = set(family.roles) if stage == 3 and with_audio else trained

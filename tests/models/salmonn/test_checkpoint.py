@@ -39,7 +39,9 @@ VICUNA = {
         vocab_size=32_001, hidden_size=5120, intermediate_size=13_824, num_hidden_layers=40, num_attention_heads=40
     ),
 }
-LORA_FAMILY = SimpleNamespace(roles={"llm": ("llama_model",)}, lora_targets={"llm": ("q_proj", "v_proj")})
+LORA_FAMILY = SimpleNamespace(
+    roles={"llm": ("llama_model",)}, lora_targets={"llm": ("q_proj", "v_proj")}, trained_whole=()
+)
 
 
 def shapes(name: str) -> dict[str, torch.Tensor]:

@@ -130,3 +130,6 @@ def qformer_config(*, width: int, heads: int, ffn: int, layers: int, encoder_wid
         cross_attention_frequency=1,
         use_qformer_text_input=False,
     )
+
+
+AutoConfig.register(SalmonnConfig.model_type, SalmonnConfig, exist_ok=True)  # else the library warns of every folder

@@ -4,13 +4,14 @@ Either all of it lies there (``save_pretrained`` and the two front ends' files),
 official parts are, so that 26 GB of a Vicuna need no second copy.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from voxray.errors import RunError
-from voxray.models.family import read_config
+from voxray.models.family import model_file, read_config
 from voxray.models.salmonn.checkpoint import read_beats, read_trained
 from voxray.models.salmonn.config import SalmonnConfig
 from voxray.models.salmonn.loading import build_config, load, load_tokenizer
@@ -80,6 +81,20 @@ def read_folder(model_id: str) -> SalmonnConfig:
     return config
 
 
+def copy_files(model_id: str, folder: Path) -> None:
+    """Make a folder to which the whole model was saved complete: tokenizer, Whisper's front end, prompts."""
+    config = read_folder(model_id)
+    load_tokenizer(part(model_id, config, "llm")).save_pretrained(folder)
+    preprocessor = model_file(part(model_id, config, "whisper"), "preprocessor_config.json")
+    shutil.copyfile(preprocessor, folder / "preprocessor_config.json")
+    saved = read_folder(str(folder))
+    saved.parts = None
+    if prompts := (config.parts or {}).get("prompts"):
+        saved.parts = {"prompts": Path(prompts).name}
+        shutil.copyfile(prompts, folder / Path(prompts).name)
+    saved.save_pretrained(folder)
+
+
 def part(model_id: str, config: SalmonnConfig, name: str) -> str:
     """Where one of the parts is; the folder itself where all of it lies there."""
     return (config.parts or {}).get(name, model_id)
@@ -92,7 +107,7 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
         RunError: A part is missing, or does not fit.
     """
     config = read_folder(model_id)
-    if config.parts is None:
+    if config.parts is None or "whisper" not in config.parts:
         try:
             return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
         except (OSError, ValueError) as error:

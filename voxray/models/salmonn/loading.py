@@ -86,10 +86,14 @@ def load_whisper_encoder(folder: str | Path, dtype: torch.dtype) -> Any:
     Raises:
         RunError: It cannot be read.
     """
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # a decoder's head is in some files, and has no place here
     try:
         model: Any = WhisperModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
         raise RunError(f"{folder}: cannot load Whisper: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        logging.set_verbosity(before)
     return model.encoder
 
 

@@ -36,6 +36,7 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    trained_whole = TRAINED
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = list(TRAINED)  # noqa: RUF012  # the library's own way
 

@@ -41,6 +41,7 @@ class SalmonnFrontEnd(WindowedLogMel):
     outside_positions = 0
     needs_language = False
     trims_audio = False
+    counts_samples = True
 
     def __init__(self, model_id: str, *, trim_audio: bool = False, prompts: Prompts | None = None) -> None:
         if trim_audio:

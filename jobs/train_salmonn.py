@@ -1,0 +1,19 @@
+"""Fine-tune SALMONN, stage 1 or 2: its Q-Former and projection, and LoRA on the language model."""
+
+from voxray.config.parse import parse
+from voxray.config.salmonn import SalmonnSettings
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    about, demo = __doc__ or "", "demo_train_salmonn.yaml"
+    settings = parse(SalmonnSettings, argv, job="train_salmonn", about=about, demo=demo)
+    from voxray.launch import run_training
+    from voxray.recipes.salmonn import made_ready
+
+    run_training(made_ready(settings))
+
+
+if __name__ == "__main__":
+    main()
