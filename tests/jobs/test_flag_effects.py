@@ -231,6 +231,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lora_dir", "model_id"), "export::runs_checkpoints_and_bases_are_found"),
         **dict.fromkeys(("output_dir", "overwrite"), "export::folders_that_hold_something_are_left_alone"),
         "storage_path": "export::a_relative_output_stands_under_the_storage_path",
+        "format": f"{SALMONN}::stage_2_needs_a_stage_1_and_takes_it",
         "merge": "export::only_the_projector_can_be_merged",
         "dtype": "export::dtype",
     },

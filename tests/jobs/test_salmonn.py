@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
+from conftest import ASSETS, SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from running import load_job, parse_only
 from test_stages import losses, tensors
 
@@ -26,7 +27,7 @@ from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
-from voxray.models.salmonn.checkpoint import official_tensors, write_trained
+from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
 from voxray.models.salmonn.model import TRAINED
 from voxray.recipes.data import Data
 from voxray.recipes.salmonn import drawn_prompts, made_ready
@@ -35,6 +36,7 @@ from voxray.training.loop import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+LATER_LAYERS = re.compile(r"llama_model\..*\.layers\.(?!0\.|1\.)")
 USUAL = {"max_steps": "2", "max_len": "120", "lr": "1e-3", "min_lr": "0", "warmup_steps": "0", "per_device_bsz": "4"}
 Run = Callable[..., Path]
 
@@ -111,16 +113,17 @@ def test_stage_2_needs_a_stage_1_and_takes_it(
     assert "--stage" in refused(capsys, "--stage", "3", "--model_id", "m")
     plain = run("--stage", "2", "--lora_dropout", "0", ckpt=str(tuned))
     assert losses(plain)[0] < losses(tuned)[0]
-    base = "base_model.model."
-    named = {name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): tensor
-             for name, tensor in tensors(tuned).items()}  # fmt: skip
-    official = official_tensors((name.removeprefix(base), tensor) for name, tensor in named.items())
-    write_trained(official, tmp_path / "salmonn_v1.pth", {"lora_alpha": 32})
-    started = run("--stage", "2", "--lora_dropout", "0", ckpt=str(tmp_path / "salmonn_v1.pth"))
+    report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), format="official"))
+    assert report["tensors"] == 69 and report["difference_on_disk"] == 0
+    official = tmp_path / "x" / "salmonn_v1.pth"
+    wanted = json.loads((ASSETS / "salmonn-reference" / "keys_salmonn_7b.json").read_text())
+    needed = {name for name in wanted if not NOT_NEEDED.fullmatch(name) and not TABLE.fullmatch(name)}
+    assert set(read_trained(official).tensors) == {name for name in needed if not LATER_LAYERS.search(name)}
+    started = run("--stage", "2", "--lora_dropout", "0", ckpt=str(official))
     assert losses(started) == losses(plain), "an official checkpoint of the same weights"
     assert json.loads((started / "provenance.json").read_text())["init_adapter"]["roles"] == ["projector", "llm"]
     with pytest.raises(SettingsError, match="rank 8 and alpha 32, this run --lora_r 4 and --lora_alpha 32"):
-        run("--stage", "2", "--lora_r", "4", ckpt=str(tmp_path / "salmonn_v1.pth"))
+        run("--stage", "2", "--lora_r", "4", ckpt=str(official))
     with pytest.raises(SettingsError, match="rank 8 and alpha 32, this run --lora_r 4"):
         run("--stage", "2", "--lora_r", "4", ckpt=str(tuned))
 

@@ -16,6 +16,9 @@ class ExportSettings(Settings):
     """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = ""
     """Base model: a folder on disk or a hub id; by default the one that the adapter names."""
+    format: Literal["transformers", "official"] = "transformers"
+    """What is written: a whole model that transformers or voxray loads, or, of SALMONN, what was trained, as a
+    checkpoint for SALMONN's own code."""
     merge: Literal["all", "projector"] = "all"
     """What is added into the base's weights: all of the adapter, or only its part in the projector; the rest is then
     written beside it, as an adapter on the new base in `adapter`."""

@@ -68,6 +68,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise SettingsError(f"--merge {settings.merge}: what trains beside LoRA in {family.name} cannot be kept apart")
     if not isinstance(model, PeftModel) and settings.merge != "all":
         raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
+    if settings.format == "official":
+        return _export_official(settings, model, family, output_dir, adapter, with_adapter)
     num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
     if not num_merged:
         raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
@@ -95,6 +97,38 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         f"{num_merged} layers merged; logits differ by {difference:.1e} of the largest, {written:.1e} on disk"
     )
     console.print(f"model in {output_dir}", markup=False)
+    return report
+
+
+def _export_official(
+    settings: ExportSettings, model: Any, family: Family, output_dir: Path, adapter: Path, with_adapter: torch.Tensor
+) -> dict[str, Any]:
+    """Write what was trained under its official names, read it back and ask it."""
+    from voxray.models.salmonn.official import CHECKPOINT, read_official_model, write_official
+
+    if family.name != "salmonn":
+        raise SettingsError(f"--format official: is for SALMONN's code, and this is a {family.name} model")
+    if unused := {"merge", "dtype"} & settings.model_fields_set:
+        raise SettingsError(f"--format official: the weights are written as they are; leave out --{min(unused)}")
+    model_id = settings.model_id or base_of_adapter(adapter)
+    partial = output_dir.with_name(f".{output_dir.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        num_tensors = write_official(model, partial, model_id)
+        base = family.load_model(model_id, dtype=torch.float32, device=CPU)
+        found = probe_logits(read_official_model(base, family, partial), family, family.front_end(model_id))
+        written = _difference(found, with_adapter)
+        _check(written, torch.float32, "the checkpoint on disk")
+        report = {"base": model_id, "adapter": str(adapter), "format": settings.format, "tensors": num_tensors}
+        report |= {"adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()}
+        report |= {"difference_on_disk": written, **provenance()}
+        write_json(partial / REPORT, report)
+        shutil.rmtree(output_dir, ignore_errors=True)
+        partial.replace(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(f"{num_tensors} tensors under their official names in {output_dir / CHECKPOINT}", markup=False)
     return report
 
 
