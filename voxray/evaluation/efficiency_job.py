@@ -201,10 +201,12 @@ def _table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
     about = (
         f"{Path(first['model_id']).name}, {first['dtype']}, a clip of {clip_sec:.1f} s, {first['new_tokens']} tokens"
     )
-    table = Table(title=f"{about}; medians (quartiles) of {first['repeats']}, {first['device']}", title_justify="left")
+    table = Table(
+        title=f"{about}; medians and quartiles of {first['repeats']}, {first['device']}", title_justify="left"
+    )
     names = ("variant", "batch", "TTFT ms", "TPOT ms", "data ms", "RTFx", "tokens/s", "peak GiB")
     for name in names:
-        table.add_column(name, justify="left" if name == "variant" else "right")
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name.endswith("ms"))
     for variant, report in variants.items():
         for found in report["results"]:
             prepared = found["decode_sec"]["median"] + found["features_sec"]["median"]
@@ -217,7 +219,7 @@ def _table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _milliseconds(found: Mapping[str, Any]) -> str:
     median, low, high = (found[name] * 1e3 for name in ("median", "low", "high"))
-    return f"{median:.1f} ({low:.1f}-{high:.1f})"
+    return f"{median:.1f}\n{low:.1f}-{high:.1f}"
 
 
 def old_lines(report: Mapping[str, Any]) -> Sequence[str]:
