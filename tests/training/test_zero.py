@@ -32,7 +32,7 @@ from voxray.training.monitor import read_metrics
 
 DDP: dict[str, Any] = {}
 ZERO = {2: {"strategy": "deepspeed"}, 3: {"strategy": "deepspeed", "zero_stage": 3}}
-TEXT_HEAVY = {"task_weights": {"asr": 1.0, "tqa": 3.0}, "grad_accum": 1, "max_steps": 6}
+TEXT_HEAVY = {"max_grad_norm": 0.0, "task_weights": {"asr": 1.0, "tqa": 3.0}, "grad_accum": 1, "max_steps": 6}
 RESUMED = {"lora_dropout": 0.1, "max_steps": 6, "save_steps": 3, "grad_accum": 1}
 VALIDATED = {"eval_steps": 2, "eval_max_rows": 1, "eval_max_new_tokens": 12}
 FULL = {"tuning": "full", "lr": 1e-4, "max_grad_norm": 1e-5}

@@ -7,7 +7,8 @@ the guard may still refuse. And checkpoints hold whole tensors, where DeepSpeed'
 workers as wrote them.
 
 Names of DeepSpeed's optimizers that are no documented interface: ``averaged_gradients``,
-``single_partition_of_fp32_groups``, ``fp32_partitioned_groups_flat`` and ``_lazy_init_hp_params_optimizer_state``.
+``single_partition_of_fp32_groups``, ``fp32_partitioned_groups_flat``, ``_lazy_init_hp_params_optimizer_state`` and
+``_hp_optimizer_states_linked``.
 ``tests/training/test_zero.py`` fails where another version gives them another meaning.
 """
 
@@ -59,6 +60,7 @@ class Zero:
         self.model, self.worker, self._stage = model, worker, stage
         self._named, groups = parameter_groups(model, family)
         self._stored = adapter_tensors(model)
+        self._linked = False
         parameters = [parameter for _, parameter in self._named]
         # the same choice as in DataParallel, so that runs can change between the two
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
@@ -99,6 +101,11 @@ class Zero:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        if self._stage < 3 and not self._linked:
+            # DeepSpeed links moments to parameters after the first group's step, when the others have none yet
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+            self._linked = True
 
     def drop(self) -> None:
         """DeepSpeed has no call for this, but skips a step whose gradients are not finite and forgets them."""
@@ -181,6 +188,7 @@ def _config(stage: int, trainable: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # asked for, but used only to count samples
         "gradient_accumulation_steps": 1,  # the loop says which backward pass is a step's last one
+        "gradient_clipping": 0.0,  # done by ``reduce``; left out, it would clip to a norm of 1
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
