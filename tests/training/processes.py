@@ -1,5 +1,6 @@
 """Runs a recipe in several processes over gloo, without Ray."""
 
+import multiprocessing
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +64,9 @@ def run_all(jobs: Sequence[Job], num_workers: int) -> list[list[dict[str, Any]]]
         finally:
             torch.set_num_threads(threads)
     else:
-        mp.spawn(_work, args=(num_workers, jobs), nprocs=num_workers)
+        # Forked from a process that has imported everything once and run nothing: imports take longer than most runs.
+        multiprocessing.set_forkserver_preload(["voxray.launch"])
+        mp.start_processes(_work, args=(num_workers, jobs), nprocs=num_workers, start_method="forkserver")
     return [read_metrics(Path(job.settings.output_dir), "train") for job in jobs]
 
 

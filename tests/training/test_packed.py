@@ -10,6 +10,7 @@ import processes
 import pytest
 import torch
 from conftest import TINY
+from torch.nn.attention import varlen
 
 from voxray.config.train import MultitaskSettings
 from voxray.data.collate import collate_packed, collate_prompts, collate_training
@@ -127,7 +128,7 @@ def kernel(calls: list[dict[str, Any]]) -> Any:
             parts.append((scores.softmax(-1) @ value[start : place + 1].transpose(0, 1)).flatten(0, 1))
         return torch.stack(parts)
 
-    inspected = inspect.signature(packed.varlen_attn).parameters
+    inspected = inspect.signature(varlen.varlen_attn).parameters
     assert all(inspected[name].kind == item.kind for name, item in inspect.signature(varlen_attn).parameters.items())
     return varlen_attn
 
@@ -136,7 +137,7 @@ def kernel(calls: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
 def test_packed_attention_equals_attention_written_out(monkeypatch, flash, heads):
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(packed, "varlen_attn", kernel(calls))
+    monkeypatch.setattr(varlen, "varlen_attn", kernel(calls))
     monkeypatch.setattr(packed, "takes_flash", lambda *what: flash)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 11, count, 16).transpose(1, 2) for count in (heads[0], heads[1], heads[1]))
@@ -156,7 +157,7 @@ def test_a_pack_through_the_flash_kernel_has_the_loss_of_the_padded_batch(data, 
     calls: list[dict[str, Any]] = []
     real = kernel(calls)
     monkeypatch.setattr(packed, "takes_flash", lambda *what: True)
-    monkeypatch.setattr(packed, "varlen_attn", real)
+    monkeypatch.setattr(varlen, "varlen_attn", real)
     found, _ = loss_and_gradients(model, [collate_packed(rows, front_end)])
     assert (found - padded).abs().max() / sum(len(row.target_ids) for row in rows) < 1e-5
     assert len(calls) == 2, "one per layer"

@@ -11,7 +11,6 @@ import torch
 
 from voxray.errors import RunError, SettingsError
 from voxray.models.family import AudioPath, Family, weights_below
-from voxray.models.lora import roles_of_adapter
 
 
 class PassThrough(torch.nn.Module):
@@ -62,6 +61,8 @@ def refuse_changed_outputs(family: Family, store: str, quantize: str, adapter: P
     Raises:
         SettingsError: With the reason.
     """
+    from voxray.models.lora import roles_of_adapter  # peft takes seconds to import, which front ends do without
+
     if store != "encoder":
         return
     if adapter and "encoder" in roles_of_adapter(adapter, family):

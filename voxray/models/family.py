@@ -224,6 +224,28 @@ class UsualFamily:
                 shutil.copyfile(found, folder / name)
 
 
+def _voxtral() -> Family:
+    from voxray.models.voxtral import Voxtral
+
+    return Voxtral()
+
+
+def _whisper() -> Family:
+    from voxray.models.whisper import Whisper
+
+    return Whisper()
+
+
+def _salmonn() -> Family:
+    from voxray.models.salmonn.family import Salmonn
+
+    return Salmonn()
+
+
+FAMILIES: Mapping[str, Callable[[], Family]] = {"voxtral": _voxtral, "whisper": _whisper, "salmonn": _salmonn}
+"""Every family by its model type; none is imported before it is asked for, because processes start by the dozen."""
+
+
 def family_of(model_id: str) -> Family:
     """Find the family of a base model from its configuration.
 
@@ -231,15 +253,10 @@ def family_of(model_id: str) -> Family:
         RunError: The model's configuration cannot be had.
         SettingsError: The model is of no family that voxray knows.
     """
-    from voxray.models.salmonn.family import Salmonn
-    from voxray.models.voxtral import Voxtral
-    from voxray.models.whisper import Whisper
-
-    families: dict[str, Family] = {family.name: family for family in (Voxtral(), Whisper(), Salmonn())}
     kind = str(read_config(model_id).get("model_type"))
-    if kind not in families:
-        raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(families)}")
-    return families[kind]
+    if kind not in FAMILIES:
+        raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]()
 
 
 def read_config(model_id: str) -> dict[str, Any]:

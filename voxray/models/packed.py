@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from voxray.models.compiling import is_compiled, left_out
 
@@ -83,6 +82,8 @@ def packed_attention(
     assert query_BHLD.shape[0] == 1 and query_BHLD.shape[2] == segments.ends[-1] == key_BHLD.shape[2], "one packed row"
     options = {"scale": scaling, "enable_gqa": query_BHLD.shape[1] != key_BHLD.shape[1]}
     if takes_flash(query_BHLD.device, query_BHLD.dtype, query_BHLD.shape[-1], dropout):
+        from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler along, which others do without
+
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_BHLD, key_BHLD, value_BHLD))
         bounds, longest = segments.bounds, max(segments.lengths)
         causal = (-1, 0)  # any token before, none after

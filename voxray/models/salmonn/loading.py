@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
 from transformers.utils import logging
 
@@ -183,6 +182,8 @@ def freeze(model: SalmonnForConditionalGeneration) -> None:
 
 def wrap_llm(model: SalmonnForConditionalGeneration, trained: Trained | None = None) -> None:
     """Put LoRA around the language model: a checkpoint's shapes and scale, or those that SALMONN starts with."""
+    from peft import LoraConfig, get_peft_model
+
     settings = trained.settings if trained is not None else {}
     config = LoraConfig(
         r=(trained.lora_rank if trained is not None else 0) or LORA_RANK,
