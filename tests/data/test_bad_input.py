@@ -73,8 +73,7 @@ def test_featurize_says_of_each_broken_thing_what_it_is(broken, tmp_path):
     assert ids.count("same") == 3, "featurize takes ids as they are"
 
 
-@pytest.mark.ray
-def test_prepare_says_of_each_broken_thing_what_it_is(local_ray, broken, tmp_path):
+def test_prepare_says_of_each_broken_thing_what_it_is(broken, tmp_path):
     manifest, cases = broken
     train, val, ledger, summary = prepare(manifest, tmp_path, leaks="allow", val_share=0.3)
     assert all(entry["source_file"] == str(manifest) and len(entry["message"]) <= 1000 for entry in ledger)
@@ -97,7 +96,8 @@ def test_prepare_says_of_each_broken_thing_what_it_is(local_ray, broken, tmp_pat
 def prepare(source: Path, out: Path, **changes) -> tuple[list[dict], list[dict], list[dict], dict]:
     """Run the job with limits that let bad sound pass; returns training rows, validation rows, ledger and summary."""
     values = {"input": str(source), "train_output": str(out / "train.jsonl"), "val_output": str(out / "val.jsonl")}
-    run_prepare_job(PrepareSettings(**{**values, **PREPARE_LIMITS, "rows_per_chunk": 16, "num_actors": 2, **changes}))
+    settings = PrepareSettings(**{**values, **PREPARE_LIMITS, "rows_per_chunk": 16, **changes})
+    run_prepare_job(settings, use_ray=False)
     paths = [out / f"{name}.jsonl" for name in ("train", "val", "quarantine")]
     files = [read(path) if path.is_file() else [] for path in paths]
     return *files, json.loads((out / "prepare_summary.json").read_text())
@@ -279,8 +279,7 @@ def test_a_line_without_end_is_named_and_does_not_fill_the_memory(tmp_path, monk
 # -- names that are no text
 
 
-@pytest.mark.ray
-def test_names_in_an_old_code_page(local_ray, tmp_path):
+def test_names_in_an_old_code_page(tmp_path):
     """A Korean corpus unpacked without regard to its code page: refused by name, and the ledger can be read."""
     folder = os.fsencode(tmp_path) + b"/kspon"
     os.mkdir(folder)

@@ -28,12 +28,14 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def prepare(folder: Path, manifest: str, **changes) -> tuple[list[dict], list[dict], list[dict], dict]:
+def prepare(
+    folder: Path, manifest: str, use_ray: bool = False, **changes
+) -> tuple[list[dict], list[dict], list[dict], dict]:
     """Run the job; returns training rows, validation rows, ledger and summary."""
     values = {"input": manifest, "train_output": str(folder / "out" / "train.jsonl"), "rows_per_chunk": 3}
     values |= {"val_output": str(folder / "out" / "val.jsonl"), "num_actors": 2, "val_share": 0.25}
     try:
-        run_prepare_job(PrepareSettings(**{**values, **changes}))
+        run_prepare_job(PrepareSettings(**{**values, **changes}), use_ray=use_ray)
     finally:
         out = folder / "out"
         found = [read(out / name) if (out / name).is_file() else [] for name in ("train.jsonl", "val.jsonl")]
@@ -55,8 +57,7 @@ def corpus(tmp_path: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.ray
-def test_good_and_quarantined_add_up_and_speakers_stay_together(local_ray, tmp_path, corpus):
+def test_good_and_quarantined_add_up_and_speakers_stay_together(tmp_path, corpus):
     rows = [*corpus, {"audio_path": "none.wav", "transcript": "x"}, {"nothing": 1}]
     rows += [{"audio_path": tone(tmp_path / "short.wav", sec=1.0, seed=99), "transcript": "짧은 것", "speaker": "s0"}]
     rows += [dict(corpus[0])]
@@ -79,15 +80,14 @@ def test_good_and_quarantined_add_up_and_speakers_stay_together(local_ray, tmp_p
 @pytest.mark.ray
 def test_order_and_content_do_not_depend_on_the_workers(local_ray, tmp_path, corpus):
     manifest = write_rows(tmp_path / "m.jsonl", corpus)
-    one = prepare(tmp_path, manifest, num_actors=1, rows_per_chunk=5)
-    three = prepare(tmp_path, manifest, num_actors=3, rows_per_chunk=1)
+    one = prepare(tmp_path, manifest, rows_per_chunk=5)
+    three = prepare(tmp_path, manifest, use_ray=True, num_actors=3, rows_per_chunk=1)
     assert one[:3] == three[:3]
     other = prepare(tmp_path, manifest, seed=1)
     assert other[1] != one[1], "the seed decides the split"
 
 
-@pytest.mark.ray
-def test_leaks_are_refused_with_numbers_dropped_or_allowed(local_ray, tmp_path, corpus):
+def test_leaks_are_refused_with_numbers_dropped_or_allowed(tmp_path, corpus):
     for row in corpus:
         row["transcript"] = "모두 같은 말"
     manifest = write_rows(tmp_path / "m.jsonl", corpus)
@@ -100,8 +100,7 @@ def test_leaks_are_refused_with_numbers_dropped_or_allowed(local_ray, tmp_path, 
         prepare(tmp_path, manifest, leaks="drop")
 
 
-@pytest.mark.ray
-def test_the_corpus_own_split_is_taken_over(local_ray, tmp_path, corpus):
+def test_the_corpus_own_split_is_taken_over(tmp_path, corpus):
     for number, row in enumerate(corpus):
         row |= {"split": ("train", "dev", "test")[number % 3], "speaker": f"s{number}"}
     train, val, ledger, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
@@ -109,8 +108,7 @@ def test_the_corpus_own_split_is_taken_over(local_ray, tmp_path, corpus):
     assert {line["reason"] for line in ledger} == {"other_split"}
 
 
-@pytest.mark.ray
-def test_dual_notation_keeps_both_readings(local_ray, tmp_path, corpus):
+def test_dual_notation_keeps_both_readings(tmp_path, corpus):
     corpus[0]["transcript"] = "b/ (70%)/(칠십 퍼센트) 확률로 120/80 이고요"
     manifest = write_rows(tmp_path / "m.jsonl", corpus)
     for reading, text, other in (
@@ -123,8 +121,7 @@ def test_dual_notation_keeps_both_readings(local_ray, tmp_path, corpus):
         assert row["transcript_raw"] == corpus[0]["transcript"]
 
 
-@pytest.mark.ray
-def test_segments_say_what_the_transcript_says(local_ray, tmp_path, corpus):
+def test_segments_say_what_the_transcript_says(tmp_path, corpus):
     rows = [{**row, "split": ""} for row in corpus[:3]]
     texts = ["b/ (70%)/(칠십 퍼센트)", "그거+ 맞아요"]
     said = [{"start": 2 * at, "end": 2 * at + 1.5, "text": text} for at, text in enumerate(texts)]
@@ -135,8 +132,7 @@ def test_segments_say_what_the_transcript_says(local_ray, tmp_path, corpus):
     assert row["transcript"] == "70% 그거 맞아요" and row["segments"][1]["start"] == 2
 
 
-@pytest.mark.ray
-def test_what_prepare_writes_is_a_manifest(local_ray, tmp_path, corpus):
+def test_what_prepare_writes_is_a_manifest(tmp_path, corpus):
     """Its rows are read back as samples, text rows as well."""
     from voxray.manifest import chunks, read_chunk
 
@@ -193,8 +189,7 @@ def test_a_file_at_8_khz_saved_as_16_khz_is_a_lie(tmp_path):
     assert error.value.reason == "narrow_band"
 
 
-@pytest.mark.ray
-def test_one_question_may_be_asked_of_clips_on_both_sides(local_ray, tmp_path, corpus):
+def test_one_question_may_be_asked_of_clips_on_both_sides(tmp_path, corpus):
     """That many clips have one question and one answer is no leak; that a transcript is read twice is."""
     asked = [{"audio_path": row["audio_path"], "question": "무엇입니까?", "answer": "혈압"} for row in corpus]
     rows = [{**row, "split": "train" if at < 9 else "val"} for at, row in enumerate(asked)]

@@ -77,13 +77,13 @@ def test_files_split_and_workers(local_ray: None, tmp_path: Path, monkeypatch: p
         f"--input {manifest} --format jsonl --storage_path {tmp_path} --train_output o/t.jsonl --val_output o/v.jsonl"
     )
 
-    def run(flags: str) -> tuple[list[dict], list[dict], list[dict]]:
-        run_prepare_job(parse_only("prepare", [*line.split(), *flags.split()]))
+    def run(flags: str, use_ray: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
+        run_prepare_job(parse_only("prepare", [*line.split(), *flags.split()]), use_ray=use_ray)
         names = ("o/t.jsonl", "o/v.jsonl", "ledger.jsonl")
         return tuple([json.loads(text) for text in (tmp_path / name).read_text().splitlines()] for name in names)  # type: ignore[return-value]
 
     ledger = f"--quarantine {tmp_path}/ledger.jsonl"
-    train, val, lost = run(f"{ledger} --val_share 0.2 --num_actors 3 --rows_per_chunk 2")
+    train, val, lost = run(f"{ledger} --val_share 0.2 --num_actors 3 --rows_per_chunk 2", use_ray=True)
     assert (len(train), len(val), [entry["reason"] for entry in lost]) == (16, 4, ["duplicate"])
     assert sizes == [3]
     assert run(f"{ledger} --val_share 0.2 --seed 5")[1] != val
@@ -143,8 +143,7 @@ def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
         assert outcome.tally.rows["train"] == train and outcome.tally.rows["leak_text"] == 3 - train
 
 
-@pytest.mark.ray
-def test_test_output_and_audio_output(local_ray: None, tmp_path: Path) -> None:
+def test_test_output_and_audio_output(tmp_path: Path) -> None:
     """The corpus' test rows in a manifest of their own, and 16 kHz copies of exactly what each row means."""
     two_channels = np.stack([noise(8), noise(8)[::-1]], axis=1)
     soundfile.write(tmp_path / "long.wav", np.repeat(two_channels, 3, axis=0), 3 * RATE)
@@ -158,7 +157,7 @@ def test_test_output_and_audio_output(local_ray: None, tmp_path: Path) -> None:
     write_rows(tmp_path / "raw.jsonl", rows)
     line = f"--input {tmp_path}/raw.jsonl --storage_path {tmp_path} --train_output o/train.jsonl {WIDE}"
     line += " --val_output o/val.jsonl --test_output o/test.jsonl --audio_output o/audio --min_high_band_db -160"
-    outcome = run_prepare_job(parse_only("prepare", line.split()))
+    outcome = run_prepare_job(parse_only("prepare", line.split()), use_ray=False)
     assert {name: outcome.tally.rows[name] for name in ("train", "val", "test")} == {"train": 2, "val": 1, "test": 2}
     moved = (tmp_path / "o").rename(tmp_path / "moved")
     for name, wanted in (("train", rows[:2]), ("val", rows[2:3]), ("test", rows[3:])):

@@ -34,7 +34,7 @@ class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags):
     max_examples: Annotated[int, Field(ge=1)] = 20
     """Faults and warnings of each kind that report.html shows; the .jsonl files hold all."""
     num_actors: Annotated[int, Field(ge=0)] = 0
-    """Ray Data processes that read rows; 0 takes one per CPU, two at least."""
+    """Ray Data processes that read rows; 0 takes one per CPU, as far as there is work for them."""
     rows_per_chunk: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows handed to a process at a time."""
 

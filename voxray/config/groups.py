@@ -118,7 +118,7 @@ Sizes = Annotated[
 
 class FeatureFlags(Settings):
     num_actors: Annotated[int, Field(ge=0)] = 0
-    """Ray Data processes that make features; 0 takes one per CPU, two at least."""
+    """Ray Data processes that make features; 0 takes one per CPU, as far as there is work for them."""
     rows_per_shard: Annotated[int, Field(ge=1, le=4096)] = 64
     """Manifest rows per shard file."""
     strict: bool = False

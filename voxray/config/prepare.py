@@ -49,7 +49,7 @@ class PrepareSettings(ClipLimitFlags):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split."""
     num_actors: Annotated[int, Field(ge=0)] = 0
-    """Ray Data processes that check rows; 0 takes one per CPU, two at least."""
+    """Ray Data processes that check rows; 0 takes one per CPU, as far as there is work for them."""
     rows_per_chunk: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows handed to a process at a time."""
 

@@ -7,6 +7,7 @@ repeats only the chunks it had not finished.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from voxray.storage import Place, children, to_jsonl, write_atomically, write_js
 
 MIN_ACTORS = 2
 MAX_GROWN_ACTORS = 64
+ITEMS_WORTH_AN_ACTOR = 4
+"""Chunks that take about as long as an actor takes to start."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def featurize(
         extractor: What to make of their rows.
         features_dir: Absolute folder of the feature sets, or a remote one.
         plain_manifests: Absolute paths of manifests that get no variants (those to validate on).
-        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, two at least.
+        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, as far as there is work for them.
         use_ray: False computes in this process.
         verify: Read shards that are there already and make damaged ones again.
         max_bytes: Largest size of the shards of encoder outputs; more is refused before anything is written.
@@ -196,15 +199,17 @@ def _run_on_ray(extractor: Extractor, work: list[WorkItem], num_actors: int) -> 
 
 
 def actor_pool(num_actors: int, num_items: int) -> Any:
-    """Ray Data's strategy for a pool of CPU actors: as many as asked for, else one per CPU of the cluster.
+    """Ray Data's strategy for a pool of CPU actors: as many as asked for, else one per CPU of the cluster, and no more
+    than there is work for.
 
     A cluster that starts from zero shows no CPU yet: the pool begins small there and grows with it.
     """
     import ray
 
     present = int(ray.cluster_resources().get("CPU", 0))
-    least = max(1, min(num_actors or max(MIN_ACTORS, present), num_items))
-    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), num_items))
+    useful = num_items if num_actors else math.ceil(num_items / ITEMS_WORTH_AN_ACTOR)
+    least = max(1, min(num_actors or max(MIN_ACTORS, present), useful))
+    most = max(least, min(num_actors or (present or MAX_GROWN_ACTORS), useful))
     return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
 
 

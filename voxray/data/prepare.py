@@ -296,7 +296,7 @@ def run_workers(
 
     Args:
         make, arguments: Class of the worker and what it is made with; both must pickle.
-        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, two at least.
+        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, as far as there is work for them.
     """
     if not use_ray:
         worker = make(*arguments)
