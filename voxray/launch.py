@@ -209,11 +209,11 @@ def refuse_other_family(settings: TrainSettings) -> None:
     Raises:
         SettingsError: With the job that does.
     """
-    found = family_of(settings.model_id).name
-    if found != settings.family:
-        hint = f"jobs/train_{'multitask' if found == 'voxtral' else found}.py trains it"
+    found = family_of(settings.model_id)
+    if found.name != settings.family:
         raise SettingsError(
-            f"--model_id {settings.model_id}: a {found} model, and this job trains {settings.family}; {hint}"
+            f"--model_id {settings.model_id}: a {found.name} model, and this job trains {settings.family}; "
+            f"jobs/{found.job}.py trains it"
         )
 
 
