@@ -30,7 +30,7 @@ from voxray.models.lora import load_adapter
 from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
 from voxray.models.salmonn.model import TRAINED
 from voxray.recipes.data import Data
-from voxray.recipes.salmonn import drawn_prompts, made_ready
+from voxray.recipes.salmonn import DrawnPrompts, made_ready
 from voxray.training.engine import parameter_groups
 from voxray.training.loop import learning_rate
 
@@ -187,15 +187,14 @@ def test_prompts_are_drawn_by_seed_epoch_and_row(
     asked = [f"<Speech><SpeechHere></Speech> {word} this." for word in ("Write", "Transcribe", "Hear", "Note")]
     path = tmp_path / "prompts.yaml"
     path.write_text(json.dumps({"asr": asked}))
-    made = {"train_jsonl": "t", "output_dir": "o", "model_id": salmonn, "prompts": str(path)}
-    redraw = drawn_prompts(SalmonnSettings.model_validate(made))
+    redraw = DrawnPrompts(salmonn, str(path), 42)
     features = Features(make_features(small["asr.train"], model_id=salmonn))
     rows = [features.row(number) for number in range(len(features))]
     front_end = family_of(salmonn).front_end(salmonn)
     drawn = [[front_end.show(redraw(row, epoch).prompt_ids) for row in rows] for epoch in (0, 1)]
     assert drawn[0] == [front_end.show(redraw(row, 0).prompt_ids) for row in rows] != drawn[1]
     assert len({prompt for epoch in drawn for prompt in epoch}) == 4
-    again = drawn_prompts(SalmonnSettings.model_validate({**made, "seed": 7}))
+    again = DrawnPrompts(salmonn, str(path), 7)
     assert [front_end.show(again(row, 0).prompt_ids) for row in rows] != drawn[0]
     plain, other = run("--lora_dropout", "0"), run("--lora_dropout", "0", prompts=str(path))
     assert losses(plain) != losses(other), "they reach the batches"

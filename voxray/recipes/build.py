@@ -110,16 +110,18 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moment
     Returns:
         The progress, and the optimizer's moments.
     Raises:
-        RunError: The training data is not what the run started with, or the checkpoint is damaged.
+        RunError: The training data, or the prompts, are not what the run started with, or the checkpoint is damaged.
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         return start, {}
     _, newest = checkpoints[-1]
     progress = read_progress(newest)
+    advice = "use --overwrite or another --output_dir"
     if progress.data != start.data:
-        advice = "use --overwrite or another --output_dir"
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
+    if progress.prompts != start.prompts:
+        raise RunError(f"{newest}: --prompts holds other prompts than this run began with; {advice}")
     moments = read_moments(newest)
     if moments and set(moments) != {name for name, _ in trainable_parameters(model)}:
         raise RunError(f"{newest}: moments of other parameters than the model's")
