@@ -22,7 +22,7 @@ from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSetti
 from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
-from voxray.manifest import first_fault
+from voxray.manifest import digest, first_fault
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
@@ -174,6 +174,8 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     open_run(run_dir, settings, overwrite=settings.overwrite)
     if earlier:
         add_provenance(run_dir, init_adapter=earlier.described())
+    if prompts := getattr(settings, "prompts", ""):
+        add_provenance(run_dir, prompts={"file": prompts, "sha256": digest(Path(prompts).read_bytes())})
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
     warn_about_idle_flags(settings)
     workers = count_workers(settings.num_workers)
@@ -209,11 +211,11 @@ def refuse_other_family(settings: TrainSettings) -> None:
     Raises:
         SettingsError: With the job that does.
     """
-    found = family_of(settings.model_id).name
-    if found != settings.family:
-        hint = f"jobs/train_{'multitask' if found == 'voxtral' else found}.py trains it"
+    found = family_of(settings.model_id)
+    if found.name != settings.family:
         raise SettingsError(
-            f"--model_id {settings.model_id}: a {found} model, and this job trains {settings.family}; {hint}"
+            f"--model_id {settings.model_id}: a {found.name} model, and this job trains {settings.family}; "
+            f"jobs/{found.job}.py trains it"
         )
 
 

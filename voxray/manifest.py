@@ -21,6 +21,8 @@ from voxray.tasks import TASKS, Task, task_of
 MAX_LINE_BYTES = 64 << 20
 """A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
 MAX_MESSAGE_CHARS = 1000
+UNLABELLED = "unlabelled"
+"""Key of a row that is to be answered, with no text to hold the answer against."""
 OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
@@ -194,7 +196,7 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     refuse_old_cache(row)
     task = check_values(row)
     answer = row[task.answer_key].strip()
-    if not answer and not task.allows_empty_answer:
+    if not answer and not task.allows_empty_answer and row.get(UNLABELLED) is not True:
         raise BadRow("empty_text", f"{task.answer_key} is empty")
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"

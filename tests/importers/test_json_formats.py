@@ -152,6 +152,8 @@ def annotation(sound):
         {"path": sound, "text": "네", "task": "asr"},
         {"path": "a.wav", "text": "둘", "task": "QA", "Q": '몇 개? [{"}]'},
         {"path": sound, "text": "개가 짖는다", "task": "audiocaption"},
+        {"path": sound, "text": "비가 온다", "task": "audiocaption_v2"},
+        {"path": sound, "text": "아니요"},
         {"path": sound, "text": "x", "task": "phone_recognition"},
         {"path": sound, "text": "x", "task": "QA"},
         {"path": "gone.wav", "text": "x", "task": "asr"},
@@ -193,11 +195,13 @@ def test_salmonn(tmp_path, monkeypatch, indent, chunk):
         {"audio_path": sound, "transcript": "네"},
         {"audio_path": sound, "question": '몇 개? [{"}]', "answer": "둘"},
         {"audio_path": sound, "caption": "개가 짖는다"},
+        {"audio_path": sound, "caption": "비가 온다", "question": "Please write down what your hear in the audio."},
+        {"audio_path": sound, "transcript": "아니요"},
     ]
     assert [fault.reason for fault in faults] == SALMONN_FAULTS
     if indent:
         text = path.read_text(encoding="utf-8-sig").split("\n")
-        assert [text[row.line - 1].strip() for row in rows] == ["{", "{", "{"]
+        assert [text[row.line - 1].strip() for row in rows] == ["{"] * len(rows)
 
 
 @pytest.mark.parametrize(

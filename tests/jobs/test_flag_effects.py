@@ -102,6 +102,9 @@ SALMONN_REACHES = f"{SALMONN}::flags_reach_the_recipe"
 OF_SALMONN = f"{SALMONN}::defaults_are_the_published_ones"
 SALMONN_RATES = f"{SALMONN}::rates_are_the_trainers {SALMONN}::settings_that_do_not_fit"
 SALMONN_FILES = f"{SALMONN}::the_trainers_own_files_run {SALMONN}::settings_that_do_not_fit"
+SALMONN_PARTS = ("whisper_path", "beats_path", "llama_path", "end_sym", "prompts")
+SALMONN_BASES = "salmonn_evaluation::a_base_is_named_after_what_it_is_made_of"
+SALMONN_SETS = "salmonn_evaluation::a_submission_from_the_evaluators_file"
 ONLY_AUDIO = {"variants", "trim_audio_tokens", *VARIANTS, *MASKS}
 OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
@@ -174,14 +177,17 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
         ),
-        "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row",
+        "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row {SALMONN}::packs_have_room_for_drawn_prompts",
         "store": f"{SALMONN}::packs_stored_samples_recomputing_and_text_alone",
         "quantize": f"{SALMONN}::quantised_language_models_train",
         "cuda_visible_devices": WARNS,
     },
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
-        **dict.fromkeys(("val_jsonl", "mode"), EVALUATE_ROWS),
+        "val_jsonl": EVALUATE_ROWS,
+        "mode": f"{EVALUATE_ROWS} {SALMONN_SETS} salmonn_evaluation::modes_search_as_the_evaluator",
+        "audio_prefix": SALMONN_SETS,
+        **dict.fromkeys(SALMONN_PARTS, f"{SALMONN_SETS} {SALMONN_BASES}"),
         **dict.fromkeys(("per_device_bsz", "gen_max_new_tokens", "bf16", "fp16", "quantize", "tf32"), EVALUATE_BATCHES),
         **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
@@ -291,7 +297,8 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("batch_sizes", "clip_sec", "audio_path", "task", "question", "language"), MEASURED),
         **dict.fromkeys(("new_tokens", "warmup", "repeats", "seed", "storage_path", "trim_audio_tokens"), MEASURED),
         **dict.fromkeys(("bf16", "fp16", "tf32", "quantize"), MEASURED),
-        "lora_dir": "efficiency::an_adapter_brings_its_base",
+        "lora_dir": f"efficiency::an_adapter_brings_its_base {SALMONN_BASES}",
+        **dict.fromkeys(SALMONN_PARTS, SALMONN_BASES),
         "compare": "efficiency::compare_runs_every_variant_in_a_process_of_its_own",
         "compiled": "aot::evaluate_and_efficiency_use_it",
         **dict.fromkeys(("optimization_level", "tensorrt_device"), WARNS),

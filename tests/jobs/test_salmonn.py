@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from running import load_job, parse_only
 from test_stages import losses, tensors
 
 from voxray import launch
+from voxray.audio.augment import SpecAugment
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.salmonn import SalmonnSettings
 from voxray.data.features import Features
-from voxray.errors import SettingsError
+from voxray.data.loader import Loader, Masking
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation import job
 from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
@@ -30,12 +33,14 @@ from voxray.models.lora import load_adapter
 from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
 from voxray.models.salmonn.model import TRAINED
 from voxray.recipes.data import Data
-from voxray.recipes.salmonn import drawn_prompts, made_ready
-from voxray.training.engine import parameter_groups
+from voxray.recipes.salmonn import ROLES, DrawnPrompts, made_ready
+from voxray.recipes.stage import Stage, choose_rows, plan_of
+from voxray.training.engine import Worker, parameter_groups
 from voxray.training.loop import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
+NO_MASKS = SpecAugment()
 LATER_LAYERS = re.compile(r"llama_model\..*\.layers\.(?!0\.|1\.)")
 USUAL = {"max_steps": "2", "max_len": "120", "lr": "1e-3", "min_lr": "0", "warmup_steps": "0", "per_device_bsz": "4"}
 Run = Callable[..., Path]
@@ -187,18 +192,77 @@ def test_prompts_are_drawn_by_seed_epoch_and_row(
     asked = [f"<Speech><SpeechHere></Speech> {word} this." for word in ("Write", "Transcribe", "Hear", "Note")]
     path = tmp_path / "prompts.yaml"
     path.write_text(json.dumps({"asr": asked}))
-    made = {"train_jsonl": "t", "output_dir": "o", "model_id": salmonn, "prompts": str(path)}
-    redraw = drawn_prompts(SalmonnSettings.model_validate(made))
+    redraw = DrawnPrompts(salmonn, str(path), 42)
     features = Features(make_features(small["asr.train"], model_id=salmonn))
     rows = [features.row(number) for number in range(len(features))]
     front_end = family_of(salmonn).front_end(salmonn)
     drawn = [[front_end.show(redraw(row, epoch).prompt_ids) for row in rows] for epoch in (0, 1)]
     assert drawn[0] == [front_end.show(redraw(row, 0).prompt_ids) for row in rows] != drawn[1]
     assert len({prompt for epoch in drawn for prompt in epoch}) == 4
-    again = drawn_prompts(SalmonnSettings.model_validate({**made, "seed": 7}))
+    again = DrawnPrompts(salmonn, str(path), 7)
     assert [front_end.show(again(row, 0).prompt_ids) for row in rows] != drawn[0]
     plain, other = run("--lora_dropout", "0"), run("--lora_dropout", "0", prompts=str(path))
     assert losses(plain) != losses(other), "they reach the batches"
+
+
+def test_packs_have_room_for_drawn_prompts(
+    salmonn: str, small: dict[str, str], make_features: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Prompts of 10 and of 90 words: packs and --max_len reckon with the longer one, whichever is drawn."""
+    long = f"<Speech><SpeechHere></Speech> {'Write ' * 90}"
+    (tmp_path / "p.json").write_text(json.dumps({"asr": ["<SpeechHere> Write.", long], "sqa": [f"{long} {{}}"]}))
+    redraw = DrawnPrompts(salmonn, str(tmp_path / "p.json"), 3)
+    folders = make_features(small["asr.train"], small["sqa.train"], model_id=salmonn)
+    planned, stored = Features(folders, redraw.spare_tokens), Features(folders)
+    assert (planned.longest_tokens - stored.num_tokens)[planned.task == 0].tolist() == [redraw.spare_tokens["asr"]] * 12
+    assert set(redraw.spare_tokens) == {"asr", "sqa", "aac"} and redraw.spare_tokens["aac"] == 0
+    flags = {"batching": "packed", "pack_tokens": int(planned.longest_tokens.max())}
+    settings = SalmonnSettings.model_validate({"model_id": salmonn, "train_jsonl": "t", "output_dir": "o", **flags})
+    lengths = {}
+    for features in (planned, stored):
+        plan = plan_of(Stage(ROLES, redraw=redraw), settings, features, np.arange(len(features)), 1)
+        loader = Loader(
+            *(features, family_of(salmonn).front_end(salmonn), plan, Worker(), 0, Masking(NO_MASKS, 0), redraw),
+            pin_memory=False,
+        )
+        batches = [batch for _, packs in loader.steps(0, plan.steps_in(3)) for _, batch in packs]
+        lengths[features is planned] = max(batch["input_ids"].shape[1] for batch in batches)
+    assert lengths[True] <= settings.pack_tokens < lengths[False], "without spare tokens packs overflow"
+    front_end = family_of(salmonn).front_end(salmonn)
+    short = settings.model_copy(update={"max_len": int(planned.longest_tokens.max()) - 1})
+    _, _, lost = choose_rows(Stage(ROLES), short, planned, Features(()), front_end)
+    assert len(lost) == (planned.longest_tokens == planned.longest_tokens.max()).sum()
+    question = replace(stored.row(12), prompt_ids=np.zeros(3, np.int32))
+    assert redraw(question, 0) is question, "a prompt that is longer than was reckoned with is not taken"
+
+
+def test_a_resumed_run_draws_from_the_same_prompts(data: Data, salmonn: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({"asr": ["<SpeechHere> Write."]}))
+    how = {"max_steps": 3, "prompts": str(path)}
+    losses = trained(tmp_path / "a", data, salmonn, **how)
+    path.write_text("asr: <SpeechHere> Write.")
+    assert trained(tmp_path / "a", data, salmonn, **how) == losses, "the same prompts, written otherwise"
+    path.write_text(json.dumps({"asr": ["<SpeechHere> Say."]}))
+    for changed in (how, {"max_steps": 3}):
+        with pytest.raises(RunError, match="--prompts holds other prompts than this run began with; use --overwrite"):
+            trained(tmp_path / "a", data, salmonn, **changed)
+
+
+def test_what_is_frozen_stays_in_eval(data: Data, salmonn: str, tmp_path: Path) -> None:
+    """The reference's trainer puts all of it into training mode, so that layers of BEATs are dropped at random."""
+    settings = SalmonnSettings.model_validate(
+        {"model_id": salmonn, "train_jsonl": "t", "output_dir": str(tmp_path), **USUAL, "max_steps": 1}
+    )
+    seen: list[dict[str, bool]] = []
+
+    def look(settings: Any, trainee: Any) -> None:
+        seen.append({name.rpartition(".")[2]: module.training for name, module in trainee.model.named_modules()})
+
+    processes.run(settings, data, look=look)
+    [modes] = seen
+    assert not modes["speech_encoder"] and not modes["beats"]
+    assert modes["speech_Qformer"] and modes["llama_model"]
 
 
 def test_the_trainers_own_files_run(

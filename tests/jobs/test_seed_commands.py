@@ -93,6 +93,8 @@ OLD_SPELLINGS = [
     ("compile", "--batch_size_eval 8 --optimization_level 3", "windows", (8,)),
     ("compile", "--optimization_level 3", "optimization_level", 3),
     ("efficiency", "--batch_size_eval 1", "batch_sizes", (1,)),
+    ("efficiency", "--num_it 100", "repeats", 100),
+    ("efficiency", "--num_warmup 10", "warmup", 10),
     ("featurize", "--manifest x.jsonl --out_dir out", "output_dir", "out"),
     ("audit", "--jsonl x.jsonl --max_length 2048", "max_len", 2048),
     ("prefetch", "--dataset x --model_name_or_path some/model", "model_id", "some/model"),

@@ -1,15 +1,19 @@
 """Settings of jobs/compile.py."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from voxray.config.evaluate import LoraDirFlags
 from voxray.config.groups import OutputFlags, Sizes
 from voxray.config.parse import Flag
+from voxray.config.salmonn_yaml import is_nested
 
 
 class CompileSettings(OutputFlags, LoraDirFlags):
+    config_spellings: ClassVar[tuple[str, ...]] = ("cfg_path",)
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/compiled"
     """Folder to write to; it must be new or empty, unless --overwrite is given."""
     windows: Annotated[Sizes, Flag(("batch_sizes", "batch_size_eval"))] = (1,)
@@ -28,3 +32,11 @@ class CompileSettings(OutputFlags, LoraDirFlags):
     """Seed of the audio on which compiled and uncompiled model are held against each other."""
     overwrite: bool = False
     """Replace what an earlier compilation wrote to --output_dir."""
+
+    @classmethod
+    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
+        """Keys and values of a YAML file, and what is wrong with it: SALMONN's own ask for what there is not."""
+        if is_nested(loaded):
+            what = "is a file of SALMONN's evaluator, and what hears the audio in SALMONN is not compiled ahead of time"
+            return {}, [f"{path}: {what}: it depends on every clip's length"]
+        return loaded, []

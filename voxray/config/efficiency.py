@@ -1,12 +1,15 @@
 """Settings of jobs/efficiency.py."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from voxray.config.evaluate import AdapterFlags
+from voxray.config.evaluate import SalmonnBaseFlags
 from voxray.config.groups import CompiledFlags, OutputFlags, Sizes
 from voxray.config.parse import CommaStrings, Flag
+from voxray.config.salmonn_yaml import efficiency_flags
 from voxray.manifest import language_code
 from voxray.tasks import TASKS
 
@@ -21,7 +24,7 @@ def _spoken(task: str) -> str:
     return task
 
 
-class EfficiencySettings(OutputFlags, AdapterFlags, CompiledFlags):
+class EfficiencySettings(OutputFlags, SalmonnBaseFlags, CompiledFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/efficiency"
     """Folder for efficiency.json and efficiency.png."""
     batch_sizes: Annotated[Sizes, Flag(("batch_size", "batch_size_eval"))] = (1, 4)
@@ -39,7 +42,7 @@ class EfficiencySettings(OutputFlags, AdapterFlags, CompiledFlags):
     new_tokens: Annotated[int, Flag(("max_new_tokens",)), Field(ge=16)] = 64
     """Tokens of every answer, all of which are generated whatever the model says: the time per token is a mean over
     them."""
-    warmup: Annotated[int, Field(ge=0)] = 3
+    warmup: Annotated[int, Flag(("num_warmup",)), Field(ge=0)] = 3
     """Answers before the first that counts."""
     repeats: Annotated[int, Flag(("num_it",)), Field(ge=1)] = 10
     """Answers that count, for each batch size."""
@@ -52,6 +55,11 @@ class EfficiencySettings(OutputFlags, AdapterFlags, CompiledFlags):
     """As older scripts had it."""
     tensorrt_device: Annotated[str, Flag(no_effect=_COMPILES), BeforeValidator(str)] = ""
     """As older scripts had it."""
+
+    @classmethod
+    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
+        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
+        return efficiency_flags(loaded, path)
 
     @model_validator(mode="after")
     def _one_clip(self) -> "EfficiencySettings":

@@ -1,21 +1,26 @@
 """Settings of jobs/evaluate.py and jobs/infer.py."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.groups import (
+    SALMONN_PARTS,
     CompiledFlags,
     EvaluationDataFlags,
     ModelFlags,
     OutputFlags,
     PlacementFlags,
+    SalmonnPartsFlags,
     ScoreFlags,
     SharedFeatureFlags,
     TrimFlags,
     parse_range,
 )
 from voxray.config.parse import DEMO_ASSETS, Flag, Settings
+from voxray.config.salmonn_yaml import evaluator_flags
 from voxray.tasks import TASKS
 
 
@@ -63,9 +68,28 @@ class AdapterFlags(LoraDirFlags, TrimFlags):
     """An adapter, and prompts as it was trained on."""
 
 
+class SalmonnBaseFlags(SalmonnPartsFlags, AdapterFlags):
+    """A SALMONN that is put together to be asked, with a checkpoint of its own trainer as one more part."""
+
+    lora_dir: Annotated[str, Flag(("adapter_path", "ckpt"), path="model")] = ""
+    """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is. For a base that is
+    put together also a SALMONN checkpoint (.pth)."""
+    prompts: Annotated[str, Flag(("prompt_path", "test_prompt_path"), path="input")] = ""
+    """YAML or JSON file of prompts by task, for a base that is put together; the first of each task is asked."""
+
+    @model_validator(mode="after")
+    def _one_base(self) -> "SalmonnBaseFlags":
+        given = [f"--{name}" for name in (*SALMONN_PARTS, "end_sym", "prompts") if name in self.model_fields_set]
+        if given and self.missing_parts:
+            raise ValueError(f"{given[0]}: needs {', '.join(self.missing_parts)} as well")
+        if given and "model_id" in self.model_fields_set:
+            raise ValueError(f"--model_id and {given[0]}: give the folder, or its parts")
+        return self
+
+
 class EvaluateSettings(
     OutputFlags,
-    AdapterFlags,
+    SalmonnBaseFlags,
     CompiledFlags,
     EvaluationDataFlags,
     SearchFlags,
@@ -97,10 +121,18 @@ class EvaluateSettings(
     retry_failed: bool = False
     """Started again on the same folder: answer parts with rows that could not be answered once more. Without it these
     rows stay in quarantine.jsonl, and only what is missing is answered."""
+    audio_prefix: Annotated[str, Flag(("prefix",), path="input")] = ""
+    """Folder below which the audio of SALMONN's annotation files stands; without it they are read as they say."""
     mode: Annotated[str, AfterValidator(_known_mode)] = ""
-    """Only one task: valid_asr, valid_aac and so on; submission_asr also writes submission.csv, with 4 beams and 200
-    tokens at most unless told otherwise. Without --val_jsonl (the older evaluator read its manifests from a YAML file)
-    it answers the demo's held-out rows with its model."""
+    """Only one task, with 4 beams and 200 tokens at most unless told otherwise: valid_asr, valid_aac and so on, or
+    submission_asr, submission_aac and so on, for annotation files without texts too. The answers also stand in
+    valid.csv or submission.csv, as testset_id and lower-case text, each id once. Without --val_jsonl and without a
+    model it answers the demo's held-out rows."""
+
+    @classmethod
+    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
+        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
+        return evaluator_flags(loaded, path, str(given.get("mode") or loaded.get("mode") or ""))
 
     @field_validator("score_only")
     @classmethod
@@ -125,16 +157,17 @@ class EvaluateSettings(
     @model_validator(mode="before")
     @classmethod
     def _mode_alone(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("mode") and not {"val_jsonl", "score_only"} & set(values):
+        elsewhere = {"val_jsonl", "score_only", *SALMONN_PARTS}
+        if isinstance(values, dict) and values.get("mode") and not elsewhere & set(values):
             held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
             return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
         return values
 
     @model_validator(mode="before")
     @classmethod
-    def _submissions_search_as_before(cls, values: Any) -> Any:
-        """The older evaluator looked for submissions with four beams, 200 tokens at most."""
-        if not (isinstance(values, dict) and str(values.get("mode", "")).startswith("submission")):
+    def _modes_search_as_before(cls, values: Any) -> Any:
+        """SALMONN's evaluator looks for answers with four beams, 200 tokens at most."""
+        if not (isinstance(values, dict) and values.get("mode")):
             return values
         beams = {} if values.get("temperature") else {"num_beams": 4}
         return {"gen_max_new_tokens": 200, **beams, **values}

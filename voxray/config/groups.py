@@ -1,6 +1,6 @@
 """Flag groups that several jobs share. A job's settings class is a sum of these and a few fields of its own."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -9,6 +9,7 @@ from voxray.manifest import language_code
 from voxray.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
+SALMONN_PARTS = ("whisper_path", "beats_path", "llama_path")
 
 
 def _auto_or_count(value: Any) -> Any:
@@ -79,6 +80,26 @@ class ModelFlags(BaseModelFlags):
         if self.bf16 and self.fp16:
             raise ValueError("--bf16 and --fp16: give one of them")
         return self
+
+
+class SalmonnPartsFlags(Settings):
+    """What a SALMONN is put together from, in the place of a folder that holds it."""
+
+    config_spellings: ClassVar[tuple[str, ...]] = ("cfg_path",)
+    whisper_path: Annotated[str, Flag(path="model")] = ""
+    """Whisper model whose encoder hears speech: a folder, or a hub id. With the next two, a SALMONN is put together in
+    the output folder."""
+    beats_path: Annotated[str, Flag(path="input")] = ""
+    """BEATs file (.pt), which hears all other sound."""
+    llama_path: Annotated[str, Flag(path="model")] = ""
+    """Language model with its tokenizer: a folder, or a hub id."""
+    end_sym: str = "</s>"
+    """Token that ends an answer, for a base that is put together."""
+
+    @property
+    def missing_parts(self) -> list[str]:
+        """Flags of the parts that are not given."""
+        return [f"--{name}" for name in SALMONN_PARTS if not getattr(self, name)]
 
 
 class CompiledFlags(Settings):

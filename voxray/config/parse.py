@@ -12,7 +12,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -60,8 +60,12 @@ class Settings(BaseModel):
     """Old spellings of --config."""
 
     @classmethod
-    def of_file(cls, loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
-        """Keys and values of a YAML file as flags, and what is wrong with it; for jobs that read older files too."""
+    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
+        """Keys and values of a YAML file as flags, and what is wrong with it; for jobs that read older files too.
+
+        Args:
+            given: What flags say, by field.
+        """
         return loaded, []
 
 
@@ -87,7 +91,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         raise SystemExit(0)
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
-        values, errors = _read_yaml(CONFIGS / demo, model)
+        values, errors = _read_yaml(CONFIGS / demo, model, {})
         values = {name: _from_repository(model, name, value) for name, value in values.items()}
         if SUBMITTED_JOB_VARIABLE in os.environ and "storage_path" in model.model_fields:
             values["storage_path"] = str(Path.home() / "voxray")  # the current directory goes when the job ends
@@ -99,7 +103,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         _put(model, flags, words, tuple(argv[:num_words]), f"--{words}", errors)
     values = {}
     if config_path is not None:
-        values, yaml_errors = _read_yaml(Path(config_path), model)
+        values, yaml_errors = _read_yaml(Path(config_path), model, flags)
         errors += yaml_errors
     return _validated(model, values, flags, errors, job, config_path)
 
@@ -215,13 +219,13 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     return loaded
 
 
-def _read_yaml(path: Path, model: type[Settings]) -> tuple[dict[str, Any], list[str]]:
+def _read_yaml(path: Path, model: type[Settings], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     try:
         loaded = read_yaml(path)
     except ValueError as error:
         return {}, [f"--config {path}: {error}"]
     names, values = flag_names(model), {}
-    loaded, errors = model.of_file(loaded, path)
+    loaded, errors = model.of_file(loaded, path, given)
     for key, value in loaded.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:

@@ -1,36 +1,27 @@
 """Settings of jobs/train_salmonn.py."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import VariantFlags
+from voxray.config.groups import SALMONN_PARTS, SalmonnPartsFlags, VariantFlags
 from voxray.config.parse import Flag
-from voxray.config.salmonn_yaml import flat
+from voxray.config.salmonn_yaml import trainer_flags
 from voxray.config.train import TrainSettings
 
-PARTS = ("whisper_path", "beats_path", "llama_path")
 
-
-class SalmonnSettings(TrainSettings, VariantFlags):
+class SalmonnSettings(TrainSettings, SalmonnPartsFlags, VariantFlags):
     """Settings of jobs/train_salmonn.py; the defaults are those of SALMONN's own trainer."""
 
     family: ClassVar[str] = "salmonn"
-    config_spellings: ClassVar[tuple[str, ...]] = ("cfg_path",)
     stage: Annotated[int, Field(ge=1, le=2)] = 1
     """1 starts from new weights between the encoders and the language model, 2 from those of a stage 1 (--ckpt); what
     trains is the same."""
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = ""
-    """Base model: a SALMONN folder. Without one it is put together from the next three."""
-    whisper_path: Annotated[str, Flag(path="model")] = ""
-    """Whisper model whose encoder hears speech: a folder, or a hub id."""
-    beats_path: Annotated[str, Flag(path="input")] = ""
-    """BEATs file (.pt), which hears all other sound."""
-    llama_path: Annotated[str, Flag(path="model")] = ""
-    """Language model with its tokenizer: a folder, or a hub id."""
-    end_sym: str = "</s>"
-    """Token that ends an answer, for a base that is put together."""
+    """Base model: a SALMONN folder. Without one it is put together from --whisper_path, --beats_path and
+    --llama_path."""
     audio_prefix: Annotated[str, Flag(("prefix",), path="input")] = ""
     """Folder below which the audio of SALMONN's annotation files stands; without it they are read as they say."""
     init_adapter: Annotated[str, Flag(("ckpt",), path="input")] = ""
@@ -80,9 +71,9 @@ class SalmonnSettings(TrainSettings, VariantFlags):
     """A quick trial: at most 8 rows per task, 4 steps, 4 validation rows per task."""
 
     @classmethod
-    def of_file(cls, loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
+    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
         """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's trainer too."""
-        return flat(loaded, path)
+        return trainer_flags(loaded, path)
 
     @model_validator(mode="before")
     @classmethod
@@ -93,10 +84,9 @@ class SalmonnSettings(TrainSettings, VariantFlags):
 
     @model_validator(mode="after")
     def _a_base(self) -> "SalmonnSettings":
-        missing = [f"--{name}" for name in PARTS if not getattr(self, name)]
-        if not self.model_id and missing:
-            raise ValueError(f"--model_id: give a SALMONN folder, or {', '.join(missing)} as well")
-        if self.model_id and (given := {*PARTS, "end_sym"} & self.model_fields_set):
+        if not self.model_id and self.missing_parts:
+            raise ValueError(f"--model_id: give a SALMONN folder, or {', '.join(self.missing_parts)} as well")
+        if self.model_id and (given := {*SALMONN_PARTS, "end_sym"} & self.model_fields_set):
             raise ValueError(f"--model_id and --{min(given)}: give the folder, or its parts")
         return self
 

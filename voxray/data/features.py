@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from voxray.data.shard_cache import fetch
-from voxray.data.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, shard_path
+from voxray.data.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
 from voxray.errors import RunError
 from voxray.storage import Place, RemotePath
 
@@ -80,6 +80,9 @@ class _Shard:
 class Features:
     """Rows of one or several feature sets, addressed by one running number in manifest order.
 
+    Args:
+        spare_tokens: {task: tokens to keep free for each of its rows}, for prompts that may get longer than the stored
+            ones.
     Attributes:
         folders: The feature sets.
         store: What they store of a clip, one of ``shards.STORES``; "" if there is no set.
@@ -87,6 +90,7 @@ class Features:
         sample: Running number of the manifest row that every row is a variant of, int64.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
+        longest_tokens: Tokens of both together, and ``spare_tokens``.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
         has_language: Whether the row's language is known, bool.
@@ -95,7 +99,7 @@ class Features:
         RunError: A folder holds no finished set, or the sets do not store the same.
     """
 
-    def __init__(self, folders: Iterable[Place]) -> None:
+    def __init__(self, folders: Iterable[Place], spare_tokens: Mapping[str, int] | None = None) -> None:
         self.folders = tuple(folders)
         self._described = [_describe(folder) for folder in self.folders]
         stores = {described["store"] for described in self._described}
@@ -110,6 +114,9 @@ class Features:
         self.sample = np.cumsum(self._numbers("variant") == 0) - 1
         self.num_prompt_tokens = self._numbers("num_prompt_tokens")
         self.num_target_tokens = self._numbers("num_target_tokens")
+        self.longest_tokens = self.num_tokens
+        for name, spare in (spare_tokens or {}).items():
+            self.longest_tokens[self.task == TASK_CODES[name]] += spare
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
         self.has_language = self._numbers("language") != ""
@@ -130,7 +137,7 @@ class Features:
 
     def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows within a token limit, and the first row of every sample that has no variant within it."""
-        fits = self.num_tokens <= max_len
+        fits = self.longest_tokens <= max_len
         rows, others = np.flatnonzero(fits), np.flatnonzero(~fits)
         lost = others[~np.isin(self.sample[others], self.sample[rows])]
         return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]

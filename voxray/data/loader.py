@@ -1,9 +1,10 @@
 """Reads a rank's packs ahead of the model."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -15,9 +16,21 @@ from voxray.models.family import FrontEnd
 from voxray.training.engine import Worker
 
 STEPS_AHEAD = 2
-Redraw = Callable[[FeatureRow, int], FeatureRow]
-"""A row and an epoch -> the row as it is in that epoch."""
 MASK_STREAM = 1  # so that the masks of a pack are drawn from other numbers than its dropout
+
+
+class Redraw(Protocol):
+    """Gives rows another prompt in every epoch.
+
+    Attributes:
+        fingerprint: Hash of the prompts; a run that resumes must find the same.
+        spare_tokens: {task: tokens that a prompt of its rows may have beyond the stored one}; none ever has more.
+    """
+
+    fingerprint: str
+    spare_tokens: Mapping[str, int]
+
+    def __call__(self, row: FeatureRow, epoch: int) -> FeatureRow: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Loader:
     Args:
         loader_workers: Threads that read ahead; 0 reads when asked.
         masking: Masks on the features of training clips.
-        redraw: Gives every row another prompt in each epoch, if any.
+        redraw: Gives every row another prompt in each epoch; None leaves it the stored one.
         pin_memory: Put batches into page-locked memory, for quick copies to a GPU.
     """
 
@@ -88,11 +101,14 @@ class Loader:
     def _packs(self, step: int) -> list[Pack]:
         return self.plan.rank_packs(step, self.worker.rank, self.worker.world_size)
 
+    def row(self, number: int, epoch: int) -> FeatureRow:
+        """A row as it is in an epoch."""
+        row = self.features.row(number)
+        return self.redraw(row, epoch) if self.redraw else row
+
     def _batch(self, step: int, pack: Pack) -> Batch:
-        rows = [self.features.row(number) for number in pack.rows]
-        if self.redraw:
-            epoch, _ = self.plan.locate(step)
-            rows = [self.redraw(row, epoch) for row in rows]
+        epoch, _ = self.plan.locate(step)
+        rows = [self.row(number, epoch) for number in pack.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
         batch = collate(rows, self.front_end, self.masking.of(step, pack.number))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch

@@ -18,6 +18,7 @@ from voxray.evaluation.likelihood import reference_losses
 from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.metrics.names import is_transcript
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
+from voxray.manifest import UNLABELLED
 from voxray.models.compiled import use_compiled
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
@@ -166,15 +167,17 @@ class Answerer:
             yield from enumerate(reference_losses(self.model, self.family, self.front_end, batch), start)
 
     def _is_weighed(self, row: int) -> bool:
-        """Whether a row's reference is asked for, and is that of the whole row: chunks of a recording have none."""
+        """Whether a row's reference is asked for, and is there: chunks of a recording have none of their own."""
         stored, wanted = self.features.row(row), self.generation.perplexity
         asked = wanted == "all" or (wanted == "answers" and not is_transcript(stored.task))
-        return asked and "chunk_of" not in self.keys.of(stored.source)
+        return asked and not {"chunk_of", UNLABELLED} & set(self.keys.of(stored.source))
 
     def _entry(self, row: int, answer: Generated, nll: float | Exception | None) -> dict[str, Any]:
         stored = self.features.row(row)
         entry = {name: getattr(stored, name) for name in STORED} | self.keys.of(stored.source)
         reference = entry.pop("whole_reference", stored.answer)
+        if entry.pop(UNLABELLED, False):
+            reference = None
         entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
         entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
         if isinstance(nll, float) and math.isfinite(nll):

@@ -19,6 +19,7 @@ from voxray.config.efficiency import EfficiencySettings
 from voxray.config.parse import REPOSITORY
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Generation, load
+from voxray.evaluation.bases import with_base
 from voxray.evaluation.efficiency import Loaded, measure, prompt_row
 from voxray.evaluation.efficiency_plot import plot
 from voxray.evaluation.generate import Search
@@ -99,6 +100,7 @@ def _measured_apart(name: str, settings: EfficiencySettings, output_dir: Path) -
 
 def _measured(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
     """Load the model as the settings say, and measure it with every batch size."""
+    settings = with_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = as_trained(settings, model_id, adapter)
     family = family_of(model_id)

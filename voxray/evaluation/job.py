@@ -1,7 +1,5 @@
 """The evaluate job: from checked settings to metrics.json."""
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,18 +14,20 @@ import numpy as np
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.config.groups import range_of
-from voxray.data.annotations import as_manifests
+from voxray.data.annotations import MANIFESTS, as_manifests, ledger_of
 from voxray.data.feature_sets import features_place, make_features
 from voxray.data.features import Features
 from voxray.data.featurize import MIN_ACTORS, write_ledger
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.evaluation.answerer import Generation
+from voxray.evaluation.bases import with_base
 from voxray.evaluation.batch import Models, answer, check_invariance, forget_attempts, read_failed
 from voxray.evaluation.generate import Search
 from voxray.evaluation.long_audio import CHUNK_MANIFEST, with_recordings, write_chunk_manifest
-from voxray.evaluation.predictions import read_predictions, scored
+from voxray.evaluation.predictions import labelled, read_predictions, scored
 from voxray.evaluation.report import write_report
+from voxray.evaluation.submission import write_submission
 from voxray.launch import ray_session, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.models.compiled import read_report
@@ -62,9 +62,11 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
-    manifests = as_manifests(settings.val_jsonl, output_dir / "manifests")
-    settings = settings.model_copy(update={"val_jsonl": manifests})
+    paths, for_submission = settings.val_jsonl, settings.mode.startswith("submission")
+    how: dict[str, Any] = {"prefix": settings.audio_prefix, "needs_text": not for_submission}
+    settings = settings.model_copy(update={"val_jsonl": as_manifests(paths, output_dir / MANIFESTS, **how)})
     first_fault(settings.val_jsonl)
+    settings = with_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = as_trained(settings, model_id, adapter)
     if settings.compiled:
@@ -82,13 +84,14 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
         metrics, notes = _answered(settings, generation, features_dir, output_dir)
     write_json(output_dir / "metrics.json", metrics)
-    write_report(output_dir)
-    if settings.mode.startswith("submission"):
-        write_submission(output_dir)
+    notes += write_submission(output_dir, settings.mode, paths) if settings.mode else []
+    if TASKS.keys() & metrics.keys():
+        write_report(output_dir)
     console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
     for note in notes:
         console.print(note, markup=False)
-    console.print(f"predictions, metrics.json and report.html in {output_dir}", markup=False)
+    written = [f"{settings.mode.partition('_')[0]}.csv"] if settings.mode else []
+    console.print(f"{', '.join(['predictions', *written])}, metrics.json and report.html in {output_dir}", markup=False)
     return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 
@@ -113,16 +116,20 @@ def _answered(
     folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
     features, models = Features(folders), Models(settings.num_models, settings.gpus_per_model)
     rows, lost = rows_to_answer(features, settings)
-    write_evaluation_ledger(output_dir, folders, lost)
+    write_evaluation_ledger(output_dir, settings.val_jsonl, folders, lost)
     again = settings.retry_failed
     with progress_bar("answers") as bar:
         answer(generation, folders, rows, output_dir, models=models, retry_failed=again, on_progress=bar.update)
     failed = [(features, *entry) for entry in read_failed(output_dir)]
-    num_left_out = write_evaluation_ledger(output_dir, folders, [*lost, *failed])
+    num_left_out = write_evaluation_ledger(output_dir, settings.val_jsonl, folders, [*lost, *failed])
     predictions = read_predictions(output_dir)
     if not predictions:
         raise RunError(f"no recording is answered as a whole; {features.source(failed[0][1])}: {failed[0][3]}")
-    metrics, notes = scored(predictions, settings), []
+    to_score = labelled(predictions)
+    metrics, notes = scored(to_score, settings) if to_score else {}, []
+    if num_unlabelled := len(predictions) - len(to_score):
+        metrics["unlabelled"] = {"n": num_unlabelled}
+        notes.append(f"{num_unlabelled} row(s) are answered, and not scored: they have no text to compare with")
     if num_left_out:
         hint = "; --retry_failed tries those again at which the model failed" if failed else ""
         notes.append(f"{num_left_out} row(s) left out in all, listed in quarantine.jsonl{hint}")
@@ -170,7 +177,10 @@ def evaluation_features(
 
 
 def write_evaluation_ledger(
-    output_dir: Path, folders: tuple[Place, ...], lost: Sequence[tuple[Features, int, str, str]]
+    output_dir: Path,
+    manifests: Sequence[str],
+    folders: tuple[Place, ...],
+    lost: Sequence[tuple[Features, int, str, str]],
 ) -> int:
     """Write quarantine.jsonl: every row that is not answered, and why; returns their number."""
     path, chunk_manifest = output_dir / "quarantine.jsonl", output_dir / CHUNK_MANIFEST
@@ -178,7 +188,9 @@ def write_evaluation_ledger(
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if chunk_manifest.is_file():
         lines = with_recordings(lines, chunk_manifest)
-        write_atomically(path, to_jsonl(lines))
+    for ledger in [ledger_of(path) for path in manifests if output_dir / MANIFESTS in Path(path).parents]:
+        lines += [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    write_atomically(path, to_jsonl(lines))
     return len(lines)
 
 
@@ -232,12 +244,3 @@ def rows_to_answer(
     if lost:
         console.print(f"{len(lost)} row(s) over --max_len left out, listed in quarantine.jsonl")
     return rows, lost
-
-
-def write_submission(output_dir: Path) -> None:
-    """Write submission.csv with the columns ``testset_id,text`` of SALMONN's evaluators: one line an id, sorted."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["testset_id", "text"])
-    writer.writerows(sorted({row["id"]: row["prediction"] for row in read_predictions(output_dir)}.items()))
-    write_atomically(output_dir / "submission.csv", text.getvalue().encode())

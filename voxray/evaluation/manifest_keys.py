@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.evaluation.predictions import KNOWN_COLUMNS, known_number, known_text, place_of
-from voxray.manifest import find_file
+from voxray.manifest import UNLABELLED, find_file
 
 CHUNK_KEYS = ("chunk_of", "chunk", "num_chunks", "whole_samples", "whole_reference", "overlap_share")
 """Of the manifest that ``long_audio`` writes."""
@@ -25,8 +25,8 @@ class ManifestKeys:
 
         Returns:
             ``speaker``, ``domain``, ``dataset`` (the manifest's name unless the row names one), ``audio_path``,
-            ``references``, ``reference_phonetic``, ``snr_db``; None where the row does not say. For a chunk what its
-            recording says, and ``CHUNK_KEYS``.
+            ``references``, ``reference_phonetic``, ``snr_db``; None where the row does not say. ``unlabelled`` for a
+            row that has no text to hold an answer against. For a chunk what its recording says, and ``CHUNK_KEYS``.
         """
         manifest, line = place_of(source)
         if manifest not in self._files:
@@ -61,6 +61,7 @@ def _keys(row: dict[str, Any], manifest: str) -> dict[str, Any]:
     found: dict[str, Any] = {name: known_text(row.get(name)) for name in ("speaker", "domain", "dataset")}
     found["reference_phonetic"] = known_text(row.get("transcript_phonetic"))
     found["snr_db"] = known_number(row.get("snr_db"))
+    found[UNLABELLED] = True if row.get(UNLABELLED) is True else None
     references, path = row.get("references"), row.get("audio_path")
     if isinstance(references, list) and references and all(isinstance(text, str) for text in references):
         found["references"] = references

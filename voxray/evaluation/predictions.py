@@ -65,8 +65,19 @@ def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[
     return {task: metrics_of(task, found) for task, found in grouped.items() if found}
 
 
+def labelled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that have a text to hold their answer against."""
+    return [row for row in rows if is_labelled(row)]
+
+
+def is_labelled(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("references")) or row["reference"] is not None
+
+
 def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row with the counts that its texts give."""
+    """A prediction row with the counts that its texts give; without a reference it has none."""
+    if not is_labelled(row):
+        return dict(row)
     return {**row, "normalizer": normalizer_of_row(row).name, **as_row(count_row(row))}
 
 

@@ -16,7 +16,7 @@ from voxray.evaluation.metrics.counts import as_columns, as_row
 from voxray.evaluation.metrics.names import evaluation_metrics, is_transcript
 from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row, readings_of, references_of
 from voxray.evaluation.paired import Parts
-from voxray.evaluation.predictions import read_predictions
+from voxray.evaluation.predictions import labelled, read_predictions
 from voxray.evaluation.score import counted, read_terms
 from voxray.evaluation.slices import slices_of
 from voxray.tasks import TASKS
@@ -135,11 +135,11 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
         raise RunError(f"{folder}: this evaluation has not finished (no metrics.json); start it again to go on")
     metrics, settings = (_read_json(folder / f"{name}.json") for name in ("metrics", "settings"))
     try:
-        stored = read_predictions(folder)
+        stored = labelled(read_predictions(folder))
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder / 'predictions'}: damaged: {' '.join(str(error).split())[:200]}") from None
     if not stored:
-        raise RunError(f"{folder}: this evaluation answered no row")
+        raise RunError(f"{folder}: this evaluation answered no row that has a text to compare with")
     for at, row in enumerate(stored, start=1):
         check_row(row, f"{folder}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
     for task in TASKS:

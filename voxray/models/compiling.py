@@ -4,6 +4,7 @@ Each layer is compiled in place, so that no name changes, and all of them share 
 takes does not grow with their number. Lengths are dynamic: another batch shape does not compile again.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -54,6 +55,11 @@ def _call(function: Any, first: tuple[Any, ...], named: dict[str, Any], *inputs:
 
 def is_compiled(language_model: Any) -> bool:
     return getattr(language_model, "voxray_compiled", False)
+
+
+def uncompiled(language_model: Any) -> AbstractContextManager[Any]:
+    """Within it compiled layers run as they are: they would be compiled anew for one token and a cache that grows."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(language_model) else nullcontext()
 
 
 @cache

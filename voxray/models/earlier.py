@@ -42,6 +42,20 @@ class EarlierAdapter:
         digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
 
+    def copy_into(self, model: PeftModel, family: Family) -> int:
+        """Copy it into LoRA that covers its roles and maybe more.
+
+        Returns:
+            Tensors copied, all that it has.
+        Raises:
+            RunError: The model's LoRA over those roles is of another make.
+        """
+        stored, config = _read_config(self.folder), model.peft_config["default"]
+        for name in SHAPING:
+            if (stored.get(name) or None) != (getattr(config, name) or None):
+                raise RunError(f"{self.folder}: the adapter has {name} {stored.get(name)}, not {getattr(config, name)}")
+        return load_adapter_weights(model, self.folder, lambda name: role_of(name, family) in self.roles)
+
 
 def read_earlier(
     path: str, family: Family, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
@@ -95,15 +109,11 @@ def start_from(model: PeftModel, family: Family, earlier: EarlierAdapter, roles:
     """Copy an earlier adapter into LoRA that covers its roles and maybe more; what is outside ``roles`` is frozen.
 
     Returns:
-        Tensors copied, all that the earlier adapter has.
+        Tensors copied.
     Raises:
-        RunError: The model's LoRA over those roles is of another make.
+        RunError: See ``EarlierAdapter.copy_into``.
     """
-    stored, config = _read_config(earlier.folder), model.peft_config["default"]
-    for name in SHAPING:
-        if (stored.get(name) or None) != (getattr(config, name) or None):
-            raise RunError(f"{earlier.folder}: the adapter has {name} {stored.get(name)}, not {getattr(config, name)}")
-    copied = load_adapter_weights(model, earlier.folder, lambda name: role_of(name, family) in earlier.roles)
+    copied = earlier.copy_into(model, family)
     for name, parameter in model.named_parameters():
         if role_of(name, family) not in roles:
             parameter.requires_grad_(False)

@@ -22,7 +22,16 @@ from voxray.data.features import FeatureRow
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample
 from voxray.models.family import Family, FrontEnd, family_of, read_config
-from voxray.models.lora import CONFIG, WEIGHTS, base_of_adapter, find_adapter, load_adapter, role_of, target_pattern
+from voxray.models.lora import (
+    CONFIG,
+    WEIGHTS,
+    base_of,
+    base_of_adapter,
+    find_adapter,
+    load_adapter,
+    role_of,
+    target_pattern,
+)
 from voxray.models.trimming import note_trimming, read_record, trims_audio, write_record
 from voxray.run_folder import anchor, make_folder, provenance
 from voxray.storage import write_json
@@ -104,10 +113,6 @@ def _export_official(
     settings: ExportSettings, model: Any, family: Family, output_dir: Path, adapter: Path, with_adapter: torch.Tensor
 ) -> dict[str, Any]:
     """Write what was trained under its official names, read it back and ask it."""
-    from voxray.models.salmonn.official import CHECKPOINT, read_official_model, write_official
-
-    if family.name != "salmonn":
-        raise SettingsError(f"--format official: is for SALMONN's code, and this is a {family.name} model")
     if unused := {"merge", "dtype"} & settings.model_fields_set:
         raise SettingsError(f"--format official: the weights are written as they are; leave out --{min(unused)}")
     model_id = settings.model_id or base_of_adapter(adapter)
@@ -115,9 +120,9 @@ def _export_official(
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
     try:
-        num_tensors = write_official(model, partial, model_id)
+        path, num_tensors = family.write_official(model, partial, model_id)
         base = family.load_model(model_id, dtype=torch.float32, device=CPU)
-        found = probe_logits(read_official_model(base, family, partial), family, family.front_end(model_id))
+        found = probe_logits(family.load_official(base, path), family, family.front_end(model_id))
         written = _difference(found, with_adapter)
         _check(written, torch.float32, "the checkpoint on disk")
         report = {"base": model_id, "adapter": str(adapter), "format": settings.format, "tensors": num_tensors}
@@ -128,7 +133,7 @@ def _export_official(
         partial.replace(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"{num_tensors} tensors under their official names in {output_dir / CHECKPOINT}", markup=False)
+    console.print(f"{num_tensors} tensors under their official names in {output_dir / path.name}", markup=False)
     return report
 
 
@@ -196,7 +201,7 @@ def _dtype(name: str, model_id: str) -> torch.dtype:
 
 def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
     """Write the merged base with its tokenizer and processor files, and what was not merged as an adapter on it."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     rest = sorted({role_of(name, family) for name, m in base.named_modules() if isinstance(m, LoraLayer)})
     if rest:
         _write_rest(model, family, folder / "adapter", rest, final)

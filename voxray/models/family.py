@@ -10,13 +10,16 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample, Segment
+
+if TYPE_CHECKING:
+    from voxray.models.earlier import EarlierAdapter
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,7 @@ class Family(Protocol):
     """The model side.
 
     Attributes:
+        job: Name of the job that trains it.
         tasks: Names of the tasks whose rows it answers.
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
@@ -133,6 +137,7 @@ class Family(Protocol):
     """
 
     name: str
+    job: str
     tasks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
@@ -157,6 +162,37 @@ class Family(Protocol):
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Put what makes a model's folder complete, beside configuration and weights, into another folder."""
+        ...
+
+    def read_official(self, path: str, *, r: int, alpha: float) -> "EarlierAdapter | None":
+        """What a checkpoint of the family's own trainer holds, for training that starts from it.
+
+        Args:
+            r, alpha: LoRA's rank and scale in the training to come.
+        Returns:
+            None where there is no such trainer, or the path is no file of its.
+        Raises:
+            RunError: It cannot be read.
+            SettingsError: It was trained with another rank or scale.
+        """
+        ...
+
+    def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
+        """Write what was trained as a checkpoint that the family's own code loads.
+
+        Args:
+            model: Base and adapter.
+            model_id: The base.
+        Returns:
+            The checkpoint, which ``load_official`` reads, and how many tensors it holds.
+        Raises:
+            RunError: The base has something of its own that the checkpoint could not hold as well.
+            SettingsError: There is no such code, or the adapter is of a kind that it does not know.
+        """
+        ...
+
+    def load_official(self, base: Any, path: Path) -> Any:
+        """A plain base with what ``write_official`` wrote, in eval mode."""
         ...
 
     def encoder_fingerprint(self, model_id: str) -> str: ...
@@ -206,8 +242,10 @@ class Family(Protocol):
 
 
 class UsualFamily:
-    """What a family has unless it says otherwise: nothing trains beside LoRA, and weight decay is for everything."""
+    """What a family has unless it says otherwise: nothing trains beside LoRA, weight decay is for everything, and there
+    is no code of its own to exchange checkpoints with."""
 
+    name: str
     trained_whole: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -222,6 +260,15 @@ class UsualFamily:
             found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
             if found and not (folder / name).exists():
                 shutil.copyfile(found, folder / name)
+
+    def read_official(self, path: str, *, r: int, alpha: float) -> "EarlierAdapter | None":
+        return None
+
+    def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
+        raise SettingsError(f"--format official: is for SALMONN's code, and this is a {self.name} model")
+
+    def load_official(self, base: Any, path: Path) -> Any:
+        raise AssertionError("nothing was written")
 
 
 def _voxtral() -> Family:

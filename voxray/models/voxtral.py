@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,11 +20,12 @@ import torch
 from voxray.audio.logmel import num_valid_frames
 from voxray.errors import RunError
 from voxray.manifest import BadRow, Sample, Segment
-from voxray.models.compiling import compile_layers, is_compiled
+from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
 from voxray.models.family import AudioPath, UsualFamily, model_file
 from voxray.models.few_rows import linear_of_few
+from voxray.models.lora import base_of
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import load_frozen
 from voxray.models.trimming import trims_audio
@@ -166,6 +166,7 @@ class Voxtral(UsualFamily):
     """Voxtral's model side."""
 
     name = "voxtral"
+    job = "train_multitask"
     tasks: tuple[str, ...] = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {
@@ -230,17 +231,17 @@ class Voxtral(UsualFamily):
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
-        base = _base(model)
+        base = base_of(model)
         base.model.audio_tower = PassThrough(base.dtype)
 
     def audio_path(self, model: Any) -> Projected:
         """Encoder and projector: mel_WFT -> states_ND, the positions of all windows one after the other."""
-        base = _base(model)
+        base = base_of(model)
         return Projected(base.model.audio_tower, base.model.multi_modal_projector, base.config.audio_config)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoder's layers."""
-        hear_through(_base(model).model, run)
+        hear_through(base_of(model).model, run)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
@@ -248,7 +249,7 @@ class Voxtral(UsualFamily):
         Raises:
             RunError: Nothing can be compiled on this machine.
         """
-        compile_layers(_base(model).model.language_model, model.device)
+        compile_layers(base_of(model).model.language_model, model.device)
 
     def answer_logits(
         self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
@@ -264,7 +265,7 @@ class Voxtral(UsualFamily):
         Returns:
             logits_NV.
         """
-        base = _base(model)
+        base = base_of(model)
         inputs = with_trimmed_audio(base, batch)
         if "segment_ends" in inputs:
             use_packed_attention(base.model.language_model)
@@ -276,10 +277,10 @@ class Voxtral(UsualFamily):
 
     def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecoding, torch.Tensor]:
         """Read left-padded prompts, to continue them token by token (see ``models.family.Family``)."""
-        base = _base(model)
+        base = base_of(model)
 
         def run(**inputs: Any) -> torch.Tensor:
-            with _uncompiled(base):
+            with uncompiled(base.model.language_model):
                 hidden_BLD = base.model(use_cache=True, **inputs).last_hidden_state
             return linear_of_few(base.lm_head, hidden_BLD[:, -1])
 
@@ -293,17 +294,8 @@ class Voxtral(UsualFamily):
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        base = _base(model)
+        base = base_of(model)
         inputs = with_trimmed_audio(base, batch)
-        with _uncompiled(base):
+        with uncompiled(base.model.language_model):
             ids_BL = model.generate(**inputs, **options)
         return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
-
-
-def _uncompiled(base: Any) -> Any:
-    """Layers compiled for training would be compiled anew for one token and a cache that grows."""
-    return torch.compiler.set_stance("force_eager") if is_compiled(base.model.language_model) else nullcontext()
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

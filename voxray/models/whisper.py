@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,11 +21,12 @@ import torch
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import BadRow, Sample, Segment
-from voxray.models.compiling import compile_layers, is_compiled
+from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.cross_decoding import CrossDecoding
 from voxray.models.encoder import Outputs, PassThrough, encode, hear_through, load_alone, weights_fingerprint
 from voxray.models.family import AudioPath, UsualFamily, model_file
 from voxray.models.few_rows import linear_of_few
+from voxray.models.lora import base_of
 from voxray.models.quantize import load_frozen
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 
@@ -165,6 +165,7 @@ class Whisper(UsualFamily):
     """Whisper's model side."""
 
     name = "whisper"
+    job = "train_whisper"
     tasks: tuple[str, ...] = ("asr",)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType({ENCODER: (ENCODER,), "decoder": ("decoder", "proj_out")})
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -218,16 +219,16 @@ class Whisper(UsualFamily):
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
-        base = _base(model)
+        base = base_of(model)
         base.model.encoder = PassThrough(base.dtype)
 
     def audio_path(self, model: Any) -> Outputs:
         """The encoder: mel_WFT -> states_WPD."""
-        return Outputs(_base(model).model.encoder)
+        return Outputs(base_of(model).model.encoder)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoder's layers."""
-        hear_through(_base(model).model.encoder, run)
+        hear_through(base_of(model).model.encoder, run)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of encoder and decoder; ``generate`` leaves them as they are.
@@ -235,7 +236,7 @@ class Whisper(UsualFamily):
         Raises:
             RunError: Nothing can be compiled on this machine.
         """
-        parts = _base(model).model
+        parts = base_of(model).model
         for part in (parts.encoder, parts.decoder):
             if not isinstance(part, PassThrough):
                 compile_layers(part, model.device)
@@ -253,7 +254,7 @@ class Whisper(UsualFamily):
         Returns:
             logits_NV.
         """
-        base = _base(model)
+        base = base_of(model)
         ids_BL, mask_BL = (batch["input_ids"], batch.get("attention_mask"))
         if "segment_ends" in batch:
             ids_BL, mask_BL = _unpacked(ids_BL[0], batch["segment_ends"])
@@ -275,14 +276,14 @@ class Whisper(UsualFamily):
 
         What generation_config.json suppresses is suppressed here too: some tokens always, some at the beginning.
         """
-        base = _base(model)
+        base = base_of(model)
         generation = base.generation_config
         always, first = generation.suppress_tokens or [], generation.begin_suppress_tokens or []
 
         def run(encoder_hidden_states: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
             if encoder_hidden_states is None:  # what a row heard is remembered; this only says that there is something
                 encoder_hidden_states = states_BPD[: len(inputs["input_ids"]), :0]
-            with _uncompiled(base):
+            with uncompiled(base.model.decoder):
                 hidden_BLD = base.model.decoder(
                     encoder_hidden_states=encoder_hidden_states, use_cache=True, **inputs
                 ).last_hidden_state
@@ -290,7 +291,7 @@ class Whisper(UsualFamily):
             logits_BV[:, always] = -torch.inf
             return logits_BV
 
-        with _uncompiled(base):
+        with uncompiled(base.model.decoder):
             states_BPD = _heard(base, batch["input_features"])
         ids_BL, mask_BL = self._with_languages(base, batch["input_ids"], batch["attention_mask"], states_BPD)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "encoder_hidden_states": states_BPD}
@@ -308,7 +309,7 @@ class Whisper(UsualFamily):
         if not unknown:
             return ids_BL, mask_BL
         start_R1 = torch.stack([prompts[row][:1] for row in unknown])
-        with _uncompiled(base):
+        with uncompiled(base.model.decoder):
             hidden_R1D = base.model.decoder(
                 input_ids=start_R1, encoder_hidden_states=states_BPD[unknown], use_cache=False
             ).last_hidden_state
@@ -333,12 +334,12 @@ class Whisper(UsualFamily):
         """
         from transformers.modeling_outputs import BaseModelOutput
 
-        base, features = _base(model), batch["input_features"]
+        base, features = base_of(model), batch["input_features"]
         ids_BL, mask_BL, generation = batch["input_ids"], batch["attention_mask"], base.generation_config
         with_times = generation.no_timestamps_token_id not in ids_BL[0]
         if (with_times or len(features) > len(ids_BL)) and isinstance(base.model.encoder, PassThrough):
             raise ValueError("what is written with times is heard window by window, from --store mel or pcm16")
-        with _uncompiled(base):
+        with uncompiled(base.model.decoder):
             if len(features) > len(ids_BL):
                 return self._long(base, ids_BL[0], features, num_samples[0], options)
             states_BPD = _heard(base, features)
@@ -381,12 +382,3 @@ def _unpacked(ids_L: torch.Tensor, ends_B: torch.Tensor) -> tuple[torch.Tensor, 
     rows = list(torch.split(ids_L, lengths))
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(rows, batch_first=True), pad([torch.ones_like(row) for row in rows], batch_first=True)
-
-
-def _uncompiled(base: Any) -> Any:
-    """Layers compiled for training would be compiled anew for one token and a cache that grows."""
-    return torch.compiler.set_stance("force_eager") if is_compiled(base.model.decoder) else nullcontext()
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -13,8 +13,6 @@ from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
 from voxray.models.family import Family
 from voxray.models.lora import add_lora, check_lora, load_adapter_weights, train_fully, trainable_parameters
 from voxray.models.quantize import base_dtype
-from voxray.models.salmonn.checkpoint import load_trained, read_trained
-from voxray.models.salmonn.starting import OfficialCheckpoint, read_official
 from voxray.models.trimming import note_trimming, trims_audio
 from voxray.training.checkpoint import Progress, list_checkpoints, read_moments, read_progress
 from voxray.training.engine import Moments, Worker
@@ -23,8 +21,8 @@ from voxray.training.engine import Moments, Worker
 def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None:
     """The adapter that ``--init_adapter`` names, checked against the settings."""
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
-    if family.name == "salmonn" and Path(settings.init_adapter).is_file():
-        return read_official(settings.init_adapter, **lora)
+    if official := family.read_official(settings.init_adapter, **lora):
+        return official
     trimming = trimming_of(settings)
     return read_earlier(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
 
@@ -73,10 +71,7 @@ def build_model(
     note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
     started = ""
     if earlier:
-        if isinstance(earlier, OfficialCheckpoint):
-            copied = load_trained(model, read_trained(earlier.folder)).num_loaded
-        else:
-            copied = start_from(model, family, earlier, roles)
+        copied = start_from(model, family, earlier, roles)
         check_lora(model, family, roles)
         kept = [role for role in earlier.roles if role not in roles]
         started = f"LoRA starts from {earlier.folder}: {copied} tensors of {', '.join(earlier.roles)}"
@@ -115,16 +110,18 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moment
     Returns:
         The progress, and the optimizer's moments.
     Raises:
-        RunError: The training data is not what the run started with, or the checkpoint is damaged.
+        RunError: The training data, or the prompts, are not what the run started with, or the checkpoint is damaged.
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
         return start, {}
     _, newest = checkpoints[-1]
     progress = read_progress(newest)
+    advice = "use --overwrite or another --output_dir"
     if progress.data != start.data:
-        advice = "use --overwrite or another --output_dir"
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
+    if progress.prompts != start.prompts:
+        raise RunError(f"{newest}: --prompts holds other prompts than this run began with; {advice}")
     moments = read_moments(newest)
     if moments and set(moments) != {name for name, _ in trainable_parameters(model)}:
         raise RunError(f"{newest}: moments of other parameters than the model's")

@@ -1,5 +1,6 @@
 """SALMONN: what stands between the encoders and the language model, and LoRA on that; both stages train the same."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,18 +8,21 @@ from typing import Any
 import numpy as np
 
 from voxray.config.salmonn import SalmonnSettings
-from voxray.data.annotations import as_manifests
+from voxray.data.annotations import MANIFESTS, as_manifests
 from voxray.data.features import FeatureRow
-from voxray.data.loader import Redraw
+from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.models.salmonn.folder import write_folder
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
 from voxray.recipes.stage import Data, Stage, train_stage
 from voxray.run_folder import anchor, make_folder
+from voxray.tasks import TASKS
+from voxray.terminal import console
 from voxray.training.engine import Worker
 from voxray.training.host import HOST, Host
 
 ROLES = ("projector", "llm")
+ANY_QUESTION = "What is it?"
 
 
 def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
@@ -31,9 +35,12 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     """
     run_dir = anchor(settings.output_dir, settings.storage_path)
     make_folder(run_dir)
-    changed: dict[str, Any] = {}
-    for name in ("train_jsonl", "val_jsonl"):
-        changed[name] = as_manifests(getattr(settings, name), run_dir / "manifests", settings.audio_prefix)
+    if settings.prompts and (left_out := read_prompts(settings.prompts).left_out):
+        console.print(f"{settings.prompts}: {len(left_out)} left out: {'; '.join(left_out)}", markup=False)
+    paths = (*settings.train_jsonl, *settings.val_jsonl)
+    manifests = as_manifests(paths, run_dir / MANIFESTS, settings.audio_prefix)
+    num_train = len(settings.train_jsonl)
+    changed: dict[str, Any] = {"train_jsonl": manifests[:num_train], "val_jsonl": manifests[num_train:]}
     if not settings.model_id:
         folder, whisper, llm = run_dir / "model", settings.whisper_path, settings.llama_path
         write_folder(folder, whisper=whisper, beats=settings.beats_path, llm=llm, end_sym=settings.end_sym)
@@ -43,20 +50,37 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
 
 def train(settings: SalmonnSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one stage on rows of all tasks; every worker calls this (see ``train_stage``)."""
-    redraw = drawn_prompts(settings) if settings.prompts else None
+    redraw = DrawnPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
     return train_stage(Stage(ROLES, redraw=redraw), settings, run_dir, data, worker, host)
 
 
-def drawn_prompts(settings: SalmonnSettings) -> Redraw:
-    """Give every row one of its task's prompts, drawn by (seed, epoch, row).
+class DrawnPrompts:
+    """Gives every row one of its task's prompts, drawn by (seed, epoch, row); a ``data.loader.Redraw``.
 
+    Args:
+        path: File of prompts.
     Raises:
-        RunError: The file of prompts cannot be read.
+        RunError: The file cannot be read.
     """
-    front_end = SalmonnFrontEnd(settings.model_id, prompts=read_prompts(settings.prompts))
 
-    def redraw(row: FeatureRow, epoch: int) -> FeatureRow:
-        ids = front_end.drawn_prompt_ids(row, seed=settings.seed, epoch=epoch)
+    def __init__(self, model_id: str, path: str, seed: int) -> None:
+        self._front_end, self._seed = SalmonnFrontEnd(model_id, prompts=read_prompts(path)), seed
+        self.fingerprint = self._front_end.prompts.fingerprint
+        self.spare_tokens: Mapping[str, int] = dict(_spare_tokens(SalmonnFrontEnd(model_id), self._front_end))
+
+    def __call__(self, row: FeatureRow, epoch: int) -> FeatureRow:
+        ids = self._front_end.drawn_prompt_ids(row, seed=self._seed, epoch=epoch)
+        if len(ids) > len(row.prompt_ids) + self.spare_tokens.get(row.task, 0):
+            return row  # where a question meets the words around it, there may be more tokens than was reckoned with
         return replace(row, prompt_ids=np.asarray(ids, np.int32))
 
-    return redraw
+
+def _spare_tokens(stored: SalmonnFrontEnd, drawn: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
+    """By task, how many tokens the longest prompt that may be drawn has beyond the stored one."""
+    for task in (task for task in TASKS.values() if task.has_audio):
+        beyond = [0]
+        for question in (task.default_prompt, OTHER_CAPTION_REQUEST, ANY_QUESTION):
+            now = stored.ids_around(stored.prompts.fixed(task.name, question), question, 1)
+            choices = drawn.prompts.choices(task.name, question)
+            beyond += [len(drawn.ids_around(prompt, question, 1)) - len(now) for prompt in choices]
+        yield task.name, max(beyond)

@@ -100,13 +100,15 @@ def _train_stage(
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     family = family_of(settings.model_id)
     front_end = family.front_end(settings.model_id)
-    features, held_out = Features(data.train), Features(data.validation)
+    redraw = stage.redraw
+    features, held_out = Features(data.train, redraw.spare_tokens if redraw else None), Features(data.validation)
     rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out, front_end, data.divided)
     with_encoder = features.store != "encoder"
     model, started = build_model(
         stage.roles, settings, family, worker, with_encoder=with_encoder, lora_targets=stage.lora_targets
     )
-    start = Progress(0, planned_workers(settings.num_workers, worker) * settings.grad_accum, features.fingerprint())
+    packs_per_step = planned_workers(settings.num_workers, worker) * settings.grad_accum
+    start = Progress(0, packs_per_step, features.fingerprint(), redraw.fingerprint if redraw else "")
     start, moments = resume(run_dir, model, start)
     counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
     engine = engine_of(settings, model, family, worker, moments, with_audio=bool(features.num_windows[rows].any()))
@@ -119,16 +121,14 @@ def _train_stage(
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
     masks = Masking(masks_of(settings), settings.seed)
-    loader = Loader(
-        features, front_end, plan, worker, settings.loader_workers, masks, stage.redraw, pin_memory=pin_memory
-    )
+    loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, redraw, pin_memory=pin_memory)
     monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
     if worker.is_first:
         write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
         write_json(run_dir / "parameters.json", counts)
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
-        introduce(monitor, counts, features, front_end, plan, start.step, num_steps)
+        introduce(monitor, counts, loader, start.step, num_steps)
     sizes = Sizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
     held = (front_end, held_out, held_out_rows)
     validator = Validator(trainee, *held, sizes, monitor, settings.seed, num_steps, host.report)
@@ -234,7 +234,7 @@ def plan_of(
         packs_per_step,
         settings.drop_last,
         variants,
-        features.num_tokens + features.num_windows * outside_positions,
+        features.longest_tokens + features.num_windows * outside_positions,
         stage.curriculum,
     )
 
@@ -268,7 +268,7 @@ def choose_rows(
         of_stage = np.isin(part.task, [TASK_CODES[name] for name in stage.tasks])
         limit = f"tokens, over --max_len {max_len}"
         too_long = too_long[of_stage[too_long]]
-        lost += [(part, int(row), "too_long", f"{part.num_tokens[row]} {limit}") for row in too_long]
+        lost += [(part, int(row), "too_long", f"{part.longest_tokens[row]} {limit}") for row in too_long]
         others = np.flatnonzero(~of_stage)
         others = others[np.unique(part.sample[others], return_index=True)[1]]  # not every variant of a clip
         names = {code: name for name, code in TASK_CODES.items()}
@@ -325,13 +325,12 @@ def count_lost(stage: Stage, lost: Sequence[Lost]) -> str:
 def introduce(
     monitor: Monitor,
     counts: dict[str, dict[str, int]],
-    features: Features,
-    front_end: FrontEnd,
-    plan: Plan,
+    loader: Loader,
     step: int,
     num_steps: int,
 ) -> None:
     """Say what is about to be trained on what: parameters per role, the plan, one decoded example per task."""
+    features, front_end, plan = loader.features, loader.front_end, loader.plan
     total, trainable = (sum(entry[key] for entry in counts.values()) for key in ("total", "trainable"))
     roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
@@ -345,6 +344,6 @@ def introduce(
     for name in plan.rows_of_task:
         of_task = features.task[drawn] == TASK_CODES[name]
         if of_task.any():
-            batch = collate_training([features.row(int(drawn[of_task.argmax()]))], front_end)
+            batch = collate_training([loader.row(int(drawn[of_task.argmax()]), 0)], front_end)
             ids, answer = batch["input_ids"][0], batch["labels"][0] != IGNORED
             monitor.say(f"  {name}: {front_end.show(ids[~answer].tolist())} | {front_end.show(ids[answer].tolist())}")

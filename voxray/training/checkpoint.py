@@ -33,6 +33,7 @@ class Progress:
         step: Optimizer steps done.
         packs_per_step: Forward passes per step over all workers, fixed when the run starts.
         data: Fingerprint of the training features.
+        prompts: That of the prompts that are drawn for them, "" without any.
         guard: State of the ``Guard``: the loss scale and what was skipped.
         selection: State of the ``Selection``: what the validations found.
     """
@@ -40,6 +41,7 @@ class Progress:
     step: int
     packs_per_step: int
     data: str
+    prompts: str = ""
     guard: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
 

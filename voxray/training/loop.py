@@ -5,7 +5,7 @@ Shape letters: B rows, L tokens, N answer positions of a batch, V vocabulary.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def fit(
     def save() -> None:
         state = trainee.engine.state()
         if writer:
-            done = Progress(step, start.packs_per_step, start.data, trainee.guard.state(), selection.state())
+            done = replace(start, step=step, guard=trainee.guard.state(), selection=selection.state())
             writer.write(trainee.model, state, done, selection.best_step)
 
     def is_due(step: int) -> bool:

@@ -12,11 +12,12 @@ from conftest import ASSETS
 
 from voxray.data.collate import padded_windows
 from voxray.errors import RunError, SettingsError
+from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.manifest import BadRow, Sample
 from voxray.models.salmonn.features import window_lengths
 from voxray.models.salmonn.folder import load_folder, write_folder
 from voxray.models.salmonn.processor import SalmonnFrontEnd
-from voxray.models.salmonn.prompts import read_prompts
+from voxray.models.salmonn.prompts import QUESTION, read_prompts
 from voxray.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,7 +112,12 @@ def test_drawn_prompts(folder, tmp_path):
     )
     prompts = read_prompts(path)
     assert prompts.by_task["asr"] == ("<Speech><SpeechHere></Speech> a", "<SpeechHere> b")
-    assert prompts.by_task["aac"] == ("<SpeechHere> c", "<SpeechHere> d")
+    assert prompts.by_task["aac"] == ("<SpeechHere> c",) and prompts.choices("aac", "How loud?") == (QUESTION,)
+    assert prompts.fixed("aac", OTHER_CAPTION_REQUEST) == "<SpeechHere> d"
+    other = path.with_name("others.yaml")
+    other.write_text("asr: ['<SpeechHere> b']")
+    assert OTHER_CAPTION_REQUEST in read_prompts(other).fixed("aac", OTHER_CAPTION_REQUEST)
+    assert len({prompts.fingerprint, read_prompts(path).fingerprint, read_prompts(other).fingerprint}) == 2
     assert prompts.left_out == ("asr: no audio", "task gender")
     drawn = [[prompts.drawn("asr", "", f"row{n}", seed=1, epoch=e) for n in range(2_000)] for e in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -230,8 +236,14 @@ def test_what_a_front_end_cannot_do_is_said(folder, files, tmp_path):
     with pytest.raises(SettingsError, match="trim_audio_tokens"):
         SalmonnFrontEnd(folder, trim_audio=True)
     parts = {name: file for name, file in files.items() if name != "pad_rows"}
-    write_folder(tmp_path / "end", **parts, end_sym="<|end|>")
-    with pytest.raises(RunError, match=r"end_sym '<\|end\|>' is \d tokens .* its own end of text is '</s>'"):
+    said = r"--end_sym '<\|end\|>': is \d+ tokens of this language model.* its own end of text is '</s>'"
+    with pytest.raises(SettingsError, match=said):
+        write_folder(tmp_path / "end", **parts, end_sym="<|end|>")
+    assert not (tmp_path / "end").exists()
+    write_folder(tmp_path / "end", **parts)
+    config = json.loads((tmp_path / "end" / "config.json").read_text())
+    (tmp_path / "end" / "config.json").write_text(json.dumps({**config, "end_sym": "<|end|>"}))
+    with pytest.raises(SettingsError, match=said):
         SalmonnFrontEnd(str(tmp_path / "end"))
     with pytest.raises(RunError, match="model type 'whisper' is not salmonn"):
         SalmonnFrontEnd(str(files["whisper"]))

@@ -4,7 +4,7 @@ Shape letters: B rows, L tokens, W windows, T mel frames, F bins, D width, N ans
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,17 +14,20 @@ from peft import PeftModel
 from transformers.utils import logging
 
 from voxray.errors import SettingsError
-from voxray.models.compiling import compile_layers, is_compiled
+from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.family import AudioPath
 from voxray.models.few_rows import linear_of_few
+from voxray.models.lora import base_of
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.features import MIN_SAMPLES
 from voxray.models.salmonn.folder import copy_files, load_folder, read_folder
 from voxray.models.salmonn.model import TRAINED
+from voxray.models.salmonn.official import read_official_model, write_official
 from voxray.models.salmonn.processor import SalmonnFrontEnd
+from voxray.models.salmonn.starting import OfficialCheckpoint, read_official
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.tasks import TASKS
 
@@ -40,6 +43,7 @@ class Salmonn:
     """SALMONN's model side (see ``models.family.Family``)."""
 
     name = "salmonn"
+    job = "train_salmonn"
     tasks: tuple[str, ...] = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": ENCODERS, "projector": TRAINED, "llm": (LLM,)})
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType({"llm": ("q_proj", "v_proj")})
@@ -84,6 +88,16 @@ class Salmonn:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""
         copy_files(model_id, folder)
 
+    def read_official(self, path: str, *, r: int, alpha: float) -> OfficialCheckpoint | None:
+        """What a checkpoint (.pth) of SALMONN's trainer holds; None for a folder."""
+        return read_official(path, r=r, alpha=alpha) if Path(path).is_file() else None
+
+    def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
+        return write_official(model, folder, model_id)
+
+    def load_official(self, base: Any, path: Path) -> Any:
+        return read_official_model(base, self, path)
+
     def encoder_fingerprint(self, model_id: str) -> str:
         """There is none.
 
@@ -113,7 +127,7 @@ class Salmonn:
         Raises:
             RunError: Nothing can be compiled on this machine.
         """
-        compile_layers(_base(model).llama_model.model, model.device)
+        compile_layers(base_of(model).llama_model.model, model.device)
 
     def answer_logits(
         self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
@@ -128,7 +142,7 @@ class Salmonn:
         Returns:
             logits_NV.
         """
-        base = _base(model)
+        base = base_of(model)
         with _touching(base, () if "input_features" in batch else touched):
             inputs = _embedded(base, batch)
         language_model = base.llama_model.model
@@ -140,10 +154,10 @@ class Salmonn:
 
     def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecoding, torch.Tensor]:
         """Read left-padded prompts, to continue them token by token (see ``models.family.Family``)."""
-        base = _base(model)
+        base = base_of(model)
 
         def run(**inputs: Any) -> torch.Tensor:
-            with _uncompiled(base):
+            with uncompiled(base.llama_model.model):
                 hidden_BLD = base.llama_model.model(use_cache=True, **inputs).last_hidden_state
             return linear_of_few(base.llama_model.lm_head, hidden_BLD[:, -1])
 
@@ -157,8 +171,8 @@ class Salmonn:
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        base = _base(model)
-        with _uncompiled(base):
+        base = base_of(model)
+        with uncompiled(base.llama_model.model):
             return base.llama_model.generate(**_embedded(base, batch), **options)
 
 
@@ -191,13 +205,3 @@ def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def _uncompiled(base: Any) -> Any:
-    """Layers compiled for training would be compiled anew for one token and a cache that grows."""
-    compiled = is_compiled(base.llama_model.model)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model

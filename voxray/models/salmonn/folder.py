@@ -14,7 +14,7 @@ from voxray.errors import RunError
 from voxray.models.family import model_file, read_config
 from voxray.models.salmonn.checkpoint import read_beats, read_trained
 from voxray.models.salmonn.config import SalmonnConfig
-from voxray.models.salmonn.loading import build_config, load, load_tokenizer
+from voxray.models.salmonn.loading import build_config, end_token, load, load_tokenizer
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PARTS = ("whisper", "beats", "llm", "checkpoint", "prompts")
@@ -40,6 +40,7 @@ def write_folder(
         settings: Others of its attributes, such as ``end_sym``.
     Raises:
         RunError: A part cannot be read.
+        SettingsError: ``end_sym`` is several tokens.
     """
     from transformers import AutoConfig
 
@@ -50,13 +51,15 @@ def write_folder(
             found[name] = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: no usable config.json: {' '.join(str(error).split())[:200]}") from None
-    found["llm"].vocab_size = max(found["llm"].vocab_size, len(load_tokenizer(llm)))
+    tokenizer = load_tokenizer(llm)
+    found["llm"].vocab_size = max(found["llm"].vocab_size, len(tokenizer))
     config = build_config(trained, found["whisper"], read_beats(beats)[0], found["llm"], qformer_heads)
     given = dict(zip(PARTS, (whisper, beats, llm, checkpoint, prompts), strict=True))
     config.parts = {name: str(path) for name, path in given.items() if path is not None}
     config.alone = alone
     for name, value in settings.items():
         setattr(config, name, value)
+    end_token(tokenizer, config.end_sym)
     config.save_pretrained(folder)
     return config
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
 from transformers.utils import logging
 
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import (
     Trained,
@@ -111,6 +111,21 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise RunError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())[:200]}") from None
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
+
+
+def end_token(tokenizer: Any, end_sym: str) -> int:
+    """The token that ends an answer.
+
+    Raises:
+        SettingsError: The text is several tokens, which no answer would end with.
+    """
+    ids = tokenizer.encode(end_sym, add_special_tokens=False)
+    if len(ids) != 1:
+        raise SettingsError(
+            f"--end_sym {end_sym!r}: is {len(ids)} tokens of this language model, so no answer would end; give a text "
+            f"that is one, the same in both stages and in evaluation; its own end of text is {tokenizer.eos_token!r}"
+        )
+    return ids[0]
 
 
 def _has_sentencepiece() -> bool:

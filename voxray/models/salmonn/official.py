@@ -22,14 +22,14 @@ CHECKPOINT = "salmonn_v1.pth"
 ROLES = ("projector", "llm")
 
 
-def write_official(model: Any, folder: Path, model_id: str) -> int:
+def write_official(model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
     """Write a model's adapter as ``salmonn_v1.pth``.
 
     Args:
         model: Base and adapter.
         model_id: The base.
     Returns:
-        Tensors written.
+        The file, and how many tensors it holds.
     Raises:
         RunError: The base has LoRA of its own in the language model, which the file could not hold as well.
         SettingsError: The adapter is of a kind that SALMONN does not know.
@@ -56,12 +56,12 @@ def write_official(model: Any, folder: Path, model_id: str) -> int:
     settings |= {"num_speech_query_token": base.num_query}
     settings |= {"second_per_window": base.seconds_per_window, "second_stride": base.seconds_per_stride}
     write_trained(kept, folder / CHECKPOINT, settings)
-    return len(kept)
+    return folder / CHECKPOINT, len(kept)
 
 
-def read_official_model(base: Any, family: Family, folder: Path) -> Any:
+def read_official_model(base: Any, family: Family, path: Path) -> Any:
     """A plain base with what ``write_official`` wrote, in eval mode."""
-    trained = read_trained(folder / CHECKPOINT)
+    trained = read_trained(path)
     alpha = float(trained.settings["lora_alpha"])
     layers = trained.lora_layers
     model = add_lora(base, family, ROLES, model_id="", r=trained.lora_rank, alpha=alpha, dropout=0.0, targets=layers)

@@ -10,13 +10,13 @@ import numpy as np
 
 from voxray.audio.fbank import NUM_MEL_BINS
 from voxray.audio.logmel import LogMel
-from voxray.errors import RunError, SettingsError
+from voxray.errors import SettingsError
 from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.family import AudioFeatures
 from voxray.models.salmonn.config import SalmonnConfig
 from voxray.models.salmonn.features import beside
 from voxray.models.salmonn.folder import part, read_folder
-from voxray.models.salmonn.loading import load_tokenizer
+from voxray.models.salmonn.loading import end_token, load_tokenizer
 from voxray.models.salmonn.prompts import AUDIO_MARK, DEFAULTS, QUESTION_MARK, Prompts, read_prompts
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 
@@ -61,14 +61,7 @@ class SalmonnFrontEnd(WindowedLogMel):
         self.pad_id: int = self._tokenizer.pad_token_id
         bos_id: int | None = self._tokenizer.bos_token_id
         self._start: list[int] = [] if bos_id is None else [bos_id]
-        ends = self._tokenizer.encode(config.end_sym, add_special_tokens=False)
-        if len(ends) != 1:
-            own = self._tokenizer.eos_token
-            raise RunError(
-                f"--model_id {model_id}: end_sym {config.end_sym!r} is {len(ends)} tokens of this language model, "
-                f"so no answer would end; its own end of text is {own!r}"
-            )
-        self.eos_id: int = ends[0]
+        self.eos_id: int = end_token(self._tokenizer, config.end_sym)
         self.fingerprint = hashlib.sha256(json.dumps(self._what_decides()).encode()).hexdigest()
 
     def _read_shapes(self, config: SalmonnConfig) -> None:

@@ -1,22 +1,26 @@
 """What SALMONN is asked: prompts of every task, one of which is drawn for each row and epoch."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from voxray.errors import RunError
+from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.tasks import TASKS
 
 AUDIO_MARK = "<SpeechHere>"
 QUESTION_MARK = "{}"
 QUESTION = f"<Speech>{AUDIO_MARK}</Speech> {QUESTION_MARK}"
-OFFICIAL_TASKS = {"audiocaption": "aac", "audiocaption_v2": "aac", "QA": "sqa"}
+OTHER_CAPTIONS = "audiocaption_v2"
+OFFICIAL_TASKS = {"audiocaption": "aac", "QA": "sqa"}
 DEFAULTS = {
     "asr": (f"<Speech>{AUDIO_MARK}</Speech> Recognize the speech and give me the transcription.",),
     "sqa": (QUESTION,),
     "aac": (f"<Speech>{AUDIO_MARK}</Speech> Please describe the audio.",),
+    OTHER_CAPTIONS: (f"<Speech>{AUDIO_MARK}</Speech> {OTHER_CAPTION_REQUEST}",),
 }
 """SALMONN's own prompts for testing."""
 
@@ -26,31 +30,40 @@ class Prompts:
     """Prompts by task.
 
     Attributes:
-        by_task: {task: prompts}; in every prompt a mark says where the audio goes, and maybe another where the row's
-            question goes.
+        by_task: {task: prompts}, with audiocaption_v2 beside voxray's tasks; in every prompt a mark says where the
+            audio goes, and maybe another where the row's question goes.
         left_out: What a file holds beside them, for a message: prompts without audio, tasks that voxray has not.
     """
 
     by_task: Mapping[str, tuple[str, ...]]
     left_out: tuple[str, ...] = ()
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of them."""
+        found = {task: list(prompts) for task, prompts in self.by_task.items()}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def choices(self, task: str, question: str) -> tuple[str, ...]:
+        """The prompts that a row may have."""
+        if not TASKS[task].has_audio:
+            return (QUESTION_MARK,)
+        if question == OTHER_CAPTION_REQUEST:
+            return self.by_task[OTHER_CAPTIONS]
+        # A row that asks something of its own is asked just that.
+        asks = bool(question) and question != TASKS[task].default_prompt
+        prompts = self.by_task.get(task, (QUESTION,))
+        return tuple(QUESTION if asks and QUESTION_MARK not in prompt else prompt for prompt in prompts)
+
     def fixed(self, task: str, question: str) -> str:
-        """The prompt that evaluation uses: a task's first."""
-        return self._asks(task, question, 0)
+        """The prompt that evaluation uses: the first."""
+        return self.choices(task, question)[0]
 
     def drawn(self, task: str, question: str, row_id: str, *, seed: int, epoch: int) -> str:
         """The prompt of a row in one epoch: the same whenever it is asked for, on every machine."""
         drawn = hashlib.sha256(f"{seed} {epoch} {row_id}".encode(errors="surrogatepass")).digest()
-        return self._asks(task, question, int.from_bytes(drawn[:8], "big"))
-
-    def _asks(self, task: str, question: str, number: int) -> str:
-        if not TASKS[task].has_audio:
-            return QUESTION_MARK
-        choice = self.by_task.get(task, (QUESTION,))
-        prompt = choice[number % len(choice)]
-        # A row that asks something of its own is asked just that.
-        asks = question and question != TASKS[task].default_prompt
-        return QUESTION if asks and QUESTION_MARK not in prompt else prompt
+        choices = self.choices(task, question)
+        return choices[int.from_bytes(drawn[:8], "big") % len(choices)]
 
 
 def read_prompts(path: str | Path) -> Prompts:
@@ -70,7 +83,7 @@ def read_prompts(path: str | Path) -> Prompts:
             raise RunError(f"{path}: {name}: needs a prompt or a list of prompts")
         task = OFFICIAL_TASKS.get(name, name)
         usable = tuple(prompt for prompt in prompts if AUDIO_MARK in prompt)
-        if task not in TASKS or not TASKS[task].has_audio:
+        if task != OTHER_CAPTIONS and (task not in TASKS or not TASKS[task].has_audio):
             left_out.append(f"task {name}")
             continue
         left_out += [f"{name}: {prompt}" for prompt in prompts if prompt not in usable]

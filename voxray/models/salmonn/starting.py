@@ -4,9 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from voxray.errors import SettingsError
 from voxray.models.earlier import EarlierAdapter
-from voxray.models.salmonn.checkpoint import read_trained
+from voxray.models.family import Family
+from voxray.models.salmonn.checkpoint import load_trained, read_trained
 from voxray.models.salmonn.loading import LORA_ALPHA
 
 
@@ -17,6 +20,9 @@ class OfficialCheckpoint(EarlierAdapter):
         """What provenance.json says of it."""
         digest = hashlib.sha256(self.folder.read_bytes()).hexdigest()
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
+
+    def copy_into(self, model: PeftModel, family: Family) -> int:
+        return load_trained(model, read_trained(self.folder)).num_loaded
 
 
 def read_official(path: str, *, r: int, alpha: float) -> OfficialCheckpoint:
