@@ -220,13 +220,13 @@ class Voxtral(UsualFamily):
         config = VoxtralConfig.from_pretrained(model_id).audio_config
         return load_alone(VoxtralEncoder, config, model_id, ENCODER, dtype=dtype, device=device)
 
-    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
         """Outputs of the encoder for whole windows.
 
         Returns:
             states_WPD, P encoder frames of a window.
         """
-        return encode(encoder, mel_WFT)
+        return encode(encoder, features_WFT)
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""

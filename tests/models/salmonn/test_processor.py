@@ -13,10 +13,10 @@ from conftest import ASSETS
 from voxray.data.collate import padded_windows
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import BadRow, Sample
-from voxray.models.salmonn.features import window_lengths
 from voxray.models.salmonn.folder import load_folder, write_folder
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
+from voxray.models.windows import window_lengths
 from voxray.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,8 +3,9 @@
 Shape letters: B rows, L tokens, W windows, T mel frames, F bins, D width, N answer positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,24 +17,22 @@ from transformers.utils import logging
 from voxray.errors import SettingsError
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
+from voxray.models.encoder import PassThrough
 from voxray.models.family import AudioPath
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.features import MIN_SAMPLES
-from voxray.models.salmonn.folder import copy_files, load_folder, read_folder
-from voxray.models.salmonn.model import TRAINED
+from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
+from voxray.models.salmonn.hearing import TOWERS, TRAINED, Towers, WindowPath
 from voxray.models.salmonn.processor import SalmonnFrontEnd
+from voxray.models.touching import depending
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.tasks import TASKS
 
-LLM, ENCODERS = "llama_model", ("speech_encoder", "beats")
+LLM = "llama_model"
 NO_DECAY = ("bias", "ln", "bn")
-NO_STORE = (
-    "--store encoder: SALMONN hears through two encoders, whose outputs are not stored; take --store mel or pcm16"
-)
-NO_AUDIO_PATH = "what hears the audio in SALMONN is not compiled ahead of time: it depends on every clip's length"
 
 
 class Salmonn:
@@ -41,10 +40,10 @@ class Salmonn:
 
     name = "salmonn"
     tasks: tuple[str, ...] = tuple(TASKS)
-    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": ENCODERS, "projector": TRAINED, "llm": (LLM,)})
+    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": TOWERS, "projector": TRAINED, "llm": (LLM,)})
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType({"llm": ("q_proj", "v_proj")})
     trained_whole: tuple[str, ...] = TRAINED
-    fixed: tuple[str, ...] = ENCODERS
+    fixed: tuple[str, ...] = TOWERS
     quantized: tuple[str, ...] = ("llm",)
     files: tuple[str, ...] = ()
 
@@ -67,7 +66,7 @@ class Salmonn:
             SettingsError: A checkpoint's LoRA would have to be added into quantised weights.
         """
         logging.disable_progress_bar()
-        config = quantization(quantize, dtype, (*ENCODERS, *TRAINED, "lm_head"))
+        config = quantization(quantize, dtype, (*TOWERS, *TRAINED, "lm_head"))
         options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
         model = load_folder(model_id, dtype=dtype, **options)
         if isinstance(model.llama_model, PeftModel):
@@ -85,27 +84,54 @@ class Salmonn:
         copy_files(model_id, folder)
 
     def encoder_fingerprint(self, model_id: str) -> str:
-        """There is none.
+        """Hash of both encoders' weights as they are stored.
 
         Raises:
-            SettingsError: Always.
+            SettingsError: The folder says that a clip's embeddings depend on its batch.
         """
-        raise SettingsError(NO_STORE)
+        _refuse_batch_dependence(read_folder(model_id), model_id, "--store encoder")
+        return towers_fingerprint(model_id)
 
-    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
-        raise SettingsError(NO_STORE)
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
+        """Load both encoders alone, as ``load_model`` would load them.
 
-    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
-        raise SettingsError(NO_STORE)
+        Raises:
+            RunError: Their weights are missing or do not fit the configuration.
+        """
+        return load_towers(model_id, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def encode(self, encoder: Towers, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Outputs of both encoders for whole windows.
+
+        Returns:
+            states_WKD (see ``hearing.Towers``).
+        """
+        device = next(encoder.parameters()).device
+        return encoder(features_WFT.to(device), num_samples_W.to(device))
 
     def skip_encoder(self, model: Any) -> None:
-        raise SettingsError(NO_STORE)
+        """Make a model take both encoders' outputs as ``input_features``, and free the encoders' memory."""
+        base = _base(model)
+        for name in TOWERS:
+            setattr(base, name, PassThrough(base.dtype))
+        base.window_embeds = base.stored_embeds
 
-    def audio_path(self, model: Any) -> torch.nn.Module:
-        raise SettingsError(NO_AUDIO_PATH)
+    def audio_path(self, model: Any) -> WindowPath:
+        """All that hears: (features_WFT, num_samples_W) -> embeds_WPD.
+
+        Raises:
+            SettingsError: The folder says that a clip's embeddings depend on its batch.
+        """
+        base = _base(model)
+        _refuse_batch_dependence(base.config, base.name_or_path, "an audio path")
+        return WindowPath(base)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
-        raise SettingsError(NO_AUDIO_PATH)
+        """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoders' layers."""
+        base = _base(model)
+        base.window_embeds = run
+        base.speech_encoder.layers, base.beats.encoder.layers = torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
@@ -130,7 +156,7 @@ class Salmonn:
         """
         base = _base(model)
         with _touching(base, () if "input_features" in batch else touched):
-            inputs = _embedded(base, batch)
+            inputs = base.llm_inputs(**batch)
         language_model = base.llama_model.model
         if "segment_ends" in inputs:
             use_packed_attention(language_model)
@@ -147,7 +173,7 @@ class Salmonn:
                 hidden_BLD = base.llama_model.model(use_cache=True, **inputs).last_hidden_state
             return linear_of_few(base.llama_model.lm_head, hidden_BLD[:, -1])
 
-        return CausalDecoding.begin(run, _embedded(base, batch))
+        return CausalDecoding.begin(run, base.llm_inputs(**batch))
 
     def generate(
         self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
@@ -159,38 +185,31 @@ class Salmonn:
         """
         base = _base(model)
         with _uncompiled(base):
-            return base.llama_model.generate(**_embedded(base, batch), **options)
+            return base.llama_model.generate(**base.llm_inputs(**batch), **options)
 
 
-def _embedded(base: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A batch as the language model takes it: audio and tokens as ``inputs_embeds``."""
-    inputs = dict[str, Any](batch)
-    ids_BL, features = inputs.pop("input_ids"), inputs.pop("input_features", None)
-    return inputs | {"inputs_embeds": base.embed(ids_BL, features, num_samples=inputs.pop("num_samples", None))}
-
-
-@contextmanager
-def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+def _touching(base: Any, roles: Sequence[str]) -> AbstractContextManager[None]:
     """Within it the token embeddings of a batch without audio depend on what hears, by nothing."""
     if not {"encoder", "projector"} & set(roles):
-        yield
-        return
+        return nullcontext()
+    return depending(base.get_input_embeddings(), partial(_silence, base, "encoder" in roles))
 
-    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        device, speech = embedded_BLD.device, base.config.speech_config
-        frames, bins = speech.max_source_positions * ENCODER_STRIDE, speech.num_mel_bins
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
-            mel_1FT = torch.zeros(1, bins, frames, device=device)
-            heard = base.audio_embeds(mel_1FT, torch.zeros(1, MIN_SAMPLES, device=device))
-        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        return torch.where(never, heard.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
 
-    hook = base.get_input_embeddings().register_forward_hook(depend)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
+    """What the Q-Former, and both encoders before it, make of nothing."""
+    speech, beats = base.config.speech_config, base.config.beats_config
+    zeros, frames = partial(torch.zeros, device=device), speech.max_source_positions
+    if with_encoder and not isinstance(base.beats, PassThrough):
+        return base.audio_embeds(zeros(1, speech.num_mel_bins, frames * ENCODER_STRIDE), zeros(1, MIN_SAMPLES))
+    return base.stored_embeds(zeros(1, frames, speech.d_model + beats.encoder_embed_dim), zeros(1))
+
+
+def _refuse_batch_dependence(config: Any, model_id: str, what: str) -> None:
+    if not config.alone:
+        raise SettingsError(
+            f'{what}: {model_id} says "alone": false in its config.json, so what it makes of a clip depends on the '
+            "others of the batch; set it to true"
+        )
 
 
 def _uncompiled(base: Any) -> Any:
