@@ -91,14 +91,14 @@ def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
 
 
 def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Batch:
-    windows = [_model_input(row, front_end, masks) for row in rows if row.num_windows]
-    if not windows:
+    heard = [row for row in rows if row.num_windows]
+    if not heard:
         return {}
-    inputs = torch.from_numpy(np.concatenate(windows))
+    inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in heard]))
     batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
     if front_end.counts_samples:
         window_samples = front_end.window_frames * HOP_SAMPLES
-        lengths = [length for row in rows for length in window_lengths(row.num_samples, window_samples)]
+        lengths = [length for row in heard for length in window_lengths(row.num_samples, window_samples)]
         batch["num_samples"] = torch.tensor(lengths)
     return batch
 
