@@ -90,7 +90,7 @@ def test_loss_and_gradients(oracle, batch, model):
     assert found.keys() == gradients.keys() and len(found) == 73
     for name, gradient in gradients.items():
         # one query weighs its one value by 1 whatever query and key are; what is added to all keys changes no weights
-        is_zero = ".attention.self." in name and ".value." not in name or name.endswith("key.bias")
+        is_zero = (".attention.self." in name and ".value." not in name) or name.endswith("key.bias")
         largest = float(gradient.abs().max())
         assert is_zero == (largest < 1e-6), name
         assert float((found[name] - gradient).abs().max()) < TOLERANCE * (1 if is_zero else min(1, largest)), name
