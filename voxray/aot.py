@@ -1,10 +1,8 @@
 """The compile job: a model's audio path -> programs for given numbers of windows, held against the model itself.
 
-What is compiled is all that hears the audio: Whisper's encoder, Voxtral's encoder and projector, with what an adapter
-adds to them. It is the part of a model whose shapes do not depend on what is asked and answered. Language models stay
-as they are: their shapes change with every token.
-
-Shape letters: W windows, F mel bins, T mel frames of a window.
+What is compiled is all that hears the audio: Whisper's encoder, Voxtral's encoder and projector, SALMONN's two encoders
+and Q-Former, with what an adapter adds to them. It is the part of a model whose shapes do not depend on what is asked
+and answered. Language models stay as they are: their shapes change with every token.
 """
 
 import hashlib
@@ -12,12 +10,14 @@ import shutil
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from voxray.audio.logmel import HOP_SAMPLES
 from voxray.config.compile import CompileSettings
 from voxray.data.collate import padded_windows
 from voxray.errors import RunError, SettingsError
@@ -44,8 +44,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference allowed, as a share of the largest number; that of the type is what rounding gives."""
 INDUCTOR = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
 """What is left out only calls the kernels, once each; compiling takes a third of the time without it."""
-NOISE = 0.1  # of the clip that both are asked about, as a share of full scale
+NOISE = 0.1  # of the clips that both are asked about, as a share of full scale
+SHORT = 0.1  # of a window: a clip of 3 s, where a window has 30
 TIMED_RUNS = 5
+
+Inputs = tuple[torch.Tensor, ...]
+"""Of an audio path (see ``models.family.AudioPath``)."""
 
 
 def run_compile(settings: CompileSettings) -> dict[str, Any]:
@@ -83,10 +87,10 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     make_folder(partial)
     try:
         for number in settings.windows:
-            mel_WFT = noise_windows(front_end, number, settings.seed).to(device, dtype)
+            clips = noise_clips(front_end, number, settings.seed, dtype, device)
             file = partial / f"audio_w{number}.pt2"
             console.print(f"compiling for {number} window(s) ...")
-            report["windows"][str(number)] = entry = compiled(path, mel_WFT, file, settings)
+            report["windows"][str(number)] = entry = compiled(path, clips, file, settings)
             console.print(
                 f"{number} window(s): compiled in {entry['compile_sec']:.0f} s; differs by {entry['difference']:.1e} "
                 f"of the largest number; {entry['eager_sec'] * 1e3:.1f} -> {entry['compiled_sec'] * 1e3:.1f} ms"
@@ -118,25 +122,35 @@ def _check_backend(settings: CompileSettings) -> None:
         raise RunError("--backend tensorrt: needs a GPU, and there is none on this machine")
 
 
-def noise_windows(front_end: FrontEnd, num_windows: int, seed: int) -> torch.Tensor:
-    """Features of seeded noise that fills whole windows, mel_WFT float32."""
-    rate_hz, hops = front_end.sample_rate_hz, front_end.window_frames
-    num_samples = round(hops * num_windows * rate_hz / 100)  # a frame is 10 ms
-    samples = np.random.default_rng(seed).normal(0, NOISE, num_samples).astype(np.float32)
-    mel_WFT = [
-        padded_windows(features.mel_KB, features.fill, features.num_windows, front_end)
-        for features in map(front_end.features, np.array_split(samples, num_windows))
-    ]
-    return torch.from_numpy(np.concatenate(mel_WFT))
+def noise_clips(
+    front_end: FrontEnd, num_windows: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> list[Inputs]:
+    """What an audio path is given for clips of one window each, of seeded noise: whole windows first, and short ones
+    for models that ask for lengths.
+    """
+    draw, window_samples = np.random.default_rng(seed), front_end.window_frames * HOP_SAMPLES
+    found = []
+    for share in (1.0, SHORT) if front_end.counts_samples else (1.0,):
+        lengths = [round(share * window_samples)] * num_windows
+        windows = []
+        for length in lengths:
+            features = front_end.features(draw.normal(0, NOISE, length).astype(np.float32))
+            windows.append(padded_windows(features.mel_KB, features.fill, features.num_windows, front_end))
+        inputs = [torch.from_numpy(np.concatenate(windows)).to(device, dtype)]
+        inputs += [torch.tensor(lengths, device=device)] if front_end.counts_samples else []
+        found.append(tuple(inputs))
+    return found
 
 
 @torch.no_grad()
-def compiled(path: torch.nn.Module, mel_WFT: torch.Tensor, file: Path, settings: CompileSettings) -> dict[str, Any]:
+def compiled(path: torch.nn.Module, clips: Sequence[Inputs], file: Path, settings: CompileSettings) -> dict[str, Any]:
     """Compile for one number of windows, and hold the program that is on disk against the model.
 
+    Args:
+        clips: What both are given; the first is what is compiled for, and what the times are of.
     Returns:
         file, sha256, compile_sec; difference (largest, as a share of the model's largest number) and
-        difference_absolute from the model on ``mel_WFT``; eager_sec and compiled_sec, medians of a few runs.
+        difference_absolute from the model; eager_sec and compiled_sec, medians of a few runs.
     Raises:
         RunError: It cannot be compiled, or it computes something else.
     """
@@ -144,9 +158,9 @@ def compiled(path: torch.nn.Module, mel_WFT: torch.Tensor, file: Path, settings:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own parts about each other
-            exported = torch.export.export(path, (mel_WFT,))
+            exported = torch.export.export(path, clips[0])
             if settings.backend == "tensorrt":
-                _write_tensorrt(exported, mel_WFT, file, settings.optimization_level)
+                _write_tensorrt(exported, clips[0], file, settings.optimization_level)
             else:
                 torch._inductor.aoti_compile_and_package(
                     exported, package_path=str(file), inductor_configs=dict(INDUCTOR)
@@ -155,39 +169,49 @@ def compiled(path: torch.nn.Module, mel_WFT: torch.Tensor, file: Path, settings:
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"--backend {settings.backend}: cannot compile this on this machine: {reason}") from None
     compile_sec = time.perf_counter() - began
-    program = load_program(file, mel_WFT.device)
-    wanted, found = path(mel_WFT), program(mel_WFT)
-    absolute = float((found.float() - wanted.float()).abs().max())
-    difference = absolute / float(wanted.float().abs().max())
-    if found.shape != wanted.shape or not difference <= TOLERANCE[mel_WFT.dtype]:
-        raise RunError(f"compile: the program computes something else than the model: they differ by {difference:.1e}")
+    device = clips[0][0].device
+    program = load_program(file, device)
+    difference, absolute = 0.0, 0.0
+    for inputs in clips:
+        off, share = _difference(program(*inputs), path(*inputs))
+        if not share <= TOLERANCE[inputs[0].dtype]:
+            raise RunError(f"compile: the program computes something else than the model: they differ by {share:.1e}")
+        difference, absolute = max(difference, share), max(absolute, off)
     return {
         "file": file.name,
         "sha256": checksum(file),
         "compile_sec": compile_sec,
         "difference": difference,
         "difference_absolute": absolute,
-        "eager_sec": _median_sec(path, mel_WFT),
-        "compiled_sec": _median_sec(program, mel_WFT),
+        "eager_sec": _median_sec(path, clips[0]),
+        "compiled_sec": _median_sec(program, clips[0]),
     }
 
 
-def _write_tensorrt(exported: Any, mel_WFT: torch.Tensor, file: Path, optimization_level: int) -> None:
+def _difference(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """Largest difference, and as a share of the largest number wanted; infinite where the shapes differ."""
+    if found.shape != wanted.shape:
+        return float("inf"), float("inf")
+    absolute = float((found.float() - wanted.float()).abs().max())
+    return absolute, absolute / float(wanted.float().abs().max())
+
+
+def _write_tensorrt(exported: Any, inputs: Inputs, file: Path, optimization_level: int) -> None:
     """Parts that TensorRT knows as engines, the rest by AOTInductor, in one package."""
     tensorrt = import_tensorrt("--backend tensorrt")
     engine = tensorrt.dynamo.compile(
-        exported, arg_inputs=[mel_WFT], optimization_level=optimization_level, min_block_size=1
+        exported, arg_inputs=list(inputs), optimization_level=optimization_level, min_block_size=1
     )
-    tensorrt.save(engine, str(file), output_format="aot_inductor", arg_inputs=[mel_WFT], retrace=True)
+    tensorrt.save(engine, str(file), output_format="aot_inductor", arg_inputs=list(inputs), retrace=True)
 
 
-def _median_sec(run: AudioPath, mel_WFT: torch.Tensor) -> float:
-    seconds = []
+def _median_sec(run: AudioPath, inputs: Inputs) -> float:
+    seconds, device = [], inputs[0].device
     for _ in range(TIMED_RUNS + 1):  # the first is not counted
-        synchronise(mel_WFT.device)
+        synchronise(device)
         began = time.perf_counter()
-        run(mel_WFT)
-        synchronise(mel_WFT.device)
+        run(*inputs)
+        synchronise(device)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 

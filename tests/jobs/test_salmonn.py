@@ -159,7 +159,6 @@ def test_settings_that_do_not_fit(capsys: pytest.CaptureFixture[str], run: Run) 
         capsys, *base, "--lr_schedule", "cosine", "--min_lr", "0"
     )
     assert "--min_lr 1e-05 is over --lr 1e-06" in refused(capsys, *base, "--lr", "1e-6")
-    assert "--store encoder: SALMONN hears through two encoders" in refused(capsys, *base, "--store", "encoder")
     epochs = parse_only("train_salmonn", ["--train_jsonl", "t", "--output_dir", "o", *base, "--epochs", "2"])
     assert (epochs.epochs, epochs.max_steps) == (2, 0)
     with pytest.raises(SettingsError, match=r"a whisper model, and this job trains salmonn; jobs/train_whisper.py"):

@@ -227,7 +227,8 @@ def test_flags_reach_the_compiler(
 ) -> None:
     asked: list[tuple[torch.nn.Module, torch.Tensor, str]] = []
 
-    def compiled(path: torch.nn.Module, mel_WFT: torch.Tensor, file: Path, settings: Any) -> dict[str, Any]:
+    def compiled(path: torch.nn.Module, clips: Any, file: Path, settings: Any) -> dict[str, Any]:
+        ((mel_WFT,),) = clips
         asked.append((path, mel_WFT, file.name))
         return FIGURES
 

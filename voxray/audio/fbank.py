@@ -26,9 +26,11 @@ def num_fbank_frames(num_samples: int) -> int:
 
 
 def kaldi_fbank(waveform_BN: torch.Tensor) -> torch.Tensor:
-    """Log-mel energies of clips, computed in float32 even where autocast is on.
+    """Log-mel energies of clips, computed in float64.
 
-    In float16 the energies of 16-bit samples overflow, and the products of an autocast region are in float16.
+    SALMONN's own code computes them so, since its samples are float64. In float32 the quiet bins are rounded by up to
+    1e-3, differently on every processor; in float16, to which autocast would turn the products, energies of 16-bit
+    samples overflow.
 
     Args:
         waveform_BN: Samples at 16 kHz, -1 to 1.
@@ -37,15 +39,13 @@ def kaldi_fbank(waveform_BN: torch.Tensor) -> torch.Tensor:
     Source: Kaldi's ``compute-fbank-feats`` with a povey window and neither dither nor energy; torchaudio
         ``compliance.kaldi.fbank`` (a test holds the two against each other).
     """
-    device = waveform_BN.device
-    with torch.autocast(device.type, enabled=False):
-        window_S, filters_FM = _constants(device)
-        frames_BTS = (waveform_BN.float() * FULL_SCALE).unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
-        frames_BTS = frames_BTS - frames_BTS.mean(-1, keepdim=True)
-        before_BTS = torch.cat([frames_BTS[..., :1], frames_BTS[..., :-1]], dim=-1)
-        frames_BTS = (frames_BTS - PRE_EMPHASIS * before_BTS) * window_S
-        power_BTF = torch.fft.rfft(frames_BTS, n=N_FFT).abs().square()
-        return (power_BTF @ filters_FM).clamp(min=FLOOR).log()
+    window_S, filters_FM = _constants(waveform_BN.device)
+    frames_BTS = (waveform_BN.double() * FULL_SCALE).unfold(-1, FRAME_SAMPLES, HOP_SAMPLES)
+    frames_BTS = frames_BTS - frames_BTS.mean(-1, keepdim=True)
+    before_BTS = torch.cat([frames_BTS[..., :1], frames_BTS[..., :-1]], dim=-1)
+    frames_BTS = (frames_BTS - PRE_EMPHASIS * before_BTS) * window_S
+    power_BTF = torch.fft.rfft(frames_BTS, n=N_FFT).abs().square()
+    return (power_BTF @ filters_FM).clamp(min=FLOOR).log().float()
 
 
 @cache
@@ -64,4 +64,4 @@ def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
             mel_scale="kaldi",
             triangularize_in_mel_space=True,
         )
-    return hann_S.pow(0.85).float().to(device), torch.from_numpy(filters_FM).float().to(device)
+    return hann_S.pow(0.85).to(device), torch.from_numpy(filters_FM).to(device)

@@ -99,12 +99,6 @@ class SalmonnSettings(TrainSettings, SalmonnPartsFlags, VariantFlags):
         return self
 
     @model_validator(mode="after")
-    def _two_encoders(self) -> "SalmonnSettings":
-        if self.store == "encoder":
-            raise ValueError("--store encoder: SALMONN hears through two encoders; take --store mel or pcm16")
-        return self
-
-    @model_validator(mode="after")
     def _rates_fit(self) -> "SalmonnSettings":
         of_schedule = {"min_lr", "warmup_start_lr"} & self.model_fields_set
         if self.lr_schedule != "cosine_from_start" and of_schedule:

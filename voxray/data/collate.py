@@ -13,6 +13,7 @@ from voxray.audio.logmel import HOP_SAMPLES
 from voxray.data.features import FeatureRow
 from voxray.data.shards import TASK_CODES
 from voxray.models.family import FrontEnd
+from voxray.models.windows import window_lengths
 
 IGNORED = -100  # the label that PyTorch's cross entropy passes over
 
@@ -90,20 +91,16 @@ def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
 
 
 def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Batch:
-    windows = [_model_input(row, front_end, masks) for row in rows if row.num_windows]
-    if not windows:
+    heard = [row for row in rows if row.num_windows]
+    if not heard:
         return {}
-    inputs = torch.from_numpy(np.concatenate(windows))
+    inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in heard]))
     batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
     if front_end.counts_samples:
-        batch["num_samples"] = torch.tensor([length for row in rows for length in _window_samples(row, front_end)])
+        window_samples = front_end.window_frames * HOP_SAMPLES
+        lengths = [length for row in heard for length in window_lengths(row.num_samples, window_samples)]
+        batch["num_samples"] = torch.tensor(lengths)
     return batch
-
-
-def _window_samples(row: FeatureRow, front_end: FrontEnd) -> list[int]:
-    """Samples of each of a clip's windows that are no padding."""
-    size = front_end.window_frames * HOP_SAMPLES
-    return [max(0, min(size, row.num_samples - number * size)) for number in range(row.num_windows)]
 
 
 def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:

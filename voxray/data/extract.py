@@ -15,10 +15,12 @@ import torch
 
 from voxray.audio.augment import NONE, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
+from voxray.audio.logmel import HOP_SAMPLES
 from voxray.data.collate import padded_windows
 from voxray.data.shards import LAYOUT
 from voxray.manifest import BadRow, Sample, digest
 from voxray.models.family import Family, FrontEnd, family_of
+from voxray.models.windows import window_lengths
 
 Row = dict[str, Any]
 """The columns of one row (see ``shards``)."""
@@ -155,13 +157,16 @@ class Extractor:
             dtype = torch.bfloat16 if self.storing.bf16 else torch.float32
             self._encoder = family.load_encoder(self.model_id, dtype=dtype, device=device)
         waiting: list[np.ndarray] = []
+        lengths: list[int] = []
         for row in spoken:
             mel_KF = row["audio"].astype(np.float16)
             waiting.extend(padded_windows(mel_KF, row["fill"], row["num_windows"], self.front_end))
+            lengths.extend(window_lengths(row["num_samples"], self.front_end.window_frames * HOP_SAMPLES))
         states = []
         for start in range(0, len(waiting), ENCODER_WINDOWS):
-            mel_WFT = torch.from_numpy(np.stack(waiting[start : start + ENCODER_WINDOWS]))
-            states.append(family.encode(self._encoder, mel_WFT).float().cpu().numpy())
+            some = slice(start, start + ENCODER_WINDOWS)
+            mel_WFT, num_samples_W = torch.from_numpy(np.stack(waiting[some])), torch.tensor(lengths[some])
+            states.append(family.encode(self._encoder, mel_WFT, num_samples_W).float().cpu().numpy())
         states_WPD, start = np.concatenate(states), 0
         for row in spoken:
             row["audio"] = states_WPD[start : start + row["num_windows"]]

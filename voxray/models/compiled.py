@@ -39,17 +39,26 @@ class CompiledAudio:
     def __init__(self, programs: Mapping[int, AudioPath], shape: tuple[int, int], dtype: torch.dtype) -> None:
         self._programs, self._shape, self._dtype = dict(programs), shape, dtype
 
-    def __call__(self, mel_WFT: torch.Tensor) -> torch.Tensor:
-        assert tuple(mel_WFT.shape[1:]) == self._shape, f"windows of {tuple(mel_WFT.shape[1:])}, not {self._shape}"
-        mel_WFT = mel_WFT.to(self._dtype).contiguous()
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """What the model's own audio path gives.
+
+        Args:
+            inputs: Features of windows, mel_WFT, and the lengths that some models ask for, (W,).
+        """
+        shape = tuple(inputs[0].shape[1:])
+        assert shape == self._shape, f"windows of {shape}, not {self._shape}"
+        mel_WFT, lengths = inputs[0].to(self._dtype), inputs[1:]
         found = []
         for start, number, size in parts_of(len(mel_WFT), sorted(self._programs)):
-            part_WFT = mel_WFT[start : start + number]
-            if number < size:
-                part_WFT = torch.nn.functional.pad(part_WFT, (0, 0, 0, 0, 0, size - number))
-            states = self._programs[size](part_WFT)
+            part = [_filled_up(values[start : start + number], size) for values in (mel_WFT, *lengths)]
+            states = self._programs[size](*part)
             found.append(states[: number * (len(states) // size)])
         return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _filled_up(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows of zeros after those that there are."""
+    return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
 
 
 def parts_of(num_windows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -4,6 +4,7 @@ Shape letters: W windows, F mel bins, T mel frames of a window, P encoder frames
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,13 @@ def refuse_changed_outputs(family: Family, store: str, quantize: str, adapter: P
 
 def weights_fingerprint(model_id: str, module: str) -> str:
     """Hash of one module's weights as they are stored."""
+    return tensors_fingerprint(weights_below(model_id, module))
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of tensors and their names."""
     found = hashlib.sha256()
-    for name, tensor in weights_below(model_id, module).items():
+    for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()

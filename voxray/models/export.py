@@ -21,11 +21,10 @@ from voxray.data.collate import collate_training
 from voxray.data.features import FeatureRow
 from voxray.errors import RunError, SettingsError
 from voxray.manifest import Sample
-from voxray.models.family import Family, FrontEnd, family_of, read_config
+from voxray.models.family import Family, FrontEnd, base_of, family_of, read_config
 from voxray.models.lora import (
     CONFIG,
     WEIGHTS,
-    base_of,
     base_of_adapter,
     find_adapter,
     load_adapter,

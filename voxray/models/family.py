@@ -118,8 +118,9 @@ class Decoding(Protocol):
         ...
 
 
-AudioPath = Callable[[torch.Tensor], torch.Tensor]
-"""mel_WFT -> what the rest of a model takes of whole windows."""
+AudioPath = Callable[..., torch.Tensor]
+"""Features of whole windows, and, where the front end counts samples, how many of each are no padding -> what the rest
+of a model takes of them."""
 
 
 class Family(Protocol):
@@ -199,15 +200,23 @@ class Family(Protocol):
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
 
-    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Outputs of what ``load_encoder`` gives, for whole windows.
+
+        Args:
+            num_samples_W: Samples of every window that are no padding.
+        Returns:
+            states_WPD.
+        """
+        ...
 
     def skip_encoder(self, model: Any) -> None: ...
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
 
     def audio_path(self, model: Any) -> torch.nn.Module:
-        """What hears whole windows in a model, with what an adapter adds to it: mel_WFT of the model's type -> what the
-        rest of the model takes, the same number of rows for every window."""
+        """What hears whole windows in a model, with what an adapter adds to it (see ``AudioPath``): features of the
+        model's type -> what the rest of the model takes, the same number of rows for every window."""
         ...
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
@@ -269,6 +278,11 @@ class UsualFamily:
 
     def load_official(self, base: Any, path: Path) -> Any:
         raise AssertionError("nothing was written")
+
+
+def base_of(model: Any) -> Any:
+    """A model without the wrapper that PEFT puts around it, if there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft takes long to import
 
 
 def _voxtral() -> Family:

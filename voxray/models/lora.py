@@ -39,11 +39,6 @@ def target_pattern(family: Family, roles: Sequence[str], targets: Sequence[str] 
     return "|".join(parts)
 
 
-def base_of(model: Any) -> Any:
-    """A model without the wrapper that PEFT puts around it, if there is one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def role_of(name: str, family: Family) -> str:
     """Role of a module or parameter name; "other" if it belongs to none."""
     path = name.split(".")

@@ -4,8 +4,8 @@ Shape letters: B rows, L tokens, N audio positions, D width, W windows, P encode
 window, F mel bins.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from voxray.models.encoder import PassThrough
 from voxray.models.family import AudioPath
+from voxray.models.touching import depending
 from voxray.models.windows import ENCODER_STRIDE
 
 
@@ -47,34 +48,23 @@ def hear_through(model: Any, run: AudioPath) -> None:
     model.audio_tower.layers = torch.nn.ModuleList()
 
 
-@contextmanager
-def touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+def touching(base: Any, roles: Sequence[str]) -> AbstractContextManager[None]:
     """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
     if not {"encoder", "projector"} & set(roles):
-        yield
-        return
+        return nullcontext()
+    hear = partial(_silence, base, "encoder" in roles)
+    return depending(base.model.get_input_embeddings(), hear)
+
+
+def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
+    """What the projector, and the encoder before it, make of nothing."""
     audio, model = base.config.audio_config, base.model
-
-    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        device, frames = embedded_BLD.device, audio.max_source_positions
-        zeros = partial(torch.zeros, dtype=base.dtype, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
-            if "encoder" not in roles:
-                states = model.multi_modal_projector(zeros(1, audio.intermediate_size))
-            elif isinstance(model.audio_tower, PassThrough):
-                states = model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
-            else:
-                window_WFT = zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)
-                states = model.get_audio_features(window_WFT).pooler_output
-        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        return torch.where(never, states.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
-
-    hook = model.get_input_embeddings().register_forward_hook(depend)
-    try:
-        yield
-    finally:
-        hook.remove()
+    zeros, frames = partial(torch.zeros, dtype=base.dtype, device=device), audio.max_source_positions
+    if not with_encoder:
+        return model.multi_modal_projector(zeros(1, audio.intermediate_size))
+    if isinstance(model.audio_tower, PassThrough):
+        return model.get_audio_features(zeros(1, frames, audio.hidden_size)).pooler_output
+    return model.get_audio_features(zeros(1, audio.num_mel_bins, frames * ENCODER_STRIDE)).pooler_output
 
 
 def with_trimmed_audio(base: Any, batch: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -24,9 +24,8 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.cross_decoding import CrossDecoding
 from voxray.models.encoder import Outputs, PassThrough, encode, hear_through, load_alone, weights_fingerprint
-from voxray.models.family import AudioPath, UsualFamily, model_file
+from voxray.models.family import AudioPath, UsualFamily, base_of, model_file
 from voxray.models.few_rows import linear_of_few
-from voxray.models.lora import base_of
 from voxray.models.quantize import load_frozen
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 
@@ -213,9 +212,9 @@ class Whisper(UsualFamily):
         config = WhisperConfig.from_pretrained(model_id)
         return load_alone(WhisperEncoder, config, model_id, ENCODER, dtype=dtype, device=device)
 
-    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
         """Outputs of the encoder for whole windows, states_WPD."""
-        return encode(encoder, mel_WFT)
+        return encode(encoder, features_WFT)
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""

@@ -67,3 +67,8 @@ class WindowedLogMel:
     def num_windows(self, num_samples: int) -> int:
         """Whole windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
         return -(-num_samples // self.window_samples)
+
+
+def window_lengths(num_samples: int, window_samples: int) -> list[int]:
+    """Samples of a clip in each of its windows."""
+    return [min(window_samples, num_samples - start) for start in range(0, num_samples, window_samples)]

@@ -14,10 +14,10 @@ from voxray.data.collate import padded_windows
 from voxray.errors import RunError, SettingsError
 from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.manifest import BadRow, Sample
-from voxray.models.salmonn.features import window_lengths
 from voxray.models.salmonn.folder import load_folder, write_folder
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import QUESTION, read_prompts
+from voxray.models.windows import window_lengths
 from voxray.tasks import TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from voxray.audio.fbank import NUM_MEL_BINS, kaldi_fbank, num_fbank_frames
+from voxray.audio.fbank import FLOOR, FRAME_SAMPLES, HOP_SAMPLES, NUM_MEL_BINS, kaldi_fbank, num_fbank_frames
 from voxray.models.salmonn.config import BeatsConfig
 
 FBANK_MEAN, FBANK_STD = 15.41663, 6.55582  # of AudioSet, as BEATs was trained; the divisor is twice the deviation
+SILENCE = (math.log(FLOOR) - FBANK_MEAN) / (2 * FBANK_STD)  # every bin of a frame of zeros
 
 
 def beats_fbank(waveform_BN: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Beats(nn.Module):
             ValueError: The samples make no token.
         """
         self.check_length(waveform_BN.shape[1])
-        padding_BK = None if padding_mask_BN is None else self.token_padding(padding_mask_BN)
+        padding_BK = None if padding_mask_BN is None else self.token_padding(padding_mask_BN.bool())
         return self.encode(beats_fbank(waveform_BN), padding_BK)
 
     def encode(self, fbank_BTM: torch.Tensor, padding_BK: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,6 +103,18 @@ def _whole_shares(mask_BN: torch.Tensor, num_shares: int) -> torch.Tensor:
     """Which of so many equal shares are True throughout; what is left over at the end does not count."""
     each = mask_BN.shape[1] // num_shares
     return mask_BN[:, : each * num_shares].view(len(mask_BN), num_shares, each).all(-1)
+
+
+def beyond(num_samples_B: torch.Tensor, num_tokens: int, config: BeatsConfig) -> torch.Tensor:
+    """Tokens that a clip by itself would not have: it does not reach the last sample of their 16 frames.
+
+    Returns:
+        bool, shape (B, num_tokens).
+    """
+    patch = config.input_patch_size
+    block_K = torch.arange(num_tokens, device=num_samples_B.device) // (NUM_MEL_BINS // patch)
+    needed_K = FRAME_SAMPLES + HOP_SAMPLES * (patch * (block_K + 1) - 1)
+    return num_samples_B[:, None] < needed_K
 
 
 class BeatsEncoder(nn.Module):

@@ -14,7 +14,7 @@ import torch
 
 from voxray.errors import RunError
 from voxray.models.salmonn.config import BeatsConfig
-from voxray.models.salmonn.model import TRAINED
+from voxray.models.salmonn.hearing import TRAINED
 
 QFORMER_NAMES = (
     (".attention.attention.", ".attention.self."),

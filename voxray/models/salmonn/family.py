@@ -3,40 +3,38 @@
 Shape letters: B rows, L tokens, W windows, T mel frames, F bins, D width, N answer positions, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from transformers.utils import logging
 
 from voxray.errors import SettingsError
 from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.decoding import CausalDecoding
-from voxray.models.family import AudioPath
+from voxray.models.encoder import PassThrough
+from voxray.models.family import AudioPath, base_of
 from voxray.models.few_rows import linear_of_few
-from voxray.models.lora import base_of
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.features import MIN_SAMPLES
-from voxray.models.salmonn.folder import copy_files, load_folder, read_folder
-from voxray.models.salmonn.model import TRAINED
-from voxray.models.salmonn.official import read_official_model, write_official
+from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
+from voxray.models.salmonn.hearing import TOWERS, TRAINED, Towers, WindowPath
 from voxray.models.salmonn.processor import SalmonnFrontEnd
-from voxray.models.salmonn.starting import OfficialCheckpoint, read_official
+from voxray.models.touching import depending
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.tasks import TASKS
 
-LLM, ENCODERS = "llama_model", ("speech_encoder", "beats")
+if TYPE_CHECKING:
+    from voxray.models.salmonn.starting import OfficialCheckpoint
+
+LLM = "llama_model"
 NO_DECAY = ("bias", "ln", "bn")
-NO_STORE = (
-    "--store encoder: SALMONN hears through two encoders, whose outputs are not stored; take --store mel or pcm16"
-)
-NO_AUDIO_PATH = "what hears the audio in SALMONN is not compiled ahead of time: it depends on every clip's length"
 
 
 class Salmonn:
@@ -45,10 +43,10 @@ class Salmonn:
     name = "salmonn"
     job = "train_salmonn"
     tasks: tuple[str, ...] = tuple(TASKS)
-    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": ENCODERS, "projector": TRAINED, "llm": (LLM,)})
+    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": TOWERS, "projector": TRAINED, "llm": (LLM,)})
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType({"llm": ("q_proj", "v_proj")})
     trained_whole: tuple[str, ...] = TRAINED
-    fixed: tuple[str, ...] = ENCODERS
+    fixed: tuple[str, ...] = TOWERS
     quantized: tuple[str, ...] = ("llm",)
     files: tuple[str, ...] = ()
 
@@ -71,10 +69,10 @@ class Salmonn:
             SettingsError: A checkpoint's LoRA would have to be added into quantised weights.
         """
         logging.disable_progress_bar()
-        config = quantization(quantize, dtype, (*ENCODERS, *TRAINED, "lm_head"))
+        config = quantization(quantize, dtype, (*TOWERS, *TRAINED, "lm_head"))
         options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
         model = load_folder(model_id, dtype=dtype, **options)
-        if isinstance(model.llama_model, PeftModel):
+        if base_of(model.llama_model) is not model.llama_model:
             if config and "checkpoint" in (read_folder(model_id).parts or {}):
                 raise SettingsError(
                     f"--quantize {quantize}: the LoRA of the checkpoint that {model_id} names cannot be added into "
@@ -88,38 +86,71 @@ class Salmonn:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""
         copy_files(model_id, folder)
 
-    def read_official(self, path: str, *, r: int, alpha: float) -> OfficialCheckpoint | None:
+    def read_official(self, path: str, *, r: int, alpha: float) -> "OfficialCheckpoint | None":
         """What a checkpoint (.pth) of SALMONN's trainer holds; None for a folder."""
+        from voxray.models.salmonn.starting import read_official
+
         return read_official(path, r=r, alpha=alpha) if Path(path).is_file() else None
 
     def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
+        from voxray.models.salmonn.official import write_official
+
         return write_official(model, folder, model_id)
 
     def load_official(self, base: Any, path: Path) -> Any:
+        from voxray.models.salmonn.official import read_official_model
+
         return read_official_model(base, self, path)
 
     def encoder_fingerprint(self, model_id: str) -> str:
-        """There is none.
+        """Hash of both encoders' weights as they are stored.
 
         Raises:
-            SettingsError: Always.
+            SettingsError: The folder says that a clip's embeddings depend on its batch.
         """
-        raise SettingsError(NO_STORE)
+        _refuse_batch_dependence(read_folder(model_id), model_id, "--store encoder")
+        return towers_fingerprint(model_id)
 
-    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
-        raise SettingsError(NO_STORE)
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
+        """Load both encoders alone, as ``load_model`` would load them.
 
-    def encode(self, encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
-        raise SettingsError(NO_STORE)
+        Raises:
+            RunError: Their weights are missing or do not fit the configuration.
+        """
+        return load_towers(model_id, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def encode(self, encoder: Towers, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Outputs of both encoders for whole windows.
+
+        Returns:
+            states_WKD (see ``hearing.Towers``).
+        """
+        device = next(encoder.parameters()).device
+        return encoder(features_WFT.to(device), num_samples_W.to(device))
 
     def skip_encoder(self, model: Any) -> None:
-        raise SettingsError(NO_STORE)
+        """Make a model take both encoders' outputs as ``input_features``, and free the encoders' memory."""
+        base = base_of(model)
+        for name in TOWERS:
+            setattr(base, name, PassThrough(base.dtype))
+        base.window_embeds = base.stored_embeds
 
-    def audio_path(self, model: Any) -> torch.nn.Module:
-        raise SettingsError(NO_AUDIO_PATH)
+    def audio_path(self, model: Any) -> WindowPath:
+        """All that hears: (features_WFT, num_samples_W) -> embeds_WPD.
+
+        Raises:
+            SettingsError: The folder says that a clip's embeddings depend on its batch.
+        """
+        base = base_of(model)
+        _refuse_batch_dependence(base.config, base.name_or_path, "an audio path")
+        return WindowPath(base)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
-        raise SettingsError(NO_AUDIO_PATH)
+        """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoders' layers."""
+        base = base_of(model)
+        base.window_embeds = run
+        base.speech_encoder.layers, base.beats.encoder.layers = torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of the language model; ``generate`` leaves them as they are.
@@ -144,7 +175,7 @@ class Salmonn:
         """
         base = base_of(model)
         with _touching(base, () if "input_features" in batch else touched):
-            inputs = _embedded(base, batch)
+            inputs = base.llm_inputs(**batch)
         language_model = base.llama_model.model
         if "segment_ends" in inputs:
             use_packed_attention(language_model)
@@ -161,7 +192,7 @@ class Salmonn:
                 hidden_BLD = base.llama_model.model(use_cache=True, **inputs).last_hidden_state
             return linear_of_few(base.llama_model.lm_head, hidden_BLD[:, -1])
 
-        return CausalDecoding.begin(run, _embedded(base, batch))
+        return CausalDecoding.begin(run, base.llm_inputs(**batch))
 
     def generate(
         self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
@@ -173,35 +204,28 @@ class Salmonn:
         """
         base = base_of(model)
         with uncompiled(base.llama_model.model):
-            return base.llama_model.generate(**_embedded(base, batch), **options)
+            return base.llama_model.generate(**base.llm_inputs(**batch), **options)
 
 
-def _embedded(base: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """A batch as the language model takes it: audio and tokens as ``inputs_embeds``."""
-    inputs = dict[str, Any](batch)
-    ids_BL, features = inputs.pop("input_ids"), inputs.pop("input_features", None)
-    return inputs | {"inputs_embeds": base.embed(ids_BL, features, num_samples=inputs.pop("num_samples", None))}
-
-
-@contextmanager
-def _touching(base: Any, roles: Sequence[str]) -> Iterator[None]:
+def _touching(base: Any, roles: Sequence[str]) -> AbstractContextManager[None]:
     """Within it the token embeddings of a batch without audio depend on what hears, by nothing."""
     if not {"encoder", "projector"} & set(roles):
-        yield
-        return
+        return nullcontext()
+    return depending(base.get_input_embeddings(), partial(_silence, base, "encoder" in roles))
 
-    def depend(module: Any, inputs: Any, embedded_BLD: torch.Tensor) -> torch.Tensor:
-        device, speech = embedded_BLD.device, base.config.speech_config
-        frames, bins = speech.max_source_positions * ENCODER_STRIDE, speech.num_mel_bins
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for the dropout of what comes after
-            mel_1FT = torch.zeros(1, bins, frames, device=device)
-            heard = base.audio_embeds(mel_1FT, torch.zeros(1, MIN_SAMPLES, device=device))
-        # not times zero: gradients of float16, added up, overflow, and zero times infinity is no number
-        never = torch.zeros((), dtype=torch.bool, device=device)
-        return torch.where(never, heard.flatten()[0].to(embedded_BLD.dtype), embedded_BLD)
 
-    hook = base.get_input_embeddings().register_forward_hook(depend)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
+    """What the Q-Former, and both encoders before it, make of nothing."""
+    speech, beats = base.config.speech_config, base.config.beats_config
+    zeros, frames = partial(torch.zeros, device=device), speech.max_source_positions
+    if with_encoder and not isinstance(base.beats, PassThrough):
+        return base.audio_embeds(zeros(1, speech.num_mel_bins, frames * ENCODER_STRIDE), zeros(1, MIN_SAMPLES))
+    return base.stored_embeds(zeros(1, frames, speech.d_model + beats.encoder_embed_dim), zeros(1))
+
+
+def _refuse_batch_dependence(config: Any, model_id: str, what: str) -> None:
+    if not config.alone:
+        raise SettingsError(
+            f'{what}: {model_id} says "alone": false in its config.json, so what it makes of a clip depends on the '
+            "others of the batch; set it to true"
+        )

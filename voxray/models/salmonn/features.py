@@ -10,8 +10,8 @@ the filter bank.
 import numpy as np
 import torch
 
-from voxray.audio.fbank import FRAME_SAMPLES, HOP_SAMPLES, NUM_MEL_BINS, SAMPLE_RATE_HZ, num_fbank_frames
-from voxray.models.salmonn.beats import beats_fbank
+from voxray.audio.fbank import FRAME_SAMPLES, HOP_SAMPLES, NUM_MEL_BINS, SAMPLE_RATE_HZ
+from voxray.models.salmonn.beats import SILENCE, beats_fbank
 
 MIN_SAMPLES = SAMPLE_RATE_HZ  # SALMONN pads shorter clips with zeros to 1 s
 
@@ -31,25 +31,19 @@ def beside(mel_KF: np.ndarray, samples: np.ndarray) -> np.ndarray:
     return np.concatenate([mel_KF, beats_fbank(torch.from_numpy(heard)[None])[0].numpy()], axis=1)
 
 
-def apart(features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def apart(
+    features_WFT: torch.Tensor, num_samples_W: torch.Tensor, num_frames: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Take the two apart again.
 
     Args:
         features_WFT: Whole windows, F + 128 bins.
         num_samples_W: Samples of every window that are no padding.
+        num_frames: Frames that BEATs gets of each.
     Returns:
-        Whisper's mel_WFT, BEATs' fbank_WTM up to the longest window's last frame, and the windows' lengths in samples
-        as BEATs counts them, (W,).
+        Whisper's mel_WFT and BEATs' fbank_WTM.
     """
     mel_WFT, fbank_WMT = features_WFT[:, :-NUM_MEL_BINS], features_WFT[:, -NUM_MEL_BINS:]
-    lengths_W = num_samples_W.clamp(min=MIN_SAMPLES)
-    num_frames = num_fbank_frames(int(lengths_W.max()))
+    is_silent_WT = torch.arange(num_frames, device=num_samples_W.device) * HOP_SAMPLES >= num_samples_W[:, None]
     fbank_WTM = fbank_WMT[..., :num_frames].transpose(1, 2)
-    is_silent_WT = torch.arange(num_frames, device=lengths_W.device) * HOP_SAMPLES >= num_samples_W[:, None]
-    silence = beats_fbank(torch.zeros(1, FRAME_SAMPLES, device=features_WFT.device))[0, 0].to(fbank_WTM.dtype)
-    return mel_WFT, torch.where(is_silent_WT[..., None], silence, fbank_WTM), lengths_W
-
-
-def window_lengths(num_samples: int, window_samples: int) -> list[int]:
-    """Samples of a clip in each of its windows."""
-    return [min(window_samples, num_samples - start) for start in range(0, num_samples, window_samples)]
+    return mel_WFT, fbank_WTM.masked_fill(is_silent_WT[..., None], SILENCE)

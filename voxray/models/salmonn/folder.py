@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from voxray.errors import RunError
-from voxray.models.family import model_file, read_config
-from voxray.models.salmonn.checkpoint import read_beats, read_trained
-from voxray.models.salmonn.config import SalmonnConfig
-from voxray.models.salmonn.loading import build_config, end_token, load, load_tokenizer
+from voxray.models.encoder import load_alone, tensors_fingerprint, weights_fingerprint
+from voxray.models.family import model_file, read_config, weights_below
+from voxray.models.salmonn.beats import Beats
+from voxray.models.salmonn.checkpoint import load_beats_weights, read_beats, read_trained
+from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig
+from voxray.models.salmonn.hearing import Towers
+from voxray.models.salmonn.loading import build_config, end_token, load, load_tokenizer, load_whisper_encoder
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PARTS = ("whisper", "beats", "llm", "checkpoint", "prompts")
@@ -110,16 +114,55 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
         RunError: A part is missing, or does not fit.
     """
     config = read_folder(model_id)
-    if config.parts is None or "whisper" not in config.parts:
+    if not _is_named(config):
         try:
             return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
         except (OSError, ValueError) as error:
             raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
     qformer: Any = config.qformer_config
-    parts = {name: path for name, path in config.parts.items() if name != "prompts"}
+    parts = {name: path for name, path in (config.parts or {}).items() if name != "prompts"}
     heads = qformer.num_attention_heads
     model = load(**parts, dtype=dtype, lora=lora, qformer_heads=heads, **llm_options)  # type: ignore[arg-type]
     for name in ("parts", "alone", "prompt_template", "end_sym"):
         setattr(model.config, name, getattr(config, name))
     model.config.name_or_path = model.name_or_path = model_id
     return model
+
+
+def load_towers(model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
+    """Both encoders alone, frozen.
+
+    Raises:
+        RunError: Their weights are missing or do not fit the configuration.
+    """
+    config = read_folder(model_id)
+    speech: Any = config.speech_config
+    if _is_named(config):
+        encoder = load_whisper_encoder(part(model_id, config, "whisper"), dtype)
+    else:
+        encoder = load_alone(WhisperEncoder, speech, model_id, "speech_encoder", dtype=dtype, device=device)
+    beats_config, weights = _beats_of(model_id, config)
+    beats = Beats(beats_config)
+    load_beats_weights(beats, weights, model_id)
+    return Towers(encoder, beats.to(dtype)).to(device).requires_grad_(False).eval()
+
+
+def towers_fingerprint(model_id: str) -> str:
+    """Hash of both encoders: their weights as they are stored, and how BEATs computes with its own."""
+    config = read_folder(model_id)
+    place = (part(model_id, config, "whisper"), "encoder") if _is_named(config) else (model_id, "speech_encoder")
+    beats_config, weights = _beats_of(model_id, config)
+    numbers = [getattr(beats_config, name) for name in BeatsConfig.__annotations__]
+    return f"{weights_fingerprint(*place)} {tensors_fingerprint(weights)} {numbers}"
+
+
+def _beats_of(model_id: str, config: SalmonnConfig) -> tuple[BeatsConfig, dict[str, torch.Tensor]]:
+    if _is_named(config):
+        return read_beats(part(model_id, config, "beats"))
+    beats: Any = config.beats_config
+    return beats, weights_below(model_id, "beats")
+
+
+def _is_named(config: SalmonnConfig) -> bool:
+    """Whether the weights lie elsewhere."""
+    return "whisper" in (config.parts or {})

@@ -22,7 +22,8 @@ from voxray.models.salmonn.checkpoint import (
     read_trained,
 )
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig, qformer_config
-from voxray.models.salmonn.model import TRAINED, SalmonnForConditionalGeneration
+from voxray.models.salmonn.hearing import TRAINED
+from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PAD_TOKEN = "[PAD]"
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 8, 32, 0.1
@@ -33,11 +34,11 @@ Rows = Mapping[str, torch.Tensor]
 
 
 def load(
-    *,
     whisper: str | Path,
     beats: str | Path,
     llm: str | Path,
     checkpoint: str | Path | None = None,
+    *,
     pad_rows: str | Path | Rows | None = None,
     dtype: torch.dtype = torch.float32,
     lora: bool = True,

@@ -3,27 +3,25 @@
 Modules and weights have the names of the official checkpoints, apart from the Q-Former's inside, which is BLIP-2's of
 transformers (``checkpoint.official_name`` translates).
 
-Shape letters: B clips or rows, N samples, F mel bins, T mel frames, M fbank bins, K frames of an encoder, D width,
-P LLM positions of a clip, L tokens.
+Shape letters: B rows, L tokens, W windows, N samples, F mel bins, T mel frames, P LLM positions of a clip, D width.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from voxray.models.salmonn.beats import Beats, beats_fbank
+from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.config import SalmonnConfig
-from voxray.models.salmonn.features import apart
+from voxray.models.salmonn.hearing import TRAINED, Hearing
 
-TRAINED = ("ln_speech", "ln_audio", "speech_Qformer", "speech_query_tokens", "speech_llama_proj")
-"""What SALMONN trains beside the LoRA of its language model."""
+AUDIO = ("input_features", "waveform", "waveform_mask", "num_samples")
+"""Inputs that ``embed`` takes beside token ids."""
 
 
-class SalmonnForConditionalGeneration(PreTrainedModel):
+class SalmonnForConditionalGeneration(Hearing, PreTrainedModel):
     """The whole model.
 
     Args:
@@ -78,69 +76,6 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
     def get_output_embeddings(self) -> nn.Module:
         return self.llama_model.get_output_embeddings()
 
-    def audio_embeds(
-        self, mel_BFT: torch.Tensor, waveform_BN: torch.Tensor, padding_mask_BN: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """What the language model gets of clips.
-
-        Args:
-            mel_BFT: Whisper's log-mel, padded to whole windows.
-            waveform_BN: The same clips' samples at 16 kHz, padded with zeros to the longest.
-            padding_mask_BN: True where a clip is padded.
-        Returns:
-            embeds_BPD, the same number of positions for every clip.
-        Raises:
-            ValueError: The samples are too few for BEATs.
-        """
-        self.beats.check_length(waveform_BN.shape[1])
-        if padding_mask_BN is None:
-            padding_mask_BN = torch.zeros_like(waveform_BN, dtype=torch.bool)
-        return self._embed_fbank(mel_BFT, beats_fbank(waveform_BN), padding_mask_BN)
-
-    def fbank_embeds(self, mel_BFT: torch.Tensor, fbank_BTM: torch.Tensor, num_samples_B: torch.Tensor) -> torch.Tensor:
-        """The same from BEATs' own features, as they are stored.
-
-        Args:
-            fbank_BTM: Of the longest clip's length; shorter ones are filled up with the features of silence.
-            num_samples_B: Length of every clip.
-        """
-        place_N = torch.arange(int(num_samples_B.max()), device=num_samples_B.device)
-        return self._embed_fbank(mel_BFT, fbank_BTM, place_N >= num_samples_B[:, None])
-
-    def _embed_fbank(
-        self, mel_BFT: torch.Tensor, fbank_BTM: torch.Tensor, padding_mask_BN: torch.Tensor
-    ) -> torch.Tensor:
-        encoder, kept = self.speech_encoder, self.ln_speech.weight.dtype
-        speech_BKD = encoder(mel_BFT.to(encoder.conv1.weight.dtype)).last_hidden_state
-        padding_BK = self._token_padding(padding_mask_BN)
-        audio_BKD = self.beats.encode(fbank_BTM, padding_BK)
-        speech_BKD, audio_BKD = self.ln_speech(speech_BKD.to(kept)), self.ln_audio(audio_BKD.to(kept))
-        if self.config.alone:
-            audio_BKD = audio_BKD.masked_fill(padding_BK[..., None], 0)
-        missing = speech_BKD.shape[1] - audio_BKD.shape[1]
-        speech_BKD, audio_BKD = (
-            F.pad(x, (0, 0, 0, max(0, n))) for x, n in ((speech_BKD, -missing), (audio_BKD, missing))
-        )
-        return self._query(torch.cat([speech_BKD, audio_BKD], dim=-1))
-
-    def _token_padding(self, padding_mask_BN: torch.Tensor) -> torch.Tensor:
-        """BEATs tokens that are no clip's, shape (B, K)."""
-        padding_BK = self.beats.token_padding(padding_mask_BN)
-        if not self.config.alone:
-            return padding_BK
-        lengths = (~padding_mask_BN).sum(1).tolist()
-        own_B = torch.tensor([self.beats.num_tokens(length) for length in lengths], device=padding_mask_BN.device)
-        return torch.arange(padding_BK.shape[1], device=padding_mask_BN.device) >= own_B[:, None]
-
-    def _query(self, frames_BKD: torch.Tensor) -> torch.Tensor:
-        """Let the Q-Former read windows of frames; the frames after the last whole window are left out."""
-        windows = frames_BKD.unfold(1, self.config.window_frames, self.config.stride_frames)  # (B, windows, D, frames)
-        num_clips, num_windows = windows.shape[:2]
-        windows = windows.flatten(0, 1).transpose(1, 2)
-        queries = self.speech_query_tokens.expand(len(windows), -1, -1)
-        heard = self.speech_Qformer(query_embeds=queries, encoder_hidden_states=windows).last_hidden_state
-        return self.speech_llama_proj(heard).reshape(num_clips, num_windows * heard.shape[1], -1)
-
     def embed(
         self,
         input_ids: torch.Tensor,
@@ -155,8 +90,8 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
             input_ids: (B, L); ``audio_token_id`` stands for one position of audio.
             input_features: (W, F, T) Whisper's log-mel of all windows, in the order of their placeholders.
             waveform: (W, N) their samples; with ``waveform_mask``, which is True for samples that are no padding.
-            num_samples: (W,) samples of every window, if there is no ``waveform``: then BEATs' features stand below the
-                log-mel in ``input_features`` (see ``features``).
+            num_samples: (W,) samples of every window, if there is no ``waveform``: then ``input_features`` are as
+                they are stored, with BEATs' features below the log-mel (see ``features``).
         Returns:
             embeds_BLD.
         Raises:
@@ -172,55 +107,40 @@ class SalmonnForConditionalGeneration(PreTrainedModel):
             return embeds_BLD
         if waveform is None:
             assert num_samples is not None, "neither samples nor their numbers"
-            audio_WPD = self.fbank_embeds(*apart(input_features, num_samples))
+            audio_WPD = self.window_embeds(input_features, num_samples)
         else:
             padding = None if waveform_mask is None else ~waveform_mask.bool()
             audio_WPD = self.audio_embeds(input_features, waveform, padding)
         return embeds_BLD.masked_scatter(is_audio_BL[..., None], audio_WPD.to(embeds_BLD.dtype))
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        waveform: torch.Tensor | None = None,
-        waveform_mask: torch.Tensor | None = None,
-        num_samples: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **options: Any,
-    ) -> Any:
+    def llm_inputs(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
+        """What the language model takes in the place of a batch: ``embed`` has its part of it, the rest goes on."""
+        audio = {name: inputs.pop(name) for name in AUDIO if name in inputs}
+        return {"inputs_embeds": self.embed(input_ids, **audio), **inputs}
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
         """Predict the next token everywhere.
 
         Args:
-            labels: (B, L), -100 where no prediction counts; the loss is the mean over the others of the batch.
-            options: For the language model; what else, see ``embed``.
+            input_ids: (B, L).
+            inputs: Audio as ``embed`` takes it; for the language model ``attention_mask`` and ``labels`` (B, L), -100
+                where no prediction counts, and its other options.
         Returns:
-            The language model's output: ``logits`` (B, L, V), and ``loss`` if there are labels.
+            The language model's output: ``logits`` (B, L, V), and ``loss``, the mean over the labels of the batch, if
+            there are labels.
         """
-        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, num_samples)
-        return self.llama_model(inputs_embeds=embeds_BLD, attention_mask=attention_mask, labels=labels, **options)
+        return self.llama_model(**self.llm_inputs(input_ids, **inputs))
 
-    def generate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        input_features: torch.Tensor | None = None,
-        waveform: torch.Tensor | None = None,
-        waveform_mask: torch.Tensor | None = None,
-        num_samples: torch.Tensor | None = None,
-        **options: Any,
-    ) -> torch.Tensor:
+    def generate(self, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Continue prompts, padded on the left, by transformers' own generate.
 
         Args:
-            options: Of that; what else, see ``embed``.
+            input_ids: (B, L).
+            inputs: Audio as ``embed`` takes it, ``attention_mask``, and generate's options.
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        embeds_BLD = self.embed(input_ids, input_features, waveform, waveform_mask, num_samples)
-        return self.llama_model.generate(inputs_embeds=embeds_BLD, attention_mask=attention_mask, **options)
+        return self.llama_model.generate(**self.llm_inputs(input_ids, **inputs))
 
 
 def _parts(config: SalmonnConfig) -> tuple[Any, Any, Any, Any]:

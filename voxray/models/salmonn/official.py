@@ -16,7 +16,7 @@ from voxray.models.salmonn.checkpoint import (
     write_trained,
 )
 from voxray.models.salmonn.folder import read_folder
-from voxray.models.salmonn.model import TRAINED
+from voxray.models.salmonn.hearing import TRAINED
 
 CHECKPOINT = "salmonn_v1.pth"
 ROLES = ("projector", "llm")

@@ -20,7 +20,7 @@ from voxray.models.salmonn.loading import end_token, load_tokenizer
 from voxray.models.salmonn.prompts import AUDIO_MARK, DEFAULTS, QUESTION_MARK, Prompts, read_prompts
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 
-FBANK_VERSION = "beats-fbank-1"
+FBANK_VERSION = "beats-fbank-2"
 TEMPLATE_VERSION = "salmonn-1"
 MAX_WINDOWS = 10
 """Of one recording: 880 positions, which leave room in the 2,048 of a Vicuna. SALMONN was trained on one window."""
