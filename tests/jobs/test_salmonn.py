@@ -19,11 +19,13 @@ from test_stages import losses, tensors
 
 from voxray import launch
 from voxray.audio.augment import SpecAugment
+from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.salmonn import SalmonnSettings
 from voxray.data.features import Features
 from voxray.data.loader import Loader, Masking
+from voxray.demo.answers import Request, open_model
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation import job
 from voxray.evaluation.infer import run_inference
@@ -330,7 +332,10 @@ def test_the_adapter_is_used_everywhere(
     with_adapter = said(lora_dir=str(tuned))
     assert with_adapter != said(model_id=salmonn)
     beams = {line[0]: line[1] for line in lines[1:]}
-    assert [beams[name] for name in names] == said(lora_dir=str(tuned), num_beams="4")
+    assert [beams[name] for name in names] == [text.lower() for text in said(lora_dir=str(tuned), num_beams="4")]
+    demo, _ = open_model(DemoSettings(lora_dir=str(tuned), max_new_tokens=12))
+    sides = demo.answers(Request(rows[0]["audio_path"], compare=True))
+    assert [side.text for side in sides] == [said(model_id=salmonn)[0], with_adapter[0]]
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), dtype="float32"))
     assert report["layers_merged"] == 4 and report["difference_on_disk"] < 1e-4
     assert said(model_id=str(tmp_path / "x")) == with_adapter

@@ -11,6 +11,7 @@ import yaml
 from conftest import ASSETS, SPEECH, manifest, read_rows, write_rows
 from running import load_job, parse_only
 
+from voxray.config.compile import CompileSettings
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.errors import RunError, SettingsError
@@ -160,8 +161,10 @@ def test_a_base_is_named_after_what_it_is_made_of(files: Path) -> None:
     assert family_of(one).front_end(one).eos_id == family_of(base()).front_end(base()).eos_id
     with pytest.raises(SettingsError, match=r"--end_sym '<\|end_of_text\|>': is \d+ tokens"):
         base(end_sym="<|end_of_text|>")
-    settings = with_base(EfficiencySettings.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "measured")
-    assert settings.lora_dir == "" and json.loads((Path(settings.model_id) / "config.json").read_text())["parts"]
+    for kind in (EfficiencySettings, CompileSettings):
+        settings = with_base(kind.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "other")
+        parts = json.loads((Path(settings.model_id) / "config.json").read_text())["parts"]
+        assert (settings.lora_dir, parts["checkpoint"]) == ("", CHECKPOINT)
 
 
 def test_files_of_one_name_are_two_manifests(tmp_path: Path) -> None:
