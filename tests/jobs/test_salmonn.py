@@ -1,6 +1,7 @@
 """The jobs on the third model family: training in two stages, resuming, evaluating and exporting SALMONN."""
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -205,6 +206,10 @@ def test_prompts_are_drawn_by_seed_epoch_and_row(
     assert [front_end.show(again(row, 0).prompt_ids) for row in rows] != drawn[0]
     plain, other = run("--lora_dropout", "0"), run("--lora_dropout", "0", prompts=str(path))
     assert losses(plain) != losses(other), "they reach the batches"
+    noted = json.loads((other / "provenance.json").read_text())["prompts"]
+    assert noted == {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    shown = front_end.show(redraw(rows[0], 0).prompt_ids).partition("\n")[0]
+    assert shown.rpartition(" ")[0].split("</Speech>")[0] in (other / "train.log").read_text()
 
 
 def test_packs_have_room_for_drawn_prompts(

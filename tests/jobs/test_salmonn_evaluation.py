@@ -167,6 +167,18 @@ def test_a_base_is_named_after_what_it_is_made_of(files: Path) -> None:
         assert (settings.lora_dir, parts["checkpoint"]) == ("", CHECKPOINT)
 
 
+def test_training_refuses_an_end_of_several_tokens(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As </s> is in a Llama 3, which the second stage's published file names; nothing of an earlier run is touched."""
+    flags = [word for name, value in PARTS.items() for word in (f"--{name}", value)]
+    (files / "rows.json").write_text(json.dumps({"annotation": [{**entries()[0], "text": "a"}]}))
+    flags += ["--train_jsonl", "rows.json", "--prefix", "sounds", "--output_dir", "run"]
+    with pytest.raises(SystemExit) as end:
+        load_job("train_salmonn").main([*flags, "--end_sym", "<|end_of_text|>"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "error: --end_sym '<|end_of_text|>': is " in said
+    assert "its own end of text is '</s>'" in said and not list((files / "run").glob("model-*"))
+
+
 def test_files_of_one_name_are_two_manifests(tmp_path: Path) -> None:
     from voxray.data.annotations import as_manifests
 
