@@ -29,6 +29,7 @@ from voxray.data.loader import Loader, Masking
 from voxray.demo.answers import Request, open_model
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation import job
+from voxray.evaluation.generate import Search, generated
 from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
 from voxray.models.family import family_of
@@ -346,6 +347,24 @@ def test_the_adapter_is_used_everywhere(
     assert said(model_id=str(tmp_path / "x")) == with_adapter
     with pytest.raises(SettingsError, match="--merge projector: what trains beside LoRA in salmonn"):
         run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "y"), merge="projector"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_rows_of_a_batch_with_other_prompts_are_answered_as_alone(
+    salmonn: str, small: dict[str, str], make_features: Callable[..., Any], num_beams: int
+) -> None:
+    """In the reference pads come in the middle of such prompts, and a batch ends with its first row."""
+    features = Features(make_features(small["asr.val"], small["sqa.val"], model_id=salmonn))
+    family = family_of(salmonn)
+    parts = (family.load_model(salmonn, dtype=torch.float32, device=CPU), family, family.front_end(salmonn))
+    rows = [features.row(number) for number in (0, 4, 1, 5)]
+    assert len({len(row.prompt_ids) for row in rows}) > 2
+    search = Search(10, num_beams=num_beams)
+    together, alone = (
+        {place: found.text for place, found in generated(*parts, rows, batch_size=size, search=search)}
+        for size in (4, 1)
+    )
+    assert together == alone and len(set(alone.values())) > 1
 
 
 @pytest.fixture(scope="module")
