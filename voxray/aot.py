@@ -22,6 +22,7 @@ from voxray.config.compile import CompileSettings
 from voxray.data.collate import padded_windows
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Generation, load
+from voxray.evaluation.bases import with_base
 from voxray.evaluation.generate import Search
 from voxray.evaluation.job import base_and_adapter
 from voxray.launch import warn_about_idle_flags
@@ -64,6 +65,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     """
     output_dir = anchor(settings.output_dir, settings.storage_path)
     _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
+    settings = with_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     family = family_of(model_id)
     if settings.quantize != "none" and "encoder" in family.quantized:

@@ -291,6 +291,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "quantize": "aot::what_cannot_be_compiled_is_said_in_a_line",
         "overwrite": "aot::a_folder_that_holds_something_is_left_alone",
         "tensorrt_device": WARNS,
+        **dict.fromkeys(SALMONN_PARTS[:-1], SALMONN_BASES),
     },
     "efficiency": {
         **dict.fromkeys(("model_id", "output_dir"), "efficiency::report_of_both_families"),

@@ -1,6 +1,7 @@
 """The jobs on the third model family: training in two stages, resuming, evaluating and exporting SALMONN."""
 
 import csv
+import hashlib
 import json
 import re
 import shutil
@@ -19,13 +20,16 @@ from test_stages import losses, tensors
 
 from voxray import launch
 from voxray.audio.augment import SpecAugment
+from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.salmonn import SalmonnSettings
 from voxray.data.features import Features
 from voxray.data.loader import Loader, Masking
+from voxray.demo.answers import Request, open_model
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation import job
+from voxray.evaluation.generate import Search, generated
 from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
 from voxray.models.family import family_of
@@ -202,6 +206,10 @@ def test_prompts_are_drawn_by_seed_epoch_and_row(
     assert [front_end.show(again(row, 0).prompt_ids) for row in rows] != drawn[0]
     plain, other = run("--lora_dropout", "0"), run("--lora_dropout", "0", prompts=str(path))
     assert losses(plain) != losses(other), "they reach the batches"
+    noted = json.loads((other / "provenance.json").read_text())["prompts"]
+    assert noted == {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    shown = front_end.show(redraw(rows[0], 0).prompt_ids).partition("\n")[0]
+    assert shown.rpartition(" ")[0].split("</Speech>")[0] in (other / "train.log").read_text()
 
 
 def test_packs_have_room_for_drawn_prompts(
@@ -329,12 +337,33 @@ def test_the_adapter_is_used_everywhere(
     with_adapter = said(lora_dir=str(tuned))
     assert with_adapter != said(model_id=salmonn)
     beams = {line[0]: line[1] for line in lines[1:]}
-    assert [beams[name] for name in names] == said(lora_dir=str(tuned), num_beams="4")
+    assert [beams[name] for name in names] == [text.lower() for text in said(lora_dir=str(tuned), num_beams="4")]
+    demo, _ = open_model(DemoSettings(lora_dir=str(tuned), max_new_tokens=12))
+    sides = demo.answers(Request(rows[0]["audio_path"], compare=True))
+    assert [side.text for side in sides] == [said(model_id=salmonn)[0], with_adapter[0]]
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), dtype="float32"))
     assert report["layers_merged"] == 4 and report["difference_on_disk"] < 1e-4
     assert said(model_id=str(tmp_path / "x")) == with_adapter
     with pytest.raises(SettingsError, match="--merge projector: what trains beside LoRA in salmonn"):
         run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "y"), merge="projector"))
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_rows_of_a_batch_with_other_prompts_are_answered_as_alone(
+    salmonn: str, small: dict[str, str], make_features: Callable[..., Any], num_beams: int
+) -> None:
+    """In the reference pads come in the middle of such prompts, and a batch ends with its first row."""
+    features = Features(make_features(small["asr.val"], small["sqa.val"], model_id=salmonn))
+    family = family_of(salmonn)
+    parts = (family.load_model(salmonn, dtype=torch.float32, device=CPU), family, family.front_end(salmonn))
+    rows = [features.row(number) for number in (0, 4, 1, 5)]
+    assert len({len(row.prompt_ids) for row in rows}) > 2
+    search = Search(10, num_beams=num_beams)
+    together, alone = (
+        {place: found.text for place, found in generated(*parts, rows, batch_size=size, search=search)}
+        for size in (4, 1)
+    )
+    assert together == alone and len(set(alone.values())) > 1
 
 
 @pytest.fixture(scope="module")

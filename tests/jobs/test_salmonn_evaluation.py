@@ -11,6 +11,7 @@ import yaml
 from conftest import ASSETS, SPEECH, manifest, read_rows, write_rows
 from running import load_job, parse_only
 
+from voxray.config.compile import CompileSettings
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.errors import RunError, SettingsError
@@ -160,8 +161,22 @@ def test_a_base_is_named_after_what_it_is_made_of(files: Path) -> None:
     assert family_of(one).front_end(one).eos_id == family_of(base()).front_end(base()).eos_id
     with pytest.raises(SettingsError, match=r"--end_sym '<\|end_of_text\|>': is \d+ tokens"):
         base(end_sym="<|end_of_text|>")
-    settings = with_base(EfficiencySettings.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "measured")
-    assert settings.lora_dir == "" and json.loads((Path(settings.model_id) / "config.json").read_text())["parts"]
+    for kind in (EfficiencySettings, CompileSettings):
+        settings = with_base(kind.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "other")
+        parts = json.loads((Path(settings.model_id) / "config.json").read_text())["parts"]
+        assert (settings.lora_dir, parts["checkpoint"]) == ("", CHECKPOINT)
+
+
+def test_training_refuses_an_end_of_several_tokens(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As </s> is in a Llama 3, which the second stage's published file names; nothing of an earlier run is touched."""
+    flags = [word for name, value in PARTS.items() for word in (f"--{name}", value)]
+    (files / "rows.json").write_text(json.dumps({"annotation": [{**entries()[0], "text": "a"}]}))
+    flags += ["--train_jsonl", "rows.json", "--prefix", "sounds", "--output_dir", "run"]
+    with pytest.raises(SystemExit) as end:
+        load_job("train_salmonn").main([*flags, "--end_sym", "<|end_of_text|>"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "error: --end_sym '<|end_of_text|>': is " in said
+    assert "its own end of text is '</s>'" in said and not list((files / "run").glob("model-*"))
 
 
 def test_files_of_one_name_are_two_manifests(tmp_path: Path) -> None:

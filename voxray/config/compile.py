@@ -2,18 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from voxray.config.evaluate import LoraDirFlags
+from voxray.config.evaluate import SalmonnBaseFlags
 from voxray.config.groups import OutputFlags, Sizes
 from voxray.config.parse import Flag
-from voxray.config.salmonn_yaml import is_nested
+from voxray.config.salmonn_yaml import compiler_flags
 
 
-class CompileSettings(OutputFlags, LoraDirFlags):
-    config_spellings: ClassVar[tuple[str, ...]] = ("cfg_path",)
+class CompileSettings(OutputFlags, SalmonnBaseFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/compiled"
     """Folder to write to; it must be new or empty, unless --overwrite is given."""
     windows: Annotated[Sizes, Flag(("batch_sizes", "batch_size_eval"))] = (1,)
@@ -35,8 +34,5 @@ class CompileSettings(OutputFlags, LoraDirFlags):
 
     @classmethod
     def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
-        """Keys and values of a YAML file, and what is wrong with it: SALMONN's own ask for what there is not."""
-        if is_nested(loaded):
-            what = "is a file of SALMONN's evaluator, and what hears the audio in SALMONN is not compiled ahead of time"
-            return {}, [f"{path}: {what}: it depends on every clip's length"]
-        return loaded, []
+        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
+        return compiler_flags(loaded, path)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from voxray.config.evaluate import SalmonnBaseFlags
+from voxray.config.evaluate import AskedSalmonnFlags
 from voxray.config.groups import CompiledFlags, OutputFlags, Sizes
 from voxray.config.parse import CommaStrings, Flag
 from voxray.config.salmonn_yaml import efficiency_flags
@@ -24,7 +24,7 @@ def _spoken(task: str) -> str:
     return task
 
 
-class EfficiencySettings(OutputFlags, SalmonnBaseFlags, CompiledFlags):
+class EfficiencySettings(OutputFlags, AskedSalmonnFlags, CompiledFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/efficiency"
     """Folder for efficiency.json and efficiency.png."""
     batch_sizes: Annotated[Sizes, Flag(("batch_size", "batch_size_eval"))] = (1, 4)

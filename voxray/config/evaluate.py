@@ -68,14 +68,12 @@ class AdapterFlags(LoraDirFlags, TrimFlags):
     """An adapter, and prompts as it was trained on."""
 
 
-class SalmonnBaseFlags(SalmonnPartsFlags, AdapterFlags):
-    """A SALMONN that is put together to be asked, with a checkpoint of its own trainer as one more part."""
+class SalmonnBaseFlags(SalmonnPartsFlags, LoraDirFlags):
+    """A SALMONN that is put together, with a checkpoint of its own trainer as one more part."""
 
     lora_dir: Annotated[str, Flag(("adapter_path", "ckpt"), path="model")] = ""
     """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is. For a base that is
     put together also a SALMONN checkpoint (.pth)."""
-    prompts: Annotated[str, Flag(("prompt_path", "test_prompt_path"), path="input")] = ""
-    """YAML or JSON file of prompts by task, for a base that is put together; the first of each task is asked."""
 
     @model_validator(mode="after")
     def _one_base(self) -> "SalmonnBaseFlags":
@@ -87,9 +85,16 @@ class SalmonnBaseFlags(SalmonnPartsFlags, AdapterFlags):
         return self
 
 
+class AskedSalmonnFlags(SalmonnBaseFlags, AdapterFlags):
+    """The same, to be asked."""
+
+    prompts: Annotated[str, Flag(("prompt_path", "test_prompt_path"), path="input")] = ""
+    """YAML or JSON file of prompts by task, for a base that is put together; the first of each task is asked."""
+
+
 class EvaluateSettings(
     OutputFlags,
-    SalmonnBaseFlags,
+    AskedSalmonnFlags,
     CompiledFlags,
     EvaluationDataFlags,
     SearchFlags,

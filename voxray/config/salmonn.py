@@ -28,8 +28,8 @@ class SalmonnSettings(TrainSettings, SalmonnPartsFlags, VariantFlags):
     """Start from what an earlier run or stage trained: its run, adapter or checkpoint folder, or a SALMONN checkpoint
     (.pth). Weights alone are taken; the schedule begins anew."""
     prompts: Annotated[str, Flag(("prompt_path",), path="input")] = ""
-    """YAML or JSON file of prompts by task, one of which is drawn for every row and epoch; without it each task has the
-    one that evaluation uses."""
+    """YAML or JSON file of prompts by task, one of which is drawn for every row and epoch; --max_len and packs reckon
+    with the longest. Without it each task has the one that evaluation uses."""
     lora_r: Annotated[int, Flag(("lora_rank",)), Field(ge=1, le=1024)] = 8
     """LoRA rank."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32

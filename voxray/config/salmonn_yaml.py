@@ -156,7 +156,7 @@ EVALUATOR = Reading(
         **OF_TRAINING,
         "run.num_workers": "--num_models says how many models answer",
         **dict.fromkeys(PARALLEL, "--num_models says how many models answer"),
-        **dict.fromkeys(TENSORRT, "what hears the audio in SALMONN is not compiled ahead of time"),
+        **dict.fromkeys(TENSORRT, "--compiled names what jobs/compile.py has compiled"),
         **dict.fromkeys(DRAWS, "nothing is drawn with several beams, or without do_sample"),
     },
     {**ONE_MODEL, "generate.min_length": 1, "generate.repetition_penalty": 1.0, "generate.length_penalty": 1.0},
@@ -178,6 +178,25 @@ EFFICIENCY = Reading(
         **dict.fromkeys(SEARCH, "--new_tokens of the likeliest tokens are generated, whatever the model says"),
         "run.num_workers": "one process is measured",
         **dict.fromkeys(PARALLEL, "one process is measured"),
+    },
+    ONE_MODEL,
+)
+
+
+COMPILER = Reading(
+    "compiles SALMONN",
+    {
+        **MODEL,
+        "model.ckpt": "lora_dir",
+        "run.seed": "seed",
+        "run.batch_size_eval": "windows",
+        "run.optimization_level": "optimization_level",
+        "run.tensorrt_device": "tensorrt_device",
+    },
+    {
+        **{key: why for key, why in EFFICIENCY.no_effect.items() if key not in TENSORRT},
+        **dict.fromkeys(("model.test_prompt_path", "datasets.prefix", *TEST_FILES, *SEARCH), "nothing is answered"),
+        **dict.fromkeys(("run.tensorrt", "run.jit_mode"), "--backend tensorrt compiles with TensorRT"),
     },
     ONE_MODEL,
 )
@@ -216,6 +235,11 @@ def evaluator_flags(loaded: dict[Any, Any], path: Path, mode: str) -> tuple[dict
 def efficiency_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
     """Turn a file of SALMONN's evaluator into flags of efficiency (see ``_flags``)."""
     return _flags(_dotted(loaded), path, EFFICIENCY) if is_nested(loaded) else (loaded, [])
+
+
+def compiler_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
+    """Turn a file of SALMONN's evaluator into flags of compile (see ``_flags``)."""
+    return _flags(_dotted(loaded), path, COMPILER) if is_nested(loaded) else (loaded, [])
 
 
 def _flags(keys: Mapping[str, Any], path: Path, reading: Reading) -> tuple[dict[Any, Any], list[str]]:

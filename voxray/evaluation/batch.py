@@ -183,7 +183,7 @@ def _forget_other_evaluation(predictions: Path, key: str) -> None:
         )
     for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
         path.unlink()
-    for name in ("metrics.json", "report.html", "errors.json"):
+    for name in ("metrics.json", "report.html", "errors.json", "submission.csv", "valid.csv"):
         (predictions.parent / name).unlink(missing_ok=True)
     write_json(mark, {"key": key})
 

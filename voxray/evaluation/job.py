@@ -84,14 +84,17 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
         metrics, notes = _answered(settings, generation, features_dir, output_dir)
     write_json(output_dir / "metrics.json", metrics)
-    notes += write_submission(output_dir, settings.mode, paths) if settings.mode else []
+    written = ["predictions", "metrics.json"]
+    if settings.mode:
+        notes += write_submission(output_dir, settings.mode, paths)
+        written.append(f"{settings.mode.partition('_')[0]}.csv")
     if TASKS.keys() & metrics.keys():
         write_report(output_dir)
-    console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
+        written.append("report.html")
+        console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
     for note in notes:
         console.print(note, markup=False)
-    written = [f"{settings.mode.partition('_')[0]}.csv"] if settings.mode else []
-    console.print(f"{', '.join(['predictions', *written])}, metrics.json and report.html in {output_dir}", markup=False)
+    console.print(f"{', '.join(written[:-1])} and {written[-1]} in {output_dir}", markup=False)
     return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 

@@ -14,8 +14,6 @@ TASK_NAMES = {"asr": ("asr",), "sqa": ("QA", "sqa"), "aac": ("audiocaption", "au
 """Our tasks, and what annotation files call them."""
 OTHER_CAPTION_REQUEST = "Please write down what your hear in the audio."  # word for word as in SALMONN's prompts
 """What rows of ``audiocaption_v2`` are asked."""
-
-
 ID_KEYS = ("testset_id", "id")
 
 

@@ -11,7 +11,7 @@ from voxray.config.salmonn import SalmonnSettings
 from voxray.data.annotations import MANIFESTS, as_manifests
 from voxray.data.features import FeatureRow
 from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
-from voxray.models.salmonn.folder import write_folder
+from voxray.models.salmonn.bases import put_together
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
 from voxray.recipes.stage import Data, Stage, train_stage
@@ -42,9 +42,8 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     num_train = len(settings.train_jsonl)
     changed: dict[str, Any] = {"train_jsonl": manifests[:num_train], "val_jsonl": manifests[num_train:]}
     if not settings.model_id:
-        folder, whisper, llm = run_dir / "model", settings.whisper_path, settings.llama_path
-        write_folder(folder, whisper=whisper, beats=settings.beats_path, llm=llm, end_sym=settings.end_sym)
-        changed["model_id"] = str(folder)
+        parts = {"whisper": settings.whisper_path, "beats": settings.beats_path, "llm": settings.llama_path}
+        changed["model_id"] = put_together(run_dir, **parts, end_sym=settings.end_sym)
     return settings.model_copy(update=changed)
 
 

@@ -3,7 +3,8 @@
 In other files: pads in the middle of a batch and batches of one prompt (``test_parity``); the towers' eval mode, the
 [PAD] row and SentencePiece (``test_checkpoint``); the filter bank under autocast (``tests/audio/test_fbank.py``);
 recordings over 30 s (``test_processor``); a second clip (``tests/importers/test_json_formats.py``); files that cannot
-be read (``tests/jobs/test_salmonn_evaluation.py``); what is frozen in training (``tests/jobs/test_salmonn.py``).
+be read (``tests/jobs/test_salmonn_evaluation.py``); what is frozen in training, and answers to a batch of mixed prompts
+token by token (``tests/jobs/test_salmonn.py``).
 """
 
 import pytest
