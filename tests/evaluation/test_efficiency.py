@@ -149,8 +149,8 @@ def job(tmp_path: Path) -> Job:
     return run
 
 
-def test_report_of_both_families(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for model_id in (TINY, WHISPER):
+def test_report_of_every_family(job: Job, salmonn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model_id in (TINY, WHISPER, salmonn):
         report = job(model_id=model_id, batch_sizes="2,1")
         folder = tmp_path / "out"
         assert json.loads((folder / "efficiency.json").read_text()) == json.loads(json.dumps(report))

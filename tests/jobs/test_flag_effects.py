@@ -178,7 +178,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
             ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
         ),
         "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row {SALMONN}::packs_have_room_for_drawn_prompts",
-        "store": f"{SALMONN}::packs_stored_samples_recomputing_and_text_alone",
+        **dict.fromkeys(("store", "cache_dtype"), "salmonn_hearing::stored_outputs_train_and_answer_alike"),
         "quantize": f"{SALMONN}::quantised_language_models_train",
         "cuda_visible_devices": WARNS,
     },

@@ -117,17 +117,14 @@ def test_what_cannot_be_stored_or_compiled_is_said(
     """A folder that follows the reference to the letter: a clip's embeddings depend on its batch."""
     names = {"whisper": "whisper", "beats": "beats", "llm": "llama"}
     write_folder(tmp_path / "m", **{name: salmonn_parts[f"{flag}_path"] for name, flag in names.items()}, alone=False)
-    for command, flag in (
-        (f"train_salmonn --train_jsonl {rows} --num_workers 0 --store encoder", "--store encoder"),
-        ("compile", "an audio path"),
-    ):
+    for command in (f"train_salmonn --train_jsonl {rows} --num_workers 0 --store encoder", "compile"):
         name, *words = command.split()
         words += ["--model_id", str(tmp_path / "m"), "--output_dir", str(tmp_path / name)]
         with pytest.raises(SystemExit) as end:
             load_job(name).main(words)
         assert end.value.code == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith(f"error: {flag}: ") and 'says "alone": false in its config.json' in said
+        assert said.startswith("error: --model_id ") and 'its config.json says "alone": false' in said
 
 
 @pytest.mark.slow

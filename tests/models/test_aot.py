@@ -222,6 +222,24 @@ def test_any_number_of_windows_is_heard_in_parts(
     assert torch.equal(found, mel_WFT.reshape(2 * num_windows, -1)) and asked == [size for *_, size in parts]
 
 
+def test_lengths_go_along_with_their_windows() -> None:
+    def program(mel_WFT: torch.Tensor, lengths_W: torch.Tensor) -> torch.Tensor:
+        assert len(mel_WFT) == len(lengths_W) == 2
+        return mel_WFT[..., 0] * lengths_W[:, None]
+
+    mel_WFT, lengths_W = torch.randn(5, 4, 6), torch.tensor([3, 0, 7, 1, 5])
+    found = CompiledAudio({2: program}, (4, 6), torch.float32)(mel_WFT, lengths_W)
+    assert torch.equal(found, mel_WFT[..., 0] * lengths_W[:, None])
+
+
+def test_a_program_is_checked_on_short_clips_too_where_lengths_count(salmonn: str) -> None:
+    whole, short = aot.noise_clips(family_of(salmonn).front_end(salmonn), 3, 0, torch.bfloat16, CPU)
+    assert whole[0].shape == short[0].shape == (3, 80 + 128, 400) and whole[0].dtype == torch.bfloat16
+    assert whole[1].tolist() == [64_000] * 3 and short[1].tolist() == [6_400] * 3
+    (only,) = aot.noise_clips(family_of(WHISPER).front_end(WHISPER), 1, 0, torch.float32, CPU)
+    assert [tensor.shape for tensor in only] == [(1, 80, 400)]
+
+
 def test_flags_reach_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,8 +28,9 @@ from voxray.models.family import AudioPath, UsualFamily, base_of, model_file
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import load_frozen
+from voxray.models.touching import touching
 from voxray.models.trimming import trims_audio
-from voxray.models.voxtral_audio import Projected, hear_through, touching, with_trimmed_audio
+from voxray.models.voxtral_audio import Projected, hear_through, silence, with_trimmed_audio
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
 from voxray.tasks import TASKS
 
@@ -270,7 +272,8 @@ class Voxtral(UsualFamily):
             use_packed_attention(base.model.language_model)
             inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
         # The cache stays off: with it the library lets the samples of a packed row see each other.
-        with touching(base, () if "input_features" in batch else touched):
+        roles = () if "input_features" in batch else touched
+        with touching(base.get_input_embeddings(), roles, partial(silence, base)):
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return base.lm_head(hidden_BLD[keep_BL])
 

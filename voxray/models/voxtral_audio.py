@@ -4,8 +4,6 @@ Shape letters: B rows, L tokens, N audio positions, D width, W windows, P encode
 window, F mel bins.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 
 from voxray.models.encoder import PassThrough
 from voxray.models.family import AudioPath
-from voxray.models.touching import depending
 from voxray.models.windows import ENCODER_STRIDE
 
 
@@ -48,15 +45,7 @@ def hear_through(model: Any, run: AudioPath) -> None:
     model.audio_tower.layers = torch.nn.ModuleList()
 
 
-def touching(base: Any, roles: Sequence[str]) -> AbstractContextManager[None]:
-    """Within it the token embeddings of a batch without audio depend on the given roles, by nothing."""
-    if not {"encoder", "projector"} & set(roles):
-        return nullcontext()
-    hear = partial(_silence, base, "encoder" in roles)
-    return depending(base.model.get_input_embeddings(), hear)
-
-
-def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
+def silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
     """What the projector, and the encoder before it, make of nothing."""
     audio, model = base.config.audio_config, base.model
     zeros, frames = partial(torch.zeros, dtype=base.dtype, device=device), audio.max_source_positions

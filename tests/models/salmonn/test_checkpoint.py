@@ -242,9 +242,13 @@ def test_the_pad_row_is_the_same_every_time(files):
 
 
 def test_pad_rows_may_come_as_a_file_or_its_content(files, tmp_path, model):
-    content = torch.load(files["pad_rows"], weights_only=True)
-    again = salmonn.load(**{**files, "pad_rows": content})
-    assert torch.equal(again.get_output_embeddings().weight, model.get_output_embeddings().weight)
+    content, wanted = torch.load(files["pad_rows"], weights_only=True), model.get_output_embeddings().weight
+    assert torch.equal(salmonn.load(**{**files, "pad_rows": content}).get_output_embeddings().weight, wanted)
+    in_order = (files[name] for name in ("whisper", "beats", "llm", "checkpoint"))
+    later = salmonn.load(*in_order)
+    assert not torch.equal(later.get_output_embeddings().weight, wanted)
+    salmonn.set_pad_rows(later, content["pad_rows"])
+    assert torch.equal(later.get_output_embeddings().weight, wanted)
     torch.save({"pad_rows": {"llama_model.lm_head.weight": torch.zeros(3)}}, tmp_path / "rows.pt")
     with pytest.raises(RunError, match="is no row of the language model"):
         salmonn.load(**{**files, "pad_rows": tmp_path / "rows.pt"})

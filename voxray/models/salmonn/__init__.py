@@ -2,3 +2,4 @@
 
 from voxray.models.salmonn.loading import load as load
 from voxray.models.salmonn.loading import load_beats as load_beats
+from voxray.models.salmonn.loading import set_pad_rows as set_pad_rows

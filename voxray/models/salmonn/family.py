@@ -4,7 +4,6 @@ Shape letters: B rows, L tokens, W windows, T mel frames, F bins, D width, N ans
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +25,7 @@ from voxray.models.salmonn.features import MIN_SAMPLES
 from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
 from voxray.models.salmonn.hearing import TOWERS, TRAINED, Towers, WindowPath
 from voxray.models.salmonn.processor import SalmonnFrontEnd
-from voxray.models.touching import depending
+from voxray.models.touching import touching
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.tasks import TASKS
 
@@ -108,7 +107,7 @@ class Salmonn:
         Raises:
             SettingsError: The folder says that a clip's embeddings depend on its batch.
         """
-        _refuse_batch_dependence(read_folder(model_id), model_id, "--store encoder")
+        _refuse_batch_dependence(read_folder(model_id), model_id)
         return towers_fingerprint(model_id)
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
@@ -143,7 +142,7 @@ class Salmonn:
             SettingsError: The folder says that a clip's embeddings depend on its batch.
         """
         base = base_of(model)
-        _refuse_batch_dependence(base.config, base.name_or_path, "an audio path")
+        _refuse_batch_dependence(base.config, base.name_or_path)
         return WindowPath(base)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
@@ -174,7 +173,8 @@ class Salmonn:
             logits_NV.
         """
         base = base_of(model)
-        with _touching(base, () if "input_features" in batch else touched):
+        roles = () if "input_features" in batch else touched
+        with touching(base.get_input_embeddings(), roles, partial(_silence, base)):
             inputs = base.llm_inputs(**batch)
         language_model = base.llama_model.model
         if "segment_ends" in inputs:
@@ -207,13 +207,6 @@ class Salmonn:
             return base.llama_model.generate(**base.llm_inputs(**batch), **options)
 
 
-def _touching(base: Any, roles: Sequence[str]) -> AbstractContextManager[None]:
-    """Within it the token embeddings of a batch without audio depend on what hears, by nothing."""
-    if not {"encoder", "projector"} & set(roles):
-        return nullcontext()
-    return depending(base.get_input_embeddings(), partial(_silence, base, "encoder" in roles))
-
-
 def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
     """What the Q-Former, and both encoders before it, make of nothing."""
     speech, beats = base.config.speech_config, base.config.beats_config
@@ -223,9 +216,9 @@ def _silence(base: Any, with_encoder: bool, device: torch.device) -> torch.Tenso
     return base.stored_embeds(zeros(1, frames, speech.d_model + beats.encoder_embed_dim), zeros(1))
 
 
-def _refuse_batch_dependence(config: Any, model_id: str, what: str) -> None:
+def _refuse_batch_dependence(config: Any, model_id: str) -> None:
     if not config.alone:
         raise SettingsError(
-            f'{what}: {model_id} says "alone": false in its config.json, so what it makes of a clip depends on the '
-            "others of the batch; set it to true"
+            f'--model_id {model_id}: its config.json says "alone": false, so what it makes of a clip depends on the '
+            "others of the batch, and can neither be stored (--store encoder) nor compiled; set it to true"
         )
