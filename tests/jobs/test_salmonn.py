@@ -339,8 +339,9 @@ def test_the_adapter_is_used_everywhere(
     beams = {line[0]: line[1] for line in lines[1:]}
     assert [beams[name] for name in names] == [text.lower() for text in said(lora_dir=str(tuned), num_beams="4")]
     demo, _ = open_model(DemoSettings(lora_dir=str(tuned), max_new_tokens=12))
-    sides = demo.answers(Request(rows[0]["audio_path"], compare=True))
-    assert [side.text for side in sides] == [said(model_id=salmonn)[0], with_adapter[0]]
+    sides = list(demo.answers(Request(rows[0]["audio_path"], compare=True)))
+    assert [(side.is_base, side.text) for side in sides] == [(False, with_adapter[0])]
+    assert with_adapter[0] != said(model_id=salmonn)[0]
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), dtype="float32"))
     assert report["layers_merged"] == 4 and report["difference_on_disk"] < 1e-4
     assert said(model_id=str(tmp_path / "x")) == with_adapter

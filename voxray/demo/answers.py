@@ -96,8 +96,10 @@ class Answering:
 
     def __init__(self, model: Any, how: Generation, *, max_audio_sec: float, max_len: int) -> None:
         self.how, self.max_audio_sec, self.max_len = how, max_audio_sec, max_len
-        self.tasks = family_of(how.model_id).tasks
-        self.has_base = isinstance(model, PeftModel)
+        family = family_of(how.model_id)
+        self.tasks = family.tasks
+        # what trained beside LoRA stands in the place of the base's own weights, and stays there
+        self.has_base = isinstance(model, PeftModel) and not family.trained_whole
         self._model = model
         self._extractor = Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
         self._turn = threading.Lock()  # the adapter is switched off for whoever uses the model then
