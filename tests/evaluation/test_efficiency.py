@@ -301,3 +301,6 @@ def test_variants_are_really_measured(job: Job) -> None:
     report = job(compare="eager,8bit,4bit", new_tokens="16")
     names = {name: found["quantize"] for name, found in report["variants"].items()}
     assert names == {"eager": "none", "8bit": "8bit", "4bit": "4bit"}
+    for flag, dtype in (("--bf16", "bfloat16"), ("--fp16", "float16")):
+        report = job(flag)
+        assert report["dtype"] == dtype and report["results"][0]["tpot_sec"]["median"] > 0

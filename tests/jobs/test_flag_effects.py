@@ -294,7 +294,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(SALMONN_PARTS[:-1], SALMONN_BASES),
     },
     "efficiency": {
-        **dict.fromkeys(("model_id", "output_dir"), "efficiency::report_of_both_families"),
+        **dict.fromkeys(("model_id", "output_dir"), "efficiency::report_of_every_family"),
         **dict.fromkeys(("batch_sizes", "clip_sec", "audio_path", "task", "question", "language"), MEASURED),
         **dict.fromkeys(("new_tokens", "warmup", "repeats", "seed", "storage_path", "trim_audio_tokens"), MEASURED),
         **dict.fromkeys(("bf16", "fp16", "tf32", "quantize"), MEASURED),
