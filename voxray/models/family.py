@@ -169,6 +169,13 @@ class Family(Protocol):
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
 
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """What ``load_model`` gives, without its weights: every parameter has its shape and type, and takes no memory.
+
+        Quantised layers stand there as they are before they are quantised.
+        """
+        ...
+
     def audio_path(self, model: Any) -> torch.nn.Module:
         """What hears whole windows in a model, with what an adapter adds to it: mel_WFT of the model's type -> what the
         rest of the model takes, the same number of rows for every window."""
@@ -222,6 +229,13 @@ class UsualFamily:
             found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
             if found and not (folder / name).exists():
                 shutil.copyfile(found, folder / name)
+
+
+def outlined(make: Callable[[], Any]) -> Any:
+    """A frozen model whose parameters lie on PyTorch's meta device: see ``Family.outline``."""
+    with torch.device("meta"):
+        model = make()
+    return model.requires_grad_(False).eval()
 
 
 def family_of(model_id: str) -> Family:

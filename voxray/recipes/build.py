@@ -83,6 +83,9 @@ def build_model(
         started += f"; kept as they are: {', '.join(kept)}" if kept else ""
     if settings.grad_ckpt:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # It makes the encoder's first convolution, which is its input embedding to it, give gradients: a frozen encoder
+        # would keep all its activations. Without re-entrant checkpoints nothing needs that.
+        base.disable_input_require_grads()
     set_modes(model, family, roles)
     if settings.compile:
         family.compile_layers(model)

@@ -16,14 +16,14 @@ from transformers.utils import logging
 from voxray.errors import SettingsError
 from voxray.models.compiling import compile_layers, is_compiled
 from voxray.models.decoding import CausalDecoding
-from voxray.models.family import AudioPath
+from voxray.models.family import AudioPath, outlined
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
 from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.features import MIN_SAMPLES
 from voxray.models.salmonn.folder import copy_files, load_folder, read_folder
-from voxray.models.salmonn.model import TRAINED
+from voxray.models.salmonn.model import TRAINED, SalmonnForConditionalGeneration
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.tasks import TASKS
@@ -79,6 +79,15 @@ class Salmonn:
             model.llama_model = model.llama_model.merge_and_unload()
         settle(model)
         return model.to(device).requires_grad_(False).eval()
+
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """The model without weights (see ``models.family.Family``)."""
+        config = read_folder(model_id)
+        model = outlined(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype))
+        for name, parameter in model.named_parameters():
+            if name.partition(".")[0] in TRAINED:
+                parameter.data = parameter.data.float()
+        return model
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""
