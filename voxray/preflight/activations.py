@@ -10,7 +10,7 @@ Letters of the comments: T tokens, D width, I inner width of the MLP, H heads, B
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 
 from voxray.models.family import Family, FrontEnd
 from voxray.models.lora import role_of
+from voxray.models.windows import ENCODER_STRIDE
 from voxray.preflight.shapes import Computing, PackShape
 
 FLOAT32 = 4
@@ -27,22 +28,25 @@ SHARED_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attent
 """Layers that read the same tensor, by what they are part of."""
 KEPT_ANYWAY = ("o_proj", "out_proj")
 """Layers whose input is the output of attention, which attention keeps itself."""
+OUTPUT_LAYERS = ("lm_head", "proj_out")
+MLPS = (("gate_proj", "down_proj", 3), ("fc1", "fc2", 2), ("linear_1", "linear_2", 2))
+"""First and last layer of an MLP, and how many gradients as wide as its inside there are at a time."""
 LAYER = re.compile(r"(.*\.layers?\.\d+)\.")
 
 
 @dataclass
 class Kept:
-    """Bytes that a forward pass leaves behind.
+    """Bytes that the forward pass of one role leaves behind.
 
     Attributes:
-        by_role: {role: bytes kept until the backward pass}.
+        until_backward: Kept until the backward pass.
         recomputed: Of the largest layer that is computed again in the backward pass, all that it keeps then.
-        widest_layer: Most bytes that one layer keeps, whether computed again or not.
+        working: What the backward pass of one layer needs beside that, at its widest.
     """
 
-    by_role: dict[str, int] = field(default_factory=dict)
+    until_backward: int = 0
     recomputed: int = 0
-    widest_layer: int = 0
+    working: int = 0
 
 
 class Activations:
@@ -67,24 +71,23 @@ class Activations:
             if getattr(module, "gradient_checkpointing", False) and module.training and LAYER.match(name + ".")
         }
 
-    def kept(self, shape: PackShape) -> Kept:
-        """What a pack of some shape leaves behind."""
+    def kept(self, shape: PackShape) -> dict[str, Kept]:
+        """What a pack of some shape leaves behind, by role, in the order of computing."""
         layers: dict[tuple[str, str], int] = defaultdict(int)
+        found = {role: Kept() for role in self._family.roles if role in self._with_gradient}
         seen: set[tuple[str, str]] = set()
         for name, module in self._modules:
             role = role_of(name, self._family)
-            if role not in self._with_gradient:
+            if role not in found:
                 continue
             layer = LAYER.match(name + ".")
             layers[role, layer[1] if layer else ""] += self._of_module(name, module, role, shape, seen)
-        found = Kept()
+            found[role].working = max(found[role].working, self._working(name, module, role, shape))
         for (role, layer), num_bytes in layers.items():
-            if layer:
-                found.widest_layer = max(found.widest_layer, num_bytes)
             if layer in self._checkpointed:
-                found.recomputed = max(found.recomputed, num_bytes)
+                found[role].recomputed = max(found[role].recomputed, num_bytes)
                 num_bytes = self._tokens(layer, role, shape) * _width(self._checkpointed[layer]) * self._size
-            found.by_role[role] = found.by_role.get(role, 0) + num_bytes
+            found[role].until_backward += num_bytes
         return found
 
     def _tokens(self, name: str, role: str, shape: PackShape) -> int:
@@ -98,9 +101,12 @@ class Activations:
     def _of_module(self, name: str, module: Any, role: str, shape: PackShape, seen: set[tuple[str, str]]) -> int:
         tokens, kind = self._tokens(name, role, shape), type(module).__name__
         if isinstance(module, LoraLayer):
-            return self._lora(name, module, self._read_by(name, tokens, shape), seen)
+            read = self._read_by(name, tokens, shape)
+            kept = self._lora(name, module, read, seen)
+            return kept + (self._input(name, module, read, seen) if self._in_8_bits(name, role) else 0)
         if isinstance(module, torch.nn.Linear):
-            return self._input(name, module, self._read_by(name, tokens, shape), seen) if _trains(module) else 0
+            keeps = _trains(module) or (self._in_8_bits(name, role) and not name.endswith(".base_layer"))
+            return self._input(name, module, self._read_by(name, tokens, shape), seen) if keeps else 0
         if kind.endswith("RMSNorm"):  # its input in float32 and a number a token; of trained weights also the result
             width = module.weight.numel()
             return tokens * (FLOAT32 * (width + 1) + (self._size * width if _trains(module) else 0))
@@ -114,7 +120,34 @@ class Activations:
             return tokens * module.fc1.out_features * self._size
         if hasattr(module, "linear_1"):
             return tokens * module.linear_1.out_features * self._size
+        if isinstance(module, torch.nn.Conv1d) and _trains(module):  # its input, and what GELU reads after it
+            before = tokens * ENCODER_STRIDE
+            after = before // (module.stride[0] if module.in_channels == module.out_channels else 1)
+            return (before * module.in_channels + after * module.out_channels) * self._size
         return 0
+
+    def _working(self, name: str, module: Any, role: str, shape: PackShape) -> int:
+        """Gradients that are there at a time in the MLP of a layer, where they are widest, beyond what is free by then.
+
+        Before the last Linear's input comes the activation: its gradient and that of what it reads, and of a gated MLP
+        that of the other factor. The residual stream has two gradients. What the last Linear kept is free. In 16 bits
+        the gradient that comes out of a LoRA branch is float32 for a moment.
+        """
+        tokens = self._tokens(name, role, shape)
+        first, last, factors = next(
+            (names for names in MLPS if hasattr(module, names[0]) and hasattr(module, names[1])), ("", "", 0)
+        )
+        if not first:
+            return 0
+        wide = getattr(module, first).out_features
+        narrow = getattr(module, last).out_features
+        freed = self._of_module(f"{name}.{last}", getattr(module, last), role, shape, set())
+        in_float32 = FLOAT32 * wide if self._size < FLOAT32 and isinstance(getattr(module, last), LoraLayer) else 0
+        return max(0, tokens * ((factors * wide + 2 * narrow) * self._size + in_float32) - freed)
+
+    def _in_8_bits(self, name: str, role: str) -> bool:
+        """Whether a layer is quantised in a way that keeps its input, though its weights are frozen."""
+        return self._how.quantize == "8bit" and role in self._family.quantized and not name.endswith(OUTPUT_LAYERS)
 
     def _read_by(self, name: str, tokens: int, shape: PackShape) -> int:
         """Positions that a layer reads: keys and values of cross attention read the encoder's."""

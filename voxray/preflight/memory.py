@@ -1,15 +1,14 @@
 """The memory that one training process needs, cause by cause, from shapes alone: no weights are loaded.
 
-A run is at its fullest at one of five moments, which are told apart because different things are there at each: while a
-frozen encoder hears the audio, when the loss has been computed, when the backward pass ends, when the optimizer takes
-its step, and when a validation generates answers. What all of them share (weights, moments) is added once.
+Different things are there at different moments, so they are told apart: while a frozen encoder hears the audio, when
+the loss has been computed, while the backward pass goes through each part of the model and when it ends, when the
+optimizer takes its step, and when a validation generates answers. The fullest of them decides. What is there always
+(weights, AdamW's moments) is added once.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from voxray.models.decoding import ROOM
 from voxray.models.family import Family, FrontEnd
@@ -21,7 +20,7 @@ from voxray.preflight.weights import quantized_layers, weight_bytes
 
 GIB = 2**30
 MOMENTS = 2  # AdamW's running means of gradients and of their squares
-ENCODER_WIDTHS = 10  # of a frozen layer at work: its input and norm, and four times as wide before and after GELU
+ENCODER_WIDTHS = 12  # at work: first and last input, residual and norm, and four times as wide before and after GELU
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,9 @@ class MemoryModel:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         head = base.get_output_embeddings()
         self._vocabulary, self._head_width = head.weight.shape
+        names = {id(weight): name for name, weight in model.named_parameters()}
+        self._head_role = role_of(names[id(head.weight)], family)
+        self._head_gradient = FLOAT32 * head.weight.numel() if head.weight.requires_grad else 0
 
     def of(self, shape: PackShape, validation: "PackShape | None" = None, new_tokens: int = 0) -> Need:
         """The need of a process whose largest pack has this shape.
@@ -123,37 +125,53 @@ class MemoryModel:
         yield Entry("optimizer: AdamW's moments, float32", moments)
 
     def _training_step(self, shape: PackShape) -> Iterable[Entry]:
-        how, training = self._how, self._training
         kept = self._activations.kept(shape)
-        gradients = FLOAT32 * self._trained // training.divided
-        unpacked = self._unpacked_weights()
-        heard = self._hearing(shape)
-        if heard:
-            yield Entry("encoder: one layer at work", heard, "hearing")
-        for role, num_bytes in kept.by_role.items():
-            computed = "inputs of its layers, computed again later" if how.grad_ckpt else "activations"
-            yield Entry(f"{role}: {computed}", num_bytes, "loss")
+        gradients = self._gradients()
+        earlier = gradients if self._training.grad_accum > 1 else {}
+        yield Entry("encoder: one layer at work", self._hearing(shape), "hearing")
+        computed = "inputs of its layers, computed again later" if self._how.grad_ckpt else "activations"
+        for role, part in kept.items():
+            yield Entry(f"{role}: {computed}", part.until_backward, "loss")
         yield Entry("logits, their loss and gradient", self._logits(shape), "loss")
-        if training.grad_accum > 1:
-            yield Entry("gradients of the passes before, float32", gradients, "loss")
-        for role, num_bytes in kept.by_role.items():
-            yield Entry(f"{role}: activations when backward begins", num_bytes, "backward")
-        yield Entry("one layer computed again", kept.recomputed, "backward")
-        yield Entry("gradients within one layer", self._within_layer(shape, kept), "backward")
-        yield Entry("a layer's weights as numbers", unpacked, "backward")
-        yield Entry("gradients, float32", gradients, "step")
-        if training.num_workers > 1:
-            yield Entry("gradients in one message", FLOAT32 * self._trained, "step")
+        yield Entry("gradients of the passes before, float32", sum(earlier.values()), "loss")
+        roles = list(kept)
+        for number, role in enumerate(roles):  # what comes after a role has been gone through when its turn comes
+            moment = f"backward through the {role}"
+            for held in roles[: number + 1]:
+                yield Entry(f"{held}: {computed}", kept[held].until_backward, moment)
+            yield Entry(f"{role}: one layer computed again", kept[role].recomputed, moment)
+            yield Entry(f"{role}: gradients within a layer", kept[role].working, moment)
+            yield Entry("a layer's weights as numbers", self._unpacked_weights(), moment)
+            there = earlier or {later: gradients.get(later, 0) for later in roles[number + 1 :]}
+            yield Entry("gradients of weights, float32", sum(there.values()), moment)
+            if role == self._head_role and not earlier:
+                yield Entry("gradient of the output layer, float32", self._head_gradient, moment)
+        yield from self._optimizer_step(gradients, kept)
+
+    def _optimizer_step(self, gradients: dict[str, int], kept: dict[str, Kept]) -> Iterable[Entry]:
+        total = sum(gradients.values())
+        yield Entry("gradients, float32", total, "end of the backward pass")
+        first = next(iter(kept.values()), Kept())
+        yield Entry("the first layer's activations", first.recomputed + first.working, "end of the backward pass")
+        yield Entry("gradients, float32", total, "optimizer step")
+        if self._training.num_workers > 1:
+            yield Entry("gradients in one message", FLOAT32 * self._trained, "optimizer step")
         largest = max((weight.numel() for weight in self._model.parameters() if weight.requires_grad), default=0)
-        yield Entry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "step")
+        yield Entry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "optimizer step")
+
+    def _gradients(self) -> dict[str, int]:
+        """{role: bytes of its gradients}."""
+        found: dict[str, int] = {}
+        for name, weight in self._model.named_parameters():
+            role = role_of(name, self._family)
+            size = weight.numel() * FLOAT32 * weight.requires_grad // self._training.divided
+            found[role] = found.get(role, 0) + size
+        return found
 
     def _logits(self, shape: PackShape) -> int:
         """Float32 logits, their logarithms, the gradient of these; in 16 bits once more."""
         copies = 3 * FLOAT32
         return shape.num_answer_tokens * self._vocabulary * copies
-
-    def _within_layer(self, shape: PackShape, kept: Kept) -> int:
-        return kept.widest_layer // 4
 
     def _unpacked_weights(self) -> int:
         """4-bit weights are turned into numbers for each product, one layer at a time."""

@@ -1,12 +1,10 @@
 """What the memory of a forward pass depends on: how many rows, tokens and windows are in it, not what they say."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-
-from voxray.data.plan import Pack, Plan
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def quantized_layers(model: Any, family: Family) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The layers that ``--quantize`` holds in fewer bits: all Linear ones of the family's roles but the output layer."""
+    """The layers that ``--quantize`` holds in fewer bits: all Linear ones of some roles, but not the output layer."""
     output = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in model.named_modules():
         plain = isinstance(module, torch.nn.Linear) and module is not output.get_output_embeddings()
