@@ -41,10 +41,14 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     return settings.model_copy(update=changed)
 
 
+def stage_of(settings: SalmonnSettings) -> Stage:
+    """What the settings ask to be trained."""
+    return Stage(ROLES, redraw=drawn_prompts(settings) if settings.prompts else None)
+
+
 def train(settings: SalmonnSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one stage on rows of all tasks; every worker calls this (see ``train_stage``)."""
-    redraw = drawn_prompts(settings) if settings.prompts else None
-    return train_stage(Stage(ROLES, redraw=redraw), settings, run_dir, data, worker, host)
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)
 
 
 def drawn_prompts(settings: SalmonnSettings) -> Redraw:
