@@ -231,10 +231,11 @@ class UsualFamily:
                 shutil.copyfile(found, folder / name)
 
 
-def outlined(make: Callable[[], Any]) -> Any:
+def outlined(make: Callable[[], Any], model_id: str) -> Any:
     """A frozen model whose parameters lie on PyTorch's meta device: see ``Family.outline``."""
     with torch.device("meta"):
         model = make()
+    model.config.name_or_path = model.name_or_path = model_id
     return model.requires_grad_(False).eval()
 
 

@@ -210,7 +210,7 @@ class Voxtral(UsualFamily):
         from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
         config = VoxtralConfig.from_pretrained(model_id)
-        return outlined(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=dtype))
+        return outlined(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the audio encoder's weights as they are stored."""

@@ -201,7 +201,7 @@ class Whisper(UsualFamily):
         from transformers import WhisperConfig, WhisperForConditionalGeneration
 
         config = WhisperConfig.from_pretrained(model_id)
-        return outlined(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype))
+        return outlined(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the encoder's weights as they are stored."""

@@ -53,7 +53,7 @@ class Rows:
     held_out: Lengths
     rows: np.ndarray
     held_out_rows: np.ndarray
-    _made: dict[int, FeatureRow | None] = field(default_factory=dict)
+    _made: dict[tuple[int, bool], FeatureRow | None] = field(default_factory=dict)
 
     @property
     def front_end(self) -> FrontEnd:
@@ -71,21 +71,25 @@ class Rows:
         columns = (lengths.num_prompt_tokens, lengths.num_target_tokens, lengths.num_windows)
         return shape_of(rows, *columns, packed=packed)
 
-    def made(self, numbers: Sequence[int] | np.ndarray) -> list[FeatureRow]:
-        """Training rows as they come out of shards; those that do not decode are left out."""
-        missing = [int(number) for number in numbers if int(number) not in self._made]
-        self._made |= dict.fromkeys(missing)
-        wanted: dict[str, list[int]] = {}
-        for number in missing:
-            wanted.setdefault(self.train.source(number), []).append(number)
+    def made(self, numbers: Sequence[int] | np.ndarray, *, held_out: bool = False) -> list[FeatureRow]:
+        """Rows as they come out of shards; those that do not decode are left out.
+
+        Args:
+            held_out: They are rows to validate with, not to train on.
+        """
+        lengths, wanted = self.held_out if held_out else self.train, dict[str, list[int]]()
+        for number in map(int, numbers):
+            if (number, held_out) not in self._made:
+                self._made[number, held_out] = None
+                wanted.setdefault(lengths.source(number), []).append(number)
         for sample in samples_at(wanted):
             try:
-                found, _ = self.extractor.sample_rows(sample, augmented=True)
+                found, _ = self.extractor.sample_rows(sample, augmented=not held_out)
             except BadRow:
                 continue
             for number in wanted[sample.source]:
-                self._made[number] = stored_row(found[self.train.variant(number)], self.extractor)
-        return [row for number in numbers if (row := self._made[int(number)]) is not None]
+                self._made[number, held_out] = stored_row(found[lengths.variant(number)], self.extractor)
+        return [row for number in numbers if (row := self._made[int(number), held_out]) is not None]
 
 
 def stored_row(row: dict[str, Any], extractor: Extractor) -> FeatureRow:
