@@ -84,7 +84,7 @@ def preflight_settings(argv: Sequence[str]) -> tuple[type[Any], str]:
     if recipe in RECIPES:
         return RECIPES[recipe], ""
     recipe, why = _chosen(given)
-    return RECIPES[recipe], f"recipe: {recipe}, because {why}; --recipe names another"
+    return RECIPES[recipe], f"{recipe}, because {why}; --recipe names another"
 
 
 def _given(argv: Sequence[str]) -> dict[str, Any]:

@@ -22,12 +22,16 @@ from voxray.models.windows import ENCODER_STRIDE
 from voxray.preflight.shapes import Computing, PackShape
 
 FLOAT32 = 4
-SHARED_INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"} | dict.fromkeys(
-    ("gate_proj", "up_proj"), "mlp"
+SHARED_INPUTS = (
+    {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
+    | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+    | dict.fromkeys(("query", "key", "value"), "attention")
 )
 """Layers that read the same tensor, by what they are part of."""
 KEPT_ANYWAY = ("o_proj", "out_proj")
 """Layers whose input is the output of attention, which attention keeps itself."""
+ENCODER_NORMS = ("ln_speech", "ln_audio")
+"""Of SALMONN: norms of its encoders' outputs, which belong to what trains."""
 OUTPUT_LAYERS = ("lm_head", "proj_out")
 MLPS = (("gate_proj", "down_proj", 3), ("fc1", "fc2", 2), ("linear_1", "linear_2", 2))
 """First and last layer of an MLP, and how many gradients as wide as its inside there are at a time."""
@@ -59,11 +63,14 @@ class Activations:
 
     def __init__(self, model: torch.nn.Module, family: Family, front_end: FrontEnd, how: Computing) -> None:
         self._model, self._family, self._front_end, self._how = model, family, front_end, how
-        self._size = how.dtype.itemsize
         order = list(family.roles)
         trained = {role_of(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
         first = min((order.index(role) for role in trained), default=len(order))
         self._with_gradient = set(order[first:])  # gradients pass through everything behind what trains first
+        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # of SALMONN: what its Q-Former makes of a window, and how many frames each of these reads
+        self._queries = getattr(base.config, "positions_per_clip", 0)
+        self._frames_read = base.config.window_frames if self._queries else 0
         self._modules = [(name, module) for name, module in model.named_modules() if ".lora_" not in name]
         self._checkpointed = {
             name: module
@@ -86,17 +93,24 @@ class Activations:
         for (role, layer), num_bytes in layers.items():
             if layer in self._checkpointed:
                 found[role].recomputed = max(found[role].recomputed, num_bytes)
-                num_bytes = self._tokens(layer, role, shape) * _width(self._checkpointed[layer]) * self._size
+                num_bytes = self._tokens(layer, role, shape) * _width(self._checkpointed[layer]) * self._size(layer)
             found[role].until_backward += num_bytes
         return found
+
+    def _size(self, name: str) -> int:
+        """Bytes of a number; what SALMONN trains between its encoders and the language model stays float32."""
+        whole = self._queries and role_of(name, self._family) == "projector"
+        return FLOAT32 if whole else self._how.dtype.itemsize
 
     def _tokens(self, name: str, role: str, shape: PackShape) -> int:
         """Positions that a module works on."""
         if role == "encoder":
             return shape.num_windows * self._front_end.encoder_positions
-        if role == "projector":
-            return shape.num_windows * audio_positions(self._model, self._front_end)
-        return shape.num_tokens
+        if role != "projector":
+            return shape.num_tokens
+        if name.endswith(ENCODER_NORMS):
+            return shape.num_windows * self._front_end.encoder_positions
+        return shape.num_windows * (self._queries or audio_positions(self._model, self._front_end))
 
     def _of_module(self, name: str, module: Any, role: str, shape: PackShape, seen: set[tuple[str, str]]) -> int:
         tokens, kind = self._tokens(name, role, shape), type(module).__name__
@@ -109,21 +123,24 @@ class Activations:
             return self._input(name, module, self._read_by(name, tokens, shape), seen) if keeps else 0
         if kind.endswith("RMSNorm"):  # its input in float32 and a number a token; of trained weights also the result
             width = module.weight.numel()
-            return tokens * (FLOAT32 * (width + 1) + (self._size * width if _trains(module) else 0))
+            return tokens * (FLOAT32 * (width + 1) + (self._size(name) * width if _trains(module) else 0))
         if isinstance(module, torch.nn.LayerNorm):  # its input, mean and deviation
-            return tokens * (module.normalized_shape[0] * self._size + 2 * FLOAT32)
+            return tokens * (module.normalized_shape[0] * self._size(name) + 2 * FLOAT32)
         if kind.endswith("Attention") and hasattr(module, "k_proj"):
             return self._attention(name, module, tokens, role, shape)
+        if hasattr(module, "query") and hasattr(module, "key"):  # the same of a Q-Former, whose attention is plain
+            read = self._read_by(f"{name}.key", tokens, shape)
+            return 2 * (tokens + read) * module.query.out_features * self._size(name)
         if hasattr(module, "gate_proj"):  # gate before and after its activation, and what it is multiplied with
-            return 3 * tokens * module.gate_proj.out_features * self._size
+            return 3 * tokens * module.gate_proj.out_features * self._size(name)
         if hasattr(module, "fc1"):  # what the activation reads
-            return tokens * module.fc1.out_features * self._size
+            return tokens * module.fc1.out_features * self._size(name)
         if hasattr(module, "linear_1"):
-            return tokens * module.linear_1.out_features * self._size
+            return tokens * module.linear_1.out_features * self._size(name)
         if isinstance(module, torch.nn.Conv1d) and _trains(module):  # its input, and what GELU reads after it
             before = tokens * ENCODER_STRIDE
             after = before // (module.stride[0] if module.in_channels == module.out_channels else 1)
-            return (before * module.in_channels + after * module.out_channels) * self._size
+            return (before * module.in_channels + after * module.out_channels) * self._size(name)
         return 0
 
     def _working(self, name: str, module: Any, role: str, shape: PackShape) -> int:
@@ -142,8 +159,10 @@ class Activations:
         wide = getattr(module, first).out_features
         narrow = getattr(module, last).out_features
         freed = self._of_module(f"{name}.{last}", getattr(module, last), role, shape, set())
-        in_float32 = FLOAT32 * wide if self._size < FLOAT32 and isinstance(getattr(module, last), LoraLayer) else 0
-        return max(0, tokens * ((factors * wide + 2 * narrow) * self._size + in_float32) - freed)
+        in_float32 = (
+            FLOAT32 * wide if self._size(name) < FLOAT32 and isinstance(getattr(module, last), LoraLayer) else 0
+        )
+        return max(0, tokens * ((factors * wide + 2 * narrow) * self._size(name) + in_float32) - freed)
 
     def _in_8_bits(self, name: str, role: str) -> bool:
         """Whether a layer is quantised in a way that keeps its input, though its weights are frozen."""
@@ -151,8 +170,11 @@ class Activations:
 
     def _read_by(self, name: str, tokens: int, shape: PackShape) -> int:
         """Positions that a layer reads: keys and values of cross attention read the encoder's."""
-        crosses = "encoder_attn." in name and name.rpartition(".")[2] in ("k_proj", "v_proj")
-        return shape.num_windows * self._front_end.encoder_positions if crosses else tokens
+        if not _reads_encoder(name):
+            return tokens
+        if self._queries:
+            return tokens * self._frames_read
+        return shape.num_windows * self._front_end.encoder_positions
 
     def _lora(self, name: str, layer: Any, tokens: int, seen: set[tuple[str, str]]) -> int:
         """Of a LoRA branch: what goes into A (after dropout, in float32) and into B."""
@@ -162,7 +184,7 @@ class Activations:
         if getattr(dropout, "p", 0) and dropout.training:
             # the result, and the mask: of the input's own type on a CPU, a byte each on a GPU
             kept += tokens * width * (FLOAT32 + (1 if self._how.on_gpu else FLOAT32))
-        elif self._size < FLOAT32:
+        elif self._size(name) < FLOAT32:
             kept += tokens * width * FLOAT32
         else:
             kept += self._input(name, layer, tokens, seen)
@@ -175,13 +197,13 @@ class Activations:
         above, _, last = name.rpartition(".")
         if last in KEPT_ANYWAY:
             return 0
-        if "encoder_attn." in name and last in ("k_proj", "v_proj"):
-            above = ""  # all layers of a decoder read the same outputs of the encoder
+        if _reads_encoder(name):
+            above = ""  # all layers read the same outputs of the encoder
         key = (above, f"{SHARED_INPUTS.get(last, last)} {tokens}")
         if key in seen:
             return 0
         seen.add(key)
-        return tokens * layer.in_features * self._size
+        return tokens * layer.in_features * self._size(name)
 
     def _attention(self, name: str, module: Any, tokens: int, role: str, shape: PackShape) -> int:
         """Queries and outputs, keys and values, a number for each head and token, and the mask as numbers."""
@@ -192,8 +214,8 @@ class Activations:
         heads = _heads(module)
         if masked or not self._how.on_gpu:
             kv_width = width  # kernels without grouped queries get their keys and values repeated
-        kept = (2 * tokens * width + 2 * read * kv_width) * self._size + tokens * heads * FLOAT32
-        return kept + (shape.num_rows * shape.longest**2 * self._size if masked else 0)
+        kept = (2 * tokens * width + 2 * read * kv_width) * self._size(name) + tokens * heads * FLOAT32
+        return kept + (shape.num_rows * shape.longest**2 * self._size(name) if masked else 0)
 
 
 def audio_positions(model: Any, front_end: FrontEnd) -> int:
@@ -202,6 +224,14 @@ def audio_positions(model: Any, front_end: FrontEnd) -> int:
     if first is None:
         return front_end.encoder_positions
     return front_end.encoder_positions * front_end.encoder_dim // first.in_features
+
+
+def _reads_encoder(name: str) -> bool:
+    """Whether a layer makes keys or values of cross attention."""
+    last = name.rpartition(".")[2]
+    return ("encoder_attn." in name and last in ("k_proj", "v_proj")) or (
+        "crossattention." in name and last in ("key", "value")
+    )
 
 
 def _heads(module: Any) -> int:

@@ -14,6 +14,11 @@ PROCESS_BYTES = int(0.8 * GIB)
 """Of a worker's process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
 
 
+def told_bytes(num_bytes: float) -> str:
+    """``3.25 GiB``, or ``12.5 MiB`` if it is little."""
+    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.3g} MiB"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What one worker may take for tensors.

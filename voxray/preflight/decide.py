@@ -5,7 +5,9 @@ accumulation, workers against accumulation, recomputed activations, and threads 
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,9 +18,9 @@ from voxray.config.groups import range_of
 from voxray.config.train import TrainSettings
 from voxray.models.quantize import base_dtype
 from voxray.preflight.bench import Answering, Bench, Tried
-from voxray.preflight.budget import CPU_SHARE, Budget, worker_budget
+from voxray.preflight.budget import CPU_SHARE, Budget, told_bytes, worker_budget
 from voxray.preflight.findings import Findings
-from voxray.preflight.machine import GIB, free_memory_bytes, usable_cpus
+from voxray.preflight.machine import free_memory_bytes, usable_cpus
 from voxray.preflight.memory import MemoryModel, Training
 from voxray.preflight.outline import outline_of
 from voxray.preflight.rows import Rows
@@ -133,7 +135,7 @@ class Decider:
         if self._settings.grad_ckpt:
             return False
         self._change(
-            f"--grad_ckpt: even the smallest pack needs more than {self._gib(self._budget.num_bytes)}", grad_ckpt=True
+            f"--grad_ckpt: even the smallest pack needs more than {told_bytes(self._budget.num_bytes)}", grad_ckpt=True
         )
         if bench := self.__dict__.get("bench"):
             bench.checkpoint()
@@ -210,9 +212,9 @@ class Decider:
         """The real model, if this machine has room for it and for the smallest step."""
         wanted = self.planned(size_of(self._settings)).need.always_bytes()
         has_gpu, there = torch.cuda.is_available(), self._room_bytes
-        room = f"{self._gib(there)} free {'on the GPU' if has_gpu else 'here'}"
+        room = f"{told_bytes(there)} free {'on the GPU' if has_gpu else 'here'}"
         if wanted > CPU_SHARE * there:
-            why = f"weights and moments of {self._gib(wanted)} do not go into {room}"
+            why = f"weights and moments of {told_bytes(wanted)} do not go into {room}"
             self._findings.add("unchecked", "memory", f"no real step was taken: {why}; the figures are predicted")
             return None
         try:
@@ -248,8 +250,8 @@ class Decider:
             return
         why = "its tokens took less time, measured"
         if smaller:
-            needed = self._gib(self.planned(asked).need.peak_bytes)
-            why = f"the largest pack would need {needed} of the {self._gib(self._budget.num_bytes)} that are there"
+            needed = told_bytes(self.planned(asked).need.peak_bytes)
+            why = f"the largest pack would need {needed} of the {told_bytes(self._budget.num_bytes)} that are there"
         told = f"--{size.flag} {size.amount} (was {asked.amount}) and --grad_accum {size.grad_accum}: {why}"
         self._change(told, **{size.flag: size.amount, "grad_accum": size.grad_accum})
 
@@ -260,7 +262,7 @@ class Decider:
         decision = self.decision
         if not self._can_try(size):
             needed, room = self.planned(size).need.peak_bytes, self._room_bytes
-            told = f"the largest pack needs {self._gib(needed)}, and {self._gib(room)} are free here"
+            told = f"the largest pack needs {told_bytes(needed)}, and {told_bytes(room)} are free here"
             self._findings.add("unchecked", "memory", f"no real step was taken: {told}; the figures are predicted")
             return
         decision.largest = self._try(size)
@@ -292,19 +294,26 @@ class Decider:
         decision, findings = self.decision, self._findings
         pack, budget = decision.pack, self._budget
         assert pack is not None
-        there = f"{self._gib(budget.num_bytes)} ({budget.source})"
+        there = f"{told_bytes(budget.num_bytes)} ({budget.source})"
         if decision.fits:
-            told = f"{self._gib(pack.need.peak_bytes)} predicted"
-            told += f", {self._gib(decision.largest.peak_bytes)} measured" if decision.largest else ""
+            told = f"{told_bytes(pack.need.peak_bytes)} predicted"
+            told += f", {told_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
             findings.add("ok", "memory", f"{told}, of {there}")
         else:
             needed = decision.largest.peak_bytes if decision.largest else pack.need.peak_bytes
             advice = memory_advice(decision.settings)
-            findings.add("fix", "memory", f"a worker needs {self._gib(needed)} and may take {there}: {advice}")
+            findings.add("fix", "memory", f"a worker needs {told_bytes(needed)} and may take {there}: {advice}")
 
-    @staticmethod
-    def _gib(num_bytes: float) -> str:
-        return f"{num_bytes / GIB:.3g} GiB"
+
+@contextmanager
+def threads_of_one(num_workers: int) -> Iterator[None]:
+    """Compute meanwhile with as many threads as one of several workers on this machine has (see ``launch``)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers) if num_workers > 1 else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def planned_processes(num_workers: str | int) -> int:

@@ -18,7 +18,8 @@ from voxray.errors import RunError
 from voxray.launch import cluster_resources, refuse_other_family, stderr_to
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
-from voxray.preflight.decide import Decider, Decision, planned_processes
+from voxray.preflight.budget import told_bytes
+from voxray.preflight.decide import Decider, Decision, planned_processes, threads_of_one
 from voxray.preflight.estimate import RunTime, checkpoints_bytes, features_bytes, run_time
 from voxray.preflight.findings import Findings
 from voxray.preflight.machine import (
@@ -32,7 +33,6 @@ from voxray.preflight.machine import (
 )
 from voxray.preflight.outline import outline_of, tell_coverage
 from voxray.preflight.report import (
-    gib,
     launch_command,
     launch_values,
     memory_table,
@@ -154,7 +154,8 @@ class Preflight:
         tunes = self.flags.tune and not goes_on
         decider = Decider(rows, ready, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes)
         decider.fit_gpus()
-        self.decision = decider.decide()
+        with threads_of_one(decider.num_workers):
+            self.decision = decider.decide()
         decider.tell()
         self._compare(self.decision)
         settings, workers = self.decision.settings, decider.num_workers
@@ -168,7 +169,7 @@ class Preflight:
             return
         wanted, seen = decision.pack.need.peak_bytes, decision.largest.peak_bytes
         if abs(wanted - seen) > FRACTION_OFF * seen:
-            told = f"predicted were {gib(wanted)}, measured {gib(seen)}: believe what was measured"
+            told = f"predicted were {told_bytes(wanted)}, measured {told_bytes(seen)}: believe what was measured"
             self.findings.add("warning", "memory", told)
 
     def _look_at_disk(self, settings: TrainSettings, rows: Rows) -> None:
@@ -178,9 +179,9 @@ class Preflight:
         checkpoints = checkpoints_bytes(settings, trained)
         features = 0 if settings.features_dir else features_bytes(settings, rows)
         free = free_disk_bytes(self.folder)
-        told = f"--output_dir {self.folder.parent}: features {gib(features)}, checkpoints {gib(checkpoints)} at most,"
-        level = "ok" if features + checkpoints < free else "fix"
-        self.findings.add(level, "disk", f"{told} and {gib(free)} free")
+        told = f"--output_dir {self.folder.parent}: features take {told_bytes(features)}, checkpoints at most"
+        told += f" {told_bytes(checkpoints)}, and {told_bytes(free)} are free"
+        self.findings.add("ok" if features + checkpoints < free else "fix", "disk", told)
 
     def price(self) -> float | None:
         """What the run costs, if that can be said."""

@@ -11,7 +11,6 @@ from rich.table import Table
 from voxray.config.parse import REPOSITORY, flag_of
 from voxray.config.train import TrainSettings
 from voxray.preflight.findings import Findings
-from voxray.preflight.machine import GIB
 from voxray.preflight.memory import Need
 from voxray.run_folder import anchor
 from voxray.storage import write_atomically
@@ -72,7 +71,3 @@ def launch_command(job: str, config: Path) -> list[str]:
 def shown(command: list[str]) -> str:
     """A command as one types it."""
     return shlex.join(command)
-
-
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:.3g} GiB"
