@@ -236,6 +236,10 @@ def outlined(make: Callable[[], Any], model_id: str) -> Any:
     with torch.device("meta"):
         model = make()
     model.config.name_or_path = model.name_or_path = model_id
+    kept = model._keep_in_fp32_modules_strict or ()  # what from_pretrained leaves in float32
+    for name, parameter in model.named_parameters():
+        if any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
 
 

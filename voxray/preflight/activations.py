@@ -61,13 +61,13 @@ class Activations:
         front_end: Says how many positions a window has.
     """
 
-    def __init__(self, model: torch.nn.Module, family: Family, front_end: FrontEnd, how: Computing) -> None:
+    def __init__(self, model: Any, family: Family, front_end: FrontEnd, how: Computing) -> None:
         self._model, self._family, self._front_end, self._how = model, family, front_end, how
         order = list(family.roles)
         trained = {role_of(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
         first = min((order.index(role) for role in trained), default=len(order))
         self._with_gradient = set(order[first:])  # gradients pass through everything behind what trains first
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # of SALMONN: what its Q-Former makes of a window, and how many frames each of these reads
         self._queries = getattr(base.config, "positions_per_clip", 0)
         self._frames_read = base.config.window_frames if self._queries else 0

@@ -83,11 +83,7 @@ class Salmonn:
     def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """The model without weights (see ``models.family.Family``)."""
         config = read_folder(model_id)
-        model = outlined(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
-        for name, parameter in model.named_parameters():
-            if name.partition(".")[0] in TRAINED:
-                parameter.data = parameter.data.float()
-        return model
+        return outlined(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""
