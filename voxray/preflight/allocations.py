@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,18 @@ class Measured:
     sec: float
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage of before, collected meanwhile, would count as released."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def measured(work: Callable[[], Any], device: torch.device) -> Measured:
     """Run something and see how much memory it takes.
 
@@ -29,7 +42,6 @@ def measured(work: Callable[[], Any], device: torch.device) -> Measured:
     temporaries inside its kernels as well; what other libraries take for themselves (oneDNN's scratch memory) is not
     seen. The time of a CPU therefore includes that of taking notes, a few microseconds an operation.
     """
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -39,7 +51,7 @@ def measured(work: Callable[[], Any], device: torch.device) -> Measured:
         return Measured(torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - started)
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as notes:
+    with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as notes:
         started = time.perf_counter()
         work()
         seconds = time.perf_counter() - started

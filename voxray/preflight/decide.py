@@ -65,6 +65,7 @@ class Decider:
     """Looks for settings that fit.
 
     Args:
+        outline: The model of these settings, without weights.
         num_workers: Processes that train.
         memory_gib: Of a worker's machine; 0 looks at this one.
         tunes: Whether settings may be changed.
@@ -74,6 +75,7 @@ class Decider:
         self,
         rows: Rows,
         settings: TrainSettings,
+        outline: Any,
         num_workers: int,
         findings: Findings,
         *,
@@ -85,7 +87,7 @@ class Decider:
         self.decision = Decision(settings, budget=worker_budget(num_workers, memory_gib))
         self._tried: dict[tuple[Size, bool], Tried | None] = {}
         self._planned: dict[tuple[Size, bool, int], PlannedPack] = {}
-        self._models: dict[bool, Any] = {}
+        self._models: dict[bool, Any] = {settings.grad_ckpt: outline}
 
     @property
     def _settings(self) -> TrainSettings:

@@ -146,13 +146,13 @@ class Preflight:
         with self.findings.caught("model"):
             outline = outline_of(rows.stage, ready, rows.family)
             self.roles = tell_coverage(outline, rows.stage, rows.family, self.findings)
-            self._decide(ready, rows)
+            self._decide(ready, rows, outline)
 
-    def _decide(self, ready: TrainSettings, rows: Rows) -> None:
+    def _decide(self, ready: TrainSettings, rows: Rows, outline: Any) -> None:
         workers = planned_processes(ready.num_workers)
         goes_on = self.folder is not None and holds_run(self.folder.parent) and not ready.overwrite
         tunes = self.flags.tune and not goes_on
-        decider = Decider(rows, ready, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes)
+        decider = Decider(rows, ready, outline, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes)
         decider.fit_gpus()
         with threads_of_one(decider.num_workers):
             self.decision = decider.decide()

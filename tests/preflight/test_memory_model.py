@@ -20,6 +20,7 @@ from voxray.preflight.bench import Bench, stored_tensors
 from voxray.preflight.decide import Decider
 from voxray.preflight.findings import Findings
 from voxray.preflight.memory import MemoryModel
+from voxray.preflight.outline import outline_of
 from voxray.preflight.rows import look_at_rows
 from voxray.preflight.shapes import Computing, PackShape
 from voxray.preflight.tuning import size_of
@@ -65,7 +66,8 @@ def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
         findings = Findings()
         rows = look_at_rows(settings, findings)
         assert rows is not None, findings.to_fix
-        decider = Decider(rows, settings, 1, findings, memory_gib=1.0, tunes=False)
+        outline = outline_of(rows.stage, settings, rows.family)
+        decider = Decider(rows, settings, outline, 1, findings, memory_gib=1.0, tunes=False)
         pack = decider.planned(size_of(settings))
         tried = Bench(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
         assert tried is not None
