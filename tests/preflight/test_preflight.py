@@ -269,18 +269,33 @@ def test_salmonn_is_put_together_in_the_preflights_own_folder(
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("steps", ["2", "0"])
-def test_autorun_trains_and_passes_its_status_on(steps: str, small: dict[str, str], tmp_path: Path) -> None:
-    """A run that ends well, and one that is refused: the features folder is a file, which only training sees."""
+def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path) -> None:
+    """Word for word, in a folder laid out as it expects it."""
+    (tmp_path / "mistralai").mkdir()
+    (tmp_path / "mistralai" / "Voxtral-Mini-3B-2507").symlink_to(TINY)
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        shutil.copy(small[f"tqa.{part}"], tmp_path / "data" / f"text_medqa.{part}.jsonl")
+    line = "--nproc 2 --model_id mistralai/Voxtral-Mini-3B-2507 --train_jsonl data/text_medqa.train.jsonl"
+    line += " --val_jsonl data/text_medqa.val.jsonl --out_dir ckpt_stage1_text --autorun"
+    done = start_preflight(line.split(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "starting it" in done.stdout and "trained: " in done.stdout
+    assert (tmp_path / "ckpt_stage1_text" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp_path: Path) -> None:
+    """The folder of features cannot be made, which only training tries."""
     (tmp_path / "feats").write_text("")
-    flags = ["--max_steps", "2"] if steps == "2" else ["--features_dir", str(tmp_path / "feats" / "below")]
-    command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), "--model_id", TINY, "--autorun", *flags]
-    command += ["--train_jsonl", small["tqa.train"], "--val_jsonl", small["tqa.val"], "--nproc", "1"]
-    command += ["--out_dir", str(tmp_path / "run"), "--eval_max_new_tokens", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=280)
+    flags = ["--features_dir", str(tmp_path / "feats" / "below"), "--num_workers", "0", "--no_tune", "--autorun"]
+    files = ["--train_jsonl", small["tqa.train"], "--out_dir", "run", "--model_id", TINY]
+    done = start_preflight([*files, *flags], tmp_path)
     assert "starting it" in done.stdout, done.stderr
-    if steps == "2":
-        assert done.returncode == 0 and "trained: 2 steps" in done.stdout
-    else:
-        assert done.returncode == 1 and "--features_dir" in done.stderr
-    shutil.rmtree(tmp_path / "run")
+    assert done.returncode == 1 and "--features_dir" in done.stderr
+
+
+def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), *flags]
+    how = {"capture_output": True, "text": True, "timeout": 280, "cwd": folder}
+    return subprocess.run(command, env=environment(), **how)
