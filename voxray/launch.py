@@ -86,7 +86,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
     _quiet_loggers(log_path)
     try:
-        with _stderr_to(log_path), term_is_interrupt():
+        with stderr_to(log_path), term_is_interrupt():
             yield
             ray.shutdown()
     finally:
@@ -94,7 +94,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def _stderr_to(log_path: Path) -> Iterator[None]:
+def stderr_to(log_path: Path) -> Iterator[None]:
     """Send what C++ code writes to the standard error of this process to a file; Python's own stays on the terminal."""
     sys.stderr.flush()
     terminal, log = os.dup(2), os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -350,6 +350,20 @@ def gpus_within_reach() -> int:
     present = ray.cluster_resources().get("GPU", 0)
     limits = state.get_max_resources_from_cluster_config() or {}  # None without an autoscaler
     return int(max(present, limits.get("GPU", 0)))
+
+
+def cluster_resources(log_path: Path) -> dict[str, float] | None:
+    """CPUs, GPUs and memory of the cluster that RAY_ADDRESS names; None without one.
+
+    Raises:
+        RunError: It is out of reach.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        return None
+    with ray_session(log_path):
+        import ray
+
+        return dict(ray.cluster_resources())
 
 
 def count_workers(num_workers: str | int) -> tuple[int, int]:

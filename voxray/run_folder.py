@@ -28,6 +28,7 @@ PACKAGES = (
     "soxr",
     "tokenizers",
 )
+SETTINGS = "settings.json"
 MAY_CHANGE = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
@@ -101,23 +102,30 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
         SettingsError: The folder holds a run with other settings and ``overwrite`` is off.
     """
     make_folder(run_dir)
-    path = run_dir / "settings.json"
-    now = json.loads(settings.model_dump_json())
-    if path.is_file():
+    if holds_run(run_dir):
         if overwrite:
             _clear(run_dir)
         else:
-            _check_same_run(path, settings, now)
+            refuse_other_run(run_dir, settings)
     (run_dir / "STOP").unlink(missing_ok=True)
-    write_json(path, now)
+    write_json(run_dir / SETTINGS, json.loads(settings.model_dump_json()))
     write_json(run_dir / "provenance.json", provenance())
 
 
-def _check_same_run(path: Path, settings: Settings, now: dict[str, Any]) -> None:
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    return (run_dir / SETTINGS).is_file()
+
+
+def refuse_other_run(run_dir: Path, settings: Settings) -> None:
     """Compare with the settings that the folder's run was started with.
 
     A run that is older than a field was as the field's default is now.
+
+    Raises:
+        SettingsError: They differ in something that changes the result.
     """
+    path, now = run_dir / SETTINGS, json.loads(settings.model_dump_json())
     advice = "use --overwrite or another --output_dir"
     try:
         before = json.loads(path.read_text())

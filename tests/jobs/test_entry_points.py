@@ -126,6 +126,11 @@ def test_help_shows_every_flag_with_its_text() -> None:
             ("--batch_sizes", "--clip_sec", "--new_tokens", "--repeats", "--warmup", "--task", "--language"),
         ),
         (
+            "preflight",
+            "--train_jsonl a.jsonl --price_per_hour -1 --memory_gib x --recipe none --lora_r 0",
+            ("--output_dir", "--price_per_hour", "--memory_gib", "--recipe", "--lora_r"),
+        ),
+        (
             "quickstart",
             "--train_jsonl a.jsonl --output_dir o --num_workers 0 --eval_bsz 0 --lora_dropout 1",
             ("--num_workers", "--eval_bsz", "--lora_dropout"),

@@ -320,6 +320,21 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "overwrite": WARNS,
         "cuda_visible_devices": WARNS,
     },
+    # Flags of training go on to it in the file that the command names.
+    "preflight": {
+        **dict.fromkeys(TRAIN, "preflight::flags_reach_the_command"),
+        **dict.fromkeys(("train_jsonl", "val_jsonl"), "preflight::everything_that_is_wrong_is_listed_at_once"),
+        "max_len": "preflight::rows_that_are_left_out_are_told",
+        "strict": "preflight::rows_that_are_left_out_are_told",
+        "output_dir": "preflight::an_output_that_cannot_be_written preflight::a_good_run_is_ready",
+        "overwrite": "preflight::flags_reach_the_command preflight::another_run_in_the_folder",
+        "cuda_visible_devices": WARNS,
+        "recipe": "preflight::the_recipe_follows_from_model_and_tasks",
+        "tune": "preflight::a_batch_that_does_not_fit_is_made_smaller",
+        "memory_gib": "preflight::a_batch_that_does_not_fit_is_made_smaller preflight::what_no_change_can_fit_is_said",
+        "price_per_hour": "preflight::a_good_run_is_ready",
+        "autorun": "preflight::autorun_becomes_the_command_that_was_printed",
+    },
     "quickstart": {
         **dict.fromkeys((*TRAIN, "base_val_jsonl", "eval_bsz"), HANDED_ON),
         "overwrite": WARNS,
@@ -335,7 +350,7 @@ def settings_class(job: str) -> type[Settings]:
 @cache
 def named_tests(name: str) -> set[str]:
     """Names of the test functions of tests/jobs/test_<name>.py, or of those of other folders of tests."""
-    folders = ("jobs", "training", "evaluation", "demo", "models")
+    folders = ("jobs", "training", "evaluation", "demo", "models", "preflight")
     paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in folders)
     tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -35,7 +35,12 @@ ASR_ADAPTER = (
     f"--model_id {VOXTRAL} --train_jsonl dataset/train_data.cached.jsonl --output_dir ckpt_stage2_asr --epochs 2 "
     "--lr 1e-4 --per_device_bsz 8 --grad_accum 4"
 )
+PREFLIGHT = (
+    f"--nproc 2 --model_id {VOXTRAL} --train_jsonl data/text_medqa.train.jsonl --val_jsonl data/text_medqa.val.jsonl "
+    "--out_dir ckpt_stage1_text --autorun"
+)
 SEED_COMMANDS = [
+    ("preflight", PREFLIGHT),  # test_preflight.py runs it
     ("train_text", TEXT),
     ("train_text", f"{TEXT} --num_workers 2"),
     ("train_asr_adapter", ASR_ADAPTER),
@@ -101,6 +106,8 @@ OLD_SPELLINGS = [
     ("prefetch", "--dataset_name some/data", "dataset", "some/data"),
     ("prefetch", "--dataset x --language_abbr sv-SE", "language", "sv-SE"),
     ("audit", "--train_jsonl x.jsonl --base_model some/model", "model_id", "some/model"),
+    ("preflight", "--train_jsonl x.jsonl --out_dir out --nproc 2", "num_workers", 2),
+    ("preflight", "--train_jsonl x.jsonl --out_dir out --learning_rate 1e-3", "lr", 1e-3),
 ]
 
 

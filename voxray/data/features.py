@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,23 +78,59 @@ class _Shard:
         )
 
 
-class Features:
-    """Rows of one or several feature sets, addressed by one running number in manifest order.
+class RowLengths:
+    """What planning asks of rows, which are addressed by one running number in manifest order.
 
-    Args:
-        spare_tokens: {task: tokens to keep free for each of its rows}, for prompts that may get longer than the stored
-            ones.
     Attributes:
-        folders: The feature sets.
-        store: What they store of a clip, one of ``shards.STORES``; "" if there is no set.
         task: Task code of every row, int8 (see ``shards.TASK_CODES``).
         sample: Running number of the manifest row that every row is a variant of, int64.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
-        longest_tokens: Tokens of both together, and ``spare_tokens``.
+        spare_tokens: {task: tokens to keep free for each of its rows}, for prompts that may get longer than these.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
         has_language: Whether the row's language is known, bool.
+    """
+
+    task: np.ndarray
+    sample: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_target_tokens: np.ndarray
+    spare_tokens: Mapping[str, int]
+    num_windows: np.ndarray
+    num_samples: np.ndarray
+    has_language: np.ndarray
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        return self.num_prompt_tokens + self.num_target_tokens
+
+    @cached_property
+    def longest_tokens(self) -> np.ndarray:
+        """``num_tokens`` and the spare ones."""
+        longest = self.num_tokens
+        for name, spare in self.spare_tokens.items():
+            longest[self.task == TASK_CODES[name]] += spare
+        return longest
+
+    def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows within a token limit, and the first row of every sample that has no variant within it."""
+        fits = self.longest_tokens <= max_len
+        rows, others = np.flatnonzero(fits), np.flatnonzero(~fits)
+        lost = others[~np.isin(self.sample[others], self.sample[rows])]
+        return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]
+
+    def source(self, number: int) -> str:
+        """``<manifest>:<line>`` of a row."""
+        raise NotImplementedError
+
+
+class Features(RowLengths):
+    """Rows of one or several feature sets.
+
+    Attributes:
+        folders: The feature sets.
+        store: What they store of a clip, one of ``shards.STORES``; "" if there is no set.
 
     Raises:
         RunError: A folder holds no finished set, or the sets do not store the same.
@@ -114,9 +151,7 @@ class Features:
         self.sample = np.cumsum(self._numbers("variant") == 0) - 1
         self.num_prompt_tokens = self._numbers("num_prompt_tokens")
         self.num_target_tokens = self._numbers("num_target_tokens")
-        self.longest_tokens = self.num_tokens
-        for name, spare in (spare_tokens or {}).items():
-            self.longest_tokens[self.task == TASK_CODES[name]] += spare
+        self.spare_tokens = spare_tokens or {}
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
         self.has_language = self._numbers("language") != ""
@@ -130,17 +165,6 @@ class Features:
 
     def _numbers(self, name: str) -> np.ndarray:
         return self._index[name].combine_chunks().to_numpy(zero_copy_only=False)
-
-    @property
-    def num_tokens(self) -> np.ndarray:
-        return self.num_prompt_tokens + self.num_target_tokens
-
-    def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows within a token limit, and the first row of every sample that has no variant within it."""
-        fits = self.longest_tokens <= max_len
-        rows, others = np.flatnonzero(fits), np.flatnonzero(~fits)
-        lost = others[~np.isin(self.sample[others], self.sample[rows])]
-        return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]
 
     def ids(self, numbers: Iterable[int]) -> list[str]:
         return [self._index["id"][int(number)].as_py() for number in numbers]

@@ -214,6 +214,13 @@ class Family(Protocol):
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
 
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """What ``load_model`` gives, without its weights: every parameter has its shape and type, and takes no memory.
+
+        Quantised layers stand there as they are before they are quantised.
+        """
+        ...
+
     def audio_path(self, model: Any) -> torch.nn.Module:
         """What hears whole windows in a model, with what an adapter adds to it (see ``AudioPath``): features of the
         model's type -> what the rest of the model takes, the same number of rows for every window."""
@@ -305,6 +312,18 @@ def _salmonn() -> Family:
 
 FAMILIES: Mapping[str, Callable[[], Family]] = {"voxtral": _voxtral, "whisper": _whisper, "salmonn": _salmonn}
 """Every family by its model type; none is imported before it is asked for, because processes start by the dozen."""
+
+
+def outlined(make: Callable[[], Any], model_id: str) -> Any:
+    """A frozen model whose parameters lie on PyTorch's meta device: see ``Family.outline``."""
+    with torch.device("meta"):
+        model = make()
+    model.config.name_or_path = model.name_or_path = model_id
+    kept = model._keep_in_fp32_modules_strict or ()  # what from_pretrained leaves in float32
+    for name, parameter in model.named_parameters():
+        if any(f".{part}." in f".{name}." for part in kept):
+            parameter.data = parameter.data.float()
+    return model.requires_grad_(False).eval()
 
 
 def family_of(model_id: str) -> Family:

@@ -24,7 +24,7 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.encoder import PassThrough, encode, load_alone, weights_fingerprint
-from voxray.models.family import AudioPath, UsualFamily, base_of, model_file
+from voxray.models.family import AudioPath, UsualFamily, base_of, model_file, outlined
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import load_frozen
@@ -206,6 +206,13 @@ class Voxtral(UsualFamily):
         return load_frozen(
             VoxtralForConditionalGeneration, model_id, dtype=dtype, device=device, quantize=quantize, keep=keep
         )
+
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """The model without weights (see ``models.family.Family``)."""
+        from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+        config = VoxtralConfig.from_pretrained(model_id)
+        return outlined(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the audio encoder's weights as they are stored."""

@@ -24,7 +24,7 @@ from voxray.manifest import BadRow, Sample, Segment
 from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.cross_decoding import CrossDecoding
 from voxray.models.encoder import Outputs, PassThrough, encode, hear_through, load_alone, weights_fingerprint
-from voxray.models.family import AudioPath, UsualFamily, base_of, model_file
+from voxray.models.family import AudioPath, UsualFamily, base_of, model_file, outlined
 from voxray.models.few_rows import linear_of_few
 from voxray.models.quantize import load_frozen
 from voxray.models.windows import FEATURES_VERSION, WindowedLogMel
@@ -195,6 +195,13 @@ class Whisper(UsualFamily):
         model = load_frozen(WhisperForConditionalGeneration, model_id, **options)
         model.generation_config.forced_decoder_ids = None  # prompts say language and task
         return model
+
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """The model without weights (see ``models.family.Family``)."""
+        from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+        config = WhisperConfig.from_pretrained(model_id)
+        return outlined(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the encoder's weights as they are stored."""

@@ -11,6 +11,11 @@ from voxray.training.host import HOST, Host
 STAGE = Stage(roles=("projector",), tasks=("asr",))
 
 
+def stage_of(settings: AsrAdapterSettings) -> Stage:
+    """What the settings ask to be trained."""
+    return STAGE
+
+
 def train(settings: AsrAdapterSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one adapter on speech rows; every worker calls this (see ``train_stage``)."""
-    return train_stage(STAGE, settings, run_dir, data, worker, host)
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)

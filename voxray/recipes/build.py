@@ -77,11 +77,20 @@ def build_model(
         started = f"LoRA starts from {earlier.folder}: {copied} tensors of {', '.join(earlier.roles)}"
         started += f"; kept as they are: {', '.join(kept)}" if kept else ""
     if settings.grad_ckpt:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_gradients(base)
     set_modes(model, family, roles)
     if settings.compile:
         family.compile_layers(model)
     return model, started
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Let layers compute their activations again in the backward pass; ``set_modes`` has to follow."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The library makes input embeddings give gradients then, which only re-entrant checkpoints need. Of an audio
+    # encoder it takes the first convolution for one, and a frozen encoder would keep all its activations.
+    base.disable_input_require_grads()
 
 
 def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:

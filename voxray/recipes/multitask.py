@@ -10,9 +10,13 @@ from voxray.training.engine import Worker
 from voxray.training.host import HOST, Host
 
 
-def train(settings: MultitaskSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
-    """Train one adapter on rows of all tasks; every worker calls this (see ``train_stage``)."""
+def stage_of(settings: MultitaskSettings) -> Stage:
+    """What the settings ask to be trained."""
     roles = ("projector", "llm") if settings.freeze_whisper else ("encoder", "projector", "llm")
     curriculum = tuple(Phase(*phase) for phase in settings.curriculum)
-    stage = Stage(roles, task_weights=settings.task_weights, per_task_bsz=settings.per_task_bsz, curriculum=curriculum)
-    return train_stage(stage, settings, run_dir, data, worker, host)
+    return Stage(roles, task_weights=settings.task_weights, per_task_bsz=settings.per_task_bsz, curriculum=curriculum)
+
+
+def train(settings: MultitaskSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
+    """Train one adapter on rows of all tasks; every worker calls this (see ``train_stage``)."""
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)

@@ -47,10 +47,15 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     return settings.model_copy(update=changed)
 
 
+def stage_of(settings: SalmonnSettings) -> Stage:
+    """What the settings ask to be trained."""
+    redraw = DrawnPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
+    return Stage(ROLES, redraw=redraw)
+
+
 def train(settings: SalmonnSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one stage on rows of all tasks; every worker calls this (see ``train_stage``)."""
-    redraw = DrawnPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
-    return train_stage(Stage(ROLES, redraw=redraw), settings, run_dir, data, worker, host)
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)
 
 
 class DrawnPrompts:

@@ -6,7 +6,7 @@ A stage is told apart by data alone (``Stage``); its recipe says which it is and
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from voxray.config.groups import MaskFlags
 from voxray.config.train import TrainSettings
 from voxray.data.batching import Batching
 from voxray.data.collate import IGNORED, collate_training
-from voxray.data.features import Features
+from voxray.data.features import Features, RowLengths
 from voxray.data.featurize import write_ledger
 from voxray.data.loader import Loader, Masking, Redraw
 from voxray.data.plan import Phase, Plan, Variants
@@ -71,6 +71,7 @@ class Stage:
 
 Lost = tuple[Features, int, str, str]
 """A row that is left out: (features, row number, reason, message)."""
+R = TypeVar("R", bound=RowLengths)
 
 
 def train_stage(
@@ -213,7 +214,7 @@ def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Pre
 def plan_of(
     stage: Stage,
     settings: TrainSettings,
-    features: Features,
+    features: RowLengths,
     rows: np.ndarray,
     packs_per_step: int,
     outside_positions: int = 0,
@@ -248,11 +249,11 @@ def masks_of(settings: TrainSettings) -> SpecAugment:
 def choose_rows(
     stage: Stage,
     settings: TrainSettings,
-    features: Features,
-    held_out: Features,
+    features: R,
+    held_out: R,
     front_end: FrontEnd,
     divided: frozenset[str] = frozenset(),
-) -> tuple[np.ndarray, np.ndarray, list[Lost]]:
+) -> tuple[np.ndarray, np.ndarray, list[tuple[R, int, str, str]]]:
     """Rows to train on, rows to validate on, and those that are left out.
 
     Args:
@@ -260,7 +261,7 @@ def choose_rows(
     Raises:
         RunError: Nothing is left to train on.
     """
-    lost: list[Lost] = []
+    lost: list[tuple[R, int, str, str]] = []
     kept = []
     max_len = min(settings.max_len, front_end.max_positions)
     for part in (features, held_out):
@@ -289,7 +290,7 @@ def choose_rows(
 
 
 def _unfit(
-    part: Features, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
+    part: RowLengths, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
 ) -> Iterator[tuple[int, str, str]]:
     """Rows within the token limit that the family cannot be trained on, with reason and message.
 
@@ -308,7 +309,7 @@ def _unfit(
             yield row, "no_language", "the row names no language, which this model is told; give it one, or --language"
 
 
-def _why_none(stage: Stage, settings: TrainSettings, features: Features) -> str:
+def _why_none(stage: Stage, settings: TrainSettings, features: RowLengths) -> str:
     if np.isin(features.task, [TASK_CODES[name] for name in stage.tasks]).any() or len(stage.tasks) == len(TASKS):
         return f"no row is within --max_len {settings.max_len} tokens"
     wanted = "; ".join(f"{name}: {', '.join(TASKS[name].keys)}" for name in stage.tasks)

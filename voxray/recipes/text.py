@@ -11,6 +11,11 @@ from voxray.training.host import HOST, Host
 STAGE = Stage(roles=("llm",), tasks=("tqa",))
 
 
+def stage_of(settings: TextSettings) -> Stage:
+    """What the settings ask to be trained."""
+    return STAGE
+
+
 def train(settings: TextSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one adapter on text rows; every worker calls this (see ``train_stage``)."""
-    return train_stage(STAGE, settings, run_dir, data, worker, host)
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)

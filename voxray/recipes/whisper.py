@@ -9,8 +9,12 @@ from voxray.training.engine import Worker
 from voxray.training.host import HOST, Host
 
 
+def stage_of(settings: WhisperSettings) -> Stage:
+    """What the settings ask to be trained."""
+    roles = ("decoder",) if settings.freeze_encoder else ("encoder", "decoder")
+    return Stage(roles, tasks=("asr",), lora_targets=settings.lora_targets)
+
+
 def train(settings: WhisperSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
     """Train one adapter on speech rows; every worker calls this (see ``train_stage``)."""
-    roles = ("decoder",) if settings.freeze_encoder else ("encoder", "decoder")
-    stage = Stage(roles, tasks=("asr",), lora_targets=settings.lora_targets)
-    return train_stage(stage, settings, run_dir, data, worker, host)
+    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)

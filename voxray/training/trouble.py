@@ -23,7 +23,7 @@ def named_trouble(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY):
+        if is_out_of_memory(error):
             raise RunError(f"out of memory: {memory_advice(settings)}") from error
         raise
     except OSError as error:
@@ -31,6 +31,11 @@ def named_trouble(settings: TrainSettings) -> Iterator[None]:
             where = f"{error.filename}: " if error.filename else f"{settings.output_dir}: "
             raise RunError(f"{where}{error.strerror}; make room, the same command goes on") from error
         raise
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory, of a GPU or of the machine, does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def memory_advice(settings: TrainSettings) -> str:

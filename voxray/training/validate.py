@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.data.features import Features
+from voxray.data.features import Features, RowLengths
 from voxray.data.shards import TASK_CODES
 from voxray.evaluation.generate import answers, length_batches
 from voxray.evaluation.likelihood import reference_losses
@@ -40,7 +40,7 @@ class Validation:
     texts: dict[int, str]
 
 
-def first_rows_per_task(features: Features, rows: np.ndarray, limit: int) -> np.ndarray:
+def first_rows_per_task(features: RowLengths, rows: np.ndarray, limit: int) -> np.ndarray:
     """The first ``limit`` rows of every task, in order; all of them if ``limit`` is 0."""
     if not limit:
         return rows

@@ -16,7 +16,7 @@ from voxray.errors import SettingsError
 from voxray.models.compiling import compile_layers, uncompiled
 from voxray.models.decoding import CausalDecoding
 from voxray.models.encoder import PassThrough
-from voxray.models.family import AudioPath, base_of
+from voxray.models.family import AudioPath, base_of, outlined
 from voxray.models.few_rows import linear_of_few
 from voxray.models.packed import Segments, use_packed_attention
 from voxray.models.quantize import quantization, settle
@@ -24,6 +24,7 @@ from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.features import MIN_SAMPLES
 from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
 from voxray.models.salmonn.hearing import TOWERS, TRAINED, Towers, WindowPath
+from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 from voxray.models.salmonn.processor import SalmonnFrontEnd
 from voxray.models.touching import touching
 from voxray.models.windows import ENCODER_STRIDE
@@ -80,6 +81,11 @@ class Salmonn:
             model.llama_model = model.llama_model.merge_and_unload()
         settle(model)
         return model.to(device).requires_grad_(False).eval()
+
+    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """The model without weights (see ``models.family.Family``)."""
+        config = read_folder(model_id)
+        return outlined(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""

@@ -1,0 +1,20 @@
+"""Look at all that a training run needs, find settings that fit and are quick, and write the command to start it."""
+
+import sys
+
+from voxray.config.parse import parse
+from voxray.config.preflight import preflight_settings
+from voxray.errors import job
+
+
+@job
+def main(argv: list[str] | None = None) -> None:
+    kind, why = preflight_settings(sys.argv[1:] if argv is None else argv)
+    settings = parse(kind, argv, job="preflight", about=__doc__ or "", demo="demo_preflight.yaml")
+    from voxray.preflight.job import run_preflight
+
+    run_preflight(settings, why)
+
+
+if __name__ == "__main__":
+    main()

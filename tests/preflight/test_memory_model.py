@@ -1,0 +1,218 @@
+"""The memory model against PyTorch's allocator, bitsandbytes' layers, and the published size of Voxtral Mini."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, WHISPER
+
+from voxray.config.salmonn import SalmonnSettings
+from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
+from voxray.models.family import family_of, outlined
+from voxray.models.lora import add_lora, count_parameters
+from voxray.models.voxtral import Voxtral
+from voxray.preflight.allocations import measured
+from voxray.preflight.bench import Bench, stored_tensors
+from voxray.preflight.decide import Decider
+from voxray.preflight.findings import Findings
+from voxray.preflight.memory import MemoryModel
+from voxray.preflight.outline import outline_of
+from voxray.preflight.rows import look_at_rows
+from voxray.preflight.shapes import Computing, PackShape
+from voxray.preflight.tuning import size_of
+from voxray.preflight.weights import quantized_layers, weight_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = 0.2
+SLOW = pytest.mark.slow
+AUDIO = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+TEXT = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30, "num_attention_heads": 32}
+
+
+class Positions:
+    """What the memory model asks of Voxtral Mini's front end."""
+
+    encoder_positions, encoder_dim = 1500, 1280
+
+
+@pytest.fixture(scope="session")
+def middle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Voxtral of 15 million parameters, wider and deeper than the tiny one, with random weights."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    described = VoxtralConfig.from_pretrained(TINY).to_dict()
+    described["audio_config"] |= {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    described["text_config"] |= {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, **heads}
+    folder = tmp_path_factory.mktemp("middle")
+    VoxtralForConditionalGeneration(VoxtralConfig.from_dict(described)).save_pretrained(folder)
+    for name in ("tekken.json", "preprocessor_config.json"):
+        shutil.copy(Path(TINY) / name, folder / name)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
+    """Bytes predicted for the largest planned pack of some settings, and measured."""
+
+    def compare(kind: type[TrainSettings], model_id: str, **values: Any) -> tuple[float, float]:
+        tasks = values.pop("tasks", ("asr", "tqa"))
+        manifests = tuple(small[f"{task}.train"] for task in tasks)
+        settings = kind(train_jsonl=manifests, output_dir="unused", model_id=model_id, **values)
+        findings = Findings()
+        rows = look_at_rows(settings, findings)
+        assert rows is not None, findings.to_fix
+        outline = outline_of(rows.stage, settings, rows.family)
+        decider = Decider(rows, settings, outline, 1, findings, memory_gib=1.0, tunes=False)
+        pack = decider.planned(size_of(settings))
+        tried = Bench(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
+        assert tried is not None
+        return pack.need.peak_bytes, tried.peak_bytes
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (MultitaskSettings, {"per_device_bsz": 8, "tasks": ("asr",)}),
+        pytest.param(MultitaskSettings, {"per_device_bsz": 8, "grad_ckpt": True, "bf16": True}, marks=SLOW),
+        (MultitaskSettings, {"batching": "packed", "pack_tokens": 600, "quantize": "4bit", "lora_dropout": 0.0}),
+        (MultitaskSettings, {"per_device_bsz": 4, "tuning": "full", "freeze_whisper": False}),
+        pytest.param(MultitaskSettings, {"per_device_bsz": 8, "tuning": "dora", "label_smoothing": 0.1}, marks=SLOW),
+        pytest.param(TextSettings, {"per_device_bsz": 8, "quantize": "8bit", "tasks": ("tqa",)}, marks=SLOW),
+        pytest.param(AsrAdapterSettings, {"per_device_bsz": 8, "store": "encoder", "tasks": ("asr",)}, marks=SLOW),
+    ],
+)
+def test_tiny_voxtral_needs_what_is_predicted(
+    compared: Callable[..., tuple[float, float]], kind: type[TrainSettings], values: dict[str, Any]
+) -> None:
+    predicted, seen = compared(kind, TINY, **values)
+    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        pytest.param({"grad_ckpt": True, "tuning": "full"}, marks=SLOW),
+        pytest.param({"freeze_encoder": True}, marks=SLOW),
+    ],
+)
+def test_whisper_needs_what_is_predicted(compared: Callable[..., tuple[float, float]], values: dict[str, Any]) -> None:
+    predicted, seen = compared(WhisperSettings, WHISPER, tasks=("asr",), per_device_bsz=6, **values)
+    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+
+
+def test_salmonn_needs_what_is_predicted(compared: Callable[..., tuple[float, float]], salmonn: str) -> None:
+    predicted, seen = compared(SalmonnSettings, salmonn, tasks=("asr",), per_device_bsz=8)
+    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, pytest.param({"grad_ckpt": True, "bf16": True, "quantize": "4bit"}, marks=SLOW)]
+)
+def test_a_middle_sized_model_needs_what_is_predicted(
+    compared: Callable[..., tuple[float, float]], middle: str, values: dict[str, Any]
+) -> None:
+    """The larger the model, the less the odds and ends count: 20 % are asked for, a tenth of that is the rule."""
+    predicted, seen = compared(MultitaskSettings, middle, tasks=("asr",), per_device_bsz=2, **values)
+    assert predicted == pytest.approx(seen, rel=0.1)
+
+
+@pytest.mark.parametrize("model_id", [TINY, WHISPER])
+@pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
+def test_weights_are_counted_to_the_byte(model_id: str, quantize: str) -> None:
+    family = family_of(model_id)
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    real = family.load_model(model_id, device=torch.device("cpu"), quantize=quantize, **options)
+    stored = {id(tensor): tensor.numel() * tensor.element_size() for tensor in list(stored_tensors(real))}
+    outline = family.outline(model_id, **options)
+    assert sum(weight_bytes(outline, family, quantize).values()) == sum(stored.values())
+    assert all(parameter.is_meta for parameter in outline.parameters())
+
+
+@pytest.fixture(scope="module")
+def mini() -> Any:
+    """Voxtral Mini 3B in the shapes of its published configuration, without weights."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    audio = {**AUDIO, "num_mel_bins": 128, "max_source_positions": 1500}
+    text = {**TEXT, "model_type": "llama", "vocab_size": 131_072, "num_key_value_heads": 8, "head_dim": 128}
+    config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=24)
+    return outlined(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=torch.bfloat16), "mini")
+
+
+def test_full_size_voxtral_is_counted_without_its_weights(mini: Any) -> None:
+    family = Voxtral()
+    counts = {role: entry["total"] for role, entry in count_parameters(mini, family).items()}
+    assert sum(counts.values()) == 4_676_271_104
+    assert counts["encoder"] == 636_968_960 and counts["projector"] == 25_165_824
+    layers = [layer for _, layer in quantized_layers(mini, family)]
+    assert len(layers) == 30 * 7, "all Linear layers of the language model, but not its output layer"
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert weights == 30 * (2 * 3072 * 4096 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
+    held = weight_bytes(mini, family, "4bit")["llm", "4bit"]
+    # half a byte a weight, a byte for the scale of 64, four bytes for that of 256 scales, a few for each layer
+    assert held == pytest.approx(weights * (0.5 + 1 / 64 + 4 / (64 * 256)), rel=1e-3)
+
+
+def test_full_size_voxtral_needs_what_one_would_think(mini: Any) -> None:
+    """LoRA on projector and language model: half the memory with 4 bits, activations gone with --grad_ckpt."""
+    family, lora = Voxtral(), {"r": 16, "alpha": 32, "dropout": 0.05}
+    with torch.device("meta"):
+        model = add_lora(mini, family, ("projector", "llm"), model_id="mini", **lora)
+    counts = count_parameters(model, family)
+    per_layer = 16 * (2 * (3072 + 4096) + 2 * (3072 + 1024) + 3 * (3072 + 8192))
+    assert counts["llm"]["trainable"] == 30 * per_layer
+    assert counts["projector"]["trainable"] == 16 * (5120 + 3072 + 2 * 3072)
+    model.train()
+    shape = PackShape(8, 8 * 450, 450, 8, 8 * 60)
+
+    def peak(**how: Any) -> float:
+        computing = Computing(torch.bfloat16, on_gpu=True, **how)
+        return MemoryModel(model, family, Positions(), computing).of(shape).peak_bytes / 2**30  # type: ignore[arg-type]
+
+    plain, in_4_bits = peak(), peak(quantize="4bit")
+    assert 2 * 4.703e9 / 2**30 < plain < 60, "weights alone are 8.8 GiB"
+    weights = sum(layer.weight.numel() for _, layer in quantized_layers(mini, family))
+    assert plain - in_4_bits == pytest.approx(weights * (2 - 0.516) / 2**30, rel=0.02)
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert peak() < 0.6 * plain, "most of a step are activations"
+
+
+def test_allocations_are_exact() -> None:
+    """Two matrices of 4 MB at a time, one of which stays; whatever a product takes inside is seen as well."""
+    matrix, kept = torch.randn(1000, 1000), []
+
+    def work() -> None:
+        square = matrix @ matrix
+        kept.append(square @ matrix)
+
+    assert measured(work, torch.device("cpu")).peak_bytes == 8_000_000
+
+
+def test_a_frozen_encoder_keeps_nothing_when_activations_are_recomputed(small: dict[str, str]) -> None:
+    """transformers lets the outputs of the first convolution give gradients, which would keep the whole encoder's."""
+    values = {"train_jsonl": (small["asr.train"],), "output_dir": "unused", "model_id": TINY}
+    settings = MultitaskSettings(**values, grad_ckpt=True)
+    rows = look_at_rows(settings, Findings())
+    assert rows is not None
+    model = Bench(rows, settings, torch.device("cpu")).model
+    mel_1FT = torch.zeros(1, 128, rows.front_end.window_frames)
+    assert not model.get_base_model().model.audio_tower(mel_1FT).last_hidden_state.requires_grad
+
+
+def test_lengths_are_those_of_features(small: dict[str, str], make_features: Callable[..., tuple[Path, ...]]) -> None:
+    from voxray.data.features import Features
+
+    manifests = tuple(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
+    rows = look_at_rows(MultitaskSettings(train_jsonl=manifests, output_dir="o", model_id=TINY), Findings())
+    assert rows is not None
+    real = Features(make_features(*manifests))
+    for name in ("task", "sample", "num_prompt_tokens", "num_target_tokens", "num_windows", "num_samples"):
+        assert np.array_equal(getattr(rows.train, name), getattr(real, name)), name

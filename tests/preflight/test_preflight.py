@@ -1,0 +1,301 @@
+"""The preflight job on small data: what it finds, changes and writes, and what it starts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY, WHISPER, read_rows, write_rows
+from running import JOBS, ROOT, environment, load_job, parse_only
+
+from voxray.config.preflight import PreflightTextSettings, preflight_settings
+from voxray.config.train import TextSettings
+from voxray.errors import RunError
+from voxray.preflight import job as preflight_job
+from voxray.preflight.job import run_preflight, training_settings
+from voxray.preflight.report import launch_values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def preflight(small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the job in this process; returns the exit status and what preflight.json holds."""
+
+    def run(*flags: str, **manifests: str) -> tuple[int, dict[str, Any]]:
+        train, val = (manifests.get(name, small[f"tqa.{name}"]) for name in ("train", "val"))
+        files = ["--train_jsonl", train, "--val_jsonl", val] if val else ["--train_jsonl", train]
+        status = 0
+        try:
+            load_job("preflight").main(
+                ["--model_id", TINY, *files, "--output_dir", str(tmp_path / "run"), "--num_workers", "0", *flags]
+            )
+        except SystemExit as end:
+            status = int(end.code or 0)
+        path = tmp_path / "run" / "preflight" / "preflight.json"
+        return status, json.loads(path.read_text()) if path.is_file() else {}
+
+    return run
+
+
+def of_level(found: dict[str, Any], level: str) -> list[str]:
+    return [f"{entry['about']}: {entry['message']}" for entry in found["findings"] if entry["level"] == level]
+
+
+def test_a_good_run_is_ready(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = preflight("--per_device_bsz", "4", "--price_per_hour", "36", "--no_tune")
+    said = capsys.readouterr().out
+    assert status == 0 and found["ready"] and of_level(found, "fix") == []
+    assert any(line.startswith("gpu: no GPU in reach") for line in of_level(found, "unchecked"))
+    assert found["memory"]["measured_bytes"] == pytest.approx(found["memory"]["predicted_bytes"], rel=0.2)
+    assert found["time"]["num_steps"] == 9 and found["time"]["num_validations"] == 3
+    seconds = found["time"]["training_sec"] + found["time"]["validation_sec"]
+    assert found["cost"] == pytest.approx(seconds / 100)
+    assert found["parameters"]["llm"]["lora_layers"] == 14 and found["parameters"]["projector"]["trainable"] == 0
+    assert "text, because all rows looked at are text questions" in said
+    assert "tqa: <s>[INST]" in said and "in all, the peak" in said and "cost: about" in said
+    folder = tmp_path / "run"
+    assert {path.name for path in folder.iterdir()} == {"preflight"}, "nothing else of the run is touched"
+    assert {path.name for path in (folder / "preflight").iterdir()} == {
+        "preflight.json",
+        "preflight.log",
+        "train_text.yaml",
+    }
+    command = found["command"]
+    assert command[1] == str(ROOT / "jobs" / "train_text.py") and f"start it with: {' '.join(command)}" in said
+    settings = parse_only("train_text", command[2:])
+    assert type(settings) is TextSettings and settings.per_device_bsz == 4 and settings.num_workers == 0
+    assert settings.output_dir == str(folder)
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(preflight: Run) -> None:
+    _, roomy = preflight("--per_device_bsz", "8", "--no_tune")
+    least = roomy["memory"]["moments"]["optimizer step"]
+    budget = (least + 0.4 * (roomy["memory"]["predicted_bytes"] - least)) / 2**30
+    status, found = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}")
+    assert status == 0, of_level(found, "fix")
+    settings = parse_only("train_text", found["command"][2:])
+    assert settings.per_device_bsz < 8 and settings.per_device_bsz * settings.grad_accum == 8
+    assert found["memory"]["measured_bytes"] <= budget * 2**30
+    assert found["changes"][0].startswith(f"--per_device_bsz {settings.per_device_bsz} (was 8)")
+    status, found = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}", "--no_tune")
+    assert status == 1 and found["changes"] == [] and not found["ready"]
+    assert "lower --per_device_bsz (now 8)" in of_level(found, "fix")[0]
+
+
+def test_what_no_change_can_fit_is_said(preflight: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = preflight("--memory_gib", "0.001", "--autorun")
+    said = capsys.readouterr()
+    assert status == 1 and found["command"] == []
+    assert said.err.startswith("error: memory: a worker needs ") and "1 thing(s) must be fixed first" in said.err
+    assert any(change.startswith("--grad_ckpt") for change in found["changes"])
+
+
+def test_everything_that_is_wrong_is_listed_at_once(
+    preflight: Run, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    flags = ("--recipe", "multitask", "--model_id", str(tmp_path / "no-model"))
+    status, found = preflight(*flags[:2], train=f"{broken},{tmp_path / 'none.jsonl'}", val=str(tmp_path / "no.jsonl"))
+    said = capsys.readouterr().err
+    assert status == 1 and len(of_level(found, "fix")) == 3
+    assert (
+        f"--train_jsonl {broken}:1" in said and "none.jsonl" in said and f"--val_jsonl {tmp_path / 'no.jsonl'}" in said
+    )
+    assert "3 thing(s) must be fixed first" in said
+
+
+def test_rows_that_are_left_out_are_told(preflight: Run, small: dict[str, str], tmp_path: Path) -> None:
+    rows = read_rows(small["asr.train"])
+    rows[0]["audio_path"] = str(tmp_path / "none.wav")
+    rows += [{"what": "ever"}, read_rows(small["tqa.train"])[0]]
+    manifest = write_rows(tmp_path / "mixed.jsonl", rows)
+    status, found = preflight("--recipe", "asr_adapter", "--max_len", "64", "--no_tune", train=manifest, val="")
+    warned = of_level(found, "warning")
+    assert status == 0, of_level(found, "fix")
+    assert any("none.wav" in line and f"{manifest}:1" in line for line in warned)
+    assert any("bad_row" in line or "no task" in line for line in warned), warned
+    assert any("row(s) left out, too_long" in line and "--max_len 64" in line for line in warned)
+    assert any("left out, other_task: tqa" in line for line in warned)
+    assert any("no --val_jsonl" in line for line in warned)
+    status, found = preflight("--recipe", "asr_adapter", "--strict", "--no_tune", train=manifest, val="")
+    assert status == 1 and any("(--strict)" in line for line in of_level(found, "fix"))
+
+
+def test_another_run_in_the_folder(preflight: Run, small: dict[str, str], tmp_path: Path) -> None:
+    given = {"model_id": TINY, "train_jsonl": (small["tqa.train"],), "val_jsonl": (small["tqa.val"],)}
+    settings = TextSettings(**given, output_dir=str(tmp_path / "run"), num_workers=0)
+    (tmp_path / "run").mkdir()
+    stored = tmp_path / "run" / "settings.json"
+    stored.write_text(settings.model_dump_json())
+    status, found = preflight("--lora_r", "4", "--no_tune")
+    assert status == 1 and "--lora_r (was 16, now 4)" in of_level(found, "fix")[0]
+    status, found = preflight("--memory_gib", "0.012")
+    assert any("holds this very run" in line for line in of_level(found, "ok"))
+    assert found["changes"] == [], "a run that goes on stays as it is"
+    assert json.loads(stored.read_text()) == json.loads(settings.model_dump_json())
+
+
+def test_an_output_that_cannot_be_written(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").write_text("a file")
+    status, found = preflight("--no_tune")
+    assert status == 1 and found == {}
+    assert "error: output: --output_dir" in capsys.readouterr().err
+
+
+def test_autorun_becomes_the_command_that_was_printed(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(preflight_job.os, "execv", lambda program, command: started.append(command))
+    status, found = preflight("--autorun", "--no_tune")
+    assert status == 0 and started == [found["command"]] and started[0][0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("argv", "recipe"),
+    [
+        (["--train_jsonl", "{tqa}"], "text"),
+        (["--train_jsonl={asr}"], "asr_adapter"),
+        (["--train-jsonl", "{asr},{tqa}"], "multitask"),
+        (["--train_jsonl", "{tqa}", "--recipe", "multitask"], "multitask"),
+        (["--train_jsonl", "{asr}", "--model_id", WHISPER], "whisper"),
+        (["--train_jsonl", "{asr}", "--base_model", "openai/whisper-small"], "whisper"),
+        (["--train_jsonl", "{asr}", "--whisper_path", "w"], "salmonn"),
+        (["--train_jsonl", "nothing.jsonl"], "multitask"),
+        (["--config", "{config}"], "text"),
+        (["--config", "{config}", "--train_jsonl", "{asr}"], "asr_adapter"),
+        (["--config", "nothing.yaml"], "multitask"),
+        (["--recipe"], "multitask"),
+    ],
+)
+def test_the_recipe_follows_from_model_and_tasks(
+    argv: list[str], recipe: str, small: dict[str, str], tmp_path: Path
+) -> None:
+    config = tmp_path / "given.yaml"
+    config.write_text(yaml.safe_dump({"train_jsonl": [small["tqa.train"]], "output_dir": "o"}))
+    names = {"tqa": small["tqa.train"], "asr": small["asr.train"], "config": str(config)}
+    kind, why = preflight_settings([token.format(**names) for token in argv])
+    assert kind.trains.__name__.lower().startswith(recipe.replace("_", ""))
+    assert why == "" if "--recipe" in argv and recipe in argv else recipe in why
+
+
+def test_flags_reach_the_command(small: dict[str, str], tmp_path: Path) -> None:
+    """Settings go through the file of the command unchanged, whatever they are; so every flag has its effect there."""
+    shared = f"--model_id {TINY} --train_jsonl {small['asr.train']} --val_jsonl {small['asr.val']} --output_dir o"
+    lines = {
+        "train_multitask": "--recipe multitask --task_weights asr=1,aac=1.5 --curriculum tqa:1,tqa+asr:2 --lr 1e-4"
+        " --no_freeze_whisper --noise_snr 10,20 --variants 2 --batching length --per_task_bsz asr=4 --seed 3 --bf16"
+        " --num_workers 1:4 --strategy deepspeed --language ko --metric_for_best_model asr/cer --trim_audio_tokens",
+        "train_text": "--recipe text --nproc 2 --quantize 4bit --grad_ckpt --no_pin_memory --max_steps 5 --debug",
+        "train_asr_adapter": "--recipe asr_adapter --store encoder --cache_dtype float32 --features_dir feats",
+        "train_whisper": "--recipe whisper --lora_targets q_proj,fc1 --language ko --freeze_encoder --fp16",
+        "train_salmonn": "--recipe salmonn --epochs 2 --lr_schedule cosine --warmup_steps 0",
+    }
+    for job, line in lines.items():
+        settings = parse_only("preflight", [*shared.split(), *line.split(), "--price_per_hour", "2", "--overwrite"])
+        asked = training_settings(settings)
+        path = tmp_path / f"{job}.yaml"
+        preflight_job.write_launch_file(path, job, launch_values(asked, set()), ["a change"])
+        again = parse_only(job, ["--config", str(path)])
+        assert type(again) is type(asked)
+        differing = {name for name in type(asked).model_fields if getattr(again, name) != getattr(asked, name)}
+        assert differing <= {"output_dir", "features_dir"}, "outputs are absolute now"
+        assert again.output_dir == str(Path("o").absolute()) and again.overwrite
+
+
+def test_every_training_job_has_a_preflight() -> None:
+    assert {f"train_{name}" for name in ("text", "asr_adapter", "multitask", "whisper", "salmonn")} == {
+        job for job in JOBS if job.startswith("train_")
+    }
+    assert set(preflight_job.JOBS.values()) == {job for job in JOBS if job.startswith("train_")}
+
+
+def test_a_wrong_library_is_no_reason_to_stop_early(
+    preflight: Run, monkeypatch: pytest.MonkeyPatch, small: dict[str, str]
+) -> None:
+    from voxray.preflight import machine
+
+    monkeypatch.setattr(machine, "version", lambda name: "0.1")
+    status, found = preflight("--no_tune")
+    assert status == 0 and len(of_level(found, "warning")) >= 20
+
+
+def test_a_lost_cluster_is_one_line(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(log_path: Path) -> None:
+        raise RunError("Ray could not be started or reached: no such address")
+
+    monkeypatch.setattr(preflight_job, "cluster_resources", lost)
+    status, found = preflight("--no_tune")
+    assert status == 1 and of_level(found, "fix") == ["resources: Ray could not be started or reached: no such address"]
+
+
+def test_settings_of_the_training_are_the_training_jobs() -> None:
+    given = {"train_jsonl": "a", "output_dir": "o", "lora_r": 4, "autorun": True}
+    asked = training_settings(PreflightTextSettings(**given))
+    assert type(asked) is TextSettings and asked.model_fields_set == {"train_jsonl", "output_dir", "lora_r"}
+
+
+def test_salmonn_is_put_together_in_the_preflights_own_folder(
+    salmonn_parts: dict[str, str], small: dict[str, str], tmp_path: Path
+) -> None:
+    flags = [token for name, value in salmonn_parts.items() for token in (f"--{name}", value)]
+    settings = parse_only(
+        "preflight",
+        [
+            *flags,
+            "--train_jsonl",
+            small["asr.train"],
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--num_workers",
+            "0",
+            "--max_steps",
+            "2",
+            "--no_tune",
+        ],
+    )
+    run_preflight(settings)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"preflight"}
+    found = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
+    again = parse_only("train_salmonn", found["command"][2:])
+    assert again.llama_path == salmonn_parts["llama_path"] and not again.model_id
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path) -> None:
+    """Word for word, in a folder laid out as it expects it."""
+    (tmp_path / "mistralai").mkdir()
+    (tmp_path / "mistralai" / "Voxtral-Mini-3B-2507").symlink_to(TINY)
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        shutil.copy(small[f"tqa.{part}"], tmp_path / "data" / f"text_medqa.{part}.jsonl")
+    line = "--nproc 2 --model_id mistralai/Voxtral-Mini-3B-2507 --train_jsonl data/text_medqa.train.jsonl"
+    line += " --val_jsonl data/text_medqa.val.jsonl --out_dir ckpt_stage1_text --autorun"
+    done = start_preflight(line.split(), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "starting it" in done.stdout and "trained: " in done.stdout
+    assert (tmp_path / "ckpt_stage1_text" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp_path: Path) -> None:
+    """The folder of features cannot be made, which only training tries."""
+    (tmp_path / "feats").write_text("")
+    flags = ["--features_dir", str(tmp_path / "feats" / "below"), "--num_workers", "0", "--no_tune", "--autorun"]
+    files = ["--train_jsonl", small["tqa.train"], "--out_dir", "run", "--model_id", TINY]
+    done = start_preflight([*files, *flags], tmp_path)
+    assert "starting it" in done.stdout, done.stderr
+    assert done.returncode == 1 and "--features_dir" in done.stderr
+
+
+def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), *flags]
+    how = {"capture_output": True, "text": True, "timeout": 280, "cwd": folder}
+    return subprocess.run(command, env=environment(), **how)

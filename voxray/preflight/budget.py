@@ -1,0 +1,53 @@
+"""How much memory a worker may take here, and what is left for others."""
+
+from dataclasses import dataclass
+
+import torch
+
+from voxray.preflight.machine import GIB, free_memory_bytes
+
+GPU_SHARE = 0.92
+"""Of a GPU's free memory; the rest is for CUDA itself and for holes between tensors."""
+CPU_SHARE = 0.9
+"""Of a machine's free memory; the rest is for Ray, the driver and the files in the page cache."""
+PROCESS_BYTES = int(0.8 * GIB)
+"""Of a worker's process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
+
+
+def told_bytes(num_bytes: float) -> str:
+    """``3.25 GiB``, or ``12.5 MiB`` if it is little."""
+    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.3g} MiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one worker may take for tensors.
+
+    Attributes:
+        num_bytes: The most.
+        source: Where the figure comes from, for people.
+        on_gpu: Whether that is a GPU's memory.
+    """
+
+    num_bytes: int
+    source: str
+    on_gpu: bool
+
+
+def worker_budget(num_workers: int, memory_gib: float) -> Budget:
+    """The budget of each of some workers.
+
+    Args:
+        memory_gib: What the user says; 0 looks.
+    """
+    has_gpu = torch.cuda.is_available()
+    if memory_gib:
+        return Budget(int(memory_gib * GIB), f"--memory_gib {memory_gib:g}", has_gpu)
+    if has_gpu:
+        devices = range(min(num_workers, torch.cuda.device_count()))
+        free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
+        return Budget(int(free * GPU_SHARE), f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free on a GPU", True)
+    free = free_memory_bytes()
+    each = int(free * CPU_SHARE / num_workers) - PROCESS_BYTES
+    source = f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free here, for {num_workers} worker(s)"
+    return Budget(max(0, each), f"{source}, less {PROCESS_BYTES / GIB:.1f} GiB for each process", False)

@@ -1,0 +1,97 @@
+"""How long a run will take, what it will cost, and how much disk it needs."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from voxray.audio.logmel import HOP_SAMPLES
+from voxray.config.train import TrainSettings
+from voxray.data.plan import Plan
+from voxray.preflight.bench import Answering, Tried
+from voxray.preflight.rows import Rows
+from voxray.preflight.tuning import answered_together
+from voxray.recipes.stage import DEBUG_STEPS
+
+TOKEN_BYTES, ROW_BYTES = 4, 512  # of a token id in a shard; of a row's lengths and texts
+CHECKPOINT_COPIES = 3  # of what trains, in float32: the weights and AdamW's two moments
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """How long a run takes.
+
+    Attributes:
+        num_steps: Optimizer steps.
+        training_sec: Of these steps; None if no step was timed.
+        num_validations: How often it validates.
+        validation_sec: Of all of them; None if no answer was timed.
+    """
+
+    num_steps: int
+    training_sec: float | None
+    num_validations: int
+    validation_sec: float | None
+
+    @property
+    def total_sec(self) -> float | None:
+        if self.training_sec is None or (self.num_validations and self.validation_sec is None):
+            return self.training_sec
+        return self.training_sec + (self.validation_sec or 0.0)
+
+
+def steps_of(settings: TrainSettings, rows: Rows, plan: Plan) -> int:
+    """Optimizer steps of a run (see ``recipes.stage``)."""
+    epochs = plan.curriculum_epochs if rows.stage.curriculum else settings.epochs
+    steps = settings.max_steps or plan.steps_in(epochs)
+    return min(steps, DEBUG_STEPS) if settings.debug else steps
+
+
+def run_time(
+    settings: TrainSettings,
+    rows: Rows,
+    plan: Plan,
+    num_workers: int,
+    average: Tried | None,
+    answering: Answering | None,
+) -> RunTime:
+    """Steps and validations times what one of each was seen to take.
+
+    Args:
+        num_workers: Processes; each takes ``grad_accum`` packs of a step.
+        average: What the average pack took.
+        answering: What beginning the answers of a batch took.
+    """
+    steps = steps_of(settings, rows, plan)
+    held_out = rows.held_out_rows
+    epochs = max(1, math.ceil(plan.epochs_done(steps)))
+    times = math.ceil(steps / settings.eval_steps) if settings.eval_steps else epochs
+    times = times if len(held_out) else 0
+    training = steps * settings.grad_accum * average.sec if average else None
+    validation = None
+    if answering and times:
+        batches = math.ceil(math.ceil(len(held_out) / answered_together(settings)) / num_workers)
+        tokens = min(float(rows.held_out.num_target_tokens[held_out].mean()), settings.eval_max_new_tokens)
+        validation = times * batches * (answering.prompt_sec + tokens * answering.token_sec)
+    return RunTime(steps, training, times, validation)
+
+
+def features_bytes(settings: TrainSettings, rows: Rows) -> int:
+    """Size of the feature shards of all rows."""
+    front_end, total = rows.front_end, 0
+    for lengths in (rows.train, rows.held_out):
+        samples = int(lengths.num_samples.sum())
+        if settings.store == "pcm16":
+            audio = 2 * samples
+        elif settings.store == "mel":
+            audio = 2 * front_end.num_mel_bins * (samples // HOP_SAMPLES)
+        else:
+            size = 4 if settings.cache_dtype == "float32" else 2
+            audio = int(lengths.num_windows.sum()) * front_end.encoder_positions * front_end.encoder_dim * size
+        total += audio + TOKEN_BYTES * int(lengths.num_tokens.sum()) + ROW_BYTES * len(np.atleast_1d(lengths.task))
+    return total
+
+
+def checkpoints_bytes(settings: TrainSettings, num_trained: int) -> int:
+    """Size of the checkpoints at their most: those that are kept, the best one, and the one that is being written."""
+    return (settings.save_total_limit + 2) * CHECKPOINT_COPIES * 4 * num_trained + 4 * num_trained

@@ -1,0 +1,311 @@
+"""The preflight job: look at all that a run needs, find settings that fit and are quick, and write how to start it.
+
+Its files go to the folder ``preflight`` in the run's output folder, and nothing else there is touched.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from voxray.config.preflight import PreflightFlags
+from voxray.config.salmonn import SalmonnSettings
+from voxray.config.train import TrainSettings
+from voxray.data.feature_sets import features_place
+from voxray.errors import RunError
+from voxray.launch import cluster_resources, refuse_other_family, stderr_to
+from voxray.models.encoder import refuse_changed_outputs
+from voxray.models.family import family_of
+from voxray.preflight.budget import told_bytes
+from voxray.preflight.decide import Decider, Decision, planned_processes, threads_of_one
+from voxray.preflight.estimate import RunTime, checkpoints_bytes, features_bytes, run_time
+from voxray.preflight.findings import Findings
+from voxray.preflight.machine import (
+    check_cpus,
+    check_flags_need,
+    check_gpu,
+    check_libraries,
+    check_ports,
+    check_shared_memory,
+    free_disk_bytes,
+)
+from voxray.preflight.outline import outline_of, tell_coverage
+from voxray.preflight.report import (
+    launch_command,
+    launch_values,
+    memory_table,
+    show_findings,
+    shown,
+    write_launch_file,
+)
+from voxray.preflight.rows import Rows, look_at_rows
+from voxray.recipes.build import earlier_of
+from voxray.recipes.salmonn import made_ready
+from voxray.run_folder import anchor, holds_run, make_folder, provenance, refuse_other_run
+from voxray.storage import write_json
+from voxray.terminal import console
+
+FOLDER = "preflight"
+FRACTION_OFF = 0.2
+"""How far a prediction may be from what was measured without a word about it."""
+JOBS = {
+    "TextSettings": "train_text",
+    "AsrAdapterSettings": "train_asr_adapter",
+    "MultitaskSettings": "train_multitask",
+    "WhisperSettings": "train_whisper",
+    "SalmonnSettings": "train_salmonn",
+}
+"""Training jobs, by their settings."""
+
+
+class Preflight:
+    """One preflight.
+
+    Args:
+        settings: Those of the preflight, which hold the training's.
+    """
+
+    def __init__(self, settings: Any) -> None:
+        self.flags: PreflightFlags = settings
+        self.asked = training_settings(settings)
+        self.job = JOBS[type(self.asked).__name__]
+        self.findings = Findings()
+        self.folder: Path | None = None
+        self.rows: Rows | None = None
+        self.decision: Decision | None = None
+        self.time: RunTime | None = None
+        self.roles: dict[str, dict[str, int]] = {}
+
+    def look(self) -> None:
+        """Find out everything; what is wrong goes to the findings."""
+        asked, findings = self.asked, self.findings
+        with findings.caught("output"):
+            run_dir = anchor(asked.output_dir, asked.storage_path)
+            make_folder(run_dir / FOLDER)
+            self.folder = run_dir / FOLDER
+        check_libraries(findings)
+        check_flags_need(asked, findings)
+        check_gpu(asked, findings)
+        check_shared_memory(findings)
+        check_ports(findings)
+        with findings.caught("resources"):
+            check_cpus(asked, cluster_resources(self.log_path), findings)
+        self._look_at_places()
+        ready = self._made_ready()
+        if ready is None:
+            return
+        self._look_at_model(ready)
+        with stderr_to(self.log_path):  # PyTorch's profiler writes there when it starts and ends
+            self.rows = look_at_rows(ready, findings)
+            if self.rows is not None:
+                self._plan(ready, self.rows)
+
+    @property
+    def log_path(self) -> Path:
+        return self.folder / "preflight.log" if self.folder else Path(os.devnull)
+
+    def _look_at_places(self) -> None:
+        """Where the run writes: whether it may, and whether there is another run already."""
+        asked, findings = self.asked, self.findings
+        if "://" in asked.features_dir:
+            with findings.caught("output"):
+                place = features_place(asked, asked.features_dir, asked.storage_path, flag="--features_dir")
+                findings.add("ok", "output", f"--features_dir {place}: can be written to")
+        if self.folder is None:
+            return
+        findings.add("ok", "output", f"--output_dir {self.folder.parent}: can be written to")
+        if holds_run(self.folder.parent) and not asked.overwrite:
+            with findings.caught("output"):
+                refuse_other_run(self.folder.parent, asked)
+                told = (
+                    f"--output_dir {self.folder.parent}: holds this very run, which goes on; nothing of it is changed"
+                )
+                findings.add("ok", "output", told)
+
+    def _made_ready(self) -> TrainSettings | None:
+        """SALMONN's parts and annotation files as a folder and manifests, all in the preflight's own folder."""
+        if not isinstance(self.asked, SalmonnSettings) or self.folder is None:
+            return self.asked
+        with self.findings.caught("model"):
+            elsewhere = self.asked.model_copy(update={"output_dir": str(self.folder)})
+            return made_ready(elsewhere).model_copy(update={"output_dir": self.asked.output_dir})
+        return None
+
+    def _look_at_model(self, ready: TrainSettings) -> None:
+        with self.findings.caught("model"):
+            refuse_other_family(ready)
+            refuse_changed_outputs(family_of(ready.model_id), ready.store, ready.quantize, None)
+        if ready.init_adapter:
+            with self.findings.caught("model"):
+                earlier = earlier_of(ready, family_of(ready.model_id))
+                self.findings.add("ok", "model", f"--init_adapter {earlier.folder if earlier else ''}: fits")
+
+    def _plan(self, ready: TrainSettings, rows: Rows) -> None:
+        with self.findings.caught("model"):
+            outline = outline_of(rows.stage, ready, rows.family)
+            self.roles = tell_coverage(outline, rows.stage, rows.family, self.findings)
+            self._decide(ready, rows, outline)
+
+    def _decide(self, ready: TrainSettings, rows: Rows, outline: Any) -> None:
+        workers = planned_processes(ready.num_workers)
+        goes_on = self.folder is not None and holds_run(self.folder.parent) and not ready.overwrite
+        tunes = self.flags.tune and not goes_on
+        decider = Decider(rows, ready, outline, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes)
+        decider.fit_gpus()
+        with threads_of_one(decider.num_workers):
+            self.decision = decider.decide()
+        decider.tell()
+        self._compare(self.decision)
+        settings, workers = self.decision.settings, decider.num_workers
+        plan = rows.plan(settings, workers)
+        self.time = run_time(settings, rows, plan, workers, self.decision.average, self.decision.answering)
+        self._look_at_disk(settings, rows)
+
+    def _compare(self, decision: Decision) -> None:
+        """Say so if the prediction is far off."""
+        if decision.largest is None or decision.pack is None:
+            return
+        wanted, seen = decision.pack.need.peak_bytes, decision.largest.peak_bytes
+        if abs(wanted - seen) > FRACTION_OFF * seen:
+            told = f"predicted were {told_bytes(wanted)}, measured {told_bytes(seen)}: believe what was measured"
+            self.findings.add("warning", "memory", told)
+
+    def _look_at_disk(self, settings: TrainSettings, rows: Rows) -> None:
+        if self.folder is None:
+            return
+        trained = sum(entry["trainable"] for entry in self.roles.values())
+        checkpoints = checkpoints_bytes(settings, trained)
+        features = 0 if settings.features_dir else features_bytes(settings, rows)
+        free = free_disk_bytes(self.folder)
+        told = f"--output_dir {self.folder.parent}: features take {told_bytes(features)}, checkpoints at most"
+        told += f" {told_bytes(checkpoints)}, and {told_bytes(free)} are free"
+        self.findings.add("ok" if features + checkpoints < free else "fix", "disk", told)
+
+    def price(self) -> float | None:
+        """What the run costs, if that can be said."""
+        if not self.flags.price_per_hour or self.time is None or self.time.total_sec is None:
+            return None
+        workers = planned_processes(self.decision.settings.num_workers) if self.decision else 1
+        return self.time.total_sec / 3600 * workers * self.flags.price_per_hour
+
+
+def run_preflight(settings: Any, why: str = "") -> None:
+    """Run a preflight from checked settings; with --autorun the training takes this process' place at the end.
+
+    Args:
+        why: Why the recipe was chosen, for people.
+    Raises:
+        RunError: Something has to be put right first; all of it has been said.
+    """
+    flight = Preflight(settings)
+    if why:
+        flight.findings.add("ok", "recipe", why)
+    flight.look()
+    command = tell(flight)
+    if command and settings.autorun:
+        console.print("starting it", markup=False)
+        sys.stdout.flush()
+        os.execv(command[0], command)  # its exit status is ours, and signals go to it
+
+
+def tell(flight: Preflight) -> list[str]:
+    """Show and write what was found.
+
+    Returns:
+        The command that starts the training.
+    Raises:
+        RunError: Something has to be put right first.
+    """
+    findings, decision = flight.findings, flight.decision
+    show_findings(findings)
+    if decision and decision.pack:
+        console.print(memory_table(decision.pack.need))
+    for line in decision.changes if decision else ():
+        console.print(f"changed: {line}", markup=False)
+    for line in _told_time(flight):
+        console.print(line, markup=False)
+    to_fix, command = findings.to_fix, list[str]()
+    if flight.folder:
+        if not to_fix and decision:
+            command = _write_launch(flight, decision, flight.folder)
+        write_json(flight.folder / "preflight.json", figures(flight, command))
+    if to_fix:
+        for finding in to_fix:
+            print(f"error: {finding.about}: {finding.message}", file=sys.stderr, flush=True)
+        where = f"; all that was found is in {flight.folder / 'preflight.json'}" if flight.folder else ""
+        raise RunError(f"{len(to_fix)} thing(s) must be fixed first{where}")
+    console.print(f"preflight.json and {flight.job}.yaml in {flight.folder}", markup=False)
+    console.print(f"start it with: {shown(command)}", markup=False)
+    return command
+
+
+def _write_launch(flight: Preflight, decision: Decision, folder: Path) -> list[str]:
+    """Write the settings to launch: those asked for, with the changes."""
+    before, after = flight.asked, decision.settings
+    changed = {name for name in CHANGED if getattr(before, name) != getattr(after, name)}
+    launched = before.model_copy(update={name: getattr(after, name) for name in changed})
+    path = folder / f"{flight.job}.yaml"
+    write_launch_file(path, flight.job, launch_values(launched, changed), decision.changes)
+    return launch_command(flight.job, path)
+
+
+CHANGED = ("per_device_bsz", "pack_tokens", "grad_accum", "grad_ckpt", "num_workers", "loader_workers")
+"""Settings that a preflight may change."""
+
+
+def _told_time(flight: Preflight) -> list[str]:
+    """Lines on how long the run will take, and what it will cost."""
+    time = flight.time
+    if time is None:
+        return []
+    if time.training_sec is None:
+        return [f"time: {time.num_steps} steps; how long one takes was not measured"]
+    told = f"time: {time.num_steps} steps in about {_clock(time.training_sec)}"
+    if time.num_validations:
+        each = "not measured" if time.validation_sec is None else f"about {_clock(time.validation_sec)}"
+        told += f", {time.num_validations} validation(s) in {each}"
+    price = flight.price()
+    return [told, *([f"cost: about {price:.2f} at {flight.flags.price_per_hour:g} an hour"] if price else [])]
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=max(1, round(seconds))))
+
+
+def figures(flight: Preflight, command: list[str]) -> dict[str, Any]:
+    """Everything found, as it stands in preflight.json."""
+    decision, found = flight.decision, dict[str, Any]()
+    if decision and decision.pack:
+        need, budget = decision.pack.need, decision.budget
+        found["memory"] = {
+            "entries": [asdict(entry) for entry in need.entries],
+            "moments": need.moments,
+            "predicted_bytes": need.peak_bytes,
+            "measured_bytes": decision.largest.peak_bytes if decision.largest else None,
+            "budget": asdict(budget) if budget else None,
+            "fits": decision.fits,
+            "largest_pack": asdict(decision.pack.shape),
+        }
+        found["changes"] = decision.changes
+        found["average_step"] = asdict(decision.average) if decision.average else None
+        found["answering"] = asdict(decision.answering) if decision.answering else None
+    return {
+        "job": flight.job,
+        "ready": not flight.findings.to_fix,
+        "findings": [asdict(finding) for finding in flight.findings.all],
+        "parameters": flight.roles,
+        **found,
+        "time": asdict(flight.time) if flight.time else None,
+        "cost": flight.price(),
+        "command": command,
+        "provenance": provenance(),
+    }
+
+
+def training_settings(settings: Any) -> TrainSettings:
+    """Those of the training job that a preflight gets ready."""
+    fields = settings.trains.model_fields
+    values = {name: value for name, value in dict(settings).items() if name in fields}
+    return settings.trains.model_construct(settings.model_fields_set & set(fields), **values)
