@@ -63,6 +63,10 @@ class Domain:
             return len(self.values)
         return self.values[1] - self.values[0] + 1 if self.whole else math.inf
 
+    def all(self) -> tuple[Any, ...]:
+        """Every value, where their number has an end."""
+        return self.values if self.kind == "choice" else tuple(range(self.values[0], self.values[1] + 1))
+
     def draw(self, rng: random.Random) -> Any:
         """One value at random."""
         if self.kind == "choice":

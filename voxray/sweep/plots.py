@@ -79,8 +79,8 @@ def parallel(axes: Sequence[Axis], trials: Sequence[Trial], kinds: Sequence[int]
         kinds: Shade of every trial.
         winner: Number of the best trial.
     """
-    parts, gap = [], (WIDE - 220) / max(1, len(axes) - 1)
-    xs = [110 + gap * at for at in range(len(axes))]
+    parts, gap = [], (WIDE - 260) / max(1, len(axes) - 1)
+    xs = [160 + gap * at for at in range(len(axes))]
     # lines through the same place stand a little apart, so that each can be seen and pointed at
     spread = [0.0 if len(trials) < 2 else (at / (len(trials) - 1) - 0.5) for at in range(len(trials))]
     for at in sorted(range(len(trials)), key=lambda at: -kinds[at]):

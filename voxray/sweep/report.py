@@ -58,6 +58,16 @@ def lead(outcome: Outcome) -> list[str]:
             lines.append(f"Of the choices trained again, {outcome.verdict()}.")
         elif len(outcome.trials) > 1 and not outcome.repeated:
             lines.append("Every choice was trained once: a small lead may be chance (--top_k trains the best again).")
+    ended_better = [
+        str(trial.number)
+        for trial in outcome.trials
+        if trial.state == "stopped" and best and outcome.is_better(trial, best)
+    ]
+    if ended_better:
+        lines.append(
+            f"When they were stopped, trials {', '.join(ended_better)} stood better than the best stands at its end; "
+            "they do not count, as they were not trained to theirs. A larger --grace_steps would let them."
+        )
     for state, what in (("stopped", "stopped early, as weaker than others"), ("failed", "failed; the table says why")):
         if numbers := sorted(trial.number for trial in outcome.trials if trial.state == state):
             lines.append(f"{len(numbers)} of {len(outcome.trials)} trials {what}: {', '.join(map(str, numbers))}.")

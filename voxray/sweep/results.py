@@ -75,6 +75,13 @@ class Outcome:
             return self.repeated[0].mean
         return self.winner.value(self.metric) if self.winner else None
 
+    def is_better(self, one: Trial, other: Trial) -> bool:
+        """Whether the first has the better value."""
+        values = (one.value(self.metric), other.value(self.metric))
+        if values[0] is None or values[1] is None:
+            return False
+        return values[0] < values[1] if self.mode == "min" else values[0] > values[1]
+
     def verdict(self) -> str:
         """Whether other seeds bear the winner out, as a sentence; "" without them."""
         if len(self.repeated) < 2:
@@ -196,7 +203,8 @@ def write_best(path: Path, settings: Any, choice: Choice, said: str) -> None:
         name: shown(value) if isinstance(value, Mapping) else value for name, value in choice.items()
     }
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    values["output_dir"] = str(path.parent / "best")
+    features = path.parent / "features"  # those of the trials
+    values |= {"output_dir": str(path.parent / "best"), "features_dir": values.get("features_dir") or str(features)}
     head = f"# best of the sweep by {said}, for train_{settings.recipe} --config\n"
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_atomically(path, (head + text).encode())

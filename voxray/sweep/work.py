@@ -129,8 +129,9 @@ class Sweep:
             RunError, SettingsError: Why.
         """
         run = trial_settings(self._settings, trial.choice, trial.folder)
-        if self._swept_features:
+        if "train_jsonl" in trial.choice:
             first_fault(run.train_jsonl)
+        if "model_id" in trial.choice:
             refuse_other_family(run)
         return self._data_of(run)
 
