@@ -57,6 +57,7 @@ RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a box of text even when told to be silent, unless this is off
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends every other job
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # else a trial that fails before its first validation ends the sweep
 }
 
 

@@ -37,7 +37,7 @@ def numbers(trial: Trial, kind: str) -> list[int]:
 def test_trials_are_trained_stopped_and_repeated(
     local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One is good, one learns nothing and is stopped, one cannot be trained, one is refused; two more seeds of the best."""
+    """One is good, one learns nothing and is stopped, two cannot be trained; then two more seeds of the best."""
     import ray
 
     space = {"lr": [3e-3, 1e-9], "batching": ["fixed", "packed"], "pack_tokens": [16]}

@@ -24,7 +24,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []
 
     def training_data(settings: Any, output_dir: Path, *, use_ray: bool) -> str:
-        found.append(settings)
+        found.append(settings.model_copy(update={"strict": use_ray}))  # a flag that stands for another
         return f"data {len(found)}"
 
     monkeypatch.setattr(work, "training_data", training_data)
@@ -94,7 +94,13 @@ def test_trials_share_features_unless_they_need_others(
     for path in (tmp_path / "trials").glob("*/trial.json"):
         path.unlink()
     sweep("--space", "{lr: [1e-3, 1e-4], store: [mel, pcm16]}", "--storage_path", "/mount")
-    assert [settings.store for settings in made] == ["mel", "pcm16"] and made[0].storage_path == "/mount"
+    assert [(settings.store, settings.strict) for settings in made] == [("mel", True), ("pcm16", True)]
+    assert made[0].storage_path == "/mount"
+    made.clear()
+    for path in (tmp_path / "trials").glob("*/trial.json"):
+        path.unlink()
+    sweep("--space", "{variants: [2], noise_share: {range: [0, 1]}, lr: [1e-3]}", "--num_trials", "2")
+    assert [settings.strict for settings in made] == [False, False], "drawn while trials run: in this process"
 
 
 def test_what_goes_on(sweep: Callable[..., Runner], tmp_path: Path) -> None:

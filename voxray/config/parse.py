@@ -356,6 +356,6 @@ def _type_name(annotation: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == "" or value == ():
+    if value is None or value in ("", (), {}):
         return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

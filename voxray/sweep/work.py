@@ -3,8 +3,10 @@
 Whoever runs the trials (Ray Tune; a test) is handed a ``Queue`` and need not know why they are in it.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from voxray.config.train import TrainSettings
 from voxray.config.tune import trial_values
 from voxray.data.features import Features
 from voxray.data.shards import TASK_CODES
-from voxray.errors import SettingsError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.metrics.names import validation_metrics
 from voxray.launch import refuse_other_family
 from voxray.manifest import first_fault
@@ -56,8 +58,24 @@ class Sweep:
         self._trials = {trial.number: trial for trial in read_trials(output_dir)}
         self._swept_features = sorted(OF_FEATURES & set(settings.domains))
         self._data: dict[str, Data] = {}
+        self._make_features()
+
+    def _make_features(self) -> None:
+        """Make what trials train on before they take the CPUs: for all choices of the flags that features depend on.
+
+        Where those are drawn from ranges, nobody knows yet what is needed; a choice that cannot be had is left to fail
+        as a trial.
+        """
         if not self._swept_features:
-            refuse_missing_metric(settings.metric, self._data_of(settings))
+            refuse_missing_metric(self._settings.metric, self._data_of(self._settings, use_ray=True))
+            return
+        domains = [self._settings.domains[name] for name in self._swept_features]
+        if math.prod(domain.size for domain in domains) > (self._settings.num_trials or math.inf):
+            return
+        for values in itertools.product(*(domain.all() for domain in domains)):
+            choice = dict(zip(self._swept_features, values, strict=True))
+            with suppress(RunError, SettingsError):
+                self._prepare(new_trial(self._output_dir, 0, choice), use_ray=True)
 
     def search(self) -> None:
         """Run the trials that the space asks for and that are not over."""
@@ -122,9 +140,11 @@ class Sweep:
         self._trials[trial.number] = trial
         return trial
 
-    def _prepare(self, trial: Trial) -> Data:
+    def _prepare(self, trial: Trial, *, use_ray: bool = False) -> Data:
         """The trial's feature sets; a combination that cannot be trained is refused before any process starts.
 
+        Args:
+            use_ray: Make them by Ray Data, which has CPUs only as long as no trial runs; else in this process.
         Raises:
             RunError, SettingsError: Why.
         """
@@ -133,14 +153,14 @@ class Sweep:
             first_fault(run.train_jsonl)
         if "model_id" in trial.choice:
             refuse_other_family(run)
-        return self._data_of(run)
+        return self._data_of(run, use_ray=use_ray)
 
-    def _data_of(self, run: Any) -> Data:
+    def _data_of(self, run: Any, *, use_ray: bool) -> Data:
         """Feature sets of a trial, made once for all that need the same."""
         key = key_of({name: getattr(run, name) for name in self._swept_features})
         if key not in self._data:
             run = run.model_copy(update={"storage_path": self._settings.storage_path})
-            self._data[key] = training_data(run, self._output_dir, use_ray=True)
+            self._data[key] = training_data(run, self._output_dir, use_ray=use_ray)
         return self._data[key]
 
 
