@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.config.space import described
-from voxray.errors import RunError, SettingsError
+from voxray.errors import RunError, SettingsError, Stopped
 from voxray.launch import (
     count_workers,
     gpus_within_reach,
@@ -44,14 +44,15 @@ def run_sweep(settings: Any) -> Outcome:
 
     Raises:
         RunError, SettingsError: What the user has to put right, or no trial has the metric.
+        Stopped: By Ctrl-C or SIGTERM.
     """
     if not settings.val_jsonl:
         raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
     if settings.method == "optuna":
         refuse_missing_optuna()
     output_dir = anchor(settings.output_dir, settings.storage_path)
-    first_fault((*settings.train_jsonl, *settings.val_jsonl))
     base: Any = made_ready(settings) if settings.recipe == "salmonn" else settings
+    first_fault((*base.train_jsonl, *base.val_jsonl))
     refuse_other_family(base)
     open_sweep(output_dir, settings)
     warn_about_idle_flags(settings)
@@ -68,10 +69,15 @@ def run_sweep(settings: Any) -> Outcome:
             scheduler = None if earlier is None else build_scheduler(settings, earlier)
             run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
 
-        sweep = Sweep(base, output_dir, run)
-        sweep.search()
-        if settings.top_k:
-            sweep.repeat()
+        try:
+            sweep = Sweep(base, output_dir, run)
+            sweep.search()
+            if settings.top_k:
+                sweep.repeat()
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"stopped; the same command with --resume goes on from there; sweep in {output_dir}"
+            ) from None
     return conclude(settings, output_dir)
 
 
@@ -218,7 +224,8 @@ def run_on_tune(queue: Queue, train: Callable[..., None], scheduler: Any, concur
             return {"number": trial.number, "folder": str(trial.folder), "choice": trial.choice, "data": data}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            queue.end(numbers.pop(trial_id), died=error)
+            if trial_id in numbers:
+                queue.end(numbers.pop(trial_id), died=error)
 
         def save(self, checkpoint_path: str) -> None:
             Path(checkpoint_path).touch()

@@ -101,6 +101,7 @@ def test_everything_wrong_is_named_at_once_and_before_anything_starts(capsys: py
         ("--space {seed:[1,2]} --top_k 2", "--top_k: trains choices again with other seeds"),
         ("--tuning full", "--tuning full: a sweep over LoRA ranks"),
         ("--metric asr/rouge_l", "--metric: must be one of asr/cer_nospace"),
+        ("--recipe text --metric asr/cer", "--metric asr/cer: train_text validates tqa/rouge_l"),
         ("--recipe salmonn --model_id m --space {lr:[1e-6]}", "--min_lr 1e-05 is over --lr 1e-06"),
         ("--recipe salmonn --model_id m --space {beats_path:[a]}", "beats_path: cannot be swept: the base is put"),
     ],
@@ -163,3 +164,9 @@ def test_draws_are_even_and_tidy() -> None:
     assert all(low <= Domain("x", "range", (low, high)).draw(rng) <= high for _ in range(100)), (
         "rounded within the ends"
     )
+
+
+def test_tasks_of_a_sweep_are_those_of_its_recipe() -> None:
+    from voxray.recipes import asr_adapter, text
+
+    assert RECIPES["text"].tasks == text.STAGE.tasks and RECIPES["asr_adapter"].tasks == asr_adapter.STAGE.tasks

@@ -16,7 +16,7 @@ from test_other_flags import other_values
 from voxray import tune
 from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
-from voxray.errors import RunError, SettingsError
+from voxray.errors import RunError, SettingsError, Stopped
 from voxray.sweep import work
 from voxray.sweep.queue import Queue
 from voxray.sweep.results import Outcome
@@ -198,9 +198,39 @@ def test_resume_and_overwrite(sweep: Callable[..., Swept], tmp_path: Path, capsy
     old = tmp_path / "sweep" / "trials" / "0003" / "old"
     old.touch()
     assert sweep(f"{line} --overwrite").ran == [1, 2, 3] and not old.exists()
-    (tmp_path / "sweep" / "settings.json").write_text('{"lr": 1}')
-    with pytest.raises(SettingsError, match="holds another run; give the sweep a folder of its own"):
+    (tmp_path / "sweep" / "settings.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"settings.json: damaged, so this sweep cannot be told from others"):
         sweep(f"{line} --resume")
+    (tmp_path / "sweep" / "settings.json").write_text('{"lr": 1}')
+    for flag in ("--resume", "--overwrite"):
+        with pytest.raises(SettingsError, match="holds another run; give the sweep a folder of its own"):
+            sweep(f"{line} {flag}")
+    assert (tmp_path / "sweep" / "trials" / "0003").is_dir()
+
+
+def test_ctrl_c_says_how_to_go_on(sweep: Callable[..., Swept]) -> None:
+    def interrupt(trial: Trial) -> Any:
+        if trial.number == 2:
+            raise KeyboardInterrupt
+        return validation(trial)
+
+    with pytest.raises(Stopped, match="stopped; the same command with --resume goes on"):
+        sweep("--lora_r 4,8,16", outcome=interrupt)
+    assert sweep("--lora_r 4,8,16 --resume").ran == [2, 3]
+
+
+def test_salmonn_is_put_together_once(
+    sweep: Callable[..., Swept], salmonn_parts: dict[str, str], small: dict[str, str], tmp_path: Path
+) -> None:
+    sweep()  # for what it puts in Ray's place
+    parts = [word for name, value in salmonn_parts.items() for word in (f"--{name}", value)]
+    data = ["--train_jsonl", small["asr.train"], "--val_jsonl", small["asr.val"]]
+    line = ["--recipe", "salmonn", "--output_dir", str(tmp_path / "s"), "--space", "{lr: [1e-6, 1e-4], lora_r: [8]}"]
+    outcome = tune.run_sweep(parse_only("tune", [*parts, *data, *line, "--metric", "asr/cer_nospace"]))
+    assert [trial.state for trial in outcome.trials] == ["done", "failed"]
+    assert outcome.trials[1].reason == "--min_lr 1e-05 is over --lr 1e-06"
+    best = parse_only("train_salmonn", ["--config", str(tmp_path / "s" / "best.yaml")])
+    assert (best.model_id, best.lr) == ("", 1e-4) and best.whisper_path == salmonn_parts["whisper_path"]
 
 
 def test_a_sweep_without_any_result_says_why(sweep: Callable[..., Swept]) -> None:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import TINY
@@ -89,38 +88,55 @@ def saved(trial: Path) -> int:
     return max((int(path.name[5:]) for path in (trial / "checkpoints").glob("step-*")), default=0)
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(1800)
-def test_a_sweep_whose_driver_is_killed_is_finished_by_resume(start: Callable[..., Driver], tmp_path: Path) -> None:
-    """Trial 1 is not trained again, trial 2 goes on and ends as if nothing had been, trial 3 follows."""
-    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "killed.log"
-    driver = start("killed", "--lora_r 2,4,8 --max_concurrent_trials 1")
-    second, deadline = killed / "trials" / "0002", time.monotonic() + WAIT_SEC
-    while not 4 <= saved(second) <= 50:
+def wait_for_step(driver: Driver, trial: Path, log: Path) -> None:
+    """Wait until a trial is under way, far from its end."""
+    deadline = time.monotonic() + WAIT_SEC
+    while not 4 <= saved(trial) <= 50:
         assert driver.process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
-    left_behind = driver.processes()
-    os.kill(driver.process.pid, signal.SIGKILL)
-    driver.process.wait()
-    until = time.monotonic() + 60
-    while alive(left_behind):
-        assert time.monotonic() < until, "what a killed driver leaves behind has to end"
+
+
+def wait_for_end(pids: set[int]) -> None:
+    deadline = time.monotonic() + 60
+    while alive(pids):
+        assert time.monotonic() < deadline, "what a driver leaves behind has to end"
         time.sleep(0.5)
-    before = {path: path.read_bytes() for path in (killed / "trials" / "0001").glob("*.json*")}
-    stands_at = saved(second)
-    for path in (killed / "ray").rglob("*"):  # Ray Tune's own state is of no use any more
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_a_sweep_whose_driver_ends_is_finished_by_resume(start: Callable[..., Driver], tmp_path: Path) -> None:
+    """Killed in trial 2, interrupted in trial 3: nothing is trained again, and trial 2 ends as if nothing had been."""
+    killed, log, line = tmp_path / "killed", tmp_path / "killed.log", "--lora_r 2,4,8 --max_concurrent_trials 1"
+    first, second, third = (killed / "trials" / f"{number:04d}" for number in (1, 2, 3))
+    driver = start("killed", line)
+    wait_for_step(driver, second, log)
+    left_behind = driver.processes()
+    driver.process.kill()
+    driver.process.wait()
+    wait_for_end(left_behind)
+    before, stands_at = {path: path.read_bytes() for path in first.glob("*.json*")}, saved(second)
+    assert not (second / "result.json").exists() and len(before) > 3
+    for path in (killed / "ray").rglob("*"):  # what Ray Tune knew is of no use any more
         if path.is_file():
             path.write_bytes(b"damaged")
-    assert not (second / "result.json").exists() and stands_at >= 4
-    again = start("killed", "--lora_r 2,4,8 --max_concurrent_trials 1 --resume")
-    assert again.process.wait(WAIT_SEC) == 0, log.read_text()
+
+    driver = start("killed", f"{line} --resume")
+    wait_for_step(driver, third, log)
+    left_behind = driver.processes()
+    os.kill(driver.process.pid, signal.SIGINT)
+    assert driver.process.wait(120) == 130, log.read_text()
+    assert "stopped; the same command with --resume goes on from there" in log.read_text()
+    wait_for_end(left_behind)
+
+    assert start("killed", f"{line} --resume").process.wait(WAIT_SEC) == 0, log.read_text()
     trials = read_trials(killed)
-    assert [trial.state for trial in trials] == ["done"] * 3 and "going on: 1 trial(s) are over" in log.read_text()
+    assert [trial.state for trial in trials] == ["done"] * 3, log.read_text()
+    assert "going on: 1 trial(s) are over" in log.read_text() and log.read_text().count("trial 1: tqa/loss") == 1
     assert {path: path.read_bytes() for path in before} == before, "a finished trial is not touched"
-    assert numbers(trials[1], "resume") and numbers(trials[1], "resume")[0] >= stands_at, "it went on, not from 0"
-    assert numbers(trials[1], "train") == list(range(1, 61)), "every step once"
-    alone = start("whole", "--lora_r 4")
-    assert alone.process.wait(WAIT_SEC) == 0, (tmp_path / "whole.log").read_text()
-    assert adapter(killed, 2) == adapter(whole, 1), "to the last bit what it is without the kill"
-    third: Any = start("killed", "--lora_r 2,4,8 --max_concurrent_trials 1 --resume")
-    assert third.process.wait(WAIT_SEC) == 0 and log.read_text().count("trial 1:") == 1, "nothing is left to do"
+    assert numbers(trials[1], "resume")[0] >= stands_at >= 4, "it went on, not from 0"
+    assert numbers(trials[2], "resume")[0] >= 4
+    for trial in trials:
+        assert numbers(trial, "train") == list(range(1, 61)), "every step once"
+    assert start("whole", "--lora_r 4").process.wait(WAIT_SEC) == 0, (tmp_path / "whole.log").read_text()
+    assert adapter(killed, 2) == adapter(tmp_path / "whole", 1), "to the last bit what it is without the kill"

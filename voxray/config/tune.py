@@ -20,7 +20,8 @@ from voxray.config.train import (
     WhisperSettings,
     known_metric,
 )
-from voxray.evaluation.metrics.names import higher_is_better
+from voxray.evaluation.metrics.names import higher_is_better, validation_metrics
+from voxray.tasks import TASKS
 
 CHOICE_FLAGS = ("task_weights", "lora_r")
 """Flags that take several choices on the command line; ``--space`` takes those of any flag."""
@@ -46,9 +47,11 @@ class SweepFlags(Settings):
 
     Attributes:
         trains: Settings of the job whose runs are the trials.
+        tasks: Tasks that it validates with.
     """
 
     trains: ClassVar[type[TrainSettings]]
+    tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
     recipe: Literal["multitask", "text", "asr_adapter", "whisper", "salmonn"] = "multitask"
     """Training job whose runs are the trials; its flags are the sweep's."""
     lora_r: Annotated[Ranks, Field(min_length=1)] = (8, 16)
@@ -116,6 +119,8 @@ class SweepFlags(Settings):
     def _search_fits(self) -> "SweepFlags":
         ranges = [name for name, domain in self.domains.items() if domain.size == math.inf]
         faults = []
+        if self.metric not in (known := validation_metrics(self.tasks)):
+            faults.append(f"--metric {self.metric}: train_{self.recipe} validates {', '.join(known)}")
         if self.method == "grid" and self.num_trials:
             faults.append("--search grid: runs every combination; leave out --num_trials")
         if self.method == "grid" and ranges:
@@ -181,16 +186,19 @@ class TuneSettings(SweepFlags, MultitaskSettings):  # type: ignore[misc]  # choi
 
 class TuneTextSettings(SweepFlags, TextSettings):  # type: ignore[misc]
     trains = TextSettings
+    tasks = ("tqa",)
     metric: Annotated[str, AfterValidator(known_metric)] = "tqa/rouge_l"
     """Validation metric that decides, as task/name, or overall/macro."""
 
 
 class TuneAsrAdapterSettings(SweepFlags, AsrAdapterSettings):  # type: ignore[misc]
     trains = AsrAdapterSettings
+    tasks = ("asr",)
 
 
 class TuneWhisperSettings(SweepFlags, WhisperSettings):  # type: ignore[misc]
     trains = WhisperSettings
+    tasks = ("asr",)
     lora_r: Annotated[Ranks, Field(min_length=1)] = (16, 32)  # type: ignore[assignment]
     """Choices of the LoRA rank: 8,16,32. With --space the training job's own rank is kept unless one is given."""
 

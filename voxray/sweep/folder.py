@@ -28,26 +28,34 @@ def open_sweep(output_dir: Path, settings: Any) -> None:
     """
     make_folder(output_dir)
     path, now = output_dir / "settings.json", settings.model_dump(mode="json")
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        if "recipe" not in before and not settings.overwrite:
-            raise SettingsError(f"--output_dir {output_dir}: holds another run; give the sweep a folder of its own")
-        if settings.overwrite:
-            _clear(output_dir)
-        elif settings.resume:
-            _refuse_other_sweep(output_dir, before, now)
-        elif any((output_dir / FOLDER).glob("*")):
-            raise SettingsError(
-                f"--output_dir {output_dir}: holds a sweep; --resume finishes it, --overwrite starts it afresh"
-            )
+    before = _read_settings(path)
+    if before and "recipe" not in before:
+        raise SettingsError(f"--output_dir {output_dir}: holds another run; give the sweep a folder of its own")
+    if settings.overwrite:
+        _clear(output_dir)
+    elif any((output_dir / FOLDER).glob("*")):
+        if not settings.resume:
+            advice = "--resume finishes it, --overwrite starts it afresh"
+            raise SettingsError(f"--output_dir {output_dir}: holds a sweep; {advice}")
+        _refuse_other_sweep(output_dir, before, now)
     write_json(path, now)
     write_json(output_dir / "provenance.json", provenance())
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    """{} if there are none, or they are damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _refuse_other_sweep(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if not before:
+        advice = "use --overwrite or another --output_dir"
+        raise SettingsError(
+            f"{output_dir / 'settings.json'}: damaged, so this sweep cannot be told from others; {advice}"
+        )
     changed = [name for name in now if name not in GOES_ON_WITH and before.get(name, now[name]) != now[name]]
     if changed:
         shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
