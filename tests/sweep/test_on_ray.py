@@ -16,7 +16,7 @@ from running import ROOT, Driver, alive, parse_only
 from voxray.sweep.trials import Trial, read_trials
 from voxray.tune import run_sweep
 
-WAIT_SEC = 600
+WAIT_SEC = 900
 
 
 def flags(small: dict[str, str], folder: Path, line: str) -> list[str]:
@@ -32,33 +32,32 @@ def numbers(trial: Trial, kind: str) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_trials_are_trained_stopped_and_repeated(
     local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One is good, one learns nothing and is stopped, two cannot be trained; then two more seeds of the best."""
+    """One is good, one goes wild and fails, one learns nothing and is stopped; then two more seeds of the best."""
     import ray
 
-    space = {"lr": [3e-3, 1e-9], "batching": ["fixed", "packed"], "pack_tokens": [16]}
     line = "--max_steps 8 --eval_steps 2 --grace_steps 2 --max_concurrent_trials 1 --lora_r 4 --top_k 1 --seeds 2"
-    settings = parse_only("tune", [*flags(small, tmp_path / "sweep", line), "--space", json.dumps(space)])
-    outcome = run_sweep(settings)
+    space = ["--space", "{lr: [3e-3, 1e30, 1e-9]}", "--max_bad_steps", "1"]
+    outcome = run_sweep(parse_only("tune", [*flags(small, tmp_path / "sweep", line), *space]))
     trials = read_trials(tmp_path / "sweep")
-    assert [trial.state for trial in trials] == ["done", "failed", "stopped", "failed", "done", "done"]
+    assert [trial.state for trial in trials] == ["done", "failed", "stopped", "done", "done"]
     assert outcome.winner and outcome.winner.number == 1 and len(outcome.repeated[0].values) == 2
-    assert "16" in trials[1].reason and "pack_tokens" in trials[1].reason, trials[1].reason
+    assert "the loss or its gradients were no finite numbers" in trials[1].reason, trials[1].reason
     assert numbers(trials[0], "validation") == [2, 4, 6, 8] and numbers(trials[2], "validation")[-1] < 8
     losses = [trial.value("tqa/loss") for trial in trials]
     assert losses[0] and losses[2] and losses[0] < losses[2]
-    assert losses[4] != losses[5] != losses[0], "other seeds, other numbers"
+    assert len({losses[0], losses[3], losses[4]}) == 3, "other seeds, other numbers"
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
         assert time.monotonic() < deadline, "a trial that was stopped holds its CPUs"
         time.sleep(0.5)
     said = capsys.readouterr().out
-    assert "trial 3: tqa/loss" in said and "stopped: at step" in said and "sweep: 4 trials, 1 stopped, 2 failed" in said
+    assert "trial 3: tqa/loss" in said and "stopped at step" in said and "sweep: 3 trials, 1 stopped, 1 failed" in said
     best = parse_only("train_text", ["--config", str(tmp_path / "sweep" / "best.yaml")])
-    assert (best.lr, best.lora_r, best.batching) == (3e-3, 4, "fixed")
+    assert (best.lr, best.lora_r, best.max_steps) == (3e-3, 4, 8)
     assert "tqa/loss" in (tmp_path / "sweep" / "report.html").read_text()
 
 

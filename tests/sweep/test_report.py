@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shares = {"asr": 3.0 if number % 2 else 1.0, "sqa": 1.0, "tqa": 1.0}
         value = abs(number - 8) / 10 + 0.1 + rank / 1000
         history: list[dict[str, Any]] = [{METRIC: value + 0.2, QA: 0.5}, {METRIC: value, QA: 0.4 + number / 40}]
-        how: dict[str, Any] = {"state": "stopped", "reason": "at step 10, as weaker"} if number in (1, 2) else {}
+        how: dict[str, Any] = {"state": "stopped", "reason": "at step 10"} if number in (1, 2) else {}
         if number == 12:
             how, history = {"state": "failed", "reason": EVIL}, []
         write(folder, number, {"lora_r": rank, "lr": lr, "task_weights": shares}, *history, **how)

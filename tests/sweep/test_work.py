@@ -60,8 +60,8 @@ def test_trials_end_in_every_way(
     assert "trial 1: asr/cer_nospace 0.5000 at step 10 with task_weights asr=1,sqa=1,tqa=1, lora_r 4\n" in said
     assert "trial 2: no asr/cer_nospace" in said and "failed: out of memory: lower --per_device_bsz" in said
     assert "its process broke off" in read_trials(tmp_path)[2].reason and "trial 4: no asr/cer_nospace" in said
-    stopped = write(tmp_path, 9, {"lora_r": 4}, {METRIC: 0.7}, state="stopped", reason="at step 10, as weaker")
-    assert told(read_trials(tmp_path)[-1], METRIC).endswith("with lora_r 4; stopped: at step 10, as weaker"), stopped
+    stopped = write(tmp_path, 9, {"lora_r": 4}, {METRIC: 0.7}, state="stopped", reason="at step 10")
+    assert told(read_trials(tmp_path)[-1], METRIC).endswith("with lora_r 4; stopped at step 10"), stopped
 
 
 def test_a_combination_that_the_job_refuses_is_a_failed_trial(

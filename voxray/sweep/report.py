@@ -17,6 +17,7 @@ from voxray.tasks import TASKS
 
 PAGES = (Path(evaluation.__path__[0]) / "page" / "report", Path(__file__).parent / "page" / "sweep")
 """Style and script that all reports share, then those of this one."""
+LAST = 1e308  # to sort by
 
 
 def write_report(path: Path, settings: Any, outcome: Outcome) -> None:
@@ -190,8 +191,7 @@ def _trials(outcome: Outcome, names: Sequence[str]) -> str:
 
 
 def _state(trial: Trial) -> Cell:
-    """What became of a trial, and why."""
-    return Cell(": ".join(filter(None, [trial.state, trial.reason])), kind="down" if trial.state == "failed" else "")
+    return Cell(trial.fate, kind="down" if trial.state == "failed" else "")
 
 
 def _repeats(outcome: Outcome) -> str:
@@ -217,11 +217,11 @@ def _choice(trial: Trial, names: Sequence[str]) -> Iterable[Any]:
         )
 
 
-def _figures(trial: Trial, figures: Sequence[str]) -> Iterable[Any]:
-    yield trial.metrics.get("step", "")
-    for name in figures:
-        value = trial.value(name)
-        yield Cell("", None) if value is None else Cell(f"{value:.4f}", value)
+def _figures(trial: Trial, figures: Sequence[str]) -> Iterable[Cell]:
+    """The step of a trial and its figures; one that is missing is sorted behind all others."""
+    for name, value in (("step", trial.metrics.get("step")), *((name, trial.value(name)) for name in figures)):
+        text = "" if value is None else str(value) if name == "step" else f"{value:.4f}"
+        yield Cell(text, LAST if value is None else float(value))
 
 
 def _list(lines: Sequence[str]) -> str:

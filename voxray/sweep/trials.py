@@ -35,7 +35,7 @@ class Trial:
         folder: Its run folder.
         choice: What it was given.
         state: ``running`` until the driver has heard of its end; ``stopped`` is early, by the scheduler.
-        reason: Why it failed, or was stopped.
+        reason: Why it failed, or where it was stopped.
         sec: Wall time so far.
         repeats: Number of the trial whose choice it trains again with another seed; 0 for a trial of the search.
         history: Its validations, {"step", metrics}, in the order of steps.
@@ -62,6 +62,12 @@ class Trial:
         """The metric that it is judged by; None if it has none that is a number."""
         found = self.metrics.get(metric)
         return float(found) if isinstance(found, int | float) and math.isfinite(found) else None
+
+    @property
+    def fate(self) -> str:
+        """What became of it: ``done``, ``stopped at step 20``, ``failed: out of memory``."""
+        between = ": " if self.state == "failed" else " "
+        return between.join(filter(None, [self.state, self.reason]))
 
     @property
     def saved_step(self) -> int:
@@ -124,7 +130,7 @@ def ended(trial: Trial, *, died: bool, sec: float) -> Trial:
             trial, state="failed", reason="its process broke off; see ray.log, and error.txt in the folder ray"
         )
     last = trial.history[-1]["step"] if trial.history else 0
-    return replace(trial, state="stopped", reason=f"at step {last}, as weaker than others")
+    return replace(trial, state="stopped", reason=f"at step {last}")
 
 
 def reported(record: Mapping[str, Any], metric: str, mode: str) -> dict[str, Any]:

@@ -196,5 +196,5 @@ def told(trial: Trial, metric: str) -> str:
     """A line on a trial that is over."""
     value = trial.value(metric)
     figure = f"no {metric}" if value is None else f"{metric} {value:.4f} at step {trial.metrics['step']}"
-    ending = "" if trial.state == "done" else f"; {trial.state}: {trial.reason}"
+    ending = "" if trial.state == "done" else f"; {trial.fate}"
     return f"trial {trial.number}: {figure} with {described(trial.choice)}{ending}"
