@@ -207,7 +207,10 @@ def run_on_tune(queue: Queue, train: Callable[..., None], scheduler: Any, concur
     from ray import tune
     from ray.tune.search import Searcher
 
-    numbers: dict[str, int] = {}
+    first = queue.next()
+    if first is None:
+        return  # Ray Tune takes it for a mistake to have no trial
+    waiting, numbers = [first], dict[str, int]()
 
     class Choose(Searcher):
         """Hands the queue's trials to Ray Tune, which would like to save it; but all that it knows is on disk."""
@@ -216,7 +219,7 @@ def run_on_tune(queue: Queue, train: Callable[..., None], scheduler: Any, concur
             return Searcher, ()
 
         def suggest(self, trial_id: str) -> Any:
-            found = queue.next()
+            found = waiting.pop() if waiting else queue.next()
             if found is None:
                 return Searcher.FINISHED
             trial, data = found

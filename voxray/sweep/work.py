@@ -66,16 +66,16 @@ class Sweep:
         Where those are drawn from ranges, nobody knows yet what is needed; a choice that cannot be had is left to fail
         as a trial.
         """
-        if not self._swept_features:
-            refuse_missing_metric(self._settings.metric, self._data_of(self._settings, use_ray=True))
-            return
         domains = [self._settings.domains[name] for name in self._swept_features]
-        if math.prod(domain.size for domain in domains) > (self._settings.num_trials or math.inf):
-            return
-        for values in itertools.product(*(domain.all() for domain in domains)):
-            choice = dict(zip(self._swept_features, values, strict=True))
-            with suppress(RunError, SettingsError):
-                self._prepare(new_trial(self._output_dir, 0, choice), use_ray=True)
+        if not domains:
+            self._data_of(self._settings, use_ray=True)
+        elif math.prod(domain.size for domain in domains) <= (self._settings.num_trials or math.inf):
+            for values in itertools.product(*(domain.all() for domain in domains)):
+                choice = dict(zip(self._swept_features, values, strict=True))
+                with suppress(RunError, SettingsError):
+                    self._prepare(new_trial(self._output_dir, 0, choice), use_ray=True)
+        for data in self._data.values():
+            refuse_missing_metric(self._settings.metric, data)
 
     def search(self) -> None:
         """Run the trials that the space asks for and that are not over."""
