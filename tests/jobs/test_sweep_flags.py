@@ -94,9 +94,14 @@ def test_search(sweep: Callable[..., Swept]) -> None:
     assert sweep("--num_trials 5 --overwrite --seed 9", space).choices != drawn
     few = sweep("--num_trials 50 --overwrite --lora_r 4,8")
     assert sorted(choice["lora_r"] for choice in few.choices) == [4, 8], "no choice comes twice"
+
+
+def test_search_by_optuna(sweep: Callable[..., Swept]) -> None:
     pytest.importorskip("optuna")
-    proposed = sweep("--num_trials 6 --overwrite --search optuna", space).choices
-    assert len(proposed) == 6 and proposed != drawn
+    space = ["--space", "{lora_r: [4, 8, 16], lr: {log: [1e-5, 1e-2]}}"]
+    proposed = sweep("--num_trials 6 --search optuna", space).choices
+    assert len(proposed) == 6 and proposed != sweep("--num_trials 6 --overwrite", space).choices
+    assert sweep("--num_trials 8 --search optuna --overwrite", space).choices[:3] == proposed[:3], "by the same seed"
 
 
 def test_winner(sweep: Callable[..., Swept], tmp_path: Path) -> None:

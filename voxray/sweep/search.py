@@ -79,7 +79,7 @@ class Proposals:
     def __init__(
         self, domains: Mapping[str, Domain], *, seed: int, mode: str, known: Iterable[tuple[Choice, float | None]]
     ) -> None:
-        import optuna
+        import optuna  # pyright: ignore[reportMissingImports]
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._domains, self._asked = domains, dict[str, Any]()
@@ -106,7 +106,7 @@ class Proposals:
 
     def tell(self, choice: Choice, value: float | None) -> None:
         """What came of a choice."""
-        from optuna.trial import create_trial
+        from optuna.trial import create_trial  # pyright: ignore[reportMissingImports]
 
         self._values[key_of(choice)] = value
         asked = self._asked.pop(key_of(choice), None)
@@ -129,11 +129,12 @@ class Proposals:
 
 
 def _distribution(domain: Domain) -> Any:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna import distributions  # pyright: ignore[reportMissingImports]
 
     if domain.kind == "choice":
-        return CategoricalDistribution(range(len(domain.values)))
-    return (IntDistribution if domain.whole else FloatDistribution)(*domain.values, log=domain.kind == "log")
+        return distributions.CategoricalDistribution(range(len(domain.values)))
+    kind = distributions.IntDistribution if domain.whole else distributions.FloatDistribution
+    return kind(*domain.values, log=domain.kind == "log")
 
 
 def refuse_missing_optuna() -> None:
