@@ -1,4 +1,4 @@
-"""Sweep LoRA ranks, and task weights where there are several tasks, with Ray Tune."""
+"""Sweep any flags of a training job with Ray Tune: weak trials are stopped, the best trained again with other seeds."""
 
 import sys
 

@@ -56,6 +56,8 @@ RAY_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a box of text even when told to be silent, unless this is off
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends every other job
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # else a trial that fails before its first validation ends the sweep
 }
 
 
@@ -344,12 +346,17 @@ def raise_refusal(error: Exception, run_dir: Path) -> None:
 
 def gpus_within_reach() -> int:
     """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
+    return within_reach("GPU")
+
+
+def within_reach(kind: str) -> int:
+    """How much of ``GPU`` or ``CPU`` the cluster has, counting nodes that its autoscaler has not started yet."""
     import ray
     from ray._private.state import state
 
-    present = ray.cluster_resources().get("GPU", 0)
+    present = ray.cluster_resources().get(kind, 0)
     limits = state.get_max_resources_from_cluster_config() or {}  # None without an autoscaler
-    return int(max(present, limits.get("GPU", 0)))
+    return int(max(present, limits.get(kind, 0)))
 
 
 def cluster_resources(log_path: Path) -> dict[str, float] | None:

@@ -43,7 +43,7 @@ def progress_bar(title: str, *, own_eta: bool = False) -> Iterator[Bar]:
     Args:
         own_eta: The notes say how much time is left; else the bar reckons it from its own updates.
     """
-    if not console.is_terminal:
+    if not console.is_terminal or console._live_stack:  # rich shows one bar at a time
         console.print(f"{title} ...", markup=False)
         yield Bar(title, None)
         return

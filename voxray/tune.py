@@ -1,169 +1,255 @@
-"""Sweeps: Ray Tune over LoRA ranks and task weights, every trial a Ray Train run, weak ones stopped early by ASHA."""
+"""Sweeps: Ray Tune over any flags of a training job, every trial a Ray Train run, weak ones stopped early.
 
-import csv
-import io
+Ray Tune starts trials, hears their validations and stops them; what a sweep knows stands in its own folder
+(``sweep.trials``), and nothing that Ray Tune writes is read again.
+"""
+
 import math
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from voxray.config.train import TrainSettings
-from voxray.errors import RunError, SettingsError
-from voxray.launch import count_workers, on_workers, ray_session, refuse_other_family, warn_about_idle_flags
+from voxray.config.space import described
+from voxray.errors import RunError, SettingsError, Stopped
+from voxray.launch import (
+    count_workers,
+    gpus_within_reach,
+    on_workers,
+    ray_session,
+    refuse_other_family,
+    warn_about_idle_flags,
+    within_reach,
+)
 from voxray.manifest import first_fault
-from voxray.recipes.data import Data, training_data
-from voxray.run_folder import anchor, make_folder, provenance
-from voxray.storage import write_atomically, write_json
-from voxray.tasks import TASKS
-from voxray.terminal import console, progress_bar
+from voxray.recipes.salmonn import made_ready
+from voxray.run_folder import anchor
+from voxray.storage import write_json
+from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
+from voxray.sweep.queue import Queue
+from voxray.sweep.report import write_report
+from voxray.sweep.results import Outcome, outcome_of, write_best, write_csv
+from voxray.sweep.search import refuse_missing_optuna
+from voxray.sweep.trials import ERROR_FILE, RESULT_FILE, Trial, read_trials, reported, with_outcome
+from voxray.sweep.work import Sweep, trial_settings
+from voxray.terminal import console
 
 DRIVER_CPUS = 0.01  # a trial's own process only waits for its workers
+ENDLESS_STEPS = 10**9
 
 
-def run_sweep(settings: Any) -> dict[str, Any]:
-    """Run the sweep and write ``results.csv`` and ``best.yaml``.
+def run_sweep(settings: Any) -> Outcome:
+    """Run the sweep, or what is left of it, and write results.csv, best.yaml and report.html.
 
-    Returns:
-        The best trial's row.
     Raises:
-        RunError, SettingsError: What the user has to put right, or no trial finished.
+        RunError, SettingsError: What the user has to put right, or no trial has the metric.
+        Stopped: By Ctrl-C or SIGTERM.
     """
-    _check(settings)
-    output_dir = anchor(settings.output_dir, settings.storage_path)
-    first_fault((*settings.train_jsonl, *settings.val_jsonl))
-    refuse_other_family(settings)
-    make_folder(output_dir)
-    warn_about_idle_flags(settings)
-    write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
-    write_json(output_dir / "provenance.json", provenance())
-    num_workers = max(1, count_workers(settings.num_workers)[1])
-    with ray_session(output_dir / "ray.log", num_workers):
-        data = training_data(settings, output_dir, use_ray=True)
-        results = _tune(settings, output_dir, data, num_workers)
-        rows = [_row(result, settings) for result in results]
-    finished = [row for row in rows if row[settings.metric] is not None]
-    if not finished:
-        first = next((str(result.error).strip().splitlines()[-1] for result in results if result.error), "no metric")
-        raise RunError(f"no trial finished: {first}; Ray's log: {output_dir / 'ray.log'}")
-    sign = 1 if settings.metric_mode == "min" else -1
-    finished.sort(key=lambda row: sign * row[settings.metric])
-    unfinished = [row for row in rows if row[settings.metric] is None]
-    _write_csv(output_dir / "results.csv", [*finished, *unfinished])
-    _write_best(output_dir / "best.yaml", settings, finished[0])
-    console.print(
-        f"sweep: {len(rows)} trials; best {settings.metric} {finished[0][settings.metric]:.4f} with", markup=False
-    )
-    console.print(f"  {', '.join(f'{name} {finished[0][name]}' for name in swept(settings))}", markup=False)
-    console.print(f"results.csv and best.yaml in {output_dir}", markup=False)
-    return finished[0]
-
-
-def _check(settings: Any) -> None:
-    task, _, metric = settings.metric.partition("/")
-    if task not in TASKS or metric not in TASKS[task].metrics:
-        known = ", ".join(f"{name}/{item}" for name, entry in TASKS.items() for item in entry.metrics)
-        raise SettingsError(f"--metric {settings.metric}: not one of {known}")
-    if settings.tuning == "full":
-        raise SettingsError("--tuning full: a sweep is over LoRA ranks, which full tuning does not have")
     if not settings.val_jsonl:
         raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
+    if settings.method == "optuna":
+        refuse_missing_optuna()
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    base: Any = made_ready(settings) if settings.recipe == "salmonn" else settings
+    first_fault((*base.train_jsonl, *base.val_jsonl))
+    refuse_other_family(base)
+    open_sweep(output_dir, settings)
+    warn_about_idle_flags(settings)
+    warn_of_few_validations(settings)
+    num_workers = max(1, count_workers(settings.num_workers)[1])
+    num_processes = num_workers * max(1, settings.max_concurrent_trials)
+    with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
+        concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
+
+        def train(config: dict[str, Any]) -> None:
+            train_trial(base, num_workers, config)
+
+        def run(queue: Queue, earlier: Sequence[Trial] | None) -> None:
+            scheduler = None if earlier is None else build_scheduler(settings, earlier)
+            run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
+
+        try:
+            sweep = Sweep(base, output_dir, run)
+            sweep.search()
+            if settings.top_k:
+                sweep.repeat()
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"stopped; the same command with --resume goes on from there; sweep in {output_dir}"
+            ) from None
+    return conclude(settings, output_dir)
 
 
-def swept(settings: Any) -> tuple[str, ...]:
-    """Flags of which a sweep has several choices."""
-    return tuple(name for name in ("task_weights", "lora_r") if name in type(settings).model_fields)
+def conclude(settings: Any, output_dir: Path) -> Outcome:
+    """Write what the sweep came to, and say it.
+
+    Raises:
+        RunError: No trial has the metric.
+    """
+    outcome = outcome_of(read_trials(output_dir), settings.metric, settings.mode, settings.top_k)
+    write_csv(output_dir / TABLE, outcome, list(settings.domains))
+    write_report(output_dir / REPORT, settings, outcome)
+    best, value = outcome.winner, outcome.winning_value
+    if best is None or value is None:
+        reasons = [trial.reason for trial in outcome.trials if trial.reason]
+        first = reasons[0] if reasons else f"no validation gave {settings.metric}"
+        raise RunError(f"no trial finished: {first}; all of them in {output_dir / TABLE}")
+    runs = f", mean of {len(outcome.repeated[0].values)} seeds" if outcome.repeated else ""
+    write_best(output_dir / BEST, settings, best.choice, f"{settings.metric} ({value:.4f}{runs})")
+    counts = {state: sum(trial.state == state for trial in outcome.trials) for state in ("stopped", "failed")}
+    how = "".join(f", {count} {state}" for state, count in counts.items() if count)
+    lines = [
+        f"sweep: {len(outcome.trials)} trials{how}; best {settings.metric} {value:.4f}{runs} with",
+        f"  {described(best.choice)}",
+        *([f"  {outcome.verdict()}"] if outcome.verdict() else []),
+        f"{TABLE}, {REPORT} and {BEST} in {output_dir}",
+    ]
+    for line in lines:
+        console.print(line, markup=False)
+    return outcome
 
 
-def trial_settings(settings: Any, choice: dict[str, Any], trial_dir: Path) -> TrainSettings:
-    """Settings of the training run of one trial."""
-    values = {name: value for name, value in dict(settings).items() if name in settings.trains.model_fields}
-    return settings.trains(**{**values, **choice, "output_dir": str(trial_dir), "storage_path": "", "overwrite": True})
+def concurrent_trials(num_workers: int, asked: int) -> int:
+    """How many trials the cluster holds at a time, each with all of its processes; one CPU is kept for Ray Data.
 
-
-def _tune(settings: Any, output_dir: Path, data: Data, num_workers: int) -> Any:
-    import ray
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    def trial(choice: dict[str, Any]) -> None:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
-        trial_dir = output_dir / "trials" / tune.get_context().get_trial_id()
-        trial_dir.mkdir(parents=True, exist_ok=True)
-        run = trial_settings(settings, choice, trial_dir)
-        on_workers(run, trial_dir, data, (num_workers, num_workers), callbacks=[TuneReportCallback()])
-
-    class Show(tune.Callback):
-        def __init__(self, bar: Any, total: int) -> None:
-            self.bar, self.total, self.done = bar, total, 0
-
-        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            self.done += 1
-            self.bar.update(self.done, self.total)
-
-    resources = ray.cluster_resources()
-    room = int(resources.get("GPU", 0) or resources.get("CPU", 1) - 1) // num_workers
-    concurrent = settings.max_concurrent_trials or max(1, room)
-    grid = settings.num_trials == 0
-    choose = tune.grid_search if grid else tune.choice
-    space = {name: choose(list(getattr(settings, name))) for name in swept(settings)}
-    num_trials = settings.num_trials or math.prod(len(getattr(settings, name)) for name in swept(settings))
-    with progress_bar("trials") as bar:
-        tuner = tune.Tuner(
-            tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
-            param_space=space,
-            tune_config=tune.TuneConfig(
-                metric=settings.metric,
-                mode=settings.metric_mode,
-                num_samples=settings.num_trials or 1,
-                max_concurrent_trials=concurrent,
-                scheduler=ASHAScheduler(
-                    time_attr="step", max_t=max(settings.max_steps, 10**6), grace_period=settings.grace_steps
-                ),
-            ),
-            run_config=tune.RunConfig(
-                name=f"sweep-{os.getpid()}",
-                storage_path=str(output_dir / "ray"),
-                verbose=0,
-                callbacks=[Show(bar, num_trials)],
-            ),
+    Args:
+        num_workers: Processes of one trial.
+        asked: The most there shall be; 0 for as many as there is room for.
+    Raises:
+        SettingsError: There is not even room for one.
+    """
+    gpus, cpus = gpus_within_reach(), within_reach("CPU") - 1
+    room = (gpus if gpus >= num_workers else cpus) // num_workers
+    if room < 1:
+        raise SettingsError(
+            f"--num_workers {num_workers}: a trial needs as many CPUs or GPUs, and one CPU is kept for Ray Data; the "
+            f"cluster has {cpus + 1} CPUs and {gpus} GPUs"
         )
-        return tuner.fit()
+    if asked > room:
+        console.print(f"warning: --max_concurrent_trials {asked}: the cluster has room for {room}, which is what runs")
+    return min(asked, room) if asked else room
 
 
-def _row(result: Any, settings: Any) -> dict[str, Any]:
-    """One trial as a line of results.csv."""
-    metrics, choice = result.metrics or {}, dict(result.config or {})
-    if "task_weights" in choice:
-        choice["task_weights"] = ",".join(f"{name}={weight:g}" for name, weight in choice["task_weights"].items())
-    row = {"trial": metrics.get("trial_id"), **choice}
-    row |= {"step": metrics.get("step"), "sec": metrics.get("time_total_s")}
-    names = [f"{name}/{item}" for name, task in TASKS.items() for item in task.metrics]
-    row |= {name: metrics.get(name) for name in names if name in metrics or name == settings.metric}
-    return row | {"error": str(result.error).strip().splitlines()[-1] if result.error else ""}
+@dataclass(frozen=True)
+class Earlier:
+    """A trial of an earlier start of the sweep, as schedulers know trials."""
+
+    trial_id: str
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+def build_scheduler(settings: Any, earlier: Sequence[Trial]) -> Any:
+    """Ray Tune's scheduler, which knows the validations of trials that are over already; None stops nobody."""
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+
+    class Median(MedianStoppingRule):
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            if "step" in result:  # a trial that failed before its first validation has none, and would be waited for
+                super().on_trial_complete(tune_controller, trial, result)
+
+    metric, mode = settings.metric, settings.mode
+    how = {"time_attr": "step", "metric": metric, "mode": mode, "grace_period": settings.grace_steps}
+    if settings.scheduler == "none":
+        return None
+    if settings.scheduler == "median":
+        # the slice of time is one that never ends: a trial is not to pause for others that are about to start
+        scheduler = Median(**how, min_time_slice=math.inf)  # type: ignore[arg-type]
+    else:
+        scheduler = ASHAScheduler(**how, max_t=max(ENDLESS_STEPS, settings.grace_steps))
+    for trial in earlier:
+        stub, records = Earlier(f"trial-{trial.number}"), [reported(each, metric, mode) for each in trial.history]
+        if settings.scheduler == "asha":
+            scheduler.on_trial_add(None, stub)  # type: ignore[arg-type]
+            for record in records:
+                scheduler.on_trial_result(None, stub, record)  # type: ignore[arg-type]
+        else:
+            for record in records:  # this rule only takes note of what it is told here
+                scheduler.on_trial_complete(None, stub, record)  # type: ignore[arg-type]
+    return scheduler
 
 
-def _write_best(path: Path, settings: Any, best: dict[str, Any]) -> None:
-    """The winner as a file that the recipe's training job takes as --config."""
-    values = {
-        name: getattr(settings, name)
-        for name in settings.trains.model_fields
-        if name in settings.model_fields_set and name not in {*swept(settings), "output_dir", "overwrite"}
-    }
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    values |= {name: best[name] for name in swept(settings)}
-    values["output_dir"] = str(path.parent / "best")
-    value, job = f"{best[settings.metric]:.4f}", f"train_{settings.recipe}"
-    head = f"# best of the sweep by {settings.metric} ({value}), for {job} --config\n"
-    write_atomically(path, (head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode())
+def train_trial(settings: Any, num_workers: int, config: dict[str, Any]) -> None:
+    """What the process of a trial runs: one training run, whose end it leaves in the trial's folder.
+
+    Args:
+        config: {"number", "folder", "choice", "data"} of the trial.
+    """
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    class Report(TuneReportCallback):
+        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+            super().after_report(run_context, [reported(metrics[0], settings.metric, settings.mode)], None)
+
+    trial = with_outcome(Trial(config["number"], Path(config["folder"]), config["choice"]))
+    run = trial_settings(settings, trial.choice, trial.folder)
+    for record in trial.history:
+        if record["step"] <= trial.saved_step:  # of an earlier start; later ones will come again
+            tune.report(reported(record, settings.metric, settings.mode))
+    try:
+        workers = (num_workers, num_workers)
+        result = on_workers(run, trial.folder, config["data"], workers, callbacks=[Report()])
+    except (RunError, SettingsError) as error:  # said in its folder, so that Ray Tune does not try it once more
+        write_json(trial.folder / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
+    else:
+        write_json(trial.folder / RESULT_FILE, result)
+
+
+def run_on_tune(queue: Queue, train: Callable[..., None], scheduler: Any, concurrent: int, storage: Path) -> None:
+    """Run all trials of a queue.
+
+    Args:
+        train: What the process of a trial runs.
+        scheduler: Stops trials; None stops nobody.
+        concurrent: Trials at a time.
+        storage: Where Ray Tune may write.
+    """
+    from ray import tune
+    from ray.tune.search import Searcher
+
+    first = queue.next()
+    if first is None:
+        return  # Ray Tune takes it for a mistake to have no trial
+    waiting, numbers = [first], dict[str, int]()
+
+    class Choose(Searcher):
+        """Hands the queue's trials to Ray Tune, which would like to save it; but all that it knows is on disk."""
+
+        def __reduce__(self) -> Any:
+            return Searcher, ()
+
+        def suggest(self, trial_id: str) -> Any:
+            found = waiting.pop() if waiting else queue.next()
+            if found is None:
+                return Searcher.FINISHED
+            trial, data = found
+            numbers[trial_id] = trial.number
+            return {"number": trial.number, "folder": str(trial.folder), "choice": trial.choice, "data": data}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            if trial_id in numbers:
+                queue.end(numbers.pop(trial_id), died=error)
+
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).touch()
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+    tuner = tune.Tuner(
+        tune.with_resources(train, {"CPU": DRIVER_CPUS}),
+        tune_config=tune.TuneConfig(
+            num_samples=-1,  # until the queue says that it is finished
+            max_concurrent_trials=concurrent,
+            search_alg=Choose(),
+            scheduler=scheduler,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=f"sweep-{os.getpid()}-{id(queue)}",
+            storage_path=str(storage),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=1),  # a process that is gone, with its machine perhaps
+        ),
+    )
+    tuner.fit()

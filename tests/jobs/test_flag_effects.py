@@ -112,8 +112,8 @@ EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags:
 EVALUATE_BATCHES = "other_flags::evaluate_batches_and_precision"
 INFER_ROWS, INFER_ADAPTER = "other_flags::infer_rows", "other_flags::infer_adapter"
 SAMPLING = "other_flags::infer_sampling_really_happens"
-TO_TRIALS = "other_flags::sweep_hands_its_flags_to_every_trial"
-SEARCH, WINNER = "other_flags::sweep_search", "other_flags::sweep_winner"
+TO_TRIALS = "sweep_flags::hands_its_flags_to_every_trial"
+SEARCH, WINNER = "sweep_flags::search", "sweep_flags::winner"
 PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_split_and_workers"
 AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
 REACHES = "stages::flags_reach_the_recipe"
@@ -313,11 +313,13 @@ SEEN_BY: dict[str, dict[str, str]] = {
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {
         **dict.fromkeys(TRAIN, TO_TRIALS),
-        **dict.fromkeys(("task_weights", "lora_r", "num_trials", "grace_steps", "max_concurrent_trials"), SEARCH),
-        **dict.fromkeys(("num_workers",), SEARCH),
+        **dict.fromkeys(("task_weights", "lora_r", "space", "search", "num_trials"), SEARCH),
+        **dict.fromkeys(("num_workers", "max_concurrent_trials"), "sweep_flags::trials_at_a_time"),
+        **dict.fromkeys(("scheduler", "grace_steps"), "sweep_flags::schedulers"),
         **dict.fromkeys(("metric", "metric_mode", "output_dir", "storage_path"), WINNER),
+        **dict.fromkeys(("top_k", "seeds", "seed"), "sweep_flags::seeds_and_top_k"),
+        **dict.fromkeys(("resume", "overwrite"), "sweep_flags::resume_and_overwrite"),
         "recipe": "whisper::a_sweep_over_ranks",
-        "overwrite": WARNS,
         "cuda_visible_devices": WARNS,
     },
     # Flags of training go on to it in the file that the command names.

@@ -1,4 +1,4 @@
-"""What the flags of featurize, evaluate, infer, tune and the quickstart change."""
+"""What the flags of featurize, evaluate, infer and the quickstart change."""
 
 import csv
 import json
@@ -12,16 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import SPEECH, TINY, manifest, read_rows, write_rows
 from running import load_job, parse_only
 
-from voxray import quickstart, tune
+from voxray import quickstart
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
-from voxray.config.tune import TuneSettings
 from voxray.data.extract import Extractor
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation import answerer, batch, infer, items, job
@@ -324,85 +322,7 @@ def test_infer_model_id_and_tf32(answered: list, small: dict[str, str], capsys: 
         answer(jsonl=small["tqa.val"], model_id="/nowhere")
 
 
-# tune
-
-
-@pytest.fixture
-def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """Run the tune job with trials that were over before they began; what Ray Tune was given is in ``given``."""
-    import ray
-    import ray.tune
-
-    given: dict[str, Any] = {}
-
-    class Tuner:
-        def __init__(self, trial: Any, *, param_space: dict, tune_config: Any, run_config: Any) -> None:
-            given.update(space=param_space, config=tune_config)
-
-        def fit(self) -> list[Any]:
-            values = {4: (0.4, 0.1), 8: (0.2, 0.3), 16: (0.3, 0.2)}
-            return [
-                SimpleNamespace(
-                    metrics={
-                        "asr/cer_nospace": cer,
-                        "asr/cer": 0.1,
-                        "tqa/rouge_l": rouge,
-                        "step": 3,
-                        "trial_id": str(r),
-                    },
-                    config={"task_weights": {"asr": 1.0, "tqa": 2.0}, "lora_r": r},
-                    error=None,
-                )
-                for r, (cer, rouge) in values.items()
-            ]
-
-    def training_data(settings: Any, output_dir: Path, **options: Any) -> None:
-        given["data"] = settings
-
-    monkeypatch.setattr(ray.tune, "Tuner", Tuner)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 9})
-    monkeypatch.setattr(tune, "ray_session", lambda log, processes: given.update(processes=processes) or nullcontext())
-    monkeypatch.setattr(tune, "training_data", training_data)
-
-    def run(line: str = "") -> dict[str, Any]:
-        usual = f"--model_id {TINY} --train_jsonl {small['tqa.train']} --val_jsonl {small['asr.val']}"
-        folders = f"--storage_path {tmp_path} --output_dir sweep --features_dir f"
-        given["best"] = tune.run_sweep(parse_only("tune", [*usual.split(), *folders.split(), *line.split()]))
-        given["yaml"] = yaml.safe_load((tmp_path / "sweep" / "best.yaml").read_text(encoding="utf-8"))
-        return given
-
-    return run
-
-
-def test_sweep_search(sweep: Callable[..., dict[str, Any]]) -> None:
-    given = sweep("--task_weights 1,1,1;2,1,1 --lora_r 4,8 --num_workers 2")
-    assert given["processes"] == 2 and given["config"].max_concurrent_trials == 4, "(9 CPUs - 1) / 2 processes"
-    assert given["space"]["lora_r"] == {"grid_search": [4, 8]} and given["config"].num_samples == 1
-    shares = [choice["asr"] for choice in given["space"]["task_weights"]["grid_search"]]
-    assert shares == [1.0, 2.0]
-    milestones = [milestone for milestone, _ in given["config"].scheduler._brackets[0]._rungs]
-    assert min(milestones) == 20
-    given = sweep("--num_trials 5 --grace_steps 7 --max_concurrent_trials 3 --lora_r 4,8")
-    assert given["config"].num_samples == 5 and given["config"].max_concurrent_trials == 3
-    assert given["space"]["lora_r"].categories == [4, 8], "drawn, not all tried"
-    assert min(milestone for milestone, _ in given["config"].scheduler._brackets[0]._rungs) == 7
-
-
-def test_sweep_winner(sweep: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    given = sweep()
-    assert given["config"].metric == "asr/cer_nospace" and given["config"].mode == "min"
-    assert given["best"]["lora_r"] == given["yaml"]["lora_r"] == 8
-    assert sweep("--metric_mode max")["yaml"]["lora_r"] == 4
-    assert sweep("--metric tqa/rouge_l --metric_mode max")["yaml"]["lora_r"] == 8
-    assert sweep("--metric tqa/rouge_l")["yaml"]["lora_r"] == 4
-    best = parse_only("train_multitask", ["--config", str(tmp_path / "sweep" / "best.yaml")])
-    assert best.task_weights == {"asr": 1.0, "tqa": 2.0} and best.output_dir == str(tmp_path / "sweep" / "best")
-    rows = list(csv.DictReader((tmp_path / "sweep" / "results.csv").open(encoding="utf-8")))
-    assert [row["lora_r"] for row in rows] == ["4", "16", "8"], "best first"
-    with pytest.raises(SettingsError, match="--tuning full: a sweep is over LoRA ranks"):
-        sweep("--tuning full")
-    with pytest.raises(SettingsError, match="--metric asr/rouge_l: not one of asr/cer_nospace"):
-        sweep("--metric asr/rouge_l")
+# quickstart
 
 
 def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
@@ -422,21 +342,6 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
         left = {"bf16", "fp16", "zero_stage"} - {half}  # stage 3 excludes --quantize and --compile
         assert values[name] != default or name in left, name
     return values
-
-
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-def test_sweep_hands_its_flags_to_every_trial(sweep: Callable[..., dict[str, Any]], tmp_path: Path, half: str) -> None:
-    values = other_values(MultitaskSettings, half)
-    swept = {"task_weights": ({"asr": 2.0},), "lora_r": (4,)}
-    settings = TuneSettings.model_validate({**values, **swept})
-    trial = tune.trial_settings(settings, {"task_weights": {"asr": 1.0}, "lora_r": 17}, tmp_path)
-    own = {"output_dir": str(tmp_path), "storage_path": "", "overwrite": True}
-    assert dict(trial) == {**values, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}
-    given = sweep("--num_actors 3 --rows_per_shard 5 --strict --tf32")["data"]
-    assert (given.features_dir, given.num_actors, given.rows_per_shard, given.strict) == ("f", 3, 5, True)
-
-
-# quickstart
 
 
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
@@ -498,7 +403,6 @@ def test_flags_that_warn(capsys: pytest.CaptureFixture[str]) -> None:
         ("tune", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
         ("quickstart", f"{trains} --cuda_visible_devices 0", "cuda_visible_devices"),
         ("evaluate", "--val_jsonl v.jsonl --cuda_visible_devices 0", "cuda_visible_devices"),
-        ("tune", f"{trains} --overwrite", "overwrite"),
         ("quickstart", f"{trains} --overwrite", "overwrite"),
         ("compile", "--tensorrt_device cuda:0", "tensorrt_device"),
         ("efficiency", "--tensorrt_device cuda:0", "tensorrt_device"),

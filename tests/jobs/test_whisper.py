@@ -5,7 +5,6 @@ import shutil
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from running import parse_only
 from test_stages import ledger, losses, tensors
 
-from voxray import launch, tune
+from voxray import launch
 from voxray.audio.decode import decode
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
@@ -27,6 +26,8 @@ from voxray.evaluation import job
 from voxray.evaluation.infer import run_inference
 from voxray.models.export import run_export
 from voxray.recipes.data import Data
+from voxray.sweep.results import write_best
+from voxray.sweep.work import trial_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CLIP = str(SPEECH / "sample.wav")
@@ -231,14 +232,12 @@ def test_evaluation_takes_it_unchanged(
 def test_a_sweep_over_ranks(tmp_path: Path, small: dict[str, str]) -> None:
     flags = ["--recipe", "whisper", "--train_jsonl", small["asr.train"], "--val_jsonl", small["asr.val"]]
     settings = parse_only("tune", [*flags, "--output_dir", str(tmp_path), "--lora_r", "4,8", "--freeze_encoder"])
-    assert type(settings) is TuneWhisperSettings and tune.swept(settings) == ("lora_r",)
-    trial = tune.trial_settings(settings, {"lora_r": 4}, tmp_path / "t")
+    assert type(settings) is TuneWhisperSettings and list(settings.domains) == ["lora_r"]
+    trial = trial_settings(settings, {"lora_r": 4}, tmp_path / "t")
     assert type(trial) is WhisperSettings and (trial.lora_r, trial.freeze_encoder) == (4, True)
     (tmp_path / "s.yaml").write_text("recipe: whisper\nlora_r: [4, 8]\ntrain_jsonl: t\noutput_dir: o\n")
     assert type(parse_only("tune", ["--config", str(tmp_path / "s.yaml")])) is TuneWhisperSettings
-    result = SimpleNamespace(metrics={"asr/cer_nospace": 0.5}, config={"lora_r": 4}, error=None)
-    row = tune._row(result, settings)
-    tune._write_best(tmp_path / "best.yaml", settings, row)
+    write_best(tmp_path / "best.yaml", settings, {"lora_r": 4}, "asr/cer_nospace (0.5)")
     best = parse_only("train_whisper", ["--config", str(tmp_path / "best.yaml")])
     assert best.lora_r == 4 and best.freeze_encoder and "train_whisper --config" in (tmp_path / "best.yaml").read_text()
     with pytest.raises(SystemExit):

@@ -175,15 +175,19 @@ def _same(model: type[Settings], name: str, first: Any, second: Any) -> bool:
     """Whether two spellings of a value mean the same, such as Korean and ko."""
     if first == second:
         return True
-    field = model.model_fields[name]
-    kind: Any = field.annotation
-    if field.metadata:
-        kind = typing.Annotated.__class_getitem__((kind, *field.metadata))  # type: ignore[attr-defined]
-    read = TypeAdapter(kind).validate_python
+    read = adapter_of(model.model_fields[name]).validate_python
     try:
         return read(first) == read(second)
     except ValidationError:
         return False
+
+
+def adapter_of(field: FieldInfo) -> TypeAdapter[Any]:
+    """What reads one value of a field, by itself."""
+    kind: Any = field.annotation
+    if field.metadata:
+        kind = typing.Annotated.__class_getitem__((kind, *field.metadata))  # type: ignore[attr-defined]
+    return TypeAdapter(kind)
 
 
 def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
@@ -210,13 +214,26 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         ValueError: It cannot be read, or holds something else; one line.
     """
     try:
-        loaded = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
-    # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
+    loaded = yaml_value(text)
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not keys and values")
     return loaded
+
+
+def yaml_value(text: str) -> Any:
+    """What a text says in YAML.
+
+    Raises:
+        ValueError: It is none; one line.
+    """
+    try:
+        return _SafeLoader(text).get_single_data()
+    # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _read_yaml(path: Path, model: type[Settings], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -252,16 +269,16 @@ def _validated(
         for item in error.errors():
             name = str(item["loc"][0]) if item["loc"] else ""
             where = f"--{name}" if name in flags or name not in values else f"{config_path}: {name}"
-            message = item["msg"].removeprefix("Value error, ")
-            given = f" (got {item['input']!r})" if name and item["type"] != "missing" else ""
-            errors.append(f"{where}: {message}{given}" if name else message)
+            messages = item["msg"].removeprefix("Value error, ").split("\n")  # a validator may find several faults
+            given = f" (got {item['input']!r})" if name and item["type"] != "missing" and len(messages) == 1 else ""
+            errors += [f"{where}: {message}{given}" if name else message for message in messages]
     if settings is None or errors:
         _refuse(job, errors)
     for name in settings.model_fields_set:
         reason = flag_of(model.model_fields[name]).no_effect
         if reason:
             print(f"warning: --{name} has no effect: {reason}", file=sys.stderr, flush=True)
-    return _with_absolute_inputs(settings)
+    return with_absolute_inputs(settings)
 
 
 def _refuse(job: str, errors: list[str]) -> NoReturn:
@@ -271,7 +288,7 @@ def _refuse(job: str, errors: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def _with_absolute_inputs(settings: S) -> S:
+def with_absolute_inputs(settings: S) -> S:
     """Make relative inputs absolute: Ray's workers have other current directories than the person who typed them."""
     changed = {}
     for name, field in type(settings).model_fields.items():
@@ -343,6 +360,6 @@ def _type_name(annotation: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value == "" or value == ():
+    if value is None or value in ("", (), {}):
         return "none"
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -25,7 +25,7 @@ from voxray.evaluation.metrics.names import validation_metrics
 from voxray.manifest import language_code
 
 
-def _known_metric(value: str) -> str:
+def known_metric(value: str) -> str:
     if value not in (known := validation_metrics()):
         raise ValueError(f"must be one of {', '.join(known)}")
     return value
@@ -69,7 +69,7 @@ class TrainSettings(
     """Write a checkpoint every so many optimizer steps; one is also written at the end of the run."""
     save_total_limit: Annotated[int, Field(ge=1)] = 3
     """How many of the newest checkpoints are kept; the best one (--metric_for_best_model) is kept besides."""
-    metric_for_best_model: Annotated[str, AfterValidator(_known_metric)] = "overall/macro"
+    metric_for_best_model: Annotated[str, AfterValidator(known_metric)] = "overall/macro"
     """Validation metric that says which checkpoint is best, such as asr/cer_nospace, tqa/rouge_l or sqa/loss;
     overall/macro is the mean of all tasks' headline scores."""
     load_best_model_at_end: bool = False
