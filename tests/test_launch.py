@@ -132,7 +132,8 @@ def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp
 
 ELASTIC = """
 import os, sys
-from voxray.launch import RAY_SETTINGS, run_training
+from voxray.cluster import RAY_SETTINGS
+from voxray.launch import run_training
 from voxray.config.train import MultitaskSettings
 os.environ.update(RAY_SETTINGS)
 import ray

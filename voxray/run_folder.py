@@ -108,7 +108,8 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
             _clear(run_dir)
         else:
             _check_same_run(path, settings, now)
-    (run_dir / "STOP").unlink(missing_ok=True)
+    for name in ("STOP", "GROW"):
+        (run_dir / name).unlink(missing_ok=True)
     write_json(path, now)
     write_json(run_dir / "provenance.json", provenance())
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from voxray.cluster import gpus_within_reach
 from voxray.config.groups import range_of
 from voxray.data.features import Features
 from voxray.errors import RunError
 from voxray.evaluation.answerer import Answerer, Generation, failed_path
 from voxray.evaluation.generate import by_expected_length
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
-from voxray.launch import gpus_within_reach
 from voxray.models.lora import WEIGHTS
 from voxray.storage import Place, write_json
 from voxray.terminal import console

@@ -32,6 +32,8 @@ from voxray.training.speed import Speed, answer_tokens, step_rows
 
 STOP_FILE = "STOP"
 """Its presence in the run folder asks the run to save itself and end after the current step."""
+GROW_FILE = "GROW"
+"""The same, because the cluster has got room for more workers."""
 ROWS_NAMED = 8
 LOOK_SEC = 5.0
 """How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
@@ -53,7 +55,7 @@ class Watch:
     """What ends or saves a run between its steps.
 
     Attributes:
-        run_dir: Where ``STOP_FILE`` may appear.
+        run_dir: Where ``STOP_FILE`` or ``GROW_FILE`` may appear.
         is_leaving: Whether the machine of any worker is about to go; every worker asks at the same step.
     """
 
@@ -63,7 +65,8 @@ class Watch:
 
     def flags(self) -> list[float]:
         """What this worker wants, to be added up over the workers: to stop, and to look."""
-        return [float((self.run_dir / STOP_FILE).exists()), float(time.monotonic() - self.looked > LOOK_SEC)]
+        stop = any((self.run_dir / name).exists() for name in (STOP_FILE, GROW_FILE))
+        return [float(stop), float(time.monotonic() - self.looked > LOOK_SEC)]
 
     def verdict(self, stop: float, look: float) -> tuple[bool, bool]:
         """From the sums: whether the run stops, and whether a machine is about to go."""
