@@ -22,19 +22,19 @@ from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import first_fault
+from voxray.mirror import Mirror
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 from voxray.recipes.build import earlier_of
 from voxray.recipes.data import Data, training_data
 from voxray.room import Growth, find_room, refuse_without_room, unit_of
-from voxray.run_folder import add_provenance, anchor, note_data, open_run
+from voxray.run_folder import GROW_FILE, STOP_FILE, add_provenance, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
 from voxray.training.checkpoint import list_checkpoints
 from voxray.training.engine import Worker
 from voxray.training.host import Host
-from voxray.training.loop import GROW_FILE, STOP_FILE
 from voxray.training.monitor import METRICS, Publish
 from voxray.training.trouble import memory_advice
 from voxray.watch import stop_on_signal, watched
@@ -73,12 +73,18 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
         RunError, SettingsError: What the user has to put right.
         Stopped: The run was asked to stop and saved itself.
     """
-    run_dir = anchor(settings.output_dir, settings.storage_path)
+    mirror = Mirror.of(settings)
+    run_dir = mirror.folder
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
     refuse_other_family(settings)
     refuse_changed_outputs(family_of(settings.model_id), settings.store, settings.quantize, None)
     earlier = earlier_of(settings, family_of(settings.model_id)) if settings.init_adapter else None
+    if not settings.overwrite:
+        mirror.fetch()
     open_run(run_dir, settings, overwrite=settings.overwrite)
+    if settings.overwrite:
+        mirror.forget()
+    mirror.push_all()  # now, to learn that it cannot be written, and workers on other machines begin with it
     if earlier:
         add_provenance(run_dir, init_adapter=earlier.described())
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
@@ -104,6 +110,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
             result = work()
     else:
         result = work()
+    mirror.push_all()
     if not result["finished"]:
         raise Stopped(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
     console.print(
@@ -147,14 +154,17 @@ def on_workers(
         RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
         SettingsError: The cluster can never hold the fewest.
     """
+    mirror = Mirror.of(settings)
     (fewest, most), failures, step = workers, 0, _newest_step(run_dir)
     refuse_without_room(fewest)
     while True:
         (run_dir / GROW_FILE).unlink(missing_ok=True)
+        mirror.take_back_signals()
         number = find_room(fewest, most, (run_dir / STOP_FILE).exists)
         if not number:
             return {"steps": step, "finished": False}
-        outcome = _attempt(settings, run_dir, data, number, most, callbacks)
+        outcome = _attempt(settings, run_dir, data, number, most, callbacks, mirror)
+        mirror.fetch()  # the first worker may have been on another machine
         before, step = step, _newest_step(run_dir)
         if "result" in outcome:
             stopped = not (run_dir / GROW_FILE).exists() or (run_dir / STOP_FILE).exists()
@@ -179,7 +189,13 @@ def _newest_step(run_dir: Path) -> int:
 
 
 def _attempt(
-    settings: TrainSettings, run_dir: Path, data: Data, number: int, most: int, callbacks: Sequence[Any]
+    settings: TrainSettings,
+    run_dir: Path,
+    data: Data,
+    number: int,
+    most: int,
+    callbacks: Sequence[Any],
+    mirror: Mirror,
 ) -> dict[str, Any]:
     """Train with so many processes until they end, for whatever reason, or there is room for more of them.
 
@@ -199,6 +215,7 @@ def _attempt(
                 growth = Growth(most - number, unit_of(number))  # now, that it takes no place of the run's own workers
             if growth and growth.is_there():
                 (run_dir / GROW_FILE).touch()
+            mirror.send_signals()
     finally:
         if growth:
             growth.close()
@@ -252,12 +269,20 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     settings = config["settings"]
     publish = _gauges(run_dir.name) if worker.is_first else None
     host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
+    mirror = Mirror.of(settings)
+    mirror.fetch()
+    done = mirror.hear_signals()
     try:
-        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
+        result = RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
+        if worker.is_first:
+            mirror.push_or(print)
+        return result
     except (RunError, SettingsError) as error:
         with suppress(OSError):  # a full disk, of which Ray carries the news as well
             write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
+    finally:
+        done.set()
 
 
 def _gauges(run: str) -> Publish:
@@ -313,5 +338,9 @@ def _append_trace(log_path: Path, error: BaseException) -> None:
 
 
 def _last_line(error: BaseException) -> str:
+    for failure in getattr(error, "worker_failures", {}).values():
+        if dead := getattr(failure, "health_check_failure", None):
+            error = dead  # the others only waited for it in vain
+            break
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition(" Worker exit type:")[0][:300] if lines else type(error).__name__

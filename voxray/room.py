@@ -13,7 +13,7 @@ from voxray.cluster import within_reach
 from voxray.errors import RunError, SettingsError
 from voxray.terminal import console
 
-SETTLE_SEC = 3.0
+SETTLE_SEC = 5.0
 """How long the places beyond the fewest may take; those that are free are given within tenths of a second."""
 SAY_SEC = 60.0
 WAIT_SEC = 1800.0

@@ -22,12 +22,15 @@ from voxray.errors import RunError
 from voxray.evaluation.answerer import Answerer, Generation, failed_path
 from voxray.evaluation.generate import by_expected_length
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
+from voxray.mirror import Mirror
 from voxray.models.lora import WEIGHTS
 from voxray.storage import Place, write_json
 from voxray.terminal import console
 
 BATCHES_PER_PART = 8
 """A part's last rows wait for each other, so it should be long; what a killed run repeats is its parts in flight."""
+MADE_BY = "made_by.json"
+"""Says to which evaluation the parts beside it belong."""
 Progress = Callable[[int, int], None]
 
 
@@ -83,6 +86,7 @@ def answer(
     models: Models | None = None,
     use_ray: bool = True,
     retry_failed: bool = False,
+    mirror: Mirror | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """Answer rows and write them to ``predictions`` in the output folder; parts that are there already stay.
@@ -91,6 +95,7 @@ def answer(
         folders: Feature sets.
         rows: Row numbers within them.
         retry_failed: Answer parts in which a row failed once more.
+        mirror: Where each part is uploaded to when it is done.
         use_ray: False answers in this process.
     Raises:
         RunError: No row at all can be answered.
@@ -103,10 +108,13 @@ def answer(
         if failed_path(predictions, number).is_file():
             part_path(predictions, number).unlink(missing_ok=True)
             failed_path(predictions, number).unlink()
+    if mirror:
+        mirror.forget("predictions/")
+        mirror.push_files([predictions / MADE_BY])  # the parts count for nothing without it
     waiting = [number for number in range(len(parts)) if not part_path(predictions, number).is_file()]
     done, total = sum(map(len, parts)) - sum(len(parts[number]) for number in waiting), len(rows)
     for num_rows in (_run_on_ray if use_ray else _run_here)(
-        generation, folders, predictions, parts, waiting, models or Models()
+        generation, folders, predictions, parts, waiting, models or Models(), mirror
     ):
         done += num_rows
         on_progress(done, total)
@@ -170,7 +178,7 @@ def _key(generation: Generation, features: Features, parts: Sequence[Sequence[in
 
 def _forget_other_evaluation(predictions: Path, key: str) -> None:
     """Keep finished parts, and what is remembered of deaths, only if they belong to this very evaluation."""
-    mark = predictions / "made_by.json"
+    mark = predictions / MADE_BY
     if mark.is_file() and json.loads(mark.read_text()).get("key") == key:
         return
     if any(predictions.glob("part-*.parquet")):
@@ -195,8 +203,9 @@ def _run_here(
     parts: Sequence[list[int]],
     waiting: Sequence[int],
     models: Models,
+    mirror: Mirror | None,
 ) -> Iterator[int]:
-    answerer = Answerer(generation, folders, predictions, os.cpu_count() or 1) if waiting else None
+    answerer = Answerer(generation, folders, predictions, os.cpu_count() or 1, mirror) if waiting else None
     for number in waiting:
         assert answerer is not None
         answerer.write_part(number, parts[number])
@@ -210,6 +219,7 @@ def _run_on_ray(
     parts: Sequence[list[int]],
     waiting: Sequence[int],
     models: Models,
+    mirror: Mirror | None,
 ) -> Iterator[int]:
     if not waiting:
         return
@@ -219,7 +229,7 @@ def _run_on_ray(
     items = [{"item": json.dumps({"part": number, "rows": parts[number]})} for number in waiting]
     results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
         Answerer,
-        fn_constructor_args=(generation, tuple(folders), predictions, pool.num_threads),
+        fn_constructor_args=(generation, tuple(folders), predictions, pool.num_threads, mirror),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=pool.fewest, max_size=pool.most, max_tasks_in_flight_per_actor=2),
         num_gpus=pool.gpus_each,

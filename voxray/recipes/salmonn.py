@@ -29,7 +29,7 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     Raises:
         RunError, SettingsError: A part or a file cannot be read, or the run folder cannot be written.
     """
-    run_dir = anchor(settings.output_dir, settings.storage_path)
+    run_dir = anchor(settings.output_dir, settings.storage_path, is_mirrored=True)
     make_folder(run_dir)
     changed: dict[str, Any] = {}
     for name in ("train_jsonl", "val_jsonl"):

@@ -22,6 +22,7 @@ from voxray.data.plan import Pack, Plan
 from voxray.errors import RunError
 from voxray.models.family import Family
 from voxray.models.losses import Logits, token_losses
+from voxray.run_folder import GROW_FILE, STOP_FILE
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import CheckpointWriter, Progress
 from voxray.training.engine import Engine, Worker, gather
@@ -30,10 +31,6 @@ from voxray.training.monitor import Monitor
 from voxray.training.selection import Selection
 from voxray.training.speed import Speed, answer_tokens, step_rows
 
-STOP_FILE = "STOP"
-"""Its presence in the run folder asks the run to save itself and end after the current step."""
-GROW_FILE = "GROW"
-"""The same, because the cluster has got room for more workers."""
 ROWS_NAMED = 8
 LOOK_SEC = 5.0
 """How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
