@@ -13,6 +13,7 @@ RAY_ROOMS = {
     "cluster.py",
     "room.py",
     "launch.py",
+    "submit.py",
     "data/prepare.py",
     "data/featurize.py",
     "evaluation/batch.py",
