@@ -65,7 +65,7 @@ class Autoscaled:
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
         command += [f"--node-ip-address={ip}", "--num-cpus=0", f"--autoscaling-config={path}"]
-        command += [f"--temp-dir={self.folder}", "--include-dashboard=false", "--disable-usage-stats"]
+        command += [f"--temp-dir={self.folder}", "--disable-usage-stats", "--dashboard-host=127.0.0.1"]
         self._log = open(Path(self.folder) / "start.log", "wb")  # noqa: SIM115  # open for the life of the process
         self._head = subprocess.Popen(
             command,

@@ -22,9 +22,21 @@ from voxray.launch import run_training
 from voxray.training.monitor import read_metrics
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
-STEPS, WAIT_SEC = 100, 300
+STEPS, WAIT_SEC = 80, 300
 TASKS = ("asr", "sqa", "tqa")
-TRAINING = ["--val_jsonl=", "--lora_dropout", "0", "--per_device_bsz", "2", "--log_steps", "50", "--seed", "5"]
+TRAINING = [
+    "--val_jsonl=",
+    "--lora_dropout",
+    "0",
+    "--per_device_bsz",
+    "2",
+    "--grad_accum",
+    "4",
+    "--log_steps",
+    "50",
+    "--seed",
+    "5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,7 @@ def planned(
     """Losses of the run that nobody interrupts: one process that takes both halves of every step."""
     run = tmp_path_factory.mktemp("planned")
     settings = {"model_id": TINY, "train_jsonl": [small[f"{task}.train"] for task in TASKS], "output_dir": str(run)}
-    flags = {"lora_dropout": 0.0, "per_device_bsz": 2, "grad_accum": 2, "max_steps": STEPS, "num_workers": 0, "seed": 5}
+    flags = {"lora_dropout": 0.0, "per_device_bsz": 2, "grad_accum": 8, "max_steps": STEPS, "num_workers": 0, "seed": 5}
     run_training(MultitaskSettings.model_validate({**settings, **flags, "features_dir": features}))
     return [record["loss"] for record in read_metrics(run, "train")]
 
