@@ -24,19 +24,7 @@ from voxray.training.monitor import read_metrics
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
 STEPS, WAIT_SEC = 80, 300
 TASKS = ("asr", "sqa", "tqa")
-TRAINING = [
-    "--val_jsonl=",
-    "--lora_dropout",
-    "0",
-    "--per_device_bsz",
-    "2",
-    "--grad_accum",
-    "4",
-    "--log_steps",
-    "50",
-    "--seed",
-    "5",
-]
+TRAINING = ["--val_jsonl=", "--lora_dropout", "0", "--per_device_bsz", "2", "--grad_accum", "4", "--seed", "5"]
 
 
 @pytest.fixture(scope="module")
