@@ -7,7 +7,7 @@ import pytest
 
 from voxray import cluster, room
 from voxray.errors import RunError, SettingsError
-from voxray.room import Growth, find_room, refuse_without_room
+from voxray.room import Growth, find_room, refuse_without_room, say_idle_gpus
 
 
 class Places:
@@ -98,9 +98,11 @@ def test_what_the_cluster_can_never_hold_is_refused(
         refuse_without_room(5)
     reach(monkeypatch, CPU=8, GPU=2)
     assert (room.unit_of(2), room.unit_of(3)) == ("GPU", "CPU")
-    refuse_without_room(2)
+    for fewest in (2, 3):
+        refuse_without_room(fewest)
+    say_idle_gpus(2)
     assert not capsys.readouterr().out
-    refuse_without_room(3)
+    say_idle_gpus(3)
     assert "--num_workers 3: trains on CPUs, because the cluster has 2 GPU(s) only" in capsys.readouterr().out
     reach(monkeypatch, GPU=2)
     with pytest.raises(SettingsError, match="no CPU to make features with"):

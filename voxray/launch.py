@@ -28,7 +28,7 @@ from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 from voxray.recipes.build import earlier_of
 from voxray.recipes.data import Data, training_data
-from voxray.room import Growth, find_room, refuse_without_room, unit_of
+from voxray.room import Growth, find_room, refuse_without_room, say_idle_gpus, unit_of
 from voxray.run_folder import GROW_FILE, STOP_FILE, add_provenance, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
@@ -95,6 +95,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     def work() -> dict[str, Any]:
         if use_ray:
             refuse_without_room(workers[0])
+            say_idle_gpus(workers[0])
         data = training_data(settings, run_dir, use_ray=use_ray)
         note_data(run_dir, (*data.train, *data.validation))
         with stop_on_signal(run_dir), watched(run_dir):

@@ -35,7 +35,7 @@ class Mirror:
 
     folder: Path
     place: RemotePath | None
-    _sent: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _sent: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
 
     @classmethod
     def of(cls, settings: OutputFlags) -> "Mirror":

@@ -28,19 +28,22 @@ def unit_of(fewest: int) -> str:
 
 
 def refuse_without_room(fewest: int) -> None:
-    """Refuse what the cluster can never hold, before hours go into features, and say if GPUs stay idle.
+    """Refuse what the cluster can never hold, before hours go into features.
 
     Raises:
         SettingsError: There are not so many CPUs, or none to make features with, even when all nodes have started.
     """
-    cpus, gpus = within_reach("CPU"), within_reach("GPU")
-    unit = unit_of(fewest)
-    if unit == "CPU" and gpus:
-        console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has {gpus} GPU(s) only")
-    if unit == "CPU" and fewest > cpus:
+    cpus = within_reach("CPU")
+    if unit_of(fewest) == "CPU" and fewest > cpus:
         raise SettingsError(f"--num_workers {fewest}: the cluster has {cpus} CPU(s), those it may still start counted")
     if not cpus:
         raise SettingsError("the cluster has no CPU to make features with, and may start none: give a node some")
+
+
+def say_idle_gpus(fewest: int) -> None:
+    """Warn if training takes CPUs because there are GPUs, but too few of them."""
+    if (gpus := within_reach("GPU")) and unit_of(fewest) == "CPU":
+        console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has {gpus} GPU(s) only")
 
 
 def find_room(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:

@@ -61,6 +61,7 @@ class Autoscaled:
         path = Path(self.folder) / "ray_bootstrap_config.yaml"  # in the home folder, where `ray up` leaves it
         path.write_text(json.dumps(config))
         self._env = {**environment(), "RAY_AUTH_MODE": "disabled", "HOME": self.folder, "VOXRAY_TEST_NODES": self.mark}
+        del self._env["CUDA_VISIBLE_DEVICES"]  # "" would be held against a node that says it has a GPU
         self.driver_env = {"RAY_ADDRESS": self.address, "RAY_AUTH_MODE": "disabled", "HOME": self.folder}
         fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]

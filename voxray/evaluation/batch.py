@@ -18,7 +18,7 @@ import numpy as np
 from voxray.cluster import gpus_within_reach
 from voxray.config.groups import range_of
 from voxray.data.features import Features
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Answerer, Generation, failed_path
 from voxray.evaluation.generate import by_expected_length
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
@@ -66,12 +66,19 @@ class Pool:
 
 
 def pool_of(models: Models, num_gpus: int, num_cpus: int, num_parts: int) -> Pool:
-    """Share out a cluster's GPUs and CPUs."""
+    """Share out a cluster's GPUs and CPUs.
+
+    Raises:
+        SettingsError: The GPUs that the settings ask for are more than the cluster can have.
+    """
     usual = int(num_gpus / (models.gpus_each or 1)) if num_gpus else num_cpus // 2
     low, high = range_of(models.number or max(1, usual))
     most = min(high, num_parts)
     fewest = min(low, most)
     threads = max(1, num_cpus // most)
+    if num_gpus and fewest * models.gpus_each > num_gpus:
+        asked = f"--num_models {fewest} with --gpus_per_model {models.gpus_each:g}"
+        raise SettingsError(f"{asked}: the cluster has {num_gpus} GPU(s), those it may still start counted")
     if num_gpus:
         return Pool(fewest, most, models.gpus_each or min(1.0, num_gpus / most), None, threads)
     return Pool(fewest, most, None, min(1.0, num_cpus / most), threads)
