@@ -9,6 +9,7 @@ machine goes on from the newest checkpoint that is whole.
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -156,7 +157,7 @@ class Mirror:
     def send_signals(self) -> None:
         """Let workers on other machines know what this one's folder asks of them."""
         for name in SIGNALS if self.place else ():
-            if (self.folder / name).exists() and name not in self._sent:
+            if name not in self._sent and (self.folder / name).exists():
                 assert self.place is not None
                 (self.place / name).write_bytes(b"")
                 self._sent[name] = (0, 0)
@@ -169,17 +170,22 @@ class Mirror:
                 (self.place / name).unlink()
 
     def hear_signals(self) -> threading.Event:
-        """Touch this machine's files as the URL's say, in the background, until the returned event is set."""
+        """Touch this machine's files as the URL's say, in the background, until the returned event is set.
+
+        What an earlier run left here goes first.
+        """
         done = threading.Event()
 
         def look() -> None:
-            while not done.wait(LOOK_SEC):
+            for name in SIGNALS:
+                (self.folder / name).unlink(missing_ok=True)
+            while True:
                 for name in SIGNALS:
-                    try:
+                    with suppress(OSError):
                         if self.place is not None and (self.place / name).is_file():
                             (self.folder / name).touch()
-                    except OSError:
-                        continue
+                if done.wait(LOOK_SEC):
+                    return
 
         if self.place is not None:
             threading.Thread(target=look, daemon=True).start()
