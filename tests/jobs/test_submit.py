@@ -215,7 +215,7 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
 
 @pytest.mark.chaos
 def test_submit_follows_a_job_and_exits_as_it_did(head: Head, submitted: Submitted, tmp_path: Path) -> None:
-    env = {**head.env, "PATH": f"{Path(sys.executable).parent}:{head.env['PATH']}"}
+    env = {**head.env, "PATH": f"{Path(sys.executable).parent}:{head.env['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "jobs/submit.py"), "--address", head.address, "--", "train_multitask"]
     refused = arguments("a.jsonl", None)
     done = subprocess.run([*command, *refused], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
