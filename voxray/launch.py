@@ -28,7 +28,15 @@ from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 from voxray.recipes.build import earlier_of
 from voxray.recipes.data import Data, training_data
-from voxray.room import Growth, find_room, refuse_without_room, say_idle_gpus, unit_of
+from voxray.room import (
+    Growth,
+    find_room,
+    free_places,
+    note_places,
+    refuse_without_room,
+    say_idle_gpus,
+    unit_of,
+)
 from voxray.run_folder import GROW_FILE, STOP_FILE, add_provenance, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
@@ -238,12 +246,13 @@ def _fit_once(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    name = f"{run_dir.name}-{uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
+        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data, "name": name},
         scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=unit_of(number) == "GPU"),
         run_config=ray.train.RunConfig(
-            name=f"{run_dir.name}-{uuid4().hex[:8]}",
+            name=name,
             storage_path=str(run_dir / "ray"),
             callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(
@@ -255,6 +264,7 @@ def _fit_once(
         outcome["result"] = trainer.fit().return_value
     except Exception as error:  # told to the user by on_workers
         outcome["error"] = error
+        free_places(name)
 
 
 def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
@@ -268,6 +278,8 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     settings = config["settings"]
+    if worker.is_first:
+        note_places(config["name"])
     publish = _gauges(run_dir.name) if worker.is_first else None
     host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
     mirror = Mirror.of(settings)

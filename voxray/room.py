@@ -103,6 +103,29 @@ class Growth:
         _give_back(self._asked)
 
 
+def note_places(run: str) -> None:
+    """In a training worker: note which places its run holds, under the run's name in Ray."""
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    if group := ray.util.get_current_placement_group():
+        _internal_kv_put(f"voxray/{run}", group.id.binary())
+
+
+def free_places(run: str) -> None:
+    """Give back what a run that has ended still holds.
+
+    That is Ray Train's to do. But if its controller was killed, a helper does it, which may have died of a slow answer
+    before; then nobody would, and the next start would wait for its own room.
+    """
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get
+    from ray.util.placement_group import PlacementGroup
+
+    if noted := _internal_kv_get(f"voxray/{run}"):
+        ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(noted)))
+
+
 def _ask(number: int, unit: str) -> Any:
     """Places for so many workers, all of them or none."""
     import ray
