@@ -136,7 +136,7 @@ def _ask(number: int, unit: str) -> Any:
 def _is_given(group: Any) -> bool:
     import ray
 
-    return ray.util.placement_group_table(group)["state"] == "CREATED"
+    return ray.util.placement_group_table(group).get("state") == "CREATED"
 
 
 def _give_back(groups: list[Any]) -> None:
