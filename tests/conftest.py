@@ -94,7 +94,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of this module's own, stopped after it."""
-    from voxray.launch import RAY_SETTINGS
+    from voxray.cluster import RAY_SETTINGS
 
     os.environ.update(RAY_SETTINGS)
     import ray

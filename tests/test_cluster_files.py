@@ -1,4 +1,4 @@
-"""cluster.yaml and runtime_env.yaml: Ray takes them, they scale from zero, open nothing, hold no secret, upload enough.
+"""The cluster's files: Ray takes them, they scale from zero, open nothing, hold no secret, upload enough.
 
 Ray's own check runs offline and looks at the shape only. What it cannot see is checked here by functions that return a
 list of problems; each is also given a damaged copy, so that a check that stopped seeing anything would fail its test.
@@ -16,6 +16,7 @@ import yaml
 from ray._private.runtime_env.packaging import _get_excludes, get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+from running import parse_only
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRETS = re.compile(
@@ -198,3 +199,143 @@ def test_the_upload_is_what_jobs_need(runtime_env: dict[str, Any]) -> None:
 def test_a_careless_pattern_is_seen(pattern: str, runtime_env: dict[str, Any]) -> None:
     runtime_env["excludes"].append(pattern)
     assert excludes_problems(runtime_env)
+
+
+# -- the same cluster on Google Cloud
+
+
+@pytest.fixture
+def gcp() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster" / "gcp.yaml").read_text(encoding="utf-8"))
+
+
+def gcp_problems(cluster: dict[str, Any]) -> list[str]:
+    """What holds for cluster.yaml, in Google's words: spot machines for data alone, and no public address."""
+    found = [f"{name}: min_workers" for name, group in groups(cluster).items() if group.get("min_workers", 0) != 0]
+    for name, group in groups(cluster).items():
+        is_spot = group["node_config"].get("scheduling", {}).get("provisioningModel") == "SPOT"
+        if is_spot == ("GPU" in group["resources"]):
+            found.append(f"{name}: {'spot' if is_spot else 'on demand'}")
+    for name, group in cluster["available_node_types"].items():
+        interfaces = group["node_config"].get("networkInterfaces", [])
+        if not interfaces or any("accessConfigs" in interface for interface in interfaces):
+            found.append(f"{name}: a public address")
+    if not cluster["provider"]["use_internal_ips"]:
+        found.append("provider.use_internal_ips")
+    commands = str([cluster["head_start_ray_commands"], cluster["setup_commands"]])
+    return found + [part for part in ("--dashboard-host=127.0.0.1", "RAY_AUTH_MODE=token") if part not in commands]
+
+
+def test_the_cluster_on_google_cloud(cluster: dict[str, Any], gcp: dict[str, Any]) -> None:
+    validate_config(prepare_config(copy.deepcopy(gcp)))
+    assert gcp_problems(gcp) == [] and secret_problems(gcp) == []
+    for name, group in cluster["available_node_types"].items():
+        same = ("resources", "labels", "min_workers", "max_workers")
+        assert {key: group.get(key) for key in same} == {
+            key: gcp["available_node_types"][name].get(key) for key in same
+        }
+    assert all((ROOT / path).is_file() for path in gcp["file_mounts"].values() if not path.startswith("~"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda c: c["available_node_types"]["train"]["node_config"]["scheduling"].update(provisioningModel="SPOT"),
+        lambda c: c["available_node_types"]["data"]["node_config"].pop("scheduling"),
+        lambda c: c["available_node_types"]["head"]["node_config"]["networkInterfaces"][0].update(accessConfigs=[{}]),
+        lambda c: c["available_node_types"]["head"]["node_config"].pop("networkInterfaces"),
+        lambda c: c["provider"].update(use_internal_ips=False),
+        lambda c: c.update(setup_commands=[]),
+    ],
+)
+def test_damage_on_google_cloud_is_seen(damage: Damage, gcp: dict[str, Any]) -> None:
+    damage(gcp)
+    assert gcp_problems(gcp)
+
+
+# -- one job on Kubernetes
+
+JOB_KEYS = {
+    *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode"),
+    *("submitterConfig", "runtimeEnvYAML", "rayClusterSpec", "activeDeadlineSeconds", "metadata", "suspend"),
+}
+"""Fields of KubeRay's RayJobSpec and, below, of what is in it, as far as they make sense here."""
+CLUSTER_KEYS = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
+HEAD_KEYS = {"serviceType", "rayStartParams", "template"}
+WORKER_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+POD_KEYS = {"containers", "volumes", "tolerations", "terminationGracePeriodSeconds", "serviceAccountName"}
+CONTAINER_KEYS = {"name", "image", "resources", "volumeMounts"}
+
+
+@pytest.fixture
+def rayjob() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster" / "kuberay-rayjob.yaml").read_text(encoding="utf-8"))
+
+
+def rayjob_problems(job: dict[str, Any]) -> list[str]:
+    """Unknown fields, values of another type than Kubernetes takes, mounts of nothing, and doors to the outside."""
+    spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    found = [f"spec.{key}" for key in set(spec) - JOB_KEYS] + [f"cluster.{key}" for key in set(cluster) - CLUSTER_KEYS]
+    if (job["apiVersion"], job["kind"]) != ("ray.io/v1", "RayJob") or spec["submissionMode"] != "K8sJobMode":
+        found.append("kind")
+    if cluster["headGroupSpec"]["serviceType"] != "ClusterIP":
+        found.append("the head is reached from outside")
+    if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
+        found.append("the head takes work")
+    for group in groups:
+        name = group.get("groupName", "head")
+        known = WORKER_KEYS if "groupName" in group else HEAD_KEYS
+        found += [f"{name}.{key}" for key in set(group) - known]
+        if "groupName" in group and not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            found.append(f"{name}: replicas")
+        if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
+            found.append(f"{name}: rayStartParams are text")
+        pod = group["template"]["spec"]
+        found += [f"{name}.pod.{key}" for key in set(pod) - POD_KEYS]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            found += [f"{name}.container.{key}" for key in set(container) - CONTAINER_KEYS]
+            found += [f"{name}: no volume {mount['name']}" for mount in container["volumeMounts"]
+                      if mount["name"] not in volumes]  # fmt: skip
+            if container["resources"]["requests"] != container["resources"]["limits"]:
+                found.append(f"{name}: Ray counts limits, and Kubernetes gives requests")
+            if not all(isinstance(value, str) for value in container["resources"]["limits"].values()):
+                found.append(f"{name}: quantities are text")
+    return found
+
+
+def test_the_job_on_kubernetes(rayjob: dict[str, Any], runtime_env: dict[str, Any]) -> None:
+    assert rayjob_problems(rayjob) == []
+    assert SECRETS.findall(yaml.safe_dump(rayjob)) == []
+    spec = rayjob["spec"]
+    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == runtime_env["env_vars"]
+    RuntimeEnv(**yaml.safe_load(spec["runtimeEnvYAML"]))
+    python, script, *flags = spec["entrypoint"].split()
+    assert (python, script) == ("python", "/voxray/jobs/train_multitask.py")
+    here = [flag.replace("/voxray/jobs", str(ROOT / "jobs")) for flag in flags]
+    settings = parse_only("train_multitask", here)
+    assert settings.num_workers == "1:4" and settings.storage_path == "/mnt/shared"
+    train = next(group for group in spec["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "train")
+    [container] = train["template"]["spec"]["containers"]
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) * train["maxReplicas"] == 4
+    pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned and spec["rayClusterSpec"]["rayVersion"] == pinned[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda j: j["spec"].update(entryPoint="x"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"].update(serviceType="LoadBalancer"),
+        lambda j: j["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+        lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][0].update(replicas=9),
+        lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][1]["template"]["spec"].update(volumes=[]),
+        lambda j: j["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][
+            "limits"
+        ].update(cpu=4),
+    ],
+)
+def test_damage_on_kubernetes_is_seen(damage: Damage, rayjob: dict[str, Any]) -> None:
+    damage(rayjob)
+    assert rayjob_problems(rayjob)

@@ -9,7 +9,16 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 CODE = sorted([*REPOSITORY.glob("voxray/**/*.py"), *REPOSITORY.glob("jobs/*.py"), *REPOSITORY.glob("tools/*.py")])
-RAY_ROOMS = {"launch.py", "data/prepare.py", "data/featurize.py", "evaluation/batch.py", "tune.py"}
+RAY_ROOMS = {
+    "cluster.py",
+    "room.py",
+    "launch.py",
+    "submit.py",
+    "data/prepare.py",
+    "data/featurize.py",
+    "evaluation/batch.py",
+    "tune.py",
+}
 UNSAFE_CALLS = {
     "eval",
     "exec",

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, write_rows
@@ -82,8 +83,9 @@ def settings(small, output_dir: Path, **changes) -> MultitaskSettings:
     return MultitaskSettings(**{**values, **changes})
 
 
-def test_a_run_explains_itself(local_ray, small, tmp_path):
-    """Contract 12, on a run of two Ray Train processes."""
+def test_a_run_explains_itself(local_ray, small, tmp_path, monkeypatch):
+    """Contract 12, on a run of two Ray Train processes; no secret of the environment is part of it."""
+    monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
     result = run_training(settings(small, tmp_path))
     assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
     names = {path.name for path in tmp_path.iterdir()}
@@ -105,6 +107,18 @@ def test_a_run_explains_itself(local_ray, small, tmp_path):
     assert {f"loss/{task}": figures[task] for task in figures if f"loss/{task}" in last}.items() <= last.items()
     assert gauges(tmp_path.name, "ray_voxray_data_wait")[""] == pytest.approx(last["data_wait"])
     assert gauges(tmp_path.name, "ray_voxray_validation_cer_nospace") == {"asr": result["asr/cer_nospace"]}
+    [shown] = [run for run in train_page() if run.name.startswith(f"{tmp_path.name}-")]
+    assert shown.status == "FINISHED" and "hf_of_somebody" not in repr(shown)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [path for path in files if b"hf_of_somebody" in path.read_bytes()]
+
+
+def train_page() -> list[Any]:
+    """What the dashboard's Train page has to show."""
+    import ray
+    from ray.train.v2._internal.state.state_actor import get_state_actor
+
+    return list(ray.get(get_state_actor().get_train_runs.remote()).values())
 
 
 def gauges(run: str, name: str) -> dict[str, float]:
@@ -132,7 +146,8 @@ def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp
 
 ELASTIC = """
 import os, sys
-from voxray.launch import RAY_SETTINGS, run_training
+from voxray.cluster import RAY_SETTINGS
+from voxray.launch import run_training
 from voxray.config.train import MultitaskSettings
 os.environ.update(RAY_SETTINGS)
 import ray

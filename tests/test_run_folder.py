@@ -9,7 +9,7 @@ import pytest
 from voxray import run_folder
 from voxray.config.train import MultitaskSettings
 from voxray.errors import RunError, SettingsError
-from voxray.run_folder import MAY_CHANGE, anchor, is_submitted_job, make_folder, open_run, provenance
+from voxray.run_folder import MAY_CHANGE, anchor, is_submitted_job, make_folder, open_run, provenance, url_of
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -53,8 +53,12 @@ def test_paths_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("path", "storage_path", "message"),
     [
-        ("s3://bucket/a", "", "--output_dir s3://bucket/a: give a mounted folder"),
-        ("a", "gs://bucket", "URLs are not supported"),
+        (
+            "s3://bucket/a",
+            "",
+            "--output_dir s3://bucket/a: this job writes to mounted folders only, not to s3://bucket/a",
+        ),
+        ("a", "gs://bucket/", "--output_dir a: this job writes to mounted folders only, not to gs://bucket/a"),
         ("a", "mnt/x", "--storage_path mnt/x: must be absolute"),
         ("/a", "mnt/x", "--storage_path mnt/x: must be absolute"),
     ],
@@ -62,6 +66,14 @@ def test_paths_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch):
 def test_paths_that_are_refused(path: str, storage_path: str, message: str):
     with pytest.raises(SettingsError, match=message):
         anchor(path, storage_path)
+
+
+def test_places_behind_a_url():
+    assert url_of("runs/a", "s3://b/x/?region=eu-west-1") == "s3://b/x/runs/a?region=eu-west-1"
+    assert url_of("s3://b/x", "/mnt") == "s3://b/x" and url_of("/runs/a", "s3://b") == url_of("runs/a", "/mnt") == ""
+    here, there = (anchor("runs/a", f"s3://{name}?region=x", is_mirrored=True) for name in ("b", "c"))
+    assert here.parent == Path("/home/someone/.cache/voxray/runs") and here.name.startswith("a-") and here != there
+    assert here == anchor("s3://b/runs/a/", "", is_mirrored=True), "options and slashes make no other place"
 
 
 # -- make_folder

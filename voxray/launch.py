@@ -1,20 +1,19 @@
-"""Ray at the edge: start or join a cluster, make features, run training processes, and show how they get on."""
+"""The jobs that run on Ray: features, and training in processes that are started again when one dies."""
 
 import json
-import logging
 import os
-import signal
-import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from rich.console import Console
 
+from voxray.cluster import ray_session
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ModelFlags, range_of
 from voxray.config.salmonn import SalmonnSettings
@@ -23,18 +22,28 @@ from voxray.data.feature_sets import features_place, log_folder, make_features
 from voxray.data.featurize import MIN_ACTORS, FeaturizeReport, write_ledger
 from voxray.errors import RunError, SettingsError, Stopped
 from voxray.manifest import digest, first_fault
+from voxray.mirror import Mirror
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 from voxray.recipes.build import earlier_of
 from voxray.recipes.data import Data, training_data
-from voxray.run_folder import add_provenance, anchor, note_data, open_run
+from voxray.room import (
+    Growth,
+    find_room,
+    free_places,
+    note_places,
+    refuse_without_room,
+    say_idle_gpus,
+    unit_of,
+)
+from voxray.run_folder import GROW_FILE, STOP_FILE, add_provenance, note_data, open_run
 from voxray.storage import write_json
 from voxray.terminal import console
 from voxray.training.checkpoint import list_checkpoints
 from voxray.training.engine import Worker
 from voxray.training.host import Host
-from voxray.training.monitor import Publish
+from voxray.training.monitor import METRICS, Publish
 from voxray.training.trouble import memory_advice
 from voxray.watch import stop_on_signal, watched
 
@@ -48,102 +57,6 @@ RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
     SalmonnSettings: salmonn.train,
 }
 """Every training job's recipe, by the class of its settings."""
-RAY_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports travel with this poll; the default is 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # autoscaled nodes take minutes to come up
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a box of text even when told to be silent, unless this is off
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends every other job
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # else a trial that fails before its first validation ends the sweep
-}
-
-
-@contextmanager
-def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
-    """A Ray to work with: the cluster named by RAY_ADDRESS (set in submitted jobs), else one started here and stopped
-    after.
-
-    Args:
-        log_path: File that takes Ray's own messages.
-        num_processes: Processes that will run at a time. A Ray started here gets one CPU more than that, and not fewer
-            than the machine has, because Ray Data hangs when training holds every CPU.
-    """
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_processes + 1), **quiet)
-    except Exception as error:  # Ray's start fails in many ways, none of which the user caused by a setting
-        raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
-    _quiet_loggers(log_path)
-    try:
-        with stderr_to(log_path), term_is_interrupt():
-            yield
-            ray.shutdown()
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def stderr_to(log_path: Path) -> Iterator[None]:
-    """Send what C++ code writes to the standard error of this process to a file; Python's own stays on the terminal."""
-    sys.stderr.flush()
-    terminal, log = os.dup(2), os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    before = sys.stderr
-    sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
-    os.dup2(log, 2)
-    os.close(log)
-    try:
-        yield
-    finally:
-        sys.stderr.close()
-        sys.stderr = before
-        os.dup2(terminal, 2)
-        os.close(terminal)
-
-
-@contextmanager
-def term_is_interrupt() -> Iterator[None]:
-    """Let SIGTERM, at which Ray ends the driver without a word, end a job as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _quiet_loggers(log_path: Path) -> None:
-    """Send the messages of Ray's Python side to a file instead of the terminal."""
-    import ray
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    handler = logging.FileHandler(log_path, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
-                logger.removeHandler(old)
-    logger = logging.getLogger("ray")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
@@ -168,12 +81,18 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
         RunError, SettingsError: What the user has to put right.
         Stopped: The run was asked to stop and saved itself.
     """
-    run_dir = anchor(settings.output_dir, settings.storage_path)
+    mirror = Mirror.of(settings)
+    run_dir = mirror.folder
     first_fault((*settings.train_jsonl, *settings.val_jsonl))
     refuse_other_family(settings)
     refuse_changed_outputs(family_of(settings.model_id), settings.store, settings.quantize, None)
     earlier = earlier_of(settings, family_of(settings.model_id)) if settings.init_adapter else None
+    if not settings.overwrite:
+        mirror.fetch()
     open_run(run_dir, settings, overwrite=settings.overwrite)
+    if settings.overwrite:
+        mirror.forget()
+    mirror.push_all()  # now, to learn that it cannot be written, and workers on other machines begin with it
     if earlier:
         add_provenance(run_dir, init_adapter=earlier.described())
     if prompts := getattr(settings, "prompts", ""):
@@ -184,6 +103,9 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     use_ray = workers[1] > 0
 
     def work() -> dict[str, Any]:
+        if use_ray:
+            refuse_without_room(workers[0])
+            say_idle_gpus(workers[0])
         data = training_data(settings, run_dir, use_ray=use_ray)
         note_data(run_dir, (*data.train, *data.validation))
         with stop_on_signal(run_dir), watched(run_dir):
@@ -199,6 +121,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
             result = work()
     else:
         result = work()
+    mirror.push_all()
     if not result["finished"]:
         raise Stopped(f"stopped at step {result['steps']}; the same command goes on from there; run folder {run_dir}")
     console.print(
@@ -231,30 +154,39 @@ def on_workers(
 ) -> dict[str, Any]:
     """Run the recipe in Ray Train processes; after a crash start them again from the last checkpoint.
 
-    Ray Train runs in a thread so that this one can take signals.
+    Every start is a run of its own to Ray Train: where training stands is in the run folder alone, so whatever a killed
+    Ray leaves behind cannot stand in the way of the next start.
 
     Args:
-        workers: Fewest and most processes; between the two, as many as the cluster has room for.
+        workers: Fewest and most processes; between the two, as many as the cluster has room for. When it gets room for
+            more, the run saves itself and goes on with them.
         callbacks: Ray Train callbacks, used by sweeps.
     Raises:
         RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
+        SettingsError: The cluster can never hold the fewest.
     """
-    failures, step = 0, _newest_step(run_dir)
+    mirror = Mirror.of(settings)
+    (fewest, most), failures, step = workers, 0, _newest_step(run_dir)
+    refuse_without_room(fewest)
     while True:
-        outcome: dict[str, Any] = {}
-        thread = threading.Thread(
-            target=_fit_once, args=(settings, run_dir, data, workers, callbacks, outcome), daemon=True
-        )
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.3)  # short waits, because signals are only taken between them
+        (run_dir / GROW_FILE).unlink(missing_ok=True)
+        mirror.take_back_signals()
+        number = find_room(fewest, most, (run_dir / STOP_FILE).exists)
+        if not number:
+            return {"steps": step, "finished": False}
+        outcome = _attempt(settings, run_dir, data, number, most, callbacks, mirror)
+        mirror.fetch()  # the first worker may have been on another machine
+        before, step = step, _newest_step(run_dir)
         if "result" in outcome:
-            return outcome["result"]
+            stopped = not (run_dir / GROW_FILE).exists() or (run_dir / STOP_FILE).exists()
+            if outcome["result"]["finished"] or stopped:
+                return outcome["result"]
+            console.print(f"room for more than {number} worker(s): starting again with them from step {step}")
+            continue
         error = outcome["error"]
         raise_refusal(error, run_dir)
         _append_trace(run_dir / "ray.log", error)
         reason = f"out of memory: {memory_advice(settings)}" if "low on memory" in str(error) else _last_line(error)
-        before, step = step, _newest_step(run_dir)
         failures = 1 if step > before else failures + 1
         if failures > MAX_RESTARTS:
             log = run_dir / "ray.log"
@@ -267,35 +199,74 @@ def _newest_step(run_dir: Path) -> int:
     return max((step for step, _ in list_checkpoints(run_dir)), default=0)
 
 
+def _attempt(
+    settings: TrainSettings,
+    run_dir: Path,
+    data: Data,
+    number: int,
+    most: int,
+    callbacks: Sequence[Any],
+    mirror: Mirror,
+) -> dict[str, Any]:
+    """Train with so many processes until they end, for whatever reason, or there is room for more of them.
+
+    Ray Train runs in a thread so that this one can take signals.
+
+    Returns:
+        {"result"} or {"error"}.
+    """
+    outcome: dict[str, Any] = {}
+    thread = threading.Thread(target=_fit_once, args=(settings, run_dir, data, number, callbacks, outcome), daemon=True)
+    growth, before = None, _last_written(run_dir / METRICS)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.3)  # short waits, because signals are only taken between them
+            if growth is None and number < most and _last_written(run_dir / METRICS) != before:
+                growth = Growth(most - number, unit_of(number))  # now, that it takes no place of the run's own workers
+            if growth and growth.is_there():
+                (run_dir / GROW_FILE).touch()
+            mirror.send_signals()
+    finally:
+        if growth:
+            growth.close()
+    return outcome
+
+
+def _last_written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def _fit_once(
     settings: TrainSettings,
     run_dir: Path,
     data: Data,
-    workers: tuple[int, int],
+    number: int,
     callbacks: Sequence[Any],
     outcome: dict[str, Any],
 ) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    fewest, most = workers
+    name = f"{run_dir.name}-{uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=most if fewest == most else workers, use_gpu=gpus_within_reach() >= fewest
-        ),
+        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data, "name": name},
+        scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=unit_of(number) == "GPU"),
         run_config=ray.train.RunConfig(
-            name=f"ray-{os.getpid()}-{threading.get_ident()}",
+            name=name,
             storage_path=str(run_dir / "ray"),
             callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=3
+            ),
         ),
     )
     try:
         outcome["result"] = trainer.fit().return_value
     except Exception as error:  # told to the user by on_workers
         outcome["error"] = error
+        free_places(name)
 
 
 def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
@@ -309,14 +280,24 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     settings = config["settings"]
+    if worker.is_first:
+        note_places(config["name"])
     publish = _gauges(run_dir.name) if worker.is_first else None
     host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
+    mirror = Mirror.of(settings)
+    mirror.fetch()
+    done = mirror.hear_signals()
     try:
-        return RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
+        result = RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
+        if worker.is_first:
+            mirror.push_or(print)
+        return result
     except (RunError, SettingsError) as error:
         with suppress(OSError):  # a full disk, of which Ray carries the news as well
             write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
+    finally:
+        done.set()
 
 
 def _gauges(run: str) -> Publish:
@@ -342,35 +323,6 @@ def raise_refusal(error: Exception, run_dir: Path) -> None:
         cause = getattr(failure, "_base_exc", failure)  # Ray Train keeps what a worker raised in there
         if isinstance(cause, RunError | SettingsError):
             raise cause
-
-
-def gpus_within_reach() -> int:
-    """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
-    return within_reach("GPU")
-
-
-def within_reach(kind: str) -> int:
-    """How much of ``GPU`` or ``CPU`` the cluster has, counting nodes that its autoscaler has not started yet."""
-    import ray
-    from ray._private.state import state
-
-    present = ray.cluster_resources().get(kind, 0)
-    limits = state.get_max_resources_from_cluster_config() or {}  # None without an autoscaler
-    return int(max(present, limits.get(kind, 0)))
-
-
-def cluster_resources(log_path: Path) -> dict[str, float] | None:
-    """CPUs, GPUs and memory of the cluster that RAY_ADDRESS names; None without one.
-
-    Raises:
-        RunError: It is out of reach.
-    """
-    if not os.environ.get("RAY_ADDRESS"):
-        return None
-    with ray_session(log_path):
-        import ray
-
-        return dict(ray.cluster_resources())
 
 
 def count_workers(num_workers: str | int) -> tuple[int, int]:
@@ -401,5 +353,9 @@ def _append_trace(log_path: Path, error: BaseException) -> None:
 
 
 def _last_line(error: BaseException) -> str:
+    for failure in getattr(error, "worker_failures", {}).values():
+        if dead := getattr(failure, "health_check_failure", None):
+            error = dead  # the others only waited for it in vain
+            break
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition(" Worker exit type:")[0][:300] if lines else type(error).__name__

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from voxray.cluster import ray_session
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import ClipLimitFlags, FeatureFlags
 from voxray.config.prefetch import PrefetchSettings
@@ -26,7 +27,6 @@ from voxray.data.identity import short_hash
 from voxray.data.prepare_job import run_prepare_job
 from voxray.errors import RunError, SettingsError
 from voxray.hub import is_intact, model_files, open_repository, walk
-from voxray.launch import ray_session
 from voxray.lock import Lock, changed_source, damaged, describe, describe_many, refuse_changes
 from voxray.models.family import family_of
 from voxray.prefetch_plan import refuse_full_disk, show_plan

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from voxray.cluster import ray_session
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
@@ -20,7 +21,7 @@ from voxray.data.shards import TASK_CODES
 from voxray.evaluation.job import run_evaluation
 from voxray.evaluation.metrics.counts import as_row, count, metrics_of
 from voxray.evaluation.predictions import metrics_by_task, read_predictions
-from voxray.launch import ray_session, run_training
+from voxray.launch import run_training
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import Place, write_json
 from voxray.tasks import TASKS

@@ -1,5 +1,6 @@
 """The run folder: where a job's output goes, and what a finished run says about how it came to be."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,19 +40,30 @@ MAY_CHANGE = {
 }
 """Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
 
+STOP_FILE = "STOP"
+"""Its presence in the run folder asks the run to save itself and end after the current step."""
+GROW_FILE = "GROW"
+"""The same, because the cluster has got room for more workers."""
+WORKING_COPIES = ".cache/voxray/runs"
+"""Below the home folder."""
 
-def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
+
+def anchor(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirrored: bool = False) -> Path:
     """Absolute place of an output folder.
 
     A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path``
     there.
 
+    Args:
+        is_mirrored: The job keeps what it writes behind a URL (see ``mirror``); then this is its working copy here.
     Raises:
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
     """
     folder = Path(os.path.expanduser(path))
-    if "://" in path or "://" in storage_path:
-        raise SettingsError(f"{flag} {path}: give a mounted folder; URLs are not supported")
+    if url := url_of(path, storage_path):
+        if not is_mirrored:
+            raise SettingsError(f"{flag} {path}: this job writes to mounted folders only, not to {url}")
+        return working_copy(url)
     if storage_path and not Path(storage_path).is_absolute():
         raise SettingsError(f"--storage_path {storage_path}: must be absolute")
     if folder.is_absolute():
@@ -63,6 +75,25 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir") -> Path:
             f"{flag} {path}: a submitted job runs in a temporary copy; make it absolute, or add --storage_path"
         )
     return folder.absolute()
+
+
+def url_of(path: str, storage_path: str) -> str:
+    """URL of an output folder, "" for one on this machine: one itself, or a relative one under such a storage path.
+
+    Options stay at the end: ``runs/a`` under ``s3://bucket/x?region=eu-west-1`` is ``s3://bucket/x/runs/a?region=...``.
+    """
+    if "://" in path:
+        return path
+    if "://" not in storage_path or Path(os.path.expanduser(path)).is_absolute():
+        return ""
+    base, question, options = storage_path.partition("?")
+    return f"{base.rstrip('/')}/{path.strip('/')}{question}{options}"
+
+
+def working_copy(url: str) -> Path:
+    """The folder of this machine in which a job works on what belongs to a URL; the same one every time."""
+    base = url.partition("?")[0].rstrip("/")
+    return Path.home() / WORKING_COPIES / f"{base.rpartition('/')[2]}-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
 
 
 def is_submitted_job() -> bool:
@@ -107,7 +138,8 @@ def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
             _clear(run_dir)
         else:
             refuse_other_run(run_dir, settings)
-    (run_dir / "STOP").unlink(missing_ok=True)
+    for name in (STOP_FILE, GROW_FILE):
+        (run_dir / name).unlink(missing_ok=True)
     write_json(run_dir / SETTINGS, json.loads(settings.model_dump_json()))
     write_json(run_dir / "provenance.json", provenance())
 

@@ -101,6 +101,14 @@ class RemotePath:
     def read_text(self) -> str:
         return self.read_bytes().decode("utf-8")
 
+    def walk(self) -> dict[str, int]:
+        """Every file below this folder, at any depth, and its size; none if it does not exist."""
+        system, path = self._place
+        with _as_os_errors(self):
+            found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        start = len(path) + 1
+        return {entry.path[start:]: entry.size for entry in found if entry.type == fs.FileType.File}
+
     def download(self, target: Path) -> None:
         """Copy the file to the local disk."""
         system, path = self._place

@@ -11,17 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from voxray.cluster import gpus_within_reach, ray_session, within_reach
 from voxray.config.space import described
 from voxray.errors import RunError, SettingsError, Stopped
-from voxray.launch import (
-    count_workers,
-    gpus_within_reach,
-    on_workers,
-    ray_session,
-    refuse_other_family,
-    warn_about_idle_flags,
-    within_reach,
-)
+from voxray.launch import count_workers, on_workers, refuse_other_family, warn_about_idle_flags
 from voxray.manifest import first_fault
 from voxray.recipes.salmonn import made_ready
 from voxray.run_folder import anchor

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from voxray.run_folder import STOP_FILE
 from voxray.terminal import Bar, clock, console, progress_bar
-from voxray.training.loop import STOP_FILE
 from voxray.training.monitor import LOG, METRICS
 
 RECENT_STEPS = 50

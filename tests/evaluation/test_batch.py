@@ -14,7 +14,7 @@ from voxray.audio.decode import decode
 from voxray.config.groups import ScoreFlags
 from voxray.data.collate import collate_training
 from voxray.data.features import Features
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation import answerer, batch, greedy
 from voxray.evaluation.answerer import MAX_LONE_DEATHS, Generation, deaths
 from voxray.evaluation.batch import Models, Pool, answer, check_invariance, pool_of, read_failed
@@ -313,4 +313,7 @@ def test_models_share_out_the_cluster():
     assert pool("1:3", 0, 8) == Pool(1, 3, None, 1.0, 2)
     assert pool("2:8", 0, 4, parts=1) == Pool(1, 1, None, 1.0, 4), "no more than there is to do"
     assert pool(8, 2, 8) == Pool(8, 8, 0.25, None, 1)
+    with pytest.raises(SettingsError, match=r"^--num_models 3 with --gpus_per_model 1: the cluster has 2 GPU\(s\)"):
+        pool(3, 2, 8, gpus_each=1)
+    assert pool("1:3", 2, 8, gpus_each=1) == Pool(1, 3, 1, None, 2), "it grows as far as it can"
     assert pool(0, 0, 1) == Pool(1, 1, None, 1.0, 1)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -131,12 +131,17 @@ def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.Completed
 
 
 class Driver:
-    """One start of a job, whose processes can be told from everybody else's and killed."""
+    """One start of a job, whose processes can be told from everybody else's and killed.
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    Args:
+        log: File that takes what it prints.
+        more_env: What else stands in its environment.
+    """
+
+    def __init__(self, command: list[str], log: Path, more_env: Mapping[str, str] | None = None) -> None:
         self.mark = f"voxray-test-{uuid.uuid4().hex}"
         self.log = open(log, "ab")  # noqa: SIM115  # open for the life of the process
-        env = {**environment(), "VOXRAY_TEST_DRIVER": self.mark}
+        env = {**environment(), **(more_env or {}), "VOXRAY_TEST_DRIVER": self.mark}
         output = {"stdout": self.log, "stderr": self.log}
         self.process = subprocess.Popen(command, env=env, start_new_session=True, **output)
 

@@ -304,6 +304,10 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "compiled": "aot::evaluate_and_efficiency_use_it",
         **dict.fromkeys(("optimization_level", "tensorrt_device"), WARNS),
     },
+    "submit": {
+        **dict.fromkeys(("address", "auth"), "submit_job::how_the_cluster_is_asked"),
+        **dict.fromkeys(("name", "wait"), "submit_job::a_job_is_handed_in_under_an_id_of_its_own"),
+    },
     "compare": {
         **dict.fromkeys(("runs", "output_dir", "storage_path"), "compare_flags::runs_as_words_or_flag"),
         **dict.fromkeys(("seed", "num_resamples"), "compare_flags::seed_and_num_resamples"),

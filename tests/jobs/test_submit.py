@@ -213,6 +213,16 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
     assert json.loads((tmp_path / "runs/mt/result.json").read_text()) == {"steps": steps[-1], "finished": False}
 
 
+@pytest.mark.chaos
+def test_submit_follows_a_job_and_exits_as_it_did(head: Head, submitted: Submitted, tmp_path: Path) -> None:
+    env = {**head.env, "PATH": f"{Path(sys.executable).parent}:{head.env['PATH']}", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "jobs/submit.py"), "--address", head.address, "--", "train_multitask"]
+    refused = arguments("a.jsonl", None)
+    done = subprocess.run([*command, *refused], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "error: --output_dir runs/mt: a submitted job runs in a temporary copy" in done.stdout
+
+
 def test_nothing_of_the_head_listens_outside_this_machine(head: Head) -> None:
     port = int(head.address.rpartition(":")[2])
     listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]

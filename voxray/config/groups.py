@@ -113,7 +113,8 @@ class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
     """Folder for everything the job writes; relative ones stand under --storage_path, or the current directory."""
     storage_path: str = ""
-    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
+    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it. Training,
+    evaluate and featurize take a URL as well (s3://bucket/voxray, gs://bucket/voxray)."""
 
 
 def _numbers(value: Any) -> Any:

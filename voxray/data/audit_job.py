@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
+from voxray.cluster import ray_session
 from voxray.config.audit import AuditSettings
 from voxray.data.audit import AuditLimits, Measurements, measure_manifests, plan_chunks
 from voxray.data.audit_findings import UNITS, Audit, Found, Numbers, Sides, sides_of, write_findings
@@ -16,7 +17,6 @@ from voxray.data.audit_fix import Fixed, check_fix_path, write_clean
 from voxray.data.audit_report import write_report
 from voxray.data.featurize import MIN_ACTORS
 from voxray.errors import RunError
-from voxray.launch import ray_session
 from voxray.models.family import FrontEnd, family_of
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import write_json

@@ -10,7 +10,7 @@ from voxray.config.groups import FeatureFlags, TrimFlags, VariantFlags
 from voxray.data.extract import Extractor, Storing
 from voxray.data.featurize import FeaturizeReport, featurize
 from voxray.errors import RunError, SettingsError
-from voxray.run_folder import anchor, make_folder
+from voxray.run_folder import anchor, make_folder, url_of
 from voxray.storage import CacheLimits, Place, RemotePath, num_bytes, remote_place
 from voxray.terminal import console, progress_bar
 
@@ -32,6 +32,7 @@ def features_place(settings: FeatureFlags, path: str, storage_path: str, *, flag
     Raises:
         SettingsError, RunError: It cannot be placed or written to; the message names the flag.
     """
+    path = url_of(path, storage_path) or path
     if "://" not in path:
         folder = anchor(path, storage_path, flag=flag)
         make_folder(folder, flag)

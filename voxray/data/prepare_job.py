@@ -11,13 +11,13 @@ from typing import Any
 from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
+from voxray.cluster import ray_session
 from voxray.config.prepare import PrepareSettings
 from voxray.data.featurize import MIN_ACTORS
 from voxray.data.prepare import ClipPlaces, Limits, RowChecker, run_checks, spool
 from voxray.data.prepare_outputs import Outcome, Outputs, write_manifests
 from voxray.errors import RunError
 from voxray.importers import IMPORTERS, ImportedRow, ImportFault, detect
-from voxray.launch import ray_session
 from voxray.run_folder import anchor, make_folder
 from voxray.storage import write_json
 from voxray.terminal import console, progress_bar

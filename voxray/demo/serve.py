@@ -13,9 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from voxray.cluster import term_is_interrupt
 from voxray.config.demo import DemoSettings
 from voxray.errors import RunError, SettingsError
-from voxray.launch import term_is_interrupt, warn_about_idle_flags
+from voxray.launch import warn_about_idle_flags
 from voxray.manifest import BadRow, language_code
 
 CLOSING_SEC = 1

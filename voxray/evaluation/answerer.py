@@ -19,6 +19,7 @@ from voxray.evaluation.manifest_keys import ManifestKeys
 from voxray.evaluation.metrics.names import is_transcript
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
 from voxray.manifest import UNLABELLED
+from voxray.mirror import Mirror
 from voxray.models.compiled import use_compiled
 from voxray.models.family import family_of
 from voxray.models.lora import load_adapter
@@ -92,8 +93,15 @@ class Answerer:
             again and then show its own traceback.
     """
 
-    def __init__(self, generation: Generation, folders: Sequence[Place], predictions: Path, num_threads: int) -> None:
-        self.generation, self.predictions = generation, predictions
+    def __init__(
+        self,
+        generation: Generation,
+        folders: Sequence[Place],
+        predictions: Path,
+        num_threads: int,
+        mirror: Mirror | None = None,
+    ) -> None:
+        self.generation, self.predictions, self.mirror = generation, predictions, mirror
         self.features, self.keys = Features(folders), ManifestKeys()
         if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
@@ -147,6 +155,8 @@ class Answerer:
             else:  # a process that was cut off may have failed at rows that this one has answered
                 failed_path(self.predictions, part).unlink(missing_ok=True)
             write_atomically(part_path(self.predictions, part), part_bytes(found))
+        if self.mirror:
+            self.mirror.push_files((failed_path(self.predictions, part), part_path(self.predictions, part)))
 
     def _tried(self, work: Work[Found], rows: Sequence[int]) -> Iterator[tuple[int, Found | Exception]]:
         """What some work finds for each row, or why it finds nothing."""

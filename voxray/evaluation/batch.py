@@ -15,19 +15,22 @@ from typing import Any
 
 import numpy as np
 
+from voxray.cluster import gpus_within_reach
 from voxray.config.groups import range_of
 from voxray.data.features import Features
-from voxray.errors import RunError
+from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Answerer, Generation, failed_path
 from voxray.evaluation.generate import by_expected_length
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
-from voxray.launch import gpus_within_reach
+from voxray.mirror import Mirror
 from voxray.models.lora import WEIGHTS
 from voxray.storage import Place, write_json
 from voxray.terminal import console
 
 BATCHES_PER_PART = 8
 """A part's last rows wait for each other, so it should be long; what a killed run repeats is its parts in flight."""
+MADE_BY = "made_by.json"
+"""Says to which evaluation the parts beside it belong."""
 Progress = Callable[[int, int], None]
 
 
@@ -63,12 +66,19 @@ class Pool:
 
 
 def pool_of(models: Models, num_gpus: int, num_cpus: int, num_parts: int) -> Pool:
-    """Share out a cluster's GPUs and CPUs."""
+    """Share out a cluster's GPUs and CPUs.
+
+    Raises:
+        SettingsError: The GPUs that the settings ask for are more than the cluster can have.
+    """
     usual = int(num_gpus / (models.gpus_each or 1)) if num_gpus else num_cpus // 2
     low, high = range_of(models.number or max(1, usual))
     most = min(high, num_parts)
     fewest = min(low, most)
     threads = max(1, num_cpus // most)
+    if num_gpus and fewest * models.gpus_each > num_gpus:
+        asked = f"--num_models {fewest} with --gpus_per_model {models.gpus_each:g}"
+        raise SettingsError(f"{asked}: the cluster has {num_gpus} GPU(s), those it may still start counted")
     if num_gpus:
         return Pool(fewest, most, models.gpus_each or min(1.0, num_gpus / most), None, threads)
     return Pool(fewest, most, None, min(1.0, num_cpus / most), threads)
@@ -83,6 +93,7 @@ def answer(
     models: Models | None = None,
     use_ray: bool = True,
     retry_failed: bool = False,
+    mirror: Mirror | None = None,
     on_progress: Progress = lambda done, total: None,
 ) -> None:
     """Answer rows and write them to ``predictions`` in the output folder; parts that are there already stay.
@@ -91,6 +102,7 @@ def answer(
         folders: Feature sets.
         rows: Row numbers within them.
         retry_failed: Answer parts in which a row failed once more.
+        mirror: Where each part is uploaded to when it is done.
         use_ray: False answers in this process.
     Raises:
         RunError: No row at all can be answered.
@@ -103,10 +115,13 @@ def answer(
         if failed_path(predictions, number).is_file():
             part_path(predictions, number).unlink(missing_ok=True)
             failed_path(predictions, number).unlink()
+    if mirror:
+        mirror.forget("predictions/")
+        mirror.push_files([predictions / MADE_BY])  # the parts count for nothing without it
     waiting = [number for number in range(len(parts)) if not part_path(predictions, number).is_file()]
     done, total = sum(map(len, parts)) - sum(len(parts[number]) for number in waiting), len(rows)
     for num_rows in (_run_on_ray if use_ray else _run_here)(
-        generation, folders, predictions, parts, waiting, models or Models()
+        generation, folders, predictions, parts, waiting, models or Models(), mirror
     ):
         done += num_rows
         on_progress(done, total)
@@ -170,7 +185,7 @@ def _key(generation: Generation, features: Features, parts: Sequence[Sequence[in
 
 def _forget_other_evaluation(predictions: Path, key: str) -> None:
     """Keep finished parts, and what is remembered of deaths, only if they belong to this very evaluation."""
-    mark = predictions / "made_by.json"
+    mark = predictions / MADE_BY
     if mark.is_file() and json.loads(mark.read_text()).get("key") == key:
         return
     if any(predictions.glob("part-*.parquet")):
@@ -195,8 +210,9 @@ def _run_here(
     parts: Sequence[list[int]],
     waiting: Sequence[int],
     models: Models,
+    mirror: Mirror | None,
 ) -> Iterator[int]:
-    answerer = Answerer(generation, folders, predictions, os.cpu_count() or 1) if waiting else None
+    answerer = Answerer(generation, folders, predictions, os.cpu_count() or 1, mirror) if waiting else None
     for number in waiting:
         assert answerer is not None
         answerer.write_part(number, parts[number])
@@ -210,6 +226,7 @@ def _run_on_ray(
     parts: Sequence[list[int]],
     waiting: Sequence[int],
     models: Models,
+    mirror: Mirror | None,
 ) -> Iterator[int]:
     if not waiting:
         return
@@ -219,7 +236,7 @@ def _run_on_ray(
     items = [{"item": json.dumps({"part": number, "rows": parts[number]})} for number in waiting]
     results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
         Answerer,
-        fn_constructor_args=(generation, tuple(folders), predictions, pool.num_threads),
+        fn_constructor_args=(generation, tuple(folders), predictions, pool.num_threads, mirror),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=pool.fewest, max_size=pool.most, max_tasks_in_flight_per_actor=2),
         num_gpus=pool.gpus_each,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from voxray.cluster import ray_session
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.config.groups import range_of
@@ -28,14 +29,15 @@ from voxray.evaluation.long_audio import CHUNK_MANIFEST, with_recordings, write_
 from voxray.evaluation.predictions import labelled, read_predictions, scored
 from voxray.evaluation.report import write_report
 from voxray.evaluation.submission import write_submission
-from voxray.launch import ray_session, warn_about_idle_flags
+from voxray.launch import warn_about_idle_flags
 from voxray.manifest import first_fault
+from voxray.mirror import Mirror, fetched
 from voxray.models.compiled import read_report
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.models.lora import base_of_adapter, find_adapter
 from voxray.models.trimming import read_record, trims_audio
-from voxray.run_folder import anchor, make_folder, provenance, refuse_training_folder
+from voxray.run_folder import make_folder, provenance, refuse_training_folder
 from voxray.storage import Place, to_jsonl, write_atomically, write_json
 from voxray.tasks import TASKS
 from voxray.terminal import console, metrics_table, progress_bar
@@ -60,7 +62,9 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    mirror = Mirror.of(settings)
+    output_dir = mirror.folder
+    mirror.fetch()
     refuse_training_folder(output_dir)
     paths, for_submission = settings.val_jsonl, settings.mode.startswith("submission")
     how: dict[str, Any] = {"prefix": settings.audio_prefix, "needs_text": not for_submission}
@@ -75,22 +79,25 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     warn_about_idle_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
-    where = settings.features_dir or str(output_dir / "features")
+    mirror.push_all()
+    where = settings.features_dir or mirror.features_url or str(output_dir / "features")
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
     refuse_changed_outputs(family_of(model_id), settings.store, settings.quantize, adapter)
     generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
     generation = replace(generation, perplexity=settings.perplexity)
     _, most_models = range_of(settings.num_models)
     with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
-        metrics, notes = _answered(settings, generation, features_dir, output_dir)
+        metrics, notes = _answered(settings, generation, features_dir, mirror)
     write_json(output_dir / "metrics.json", metrics)
     written = ["predictions", "metrics.json"]
     if settings.mode:
         notes += write_submission(output_dir, settings.mode, paths)
         written.append(f"{settings.mode.partition('_')[0]}.csv")
-    if TASKS.keys() & metrics.keys():
+    if has_metrics := bool(TASKS.keys() & metrics.keys()):
         write_report(output_dir)
         written.append("report.html")
+    mirror.push_all()
+    if has_metrics:
         console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
     for note in notes:
         console.print(note, markup=False)
@@ -109,20 +116,23 @@ def _stopping(output_dir: Path) -> Iterator[None]:
 
 
 def _answered(
-    settings: EvaluateSettings, generation: Generation, features_dir: Place, output_dir: Path
+    settings: EvaluateSettings, generation: Generation, features_dir: Place, mirror: Mirror
 ) -> tuple[dict[str, Any], list[str]]:
     """Answer the rows; returns metrics.json's content and what did not come out as it should, in lines.
 
     Raises:
         RunError: There is no row to answer, or none is answered.
     """
+    output_dir = mirror.folder
     folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
     features, models = Features(folders), Models(settings.num_models, settings.gpus_per_model)
     rows, lost = rows_to_answer(features, settings)
     write_evaluation_ledger(output_dir, settings.val_jsonl, folders, lost)
     again = settings.retry_failed
     with progress_bar("answers") as bar:
-        answer(generation, folders, rows, output_dir, models=models, retry_failed=again, on_progress=bar.update)
+        known = {"models": models, "retry_failed": again, "mirror": mirror}
+        answer(generation, folders, rows, output_dir, on_progress=bar.update, **known)
+    mirror.fetch()
     failed = [(features, *entry) for entry in read_failed(output_dir)]
     num_left_out = write_evaluation_ledger(output_dir, settings.val_jsonl, folders, [*lost, *failed])
     predictions = read_predictions(output_dir)
@@ -201,6 +211,8 @@ def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_
     """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
     if not lora_dir:
         return settings.model_id, None
+    if "://" in lora_dir:
+        lora_dir = str(fetched(lora_dir, flag))
     adapter = find_adapter(lora_dir, flag)
     base = base_of_adapter(adapter)
     if "model_id" in settings.model_fields_set:

@@ -10,12 +10,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from voxray.cluster import cluster_resources, stderr_to
 from voxray.config.preflight import PreflightFlags
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.data.feature_sets import features_place
 from voxray.errors import RunError
-from voxray.launch import cluster_resources, refuse_other_family, stderr_to
+from voxray.launch import refuse_other_family
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.preflight.budget import told_bytes

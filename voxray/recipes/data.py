@@ -7,6 +7,7 @@ from typing import Any
 from voxray.config.train import TrainSettings
 from voxray.data.divide import write_parts
 from voxray.data.feature_sets import features_place, make_features
+from voxray.mirror import Mirror
 from voxray.models.family import family_of
 from voxray.storage import Place
 from voxray.terminal import console
@@ -27,7 +28,7 @@ class Data:
 
 def training_data(settings: TrainSettings, run_dir: Path, *, use_ray: bool) -> Data:
     """Bring the feature sets of a training job up to date."""
-    where = settings.features_dir or str(run_dir / "features")
+    where = settings.features_dir or Mirror.of(settings).features_url or str(run_dir / "features")
     features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
     train, validation = (tuple(dict.fromkeys(names)) for names in (settings.train_jsonl, settings.val_jsonl))
     how: dict[str, Any] = {"bf16": settings.bf16, "use_ray": use_ray}

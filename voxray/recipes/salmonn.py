@@ -33,7 +33,7 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     Raises:
         RunError, SettingsError: A part or a file cannot be read, or the run folder cannot be written.
     """
-    run_dir = anchor(settings.output_dir, settings.storage_path)
+    run_dir = anchor(settings.output_dir, settings.storage_path, is_mirrored=True)
     make_folder(run_dir)
     if settings.prompts and (left_out := read_prompts(settings.prompts).left_out):
         console.print(f"{settings.prompts}: {len(left_out)} left out: {'; '.join(left_out)}", markup=False)

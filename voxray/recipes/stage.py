@@ -5,6 +5,7 @@ A stage is told apart by data alone (``Stage``); its recipe says which it is and
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from voxray.data.plan import Phase, Plan, Variants
 from voxray.data.shards import TASK_CODES
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.metrics.names import validation_metrics
+from voxray.mirror import Mirror
 from voxray.models.family import Family, FrontEnd, family_of
 from voxray.models.lora import count_parameters
 from voxray.recipes.build import build_model, resume
@@ -136,7 +138,8 @@ def _train_stage(
     if worker.is_first and len(held_out_rows):
         validator.previews = previews_of(settings, run_dir, monitor)
 
-    writer = CheckpointWriter(run_dir, settings.save_total_limit) if worker.is_first else None
+    upload = partial(Mirror.of(settings).push_or, monitor.say)
+    writer = CheckpointWriter(run_dir, settings.save_total_limit, upload) if worker.is_first else None
     watch = Watch(run_dir, host.is_leaving)
     try:
         step = fit(trainee, loader, settings, start, num_steps, monitor, validator, selection, writer, watch)

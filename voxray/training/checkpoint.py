@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,10 +53,11 @@ class CheckpointWriter:
     Args:
         run_dir: The run folder.
         kept: How many of the newest checkpoints stay.
+        after: Called in the background after each of them.
     """
 
-    def __init__(self, run_dir: Path, kept: int) -> None:
-        self._run_dir, self._kept = run_dir, kept
+    def __init__(self, run_dir: Path, kept: int, after: Callable[[], None] = lambda: None) -> None:
+        self._run_dir, self._kept, self._after = run_dir, kept, after
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
         for leftover in (run_dir / FOLDER).glob(".*.part"):
@@ -107,6 +109,7 @@ class CheckpointWriter:
         for step, old in list_checkpoints(self._run_dir)[: -self._kept]:
             if step != best_step:
                 shutil.rmtree(old, ignore_errors=True)
+        self._after()
 
 
 def _left(run_dir: Path) -> str:

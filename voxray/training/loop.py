@@ -22,6 +22,7 @@ from voxray.data.plan import Pack, Plan
 from voxray.errors import RunError
 from voxray.models.family import Family
 from voxray.models.losses import Logits, token_losses
+from voxray.run_folder import GROW_FILE, STOP_FILE
 from voxray.tasks import TASKS
 from voxray.training.checkpoint import CheckpointWriter, Progress
 from voxray.training.engine import Engine, Worker, gather
@@ -30,8 +31,6 @@ from voxray.training.monitor import Monitor
 from voxray.training.selection import Selection
 from voxray.training.speed import Speed, answer_tokens, step_rows
 
-STOP_FILE = "STOP"
-"""Its presence in the run folder asks the run to save itself and end after the current step."""
 ROWS_NAMED = 8
 LOOK_SEC = 5.0
 """How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
@@ -53,7 +52,7 @@ class Watch:
     """What ends or saves a run between its steps.
 
     Attributes:
-        run_dir: Where ``STOP_FILE`` may appear.
+        run_dir: Where ``STOP_FILE`` or ``GROW_FILE`` may appear.
         is_leaving: Whether the machine of any worker is about to go; every worker asks at the same step.
     """
 
@@ -63,7 +62,8 @@ class Watch:
 
     def flags(self) -> list[float]:
         """What this worker wants, to be added up over the workers: to stop, and to look."""
-        return [float((self.run_dir / STOP_FILE).exists()), float(time.monotonic() - self.looked > LOOK_SEC)]
+        stop = any((self.run_dir / name).exists() for name in (STOP_FILE, GROW_FILE))
+        return [float(stop), float(time.monotonic() - self.looked > LOOK_SEC)]
 
     def verdict(self, stop: float, look: float) -> tuple[bool, bool]:
         """From the sums: whether the run stops, and whether a machine is about to go."""

@@ -1,0 +1,99 @@
+"""Jobs on a cluster that has no worker at all until one needs it: CPU nodes for features, GPU nodes for training."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from autoscaled import Autoscaled
+from conftest import TINY, read_rows, write_rows
+from running import ROOT, Driver
+
+from voxray.training.monitor import read_metrics
+
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
+WAIT_SEC = 300
+GROUPS = {"data": ({"CPU": 2}, 2), "train": ({"CPU": 1, "GPU": 1}, 2)}
+ON_PRETENDED_GPUS = """
+import sys
+from functools import partial
+import ray.train.torch
+from ray.train.torch import TorchConfig, TorchTrainer
+ray.train.torch.TorchTrainer = partial(TorchTrainer, torch_config=TorchConfig(backend="gloo"))  # NCCL needs real ones
+sys.argv = sys.argv[1:]
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Autoscaled]:
+    started = Autoscaled(GROUPS)
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def job(cluster: Autoscaled, tmp_path: Path) -> Iterator[Callable[..., str]]:
+    """Run a job on the cluster to its end, looking at the nodes meanwhile; returns what it said."""
+    drivers = []
+
+    def run(name: str, *flags: str, status: int = 0) -> str:
+        log = tmp_path / f"{name}.log"
+        command = [sys.executable, "-c", ON_PRETENDED_GPUS, str(ROOT / f"jobs/{name}.py"), "--model_id", TINY, *flags]
+        drivers.append(Driver(command, log, cluster.driver_env))
+        deadline = time.monotonic() + WAIT_SEC
+        while drivers[-1].process.poll() is None:
+            assert time.monotonic() < deadline, log.read_text() + cluster.log() + str(cluster.seen)
+            cluster.look()
+            time.sleep(0.5)
+        assert drivers[-1].process.returncode == status, log.read_text()
+        return log.read_text()
+
+    yield run
+    for driver in drivers:
+        driver.end()
+
+
+def wait_until_gone(cluster: Autoscaled) -> None:
+    deadline = time.monotonic() + WAIT_SEC
+    while any(cluster.look().values()):
+        assert time.monotonic() < deadline, cluster.seen
+        time.sleep(0.5)
+
+
+def most(cluster: Autoscaled, group: str) -> int:
+    return max(counts[group] for _, counts in cluster.seen)
+
+
+def test_nodes_come_for_each_job_and_go_when_it_is_done(
+    cluster: Autoscaled, job: Callable[..., str], small: dict[str, str], tmp_path: Path
+) -> None:
+    """featurize: 0 -> CPU nodes -> 0; training: 0 -> GPU nodes -> 0."""
+    features = str(tmp_path / "features")
+    rows = read_rows(small["tqa.train"])
+    many = [{**row, "input": f"{row['input']} {n}"} for row in rows for n in range(20)]
+    train = write_rows(tmp_path / "train.jsonl", many)
+    job("featurize", "--manifest", train, "--rows_per_shard", "1", "--output_dir", features, "--num_actors", "4")
+    wait_until_gone(cluster)
+    print("featurize:", cluster.seen)
+    assert most(cluster, "data") == 2 and most(cluster, "train") == 0, "four actors on two nodes; no GPU for features"
+    cluster.seen.clear()
+    flags = ["--train_jsonl", train, "--features_dir", features, "--num_workers", "2", "--max_steps", "5"]
+    job("train_text", *flags, "--output_dir", str(tmp_path / "run"))
+    wait_until_gone(cluster)
+    print("train_text:", cluster.seen)
+    assert most(cluster, "train") == 2, "two workers, a GPU each"
+    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
+
+
+def test_more_than_the_limits_allow_is_refused_at_once(
+    cluster: Autoscaled, job: Callable[..., str], small: dict[str, str], tmp_path: Path
+) -> None:
+    """2 x 2 + 2 CPUs may be started, so seven workers never find room; nothing is started for them."""
+    wait_until_gone(cluster)
+    flags = ["--train_jsonl", small["tqa.train"], "--output_dir", str(tmp_path / "run"), "--num_workers", "7"]
+    said = job("train_text", *flags, status=2)
+    assert said.splitlines()[-1].startswith("error: --num_workers 7: the cluster has 6 CPU(s)")
+    assert not any(cluster.look().values())
