@@ -297,5 +297,5 @@ def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp
 
 def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), *flags]
-    how = {"capture_output": True, "text": True, "timeout": 280, "cwd": folder}
+    how = {"capture_output": True, "text": True, "timeout": 1700, "cwd": folder}
     return subprocess.run(command, env=environment(), **how)
