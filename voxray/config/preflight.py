@@ -8,9 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from voxray.config.groups import VOXTRAL
+from voxray.config.groups import SALMONN_PARTS, VOXTRAL
 from voxray.config.parse import Settings, read_yaml
-from voxray.config.salmonn import PARTS, SalmonnSettings
+from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.tasks import TASKS, task_of
 
@@ -109,7 +109,7 @@ def _given(argv: Sequence[str]) -> dict[str, Any]:
 def _chosen(given: dict[str, Any]) -> tuple[str, str]:
     """A recipe and the reason for it."""
     model_id = str(given.get("model_id") or "")
-    parts = [name for name in PARTS if given.get(name)]
+    parts = [name for name in SALMONN_PARTS if given.get(name)]
     nested = "cfg_path" in given or isinstance(given.get("model"), dict)  # a file of SALMONN's own trainer
     kind = "salmonn" if parts or nested else _kind_of(model_id)
     if kind in ("whisper", "salmonn"):

@@ -12,9 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from voxray.config.groups import FeatureFlags, TrimFlags, VariantFlags
+from voxray.config.groups import SALMONN_PARTS, FeatureFlags, TrimFlags, VariantFlags
 from voxray.config.parse import with_absolute_inputs
-from voxray.config.salmonn import PARTS
 from voxray.config.space import Choice, described, key_of
 from voxray.config.train import TrainSettings
 from voxray.config.tune import trial_values
@@ -183,7 +182,7 @@ def trial_settings(settings: Any, choice: Choice, trial_dir: Path) -> TrainSetti
     """
     values = trial_values(settings, choice)
     if values.get("model_id"):  # a SALMONN that was put together is a folder by now
-        values = {name: value for name, value in values.items() if name not in {*PARTS, "end_sym"}}
+        values = {name: value for name, value in values.items() if name not in {*SALMONN_PARTS, "end_sym"}}
     own = {"output_dir": str(trial_dir), "storage_path": "", "overwrite": True}
     try:
         return with_absolute_inputs(settings.trains(**{**values, **own}))
