@@ -19,6 +19,7 @@ from conftest import TINY
 from running import ROOT, Driver
 
 from voxray.config.evaluate import EvaluateSettings
+from voxray.config.preflight import PreflightTextSettings
 from voxray.config.train import TextSettings
 from voxray.errors import RunError, SettingsError
 from voxray.evaluation.answerer import Generation
@@ -28,6 +29,7 @@ from voxray.evaluation.job import run_evaluation
 from voxray.evaluation.predictions import read_predictions
 from voxray.launch import run_training
 from voxray.mirror import Mirror
+from voxray.preflight.job import Preflight
 from voxray.storage import RemotePath
 from voxray.training.monitor import read_metrics
 
@@ -249,6 +251,10 @@ def test_urls_that_cannot_be_used(small: dict[str, str], s3: str, bucket: str, m
     gone = f"s3://no-such-bucket/x?endpoint_override={s3}&scheme=http&region=us-east-1"
     with pytest.raises(RunError, match=r"^s3://no-such-bucket/x/runs/a: cannot be "):
         run_training(settings(small, storage_path=gone))
+    preflight = Preflight(PreflightTextSettings.model_validate(dict(settings(small, storage_path=gone))))
+    preflight.look()
+    [message] = [finding.message for finding in preflight.findings.to_fix]
+    assert message.startswith("--storage_path s3://no-such-bucket/x/runs/a: cannot write there")
 
 
 @pytest.mark.chaos

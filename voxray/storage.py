@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from voxray.errors import SettingsError
+from voxray.errors import RunError, SettingsError
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}
 """Arrow's names of the file systems on which a file appears only when it is closed."""
@@ -197,6 +197,20 @@ def remote_place(url: str, flag: str, cache: CacheLimits) -> RemotePath:
     except SettingsError as error:
         raise SettingsError(f"{flag} {error}") from None
     return RemotePath(url, "", cache)
+
+
+def refuse_unwritable(place: RemotePath, flag: str) -> None:
+    """Make sure that a folder behind a URL can be written to.
+
+    Raises:
+        RunError: It cannot.
+    """
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{flag} {place}: cannot write there: {' '.join(str(error).split())[:300]}") from None
 
 
 def write_atomically(path: Place, data: Any) -> None:

@@ -9,9 +9,9 @@ from voxray.config.featurize import FeaturizeSettings
 from voxray.config.groups import FeatureFlags, TrimFlags, VariantFlags
 from voxray.data.extract import Extractor, Storing
 from voxray.data.featurize import FeaturizeReport, featurize
-from voxray.errors import RunError, SettingsError
+from voxray.errors import SettingsError
 from voxray.run_folder import anchor, make_folder, url_of
-from voxray.storage import CacheLimits, Place, RemotePath, num_bytes, remote_place
+from voxray.storage import CacheLimits, Place, RemotePath, num_bytes, refuse_unwritable, remote_place
 from voxray.terminal import console, progress_bar
 
 GIB = 2**30
@@ -41,12 +41,7 @@ def features_place(settings: FeatureFlags, path: str, storage_path: str, *, flag
         raise SettingsError(f"--features_cache_dir {settings.features_cache_dir}: must be a folder of this machine")
     cache = Path(os.path.expanduser(settings.features_cache_dir)).absolute()
     place = remote_place(path, flag, CacheLimits(str(cache), int(settings.features_cache_gib * GIB)))
-    probe = place / f".probe-{os.getpid()}"
-    try:
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"{flag} {place}: cannot write there: {' '.join(str(error).split())[:300]}") from None
+    refuse_unwritable(place, flag)
     return place
 
 

@@ -17,6 +17,7 @@ from voxray.config.train import TrainSettings
 from voxray.data.feature_sets import features_place
 from voxray.errors import RunError
 from voxray.launch import refuse_other_family
+from voxray.mirror import Mirror
 from voxray.models.encoder import refuse_changed_outputs
 from voxray.models.family import family_of
 from voxray.preflight.budget import told_bytes
@@ -44,8 +45,8 @@ from voxray.preflight.report import (
 from voxray.preflight.rows import Rows, look_at_rows
 from voxray.recipes.build import earlier_of
 from voxray.recipes.salmonn import made_ready
-from voxray.run_folder import anchor, holds_run, make_folder, provenance, refuse_other_run
-from voxray.storage import write_json
+from voxray.run_folder import holds_run, make_folder, provenance, refuse_other_run
+from voxray.storage import refuse_unwritable, write_json
 from voxray.terminal import console
 
 FOLDER = "preflight"
@@ -83,9 +84,12 @@ class Preflight:
         """Find out everything; what is wrong goes to the findings."""
         asked, findings = self.asked, self.findings
         with findings.caught("output"):
-            run_dir = anchor(asked.output_dir, asked.storage_path)
-            make_folder(run_dir / FOLDER)
-            self.folder = run_dir / FOLDER
+            mirror = Mirror.of(asked)
+            make_folder(mirror.folder / FOLDER)
+            self.folder = mirror.folder / FOLDER
+            if mirror.place is not None:
+                refuse_unwritable(mirror.place, "--storage_path" if asked.storage_path else "--output_dir")
+                mirror.fetch()
         check_libraries(findings)
         check_flags_need(asked, findings)
         check_gpu(asked, findings)
