@@ -112,6 +112,11 @@ def test_everything_that_is_wrong_is_listed_at_once(
     assert "3 thing(s) must be fixed first" in said
 
 
+def test_a_base_of_another_family_is_a_line(preflight: Run, small: dict[str, str]) -> None:
+    status, found = preflight("--recipe", "whisper", "--language", "ko", train=small["asr.train"], val="")
+    assert status == 1 and "a voxtral model, and this job trains whisper" in of_level(found, "fix")[0]
+
+
 def test_rows_that_are_left_out_are_told(preflight: Run, small: dict[str, str], tmp_path: Path) -> None:
     rows = read_rows(small["asr.train"])
     rows[0]["audio_path"] = str(tmp_path / "none.wav")

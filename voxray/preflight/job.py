@@ -104,7 +104,8 @@ class Preflight:
         self._look_at_model(ready)
         with stderr_to(self.log_path):  # PyTorch's profiler writes there when it starts and ends
             self.rows = look_at_rows(ready, findings)
-            if self.rows is not None:
+            model_is_good = all(finding.about != "model" for finding in findings.to_fix)
+            if self.rows is not None and model_is_good:
                 self._plan(ready, self.rows)
 
     @property
