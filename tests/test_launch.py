@@ -137,11 +137,10 @@ def gauges(run: str, name: str) -> dict[str, float]:
     raise AssertionError(f"no gauge {name} of {run}")
 
 
-def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp_path):
-    began = time.monotonic()
+def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp_path, capsys):
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
         run_training(settings(small, tmp_path, max_len=2))
-    assert time.monotonic() - began < 60
+    assert "starting again" not in capsys.readouterr().out
 
 
 ELASTIC = """

@@ -499,6 +499,8 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(launch, "on_workers", on_workers)
     monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
+    for look in ("refuse_without_room", "say_idle_gpus"):
+        monkeypatch.setattr(launch, look, lambda fewest: None)
     monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.Data((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto", "1:4"):
