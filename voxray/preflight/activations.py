@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from voxray.models.family import Family, FrontEnd
+from voxray.models.family import Family, FrontEnd, base_of
 from voxray.models.lora import role_of
 from voxray.models.windows import ENCODER_STRIDE
 from voxray.preflight.shapes import Computing, PackShape
@@ -67,7 +67,7 @@ class Activations:
         trained = {role_of(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
         first = min((order.index(role) for role in trained), default=len(order))
         self._with_gradient = set(order[first:])  # gradients pass through everything behind what trains first
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         # of SALMONN: what its Q-Former makes of a window, and how many frames each of these reads
         self._queries = getattr(base.config, "positions_per_clip", 0)
         self._frames_read = base.config.window_frames if self._queries else 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxray.models.decoding import ROOM
-from voxray.models.family import Family, FrontEnd
+from voxray.models.family import Family, FrontEnd, base_of
 from voxray.models.few_rows import MIN_OUTPUTS
 from voxray.models.lora import role_of
 from voxray.preflight.activations import FLOAT32, Activations, Kept
@@ -98,7 +98,7 @@ class MemoryModel:
         self._activations = Activations(model, family, front_end, how)
         self._weights = weight_bytes(model, family, how.quantize)
         self._trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         head = base.get_output_embeddings()
         self._vocabulary, self._head_width = head.weight.shape
         names = {id(weight): name for name, weight in model.named_parameters()}
@@ -190,7 +190,7 @@ class MemoryModel:
         return ENCODER_WIDTHS * positions * self._front_end.encoder_dim * self._how.dtype.itemsize if frozen else 0
 
     def _validation(self, shape: PackShape, new_tokens: int) -> Iterable[Entry]:
-        base = self._model.get_base_model() if hasattr(self._model, "get_base_model") else self._model
+        base = base_of(self._model)
         size, columns = self._how.dtype.itemsize, shape.longest + new_tokens + ROOM
         attentions = [
             m for n, m in base.named_modules() if hasattr(m, "k_proj") and role_of(n, self._family) != "encoder"

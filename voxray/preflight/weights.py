@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from voxray.models.family import Family
+from voxray.models.family import Family, base_of
 from voxray.models.lora import role_of
 
 BLOCK_4BIT = 64  # weights that share a scale (NF4)
@@ -41,7 +41,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def quantized_layers(model: Any, family: Family) -> Iterator[tuple[str, torch.nn.Linear]]:
     """The layers that ``--quantize`` holds in fewer bits: all Linear ones of some roles, but not the output layer."""
-    output = model.get_base_model() if hasattr(model, "get_base_model") else model
+    output = base_of(model)
     for name, module in model.named_modules():
         plain = isinstance(module, torch.nn.Linear) and module is not output.get_output_embeddings()
         if plain and role_of(name, family) in family.quantized and ".lora_" not in name:

@@ -10,7 +10,7 @@ from voxray.config.groups import TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.errors import RunError, SettingsError
 from voxray.models.earlier import EarlierAdapter, read_earlier, start_from
-from voxray.models.family import Family
+from voxray.models.family import Family, base_of
 from voxray.models.lora import add_lora, check_lora, load_adapter_weights, train_fully, trainable_parameters
 from voxray.models.quantize import base_dtype
 from voxray.models.trimming import note_trimming, trims_audio
@@ -86,7 +86,7 @@ def build_model(
 
 def checkpoint_gradients(model: Any) -> None:
     """Let layers compute their activations again in the backward pass; ``set_modes`` has to follow."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The library makes input embeddings give gradients then, which only re-entrant checkpoints need. Of an audio
     # encoder it takes the first convolution for one, and a frozen encoder would keep all its activations.
