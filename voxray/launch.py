@@ -288,6 +288,9 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     mirror.fetch()
     done = mirror.hear_signals()
     try:
+        if device.type == "cuda" and not torch.cuda.is_available():
+            node = ray.util.get_node_ip_address()
+            raise RunError(f"node {node}: Ray counts a GPU there, and torch {torch.__version__} can use none")
         result = RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
         if worker.is_first:
             mirror.push_or(print)

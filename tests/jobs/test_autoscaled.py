@@ -15,16 +15,30 @@ from voxray.training.monitor import read_metrics
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
 WAIT_SEC = 300
 GROUPS = {"data": ({"CPU": 2}, 2), "train": ({"CPU": 1, "GPU": 1}, 2)}
-ON_PRETENDED_GPUS = """
-import sys
-from functools import partial
-import ray.train.torch
-from ray.train.torch import TorchConfig, TorchTrainer
-ray.train.torch.TorchTrainer = partial(TorchTrainer, torch_config=TorchConfig(backend="gloo"))  # NCCL needs real ones
-sys.argv = sys.argv[1:]
+SCRIPT = """
 import runpy
+import sys
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+ON_PRETENDED_GPUS = (
+    """
+import sys
+from functools import partial
+import ray
+import ray.train.torch
+from ray.train.torch import TorchConfig, TorchTrainer
+
+def on_cpu():
+    import ray.train.torch
+    import torch
+    ray.train.torch.get_device = lambda: torch.device("cpu")
+
+ray.init = partial(ray.init, runtime_env={"worker_process_setup_hook": on_cpu})
+ray.train.torch.TorchTrainer = partial(TorchTrainer, torch_config=TorchConfig(backend="gloo"))  # NCCL needs real ones
+"""
+    + SCRIPT
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +53,9 @@ def job(cluster: Autoscaled, tmp_path: Path) -> Iterator[Callable[..., str]]:
     """Run a job on the cluster to its end, looking at the nodes meanwhile; returns what it said."""
     drivers = []
 
-    def run(name: str, *flags: str, status: int = 0) -> str:
+    def run(name: str, *flags: str, status: int = 0, script: str = ON_PRETENDED_GPUS) -> str:
         log = tmp_path / f"{name}.log"
-        command = [sys.executable, "-c", ON_PRETENDED_GPUS, str(ROOT / f"jobs/{name}.py"), "--model_id", TINY, *flags]
+        command = [sys.executable, "-c", script, str(ROOT / f"jobs/{name}.py"), "--model_id", TINY, *flags]
         drivers.append(Driver(command, log, cluster.driver_env))
         deadline = time.monotonic() + WAIT_SEC
         while drivers[-1].process.poll() is None:
@@ -85,6 +99,8 @@ def test_nodes_come_for_each_job_and_go_when_it_is_done(
     wait_until_gone(cluster)
     print("train_text:", cluster.seen)
     assert most(cluster, "train") == 2, "two workers, a GPU each"
+    said = job("train_text", *flags, "--output_dir", str(tmp_path / "refused"), status=1, script=SCRIPT)
+    assert "Ray counts a GPU there, and torch" in said.splitlines()[-1] and "starting again" not in said
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
 
 

@@ -210,7 +210,8 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
     steps = [record["step"] for record in records if record["kind"] == "train"]
     [checkpoint] = (tmp_path / "runs/mt/checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps[-1]:06d}" and steps == list(range(1, steps[-1] + 1))
-    assert json.loads((tmp_path / "runs/mt/result.json").read_text()) == {"steps": steps[-1], "finished": False}
+    result = json.loads((tmp_path / "runs/mt/result.json").read_text())
+    assert result == {"steps": steps[-1], "adapter_step": steps[-1], "finished": False}
 
 
 @pytest.mark.chaos

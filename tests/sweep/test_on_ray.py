@@ -61,6 +61,30 @@ def test_trials_are_trained_stopped_and_repeated(
     assert "tqa/loss" in (tmp_path / "sweep" / "report.html").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(1800)
+def test_optuna_and_the_median_with_two_trials_at_a_time(
+    local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks and a range of rates: each trial is what one run with its values would be, two of them side by side."""
+    line = "--max_steps 6 --eval_steps 2 --grace_steps 2 --max_concurrent_trials 2 --search optuna --num_trials 5"
+    space = ["--scheduler", "median", "--space", "{lr: {log: [1e-9, 1e-2]}, lora_r: [2, 4], max_len: [64, 128]}"]
+    outcome = run_sweep(parse_only("tune", [*flags(small, tmp_path / "sweep", line), *space]))
+    trials = read_trials(tmp_path / "sweep")
+    assert len(trials) == 5 and {trial.state for trial in trials} <= {"done", "stopped"}
+    assert [trial.state for trial in trials].count("done") >= 2, capsys.readouterr().out
+    spans = []
+    for trial in trials:
+        stored = json.loads((trial.folder / "settings.json").read_text())
+        assert {name: stored[name] for name in ("lr", "lora_r", "max_len")} == dict(trial.choice)
+        assert trial.state == "stopped" or numbers(trial, "train") == [1, 2, 3, 4, 5, 6]
+        spans.append([(trial.folder / name).stat().st_mtime for name in ("parameters.json", "metrics.jsonl")])
+    assert any(a[0] < b[1] and b[0] < a[1] for n, a in enumerate(spans) for b in spans[:n]), "never two at a time"
+    values = [trial.value("tqa/loss") for trial in trials if trial.state == "done"]
+    assert outcome.winner and outcome.winner.value("tqa/loss") == min(value for value in values if value is not None)
+
+
 @pytest.fixture
 def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[..., Driver]]:
     """Start the same sweep in a folder of that name; all of its processes end with the test."""
