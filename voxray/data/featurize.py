@@ -79,12 +79,7 @@ def featurize(
         RunError: A manifest is missing or holds no usable row; with ``strict``, any row is bad; or the shards would
             take more than ``max_bytes`` or more than the disk has.
     """
-    # Without variants the two kinds of manifests share their sets.
-    wanted = [*((manifest, True) for manifest in manifests), *((manifest, False) for manifest in plain_manifests)]
-    places = tuple(_set_of(manifest, augmented, extractor, features_dir) for manifest, augmented in wanted)
-    sets: dict[Place, tuple[str, bool]] = {}
-    for place, what in zip(places, wanted, strict=True):
-        sets.setdefault(place, what)
+    places, sets = _places(manifests, plain_manifests, extractor, features_dir)
     # The work list is the one thing that grows with the data: about 200 bytes for every `rows_per_shard` rows.
     work = [
         WorkItem(chunk, folder, augmented, verify)
@@ -113,8 +108,19 @@ def featurize(
     return FeaturizeReport(places, num_rows, num_bad, num_made, len(pids))
 
 
-def _set_of(manifest: str, augmented: bool, extractor: Extractor, features_dir: Place) -> Place:
-    return set_folder(features_dir, manifest, extractor.fingerprint if augmented else extractor.plain_fingerprint)
+def _places(
+    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
+) -> tuple[tuple[Place, ...], dict[Place, tuple[str, bool]]]:
+    """Set of every manifest, and (manifest, whether it gets variants) of every set; without variants the two kinds of
+    manifests share theirs.
+    """
+    places, sets = [], {}
+    for names, augmented in ((manifests, True), (plain_manifests, False)):
+        fingerprint = extractor.fingerprint if augmented else extractor.plain_fingerprint
+        for manifest in names:
+            places.append(set_folder(features_dir, manifest, fingerprint))
+            sets.setdefault(places[-1], (manifest, augmented))
+    return tuple(places), sets
 
 
 class _SetState:

@@ -69,13 +69,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         note_trimming(base, trimmed)  # its config.json is written with the model
         console.print("trained with --trim_audio_tokens: voxray reads that off config.json, others have to know it")
     with_adapter = probe_logits(model, family, front_end)
-    roles = list(family.roles) if settings.merge == "all" else [settings.merge]
-    if not set(roles) <= set(family.roles):
-        raise SettingsError(f"--merge {settings.merge}: a {family.name} model has no {settings.merge}")
-    if settings.merge != "all" and family.trained_whole:
-        raise SettingsError(f"--merge {settings.merge}: what trains beside LoRA in {family.name} cannot be kept apart")
-    if not isinstance(model, PeftModel) and settings.merge != "all":
-        raise SettingsError(f"--merge {settings.merge}: {adapter} holds whole weights, of which none can be kept apart")
+    roles = _roles_to_merge(settings.merge, model, family, adapter)
     if settings.format == "official":
         return _export_official(settings, model, family, output_dir, adapter, with_adapter)
     num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
@@ -106,6 +100,23 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     )
     console.print(f"model in {output_dir}", markup=False)
     return report
+
+
+def _roles_to_merge(merge: str, model: Any, family: Family, adapter: Path) -> list[str]:
+    """Roles that ``--merge`` names.
+
+    Raises:
+        SettingsError: They cannot be merged by themselves.
+    """
+    if merge == "all":
+        return list(family.roles)
+    if merge not in family.roles:
+        raise SettingsError(f"--merge {merge}: a {family.name} model has no {merge}")
+    if family.trained_whole:
+        raise SettingsError(f"--merge {merge}: what trains beside LoRA in {family.name} cannot be kept apart")
+    if not isinstance(model, PeftModel):
+        raise SettingsError(f"--merge {merge}: {adapter} holds whole weights, of which none can be kept apart")
+    return [merge]
 
 
 def _export_official(

@@ -152,14 +152,20 @@ def _train_stage(
         publish_adapter(checkpoint_folder(run_dir, chosen), run_dir / "adapter")
         for line in ending(selection, step, num_steps, chosen):
             monitor.say(line)
+    found = {"steps": step, "finished": finished, "adapter_step": chosen, **selection.last}
+    best = _say_best(selection, monitor)
+    monitor.close()
+    return {**found, "best": best} if best else found
+
+
+def _say_best(selection: Selection, monitor: Monitor) -> dict[str, Any]:
+    """Say and return the best value of each metric with its step."""
     best = monitor.best_steps()
     if selection.best_step:
         best[selection.metric] = {"step": selection.best_step, "value": selection.best_value}
     for name, entry in best.items():
         monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
-    monitor.close()
-    found = {"steps": step, "finished": finished, "adapter_step": chosen, **selection.last}
-    return {**found, "best": best} if best else found
+    return best
 
 
 def engine_of(

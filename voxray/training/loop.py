@@ -106,10 +106,7 @@ def fit(
             done = replace(start, step=step, guard=trainee.guard.state(), selection=selection.state())
             writer.write(trainee.model, state, done, selection.best_step)
 
-    def is_due(step: int) -> bool:
-        epochs = plan.epochs_done(step)
-        due = step % settings.eval_steps == 0 if settings.eval_steps else epochs == int(epochs)
-        return step > 0 and (due or step == num_steps)
+    is_due = partial(_validates_at, plan, settings.eval_steps, num_steps)
 
     if is_due(step) and selection.last_step < step:  # asked to stop before this validation
         selection.take(step, validate(step))
@@ -122,9 +119,8 @@ def fit(
             writer.wait()
         step = number + 1
         stop, leaving = watch.verdict(*asked)
-        record |= speed.record(number)
         epochs = plan.epochs_done(step)
-        monitor.record("train", step, {**record, "lr": lr, "epoch": epochs})
+        monitor.record("train", step, {**record, **speed.record(number), "lr": lr, "epoch": epochs})
         if epochs == int(epochs):
             monitor.end_epoch(plan, loader.features, step)
         if trainee.guard.bad_steps >= settings.max_bad_steps:
@@ -142,6 +138,13 @@ def fit(
     if writer:
         writer.wait()
     return step
+
+
+def _validates_at(plan: Plan, eval_steps: int, num_steps: int, step: int) -> bool:
+    """Whether a validation is due after so many steps: every ``eval_steps``, or every epoch with 0, and at the end."""
+    epochs = plan.epochs_done(step)
+    due = step % eval_steps == 0 if eval_steps else epochs == int(epochs)
+    return step > 0 and (due or step == num_steps)
 
 
 def train_step(
