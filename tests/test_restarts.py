@@ -29,7 +29,6 @@ DONE = {"steps": 9, "finished": True}
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that has room for whatever is asked."""
-    monkeypatch.setattr(launch, "refuse_without_room", lambda fewest: None)
     monkeypatch.setattr(launch, "find_room", lambda fewest, most, is_stopped: most)
 
 

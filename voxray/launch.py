@@ -163,11 +163,9 @@ def on_workers(
         callbacks: Ray Train callbacks, used by sweeps.
     Raises:
         RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
-        SettingsError: The cluster can never hold the fewest.
     """
     mirror = Mirror.of(settings)
     (fewest, most), failures, step = workers, 0, _newest_step(run_dir)
-    refuse_without_room(fewest)
     while True:
         (run_dir / GROW_FILE).unlink(missing_ok=True)
         mirror.take_back_signals()
