@@ -33,7 +33,7 @@ demo: $(STAMP)
 	@$(WITH_VENV) .venv/bin/python jobs/quickstart.py
 
 test: $(STAMP)
-	@$(TEST_ENV) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
+	@$(TEST_ENV) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

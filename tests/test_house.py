@@ -12,6 +12,7 @@ CODE = sorted([*REPOSITORY.glob("voxray/**/*.py"), *REPOSITORY.glob("jobs/*.py")
 RAY_ROOMS = {
     "cluster.py",
     "room.py",
+    "ray_backend.py",
     "launch.py",
     "submit.py",
     "data/prepare.py",

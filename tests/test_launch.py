@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,21 @@ def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
         run_training(settings(small, tmp_path, max_len=2))
     assert "starting again" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_reach_each_other_give_their_places_back(local_ray, small, tmp_path, monkeypatch, capsys):
+    """Ray Train keeps them; then the second attempt would wait for the room that the first one holds."""
+    import ray
+
+    from voxray.ray_backend import ProcessGroup
+
+    monkeypatch.setattr(ProcessGroup, "__init__", partialmethod(ProcessGroup.__init__, backend="nccl"))
+    with pytest.raises(RunError, match=r"failed 4 times at step 0, last with: .*NCCL"):
+        run_training(settings(small, tmp_path, num_workers=3))  # of four CPUs
+    assert capsys.readouterr().out.count("starting again from step 0") == 3
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} == {"REMOVED"}
 
 
 ELASTIC = """

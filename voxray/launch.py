@@ -32,7 +32,6 @@ from voxray.room import (
     Growth,
     find_room,
     free_places,
-    note_places,
     refuse_without_room,
     say_idle_gpus,
     unit_of,
@@ -246,10 +245,13 @@ def _fit_once(
     import ray.train
     from ray.train.torch import TorchTrainer
 
+    from voxray.ray_backend import ProcessGroup
+
     name = f"{run_dir.name}-{uuid4().hex[:8]}"
     trainer = TorchTrainer(
         _worker_main,
-        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data, "name": name},
+        train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
+        torch_config=ProcessGroup(run=name),
         scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=unit_of(number) == "GPU"),
         run_config=ray.train.RunConfig(
             name=name,
@@ -278,17 +280,12 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     settings = config["settings"]
-    if worker.is_first:
-        note_places(config["name"])
     publish = _gauges(run_dir.name) if worker.is_first else None
     host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
     mirror = Mirror.of(settings)
     mirror.fetch()
     done = mirror.hear_signals()
     try:
-        if device.type == "cuda" and not torch.cuda.is_available():
-            node = ray.util.get_node_ip_address()
-            raise RunError(f"node {node}: Ray counts a GPU there, and torch {torch.__version__} can use none")
         result = RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
         if worker.is_first:
             mirror.push_or(print)
@@ -320,7 +317,8 @@ def raise_refusal(error: Exception, run_dir: Path) -> None:
     if (run_dir / ERROR_FILE).is_file():
         stored = json.loads((run_dir / ERROR_FILE).read_text())
         raise (SettingsError if stored["kind"] == "SettingsError" else RunError)(stored["message"])
-    for failure in getattr(error, "worker_failures", {}).values():
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for failure in failures:
         cause = getattr(failure, "_base_exc", failure)  # Ray Train keeps what a worker raised in there
         if isinstance(cause, RunError | SettingsError):
             raise cause

@@ -24,10 +24,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 ON_PRETENDED_GPUS = (
     """
 import sys
-from functools import partial
+from functools import partial, partialmethod
 import ray
-import ray.train.torch
-from ray.train.torch import TorchConfig, TorchTrainer
+from voxray import ray_backend
 
 def on_cpu():
     import ray.train.torch
@@ -35,7 +34,7 @@ def on_cpu():
     ray.train.torch.get_device = lambda: torch.device("cpu")
 
 ray.init = partial(ray.init, runtime_env={"worker_process_setup_hook": on_cpu})
-ray.train.torch.TorchTrainer = partial(TorchTrainer, torch_config=TorchConfig(backend="gloo"))  # NCCL needs real ones
+ray_backend.ProcessGroup.__init__ = partialmethod(ray_backend.ProcessGroup.__init__, backend="gloo")
 """
     + SCRIPT
 )

@@ -148,7 +148,7 @@ def measure(
         run = answer_once(loaded, sample, batch_size, new_tokens)
         answered += [run] if number >= warmup else []
         on_progress(number + 1, warmup + repeats)
-    peak_gib, samples = memory.peak_gib(), decode(sample.audio_path, loaded.front_end.sample_rate_hz)
+    peak_gib, samples = max(held_gib, memory.peak_gib()), decode(sample.audio_path, loaded.front_end.sample_rate_hz)
     clip_sec = len(samples) / loaded.front_end.sample_rate_hz
     row = prompt_row(loaded.front_end, sample, samples)
     found: dict[str, Any] = {
