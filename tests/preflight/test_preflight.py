@@ -155,6 +155,13 @@ def test_an_output_that_cannot_be_written(preflight: Run, tmp_path: Path, capsys
     assert "error: output: --output_dir" in capsys.readouterr().err
 
 
+def test_features_that_cannot_be_written(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "feats").write_text("a file")
+    status, found = preflight("--no_tune", "--features_dir", str(tmp_path / "feats" / "below"))
+    assert status == 1 and len(of_level(found, "fix")) == 1
+    assert f"error: output: --features_dir {tmp_path}/feats/below: cannot write there" in capsys.readouterr().err
+
+
 def test_autorun_becomes_the_command_that_was_printed(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(preflight_job.os, "execv", lambda program, command: started.append(command))
@@ -291,13 +298,12 @@ def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path
 
 @pytest.mark.slow
 def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp_path: Path) -> None:
-    """The folder of features cannot be made, which only training tries."""
-    (tmp_path / "feats").write_text("")
-    flags = ["--features_dir", str(tmp_path / "feats" / "below"), "--num_workers", "0", "--no_tune", "--autorun"]
+    """The rate makes the weights no numbers, which only training sees."""
+    flags = "--lr 1e30 --max_bad_steps 1 --max_steps 9 --num_workers 0 --no_tune --autorun".split()
     files = ["--train_jsonl", small["tqa.train"], "--out_dir", "run", "--model_id", TINY]
     done = start_preflight([*files, *flags], tmp_path)
     assert "starting it" in done.stdout, done.stderr
-    assert done.returncode == 1 and "--features_dir" in done.stderr
+    assert done.returncode == 1 and "were no finite numbers" in done.stderr
 
 
 def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

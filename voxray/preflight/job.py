@@ -115,7 +115,7 @@ class Preflight:
     def _look_at_places(self) -> None:
         """Where the run writes: whether it may, and whether there is another run already."""
         asked, findings = self.asked, self.findings
-        if "://" in asked.features_dir:
+        if asked.features_dir:
             with findings.caught("output"):
                 place = features_place(asked, asked.features_dir, asked.storage_path, flag="--features_dir")
                 findings.add("ok", "output", f"--features_dir {place}: can be written to")
