@@ -118,6 +118,7 @@ def test_nodes_that_the_autoscaler_may_start_count(monkeypatch: pytest.MonkeyPat
     (tmp_path / cluster.CLUSTER_FILE).write_text(text, encoding="utf-8")
     assert cluster._autoscaled("GPU") == 2 * 4, "two nodes of four GPUs"
     assert cluster._autoscaled("CPU") == 2 * 48 + 8 * 16, "ten nodes, the largest first"
+    assert cluster._autoscaled("CPU", gpu_nodes=False) == 8 * 16, "features start no GPU node"
     (tmp_path / cluster.CLUSTER_FILE).write_text(text.replace("max_workers: 10", "max_workers: 1"), encoding="utf-8")
     assert (cluster._autoscaled("GPU"), cluster._autoscaled("CPU")) == (4, 48)
     monkeypatch.delenv("RAY_ADDRESS")

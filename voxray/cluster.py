@@ -132,6 +132,15 @@ def gpus_within_reach() -> int:
     return within_reach("GPU")
 
 
+def cpus_for_data() -> int:
+    """CPUs that work without a GPU may take: those there are, and those of nodes that may still be started and have no
+    GPU, which nobody should pay for to have its CPUs.
+    """
+    import ray
+
+    return int(max(ray.cluster_resources().get("CPU", 0), _autoscaled("CPU", gpu_nodes=False)))
+
+
 def cluster_resources(log_path: Path) -> dict[str, float] | None:
     """CPUs, GPUs and memory of the cluster that RAY_ADDRESS names; None without one.
 
@@ -146,8 +155,12 @@ def cluster_resources(log_path: Path) -> dict[str, float] | None:
         return dict(ray.cluster_resources())
 
 
-def _autoscaled(resource: str) -> int:
-    """What all nodes together have once the autoscaler of this head has started as many as it may."""
+def _autoscaled(resource: str, *, gpu_nodes: bool = True) -> int:
+    """What all nodes together have once the autoscaler of this head has started as many as it may.
+
+    Args:
+        gpu_nodes: Whether nodes with GPUs are among them.
+    """
     path = Path.home() / CLUSTER_FILE
     if not (os.environ.get("RAY_ADDRESS") and path.is_file()):
         return 0
@@ -156,6 +169,6 @@ def _autoscaled(resource: str) -> int:
     kinds = config.get("available_node_types", {})
     of_head = kinds.get(config.get("head_node_type"), {}).get("resources", {}).get(resource, 0)
     for name, kind in kinds.items():
-        if name != config.get("head_node_type"):
+        if name != config.get("head_node_type") and (gpu_nodes or not kind.get("resources", {}).get("GPU")):
             counts += [kind.get("resources", {}).get(resource, 0)] * kind.get("max_workers", left)
     return int(of_head + sum(sorted(counts, reverse=True)[:left]))

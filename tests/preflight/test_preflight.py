@@ -299,7 +299,7 @@ def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path
 @pytest.mark.slow
 def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp_path: Path) -> None:
     """The rate makes the weights no numbers, which only training sees."""
-    flags = "--lr 1e30 --max_bad_steps 1 --max_steps 9 --num_workers 0 --no_tune --autorun".split()
+    flags = ["--lr", "1e30", "--max_bad_steps", "1", "--max_steps", "9", "--num_workers", "0", "--no_tune", "--autorun"]
     files = ["--train_jsonl", small["tqa.train"], "--out_dir", "run", "--model_id", TINY]
     done = start_preflight([*files, *flags], tmp_path)
     assert "starting it" in done.stdout, done.stderr

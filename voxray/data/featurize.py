@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.cluster import within_reach
+from voxray.cluster import cpus_for_data
 from voxray.data.chunk import ChunkFeaturizer, WorkItem
 from voxray.data.estimate import allowances
 from voxray.data.extract import Extractor
@@ -209,15 +209,15 @@ def actor_pool(num_actors: int, num_items: int) -> Any:
     """Ray Data's strategy for a pool of CPU actors: as many as asked for, else one per CPU of the cluster, and no more
     than there is work for.
 
-    Where the autoscaler may start more nodes the pool begins with what there is and grows with the cluster; one that
-    starts from zero and does not say how far it goes shows no CPU yet.
+    Where the autoscaler may start more nodes without GPUs the pool begins with what there is and grows with them; a
+    cluster that starts from zero and does not say how far it goes shows no CPU yet.
     """
     import ray
 
     present = int(ray.cluster_resources().get("CPU", 0))
     useful = num_items if num_actors else math.ceil(num_items / ITEMS_WORTH_AN_ACTOR)
     least = max(1, min(num_actors or max(MIN_ACTORS, present), useful))
-    most = max(least, min(num_actors or within_reach("CPU") or MAX_GROWN_ACTORS, useful))
+    most = max(least, min(num_actors or cpus_for_data() or MAX_GROWN_ACTORS, useful))
     return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
 
 
