@@ -22,7 +22,7 @@ from voxray.launch import run_training
 from voxray.training.monitor import read_metrics
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
-STEPS, WAIT_SEC = 80, 300
+STEPS, WAIT_SEC = 160, 300
 TASKS = ("asr", "sqa", "tqa")
 TRAINING = ["--val_jsonl=", "--lora_dropout", "0", "--per_device_bsz", "2", "--grad_accum", "4", "--seed", "5"]
 
@@ -153,7 +153,10 @@ def test_a_node_dies_and_another_comes(nodes: Nodes, two: list[Node], run: Run, 
 
 @pytest.mark.parametrize("run", [("--save_steps", "100000")], indirect=True)
 def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, planned: list[float]) -> None:
-    """A notice with a deadline: everything is saved before it, though no checkpoint was due, and goes on elsewhere."""
+    """A notice with a deadline: everything is saved before it, though no checkpoint was due, and goes on elsewhere.
+
+    The machine goes as soon as that is done; a run as short as this one would have ended at the deadline.
+    """
     run.wait_for_workers(2)
     starts, began, deadline_sec = len(run.resumes()), time.monotonic(), 15
     saved_before = len(list((run.folder / "checkpoints").glob("step-*")))
@@ -161,7 +164,6 @@ def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, planned: 
     run.wait_for(lambda: len(list((run.folder / "checkpoints").glob("step-*"))) > saved_before)
     saved = time.monotonic() - began
     assert saved < deadline_sec
-    time.sleep(max(0.0, began + deadline_sec - time.monotonic()))
     nodes.kill(two[1])
     run.wait_for_resume(starts)
     row(
@@ -170,6 +172,7 @@ def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, planned: 
         time.monotonic() - began,
     )
     assert "a machine is about to go: saved at step" in run.said()
+    assert run.resumes()[-1] < 20, "of the steps since, not of all"
     run.wait_for_end(planned)
 
 
