@@ -138,3 +138,12 @@ def test_a_page_whatever_became_of_the_trials(case: str, tmp_path: Path) -> None
     assert "<script>document" not in text and not re.search(r"[ \"',>]nan[ \"',<%]", text)
     assert ("there is no winner" in text) == (case in ("failed", "nothing"))
     assert ("&lt;/script&gt;" in text) == (case == "failed")
+
+
+def test_trials_at_one_place_share_a_label(tmp_path: Path) -> None:
+    """And a metric that all of them have has one mark at its axis, none beyond what it can be."""
+    for number, rank in enumerate((4, 8, 16), 1):
+        write(tmp_path, number, {"lora_r": rank}, {METRIC: 0.2 if number < 3 else 0.4, QA: 1.0})
+    text = report(tmp_path, "--lora_r", "4,8,16")
+    plot = text[text.index(f"{METRIC} against {QA}") :]
+    assert ">1, 2</text>" in plot and ">3</text>" in plot and ">1.5</text>" not in text

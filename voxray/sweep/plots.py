@@ -54,9 +54,9 @@ def metric_axis(metric: str, trials: Sequence[Trial]) -> Axis:
 
 def _scale(low: float, high: float, values: Sequence[Any], *, log: bool = False) -> tuple[Any, Any]:
     """Ticks and shares of numbers between two ends."""
-    turn = math.log if log else float
     if not low < high:
-        low, high, turn = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2, float
+        return [(0.5, f"{low:.3g}")], [0.5 for _ in values]
+    turn = math.log if log else float
     first, reach = turn(low), turn(high) - turn(low)
     places = [low + (high - low) * part / 4 for part in range(5)]
     if log:
@@ -142,8 +142,10 @@ def scatter(
         said = escaped(f"trial {trial.number}")
         place = f'data-trial="{trial.number}" cx="{a:.1f}" cy="{b:.1f}" r="5"'
         parts.append(f'<circle class="{kind}" {place}><title>{said}</title></circle>')
-        if len(trials) <= 12 and not x.steps:
-            parts.append(_text(a + 8, b - 6, str(trial.number), "axis"))
+    if len(trials) <= 12 and not x.steps:
+        for a, b in dict.fromkeys(places):
+            here = [str(trial.number) for trial, place in zip(trials, places, strict=True) if place == (a, b)]
+            parts.append(_text(a + 8, b - 6, ", ".join(here), "axis"))
     return _figure(title, TOP + HEIGHT + 44, parts)
 
 
