@@ -265,7 +265,7 @@ def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, small: d
     in_one_go(tmp_path, wanted)
     for kind in kinds:
         for stage in (2, 3):
-            # bf16 tells 5.18 from 5.20 and no finer, and stage 3 lays the weights out otherwise; float32 is held to 1e-5.
+            # bf16 tells 5.18 from 5.20 and no finer, and stage 3 lays weights out otherwise; float32 is held to 1e-5.
             loose = {"loss": 2e-2, "norm": 1e-2} if kind == "16 bits" else {}
             assert_alike(tmp_path / f"{kind}-zero{stage}", tmp_path / f"{kind}-ddp", **loose)
     before = weights(tmp_path / "encoder-ddp" / "adapter")
