@@ -27,7 +27,8 @@ class ProcessGroup(TorchConfig):
 
 
 class _Backend(TorchConfig().backend_cls):
-    def on_start(self, worker_group: Any, backend_config: ProcessGroup) -> None:
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        assert isinstance(backend_config, ProcessGroup)
         worker_group.execute_single(0, note_places, backend_config.run)
         if faults := list(filter(None, worker_group.execute(_device_fault))):
             raise RunError(faults[0])
