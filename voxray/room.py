@@ -115,8 +115,8 @@ def note_places(run: str) -> None:
 def free_places(run: str) -> None:
     """Give back what a run that has ended still holds.
 
-    That is Ray Train's to do. But if its controller was killed, a helper does it, which may have died of a slow answer
-    before; then nobody would, and the next start would wait for its own room.
+    That is Ray Train's to do. But it does not if the process group could not be made; and if its controller was killed,
+    a helper does it, which may have died of a slow answer before. Then the next start would wait for its own room.
     """
     import ray
     from ray.experimental.internal_kv import _internal_kv_get

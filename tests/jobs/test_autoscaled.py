@@ -23,7 +23,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 ON_PRETENDED_GPUS = (
     """
-import sys
 from functools import partial, partialmethod
 import ray
 from voxray import ray_backend
@@ -98,9 +97,9 @@ def test_nodes_come_for_each_job_and_go_when_it_is_done(
     wait_until_gone(cluster)
     print("train_text:", cluster.seen)
     assert most(cluster, "train") == 2, "two workers, a GPU each"
+    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
     said = job("train_text", *flags, "--output_dir", str(tmp_path / "refused"), status=1, script=SCRIPT)
     assert "Ray counts a GPU there, and torch" in said.splitlines()[-1] and "starting again" not in said
-    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
 
 
 def test_more_than_the_limits_allow_is_refused_at_once(
