@@ -82,9 +82,9 @@ def featurize(
     places, sets = _places(manifests, plain_manifests, extractor, features_dir)
     # The work list is the one thing that grows with the data: about 200 bytes for every `rows_per_shard` rows.
     work = [
-        WorkItem(chunk, folder, augmented, verify)
-        for folder, (manifest, augmented) in sets.items()
-        for chunk in chunks(manifest, rows_per_shard)
+        WorkItem(chunk, folder, described.augmented, verify)
+        for folder, described in sets.items()
+        for chunk in chunks(described.manifest, rows_per_shard)
     ]
     if extractor.storing.store == "encoder":
         work = allowances(work, extractor, features_dir, max_bytes, on_estimate)
@@ -101,25 +101,36 @@ def featurize(
         pids.add(result["pid"])
         done += lines_of[result["folder"], result["chunk"]]
         on_progress(done, total)
-    for folder, (manifest, augmented) in sets.items():
-        _finish_set(manifest, folder, extractor, augmented, states[str(folder)])
+    for folder, described in sets.items():
+        _finish_set(described, folder, extractor.storing.store, states[str(folder)])
     num_rows = sum(state.num_rows for state in states.values())
     num_bad = sum(state.num_bad for state in states.values())
     return FeaturizeReport(places, num_rows, num_bad, num_made, len(pids))
 
 
+@dataclass(frozen=True)
+class _Set:
+    """What a feature set is made of.
+
+    Attributes:
+        augmented: Whether its rows get variants.
+    """
+
+    manifest: str
+    augmented: bool
+    fingerprint: str
+
+
 def _places(
     manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
-) -> tuple[tuple[Place, ...], dict[Place, tuple[str, bool]]]:
-    """Set of every manifest, and (manifest, whether it gets variants) of every set; without variants the two kinds of
-    manifests share theirs.
-    """
+) -> tuple[tuple[Place, ...], dict[Place, _Set]]:
+    """Folder of every manifest's set, and what is in each; without variants the two kinds of manifests share theirs."""
     places, sets = [], {}
     for names, augmented in ((manifests, True), (plain_manifests, False)):
         fingerprint = extractor.fingerprint if augmented else extractor.plain_fingerprint
         for manifest in names:
             places.append(set_folder(features_dir, manifest, fingerprint))
-            sets.setdefault(places[-1], (manifest, augmented))
+            sets.setdefault(places[-1], _Set(manifest, augmented, fingerprint))
     return tuple(places), sets
 
 
@@ -142,14 +153,14 @@ class _SetState:
         return sum(map(len, self.bad.values()))
 
 
-def _finish_set(manifest: str, folder: Place, extractor: Extractor, augmented: bool, state: _SetState) -> None:
+def _finish_set(described: _Set, folder: Place, store: str, state: _SetState) -> None:
     """Write a set's ledger, index and description; refuse a manifest without any usable row."""
     ledger = [line for number in sorted(state.bad) for line in state.bad[number]]
     write_atomically(folder / "quarantine.jsonl", to_jsonl(ledger))
     if not state.num_rows:
         first = ledger[0] if ledger else {"line": 1, "message": "every line is blank"}
         raise RunError(
-            f"{manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}"
+            f"{described.manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}"
         )
     num_shards = len(state.content)
     for path in children(folder / "shards"):
@@ -159,8 +170,7 @@ def _finish_set(manifest: str, folder: Place, extractor: Extractor, augmented: b
     if _is_finished(folder, content):
         return
     index = write_index(folder, num_shards)
-    fingerprint = extractor.fingerprint if augmented else extractor.plain_fingerprint
-    description = {"manifest": manifest, "fingerprint": fingerprint, "store": extractor.storing.store}
+    description = {"manifest": described.manifest, "fingerprint": described.fingerprint, "store": store}
     counts = {"samples": state.num_rows, "bad": len(ledger), "shards": num_shards}
     write_json(folder / "set.json", {**description, "content": content, **counts, **index})
 

@@ -119,10 +119,7 @@ def fit(
             writer.wait()
         step = number + 1
         stop, leaving = watch.verdict(*asked)
-        epochs = plan.epochs_done(step)
-        monitor.record("train", step, {**record, **speed.record(number), "lr": lr, "epoch": epochs})
-        if epochs == int(epochs):
-            monitor.end_epoch(plan, loader.features, step)
+        monitor.end_step(plan, loader.features, step, {**record, **speed.record(number), "lr": lr})
         if trainee.guard.bad_steps >= settings.max_bad_steps:
             raise RunError(_bad_steps(trainee, plan, loader.features, number))
         if step % settings.log_steps == 0 or step == num_steps:

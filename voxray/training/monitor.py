@@ -58,7 +58,14 @@ class Monitor:
                 if self._publish:
                     self._publish(*published_name(kind, name), value)
 
-    def end_epoch(self, plan: Plan, features: Features, step: int) -> None:
+    def end_step(self, plan: Plan, features: Features, step: int, values: Mapping[str, float]) -> None:
+        """Record a training step with the epochs done by then and, when it ends one, what that epoch came to."""
+        epochs = plan.epochs_done(step)
+        self.record("train", step, {**values, "epoch": epochs})
+        if epochs == int(epochs):
+            self._end_epoch(plan, features, step)
+
+    def _end_epoch(self, plan: Plan, features: Features, step: int) -> None:
         """Record what the epoch that ends with ``step`` came to, and say it."""
         if not self._active:
             return
