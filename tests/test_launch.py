@@ -15,11 +15,13 @@ import pytest
 from conftest import TINY, write_rows
 from prometheus_client.parser import text_string_to_metric_families
 
+from voxray import launch
 from voxray.config.train import MultitaskSettings
 from voxray.data.extract import Extractor
 from voxray.data.featurize import featurize
-from voxray.errors import RunError
+from voxray.errors import RunError, Stopped
 from voxray.launch import run_training
+from voxray.recipes.data import Data
 from voxray.training.monitor import read_metrics
 
 pytestmark = pytest.mark.ray
@@ -157,6 +159,28 @@ def test_processes_that_cannot_reach_each_other_give_their_places_back(local_ray
     assert capsys.readouterr().out.count("starting again from step 0") == 3
     groups = ray.util.placement_group_table().values()
     assert {group["state"] for group in groups} == {"REMOVED"}
+
+
+def test_a_trial_whose_own_places_are_taken_back_asks_for_no_others(local_ray, small, tmp_path, monkeypatch):
+    """So Ray Tune stops it, and the controller may die of it before the trial's process does: a crash, by its looks."""
+    import ray
+
+    own, attempts = ray.util.placement_group([{"CPU": 0.01}]), []
+    assert own.wait(30)
+    known = set(ray.util.placement_group_table())
+
+    def attempt(*args: Any) -> dict[str, Any]:
+        attempts.append(set(ray.util.placement_group_table()) - known)
+        if len(attempts) == 2:
+            ray.util.remove_placement_group(own)
+        return {"error": RuntimeError("The actor died unexpectedly before finishing this task.")}
+
+    monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: own)
+    monkeypatch.setattr(launch, "_attempt", attempt)
+    with pytest.raises(Stopped):
+        launch.on_workers(settings(small, tmp_path), tmp_path, Data((), ()), (1, 1))
+    assert [len(groups) for groups in attempts] == [1, 2], "the first was a crash, which is tried again"
+    assert set(ray.util.placement_group_table()) - known == attempts[1]
 
 
 ELASTIC = """

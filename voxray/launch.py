@@ -32,6 +32,7 @@ from voxray.room import (
     Growth,
     find_room,
     free_places,
+    is_evicted,
     refuse_without_room,
     say_idle_gpus,
     unit_of,
@@ -162,6 +163,7 @@ def on_workers(
         callbacks: Ray Train callbacks, used by sweeps.
     Raises:
         RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
+        Stopped: By the sweep that this is a trial of.
     """
     mirror = Mirror.of(settings)
     (fewest, most), failures, step = workers, 0, _newest_step(run_dir)
@@ -182,6 +184,8 @@ def on_workers(
             continue
         error = outcome["error"]
         raise_refusal(error, run_dir)
+        if is_evicted():
+            raise Stopped("stopped by the sweep")
         _append_trace(run_dir / "ray.log", error)
         reason = f"out of memory: {memory_advice(settings)}" if "low on memory" in str(error) else _last_line(error)
         failures = 1 if step > before else failures + 1

@@ -78,6 +78,18 @@ def find_room(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: F
         _give_back(asked)
 
 
+def is_evicted() -> bool:
+    """Whether Ray has taken back the places that this process itself runs in, as when Ray Tune stops a trial.
+
+    Its processes end then, but not at once and in no order. What one of them asked for in that moment nobody would give
+    back.
+    """
+    import ray
+
+    own = ray.util.get_current_placement_group()
+    return own is not None and ray.util.placement_group_table(own).get("state", "REMOVED") == "REMOVED"
+
+
 class Growth:
     """Notices when there is room for more workers than a run has; until then Ray keeps looking for it.
 
