@@ -238,9 +238,9 @@ def set_up(extras: list[str], package: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make .venv and install into it.", allow_abbrev=False)
-    parser.add_argument(
-        "--extras", nargs="*", default=["demo", "dev"], help="extras to install with it (default: demo dev)"
-    )
+    extras = ["demo", "dev", "optuna"]
+    about = f"extras to install with it (default: {' '.join(extras)})"
+    parser.add_argument("--extras", nargs="*", default=extras, help=about)
     parser.add_argument(
         "--no-package", action="store_true", help="leave voxray out: a cluster's nodes get it with a job"
     )
