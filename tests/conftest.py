@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -15,6 +16,10 @@ TINY = str(ASSETS / "voxtral-tiny")
 WHISPER = str(ASSETS / "whisper-tiny")
 SPEECH = ASSETS / "speech"
 TASKS = ("asr", "sqa", "tqa")
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what it sends to the background with "&"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start and interrupt would inherit it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
