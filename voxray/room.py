@@ -87,7 +87,7 @@ def is_evicted() -> bool:
     import ray
 
     own = ray.util.get_current_placement_group()
-    return own is not None and ray.util.placement_group_table(own).get("state", "REMOVED") == "REMOVED"
+    return own is not None and _state(own) == "REMOVED"
 
 
 class Growth:
@@ -146,9 +146,14 @@ def _ask(number: int, unit: str) -> Any:
 
 
 def _is_given(group: Any) -> bool:
+    return _state(group) == "CREATED"
+
+
+def _state(group: Any) -> str:
+    """Ray's word for where a placement group stands; one that it no longer knows has been removed."""
     import ray
 
-    return ray.util.placement_group_table(group).get("state") == "CREATED"
+    return ray.util.placement_group_table(group).get("state", "REMOVED")
 
 
 def _give_back(groups: list[Any]) -> None:

@@ -9,7 +9,7 @@ repeats only the chunks it had not finished.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from voxray.cluster import cpus_for_data
@@ -82,18 +82,17 @@ def featurize(
     places, sets = _places(manifests, plain_manifests, extractor, features_dir)
     # The work list is the one thing that grows with the data: about 200 bytes for every `rows_per_shard` rows.
     work = [
-        WorkItem(chunk, folder, described.augmented, verify)
-        for folder, described in sets.items()
-        for chunk in chunks(described.manifest, rows_per_shard)
+        WorkItem(chunk, each.folder, each.augmented, verify)
+        for each in sets.values()
+        for chunk in chunks(each.manifest, rows_per_shard)
     ]
     if extractor.storing.store == "encoder":
         work = allowances(work, extractor, features_dir, max_bytes, on_estimate)
     total = sum(item.chunk.num_lines for item in work)
     lines_of = {(str(item.folder), item.chunk.number): item.chunk.num_lines for item in work}
     done, num_made, pids = 0, 0, set()
-    states = {str(folder): _SetState() for folder in sets}
     for result in (_run_on_ray if use_ray else _run_here)(extractor, work, num_actors):
-        states[result["folder"]].add(result)
+        sets[result["folder"]].add(result)
         if strict and result["bad"]:
             line = result["bad"][0]
             raise RunError(f"{line['manifest']}:{line['line']}: {line['message']} (--strict)")
@@ -101,46 +100,30 @@ def featurize(
         pids.add(result["pid"])
         done += lines_of[result["folder"], result["chunk"]]
         on_progress(done, total)
-    for folder, described in sets.items():
-        _finish_set(described, folder, extractor.storing.store, states[str(folder)])
-    num_rows = sum(state.num_rows for state in states.values())
-    num_bad = sum(state.num_bad for state in states.values())
+    for each in sets.values():
+        _finish_set(each, extractor.storing.store)
+    num_rows = sum(each.num_rows for each in sets.values())
+    num_bad = sum(each.num_bad for each in sets.values())
     return FeaturizeReport(places, num_rows, num_bad, num_made, len(pids))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Set:
-    """What a feature set is made of.
+    """A feature set in the making: what of, and what the driver keeps while its chunks come back in any order.
 
     Attributes:
         augmented: Whether its rows get variants.
+        content: Digest of every chunk, by its number.
+        bad: Lines for the ledger, by the number of their chunk.
     """
 
+    folder: Place
     manifest: str
     augmented: bool
     fingerprint: str
-
-
-def _places(
-    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
-) -> tuple[tuple[Place, ...], dict[Place, _Set]]:
-    """Folder of every manifest's set, and what is in each; without variants the two kinds of manifests share theirs."""
-    places, sets = [], {}
-    for names, augmented in ((manifests, True), (plain_manifests, False)):
-        fingerprint = extractor.fingerprint if augmented else extractor.plain_fingerprint
-        for manifest in names:
-            places.append(set_folder(features_dir, manifest, fingerprint))
-            sets.setdefault(places[-1], _Set(manifest, augmented, fingerprint))
-    return tuple(places), sets
-
-
-class _SetState:
-    """What the driver keeps of a set while its chunks come back in any order."""
-
-    def __init__(self) -> None:
-        self.content: dict[int, str] = {}
-        self.bad: dict[int, list[dict[str, Any]]] = {}
-        self.num_rows = 0
+    content: dict[int, str] = field(default_factory=dict)
+    bad: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    num_rows: int = 0
 
     def add(self, result: dict[str, Any]) -> None:
         self.content[result["chunk"]] = result["content"]
@@ -153,25 +136,41 @@ class _SetState:
         return sum(map(len, self.bad.values()))
 
 
-def _finish_set(described: _Set, folder: Place, store: str, state: _SetState) -> None:
+def _places(
+    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
+) -> tuple[tuple[Place, ...], dict[str, _Set]]:
+    """Folder of every manifest's set, and the sets by the folder's name; without variants the two kinds of manifests
+    share theirs.
+    """
+    places, sets = [], {}
+    for names, augmented in ((manifests, True), (plain_manifests, False)):
+        fingerprint = extractor.fingerprint if augmented else extractor.plain_fingerprint
+        for manifest in names:
+            places.append(set_folder(features_dir, manifest, fingerprint))
+            sets.setdefault(str(places[-1]), _Set(places[-1], manifest, augmented, fingerprint))
+    return tuple(places), sets
+
+
+def _finish_set(made: _Set, store: str) -> None:
     """Write a set's ledger, index and description; refuse a manifest without any usable row."""
-    ledger = [line for number in sorted(state.bad) for line in state.bad[number]]
+    folder = made.folder
+    ledger = [line for number in sorted(made.bad) for line in made.bad[number]]
     write_atomically(folder / "quarantine.jsonl", to_jsonl(ledger))
-    if not state.num_rows:
+    if not made.num_rows:
         first = ledger[0] if ledger else {"line": 1, "message": "every line is blank"}
         raise RunError(
-            f"{described.manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}"
+            f"{made.manifest}:{first['line']}: no usable row in this manifest; the first fault: {first['message']}"
         )
-    num_shards = len(state.content)
+    num_shards = len(made.content)
     for path in children(folder / "shards"):
         if not path.stem.isdigit() or int(path.stem) >= num_shards:
             path.unlink()  # left by a longer manifest, or by a process that was killed while writing
-    content = digest("".join(state.content[number] for number in range(num_shards)).encode())
+    content = digest("".join(made.content[number] for number in range(num_shards)).encode())
     if _is_finished(folder, content):
         return
     index = write_index(folder, num_shards)
-    description = {"manifest": described.manifest, "fingerprint": described.fingerprint, "store": store}
-    counts = {"samples": state.num_rows, "bad": len(ledger), "shards": num_shards}
+    description = {"manifest": made.manifest, "fingerprint": made.fingerprint, "store": store}
+    counts = {"samples": made.num_rows, "bad": len(ledger), "shards": num_shards}
     write_json(folder / "set.json", {**description, "content": content, **counts, **index})
 
 

@@ -99,18 +99,11 @@ def fit(
         Steps done; fewer than ``num_steps`` if the run was asked to stop or early stopping ended it.
     """
     plan, step = loader.plan, start.step
-
-    def save() -> None:
-        state = trainee.engine.state()
-        if writer:
-            done = replace(start, step=step, guard=trainee.guard.state(), selection=selection.state())
-            writer.write(trainee.model, state, done, selection.best_step)
-
     is_due = partial(_validates_at, plan, settings.eval_steps, num_steps)
-
+    save = partial(_save, trainee, writer, start, selection)
     if is_due(step) and selection.last_step < step:  # asked to stop before this validation
         selection.take(step, validate(step))
-        save()
+        save(step)
     speed = Speed(loader, trainee.worker.device)
     for number, packs in speed.timed(loader.steps(step, 0 if selection.exhausted else num_steps)):
         lr = learning_rate(settings, number, num_steps)
@@ -127,7 +120,7 @@ def fit(
         better = is_due(step) and not stop and selection.take(step, validate(step))
         ends = stop or selection.exhausted or step == num_steps
         if better or ends or leaving or step % settings.save_steps == 0:
-            save()
+            save(step)
         if leaving:
             monitor.say(f"a machine is about to go: saved at step {step}")
         if ends:
@@ -135,6 +128,14 @@ def fit(
     if writer:
         writer.wait()
     return step
+
+
+def _save(trainee: Trainee, writer: CheckpointWriter | None, start: Progress, selection: Selection, step: int) -> None:
+    """Write a checkpoint. Every worker calls it, because the engine may have to gather what it holds."""
+    state = trainee.engine.state()
+    if writer:
+        done = replace(start, step=step, guard=trainee.guard.state(), selection=selection.state())
+        writer.write(trainee.model, state, done, selection.best_step)
 
 
 def _validates_at(plan: Plan, eval_steps: int, num_steps: int, step: int) -> bool:
