@@ -31,11 +31,11 @@ import torch
 from train import features_of, read_clips, write_model, write_rows
 from transformers import LogitsProcessor, LogitsProcessorList, WhisperFeatureExtractor
 
-from voxray.data.collate import collate_prompts
-from voxray.data.features import FeatureRow, Features
-from voxray.evaluation.generate import by_expected_length
-from voxray.evaluation.greedy import greedy
-from voxray.models.family import family_of
+from voxray.batches.collate import collate_prompts
+from voxray.features.reader import FeatureRow, Features
+from voxray.generation.continuous_batching import greedy
+from voxray.generation.generate import by_expected_length
+from voxray.models.registry import family_of
 
 TOKENS_PER_SEC, CHAT_TOKENS, MAX_NEW_TOKENS = 5.0, 40, 256
 

@@ -32,14 +32,14 @@ import soundfile
 import soxr
 import torch
 
-from voxray.data.extract import Extractor
-from voxray.data.featurize import featurize
-from voxray.data.shards import shard_bytes
-from voxray.launch import ray_session
-from voxray.manifest import Sample
-from voxray.models.voxtral import VoxtralFrontEnd
-from voxray.storage import write_atomically
-from voxray.tasks import TASKS
+from voxray.commands.train import ray_session
+from voxray.core.manifest import Sample
+from voxray.core.storage import write_atomically
+from voxray.core.tasks import TASKS
+from voxray.features.extract import Extractor
+from voxray.features.featurize import featurize
+from voxray.features.shards import shard_bytes
+from voxray.models.voxtral.family import VoxtralFrontEnd
 
 TINY = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 RATE_HZ, CLIP_SEC = 48_000, 7.7

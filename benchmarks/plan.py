@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from voxray.data.batching import Batching
-from voxray.data.plan import Plan
-from voxray.tasks import TASKS
+from voxray.batches.packing import Batching
+from voxray.batches.plan import Plan
+from voxray.core.tasks import TASKS
 
 RANKS = 8
 WEIGHTS = {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from voxray.data.features import Features
-from voxray.data.shards import index_part, shard_bytes, shard_path, write_index
-from voxray.storage import write_atomically, write_json
+from voxray.core.storage import write_atomically, write_json
+from voxray.features.reader import Features
+from voxray.features.shards import index_part, shard_bytes, shard_path, write_index
 
 ROWS_PER_SHARD = 64
 CLIP_SEC = 8

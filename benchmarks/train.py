@@ -40,18 +40,19 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from voxray.batches.collate import collate_training
+from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.data.collate import IGNORED, collate_training
-from voxray.data.extract import Extractor, Storing
-from voxray.data.features import Features
-from voxray.data.featurize import featurize
-from voxray.models.family import family_of
-from voxray.models.lora import add_lora
-from voxray.models.tiny import AUDIO_TOKEN_ID
+from voxray.features.extract import Extractor, Storing
+from voxray.features.featurize import featurize
+from voxray.features.reader import Features
+from voxray.models.adapters.lora import add_lora
+from voxray.models.interface import IGNORED
+from voxray.models.registry import family_of
+from voxray.models.voxtral.tiny import AUDIO_TOKEN_ID
 from voxray.recipes import multitask
-from voxray.training.engine import Worker
 from voxray.training.loop import answer_loss
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 ASSETS = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from train import BATCH_ROWS, features_of, write_model, write_rows
 
+from voxray.batches.rank import Worker
+from voxray.commands.train import run_training
 from voxray.config.train import MultitaskSettings
-from voxray.launch import run_training
 from voxray.recipes import multitask
-from voxray.training.engine import Worker
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 FIRST_STEPS = 4  # in which memory is allocated and kernels are chosen
 

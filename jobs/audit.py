@@ -2,13 +2,13 @@
 
 from voxray.config.audit import AuditSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(AuditSettings, argv, job="audit", about=__doc__ or "", demo="demo_audit.yaml")
-    from voxray.data.audit_job import run_audit_job
+    from voxray.commands.audit import run_audit_job
 
     run_audit_job(settings)
 

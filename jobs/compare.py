@@ -2,14 +2,14 @@
 
 from voxray.config.compare import CompareSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     about, demo = __doc__ or "", "demo_compare.yaml"
     settings = parse(CompareSettings, argv, job="compare", about=about, demo=demo, words="runs")
-    from voxray.evaluation.compare import run_compare
+    from voxray.commands.compare import run_compare
 
     run_compare(settings)
 

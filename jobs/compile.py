@@ -2,13 +2,13 @@
 
 from voxray.config.compile import CompileSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(CompileSettings, argv, job="compile", about=__doc__ or "", demo="demo_compile.yaml")
-    from voxray.aot import run_compile
+    from voxray.commands.compile import run_compile
 
     run_compile(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.demo import DemoSettings
 from voxray.config.parse import REPOSITORY, parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(DemoSettings, argv, job="demo", about=__doc__ or "", demo="demo_demo.yaml")
-    from voxray.demo.serve import run_demo
+    from voxray.commands.demo import run_demo
 
     run_demo(settings, example=str(REPOSITORY / "tests/assets/speech/sample.wav"))
 

@@ -2,13 +2,13 @@
 
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(EfficiencySettings, argv, job="efficiency", about=__doc__ or "", demo="demo_efficiency.yaml")
-    from voxray.evaluation.efficiency_job import run_efficiency
+    from voxray.commands.efficiency import run_efficiency
 
     run_efficiency(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(EvaluateSettings, argv, job="evaluate", about=__doc__ or "", demo="demo_evaluate.yaml")
-    from voxray.evaluation.rescore import evaluate_or_score
+    from voxray.commands.score_only import evaluate_or_score
 
     evaluate_or_score(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.export import ExportSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, job="export", about=__doc__ or "", demo="demo_export.yaml")
-    from voxray.models.export import run_export
+    from voxray.commands.export import run_export
 
     run_export(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.parse import parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(FeaturizeSettings, argv, job="featurize", about=__doc__ or "", demo="demo_featurize.yaml")
-    from voxray.launch import run_featurize_job
+    from voxray.commands.featurize import run_featurize_job
 
     run_featurize_job(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.evaluate import InferSettings
 from voxray.config.parse import REPOSITORY, parse
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(InferSettings, argv, job="infer", about=__doc__ or "", demo="demo_infer.yaml")
-    from voxray.evaluation.infer import run_inference
+    from voxray.commands.infer import run_inference
 
     run_inference(settings, demo_jsonl=str(REPOSITORY / "tests/assets/speech/asr.val.jsonl"))
 

@@ -2,13 +2,13 @@
 
 from voxray.config.parse import parse
 from voxray.config.prefetch import PrefetchSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(PrefetchSettings, argv, job="prefetch", about=__doc__ or "", demo="demo_prefetch.yaml")
-    from voxray.prefetch import run_prefetch
+    from voxray.commands.prefetch import run_prefetch
 
     run_prefetch(settings)
 

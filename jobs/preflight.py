@@ -4,14 +4,14 @@ import sys
 
 from voxray.config.parse import parse
 from voxray.config.preflight import preflight_settings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     kind, why = preflight_settings(sys.argv[1:] if argv is None else argv)
     settings = parse(kind, argv, job="preflight", about=__doc__ or "", demo="demo_preflight.yaml")
-    from voxray.preflight.job import run_preflight
+    from voxray.commands.preflight import run_preflight
 
     run_preflight(settings, why)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.parse import parse
 from voxray.config.prepare import PrepareSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(PrepareSettings, argv, job="prepare", about=__doc__ or "", demo="demo_prepare.yaml")
-    from voxray.data.prepare_job import run_prepare_job
+    from voxray.commands.prepare import run_prepare_job
 
     run_prepare_job(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.parse import parse
 from voxray.config.quickstart import QuickstartSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(QuickstartSettings, argv, job="quickstart", about=__doc__ or "", demo="quickstart.yaml")
-    from voxray.quickstart import run_quickstart
+    from voxray.commands.quickstart import run_quickstart
 
     run_quickstart(settings)
 

@@ -2,14 +2,14 @@
 
 from voxray.config.parse import parse
 from voxray.config.train import AsrAdapterSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     about, demo = __doc__ or "", "demo_train_asr_adapter.yaml"
     settings = parse(AsrAdapterSettings, argv, job="train_asr_adapter", about=about, demo=demo)
-    from voxray.launch import run_training
+    from voxray.commands.train import run_training
 
     run_training(settings)
 

@@ -2,13 +2,13 @@
 
 from voxray.config.parse import parse
 from voxray.config.train import MultitaskSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(MultitaskSettings, argv, job="train_multitask", about=__doc__ or "", demo="demo.yaml")
-    from voxray.launch import run_training
+    from voxray.commands.train import run_training
 
     run_training(settings)
 

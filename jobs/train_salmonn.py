@@ -2,14 +2,14 @@
 
 from voxray.config.parse import parse
 from voxray.config.salmonn import SalmonnSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     about, demo = __doc__ or "", "demo_train_salmonn.yaml"
     settings = parse(SalmonnSettings, argv, job="train_salmonn", about=about, demo=demo)
-    from voxray.launch import run_training
+    from voxray.commands.train import run_training
     from voxray.recipes.salmonn import made_ready
 
     run_training(made_ready(settings))

@@ -2,13 +2,13 @@
 
 from voxray.config.parse import parse
 from voxray.config.train import TextSettings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     settings = parse(TextSettings, argv, job="train_text", about=__doc__ or "", demo="demo_train_text.yaml")
-    from voxray.launch import run_training
+    from voxray.commands.train import run_training
 
     run_training(settings)
 

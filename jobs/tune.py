@@ -4,14 +4,14 @@ import sys
 
 from voxray.config.parse import parse
 from voxray.config.tune import sweep_settings
-from voxray.errors import job
+from voxray.core.errors import job
 
 
 @job
 def main(argv: list[str] | None = None) -> None:
     kind = sweep_settings(sys.argv[1:] if argv is None else argv)
     settings = parse(kind, argv, job="tune", about=__doc__ or "", demo="demo_tune.yaml")
-    from voxray.tune import run_sweep
+    from voxray.commands.tune import run_sweep
 
     run_sweep(settings)
 

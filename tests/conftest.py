@@ -63,7 +63,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def salmonn_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Parts of a tiny SALMONN, by the training job's flags."""
-    from salmonn_tiny import write_parts
+    from helpers.salmonn_tiny import write_parts
 
     return write_parts(tmp_path_factory.mktemp("salmonn-parts"))
 
@@ -71,7 +71,7 @@ def salmonn_parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def salmonn(salmonn_parts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny SALMONN, whose weights between the encoders and the language model are new."""
-    from salmonn_tiny import write_tiny
+    from helpers.salmonn_tiny import write_tiny
 
     return write_tiny(tmp_path_factory.mktemp("salmonn"), salmonn_parts)
 
@@ -79,8 +79,8 @@ def salmonn(salmonn_parts: dict[str, str], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
     """Featurize manifests with a tiny model in this process; returns their feature sets."""
-    from voxray.data.extract import Extractor, Storing
-    from voxray.data.featurize import featurize
+    from voxray.features.extract import Extractor, Storing
+    from voxray.features.featurize import featurize
 
     shared = tmp_path_factory.mktemp("features")
 
@@ -105,7 +105,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     """A Ray of this module's own, stopped after it."""
-    from voxray.cluster import RAY_SETTINGS
+    from voxray.cluster.session import RAY_SETTINGS
 
     os.environ.update(RAY_SETTINGS)
     import ray
@@ -129,7 +129,7 @@ def by_value(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def evaluation_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the evaluate job do everything in this process, without Ray."""
-    from voxray.evaluation import job
+    from voxray.commands import evaluate as job
 
     monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
     for name in ("make_features", "answer", "check_invariance"):

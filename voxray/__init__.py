@@ -1,3 +1,5 @@
 """Jobs on Ray that fine-tune and evaluate audio language models."""
 
-__version__ = "0.1.0"
+from voxray.core.version import __version__
+
+__all__ = ["__version__"]

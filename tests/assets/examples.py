@@ -22,7 +22,7 @@ from mistral_common.protocol.transcription.request import TranscriptionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import WhisperFeatureExtractor
 
-from voxray.models.tiny import EOS_TOKEN_ID, PAD_TOKEN_ID, WINDOW_SAMPLES, WINDOW_SEC
+from voxray.models.voxtral.tiny import EOS_TOKEN_ID, PAD_TOKEN_ID, WINDOW_SAMPLES, WINDOW_SEC
 
 MAX_NEW_TOKENS = 28
 

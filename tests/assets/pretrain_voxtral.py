@@ -19,7 +19,7 @@ from transformers import GenerationConfig, VoxtralForConditionalGeneration, Voxt
 from transformers.models.whisper.modeling_whisper import sinusoids
 from transformers.tokenization_mistral_common import MistralCommonBackend
 
-from voxray.models.tiny import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, tiny_voxtral_config
+from voxray.models.voxtral.tiny import BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID, tiny_voxtral_config
 
 NUM_CLIPS = {"ko": 5000, "en": 2500}
 NUM_STEPS, PEAK_LR = 3500, 1.5e-3

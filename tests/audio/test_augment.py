@@ -17,16 +17,9 @@ from conftest import SPEECH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxray.audio.augment import (
-    NONE,
-    SpecAugment,
-    WaveformAugmentation,
-    augment,
-    list_audio,
-    spec_augment,
-)
+from voxray.audio.augment import NONE, SpecAugment, WaveformAugmentation, augment, list_audio, spec_augment
 from voxray.audio.decode import decode
-from voxray.errors import RunError
+from voxray.core.errors import RunError
 
 RATE_HZ = 16_000
 CLIP = decode(str(SPEECH / "sample.wav"), RATE_HZ)

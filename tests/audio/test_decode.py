@@ -1,6 +1,7 @@
 """Decode: every format gives the same sound at the model's rate, and every damaged file is a bad row with a reason."""
 
 import io
+import itertools
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import soundfile
 import soxr
 
 from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode, resampled_length
-from voxray.manifest import BadRow
+from voxray.core.errors import BadRow
 
 RATE_HZ = 16_000
 
@@ -176,6 +177,7 @@ def video_only() -> bytes:
         ("a.wav", by_soundfile(np.array([[1, np.inf], [0, 0]], np.float32), 8000, "WAV", "FLOAT"), "audio_not_finite"),
         ("a.wav", by_soundfile(np.ones(2, np.float32), 192_000, "WAV", "FLOAT"), "audio_empty"),
     ],
+    ids=itertools.count(),  # a float WAV holds the second it was written in: two test processes would disagree
 )
 def test_files_that_are_no_clips(name: str, raw: bytes, reason: str):
     assert refusal(name, raw)[0] == reason

@@ -11,17 +11,17 @@ import jiwer
 import numpy as np
 import pytest
 import soundfile
-from adapters import random_adapter
 from conftest import SPEECH, TINY, read_rows
+from helpers.adapters import random_adapter
 
 from voxray.audio.decode import header_seconds
+from voxray.commands.infer import run_inference
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import InferSettings
 from voxray.demo.answers import Answer, Answering, Request, Unanswered, open_model
-from voxray.evaluation.infer import run_inference
-from voxray.models.family import family_of
-from voxray.models.lora import save_adapter, train_fully
-from voxray.models.voxtral import Voxtral
+from voxray.models.adapters.lora import save_adapter, train_fully
+from voxray.models.registry import family_of
+from voxray.models.voxtral.family import Voxtral
 
 SAMPLE = str(SPEECH / "sample.wav")
 QUESTION = "숫자는 모두 몇 개입니까?"

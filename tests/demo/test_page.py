@@ -16,13 +16,13 @@ import jiwer
 import numpy as np
 import pytest
 import soundfile
-from adapters import random_adapter
-from browser import BROWSER, Page, browser
 from conftest import SPEECH, TINY
-from running import ROOT, Driver
+from helpers.adapters import random_adapter
+from helpers.browser import BROWSER, Page, browser
+from helpers.running import ROOT, Driver
 
+from voxray.commands.infer import run_inference
 from voxray.config.evaluate import InferSettings
-from voxray.evaluation.infer import run_inference
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 from conftest import SPEECH, TINY
+from helpers.running import load_job
 from pydantic import ValidationError
-from running import load_job
 
+from voxray.commands import demo as serve
 from voxray.config.demo import DemoSettings
-from voxray.demo import serve
 
 SAMPLE = str(SPEECH / "sample.wav")
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxray.errors import RunError
-from voxray.evaluation.metrics.names import evaluation_metrics, higher_is_better
+from voxray.core.console import console, metrics_table
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
 from voxray.evaluation.score import by_task, read_terms, score
-from voxray.tasks import TASKS
-from voxray.terminal import console, metrics_table
+from voxray.metrics.names import evaluation_metrics, higher_is_better
 from voxray.text.normalize import normalize_ko_v1
 
 Rows = list[dict[str, Any]]

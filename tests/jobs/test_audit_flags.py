@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import soundfile
 from conftest import TINY, write_rows
-from running import load_job, parse_only
+from helpers.running import load_job, parse_only
 from test_prepare_flags import LIMITS, RATE, noise
 
-from voxray.data.audit_job import run_audit_job
+from voxray.commands.audit import run_audit_job
 
 WIDE = (
     "--min_sec 0 --max_sec 60 --min_chars_per_sec 0 --max_chars_per_sec 1000 --min_peak_db -160 --min_rms_db -160 "

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from autoscaled import Autoscaled
 from conftest import TINY, read_rows, write_rows
-from running import ROOT, Driver
+from helpers.autoscaled import Autoscaled
+from helpers.running import ROOT, Driver
 
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
 WAIT_SEC = 300
@@ -25,7 +25,7 @@ ON_PRETENDED_GPUS = (
     """
 from functools import partial, partialmethod
 import ray
-from voxray import ray_backend
+from voxray.launch import process_group as ray_backend
 
 def on_cpu():
     import ray.train.torch

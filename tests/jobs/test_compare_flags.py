@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from evaluations import write_evaluation
-from running import ROOT, load_job, parse_only
+from helpers.evaluations import write_evaluation
+from helpers.running import ROOT, load_job, parse_only
 
 REFERENCES = [
     f"{one} {other}" for one in ("혈압이", "오늘", "하루에", "머리가") for other in ("높다", "세 번", "약을", "x")

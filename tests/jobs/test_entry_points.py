@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import JOBS, ROOT, commands, environment, load_job, parse_only, start
+from helpers.running import JOBS, ROOT, commands, environment, load_job, parse_only, start
 
 README = ROOT / "README.md"
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))

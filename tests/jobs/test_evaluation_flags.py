@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import SPEECH, TINY, manifest, read_rows, write_rows
-from running import ROOT, environment, load_job, parse_only
+from helpers.running import ROOT, environment, load_job, parse_only
 
+from voxray.commands import evaluate as job
+from voxray.commands import infer
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.errors import RunError
-from voxray.evaluation import greedy, infer, job
+from voxray.core.errors import RunError
 from voxray.evaluation.predictions import read_predictions
-from voxray.models.voxtral import VoxtralFrontEnd
+from voxray.generation import continuous_batching as greedy
+from voxray.models.voxtral.family import VoxtralFrontEnd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Evaluate = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]

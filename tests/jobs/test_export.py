@@ -8,14 +8,22 @@ import pytest
 import torch
 from conftest import SPEECH, TINY
 
+from voxray.commands import export
+from voxray.commands.export import run_export
+from voxray.commands.infer import run_inference
 from voxray.config.evaluate import InferSettings
 from voxray.config.export import ExportSettings
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation.infer import run_inference
-from voxray.models import export
-from voxray.models.export import run_export
-from voxray.models.family import family_of
-from voxray.models.lora import CONFIG, WEIGHTS, add_lora, load_adapter, save_adapter, train_fully, trainable_parameters
+from voxray.core.errors import RunError, SettingsError
+from voxray.models.adapters.lora import (
+    CONFIG,
+    WEIGHTS,
+    add_lora,
+    load_adapter,
+    save_adapter,
+    train_fully,
+    trainable_parameters,
+)
+from voxray.models.registry import family_of
 
 FAMILY = family_of(TINY)
 CPU = torch.device("cpu")

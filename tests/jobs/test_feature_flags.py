@@ -11,18 +11,20 @@ import pytest
 import soundfile
 from conftest import TINY, read_rows, write_rows
 
-from voxray import launch
+from voxray.batches import loader
+from voxray.batches.rank import Worker
+from voxray.commands import evaluate as job
+from voxray.commands import featurize
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.train import MultitaskSettings
-from voxray.data import feature_sets, loader
-from voxray.data.features import Features
-from voxray.errors import RunError
-from voxray.evaluation import job
+from voxray.core.errors import RunError
+from voxray.core.storage import CacheLimits, RemotePath
+from voxray.features import from_settings as feature_sets
+from voxray.features.reader import Features
 from voxray.recipes import multitask
-from voxray.storage import CacheLimits, RemotePath
-from voxray.training.engine import Worker
-from voxray.training.monitor import read_metrics
+from voxray.recipes.training_data import training_data
+from voxray.training.records import read_metrics
 
 
 @pytest.fixture
@@ -33,12 +35,12 @@ def speech(small: dict[str, str], tmp_path: Path) -> str:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch, speech: str, tmp_path: Path) -> Any:
     """Run the featurize job in this process; returns its features and the schema of a shard."""
-    monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
-    monkeypatch.setattr(launch, "make_features", partial(feature_sets.make_features, use_ray=False))
+    monkeypatch.setattr(featurize, "ray_session", lambda *args: nullcontext())
+    monkeypatch.setattr(featurize, "make_features", partial(feature_sets.make_features, use_ray=False))
 
     def run(**flags: Any) -> tuple[Features, dict[str, Any]]:
         usual = {"model_id": TINY, "manifest": speech, "output_dir": str(tmp_path / "f")}
-        folders = launch.run_featurize_job(FeaturizeSettings.model_validate({**usual, **flags})).folders
+        folders = featurize.run_featurize_job(FeaturizeSettings.model_validate({**usual, **flags})).folders
         assert isinstance(folders[0], Path)
         schema = pa.ipc.open_file(str(next(folders[0].glob("shards/*.arrow")))).schema
         return Features(folders), {**(schema.metadata or {}), "type": schema.field("audio").type.value_type}
@@ -125,13 +127,13 @@ def test_feature_flags_reach_training(small: dict[str, str], speech: str, tmp_pa
     """Training manifests get the variants, the held-out ones do not; both are stored as asked for."""
     flags = {"model_id": TINY, "train_jsonl": speech, "val_jsonl": small["asr.val"], "num_workers": 0, "variants": 3}
     settings = MultitaskSettings.model_validate({**flags, "output_dir": str(tmp_path), "cache_dtype": "float32"})
-    data = launch.training_data(settings.model_copy(update={"store": "encoder"}), tmp_path, use_ray=False)
+    data = training_data(settings.model_copy(update={"store": "encoder"}), tmp_path, use_ray=False)
     train, held_out = Features(data.train), Features(data.validation)
     assert (train.store, len(train), len(held_out)) == ("encoder", 12, 4)
     assert train.row(0).audio.dtype == np.float32
     tight = settings.model_copy(update={"store": "encoder", "cache_budget_gib": 1e-6})
     with pytest.raises(RunError, match="--cache_budget_gib"):
-        launch.training_data(tight, tmp_path, use_ray=False)
+        training_data(tight, tmp_path, use_ray=False)
     (tmp_path / "run").mkdir()
     run = settings.model_copy(update={"store": "encoder", "max_steps": 2, "eval_max_new_tokens": 2})
     assert multitask.train(run, tmp_path / "run", data, Worker())["steps"] == 2
@@ -152,7 +154,7 @@ def test_masks(speech: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         settings = MultitaskSettings.model_validate({**values, "output_dir": str(tmp_path), **flags})
         run_dir = tmp_path / str(number)
         run_dir.mkdir()
-        multitask.train(settings, run_dir, launch.training_data(settings, tmp_path, use_ray=False), Worker())
+        multitask.train(settings, run_dir, training_data(settings, tmp_path, use_ray=False), Worker())
         [record] = read_metrics(run_dir, "train")
         losses.append(record["loss"])
     assert len(set(losses)) == 3
@@ -177,7 +179,7 @@ def test_feature_flags_reach_evaluation(small: dict[str, str], tmp_path: Path, e
 
 
 def test_features_cache(tmp_path: Path) -> None:
-    """Where copies of remote shards go, and how many (tests/data/test_remote.py has the rest)."""
+    """Where copies of remote shards go, and how many (tests/features/test_remote_shards.py has the rest)."""
     flags = {"features_cache_dir": str(tmp_path / "c"), "features_cache_gib": 3}
     for settings in (
         FeaturizeSettings.model_validate({"manifest": "m", **flags}),

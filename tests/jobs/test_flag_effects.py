@@ -8,7 +8,7 @@ import ast
 from functools import cache
 
 import pytest
-from running import JOBS, ROOT, parse_only
+from helpers.running import JOBS, ROOT, parse_only
 
 from voxray.config.parse import Settings, flag_of
 
@@ -73,9 +73,11 @@ TRAIN = {
     "preview_rows": "training_flags::preview_rows",
     "save_steps": "training_flags::save_steps",
     "save_total_limit": "checkpoint::the_newest_and_the_best_are_kept",
-    **dict.fromkeys(("metric_for_best_model", "load_best_model_at_end"), "selection::the_best_becomes_the_adapter"),
     **dict.fromkeys(
-        ("early_stopping_patience", "early_stopping_threshold"), "selection::early_stopping_ends_a_run_and_stays"
+        ("metric_for_best_model", "load_best_model_at_end"), "best_checkpoint::the_best_becomes_the_adapter"
+    ),
+    **dict.fromkeys(
+        ("early_stopping_patience", "early_stopping_threshold"), "best_checkpoint::early_stopping_ends_a_run_and_stays"
     ),
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
@@ -119,7 +121,7 @@ AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model
 REACHES = "stages::flags_reach_the_recipe"
 HANDED_TO_JOBS = "prefetch::flags_are_handed_on"
 DEMO_MODEL = "answers::flags_decide_how_answers_are_looked_for"
-COMPILED = "aot::flags_reach_the_compiler"
+COMPILED = "compiled_audio::flags_reach_the_compiler"
 MEASURED = "efficiency::flags_reach_the_measurement"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
 
@@ -178,7 +180,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
             ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
         ),
         "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row {SALMONN}::packs_have_room_for_drawn_prompts",
-        **dict.fromkeys(("store", "cache_dtype"), "salmonn_hearing::stored_outputs_train_and_answer_alike"),
+        **dict.fromkeys(("store", "cache_dtype"), "salmonn_audio_path::stored_outputs_train_and_answer_alike"),
         "quantize": f"{SALMONN}::quantised_language_models_train",
         "cuda_visible_devices": WARNS,
     },
@@ -206,7 +208,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "language": LANGUAGE,
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
         **CACHE,
-        "compiled": "aot::evaluate_and_efficiency_use_it",
+        "compiled": "compiled_audio::evaluate_and_efficiency_use_it",
         "cuda_visible_devices": WARNS,
     },
     "infer": {
@@ -285,11 +287,11 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
     "compile": {
-        **dict.fromkeys(("model_id", "output_dir"), "aot::a_program_hears_what_the_encoder_hears"),
+        **dict.fromkeys(("model_id", "output_dir"), "compiled_audio::a_program_hears_what_the_encoder_hears"),
         **dict.fromkeys(("windows", "bf16", "fp16", "tf32", "lora_dir", "seed", "storage_path"), COMPILED),
-        **dict.fromkeys(("backend", "optimization_level"), "aot::tensorrt_is_an_extra_that_needs_a_gpu"),
-        "quantize": "aot::what_cannot_be_compiled_is_said_in_a_line",
-        "overwrite": "aot::a_folder_that_holds_something_is_left_alone",
+        **dict.fromkeys(("backend", "optimization_level"), "compiled_audio::tensorrt_is_an_extra_that_needs_a_gpu"),
+        "quantize": "compiled_audio::what_cannot_be_compiled_is_said_in_a_line",
+        "overwrite": "compiled_audio::a_folder_that_holds_something_is_left_alone",
         "tensorrt_device": WARNS,
         **dict.fromkeys(SALMONN_PARTS[:-1], SALMONN_BASES),
     },
@@ -301,7 +303,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "lora_dir": f"efficiency::an_adapter_brings_its_base {SALMONN_BASES}",
         **dict.fromkeys(SALMONN_PARTS, SALMONN_BASES),
         "compare": "efficiency::compare_runs_every_variant_in_a_process_of_its_own",
-        "compiled": "aot::evaluate_and_efficiency_use_it",
+        "compiled": "compiled_audio::evaluate_and_efficiency_use_it",
         **dict.fromkeys(("optimization_level", "tensorrt_device"), WARNS),
     },
     "submit": {
@@ -355,10 +357,9 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of tests/jobs/test_<name>.py, or of those of other folders of tests."""
-    folders = ("jobs", "training", "evaluation", "demo", "models", "preflight")
-    paths = (ROOT / "tests" / folder / f"test_{name}.py" for folder in folders)
-    tree = ast.parse(next(path for path in paths if path.is_file()).read_text(encoding="utf-8"))
+    """Names of the test functions of the one file test_<name>.py."""
+    [path] = (ROOT / "tests").rglob(f"test_{name}.py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from running import ROOT, Driver, alive
+from helpers.running import ROOT, Driver, alive
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 STEPS, SAVE_STEPS, KILLS = 60, 3, 10

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, manifest, read_rows, write_rows
-from nodes import Node, Nodes
-from running import ROOT, Driver, alive
+from helpers.nodes import Node, Nodes
+from helpers.running import ROOT, Driver, alive
 
+from voxray.commands.train import run_training
 from voxray.config.train import MultitaskSettings
-from voxray.launch import run_training
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(900)]
 STEPS, WAIT_SEC = 160, 300

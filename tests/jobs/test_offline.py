@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import WHISPER
-from running import ROOT, environment
+from helpers.running import ROOT, environment
 
 LOOPBACK_UP = """
 import fcntl, os, socket, struct, sys

@@ -13,20 +13,23 @@ from typing import Any
 import pytest
 import torch
 from conftest import SPEECH, TINY, manifest, read_rows, write_rows
-from running import load_job, parse_only
+from helpers.running import load_job, parse_only
 
-from voxray import quickstart
+from voxray.commands import evaluate as job
+from voxray.commands import infer, quickstart
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.config.groups import FeatureFlags
+from voxray.config.flag_groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
-from voxray.data.extract import Extractor
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation import answerer, batch, infer, items, job
-from voxray.evaluation.generate import Generated, Search
+from voxray.core.errors import RunError, SettingsError
+from voxray.evaluation import distribute as batch
+from voxray.evaluation import prediction_actor as answerer
 from voxray.evaluation.predictions import read_predictions
-from voxray.models.lora import add_lora, save_adapter
-from voxray.models.voxtral import Voxtral
+from voxray.features.extract import Extractor
+from voxray.generation import requests as items
+from voxray.generation.generate import Generated, Search
+from voxray.models.adapters.lora import add_lora, save_adapter
+from voxray.models.voxtral.family import Voxtral
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import TINY
-from prefetching import COMMIT, DATASET, MODEL, SIZES, archive, clips, hub, release, serving, table
-from running import environment, load_job, parse_only
+from helpers.prefetching import COMMIT, DATASET, MODEL, SIZES, archive, clips, hub, release, serving, table
+from helpers.running import environment, load_job, parse_only
 
-from voxray import __version__, prefetch
 from voxray.audio.decode import decode
-from voxray.config.groups import ClipLimitFlags
-from voxray.data import prepare
-from voxray.data.features import Features
-from voxray.errors import RunError, SettingsError
-from voxray.lock import NAME
+from voxray.commands import prefetch
+from voxray.config.flag_groups import ClipLimitFlags
+from voxray.core.errors import RunError, SettingsError
+from voxray.core.version import __version__
+from voxray.corpora.prepare import check_rows as prepare
+from voxray.features.reader import Features
+from voxray.prefetch.lock_file import NAME
 
 pytestmark = pytest.mark.usefixtures("here")
 ROWS = {"train": SIZES["train"], "validation": SIZES["dev"], "test": SIZES["test"]}
@@ -303,7 +304,7 @@ def test_what_another_start_left_does_not_mix_in(
     hub_folder: Path, release_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut off after the model and the tables of one source, started with others: nothing of the first stays."""
-    from voxray.data import corpus_source
+    from voxray.corpora import fetch as corpus_source
 
     out, other = tmp_path / "D", tmp_path / "other"
     shutil.copytree(TINY, other)
@@ -334,11 +335,11 @@ KILLED = """
 import os, signal, sys
 from contextlib import nullcontext
 from functools import partial
-from voxray import prefetch
+from voxray.commands import prefetch
 from voxray.config.prefetch import PrefetchSettings
 from voxray.config.prepare import PrepareSettings
-from voxray.data import prepare
-from running import parse_only
+from voxray.corpora.prepare import check_rows as prepare
+from helpers.running import parse_only
 prefetch.ray_session = lambda *args: nullcontext()
 prefetch.run_prepare_job = partial(prefetch.run_prepare_job, use_ray=False)
 prefetch.PrepareSettings = partial(PrepareSettings, rows_per_chunk=3)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import write_rows
-from running import load_job, parse_only
+from helpers.running import load_job, parse_only
 
 from voxray.audio.decode import Part, decode
-from voxray.data.prepare import ClipPlaces, RowChecker
-from voxray.data.prepare_job import _limits, run_prepare_job
+from voxray.commands.prepare import _limits, run_prepare_job
+from voxray.corpora.prepare.check_rows import ClipPlaces, RowChecker
 
 RATE = 16_000
 WIDE = "--min_sec 0 --max_sec 60 --min_chars_per_sec 0 --max_chars_per_sec 1000"
@@ -122,8 +122,8 @@ def test_seed_command_of_split_and_clean_parses() -> None:
 @pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
 def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     """Two of three training rows say what a validation row says, in other voices."""
-    from voxray.data.prepare import Checked, checked_path
-    from voxray.data.prepare_outputs import Outputs, write_manifests
+    from voxray.corpora.prepare.check_rows import Checked, checked_path
+    from voxray.corpora.prepare.write_manifests import Outputs, write_manifests
 
     rows = []
     for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
@@ -172,7 +172,7 @@ def test_test_output_and_audio_output(tmp_path: Path) -> None:
 
 def test_rows_like_those_of_the_test_set_do_not_train(tmp_path: Path) -> None:
     """A test side alone leaves validation to be drawn from the rest, and what it shares with training is a leak."""
-    from voxray.data.split import count_leaks, decide, note_held_out
+    from voxray.corpora.prepare.split import count_leaks, decide, note_held_out
 
     rows = [
         SimpleNamespace(reason="", audio_hash=str(number), leak_text=f"t{number % 9}", group=f"g{number}", split=split)

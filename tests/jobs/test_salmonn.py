@@ -11,35 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import ASSETS, SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
-from running import load_job, parse_only
+from helpers import processes
+from helpers.running import load_job, parse_only
 from test_stages import losses, tensors
 
-from voxray import launch
 from voxray.audio.augment import SpecAugment
+from voxray.batches.loader import Loader, Masking
+from voxray.batches.rank import Worker
+from voxray.commands import evaluate as job
+from voxray.commands import train as launch
+from voxray.commands.export import run_export
+from voxray.commands.infer import run_inference
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.salmonn import SalmonnSettings
-from voxray.data.features import Features
-from voxray.data.loader import Loader, Masking
+from voxray.core.errors import RunError, SettingsError
 from voxray.demo.answers import Request, open_model
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation import job
-from voxray.evaluation.generate import Search, generated
-from voxray.evaluation.infer import run_inference
-from voxray.models.export import run_export
-from voxray.models.family import family_of
-from voxray.models.lora import load_adapter
+from voxray.features.reader import Features
+from voxray.generation.generate import Search, generated
+from voxray.models.adapters.lora import load_adapter
+from voxray.models.registry import family_of
 from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
 from voxray.models.salmonn.model import TRAINED
-from voxray.recipes.data import Data
+from voxray.recipes.run_stage import Stage, choose_rows, plan_of
 from voxray.recipes.salmonn import ROLES, DrawnPrompts, made_ready
-from voxray.recipes.stage import Stage, choose_rows, plan_of
-from voxray.training.engine import Worker, parameter_groups
+from voxray.recipes.training_data import Data
+from voxray.training.engine import parameter_groups
 from voxray.training.loop import learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

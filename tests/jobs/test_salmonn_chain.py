@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 from conftest import SPEECH, manifest, read_rows
-from running import ROOT, Driver, load_job
+from helpers.running import ROOT, Driver, load_job
 from test_stages import losses
 
+from voxray.commands.infer import run_inference
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import InferSettings
 from voxray.demo.answers import Request, open_model
-from voxray.evaluation.infer import run_inference
 from voxray.evaluation.predictions import read_predictions
 
 RECIPE = "jobs/configs/demo_train_salmonn.yaml"

@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ASSETS, SPEECH, manifest, read_rows, write_rows
-from running import load_job, parse_only
+from helpers.running import load_job, parse_only
 
+from voxray.commands import evaluate as job
+from voxray.commands.compare import run_compare
+from voxray.commands.infer import run_inference
 from voxray.config.compile import CompileSettings
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation import job
-from voxray.evaluation.bases import with_base
-from voxray.evaluation.compare import run_compare
-from voxray.evaluation.infer import run_inference
+from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation.predictions import read_predictions
-from voxray.models.family import family_of
+from voxray.generation.salmonn_base import with_base
+from voxray.models.registry import family_of
 from voxray.models.salmonn.folder import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,7 +180,7 @@ def test_training_refuses_an_end_of_several_tokens(files: Path, capsys: pytest.C
 
 
 def test_files_of_one_name_are_two_manifests(tmp_path: Path) -> None:
-    from voxray.data.annotations import as_manifests
+    from voxray.models.salmonn.compat.annotations import as_manifests
 
     for number, folder in enumerate(("train", "valid")):
         (tmp_path / folder).mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SPEECH, TASKS, TINY, WHISPER
-from running import JOBS, load_job, parse_only
+from helpers.running import JOBS, load_job, parse_only
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
 MULTITASK = (

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, write_rows
-from running import load_job, parse_only
+from helpers.running import load_job, parse_only
 from safetensors.torch import load_file
 
-from voxray import launch
+from voxray.commands import train as launch
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings
-from voxray.errors import RunError, SettingsError
-from voxray.recipes import stage
-from voxray.training.monitor import read_metrics
+from voxray.core.errors import RunError, SettingsError
+from voxray.recipes import run_stage as stage
+from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

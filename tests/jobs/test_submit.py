@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY, read_rows, write_rows
-from running import ROOT, alive, end_processes, environment, processes_of
+from helpers.running import ROOT, alive, end_processes, environment, processes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 RAY = str(Path(sys.executable).with_name("ray"))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import load_job
+from helpers.running import load_job
 
-from voxray import submit
+from voxray.commands import submit
 from voxray.config.submit import SubmitSettings
 
 

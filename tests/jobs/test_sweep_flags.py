@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY
-from running import parse_only
-from sweeps import Runner, write
+from helpers.running import parse_only
+from helpers.sweeps import Runner, write
 from test_other_flags import other_values
 
-from voxray import tune
+from voxray.commands import tune
 from voxray.config.train import MultitaskSettings
 from voxray.config.tune import TuneSettings
-from voxray.errors import RunError, SettingsError, Stopped
-from voxray.sweep import work
+from voxray.core.errors import RunError, SettingsError, Stopped
+from voxray.sweep import ray_tune, work
 from voxray.sweep.queue import Queue
 from voxray.sweep.results import Outcome
 from voxray.sweep.trials import Trial
@@ -65,8 +65,8 @@ def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tune, "run_on_tune", run_on_tune)
     monkeypatch.setattr(tune, "ray_session", lambda log, processes: given.update(processes=processes) or nullcontext())
-    monkeypatch.setattr(tune, "gpus_within_reach", lambda: given.get("gpus", 0))
-    monkeypatch.setattr(tune, "within_reach", lambda kind: 9)
+    monkeypatch.setattr(ray_tune, "gpus_within_reach", lambda: given.get("gpus", 0))
+    monkeypatch.setattr(ray_tune, "within_reach", lambda kind: 9)
     monkeypatch.setattr(work, "training_data", lambda settings, *args, **how: given.update(data=settings))
     monkeypatch.setattr(work, "refuse_missing_metric", lambda *args: None)
 
@@ -258,7 +258,7 @@ def test_optuna_that_is_not_there(sweep: Callable[..., Swept], monkeypatch: pyte
 
 def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
     """A weak trial is stopped by what trials of an earlier start reached; no number at all is the weakest."""
-    from sweeps import sweep_settings
+    from helpers.sweeps import sweep_settings
 
     from voxray.sweep.trials import read_trials, reported
 
@@ -269,8 +269,8 @@ def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
     for name in ("asha", "median"):
         settings = sweep_settings(tmp_path, "--scheduler", name, "--grace_steps", "10")
         for value, decision in ((0.01, "CONTINUE"), (0.9, "STOP"), (None, "STOP")):
-            scheduler = tune.build_scheduler(settings, earlier)
-            trial = tune.Earlier("new")
+            scheduler = ray_tune.build_scheduler(settings, earlier)
+            trial = ray_tune.Earlier("new")
             scheduler.on_trial_add(None, trial)
             record = reported({"step": 10, "asr/cer_nospace": value}, "asr/cer_nospace", "min")
             assert scheduler.on_trial_result(None, trial, record) == decision, (name, value)

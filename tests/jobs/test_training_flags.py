@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, read_rows, write_rows
-from running import parse_only
+from helpers.running import parse_only
 from safetensors.torch import load_file, save_file
 
-from voxray import launch
+from voxray.batches import loader
+from voxray.batches.loader import Loader
+from voxray.batches.rank import Worker
+from voxray.commands import train as launch
 from voxray.config.train import MultitaskSettings
-from voxray.data import loader
-from voxray.data.loader import Loader
-from voxray.errors import RunError, SettingsError
-from voxray.models.voxtral import Voxtral
-from voxray.recipes import multitask, stage
+from voxray.core.errors import RunError, SettingsError
+from voxray.models.voxtral.family import Voxtral
+from voxray.recipes import multitask
+from voxray.recipes import run_stage as stage
 from voxray.training import validate
-from voxray.training.engine import DataParallel, Worker
-from voxray.training.monitor import read_metrics
+from voxray.training.engine import DataParallel
+from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -340,7 +342,7 @@ def test_grad_ckpt(train: Train) -> None:
 
 @pytest.mark.slow
 def test_compile(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers run as compiled code (here captured, not compiled: tests/models/test_compile.py does that)."""
+    """The layers run as compiled code (captured here; ``test_layer_compile`` compiles them)."""
     from torch._dynamo.utils import counters
 
     real = torch.compile

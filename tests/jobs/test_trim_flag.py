@@ -8,23 +8,24 @@ from typing import Any
 
 import pytest
 from conftest import SPEECH, TINY, read_rows, write_rows
-from running import parse_only
+from helpers.running import parse_only
 
-from voxray import launch
+from voxray.commands import evaluate as job
+from voxray.commands import infer
+from voxray.commands import train as launch
+from voxray.commands.audit import run_audit_job
+from voxray.commands.export import run_export
 from voxray.config.audit import AuditSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.featurize import FeaturizeSettings
-from voxray.data.audit_job import run_audit_job
-from voxray.data.extract import Extractor
-from voxray.data.feature_sets import storing_of
-from voxray.data.features import Features
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation import infer, job
-from voxray.models.export import run_export
-from voxray.models.family import family_of
-from voxray.models.trimming import RECORD
-from voxray.training.monitor import read_metrics
+from voxray.core.errors import RunError, SettingsError
+from voxray.features.extract import Extractor
+from voxray.features.from_settings import storing_of
+from voxray.features.reader import Features
+from voxray.models.adapters.audio_trim_record import RECORD
+from voxray.models.registry import family_of
+from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import soundfile
 from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
-from running import parse_only
+from helpers import processes
+from helpers.running import parse_only
 from test_stages import ledger, losses, tensors
 
-from voxray import launch
 from voxray.audio.decode import decode
+from voxray.commands import evaluate as job
+from voxray.commands import train as launch
+from voxray.commands.export import run_export
+from voxray.commands.infer import run_inference
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.train import WhisperSettings
 from voxray.config.tune import TuneWhisperSettings
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation import job
-from voxray.evaluation.infer import run_inference
-from voxray.models.export import run_export
-from voxray.recipes.data import Data
+from voxray.core.errors import RunError, SettingsError
+from voxray.recipes.training_data import Data
 from voxray.sweep.results import write_best
 from voxray.sweep.work import trial_settings
 

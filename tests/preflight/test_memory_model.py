@@ -12,18 +12,19 @@ from conftest import TINY, WHISPER
 
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.models.family import family_of, outlined
-from voxray.models.lora import add_lora, count_parameters
-from voxray.models.voxtral import Voxtral
+from voxray.models.adapters.lora import add_lora, count_parameters
+from voxray.models.hf_files import outlined
+from voxray.models.registry import family_of
+from voxray.models.voxtral.family import Voxtral
 from voxray.preflight.allocations import measured
-from voxray.preflight.bench import Bench, stored_tensors
-from voxray.preflight.decide import Decider
 from voxray.preflight.findings import Findings
+from voxray.preflight.fit_settings import Decider
 from voxray.preflight.memory import MemoryModel
-from voxray.preflight.outline import outline_of
+from voxray.preflight.meta_model import outline_of
+from voxray.preflight.pack_sizes import size_of
 from voxray.preflight.rows import look_at_rows
 from voxray.preflight.shapes import Computing, PackShape
-from voxray.preflight.tuning import size_of
+from voxray.preflight.trial_steps import Bench, stored_tensors
 from voxray.preflight.weights import quantized_layers, weight_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -208,7 +209,7 @@ def test_a_frozen_encoder_keeps_nothing_when_activations_are_recomputed(small: d
 
 
 def test_lengths_are_those_of_features(small: dict[str, str], make_features: Callable[..., tuple[Path, ...]]) -> None:
-    from voxray.data.features import Features
+    from voxray.features.reader import Features
 
     manifests = tuple(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
     rows = look_at_rows(MultitaskSettings(train_jsonl=manifests, output_dir="o", model_id=TINY), Findings())

@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY, WHISPER, read_rows, write_rows
-from running import JOBS, ROOT, environment, load_job, parse_only
+from helpers.running import JOBS, ROOT, environment, load_job, parse_only
 
+from voxray.commands.preflight import run_preflight
 from voxray.config.preflight import PreflightTextSettings, preflight_settings
 from voxray.config.train import TextSettings
-from voxray.errors import RunError
-from voxray.preflight import job as preflight_job
-from voxray.preflight.job import run_preflight, training_settings
-from voxray.preflight.report import launch_values
+from voxray.core.errors import RunError
+from voxray.preflight import check_run as preflight_job
+from voxray.preflight.check_run import training_settings
+from voxray.preflight.report import launch_values, write_launch_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., tuple[int, dict[str, Any]]]
@@ -213,7 +214,7 @@ def test_flags_reach_the_command(small: dict[str, str], tmp_path: Path) -> None:
         settings = parse_only("preflight", [*shared.split(), *line.split(), "--price_per_hour", "2", "--overwrite"])
         asked = training_settings(settings)
         path = tmp_path / f"{job}.yaml"
-        preflight_job.write_launch_file(path, job, launch_values(asked, set()), ["a change"])
+        write_launch_file(path, job, launch_values(asked, set()), ["a change"])
         again = parse_only(job, ["--config", str(path)])
         assert type(again) is type(asked)
         differing = {name for name in type(asked).model_fields if getattr(again, name) != getattr(asked, name)}

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from running import ROOT, Driver, alive, parse_only
+from helpers.running import ROOT, Driver, alive, parse_only
 
+from voxray.commands.tune import run_sweep
 from voxray.sweep.trials import Trial, read_trials
-from voxray.tune import run_sweep
 
 WAIT_SEC = 900
 

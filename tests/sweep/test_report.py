@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import BROWSER, Page, browser
-from sweeps import sweep_settings, write
+from helpers.browser import BROWSER, Page, browser
+from helpers.sweeps import sweep_settings, write
 
 from voxray.sweep.report import write_report
 from voxray.sweep.results import outcome_of

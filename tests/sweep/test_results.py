@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from running import parse_only
-from sweeps import sweep_settings, write
+from helpers.running import parse_only
+from helpers.sweeps import sweep_settings, write
 
-from voxray.config.space import Domain
-from voxray.errors import RunError
+from voxray.config.search_space import Domain
+from voxray.core.errors import RunError
 from voxray.sweep.importance import group, importance
 from voxray.sweep.results import front, outcome_of, ranked, t_interval, t_quantile, write_best, write_csv
 from voxray.sweep.trials import WORST, Trial, read_trials, reported

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from voxray.config.space import Domain, key_of
+from voxray.config.search_space import Domain, key_of
 from voxray.sweep.search import Search
 
 RANKS = Domain("lora_r", "choice", (4, 8, 16))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from conftest import TINY, WHISPER
-from running import parse_only
-from sweeps import Runner, sweep_settings, write
+from helpers.running import parse_only
+from helpers.sweeps import Runner, sweep_settings, write
 
 from voxray.sweep import work
 from voxray.sweep.trials import read_trials
@@ -137,8 +137,8 @@ def test_repeats_that_were_cut_off(sweep: Callable[..., Runner], tmp_path: Path)
 
 
 def test_the_metric_has_to_be_one_of_the_data(small: dict[str, str], make_features: Callable[..., Any]) -> None:
-    from voxray.errors import SettingsError
-    from voxray.recipes.data import Data
+    from voxray.core.errors import SettingsError
+    from voxray.recipes.training_data import Data
 
     data = Data((), make_features(small["tqa.val"]))
     refuse_missing_metric("tqa/loss", data)

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
-from voxray.errors import RunError
-from voxray.evaluation.metrics.counts import count
+from voxray.core.errors import RunError
+from voxray.metrics.counts import count
 from voxray.text.normalize import BASIC, ENGLISH, KOREAN, english_with, normalizer_of
 
 SENTENCES = [

@@ -11,20 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from voxray.errors import RunError
-from voxray.models.lora import CONFIG, WEIGHTS
-from voxray.models.voxtral import Voxtral
+from voxray.batches.rank import Worker
+from voxray.core.errors import RunError
+from voxray.models.adapters.lora import CONFIG, WEIGHTS
+from voxray.models.voxtral.family import Voxtral
+from voxray.runs.layout import checkpoint_folder, list_checkpoints
 from voxray.training import checkpoint
-from voxray.training.checkpoint import (
-    CheckpointWriter,
-    Progress,
-    checkpoint_folder,
-    list_checkpoints,
-    publish_adapter,
-    read_moments,
-    read_progress,
-)
-from voxray.training.engine import DataParallel, State, Worker
+from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter, read_moments, read_progress
+from voxray.training.engine import DataParallel, State
 
 
 class Model(torch.nn.Linear):

@@ -4,20 +4,21 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import TINY
+from helpers import processes
 
+from voxray.batches.collate import collate_prompts, collate_training
+from voxray.batches.packing import Batching
+from voxray.batches.plan import Plan
 from voxray.config.train import MultitaskSettings
-from voxray.data.batching import Batching
-from voxray.data.collate import IGNORED, collate_prompts, collate_training
-from voxray.data.features import Features
-from voxray.data.plan import Plan
-from voxray.data.shards import TASK_CODES
-from voxray.models.family import family_of
+from voxray.features.reader import Features
+from voxray.features.shards import TASK_CODES
+from voxray.models.interface import IGNORED
+from voxray.models.registry import family_of
 from voxray.recipes.multitask import Data
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 GOLDEN_LOSSES = [3.848973, 5.183604, 1.948669, 5.992448]
 
@@ -161,7 +162,7 @@ def test_golden_losses(data, tmp_path):
 
 
 def test_damaged_checkpoint_is_named(data, tmp_path):
-    from voxray.errors import RunError
+    from voxray.core.errors import RunError
 
     processes.run(settings(tmp_path, save_steps=2), data)
     newest = tmp_path / "checkpoints" / "step-000004"
@@ -171,7 +172,7 @@ def test_damaged_checkpoint_is_named(data, tmp_path):
 
 
 def test_changed_data_is_refused(data, tmp_path, small, make_features):
-    from voxray.errors import RunError
+    from voxray.core.errors import RunError
 
     processes.run(settings(tmp_path), data)
     other = Data(make_features(small["asr.val"]), data.validation)

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 from conftest import TINY, read_rows, write_rows
 
+from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.data.extract import Extractor
-from voxray.data.features import Features
-from voxray.data.featurize import featurize
-from voxray.data.shards import TASK_CODES
-from voxray.models.family import family_of
+from voxray.core.tasks import TASKS, Task
+from voxray.features.extract import Extractor
+from voxray.features.featurize import featurize
+from voxray.features.reader import Features
+from voxray.features.shards import TASK_CODES
+from voxray.models.registry import family_of
 from voxray.recipes import multitask
-from voxray.recipes.stage import Data
-from voxray.tasks import TASKS, Task
-from voxray.training.engine import Worker
+from voxray.recipes.run_stage import Data
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

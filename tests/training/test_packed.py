@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import TINY
+from helpers import processes
 from torch.nn.attention import varlen
 
+from voxray.batches.collate import collate_packed, collate_prompts, collate_training
+from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.data.collate import collate_packed, collate_prompts, collate_training
-from voxray.data.features import Features
-from voxray.models import packed
-from voxray.models.family import family_of
-from voxray.models.lora import add_lora, trainable_parameters
-from voxray.models.packed import PACKED
+from voxray.features.reader import Features
+from voxray.models.adapters.lora import add_lora, trainable_parameters
+from voxray.models.parts import packed_attention as packed
+from voxray.models.parts.packed_attention import PACKED
+from voxray.models.registry import family_of
 from voxray.recipes import multitask
 from voxray.recipes.multitask import Data
-from voxray.training.engine import Worker
 from voxray.training.loop import answer_loss
 
 MIX = ("asr.train", "sqa.train", "tqa.train")
@@ -271,8 +271,8 @@ def test_gradient_checkpointing_keeps_samples_apart(data, tmp_path):
 
 
 def test_stored_encoder_outputs_can_be_packed(data, small, tmp_path):
-    from voxray.data.extract import Extractor, Storing
-    from voxray.data.featurize import featurize
+    from voxray.features.extract import Extractor, Storing
+    from voxray.features.featurize import featurize
 
     extractor = Extractor(TINY, Storing("encoder", dtype="float32"))
     manifests = [small[name] for name in MIX]

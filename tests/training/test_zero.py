@@ -10,25 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
 import pytest
 import torch
 from conftest import TINY
-from processes import Job
-from running import start
+from helpers import processes
+from helpers.processes import Job
+from helpers.running import start
 from safetensors.torch import load_file
 
+from voxray.batches.packing import Batching
+from voxray.batches.plan import Plan
+from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.data.batching import Batching
-from voxray.data.extract import Extractor, Storing
-from voxray.data.features import Features
-from voxray.data.featurize import featurize
-from voxray.data.plan import Plan
-from voxray.errors import RunError
+from voxray.core.errors import RunError
+from voxray.features.extract import Extractor, Storing
+from voxray.features.featurize import featurize
+from voxray.features.reader import Features
 from voxray.recipes.multitask import Data
-from voxray.training.engine import Worker
 from voxray.training.loop import Trainee
-from voxray.training.monitor import read_metrics
+from voxray.training.records import read_metrics
 
 DDP: dict[str, Any] = {}
 ZERO = {2: {"strategy": "deepspeed"}, 3: {"strategy": "deepspeed", "zero_stage": 3}}

@@ -17,7 +17,7 @@ import numpy as np
 import soxr
 
 from voxray.audio.decode import FFMPEG_SUFFIXES, WHOLE, Part, decode, header_seconds
-from voxray.errors import RunError
+from voxray.core.errors import RunError
 
 VERSION = 1  # goes up whenever the same settings would give other samples
 SLOWEST, FASTEST = 0.5, 2.0  # beyond these nobody speaks, and clips could vanish

@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from voxray.manifest import BadRow, open_regular
+from voxray.core.errors import BadRow
+from voxray.core.manifest import open_regular
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
 """Read by FFmpeg first: libsndfile cannot, except Opus, which FFmpeg decodes twice as fast."""

@@ -7,7 +7,7 @@ import soundfile
 import soxr
 
 from voxray.audio.decode import PCM_RATE_HZ, to_pcm16
-from voxray.manifest import BadRow
+from voxray.core.errors import BadRow
 
 
 def flac_bytes(samples: np.ndarray, rate_hz: int) -> bytes:

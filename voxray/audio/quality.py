@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from voxray.manifest import BadRow
+from voxray.core.errors import BadRow
 
 FULL_SCALE = 0.999  # |x| from here on counts as clipped
 SILENT_DB = -160.0  # level of a clip of zeros

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import ClipLimitFlags, OutputFlags, TrimFlags, check_pairs
+from voxray.config.flag_groups import ClipLimitFlags, OutputFlags, TrimFlags, check_pairs
 from voxray.config.parse import CommaStrings, Flag
 
 

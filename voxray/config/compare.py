@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from voxray.config.groups import OutputFlags
+from voxray.config.flag_groups import OutputFlags
 from voxray.config.parse import CommaStrings, Flag
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from voxray.config.evaluate import SalmonnBaseFlags
-from voxray.config.groups import OutputFlags, Sizes
+from voxray.config.flag_groups import OutputFlags, Sizes
 from voxray.config.parse import Flag
 from voxray.config.salmonn_yaml import compiler_flags
 

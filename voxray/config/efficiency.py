@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from voxray.config.evaluate import AskedSalmonnFlags
-from voxray.config.groups import CompiledFlags, OutputFlags, Sizes
+from voxray.config.flag_groups import CompiledFlags, OutputFlags, Sizes
 from voxray.config.parse import CommaStrings, Flag
 from voxray.config.salmonn_yaml import efficiency_flags
-from voxray.manifest import language_code
-from voxray.tasks import TASKS
+from voxray.core.manifest import language_code
+from voxray.core.tasks import TASKS
 
 Variant = Literal["eager", "compiled", "8bit", "4bit"]
 _COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from voxray.config.groups import (
+from voxray.config.flag_groups import (
     SALMONN_PARTS,
     CompiledFlags,
     EvaluationDataFlags,
@@ -21,7 +21,7 @@ from voxray.config.groups import (
 )
 from voxray.config.parse import DEMO_ASSETS, Flag, Settings
 from voxray.config.salmonn_yaml import evaluator_flags
-from voxray.tasks import TASKS
+from voxray.core.tasks import TASKS
 
 
 def _known_mode(value: str) -> str:

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from voxray.config.groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
+from voxray.config.flag_groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
 from voxray.config.parse import Flag
 
 WHISPER = "openai/whisper-small"

@@ -8,11 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from voxray.config.groups import SALMONN_PARTS, VOXTRAL
+from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
 from voxray.config.parse import Settings, read_yaml
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.tasks import TASKS, task_of
+from voxray.core.tasks import TASKS, task_of
 
 LOOKED_AT_ROWS = 200
 """Rows of every manifest by which a recipe is chosen."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from voxray.config.groups import SALMONN_PARTS, SalmonnPartsFlags, VariantFlags
+from voxray.config.flag_groups import SALMONN_PARTS, SalmonnPartsFlags, VariantFlags
 from voxray.config.parse import Flag
 from voxray.config.salmonn_yaml import trainer_flags
 from voxray.config.train import TrainSettings

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from voxray.config.parse import REPOSITORY, Settings
-from voxray.errors import SettingsError
+from voxray.core.errors import SettingsError
 
 
 class SubmitSettings(Settings):

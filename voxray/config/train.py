@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.groups import (
+from voxray.config.flag_groups import (
     BatchingFlags,
     EvaluationDataFlags,
     LoraFlags,
@@ -21,8 +21,8 @@ from voxray.config.groups import (
     WorkerFlags,
 )
 from voxray.config.parse import CommaStrings, Flag
-from voxray.evaluation.metrics.names import validation_metrics
-from voxray.manifest import language_code
+from voxray.core.manifest import language_code
+from voxray.metrics.names import validation_metrics
 
 
 def known_metric(value: str) -> str:

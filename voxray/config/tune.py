@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from voxray.config.groups import TaskWeights
+from voxray.config.flag_groups import TaskWeights
 from voxray.config.parse import Flag, Settings, read_yaml
 from voxray.config.salmonn import SalmonnSettings
-from voxray.config.space import Choice, Domain, parse_space
+from voxray.config.search_space import Choice, Domain, parse_space
 from voxray.config.train import (
     AsrAdapterSettings,
     MultitaskSettings,
@@ -20,8 +20,8 @@ from voxray.config.train import (
     WhisperSettings,
     known_metric,
 )
-from voxray.evaluation.metrics.names import higher_is_better, validation_metrics
-from voxray.tasks import TASKS
+from voxray.core.tasks import TASKS
+from voxray.metrics.names import higher_is_better, validation_metrics
 
 CHOICE_FLAGS = ("task_weights", "lora_r")
 """Flags that take several choices on the command line; ``--space`` takes those of any flag."""

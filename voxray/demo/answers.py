@@ -13,16 +13,15 @@ from peft import PeftModel
 
 from voxray.audio.decode import decode_native, header_seconds
 from voxray.config.demo import DemoSettings
-from voxray.data.extract import Extractor, Storing
-from voxray.errors import RunError
-from voxray.evaluation.answerer import Generation, load
-from voxray.evaluation.generate import Generated, reason_of
-from voxray.evaluation.items import Item, answer_items, item_of, sample_of
-from voxray.evaluation.job import as_trained, base_and_adapter, generation_of
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import language_code
+from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, with_counts
-from voxray.manifest import BadRow, language_code
-from voxray.models.family import family_of
-from voxray.tasks import TASKS
+from voxray.features.extract import Extractor, Storing
+from voxray.generation.generate import Generated, reason_of
+from voxray.generation.model import Generation, as_trained, base_and_adapter, generation_of, load
+from voxray.generation.requests import Item, answer_items, item_of, sample_of
+from voxray.models.registry import family_of
 
 
 class Unanswered(Exception):

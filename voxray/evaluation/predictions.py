@@ -13,15 +13,16 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from voxray.config.groups import ScoreFlags
-from voxray.errors import RunError
-from voxray.evaluation.joining import joined_rows
-from voxray.evaluation.metrics.counts import COUNT_NAMES, as_row, metrics_of
-from voxray.evaluation.metrics.rows import check_row, count_row, normalizer_of_row
+from voxray.config.flag_groups import ScoreFlags
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import chunks
+from voxray.core.source import place_of
+from voxray.core.tasks import TASKS
 from voxray.evaluation.score import read_terms, score
 from voxray.evaluation.slices import SAMPLE_RATE_HZ
-from voxray.manifest import BadRow, chunks
-from voxray.tasks import TASKS
+from voxray.generation.join_chunks import joined_rows
+from voxray.metrics.counts import COUNT_NAMES, as_row, metrics_of
+from voxray.metrics.rows import check_row, count_row, normalizer_of_row
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
 KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
@@ -101,12 +102,6 @@ def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
 def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     return [with_counts(row) if row.get("chunk_of") else row for row in joined_rows(rows)]
-
-
-def place_of(source: str) -> tuple[str, int]:
-    """``<manifest>:<line>`` -> (manifest, line); line 0 if it says none."""
-    manifest, _, line = source.rpartition(":")
-    return manifest, int(line) if line.isdecimal() else 0
 
 
 def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadLine]]:

@@ -13,25 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from voxray.errors import RunError
-from voxray.evaluation.metrics.captions import Caption
-from voxray.evaluation.metrics.counts import Ratio, as_columns, as_row, ratio_of
-from voxray.evaluation.metrics.java import java_metrics
-from voxray.evaluation.metrics.names import (
-    evaluation_metrics,
-    headline,
-    higher_is_better,
-    is_caption,
-    is_transcript,
-)
-from voxray.evaluation.metrics.ngrams import Summed
-from voxray.evaluation.metrics.overall import figures, likelihood_metrics, score_of
-from voxray.evaluation.metrics.rows import Row, check_row, count_row, normalizer_of_row, readings_of, references_of
-from voxray.evaluation.metrics.terms import Terms
-from voxray.evaluation.metrics.texts import scored_texts
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
 from voxray.evaluation.slices import slices_of
-from voxray.evaluation.stats import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
-from voxray.tasks import TASKS
+from voxray.metrics.bootstrap import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
+from voxray.metrics.captions import Caption
+from voxray.metrics.counts import Ratio, as_columns, as_row, ratio_of
+from voxray.metrics.meteor_spice import java_metrics
+from voxray.metrics.names import evaluation_metrics, headline, higher_is_better, is_caption, is_transcript
+from voxray.metrics.ngrams import Summed
+from voxray.metrics.overall import figures, likelihood_metrics, score_of
+from voxray.metrics.rows import Row, check_row, count_row, normalizer_of_row, readings_of, references_of
+from voxray.metrics.terms import Terms
+from voxray.metrics.texts import scored_texts
 from voxray.text.normalize import ENGLISH, Normalizer, english_with
 
 SLICE_RESAMPLES = 1_000

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray.manifest import BadRow, language_code
+from voxray.core.errors import BadRow
+from voxray.core.manifest import language_code
 
 SAMPLE_RATE_HZ = 16_000  # of ``num_samples``; not taken from audio.logmel, which brings torch along
 DURATION_EDGES_SEC = (2.0, 5.0, 10.0, 20.0, 30.0)

@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from voxray.data.annotations import is_annotation
+from voxray.core.manifest import chunks, is_id
+from voxray.core.storage import write_atomically
+from voxray.core.tasks import task_of
+from voxray.corpora.importers import salmonn
 from voxray.evaluation.predictions import read_predictions
-from voxray.importers import salmonn
-from voxray.manifest import chunks, is_id
-from voxray.storage import write_atomically
-from voxray.tasks import task_of
+from voxray.models.salmonn.compat.annotations import is_annotation
 
 NO_TEXT = " "
 """In the place of an empty text: pandas, by which the evaluators' validator reads, takes an empty field for no text."""

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from voxray.models.family import Family, FrontEnd, base_of
-from voxray.models.lora import role_of
-from voxray.models.windows import ENCODER_STRIDE
+from voxray.models.adapters.lora import role_of
+from voxray.models.hf_files import base_of
+from voxray.models.interface import Family, FrontEnd
+from voxray.models.parts.logmel_windows import ENCODER_STRIDE
 from voxray.preflight.shapes import Computing, PackShape
 
 FLOAT32 = 4

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from voxray.audio.logmel import HOP_SAMPLES
+from voxray.batches.plan import Plan
 from voxray.config.train import TrainSettings
-from voxray.data.plan import Plan
-from voxray.preflight.bench import Answering, Tried
+from voxray.preflight.pack_sizes import answered_together
 from voxray.preflight.rows import Rows
-from voxray.preflight.tuning import answered_together
-from voxray.recipes.stage import DEBUG_STEPS
+from voxray.preflight.trial_steps import Answering, Tried
+from voxray.recipes.run_stage import DEBUG_STEPS
 
 TOKEN_BYTES, ROW_BYTES = 4, 512  # of a token id in a shard; of a row's lengths and texts
 CHECKPOINT_COPIES = 3  # of what trains, in float32: the weights and AdamW's two moments

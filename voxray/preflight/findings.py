@@ -5,8 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from voxray.errors import RunError, SettingsError
-from voxray.manifest import one_line
+from voxray.core.errors import RunError, SettingsError, one_line
 
 Level = Literal["ok", "warning", "fix", "unchecked"]
 

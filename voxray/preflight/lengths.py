@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from voxray.audio.decode import header_seconds
-from voxray.data.extract import Extractor
-from voxray.data.features import RowLengths
-from voxray.data.shards import TASK_CODES
-from voxray.manifest import BadRow, Sample, chunks, read_chunk
-from voxray.terminal import Bar
+from voxray.core.console import Bar
+from voxray.core.errors import BadRow
+from voxray.core.manifest import Sample, chunks, read_chunk
+from voxray.features.extract import Extractor
+from voxray.features.reader import RowLengths
+from voxray.features.shards import TASK_CODES
 
 THREADS = 8
 LINES_AT_A_TIME = 256

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from voxray.config.groups import range_of
+from voxray.config.flag_groups import range_of
 from voxray.config.parse import REPOSITORY
 from voxray.config.train import TrainSettings
-from voxray.models.packed import takes_flash
-from voxray.models.quantize import base_dtype
+from voxray.models.parts.packed_attention import takes_flash
+from voxray.models.parts.quantize import base_dtype
 from voxray.preflight.findings import Findings
 
 GIB = 2**30

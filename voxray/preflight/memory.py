@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.models.decoding import ROOM
-from voxray.models.family import Family, FrontEnd, base_of
-from voxray.models.few_rows import MIN_OUTPUTS
-from voxray.models.lora import role_of
+from voxray.models.adapters.lora import role_of
+from voxray.models.hf_files import base_of
+from voxray.models.interface import Family, FrontEnd
+from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
+from voxray.models.parts.kv_cache import ROOM
 from voxray.preflight.activations import FLOAT32, Activations, Kept
 from voxray.preflight.shapes import Computing, PackShape
 from voxray.preflight.weights import quantized_layers, weight_bytes

@@ -10,11 +10,11 @@ from rich.table import Table
 
 from voxray.config.parse import REPOSITORY, flag_of
 from voxray.config.train import TrainSettings
+from voxray.core.console import console
+from voxray.core.storage import write_atomically
 from voxray.preflight.findings import Findings
 from voxray.preflight.memory import Need
-from voxray.run_folder import anchor
-from voxray.storage import write_atomically
-from voxray.terminal import console
+from voxray.runs.run_folder import anchor
 
 MARKS = {"ok": "ok", "warning": "warning", "fix": "must be fixed", "unchecked": "not checked"}
 MIB = 2**20

@@ -7,23 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from voxray.batches.plan import Plan
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.data.extract import Extractor
-from voxray.data.feature_sets import storing_of
-from voxray.data.features import FeatureRow
-from voxray.data.plan import Plan
-from voxray.data.shards import TASK_CODES
-from voxray.errors import RunError
-from voxray.manifest import BadRow, first_fault, samples_at
-from voxray.models.family import Family, FrontEnd, family_of
+from voxray.core.console import progress_bar
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import first_fault, samples_at
+from voxray.core.tasks import TASKS
+from voxray.features.extract import Extractor
+from voxray.features.from_settings import storing_of
+from voxray.features.reader import FeatureRow
+from voxray.features.shards import TASK_CODES
+from voxray.models.interface import Family, FrontEnd
+from voxray.models.registry import family_of
 from voxray.preflight.findings import Findings
 from voxray.preflight.lengths import BadLine, Lengths
 from voxray.preflight.shapes import PackShape, shape_of
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
-from voxray.recipes.stage import Stage, choose_rows, plan_of
-from voxray.tasks import TASKS
-from voxray.terminal import progress_bar
+from voxray.recipes.run_stage import Stage, choose_rows, plan_of
 
 STAGES: dict[type[TrainSettings], Callable[..., Stage]] = {
     TextSettings: text.stage_of,

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from voxray.models.family import Family, base_of
-from voxray.models.lora import role_of
+from voxray.models.adapters.lora import role_of
+from voxray.models.hf_files import base_of
+from voxray.models.interface import Family
 
 BLOCK_4BIT = 64  # weights that share a scale (NF4)
 BLOCK_SCALES = 256  # scales that share a scale, since they are quantised again

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from voxray.batches.plan import Phase
+from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.data.plan import Phase
-from voxray.recipes.stage import Data, Stage, train_stage
-from voxray.training.engine import Worker
-from voxray.training.host import HOST, Host
+from voxray.recipes.run_stage import Data, Stage, train_stage
+from voxray.training.callbacks import HOST, Host
 
 
 def stage_of(settings: MultitaskSettings) -> Stage:

@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from voxray.batches.rank import Worker
 from voxray.config.salmonn import SalmonnSettings
-from voxray.data.annotations import MANIFESTS, as_manifests
-from voxray.data.features import FeatureRow
-from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
-from voxray.models.salmonn.bases import put_together
-from voxray.models.salmonn.processor import SalmonnFrontEnd
+from voxray.core.console import console
+from voxray.core.tasks import TASKS
+from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
+from voxray.features.reader import FeatureRow
+from voxray.models.salmonn.assemble import put_together
+from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests
+from voxray.models.salmonn.front_end import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
-from voxray.recipes.stage import Data, Stage, train_stage
-from voxray.run_folder import anchor, make_folder
-from voxray.tasks import TASKS
-from voxray.terminal import console
-from voxray.training.engine import Worker
-from voxray.training.host import HOST, Host
+from voxray.recipes.run_stage import Data, Stage, train_stage
+from voxray.runs.run_folder import anchor, make_folder
+from voxray.training.callbacks import HOST, Host
 
 ROLES = ("projector", "llm")
 ANY_QUESTION = "What is it?"

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from voxray.errors import SettingsError
-from voxray.run_folder import MAY_CHANGE, make_folder, provenance
-from voxray.storage import write_json
+from voxray.core.console import console
+from voxray.core.errors import SettingsError
+from voxray.core.storage import write_json
+from voxray.runs.run_folder import MAY_CHANGE, make_folder, provenance
 from voxray.sweep.trials import FOLDER
-from voxray.terminal import console
 
 BEST, TABLE, REPORT = "best.yaml", "results.csv", "report.html"
 GOES_ON_WITH = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.config.space import Domain, key_of
+from voxray.config.search_space import Domain, key_of
 
 NUM_GROUPS = 4
 """Groups of equal size into which drawn numbers are cut."""

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.config.space import Domain, key_of, shown
-from voxray.evaluation.metrics.names import higher_is_better
-from voxray.pages import escaped
+from voxray.config.search_space import Domain, key_of, shown
+from voxray.html.page import escaped
+from voxray.metrics.names import higher_is_better
 from voxray.sweep.results import Repeated
 from voxray.sweep.trials import Trial
 

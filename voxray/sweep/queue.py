@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-from voxray.errors import RunError, SettingsError
-from voxray.recipes.data import Data
+from voxray.core.errors import RunError, SettingsError
+from voxray.recipes.training_data import Data
 from voxray.sweep.trials import ERROR_FILE, RESULT_FILE, Trial, ended, write_trial
 
 

@@ -4,19 +4,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray import evaluation
-from voxray.config.space import Domain, described, shown
-from voxray.evaluation.metrics.names import headline, higher_is_better
-from voxray.pages import Cell, escaped, page, table
-from voxray.storage import write_atomically
+from voxray.config.search_space import Domain, described, shown
+from voxray.core.storage import write_atomically
+from voxray.core.tasks import TASKS
+from voxray.html.page import Cell, asset, escaped, page, table
+from voxray.metrics.names import headline, higher_is_better
 from voxray.sweep.importance import importance
 from voxray.sweep.plots import curves, flag_axis, intervals, metric_axis, parallel, ranks, scatter, shades
 from voxray.sweep.results import Outcome, front
 from voxray.sweep.trials import Trial
-from voxray.tasks import TASKS
 
-PAGES = (Path(evaluation.__path__[0]) / "page" / "report", Path(__file__).parent / "page" / "sweep")
-"""Style and script that all reports share, then those of this one."""
+PAGES = ("report", "sweep")
+"""Assets that all reports share, then those of this one."""
 LAST = 1e308  # to sort by
 
 
@@ -42,7 +41,7 @@ def write_report(path: Path, settings: Any, outcome: Outcome) -> None:
     parts.append("<h2>Trials</h2>" + _trials(outcome, list(settings.domains)))
     if outcome.repeats:
         parts.append("<h2>Runs with other seeds</h2>" + _repeats(outcome))
-    style, script = ("".join(_read(place, kind) for place in PAGES) for kind in ("css", "js"))
+    style, script = ("".join(asset(f"{name}.{kind}") for name in PAGES) for kind in ("css", "js"))
     write_atomically(path, page(f"voxray: {title}", "".join(parts), style=style, script=script))
 
 
@@ -226,7 +225,3 @@ def _figures(trial: Trial, figures: Sequence[str]) -> Iterable[Cell]:
 
 def _list(lines: Sequence[str]) -> str:
     return '<ul class="lead">' + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
-
-
-def _read(place: Path, kind: str) -> str:
-    return place.with_suffix(f".{kind}").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from voxray.config.space import Choice, described, shown
+from voxray.config.search_space import Choice, described, shown
 from voxray.config.tune import trial_values
-from voxray.storage import write_atomically
+from voxray.core.storage import write_atomically
 from voxray.sweep.trials import Trial
 
 _T_975 = (

@@ -7,8 +7,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from voxray.config.space import Choice, Domain, key_of
-from voxray.errors import SettingsError
+from voxray.config.search_space import Choice, Domain, key_of
+from voxray.core.errors import SettingsError
 
 MAX_REPEATS = 100
 """Times in a row that Optuna may propose what was tried already before the search counts as exhausted."""

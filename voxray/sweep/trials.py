@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from voxray.config.space import Choice
-from voxray.errors import RunError
-from voxray.storage import write_json
-from voxray.training.checkpoint import list_checkpoints
-from voxray.training.monitor import read_metrics
+from voxray.config.search_space import Choice
+from voxray.core.errors import RunError
+from voxray.core.storage import write_json
+from voxray.runs.layout import list_checkpoints
+from voxray.training.records import read_metrics
 
 FOLDER, FILE = "trials", "trial.json"
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"

@@ -12,23 +12,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from voxray.config.groups import SALMONN_PARTS, FeatureFlags, TrimFlags, VariantFlags
+from voxray.config.flag_groups import SALMONN_PARTS, FeatureFlags, TrimFlags, VariantFlags
 from voxray.config.parse import with_absolute_inputs
-from voxray.config.space import Choice, described, key_of
+from voxray.config.search_space import Choice, described, key_of
 from voxray.config.train import TrainSettings
 from voxray.config.tune import trial_values
-from voxray.data.features import Features
-from voxray.data.shards import TASK_CODES
-from voxray.errors import RunError, SettingsError
-from voxray.evaluation.metrics.names import validation_metrics
-from voxray.launch import refuse_other_family
-from voxray.manifest import first_fault
-from voxray.recipes.data import Data, training_data
+from voxray.core.console import console, progress_bar
+from voxray.core.errors import RunError, SettingsError
+from voxray.core.manifest import first_fault
+from voxray.features.reader import Features
+from voxray.features.shards import TASK_CODES
+from voxray.metrics.names import validation_metrics
+from voxray.recipes.registry import refuse_other_family
+from voxray.recipes.training_data import Data, training_data
 from voxray.sweep.queue import Queue
 from voxray.sweep.results import best_of, ranked
 from voxray.sweep.search import Search
 from voxray.sweep.trials import Trial, new_trial, read_trials, with_outcome
-from voxray.terminal import console, progress_bar
 
 OF_FEATURES = {
     *(*FeatureFlags.model_fields, *VariantFlags.model_fields, *TrimFlags.model_fields),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from voxray.errors import RunError
+from voxray.core.errors import RunError
 
 KO_V1 = "ko-v1"
 WHISPER_BASIC = "whisper-basic-v1"

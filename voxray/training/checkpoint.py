@@ -9,7 +9,6 @@ background while the next step is computed; only then does training wait for it,
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +18,10 @@ from typing import Any
 
 import torch
 
-from voxray.errors import RunError
-from voxray.models.lora import save_adapter
+from voxray.core.errors import RunError
+from voxray.models.adapters.lora import save_adapter
+from voxray.runs.layout import FOLDER, MOMENTS, PROGRESS, checkpoint_folder, list_checkpoints
 from voxray.training.engine import State
-
-FOLDER, MOMENTS, PROGRESS = "checkpoints", "optimizer.pt", "progress.json"
 
 
 @dataclass(frozen=True)
@@ -123,21 +121,6 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return run_dir / FOLDER / f"step-{step:06d}"
-
-
-def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the complete checkpoints of a run, oldest first."""
-    found = []
-    for path in (run_dir / FOLDER).glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / PROGRESS).is_file():
-            found.append((int(match[1]), path))
-    return sorted(found)
 
 
 def read_progress(folder: Path) -> Progress:

@@ -14,30 +14,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from voxray.models.family import Family
-from voxray.models.lora import adapter_tensors, trainable_parameters
-
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One training process.
-
-    Attributes:
-        rank: From 0; rank 0 writes.
-        world_size: Number of processes.
-        device: Where the model is.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = CPU
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
+from voxray.batches.rank import Worker
+from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
+from voxray.models.interface import Family
 
 Moments = dict[str, dict[str, torch.Tensor]]
 """{parameter name: what the optimizer knows of it}."""

@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from voxray.batches.loader import Loader
+from voxray.batches.plan import Pack, Plan
+from voxray.batches.rank import Worker
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
-from voxray.data.collate import Batch
-from voxray.data.features import Features
-from voxray.data.loader import Loader
-from voxray.data.plan import Pack, Plan
-from voxray.errors import RunError
-from voxray.models.family import Family
-from voxray.models.losses import Logits, token_losses
-from voxray.run_folder import GROW_FILE, STOP_FILE
-from voxray.tasks import TASKS
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
+from voxray.features.reader import Features
+from voxray.models.interface import Batch, Family
+from voxray.models.parts.losses import Logits, token_losses
+from voxray.runs.run_folder import GROW_FILE, STOP_FILE
+from voxray.training.best_checkpoint import Selection
 from voxray.training.checkpoint import CheckpointWriter, Progress
-from voxray.training.engine import Engine, Worker, gather
-from voxray.training.guard import Guard
-from voxray.training.monitor import Monitor
-from voxray.training.selection import Selection
-from voxray.training.speed import Speed, answer_tokens, step_rows
+from voxray.training.engine import Engine, gather
+from voxray.training.loss_scaling import Guard
+from voxray.training.records import Monitor
+from voxray.training.throughput import Speed, answer_tokens, step_rows
 
 ROWS_NAMED = 8
 LOOK_SEC = 5.0

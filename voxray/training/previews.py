@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationError
 
+from voxray.batches.rank import Worker
 from voxray.config.parse import Settings, read_yaml
-from voxray.data.features import Features
-from voxray.evaluation.generate import answers
-from voxray.models.family import FrontEnd
-from voxray.storage import write_atomically
-from voxray.training.engine import Worker, gather
+from voxray.core.storage import write_atomically
+from voxray.features.reader import Features
+from voxray.generation.generate import answers
+from voxray.models.interface import FrontEnd
+from voxray.training.engine import gather
 from voxray.training.loop import Trainee
 from voxray.training.validate import Validation, first_rows_per_task, gather_lists, in_eval_mode, shared_batches
 

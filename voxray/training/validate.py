@@ -13,18 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from voxray.data.features import Features, RowLengths
-from voxray.data.shards import TASK_CODES
-from voxray.evaluation.generate import answers, length_batches
-from voxray.evaluation.likelihood import reference_losses
-from voxray.evaluation.metrics.counts import as_row, metrics_of
-from voxray.evaluation.metrics.names import text_metrics_of
-from voxray.evaluation.metrics.overall import likelihood_metrics, overall_metrics
-from voxray.evaluation.metrics.rows import count_row
-from voxray.evaluation.metrics.texts import text_metrics
-from voxray.models.family import Family, FrontEnd
-from voxray.tasks import TASKS
-from voxray.training.engine import Worker, gather
+from voxray.batches.rank import Worker
+from voxray.core.tasks import TASKS
+from voxray.features.reader import Features, RowLengths
+from voxray.features.shards import TASK_CODES
+from voxray.generation.generate import answers, length_batches
+from voxray.generation.likelihood import reference_losses
+from voxray.metrics.counts import as_row, metrics_of
+from voxray.metrics.names import text_metrics_of
+from voxray.metrics.overall import likelihood_metrics, overall_metrics
+from voxray.metrics.rows import count_row
+from voxray.metrics.texts import text_metrics
+from voxray.models.interface import Family, FrontEnd
+from voxray.training.engine import gather
 
 
 @dataclass(frozen=True)

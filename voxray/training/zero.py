@@ -24,10 +24,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from voxray.errors import RunError
-from voxray.models.family import Family
-from voxray.models.lora import adapter_tensors, role_of
-from voxray.training.engine import Moments, State, Worker, copied, parameter_groups
+from voxray.batches.rank import Worker
+from voxray.core.errors import RunError
+from voxray.models.adapters.lora import adapter_tensors, role_of
+from voxray.models.interface import Family
+from voxray.training.engine import Moments, State, copied, parameter_groups
 
 MOST_BUCKET_ELEMENTS = 100_000_000
 """Gradients that travel in one message at most: 400 MB in float32, which are set aside for it."""

@@ -10,9 +10,9 @@ import torch
 from conftest import ASSETS
 from transformers import LlamaConfig, WhisperConfig
 
-from voxray.errors import RunError
+from voxray.core.errors import RunError
 from voxray.models import salmonn
-from voxray.models.lora import add_lora
+from voxray.models.adapters.lora import add_lora
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import (
     NOT_NEEDED,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from salmonn_oracle import Oracle
+from helpers.salmonn_oracle import Oracle
 from transformers import WhisperFeatureExtractor
 
 from voxray.models.salmonn.checkpoint import official_name

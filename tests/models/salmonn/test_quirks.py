@@ -2,7 +2,7 @@
 
 In other files: pads in the middle of a batch and batches of one prompt (``test_parity``); the towers' eval mode, the
 [PAD] row and SentencePiece (``test_checkpoint``); the filter bank under autocast (``tests/audio/test_fbank.py``);
-recordings over 30 s (``test_processor``); a second clip (``tests/importers/test_json_formats.py``); files that cannot
+recordings over 30 s (``test_front_end``); a second clip (``test_json_formats``); files that cannot
 be read (``tests/jobs/test_salmonn_evaluation.py``); what is frozen in training, and answers to a batch of mixed prompts
 token by token (``tests/jobs/test_salmonn.py``).
 """

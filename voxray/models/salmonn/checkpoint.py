@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from voxray.errors import RunError
+from voxray.core.errors import RunError
+from voxray.models.salmonn.audio_path import TRAINED
 from voxray.models.salmonn.config import BeatsConfig
-from voxray.models.salmonn.hearing import TRAINED
 
 QFORMER_NAMES = (
     (".attention.attention.", ".attention.self."),

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, Blip2QFormerConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from voxray.errors import RunError
+from voxray.core.errors import RunError
 
 WHISPER_FRAMES_PER_SEC = 50  # 100 mel frames, and the encoder's second convolution has stride 2
 SUPPORTED = {

@@ -12,26 +12,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from voxray.errors import SettingsError
-from voxray.models.compiling import compile_layers, uncompiled
-from voxray.models.decoding import CausalDecoding
-from voxray.models.encoder import PassThrough
-from voxray.models.family import AudioPath, base_of, outlined
-from voxray.models.few_rows import linear_of_few
-from voxray.models.packed import Segments, use_packed_attention
-from voxray.models.quantize import quantization, settle
+from voxray.core.errors import SettingsError
+from voxray.core.tasks import TASKS
+from voxray.models.hf_files import base_of, outlined
+from voxray.models.interface import AudioPath
+from voxray.models.parts.audio_encoder import PassThrough
+from voxray.models.parts.cpu_lm_head import linear_of_few
+from voxray.models.parts.kv_cache import CausalDecoding
+from voxray.models.parts.layer_compile import compile_layers, uncompiled
+from voxray.models.parts.logmel_windows import ENCODER_STRIDE
+from voxray.models.parts.packed_attention import Segments, use_packed_attention
+from voxray.models.parts.quantize import quantization, settle
+from voxray.models.parts.zero_audio_gradients import touching
+from voxray.models.salmonn.audio_path import TOWERS, TRAINED, Towers, WindowPath
 from voxray.models.salmonn.checkpoint import official_name
-from voxray.models.salmonn.features import MIN_SAMPLES
 from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
-from voxray.models.salmonn.hearing import TOWERS, TRAINED, Towers, WindowPath
+from voxray.models.salmonn.front_end import SalmonnFrontEnd
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
-from voxray.models.salmonn.processor import SalmonnFrontEnd
-from voxray.models.touching import touching
-from voxray.models.windows import ENCODER_STRIDE
-from voxray.tasks import TASKS
+from voxray.models.salmonn.stacked_features import MIN_SAMPLES
 
 if TYPE_CHECKING:
-    from voxray.models.salmonn.starting import OfficialCheckpoint
+    from voxray.models.salmonn.init_checkpoint import OfficialCheckpoint
 
 LLM = "llama_model"
 NO_DECAY = ("bias", "ln", "bn")
@@ -93,17 +94,17 @@ class Salmonn:
 
     def read_official(self, path: str, *, r: int, alpha: float) -> "OfficialCheckpoint | None":
         """What a checkpoint (.pth) of SALMONN's trainer holds; None for a folder."""
-        from voxray.models.salmonn.starting import read_official
+        from voxray.models.salmonn.init_checkpoint import read_official
 
         return read_official(path, r=r, alpha=alpha) if Path(path).is_file() else None
 
     def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
-        from voxray.models.salmonn.official import write_official
+        from voxray.models.salmonn.export_checkpoint import write_official
 
         return write_official(model, folder, model_id)
 
     def load_official(self, base: Any, path: Path) -> Any:
-        from voxray.models.salmonn.official import read_official_model
+        from voxray.models.salmonn.export_checkpoint import read_official_model
 
         return read_official_model(base, self, path)
 

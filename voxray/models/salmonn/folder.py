@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from voxray.errors import RunError
-from voxray.models.encoder import load_alone, tensors_fingerprint, weights_fingerprint
-from voxray.models.family import model_file, read_config, weights_below
+from voxray.core.errors import RunError
+from voxray.models.hf_files import model_file, read_config, weights_below
+from voxray.models.parts.audio_encoder import load_alone, tensors_fingerprint, weights_fingerprint
+from voxray.models.salmonn.audio_path import Towers
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import load_beats_weights, read_beats, read_trained
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig
-from voxray.models.salmonn.hearing import Towers
 from voxray.models.salmonn.loading import build_config, end_token, load, load_tokenizer, load_whisper_encoder
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 

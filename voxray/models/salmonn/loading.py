@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
 from transformers.utils import logging
 
-from voxray.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError
+from voxray.models.salmonn.audio_path import TRAINED
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import (
     Trained,
@@ -22,7 +23,6 @@ from voxray.models.salmonn.checkpoint import (
     read_trained,
 )
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig, qformer_config
-from voxray.models.salmonn.hearing import TRAINED
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PAD_TOKEN = "[PAD]"

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from voxray.models.salmonn.audio_path import TRAINED, Hearing
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.config import SalmonnConfig
-from voxray.models.salmonn.hearing import TRAINED, Hearing
 
 AUDIO = ("input_features", "waveform", "waveform_mask", "num_samples")
 """Inputs that ``embed`` takes beside token ids."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.errors import RunError
-from voxray.importers.salmonn import OTHER_CAPTION_REQUEST
-from voxray.tasks import TASKS
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
+from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
 
 AUDIO_MARK = "<SpeechHere>"
 QUESTION_MARK = "{}"

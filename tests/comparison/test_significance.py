@@ -1,0 +1,168 @@
+"""Intervals and p-values against full enumeration in plain Python, textbook values, and simulated runs."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from voxray.comparison import significance as paired
+from voxray.comparison.significance import MIN_SPEAKERS, compare_rows, holm, units_of
+from voxray.metrics.bootstrap import Groups
+
+# Edits of two systems on seven utterances, and reference lengths; two rows have the same speaker.
+FIRST = [3, 0, 4, 2, 5, 1, 2]
+SECOND = [1, 0, 5, 1, 2, 1, 0]
+LENGTHS = [10, 4, 8, 9, 12, 6, 7]
+SPEAKERS = [0, 0, 1, 2, 3, 4, 4]
+
+
+def parts(values, lengths) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(values, float)[:, None], np.array(lengths, float)[:, None]
+
+
+def alone(num: int) -> Groups:
+    return Groups(np.arange(num), num, "utterance")
+
+
+def grouped(numbers) -> Groups:
+    return Groups(np.array(numbers), max(numbers) + 1, "speaker")
+
+
+def compared(first, second, lengths, units, **options):
+    """One metric; the divisor of the second run may differ."""
+    own, other = lengths if isinstance(lengths, tuple) else (lengths, lengths)
+    return compare_rows(parts(first, own), parts(second, other), units, **options)[0]
+
+
+def exchanged(first, second, own, other, speakers) -> float:
+    """p-value by going through all exchanges with loops: how many give a difference as large as the real one."""
+    names, sizes = sorted(set(speakers)), []
+    for swaps in product((False, True), repeat=len(names)):
+        sums = [0.0] * 4
+        for at, speaker in enumerate(speakers):
+            row = (first[at], own[at], second[at], other[at])
+            sums = [a + b for a, b in zip(sums, row[2:] + row[:2] if swaps[speaker] else row, strict=True)]
+        sizes.append(abs(sums[2] / sums[3] - sums[0] / sums[1]))
+    return sum(size >= sizes[0] - 1e-12 for size in sizes) / len(sizes)
+
+
+@pytest.mark.parametrize("other", [LENGTHS, [9, 4, 9, 9, 12, 5, 8]], ids=["same divisor", "divisors of their own"])
+@pytest.mark.parametrize("speakers", [SPEAKERS, list(range(7))], ids=["speakers", "rows"])
+def test_p_is_that_of_all_exchanges(speakers, other):
+    found = compared(FIRST, SECOND, (LENGTHS, other), grouped(speakers))
+    assert found.p == exchanged(FIRST, SECOND, LENGTHS, other, speakers)
+    assert found.first == sum(FIRST) / sum(LENGTHS) and found.second == sum(SECOND) / sum(other)
+    assert (found.num_rows, found.num_units) == (7, len(set(speakers)))
+
+
+# Twenty rows, and what scipy 1.17.1 says of them: permutation_test(..., permutation_type="samples", n_resamples=inf) on
+# the difference of the two rates, and bootstrap(..., paired=True, method="percentile", n_resamples=1_000_000).
+SCIPY_FIRST = [3, 0, 4, 2, 5, 1, 2, 3, 1, 0, 6, 2, 4, 1, 2, 5, 3, 0, 1, 2]
+SCIPY_SECOND = [1, 0, 5, 1, 2, 1, 0, 3, 0, 1, 3, 2, 2, 1, 1, 2, 3, 0, 0, 1]
+SCIPY_LENGTHS = [10, 4, 8, 9, 12, 6, 7, 9, 5, 6, 14, 8, 11, 6, 7, 10, 9, 4, 5, 8]
+SCIPY_P, SCIPY_INTERVAL = 0.0078125, (-0.16853932584269662, -0.05185185185185185)
+
+
+def test_the_figures_are_scipys(monkeypatch):
+    """Exactly, where all exchanges are gone through; within four standard errors, where they are drawn."""
+    found = compared(SCIPY_FIRST, SCIPY_SECOND, SCIPY_LENGTHS, alone(20), num_resamples=100_000)
+    assert found.p == SCIPY_P and found.is_shown
+    assert found.interval == pytest.approx(SCIPY_INTERVAL, abs=0.002)
+    monkeypatch.setattr(paired, "MAX_EXACT_UNITS", 0)
+    drawn = compared(SCIPY_FIRST, SCIPY_SECOND, SCIPY_LENGTHS, alone(20), num_resamples=100_000)
+    assert drawn.p != SCIPY_P
+    assert drawn.p == pytest.approx(SCIPY_P, abs=4 * (SCIPY_P * (1 - SCIPY_P) / 100_000) ** 0.5)
+
+
+def test_equal_runs_and_hopeless_ones():
+    same = compared(FIRST, FIRST, LENGTHS, alone(7))
+    assert same.p == 1 and same.difference == 0 and same.interval == (0, 0) and not same.is_shown
+    rng = np.random.default_rng(0)
+    lengths = np.full(200, 10)
+    worlds_apart = compared(rng.integers(4, 9, 200), rng.integers(0, 3, 200), lengths, alone(200))
+    assert worlds_apart.p == pytest.approx(1 / 10_001) and worlds_apart.is_shown, "drawn p-values are never 0"
+    one = compared([3], [1], [10], alone(1))
+    assert one.interval is None and one.p == 1 and not one.is_shown, "one row shows nothing"
+
+
+def test_interval_is_that_of_all_draws():
+    """Four units can be drawn in 256 ways: the percentiles of the difference over all of them, weighted alike."""
+    first, second, lengths = FIRST[:4], SECOND[:4], LENGTHS[:4]
+    all_draws = []
+    for drawn in product(range(4), repeat=4):
+        length = sum(lengths[at] for at in drawn)
+        all_draws.append((sum(second[at] for at in drawn) - sum(first[at] for at in drawn)) / length)
+    found = compared(first, second, lengths, alone(4), num_resamples=200_000)
+    low, high = np.quantile(all_draws, [0.025, 0.975])
+    assert found.interval == pytest.approx((low, high), abs=0.004)
+    own = np.quantile(
+        [sum(first[at] for at in d) / sum(lengths[at] for at in d) for d in product(range(4), repeat=4)], [0.025, 0.975]
+    )
+    assert found.first_interval == pytest.approx(tuple(own), abs=0.004)
+
+
+def test_draws_are_the_same_again():
+    again = [compared(FIRST, SECOND, LENGTHS, alone(7), seed=seed, num_resamples=500) for seed in (5, 5, 6)]
+    assert again[0] == again[1] != again[2]
+
+
+def test_rows_of_no_metric_are_left_out():
+    """An empty reference has no error rate: as if the row was not there."""
+    found = compared([*FIRST, 0], [*SECOND, 0], [*LENGTHS, 0], alone(8), num_resamples=50_000)
+    without = compared(FIRST, SECOND, LENGTHS, alone(7), num_resamples=50_000)
+    assert (found.first, found.second, found.p, found.num_rows) == (without.first, without.second, without.p, 7)
+    nothing = compare_rows(parts([0, 0], [0, 0]), parts([0, 0], [0, 0]), alone(2))
+    assert nothing == [None]
+
+
+def simulated(rng, num_speakers: int, rows_each: int, spread: float, effect: float = 0.0):
+    """Error counts of two systems: speakers differ in how much the second one helps them."""
+    index = np.repeat(np.arange(num_speakers), rows_each)
+    lengths = rng.integers(5, 40, len(index))
+    easy = rng.normal(0, spread, num_speakers)[index]
+    first = rng.binomial(lengths, 0.3)
+    second = rng.binomial(lengths, np.clip(0.3 + effect + easy, 0.01, 0.99))
+    return first, second, lengths, index
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    """Rows on their own, and rows of speakers who differ: there drawing rows would be sure of far too much."""
+    rng = np.random.default_rng(1)
+    covered = {"rows": 0, "speakers": 0, "rows of speakers": 0}
+    times = 300
+    for _ in range(times):
+        first, second, lengths, _ = simulated(rng, 80, 1, 0.0, -0.05)
+        low, high = compared(first, second, lengths, alone(80), num_resamples=400).interval
+        covered["rows"] += low <= -0.05 <= high
+        first, second, lengths, index = simulated(rng, 40, 8, 0.08, -0.05)
+        for name, units in (("speakers", grouped(index)), ("rows of speakers", alone(len(index)))):
+            low, high = compared(first, second, lengths, units, num_resamples=400).interval
+            covered[name] += low <= -0.05 <= high
+    shares = {name: number / times for name, number in covered.items()}
+    assert 0.91 < shares["rows"] < 0.98 and 0.91 < shares["speakers"] < 0.98
+    assert shares["rows of speakers"] < 0.8
+
+
+def test_equal_systems_are_called_different_as_often_as_they_say():
+    rng = np.random.default_rng(2)
+    p_values = []
+    for _ in range(400):
+        first, second, lengths, index = simulated(rng, 20, 5, 0.0)
+        p_values.append(compared(first, second, lengths, grouped(index), num_resamples=400).p)
+    assert 0.02 < np.mean(np.array(p_values) < 0.05) < 0.09
+    assert np.mean(p_values) == pytest.approx(0.5, abs=0.06)
+
+
+def test_holm_is_that_of_r():
+    """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") of R gives these."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1, 1] and holm([]) == [] and holm([0.2]) == [0.2]
+
+
+def test_few_speakers_are_not_drawn():
+    def rows(num):
+        return [{"speaker": f"s{at % num}"} for at in range(60)]
+
+    assert units_of(rows(MIN_SPEAKERS)).unit == "speaker" and units_of(rows(MIN_SPEAKERS)).num == MIN_SPEAKERS
+    assert units_of(rows(MIN_SPEAKERS - 1)).unit == "utterance" and units_of(rows(MIN_SPEAKERS - 1)).num == 60
+    assert units_of([{"speaker": None}, {}]).num == 2

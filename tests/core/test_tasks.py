@@ -1,0 +1,126 @@
+"""The task table: which row is which, and how task weights are written."""
+
+import math
+
+import pytest
+
+from voxray.core.errors import BadRow
+from voxray.core.manifest import check_values
+from voxray.core.tasks import TASKS, parse_task_weights, task_of
+from voxray.features.shards import TASK_CODES
+
+ASR = {"audio_path": "a.wav", "transcript": "안녕"}
+SQA = {"audio_path": "a.wav", "question": "q", "answer": "a"}
+TQA = {"instruction": "i", "output": "o"}
+AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (ASR, "asr"),
+        (SQA, "sqa"),
+        (TQA, "tqa"),
+        ({**TQA, "input": "more"}, "tqa"),
+        ({**ASR, "id": 1, "speaker": "s", "duration": 2.0}, "asr"),
+        ({**SQA, **ASR}, "asr"),
+        ({**TQA, **SQA}, "sqa"),
+        ({**TQA, **ASR, **SQA}, "asr"),
+        ({**TQA, "audio_path": "a.wav"}, "tqa"),
+        (AAC, "aac"),
+        ({**AAC, "question": "What is heard?"}, "aac"),
+        ({**AAC, **SQA}, "sqa"),
+        ({**AAC, **ASR}, "asr"),
+        ({"transcript": None, "audio_path": None}, "asr"),  # what the values are is the manifest's business
+    ],
+)
+def test_a_row_is_of_the_first_task_whose_keys_it_has(row: dict, name: str):
+    assert task_of(row).name == name
+    assert task_of(dict(reversed(row.items()))).name == name
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"audio_path": "a"}, {"question": "q", "answer": "a"}, {"Transcript": "x", "Audio_path": "y"}]
+)
+def test_a_row_of_no_task_is_told_what_each_task_needs(row: dict):
+    with pytest.raises(ValueError, match="match no task") as error:
+        task_of(row)
+    message = str(error.value)
+    assert all(key in message for task in TASKS.values() for key in task.keys)
+    assert all(key in message for key in row) and ("(none)" in message) == (not row)
+
+
+def test_prompts():
+    assert TASKS["asr"].prompt(ASR) == ""
+    assert TASKS["sqa"].prompt(SQA) == "q"
+    assert TASKS["tqa"].prompt(TQA) == "i"
+    assert TASKS["tqa"].prompt({**TQA, "input": "x"}) == "i\nx"
+    assert TASKS["tqa"].prompt({**TQA, "input": ""}) == TASKS["tqa"].prompt({**TQA, "input": None}) == "i"
+    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac"]
+
+
+def test_a_caption_is_asked_for_by_the_row_or_else_as_salmonn_asks():
+    assert TASKS["aac"].prompt(AAC) == TASKS["aac"].prompt({**AAC, "question": ""}) == "Please describe the audio."
+    assert TASKS["aac"].prompt({**AAC, "question": "What is heard?"}) == "What is heard?"
+    wrong = [({**AAC, "question": " "}, "question is empty"), ({**SQA, "question": ""}, "question is empty")]
+    wrong += [({**AAC, "caption": None}, "caption is null"), ({**AAC, "question": 3}, "question is int, not text")]
+    for row, message in wrong:
+        with pytest.raises(BadRow, match=message):
+            check_values(row)
+    assert check_values(AAC) is check_values({**AAC, "question": None}) is TASKS["aac"]
+
+
+def test_places_in_the_table_are_codes_on_disk():
+    """Shards and checkpoints made before hold these numbers; a new task goes to the end."""
+    assert list(TASKS)[:4] == ["asr", "sqa", "tqa", "aac"]
+    assert {name: code for name, code in TASK_CODES.items() if code < 4} == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3}
+
+
+@pytest.mark.parametrize(
+    ("value", "weights"),
+    [
+        ("1.0,1.5,1.2", {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}),
+        (" 1 , 2,3 ", {"asr": 1.0, "sqa": 2.0, "tqa": 3.0}),
+        ([1, 2.5, "3"], {"asr": 1.0, "sqa": 2.5, "tqa": 3.0}),
+        ((0, 0, 1), {"asr": 0.0, "sqa": 0.0, "tqa": 1.0}),
+        ("asr=1,sqa=1.5", {"asr": 1.0, "sqa": 1.5}),
+        ("asr=1,aac=0.5", {"asr": 1.0, "aac": 0.5}),
+        ("tqa=1e-1", {"tqa": 0.1}),
+        (["tqa=1", "asr=0"], {"tqa": 1.0, "asr": 0.0}),
+        ({"sqa": 2}, {"sqa": 2.0}),
+        ({"sqa": "2"}, {"sqa": 2.0}),
+    ],
+)
+def test_task_weights(value, weights: dict[str, float]):
+    assert parse_task_weights(value) == weights
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "needs 3 numbers"),
+        ("1,2", "needs 3 numbers, for asr, sqa, tqa"),
+        ("1,2,3,4", "needs 3 numbers"),
+        ([], "needs 3 numbers"),
+        (3, "needs 3 numbers"),
+        (None, "needs 3 numbers"),
+        ("1,2,x", "'x' is not a number"),
+        ("1,,3", "'' is not a number"),
+        ([1, 2, None], "None is not a number"),
+        ([1, 2, [3]], "is not a number"),
+        ("asr=1,2", "every weight as task=number, or none"),
+        ("asr=1,asr=2", "'asr' is given twice"),
+        ("asr=1,xyz=2", "unknown task 'xyz'; known: asr, sqa, tqa"),
+        ({"xyz": 1}, "unknown task 'xyz'"),
+        ("-1,1,1", "weight of asr must be 0 or more, not -1"),
+        ("1,nan,1", "weight of sqa must be 0 or more"),
+        ("1,1,inf", "weight of tqa must be 0 or more"),
+        ([1, math.inf, 1], "weight of sqa must be 0 or more"),
+        ("0,0,0", "at least one weight must be above 0"),
+        ("asr=0", "at least one weight must be above 0"),
+        ({}, "at least one weight must be above 0"),
+    ],
+)
+def test_faulty_task_weights(value, message: str):
+    with pytest.raises(ValueError, match=message):
+        parse_task_weights(value)

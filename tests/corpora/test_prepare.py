@@ -1,0 +1,197 @@
+"""prepare: every row accounted for, clean texts, no leak unseen, and an order that no worker changes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import write_rows
+
+from voxray.audio.quality import QualityLimits, check, measure
+from voxray.commands.prepare import run_prepare_job
+from voxray.config.prepare import PrepareSettings
+from voxray.core.errors import BadRow, RunError
+
+RATE = 16_000
+
+
+def tone(path: Path, sec: float = 4.0, level: float = 0.3, seed: int = 0) -> str:
+    """A clip with energy in all bands, different for every seed."""
+    noise = np.random.default_rng(seed).normal(0, level / 4, round(sec * RATE)).clip(-0.9, 0.9)
+    soundfile.write(path, noise, RATE)
+    return path.name
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(
+    folder: Path, manifest: str, use_ray: bool = False, **changes
+) -> tuple[list[dict], list[dict], list[dict], dict]:
+    """Run the job; returns training rows, validation rows, ledger and summary."""
+    values = {"input": manifest, "train_output": str(folder / "out" / "train.jsonl"), "rows_per_chunk": 3}
+    values |= {"val_output": str(folder / "out" / "val.jsonl"), "num_actors": 2, "val_share": 0.25}
+    try:
+        run_prepare_job(PrepareSettings(**{**values, **changes}), use_ray=use_ray)
+    finally:
+        out = folder / "out"
+        found = [read(out / name) if (out / name).is_file() else [] for name in ("train.jsonl", "val.jsonl")]
+    summary = json.loads((out / "prepare_summary.json").read_text())
+    return *found, read(out / "quarantine.jsonl"), summary
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> list[dict]:
+    """Twelve good rows by four speakers, texts all different."""
+    return [
+        {
+            "audio_path": tone(tmp_path / f"{number}.wav", seed=number),
+            "transcript": f"환자 번호 {number} 혈압이 120/80 이고요",
+            "language": "ko",
+            "speaker": f"s{number % 4}",
+        }
+        for number in range(12)
+    ]
+
+
+def test_good_and_quarantined_add_up_and_speakers_stay_together(tmp_path, corpus):
+    rows = [*corpus, {"audio_path": "none.wav", "transcript": "x"}, {"nothing": 1}]
+    rows += [{"audio_path": tone(tmp_path / "short.wav", sec=1.0, seed=99), "transcript": "짧은 것", "speaker": "s0"}]
+    rows += [dict(corpus[0])]
+    train, val, ledger, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    assert len(train) + len(val) + len(ledger) == len(rows) == summary["input"]["rows"]
+    assert (len(train), len(val)) == (9, 3)
+    assert not {row["speaker"] for row in train} & {row["speaker"] for row in val}
+    assert [(line["line"], line["reason"]) for line in ledger[1:]] == [
+        (14, ledger[1]["reason"]),
+        (15, "too_short"),
+        (16, "duplicate"),
+    ]
+    assert ledger[0]["line"] == 13 and all(line["source_file"].endswith("m.jsonl") for line in ledger)
+    parts = [summary["train"], summary["val"], *summary["quarantined"].values()]
+    assert sum(part["rows"] for part in parts) == summary["input"]["rows"]
+    assert sum(part["hours"] for part in parts) == pytest.approx(summary["input"]["hours"], abs=1e-3)
+    assert not list((tmp_path / "out").glob(".prepare-*")), "no work folder is left"
+
+
+@pytest.mark.ray
+def test_order_and_content_do_not_depend_on_the_workers(local_ray, tmp_path, corpus):
+    manifest = write_rows(tmp_path / "m.jsonl", corpus)
+    one = prepare(tmp_path, manifest, rows_per_chunk=5)
+    three = prepare(tmp_path, manifest, use_ray=True, num_actors=3, rows_per_chunk=1)
+    assert one[:3] == three[:3]
+    other = prepare(tmp_path, manifest, seed=1)
+    assert other[1] != one[1], "the seed decides the split"
+
+
+def test_leaks_are_refused_with_numbers_dropped_or_allowed(tmp_path, corpus):
+    for row in corpus:
+        row["transcript"] = "모두 같은 말"
+    manifest = write_rows(tmp_path / "m.jsonl", corpus)
+    with pytest.raises(RunError, match=r"0 training rows by audio, 9 by text, 0 speakers.*--leaks drop"):
+        prepare(tmp_path, manifest)
+    assert not (tmp_path / "out" / "train.jsonl").exists(), "nothing is written that leaks"
+    train, val, ledger, _ = prepare(tmp_path, manifest, leaks="allow")
+    assert (len(train), len(val), len(ledger)) == (9, 3, 0)
+    with pytest.raises(RunError, match="no usable row"):
+        prepare(tmp_path, manifest, leaks="drop")
+
+
+def test_the_corpus_own_split_is_taken_over(tmp_path, corpus):
+    for number, row in enumerate(corpus):
+        row |= {"split": ("train", "dev", "test")[number % 3], "speaker": f"s{number}"}
+    train, val, ledger, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
+    assert [len(train), len(val), len(ledger)] == [4, 4, 4]
+    assert {line["reason"] for line in ledger} == {"other_split"}
+
+
+def test_dual_notation_keeps_both_readings(tmp_path, corpus):
+    corpus[0]["transcript"] = "b/ (70%)/(칠십 퍼센트) 확률로 120/80 이고요"
+    manifest = write_rows(tmp_path / "m.jsonl", corpus)
+    for reading, text, other in (
+        ("spelling", "70% 확률로 120/80 이고요", "칠십 퍼센트 확률로 120/80 이고요"),
+        ("phonetic", "칠십 퍼센트 확률로 120/80 이고요", None),
+    ):
+        train, val, _, _ = prepare(tmp_path, manifest, reading=reading)
+        row = next(row for row in train + val if row["audio_path"].endswith("/0.wav"))
+        assert row["transcript"] == text and row.get("transcript_phonetic") == other
+        assert row["transcript_raw"] == corpus[0]["transcript"]
+
+
+def test_segments_say_what_the_transcript_says(tmp_path, corpus):
+    rows = [{**row, "split": ""} for row in corpus[:3]]
+    texts = ["b/ (70%)/(칠십 퍼센트)", "그거+ 맞아요"]
+    said = [{"start": 2 * at, "end": 2 * at + 1.5, "text": text} for at, text in enumerate(texts)]
+    rows[0] |= {"transcript": " ".join(texts), "segments": said}
+    train, val, bad, _ = prepare(tmp_path, write_rows(tmp_path / "s.jsonl", rows))
+    [row] = [row for row in [*train, *val] if "segments" in row]
+    assert [part["text"] for part in row["segments"]] == ["70%", "그거 맞아요"] and not bad
+    assert row["transcript"] == "70% 그거 맞아요" and row["segments"][1]["start"] == 2
+
+
+def test_what_prepare_writes_is_a_manifest(tmp_path, corpus):
+    """Its rows are read back as samples, text rows as well."""
+    from voxray.core.manifest import chunks, read_chunk
+
+    rows = [*corpus, *({"instruction": f"물음 {n}", "input": "", "output": "답"} for n in range(4))]
+    prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    found = [
+        sample
+        for name in ("train", "val")
+        for chunk in chunks(str(tmp_path / "out" / f"{name}.jsonl"), 100)
+        for sample in read_chunk(chunk).samples
+    ]
+    assert sorted(sample.task.name for sample in found) == ["asr"] * 12 + ["tqa"] * 4
+
+
+def clip(samples: np.ndarray, rate: int = RATE):
+    return measure(samples.astype(np.float32), rate)
+
+
+def white(sec: float = 2.0, level: float = 0.1) -> np.ndarray:
+    return np.random.default_rng(3).normal(0, level, round(sec * RATE)).clip(-0.99, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("reason", "samples", "limits"),
+    [
+        ("too_short", white(0.5), {"min_sec": 1.0}),
+        ("too_long", white(3.0), {"max_sec": 2.5}),
+        ("too_quiet", white(level=1e-4), {"min_peak_db": -40.0}),
+        ("near_silence", np.append(white(level=1e-4), 0.5), {"min_peak_db": -40.0, "min_rms_db": -50.0}),
+        ("clipping", np.concatenate([white(), np.ones(200)]), {"max_clip_share": 0.001}),
+        ("dc_offset", white() + 0.05, {"max_dc": 0.01}),
+        ("zero_tail", np.concatenate([white(), np.zeros(2 * RATE)]), {"max_zero_tail_sec": 1.0}),
+        ("narrow_band", np.sin(np.arange(2 * RATE) / RATE * 2 * np.pi * 440) * 0.5, {"min_high_band_db": -70.0}),
+    ],
+)
+def test_each_fault_is_found_and_only_there(reason, samples, limits):
+    with pytest.raises(BadRow) as error:
+        check(clip(samples), QualityLimits(**limits))
+    assert error.value.reason == reason
+    check(clip(samples), QualityLimits())
+    check(clip(white()), QualityLimits(**{name: value for name, value in limits.items() if name != "min_sec"}))
+
+
+def test_a_file_at_8_khz_saved_as_16_khz_is_a_lie(tmp_path):
+    import soxr
+
+    honest = white(4.0)
+    upsampled = soxr.resample(soxr.resample(honest, RATE, 8_000), 8_000, RATE)
+    limits = QualityLimits(min_high_band_db=-70.0)
+    check(clip(honest), limits)
+    check(clip(soxr.resample(honest, RATE, 8_000), 8_000), limits)
+    with pytest.raises(BadRow) as error:
+        check(clip(upsampled), limits)
+    assert error.value.reason == "narrow_band"
+
+
+def test_one_question_may_be_asked_of_clips_on_both_sides(tmp_path, corpus):
+    """That many clips have one question and one answer is no leak; that a transcript is read twice is."""
+    asked = [{"audio_path": row["audio_path"], "question": "무엇입니까?", "answer": "혈압"} for row in corpus]
+    rows = [{**row, "split": "train" if at < 9 else "val"} for at, row in enumerate(asked)]
+    train, val, _, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    assert (len(train), len(val)) == (9, 3)
+    assert summary["leaks"] == {"audio": 0, "text": 0, "speaker": 0}

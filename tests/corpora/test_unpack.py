@@ -1,0 +1,117 @@
+"""Archives: what belongs to the language comes out, and nothing else whatever they hold."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from voxray.core.errors import RunError
+from voxray.corpora import unpack as unpacking
+from voxray.corpora.select import in_clips, in_release
+from voxray.corpora.unpack import unpack
+
+
+def packed(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
+    """An archive of these members; a name and bytes is a file."""
+    with tarfile.open(path, "w:gz") as tar:
+        for member in members:
+            if isinstance(member, tuple):
+                entry = tarfile.TarInfo(member[0])
+                entry.size = len(member[1])
+                tar.addfile(entry, io.BytesIO(member[1]))
+            else:
+                tar.addfile(member)
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, target
+    return member
+
+
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_language_of_a_release_comes_out_flat(tmp_path):
+    members = [
+        ("cv/ko/train.tsv", b"table"),
+        ("cv/ko/clips/a.mp3", b"sound"),
+        ("cv/ko/clips/._a.mp3", b"of a Mac"),
+        ("cv/ko/clips/run.sh", b"no clip"),
+        ("cv/en/train.tsv", b"other table"),
+        ("cv/en/clips/b.mp3", b"other sound"),
+        ("cv/README", b"text"),
+    ]
+    seen: set[str] = set()
+    count = unpack(packed(tmp_path / "cv.tar.gz", *members), tmp_path / "out", in_release("ko", seen))
+    assert count == 2 and seen == {"ko", "en"}
+    assert everything(tmp_path / "out") == {"train.tsv", "clips/a.mp3"}
+    assert (tmp_path / "out" / "clips" / "a.mp3").read_bytes() == b"sound"
+
+
+def test_what_is_there_is_not_written_again(tmp_path):
+    archive = packed(tmp_path / "a.tar.gz", ("x/a.mp3", b"sound"), ("x/b.mp3", b"other"))
+    unpack(archive, tmp_path / "out", in_clips)
+    kept, half = tmp_path / "out" / "clips" / "a.mp3", tmp_path / "out" / "clips" / "b.mp3"
+    before = kept.stat().st_mtime_ns
+    half.write_bytes(b"ot")
+    assert unpack(archive, tmp_path / "out", in_clips) == 2
+    assert kept.stat().st_mtime_ns == before and half.read_bytes() == b"other"
+
+
+@pytest.mark.parametrize(
+    ("member", "said"),
+    [
+        (("../../ko/clips/evil.mp3", b"x"), "outside"),
+        (("/tmp/ko/clips/evil.mp3", b"x"), "outside its folder"),
+        (special("cv/ko/clips/evil.mp3", tarfile.SYMTYPE, "/etc/passwd"), "absolute path"),
+        (special("cv/ko/clips/evil.mp3", tarfile.SYMTYPE, "other.mp3"), "a link or a device"),
+        (special("cv/ko/clips/evil.mp3", tarfile.LNKTYPE, "../../../etc/passwd"), "outside"),
+        (special("cv/ko/clips/evil.mp3", tarfile.CHRTYPE), "special file"),
+        (special("cv/ko/clips/evil.mp3", tarfile.FIFOTYPE), "special file"),
+    ],
+    ids=["dots", "absolute", "link-out", "link", "hard-link", "device", "pipe"],
+)
+def test_hostile_members_end_it(tmp_path, member, said):
+    archive = packed(tmp_path / "evil.tar.gz", ("cv/ko/train.tsv", b"table"), member)
+    inside = tmp_path / "a" / "b" / "out"
+    with pytest.raises(RunError, match=f"evil.tar.gz: refused, .*{said}"):
+        unpack(archive, inside, in_release("ko", set()))
+    assert everything(tmp_path) == {"evil.tar.gz", "a/b/out/train.tsv"}
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking, "SLACK_BYTES", 1 << 20)
+    archive = packed(tmp_path / "bomb.tar.gz", ("ko/clips/a.mp3", bytes(8 << 20)))
+    assert archive.stat().st_size < 100_000
+    with pytest.raises(RunError, match="refused, over 1 MiB come out of 0 MiB"):
+        unpack(archive, tmp_path / "out", in_release("ko", set()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda folder: unpacking.shutil._ntuple_diskusage(9, 9, 9))
+    archive = packed(tmp_path / "a.tar.gz", ("ko/clips/a.mp3", bytes(2 << 20)))
+    with pytest.raises(RunError, match=r"the disk is full: 'ko/clips/a.mp3' needs 2 MiB"):
+        unpack(archive, tmp_path / "out", in_release("ko", set()))
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "broken", "no tar"])
+def test_damage_is_one_line(tmp_path, damage):
+    sound = bytes(range(256)) * 40
+    raw = packed(tmp_path / "a.tar.gz", ("ko/clips/a.mp3", sound), ("ko/clips/b.mp3", sound[::-1])).read_bytes()
+    middle = len(raw) // 2
+    changed = {
+        "cut": raw[:middle],
+        "garbage": b"no archive at all" * 100,
+        "broken": raw[:middle] + bytes(40) + raw[middle + 40 :],
+        "no tar": gzip.compress(b"text" * 1000),
+    }
+    (tmp_path / "a.tar.gz").write_bytes(changed[damage])
+    with pytest.raises(RunError, match=r"a\.tar\.gz: damaged, so nothing of it is taken: ."):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out", in_release("ko", set()))
+    assert everything(tmp_path) == {"a.tar.gz"}

@@ -1,0 +1,56 @@
+"""Small corpora that the importers' tests write, and how they read them back."""
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault
+
+
+def clip(path: Path) -> str:
+    """A tenth of a second of sound; returns the path as text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pcm":
+        path.write_bytes(np.zeros(1600, "<i2").tobytes())
+    elif path.suffix in (".wav", ".flac"):
+        soundfile.write(path, np.zeros(1600, np.float32), 16_000)
+    else:
+        path.write_bytes(b"sound")  # importers never decode
+    return str(path)
+
+
+def lines(path: Path, *rows: str | dict | bytes, bom: bool = False, end: str = "\n", packed: bool = False) -> Path:
+    """Write a text file; dicts become JSON, bytes go in as they are."""
+    parts = [
+        row
+        if isinstance(row, bytes)
+        else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode()
+        for row in rows
+    ]
+    raw = b"\xef\xbb\xbf" * bom + b"".join(part + end.encode() for part in parts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    return path
+
+
+def read(name: str, path: Path) -> tuple[list[ImportedRow], list[ImportFault]]:
+    """Everything an importer says of a path; what all of it must keep is checked on the way."""
+    found: Iterable[ImportedRow | ImportFault] = IMPORTERS[name].rows(path)
+    rows, faults = [], []
+    for item in found:
+        (rows if isinstance(item, ImportedRow) else faults).append(item)
+        assert Path(item.source_file).is_absolute() and item.line >= 1
+        if isinstance(item, ImportFault):
+            assert item.reason.replace("_", "").isalpha() and item.reason.islower() and item.message
+        elif item.values.get("audio_path"):
+            assert Path(item.values["audio_path"]).is_absolute() and Path(item.values["audio_path"]).is_file()
+        assert json.dumps(vars(item), ensure_ascii=False).encode()
+    return rows, faults
+
+
+def reasons(faults: list[ImportFault]) -> list[tuple[int, str]]:
+    return [(fault.line, fault.reason) for fault in faults]

@@ -1,0 +1,217 @@
+"""Metrics from integer counts: equal to jiwer and rouge-score, sums over the corpus, sound at the edges."""
+
+import unicodedata
+
+import jiwer
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from voxray.metrics.counts import COUNT_NAMES, Counts, as_row, count, metrics_of, rouge_units
+from voxray.text.normalize import normalize_ko_v1
+
+KOREAN = [
+    ("혈압이 120/80 이고요", "혈압은 120/80 이고요"),
+    ("흉부 엑스레이 찍어 봅시다.", "흉부엑스레이 찍어봅시다"),
+    ("하루에 세 번 식후 30분에 드세요", "하루 세번 식후 삼십 분에 드세요"),
+    ("네", "아니요 그렇지 않습니다"),
+    ("체온은 36.5℃ 입니다", ""),
+    ("3,000 mg", "3000mg"),
+    ("타이레놀 500 mg", "Tylenol 500 mg"),
+]
+
+texts = st.text(st.sampled_from("가나다라마바 각값  abAB12.,/%!\u200b"), max_size=30)
+pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=8)
+
+
+def values(task: str, rows: list[tuple[str, str]]) -> dict[str, dict]:
+    return metrics_of(task, [as_row(count(reference, prediction)) for reference, prediction in rows])
+
+
+def scored(rows: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """References that are not empty after normalisation, and their predictions."""
+    normal = [(normalize_ko_v1(reference), normalize_ko_v1(prediction)) for reference, prediction in rows]
+    kept = [pair for pair in normal if pair[0]]
+    return [reference for reference, _ in kept], [prediction for _, prediction in kept]
+
+
+def assert_equal_to_jiwer(rows: list[tuple[str, str]]) -> None:
+    found = values("asr", rows)
+    references, predictions = scored(rows)
+    if not references:
+        assert set(found) == {"exact_match"}
+        return
+    solid = [text.replace(" ", "") for text in references], [text.replace(" ", "") for text in predictions]
+    assert found["cer"]["value"] == pytest.approx(jiwer.cer(references, predictions), abs=1e-12)
+    assert found["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid), abs=1e-12)
+    assert found["wer"]["value"] == pytest.approx(jiwer.wer(references, predictions), abs=1e-12)
+    assert {found[name]["n"] for name in ("cer", "cer_nospace", "wer")} == {len(references)}
+
+
+def test_error_rates_equal_jiwer_on_korean():
+    assert_equal_to_jiwer(KOREAN)
+    for pair in KOREAN:
+        assert_equal_to_jiwer([pair])
+
+
+@settings(deadline=None)
+@given(pairs)
+def test_error_rates_equal_jiwer(rows: list[tuple[str, str]]):
+    assert_equal_to_jiwer(rows)
+
+
+class Units:
+    """Our units as the tokenizer that rouge-score asks for."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return rouge_units(normalize_ko_v1(text))
+
+
+def assert_equal_to_rouge_score(rows: list[tuple[str, str]]) -> None:
+    scorer = RougeScorer(["rougeL"], tokenizer=Units())
+    wanted = []
+    for reference, prediction in rows:
+        both_empty = not Units().tokenize(reference) and not Units().tokenize(prediction)
+        # rouge-score gives 0 to two empty texts; ours agree, so they are right
+        wanted.append(1.0 if both_empty else scorer.score(reference, prediction)["rougeL"].fmeasure)
+    found = values("sqa", rows)["rouge_l"]
+    assert found["value"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-12)
+    assert found["n"] == len(rows)
+
+
+def test_rouge_l_equals_rouge_score_on_korean():
+    assert_equal_to_rouge_score(KOREAN)
+    for pair in KOREAN:
+        assert_equal_to_rouge_score([pair])
+
+
+@settings(deadline=None)
+@given(pairs)
+def test_rouge_l_equals_rouge_score(rows: list[tuple[str, str]]):
+    assert_equal_to_rouge_score(rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [
+        ("", []),
+        ("혈압 120/80", ["혈", "압", "120/80"]),
+        ("bp 36.5 mmhg입니다", ["bp", "36.5", "mmhg", "입", "니", "다"]),
+        ("covid 19", ["covid", "19"]),
+    ],
+)
+def test_units(text: str, units: list[str]):
+    assert rouge_units(text) == units
+
+
+def test_counts_of_one_pair():
+    assert count("흉부 엑스레이 a", "흉부엑스레이 b") == Counts(
+        char_edits=2,
+        char_ref=9,
+        solid_edits=1,
+        solid_ref=7,
+        solid_sub=1,
+        solid_del=0,
+        solid_ins=0,
+        solid_pred=7,
+        solid_common=6,
+        word_edits=3,
+        word_ref=3,
+        word_sub=2,
+        word_del=1,
+        word_ins=0,
+        spaced_edits=1,
+        phonetic_edits=1,
+        phonetic_ref=7,
+        best_edits=1,
+        best_ref=7,
+        two_readings=0,
+        lcs_units=6,
+        pred_units=7,
+        ref_units=7,
+        top_lcs_units=6,
+        exact=0,
+        looped=0,
+    )
+    assert tuple(as_row(count("a", "a"))) == COUNT_NAMES
+
+
+def test_cer_counts_spaces_and_cer_nospace_does_not():
+    found = values("asr", [("흉부 엑스레이", "흉부엑스레이")])
+    assert found["cer"]["value"] == 1 / 7 and found["cer_nospace"]["value"] == 0
+    assert found["wer"]["value"] == 1 and found["exact_match"]["value"] == 0
+
+
+def test_rates_are_of_sums_and_not_means_of_rates():
+    rows = [("가", "나다"), ("가나다라마바사아자", "가나다라마바사아자")]
+    found = values("asr", rows)
+    assert found["cer"] == {"value": 2 / 10, "n": 2}
+    assert found["wer"] == {"value": 1 / 2, "n": 2}
+
+
+@settings(deadline=None)
+@given(pairs, st.integers(0, 8))
+def test_counts_add_up_over_shards(rows: list[tuple[str, str]], cut: int):
+    counted = [as_row(count(*pair)) for pair in rows]
+    total = {name: sum(row[name] for row in counted) for name in COUNT_NAMES}
+    halves = [counted[:cut], counted[cut:]]
+    assert {name: sum(sum(row[name] for row in half) for half in halves) for name in COUNT_NAMES} == total
+    assert metrics_of("asr", iter(counted)) == metrics_of("asr", counted)
+    assert all(isinstance(value, int) and value >= 0 for row in counted for value in row.values())
+
+
+@pytest.mark.parametrize("empty", ["", "   ", "\t\n", "...!?", "\u200b", "\u3000", "\u3164"])
+def test_an_empty_reference_has_no_error_rate(empty: str):
+    found = values("asr", [(empty, "환각입니다"), ("네", "네"), (empty, "")])
+    assert found["cer"] == found["cer_nospace"] == found["wer"] == found["swer"] == {"value": 0.0, "n": 1}
+    assert found["exact_match"] == {"value": 2 / 3, "n": 3}
+    assert set(values("asr", [(empty, "환각")])) == {"exact_match"}
+
+
+@pytest.mark.parametrize("empty", ["", "  ", "?!"])
+def test_an_empty_prediction_misses_everything(empty: str):
+    found = values("asr", [("안녕 하세요", empty)])
+    rates = {"cer": 1, "cer_nospace": 1, "wer": 1, "swer": 1}
+    assert {name: found[name]["value"] for name in found} == {**rates, "exact_match": 0}
+    assert values("sqa", [("안녕", empty)])["rouge_l"]["value"] == 0
+
+
+def test_two_empty_texts_agree():
+    assert values("sqa", [("", "")]) == {"rouge_l": {"value": 1.0, "n": 1}, "exact_match": {"value": 1.0, "n": 1}}
+
+
+def test_no_rows_no_metrics():
+    assert metrics_of("asr", []) == metrics_of("tqa", []) == {}
+
+
+def test_the_headline_metric_comes_first():
+    assert list(values("asr", [("a", "a")])) == ["cer_nospace", "cer", "wer", "swer", "exact_match"]
+    assert list(values("tqa", [("a", "a")])) == ["rouge_l", "exact_match"]
+    assert list(values("aac", [("a", "a")])) == ["rouge_l", "exact_match"], "CIDEr-D is no sum of counts"
+
+
+def test_composed_and_decomposed_text_is_the_same_text():
+    text = "흉부 엑스레이를 찍었습니다"
+    assert values("asr", [(text, unicodedata.normalize("NFD", text))])["cer"]["value"] == 0
+    assert count(unicodedata.normalize("NFD", text), text) == count(text, text)
+
+
+@pytest.mark.parametrize("emoji", ["👍", "👍🏽", "❤️", "👨‍👩‍👧", "🇰🇷", "✅"])
+def test_emoji_are_punctuation(emoji: str):
+    assert count("좋아요", f"좋아요 {emoji}") == count("좋아요", "좋아요")
+    assert count(emoji, "").char_ref == 0
+
+
+def test_long_texts():
+    text = "가나다라마 바사아자 " * 1000
+    whole = normalize_ko_v1(text)
+    same, other = count(text, text), count(text, "하" * 10_000)
+    assert (same.char_edits, same.char_ref, same.exact, same.lcs_units) == (0, len(whole), 1, same.ref_units)
+    assert other.char_edits == other.char_ref == len(whole) == 10_999
+    assert (other.word_ref, other.word_edits, other.lcs_units, other.pred_units) == (2000, 2000, 0, 10_000)
+    changed = count(text, text.replace("마 바", "마 파", 500))
+    assert (changed.char_edits, changed.solid_edits, changed.word_edits) == (500, 500, 500)
+    assert changed.lcs_units == changed.ref_units - 500
+    words = values("sqa", [("a b " * 2500, "a c " * 2500)])["rouge_l"]
+    assert words["value"] == 0.5

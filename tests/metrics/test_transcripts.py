@@ -1,0 +1,204 @@
+"""Transcripts beyond plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
+
+import itertools
+import random
+import unicodedata
+
+import jiwer
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
+
+from voxray.core.errors import RunError
+from voxray.metrics.counts import as_row, count, metrics_of
+from voxray.metrics.loops import has_loop
+from voxray.metrics.rows import check_row, count_row
+from voxray.metrics.second_readings import best_of_readings, spans
+from voxray.metrics.terms import Terms
+from voxray.text.normalize import KOREAN, normalize_ko_v1
+
+texts = st.text(st.sampled_from("가나다라 각  abAB12"), max_size=20)
+
+
+def row(reference: str, prediction: str, **more: object) -> dict[str, object]:
+    return {"task": "asr", "language": "ko", "reference": reference, "prediction": prediction, **more}
+
+
+def rates(*rows: dict[str, object]) -> dict[str, float]:
+    names = ("cer_nospace", "swer", "cer_phonetic", "cer_best", "silence_hallucination", "repetition", "hallucination")
+    found = metrics_of("asr", [as_row(count_row(each)) for each in rows], names)
+    return {name: entry["value"] for name, entry in found.items()}
+
+
+@settings(deadline=None)
+@given(texts, texts)
+def test_kinds_of_error_are_jiwers(reference: str, prediction: str):
+    ref, pred = normalize_ko_v1(reference), normalize_ko_v1(prediction)
+    if not ref:
+        return
+    found = count(reference, prediction)
+    words = jiwer.process_words(ref, pred)
+    assert (found.word_sub, found.word_del, found.word_ins) == (words.substitutions, words.deletions, words.insertions)
+    solid = jiwer.process_characters(ref.replace(" ", ""), pred.replace(" ", ""))
+    assert found.solid_sub + found.solid_del + found.solid_ins == found.solid_edits
+    assert (found.solid_sub, found.solid_del, found.solid_ins) == (
+        solid.substitutions,
+        solid.deletions,
+        solid.insertions,
+    )
+
+
+@pytest.mark.parametrize(
+    ("reference", "prediction", "errors"),
+    [
+        ("흉부 엑스레이 찍어 봅시다", "흉부엑스레이 찍어봅시다", 0),
+        ("흉부 엑스레이 찍어 봅시다", "흉 부 엑 스 레 이 찍어봅시다", 0),
+        ("흉부 엑스레이 찍어 봅시다", "흉부엑스레이 찌거봅시다", 1),  # only the word with the error is wrong
+        ("네 그렇습니다", "", 2),
+        ("네", "네 아니요", 1),  # what was inserted keeps its own spacing
+        ("네", "네아니요", 1),
+        ("혈압이 높습니다", "혈앞이높습니다", 1),
+    ],
+)
+def test_spacing_is_no_error_in_swer(reference: str, prediction: str, errors: int):
+    assert count(reference, prediction).spaced_edits == errors
+
+
+@settings(deadline=None)
+@given(texts)
+def test_spacing_alone_never_counts(text: str):
+    letters = normalize_ko_v1(text).replace(" ", "")
+    spaced = " ".join(letters)
+    if " " in spaced:  # where ko-v1 sees the same letters
+        assert count(text, spaced).spaced_edits == 0 == count(spaced, text).spaced_edits
+
+
+def naive_best(spelling: str, phonetic: str, prediction: str) -> tuple[int, int]:
+    paths = ["".join(path) for path in itertools.product(*spans(spelling, phonetic))]
+    found = [(Levenshtein.distance(path, prediction), -len(path)) for path in paths]
+    edits, length = min(found)
+    return edits, -length
+
+
+@settings(deadline=None)
+@given(texts, texts, texts)
+def test_the_better_reading_of_every_span_is_found(spelling: str, phonetic: str, prediction: str):
+    spelling, phonetic = normalize_ko_v1(spelling), normalize_ko_v1(phonetic)
+    solid = normalize_ko_v1(prediction).replace(" ", "")
+    assert best_of_readings(spelling, phonetic, solid) == naive_best(spelling, phonetic, solid)
+    assert "".join(choices[0] for choices in spans(spelling, phonetic)) == spelling.replace(" ", "")
+    assert "".join(choices[-1] for choices in spans(spelling, phonetic)) == phonetic.replace(" ", "")
+
+
+def test_dual_references():
+    """The example of the facts: rates of 0 only if the reading may change within the sentence."""
+    raw, said = "(70%)/(칠십 퍼센트) 확률로 (5mg)/(오 밀리그램)이에요", "70% 확률로 오 밀리그램이에요"
+    readings = {"reference": "70% 확률로 5mg이에요", "reference_phonetic": "칠십 퍼센트 확률로 오 밀리그램이에요"}
+    for found in (rates(row(raw, said)), rates({**row("", said), **readings})):
+        assert found["cer_best"] == 0 and 0.2 < found["cer_phonetic"] < 0.5 and 0.3 < found["cer_nospace"] < 0.6
+    plain, other = row("네", "네"), row(raw, "칠십 퍼센트 확률로 5mg이에요", transcript_phonetic=None)
+    assert rates(plain, other)["cer_best"] == 0 and count_row(plain).two_readings == 0
+    assert count_row(row("혈압 (120)/(80) 이고", "혈압 120 80 이고")).two_readings == 0, "two numbers are no readings"
+    neighbours = row("(5mg)/(오밀리그램) (70%)/(칠십퍼센트)", "5mg 칠십퍼센트")
+    assert rates(neighbours)["cer_best"] == 0, "spans that touch are two"
+    wrong = count_row(row(raw, "칠십 퍼센트 확률로 6mg이에요"))
+    assert (wrong.best_edits, wrong.best_ref) == (1, len("칠십퍼센트확률로5mg이에요"))
+
+
+def test_of_several_references_the_closest_counts():
+    several = {"references": ["아니요", "네 그렇습니다"], "reference": "아니요"}
+    assert rates({**row("", "네 그렇습니다"), **several})["cer_nospace"] == 0
+    answers = {"task": "tqa", "references": ["혈압", "고혈압 입니다"], "prediction": "고혈압입니"}
+    assert count_row(answers).ref_units == 6
+    assert count_row({**answers, "prediction": "혈압"}).exact == 1
+    words = {"task": "tqa", "references": ["x y z d", "d"], "prediction": "a b c d"}
+    assert count_row(words).ref_units == 1, "the subsequence decides, and not the rate of edits"
+    assert count_row({**words, "task": "asr"}).solid_ref == 4
+
+
+def test_answers_to_silence_are_told_apart():
+    silent = [row("", "환각입니다"), row("...", ""), row("", "?!")]
+    found = rates(row("네", "네"), *silent)
+    assert found["cer_nospace"] == 0 and found["silence_hallucination"] == 1 / 3 and found["hallucination"] == 1 / 4
+    assert "silence_hallucination" not in rates(row("네", "네"))
+
+
+@pytest.mark.parametrize(
+    ("text", "loops"),
+    [
+        ("감사합니다" * 4, True),
+        ("감사합니다" * 3, False),
+        ("네" * 16, True),
+        ("네" * 15, False),
+        ("네 네 네 네 하하하하", False),
+        ("오늘은 " + "구독과 좋아요 " * 4 + "끝", True),
+        ("가나다라마바사아자차카타파하" * 2, False),
+        ("", False),
+        ("ab" * 5000, True),
+    ],
+)
+def test_loops(text: str, loops: bool):
+    assert has_loop(text.replace(" ", "")) is loops
+    assert bool(count("아무 말", text).looped) is loops
+    assert count(text, text).looped == 0, "who says it over and over is not looping"
+
+
+def naive_loop(text: str) -> bool:
+    """By trying every piece at every place, the last one perhaps cut off."""
+    for size in range(1, len(text) // 4 + 1):
+        length = max(16, 4 * size)
+        for at in range(len(text) - length + 1):
+            endless = text[at : at + size] * length
+            if text[at : at + length] == endless[:length]:
+                return True
+    return False
+
+
+def test_loops_are_found_by_trying_all():
+    draw, seen = random.Random(0), set()
+    for _ in range(2000):
+        piece = "".join(draw.choices("가나다", k=draw.randint(1, 6))) * draw.randint(1, 8)
+        text = "".join(draw.choices("가나다라", k=draw.randint(0, 9))) + piece + "".join(draw.choices("가나", k=3))
+        assert has_loop(text) is naive_loop(text), text
+        seen.add(has_loop(text))
+    assert seen == {True, False}
+
+
+def test_more_invented_than_said():
+    assert rates(row("네", "네 그런데 오늘은 날씨가 참 좋네요"))["hallucination"] == 1
+    assert rates(row("네", "네 네 네 네"))["hallucination"] == 0, "few characters are none"
+    assert rates(row("오늘은 날씨가 참 좋네요", "오늘은 날씨가 참 좋네요 그런데 내일은요"))["hallucination"] == 0
+
+
+def test_terms():
+    terms = Terms(["흉부 엑스레이", "혈압", "고혈압", "mg", "Tylenol", "36.5", "", "혈압 계", "  "], KOREAN)
+    assert len(terms) == 7
+    for text, found in [
+        ("흉부엑스레이, 흉부 엑스레이", {"흉부 엑스레이": 2}),
+        ("고혈압과 혈압", {"고혈압": 1, "혈압": 1}),
+        ("혈압계로 혈압을", {"혈압 계": 1, "혈압": 1}),
+        ("5mg, 5 mg 그리고 omg mgs", {"mg": 2}),
+        ("tylenol은 TYLENOL이고 tylenols는 아니다", {"Tylenol": 2}),
+        ("체온 36.5도, 136.5", {"36.5": 1}),
+        (unicodedata.normalize("NFD", "혈압"), {"혈압": 1}),
+        ("", {}),
+    ]:
+        assert terms.count(text) == found, text
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"task": "speech"}, "row 3: task is 'speech', not one of asr, sqa, tqa, aac"),
+        ({"prediction": None}, "row 3: prediction is missing, not text"),
+        ({"reference": 5}, "row 3: reference is int, not text"),
+        ({"references": "a"}, "row 3: references is str, not a list of texts"),
+        ({"references": ["a", None]}, "row 3: references is missing, not text"),
+        ({"language": 1}, "row 3: language is int, not text"),
+    ],
+)
+def test_a_row_that_cannot_be_scored_is_named(broken: dict[str, object], message: str):
+    with pytest.raises(RunError) as error:
+        check_row({**row("a", "a"), **broken}, "row 3")
+    assert str(error.value) == message

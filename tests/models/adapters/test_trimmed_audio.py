@@ -1,0 +1,225 @@
+"""Audio tokens of padding left out: how many stay, which outputs they take, and that nothing else changes."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import TINY, read_rows, write_rows
+from transformers import VoxtralConfig, WhisperFeatureExtractor
+
+from voxray.batches.collate import collate_packed, collate_prompts, collate_training
+from voxray.features.extract import Extractor, Storing
+from voxray.features.featurize import featurize
+from voxray.features.reader import FeatureRow, Features
+from voxray.models.adapters.lora import add_lora, trainable_parameters
+from voxray.models.registry import family_of
+from voxray.models.voxtral.family import VoxtralFrontEnd
+from voxray.training.loop import answer_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAMILY = family_of(TINY)
+CPU = torch.device("cpu")
+SECONDS = (0.3, 2.0, 3.99, 4.0, 4.0001, 9.5)
+POSITIONS = (4, 26, 50, 50, 51, 119)  # 100 frames a second, one or two more at the edge, eight to a position
+WINDOWS = (1, 1, 1, 1, 2, 3)
+
+
+def noise(seconds: float) -> np.ndarray:
+    generator = np.random.default_rng(round(seconds * 1e4))
+    return (generator.integers(-8_000, 8_000, round(seconds * 16_000)) / 32_768).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) -> str:
+    """A clip of every length, asked about, transcribed or described in turn, and two rows of text."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows: list[dict[str, str]] = []
+    for number, seconds in enumerate(SECONDS):
+        path = folder / f"{number}.wav"
+        soundfile.write(path, noise(seconds), 16_000, subtype="PCM_16")
+        texts = ({"transcript": "네"}, {"question": "몇 번?", "answer": "세 번"}, {"caption": "개가 짖는다"})
+        rows.append({"audio_path": str(path), **texts[number % 3]})
+    return write_rows(folder / "m.jsonl", [*rows[:3], *read_rows(small["tqa.train"])[:2], *rows[3:]])
+
+
+def rows_of(manifest: str, folder: Path, **storing: Any) -> list[FeatureRow]:
+    extractor = Extractor(TINY, Storing(**storing))
+    features = Features(featurize([manifest], extractor, folder, rows_per_shard=4, use_ray=False).folders)
+    assert features.num_prompt_tokens.tolist() == [len(features.row(n).prompt_ids) for n in range(len(features))]
+    return [features.row(number) for number in range(len(features))]
+
+
+@pytest.fixture(scope="module")
+def trimmed(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> list[FeatureRow]:
+    return rows_of(manifest, tmp_path_factory.mktemp("trimmed"), trim_audio=True)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
+    wrapped = add_lora(base, FAMILY, ("projector", "llm"), model_id=TINY, r=4, alpha=8, dropout=0.0)
+    for name, parameter in trainable_parameters(wrapped):
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return wrapped
+
+
+# how many
+
+
+def test_a_clip_has_the_positions_that_its_frames_reach():
+    front_end = VoxtralFrontEnd(TINY, trim_audio=True)
+    assert [front_end.num_positions(round(seconds * 16_000)) for seconds in SECONDS] == list(POSITIONS)
+    assert front_end.num_positions(1) == 1
+    whole = VoxtralFrontEnd(TINY)
+    assert [whole.num_positions(round(seconds * 16_000)) for seconds in SECONDS] == [50 * count for count in WINDOWS]
+
+
+@pytest.mark.parametrize("num_samples", [1, 161, 1_080, 1_082, 1_083, 31_999, 63_000, 63_959, 64_000])
+def test_the_last_position_is_the_last_that_hears_the_clip(num_samples: int):
+    """transformers' own padded features are one constant after the clip; its last two frames can be as faint."""
+    front_end = VoxtralFrontEnd(TINY, trim_audio=True)
+    clip = np.random.default_rng(0).normal(0, 0.3, num_samples).astype(np.float32)
+    theirs = WhisperFeatureExtractor.from_pretrained(TINY)(
+        clip, sampling_rate=16_000, padding="max_length", max_length=64_000, return_tensors="np"
+    )["input_features"][0]
+    heard = 1 + np.flatnonzero((theirs != theirs[:, -1:]).any(axis=0)).max(initial=-1)
+    kept = front_end.num_positions(num_samples)
+    assert -(-heard // 8) <= kept <= -(-min(heard + 2, 400) // 8)
+    assert kept == -(-len(front_end.features(clip).mel_KB) // 8)
+
+
+def test_released_voxtral_keeps_57_of_375_positions_of_four_and_a_half_seconds(tmp_path: Path):
+    VoxtralConfig(audio_token_id=24).save_pretrained(tmp_path)
+    WhisperFeatureExtractor(feature_size=128).save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").write_bytes((Path(TINY) / "tekken.json").read_bytes())
+    full = VoxtralFrontEnd(str(tmp_path), trim_audio=True)
+    seconds = (0.01, 1, 4.5, 29.99, 30, 30.01, 65)
+    assert [full.num_positions(round(s * 16_000)) for s in seconds] == [1, 13, 57, 375, 375, 376, 813]
+
+
+def test_features_are_keyed_by_it_and_hold_the_same_audio(manifest: str, trimmed: list[FeatureRow], tmp_path: Path):
+    assert Extractor(TINY, Storing(trim_audio=True)).fingerprint != Extractor(TINY).fingerprint
+    whole = rows_of(manifest, tmp_path)
+    for ours, theirs in zip(trimmed, whole, strict=True):
+        assert np.array_equal(ours.audio, theirs.audio) and ours.num_windows == theirs.num_windows
+        others = [[token for token in row.prompt_ids.tolist() if token != 24] for row in (ours, theirs)]
+        assert others[0] == others[1]
+    counts = [int((row.prompt_ids == 24).sum()) for row in trimmed if row.num_windows]
+    assert counts == list(POSITIONS)
+
+
+# which
+
+
+def language_model_inputs(model: Any, call: Any) -> torch.Tensor:
+    """What the language model is given in its first call."""
+    seen: list[torch.Tensor] = []
+    inner = model.get_base_model().model.language_model
+
+    def look(_: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.append(given["inputs_embeds"])
+
+    with inner.register_forward_pre_hook(look, with_kwargs=True), torch.no_grad():
+        call()
+    return seen[0]
+
+
+@pytest.mark.parametrize("store", ["mel", "pcm16", "encoder"])
+@pytest.mark.parametrize("how", ["padded", "packed", "prompts"])
+def test_tokens_take_the_first_outputs_of_their_clip(
+    model: Any, manifest: str, tmp_path: Path, store: str, how: str, request: pytest.FixtureRequest
+):
+    """And the library's own get_audio_features, on each clip by itself, says what these are."""
+    rows = rows_of(manifest, tmp_path, trim_audio=True, store=store, dtype="float32")
+    front_end, base = VoxtralFrontEnd(TINY, trim_audio=True), model.get_base_model()
+    if store == "encoder":
+        request.addfinalizer(partial(setattr, base.model, "audio_tower", base.model.audio_tower))
+        FAMILY.skip_encoder(model)
+    collate = {"padded": collate_training, "packed": collate_packed, "prompts": collate_prompts}[how]
+    batch = collate(rows, front_end)
+    if how == "prompts":
+        options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": front_end.pad_id}
+        found = language_model_inputs(model, lambda: FAMILY.generate(model, batch, **options))
+    else:
+        found = language_model_inputs(model, lambda: answer_loss(model, FAMILY, batch, 0.0))
+    embeddings = base.get_input_embeddings()(batch["input_ids"])
+    is_audio = batch["input_ids"] == 24
+    assert torch.equal(found[~is_audio], embeddings[~is_audio])
+    wanted = []
+    with torch.no_grad():
+        for row in rows:
+            if row.num_windows:
+                clip = collate_prompts([row], front_end)["input_features"]
+                outputs = base.model.get_audio_features(clip, return_dict=True).pooler_output
+                assert outputs.shape[0] == 50 * row.num_windows
+                wanted.append(outputs[: int((row.prompt_ids == 24).sum())])
+    assert torch.allclose(found[is_audio], torch.cat(wanted), atol=1e-5)
+
+
+def test_whole_windows_go_the_librarys_way(model: Any, manifest: str, tmp_path: Path):
+    """Without the flag a batch reaches the library untouched; clips that fill their windows do so with it."""
+    seen: list[set[str]] = []
+    outer = model.get_base_model().model
+
+    def look(_: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.append(set(given))
+
+    batches = [collate_training(rows_of(manifest, tmp_path / "f"), VoxtralFrontEnd(TINY))]
+    full = [row for row in rows_of(manifest, tmp_path / "t", trim_audio=True) if (row.prompt_ids == 24).sum() == 50]
+    batches.append(collate_training(full, VoxtralFrontEnd(TINY, trim_audio=True)))
+    for batch in batches:
+        with outer.register_forward_pre_hook(look, with_kwargs=True), torch.no_grad():
+            answer_loss(model, FAMILY, batch, 0.0)
+        assert {"input_ids", "input_features"} < seen[-1] and "inputs_embeds" not in seen[-1]
+    assert len(full) >= 1
+
+
+# the same numbers
+
+
+def test_packed_equals_padded(model: Any, trimmed: list[FeatureRow]):
+    front_end = VoxtralFrontEnd(TINY, trim_audio=True)
+    tokens = sum(len(row.target_ids) for row in trimmed)
+
+    def loss(batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        total = sum(answer_loss(model, FAMILY, batch, 0.0) for batch in batches)
+        assert isinstance(total, torch.Tensor)
+        total.sum().backward()
+        grads = [parameter.grad.flatten() for _, parameter in trainable_parameters(model) if parameter.grad is not None]
+        return total.detach(), torch.cat(grads)
+
+    padded, padded_grads = loss([collate_training(trimmed, front_end)])
+    alone, _ = loss([collate_training([row], front_end) for row in trimmed])
+    packed, packed_grads = loss([collate_packed(trimmed, front_end)])
+    assert (packed - padded).abs().max() / tokens < 1e-5 and (alone - padded).abs().max() / tokens < 1e-5
+    assert (packed_grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
+    assert (packed > 0).all(), "all four tasks are in it"
+
+
+def test_generation_equals_a_naive_loop_over_rows(model: Any, trimmed: list[FeatureRow]):
+    """Greedy, one row at a time, without a cache: embeddings put together by hand, the library's model after them."""
+    front_end, base, steps = VoxtralFrontEnd(TINY, trim_audio=True), model.get_base_model(), 6
+    options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": front_end.pad_id, "eos_token_id": 2}
+    with torch.no_grad():
+        found = FAMILY.generate(model, collate_prompts(trimmed, front_end), **options).tolist()
+        for row, ids in zip(trimmed, found, strict=True):
+            inputs = base.get_input_embeddings()(torch.from_numpy(row.prompt_ids.astype(np.int64)))
+            if row.num_windows:
+                clip = collate_prompts([row], front_end)["input_features"]
+                outputs = base.model.get_audio_features(clip, return_dict=True).pooler_output
+                place = torch.from_numpy(row.prompt_ids == 24)
+                inputs[place] = outputs[: int(place.sum())]
+            wanted: list[int] = []
+            while len(wanted) < steps and 2 not in wanted:
+                logits = base(inputs_embeds=inputs[None], use_cache=False).logits[0, -1]
+                wanted.append(int(logits.argmax()))
+                inputs = torch.cat([inputs, base.get_input_embeddings()(torch.tensor(wanted[-1:]))])
+            assert ids[: len(wanted)] == wanted, row.id

@@ -1,0 +1,231 @@
+"""Whisper's model side against transformers' own: losses, generation in batches that rows leave, long recordings."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import WHISPER, manifest, read_rows, write_rows
+
+from voxray.audio.decode import decode
+from voxray.batches.collate import collate_packed, collate_training
+from voxray.core.errors import RunError
+from voxray.features.reader import FeatureRow, Features
+from voxray.generation.generate import Generated, Search, generated
+from voxray.models.adapters.lora import add_lora, count_parameters
+from voxray.models.parts.losses import token_losses
+from voxray.models.registry import family_of
+
+FAMILY = family_of(WHISPER)
+FRONT_END = FAMILY.front_end(WHISPER)
+CPU = torch.device("cpu")
+LIMIT = 40
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Speech of which every third row does not say its language, and one recording of several windows."""
+    found = [*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3]]
+    for row in found[::3]:
+        row.pop("language")
+    folder = tmp_path_factory.mktemp("whisper")
+    silence = np.zeros(8_000, np.float32)
+    clips = [decode(row["audio_path"], 16_000) for row in read_rows(manifest("base.val")) if row["language"] == "en"]
+    long = np.concatenate([part for clip in clips[:5] for part in (clip, silence)])
+    soundfile.write(folder / "long.wav", long, 16_000)
+    found.append({"audio_path": str(folder / "long.wav"), "transcript": "a long recording", "language": "en"})
+    return found
+
+
+@pytest.fixture(scope="module")
+def features(rows: list[dict[str, Any]], make_features: Callable[..., Any], tmp_path_factory: Any) -> Features:
+    path = write_rows(tmp_path_factory.mktemp("m") / "m.jsonl", rows)
+    return Features(make_features(path, model_id=WHISPER))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    from transformers import WhisperForConditionalGeneration
+
+    return WhisperForConditionalGeneration.from_pretrained(WHISPER, dtype=torch.float32).eval()
+
+
+def short(features: Features) -> list[FeatureRow]:
+    return [features.row(number) for number in range(len(features) - 1)]
+
+
+def answered(model: Any, rows: list[FeatureRow], **search: Any) -> list[Generated]:
+    found = dict(generated(model, FAMILY, FRONT_END, rows, batch_size=3, search=Search(LIMIT, **search)))
+    return [found[place] for place in range(len(rows))]
+
+
+def of_library(theirs: Any, row: FeatureRow, **options: Any) -> str:
+    """What transformers says of one row, its features made and its language found by itself."""
+    from transformers import WhisperProcessor
+
+    processor = WhisperProcessor.from_pretrained(WHISPER)
+    samples, long = decode(PATHS[row.id], 16_000), row.num_windows > 1
+    how: dict[str, Any] = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
+    inputs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="pt", **how)
+    inputs["input_features"] = inputs["input_features"].half().float()  # as shards hold them
+    language = row.language or None
+    ids = theirs.generate(**inputs, language=language, task="transcribe", max_new_tokens=LIMIT, **options)
+    return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+PATHS: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _paths(rows: list[dict[str, Any]], features: Features) -> None:
+    PATHS.update({features.row(number).id: row["audio_path"] for number, row in enumerate(rows)})
+
+
+def test_losses_are_the_librarys_padded_and_packed(model, theirs, features):
+    rows = short(features)
+    batch = collate_training(rows, FRONT_END)
+    ours, keep_BL = token_losses(partial(FAMILY.answer_logits, model), batch)
+    with torch.inference_mode():
+        logits = theirs(
+            input_features=batch["input_features"],
+            decoder_input_ids=batch["input_ids"],
+            decoder_attention_mask=batch["attention_mask"],
+        ).logits
+    labels = batch["labels"].roll(-1, 1)[keep_BL]
+    assert torch.allclose(ours, torch.nn.functional.cross_entropy(logits[keep_BL], labels, reduction="none"), atol=1e-5)
+    packed, _ = token_losses(partial(FAMILY.answer_logits, model), collate_packed(rows, FRONT_END))
+    assert torch.allclose(packed, ours, atol=1e-5)
+
+
+def test_packed_gradients_are_those_of_padded_rows(features):
+    rows, found = short(features)[:4], []
+    for collate in (collate_training, collate_packed):
+        base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+        torch.manual_seed(0)
+        wrapped = add_lora(base, FAMILY, ("encoder", "decoder"), model_id=WHISPER, r=4, alpha=8, dropout=0.0)
+        token_losses(partial(FAMILY.answer_logits, wrapped), collate(rows, FRONT_END))[0].sum().backward()
+        gradients = [parameter.grad for parameter in wrapped.parameters() if parameter.grad is not None]
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert found[0].abs().max() > 0 and torch.allclose(*found, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_answers_are_the_librarys_whoever_is_beside_them(model, theirs, features):
+    """Rows leave and join, some say their language and of others it is found, and the tokens stay the library's."""
+    rows = short(features)
+    assert [answer.text for answer in answered(model, rows)] == [of_library(theirs, row) for row in rows]
+    assert len({answer.num_new_tokens for answer in answered(model, rows)}) > 1, "they end at different times"
+
+
+def test_beams_are_the_librarys(model, theirs, features):
+    rows = short(features)[:4]
+    texts = [answer.text for answer in answered(model, rows, num_beams=3)]
+    assert texts == [of_library(theirs, row, num_beams=3) for row in rows]
+    limit = FRONT_END.max_positions  # more than there is room for, and one less where the language is found
+    found = list(generated(model, FAMILY, FRONT_END, rows[:1], batch_size=1, search=Search(limit, temperature=0.5)))
+    assert found[0][1].text
+
+
+def test_a_long_recording_goes_through_whispers_own_algorithm(model, theirs, features):
+    long = features.row(len(features) - 1)
+    assert long.num_windows > 2
+    [answer] = answered(model, [long])
+    assert answer.text == of_library(theirs, long, return_timestamps=True) and not answer.hit_max
+    said = [row["transcript"] for row in read_rows(manifest("base.val")) if row["language"] == "en"][:5]
+    words = [word for line in said for word in line.split()]
+    assert sum(word in answer.text.split() for word in words) > 0.8 * len(words), "it is all there"
+
+
+def test_rows_with_times_are_answered_with_times(model, theirs, features, make_features, tmp_path):
+    row = read_rows(manifest("base.val"))[0]
+    row |= {"segments": [{"start": 0.0, "end": 1.0, "text": row["transcript"]}]}
+    timed = Features(make_features(write_rows(tmp_path / "t.jsonl", [row]), model_id=WHISPER, folder=tmp_path)).row(0)
+    PATHS[timed.id] = row["audio_path"]
+    assert FRONT_END.no_times_id not in timed.prompt_ids and "<|1.00|>" in FRONT_END.show(timed.target_ids)
+    [answer] = answered(model, [timed])
+    assert answer.text == of_library(theirs, timed, return_timestamps=True) and answer.text
+
+
+def test_full_size_trains_what_the_published_recipe_trains():
+    """whisper-small's configuration: 72 layers of 768 x 768, LoRA of rank 32 on each: 1.44 % of the parameters."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    halves = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in SMALL.items()}
+    with torch.device("meta"):
+        base = WhisperForConditionalGeneration(WhisperConfig(vocab_size=51_865, d_model=768, **halves))
+    wrapped = add_lora(
+        base.requires_grad_(False), FAMILY, ("encoder", "decoder"), model_id="", r=32, alpha=64, dropout=0.05
+    )
+    counts = count_parameters(wrapped, FAMILY)
+    trainable, total = (sum(entry[key] for entry in counts.values()) for key in ("trainable", "total"))
+    assert (trainable, total) == (3_538_944, 245_273_856) and f"{trainable / total:.2%}" == "1.44%"
+    assert counts["encoder"]["trainable"] * 2 == counts["decoder"]["trainable"], "cross attention is the decoder's"
+
+
+SMALL = {"layers": 12, "attention_heads": 12, "ffn_dim": 3072}
+
+
+@pytest.mark.parametrize(("roles", "num_layers"), [(("decoder",), 8), (("encoder",), 4), (("encoder", "decoder"), 12)])
+def test_lora_stays_in_its_role(roles, num_layers):
+    base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+    wrapped = add_lora(base, FAMILY, roles, model_id=WHISPER, r=2, alpha=4, dropout=0.0)
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 2 * num_layers
+    assert {"encoder" if ".encoder." in name else "decoder" for name in trained} == set(roles)
+    targets = ("fc1", "fc2")
+    base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+    wrapped = add_lora(base, FAMILY, roles, model_id=WHISPER, r=2, alpha=4, dropout=0.0, targets=targets)
+    assert all(".fc" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
+    with pytest.raises(RunError, match="no layer of the decoder is called no_such"):
+        add_lora(base, FAMILY, ("decoder",), model_id=WHISPER, r=2, alpha=4, dropout=0.0, targets=("no_such",))
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")])
+def test_encoder_and_decoder_are_quantised_and_the_output_layer_is_not(quantize, kind, features):
+    model = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU, quantize=quantize)
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    assert kinds["model.encoder.layers.0.fc1"] == kinds["model.decoder.layers.1.encoder_attn.q_proj"] == kind
+    assert kinds["proj_out"] == "Linear"
+    rows = short(features)[:4]
+    wrapped = add_lora(model, FAMILY, ("encoder", "decoder"), model_id=WHISPER, r=4, alpha=8, dropout=0.0)
+    loss, _ = token_losses(partial(FAMILY.answer_logits, wrapped), collate_training(rows, FRONT_END))
+    loss.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
+    assert all(answer.text for answer in answered(wrapped.eval(), rows))
+
+
+def test_stored_encoder_outputs_answer_and_weigh_alike(model, features, rows, make_features, tmp_path):
+    path = write_rows(tmp_path / "m.jsonl", rows[:5])
+    stored = Features(make_features(path, model_id=WHISPER, folder=tmp_path, store="encoder", dtype="float32"))
+    from_mel = short(features)[:5]
+    wanted, _ = token_losses(partial(FAMILY.answer_logits, model), collate_training(from_mel, FRONT_END))
+    skipping = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+    FAMILY.skip_encoder(skipping)
+    some = [stored.row(number) for number in range(5)]
+    found, _ = token_losses(partial(FAMILY.answer_logits, skipping), collate_training(some, FRONT_END))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert [a.text for a in answered(skipping, some)] == [a.text for a in answered(model, from_mel)]
+
+
+def test_only_log_mel_can_be_heard_window_by_window(features, rows, make_features, tmp_path):
+    path = write_rows(tmp_path / "m.jsonl", rows[-1:])
+    stored = Features(make_features(path, model_id=WHISPER, folder=tmp_path, store="encoder", dtype="float32"))
+    skipping = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
+    FAMILY.skip_encoder(skipping)
+    with pytest.raises(ValueError, match="--store mel or pcm16"):
+        answered(skipping, [stored.row(0)])
+
+
+def test_other_families_folders_are_told_apart(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(Exception, match="model type 'bert' is not one of voxtral, whisper"):
+        family_of(str(tmp_path))

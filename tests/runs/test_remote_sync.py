@@ -1,0 +1,297 @@
+"""Results behind a URL, against S3's own API (moto's server, on the loopback interface): runs, shards and predictions.
+
+A machine is a home folder here: another one knows nothing of the first but what is in the bucket.
+"""
+
+import hashlib
+import json
+import logging
+import random
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY
+from helpers.running import ROOT, Driver
+
+from voxray.commands.evaluate import run_evaluation
+from voxray.commands.train import run_training
+from voxray.config.evaluate import EvaluateSettings
+from voxray.config.preflight import PreflightTextSettings
+from voxray.config.train import TextSettings
+from voxray.core.errors import RunError, SettingsError
+from voxray.core.storage import RemotePath
+from voxray.evaluation.distribute import answer
+from voxray.evaluation.predictions import read_predictions
+from voxray.generation.generate import Search
+from voxray.generation.model import Generation
+from voxray.preflight.check_run import Preflight
+from voxray.runs.remote_sync import Mirror
+from voxray.training.records import read_metrics
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """Address of an S3 server of this module's own."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of a folder in a new bucket."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    name = f"b{hashlib.sha256(request.node.name.encode()).hexdigest()[:10]}"
+    with urllib.request.urlopen(urllib.request.Request(f"http://{s3}/{name}", method="PUT"), timeout=10):
+        pass
+    return f"s3://{name}/all?endpoint_override={s3}&scheme=http&region=us-east-1"
+
+
+Machine = Callable[[str], Path]
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Go to a machine; returns its home."""
+
+    def go(name: str) -> Path:
+        monkeypatch.setenv("HOME", str(tmp_path / name))
+        (tmp_path / name).mkdir(exist_ok=True)
+        return tmp_path / name
+
+    return go
+
+
+def settings(small: dict[str, str], **changes: Any) -> TextSettings:
+    values = {"model_id": TINY, "train_jsonl": (small["tqa.train"],), "output_dir": "runs/a", "num_workers": 0}
+    return TextSettings.model_validate(
+        {**values, "max_steps": 4, "save_steps": 2, "lr_schedule": "constant", **changes}
+    )
+
+
+def names(url: str) -> set[str]:
+    place = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": url})).place
+    assert isinstance(place, RemotePath)
+    return set(place.walk())
+
+
+def test_a_run_goes_on_on_another_machine(
+    one_thread: None, small: dict[str, str], bucket: str, machine: Machine, tmp_path: Path
+) -> None:
+    """Checkpoints, shards and metrics are in the bucket; what comes out is what one machine would have made."""
+    machine("first")
+    run_training(settings(small, storage_path=bucket, max_steps=2))
+    there = names(bucket)
+    assert {"runs/a/settings.json", "runs/a/metrics.jsonl", "runs/a/result.json"} <= there
+    assert {f"runs/a/checkpoints/step-000002/{name}" for name in ("progress.json", "optimizer.pt")} <= there
+    assert any(name.startswith("runs/a/features/") and name.endswith(".arrow") for name in there)
+    assert not any("STOP" in name or ".part" in name for name in there)
+    machine("second")
+    again = settings(small, storage_path=bucket)
+    run_training(again)
+    machine("third")
+    mirror = Mirror.of(again)
+    mirror.fetch()
+    assert [record["step"] for record in read_metrics(mirror.folder, "train")] == [1, 2, 3, 4]
+    whole = settings(small, output_dir=str(tmp_path / "whole"))
+    run_training(whole)
+    weights = "adapter/adapter_model.safetensors"
+    assert (mirror.folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    with pytest.raises(SettingsError, match="holds a run with other settings: --seed"):
+        run_training(settings(small, storage_path=bucket, seed=9))
+    run_training(settings(small, storage_path=bucket, seed=9, max_steps=1, overwrite=True))
+    assert {name.split("/")[3] for name in names(bucket) if "/checkpoints/" in name} == {"step-000001"}
+
+
+def write_checkpoint(folder: Path, step: int, content: str) -> None:
+    made = folder / "checkpoints" / f"step-{step:06d}"
+    made.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter.safetensors", "optimizer.pt", "progress.json"):
+        (made / name).write_text(f"{content} {name}")
+
+
+def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
+    bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every single write of an upload the bucket holds a whole checkpoint, and another machine finds it."""
+    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+    machine("one")
+    mirror = Mirror.of(given)
+    mirror.folder.mkdir(parents=True)
+    (mirror.folder / "settings.json").write_text("{}")
+    write_checkpoint(mirror.folder, 1, "old")
+    mirror.push()
+    write_checkpoint(mirror.folder, 2, "new")
+    for file in (mirror.folder / "checkpoints" / "step-000001").iterdir():
+        file.unlink()
+    (mirror.folder / "checkpoints" / "step-000001").rmdir()
+    done, write, left = [0], RemotePath.write_bytes, [0]
+
+    def dies(self: RemotePath, data: Any) -> None:
+        if left[0] == 0:
+            raise OSError("connection reset")
+        left[0] -= 1
+        write(self, data)
+
+    monkeypatch.setattr(RemotePath, "write_bytes", dies)
+    for number in range(5):
+        left[0] = number
+        home = machine("one")
+        try:
+            Mirror.of(given).push()
+        except OSError:
+            said: list[str] = []
+            left[0] = 0
+            Mirror.of(given).push_or(said.append)
+            assert said == ["not uploaded yet: connection reset"]
+        machine(f"other{number}")
+        other = Mirror.of(given)
+        other.fetch()
+        [found] = (other.folder / "checkpoints").iterdir()
+        assert len({file.read_text().split()[0] for file in found.iterdir()}) == 1, "never a mixture"
+        assert len(list(found.iterdir())) == 3
+        done.append(int(found.name[-1]))
+        assert home != other.folder
+    assert done == [0, 1, 1, 1, 1, 2]
+    with pytest.raises(RunError, match=r"cannot be written: connection reset; all is in "):
+        write_checkpoint(other.folder, 3, "newer")
+        left[0] = 0
+        other.push_all()
+
+
+def test_what_one_machine_asks_others_hear(bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("voxray.runs.remote_sync.LOOK_SEC", 0.05)
+    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+    machine("driver")
+    driver = Mirror.of(given)
+    driver.folder.mkdir(parents=True)
+    machine("worker")
+    worker = Mirror.of(given)
+    worker.folder.mkdir(parents=True)
+    done = worker.hear_signals()
+    driver.send_signals()
+    (driver.folder / "STOP").touch()
+    driver.send_signals()
+    deadline = time.monotonic() + 10
+    while not (worker.folder / "STOP").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    done.set()
+    driver.take_back_signals()
+    assert not names(bucket)
+
+
+def test_an_evaluation_goes_on_on_another_machine(
+    one_thread: None, make_features: Any, small: dict[str, str], bucket: str, machine: Machine
+) -> None:
+    """What is answered and uploaded is not answered again; answers to other rows take the place of the first ones."""
+    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "e", "storage_path": bucket})
+    folders, generation = make_features(small["tqa.train"]), Generation(TINY, "", Search(2), 1)
+
+    def answered(home: str, rows: range) -> tuple[list[str], list[tuple[int, int]]]:
+        machine(home)
+        mirror, seen = Mirror.of(given), list[tuple[int, int]]()
+        mirror.fetch()
+        how = {"use_ray": False, "mirror": mirror, "on_progress": lambda done, total: seen.append((done, total))}
+        answer(generation, folders, rows, mirror.folder, **how)
+        return [row["prediction"] for row in read_predictions(mirror.folder)], seen
+
+    texts, seen = answered("first", range(12))
+    assert seen == [(8, 12), (12, 12)]
+    place = Mirror.of(given).place
+    assert place is not None
+    (place / "predictions/part-00001.parquet").unlink()
+    assert answered("second", range(12)) == (texts, [(12, 12)])
+    answered("third", range(4))
+    there = {name for name in names(bucket) if name.startswith("e/predictions/part")}
+    assert there == {"e/predictions/part-00000.parquet"}
+
+
+def test_the_evaluate_job_leaves_its_results_at_the_url(
+    evaluation_here: None, one_thread: None, small: dict[str, str], bucket: str, machine: Machine
+) -> None:
+    home = machine("first")
+    values = {"model_id": TINY, "val_jsonl": (small["tqa.val"],), "output_dir": bucket.replace("?", "/e?")}
+    run_evaluation(EvaluateSettings.model_validate({**values, "gen_max_new_tokens": 2, "perplexity": "none"}))
+    there = names(bucket)
+    assert {"e/metrics.json", "e/report.html", "e/quarantine.jsonl", "e/predictions/part-00000.parquet"} <= there
+    assert any(name.startswith("e/features/") and name.endswith("set.json") for name in there)
+    assert not list(home.rglob("features/*/set.json")), "shards are at the URL, and cached"
+
+
+def test_an_adapter_behind_a_url_is_fetched(bucket: str, machine: Machine) -> None:
+    from voxray.runs.remote_sync import fetched
+
+    machine("first")
+    mirror = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket}))
+    (mirror.folder / "adapter").mkdir(parents=True)
+    (mirror.folder / "adapter" / "adapter_config.json").write_text("{}")
+    mirror.push()
+    machine("second")
+    assert (fetched(bucket.replace("?", "/r?"), "--lora_dir") / "adapter" / "adapter_config.json").read_text() == "{}"
+
+
+def test_urls_that_cannot_be_used(small: dict[str, str], s3: str, bucket: str, machine: Machine) -> None:
+    machine("one")
+    with pytest.raises(SettingsError, match="--storage_path: take the credentials out of the URL"):
+        run_training(settings(small, storage_path="s3://key:secret@bucket"))
+    gone = f"s3://no-such-bucket/x?endpoint_override={s3}&scheme=http&region=us-east-1"
+    with pytest.raises(RunError, match=r"^s3://no-such-bucket/x/runs/a: cannot be "):
+        run_training(settings(small, storage_path=gone))
+    preflight = Preflight(PreflightTextSettings.model_validate(dict(settings(small, storage_path=gone))))
+    preflight.look()
+    [message] = [finding.message for finding in preflight.findings.to_fix]
+    assert message.startswith("--storage_path s3://no-such-bucket/x/runs/a: cannot write there")
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_killed_again_and_again_on_a_new_machine_each_time(
+    small: dict[str, str], bucket: str, tmp_path: Path, machine: Machine
+) -> None:
+    """kill -9 of everything at any moment, mostly in the middle of an upload; each start finds only the bucket."""
+    draw = random.Random(3)
+    flags = f"--model_id {TINY} --train_jsonl {small['tqa.train']} --num_workers 0 --max_steps 16 --save_steps 1"
+    flags += " --lr_schedule constant --seed 3"
+    command = [sys.executable, str(ROOT / "jobs/train_text.py"), *flags.split()]
+    steps, log = list[int](), tmp_path / "log"
+    for number in range(5):
+        home = tmp_path / f"machine{number}"
+        home.mkdir()
+        driver = Driver([*command, "--output_dir", bucket], log, {**CREDENTIALS, "HOME": str(home)})
+        try:
+            if number == 4:
+                assert driver.process.wait(300) == 0, log.read_text()
+                break
+            deadline = time.monotonic() + 120
+            while not any(f"step-{max(steps, default=0) + 3:06d}" in name for name in names(bucket)):
+                assert driver.process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(draw.random() * 0.3)
+            driver.kill()
+        finally:
+            driver.end()
+        steps.append(max(int(name.split("/")[1][5:]) for name in names(bucket) if name.endswith("progress.json")))
+    print("newest whole checkpoint at the URL after each kill:", steps)
+    assert steps == sorted(steps)
+    machine("last")
+    mirror = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": bucket}))
+    mirror.fetch()
+    records = read_metrics(mirror.folder, "train")
+    assert [record["step"] for record in records] == list(range(1, 17))
+    run_training(settings(small, output_dir=str(tmp_path / "whole"), max_steps=16, save_steps=16, seed=3))
+    losses = [record["loss"] for record in read_metrics(tmp_path / "whole", "train")]
+    assert [record["loss"] for record in records] == pytest.approx(losses, abs=1e-4)
+    assert json.loads((mirror.folder / "result.json").read_text())["finished"]

@@ -1,0 +1,267 @@
+"""Measuring the rows of manifests for an audit: the part that decodes and counts, chunk by chunk, on any machine.
+
+What a row is told here it can be told alone; what needs the other rows (duplicates, leaks, outliers) is in
+``audit_findings``. A chunk's measurements go to a file, so neither the workers nor the driver hold a corpus.
+"""
+
+import json
+import os
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from voxray.audio.decode import Part, decode_native, resampled_length
+from voxray.audio.logmel import HOP_SAMPLES
+from voxray.audio.quality import QualityLimits, faults, measure
+from voxray.cluster.actor_pool import run_workers
+from voxray.core.errors import BadRow
+from voxray.core.manifest import Chunk, Sample, chunks, read_chunk
+from voxray.core.storage import write_atomically
+from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_of
+from voxray.models.interface import FrontEnd
+
+MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer; a damaged header may say so and fill the memory
+EXCERPT_CHARS = 60
+STREAMED_BYTES = 0x7FFF_0000  # sizes from here on are what programs write that do not know the size yet
+
+
+@dataclass(frozen=True)
+class AuditLimits:
+    """What a row is held against; see the settings of the same names."""
+
+    quality: QualityLimits
+    min_chars_per_sec: float
+    max_chars_per_sec: float
+    max_duration_error_sec: float
+    max_len: int
+
+
+@dataclass
+class Measured:
+    """What was found of one row.
+
+    Attributes:
+        file: Number of its manifest among the inputs.
+        line: Line in it, from 1.
+        id: The row's own id, or "" when it has none.
+        task: Name of its task, "" if that cannot be told.
+        faults, warnings: Pairs of a reason and a message.
+        usable: Whether the row can be read at all; if not, the rest is empty.
+        duration_sec: Length of its clip, 0 for text.
+        num_chars, num_bytes: Length of prompt and answer in characters, and in bytes of UTF-8.
+        num_tokens: Length in tokens (prompt, audio, answer), 0 without a model.
+        chars_per_sec: Characters of the transcript without spaces per second, 0 where it is no transcription.
+        audio: Hash of the decoded samples, "" for text.
+        text: See ``identity.leak_text``.
+        key: What a duplicate has as well (see ``identity.duplicate_key``).
+        speaker: See ``identity.speaker_of``.
+        excerpt: Beginning of the answer, for people.
+    """
+
+    file: int
+    line: int
+    id: str = ""
+    task: str = ""
+    faults: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    usable: bool = False
+    duration_sec: float = 0.0
+    num_chars: int = 0
+    num_bytes: int = 0
+    num_tokens: int = 0
+    chars_per_sec: float = 0.0
+    audio: str = ""
+    text: str = ""
+    key: str = ""
+    speaker: str = ""
+    excerpt: str = ""
+
+
+class RowMeasurer:
+    """Measures the rows of a chunk; the unit of work of a Ray Data actor."""
+
+    def __init__(self, limits: AuditLimits, front_end: FrontEnd | None) -> None:
+        self.limits, self.front_end = limits, front_end
+
+    def work(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Measure a chunk and write the results to its file; returns how many lines it has."""
+        chunk = Chunk(**item["chunk"])
+        results = [vars(row) for row in self.measure_chunk(chunk, item["file"])]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
+        write_atomically(Path(item["path"]), lines.encode("utf-8", "surrogatepass"))
+        return {"lines": chunk.num_lines}
+
+    def measure_chunk(self, chunk: Chunk, file: int) -> list[Measured]:
+        """All rows of a chunk, in order, the bad ones included."""
+        raw = chunk.read_bytes()
+        parsed, lines = read_chunk(chunk, raw), raw.split(b"\n")
+        rows = [Measured(file, line, faults=[(bad.reason, bad.message)]) for line, bad in parsed.bad]
+        for sample in parsed.samples:
+            line = int(sample.source.rpartition(":")[2])
+            values = json.loads(lines[line - chunk.first_line].removeprefix(b"\xef\xbb\xbf"))
+            rows.append(self.measure_row(sample, values, Measured(file, line)))
+        return sorted(rows, key=lambda row: row.line)
+
+    def measure_row(self, sample: Sample, values: dict[str, Any], row: Measured) -> Measured:
+        """Fill in what can be said of one row; a fault of its audio ends up in ``faults``."""
+        row.id = "" if values.get("id") in (None, "") else sample.id
+        row.task, row.speaker = sample.task.name, speaker_of(values)
+        row.excerpt = sample.answer[:EXCERPT_CHARS]
+        texts = (sample.prompt, sample.answer)
+        row.num_chars, row.num_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+        row.warnings += _text_warnings("".join(texts))
+        try:
+            num_samples = self._measure_audio(sample, values, row) if sample.audio_path else 0
+            if self.front_end:
+                self._count_tokens(sample, self.front_end, num_samples, row)
+        except BadRow as error:
+            row.faults.append((error.reason, error.message))
+            return row
+        text = row_text(sample.prompt, sample.answer)
+        text_hash = short_hash(sample.task.name + text)
+        row.key = duplicate_key(sample.task, row.audio, text_hash)
+        row.text = leak_text(sample.task, text)
+        row.usable = True
+        return row
+
+    def _measure_audio(self, sample: Sample, values: dict[str, Any], row: Measured) -> int:
+        """Decode and measure the clip; returns its samples at the model's rate, 0 without a model."""
+        part, limits = Part(sample.start_sec, sample.duration_sec, sample.channel), self.limits
+        max_sec = self.front_end.max_audio_sec if self.front_end else MAX_DECODED_SEC
+        try:
+            missing = missing_bytes(Path(sample.audio_path))
+            samples, rate_hz = decode_native(sample.audio_path, part=part, max_sec=max_sec)
+        except OSError as error:
+            raise BadRow("audio_missing", f"cannot read {sample.audio_path}: {error.strerror}") from None
+        if missing:
+            raise BadRow("audio_truncated", f"{sample.audio_path} lacks {missing} of the bytes that its header says")
+        quality = measure(samples, rate_hz)
+        row.duration_sec, row.audio = quality.duration_sec, audio_hash(samples)
+        row.warnings += faults(quality, limits.quality)
+        stated_sec = values.get("duration")
+        if stated_sec and abs(stated_sec - row.duration_sec) > limits.max_duration_error_sec:
+            row.warnings.append(("duration_mismatch", f"{row.duration_sec:.2f} s, but the row says {stated_sec:g} s"))
+        if sample.task.template == "transcription":
+            row.chars_per_sec = len("".join(sample.answer.split())) / row.duration_sec
+            within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
+            if sample.answer and not limits.min_chars_per_sec <= row.chars_per_sec <= limits.max_chars_per_sec:
+                message = f"{row.chars_per_sec:.1f} characters per second, outside {within}"
+                row.warnings.append(("speaking_rate", message))
+        return resampled_length(len(samples), rate_hz, self.front_end.sample_rate_hz) if self.front_end else 0
+
+    def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: Measured) -> None:
+        num_windows = front_end.num_windows(num_samples) if num_samples else 0
+        num_prompt = len(front_end.prompt_ids(sample, num_samples))
+        num_target = len(front_end.target_ids(sample.answer, sample.segments))
+        row.num_tokens = num_prompt + num_target
+        window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
+        if front_end.max_windows and num_windows > front_end.max_windows and not sample.segments:
+            longest = f"{front_end.max_windows * window_sec:g} s"
+            message = f"the model is trained on {longest} at most, and the row has no segments to divide it at"
+            row.faults.append(("audio_too_long", message))
+        if row.num_tokens <= self.limits.max_len:
+            return
+        num_audio = num_prompt - len(front_end.prompt_ids(sample, 0))
+        message = over_limit(num_prompt, num_target, num_audio, num_windows, window_sec, self.limits.max_len)
+        row.faults.append(("over_max_len", message))
+
+
+def over_limit(
+    num_prompt: int, num_target: int, num_audio: int, num_windows: int, window_sec: float, max_len: int
+) -> str:
+    """Say what happens to a row that is too long, and what can be done.
+
+    Args:
+        num_prompt, num_target, num_audio: Tokens of the prompt (audio included), of the answer, of the audio alone.
+        num_windows, window_sec: Model windows that the clip fills, and their length in seconds.
+    """
+    total = num_prompt + num_target
+    sizes = f"{total} tokens ({num_audio} audio, {total - num_audio} text), over --max_len {max_len}"
+    fate = "training leaves it out and lists it in quarantine.jsonl, and so does evaluation"
+    if num_prompt <= max_len:
+        fate = "training leaves it out and lists it in quarantine.jsonl; evaluation takes it, "
+        fate += f"for its prompt has just {num_prompt}"
+    advice = f"raise --max_len to {total}"
+    fitting = (max_len - (total - num_audio)) * num_windows // num_audio if num_audio else 0
+    if fitting >= 1:
+        parts = -(-num_windows // fitting)
+        advice += f", or cut the clip at pauses into {parts} parts of {fitting * window_sec:g} s at most"
+    if total - num_audio > total - max_len:
+        advice += f", or shorten its texts by {total - max_len} tokens"
+    return f"{sizes}: {fate}. To keep it, {advice}"
+
+
+def missing_bytes(path: Path) -> int:
+    """How many bytes a WAV file lacks of what its header says: a copy that broke off still decodes without an error."""
+    with open(path, "rb") as file:
+        head, size = file.read(12), os.fstat(file.fileno()).st_size
+    stated = int.from_bytes(head[4:8], "little")
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE" or stated >= STREAMED_BYTES:
+        return 0
+    return max(0, stated + 8 - size - 1)  # some programs count a padding byte that they do not write
+
+
+def _text_warnings(text: str) -> Iterator[tuple[str, str]]:
+    if "\ufffd" in text:
+        yield "damaged_text", "the text holds U+FFFD: characters were lost when it was decoded"
+    if not unicodedata.is_normalized("NFC", text):
+        yield "not_nfc", "the text is not composed (NFC): decomposed Hangul takes several times the tokens"
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measured rows of all inputs, on disk.
+
+    Attributes:
+        manifests: Absolute paths of the inputs.
+        paths: Result file of every chunk, in order.
+    """
+
+    manifests: tuple[str, ...]
+    paths: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[Measured]:
+        for path in self.paths:
+            with open(path, encoding="utf-8", errors="surrogatepass") as file:
+                for line in file:
+                    yield Measured(**json.loads(line))
+
+
+def plan_chunks(manifests: Sequence[str], folder: Path, rows_per_chunk: int) -> list[dict[str, Any]]:
+    """Cut the manifests into the items that ``RowMeasurer.work`` takes.
+
+    Raises:
+        RunError: A manifest is missing, cannot be read, or is empty.
+    """
+    return [
+        {"chunk": vars(chunk), "file": number, "path": str(folder / f"{number:04d}-{chunk.number:07d}.jsonl")}
+        for number, manifest in enumerate(manifests)
+        for chunk in chunks(manifest, rows_per_chunk)
+    ]
+
+
+def measure_manifests(
+    manifests: Sequence[str],
+    items: list[dict[str, Any]],
+    limits: AuditLimits,
+    front_end: FrontEnd | None,
+    *,
+    num_actors: int = 0,
+    use_ray: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Measurements:
+    """Measure every row of the planned chunks.
+
+    Args:
+        items: What ``plan_chunks`` made of the manifests.
+        front_end: Counts tokens; None measures characters and bytes alone.
+        num_actors, use_ray: See ``prepare.run_workers``.
+        on_progress: Called with (lines done, lines in all).
+    """
+    done, total = 0, sum(item["chunk"]["num_lines"] for item in items)
+    for result in run_workers(RowMeasurer, (limits, front_end), items, num_actors=num_actors, use_ray=use_ray):
+        done += result["lines"]
+        on_progress(done, total)
+    return Measurements(tuple(manifests), tuple(Path(item["path"]) for item in items))

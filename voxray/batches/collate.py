@@ -1,0 +1,110 @@
+"""Stored rows -> tensors. Labels are masked here and nowhere else.
+
+Shape letters: B rows, L tokens, W windows of all rows one after the other, F mel bins, T mel frames of a window.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from voxray.audio.decode import PCM_SCALE
+from voxray.audio.logmel import HOP_SAMPLES
+from voxray.features.reader import FeatureRow
+from voxray.features.shards import TASK_CODES
+from voxray.models.interface import IGNORED, Batch, FrontEnd
+from voxray.models.parts.logmel_windows import padded_windows, window_lengths
+
+Masks = Callable[[np.ndarray], np.ndarray] | None
+"""Covers parts of a clip's log-mel, shape (frames, bins)."""
+
+
+def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
+    """Prompt and answer, padded on the right; only the answer and its end-of-text token have labels.
+
+    Args:
+        masks: Applied to the log-mel of every clip (SpecAugment), in the order of the rows.
+    Returns:
+        ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and, if any row has audio,
+        ``input_features``: (W, F, T) float32, or the encoder's outputs as they are stored; for front ends that count
+        samples also ``num_samples`` (W,) int64.
+    """
+    lengths = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
+    shape = (len(rows), max(lengths))
+    ids_BL = np.full(shape, front_end.pad_id, np.int64)
+    labels_BL = np.full(shape, IGNORED, np.int64)
+    mask_BL = np.zeros(shape, np.int64)
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = len(row.prompt_ids)
+        ids_BL[number, :start] = row.prompt_ids
+        ids_BL[number, start:length] = row.target_ids
+        labels_BL[number, start:length] = row.target_ids
+        mask_BL[number, :length] = 1
+    batch = {"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}
+    batch["labels"] = torch.from_numpy(labels_BL)
+    batch["task"] = torch.tensor([TASK_CODES[row.task] for row in rows])
+    return batch | _audio(rows, front_end, masks)
+
+
+def collate_packed(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
+    """Prompts and answers one after the other in one row, without any padding.
+
+    Args:
+        masks: See ``collate_training``.
+    Returns:
+        ``input_ids``, ``position_ids`` (which start again with every sample), ``labels`` and ``task`` (of every token),
+        all (1, L) int64; ``segment_ends`` (number of samples,) int64; ``input_features`` as in ``collate_training``.
+    """
+    parts = [(row.prompt_ids, row.target_ids) for row in rows]
+    lengths = [len(prompt) + len(target) for prompt, target in parts]
+    ids = np.concatenate([array for part in parts for array in part]).astype(np.int64)
+    labels = np.concatenate([array for prompt, target in parts for array in (np.full(len(prompt), IGNORED), target)])
+    columns = {
+        "input_ids": ids,
+        "position_ids": np.concatenate([np.arange(length) for length in lengths]),
+        "labels": labels.astype(np.int64),
+        "task": np.repeat([TASK_CODES[row.task] for row in rows], lengths).astype(np.int64),
+    }
+    batch = {name: torch.from_numpy(column)[None] for name, column in columns.items()}
+    batch["segment_ends"] = torch.from_numpy(np.cumsum(lengths))
+    return batch | _audio(rows, front_end, masks)
+
+
+def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
+    """Prompts alone, padded on the left as generation needs them.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (B, L) int64, and ``input_features`` if any row has audio (see above).
+    """
+    shape = (len(rows), max(len(row.prompt_ids) for row in rows))
+    ids_BL = np.full(shape, front_end.pad_id, np.int64)
+    mask_BL = np.zeros(shape, np.int64)
+    for number, row in enumerate(rows):
+        ids_BL[number, shape[1] - len(row.prompt_ids) :] = row.prompt_ids
+        mask_BL[number, shape[1] - len(row.prompt_ids) :] = 1
+    batch = {"input_ids": torch.from_numpy(ids_BL), "attention_mask": torch.from_numpy(mask_BL)}
+    return batch | _audio(rows, front_end, None)
+
+
+def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Batch:
+    heard = [row for row in rows if row.num_windows]
+    if not heard:
+        return {}
+    inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in heard]))
+    batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
+    if front_end.counts_samples:
+        window_samples = front_end.window_frames * HOP_SAMPLES
+        lengths = [length for row in heard for length in window_lengths(row.num_samples, window_samples)]
+        batch["num_samples"] = torch.tensor(lengths)
+    return batch
+
+
+def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:
+    """What the model takes of a clip: (windows, bins, frames) of log-mel, or the encoder's outputs as they are."""
+    if row.store == "encoder":
+        return row.audio
+    mel_KF, fill = row.audio, row.fill
+    if row.store == "pcm16":
+        features = front_end.features(row.audio.astype(np.float32) / PCM_SCALE)
+        mel_KF, fill = features.mel_KB, features.fill
+    return padded_windows(masks(mel_KF) if masks else mel_KF, fill, row.num_windows, front_end)

@@ -1,0 +1,26 @@
+"""A training process and its rank among the others."""
+
+from dataclasses import dataclass
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One training process.
+
+    Attributes:
+        rank: From 0; rank 0 writes.
+        world_size: Number of processes.
+        device: Where the model is.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0

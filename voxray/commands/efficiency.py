@@ -1,0 +1,239 @@
+"""The efficiency job: from checked settings to efficiency.json and its picture."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import yaml
+from rich.table import Table
+
+from voxray.audio.decode import decode
+from voxray.config.efficiency import EfficiencySettings
+from voxray.config.parse import REPOSITORY
+from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.core.console import console, progress_bar
+from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.core.manifest import Sample
+from voxray.core.storage import write_atomically, write_json
+from voxray.core.tasks import TASKS
+from voxray.efficiency.measure import Loaded, measure, prompt_row
+from voxray.efficiency.peak_memory import PeakMemory
+from voxray.efficiency.plot import plot
+from voxray.generation.generate import Search
+from voxray.generation.model import Generation, as_trained, base_and_adapter, load
+from voxray.generation.salmonn_base import with_base
+from voxray.models.interface import Family, FrontEnd
+from voxray.models.parts.compiled_audio import device_name, read_report
+from voxray.models.registry import family_of
+from voxray.runs.run_folder import anchor, make_folder, provenance, refuse_training_folder
+
+REPORT, PICTURE, CLIP = "efficiency.json", "efficiency.png", "clip.wav"
+CLIP_RATE_HZ = 16_000
+NOISE = 0.1  # of the clip, as a share of full scale
+VARIANTS: dict[str, dict[str, Any]] = {
+    "eager": {"compiled": ""},
+    "compiled": {},
+    "8bit": {"compiled": "", "quantize": "8bit"},
+    "4bit": {"compiled": "", "quantize": "4bit"},
+}
+"""What each of ``--compare`` changes."""
+
+
+def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
+    """Measure a model, or several variants of it in processes of their own.
+
+    Returns:
+        What stands in efficiency.json.
+    Raises:
+        RunError, SettingsError: What the user has to put right.
+    """
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    refuse_training_folder(output_dir)
+    make_folder(output_dir)
+    if settings.compare:
+        found = {name: _measured_apart(name, settings, output_dir) for name in settings.compare}
+        report = {"variants": found, **provenance()}
+    else:
+        warn_about_idle_flags(settings)
+        report = {**_measured(settings, output_dir), **provenance()}
+        found = {variant_of(report): report}
+    write_json(output_dir / REPORT, report)
+    write_atomically(output_dir / PICTURE, plot(found))
+    console.print(_table(found))
+    for name, variant in found.items():
+        for line in old_lines(variant):
+            console.print(f"{name}: {line}", markup=False)
+    console.print(f"{REPORT} and {PICTURE} in {output_dir}", markup=False)
+    return report
+
+
+def variant_of(report: Mapping[str, Any]) -> str:
+    """Short name of what was measured."""
+    words = [report["quantize"]] if report["quantize"] != "none" else []
+    words += ["compiled"] if report["compiled"] else []
+    return " ".join(words) or "eager"
+
+
+def _measured_apart(name: str, settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
+    """Measure one variant in a process of its own; what it prints is shown only if it fails."""
+    folder = output_dir / name
+    make_folder(folder)
+    values = settings.model_dump(mode="json", include=settings.model_fields_set - {"compare", "storage_path"})
+    values |= {"output_dir": str(folder), **VARIANTS[name]}
+    write_atomically(folder / "settings.yaml", yaml.safe_dump(values, allow_unicode=True).encode())
+    console.print(f"measuring {name} ...")
+    command = [sys.executable, str(REPOSITORY / "jobs" / "efficiency.py"), "--config", str(folder / "settings.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["no word"]
+        raise RunError(f"--compare {name}: {said[0].removeprefix('error: ')} (exit status {done.returncode})")
+    return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+
+
+def _measured(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
+    """Load the model as the settings say, and measure it with every batch size."""
+    settings = with_base(settings, output_dir)
+    model_id, adapter = base_and_adapter(settings, settings.lora_dir)
+    settings = as_trained(settings, model_id, adapter)
+    family = family_of(model_id)
+    front_end = family.front_end(model_id, trim_audio=settings.trim_audio_tokens)
+    sample = _sample(settings, output_dir)
+    num_windows = _windows_of(settings, family, front_end, sample)
+    _refuse_other_windows(settings, num_windows)
+    flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize", "compiled")}
+    began = time.perf_counter()
+    model, _ = load(Generation(model_id, str(adapter or ""), Search(settings.new_tokens), 1, **flags))
+    device = next(model.parameters()).device
+    loaded = Loaded(model, family, front_end, device)
+    loaded.synchronise()
+    report: dict[str, Any] = {
+        "model_id": model_id,
+        "adapter": str(adapter or ""),
+        "family": family.name,
+        "device": device_name(device),
+        "num_threads": torch.get_num_threads(),
+        "dtype": "bfloat16" if settings.bf16 else "float16" if settings.fp16 else "float32",
+        **{name: getattr(settings, name) for name in ("quantize", "compiled", "task", "language", "trim_audio_tokens")},
+        **{name: getattr(settings, name) for name in ("new_tokens", "warmup", "repeats")},
+        "clip": sample.audio_path,
+        "load_sec": time.perf_counter() - began,
+    }
+    results, old = [], None
+    # torch's own count, from the start of the process to the end of the batch of one: loading is in it
+    ever_gib = PeakMemory(device).peak_gib() if device.type == "cuda" else None
+    for batch_size in settings.batch_sizes:
+        with progress_bar(f"batch of {batch_size}") as bar:
+            options = {name: getattr(settings, name) for name in ("new_tokens", "warmup", "repeats")}
+            found, as_old = measure(loaded, sample, batch_size=batch_size, on_progress=bar.update, **options)
+        results.append(found)
+        if batch_size == 1:
+            memory = {"memory_gib": None if ever_gib is None else max(ever_gib, found["peak_memory_gib"])}
+            old = {**as_old, **memory, "clip_sec": found["clip_sec"]}
+    return {**report, "results": results, "old_evaluator": old}
+
+
+def _sample(settings: EfficiencySettings, output_dir: Path) -> Sample:
+    """What is asked, and the clip's file; noise is written as one, so that its decoding counts as a recording's."""
+    task, path = TASKS[settings.task], settings.audio_path
+    if not path:
+        noise = np.random.default_rng(settings.seed).normal(0, NOISE, round(settings.clip_sec * CLIP_RATE_HZ))
+        path = str(output_dir / CLIP)
+        soundfile.write(path, noise.clip(-1, 1).astype(np.float32), CLIP_RATE_HZ)
+    elif not Path(path).is_file():
+        raise RunError(f"--audio_path {path}: no such file")
+    prompt = task.prompt({"question": settings.question})
+    return Sample("clip", task, prompt, "", path, settings.language, "--audio_path")
+
+
+def _windows_of(settings: EfficiencySettings, family: Family, front_end: FrontEnd, sample: Sample) -> int:
+    """Windows of the clip.
+
+    Raises:
+        RunError, SettingsError: The model does not answer such a clip, or not at such length.
+    """
+    flag = "--audio_path" if settings.audio_path else "--clip_sec"
+    try:
+        clip = decode(sample.audio_path, front_end.sample_rate_hz, max_sec=front_end.max_audio_sec)
+        row = prompt_row(front_end, sample, clip)
+    except BadRow as error:
+        raise RunError(f"{flag}: {error}") from None
+    window_sec = front_end.window_frames / 100  # a frame is 10 ms
+    if front_end.is_answered_alone(row.prompt_ids, row.num_windows):
+        raise SettingsError(
+            f"{flag}: {family.name} hears a clip of over {window_sec:g} s window by window, which is not measured here"
+        )
+    longest = len(row.prompt_ids) + settings.new_tokens
+    if longest > front_end.max_positions:
+        raise SettingsError(
+            f"--new_tokens {settings.new_tokens}: {longest} tokens with the prompt, and the model takes "
+            f"{front_end.max_positions}"
+        )
+    return row.num_windows
+
+
+def _refuse_other_windows(settings: EfficiencySettings, num_windows: int) -> None:
+    """A batch that is heard in parts says nothing of a program made for a whole one.
+
+    Raises:
+        SettingsError: With the numbers that there are.
+    """
+    if not settings.compiled:
+        return
+    made = sorted(int(number) for number in read_report(Path(settings.compiled))["windows"])
+    for batch_size in settings.batch_sizes:
+        if batch_size * num_windows not in made:
+            raise SettingsError(
+                f"--batch_sizes {batch_size}: has {batch_size * num_windows} window(s), and {settings.compiled} is "
+                f"compiled for {', '.join(map(str, made))}; jobs/compile.py --windows says for which"
+            )
+
+
+def _table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Medians, with quartiles for the two times that people compare."""
+    first = next(iter(variants.values()))
+    clip_sec = first["results"][0]["clip_sec"]
+    about = (
+        f"{Path(first['model_id']).name}, {first['dtype']}, a clip of {clip_sec:.1f} s, {first['new_tokens']} tokens"
+    )
+    table = Table(
+        title=f"{about}; medians and quartiles of {first['repeats']}, {first['device']}", title_justify="left"
+    )
+    names = ("variant", "batch", "TTFT ms", "TPOT ms", "data ms", "RTFx", "tokens/s", "peak GiB")
+    for name in names:
+        table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name.endswith("ms"))
+    for variant, report in variants.items():
+        for found in report["results"]:
+            prepared = found["decode_sec"]["median"] + found["features_sec"]["median"]
+            rates = [f"{found[name]['median']:.1f}" for name in ("rtfx", "tokens_per_sec")]
+            cells = [_milliseconds(found[name]) for name in ("ttft_sec", "tpot_sec")]
+            cells += [f"{prepared * 1e3:.1f}", *rates, f"{found['peak_memory_gib']:.3f}"]
+            table.add_row(variant, str(found["batch_size"]), *cells)
+    return table
+
+
+def _milliseconds(found: Mapping[str, Any]) -> str:
+    median, low, high = (found[name] * 1e3 for name in ("median", "low", "high"))
+    return f"{median:.1f}\n{low:.1f}-{high:.1f}"
+
+
+def old_lines(report: Mapping[str, Any]) -> Sequence[str]:
+    """What SALMONN's older efficiency script would have printed, in its own sense of these words."""
+    old = report["old_evaluator"]
+    if old is None:
+        return ["no figures of the older evaluator, which took one clip at a time: add 1 to --batch_sizes"]
+    memory = "none: it counted GPU memory" if old["memory_gib"] is None else f"{old['memory_gib']:.4f} GiB"
+    return [
+        f"as the older evaluator counted (means of {old['num_runs']} runs, one clip of {old['clip_sec']:.1f} s, clock "
+        "stopped when the device was asked, not when it was done):",
+        f"  memory since the process began, loading included: {memory}",
+        f"  TTFT {old['ttft_sec']:.4f} s; TPOT, of one single step, {old['tpot_sec']:.4f} s; inference time, their "
+        f"sum, {old['inference_sec']:.4f} s",
+    ]

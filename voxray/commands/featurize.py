@@ -1,0 +1,24 @@
+"""The featurize job: manifests to feature shards."""
+
+from voxray.cluster.actor_pool import MIN_ACTORS
+from voxray.cluster.session import ray_session
+from voxray.config.featurize import FeaturizeSettings
+from voxray.core.console import console
+from voxray.core.manifest import first_fault
+from voxray.features.featurize import FeaturizeReport, write_ledger
+from voxray.features.from_settings import features_place, log_folder, make_features
+
+
+def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
+    """Run the featurize job from checked settings.
+
+    Raises:
+        RunError, SettingsError: What the user has to put right.
+    """
+    first_fault(settings.manifest)
+    output_dir = features_place(settings, settings.output_dir, settings.storage_path, flag="--output_dir")
+    with ray_session(log_folder(output_dir) / "ray.log", max(MIN_ACTORS, settings.num_actors)):
+        report = make_features(settings, settings.model_id, settings.manifest, output_dir, bf16=settings.bf16)
+    write_ledger(output_dir / "quarantine.jsonl", report.folders)
+    console.print(f"features of {len(report.folders)} manifest(s) in {output_dir}")
+    return report

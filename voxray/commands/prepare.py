@@ -1,0 +1,143 @@
+"""The prepare job: from checked settings to manifests, ledger and summary."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from voxray.audio.quality import QualityLimits
+from voxray.cluster.actor_pool import MIN_ACTORS
+from voxray.cluster.session import ray_session
+from voxray.config.prepare import PrepareSettings
+from voxray.core.console import console, progress_bar
+from voxray.core.errors import RunError
+from voxray.core.storage import write_json
+from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
+from voxray.corpora.prepare.check_rows import ClipPlaces, Limits, RowChecker, run_checks, spool
+from voxray.corpora.prepare.write_manifests import Outcome, Outputs, write_manifests
+from voxray.runs.run_folder import anchor, make_folder
+
+Rows = Iterator[ImportedRow | ImportFault]
+
+
+def run_prepare_job(
+    settings: PrepareSettings,
+    *,
+    select: Callable[[Rows], Rows] = lambda rows: rows,
+    work_dir: Path | None = None,
+    use_ray: bool = True,
+) -> Outcome:
+    """Read, check, split and write a corpus.
+
+    Args:
+        select: What to do with the rows of the corpus before anything else; it may leave some out.
+        work_dir: Folder for what is checked already, which a job that is cut off leaves to the next one with the same
+            corpus, limits and ``select``; by default one that goes with the job.
+        use_ray: False checks in this process.
+    Raises:
+        RunError: The corpus cannot be read, nothing of it is usable, or (``--leaks refuse``) the split leaks.
+        SettingsError: An output cannot be placed.
+    """
+    names = ("train_output", "val_output", "test_output", "quarantine", "audio_output")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
+    places = {name: anchor(path, settings.storage_path, flag=f"--{name}") for name, path in given.items()}
+    train, audio = places["train_output"], places.pop("audio_output", None)
+    ledger = places.get("quarantine", train.with_name("quarantine.jsonl"))
+    for path in (*places.values(), ledger):
+        make_folder(path.parent)
+    rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))
+    work = work_dir or Path(tempfile.mkdtemp(prefix=".prepare-", dir=train.parent))
+    finished = False
+    try:
+        with progress_bar("reading"):
+            paths = spool(rows, work, settings.rows_per_chunk)
+        if not paths:
+            raise RunError(f"--input {', '.join(settings.input)}: no row in it")
+        checker = RowChecker(
+            _limits(settings), ClipPlaces(train.parent / f"{train.stem}.clips", copies=audio, named_from=train.parent)
+        )
+        session = ray_session(train.parent / "ray.log", max(MIN_ACTORS, settings.num_actors))
+        with session if use_ray else nullcontext(), progress_bar("checking") as bar:
+            run_checks(paths, checker, num_actors=settings.num_actors, use_ray=use_ray, on_progress=bar.update)
+        outputs = Outputs(train, places.get("val_output"), ledger, places.get("test_output"))
+        outcome = _write(settings, paths, outputs)
+        finished = True
+    finally:
+        if finished or not work_dir:
+            shutil.rmtree(work, ignore_errors=True)
+    _summarise(settings, outcome, train, ledger)
+    _refuse_leaks(settings, outcome)
+    if not outcome.tally.rows["train"]:
+        first = f"; the first fault: {outcome.first_fault}" if outcome.first_fault else ""
+        raise RunError(f"--input {', '.join(settings.input)}: no usable row, the reasons are in {ledger}{first}")
+    return outcome
+
+
+def _rows(path: Path, name: str) -> Iterator[ImportedRow | ImportFault]:
+    """Rows of one input.
+
+    Raises:
+        RunError: It is missing, or its format cannot be told or read.
+    """
+    if not path.exists():
+        raise RunError(f"--input {path}: no such file or folder")
+    try:
+        yield from IMPORTERS[detect(path) if name == "auto" else name].rows(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--input {path}: {error}") from None
+
+
+def _limits(settings: PrepareSettings) -> Limits:
+    shared = set(QualityLimits.__dataclass_fields__) & set(PrepareSettings.model_fields)
+    quality = QualityLimits(**{name: getattr(settings, name) for name in shared})
+    names = set(Limits.__dataclass_fields__) - {"quality"}
+    return Limits(quality=quality, **{name: getattr(settings, name) for name in names})
+
+
+def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs) -> Outcome:
+    """Third pass; with a leak that is to be refused only the ledger appears."""
+    keep = False
+    try:
+        outcome = write_manifests(
+            paths,
+            outputs,
+            val_share=settings.val_share if settings.val_output else None,
+            with_test=bool(settings.test_output),
+            seed=settings.seed,
+            duplicates=settings.duplicates,
+            leak_policy=settings.leaks,
+        )
+        keep = not (settings.leaks == "refuse" and outcome.leaks) and bool(outcome.tally.rows["train"])
+    finally:
+        outputs.finish(keep=keep)
+    return outcome
+
+
+def _summarise(settings: PrepareSettings, outcome: Outcome, train: Path, ledger: Path) -> None:
+    kept = outcome.tally.as_dict()
+    total = {"rows": sum(outcome.tally.rows.values()), "hours": round(sum(outcome.tally.seconds.values()) / 3600, 4)}
+    names = ("train", "val", *(["test"] if settings.test_output else []))
+    sides = {name: kept.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
+    summary: dict[str, Any] = {"input": total, **sides, "quarantined": kept, "leaks": vars(outcome.leaks)}
+    write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
+    table = Table(title="prepare", title_justify="left")
+    table.add_column("")
+    for name in ("rows", "hours"):
+        table.add_column(name, justify="right")
+    for name, entry in {"input": total, **sides, **{f"left out: {key}": value for key, value in kept.items()}}.items():
+        table.add_row(name, str(entry["rows"]), f"{entry['hours']:.3f}")
+    console.print(table)
+    if outcome.leaks:
+        console.print(f"leaks between the sides: {outcome.leaks}")
+    console.print(f"every row left out is in {ledger}", markup=False)
+
+
+def _refuse_leaks(settings: PrepareSettings, outcome: Outcome) -> None:
+    if settings.leaks == "refuse" and outcome.leaks:
+        advice = "--leaks drop leaves those training rows out, --leaks allow keeps them"
+        raise RunError(f"the validation rows leak into training ({outcome.leaks}); {advice}")

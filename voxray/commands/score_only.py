@@ -1,0 +1,89 @@
+"""``--score_only``: metrics of predictions that are there already, ours or another system's, without model or Ray."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from voxray.comparison.report import write_report
+from voxray.config.evaluate import EvaluateSettings
+from voxray.config.flag_groups import ScoreFlags
+from voxray.core.console import console, metrics_table
+from voxray.core.errors import RunError
+from voxray.core.storage import to_jsonl, write_atomically, write_json
+from voxray.evaluation.predictions import BadLine, part_bytes, part_path, read_any, scored
+from voxray.runs.run_folder import anchor, make_folder, refuse_training_folder
+
+BAD_LINES_SHOWN = 20
+
+
+def evaluate_or_score(settings: EvaluateSettings) -> None:
+    """The evaluate job; only where answers are to be generated is anything of the model or of Ray loaded."""
+    if settings.score_only:
+        score_only(settings)
+        return
+    from voxray.commands.evaluate import run_evaluation
+
+    run_evaluation(settings)
+
+
+def score_only(settings: EvaluateSettings) -> dict[str, Any]:
+    """Score ``--score_only`` and write metrics.json; bad lines are named, and listed in quarantine.jsonl.
+
+    An evaluation that is scored anew in its own folder keeps its answers, its ledger, and its settings but for those
+    of scoring.
+
+    Raises:
+        RunError: No line is a prediction.
+    """
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    refuse_training_folder(output_dir)
+    rows, bad = read_any(settings.score_only, "--score_only")
+    task = settings.mode.partition("_")[2]
+    rows = [row for row in rows if not task or row["task"] == task]
+    for path, line, error in bad[:BAD_LINES_SHOWN]:
+        print(f"{path}:{line}: left out: {error}", file=sys.stderr, flush=True)
+    if len(bad) > BAD_LINES_SHOWN:
+        print(f"{len(bad) - BAD_LINES_SHOWN} more bad lines left out", file=sys.stderr, flush=True)
+    if not rows:
+        first = f"; {bad[0][0]}:{bad[0][1]}: {bad[0][2]}" if bad else ""
+        raise RunError(f"--score_only {settings.score_only}: no {task + ' ' if task else ''}row to score{first}")
+    metrics = scored(rows, settings)
+    make_folder(output_dir)
+    if Path(settings.score_only).resolve() in {output_dir.resolve(), (output_dir / "predictions").resolve()}:
+        _note_rules(output_dir / "settings.json", settings)
+    else:
+        _write_rows(output_dir, rows, bad, settings)
+    write_json(output_dir / "metrics.json", metrics)
+    write_report(output_dir)
+    console.print(metrics_table(settings.score_only, metrics))
+    left_out = f", {len(bad)} bad line(s) left out, listed in quarantine.jsonl" if bad else ""
+    console.print(f"{len(rows)} rows scored{left_out}; metrics.json and report.html in {output_dir}", markup=False)
+    return metrics
+
+
+def _note_rules(path: Path, settings: EvaluateSettings) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    now = settings.model_dump(mode="json")
+    write_json(path, {**now, **before, **{name: now[name] for name in ScoreFlags.model_fields}})
+
+
+def _write_rows(
+    output_dir: Path, rows: Sequence[Mapping[str, Any]], bad: Sequence[BadLine], settings: EvaluateSettings
+) -> None:
+    """The rows as an evaluation's, for jobs/compare.py, in the place of any evaluation that was there."""
+    predictions = output_dir / "predictions"
+    for pattern in ("part-*.parquet", "part-*.failed.json", "made_by.json", ".attempts-*"):
+        for older in predictions.glob(pattern):  # or that one, started again, would take these answers for its own
+            older.unlink()
+    write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
+    ledger = [
+        {"manifest": path, "line": line, "id": "", "reason": error.reason, "message": error.message}
+        for path, line, error in bad
+    ]
+    write_atomically(output_dir / "quarantine.jsonl", to_jsonl(ledger))
+    write_atomically(part_path(predictions, 0), part_bytes(rows))

@@ -1,0 +1,99 @@
+"""Sweeps: Ray Tune over any flags of a training job, every trial a Ray Train run, weak ones stopped early.
+
+Ray Tune starts trials, hears their validations and stops them; what a sweep knows stands in its own folder
+(``sweep.trials``), and nothing that Ray Tune writes is read again.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from voxray.cluster.session import ray_session
+from voxray.config.search_space import described
+from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.core.console import console
+from voxray.core.errors import RunError, SettingsError, Stopped
+from voxray.core.manifest import first_fault
+from voxray.launch.elastic import count_workers
+from voxray.recipes.registry import refuse_other_family
+from voxray.recipes.salmonn import made_ready
+from voxray.runs.run_folder import anchor
+from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
+from voxray.sweep.queue import Queue
+from voxray.sweep.ray_tune import build_scheduler, concurrent_trials, run_on_tune, train_trial
+from voxray.sweep.report import write_report
+from voxray.sweep.results import Outcome, outcome_of, write_best, write_csv
+from voxray.sweep.search import refuse_missing_optuna
+from voxray.sweep.trials import Trial, read_trials
+from voxray.sweep.work import Sweep
+
+
+def run_sweep(settings: Any) -> Outcome:
+    """Run the sweep, or what is left of it, and write results.csv, best.yaml and report.html.
+
+    Raises:
+        RunError, SettingsError: What the user has to put right, or no trial has the metric.
+        Stopped: By Ctrl-C or SIGTERM.
+    """
+    if not settings.val_jsonl:
+        raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
+    if settings.method == "optuna":
+        refuse_missing_optuna()
+    output_dir = anchor(settings.output_dir, settings.storage_path)
+    base: Any = made_ready(settings) if settings.recipe == "salmonn" else settings
+    first_fault((*base.train_jsonl, *base.val_jsonl))
+    refuse_other_family(base)
+    open_sweep(output_dir, settings)
+    warn_about_idle_flags(settings)
+    warn_of_few_validations(settings)
+    num_workers = max(1, count_workers(settings.num_workers)[1])
+    num_processes = num_workers * max(1, settings.max_concurrent_trials)
+    with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
+        concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
+
+        def train(config: dict[str, Any]) -> None:
+            train_trial(base, num_workers, config)
+
+        def run(queue: Queue, earlier: Sequence[Trial] | None) -> None:
+            scheduler = None if earlier is None else build_scheduler(settings, earlier)
+            run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
+
+        try:
+            sweep = Sweep(base, output_dir, run)
+            sweep.search()
+            if settings.top_k:
+                sweep.repeat()
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"stopped; the same command with --resume goes on from there; sweep in {output_dir}"
+            ) from None
+    return conclude(settings, output_dir)
+
+
+def conclude(settings: Any, output_dir: Path) -> Outcome:
+    """Write what the sweep came to, and say it.
+
+    Raises:
+        RunError: No trial has the metric.
+    """
+    outcome = outcome_of(read_trials(output_dir), settings.metric, settings.mode, settings.top_k)
+    write_csv(output_dir / TABLE, outcome, list(settings.domains))
+    write_report(output_dir / REPORT, settings, outcome)
+    best, value = outcome.winner, outcome.winning_value
+    if best is None or value is None:
+        reasons = [trial.reason for trial in outcome.trials if trial.reason]
+        first = reasons[0] if reasons else f"no validation gave {settings.metric}"
+        raise RunError(f"no trial finished: {first}; all of them in {output_dir / TABLE}")
+    runs = f", mean of {len(outcome.repeated[0].values)} seeds" if outcome.repeated else ""
+    write_best(output_dir / BEST, settings, best.choice, f"{settings.metric} ({value:.4f}{runs})")
+    counts = {state: sum(trial.state == state for trial in outcome.trials) for state in ("stopped", "failed")}
+    how = "".join(f", {count} {state}" for state, count in counts.items() if count)
+    lines = [
+        f"sweep: {len(outcome.trials)} trials{how}; best {settings.metric} {value:.4f}{runs} with",
+        f"  {described(best.choice)}",
+        *([f"  {outcome.verdict()}"] if outcome.verdict() else []),
+        f"{TABLE}, {REPORT} and {BEST} in {output_dir}",
+    ]
+    for line in lines:
+        console.print(line, markup=False)
+    return outcome

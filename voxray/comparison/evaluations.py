@@ -1,0 +1,377 @@
+"""Evaluations as they lie on disk, read again: their rows counted anew, and matched with each other's."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from voxray.comparison.alignments import length_slices, row_errors
+from voxray.comparison.significance import Parts
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
+from voxray.evaluation.predictions import labelled, read_predictions
+from voxray.evaluation.score import counted, read_terms
+from voxray.evaluation.slices import slices_of
+from voxray.metrics.counts import as_columns, as_row
+from voxray.metrics.names import evaluation_metrics, is_transcript
+from voxray.metrics.rows import check_row, count_row, normalizer_of_row, readings_of, references_of
+from voxray.text.normalize import ENGLISH, Normalizer, english_with
+
+NO_MATTER = {
+    *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
+    *("features_cache_gib", "cache_budget_gib", "num_actors", "num_models", "per_device_bsz", "rows_per_shard"),
+    *("cuda_visible_devices", "strict", "seed", "gpus_per_model", "check_batch_invariance", "mode"),
+}
+"""Settings that are what is being compared, or that do not change what is answered."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counting needs beside the texts, as ``--english_spelling`` and ``--terms`` of the evaluation gave it."""
+
+    english: Normalizer = ENGLISH
+    terms: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, counted.
+
+    Attributes:
+        values: The prediction row as it is stored.
+        reference, prediction: Normalised texts.
+        counts: {count: number}, see ``metrics.counts``.
+        error: See ``errors.row_errors``.
+        exact: Whether it is right to the letter, after normalising.
+        slices: {slice: value}, for those that are known.
+    """
+
+    values: Mapping[str, Any]
+    reference: str
+    prediction: str
+    counts: Mapping[str, int]
+    error: float
+    exact: bool
+    slices: Mapping[str, str]
+
+    @property
+    def task(self) -> str:
+        return self.values["task"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation.
+
+    Attributes:
+        folder: Where it lies.
+        label: What it is called beside the others.
+        rows: All its answers.
+        metrics: Its metrics.json.
+        settings: Its settings.json; empty if there is none.
+        rules: What its rows were counted by.
+    """
+
+    folder: Path
+    label: str
+    rows: tuple[Row, ...]
+    metrics: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    rules: Rules = Rules()
+
+    @property
+    def normalizer(self) -> str:
+        """Names of the normalisers its metrics.json was made with; "" if it does not say."""
+        found = self.metrics.get("normalizer") or ""
+        return ", ".join(found) if isinstance(found, dict) else str(found)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The rows that all runs have.
+
+    Attributes:
+        rows: Per run, the same rows in the same order.
+        key: What they were matched by, ``source`` or ``id``.
+        warnings: What makes the comparison less than fair, in words.
+        rules: What all were counted by.
+    """
+
+    rows: tuple[tuple[Row, ...], ...]
+    key: str
+    warnings: tuple[str, ...]
+    rules: Rules = Rules()
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """Read evaluations and count their answers, all by the rules of the first.
+
+    Raises:
+        RunError: A folder holds none, an unfinished or a damaged one.
+    """
+    labels = labels_of(folders)
+    first = read_run(Path(folders[0]), labels[0])
+    others = zip(folders[1:], labels[1:], strict=True)
+    return [first, *(read_run(Path(folder), label, first.rules) for folder, label in others)]
+
+
+def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
+    """Read one evaluation and count its answers.
+
+    Args:
+        label: What it is called; its folder's name if empty.
+        rules: Count by these rules, not by its own.
+    Raises:
+        RunError: There is none, or it is unfinished or damaged.
+    """
+    if not _has_answers(folder):
+        raise RunError(f"{folder}: no evaluation there (no predictions/part-*.parquet){_what_instead(folder)}")
+    if not (folder / "metrics.json").is_file():
+        raise RunError(f"{folder}: this evaluation has not finished (no metrics.json); start it again to go on")
+    metrics, settings = (_read_json(folder / f"{name}.json") for name in ("metrics", "settings"))
+    try:
+        stored = labelled(read_predictions(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{folder / 'predictions'}: damaged: {' '.join(str(error).split())[:200]}") from None
+    if not stored:
+        raise RunError(f"{folder}: this evaluation answered no row that has a text to compare with")
+    for at, row in enumerate(stored, start=1):
+        check_row(row, f"{folder}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
+    for task in TASKS:
+        # Other versions left an earlier evaluation's metrics.json beside new answers until these were finished.
+        said, there = metrics.get(task, {}).get("exact_match", {}).get("n"), sum(row["task"] == task for row in stored)
+        if said not in (None, there):
+            raise RunError(
+                f"{folder}: metrics.json is of {said} {task} rows, but {there} are in predictions/: the evaluation has "
+                "not finished; start it again to go on"
+            )
+    rules = rules or rules_of(settings)
+    return Run(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
+
+
+def _has_answers(folder: Path) -> bool:
+    return any((folder / "predictions").glob("part-*.parquet"))
+
+
+def _what_instead(folder: Path) -> str:
+    """What to do about a path that is no evaluation."""
+    if folder.is_file():
+        return f"; answers in a file are scored first: jobs/evaluate.py --score_only {folder} --output_dir FOLDER"
+    near = [folder.parent] if folder.name == "predictions" else sorted(folder.iterdir()) if folder.is_dir() else []
+    if found := [str(place) for place in near if _has_answers(place)]:
+        return f"; give {' or '.join(found[:5])}"
+    if folder.exists():
+        return ""
+    return (
+        "; `make demo` makes runs/demo/base and runs/demo/tuned" if folder.parent.name == "demo" else "; no such folder"
+    )
+
+
+def rules_of(settings: Mapping[str, Any]) -> Rules:
+    """The rules of an evaluation; without a file that is no longer there, which the report then shows."""
+    rules = Rules()
+    with suppress(RunError):
+        if settings.get("english_spelling"):
+            rules = replace(rules, english=english_with(settings["english_spelling"]))
+    with suppress(RunError):
+        if settings.get("terms"):
+            rules = replace(rules, terms=read_terms(settings["terms"]))
+    return rules
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise RunError(f"{path}: holds a {type(found).__name__}, not keys and values")
+    return found
+
+
+def labels_of(folders: Sequence[str]) -> list[str]:
+    """Short names that tell folders apart: the last parts of their paths, as many as it takes."""
+    paths = [Path(folder).parts for folder in folders]
+    for size in range(1, max(map(len, paths)) + 1):
+        labels = ["/".join(parts[-size:]) for parts in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(Path(folder)) for folder in folders]
+
+
+def counted_rows(stored: Sequence[Mapping[str, Any]], rules: Rules) -> list[Row]:
+    """Count prediction rows from their raw texts, whatever version of the counts is stored beside them."""
+    rows: list[Row] = []
+    for task in TASKS:
+        of_task = [values for values in stored if values["task"] == task]
+        if not of_task:
+            continue
+        texts = [_normal_texts(values, rules.english) for values in of_task]
+        slices: list[dict[str, str]] = [{} for _ in of_task]
+        for name, parts in {**slices_of(of_task), **length_slices([reference for reference, _ in texts])}.items():
+            for label, at in ((label, at) for label, places in parts.items() for at in places):
+                slices[at][name] = label
+        counts = [as_row(count_row(values, rules.english)) for values in of_task]
+        errors = row_errors(task, as_columns(counts))
+        for values, (reference, prediction), numbers, error, own in zip(
+            of_task, texts, counts, errors, slices, strict=True
+        ):
+            rows.append(Row(values, reference, prediction, numbers, float(error), bool(numbers["exact"]), own))
+    return rows
+
+
+def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, str]:
+    """Normalised reference and prediction as they are shown; of several references the closest."""
+    normalize = normalizer_of_row(values, english).normalize
+    references = references_of(values)
+    if len(references) == 1 and is_transcript(values["task"]):
+        references = readings_of(values)[:1]
+    prediction = normalize(values["prediction"])
+    return min(map(normalize, references), key=lambda text: Levenshtein.distance(text, prediction)), prediction
+
+
+def match(runs: Sequence[Run]) -> Matched:
+    """Find the rows that all runs have: by manifest and line, or, where the manifests have moved, by id.
+
+    Rows whose reference differs between runs are left out: they were not asked the same.
+
+    Raises:
+        RunError: There is no such row.
+    """
+    tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda found: len(_common(found[0])))
+    common = _common(tables)
+    same = [entry for entry in common if len({_asked(table[entry], runs[0].rules) for table in tables}) == 1]
+    if not same:
+        names = ", ".join(run.label for run in runs)
+        tasks = "; ".join(f"{run.label} has {' and '.join(_tasks(run))}" for run in runs)
+        none = f"no row has the same task and source, or id, in all of them ({tasks})"
+        raise RunError(f"{names}: nothing to compare: {'their references differ' if common else none}")
+    warnings = list(_row_warnings(runs, tables, len(common), same))
+    prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in same)
+    if prompts:
+        warnings.append(f"{prompts} of {len(same)} matched rows were asked with other prompts")
+    return Matched(
+        tuple(tuple(table[entry] for entry in same) for table in tables),
+        key,
+        (*warnings, *_unlike(runs)),
+        runs[0].rules,
+    )
+
+
+def _asked(row: Row, rules: Rules) -> frozenset[str]:
+    """All references of a row, normalised: of several, ``Row.reference`` is the one closest to this run's answer."""
+    return frozenset(map(normalizer_of_row(row.values, rules.english).normalize, references_of(row.values)))
+
+
+def _tasks(run: Run) -> list[str]:
+    return [task for task in TASKS if any(row.task == task for row in run.rows)]
+
+
+def _keyed(runs: Sequence[Run], key: str) -> list[dict[tuple[str, str], Row]]:
+    """Rows by task and source or id; of rows with the same one, the first."""
+    tables: list[dict[tuple[str, str], Row]] = []
+    for run in runs:
+        table: dict[tuple[str, str], Row] = {}
+        for row in run.rows:
+            if row.values.get(key):
+                table.setdefault((row.task, row.values[key]), row)
+        tables.append(table)
+    return tables
+
+
+def _common(tables: Sequence[Mapping[tuple[str, str], Row]]) -> list[tuple[str, str]]:
+    return [entry for entry in tables[0] if all(entry in table for table in tables[1:])]
+
+
+def _row_warnings(
+    runs: Sequence[Run], tables: Sequence[Mapping[Any, Row]], num_common: int, same: Sequence[tuple[str, str]]
+) -> Iterator[str]:
+    if any(len(run.rows) != len(same) for run in runs):
+        sizes = ", ".join(f"{run.label} {len(run.rows)}" for run in runs)
+        lost = {task for run in runs for task in _tasks(run)} - {task for task, _ in same}
+        also = f"; no row of {' and '.join(task for task in TASKS if task in lost)} is in all of them" if lost else ""
+        yield f"the data differ: {len(same)} rows matched ({sizes}); all figures here are of the matched rows{also}"
+    for run, table in zip(runs, tables, strict=True):
+        if len(table) < len(run.rows):
+            yield f"{run.label}: {len(run.rows) - len(table)} rows have no name of their own and are left out"
+    if len(same) < num_common:
+        yield f"{num_common - len(same)} rows are left out, for their references differ between the runs"
+    for run, table in zip(runs[1:], tables[1:], strict=True):
+        if all(table[entry].values["prediction"] == tables[0][entry].values["prediction"] for entry in same):
+            yield f"{run.label} gave the same answer as {runs[0].label} to every row: are they the same model?"
+
+
+def _unlike(runs: Sequence[Run]) -> Iterator[str]:
+    """Settings in which runs differ that are meant to differ in the model alone."""
+    for run in runs:
+        own, now = (
+            run.metrics.get("normalizer"),
+            {normalizer_of_row(row.values, run.rules.english).name for row in run.rows},
+        )
+        if own and isinstance(own, dict) and set(own) != now:
+            used = f"normalised by {' and '.join(sorted(own))}, here by {' and '.join(sorted(now))}"
+            yield f"{run.label}: its metrics.json was {used}; all figures here are counted anew"
+    for name, values in differing_settings(runs).items():
+        shown = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
+        yield f"--{name} differs: {shown}"
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{flag: value per run} of the settings that decide what is answered and are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in NO_MATTER)
+    found = {name: [_shown(run.settings.get(name)) for run in runs] for name in names}
+    # a run that is older than a flag, or whose answers come from elsewhere, says nothing of it
+    found = {name: values for name, values in found.items() if len(set(values) - {_shown(None)}) > 1}
+    return found
+
+
+def training_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{flag: value per run} of the settings their adapters were trained with, where these differ; "" for no adapter."""
+    trained = [_training_of(run) for run in runs]
+    names = dict.fromkeys(name for own in trained for name in own if name not in NO_MATTER - {"seed"})
+    found = {name: [_shown(own.get(name)) if own else "" for own in trained] for name in names}
+    return {name: values for name, values in found.items() if len(set(values) - {""}) > 1}
+
+
+def _training_of(run: Run) -> Mapping[str, Any]:
+    """Settings of the training that a run's adapter came from: beside it, or above one of its checkpoints."""
+    adapter = Path(run.settings.get("lora_dir") or "")
+    for place in (adapter, *adapter.parents)[:3] if adapter.name else ():
+        with suppress(RunError):
+            found = _read_json(place / "settings.json")
+            if "train_jsonl" in found:
+                return found
+    return {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " + ".join(Path(str(part)).name for part in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={part}" for name, part in value.items()) or "none"
+    return "none" if value in (None, "") else str(value)
+
+
+def parts_of(task: str, runs: Sequence[Sequence[Row]], rules: Rules) -> tuple[list[str], list[Parts]]:
+    """What the rows of a task add to metrics, run by run.
+
+    Returns:
+        The metrics that are ratios of sums and have a value in every run, the headline first; and their ``Parts``.
+    """
+    ratios = []
+    for rows in runs:
+        values, counts = [row.values for row in rows], [row.counts for row in rows]
+        ratios.append(counted(task, values, terms=rules.terms, english=rules.english, counts=counts).ratios)
+    names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
+    parts = [
+        tuple(np.stack([getattr(of_run[name], side) for name in names], axis=1) for side in ("top", "bottom"))
+        for of_run in ratios
+    ]
+    return names, [(top, bottom) for top, bottom in parts]

@@ -1,0 +1,166 @@
+"""The rows that a report holds, with their alignments and clips, as the JSON that the page's script reads."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from voxray.comparison.alignments import pieces
+from voxray.comparison.evaluations import Row
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import Sample, parse_row
+from voxray.evaluation.slices import duration_of
+from voxray.metrics.names import is_transcript
+
+MIB = 1 << 20
+MEDIA_TYPES = {
+    **{"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "opus": "audio/ogg"},
+    **{"m4a": "audio/mp4", "mp4": "audio/mp4", "aac": "audio/aac", "webm": "audio/webm"},
+}
+"""What browsers play as it is; anything else is decoded and put in as WAV."""
+EMBEDDABLE_SECONDS_PER_MIB = 32.0  # of WAV at 16 kHz
+
+
+def page_rows(
+    rows: Sequence[Sequence[Row]], *, max_rows: int, embed_audio_mib: int
+) -> tuple[list[dict[str, Any]], int, str]:
+    """The rows as the page's script takes them, those with most errors or the largest changes first.
+
+    Args:
+        rows: Per run, the same rows.
+        max_rows: Leave out more than so many.
+        embed_audio_mib: Put the clips into the page if they are no larger together.
+    Returns:
+        The rows, how many were left out, and a sentence on the clips.
+    """
+    order = sorted(range(len(rows[0])), key=lambda at: -_interest([run[at] for run in rows]))
+    kept = order[:max_rows]
+    found = [_page_row([run[at] for run in rows]) for at in kept]
+    clips, said = _clips([rows[0][at] for at in kept], embed_audio_mib * MIB)
+    for row, clip in zip(found, clips, strict=True):
+        if clip:
+            row["u"] = clip
+    return found, len(order) - len(kept), said
+
+
+def _interest(answers: Sequence[Row]) -> float:
+    first = answers[0].error
+    return max((abs(answer.error - first) for answer in answers[1:]), default=first)
+
+
+def _page_row(answers: Sequence[Row]) -> dict[str, Any]:
+    """One row; the names are short because there may be thousands (see ``report.js``)."""
+    first = answers[0]
+    values = first.values
+    row: dict[str, Any] = {"t": first.task, "i": values.get("id") or "", "r": values["reference"] or ""}
+    row |= {"n": first.reference, "w": values.get("source") or "", "d": dict(first.slices)}
+    row["a"] = [
+        {
+            **{"e": round(answer.error, 4), "x": answer.exact, "p": answer.values["prediction"] or ""},
+            **({} if answer.exact else {"g": _marked(answer)}),
+            **({"n": answer.prediction} if answer.exact and answer.prediction != first.reference else {}),
+        }
+        for answer in answers
+    ]
+    if seconds := duration_of(values):
+        row["s"] = round(seconds, 2)
+    if not is_transcript(first.task):
+        row["b"] = 1
+    if values.get("prompt"):
+        row["q"] = values["prompt"]
+    return row
+
+
+def _marked(row: Row) -> list[tuple[str, str, str]]:
+    """Pieces of both texts, marked e, s, i or d; transcripts by character, answers by word."""
+    found = pieces(row.reference, row.prediction, by_word=not is_transcript(row.task))
+    return [(kind[0], reference, prediction) for kind, reference, prediction in found]
+
+
+def as_script(value: Any) -> str:
+    """JSON inside a page: no text in it can end the element that holds it, or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _clips(rows: Sequence[Row], max_bytes: int) -> tuple[list[str], str]:
+    """Where each row's clip is: in the page itself, or its file's address; "" without one."""
+    samples = read_samples([row.values.get("source") or "" for row in rows if duration_of(row.values)])
+    wanted = [samples.get(row.values.get("source") or "") for row in rows]
+    found = [sample for sample in wanted if sample]
+    if not found:
+        return [""] * len(rows), ""
+    total = sum(_num_bytes(sample) for sample in found)
+    if total > max_bytes:
+        said = f"The clips are links to their files ({total / MIB:,.0f} MiB, more than --embed_audio_mib)."
+        return [_address(sample) if sample else "" for sample in wanted], said
+    inside = [_embedded(sample) if sample else "" for sample in wanted]
+    return inside, "The clips are in this page."
+
+
+def read_samples(sources: Sequence[str]) -> dict[str, Sample]:
+    """Rows of manifests by ``manifest:line``; those that cannot be read any more are absent."""
+    lines: dict[str, set[int]] = {}
+    for source in sources:
+        manifest, _, line = source.rpartition(":")
+        if manifest and line.isdecimal():
+            lines.setdefault(manifest, set()).add(int(line))
+    found = {}
+    for manifest, numbers in lines.items():
+        try:
+            with open(manifest, "rb") as file:
+                for number, raw in enumerate(file, 1):
+                    if number in numbers:
+                        found |= _sample(raw, manifest, number)
+        except OSError:
+            continue  # the manifest has moved: the report then has no clips, and says none are there
+    return found
+
+
+def _sample(raw: bytes, manifest: str, number: int) -> dict[str, Sample]:
+    try:
+        sample = parse_row(raw.removeprefix(b"\xef\xbb\xbf"), manifest, number)
+    except (BadRow, RunError):
+        return {}
+    return {f"{manifest}:{number}": sample} if sample.audio_path and Path(sample.audio_path).is_file() else {}
+
+
+def _is_whole(sample: Sample) -> bool:
+    return not (sample.start_sec or sample.duration_sec or sample.channel >= 0)
+
+
+def _num_bytes(sample: Sample) -> int:
+    if _is_whole(sample) or not sample.duration_sec:
+        return Path(sample.audio_path).stat().st_size
+    return round(sample.duration_sec / EMBEDDABLE_SECONDS_PER_MIB * MIB)
+
+
+def _address(sample: Sample) -> str:
+    part = ""
+    if sample.start_sec or sample.duration_sec:
+        end = f",{sample.start_sec + sample.duration_sec:g}" if sample.duration_sec else ""
+        part = f"#t={sample.start_sec:g}{end}"
+    return Path(sample.audio_path).absolute().as_uri() + part
+
+
+def _embedded(sample: Sample) -> str:
+    kind = MEDIA_TYPES.get(Path(sample.audio_path).suffix.lower().lstrip("."))
+    try:
+        if kind and _is_whole(sample):
+            return f"data:{kind};base64,{base64.b64encode(Path(sample.audio_path).read_bytes()).decode('ascii')}"
+        return f"data:audio/wav;base64,{base64.b64encode(_as_wav(sample)).decode('ascii')}"
+    except (OSError, BadRow):
+        return ""
+
+
+def _as_wav(sample: Sample) -> bytes:
+    import soundfile
+
+    from voxray.audio.decode import Part, decode, to_pcm16
+
+    part = Part(sample.start_sec, sample.duration_sec, sample.channel)
+    file = io.BytesIO()
+    soundfile.write(file, to_pcm16(decode(sample.audio_path, 16_000, part=part)), 16_000, format="WAV")
+    return file.getvalue()

@@ -1,0 +1,192 @@
+"""Is one run better than another on the same rows? Paired bootstrap intervals and permutation p-values.
+
+Every metric here is a sum over rows divided by a sum over rows (edits over reference length; ROUGE-L over rows), and
+rates are formed from sums only. Rows of one speaker resemble each other, so what is drawn, or exchanged between the
+runs, is a *unit*: all rows of a speaker, or one row.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from voxray.metrics.bootstrap import NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
+
+ALPHA = 0.05
+"""A difference is called one if its p-value is below this and its interval leaves out 0."""
+MIN_SPEAKERS = 6
+"""Fewer can be exchanged in so few ways that no p-value could be below ``ALPHA``."""
+MAX_EXACT_UNITS = 13
+"""Up to so many units all 2**units exchanges are gone through, no more than are drawn otherwise."""
+CELLS_AT_ONCE = 1 << 21  # of the matrix draws x units
+TIE = 1e-9  # sums in another order differ in their last bits; so much counts as equal
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of two runs on the same rows.
+
+    Attributes:
+        first, second: Values of the two runs.
+        first_interval, second_interval: Their 95 % intervals; None with fewer than two units.
+        difference: second - first.
+        interval: 95 % interval of the difference; None with fewer than two units.
+        p: Two-sided p-value of "the runs could be exchanged".
+        num_rows: Rows that went in.
+        num_units: Speakers, or rows, that were drawn.
+    """
+
+    first: float
+    second: float
+    first_interval: tuple[float, float] | None
+    second_interval: tuple[float, float] | None
+    difference: float
+    interval: tuple[float, float] | None
+    p: float
+    num_rows: int
+    num_units: int
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether p-value and interval both say that there is a difference."""
+        return self.p < ALPHA and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+def units_of(rows: Sequence[Mapping[str, Any]]) -> Groups:
+    """What is drawn: speakers, or, where there are none or only a few, rows.
+
+    With few speakers the answer is then about these speakers, not about others; whoever shows it has to say so.
+    """
+    groups = groups_of(rows)
+    return groups if groups.num >= MIN_SPEAKERS else Groups(np.arange(len(rows)), len(rows), "utterance")
+
+
+Parts = tuple[np.ndarray, np.ndarray]
+"""What rows add to metrics and to their divisors, both of shape (rows, metrics); 0 from a row that is left out."""
+
+
+def compare_rows(
+    first: Parts,
+    second: Parts,
+    units: Groups,
+    *,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> list[Difference | None]:
+    """Compare two runs on the same R rows by M metrics.
+
+    A metric's value is the sum of its column over the sum of its divisor. Interval: percentile bootstrap over units.
+    p-value: the runs exchanged within units, all ways of doing so for up to ``MAX_EXACT_UNITS`` units, else drawn ones
+    with the observed one counted among them, so that it is never 0.
+
+    Args:
+        first, second: The runs.
+        units: What is drawn, and exchanged, together.
+        seed: Of the draws.
+        num_resamples: Draws.
+    Returns:
+        A comparison per metric; None where no row belongs to it.
+    """
+    sums = [_by_unit(values, units) for values in (*first, *second)]
+    columns = np.concatenate([*first, *second], axis=1)
+    draws = np.split(resampled_sums(columns, units, seed=seed, num_resamples=num_resamples), 4, axis=1)
+    p_values = _p_values(sums, seed + 1, num_resamples)
+    found: list[Difference | None] = []
+    for at, p in enumerate(p_values):
+        top, divisor, other_top, other_divisor = (values[:, at].sum() for values in sums)
+        rows = (first[1][:, at] > 0) | (second[1][:, at] > 0)
+        num_units = len(np.unique(units.index[rows]))
+        if not (divisor and other_divisor):
+            found.append(None)
+            continue
+        usable = (draws[1][:, at] > 0) & (draws[3][:, at] > 0)
+        drawn = [draws[place][usable, at] / draws[place + 1][usable, at] for place in (0, 2)]
+        intervals = [_interval(values, num_units) for values in (*drawn, drawn[1] - drawn[0])]
+        value, other = float(top / divisor), float(other_top / other_divisor)
+        found.append(
+            Difference(
+                first=value,
+                second=other,
+                first_interval=intervals[0],
+                second_interval=intervals[1],
+                difference=other - value,
+                interval=intervals[2],
+                p=float(p),
+                num_rows=int(rows.sum()),
+                num_units=num_units,
+            )
+        )
+    return found
+
+
+def interval_of(
+    run: Parts, units: Groups, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> list[Difference | None]:
+    """The values and intervals of one run, as its comparison with itself."""
+    return compare_rows(run, run, units, seed=seed, num_resamples=num_resamples)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several questions asked at once, raised by Holm's method.
+
+    Among twenty slices one differs by chance at p < 0.05; of the adjusted values none is below 0.05, by chance, in more
+    than one of twenty such tables.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        largest = max(largest, min(1.0, p_values[at] * (len(p_values) - rank)))
+        adjusted[at] = largest
+    return adjusted
+
+
+def _by_unit(values_RM: np.ndarray, units: Groups) -> np.ndarray:
+    """Sums over the rows of each unit."""
+    columns = [np.bincount(units.index, weights=column, minlength=units.num) for column in values_RM.T]
+    return np.stack(columns, axis=1)
+
+
+def _chunks(num_draws: int, num_units: int) -> Iterator[int]:
+    size = max(1, CELLS_AT_ONCE // num_units)
+    for start in range(0, num_draws, size):
+        yield min(size, num_draws - start)
+
+
+def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.ndarray:
+    """Two-sided p-value per metric: how often exchanging the runs within units gives as large a difference.
+
+    Args:
+        sums: By unit and metric: tops and divisors of the first run, then of the second.
+    """
+    top_UM, divisor_UM, other_top_UM, other_divisor_UM = sums
+    moves = np.concatenate([other_top_UM - top_UM, other_divisor_UM - divisor_UM], axis=1)
+    totals = np.concatenate([other_top_UM + top_UM, other_divisor_UM + divisor_UM], axis=1).sum(axis=0)
+
+    def size(moved: np.ndarray) -> np.ndarray:
+        """|second - first| of exchanges, from the sums of ``moves`` with their signs."""
+        top, divisor = np.split((totals + moved) / 2, 2, axis=1)
+        other_top, other_divisor = np.split((totals - moved) / 2, 2, axis=1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.abs(np.nan_to_num(top / divisor - other_top / other_divisor, posinf=np.inf, neginf=-np.inf))
+
+    limit = size(moves.sum(axis=0, keepdims=True))[0]
+    limit -= TIE * (1 + limit)
+    moves = moves[(moves != 0).any(axis=1)]  # exchanging equals changes nothing
+    num_units = len(moves)
+    if num_units <= MAX_EXACT_UNITS:
+        signs = 1.0 - 2.0 * ((np.arange(1 << num_units)[:, None] >> np.arange(num_units)) & 1)
+        return (size(signs @ moves) >= limit).mean(axis=0)
+    num_resamples = resamples_for(num_units, num_resamples)
+    rng, reached = np.random.default_rng(seed), np.zeros(len(limit))
+    for num_draws in _chunks(num_resamples, num_units):
+        signs = rng.integers(0, 2, (num_draws, num_units), dtype=np.int8).astype(np.float64) * 2 - 1
+        reached += (size(signs @ moves) >= limit).sum(axis=0)
+    return (reached + 1) / (num_resamples + 1)
+
+
+def _interval(values: np.ndarray, num_units: int) -> tuple[float, float] | None:
+    low, high = interval(values) if num_units > 1 else (None, None)
+    return None if low is None or high is None else (low, high)

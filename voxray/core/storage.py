@@ -1,0 +1,297 @@
+"""Files that are there whole or not at all, on the local disk and on any file system that Arrow or fsspec reaches.
+
+Places on this machine (mounted ones too) are ``pathlib.Path``. A place behind a URL is a ``RemotePath``, which has the
+few methods of ``Path`` that feature sets need, so that code is written once for both.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from voxray.core.errors import RunError, SettingsError
+
+OBJECT_STORES = {"s3", "gcs", "abfs"}
+"""Arrow's names of the file systems on which a file appears only when it is closed."""
+
+
+@dataclass(frozen=True)
+class CacheLimits:
+    """Where copies of remote shards are kept on this machine, and how much of them.
+
+    Attributes:
+        folder: Absolute folder.
+        max_bytes: Largest size of everything in it.
+    """
+
+    folder: str
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A place on a file system that is not mounted here.
+
+    Attributes:
+        root: URL of the folder that the user named, options in its query: ``s3://bucket/features?region=eu-west-1``.
+        inner: Path below it, "" for the folder itself.
+        cache: What reading its Arrow files may keep on this machine.
+    """
+
+    root: str
+    inner: str
+    cache: CacheLimits
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return replace(self, inner=str(PurePosixPath(self.inner) / name))
+
+    def __str__(self) -> str:
+        base = self.root.partition("?")[0].rstrip("/")
+        return f"{base}/{self.inner}" if self.inner else base
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.inner).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.inner).stem
+
+    def with_suffix(self, suffix: str) -> "RemotePath":
+        return replace(self, inner=str(PurePosixPath(self.inner).with_suffix(suffix)))
+
+    @property
+    def _place(self) -> tuple[fs.FileSystem, str]:
+        system, base = _file_system(self.root)
+        return system, f"{base}/{self.inner}" if self.inner else base
+
+    def _info(self) -> fs.FileInfo:
+        system, path = self._place
+        return system.get_file_info(path)
+
+    def is_file(self) -> bool:
+        return self._info().type == fs.FileType.File
+
+    def num_bytes(self) -> int:
+        """Size of the file.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        found = self._info()
+        if found.type != fs.FileType.File:
+            raise FileNotFoundError(str(self))
+        return found.size
+
+    def read_bytes(self) -> bytes:
+        system, path = self._place
+        with _as_os_errors(self), system.open_input_stream(path) as file:
+            return file.read()
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode("utf-8")
+
+    def walk(self) -> dict[str, int]:
+        """Every file below this folder, at any depth, and its size; none if it does not exist."""
+        system, path = self._place
+        with _as_os_errors(self):
+            found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        start = len(path) + 1
+        return {entry.path[start:]: entry.size for entry in found if entry.type == fs.FileType.File}
+
+    def download(self, target: Path) -> None:
+        """Copy the file to the local disk."""
+        system, path = self._place
+        with _as_os_errors(self):
+            fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
+
+    def write_bytes(self, data: Any) -> None:
+        """Write the file so that nobody sees a part of it."""
+        system, path = self._place
+        with _as_os_errors(self):
+            if system.type_name in OBJECT_STORES:
+                with system.open_output_stream(path) as file:
+                    file.write(data)
+                return
+            _make_folder(system, path.rpartition("/")[0])
+            partial = f"{path}.{os.getpid()}.part"
+            with system.open_output_stream(partial) as file:
+                file.write(data)
+            system.move(partial, path)
+
+    def unlink(self) -> None:
+        system, path = self._place
+        system.delete_file(path)
+
+    def children(self) -> Iterator["RemotePath"]:
+        """Files in this folder; none if it does not exist."""
+        system, path = self._place
+        for found in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            if found.type == fs.FileType.File:
+                yield self / found.base_name
+
+
+Place = Path | RemotePath
+
+
+@contextmanager
+def _as_os_errors(path: RemotePath) -> Iterator[None]:
+    """Each of fsspec's file systems has errors of its own; here they are all ``OSError`` and name the file."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _make_folder(system: fs.FileSystem, path: str) -> None:
+    """Create a folder that may be there already, or be made by somebody else at this moment."""
+    if system.get_file_info(path).type == fs.FileType.Directory:
+        return
+    try:
+        system.create_dir(path, recursive=True)
+    except Exception:
+        if system.get_file_info(path).type != fs.FileType.Directory:
+            raise
+
+
+@lru_cache(maxsize=16)
+def _file_system(root: str) -> tuple[fs.FileSystem, str]:
+    """The file system of a URL and the path of the URL on it: Arrow's own, else one of fsspec's."""
+    try:
+        system, path = fs.FileSystem.from_uri(root)
+    except pa.ArrowInvalid as error:
+        import fsspec
+
+        if "Unrecognized filesystem" not in str(error):
+            raise SettingsError(f"{root}: {' '.join(str(error).split())}") from None
+        try:
+            found, path = fsspec.core.url_to_fs(root)
+        except (ValueError, ImportError) as unknown:
+            raise SettingsError(f"{root}: {' '.join(str(unknown).split())}") from None
+        system = fs.PyFileSystem(fs.FSSpecHandler(found))
+    return system, path.rstrip("/")
+
+
+def remote_place(url: str, flag: str, cache: CacheLimits) -> RemotePath:
+    """A folder behind a URL, as a flag names it.
+
+    Raises:
+        SettingsError: No file system is known for it, or it carries a password, which would end up in settings files.
+    """
+    if urlsplit(url).password or urlsplit(url).username:
+        raise SettingsError(f"{flag}: take the credentials out of the URL; they belong into the environment")
+    try:
+        _file_system(url)
+    except SettingsError as error:
+        raise SettingsError(f"{flag} {error}") from None
+    return RemotePath(url, "", cache)
+
+
+def refuse_unwritable(place: RemotePath, flag: str) -> None:
+    """Make sure that a folder behind a URL can be written to.
+
+    Raises:
+        RunError: It cannot.
+    """
+    probe = place / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{flag} {place}: cannot write there: {' '.join(str(error).split())[:300]}") from None
+
+
+def write_atomically(path: Place, data: Any) -> None:
+    """Write a file so that a reader, or a later run, sees all of it or nothing.
+
+    Args:
+        data: Bytes, or a buffer of them.
+    """
+    if isinstance(path, RemotePath):
+        path.write_bytes(data)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file of any size to write, which takes its name only when all of it is on disk; on an error nothing is left."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Place, value: Any) -> None:
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1).encode())
+
+
+def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def num_bytes(path: Place) -> int:
+    """Size of a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    return path.stat().st_size if isinstance(path, Path) else path.num_bytes()
+
+
+def children(folder: Place) -> Iterator[Place]:
+    """Files in a folder; none if it does not exist."""
+    if isinstance(folder, RemotePath):
+        yield from folder.children()
+    elif folder.is_dir():
+        yield from (path for path in folder.iterdir() if path.is_file())
+
+
+@contextmanager
+def scratch_file(folder: Place, name: str) -> Iterator[Path]:
+    """A local file to write something large into before ``move_into_place``: in the folder itself if that is local."""
+    if isinstance(folder, RemotePath):
+        with tempfile.TemporaryDirectory(prefix="voxray-") as scratch:
+            yield Path(scratch) / name
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.{os.getpid()}.part"
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def move_into_place(partial: Path, place: Place) -> None:
+    """Give a complete scratch file its final name."""
+    if isinstance(place, RemotePath):
+        with pa.memory_map(str(partial)) as source:
+            place.write_bytes(source.read_buffer())
+    else:
+        os.replace(partial, place)
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,91 @@
+"""Which importer a path is for (``--format auto``)."""
+
+import itertools
+import os
+from pathlib import Path
+
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import refuse_old_cache
+from voxray.core.tasks import TASKS
+from voxray.corpora.importers.huggingface import FILE_COLUMNS, METADATA
+from voxray.corpora.importers.lines import open_text, text_lines
+from voxray.corpora.importers.row import ImportFault, parse_object
+
+_LINES_TRIED = 100
+_FOLDER_ENTRIES_TRIED = 100_000
+
+
+def detect(path: Path | str) -> str:
+    """The name of the format, from file names and the first lines.
+
+    Raises:
+        RunError: The path is missing, or looks like none; the message says to name the format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RunError(f"{path}: no such file or folder")
+    found = _folder(path) if path.is_dir() else _file(path)
+    if found is None:
+        raise RunError(f"{path}: of no format that is known by its looks; name it with --format")
+    return found
+
+
+def _folder(path: Path) -> str | None:
+    if (path / "wav.scp").is_file():
+        return "kaldi"
+    if any((path / f"{name}.tsv").is_file() for name in ("train", "dev", "test", "validated")):
+        return "commonvoice"
+    if next(path.glob("*.trn"), None):
+        return "ksponspeech"
+    entries = ((folder, name) for folder, _, names in os.walk(path) for name in sorted(names))
+    suffixes = set()
+    for _, name in itertools.islice(entries, _FOLDER_ENTRIES_TRIED):
+        if name in METADATA or name.endswith(".parquet"):
+            return "huggingface"
+        suffixes.add(Path(name).suffix.lower())
+    return "ksponspeech" if ".txt" in suffixes and suffixes & {".pcm", ".wav", ".flac"} else None
+
+
+def _file(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    by_suffix = {".trn": "ksponspeech", ".tsv": "commonvoice", ".parquet": "huggingface"}
+    if path.name in ("wav.scp", "segments", "text", "utt2spk") and (path.parent / "wav.scp").is_file():
+        return "kaldi"
+    if suffix in by_suffix:
+        return by_suffix[suffix]
+    if suffix == ".csv":
+        header = next(text_lines(path), None)
+        is_metadata = not isinstance(header, ImportFault | None) and any(name in header.text for name in FILE_COLUMNS)
+        return "huggingface" if is_metadata else None
+    with open_text(path) as file:
+        try:
+            head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
+        except (OSError, EOFError):
+            return None
+    for line in itertools.islice(text_lines(path), _LINES_TRIED):
+        if isinstance(line, ImportFault):
+            continue
+        try:
+            row = parse_object(line.text)
+            found = _by_keys(set(row))
+        except BadRow:
+            continue
+        try:
+            refuse_old_cache(row)
+        except BadRow:
+            found = "jsonl"  # which says of every row what to do instead
+        if found:
+            return found
+    return "salmonn" if head.lstrip().startswith(b"{") and b'"annotation"' in head else None
+
+
+def _by_keys(keys: set[str]) -> str | None:
+    if "annotation" in keys:
+        return "salmonn"
+    if "audio_filepath" in keys:
+        return "nemo"
+    if "supervisions" in keys or {"recording", "duration"} <= keys:
+        return "lhotse"
+    if "messages" in keys or any(set(task.keys) <= keys for task in TASKS.values()):
+        return "jsonl"
+    return "huggingface" if keys & set(FILE_COLUMNS) else None

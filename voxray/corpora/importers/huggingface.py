@@ -1,0 +1,221 @@
+"""Hugging Face data sets on disk: an audiofolder (metadata.csv, .jsonl or .parquet with ``file_name``) and Parquet
+files with a column audio{bytes, path}, read by pyarrow alone.
+"""
+
+import functools
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import open_regular
+from voxray.corpora.importers.lines import csv_records, json_lines
+from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+TEXT_COLUMNS = ("transcript", "transcription", "text", "sentence")
+FILE_COLUMNS = ("file_name", "audio_file_name")
+_KEPT = {
+    "language": "language",
+    "locale": "language",
+    "speaker": "speaker",
+    "speaker_id": "speaker",
+    "client_id": "speaker",
+    "gender": "gender",
+    "split": "split",
+}
+_READ = {"id", "question", "answer", *TEXT_COLUMNS, *FILE_COLUMNS, *_KEPT}
+ROWS_PER_BATCH = 64
+MAX_CACHED_BYTES = 256 << 20
+
+
+def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
+    """Read a metadata or Parquet file, or a folder: all its metadata files at any depth, else all its Parquet files.
+
+    The text is the first that is there of transcript, transcription, text and sentence; ``question`` and ``answer``
+    make an sqa row.
+
+    Raises:
+        RunError: There is no such file, or a Parquet file has neither ``file_name`` nor an audio column.
+    """
+    for file in _files(path):
+        if file.suffix == ".parquet":
+            yield from _parquet_rows(file)
+        else:
+            yield from import_records(csv_records(file) if file.suffix == ".csv" else json_lines(file), _from_file)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        yield path
+        return
+    by_depth = [Path(folder, name) for folder, _, names in os.walk(path) for name in names if name in METADATA]
+    files = sorted(by_depth) or sorted(path.rglob("*.parquet"))
+    if not files:
+        raise RunError(f"{path}: no {', '.join(METADATA)} and no Parquet file")
+    yield from files
+
+
+def _from_file(record: Record) -> dict[str, Any]:
+    name = next((record.values[key] for key in FILE_COLUMNS if record.values.get(key)), None)
+    if name is None:
+        raise BadRow("missing_key", "no file_name")
+    return _values(record, {"audio_path": find_audio(name, record.folder)})
+
+
+def _values(record: Record, audio: dict[str, Any]) -> dict[str, Any]:
+    kept = keep_keys(record, _KEPT)
+    if record.values.get("question") is not None and record.values.get("answer") is not None:
+        return audio | {"question": record.text("question"), "answer": record.text("answer")} | kept
+    column = next((key for key in TEXT_COLUMNS if record.values.get(key) is not None), None)
+    if column is None:
+        raise BadRow("missing_key", f"none of {', '.join(TEXT_COLUMNS)}")
+    return audio | {"transcript": record.text(column)} | kept
+
+
+def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        open_regular(file).close()
+        with pq.ParquetFile(file) as parquet:
+            audio = audio_column(parquet.schema_arrow)
+            names = parquet.schema_arrow.names
+            if audio is None and not any(name in names for name in FILE_COLUMNS):
+                raise RunError(f"{file}: neither a column file_name nor an audio column with bytes and path")
+            num_rows = parquet.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        yield ImportFault(str(file.absolute()), 1, "", "damaged_file", " ".join(str(error).split())[:300])
+        return
+    yield from import_records(_parquet_records(file, audio, num_rows), _from_parquet)
+
+
+def audio_column(schema: Any) -> str | None:
+    """The column that is a struct with ``bytes`` and ``path``, ``audio`` before others."""
+    import pyarrow as pa
+
+    fits = [
+        field.name
+        for field in schema
+        if pa.types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type}
+    ]
+    return "audio" if "audio" in fits else next(iter(fits), None)
+
+
+def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[Record | ImportFault]:
+    """The rows without their audio: only whether there are bytes is looked up, in the statistics where they say."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    name, number = str(file.absolute()), 0
+    with pq.ParquetFile(file) as parquet:
+        columns = [column for column in parquet.schema_arrow.names if column in _READ and column != audio]
+        for group in range(parquet.num_row_groups):
+            has_bytes = _has_bytes(parquet.metadata.row_group(group), audio)
+            read = columns + ([] if audio is None else [f"{audio}.path"] if has_bytes is not None else [audio])
+            first = number
+            try:
+                for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=read):
+                    for values in map(_values_of, itertools.repeat(batch), range(batch.num_rows)):
+                        number += 1
+                        if isinstance(values, str):
+                            yield ImportFault(name, number, "", "bad_encoding", values)
+                            continue
+                        clip = (values.pop(audio, None) or {}) if audio else {}
+                        embedded = has_bytes if has_bytes is not None else clip.get("bytes") is not None
+                        if audio:
+                            values |= {"audio_in_file": number - 1 if embedded else None, "clip_path": clip.get("path")}
+                        yield Record(name, number, values)
+            except (pa.ArrowException, OSError) as error:
+                message = " ".join(str(error).split())[:300]
+                end = first + parquet.metadata.row_group(group).num_rows
+                yield from (ImportFault(name, row + 1, "", "damaged_file", message) for row in range(number, end))
+                number = end
+    if number < num_rows:
+        message = f"the file says that it has {num_rows} rows, and holds {number}"
+        yield ImportFault(name, number + 1, "", "damaged_file", message)
+
+
+def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
+    """One row of a batch; or, since Arrow does not check what a file claims to be text or a time, its fault."""
+    try:
+        return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
+    except (ValueError, OverflowError) as error:
+        return " ".join(str(error).split())
+
+
+def _has_bytes(group: Any, audio: str | None) -> bool | None:
+    """Whether all (True) or none (False) of a row group's clips are embedded; None where only reading them tells."""
+    for index in range(group.num_columns):
+        column = group.column(index)
+        if column.path_in_schema == f"{audio}.bytes":
+            statistics = column.statistics
+            if statistics is None or not statistics.has_null_count:
+                return None
+            return {0: True, group.num_rows: False}.get(statistics.null_count)
+    return None
+
+
+def _from_parquet(record: Record) -> dict[str, Any]:
+    if "audio_in_file" not in record.values:
+        return _from_file(record)
+    row, path = record.values["audio_in_file"], record.values["clip_path"]
+    if row is not None:
+        name = {"audio_name": path} if path else {}  # its suffix says which decoder to try first
+        return _values(record, {"audio_path": "", "audio_bytes_from": {"file": record.file, "row": row} | name})
+    if not path:
+        raise BadRow("audio_missing", "neither bytes nor a path")
+    return _values(record, {"audio_path": find_audio(path, record.folder)})
+
+
+def embedded_audio(file: str, row: int) -> bytes:
+    """The bytes of the clip in one row (from 0) of a Parquet file.
+
+    A row group is kept for the next call if its clips are small, so rows in order cost one read each.
+
+    Raises:
+        BadRow: There are no bytes in that row (``audio_missing``), or they cannot be read (``audio_unreadable``).
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        stat = os.stat(file)
+        with pq.ParquetFile(file) as parquet:
+            metadata, first, group = parquet.metadata, 0, 0
+            if not 0 <= row < metadata.num_rows:
+                raise BadRow("audio_missing", f"{file} has {metadata.num_rows} rows, so there is no row {row}")
+            while row - first >= metadata.row_group(group).num_rows:
+                first += metadata.row_group(group).num_rows
+                group += 1
+            if metadata.row_group(group).total_byte_size <= MAX_CACHED_BYTES:
+                clip = _clips(file, group, stat.st_mtime_ns, stat.st_size)[row - first].as_py()
+            else:
+                clip = _stream_to(parquet, group, row - first)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadRow("audio_unreadable", f"{file}: {' '.join(str(error).split())[:300]}") from None
+    if not clip or clip.get("bytes") is None:
+        raise BadRow("audio_missing", f"{file} has no audio bytes in row {row}")
+    return clip["bytes"]
+
+
+@functools.lru_cache(maxsize=1)
+def _clips(file: str, group: int, mtime_ns: int, size: int) -> Any:
+    """The audio column of one row group; file time and size make sure that it is still the same file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file) as parquet:
+        column = audio_column(parquet.schema_arrow)
+        return parquet.read_row_group(group, columns=[column]).column(0)
+
+
+def _stream_to(parquet: Any, group: int, index: int) -> Any:
+    column = audio_column(parquet.schema_arrow)
+    for batch in parquet.iter_batches(16, row_groups=[group], columns=[column]):
+        if index < batch.num_rows:
+            return batch.column(0)[index].as_py()
+        index -= batch.num_rows
+    return None

@@ -1,0 +1,108 @@
+"""lhotse cuts: JSON Lines, plain or gzipped, of ``MonoCut`` objects with their recording and supervisions inside.
+
+A cut with one supervision is one row with the cut's times, as lhotse's own ASR data sets take it. A cut with several is
+one row per supervision, with the supervision's times. What would sound different once loaded (mixes, speed changes,
+commands, sources that are no file) is a fault.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from voxray.core.errors import BadRow
+from voxray.corpora.importers.lines import json_lines
+from voxray.corpora.importers.row import (
+    ImportedRow,
+    ImportFault,
+    Record,
+    find_audio,
+    import_records,
+    keep_keys,
+    seconds,
+)
+
+_SAME_SOUND = {"Resample"}
+_TOLERANCE_SEC = 1e-3
+
+
+def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
+    """Read a cut set; every line gives one row or fault per supervision, and one fault if it has none."""
+    return import_records(_supervised(path), _convert)
+
+
+def _supervised(path: Path) -> Iterator[Record | ImportFault]:
+    """One record per supervision; ``id`` is the cut's, or the supervision's where a cut has several."""
+    for record in json_lines(path):
+        if isinstance(record, ImportFault):
+            yield record
+            continue
+        cut, cut_id = record.values, record.record_id()
+        supervisions = cut.get("supervisions")
+        if cut.get("type", "MonoCut") != "MonoCut":
+            message = f"a {cut['type']}; only MonoCut is one stretch of one file"
+            yield ImportFault(record.file, record.line, cut_id, "unsupported_cut", message)
+        elif not isinstance(supervisions, list) or not supervisions:
+            yield ImportFault(record.file, record.line, cut_id, "missing_text", "a cut without supervisions")
+        else:
+            for number, supervision in enumerate(supervisions):
+                if not isinstance(supervision, dict):
+                    message = f"supervision {number} is no object"
+                    yield ImportFault(record.file, record.line, cut_id, "bad_type", message)
+                    continue
+                own_id = supervision.get("id") or f"{cut_id}-{number}"
+                row_id = cut_id if len(supervisions) == 1 else own_id
+                yield Record(record.file, record.line, {"id": row_id, "cut": cut, "supervision": supervision})
+
+
+def _convert(record: Record) -> dict[str, Any]:
+    cut, supervision = record.values["cut"], Record(record.file, record.line, record.values["supervision"])
+    recording = cut.get("recording")
+    if not isinstance(recording, dict):
+        raise BadRow("missing_audio_entry", "the cut has no recording")
+    audio_path, channel = _source(recording, cut.get("channel", 0), record.folder)
+    start, duration = seconds(cut.get("start"), "start"), seconds(cut.get("duration"), "duration")
+    if len(cut["supervisions"]) > 1:
+        start, duration = _times(start, duration, supervision.values)
+    values: dict[str, Any] = {"audio_path": audio_path, "transcript": supervision.text("text"), "duration": duration}
+    whole = recording.get("duration")
+    if start > 0 or not isinstance(whole, int | float) or abs(whole - duration) > _TOLERANCE_SEC:
+        values["start"] = start
+    if len(recording["sources"][0].get("channels") or []) > 1:
+        values["channel"] = channel
+    if recording.get("id"):
+        values["session"] = str(recording["id"])
+    if isinstance(recording.get("sampling_rate"), int):
+        values["sample_rate"] = recording["sampling_rate"]
+    return values | keep_keys(supervision, {key: key for key in ("speaker", "language", "gender")})
+
+
+def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str, int]:
+    """The recording's file, and the channel in it."""
+    for transform in recording.get("transforms") or []:
+        name = transform.get("name") if isinstance(transform, dict) else transform
+        if name not in _SAME_SOUND:
+            raise BadRow("unsupported_cut", f"the recording is to be transformed when it is loaded: {name}"[:300])
+    if isinstance(channel, list) and len(channel) == 1:
+        channel = channel[0]
+    sources = recording.get("sources")
+    if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
+        raise BadRow("unsupported_source", "the recording is not one file")
+    source = sources[0]
+    if source.get("type") != "file":
+        raise BadRow(
+            "unsupported_source", f"a source of type {source.get('type')!r}: only files are read, nothing is run"
+        )
+    channels = source.get("channels") or [0]
+    if not isinstance(channel, int) or not isinstance(channels, list) or channel not in channels:
+        raise BadRow("audio_channel", f"channel {channel} is none of the file's, {channels}"[:300])
+    return find_audio(source.get("source"), folder), channels.index(channel)
+
+
+def _times(cut_start: float, cut_duration: float, supervision: dict[str, Any]) -> tuple[float, float]:
+    """A supervision's place in the file; its start is counted from the cut's."""
+    start, duration = supervision.get("start"), seconds(supervision.get("duration"), "supervision duration")
+    if isinstance(start, bool) or not isinstance(start, int | float):
+        raise BadRow("bad_type", "supervision start is no number")
+    if start < -_TOLERANCE_SEC or start + duration > cut_duration + _TOLERANCE_SEC or duration == 0:
+        raise BadRow("bad_segment", f"supervision from {start} for {duration} s in a cut of {cut_duration} s")
+    return round(cut_start + max(start, 0.0), 6), duration

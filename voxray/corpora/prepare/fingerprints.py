@@ -1,0 +1,58 @@
+"""When two rows are the same, or of one speaker: what duplicates and leaks are found by, in prepare and in audit."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from voxray.audio.decode import to_pcm16
+from voxray.core.tasks import Task
+from voxray.text.normalize import normalize_ko_v1
+
+
+def short_hash(value: str | bytes) -> str:
+    """The first 128 bits of SHA-256, as 32 hex digits."""
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:32]
+
+
+def audio_hash(samples: np.ndarray) -> str:
+    """Hash of decoded samples as 16-bit integers, so that a WAV file and its FLAC copy are the same.
+
+    Args:
+        samples: float32, shape (num_samples,), full scale 1.
+    """
+    return short_hash(to_pcm16(samples).tobytes())
+
+
+def row_text(prompt: str, answer: str) -> str:
+    """A row's texts, normalised."""
+    return normalize_ko_v1(f"{prompt}\n{answer}")
+
+
+def leak_text(task: Task, text: str) -> str:
+    """Hash by which a row's normalised texts are a leak when another split has them too, or "".
+
+    One question with one answer rightly belongs to many clips, and so does the empty transcript of silence: what leaks
+    there is the audio.
+    """
+    if task.has_audio and (task.prompt_keys or not text):
+        return ""
+    return short_hash(task.name + text)
+
+
+def duplicate_key(task: Task, audio: str, text: str) -> str:
+    """What two rows share if one of them is superfluous.
+
+    Args:
+        audio, text: Hashes of the decoded samples ("" without audio), and of the task and its texts.
+    """
+    if not audio:
+        return text
+    # One clip may be asked many questions.
+    return f"{task.name}:{audio}{text if task.prompt_keys else ''}"
+
+
+def speaker_of(row: Mapping[str, Any]) -> str:
+    """``speaker:<name>``, else ``session:<name>``, else ""."""
+    return next((f"{key}:{row[key]}" for key in ("speaker", "session") if row.get(key)), "")

@@ -1,0 +1,96 @@
+"""How much disk encoder outputs will take, before any of them is computed.
+
+A 30 s window of Voxtral's encoder is 1,500 x 1,280 values: 3.8 MB in bfloat16, five times its log-mel. So the job says
+what it will write first, from the clips' headers alone, and every shard is given a share of the budget that it may not
+exceed: together they stay below it whatever a header claimed.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from voxray.audio.decode import header_seconds
+from voxray.core.errors import RunError
+from voxray.core.manifest import Sample, read_chunk
+from voxray.core.storage import Place, num_bytes
+from voxray.features.extract import Extractor
+from voxray.features.shards import shard_path
+
+if TYPE_CHECKING:
+    from voxray.features.chunk import WorkItem
+
+SHARD_BYTES, ROW_BYTES = 16_384, 512  # schema and footer of a shard; lengths and padding of a row
+THREADS = 8
+GIB = 2**30
+
+
+def allowances(
+    work: Sequence["WorkItem"],
+    extractor: Extractor,
+    features_dir: Place,
+    max_bytes: float,
+    on_estimate: Callable[[int], None],
+) -> list["WorkItem"]:
+    """Give every chunk the bytes that its shard may have.
+
+    Args:
+        max_bytes: Budget for all shards together.
+        on_estimate: Called with the bytes that they need at most, before any is written.
+    Raises:
+        RunError: The budget, or what is free on the disk, does not suffice.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        wanted = list(pool.map(lambda item: chunk_bytes(item, extractor), work))
+    total, there = sum(wanted), sum(_bytes_there(item) for item in work)
+    on_estimate(total)
+    sizes = f"encoder outputs need up to {total / GIB:.3g} GiB"
+    if total > max_bytes:
+        raise RunError(f"--cache_budget_gib {max_bytes / GIB:.3g}: {sizes}; nothing was written")
+    free = _free_bytes(features_dir)
+    if total - there > free:
+        raise RunError(f"{features_dir}: {sizes}, and the disk has {free / GIB:.3g} GiB left; nothing was written")
+    # What the budget has to spare is shared out, for clips that are longer than their headers say.
+    spare = min(max_bytes, free + there, 4 * total) / max(total, 1)
+    return [replace(item, max_bytes=bytes_ * spare) for item, bytes_ in zip(work, wanted, strict=True)]
+
+
+def chunk_bytes(item: "WorkItem", extractor: Extractor) -> int:
+    """Upper bound of a chunk's shard, in bytes, if the clips are as long as their headers say."""
+    raw = item.chunk.read_bytes()
+    samples = read_chunk(item.chunk, raw).samples
+    variants = extractor.storing.waveform.num_variants if item.augmented else 1
+    windows = sum(_windows(sample, extractor, item.augmented) for sample in samples) * variants
+    front_end = extractor.front_end
+    window_bytes = front_end.encoder_positions * front_end.encoder_dim * extractor.storing.torch_dtype.itemsize
+    text_bytes = (ROW_BYTES * len(samples) + 8 * len(raw)) * variants  # texts as they are, and four bytes per token
+    return SHARD_BYTES + text_bytes + windows * (window_bytes + 4 * front_end.encoder_positions)
+
+
+def _windows(sample: Sample, extractor: Extractor, augmented: bool) -> int:
+    if not sample.task.has_audio:
+        return 0
+    try:
+        seconds = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
+    except (OSError, ValueError):
+        return 1  # featurize will tell what is wrong with it
+    slowest = min(extractor.storing.waveform.speeds, default=1.0) if augmented else 1.0
+    rate_hz = extractor.front_end.sample_rate_hz
+    longest = min(seconds / min(1.0, slowest), extractor.front_end.max_audio_sec)
+    return max(1, extractor.front_end.num_windows(int(longest * rate_hz) + rate_hz // 100))
+
+
+def _bytes_there(item: "WorkItem") -> int:
+    try:
+        return num_bytes(shard_path(item.folder, item.chunk.number))
+    except OSError:
+        return 0
+
+
+def _free_bytes(features_dir: Place) -> float:
+    if not isinstance(features_dir, Path):
+        return float("inf")
+    there = next(folder for folder in (features_dir, *features_dir.parents) if folder.is_dir())
+    return shutil.disk_usage(there).free

@@ -1,0 +1,219 @@
+"""Reading feature sets back: lengths of all rows from the index, single rows from memory-mapped shards."""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from voxray.core.errors import RunError
+from voxray.core.storage import Place, RemotePath
+from voxray.features.shard_cache import fetch
+from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
+
+OPEN_SHARDS = 256  # memory maps kept open at a time
+OPEN_REMOTE_SHARDS = 16  # a copy that left the cache takes disk until it is closed
+SCALARS = ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples")
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One row as it is stored; arrays are read-only views of the mapped file.
+
+    Attributes:
+        store: What ``audio`` is, one of ``shards.STORES``.
+        audio: mel: float16, (num_frames, num_mel_bins); pcm16: int16, (num_samples,); encoder: float32, float16,
+            or uint16 that holds the bits of bfloat16, (num_windows, positions, hidden). Empty for text tasks.
+        fill: Value of the padded frames of ``mel``.
+    """
+
+    id: str
+    task: str
+    language: str
+    source: str
+    prompt: str
+    answer: str
+    prompt_ids: np.ndarray
+    target_ids: np.ndarray
+    store: str
+    audio: np.ndarray
+    fill: float
+    num_windows: int
+    num_samples: int
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "FeatureRow":
+        """A row of log-mel that was just computed and never stored (see ``extract.Extractor``)."""
+        values = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
+        ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids")}
+        return cls(**{**values, **ids, "store": "mel", "audio": row["audio"].astype(np.float16)})
+
+
+class _Shard:
+    """An open shard with what its schema says of the stored audio."""
+
+    def __init__(self, path: Path) -> None:
+        self.reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        described = self.reader.schema.metadata
+        self.store: str = described[b"store"].decode()
+        self.frame_shape: list[int] = json.loads(described[b"frame_shape"])
+
+    def row(self, place: int) -> FeatureRow:
+        batch, place = self.reader.get_batch(place // ROWS_PER_BATCH), place % ROWS_PER_BATCH
+        values = {name: batch.column(name)[place].as_py() for name in SCALARS}
+        audio = batch.column(AUDIO_COLUMN)[place].values.to_numpy()
+        return FeatureRow(
+            **values,
+            prompt_ids=batch.column("prompt_ids")[place].values.to_numpy(),
+            target_ids=batch.column("target_ids")[place].values.to_numpy(),
+            store=self.store,
+            audio=audio.reshape(-1, *self.frame_shape),
+        )
+
+
+class RowLengths:
+    """What planning asks of rows, which are addressed by one running number in manifest order.
+
+    Attributes:
+        task: Task code of every row, int8 (see ``shards.TASK_CODES``).
+        sample: Running number of the manifest row that every row is a variant of, int64.
+        num_prompt_tokens: Tokens before the answer, audio positions included.
+        num_target_tokens: Tokens of the answer, the end-of-text token included.
+        spare_tokens: {task: tokens to keep free for each of its rows}, for prompts that may get longer than these.
+        num_windows: Model windows of the clip, 0 for text.
+        num_samples: Samples of the clip at the model's rate.
+        has_language: Whether the row's language is known, bool.
+    """
+
+    task: np.ndarray
+    sample: np.ndarray
+    num_prompt_tokens: np.ndarray
+    num_target_tokens: np.ndarray
+    spare_tokens: Mapping[str, int]
+    num_windows: np.ndarray
+    num_samples: np.ndarray
+    has_language: np.ndarray
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        return self.num_prompt_tokens + self.num_target_tokens
+
+    @cached_property
+    def longest_tokens(self) -> np.ndarray:
+        """``num_tokens`` and the spare ones."""
+        longest = self.num_tokens
+        for name, spare in self.spare_tokens.items():
+            longest[self.task == TASK_CODES[name]] += spare
+        return longest
+
+    def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows within a token limit, and the first row of every sample that has no variant within it."""
+        fits = self.longest_tokens <= max_len
+        rows, others = np.flatnonzero(fits), np.flatnonzero(~fits)
+        lost = others[~np.isin(self.sample[others], self.sample[rows])]
+        return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]
+
+    def source(self, number: int) -> str:
+        """``<manifest>:<line>`` of a row."""
+        raise NotImplementedError
+
+
+class Features(RowLengths):
+    """Rows of one or several feature sets.
+
+    Attributes:
+        folders: The feature sets.
+        store: What they store of a clip, one of ``shards.STORES``; "" if there is no set.
+
+    Raises:
+        RunError: A folder holds no finished set, or the sets do not store the same.
+    """
+
+    def __init__(self, folders: Iterable[Place], spare_tokens: Mapping[str, int] | None = None) -> None:
+        self.folders = tuple(folders)
+        self._described = [_describe(folder) for folder in self.folders]
+        stores = {described["store"] for described in self._described}
+        if len(stores) > 1:
+            raise RunError(f"{self.folders[0].name}: these feature sets store different things: {', '.join(stores)}")
+        self.store: str = next(iter(stores), "")
+        tables = [_index(folder, found) for folder, found in zip(self.folders, self._described, strict=True)]
+        self._set = np.repeat(np.arange(len(tables), dtype=np.int32), [table.num_rows for table in tables])
+        self._index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+        self._shard, self._row = self._numbers("shard"), self._numbers("row")
+        self.task = self._numbers("task")
+        self.sample = np.cumsum(self._numbers("variant") == 0) - 1
+        self.num_prompt_tokens = self._numbers("num_prompt_tokens")
+        self.num_target_tokens = self._numbers("num_target_tokens")
+        self.spare_tokens = spare_tokens or {}
+        self.num_windows = self._numbers("num_windows")
+        self.num_samples = self._numbers("num_samples")
+        self.has_language = self._numbers("language") != ""
+        self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
+        self._lock = threading.Lock()  # loader threads share the open shards
+        self._max_open = OPEN_SHARDS if all(isinstance(f, Path) for f in self.folders) else OPEN_REMOTE_SHARDS
+        self._checksums: dict[int, list[dict[str, Any]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def _numbers(self, name: str) -> np.ndarray:
+        return self._index[name].combine_chunks().to_numpy(zero_copy_only=False)
+
+    def ids(self, numbers: Iterable[int]) -> list[str]:
+        return [self._index["id"][int(number)].as_py() for number in numbers]
+
+    def source(self, number: int) -> str:
+        """``<manifest>:<line>`` of a row."""
+        return self._index["source"][int(number)].as_py()
+
+    def row(self, number: int) -> FeatureRow:
+        """Read one row from its mapped shard; no copy of the features is made."""
+        return self._opened(int(self._set[number]), int(self._shard[number])).row(int(self._row[number]))
+
+    def _opened(self, set_number: int, shard: int) -> _Shard:
+        key = (set_number, shard)
+        with self._lock:
+            if key not in self._open:
+                self._open[key] = self._open_shard(set_number, shard)
+                if len(self._open) > self._max_open:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(key)
+            return self._open[key]
+
+    def _open_shard(self, set_number: int, shard: int) -> _Shard:
+        path = shard_path(self.folders[set_number], shard)
+        if isinstance(path, Path):
+            return _Shard(path)
+        if set_number not in self._checksums:
+            self._checksums[set_number] = json.loads((self.folders[set_number] / "shards.json").read_text())
+        described = self._checksums[set_number][shard]
+        while True:
+            try:
+                return _Shard(fetch(path, described["sha256"], described["bytes"]))
+            except FileNotFoundError:
+                continue  # another process made room between the two
+
+    def fingerprint(self) -> str:
+        """Hash of what the sets were made of; a run that resumes must find the same."""
+        return hashlib.sha256("\n".join(found["content"] for found in self._described).encode()).hexdigest()
+
+
+def _describe(folder: Place) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "set.json").read_text())
+    except OSError:
+        raise RunError(f"{folder}: not a finished feature set; run featurize on its manifest") from None
+
+
+def _index(folder: Place, described: dict[str, Any]) -> pa.Table:
+    path = folder / "index.arrow"
+    if isinstance(path, RemotePath):
+        path = fetch(path, described["index_sha256"], described["index_bytes"])
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

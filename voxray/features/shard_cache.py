@@ -1,0 +1,86 @@
+"""Copies of remote shards on the local disk, within a budget.
+
+Files are named by the checksum of their content, so a copy is never stale, and several processes of a machine share one
+cache. The least recently used copies make room for new ones. A copy that is removed while a process has it mapped stays
+readable there; its bytes come free when that process closes it.
+"""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from voxray.core.errors import RunError
+from voxray.core.storage import CacheLimits, RemotePath, checksum
+
+SUFFIXES = {".arrow", ".part"}  # what belongs to the cache, of the files in its folder
+ABANDONED_SEC = 3600.0  # a download that has not grown for this long belongs to a process that is gone
+
+
+def fetch(remote: RemotePath, sha256: str, num_bytes: int) -> Path:
+    """Local copy of a remote file.
+
+    Args:
+        sha256: Checksum of its content, in hex.
+        num_bytes: Its size.
+    Raises:
+        RunError: It is gone, it is damaged, or it is larger than the whole cache.
+    """
+    limits = remote.cache
+    folder = Path(limits.folder)
+    target = folder / f"{sha256}.arrow"
+    if _touch(target):
+        return target
+    if num_bytes > limits.max_bytes:
+        sizes = f"{num_bytes / 2**30:.3g} GiB do not fit into {limits.max_bytes / 2**30:.3g} GiB"
+        raise RunError(f"--features_cache_gib: {remote}: {sizes}")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{sha256}.{os.getpid()}.part"
+    with _locked(folder):
+        _make_room(folder, limits, num_bytes)
+        with open(partial, "wb") as file:
+            file.truncate(num_bytes)  # holds the place, so that other processes count it
+    try:
+        try:
+            remote.download(partial)
+        except OSError as error:
+            raise RunError(f"{remote}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        if checksum(partial) != sha256:
+            raise RunError(f"{remote}: damaged: its content is not what shards.json says; run featurize --verify")
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def _touch(path: Path) -> bool:
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _make_room(folder: Path, limits: CacheLimits, wanted: int) -> None:
+    """Remove what was used longest ago until ``wanted`` bytes fit."""
+    found = sorted(
+        (path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if path.suffix in SUFFIXES
+    )
+    total = sum(size for _, size, _ in found)
+    for used_at, size, path in found:
+        if total + wanted <= limits.max_bytes:
+            return
+        if path.suffix != ".part" or time.time() - used_at > ABANDONED_SEC:
+            path.unlink(missing_ok=True)
+            total -= size
+    if total + wanted > limits.max_bytes:
+        raise RunError(f"--features_cache_gib: {folder} is full of downloads that other processes have under way")

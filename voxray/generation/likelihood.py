@@ -1,0 +1,30 @@
+"""How likely a model finds the reference answers: what loss and perplexity are made of."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from voxray.batches.collate import collate_training
+from voxray.features.reader import FeatureRow
+from voxray.models.interface import Family, FrontEnd
+from voxray.models.parts.losses import token_losses
+
+
+@torch.no_grad()
+def reference_losses(model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow]) -> list[float]:
+    """-ln p of every row's reference answer, by the forward pass of training.
+
+    Args:
+        model: In eval mode.
+        rows: One batch.
+    Returns:
+        Sums over ``target_ids``, the end-of-text token included.
+    """
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in collate_training(rows, front_end).items()}
+    loss_N, keep_BL = token_losses(partial(family.answer_logits, model), batch)
+    row_N = keep_BL.nonzero()[:, 0].cpu()
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    return sums.index_add(0, row_N, loss_N.double().cpu()).tolist()

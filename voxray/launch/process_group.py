@@ -1,0 +1,43 @@
+"""How Ray Train's processes begin: torch's process group, after what voxray has to see to before it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train.torch
+import torch
+from ray.train.torch import TorchConfig
+
+from voxray.cluster.placement import note_places
+from voxray.core.errors import RunError
+
+
+@dataclass
+class ProcessGroup(TorchConfig):
+    """Ray Train's own set-up of ``torch.distributed``.
+
+    If it fails, Ray Train leaves the run's places occupied: they are noted under this name, to be given back.
+    """
+
+    run: str = ""
+
+    @property
+    def backend_cls(self) -> type:
+        return _Backend
+
+
+class _Backend(TorchConfig().backend_cls):
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        assert isinstance(backend_config, ProcessGroup)
+        worker_group.execute_single(0, note_places, backend_config.run)
+        if faults := list(filter(None, worker_group.execute(_device_fault))):
+            raise RunError(faults[0])
+        super().on_start(worker_group, backend_config)
+
+
+def _device_fault() -> str:
+    """In a worker: why it cannot train on the device that Ray gave it."""
+    if ray.train.torch.get_device().type == "cpu" or torch.cuda.is_available():
+        return ""
+    node = ray.util.get_node_ip_address()
+    return f"node {node}: Ray counts a GPU there, and torch {torch.__version__} can use none"

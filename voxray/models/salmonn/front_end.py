@@ -1,0 +1,159 @@
+"""SALMONN's front end: rows -> features and token ids, without weights."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from voxray.audio.fbank import NUM_MEL_BINS
+from voxray.audio.logmel import LogMel
+from voxray.core.errors import BadRow, SettingsError
+from voxray.core.manifest import Sample
+from voxray.core.source import Segment
+from voxray.models.interface import AudioFeatures
+from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
+from voxray.models.salmonn.config import SalmonnConfig
+from voxray.models.salmonn.folder import part, read_folder
+from voxray.models.salmonn.loading import end_token, load_tokenizer
+from voxray.models.salmonn.prompts import AUDIO_MARK, DEFAULTS, QUESTION_MARK, Prompts, read_prompts
+from voxray.models.salmonn.stacked_features import beside
+
+FBANK_VERSION = "beats-fbank-2"
+TEMPLATE_VERSION = "salmonn-1"
+MAX_WINDOWS = 10
+"""Of one recording: 880 positions, which leave room in the 2,048 of a Vicuna. SALMONN was trained on one window."""
+
+
+class SalmonnFrontEnd(WindowedLogMel):
+    """Features and prompts as SALMONN's own code makes them (tests hold its token ids against ours).
+
+    A frame holds Whisper's log-mel and BEATs' filter bank side by side (see ``features``).
+
+    Args:
+        model_id: A SALMONN folder (see ``folder``).
+        trim_audio: Not possible: every window has the same number of positions.
+        prompts: Of the tasks; those that the folder names, else SALMONN's own for testing, if left out.
+    """
+
+    max_windows: int | None = None
+    outside_positions = 0
+    needs_language = False
+    trims_audio = False
+    counts_samples = True
+
+    def __init__(self, model_id: str, *, trim_audio: bool = False, prompts: Prompts | None = None) -> None:
+        if trim_audio:
+            raise SettingsError(
+                "--trim_audio_tokens: SALMONN's clips take the same number of tokens always; leave it out"
+            )
+        config: SalmonnConfig = read_folder(model_id)
+        speech: Any = config.speech_config
+        super().__init__(part(model_id, config, "whisper"), speech.num_mel_bins, speech.max_source_positions)
+        self.model_id = model_id
+        self.log_mel_bins: int = speech.num_mel_bins
+        self.num_mel_bins = speech.num_mel_bins + NUM_MEL_BINS
+        self._read_shapes(config)
+        named = (config.parts or {}).get("prompts")
+        self.prompts = prompts or (read_prompts(named) if named else Prompts(DEFAULTS))
+        self._tokenizer: Any = load_tokenizer(part(model_id, config, "llm"))
+        self.pad_id: int = self._tokenizer.pad_token_id
+        bos_id: int | None = self._tokenizer.bos_token_id
+        self._start: list[int] = [] if bos_id is None else [bos_id]
+        self.eos_id: int = end_token(self._tokenizer, config.end_sym)
+        self.fingerprint = hashlib.sha256(json.dumps(self._what_decides()).encode()).hexdigest()
+
+    def _read_shapes(self, config: SalmonnConfig) -> None:
+        speech, beats, text = (getattr(config, f"{name}_config") for name in ("speech", "beats", "text"))
+        self.encoder_dim: int = speech.d_model + beats.encoder_embed_dim
+        assert config.audio_token_id is not None  # the configuration sets it
+        self.positions_per_window, self.audio_id = config.positions_per_clip, config.audio_token_id
+        self.template, self.end_sym = config.prompt_template, config.end_sym
+        self.max_positions: int = text.max_position_embeddings
+        self.max_audio_sec = MAX_WINDOWS * self.window_samples / self.sample_rate_hz
+
+    def _what_decides(self) -> list[Any]:
+        numbers = [self.log_mel_bins, self.window_frames, self.positions_per_window, self.audio_id]
+        texts = [self.template, self.end_sym, {task: list(found) for task, found in self.prompts.by_task.items()}]
+        return [
+            FEATURES_VERSION,
+            FBANK_VERSION,
+            TEMPLATE_VERSION,
+            *numbers,
+            *texts,
+            self._tokenizer.backend_tokenizer.to_str(),
+        ]
+
+    def features(self, samples: np.ndarray) -> AudioFeatures:
+        """Log-mel and BEATs' filter bank of one clip; the log-mel's clamp is over the whole recording.
+
+        Args:
+            samples: float32, shape (num_samples,), 16 kHz.
+        Returns:
+            Frames of ``num_mel_bins`` values, the filter bank's last; ``fill`` is the log-mel's.
+        """
+        if not hasattr(self, "_logmel"):
+            self._logmel = LogMel(self.log_mel_bins)
+        num_windows = self.num_windows(len(samples))
+        mel_KF, fill = self._logmel.valid(samples, num_windows * self.window_samples)
+        return AudioFeatures(beside(mel_KF, samples), fill, num_windows)
+
+    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
+        """Token ids up to where the answer starts, with the task's first prompt."""
+        prompt = self.prompts.fixed(sample.task.name, sample.prompt)
+        return self.ids_around(prompt, sample.prompt, self.num_windows(num_samples))
+
+    def drawn_prompt_ids(self, row: Any, *, seed: int, epoch: int) -> list[int]:
+        """The same with the prompt that this row has in this epoch.
+
+        Args:
+            row: With ``id``, ``task``, ``prompt`` and ``num_windows``, such as a ``data.features.FeatureRow``.
+        """
+        prompt = self.prompts.drawn(row.task, row.prompt, row.id, seed=seed, epoch=epoch)
+        return self.ids_around(prompt, row.prompt, row.num_windows)
+
+    def ids_around(self, prompt: str, question: str, num_windows: int) -> list[int]:
+        """``<s>USER: <Speech>``, 88 audio tokens a window, ``</Speech> question\\nASSISTANT:``.
+
+        What stands before the audio and after it is tokenized by itself, as in SALMONN's own code; in one piece the ids
+        would be others. A prompt without audio is one piece.
+        """
+        before, mark, after = self.template.replace(QUESTION_MARK, prompt, 1).partition(AUDIO_MARK)
+        ids = list(self._start)
+        # Questions are put in last: they may hold any mark. What looks like a control token there is text.
+        is_text = any(token in question for token in self._tokenizer.all_special_tokens)
+        ids += self._encode(before.replace(QUESTION_MARK, question), is_text)
+        if mark:
+            ids += [self.audio_id] * (self.positions_per_window * num_windows)
+            ids += self._encode(after.replace(QUESTION_MARK, question), is_text)
+        return ids
+
+    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
+        """Token ids of the answer and the one that ends it; SALMONN writes no times."""
+        return [*self._encode(text, True), self.eos_id]
+
+    def _encode(self, text: str, is_text: bool) -> list[int]:
+        """Token ids; what looks like a control token becomes several tokens if all of it ``is_text``."""
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=is_text)
+        except (UnicodeEncodeError, TypeError):
+            raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
+
+    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+        """No row is: all prompts are continued token by token."""
+        return False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without control tokens and audio."""
+        known = [int(token) for token in ids if token != self.audio_id]
+        return self._tokenizer.decode(known, skip_special_tokens=True).strip()
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of token ids for people: control tokens kept, runs of audio positions as ``<SpeechHere>x88``."""
+        shown = []
+        for is_audio, run in groupby(map(int, ids), lambda token: token == self.audio_id):
+            tokens = list(run)
+            shown.append(f"{AUDIO_MARK}x{len(tokens)}" if is_audio else self._tokenizer.decode(tokens))
+        return "".join(shown)

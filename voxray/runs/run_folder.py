@@ -1,0 +1,217 @@
+"""The run folder: where a job's output goes, and what a finished run says about how it came to be."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
+from voxray.core.errors import RunError, SettingsError
+from voxray.core.storage import Place, write_json
+from voxray.core.version import __version__
+
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "mistral-common",
+    "pyarrow",
+    "numpy",
+    "soundfile",
+    "soxr",
+    "tokenizers",
+)
+SETTINGS = "settings.json"
+MAY_CHANGE = {
+    *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
+    *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
+    *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
+    *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps", "preview_rows"),
+    *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
+    *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
+}
+"""Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
+
+STOP_FILE = "STOP"
+"""Its presence in the run folder asks the run to save itself and end after the current step."""
+GROW_FILE = "GROW"
+"""The same, because the cluster has got room for more workers."""
+WORKING_COPIES = ".cache/voxray/runs"
+"""Below the home folder."""
+
+
+def anchor(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirrored: bool = False) -> Path:
+    """Absolute place of an output folder.
+
+    A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path``
+    there.
+
+    Args:
+        is_mirrored: The job keeps what it writes behind a URL (see ``mirror``); then this is its working copy here.
+    Raises:
+        SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
+    """
+    folder = Path(os.path.expanduser(path))
+    if url := url_of(path, storage_path):
+        if not is_mirrored:
+            raise SettingsError(f"{flag} {path}: this job writes to mounted folders only, not to {url}")
+        return working_copy(url)
+    if storage_path and not Path(storage_path).is_absolute():
+        raise SettingsError(f"--storage_path {storage_path}: must be absolute")
+    if folder.is_absolute():
+        return folder
+    if storage_path:
+        return Path(storage_path) / folder
+    if is_submitted_job():
+        raise SettingsError(
+            f"{flag} {path}: a submitted job runs in a temporary copy; make it absolute, or add --storage_path"
+        )
+    return folder.absolute()
+
+
+def url_of(path: str, storage_path: str) -> str:
+    """URL of an output folder, "" for one on this machine: one itself, or a relative one under such a storage path.
+
+    Options stay at the end: ``runs/a`` under ``s3://bucket/x?region=eu-west-1`` is ``s3://bucket/x/runs/a?region=...``.
+    """
+    if "://" in path:
+        return path
+    if "://" not in storage_path or Path(os.path.expanduser(path)).is_absolute():
+        return ""
+    base, question, options = storage_path.partition("?")
+    return f"{base.rstrip('/')}/{path.strip('/')}{question}{options}"
+
+
+def working_copy(url: str) -> Path:
+    """The folder of this machine in which a job works on what belongs to a URL; the same one every time."""
+    base = url.partition("?")[0].rstrip("/")
+    return Path.home() / WORKING_COPIES / f"{base.rpartition('/')[2]}-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
+
+
+def is_submitted_job() -> bool:
+    """Whether this process was started by ``ray job submit``."""
+    return SUBMITTED_JOB_VARIABLE in os.environ
+
+
+def make_folder(path: Path, flag: str = "--output_dir") -> None:
+    """Create an output folder and make sure that it can be written to.
+
+    Raises:
+        RunError: It cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{flag} {path}: cannot write there: {error.strerror}") from None
+
+
+def refuse_training_folder(folder: Path) -> None:
+    """Keep an evaluation from writing its settings and metrics over those of a training run.
+
+    Raises:
+        SettingsError: The folder is that of a run, a checkpoint or an adapter.
+    """
+    if any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl", "adapter_config.json")):
+        raise SettingsError(f"--output_dir {folder}: holds a training run or an adapter; give the evaluation its own")
+
+
+def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
+    """Make the run folder ready: keep what is there if it is the same run, else refuse or start afresh.
+
+    Raises:
+        SettingsError: The folder holds a run with other settings and ``overwrite`` is off.
+    """
+    make_folder(run_dir)
+    if holds_run(run_dir):
+        if overwrite:
+            _clear(run_dir)
+        else:
+            refuse_other_run(run_dir, settings)
+    for name in (STOP_FILE, GROW_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+    write_json(run_dir / SETTINGS, json.loads(settings.model_dump_json()))
+    write_json(run_dir / "provenance.json", provenance())
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether a run was begun in a folder."""
+    return (run_dir / SETTINGS).is_file()
+
+
+def refuse_other_run(run_dir: Path, settings: Settings) -> None:
+    """Compare with the settings that the folder's run was started with.
+
+    A run that is older than a field was as the field's default is now.
+
+    Raises:
+        SettingsError: They differ in something that changes the result.
+    """
+    path, now = run_dir / SETTINGS, json.loads(settings.model_dump_json())
+    advice = "use --overwrite or another --output_dir"
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise SettingsError(f"{path}: damaged, so this run cannot be told from others; {advice}") from None
+    defaults = {name: field.default for name, field in type(settings).model_fields.items() if not field.is_required()}
+    before = {**json.loads(json.dumps(defaults)), **before}
+    changed = [name for name in now if name in before and name not in MAY_CHANGE and before[name] != now[name]]
+    if changed:
+        shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
+        raise SettingsError(f"{path.parent} holds a run with other settings: {shown}; {advice}")
+
+
+def _clear(run_dir: Path) -> None:
+    """Delete what a run wrote, and nothing else; the feature shards stay, they know themselves whether they fit."""
+    for name in ("checkpoints", "adapter", "tensorboard"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    files = ("metrics.jsonl", "previews.jsonl", "previews.yaml", "train.log", "result.json")
+    for name in (*files, "quarantine.jsonl", "parameters.json"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+def note_data(run_dir: Path, feature_sets: Iterable[Place]) -> None:
+    """Add to provenance.json what the run's features were made of."""
+    sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
+    add_provenance(run_dir, data=sets)
+
+
+def add_provenance(run_dir: Path, **facts: Any) -> None:
+    """Add to provenance.json what became known after the run was opened."""
+    path = run_dir / "provenance.json"
+    write_json(path, {**json.loads(path.read_text()), **facts})
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git commit and the command of this process."""
+    versions = {"voxray": __version__, "python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {"versions": versions, "git": _git_state(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the checkout and whether it has changes; None outside one (a submitted job's copy, say)."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
