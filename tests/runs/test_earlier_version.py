@@ -1,6 +1,6 @@
 """A run folder, its feature sets and an evaluation that an earlier version wrote go on with this one.
 
-``assets/run-0a0f714`` was written by commit 0a0f714 in the folder ``WRITTEN_IN``; absolute paths stand in its shards and
+``assets/run-0a0f714`` was written by commit 0a0f714 in the folder ``WRITTEN_IN``. Absolute paths stand in its shards and
 predictions, so the test works in a copy at that very place. Training had six steps; the checkpoint of step 3 is there,
 and ``expected.metrics.jsonl`` has the records of all six.
 """
