@@ -33,9 +33,9 @@ from transformers import LogitsProcessor, LogitsProcessorList, WhisperFeatureExt
 
 from voxray.batches.collate import collate_prompts
 from voxray.features.reader import FeatureRow, Features
-from voxray.generation.continuous_batching import greedy
+from voxray.generation.continuous_batching import generate_greedy
 from voxray.generation.generate import by_expected_length
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
 TOKENS_PER_SEC, CHAT_TOKENS, MAX_NEW_TOKENS = 5.0, 40, 256
 
@@ -98,7 +98,9 @@ def ours(model: Any, family: Any, front_end: Any, features: Features, lengths: l
     order = by_expected_length(features, range(len(features)))
     stored = [features.row(row) for row in order]
     options = {"batch_size": size, "limits": [lengths[row] for row in order]}
-    found = {order[answer.number]: answer.ids for answer in greedy(model, family, front_end, stored, **options)}
+    found = {
+        order[answer.number]: answer.ids for answer in generate_greedy(model, family, front_end, stored, **options)
+    }
     return [found[row] for row in range(len(features))]
 
 
@@ -120,7 +122,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest, model_id = write_rows(folder, flags.rows), write_model(folder / "model", flags.vocabulary)
-        family = family_of(model_id)
+        family = get_family(model_id)
         front_end, extract = family.front_end(model_id), WhisperFeatureExtractor.from_pretrained(model_id)
         model = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
         features = features_of(manifest, model_id, folder / "f")

@@ -39,7 +39,7 @@ from voxray.core.tasks import TASKS
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.shards import shard_bytes
-from voxray.models.voxtral.family import VoxtralFrontEnd
+from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 TINY = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 RATE_HZ, CLIP_SEC = 48_000, 7.7
@@ -99,7 +99,7 @@ def measure_parts(clips: list[Path], folder: Path, passes: int) -> dict[str, flo
         names = ("id", "language", "source", "audio_path", "prompt", "answer")
         rows = [
             {name: getattr(task, name) for name in names}
-            | {"audio": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill, "num_windows": 2}
+            | {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill, "num_windows": 2}
             | {"task": "asr", "variant": 0, "num_samples": len(clip), "prompt_ids": prompt, "target_ids": target}
             for clip, features, (prompt, target) in zip(samples, made, ids, strict=True)
         ]

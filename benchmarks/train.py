@@ -43,12 +43,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from voxray.batches.collate import collate_training
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora
 from voxray.models.interface import IGNORED
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.models.voxtral.tiny import AUDIO_TOKEN_ID
 from voxray.recipes import multitask
 from voxray.training.loop import answer_loss
@@ -104,7 +104,7 @@ def read_clips(manifest: str) -> dict[int, np.ndarray]:
 
 
 def features_of(manifest: str, model_id: str, folder: Path, store: Any = "mel") -> Features:
-    extractor = Extractor(model_id, Storing(store, dtype="float32"))
+    extractor = Extractor(model_id, FeatureSpec(store, dtype="float32"))
     return Features(featurize([manifest], extractor, folder, rows_per_shard=64, use_ray=False).folders)
 
 
@@ -160,7 +160,7 @@ def run_trainer(model: Any, features: Features, collate: Callable[..., Any], fol
 def plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folder: Path) -> float:
     """Trainer as in public scripts."""
     extract = WhisperFeatureExtractor.from_pretrained(model_id)
-    front_end = family_of(model_id).front_end(model_id)
+    front_end = get_family(model_id).front_end(model_id)
     base = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32)
     model = get_peft_model(base, LoraConfig(target_modules=SUFFIXES, **LORA))  # type: ignore[arg-type]
 
@@ -178,7 +178,7 @@ def plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folde
 
 def strong(model_id: str, features: Features, folder: Path) -> float:
     """Trainer with what it offers."""
-    family = family_of(model_id)
+    family = get_family(model_id)
     front_end = family.front_end(model_id)
     base = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
     model = add_lora(base, family, ("llm",), model_id=model_id, r=LORA["r"], alpha=16, dropout=0.0)  # type: ignore[arg-type]
@@ -197,14 +197,14 @@ def ours(model_id: str, features: Features, run_dir: Path) -> float:
     values |= {"batching": "packed", "pack_tokens": max(budget, int(features.num_tokens.max()))}
     values |= {"lora_r": LORA["r"], "lora_alpha": 16, "lora_dropout": 0.0, "store": features.store, "log_steps": 10**6}
     settings = MultitaskSettings.model_validate(values)
-    data = multitask.Data(features.folders, ())  # type: ignore[arg-type]
+    data = multitask.TrainingData(features.folders, ())  # type: ignore[arg-type]
     multitask.train(settings, run_dir, data, Worker())
     return sum(record["sec"] for record in read_metrics(run_dir, "train"))
 
 
 def loss_difference(model_id: str, features: Features) -> float:
     """The library's loss against ours on the same batches, relative."""
-    family = family_of(model_id)
+    family = get_family(model_id)
     front_end = family.front_end(model_id)
     model = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
     worst = 0.0

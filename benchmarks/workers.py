@@ -43,7 +43,7 @@ def under_torchrun() -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     settings = MultitaskSettings.model_validate_json(Path(os.environ["BENCHMARK_SETTINGS"]).read_text())
-    data = multitask.Data((Path(os.environ["BENCHMARK_SET"]),), ())
+    data = multitask.TrainingData((Path(os.environ["BENCHMARK_SET"]),), ())
     multitask.train(settings, Path(settings.output_dir), data, Worker(dist.get_rank(), dist.get_world_size()))
     dist.destroy_process_group()
 

@@ -10,9 +10,9 @@ def main(argv: list[str] | None = None) -> None:
     about, demo = __doc__ or "", "demo_train_salmonn.yaml"
     settings = parse(SalmonnSettings, argv, job="train_salmonn", about=about, demo=demo)
     from voxray.commands.train import run_training
-    from voxray.recipes.salmonn import made_ready
+    from voxray.recipes.salmonn import assemble_inputs
 
-    run_training(made_ready(settings))
+    run_training(assemble_inputs(settings))
 
 
 if __name__ == "__main__":

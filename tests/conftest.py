@@ -79,13 +79,13 @@ def salmonn(salmonn_parts: dict[str, str], tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def make_features(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
     """Featurize manifests with a tiny model in this process; returns their feature sets."""
-    from voxray.features.extract import Extractor, Storing
+    from voxray.features.extract import Extractor, FeatureSpec
     from voxray.features.featurize import featurize
 
     shared = tmp_path_factory.mktemp("features")
 
     def make(*manifests: str, folder: Path = shared, model_id: str = TINY, **storing: Any) -> tuple[Path, ...]:
-        extractor = Extractor(model_id, Storing(**storing))
+        extractor = Extractor(model_id, FeatureSpec(**storing))
         return featurize(manifests, extractor, folder, rows_per_shard=8, use_ray=False).folders
 
     return make
@@ -132,5 +132,5 @@ def evaluation_here(monkeypatch: pytest.MonkeyPatch) -> None:
     from voxray.commands import evaluate as job
 
     monkeypatch.setattr(job, "ray_session", lambda *args: nullcontext())
-    for name in ("make_features", "answer", "check_invariance"):
+    for name in ("make_features", "answer_rows", "check_invariance"):
         monkeypatch.setattr(job, name, partial(getattr(job, name), use_ray=False))

@@ -96,14 +96,14 @@ class Bomb:
 
 def test_a_pickle_bomb_in_a_checkpoint_does_not_go_off(tmp_path):
     from voxray.core.errors import RunError
-    from voxray.training.checkpoint import read_moments
+    from voxray.training.checkpoint import read_optimizer_state
 
     mark = tmp_path / "exploded"
     (tmp_path / "optimizer.pt").write_bytes(pickle.dumps(Bomb(mark)))
     pickle.loads(pickle.dumps(Bomb(tmp_path / "proof")))
     assert (tmp_path / "proof").exists(), "the bomb works where pickles are trusted"
     with pytest.raises(RunError, match="damaged checkpoint"):
-        read_moments(tmp_path)
+        read_optimizer_state(tmp_path)
     assert not mark.exists()
 
 
@@ -112,12 +112,12 @@ def test_a_model_folder_cannot_bring_code(tmp_path):
     import json
 
     from voxray.core.errors import SettingsError
-    from voxray.models.registry import family_of
+    from voxray.models.registry import get_family
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(SettingsError, match="model type 'evil' is not one of voxtral"):
-        family_of(str(tmp_path))
+        get_family(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 

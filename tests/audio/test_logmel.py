@@ -47,10 +47,10 @@ def test_bit_equal_to_the_extractor(num_mel_bins: int, window: int):
             padded = -(-num_samples // window) * window
             options = {"sampling_rate": SECOND, "padding": True, "pad_to_multiple_of": window, "truncation": False}
             wanted_BT = extractor(samples, **options, return_tensors="np")["input_features"][0]
-            mel_KB, fill = log_mel.valid(samples, padded)
+            mel_KF, fill = log_mel.valid(samples, padded)
             full_TB = np.full((padded // HOP_SAMPLES, num_mel_bins), fill, np.float32)
-            full_TB[: len(mel_KB)] = mel_KB
-            assert wanted_BT.shape == full_TB.T.shape and mel_KB.dtype == np.float32
+            full_TB[: len(mel_KF)] = mel_KF
+            assert wanted_BT.shape == full_TB.T.shape and mel_KF.dtype == np.float32
             if not np.array_equal(full_TB.T, wanted_BT):
                 different.append((num_samples, kind, float(np.abs(full_TB.T - wanted_BT).max())))
     assert different == []
@@ -116,9 +116,9 @@ def test_windows_longer_than_a_block():
     for num_frames in (FRAMES_AT_A_TIME - 1, FRAMES_AT_A_TIME, FRAMES_AT_A_TIME + 1, 2 * FRAMES_AT_A_TIME + 1, 3_333):
         samples = clip("noise", num_frames * HOP_SAMPLES - 250)
         wanted_BT = extractor(samples, **options, return_tensors="np")["input_features"][0]
-        mel_KB, fill = log_mel.valid(samples, HOP_SAMPLES * wanted_BT.shape[1])
-        assert len(mel_KB) == num_frames
-        assert np.array_equal(mel_KB.T, wanted_BT[:, :num_frames]) and (wanted_BT[:, num_frames:] == fill).all()
+        mel_KF, fill = log_mel.valid(samples, HOP_SAMPLES * wanted_BT.shape[1])
+        assert len(mel_KF) == num_frames
+        assert np.array_equal(mel_KF.T, wanted_BT[:, :num_frames]) and (wanted_BT[:, num_frames:] == fill).all()
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -12,14 +12,14 @@ import soundfile
 from conftest import TINY, write_rows
 
 from voxray.audit.advice import FAULTS, WARNINGS
-from voxray.audit.findings import sides_of
+from voxray.audit.findings import assign_splits
 from voxray.audit.measure_rows import RowMeasurer, over_limit, plan_chunks
 from voxray.commands.audit import run_audit_job
 from voxray.config.audit import AuditSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.manifest import Chunk
 from voxray.features.reader import Features
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
 RATE = 16_000
 SCRIPT = "<script>console.error('ran')</script>"
@@ -234,7 +234,7 @@ def test_figures_equal_numpys(tmp_path):
 
 def test_token_lengths_are_those_of_featurize(small, make_features, tmp_path):
     """The same rows, and clips that end just before and behind a window at other rates."""
-    front_end = family_of(TINY).front_end(TINY)
+    front_end = get_family(TINY).front_end(TINY)
     window_sec = front_end.window_frames / 100
     rows = [
         asr(clip(tmp_path / f"{rate}_{more}.wav", 1, window_sec + more / rate, rate), "열이 납니다", id=f"{rate}{more}")
@@ -292,11 +292,15 @@ def test_outliers_and_damaged_texts_are_warnings(tmp_path):
     ],
 )
 def test_sides_by_name(names, compare, expected):
-    assert sides_of([f"/data/{name}" for name in names], compare).of_file == expected
+    assert assign_splits([f"/data/{name}" for name in names], compare).of_file == expected
 
 
 def test_files_of_one_name_are_told_apart():
-    assert sides_of(["/a/f.jsonl", "/b/f.jsonl", "/b/g.jsonl"], "auto").names == ("1. f.jsonl", "2. f.jsonl", "g.jsonl")
+    assert assign_splits(["/a/f.jsonl", "/b/f.jsonl", "/b/g.jsonl"], "auto").names == (
+        "1. f.jsonl",
+        "2. f.jsonl",
+        "g.jsonl",
+    )
 
 
 def test_copies_that_all_leak_or_fall_out_take_no_row_with_them(tmp_path):

@@ -114,7 +114,7 @@ def test_a_row_longer_than_a_pack_is_refused():
 
 def plan(how: Batching, count: int = 600, **changes) -> Plan:
     task, tokens = seed_mix(count)
-    values = {"weights": None, "seed": 3, "packs_per_step": 4, "num_tokens": tokens}
+    values = {"weights": None, "seed": 3, "microbatches_per_step": 4, "num_tokens": tokens}
     return Plan(task, np.arange(count), batching=how, **{**values, **changes})
 
 
@@ -128,15 +128,17 @@ def test_any_number_of_workers_sees_the_same_packs(how, weights):
     for epoch in range(3):
         first = made.steps_in(epoch) if epoch else 0
         steps = range(first, first + made.steps_of(epoch))
-        drawn = [row for step in steps for pack in made.step_packs(step) if pack.counts for row in pack.rows.tolist()]
+        drawn = [
+            row for step in steps for pack in made.step_packs(step) if not pack.is_filler for row in pack.rows.tolist()
+        ]
         assert sorted(drawn) == sorted(made.epoch_rows(epoch).tolist())
         for step in steps:
             for world in (1, 2, 3, 8):
                 ranks = [made.rank_packs(step, rank, world) for rank in range(world)]
                 assert len({len(packs) for packs in ranks}) == 1 and all(ranks)
-                counted = [pack for packs in ranks for pack in packs if pack.counts]
+                counted = [pack for packs in ranks for pack in packs if not pack.is_filler]
                 counted.sort(key=lambda pack: pack.number)
-                whole = [pack for pack in made.step_packs(step) if pack.counts]
+                whole = [pack for pack in made.step_packs(step) if not pack.is_filler]
                 assert [pack.rows.tolist() for pack in counted] == [pack.rows.tolist() for pack in whole]
         if weights:
             shares = np.bincount(made.task[drawn], minlength=3) / len(drawn)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxray.batches.packing import Batching
-from voxray.batches.plan import ORDER, PACKS, VARIANTS, Pack, Plan, _stream
+from voxray.batches.plan import ORDER, PACKS, VARIANTS, Microbatch, Plan, _stream
 from voxray.core.errors import SettingsError
 from voxray.core.tasks import POSITIONAL_TASKS, TASKS
 
@@ -21,13 +21,13 @@ def plan(
     weights: dict[str, float] | None = None,
     seed: int = 0,
     pack_size: int = 2,
-    packs_per_step: int = 3,
+    microbatches_per_step: int = 3,
     drop_last: bool = False,
 ) -> Plan:
     """A plan over so many rows of asr, sqa, tqa, mixed; row numbers start at 100 and have gaps."""
     task = np.random.default_rng(7).permutation(np.repeat(np.arange(len(counts), dtype=np.int8), counts))
     batching = Batching("fixed", pack_size=pack_size)
-    return Plan(task, 100 + 3 * np.arange(len(task)), weights, seed, batching, packs_per_step, drop_last)
+    return Plan(task, 100 + 3 * np.arange(len(task)), weights, seed, batching, microbatches_per_step, drop_last)
 
 
 def tasks_of(made: Plan, rows: np.ndarray) -> collections.Counter[str]:
@@ -35,14 +35,14 @@ def tasks_of(made: Plan, rows: np.ndarray) -> collections.Counter[str]:
     return collections.Counter(list(TASKS)[code_of[row]] for row in rows.tolist())
 
 
-def counted(packs: list[Pack]) -> list[int]:
-    return [row for pack in packs if pack.counts for row in pack.rows.tolist()]
+def counted(packs: list[Microbatch]) -> list[int]:
+    return [row for pack in packs if not pack.is_filler for row in pack.rows.tolist()]
 
 
-def same(left: list[Pack], right: list[Pack]) -> bool:
+def same(left: list[Microbatch], right: list[Microbatch]) -> bool:
     """Equal packs, in order."""
     pairs = list(zip(left, right, strict=True))
-    return all(a.number == b.number and a.counts == b.counts and np.array_equal(a.rows, b.rows) for a, b in pairs)
+    return all(a.number == b.number and a.is_filler == b.is_filler and np.array_equal(a.rows, b.rows) for a, b in pairs)
 
 
 @settings(deadline=None, max_examples=60)
@@ -53,7 +53,7 @@ def test_every_row_once_per_epoch(asr: int, tqa: int, pack_size: int, packs: int
     size = pack_size * packs
     if drop_last and asr + tqa < size:
         return
-    made = plan(asr, 0, tqa, seed=seed, pack_size=pack_size, packs_per_step=packs, drop_last=drop_last)
+    made = plan(asr, 0, tqa, seed=seed, pack_size=pack_size, microbatches_per_step=packs, drop_last=drop_last)
     for epoch in range(3):
         first = made.steps_in(epoch) if epoch else 0
         steps = [made.step_packs(step) for step in range(first, first + made.steps_of(epoch))]
@@ -123,7 +123,7 @@ def test_each_task_runs_through_its_own_rows(weights: dict[str, float]):
 
 
 def test_a_task_is_shuffled_anew_each_time_it_starts_over():
-    made = plan(40, weights={"asr": 1}, pack_size=40, packs_per_step=1)
+    made = plan(40, weights={"asr": 1}, pack_size=40, microbatches_per_step=1)
     rounds = [made._draws("asr", start, 40).tolist() for start in (0, 40, 80)]
     assert [sorted(part) for part in rounds] == [made.rows.tolist()] * 3
     assert rounds[0] != rounds[1] != rounds[2]
@@ -132,38 +132,38 @@ def test_a_task_is_shuffled_anew_each_time_it_starts_over():
 
 @pytest.mark.parametrize("weights", [None, {"asr": 2, "sqa": 1, "tqa": 1}])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("packs_per_step", [1, 3, 8])
-def test_the_same_sequence_for_any_number_of_workers(weights, world_size: int, packs_per_step: int):
-    made = plan(21, 9, 8, weights=weights, packs_per_step=packs_per_step)
+@pytest.mark.parametrize("microbatches_per_step", [1, 3, 8])
+def test_the_same_sequence_for_any_number_of_workers(weights, world_size: int, microbatches_per_step: int):
+    made = plan(21, 9, 8, weights=weights, microbatches_per_step=microbatches_per_step)
     for step in range(2 * made.steps_of(0) + 1):
         whole = made.step_packs(step)
         ranks = [made.rank_packs(step, rank, world_size) for rank in range(world_size)]
         assert len({len(packs) for packs in ranks}) == 1
         assert all(packs and all(len(pack.rows) for pack in packs) for packs in ranks)
-        merged = [pack for packs in ranks for pack in packs if pack.counts]
+        merged = [pack for packs in ranks for pack in packs if not pack.is_filler]
         merged.sort(key=lambda pack: pack.number)
-        assert same(merged, [pack for pack in whole if pack.counts])
+        assert same(merged, [pack for pack in whole if not pack.is_filler])
         # Round robin: what the ranks hold, read in turns, is the step itself, and only fillers follow.
         in_turns = [packs[turn] for turn in range(len(ranks[0])) for packs in ranks]
         assert same(in_turns[: len(whole)], whole)
-        assert not any(pack.counts for pack in in_turns[len(whole) :])
+        assert not any(not pack.is_filler for pack in in_turns[len(whole) :])
 
 
 @pytest.mark.parametrize("weights", [None, {"asr": 1, "sqa": 3}])
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_batch_4_holds_the_rows_of_2_times_batch_2(weights, drop_last: bool):
-    one = plan(17, 8, weights=weights, pack_size=4, packs_per_step=1, drop_last=drop_last)
-    two = plan(17, 8, weights=weights, pack_size=2, packs_per_step=2, drop_last=drop_last)
+    one = plan(17, 8, weights=weights, pack_size=4, microbatches_per_step=1, drop_last=drop_last)
+    two = plan(17, 8, weights=weights, pack_size=2, microbatches_per_step=2, drop_last=drop_last)
     assert one.steps_of(0) == two.steps_of(0)
     for step in range(3 * one.steps_of(0)):
         assert counted(one.step_packs(step)) == counted(two.step_packs(step))
 
 
 def test_the_last_step_of_an_epoch():
-    smaller = plan(14, pack_size=2, packs_per_step=3)
+    smaller = plan(14, pack_size=2, microbatches_per_step=3)
     assert smaller.steps_of(0) == 3
     packs = smaller.step_packs(2)
-    assert [len(pack.rows) for pack in packs] == [2, 1, 1] and [pack.counts for pack in packs] == [True, False, False]
+    assert [len(pack.rows) for pack in packs] == [2, 1, 1] and [pack.is_filler for pack in packs] == [False, True, True]
     assert [pack.number for pack in packs] == [0, 1, 2]
     assert plan(14, drop_last=True).steps_of(0) == 2
     assert plan(12).steps_of(0) == plan(12, drop_last=True).steps_of(0) == 2

@@ -13,7 +13,7 @@ from ray.dashboard.modules.reporter.reporter_agent import METRICS_GAUGES
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.recipes import multitask
-from voxray.training.callbacks import Host
+from voxray.training.callbacks import Callbacks
 
 BOARD = json.loads((Path(__file__).parents[2] / "cluster" / "grafana.json").read_text(encoding="utf-8"))
 
@@ -31,10 +31,10 @@ def test_every_panel_shows_what_a_run_publishes(
 ) -> None:
     """By a run that is resumed and validates on transcripts and answers."""
     published = set[str]()
-    host = Host(publish=lambda name, task, value: published.add(f"ray_voxray_{name}"))
+    host = Callbacks(publish=lambda name, task, value: published.add(f"ray_voxray_{name}"))
     values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "output_dir": str(tmp_path)}
     values |= {"eval_max_rows": 1, "eval_max_new_tokens": 2}
-    data = multitask.Data(make_features(small["tqa.train"]), make_features(small["asr.val"], small["tqa.val"]))
+    data = multitask.TrainingData(make_features(small["tqa.train"]), make_features(small["asr.val"], small["tqa.val"]))
     for steps in (1, 2):
         settings = MultitaskSettings.model_validate({**values, "max_steps": steps})
         multitask.train(settings, tmp_path, data, Worker(), host)

@@ -7,7 +7,7 @@ import pytest
 
 from voxray.cluster import placement as room
 from voxray.cluster import session as cluster
-from voxray.cluster.placement import Growth, find_room, refuse_without_room, say_idle_gpus
+from voxray.cluster.placement import ScaleUpWatcher, require_capacity, wait_for_workers, warn_about_idle_gpus
 from voxray.core.errors import RunError, SettingsError
 
 
@@ -44,14 +44,14 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     for name in ("ask", "is_given", "give_back"):
         monkeypatch.setattr(room, f"_{name}", getattr(made, name))
     monkeypatch.setattr(room, "time", made)
-    monkeypatch.setattr(room, "within_reach", lambda resource: {"CPU": 8, "GPU": 0}[resource])
+    monkeypatch.setattr(room, "max_resource", lambda resource: {"CPU": 8, "GPU": 0}[resource])
     return made
 
 
 def test_it_takes_what_there_is_between_the_fewest_and_the_most(places: Places) -> None:
     for free, wanted in ((1, 1), (2, 2), (3, 3), (9, 3)):
         places.free = free
-        assert find_room(1, 3) == wanted and not places.held, "and keeps nothing back from the workers"
+        assert wait_for_workers(1, 3) == wanted and not places.held, "and keeps nothing back from the workers"
     assert places.now < 3 * room.SETTLE_SEC
 
 
@@ -60,19 +60,19 @@ def test_it_waits_for_the_fewest_and_says_so(places: Places, capsys: pytest.Capt
         places.free = 2 if places.now > 130 else 1
 
     places.on_sleep = a_node_comes
-    assert find_room(2, 2) == 2 and 130 < places.now < 131
+    assert wait_for_workers(2, 2) == 2 and 130 < places.now < 131
     assert capsys.readouterr().out.splitlines() == ["waiting for room for 2 worker(s) of one CPU each"] * 3
 
 
 def test_it_does_not_wait_for_ever_nor_when_told_to_stop(places: Places) -> None:
     with pytest.raises(RunError, match="no room for 2 worker\\(s\\) of one CPU each in 30 minutes"):
-        find_room(2, 2)
-    assert find_room(2, 2, lambda: places.now > room.WAIT_SEC + 60) == 0
+        wait_for_workers(2, 2)
+    assert wait_for_workers(2, 2, lambda: places.now > room.WAIT_SEC + 60) == 0
     assert places.now < room.WAIT_SEC + 100 and not places.held
 
 
 def test_growth_takes_nodes_that_come_one_by_one_together(places: Places) -> None:
-    growth = Growth(3, "CPU")
+    growth = ScaleUpWatcher(3, "CPU")
     assert not growth.is_there()
     places.free, places.now = 1, 100
     assert not growth.is_there()
@@ -80,34 +80,34 @@ def test_growth_takes_nodes_that_come_one_by_one_together(places: Places) -> Non
     assert growth.is_there(), "all that could come"
     growth.close()
     assert not places.held
-    growth, places.free = Growth(3, "CPU"), 2
+    growth, places.free = ScaleUpWatcher(3, "CPU"), 2
     assert not growth.is_there()
     places.now += room.GATHER_SEC + 1
     assert growth.is_there(), "no more for a while"
 
 
 def reach(monkeypatch: pytest.MonkeyPatch, **resources: int) -> None:
-    monkeypatch.setattr(room, "within_reach", lambda resource: resources.get(resource, 0))
+    monkeypatch.setattr(room, "max_resource", lambda resource: resources.get(resource, 0))
 
 
 def test_what_the_cluster_can_never_hold_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reach(monkeypatch, CPU=4)
-    refuse_without_room(4)
+    require_capacity(4)
     with pytest.raises(SettingsError, match=r"^--num_workers 5: the cluster has 4 CPU"):
-        refuse_without_room(5)
+        require_capacity(5)
     reach(monkeypatch, CPU=8, GPU=2)
-    assert (room.unit_of(2), room.unit_of(3)) == ("GPU", "CPU")
+    assert (room.worker_resource(2), room.worker_resource(3)) == ("GPU", "CPU")
     for fewest in (2, 3):
-        refuse_without_room(fewest)
-    say_idle_gpus(2)
+        require_capacity(fewest)
+    warn_about_idle_gpus(2)
     assert not capsys.readouterr().out
-    say_idle_gpus(3)
+    warn_about_idle_gpus(3)
     assert "--num_workers 3: trains on CPUs, because the cluster has 2 GPU(s) only" in capsys.readouterr().out
     reach(monkeypatch, GPU=2)
     with pytest.raises(SettingsError, match="no CPU to make features with"):
-        refuse_without_room(2)
+        require_capacity(2)
 
 
 def test_nodes_that_the_autoscaler_may_start_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

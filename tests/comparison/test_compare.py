@@ -10,7 +10,7 @@ from helpers.evaluations import write_evaluation
 
 from voxray.commands.compare import run_compare
 from voxray.comparison.compare import compare_slices, compare_tasks, verdicts
-from voxray.comparison.evaluations import labels_of, match, read_runs, training_differences
+from voxray.comparison.evaluations import match, read_evaluations, short_labels, training_differences
 from voxray.config.compare import CompareSettings
 from voxray.core.errors import RunError, SettingsError
 
@@ -227,7 +227,7 @@ def test_empty_references_and_odd_texts_are_compared(tmp_path):
     texts = ["", "혈압", "\u1112\u1167\u11af\u110b\u1161\u11b8", "😀 네", "가" * 3000]
     one = write_evaluation(tmp_path / "a", rows(texts, ["말", "혈압", "혈압", "네", "가" * 2990]))
     other = write_evaluation(tmp_path / "b", rows(texts, ["", "", "혈압", "😀", "나" * 100]))
-    runs = read_runs([one, other])
+    runs = read_evaluations([one, other])
     found = compare_tasks(match(runs), seed=0, num_resamples=500)
     assert verdicts(runs, found, 1) and compare_slices(found, seed=0, num_resamples=500) == []
     assert [row.error for row in runs[0].rows] == [1.0, 0.0, 0.0, 0.0, pytest.approx(10 / 3000)]
@@ -264,12 +264,12 @@ def test_adapters_are_told_apart_by_what_they_were_trained_with(pair, tmp_path):
         trained = {"train_jsonl": ["x.jsonl"], "lora_r": 8, "task_weights": weights, "output_dir": name}
         (tmp_path / adapter.split("/")[0] / "settings.json").write_text(json.dumps(trained))
         runs.append(write_evaluation(tmp_path / name, rows(references, answers), lora_dir=str(tmp_path / adapter)))
-    assert training_differences(read_runs(runs)) == {"task_weights": ["", "none", "asr=2"]}
+    assert training_differences(read_evaluations(runs)) == {"task_weights": ["", "none", "asr=2"]}
 
 
 def test_labels_tell_folders_apart():
-    assert labels_of(["runs/a", "runs/b"]) == ["a", "b"]
-    assert labels_of(["x/eval", "y/eval", "y/other"]) == ["x/eval", "y/eval", "y/other"]
+    assert short_labels(["runs/a", "runs/b"]) == ["a", "b"]
+    assert short_labels(["x/eval", "y/eval", "y/other"]) == ["x/eval", "y/eval", "y/other"]
 
 
 def test_refusals_are_one_clear_line(pair, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from voxray.comparison import significance as paired
-from voxray.comparison.significance import MIN_SPEAKERS, compare_rows, holm, units_of
+from voxray.comparison.significance import MIN_SPEAKERS, compare_rows, holm, resampling_units
 from voxray.metrics.bootstrap import Groups
 
 # Edits of two systems on seven utterances, and reference lengths; two rows have the same speaker.
@@ -163,6 +163,12 @@ def test_few_speakers_are_not_drawn():
     def rows(num):
         return [{"speaker": f"s{at % num}"} for at in range(60)]
 
-    assert units_of(rows(MIN_SPEAKERS)).unit == "speaker" and units_of(rows(MIN_SPEAKERS)).num == MIN_SPEAKERS
-    assert units_of(rows(MIN_SPEAKERS - 1)).unit == "utterance" and units_of(rows(MIN_SPEAKERS - 1)).num == 60
-    assert units_of([{"speaker": None}, {}]).num == 2
+    assert (
+        resampling_units(rows(MIN_SPEAKERS)).unit == "speaker"
+        and resampling_units(rows(MIN_SPEAKERS)).num == MIN_SPEAKERS
+    )
+    assert (
+        resampling_units(rows(MIN_SPEAKERS - 1)).unit == "utterance"
+        and resampling_units(rows(MIN_SPEAKERS - 1)).num == 60
+    )
+    assert resampling_units([{"speaker": None}, {}]).num == 2

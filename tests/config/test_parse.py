@@ -10,7 +10,7 @@ import pytest
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
-from voxray.config.parse import REPOSITORY, Settings, flag_names, flag_of, help_text, parse
+from voxray.config.parse import REPOSITORY, Settings, flag_metadata, flag_names, help_text, parse
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.config.tune import TuneSettings
@@ -157,7 +157,7 @@ def test_every_alias_reaches_its_field():
     for model, _ in JOBS:
         names = flag_names(model)
         for name, field in model.model_fields.items():
-            assert {names[alias] for alias in flag_of(field).aliases} <= {name}
+            assert {names[alias] for alias in flag_metadata(field).aliases} <= {name}
 
 
 def test_every_bad_field_is_named_at_once(yaml, capsys: pytest.CaptureFixture[str]):
@@ -275,7 +275,7 @@ def test_help_lists_every_field_with_its_text(model, demo: str, capsys: pytest.C
         assert f"  --{name} " in shown
         assert field.description, f"{name} has no docstring"
         assert " ".join(field.description.split()) in words
-        for alias in flag_of(field).aliases:
+        for alias in flag_metadata(field).aliases:
             assert f"--{alias}" in words
 
 
@@ -298,7 +298,7 @@ def test_no_flags_run_the_demo_recipe_and_say_so_first(
     )
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        if flag_of(field).path == "input" and name in settings.model_fields_set:
+        if flag_metadata(field).path == "input" and name in settings.model_fields_set:
             for path in [value] if isinstance(value, str) else value:
                 assert Path(path).is_absolute()
                 assert not (REPOSITORY / "tests" / "assets").is_dir() or path.startswith(str(REPOSITORY))

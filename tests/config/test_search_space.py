@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from helpers.running import parse_only
 
-from voxray.config.parse import flag_of
+from voxray.config.parse import flag_metadata
 from voxray.config.search_space import FIXED, Domain, described, parse_space, shown
 from voxray.config.train import MultitaskSettings
 from voxray.config.tune import RECIPES, trial_values
@@ -145,7 +145,7 @@ def test_every_flag_of_every_recipe_can_be_swept_or_says_why_not(recipe: str) ->
     trains = RECIPES[recipe].trains
     for name, field in trains.model_fields.items():
         default = {"output_dir": "o", "train_jsonl": ["t"]}.get(name, field.default)
-        if name in FIXED or flag_of(field).no_effect:
+        if name in FIXED or flag_metadata(field).no_effect:
             with pytest.raises(ValueError, match="cannot be swept"):
                 parse_space({name: [default]}, trains)
         else:

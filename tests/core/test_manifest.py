@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import Sample, chunks, digest, first_fault, parse_row, read_chunk
+from voxray.core.manifest import Sample, chunks, parse_row, read_chunk, require_usable_row, sha256_hex
 
 TQA = {"instruction": "i", "output": "o"}
 
@@ -232,13 +232,13 @@ def test_clips_stand_beside_the_manifest_before_the_current_folder(tmp_path: Pat
 
 
 def test_a_manifest_with_one_usable_row_passes(manifest):
-    first_fault((manifest(["bad"] * 200 + [TQA]),), lines_per_chunk=7)
+    require_usable_row((manifest(["bad"] * 200 + [TQA]),), lines_per_chunk=7)
 
 
 def test_the_check_stops_at_the_first_usable_row(manifest, monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr("voxray.core.manifest.read_chunk", lambda chunk: asked.append(chunk) or read_chunk(chunk))
-    first_fault((manifest([TQA] * 50),), lines_per_chunk=5)
+    require_usable_row((manifest([TQA] * 50),), lines_per_chunk=5)
     assert len(asked) == 1
 
 
@@ -255,22 +255,22 @@ def test_the_check_stops_at_the_first_usable_row(manifest, monkeypatch: pytest.M
 def test_a_manifest_without_a_usable_row_names_its_first_fault(manifest, raw: bytes, message: str):
     path = manifest(raw)
     with pytest.raises(RunError) as error:
-        first_fault((path,), lines_per_chunk=2)
+        require_usable_row((path,), lines_per_chunk=2)
     assert str(error.value).startswith(path + message)
 
 
 def test_every_manifest_is_checked(manifest, tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(RunError, match=r"bad\.jsonl:1: "):
-        first_fault((manifest([TQA]), str(tmp_path / "bad.jsonl")))
+        require_usable_row((manifest([TQA]), str(tmp_path / "bad.jsonl")))
 
 
 def test_manifests_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(RunError, match=r"none\.jsonl: cannot read the manifest: No such file"):
-        first_fault((str(tmp_path / "none.jsonl"),))
+        require_usable_row((str(tmp_path / "none.jsonl"),))
     with pytest.raises(RunError, match="cannot read the manifest: Is a directory"):
-        first_fault((str(tmp_path),))
+        require_usable_row((str(tmp_path),))
 
 
 def test_digest_is_sha256():
-    assert digest(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_hex(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

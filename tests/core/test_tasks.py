@@ -6,7 +6,7 @@ import pytest
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import check_values
-from voxray.core.tasks import TASKS, parse_task_weights, task_of
+from voxray.core.tasks import TASKS, detect_task, parse_task_weights
 from voxray.features.shards import TASK_CODES
 
 ASR = {"audio_path": "a.wav", "transcript": "안녕"}
@@ -35,8 +35,8 @@ AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
     ],
 )
 def test_a_row_is_of_the_first_task_whose_keys_it_has(row: dict, name: str):
-    assert task_of(row).name == name
-    assert task_of(dict(reversed(row.items()))).name == name
+    assert detect_task(row).name == name
+    assert detect_task(dict(reversed(row.items()))).name == name
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_a_row_is_of_the_first_task_whose_keys_it_has(row: dict, name: str):
 )
 def test_a_row_of_no_task_is_told_what_each_task_needs(row: dict):
     with pytest.raises(ValueError, match="match no task") as error:
-        task_of(row)
+        detect_task(row)
     message = str(error.value)
     assert all(key in message for task in TASKS.values() for key in task.keys)
     assert all(key in message for key in row) and ("(none)" in message) == (not row)

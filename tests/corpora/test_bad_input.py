@@ -18,7 +18,7 @@ from voxray.audio.decode import Part, decode, decode_native
 from voxray.commands.prepare import run_prepare_job
 from voxray.config.prepare import PrepareSettings
 from voxray.core.errors import BadRow, RunError, job
-from voxray.core.manifest import Sample, chunks, first_fault, read_chunk
+from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
 from voxray.core.tasks import TASKS
 from voxray.corpora.importers import IMPORTERS, ImportedRow, detect
 from voxray.features.extract import Extractor
@@ -177,7 +177,7 @@ ODD = ["pipe", "device", "link to a device", "folder", "loop", "socket"]
 def test_a_manifest_or_corpus_that_is_no_file_is_refused_at_once(tmp_path, kind, in_time):
     path = odd_file(kind, tmp_path)
     with pytest.raises(RunError, match="cannot read the manifest"):
-        first_fault((path,))
+        require_usable_row((path,))
     for name in IMPORTERS:
         with pytest.raises(RunError):
             faults = list(IMPORTERS[name].rows(Path(path)))
@@ -295,7 +295,7 @@ def test_names_in_an_old_code_page(tmp_path):
     manifest = os.fsdecode(os.fsencode(tmp_path) + b"/\xb0.jsonl")
     Path(manifest).write_text('{"instruction": "i", "output": "o"}\n')
     with pytest.raises(RunError, match="its path is not UTF-8"):
-        first_fault((manifest,))
+        require_usable_row((manifest,))
 
 
 # -- old feature caches
@@ -323,7 +323,7 @@ COMMAND = (
 def test_rows_of_an_old_cache_are_refused(tmp_path, name):
     manifest = old_caches(tmp_path)[name]
     with pytest.raises(RunError, match=rf"{name}\.jsonl:1: .*{COMMAND}$"):
-        first_fault((manifest,))
+        require_usable_row((manifest,))
     found = list(IMPORTERS[detect(manifest)].rows(Path(manifest)))
     assert [(getattr(item, "reason", "row"), item.line) for item in found] == [("old_cache", 1), ("old_cache", 2)]
 

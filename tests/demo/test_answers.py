@@ -18,9 +18,9 @@ from voxray.audio.decode import header_seconds
 from voxray.commands.infer import run_inference
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import InferSettings
-from voxray.demo.answers import Answer, Answering, Request, Unanswered, open_model
+from voxray.demo.answers import DemoAnswer, DemoModel, DemoRequest, Unanswered, open_model
 from voxray.models.adapters.lora import save_adapter, train_fully
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
 
 SAMPLE = str(SPEECH / "sample.wav")
@@ -28,7 +28,7 @@ QUESTION = "숫자는 모두 몇 개입니까?"
 MAX_NEW_TOKENS = 16
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-Open = Callable[..., Answering]
+Open = Callable[..., DemoModel]
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(**flags: Any) -> Answering:
+def opened(**flags: Any) -> DemoModel:
     usual = {"max_new_tokens": MAX_NEW_TOKENS} | ({} if "lora_dir" in flags else {"model_id": TINY})
     return open_model(DemoSettings.model_validate({**usual, **flags}))[0]
 
 
 @pytest.fixture(scope="module")
-def answering(run: Path) -> Answering:
+def answering(run: Path) -> DemoModel:
     return opened(lora_dir=str(run))
 
 
@@ -55,11 +55,11 @@ def inferred(**flags: Any) -> str:
     return row["prediction"]
 
 
-def told(answering: Answering, **asked: Any) -> list[Answer]:
-    return list(answering.answers(Request(**asked)))
+def told(answering: DemoModel, **asked: Any) -> list[DemoAnswer]:
+    return list(answering.answers(DemoRequest(**asked)))
 
 
-def refusal(answering: Answering, **asked: Any) -> str:
+def refusal(answering: DemoModel, **asked: Any) -> str:
     with pytest.raises(Unanswered) as refused:
         told(answering, **asked)
     return str(refused.value)
@@ -75,7 +75,7 @@ def refusal(answering: Answering, **asked: Any) -> str:
     ],
 )
 def test_both_sides_answer_as_infer_does(
-    asked: dict[str, str], flags: dict[str, str], answering: Answering, run: Path
+    asked: dict[str, str], flags: dict[str, str], answering: DemoModel, run: Path
 ) -> None:
     base, tuned = told(answering, **asked, compare=True)
     assert (base.is_base, tuned.is_base) == (True, False)
@@ -84,7 +84,7 @@ def test_both_sides_answer_as_infer_does(
     assert [answer.text for answer in told(answering, **asked)] == [tuned.text], "the adapter is on again"
 
 
-def test_requests_at_a_time_do_not_mix(answering: Answering) -> None:
+def test_requests_at_a_time_do_not_mix(answering: DemoModel) -> None:
     """The adapter is one switch for the whole model; each request must find it where it wants it."""
     clips = [row["audio_path"] for row in read_rows(str(SPEECH / "asr.val.jsonl"))[:6]]
     alone = {clip: [answer.text for answer in told(answering, audio_path=clip, compare=True)] for clip in clips}
@@ -101,7 +101,7 @@ def test_requests_at_a_time_do_not_mix(answering: Answering) -> None:
     assert found == alone
 
 
-def test_figures_of_an_answer(answering: Answering) -> None:
+def test_figures_of_an_answer(answering: DemoModel) -> None:
     truth = "접수 번호 육 사 팔"
     [answer] = told(answering, audio_path=SAMPLE, reference=truth, language="ko")
     assert answer.audio_sec == pytest.approx(soundfile.info(SAMPLE).duration, abs=1e-3)
@@ -116,11 +116,11 @@ def test_figures_of_an_answer(answering: Answering) -> None:
     assert text.audio_sec == 0 and set(text.metrics) == {"rouge_l", "exact_match"}
 
 
-def test_long_recordings_are_answered_in_chunks(answering: Answering, run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_long_recordings_are_answered_in_chunks(answering: DemoModel, run: Path, tmp_path: Path, monkeypatch) -> None:
     clips = [soundfile.read(row["audio_path"]) for row in read_rows(str(SPEECH / "asr.val.jsonl"))[:3]]
     long = str(tmp_path / "long.wav")
     soundfile.write(long, np.concatenate([samples for samples, _ in clips]), clips[0][1])
-    monkeypatch.setattr(type(family_of(TINY).front_end(TINY)), "max_audio_sec", 4.0)
+    monkeypatch.setattr(type(get_family(TINY).front_end(TINY)), "max_audio_sec", 4.0)
     [answer] = told(answering, audio_path=long)
     assert answer.num_chunks > 1 and answer.audio_sec == pytest.approx(header_seconds(long), abs=0.01)
     assert answer.text == inferred(audio_path=long, lora_dir=str(run))
@@ -128,7 +128,7 @@ def test_long_recordings_are_answered_in_chunks(answering: Answering, run: Path,
     assert said == "long.wav is too long: clips may last 600 s, and 4 s with a question."
 
 
-def test_a_clip_that_does_not_say_how_long_it_is(answering: Answering, tmp_path: Path, monkeypatch) -> None:
+def test_a_clip_that_does_not_say_how_long_it_is(answering: DemoModel, tmp_path: Path, monkeypatch) -> None:
     """What browsers record is written while it comes in, so its header knows no length."""
     clip = tmp_path / "recorded.webm"
     with open(clip, "wb") as file, av.open(_NoSeek(file), "w", format="webm") as written:
@@ -141,7 +141,7 @@ def test_a_clip_that_does_not_say_how_long_it_is(answering: Answering, tmp_path:
     monkeypatch.setattr(answering, "max_audio_sec", 10.0)
     [answer] = told(answering, audio_path=str(clip))
     assert answer.text and answer.audio_sec == pytest.approx(soundfile.info(SAMPLE).duration, abs=0.1)
-    monkeypatch.setattr(type(family_of(TINY).front_end(TINY)), "max_audio_sec", 1.5)
+    monkeypatch.setattr(type(get_family(TINY).front_end(TINY)), "max_audio_sec", 1.5)
     assert told(answering, audio_path=str(clip))[0].num_chunks == 2
     monkeypatch.setattr(answering, "max_audio_sec", 1.0)
     assert refusal(answering, audio_path=str(clip)).startswith("recorded.webm is too long: clips may last 1 s")
@@ -154,7 +154,7 @@ class _NoSeek:
         self.write = file.write
 
 
-def test_what_cannot_be_used_is_said_in_one_line(answering: Answering, tmp_path: Path, monkeypatch) -> None:
+def test_what_cannot_be_used_is_said_in_one_line(answering: DemoModel, tmp_path: Path, monkeypatch) -> None:
     def file(name: str, content: bytes) -> str:
         (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
@@ -182,7 +182,7 @@ def test_what_cannot_be_used_is_said_in_one_line(answering: Answering, tmp_path:
     assert refusal(answering, audio_path=SAMPLE).endswith("tokens, over --max_len 20.")
 
 
-def test_a_family_is_asked_what_it_answers(answering: Answering, monkeypatch) -> None:
+def test_a_family_is_asked_what_it_answers(answering: DemoModel, monkeypatch) -> None:
     monkeypatch.setattr(answering, "tasks", ("asr",))
     assert refusal(answering) == refusal(answering, question=QUESTION) == "Record or upload a clip first."
     assert "answers no questions" in refusal(answering, audio_path=SAMPLE, question=QUESTION)
@@ -190,14 +190,14 @@ def test_a_family_is_asked_what_it_answers(answering: Answering, monkeypatch) ->
     assert refusal(answering, audio_path=SAMPLE) == "Write a question about the clip."
 
 
-def test_a_model_that_fails_says_why_and_answers_the_next(answering: Answering, monkeypatch) -> None:
+def test_a_model_that_fails_says_why_and_answers_the_next(answering: DemoModel, monkeypatch) -> None:
     def fail(*args: Any, **options: Any) -> Any:
         raise torch.OutOfMemoryError("too much")
 
     import torch
 
     with monkeypatch.context() as failing:
-        failing.setattr(Voxtral, "begin", fail)
+        failing.setattr(Voxtral, "prefill", fail)
         said = refusal(answering, audio_path=SAMPLE, compare=True)
     assert said == "The model failed: OutOfMemoryError: too much"
     assert len(told(answering, audio_path=SAMPLE, compare=True)) == 2

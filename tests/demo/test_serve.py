@@ -118,13 +118,13 @@ def test_names_and_notes_in_the_header() -> None:
 
 
 def test_notes_below_an_answer() -> None:
-    from voxray.demo.answers import Answer
+    from voxray.demo.answers import DemoAnswer
     from voxray.demo.page import _facts
 
-    whole = Answer(True, "text", 12.0, 3.0, 5, False, 1, {"cer": 0.25})
+    whole = DemoAnswer(True, "text", 12.0, 3.0, 5, False, 1, {"cer": 0.25})
     assert "<dt>RTFx</dt><dd>4.0</dd>" in _facts(whole, 48) and "<dt>cer</dt><dd>0.250</dd>" in _facts(whole, 48)
     assert "note" not in _facts(whole, 48)
-    cut = _facts(Answer(True, "", 0.0, 3.0, 48, True, 3, {}), 48)
+    cut = _facts(DemoAnswer(True, "", 0.0, 3.0, 48, True, 3, {}), 48)
     assert "RTFx" not in cut and "scores" not in cut
     assert all(note in cut for note in ("cut off at 48 tokens", "answered in 3 chunks", "the answer is empty"))
 

@@ -23,14 +23,14 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
 from voxray.efficiency import measure as efficiency
-from voxray.efficiency.measure import Loaded, measure
+from voxray.efficiency.measure import LoadedModel, measure
 from voxray.efficiency.peak_memory import RESIDENT, PeakMemory
 from voxray.models.adapters.lora import add_lora, save_adapter
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-FAMILY = family_of(TINY)
+FAMILY = get_family(TINY)
 VOCABULARY = 8
 HEARING, FIRST_STEP, STEP, WAITING = 0.3, 0.02, 0.005, 0.001
 
@@ -53,18 +53,18 @@ class Timed:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.begun, self.steps = clock, 0, 0
 
-    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple["Timed", torch.Tensor]:
+    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple["Timed", torch.Tensor]:
         self.clock.now += HEARING
         self.begun, self.first = self.begun + 1, True
         return self, torch.zeros(len(batch["input_ids"]), VOCABULARY)
 
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+    def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
         self.clock.now += FIRST_STEP if self.first else STEP
         self.first, self.steps = False, self.steps + 1
         return torch.zeros(len(ids_B), VOCABULARY)
 
 
-class Waited(Loaded):
+class Waited(LoadedModel):
     """A device that is asked at once and done a moment later."""
 
     def synchronise(self) -> None:
@@ -106,16 +106,16 @@ def test_every_time_is_in_its_figure(
 def test_a_slow_encoder_and_slow_steps_show(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
     model.model.audio_tower.register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    begin = type(FAMILY).begin
+    begin = type(FAMILY).prefill
 
     def slow(self: Any, *args: Any) -> Any:
         state, logits_BV = begin(self, *args)
-        step = state.step
-        state.step = lambda ids_B: (time.sleep(0.005), step(ids_B))[1]  # type: ignore[method-assign]
+        step = state.decode_step
+        state.decode_step = lambda ids_B: (time.sleep(0.005), step(ids_B))[1]  # type: ignore[method-assign]
         return state, logits_BV
 
-    monkeypatch.setattr(type(FAMILY), "begin", slow)
-    loaded = Loaded(model, FAMILY, FAMILY.front_end(TINY), CPU)
+    monkeypatch.setattr(type(FAMILY), "prefill", slow)
+    loaded = LoadedModel(model, FAMILY, FAMILY.front_end(TINY), CPU)
     found, _ = measure(loaded, sample, batch_size=2, new_tokens=16, warmup=0, repeats=2)
     assert min(found["ttft_sec"]["values"]) >= 0.2 and min(found["tpot_sec"]["values"]) >= 0.005
     assert found["decode_sec"]["median"] > 0 and found["features_sec"]["median"] > 0
@@ -190,7 +190,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         old = {"ttft_sec": 1.0, "tpot_sec": 1.0, "inference_sec": 2.0, "num_runs": 1}
         return {**measured, "batch_size": options["batch_size"]}, old
 
-    monkeypatch.setattr(efficiency_job, "load", load)
+    monkeypatch.setattr(efficiency_job, "load_model", load)
     monkeypatch.setattr(efficiency_job, "measure", count)
     return seen
 

@@ -16,21 +16,21 @@ from voxray.config.flag_groups import ScoreFlags
 from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation import distribute as batch
 from voxray.evaluation import prediction_actor as answerer
-from voxray.evaluation.distribute import Models, Pool, answer, check_invariance, pool_of, read_failed
-from voxray.evaluation.prediction_actor import MAX_LONE_DEATHS, deaths
+from voxray.evaluation.distribute import ActorPool, ModelCount, answer_rows, check_invariance, plan_pool, read_failed
+from voxray.evaluation.prediction_actor import MAX_LONE_DEATHS, crash_log
 from voxray.evaluation.predictions import read_predictions, scored
 from voxray.features.reader import Features
 from voxray.generation import continuous_batching as greedy
-from voxray.generation.generate import Search, answers, by_expected_length
-from voxray.generation.model import Generation
-from voxray.models.registry import family_of
+from voxray.generation.generate import SamplingParams, by_expected_length, generate_texts
+from voxray.generation.model import InferenceConfig
+from voxray.models.registry import get_family
 
-GENERATION = Generation(TINY, "", Search(24), batch_size=3)
+GENERATION = InferenceConfig(TINY, "", SamplingParams(24), batch_size=3)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def evaluated(folders, rows, output_dir, generation=GENERATION):
-    answer(generation, folders, rows, output_dir, use_ray=False)
+    answer_rows(generation, folders, rows, output_dir, use_ray=False)
     return scored(read_predictions(output_dir), ScoreFlags())
 
 
@@ -41,12 +41,12 @@ def folders(small, make_features):
 
 def test_answers_equal_transformers_one_by_one(folders):
     """Our features, prompts and left-padded batches give the texts of processor + generate without any batch."""
-    family, features = family_of(TINY), Features(folders)
+    family, features = get_family(TINY), Features(folders)
     model = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
     front_end, processor = family.front_end(TINY), VoxtralProcessor.from_pretrained(TINY)
     shape = {"audio_kwargs": {"pad_to_multiple_of": 64_000, "max_source_positions": 400}}
     rows = [features.row(number) for number in range(4)]
-    ours = answers(model, family, front_end, rows, max_new_tokens=24)
+    ours = generate_texts(model, family, front_end, rows, max_new_tokens=24)
     for row, text in zip(rows, ours, strict=True):
         # Samples, not the path: given a file, the processor encodes an Ogg clip a second time before it looks at it.
         samples = decode(json.loads(_line(row.source))["audio_path"], 16_000)
@@ -87,9 +87,11 @@ def test_metrics_and_predictions_agree(folders, small, tmp_path):
     asr = [row for row in rows if row["task"] == "asr"]
     assert metrics["asr"]["cer"]["value"] == sum(row["char_edits"] for row in asr) / sum(row["char_ref"] for row in asr)
     assert {row["normalizer"] for row in rows} == set(metrics["normalizer"]) == {"ko-v1"}
-    model = family_of(TINY).load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
-    front_end = family_of(TINY).front_end(TINY)
-    alone = [answers(model, family_of(TINY), front_end, [features.row(at)], max_new_tokens=24) for at in range(4)]
+    model = get_family(TINY).load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
+    front_end = get_family(TINY).front_end(TINY)
+    alone = [
+        generate_texts(model, get_family(TINY), front_end, [features.row(at)], max_new_tokens=24) for at in range(4)
+    ]
     assert [[row["prediction"]] for row in asr] == alone
     for row in rows:
         assert row["sec"] > 0 and 0 <= row["num_new_tokens"] <= 24
@@ -115,13 +117,13 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(folders, tmp_path, monkeypat
     whole = evaluated(folders, rows, tmp_path / "a")
     done = []
 
-    class Dying(batch.Answerer):
+    class Dying(batch.PredictionActor):
         def write_part(self, part, rows):
             if part == 2:
                 raise KeyboardInterrupt
             super().write_part(part, rows)
 
-    monkeypatch.setattr(batch, "Answerer", Dying)
+    monkeypatch.setattr(batch, "PredictionActor", Dying)
     with pytest.raises(KeyboardInterrupt):
         evaluated(folders, rows, tmp_path / "b")
 
@@ -130,7 +132,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(folders, tmp_path, monkeypat
             done.append(part)
             super().write_part(part, rows)
 
-    monkeypatch.setattr(batch, "Answerer", Noting)
+    monkeypatch.setattr(batch, "PredictionActor", Noting)
     assert evaluated(folders, rows, tmp_path / "b") == whole
     assert done == [2, 3]
     assert evaluated(folders, rows, tmp_path / "b") == whole
@@ -140,7 +142,7 @@ def test_an_evaluation_goes_on_where_it_was_cut_off(folders, tmp_path, monkeypat
 def test_other_settings_do_not_reuse_predictions(folders, tmp_path):
     evaluated(folders, range(4), tmp_path)
     before = (tmp_path / "predictions" / "part-00000.parquet").stat().st_mtime_ns
-    evaluated(folders, range(4), tmp_path, Generation(TINY, "", Search(1), batch_size=3))
+    evaluated(folders, range(4), tmp_path, InferenceConfig(TINY, "", SamplingParams(1), batch_size=3))
     assert (tmp_path / "predictions" / "part-00000.parquet").stat().st_mtime_ns != before
     assert all(len(row["prediction"]) <= 4 for row in read_predictions(tmp_path))
 
@@ -197,7 +199,7 @@ def test_rows_that_kill_their_process_are_found_and_given_up(tmp_path):
     """Two of them in one part: once all rows are answered together, then one by one; the others are never blamed."""
     mark, rows, num_processes, given_up, gone = tmp_path / "p" / ".attempts", range(10, 18), 0, set(), []
     for _ in range(2 * MAX_LONE_DEATHS + 2):
-        working = deaths(mark)
+        working = crash_log(mark)
         gone.append(working)  # or it would be closed when it is collected
         attempt, given_up = working.__enter__(), set()
         num_processes += 1
@@ -243,7 +245,7 @@ def test_reference_answers_are_weighed_as_transformers_does(folders, tmp_path, m
     monkeypatch.setattr(answerer, "reference_losses", failing)
     metrics = evaluated(folders, range(len(features)), tmp_path, replace(GENERATION, perplexity="answers"))
     model = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
-    front_end, found = family_of(TINY).front_end(TINY), {row["id"]: row for row in read_predictions(tmp_path)}
+    front_end, found = get_family(TINY).front_end(TINY), {row["id"]: row for row in read_predictions(tmp_path)}
     assert len(found) == len(features)
     for row in (features.row(number) for number in range(len(features))):
         told = found[row.id]
@@ -265,15 +267,15 @@ def test_without_a_model_the_job_ends_in_one_line(folders, tmp_path, monkeypatch
     asked = {"item": [json.dumps({"part": 0, "rows": [0]})]}
     damaged = replace(GENERATION, adapter=str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("[")
-    [error] = answerer.Answerer(damaged, folders, tmp_path / "p", 1)(asked)["error"]
+    [error] = answerer.PredictionActor(damaged, folders, tmp_path / "p", 1)(asked)["error"]
     assert "cannot read the adapter's configuration" in error
 
     def load(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of\nmemory")
 
-    monkeypatch.setattr(answerer, "load", load)
+    monkeypatch.setattr(answerer, "load_model", load)
     message = "the model cannot be loaded: OutOfMemoryError: CUDA out of memory"
-    assert answerer.Answerer(GENERATION, folders, tmp_path / "p", 1)(asked)["error"] == [message]
+    assert answerer.PredictionActor(GENERATION, folders, tmp_path / "p", 1)(asked)["error"] == [message]
     with pytest.raises(RunError, match=message):
         evaluated(folders, [0], tmp_path / "q")
 
@@ -293,14 +295,14 @@ def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
     found = check_invariance(GENERATION, folders, rows, tmp_path, 5, use_ray=False)
     assert found == {"n": 5, "differing": 0, "ids": []}
     assert check_invariance(GENERATION, folders, rows, tmp_path, 99, use_ray=False)["n"] == len(rows)
-    real = answerer.generated
+    real = answerer.generate
 
     def other(model, family, front_end, rows, *, batch_size, search):
         for place, given in real(model, family, front_end, rows, batch_size=batch_size, search=search):
             text = given.text + "!" * (batch_size == 1 and rows[place].id == "sqa.val.jsonl:1")
             yield place, replace(given, text=text)
 
-    monkeypatch.setattr(answerer, "generated", other)
+    monkeypatch.setattr(answerer, "generate", other)
     shutil.rmtree(tmp_path / "one_by_one")
     found = check_invariance(GENERATION, folders, rows, tmp_path, 99, use_ray=False)
     assert found == {"n": len(rows), "differing": 1, "ids": ["sqa.val.jsonl:1"]}
@@ -308,15 +310,15 @@ def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
 
 def test_models_share_out_the_cluster():
     def pool(number, gpus, cpus, parts=100, gpus_each=0.0):
-        return pool_of(Models(number, gpus_each), gpus, cpus, parts)
+        return plan_pool(ModelCount(number, gpus_each), gpus, cpus, parts)
 
-    assert pool(0, 0, 8) == Pool(4, 4, None, 1.0, 2), "one model per two CPUs"
-    assert pool(0, 4, 8) == Pool(4, 4, 1.0, None, 2), "one per GPU"
-    assert pool(0, 2, 8, gpus_each=0.5) == Pool(4, 4, 0.5, None, 2), "two on each GPU"
-    assert pool("1:3", 0, 8) == Pool(1, 3, None, 1.0, 2)
-    assert pool("2:8", 0, 4, parts=1) == Pool(1, 1, None, 1.0, 4), "no more than there is to do"
-    assert pool(8, 2, 8) == Pool(8, 8, 0.25, None, 1)
+    assert pool(0, 0, 8) == ActorPool(4, 4, None, 1.0, 2), "one model per two CPUs"
+    assert pool(0, 4, 8) == ActorPool(4, 4, 1.0, None, 2), "one per GPU"
+    assert pool(0, 2, 8, gpus_each=0.5) == ActorPool(4, 4, 0.5, None, 2), "two on each GPU"
+    assert pool("1:3", 0, 8) == ActorPool(1, 3, None, 1.0, 2)
+    assert pool("2:8", 0, 4, parts=1) == ActorPool(1, 1, None, 1.0, 4), "no more than there is to do"
+    assert pool(8, 2, 8) == ActorPool(8, 8, 0.25, None, 1)
     with pytest.raises(SettingsError, match=r"^--num_models 3 with --gpus_per_model 1: the cluster has 2 GPU\(s\)"):
         pool(3, 2, 8, gpus_each=1)
-    assert pool("1:3", 2, 8, gpus_each=1) == Pool(1, 3, 1, None, 2), "it grows as far as it can"
-    assert pool(0, 0, 1) == Pool(1, 1, None, 1.0, 1)
+    assert pool("1:3", 2, 8, gpus_each=1) == ActorPool(1, 3, 1, None, 2), "it grows as far as it can"
+    assert pool(0, 0, 1) == ActorPool(1, 1, None, 1.0, 1)

@@ -17,11 +17,11 @@ from helpers.running import start
 
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import CacheLimits, RemotePath, checksum, remote_place
+from voxray.core.storage import CacheLimits, RemotePath, checksum, remote_path
 from voxray.features import shard_cache
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
-from voxray.features.from_settings import features_place
+from voxray.features.from_settings import open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shard_cache import fetch
 
@@ -41,7 +41,7 @@ def speech(tmp_path: Path) -> str:
 
 
 def place_of(url: str, folder: Path, max_bytes: int = 10**9) -> RemotePath:
-    return remote_place(url, "--features_dir", CacheLimits(str(folder), max_bytes))
+    return remote_path(url, "--features_dir", CacheLimits(str(folder), max_bytes))
 
 
 def cached_bytes(folder: Path) -> int:
@@ -186,7 +186,7 @@ def test_processes_share_a_cache(tmp_path):
 
 
 def fetch_all(source: str, cache: str, found: list[tuple[str, str]]) -> int:
-    place = remote_place(f"file://{source}", "--features_dir", CacheLimits(cache, 10**6))
+    place = remote_path(f"file://{source}", "--features_dir", CacheLimits(cache, 10**6))
     return sum(fetch(place / name, sha256, 100_000).stat().st_size for name, sha256 in found)
 
 
@@ -200,18 +200,18 @@ def test_urls_that_cannot_be_used_are_one_line(tmp_path):
         ("nosuch://bucket/f", "--features_dir nosuch://bucket/f: "),
     ):
         with pytest.raises(SettingsError, match=message) as refused:
-            features_place(settings(), url, "", flag="--features_dir")
+            open_features_dir(settings(), url, "", flag="--features_dir")
         assert "secret" not in str(refused.value)
     with pytest.raises(SettingsError, match=r"--features_cache_dir s3://b: must be a folder of this machine"):
-        features_place(settings(features_cache_dir="s3://b"), "memory://x", "", flag="--features_dir")
+        open_features_dir(settings(features_cache_dir="s3://b"), "memory://x", "", flag="--features_dir")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"--features_dir file://.*/file/f: cannot write there"):
-        features_place(settings(), f"file://{tmp_path}/file/f", "", flag="--features_dir")
+        open_features_dir(settings(), f"file://{tmp_path}/file/f", "", flag="--features_dir")
 
 
 def test_the_cache_flags_reach_the_cache(tmp_path):
     asked = settings(features_cache_dir=str(tmp_path / "c"), features_cache_gib=2)
-    place = features_place(asked, "memory://voxray-flags", "", flag="--features_dir")
+    place = open_features_dir(asked, "memory://voxray-flags", "", flag="--features_dir")
     assert isinstance(place, RemotePath) and place.cache == CacheLimits(str(tmp_path / "c"), 2 * 2**30)
 
 

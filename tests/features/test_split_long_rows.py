@@ -18,10 +18,10 @@ from voxray.config.train import WhisperSettings
 from voxray.core.manifest import Sample, chunks, samples_at
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features
-from voxray.features.split_long_rows import parts_of, write_parts
-from voxray.models.registry import family_of
+from voxray.features.split_long_rows import split_at_segments, write_parts
+from voxray.models.registry import get_family
 
-FRONT_END = family_of(WHISPER).front_end(WHISPER)
+FRONT_END = get_family(WHISPER).front_end(WHISPER)
 PAUSE_SEC = 0.25
 
 
@@ -46,7 +46,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_parts_are_as_many_segments_as_fit() -> None:
     times = [(0.0, 1.0, "a"), (1.2, 3.9, "b"), (4.0, 9.0, "c"), (9.5, 10.0, "d"), (10.0, 13.0, "e")]
     sample = Sample("x", TASKS["asr"], "", "a b c d e", "f.wav", "ko", "m:1", 2.0, 0.0, 1, tuple(times))
-    found = parts_of(sample, 4.0)
+    found = split_at_segments(sample, 4.0)
     assert [(row["id"], row["transcript"]) for row in found] == [("x#1", "a b"), ("x#2", "c"), ("x#3", "d e")]
     assert [(row["start"], row["duration"]) for row in found] == [(2.0, 3.9), (6.0, 5.0), (11.5, 3.5)]
     assert found[2]["segments"] == [{"start": 0, "end": 0.5, "text": "d"}, {"start": 0.5, "end": 3.5, "text": "e"}]

@@ -17,10 +17,10 @@ from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.features import extract
 from voxray.features.disk_estimate import chunk_bytes
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.recipes import multitask
 
 WINDOW_SEC = 4.0  # of the tiny model
@@ -38,7 +38,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def make(rows: str, folder: Path, **storing: Any) -> Features:
-    report = featurize([rows], Extractor(TINY, Storing(**storing)), folder, rows_per_shard=6, use_ray=False)
+    report = featurize([rows], Extractor(TINY, FeatureSpec(**storing)), folder, rows_per_shard=6, use_ray=False)
     assert (report.num_rows, report.num_bad) == (16, 0)
     return Features(report.folders)
 
@@ -48,7 +48,7 @@ def train(features: Features, run_dir: Path, **changes: Any) -> dict[str, list[f
     values |= {"max_steps": 4, "per_device_bsz": 5, "output_dir": str(run_dir), "eval_max_new_tokens": 5}
     run_dir.mkdir()
     settings = MultitaskSettings.model_validate({**values, **changes})
-    data = multitask.Data(features.folders, features.folders)  # type: ignore[arg-type]
+    data = multitask.TrainingData(features.folders, features.folders)  # type: ignore[arg-type]
     result = multitask.train(settings, run_dir, data, Worker())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["kind"] == "train"]
@@ -112,7 +112,7 @@ def test_stores_do_not_mix(rows, tmp_path):
 
 def test_the_encoder_is_not_in_memory_when_its_outputs_are_stored(rows, tmp_path):
     features = make(rows, tmp_path / "f", store="encoder", dtype="float32")
-    family = family_of(TINY)
+    family = get_family(TINY)
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     before = sum(parameter.numel() for parameter in model.parameters())
     batch = collate_training([features.row(15)], family.front_end(TINY))
@@ -126,7 +126,7 @@ def test_the_encoder_is_not_in_memory_when_its_outputs_are_stored(rows, tmp_path
 def test_caches_are_keyed_by_all_that_made_them(rows, tmp_path):
     """Contract 8: front end, store, type, precision and encoder weights, each alone, give another key."""
     keys = {
-        Extractor(TINY, Storing(**values)).fingerprint  # type: ignore[arg-type]
+        Extractor(TINY, FeatureSpec(**values)).fingerprint  # type: ignore[arg-type]
         for values in (
             {},
             {"store": "pcm16"},
@@ -140,22 +140,22 @@ def test_caches_are_keyed_by_all_that_made_them(rows, tmp_path):
     other.mkdir()
     for path in Path(TINY).iterdir():
         (other / path.name).write_bytes(path.read_bytes())
-    assert Extractor(str(other), Storing("encoder")).fingerprint in keys, "a copy of the model has the same key"
+    assert Extractor(str(other), FeatureSpec("encoder")).fingerprint in keys, "a copy of the model has the same key"
     from safetensors.torch import load_file, save_file
 
     weights = load_file(other / "model.safetensors")
     weights["language_model.model.norm.weight"] = weights["language_model.model.norm.weight"] + 1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert Extractor(str(other), Storing("encoder")).fingerprint in keys, "the language model has no part in it"
+    assert Extractor(str(other), FeatureSpec("encoder")).fingerprint in keys, "the language model has no part in it"
     weights["audio_tower.conv1.bias"] = weights["audio_tower.conv1.bias"] + 0.01
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert Extractor(str(other), Storing("encoder")).fingerprint not in keys
+    assert Extractor(str(other), FeatureSpec("encoder")).fingerprint not in keys
     assert Extractor(str(other)).fingerprint in keys, "log-mel does not depend on the encoder"
 
 
 def test_the_estimate_bounds_what_is_written(rows, tmp_path):
     estimates: list[int] = []
-    extractor = Extractor(TINY, Storing("encoder"))
+    extractor = Extractor(TINY, FeatureSpec("encoder"))
     options: dict[str, Any] = {"rows_per_shard": 6, "use_ray": False, "on_estimate": estimates.append}
     report = featurize([rows], extractor, tmp_path, **options)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.arrow") if path.parent.name == "shards")
@@ -172,7 +172,7 @@ def test_the_budget_holds_although_headers_lie(rows, tmp_path, monkeypatch):
     from voxray.features import disk_estimate as estimate
 
     monkeypatch.setattr(estimate, "header_seconds", lambda path: 0.1)
-    extractor = Extractor(TINY, Storing("encoder"))
+    extractor = Extractor(TINY, FeatureSpec("encoder"))
     wanted: list[int] = []
     options: dict[str, Any] = {"rows_per_shard": 6, "use_ray": False, "on_estimate": wanted.append}
     featurize([rows], extractor, tmp_path / "ample", **options)
@@ -187,7 +187,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(rows, tmp_path, monkeypa
 
     monkeypatch.setattr(estimate, "_free_bytes", lambda folder: 1000.0)
     with pytest.raises(RunError, match=r"the disk has .* GiB left; nothing was written"):
-        featurize([rows], Extractor(TINY, Storing("encoder")), tmp_path, rows_per_shard=6, use_ray=False)
+        featurize([rows], Extractor(TINY, FeatureSpec("encoder")), tmp_path, rows_per_shard=6, use_ray=False)
 
 
 def test_settings_that_contradict_the_encoder_cache_are_refused():
@@ -202,7 +202,7 @@ def test_an_adapter_that_changes_the_encoder_is_not_evaluated_on_its_cache(rows,
     from voxray.config.evaluate import EvaluateSettings
     from voxray.models.adapters.lora import add_lora, save_adapter
 
-    family = family_of(TINY)
+    family = get_family(TINY)
     base = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     save_adapter(add_lora(base, family, ("encoder",), model_id=TINY, r=2, alpha=4, dropout=0.0), tmp_path / "a")
     values = {"model_id": TINY, "val_jsonl": rows, "lora_dir": str(tmp_path / "a"), "output_dir": str(tmp_path / "e")}
@@ -233,8 +233,8 @@ def test_chunk_bytes_counts_variants(rows):
     from voxray.features.chunk import WorkItem
 
     [chunk] = chunks(rows, 100)
-    plain = Extractor(TINY, Storing("encoder"))
-    three = Extractor(TINY, replace(plain.storing, waveform=WaveformAugmentation(num_variants=3, speeds=(0.9, 1.1))))
+    plain = Extractor(TINY, FeatureSpec("encoder"))
+    three = Extractor(TINY, replace(plain.spec, waveform=WaveformAugmentation(num_variants=3, speeds=(0.9, 1.1))))
     one, many = (chunk_bytes(WorkItem(chunk, Path("f")), extractor) for extractor in (plain, three))
     assert 2.5 * one < many < 4 * one
     assert chunk_bytes(WorkItem(chunk, Path("f"), augmented=False), three) == one

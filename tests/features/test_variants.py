@@ -15,9 +15,9 @@ from voxray.batches.plan import Plan, Variants
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
-from voxray.features.from_settings import storing_of
+from voxray.features.from_settings import feature_spec
 from voxray.features.reader import Features
 
 WAVEFORM = WaveformAugmentation(num_variants=4, speeds=(0.9, 1.1), noise_snr_db=(5, 15), noise_share=1.0, seed=3)
@@ -31,7 +31,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
-    return Extractor(TINY, Storing(waveform=WAVEFORM))
+    return Extractor(TINY, FeatureSpec(waveform=WAVEFORM))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_every_clip_has_its_variants_and_text_has_none(features, extractor, spee
     plain = Extractor(TINY)
     for number, line in enumerate(read_rows(speech)[:2]):
         samples, _ = soundfile.read(line["audio_path"], dtype="float32")
-        mel = plain.front_end.features(samples).mel_KB.astype(np.float16)
+        mel = plain.front_end.features(samples).mel_KF.astype(np.float16)
         assert np.array_equal(rows[4 * number].audio, mel), "variant 0 is the clip as it is"
 
 
@@ -64,13 +64,13 @@ def test_variants_are_those_of_the_augmentation(features, extractor, speech):
     samples, _ = soundfile.read(line["audio_path"], dtype="float32")
     key = f"{hashlib.sha256(Path(line['audio_path']).read_bytes()).hexdigest()}:0.0"
     heard = augment(samples, 16_000, 2, key, WAVEFORM)
-    mel = extractor.front_end.features(heard).mel_KB.astype(np.float16)
+    mel = extractor.front_end.features(heard).mel_KF.astype(np.float16)
     assert np.array_equal(features.row(6).audio, mel)
 
 
 def test_variants_show_in_the_key_and_plain_manifests_have_none(speech, extractor, tmp_path):
     other = Extractor(
-        TINY, Storing(waveform=WaveformAugmentation(num_variants=4, speeds=(0.9, 1.1), noise_snr_db=(5, 15)))
+        TINY, FeatureSpec(waveform=WaveformAugmentation(num_variants=4, speeds=(0.9, 1.1), noise_snr_db=(5, 15)))
     )
     assert len({extractor.fingerprint, other.fingerprint, Extractor(TINY).fingerprint}) == 3
     assert extractor.plain_fingerprint == Extractor(TINY).fingerprint
@@ -107,9 +107,9 @@ def test_an_epoch_takes_one_variant_of_every_sample(features):
 def test_the_draw_depends_on_no_worker(features):
     plan = plan_of(features, weights={"asr": 2.0, "tqa": 1.0})
     for step in range(6):
-        whole = [row for pack in plan.step_packs(step) if pack.counts for row in pack.rows.tolist()]
+        whole = [row for pack in plan.step_packs(step) if not pack.is_filler for row in pack.rows.tolist()]
         for world in (1, 2, 3):
-            packs = [pack for rank in range(world) for pack in plan.rank_packs(step, rank, world) if pack.counts]
+            packs = [pack for rank in range(world) for pack in plan.rank_packs(step, rank, world) if not pack.is_filler]
             packs.sort(key=lambda pack: pack.number)
             assert [row for pack in packs for row in pack.rows.tolist()] == whole
 
@@ -178,9 +178,9 @@ def test_flags_become_variants(tmp_path, capsys):
     )
     noise, rooms = (str(tmp_path / name / "a.wav") for name in ("noise", "rooms"))
     wanted = WaveformAugmentation(5, (0.8, 1.2), (3, 9), (noise,), (rooms,), 0.25, 0.75, 4)
-    assert storing_of(asked, bf16=False).waveform == wanted
-    assert storing_of(settings(), bf16=False) == Storing()
-    storing_of(settings(noise_snr="3,9"), bf16=False)
+    assert feature_spec(asked, bf16=False).waveform == wanted
+    assert feature_spec(settings(), bf16=False) == FeatureSpec()
+    feature_spec(settings(noise_snr="3,9"), bf16=False)
     assert "warning: --noise_snr has no effect without --variants" in capsys.readouterr().out
 
 
@@ -198,4 +198,4 @@ def test_variants_that_cannot_be_had_are_one_line(flags, error, message, tmp_pat
     soundfile.write(tmp_path / "a.wav", np.zeros(100), 16_000)
     flags = {name: str(tmp_path) if value == "NOISE" else value for name, value in flags.items()}
     with pytest.raises(error, match=message):
-        storing_of(settings(**flags), bf16=False)
+        feature_spec(settings(**flags), bf16=False)

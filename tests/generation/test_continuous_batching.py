@@ -8,19 +8,19 @@ from conftest import TINY
 from transformers import VoxtralForConditionalGeneration
 
 from voxray.batches.collate import collate_packed, collate_prompts
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation import continuous_batching as greedy_module
-from voxray.generation.continuous_batching import greedy
-from voxray.generation.generate import Search, answers, generated
+from voxray.generation.continuous_batching import generate_greedy
+from voxray.generation.generate import SamplingParams, generate, generate_texts
 from voxray.models.adapters.lora import add_lora
-from voxray.models.parts.kv_cache import CausalDecoding
-from voxray.models.registry import family_of
+from voxray.models.parts.kv_cache import CausalDecodeState
+from voxray.models.registry import get_family
 from voxray.training.loop import answer_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FAMILY = family_of(TINY)
+FAMILY = get_family(TINY)
 LIMIT = 40
 
 
@@ -54,7 +54,7 @@ def library(model: Any, front_end: Any, rows: list[FeatureRow], limit: int = LIM
 
 def ours(model: Any, front_end: Any, rows: list[FeatureRow], size: int, limits: list[int] | None = None) -> Any:
     options = {"batch_size": size, "limits": limits or [LIMIT] * len(rows)}
-    found = list(greedy(model, FAMILY, front_end, rows, **options))
+    found = list(generate_greedy(model, FAMILY, front_end, rows, **options))
     assert sorted(answer.number for answer in found) == list(range(len(rows))), "every row once"
     return [answer.ids for answer in sorted(found, key=lambda answer: answer.number)]
 
@@ -78,13 +78,13 @@ def test_tokens_are_those_of_transformers(rows, front_end, wanted, size, share, 
 
 def test_rows_leave_and_others_come(rows, front_end, wanted, monkeypatch) -> None:
     sizes: list[int] = []
-    step = CausalDecoding.step
+    step = CausalDecodeState.decode_step
 
-    def counted(state: CausalDecoding, ids_B: torch.Tensor) -> torch.Tensor:
+    def counted(state: CausalDecodeState, ids_B: torch.Tensor) -> torch.Tensor:
         sizes.append(len(ids_B))
         return step(state, ids_B)
 
-    monkeypatch.setattr(CausalDecoding, "step", counted)
+    monkeypatch.setattr(CausalDecodeState, "decode_step", counted)
     ours(load(), front_end, rows, 4)
     needed = sum(map(len, wanted))
     together = sum(4 * max(map(len, wanted[at : at + 4])) for at in range(0, len(rows), 4))
@@ -96,8 +96,8 @@ def test_a_limit_of_each_row_cuts_its_answer(rows, front_end, wanted) -> None:
     limits = [1 + number % 5 for number in range(len(rows))]
     found = ours(load(), front_end, rows, 4, limits)
     assert found == [ids[:limit] for ids, limit in zip(wanted, limits, strict=True)]
-    model, search = load(), Search(max(map(len, wanted)))
-    for place, answer in generated(model, FAMILY, front_end, rows, batch_size=5, search=search):
+    model, search = load(), SamplingParams(max(map(len, wanted)))
+    for place, answer in generate(model, FAMILY, front_end, rows, batch_size=5, search=search):
         assert answer.text == front_end.decode(wanted[place]).strip()
         assert answer.num_new_tokens == len(wanted[place]) and answer.sec > 0
         assert answer.hit_max == (len(wanted[place]) == search.max_new_tokens)
@@ -123,13 +123,13 @@ def test_it_works_on_models_that_were_changed(rows, front_end, wanted) -> None:
 
 
 def test_stored_encoder_outputs_and_trimmed_audio(small, wanted, rows, front_end, tmp_path) -> None:
-    storing = Storing("encoder", dtype="float32")
+    storing = FeatureSpec("encoder", dtype="float32")
     folders = featurize([small["asr.train"]], Extractor(TINY, storing), tmp_path, rows_per_shard=8, use_ray=False)
     features, model = Features(folders.folders), load()
     FAMILY.skip_encoder(model)
     stored = [features.row(number) for number in range(4)]
     assert ours(model, front_end, stored, 4) == wanted[::3], "the first four ASR rows"
-    trimming, model = Storing(trim_audio=True), load()
+    trimming, model = FeatureSpec(trim_audio=True), load()
     folders = featurize([small["asr.train"]], Extractor(TINY, trimming), tmp_path, rows_per_shard=8, use_ray=False)
     features, trimmed = Features(folders.folders), FAMILY.front_end(TINY, trim_audio=True)
     stored = [features.row(number) for number in range(6)]
@@ -142,8 +142,8 @@ def test_stored_encoder_outputs_and_trimmed_audio(small, wanted, rows, front_end
 
 
 def test_beams_are_those_of_transformers(rows, front_end, wanted) -> None:
-    model, search = load(), Search(LIMIT, num_beams=3)
-    found = dict(generated(model, FAMILY, front_end, rows[:4], batch_size=4, search=search))
+    model, search = load(), SamplingParams(LIMIT, num_beams=3)
+    found = dict(generate(model, FAMILY, front_end, rows[:4], batch_size=4, search=search))
     plain: Any = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
     texts = []
     for row in rows[:4]:
@@ -151,5 +151,5 @@ def test_beams_are_those_of_transformers(rows, front_end, wanted) -> None:
         ids = plain.generate(**batch, max_new_tokens=LIMIT, num_beams=3, do_sample=False, eos_token_id=2)
         texts.append(front_end.decode(ids[0, batch["input_ids"].shape[1] :].tolist()).strip())
     assert [found[place].text for place in range(4)] == texts
-    greedy_texts = answers(model, FAMILY, front_end, rows[:4], max_new_tokens=LIMIT)
+    greedy_texts = generate_texts(model, FAMILY, front_end, rows[:4], max_new_tokens=LIMIT)
     assert greedy_texts == [front_end.decode(ids).strip() for ids in wanted[:4]]

@@ -12,14 +12,14 @@ from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
 from voxray.generation.join_chunks import join_texts, joined_rows
-from voxray.generation.long_audio import MAX_CHUNKS, OVERLAP_SEC, chunks_of, overlap_share
+from voxray.generation.long_audio import MAX_CHUNKS, OVERLAP_SEC, overlap_share, split_into_chunks
 from voxray.models.interface import FrontEnd
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
 
 @pytest.fixture
 def front_end(monkeypatch: pytest.MonkeyPatch) -> FrontEnd:
-    found = family_of(TINY).front_end(TINY)
+    found = get_family(TINY).front_end(TINY)
     monkeypatch.setattr(type(found), "max_audio_sec", 40.0)
     return found
 
@@ -31,7 +31,7 @@ def recording(folder: Path, sec: float) -> Sample:
 
 @pytest.mark.parametrize("sec", [40.1, 75.0, 75.1, 200.0, 1234.5])
 def test_chunks_cover_all_and_overlap(tmp_path: Path, front_end: FrontEnd, sec: float) -> None:
-    parts = chunks_of(recording(tmp_path, sec), front_end, 10_000)
+    parts = split_into_chunks(recording(tmp_path, sec), front_end, 10_000)
     ends = [part.start_sec + part.duration_sec for part in parts]
     assert parts[0].start_sec == 0 and ends[-1] == pytest.approx(sec, abs=0.002)
     assert {part.duration_sec for part in parts} == {40.0}
@@ -43,15 +43,15 @@ def test_chunks_cover_all_and_overlap(tmp_path: Path, front_end: FrontEnd, sec: 
 
 def test_segments_and_token_limits(tmp_path: Path, front_end: FrontEnd) -> None:
     whole = recording(tmp_path, 200)
-    parts = chunks_of(replace(whole, start_sec=50, duration_sec=100), front_end, 10_000)
+    parts = split_into_chunks(replace(whole, start_sec=50, duration_sec=100), front_end, 10_000)
     assert parts[0].start_sec == 50 and parts[-1].start_sec + parts[-1].duration_sec == pytest.approx(150)
-    short = chunks_of(whole, front_end, 200)  # 50 positions for 4 s
+    short = split_into_chunks(whole, front_end, 200)  # 50 positions for 4 s
     assert {part.duration_sec for part in short} == {10.0}
     assert all(len(front_end.prompt_ids(part, int(part.duration_sec * 16_000))) <= 200 for part in short)
     with pytest.raises(BadRow, match="not even a chunk of 2 s is within --max_len 20"):
-        chunks_of(whole, front_end, 20)
+        split_into_chunks(whole, front_end, 20)
     with pytest.raises(BadRow, match=f"over {MAX_CHUNKS} chunks"):
-        chunks_of(replace(whole, duration_sec=1e8), front_end, 10_000)
+        split_into_chunks(replace(whole, duration_sec=1e8), front_end, 10_000)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from voxray.config.train import TrainSettings
 from voxray.features.reader import FeatureRow, Features
 from voxray.recipes import run_stage as stage
 from voxray.recipes.registry import RECIPES
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.training import loss_scaling as guard
-from voxray.training.loop import Trainee, Watch
+from voxray.training.loop import StopSignals, TrainState
 from voxray.training.records import read_metrics
 
 
@@ -38,15 +38,15 @@ class Job:
     """
 
     settings: TrainSettings
-    data: Data
+    data: TrainingData
     first_scale: float = guard.FIRST_SCALE
     poisoned: Sequence[int] = ()
     stop_after: int = 0
     after: Path | None = None
-    look: Callable[[TrainSettings, Trainee], None] | None = None
+    look: Callable[[TrainSettings, TrainState], None] | None = None
 
 
-def run(settings: TrainSettings, data: Data, num_workers: int = 1, **trouble: Any) -> list[dict[str, Any]]:
+def run(settings: TrainSettings, data: TrainingData, num_workers: int = 1, **trouble: Any) -> list[dict[str, Any]]:
     """Train in ``settings.output_dir`` and return the training records of metrics.jsonl; ``trouble`` as in ``Job``."""
     return run_all([Job(settings, data, **trouble)], num_workers)[0]
 
@@ -94,7 +94,7 @@ def _train(job: Job, worker: Worker) -> None:
         dist.barrier()
     fit = stage.fit
 
-    def watched(trainee: Trainee, *args: Any) -> int:
+    def watched(trainee: TrainState, *args: Any) -> int:
         steps = fit(trainee, *args)
         if job.look:
             job.look(job.settings, trainee)
@@ -112,12 +112,12 @@ def _trouble(job: Job) -> Iterator[None]:
         found = read(features, number)
         return replace(found, audio=found.audio * float("nan")) if number in job.poisoned else found
 
-    def flags(watch: Watch) -> list[float]:
+    def flags(watch: StopSignals) -> list[float]:
         return [float(next(steps) == job.stop_after), 0.0]
 
     with (
         mock.patch.object(Features, "row", row),
         mock.patch.object(guard, "FIRST_SCALE", job.first_scale),
-        mock.patch.object(Watch, "flags", flags),
+        mock.patch.object(StopSignals, "local", flags),
     ):
         yield

@@ -14,12 +14,12 @@ from conftest import TINY, manifest, read_rows, write_rows
 from helpers.running import ROOT, Driver, alive
 
 from voxray.evaluation import distribute as batch
-from voxray.evaluation.distribute import Models, answer, read_failed
-from voxray.evaluation.prediction_actor import Answerer
+from voxray.evaluation.distribute import ModelCount, answer_rows, read_failed
+from voxray.evaluation.prediction_actor import PredictionActor
 from voxray.evaluation.predictions import read_predictions
 from voxray.features.reader import FeatureRow, Features
-from voxray.generation.generate import Generated, Search
-from voxray.generation.model import Generation
+from voxray.generation.generate import Completion, SamplingParams
+from voxray.generation.model import InferenceConfig
 
 ROWS, WAIT_SEC = 120, 240
 
@@ -61,7 +61,9 @@ class EvaluateJob:
 def wanted(speech: str, make_features: Callable[..., tuple[Path, ...]], tmp_path_factory: Any) -> dict[str, str]:
     """What nobody interrupted answers."""
     folder = tmp_path_factory.mktemp("whole")
-    answer(Generation(TINY, "", Search(32), 1), make_features(speech), range(ROWS), folder, use_ray=False)
+    answer_rows(
+        InferenceConfig(TINY, "", SamplingParams(32), 1), make_features(speech), range(ROWS), folder, use_ray=False
+    )
     return {row["id"]: row["prediction"] for row in read_predictions(folder)}
 
 
@@ -123,10 +125,10 @@ def test_the_job_survives_the_death_of_a_model(speech: str, wanted: dict[str, st
     assert job.texts() == wanted and not read_failed(job.folder)
 
 
-class Poisoned(Answerer):
+class Poisoned(PredictionActor):
     """Ends its process whenever one row is among those to answer; travels to Ray's processes by value."""
 
-    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Generated]]:
+    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion]]:
         import os
 
         if any(row.id == "row5" for row in rows):
@@ -146,9 +148,9 @@ def test_a_row_that_kills_its_process_is_given_up(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(batch, "Answerer", Poisoned)
-    folders, generation = make_features(speech), Generation(TINY, "", Search(32), 1)
-    answer(generation, folders, range(12), tmp_path, models=Models("1:2"))
+    monkeypatch.setattr(batch, "PredictionActor", Poisoned)
+    folders, generation = make_features(speech), InferenceConfig(TINY, "", SamplingParams(32), 1)
+    answer_rows(generation, folders, range(12), tmp_path, models=ModelCount("1:2"))
     texts = {row["id"]: row["prediction"] for row in read_predictions(tmp_path)}
     assert texts == {name: wanted[name] for name in Features(folders).ids(range(12)) if name != "row5"}
     [(row, reason, message)] = read_failed(tmp_path)

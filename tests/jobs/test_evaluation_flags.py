@@ -23,7 +23,7 @@ from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.core.errors import RunError
 from voxray.evaluation.predictions import read_predictions
 from voxray.generation import continuous_batching as greedy
-from voxray.models.voxtral.family import VoxtralFrontEnd
+from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Evaluate = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
@@ -111,13 +111,13 @@ def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, ca
     sessions: list[int] = []
     given: list[Any] = []
     monkeypatch.setattr(job, "ray_session", lambda log, processes: sessions.append(processes) or nullcontext())
-    real = job.answer
+    real = job.answer_rows
 
     def answer(*args: Any, models: Any, **options: Any) -> None:
         given.append((models.number, models.gpus_each))
         real(*args, models=models, **options)
 
-    monkeypatch.setattr(job, "answer", answer)
+    monkeypatch.setattr(job, "answer_rows", answer)
     evaluate(num_models="1:3", gpus_per_model=0.5)
     assert given == [("1:3", 0.5)] and sessions == [3]
     assert "warning: --gpus_per_model has no effect" in capsys.readouterr().out

@@ -23,9 +23,9 @@ from voxray.models.adapters.lora import (
     train_fully,
     trainable_parameters,
 )
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
-FAMILY = family_of(TINY)
+FAMILY = get_family(TINY)
 CPU = torch.device("cpu")
 CLIP = str(SPEECH / "sample.wav")
 

@@ -186,5 +186,5 @@ def test_features_cache(tmp_path: Path) -> None:
         MultitaskSettings.model_validate({"train_jsonl": "t", "output_dir": "o", **flags}),
         EvaluateSettings.model_validate({"val_jsonl": "v", **flags}),
     ):
-        place = feature_sets.features_place(settings, "memory://voxray-flag", "", flag="--features_dir")
+        place = feature_sets.open_features_dir(settings, "memory://voxray-flag", "", flag="--features_dir")
         assert isinstance(place, RemotePath) and place.cache == CacheLimits(str(tmp_path / "c"), 3 * 2**30)

@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 from helpers.running import JOBS, ROOT, parse_only
 
-from voxray.config.parse import Settings, flag_of
+from voxray.config.parse import Settings, flag_metadata
 
 WARNS = "other_flags::flags_that_warn"
 """For flags marked ``no_effect``: parse says so whenever one is given."""
@@ -357,8 +357,9 @@ def settings_class(job: str) -> type[Settings]:
 
 @cache
 def named_tests(name: str) -> set[str]:
-    """Names of the test functions of the one file test_<name>.py."""
-    [path] = (ROOT / "tests").rglob(f"test_{name}.py")
+    """Names of the test functions of tests/jobs/test_<name>.py, or of the file of that name in another folder."""
+    path = ROOT / "tests" / "jobs" / f"test_{name}.py"
+    path = path if path.is_file() else next((ROOT / "tests").rglob(path.name))
     tree = ast.parse(path.read_text(encoding="utf-8"))
     return {node.name.removeprefix("test_") for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -388,5 +389,5 @@ def test_lines_name_tests_that_exist(job: str) -> None:
 def test_flags_without_effect_are_those_that_warn(job: str) -> None:
     fields = settings_class(job).model_fields
     assert {flag for flag, line in SEEN_BY[job].items() if line == WARNS} == {
-        name for name, field in fields.items() if flag_of(field).no_effect
+        name for name, field in fields.items() if flag_metadata(field).no_effect
     }

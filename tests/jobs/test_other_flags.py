@@ -27,7 +27,7 @@ from voxray.evaluation import prediction_actor as answerer
 from voxray.evaluation.predictions import read_predictions
 from voxray.features.extract import Extractor
 from voxray.generation import requests as items
-from voxray.generation.generate import Generated, Search
+from voxray.generation.generate import Completion, SamplingParams
 from voxray.models.adapters.lora import add_lora, save_adapter
 from voxray.models.voxtral.family import Voxtral
 
@@ -61,17 +61,19 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What ``generated`` was called with, in evaluate and infer; the answer is always the same."""
     seen: list[dict[str, Any]] = []
 
-    def generated(model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, search: Search) -> Any:
+    def generated(
+        model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, search: SamplingParams
+    ) -> Any:
         dtype = next(model.parameters()).dtype
         kinds = {parameter.dtype for parameter in model.parameters()}
         bits = 8 if torch.int8 in kinds else 4 if torch.uint8 in kinds else 0
         with_lora = any("lora" in name for name, _ in model.named_parameters())
         what = {"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, "bits": bits}
         seen.append({**what, "batch_size": batch_size, **asdict(search)})
-        return ((place, Generated("1", 1, False, 0.1)) for place in range(len(rows)))
+        return ((place, Completion("1", 1, False, 0.1)) for place in range(len(rows)))
 
-    monkeypatch.setattr(answerer, "generated", generated)
-    monkeypatch.setattr(items, "generated", generated)
+    monkeypatch.setattr(answerer, "generate", generated)
+    monkeypatch.setattr(items, "generate", generated)
     return seen
 
 

@@ -17,12 +17,13 @@ import pytest
 import soundfile
 from conftest import TINY
 from helpers.prefetching import COMMIT, DATASET, MODEL, SIZES, archive, clips, hub, release, serving, table
-from helpers.running import environment, load_job, parse_only
+from helpers.running import ROOT, environment, load_job, parse_only
 
 from voxray.audio.decode import decode
 from voxray.commands import prefetch
 from voxray.config.flag_groups import ClipLimitFlags
 from voxray.core.errors import RunError, SettingsError
+from voxray.core.units import format_bytes
 from voxray.core.version import __version__
 from voxray.corpora.prepare import check_rows as prepare
 from voxray.features.reader import Features
@@ -236,7 +237,7 @@ def test_dry_run_writes_nothing(
         assert run(f"{line} --dry_run") == {}
         said = capsys.readouterr().out
         assert not list(tmp_path.iterdir()) and "nothing is written" in said and "enough" in said
-        assert f"{sum(path.stat().st_size for path in Path(TINY).iterdir()) / 2**20:.1f} MiB" in said
+        assert format_bytes(sum(path.stat().st_size for path in Path(TINY).iterdir())) in said
     seconds = sum(len(decode("x.mp3", 16_000, sound)) for *_, sound in clips()) / 16_000
     assert f"about 0:00:{round(seconds):02} h of speech" in said, "clips on disk are measured"
 
@@ -355,7 +356,7 @@ prefetch.run_prefetch(parse_only("prefetch", sys.argv[1:]))
 def test_kill_9_among_the_rows(hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The eighth row of twelve kills the process: the six of the first two chunks are not looked at again."""
     line = of_hub(hub_folder, tmp_path / "D")
-    env = {**environment(), "PYTHONPATH": f"{environment()['PYTHONPATH']}:{Path(__file__).parent}"}
+    env = {**environment(), "PYTHONPATH": f"{environment()['PYTHONPATH']}:{ROOT}/tests"}
     done = subprocess.run([sys.executable, "-c", KILLED, *line.split()], env=env, timeout=120, capture_output=True)
     assert done.returncode == -9, done.stderr.decode()
     out = tmp_path / "D"

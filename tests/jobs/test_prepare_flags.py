@@ -122,8 +122,8 @@ def test_seed_command_of_split_and_clean_parses() -> None:
 @pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
 def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
     """Two of three training rows say what a validation row says, in other voices."""
-    from voxray.corpora.prepare.check_rows import Checked, checked_path
-    from voxray.corpora.prepare.write_manifests import Outputs, write_manifests
+    from voxray.corpora.prepare.check_rows import CheckedRow, checked_path
+    from voxray.corpora.prepare.write_manifests import OutputFiles, write_manifests
 
     rows = []
     for number, (speaker, text) in enumerate([("a", "x"), ("a", "x"), ("a", "y"), ("b", "x")]):
@@ -131,10 +131,10 @@ def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
         split = "val" if speaker == "b" else "train"
         hashes = {"audio_hash": f"h{number}", "text_hash": text, "leak_text": text}
         sides = {"group": f"speaker:{speaker}", "split": split}
-        rows.append(vars(Checked(f"m:{number + 1}", str(number), values, duration_sec=1.0, **hashes, **sides)))
+        rows.append(vars(CheckedRow(f"m:{number + 1}", str(number), values, duration_sec=1.0, **hashes, **sides)))
     chunk = tmp_path / "000000.jsonl"
     write_rows(checked_path(chunk), rows)
-    outputs = Outputs(tmp_path / "t.jsonl", tmp_path / "v.jsonl", tmp_path / "q.jsonl")
+    outputs = OutputFiles(tmp_path / "t.jsonl", tmp_path / "v.jsonl", tmp_path / "q.jsonl")
     settings = parse_only("prepare", f"--input x --train_output t.jsonl --leaks {policy}".split())
     outcome = write_manifests([chunk], outputs, val_share=0.25, seed=0, duplicates="drop", leak_policy=settings.leaks)
     outputs.finish(keep=True)

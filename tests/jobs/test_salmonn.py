@@ -30,16 +30,16 @@ from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.salmonn import SalmonnSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.demo.answers import Request, open_model
+from voxray.demo.answers import DemoRequest, open_model
 from voxray.features.reader import Features
-from voxray.generation.generate import Search, generated
+from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import load_adapter
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
 from voxray.models.salmonn.model import TRAINED
-from voxray.recipes.run_stage import Stage, choose_rows, plan_of
-from voxray.recipes.salmonn import ROLES, DrawnPrompts, made_ready
-from voxray.recipes.training_data import Data
+from voxray.recipes.run_stage import Stage, build_plan, choose_rows
+from voxray.recipes.salmonn import ROLES, SampledPrompts, assemble_inputs
+from voxray.recipes.training_data import TrainingData
 from voxray.training.engine import parameter_groups
 from voxray.training.loop import learning_rate
 
@@ -61,7 +61,7 @@ def run(salmonn: str, small: dict[str, str], tmp_path_factory: pytest.TempPathFa
         usual = {"model_id": salmonn, "num_workers": "0", "features_dir": str(folder / "features"), **USUAL}
         usual |= {"train_jsonl": small["asr.train"], "rows_per_shard": "8", "output_dir": str(out), **more}
         argv = [word for key, value in usual.items() if value for word in (f"--{key}", value)]
-        launch.run_training(made_ready(parse_only("train_salmonn", [*argv, *flags])))
+        launch.run_training(assemble_inputs(parse_only("train_salmonn", [*argv, *flags])))
         return out
 
     return run
@@ -104,7 +104,7 @@ def test_what_trains_and_what_decays(tuned: Path, salmonn: str) -> None:
     assert {next(word for word in name.split(".") if word in TRAINED) for name in whole} == set(TRAINED)
     counts = json.loads((tuned / "parameters.json").read_text())
     assert counts["encoder"]["trainable"] == 0 and counts["projector"]["trainable"] == counts["projector"]["total"]
-    family = family_of(salmonn)
+    family = get_family(salmonn)
     model, _ = load_adapter(family.load_model(salmonn, dtype=torch.float32, device=CPU), tuned / "adapter")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole or "lora_" in name)
@@ -196,14 +196,14 @@ def test_prompts_are_drawn_by_seed_epoch_and_row(
     asked = [f"<Speech><SpeechHere></Speech> {word} this." for word in ("Write", "Transcribe", "Hear", "Note")]
     path = tmp_path / "prompts.yaml"
     path.write_text(json.dumps({"asr": asked}))
-    redraw = DrawnPrompts(salmonn, str(path), 42)
+    redraw = SampledPrompts(salmonn, str(path), 42)
     features = Features(make_features(small["asr.train"], model_id=salmonn))
     rows = [features.row(number) for number in range(len(features))]
-    front_end = family_of(salmonn).front_end(salmonn)
+    front_end = get_family(salmonn).front_end(salmonn)
     drawn = [[front_end.show(redraw(row, epoch).prompt_ids) for row in rows] for epoch in (0, 1)]
     assert drawn[0] == [front_end.show(redraw(row, 0).prompt_ids) for row in rows] != drawn[1]
     assert len({prompt for epoch in drawn for prompt in epoch}) == 4
-    again = DrawnPrompts(salmonn, str(path), 7)
+    again = SampledPrompts(salmonn, str(path), 7)
     assert [front_end.show(again(row, 0).prompt_ids) for row in rows] != drawn[0]
     plain, other = run("--lora_dropout", "0"), run("--lora_dropout", "0", prompts=str(path))
     assert losses(plain) != losses(other), "they reach the batches"
@@ -219,24 +219,26 @@ def test_packs_have_room_for_drawn_prompts(
     """Prompts of 10 and of 90 words: packs and --max_len reckon with the longer one, whichever is drawn."""
     long = f"<Speech><SpeechHere></Speech> {'Write ' * 90}"
     (tmp_path / "p.json").write_text(json.dumps({"asr": ["<SpeechHere> Write.", long], "sqa": [f"{long} {{}}"]}))
-    redraw = DrawnPrompts(salmonn, str(tmp_path / "p.json"), 3)
+    redraw = SampledPrompts(salmonn, str(tmp_path / "p.json"), 3)
     folders = make_features(small["asr.train"], small["sqa.train"], model_id=salmonn)
-    planned, stored = Features(folders, redraw.spare_tokens), Features(folders)
-    assert (planned.longest_tokens - stored.num_tokens)[planned.task == 0].tolist() == [redraw.spare_tokens["asr"]] * 12
-    assert set(redraw.spare_tokens) == {"asr", "sqa", "aac"} and redraw.spare_tokens["aac"] == 0
+    planned, stored = Features(folders, redraw.max_extra_prompt_tokens), Features(folders)
+    assert (planned.longest_tokens - stored.num_tokens)[planned.task == 0].tolist() == [
+        redraw.max_extra_prompt_tokens["asr"]
+    ] * 12
+    assert set(redraw.max_extra_prompt_tokens) == {"asr", "sqa", "aac"} and redraw.max_extra_prompt_tokens["aac"] == 0
     flags = {"batching": "packed", "pack_tokens": int(planned.longest_tokens.max())}
     settings = SalmonnSettings.model_validate({"model_id": salmonn, "train_jsonl": "t", "output_dir": "o", **flags})
     lengths = {}
     for features in (planned, stored):
-        plan = plan_of(Stage(ROLES, redraw=redraw), settings, features, np.arange(len(features)), 1)
+        plan = build_plan(Stage(ROLES, redraw=redraw), settings, features, np.arange(len(features)), 1)
         loader = Loader(
-            *(features, family_of(salmonn).front_end(salmonn), plan, Worker(), 0, Masking(NO_MASKS, 0), redraw),
+            *(features, get_family(salmonn).front_end(salmonn), plan, Worker(), 0, Masking(NO_MASKS, 0), redraw),
             pin_memory=False,
         )
         batches = [batch for _, packs in loader.steps(0, plan.steps_in(3)) for _, batch in packs]
         lengths[features is planned] = max(batch["input_ids"].shape[1] for batch in batches)
     assert lengths[True] <= settings.pack_tokens < lengths[False], "without spare tokens packs overflow"
-    front_end = family_of(salmonn).front_end(salmonn)
+    front_end = get_family(salmonn).front_end(salmonn)
     short = settings.model_copy(update={"max_len": int(planned.longest_tokens.max()) - 1})
     _, _, lost = choose_rows(Stage(ROLES), short, planned, Features(()), front_end)
     assert len(lost) == (planned.longest_tokens == planned.longest_tokens.max()).sum()
@@ -244,7 +246,7 @@ def test_packs_have_room_for_drawn_prompts(
     assert redraw(question, 0) is question, "a prompt that is longer than was reckoned with is not taken"
 
 
-def test_a_resumed_run_draws_from_the_same_prompts(data: Data, salmonn: str, tmp_path: Path) -> None:
+def test_a_resumed_run_draws_from_the_same_prompts(data: TrainingData, salmonn: str, tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({"asr": ["<SpeechHere> Write."]}))
     how = {"max_steps": 3, "prompts": str(path)}
@@ -257,7 +259,7 @@ def test_a_resumed_run_draws_from_the_same_prompts(data: Data, salmonn: str, tmp
             trained(tmp_path / "a", data, salmonn, **changed)
 
 
-def test_what_is_frozen_stays_in_eval(data: Data, salmonn: str, tmp_path: Path) -> None:
+def test_what_is_frozen_stays_in_eval(data: TrainingData, salmonn: str, tmp_path: Path) -> None:
     """The reference's trainer puts all of it into training mode, so that layers of BEATs are dropped at random."""
     settings = SalmonnSettings.model_validate(
         {"model_id": salmonn, "train_jsonl": "t", "output_dir": str(tmp_path), **USUAL, "max_steps": 1}
@@ -340,7 +342,7 @@ def test_the_adapter_is_used_everywhere(
     beams = {line[0]: line[1] for line in lines[1:]}
     assert [beams[name] for name in names] == [text.lower() for text in said(lora_dir=str(tuned), num_beams="4")]
     demo, _ = open_model(DemoSettings(lora_dir=str(tuned), max_new_tokens=12))
-    sides = list(demo.answers(Request(rows[0]["audio_path"], compare=True)))
+    sides = list(demo.answers(DemoRequest(rows[0]["audio_path"], compare=True)))
     assert [(side.is_base, side.text) for side in sides] == [(False, with_adapter[0])]
     assert with_adapter[0] != said(model_id=salmonn)[0]
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), dtype="float32"))
@@ -356,25 +358,25 @@ def test_rows_of_a_batch_with_other_prompts_are_answered_as_alone(
 ) -> None:
     """In the reference pads come in the middle of such prompts, and a batch ends with its first row."""
     features = Features(make_features(small["asr.val"], small["sqa.val"], model_id=salmonn))
-    family = family_of(salmonn)
+    family = get_family(salmonn)
     parts = (family.load_model(salmonn, dtype=torch.float32, device=CPU), family, family.front_end(salmonn))
     rows = [features.row(number) for number in (0, 4, 1, 5)]
     assert len({len(row.prompt_ids) for row in rows}) > 2
-    search = Search(10, num_beams=num_beams)
+    search = SamplingParams(10, num_beams=num_beams)
     together, alone = (
-        {place: found.text for place, found in generated(*parts, rows, batch_size=size, search=search)}
+        {place: found.text for place, found in generate(*parts, rows, batch_size=size, search=search)}
         for size in (4, 1)
     )
     assert together == alone and len(set(alone.values())) > 1
 
 
 @pytest.fixture(scope="module")
-def data(salmonn: str, small: dict[str, str], make_features: Callable[..., Any]) -> Data:
+def data(salmonn: str, small: dict[str, str], make_features: Callable[..., Any]) -> TrainingData:
     names = ("asr.train", "asr.val")
-    return Data(*(make_features(small[name], model_id=salmonn) for name in names))
+    return TrainingData(*(make_features(small[name], model_id=salmonn) for name in names))
 
 
-def trained(folder: Path, data: Data, salmonn: str, num_workers: int = 1, **changes: Any) -> list[float]:
+def trained(folder: Path, data: TrainingData, salmonn: str, num_workers: int = 1, **changes: Any) -> list[float]:
     values = {"model_id": salmonn, "train_jsonl": "t", "output_dir": str(folder), **USUAL, "eval_steps": 100}
     values |= {"max_steps": 6, "save_steps": 3, "eval_max_new_tokens": 4}
     settings = SalmonnSettings.model_validate({**values, **changes})
@@ -382,7 +384,7 @@ def trained(folder: Path, data: Data, salmonn: str, num_workers: int = 1, **chan
 
 
 def test_workers_divide_the_same_step(
-    data: Data, salmonn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: TrainingData, salmonn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Q-Former has dropout of its own, drawn for each pack; so one pack of each worker is one of a lone worker."""
     alone = trained(tmp_path / "a", data, salmonn, grad_accum=2, per_device_bsz=2, lora_dropout=0.0)
@@ -398,7 +400,7 @@ def test_deepspeed_trains_alike(
 ) -> None:
     """Rows of text alone among them, so that one worker may hear nothing while the other does."""
     names = [small[f"{task}.train"] for task in ("asr", "tqa")]
-    data = Data(make_features(*names, model_id=salmonn), ())
+    data = TrainingData(make_features(*names, model_id=salmonn), ())
     how = {"per_device_bsz": 1, "lora_dropout": 0.0, "max_steps": 4}
     plain = trained(tmp_path / "a", data, salmonn, 2, **how)
     divided = {"strategy": "deepspeed", "zero_stage": stage, "save_steps": 2, **how}
@@ -424,7 +426,7 @@ def test_two_stages_learn(run: Run, salmonn: str) -> None:
     assert np.mean(losses(second)[-10:]) < np.mean(losses(first)[-10:])
 
 
-def test_resume_is_exact(data: Data, salmonn: str, tmp_path: Path) -> None:
+def test_resume_is_exact(data: TrainingData, salmonn: str, tmp_path: Path) -> None:
     straight = trained(tmp_path / "a", data, salmonn)
     assert straight[-1] < straight[0]
     assert trained(tmp_path / "b", data, salmonn) == straight, "new weights come from the seed"

@@ -21,10 +21,10 @@ from voxray.commands.compile import run_compile
 from voxray.commands.efficiency import run_efficiency
 from voxray.core.errors import RunError
 from voxray.evaluation.predictions import read_predictions
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.models.parts.compiled_audio import CompiledAudio
 from voxray.models.salmonn.folder import write_folder
-from voxray.recipes.salmonn import made_ready
+from voxray.recipes.salmonn import assemble_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., Path]
@@ -50,7 +50,7 @@ def run(salmonn: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Ru
     def run(into: str, *flags: str) -> Path:
         usual = f"--model_id {salmonn} --train_jsonl {rows} --output_dir {folder / into} --features_dir {folder / 'f'} "
         usual += "--num_workers 0 --max_steps 2 --per_device_bsz 6 --lr 1e-3 --min_lr 0 --warmup_steps 0"
-        launch.run_training(made_ready(parse_only("train_salmonn", [*usual.split(), *flags])))
+        launch.run_training(assemble_inputs(parse_only("train_salmonn", [*usual.split(), *flags])))
         return folder / into
 
     return run
@@ -87,7 +87,7 @@ def test_stored_outputs_are_keyed_by_both_encoders(salmonn_parts: dict[str, str]
 
     def key(name: str, whisper: Path = whisper, beats: Path = beats, llm: Path = llm, **storing: Any) -> str:
         write_folder(tmp_path / name, whisper=whisper, beats=beats, llm=llm)
-        return Extractor(str(tmp_path / name), Storing("encoder", **storing)).fingerprint
+        return Extractor(str(tmp_path / name), FeatureSpec("encoder", **storing)).fingerprint
 
     def changed(folder: Path, name: str) -> Path:
         copy = shutil.copytree(folder, tmp_path / f"{name}-changed")

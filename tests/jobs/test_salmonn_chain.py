@@ -19,7 +19,7 @@ from test_stages import losses
 from voxray.commands.infer import run_inference
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import InferSettings
-from voxray.demo.answers import Request, open_model
+from voxray.demo.answers import DemoRequest, open_model
 from voxray.evaluation.predictions import read_predictions
 
 RECIPE = "jobs/configs/demo_train_salmonn.yaml"
@@ -74,7 +74,7 @@ def test_the_demo_recipe_from_training_to_the_demo(tmp_path: Path, monkeypatch: 
 
     said = inferred(lora_dir=str(second))
     demo, _ = open_model(DemoSettings(lora_dir=str(second), max_new_tokens=8))
-    [tuned] = demo.answers(Request(SAMPLE, compare=True))
+    [tuned] = demo.answers(DemoRequest(SAMPLE, compare=True))
     assert (tuned.is_base, tuned.text) == (False, said)
     load_job("export").main(["--lora_dir", str(second), "--output_dir", str(tmp_path / "whole")])
     assert inferred(model_id=str(tmp_path / "whole")) == said

@@ -19,8 +19,8 @@ from voxray.config.efficiency import EfficiencySettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation.predictions import read_predictions
-from voxray.generation.salmonn_base import with_base
-from voxray.models.registry import family_of
+from voxray.generation.salmonn_base import assemble_base
+from voxray.models.registry import get_family
 from voxray.models.salmonn.folder import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,18 +151,18 @@ def test_modes_search_as_the_evaluator() -> None:
 def test_a_base_is_named_after_what_it_is_made_of(files: Path) -> None:
     def base(**flags: str) -> str:
         settings = EvaluateSettings.model_validate({**PARTS, "val_jsonl": "x", **flags})
-        return with_base(settings, files / "out").model_id
+        return assemble_base(settings, files / "out").model_id
 
     prompts = files / "test_prompt.json"
     one = base(prompts=str(prompts))
     assert base(prompts=str(prompts)) == one
     prompts.write_text(json.dumps({"asr": "<SpeechHere> Again."}))
     assert len({one, base(prompts=str(prompts)), base(), base(lora_dir=CHECKPOINT), base(end_sym="<s>")}) == 5
-    assert family_of(one).front_end(one).eos_id == family_of(base()).front_end(base()).eos_id
+    assert get_family(one).front_end(one).eos_id == get_family(base()).front_end(base()).eos_id
     with pytest.raises(SettingsError, match=r"--end_sym '<\|end_of_text\|>': is \d+ tokens"):
         base(end_sym="<|end_of_text|>")
     for kind in (EfficiencySettings, CompileSettings):
-        settings = with_base(kind.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "other")
+        settings = assemble_base(kind.model_validate({**PARTS, "lora_dir": CHECKPOINT}), files / "other")
         parts = json.loads((Path(settings.model_id) / "config.json").read_text())["parts"]
         assert (settings.lora_dir, parts["checkpoint"]) == ("", CHECKPOINT)
 

@@ -19,7 +19,7 @@ from voxray.config.tune import TuneSettings
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.sweep import ray_tune, work
 from voxray.sweep.queue import Queue
-from voxray.sweep.results import Outcome
+from voxray.sweep.results import SweepOutcome
 from voxray.sweep.trials import Trial
 from voxray.sweep.work import trial_settings
 
@@ -40,7 +40,7 @@ class Swept:
         given: What Ray would have been given.
     """
 
-    def __init__(self, folder: Path, outcome: Outcome, runner: Runner, given: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, outcome: SweepOutcome, runner: Runner, given: dict[str, Any]) -> None:
         self.folder, self.outcome, self.ran, self.given = folder, outcome, runner.ran, given
 
     @property
@@ -65,8 +65,8 @@ def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tune, "run_on_tune", run_on_tune)
     monkeypatch.setattr(tune, "ray_session", lambda log, processes: given.update(processes=processes) or nullcontext())
-    monkeypatch.setattr(ray_tune, "gpus_within_reach", lambda: given.get("gpus", 0))
-    monkeypatch.setattr(ray_tune, "within_reach", lambda kind: 9)
+    monkeypatch.setattr(ray_tune, "max_gpus", lambda: given.get("gpus", 0))
+    monkeypatch.setattr(ray_tune, "max_resource", lambda kind: 9)
     monkeypatch.setattr(work, "training_data", lambda settings, *args, **how: given.update(data=settings))
     monkeypatch.setattr(work, "refuse_missing_metric", lambda *args: None)
 
@@ -270,7 +270,7 @@ def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
         settings = sweep_settings(tmp_path, "--scheduler", name, "--grace_steps", "10")
         for value, decision in ((0.01, "CONTINUE"), (0.9, "STOP"), (None, "STOP")):
             scheduler = ray_tune.build_scheduler(settings, earlier)
-            trial = ray_tune.Earlier("new")
+            trial = ray_tune.EarlierTrial("new")
             scheduler.on_trial_add(None, trial)
             record = reported({"step": 10, "asr/cer_nospace": value}, "asr/cer_nospace", "min")
             assert scheduler.on_trial_result(None, trial, record) == decision, (name, value)

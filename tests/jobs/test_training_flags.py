@@ -123,7 +123,7 @@ def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         if "epochs" not in flags:
             usual["max_steps"] = 1
         settings = MultitaskSettings.model_validate({**usual, **flags})
-        sets = multitask.Data(data[on][1], data[val][1] if val else ())
+        sets = multitask.TrainingData(data[on][1], data[val][1] if val else ())
         runs[-1].result = multitask.train(settings, run_dir, sets, Worker())
         return runs[-1]
 
@@ -220,7 +220,7 @@ def test_idle_flags_warn_without_a_gpu(
     assert "warning: --tf32 has no effect" in said and "warning: --pin_memory has no effect" in said
     launch.run_training(parse_only("train_multitask", [*line.split(), "--no-pin_memory"]))
     assert "warning" not in capsys.readouterr().out
-    launch.warn_about_idle_flags(parse_only("train_multitask", [*line.split(), "--tuning", "full", "--lora_r", "4"]))
+    launch.warn_about_unused_flags(parse_only("train_multitask", [*line.split(), "--tuning", "full", "--lora_r", "4"]))
     assert "warning: --lora_r has no effect: --tuning full has no LoRA" in capsys.readouterr().out
 
 
@@ -401,7 +401,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((len(rows), max_new_tokens))
         return ["1"] * len(rows)
 
-    monkeypatch.setattr(validate, "answers", answers)
+    monkeypatch.setattr(validate, "generate_texts", answers)
     return seen
 
 
@@ -499,11 +499,11 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
         asked_for.append(workers)
         return {"steps": 0, "finished": True}
 
-    monkeypatch.setattr(launch, "on_workers", on_workers)
+    monkeypatch.setattr(launch, "train_on_workers", on_workers)
     monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
     for look in ("refuse_without_room", "say_idle_gpus"):
         monkeypatch.setattr(launch, look, lambda fewest: None)
-    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.Data((), ()))
+    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.TrainingData((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto", "1:4"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"

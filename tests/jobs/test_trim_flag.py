@@ -21,10 +21,10 @@ from voxray.config.export import ExportSettings
 from voxray.config.featurize import FeaturizeSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.features.extract import Extractor
-from voxray.features.from_settings import storing_of
+from voxray.features.from_settings import feature_spec
 from voxray.features.reader import Features
 from voxray.models.adapters.audio_trim_record import RECORD
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,8 +89,8 @@ def evaluate(
         assert generation.trim_audio == (seen[-1].num_prompt_tokens.min() < 54)
         return real(generation, folders, *args, **options)
 
-    real = job.answer
-    monkeypatch.setattr(job, "answer", answered)
+    real = job.answer_rows
+    monkeypatch.setattr(job, "answer_rows", answered)
 
     def run(**flags: Any) -> Features:
         usual = {"model_id": TINY, "val_jsonl": (small["asr.val"],), "output_dir": str(tmp_path / f"e{len(seen)}")}
@@ -194,9 +194,9 @@ def test_stages_agree_on_it(run: Run, trimmed: Path, whole: Path) -> None:
 
 def test_featurize_and_audit_count_as_training_does(small: dict[str, str], tmp_path: Path) -> None:
     values = {"model_id": TINY, "manifest": small["asr.val"], "trim_audio_tokens": True}
-    extractor = Extractor(TINY, storing_of(FeaturizeSettings.model_validate(values), bf16=False))
+    extractor = Extractor(TINY, feature_spec(FeaturizeSettings.model_validate(values), bf16=False))
     assert extractor.fingerprint != Extractor(TINY).fingerprint
-    assert extractor.front_end.fingerprint == family_of(TINY).front_end(TINY, trim_audio=True).fingerprint
+    assert extractor.front_end.fingerprint == get_family(TINY).front_end(TINY, trim_audio=True).fingerprint
     tokens = []
     for flag in (False, True):
         values = {"model_id": TINY, "input": small["asr.val"], "output_dir": str(tmp_path / str(flag))}

@@ -25,7 +25,7 @@ from voxray.config.export import ExportSettings
 from voxray.config.train import WhisperSettings
 from voxray.config.tune import TuneWhisperSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.sweep.results import write_best
 from voxray.sweep.work import trial_settings
 
@@ -159,18 +159,20 @@ def test_rows_of_other_tasks_are_refused(run: Callable[..., Path], small: dict[s
 
 
 @pytest.fixture(scope="module")
-def data(small: dict[str, str], make_features: Callable[..., Any]) -> Data:
-    return Data(make_features(small["asr.train"], model_id=WHISPER), make_features(small["asr.val"], model_id=WHISPER))
+def data(small: dict[str, str], make_features: Callable[..., Any]) -> TrainingData:
+    return TrainingData(
+        make_features(small["asr.train"], model_id=WHISPER), make_features(small["asr.val"], model_id=WHISPER)
+    )
 
 
-def trained(folder: Path, data: Data, num_workers: int = 1, **changes: Any) -> list[float]:
+def trained(folder: Path, data: TrainingData, num_workers: int = 1, **changes: Any) -> list[float]:
     values = {"model_id": WHISPER, "train_jsonl": "t", "output_dir": str(folder), "max_len": 120, "eval_steps": 100}
     values |= {"per_device_bsz": 4, "max_steps": 6, "save_steps": 3, "lora_dropout": 0.1, "eval_max_new_tokens": 4}
     settings = WhisperSettings.model_validate({**values, **changes})
     return [record["loss"] for record in processes.run(settings, data, num_workers)]
 
 
-def test_resume_is_exact_and_workers_divide_the_same_step(data: Data, tmp_path: Path) -> None:
+def test_resume_is_exact_and_workers_divide_the_same_step(data: TrainingData, tmp_path: Path) -> None:
     straight = trained(tmp_path / "a", data)
     assert trained(tmp_path / "b", data) == straight
     for path in (tmp_path / "b" / "checkpoints").glob("step-*"):
@@ -185,7 +187,7 @@ def test_resume_is_exact_and_workers_divide_the_same_step(data: Data, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_alike(data: Data, tmp_path: Path, stage: int) -> None:
+def test_deepspeed_trains_alike(data: TrainingData, tmp_path: Path, stage: int) -> None:
     plain = trained(tmp_path / "a", data, 2, lora_dropout=0.0, per_device_bsz=2)
     divided = {"strategy": "deepspeed", "zero_stage": stage, "lora_dropout": 0.0, "per_device_bsz": 2}
     assert trained(tmp_path / "b", data, 2, **divided) == pytest.approx(plain, abs=1e-4)

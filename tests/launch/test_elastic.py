@@ -21,7 +21,7 @@ from voxray.core.errors import RunError, Stopped
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.launch import elastic
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.ray
@@ -178,7 +178,7 @@ def test_a_trial_whose_own_places_are_taken_back_asks_for_no_others(local_ray, s
     monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: own)
     monkeypatch.setattr(elastic, "_attempt", attempt)
     with pytest.raises(Stopped):
-        elastic.on_workers(settings(small, tmp_path), tmp_path, Data((), ()), (1, 1))
+        elastic.train_on_workers(settings(small, tmp_path), tmp_path, TrainingData((), ()), (1, 1))
     assert [len(groups) for groups in attempts] == [1, 2], "the first was a crash, which is tried again"
     assert set(ray.util.placement_group_table()) - known == attempts[1]
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from voxray.launch.progress_view import Pace, watched
+from voxray.launch.progress_view import Pace, show_progress
 
 
 def step_line(step: int, sec: float, **more: Any) -> str:
@@ -30,7 +30,7 @@ def test_time_left_follows_from_the_last_steps():
 
 def test_what_is_shown_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("voxray.core.console.SECONDS_BETWEEN_LINES", -1.0)
-    with watched(tmp_path):
+    with show_progress(tmp_path):
         (tmp_path / "train.log").write_text("starting at step 0 of 4\n")
         (tmp_path / "metrics.jsonl").write_text(step_line(1, 30.0) + "\n")
     printed = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from ray.train import WorkerGroupError
 from voxray.config.train import TextSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.launch import elastic as launch
-from voxray.recipes.run_stage import Data
+from voxray.recipes.run_stage import TrainingData
 
 DIED = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR and so on"
 
@@ -29,7 +29,7 @@ DONE = {"steps": 9, "finished": True}
 @pytest.fixture
 def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that has room for whatever is asked."""
-    monkeypatch.setattr(launch, "find_room", lambda fewest, most, is_stopped: most)
+    monkeypatch.setattr(launch, "wait_for_workers", lambda fewest, most, is_stopped: most)
 
 
 def save(run_dir: Path, step: int) -> None:
@@ -56,7 +56,7 @@ def attempts(roomy: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
         monkeypatch.setattr(launch, "_fit_once", once)
         settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": str(tmp_path)})
-        return launch.on_workers(settings, tmp_path, Data((), ()), (2, 2))
+        return launch.train_on_workers(settings, tmp_path, TrainingData((), ()), (2, 2))
 
     yield run
 
@@ -120,8 +120,8 @@ def test_a_run_grows_when_there_is_room_and_stops_when_it_is_told_to(
         outcome["result"] = {"steps": number, "finished": False}
 
     monkeypatch.setattr(launch, "_fit_once", once)
-    monkeypatch.setattr(launch, "find_room", lambda fewest, most, is_stopped: next(room))
+    monkeypatch.setattr(launch, "wait_for_workers", lambda fewest, most, is_stopped: next(room))
     settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": str(tmp_path)})
-    assert launch.on_workers(settings, tmp_path, Data((), ()), (1, 3)) == {"steps": 2, "finished": False}
+    assert launch.train_on_workers(settings, tmp_path, TrainingData((), ()), (1, 3)) == {"steps": 2, "finished": False}
     assert sizes == [1, 2]
     assert "room for more than 1 worker(s): starting again with them from step 1" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from voxray.metrics.bootstrap import Groups, groups_of, interval, resampled_sums, resamples_for
+from voxray.metrics.bootstrap import Groups, group_by_speaker, interval, resampled_sums, resamples_for
 from voxray.metrics.counts import Ratio
 
 
@@ -43,7 +43,7 @@ def test_speakers_are_drawn_whole():
     """Twenty speakers that each err on all of their utterances or on none: over utterances it looks certain."""
     rows = [{"speaker": f"s{at // 50}"} for at in range(1000)]
     wrong = np.array([(at // 50) % 2 for at in range(1000)], float)
-    groups = groups_of(rows)
+    groups = group_by_speaker(rows)
     assert (groups.unit, groups.num) == ("speaker", 20)
     over_speakers = ratio_interval(wrong, np.ones(1000), groups)
     over_utterances = ratio_interval(wrong, np.ones(1000), utterances(1000))
@@ -52,10 +52,10 @@ def test_speakers_are_drawn_whole():
 
 def test_rows_without_a_speaker_are_drawn_alone():
     rows = [{"speaker": "a"}, {"speaker": "a"}, {"speaker": "b"}, {"speaker": None}, {}, {"speaker": ""}]
-    groups = groups_of(rows)
+    groups = group_by_speaker(rows)
     assert groups.unit == "speaker" and groups.num == 5 and groups.index.tolist() == [0, 0, 1, 2, 3, 4]
     for one in ([{"speaker": "a"}] * 3, [{}] * 3, [{"speaker": "a"}, {}]):
-        assert groups_of(one).unit == "utterance" and groups_of(one).num == len(one)
+        assert group_by_speaker(one).unit == "utterance" and group_by_speaker(one).num == len(one)
 
 
 def test_sums_are_of_whole_draws():

@@ -9,7 +9,7 @@ import pytest
 from voxray.evaluation.score import score
 from voxray.metrics import meteor_spice as java
 from voxray.metrics.captions import cider_d, coco_bleu
-from voxray.metrics.counts import as_row, metrics_of
+from voxray.metrics.counts import as_row, compute_metrics
 from voxray.metrics.rows import count_row
 from voxray.metrics.texts import scored_texts, text_metrics
 
@@ -35,7 +35,7 @@ def drawn(num: int) -> list[tuple[list[str], str]]:
 
 def rouge_l(captions: list[tuple[list[str], str]]) -> float:
     rows = [{"task": "aac", "references": references, "prediction": text} for references, text in captions]
-    return metrics_of("aac", [as_row(count_row(row)) for row in rows])["rouge_l"]["value"]
+    return compute_metrics("aac", [as_row(count_row(row)) for row in rows])["rouge_l"]["value"]
 
 
 GOLDEN = {

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from voxray.metrics.counts import COUNT_NAMES, Counts, as_row, count, metrics_of, rouge_units
+from voxray.metrics.counts import COUNT_NAMES, Counts, as_row, compute_metrics, count, rouge_units
 from voxray.text.normalize import normalize_ko_v1
 
 KOREAN = [
@@ -26,7 +26,7 @@ pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=8)
 
 
 def values(task: str, rows: list[tuple[str, str]]) -> dict[str, dict]:
-    return metrics_of(task, [as_row(count(reference, prediction)) for reference, prediction in rows])
+    return compute_metrics(task, [as_row(count(reference, prediction)) for reference, prediction in rows])
 
 
 def scored(rows: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
@@ -157,7 +157,7 @@ def test_counts_add_up_over_shards(rows: list[tuple[str, str]], cut: int):
     total = {name: sum(row[name] for row in counted) for name in COUNT_NAMES}
     halves = [counted[:cut], counted[cut:]]
     assert {name: sum(sum(row[name] for row in half) for half in halves) for name in COUNT_NAMES} == total
-    assert metrics_of("asr", iter(counted)) == metrics_of("asr", counted)
+    assert compute_metrics("asr", iter(counted)) == compute_metrics("asr", counted)
     assert all(isinstance(value, int) and value >= 0 for row in counted for value in row.values())
 
 
@@ -182,7 +182,7 @@ def test_two_empty_texts_agree():
 
 
 def test_no_rows_no_metrics():
-    assert metrics_of("asr", []) == metrics_of("tqa", []) == {}
+    assert compute_metrics("asr", []) == compute_metrics("tqa", []) == {}
 
 
 def test_the_headline_metric_comes_first():

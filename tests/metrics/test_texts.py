@@ -12,7 +12,7 @@ from sacrebleu.metrics.chrf import CHRF
 
 from voxray.core.tasks import TASKS
 from voxray.evaluation.score import score
-from voxray.metrics.counts import as_row, count, metrics_of
+from voxray.metrics.counts import as_row, compute_metrics, count
 from voxray.metrics.names import headline, higher_is_better, validation_metrics
 from voxray.metrics.overall import likelihood_metrics, overall_metrics
 from voxray.metrics.texts import scored_texts, text_metrics
@@ -34,7 +34,7 @@ def values(rows: list[tuple[str, str]], task: str = "sqa") -> dict[str, float]:
 
 
 def char_f1(rows: list[tuple[str, str]]) -> float:
-    return metrics_of("sqa", [as_row(count(*pair)) for pair in rows], ("char_f1",))["char_f1"]["value"]
+    return compute_metrics("sqa", [as_row(count(*pair)) for pair in rows], ("char_f1",))["char_f1"]["value"]
 
 
 def naive_distinct(predictions: list[str], size: int) -> float:

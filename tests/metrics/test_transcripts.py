@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
 from voxray.core.errors import RunError
-from voxray.metrics.counts import as_row, count, metrics_of
+from voxray.metrics.counts import as_row, compute_metrics, count
 from voxray.metrics.loops import has_loop
 from voxray.metrics.rows import check_row, count_row
 from voxray.metrics.second_readings import best_of_readings, spans
@@ -27,7 +27,7 @@ def row(reference: str, prediction: str, **more: object) -> dict[str, object]:
 
 def rates(*rows: dict[str, object]) -> dict[str, float]:
     names = ("cer_nospace", "swer", "cer_phonetic", "cer_best", "silence_hallucination", "repetition", "hallucination")
-    found = metrics_of("asr", [as_row(count_row(each)) for each in rows], names)
+    found = compute_metrics("asr", [as_row(count_row(each)) for each in rows], names)
     return {name: entry["value"] for name, entry in found.items()}
 
 

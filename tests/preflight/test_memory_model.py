@@ -13,18 +13,18 @@ from conftest import TINY, WHISPER
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.models.adapters.lora import add_lora, count_parameters
-from voxray.models.hf_files import outlined
-from voxray.models.registry import family_of
+from voxray.models.hf_files import build_on_meta
+from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
-from voxray.preflight.allocations import measured
+from voxray.preflight.allocations import measure_allocations
 from voxray.preflight.findings import Findings
-from voxray.preflight.fit_settings import Decider
+from voxray.preflight.fit_settings import SettingsFitter
 from voxray.preflight.memory import MemoryModel
-from voxray.preflight.meta_model import outline_of
-from voxray.preflight.pack_sizes import size_of
+from voxray.preflight.meta_model import build_meta_model
+from voxray.preflight.pack_sizes import current_size
 from voxray.preflight.rows import look_at_rows
 from voxray.preflight.shapes import Computing, PackShape
-from voxray.preflight.trial_steps import Bench, stored_tensors
+from voxray.preflight.trial_steps import TrialRunner, stored_tensors
 from voxray.preflight.weights import quantized_layers, weight_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,10 +67,10 @@ def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
         findings = Findings()
         rows = look_at_rows(settings, findings)
         assert rows is not None, findings.to_fix
-        outline = outline_of(rows.stage, settings, rows.family)
-        decider = Decider(rows, settings, outline, 1, findings, memory_gib=1.0, tunes=False)
-        pack = decider.planned(size_of(settings))
-        tried = Bench(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
+        outline = build_meta_model(rows.stage, settings, rows.family)
+        decider = SettingsFitter(rows, settings, outline, 1, findings, memory_gib=1.0, tunes=False)
+        pack = decider.planned(current_size(settings))
+        tried = TrialRunner(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
         assert tried is not None
         return pack.need.peak_bytes, tried.peak_bytes
 
@@ -128,11 +128,11 @@ def test_a_middle_sized_model_needs_what_is_predicted(
 @pytest.mark.parametrize("model_id", [TINY, WHISPER])
 @pytest.mark.parametrize("quantize", ["none", "8bit", "4bit"])
 def test_weights_are_counted_to_the_byte(model_id: str, quantize: str) -> None:
-    family = family_of(model_id)
+    family = get_family(model_id)
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     real = family.load_model(model_id, device=torch.device("cpu"), quantize=quantize, **options)
     stored = {id(tensor): tensor.numel() * tensor.element_size() for tensor in list(stored_tensors(real))}
-    outline = family.outline(model_id, **options)
+    outline = family.build_on_meta(model_id, **options)
     assert sum(weight_bytes(outline, family, quantize).values()) == sum(stored.values())
     assert all(parameter.is_meta for parameter in outline.parameters())
 
@@ -145,7 +145,7 @@ def mini() -> Any:
     audio = {**AUDIO, "num_mel_bins": 128, "max_source_positions": 1500}
     text = {**TEXT, "model_type": "llama", "vocab_size": 131_072, "num_key_value_heads": 8, "head_dim": 128}
     config = VoxtralConfig(audio_config=audio, text_config=text, audio_token_id=24)
-    return outlined(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=torch.bfloat16), "mini")
+    return build_on_meta(lambda: VoxtralForConditionalGeneration._from_config(config, dtype=torch.bfloat16), "mini")
 
 
 def test_full_size_voxtral_is_counted_without_its_weights(mini: Any) -> None:
@@ -194,7 +194,7 @@ def test_allocations_are_exact() -> None:
         square = matrix @ matrix
         kept.append(square @ matrix)
 
-    assert measured(work, torch.device("cpu")).peak_bytes == 8_000_000
+    assert measure_allocations(work, torch.device("cpu")).peak_bytes == 8_000_000
 
 
 def test_a_frozen_encoder_keeps_nothing_when_activations_are_recomputed(small: dict[str, str]) -> None:
@@ -203,7 +203,7 @@ def test_a_frozen_encoder_keeps_nothing_when_activations_are_recomputed(small: d
     settings = MultitaskSettings(**values, grad_ckpt=True)
     rows = look_at_rows(settings, Findings())
     assert rows is not None
-    model = Bench(rows, settings, torch.device("cpu")).model
+    model = TrialRunner(rows, settings, torch.device("cpu")).model
     mel_1FT = torch.zeros(1, 128, rows.front_end.window_frames)
     assert not model.get_base_model().model.audio_tower(mel_1FT).last_hidden_state.requires_grad
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from voxray.config.train import MultitaskSettings, TrainSettings
 from voxray.preflight.findings import Findings
 from voxray.preflight.machine import check_cpus, check_flags_need, check_libraries, check_shared_memory
-from voxray.preflight.pack_sizes import largest_fitting, size_of, sizes
-from voxray.preflight.shapes import shape_of
+from voxray.preflight.pack_sizes import current_size, largest_fitting, sizes
+from voxray.preflight.shapes import pack_shape
 
 
 def settings(**values: object) -> TrainSettings:
@@ -20,7 +20,7 @@ def settings(**values: object) -> TrainSettings:
 def test_rows_of_a_step_stay(rows: int, accum: int) -> None:
     found = sizes(settings(per_device_bsz=rows, grad_accum=accum), longest=100)
     assert {size.amount * size.grad_accum for size in found} == {rows * accum}
-    assert size_of(settings(per_device_bsz=rows, grad_accum=accum)) in found
+    assert current_size(settings(per_device_bsz=rows, grad_accum=accum)) in found
     amounts = [size.amount for size in found]
     assert amounts == sorted(set(amounts)) and amounts[0] == 1
 
@@ -32,7 +32,7 @@ def test_tokens_of_a_step_stay_and_a_pack_holds_the_longest_row() -> None:
 
 def test_sizes_by_task_are_left_as_they_are() -> None:
     asked = settings(batching="length", per_task_bsz={"asr": 4}, per_device_bsz=8)
-    assert sizes(asked, longest=10) == [size_of(asked)]
+    assert sizes(asked, longest=10) == [current_size(asked)]
 
 
 @given(st.integers(0, 40), st.integers(-1, 40))
@@ -50,10 +50,10 @@ def test_bisection_finds_the_last_that_fits(count: int, last: int) -> None:
 
 def test_shapes_of_padded_and_packed_rows() -> None:
     prompts, targets, windows = np.array([10, 20, 5]), np.array([5, 5, 5]), np.array([1, 2, 0])
-    padded = shape_of([0, 1], prompts, targets, windows, packed=False)
+    padded = pack_shape([0, 1], prompts, targets, windows, packed=False)
     assert (padded.num_tokens, padded.longest, padded.num_windows, padded.num_answer_tokens) == (50, 25, 3, 10)
-    assert padded.masked and not shape_of([1], prompts, targets, windows, packed=False).masked
-    packed = shape_of([0, 1, 2], prompts, targets, windows, packed=True)
+    assert padded.masked and not pack_shape([1], prompts, targets, windows, packed=False).masked
+    packed = pack_shape([0, 1, 2], prompts, targets, windows, packed=True)
     assert (packed.num_tokens, packed.num_rows) == (50, 3) and not packed.masked
 
 

@@ -25,12 +25,12 @@ from voxray.config.preflight import PreflightTextSettings
 from voxray.config.train import TextSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import RemotePath
-from voxray.evaluation.distribute import answer
+from voxray.evaluation.distribute import answer_rows
 from voxray.evaluation.predictions import read_predictions
-from voxray.generation.generate import Search
-from voxray.generation.model import Generation
+from voxray.generation.generate import SamplingParams
+from voxray.generation.model import InferenceConfig
 from voxray.preflight.check_run import Preflight
-from voxray.runs.remote_sync import Mirror
+from voxray.runs.remote_sync import RemoteSync
 from voxray.training.records import read_metrics
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -83,7 +83,7 @@ def settings(small: dict[str, str], **changes: Any) -> TextSettings:
 
 
 def names(url: str) -> set[str]:
-    place = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": url})).place
+    place = RemoteSync.from_settings(TextSettings.model_validate({"train_jsonl": "x", "output_dir": url})).place
     assert isinstance(place, RemotePath)
     return set(place.walk())
 
@@ -103,7 +103,7 @@ def test_a_run_goes_on_on_another_machine(
     again = settings(small, storage_path=bucket)
     run_training(again)
     machine("third")
-    mirror = Mirror.of(again)
+    mirror = RemoteSync.from_settings(again)
     mirror.fetch()
     assert [record["step"] for record in read_metrics(mirror.folder, "train")] == [1, 2, 3, 4]
     whole = settings(small, output_dir=str(tmp_path / "whole"))
@@ -129,7 +129,7 @@ def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
     """After every single write of an upload the bucket holds a whole checkpoint, and another machine finds it."""
     given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
     machine("one")
-    mirror = Mirror.of(given)
+    mirror = RemoteSync.from_settings(given)
     mirror.folder.mkdir(parents=True)
     (mirror.folder / "settings.json").write_text("{}")
     write_checkpoint(mirror.folder, 1, "old")
@@ -151,14 +151,14 @@ def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
         left[0] = number
         home = machine("one")
         try:
-            Mirror.of(given).push()
+            RemoteSync.from_settings(given).push()
         except OSError:
             said: list[str] = []
             left[0] = 0
-            Mirror.of(given).push_or(said.append)
+            RemoteSync.from_settings(given).push_or(said.append)
             assert said == ["not uploaded yet: connection reset"]
         machine(f"other{number}")
-        other = Mirror.of(given)
+        other = RemoteSync.from_settings(given)
         other.fetch()
         [found] = (other.folder / "checkpoints").iterdir()
         assert len({file.read_text().split()[0] for file in found.iterdir()}) == 1, "never a mixture"
@@ -176,10 +176,10 @@ def test_what_one_machine_asks_others_hear(bucket: str, machine: Machine, monkey
     monkeypatch.setattr("voxray.runs.remote_sync.LOOK_SEC", 0.05)
     given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
     machine("driver")
-    driver = Mirror.of(given)
+    driver = RemoteSync.from_settings(given)
     driver.folder.mkdir(parents=True)
     machine("worker")
-    worker = Mirror.of(given)
+    worker = RemoteSync.from_settings(given)
     worker.folder.mkdir(parents=True)
     done = worker.hear_signals()
     driver.send_signals()
@@ -199,19 +199,19 @@ def test_an_evaluation_goes_on_on_another_machine(
 ) -> None:
     """What is answered and uploaded is not answered again; answers to other rows take the place of the first ones."""
     given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "e", "storage_path": bucket})
-    folders, generation = make_features(small["tqa.train"]), Generation(TINY, "", Search(2), 1)
+    folders, generation = make_features(small["tqa.train"]), InferenceConfig(TINY, "", SamplingParams(2), 1)
 
     def answered(home: str, rows: range) -> tuple[list[str], list[tuple[int, int]]]:
         machine(home)
-        mirror, seen = Mirror.of(given), list[tuple[int, int]]()
+        mirror, seen = RemoteSync.from_settings(given), list[tuple[int, int]]()
         mirror.fetch()
         how = {"use_ray": False, "mirror": mirror, "on_progress": lambda done, total: seen.append((done, total))}
-        answer(generation, folders, rows, mirror.folder, **how)
+        answer_rows(generation, folders, rows, mirror.folder, **how)
         return [row["prediction"] for row in read_predictions(mirror.folder)], seen
 
     texts, seen = answered("first", range(12))
     assert seen == [(8, 12), (12, 12)]
-    place = Mirror.of(given).place
+    place = RemoteSync.from_settings(given).place
     assert place is not None
     (place / "predictions/part-00001.parquet").unlink()
     assert answered("second", range(12)) == (texts, [(12, 12)])
@@ -236,7 +236,9 @@ def test_an_adapter_behind_a_url_is_fetched(bucket: str, machine: Machine) -> No
     from voxray.runs.remote_sync import fetched
 
     machine("first")
-    mirror = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket}))
+    mirror = RemoteSync.from_settings(
+        TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+    )
     (mirror.folder / "adapter").mkdir(parents=True)
     (mirror.folder / "adapter" / "adapter_config.json").write_text("{}")
     mirror.push()
@@ -287,7 +289,7 @@ def test_killed_again_and_again_on_a_new_machine_each_time(
     print("newest whole checkpoint at the URL after each kill:", steps)
     assert steps == sorted(steps)
     machine("last")
-    mirror = Mirror.of(TextSettings.model_validate({"train_jsonl": "x", "output_dir": bucket}))
+    mirror = RemoteSync.from_settings(TextSettings.model_validate({"train_jsonl": "x", "output_dir": bucket}))
     mirror.fetch()
     records = read_metrics(mirror.folder, "train")
     assert [record["step"] for record in records] == list(range(1, 17))

@@ -9,7 +9,15 @@ import pytest
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.runs import run_folder
-from voxray.runs.run_folder import MAY_CHANGE, anchor, is_submitted_job, make_folder, open_run, provenance, url_of
+from voxray.runs.run_folder import (
+    MAY_CHANGE,
+    is_submitted_job,
+    make_folder,
+    open_run_folder,
+    output_url,
+    provenance,
+    resolve_output_dir,
+)
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -30,24 +38,24 @@ def settings(**changes: object) -> MultitaskSettings:
 
 
 def test_paths_of_a_local_job(here: Path):
-    assert anchor("runs/a", "") == here / "runs/a"
-    assert anchor("/runs/a", "") == Path("/runs/a")
-    assert anchor("runs/a", "/mnt/x") == Path("/mnt/x/runs/a")
-    assert anchor("/runs/a", "/mnt/x") == Path("/runs/a")
-    assert anchor("~/a", "/mnt/x") == Path("/home/someone/a")
-    assert anchor("~no-such-user/a", "") == here / "~no-such-user/a"
+    assert resolve_output_dir("runs/a", "") == here / "runs/a"
+    assert resolve_output_dir("/runs/a", "") == Path("/runs/a")
+    assert resolve_output_dir("runs/a", "/mnt/x") == Path("/mnt/x/runs/a")
+    assert resolve_output_dir("/runs/a", "/mnt/x") == Path("/runs/a")
+    assert resolve_output_dir("~/a", "/mnt/x") == Path("/home/someone/a")
+    assert resolve_output_dir("~no-such-user/a", "") == here / "~no-such-user/a"
 
 
 def test_paths_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch):
     assert not is_submitted_job()
     monkeypatch.setenv(SUBMITTED, "{}")
     assert is_submitted_job()
-    assert anchor("runs/a", "/mnt/x") == Path("/mnt/x/runs/a")
-    assert anchor("/runs/a", "") == Path("/runs/a")
+    assert resolve_output_dir("runs/a", "/mnt/x") == Path("/mnt/x/runs/a")
+    assert resolve_output_dir("/runs/a", "") == Path("/runs/a")
     with pytest.raises(SettingsError, match="--output_dir runs/a: a submitted job runs in a temporary copy"):
-        anchor("runs/a", "")
+        resolve_output_dir("runs/a", "")
     with pytest.raises(SettingsError, match="--features_dir f: a submitted job"):
-        anchor("f", "", flag="--features_dir")
+        resolve_output_dir("f", "", flag="--features_dir")
 
 
 @pytest.mark.parametrize(
@@ -65,15 +73,18 @@ def test_paths_of_a_submitted_job(monkeypatch: pytest.MonkeyPatch):
 )
 def test_paths_that_are_refused(path: str, storage_path: str, message: str):
     with pytest.raises(SettingsError, match=message):
-        anchor(path, storage_path)
+        resolve_output_dir(path, storage_path)
 
 
 def test_places_behind_a_url():
-    assert url_of("runs/a", "s3://b/x/?region=eu-west-1") == "s3://b/x/runs/a?region=eu-west-1"
-    assert url_of("s3://b/x", "/mnt") == "s3://b/x" and url_of("/runs/a", "s3://b") == url_of("runs/a", "/mnt") == ""
-    here, there = (anchor("runs/a", f"s3://{name}?region=x", is_mirrored=True) for name in ("b", "c"))
+    assert output_url("runs/a", "s3://b/x/?region=eu-west-1") == "s3://b/x/runs/a?region=eu-west-1"
+    assert (
+        output_url("s3://b/x", "/mnt") == "s3://b/x"
+        and output_url("/runs/a", "s3://b") == output_url("runs/a", "/mnt") == ""
+    )
+    here, there = (resolve_output_dir("runs/a", f"s3://{name}?region=x", is_mirrored=True) for name in ("b", "c"))
     assert here.parent == Path("/home/someone/.cache/voxray/runs") and here.name.startswith("a-") and here != there
-    assert here == anchor("s3://b/runs/a/", "", is_mirrored=True), "options and slashes make no other place"
+    assert here == resolve_output_dir("s3://b/runs/a/", "", is_mirrored=True), "options and slashes make no other place"
 
 
 # -- make_folder
@@ -98,7 +109,7 @@ def test_a_folder_that_cannot_be(here: Path):
 
 def test_a_new_run_says_how_it_came_to_be(here: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/jobs/train_multitask.py", "--lr", "1e-3"])
-    open_run(here / "run", settings(lr=1e-3), overwrite=False)
+    open_run_folder(here / "run", settings(lr=1e-3), overwrite=False)
     stored = json.loads((here / "run" / "settings.json").read_text())
     assert stored["lr"] == 1e-3 and set(stored) == set(MultitaskSettings.model_fields)
     assert MultitaskSettings.model_validate(stored) == settings(lr=1e-3)
@@ -109,10 +120,10 @@ def test_a_new_run_says_how_it_came_to_be(here: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_same_run_goes_on(here: Path):
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     (here / "run" / "metrics.jsonl").write_text("kept")
     (here / "run" / "STOP").touch()
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     assert (here / "run" / "metrics.jsonl").read_text() == "kept"
     assert not (here / "run" / "STOP").exists()  # asked for by whoever stopped the run before
 
@@ -125,10 +136,10 @@ def test_the_same_run_goes_on(here: Path):
     ],
 )
 def test_other_settings_are_refused_by_name(here: Path, name: str, value: object):
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     before = (here / "run" / "settings.json").read_bytes()
     with pytest.raises(SettingsError) as error:
-        open_run(here / "run", settings(**{name: value}), overwrite=False)
+        open_run_folder(here / "run", settings(**{name: value}), overwrite=False)
     was = json.loads(before)[name]
     assert f"--{name} (was {was}, now " in str(error.value) and str(error.value).count("(was") == 1
     assert "--overwrite" in str(error.value)
@@ -136,9 +147,9 @@ def test_other_settings_are_refused_by_name(here: Path, name: str, value: object
 
 
 def test_every_changed_setting_is_named(here: Path):
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     with pytest.raises(SettingsError, match=r"--lr \(was 0\.0002, now 0\.1\)") as error:
-        open_run(here / "run", settings(lr=0.1, seed=4, log_steps=3), overwrite=False)
+        open_run_folder(here / "run", settings(lr=0.1, seed=4, log_steps=3), overwrite=False)
     assert "--seed (was 0, now 4)" in str(error.value) and "log_steps" not in str(error.value)
 
 
@@ -152,34 +163,34 @@ def test_what_may_change_may(here: Path):
     values |= {"early_stopping_patience": 2, "early_stopping_threshold": 0.5}
     values |= {"preview_rows": 9, "strategy": "deepspeed", "zero_stage": 3}
     assert set(values) == MAY_CHANGE and set(MultitaskSettings.model_fields) >= MAY_CHANGE
-    open_run(here / "run", settings(), overwrite=False)
-    open_run(here / "run", settings(**values), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(**values), overwrite=False)
     assert json.loads((here / "run" / "settings.json").read_text())["max_steps"] == 99
 
 
 def test_a_run_older_than_a_setting_goes_on(here: Path):
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     path = here / "run" / "settings.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "lr"}))
     older = path.read_text()
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     path.write_text(older)
     with pytest.raises(SettingsError, match=r"--lr \(was 0\.0002, now 0\.1\)"):
-        open_run(here / "run", settings(lr=0.1), overwrite=False)
+        open_run_folder(here / "run", settings(lr=0.1), overwrite=False)
 
 
 def test_damaged_settings_are_no_run_to_go_on_with(here: Path):
     (here / "run").mkdir()
     (here / "run" / "settings.json").write_text('{"lr": 0.0')
     with pytest.raises(SettingsError, match=r"settings\.json: damaged.*--overwrite"):
-        open_run(here / "run", settings(), overwrite=False)
-    open_run(here / "run", settings(), overwrite=True)
-    open_run(here / "run", settings(), overwrite=False)
+        open_run_folder(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=True)
+    open_run_folder(here / "run", settings(), overwrite=False)
 
 
 def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     run = here / "run"
-    open_run(run, settings(), overwrite=False)
+    open_run_folder(run, settings(), overwrite=False)
     written = ["checkpoints/step-10/adapter.safetensors", "adapter/adapter_config.json", "tensorboard/events"]
     written += ["previews.jsonl", "previews.yaml"]
     written += ["metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"]
@@ -187,7 +198,7 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     for name in written + mine:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
-    open_run(run, settings(seed=9), overwrite=True)
+    open_run_folder(run, settings(seed=9), overwrite=True)
     assert [name for name in written if (run / name).exists()] == []
     assert [name for name in mine if (run / name).read_text() != name] == []
     left = {path.name for path in run.iterdir()}
@@ -198,16 +209,16 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
 def test_starting_afresh_in_a_folder_that_holds_no_run_deletes_nothing(here: Path):
     (here / "run" / "checkpoints").mkdir(parents=True)
     (here / "run" / "metrics.jsonl").touch()
-    open_run(here / "run", settings(), overwrite=True)
+    open_run_folder(here / "run", settings(), overwrite=True)
     assert (here / "run" / "checkpoints").is_dir() and (here / "run" / "metrics.jsonl").exists()
 
 
 def test_starting_afresh_follows_no_link(here: Path):
     (here / "precious").mkdir()
     (here / "precious" / "file").touch()
-    open_run(here / "run", settings(), overwrite=False)
+    open_run_folder(here / "run", settings(), overwrite=False)
     (here / "run" / "checkpoints").symlink_to(here / "precious")
-    open_run(here / "run", settings(seed=1), overwrite=True)
+    open_run_folder(here / "run", settings(seed=1), overwrite=True)
     assert (here / "precious" / "file").exists()
 
 

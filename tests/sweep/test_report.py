@@ -10,7 +10,7 @@ from helpers.browser import BROWSER, Page, browser
 from helpers.sweeps import sweep_settings, write
 
 from voxray.sweep.report import write_report
-from voxray.sweep.results import outcome_of
+from voxray.sweep.results import summarise_trials
 from voxray.sweep.trials import read_trials
 
 METRIC, QA = "asr/cer_nospace", "sqa/rouge_l"
@@ -23,7 +23,7 @@ LEFT = (
 
 def report(folder: Path, *flags: str) -> str:
     settings = sweep_settings(folder, *flags)
-    outcome = outcome_of(read_trials(folder), settings.metric, settings.mode, settings.top_k)
+    outcome = summarise_trials(read_trials(folder), settings.metric, settings.mode, settings.top_k)
     write_report(folder / "report.html", settings, outcome)
     return (folder / "report.html").read_text(encoding="utf-8")
 

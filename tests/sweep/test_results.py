@@ -13,7 +13,7 @@ from helpers.sweeps import sweep_settings, write
 from voxray.config.search_space import Domain
 from voxray.core.errors import RunError
 from voxray.sweep.importance import group, importance
-from voxray.sweep.results import front, outcome_of, ranked, t_interval, t_quantile, write_best, write_csv
+from voxray.sweep.results import front, ranked, summarise_trials, t_interval, t_quantile, write_best, write_csv
 from voxray.sweep.trials import WORST, Trial, read_trials, reported
 
 METRIC = "asr/cer_nospace"
@@ -28,9 +28,9 @@ def test_what_was_trained_to_its_end_comes_first(tmp_path: Path) -> None:
     trials = read_trials(tmp_path)
     assert [trial.number for trial in ranked(trials, METRIC, "min")] == [5, 2, 3, 1, 4]
     assert [trial.number for trial in ranked(trials, METRIC, "max")] == [2, 5, 3, 1, 4]
-    outcome = outcome_of(trials, METRIC, "min")
+    outcome = summarise_trials(trials, METRIC, "min")
     assert outcome.winner and (outcome.winner.number, outcome.winning_value) == (5, 0.25), "the last validation counts"
-    assert outcome.verdict() == "" and outcome_of([], METRIC, "min").winner is None
+    assert outcome.verdict() == "" and summarise_trials([], METRIC, "min").winner is None
     write_csv(tmp_path / "results.csv", outcome, ["lora_r"])
     rows = list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8")))
     assert [row["trial"] for row in rows] == ["5", "2", "3", "1", "4"] and rows[4]["reason"] == "why"
@@ -90,15 +90,17 @@ def seeds(folder: Path, *values: tuple[float, ...]) -> list[Trial]:
 
 
 def test_the_mean_over_seeds_decides_and_overlaps_are_said(tmp_path: Path) -> None:
-    outcome = outcome_of(seeds(tmp_path / "a", (0.30, 0.31, 0.32), (0.20, 0.21, 0.22)), METRIC, "min", 2)
+    outcome = summarise_trials(seeds(tmp_path / "a", (0.30, 0.31, 0.32), (0.20, 0.21, 0.22)), METRIC, "min", 2)
     assert outcome.winner and outcome.winner.number == 2 and outcome.winning_value == pytest.approx(0.21)
     assert "overlaps with none of the others" in outcome.verdict()
-    outcome = outcome_of(seeds(tmp_path / "b", (0.20, 0.30), (0.21, 0.31), (5.0, 5.1)), METRIC, "min", 3)
+    outcome = summarise_trials(seeds(tmp_path / "b", (0.20, 0.30), (0.21, 0.31), (5.0, 5.1)), METRIC, "min", 3)
     assert outcome.verdict().endswith("that of another choice, which it is not shown to be better than: lora_r 2")
-    assert outcome_of(read_trials(tmp_path / "b"), METRIC, "max", 3).repeated[0].first.number == 3
-    assert [entry.first.number for entry in outcome_of(read_trials(tmp_path / "b"), METRIC, "min", 1).repeated] == [1]
+    assert summarise_trials(read_trials(tmp_path / "b"), METRIC, "max", 3).repeated[0].first.number == 3
+    assert [
+        entry.first.number for entry in summarise_trials(read_trials(tmp_path / "b"), METRIC, "min", 1).repeated
+    ] == [1]
     write(tmp_path / "b", 14, {"lora_r": 1, "seed": 4}, repeats=1, state="failed")
-    again = outcome_of(read_trials(tmp_path / "b"), METRIC, "min", 3)
+    again = summarise_trials(read_trials(tmp_path / "b"), METRIC, "min", 3)
     assert {entry.first.number: entry.missing for entry in again.repeated} == {1: 1, 2: 0, 3: 0}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from voxray.config.search_space import Domain, key_of
+from voxray.config.search_space import Domain, choice_key
 from voxray.sweep.search import Search
 
 RANKS = Domain("lora_r", "choice", (4, 8, 16))
@@ -31,7 +31,7 @@ def test_a_space_with_an_end_is_used_up_without_repeats(method: str) -> None:
         pytest.importorskip("optuna")
     of = search(RANKS, SHARES, STEPS, method=method)
     found = choices(of)
-    assert len(found) == len(set(map(key_of, found))) and len(found) == (27 if method != "optuna" else len(found))
+    assert len(found) == len(set(map(choice_key, found))) and len(found) == (27 if method != "optuna" else len(found))
     assert len(found) > 20 and of.ask() is None
 
 
@@ -43,7 +43,7 @@ def test_a_search_goes_on_where_it_was(method: str) -> None:
     whole = choices(search(*spaces, method=method), 8)
     before = [(choice, 0.5) for choice in whole[:4]]
     after = choices(search(*spaces, method=method, known=before), 4)
-    assert not {key_of(choice) for choice in after} & {key_of(choice) for choice, _ in before}
+    assert not {choice_key(choice) for choice in after} & {choice_key(choice) for choice, _ in before}
     if method != "optuna":
         assert after == whole[4:], "as if it had never stopped"
 

@@ -138,9 +138,9 @@ def test_repeats_that_were_cut_off(sweep: Callable[..., Runner], tmp_path: Path)
 
 def test_the_metric_has_to_be_one_of_the_data(small: dict[str, str], make_features: Callable[..., Any]) -> None:
     from voxray.core.errors import SettingsError
-    from voxray.recipes.training_data import Data
+    from voxray.recipes.training_data import TrainingData
 
-    data = Data((), make_features(small["tqa.val"]))
+    data = TrainingData((), make_features(small["tqa.val"]))
     refuse_missing_metric("tqa/loss", data)
     refuse_missing_metric("overall/macro", data)
     with pytest.raises(SettingsError, match="--metric asr/cer: validation has tqa/rouge_l"):

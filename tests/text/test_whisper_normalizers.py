@@ -13,7 +13,7 @@ from transformers.models.whisper.english_normalizer import BasicTextNormalizer, 
 
 from voxray.core.errors import RunError
 from voxray.metrics.counts import count
-from voxray.text.normalize import BASIC, ENGLISH, KOREAN, english_with, normalizer_of
+from voxray.text.normalize import BASIC, ENGLISH, KOREAN, english_with, get_normalizer
 
 SENTENCES = [
     "Mr. Smith can't pay $20 million [laughs] (um) by the 5th of June!",
@@ -32,7 +32,7 @@ def test_they_are_those_of_transformers(text: str):
 
 
 def test_the_language_chooses():
-    assert [normalizer_of(language).name for language in ("", "ko", "en", "de", "zh")] == [
+    assert [get_normalizer(language).name for language in ("", "ko", "en", "de", "zh")] == [
         "ko-v1",
         "ko-v1",
         "whisper-en-v1-nospelling",
@@ -48,7 +48,7 @@ def test_spellings_come_from_a_checkpoints_file(tmp_path: Path):
     english = english_with(table)
     assert english.name == "whisper-en-v1" and english.normalize("Colours, the colour") == "colours the color"
     assert ENGLISH.normalize("the colour") == "the colour"
-    assert normalizer_of("en", english) is english and normalizer_of("fr", english) is BASIC
+    assert get_normalizer("en", english) is english and get_normalizer("fr", english) is BASIC
     for content in ("[]", '{"a": 1}', "{"):
         table.write_text(content, encoding="utf-8")
         with pytest.raises(RunError, match=r"normalizer.json: (no|cannot read the) table of spellings"):

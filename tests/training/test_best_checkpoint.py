@@ -16,37 +16,39 @@ from voxray.config.train import MultitaskSettings
 from voxray.core.errors import SettingsError
 from voxray.recipes import multitask
 from voxray.training import validation_hook as validator
-from voxray.training.best_checkpoint import Selection
+from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.validate import Validation
 
 LOSS = "tqa/loss"
 
 
 def test_better_depends_on_the_metric_and_the_threshold() -> None:
-    errors, score = Selection(LOSS, patience=2, threshold=0.1), Selection("tqa/rouge_l")
-    assert errors.take(1, {LOSS: 0.5}) and not errors.take(2, {LOSS: 0.45}) and not errors.exhausted
-    assert errors.take(3, {LOSS: 0.3}) and (errors.best_step, errors.waited) == (3, 0)
-    assert not errors.take(4, {LOSS: 0.9}) and not errors.take(5, {LOSS: math.nan}) and errors.exhausted
-    assert score.take(1, {"tqa/rouge_l": 0.5}) and score.take(2, {"tqa/rouge_l": 0.6})
-    assert not score.take(3, {"tqa/rouge_l": 0.1}) and not score.exhausted, "patience 0 never stops"
+    errors, score = BestCheckpoint(LOSS, patience=2, threshold=0.1), BestCheckpoint("tqa/rouge_l")
+    assert errors.update(1, {LOSS: 0.5}) and not errors.update(2, {LOSS: 0.45}) and not errors.should_stop
+    assert errors.update(3, {LOSS: 0.3}) and (errors.best_step, errors.num_bad_validations) == (3, 0)
+    assert not errors.update(4, {LOSS: 0.9}) and not errors.update(5, {LOSS: math.nan}) and errors.should_stop
+    assert score.update(1, {"tqa/rouge_l": 0.5}) and score.update(2, {"tqa/rouge_l": 0.6})
+    assert not score.update(3, {"tqa/rouge_l": 0.1}) and not score.should_stop, "patience 0 never stops"
 
 
 def test_a_validation_without_the_metric_is_none_better() -> None:
     """Rows whose references are all empty have no error rate."""
-    lacking = Selection("asr/cer", patience=2)
-    assert lacking.take(1, {"asr/cer": 0.5}) and not lacking.take(2, {"asr/exact_match": 0.5})
-    assert lacking.waited == 1 and not lacking.take(3, {}) and lacking.waited == 1, "no validation rows at all"
+    lacking = BestCheckpoint("asr/cer", patience=2)
+    assert lacking.update(1, {"asr/cer": 0.5}) and not lacking.update(2, {"asr/exact_match": 0.5})
+    assert lacking.num_bad_validations == 1 and not lacking.update(3, {}) and lacking.num_bad_validations == 1, (
+        "no validation rows at all"
+    )
 
 
 def test_the_state_survives_json() -> None:
-    fresh, used = Selection(LOSS), Selection(LOSS, patience=3)
-    used.take(2, {LOSS: 0.5})
-    used.take(4, {LOSS: 0.7})
+    fresh, used = BestCheckpoint(LOSS), BestCheckpoint(LOSS, patience=3)
+    used.update(2, {LOSS: 0.5})
+    used.update(4, {LOSS: 0.7})
     for one in (fresh, used):
-        again = Selection(LOSS, patience=3)
+        again = BestCheckpoint(LOSS, patience=3)
         again.load(json.loads(json.dumps(one.state(), allow_nan=False)))
         assert again.state() == one.state()
-    other = Selection("asr/wer")
+    other = BestCheckpoint("asr/wer")
     other.load(used.state())
     assert (other.best_step, other.last_step) == (0, 4), "what was best by another metric says nothing"
 
@@ -61,13 +63,13 @@ def test_what_cannot_be_chosen_by_is_refused_at_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(small: dict[str, str], make_features: Callable) -> multitask.Data:
-    return multitask.Data(make_features(small["tqa.train"]), make_features(small["tqa.val"]))
+def data(small: dict[str, str], make_features: Callable) -> multitask.TrainingData:
+    return multitask.TrainingData(make_features(small["tqa.train"]), make_features(small["tqa.val"]))
 
 
 @pytest.fixture
 def run(
-    data: multitask.Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+    data: multitask.TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Train text rows, validating after each of 6 steps; ``values`` are what the validations find."""
 

@@ -17,8 +17,8 @@ from voxray.models.adapters.lora import CONFIG, WEIGHTS
 from voxray.models.voxtral.family import Voxtral
 from voxray.runs.layout import checkpoint_folder, list_checkpoints
 from voxray.training import checkpoint
-from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter, read_moments, read_progress
-from voxray.training.engine import DataParallel, State
+from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter, read_optimizer_state, read_progress
+from voxray.training.engine import CheckpointState, DataParallel
 
 
 class Model(torch.nn.Linear):
@@ -28,14 +28,14 @@ class Model(torch.nn.Linear):
         name_or_path = "base"
 
 
-STATE = State({"weight": torch.ones(2, 2)}, {"weight": {"exp_avg": torch.zeros(2, 2)}})
+STATE = CheckpointState({"weight": torch.ones(2, 2)}, {"weight": {"exp_avg": torch.zeros(2, 2)}})
 
 
 def steps(run_dir: Path) -> list[int]:
     return [step for step, _ in list_checkpoints(run_dir)]
 
 
-def write(writer: CheckpointWriter, step: int, best_step: int = 0, state: State = STATE) -> None:
+def write(writer: CheckpointWriter, step: int, best_step: int = 0, state: CheckpointState = STATE) -> None:
     writer.write(Model(2, 2), state, Progress(step, 1, "data"), best_step)
 
 
@@ -46,7 +46,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     writer.wait()
     assert steps(tmp_path) == [2, 5, 6]
     assert read_progress(checkpoint_folder(tmp_path, 6)) == Progress(6, 1, "data")
-    assert torch.equal(read_moments(checkpoint_folder(tmp_path, 6))["weight"]["exp_avg"], torch.zeros(2, 2))
+    assert torch.equal(read_optimizer_state(checkpoint_folder(tmp_path, 6))["weight"]["exp_avg"], torch.zeros(2, 2))
     writer.close()
 
 
@@ -102,7 +102,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_what_there_was(small_disk: Path) -> None:
-    writer, big = CheckpointWriter(small_disk, kept=3), State({"weight": torch.ones(2**19)}, {})
+    writer, big = CheckpointWriter(small_disk, kept=3), CheckpointState({"weight": torch.ones(2**19)}, {})
     write(writer, 1)
     write(writer, 2, state=big)
     line = r"step-000002: cannot write the checkpoint: .*; the same command goes on from step 1$"

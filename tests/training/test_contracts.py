@@ -16,18 +16,18 @@ from voxray.config.train import MultitaskSettings
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.models.interface import IGNORED
-from voxray.models.registry import family_of
-from voxray.recipes.multitask import Data
+from voxray.models.registry import get_family
+from voxray.recipes.training_data import TrainingData
 from voxray.training.records import read_metrics
 
 GOLDEN_LOSSES = [3.848973, 5.183604, 1.948669, 5.992448]
 
 
 @pytest.fixture(scope="module")
-def data(small, make_features) -> Data:
+def data(small, make_features) -> TrainingData:
     names = [f"{task}.{part}" for part in ("train", "val") for task in ("asr", "sqa", "tqa")]
     folders = make_features(*(small[name] for name in names))
-    return Data(folders[:3], folders[3:])
+    return TrainingData(folders[:3], folders[3:])
 
 
 def settings(output_dir: Path, **changes) -> MultitaskSettings:
@@ -52,7 +52,7 @@ def sha(run_dir: Path) -> str:
 
 def test_loss_falls_on_answers_only(data):
     """Contract 1: labels are the answer's tokens and nothing else, and the prompt is the one used at evaluation."""
-    features, front_end = Features(data.train), family_of(TINY).front_end(TINY)
+    features, front_end = Features(data.train), get_family(TINY).front_end(TINY)
     for task in TASK_CODES.values():
         row = features.row(int((features.task == task).argmax()))
         trained, asked = collate_training([row], front_end), collate_prompts([row], front_end)
@@ -64,7 +64,7 @@ def test_loss_falls_on_answers_only(data):
 
 
 def test_padding_and_other_rows_have_no_labels(data):
-    features, front_end = Features(data.train), family_of(TINY).front_end(TINY)
+    features, front_end = Features(data.train), get_family(TINY).front_end(TINY)
     rows = [features.row(number) for number in range(0, len(features), 5)]
     batch = collate_training(rows, front_end)
     assert (batch["labels"] != IGNORED).sum(1).tolist() == [len(row.target_ids) for row in rows]
@@ -77,7 +77,7 @@ def test_loss_equals_transformers(data):
     """The answer-only loss is transformers' own loss on the same labels, with the padding and the audio."""
     from voxray.training.loop import answer_loss
 
-    family = family_of(TINY)
+    family = get_family(TINY)
     features, front_end = Features(data.train), family.front_end(TINY)
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     batch = collate_training([features.row(number) for number in (0, 13, 25, 7)], front_end)
@@ -175,7 +175,7 @@ def test_changed_data_is_refused(data, tmp_path, small, make_features):
     from voxray.core.errors import RunError
 
     processes.run(settings(tmp_path), data)
-    other = Data(make_features(small["asr.val"]), data.validation)
+    other = TrainingData(make_features(small["asr.val"]), data.validation)
     with pytest.raises(RunError, match="training data is not what this run began with"):
         processes.run(settings(tmp_path, max_steps=6), other)
 

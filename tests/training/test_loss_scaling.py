@@ -20,16 +20,16 @@ from voxray.batches.plan import Plan
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError
 from voxray.features.reader import Features
-from voxray.recipes.multitask import Data
-from voxray.training.loss_scaling import GROWTH_STEPS, Guard
+from voxray.recipes.training_data import TrainingData
+from voxray.training.loss_scaling import GROWTH_STEPS, LossScaler
 from voxray.training.records import read_metrics
 
 OVERFLOWS = 2.0**20  # gradients of the tiny model overflow float16 at this loss scale, and for a few steps after
 
 
 @pytest.fixture(scope="module")
-def data(small: dict[str, str], make_features: Callable) -> Data:
-    return Data(make_features(small["asr.train"], small["tqa.train"]), ())
+def data(small: dict[str, str], make_features: Callable) -> TrainingData:
+    return TrainingData(make_features(small["asr.train"], small["tqa.train"]), ())
 
 
 def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
@@ -47,23 +47,23 @@ def sha(folder: Path) -> str:
 
 
 def test_the_scale_halves_on_overflow_and_doubles_after_many_good_steps() -> None:
-    guard = Guard(scale=8.0)
-    assert not guard.allows(1.0, math.inf, fp16=True)
+    guard = LossScaler(scale=8.0)
+    assert not guard.check_step(1.0, math.inf, fp16=True)
     assert (guard.scale, guard.skipped, guard.bad_steps) == (4.0, 1, 0)
     for _ in range(GROWTH_STEPS):
-        assert guard.allows(1.0, 1.0, fp16=True)
+        assert guard.check_step(1.0, 1.0, fp16=True)
     assert (guard.scale, guard.good_steps) == (8.0, 0)
-    assert not guard.allows(math.nan, math.nan, fp16=True)
+    assert not guard.check_step(math.nan, math.nan, fp16=True)
     assert (guard.scale, guard.bad_steps) == (8.0, 1), "no scale mends a loss that is no number"
-    low = Guard(scale=1.0)
-    assert not low.allows(1.0, math.nan, fp16=True)
+    low = LossScaler(scale=1.0)
+    assert not low.check_step(1.0, math.nan, fp16=True)
     assert (low.scale, low.bad_steps) == (1.0, 1), "nor gradients at the lowest scale"
     for _ in range(GROWTH_STEPS):
-        low.allows(1.0, 1.0, fp16=False)
+        low.check_step(1.0, 1.0, fp16=False)
     assert (low.scale, low.bad_steps) == (1.0, 0), "without float16 there is no scale"
 
 
-def test_the_scale_leaves_loss_and_gradients_as_they_are(data: Data, tmp_path: Path) -> None:
+def test_the_scale_leaves_loss_and_gradients_as_they_are(data: TrainingData, tmp_path: Path) -> None:
     plain = processes.run(settings(tmp_path / "a", max_steps=2), data)
     half = processes.run(settings(tmp_path / "b", max_steps=2, fp16=True), data)
     assert "loss_scale" not in plain[0] and column(half, "loss_scale") == [2.0**16] * 2
@@ -72,7 +72,7 @@ def test_the_scale_leaves_loss_and_gradients_as_they_are(data: Data, tmp_path: P
         assert column(half, name) != column(plain, name)
 
 
-def test_the_scale_is_in_the_checkpoint_and_resume_is_exact(data: Data, tmp_path: Path) -> None:
+def test_the_scale_is_in_the_checkpoint_and_resume_is_exact(data: TrainingData, tmp_path: Path) -> None:
     common = {"fp16": True, "lora_dropout": 0.1, "max_steps": 8, "save_steps": 4}
     straight = processes.run(settings(tmp_path / "a", **common), data, first_scale=OVERFLOWS)
     assert 0 < column(straight, "skipped")[-1] < 8, "some steps overflow and some do not"
@@ -86,7 +86,7 @@ def test_the_scale_is_in_the_checkpoint_and_resume_is_exact(data: Data, tmp_path
     assert sha(tmp_path / "a" / "adapter") == sha(tmp_path / "b" / "adapter")
 
 
-def speech_row(data: Data, step: int) -> tuple[int, list[int]]:
+def speech_row(data: TrainingData, step: int) -> tuple[int, list[int]]:
     """A row with audio of a step of two packs of two rows, and all rows of its pack."""
     features = Features(data.train)
     plan = Plan(features.task, np.arange(len(features)), None, 0, Batching("fixed", pack_size=2), 2)
@@ -94,7 +94,7 @@ def speech_row(data: Data, step: int) -> tuple[int, list[int]]:
     return next((row, rows) for rows in packs for row in rows if features.num_windows[row])
 
 
-def test_a_bad_step_changes_nothing_and_is_counted(data: Data, tmp_path: Path) -> None:
+def test_a_bad_step_changes_nothing_and_is_counted(data: TrainingData, tmp_path: Path) -> None:
     row, _ = speech_row(data, 2)
     common = {"max_steps": 4, "save_steps": 1, "grad_accum": 2}
     records = processes.run(settings(tmp_path, **common), data, poisoned=(row,))
@@ -106,7 +106,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(data: Data, tmp_path: Path) -
     assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
 
 
-def test_all_workers_skip_and_stop_alike(data: Data, tmp_path: Path) -> None:
+def test_all_workers_skip_and_stop_alike(data: TrainingData, tmp_path: Path) -> None:
     """The first steps overflow, and in steps 5 and 6 there is a bad row on one of two workers: the run ends there, and
     names the rows of that forward pass. One process with the same packs does the same."""
     bad = [speech_row(data, step) for step in (4, 5)]

@@ -13,9 +13,9 @@ from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.recipes import multitask
-from voxray.recipes.run_stage import Data
+from voxray.recipes.run_stage import TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,14 +36,14 @@ def test_a_fifth_task_trains_and_validates(fifth: None, small: dict[str, str], t
     rows += [{"audio_path": row["audio_path"], "caption": "사람이 말한다"} for row in clips[4:8]]
     path = write_rows(tmp_path / "m.jsonl", [*rows, *read_rows(small["tqa.train"])[:4]])
     folders = featurize([path], Extractor(TINY), tmp_path / "f", rows_per_shard=8, use_ray=False).folders
-    features, front_end = Features(folders), family_of(TINY).front_end(TINY)
+    features, front_end = Features(folders), get_family(TINY).front_end(TINY)
     assert features.task.tolist() == [4] * 4 + [3] * 4 + [2] * 4
     shown = front_end.show(features.row(0).prompt_ids.tolist())
     assert shown == "<s>[INST][BEGIN_AUDIO][AUDIO]x50Which mood?[/INST]"
     values = {"train_jsonl": path, "val_jsonl": path, "model_id": TINY, "num_workers": 0, "max_steps": 2}
     values |= {"output_dir": str(tmp_path), "eval_max_rows": 1, "eval_max_new_tokens": 2, "per_device_bsz": 12, **how}
     settings = MultitaskSettings.model_validate(values)
-    found = multitask.train(settings, tmp_path, Data(folders, folders), Worker())
+    found = multitask.train(settings, tmp_path, TrainingData(folders, folders), Worker())
     assert found["finished"] and found["mood/exact_match"] == 0 and "mood/rouge_l" not in found
     assert {"aac/rouge_l", "aac/exact_match", "tqa/rouge_l"} < set(found)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -19,23 +19,23 @@ from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora, trainable_parameters
 from voxray.models.parts import packed_attention as packed
 from voxray.models.parts.packed_attention import PACKED
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.recipes import multitask
-from voxray.recipes.multitask import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss
 
 MIX = ("asr.train", "sqa.train", "tqa.train")
 
 
 @pytest.fixture(scope="module")
-def data(small, make_features) -> Data:
+def data(small, make_features) -> TrainingData:
     folders = make_features(*(small[name] for name in (*MIX, "asr.val", "tqa.val")))
-    return Data(folders[:3], folders[3:])
+    return TrainingData(folders[:3], folders[3:])
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    family = family_of(TINY)
+    family = get_family(TINY)
     torch.manual_seed(0)
     base = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     wrapped = add_lora(base, family, ("projector", "llm"), model_id=TINY, r=4, alpha=8, dropout=0.0)
@@ -46,7 +46,7 @@ def model() -> Any:
 
 
 def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    family = family_of(TINY)
+    family = get_family(TINY)
     model.zero_grad()
     losses = sum(answer_loss(model, family, batch, 0.0) for batch in batches)
     assert isinstance(losses, torch.Tensor)
@@ -55,14 +55,14 @@ def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tu
     return losses.detach(), torch.cat([grad.flatten() for grad in grads])
 
 
-def rows_of(data: Data, count: int = 12) -> list[Any]:
+def rows_of(data: TrainingData, count: int = 12) -> list[Any]:
     features = Features(data.train)
     return [features.row(int(number)) for number in np.random.default_rng(0).permutation(len(features))[:count]]
 
 
 def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
     """Audio, spoken QA and text in one pack: per task to 1e-5 per token, and gradients alike."""
-    front_end, rows = family_of(TINY).front_end(TINY), rows_of(data)
+    front_end, rows = get_family(TINY).front_end(TINY), rows_of(data)
     tokens = sum(len(row.target_ids) for row in rows)
     padded, padded_grads = loss_and_gradients(model, [collate_training(rows, front_end)])
     single, single_grads = loss_and_gradients(model, [collate_training([row], front_end) for row in rows])
@@ -75,7 +75,7 @@ def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
 
 def test_samples_of_a_pack_do_not_see_each_other(data, model):
     """Another neighbour leaves a sample's logits as they are."""
-    family = family_of(TINY)
+    family = get_family(TINY)
     front_end, rows = family.front_end(TINY), rows_of(data)
 
     def logits(*order: int) -> list[torch.Tensor]:
@@ -152,7 +152,7 @@ def test_packed_attention_equals_attention_written_out(monkeypatch, flash, heads
 
 
 def test_a_pack_through_the_flash_kernel_has_the_loss_of_the_padded_batch(data, model, monkeypatch):
-    front_end, rows = family_of(TINY).front_end(TINY), rows_of(data, 4)
+    front_end, rows = get_family(TINY).front_end(TINY), rows_of(data, 4)
     padded, _ = loss_and_gradients(model, [collate_training(rows, front_end)])
     calls: list[dict[str, Any]] = []
     real = kernel(calls)
@@ -211,7 +211,7 @@ def test_the_flash_kernel_equals_attention_written_out():
 
 
 def test_generation_and_padded_batches_work_on_a_model_that_took_packs(data):
-    family = family_of(TINY)
+    family = get_family(TINY)
     front_end, rows = family.front_end(TINY), rows_of(data, 6)
 
     def fresh() -> Any:
@@ -235,7 +235,7 @@ def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
     return MultitaskSettings.model_validate({**values, "output_dir": str(output_dir), **changes})
 
 
-def run(data: Data, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
+def run(data: TrainingData, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
     run_dir.mkdir(exist_ok=True)
     multitask.train(settings(run_dir, **changes), run_dir, data, Worker())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -271,13 +271,13 @@ def test_gradient_checkpointing_keeps_samples_apart(data, tmp_path):
 
 
 def test_stored_encoder_outputs_can_be_packed(data, small, tmp_path):
-    from voxray.features.extract import Extractor, Storing
+    from voxray.features.extract import Extractor, FeatureSpec
     from voxray.features.featurize import featurize
 
-    extractor = Extractor(TINY, Storing("encoder", dtype="float32"))
+    extractor = Extractor(TINY, FeatureSpec("encoder", dtype="float32"))
     manifests = [small[name] for name in MIX]
     folders = featurize(manifests, extractor, tmp_path / "f", rows_per_shard=8, use_ray=False).folders
     plain = {"freq_masks": 0, "time_masks": 0}
-    stored = run(Data(folders, ()), tmp_path / "a", store="encoder", **plain)
-    mel = run(Data(data.train, ()), tmp_path / "b", **plain)
+    stored = run(TrainingData(folders, ()), tmp_path / "a", store="encoder", **plain)
+    mel = run(TrainingData(data.train, ()), tmp_path / "b", **plain)
     assert [record["loss"] for record in stored] == pytest.approx([record["loss"] for record in mel], abs=1e-6)

@@ -21,17 +21,17 @@ from voxray.batches.collate import collate_training
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.features.reader import Features
-from voxray.generation.generate import answers
+from voxray.generation.generate import generate_texts
 from voxray.metrics.names import validation_metrics
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
 from voxray.recipes import multitask
-from voxray.recipes.multitask import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.training import gpu_stats as hardware
 from voxray.training import validate
 from voxray.training import validation_hook as validator
-from voxray.training.callbacks import Host
-from voxray.training.gpu_stats import Hardware
+from voxray.training.callbacks import Callbacks
+from voxray.training.gpu_stats import GpuStats
 from voxray.training.previews import PREVIEWS_YAML, PreviewSettings, preview, read_settings
 from voxray.training.records import published_name, read_metrics
 
@@ -40,9 +40,9 @@ TASKS = ("asr", "sqa", "tqa")
 
 
 @pytest.fixture(scope="module")
-def data(small, make_features) -> Data:
+def data(small, make_features) -> TrainingData:
     folders = make_features(*(small[f"{task}.{part}"] for part in ("train", "val") for task in TASKS))
-    return Data(folders[:3], folders[3:])
+    return TrainingData(folders[:3], folders[3:])
 
 
 def settings(output_dir: Path, **changes) -> MultitaskSettings:
@@ -51,13 +51,13 @@ def settings(output_dir: Path, **changes) -> MultitaskSettings:
     return MultitaskSettings(**{**values, **changes})
 
 
-def train(run_dir: Path, data: Data, *, after_validation: Any = lambda step: None, **changes) -> dict[str, Any]:
+def train(run_dir: Path, data: TrainingData, *, after_validation: Any = lambda step: None, **changes) -> dict[str, Any]:
     run_dir.mkdir(exist_ok=True)
 
     def report(metrics: dict[str, Any]) -> None:
         after_validation(metrics["step"])
 
-    return multitask.train(settings(run_dir, **changes), run_dir, data, Worker(), Host(report))
+    return multitask.train(settings(run_dir, **changes), run_dir, data, Worker(), Callbacks(report))
 
 
 def shown(run_dir: Path) -> list[dict[str, Any]]:
@@ -114,7 +114,7 @@ def test_everything_recorded_is_published(data, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     run = settings(run_dir, max_steps=1)
-    host = Host(publish=lambda name, task, value: seen.update({(name, task): value}))
+    host = Callbacks(publish=lambda name, task, value: seen.update({(name, task): value}))
     multitask.train(run, run_dir, data, Worker(), host)
     [record] = read_metrics(run_dir, "train")
     assert seen["loss", ""] == record["loss"] and seen["audio_sec_per_sec", ""] == record["audio_sec_per_sec"]
@@ -157,14 +157,14 @@ def test_a_gpu_is_asked_once_a_second_and_owes_no_answer(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
     now = [100.0]
     monkeypatch.setattr(hardware, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    found = Hardware(torch.device("cuda", 0))
+    found = GpuStats(torch.device("cuda", 0))
     usual = {"peak_memory_gib": 1.0, "gpu_memory_gib": 3.0}
     assert [found.read() for _ in range(5)] == [{**usual, "gpu_util_percent": 1}] * 5
     now[0] += 1.1
     assert found.read() == {**usual, "gpu_util_percent": 2}
     monkeypatch.setattr(FakeNvml, "nvmlInit", lambda self: (_ for _ in ()).throw(FakeNvml.NVMLError("no driver")))
-    assert Hardware(torch.device("cuda", 0)).read() == {"peak_memory_gib": 1.0}
-    assert set(Hardware(torch.device("cpu")).read()) == {"peak_memory_gib"}
+    assert GpuStats(torch.device("cuda", 0)).read() == {"peak_memory_gib": 1.0}
+    assert set(GpuStats(torch.device("cpu")).read()) == {"peak_memory_gib"}
 
 
 # validation
@@ -172,7 +172,7 @@ def test_a_gpu_is_asked_once_a_second_and_owes_no_answer(monkeypatch):
 
 def test_loss_and_perplexity_are_those_of_transformers(data, monkeypatch):
     """By the library's own loss, row by row, on the base as it is loaded."""
-    family = family_of(TINY)
+    family = get_family(TINY)
     model: Any = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, front_end = Features(data.validation), family.front_end(TINY)
     rows, answer_logits, in_training = np.arange(len(features)), Voxtral.answer_logits, []
@@ -205,7 +205,7 @@ def test_loss_and_perplexity_are_those_of_transformers(data, monkeypatch):
 
 def test_validation_is_the_same_for_any_number_of_workers(data, monkeypatch):
     """To the last bit, and on each of them; the workers are threads that meet where processes would gather."""
-    family = family_of(TINY)
+    family = get_family(TINY)
     model: Any = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, front_end = Features(data.validation), family.front_end(TINY)
     rows = np.arange(len(features))
@@ -346,7 +346,7 @@ def test_previews_of_steps_that_are_done_again_are_dropped(data, tmp_path):
 
 
 def test_drawing_leaves_the_random_state_as_it_was(data):
-    family = family_of(TINY)
+    family = get_family(TINY)
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, rows = Features(data.validation), np.arange(3)
     how = PreviewSettings(temperature=1.0, max_new_tokens=2)
@@ -359,13 +359,13 @@ def test_drawing_leaves_the_random_state_as_it_was(data):
 
 def test_top_p_keeps_to_the_likeliest_tokens(data):
     """A tiny top_p leaves one token, so drawing gives what temperature 0 gives."""
-    family = family_of(TINY)
+    family = get_family(TINY)
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, front_end = Features(data.validation), family.front_end(TINY)
     rows = [features.row(number) for number in range(4)]
-    greedy = answers(model, family, front_end, rows, max_new_tokens=6)
+    greedy = generate_texts(model, family, front_end, rows, max_new_tokens=6)
     drawn = [
-        answers(model, family, front_end, rows, max_new_tokens=6, temperature=3.0, top_p=top_p, seed=1)
+        generate_texts(model, family, front_end, rows, max_new_tokens=6, temperature=3.0, top_p=top_p, seed=1)
         for top_p in (1e-6, 1.0)
     ]
     assert drawn[0] == greedy != drawn[1]

@@ -23,11 +23,11 @@ from voxray.batches.plan import Plan
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
-from voxray.recipes.multitask import Data
-from voxray.training.loop import Trainee
+from voxray.recipes.training_data import TrainingData
+from voxray.training.loop import TrainState
 from voxray.training.records import read_metrics
 
 DDP: dict[str, Any] = {}
@@ -40,10 +40,10 @@ POISONED = {"max_steps": 4, "save_steps": 1, "save_total_limit": 4}
 
 
 @pytest.fixture(scope="module")
-def data(small: dict[str, str], make_features: Callable) -> Data:
+def data(small: dict[str, str], make_features: Callable) -> TrainingData:
     names = [f"{task}.{part}" for part in ("train", "val") for task in ("asr", "sqa", "tqa")]
     folders = make_features(*(small[name] for name in names))
-    return Data(folders[:3], folders[3:])
+    return TrainingData(folders[:3], folders[3:])
 
 
 def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
@@ -56,7 +56,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     return folder / "checkpoints" / f"step-{step:06d}"
 
 
-def steps(data: Data, num_steps: int, **changes: Any) -> list[list[list[int]]]:
+def steps(data: TrainingData, num_steps: int, **changes: Any) -> list[list[list[int]]]:
     """Rows of each pack of each step of a run of one row per pack over two workers."""
     features = Features(data.train)
     weights, packs = changes.get("task_weights"), 2 * changes.get("grad_accum", 2)
@@ -64,14 +64,14 @@ def steps(data: Data, num_steps: int, **changes: Any) -> list[list[list[int]]]:
     return [[pack.rows.tolist() for pack in plan.step_packs(step)] for step in range(num_steps)]
 
 
-def in_one_go(folder: Path, runs: dict[str, tuple[dict[str, Any], Data]], **more: dict[str, Any]) -> Path:
+def in_one_go(folder: Path, runs: dict[str, tuple[dict[str, Any], TrainingData]], **more: dict[str, Any]) -> Path:
     """Train all of them on two workers; ``more`` has what else their jobs need."""
     jobs = [Job(settings(folder / name, **flags), rows, **more.get(name, {})) for name, (flags, rows) in runs.items()]
     processes.run_all(jobs, 2)
     return folder
 
 
-def count_held(settings: MultitaskSettings, trainee: Trainee) -> None:
+def count_held(settings: MultitaskSettings, trainee: TrainState) -> None:
     """Write down how many numbers of weights and moments a worker holds."""
     parameters = list(trainee.model.parameters())
     held = {
@@ -84,14 +84,14 @@ def count_held(settings: MultitaskSettings, trainee: Trainee) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of the runs that most tests look at."""
-    folder, train = tmp_path_factory.mktemp("zero"), Data(data.train, ())
+    folder, train = tmp_path_factory.mktemp("zero"), TrainingData(data.train, ())
     features = Features(data.train)
     bad = next(row for pack in steps(data, 3)[2] for row in pack if features.num_windows[row])
-    wanted: dict[str, tuple[dict[str, Any], Data]] = {}
+    wanted: dict[str, tuple[dict[str, Any], TrainingData]] = {}
     for name, flags in (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3])):
-        wanted[f"mix-{name}"] = ({**flags, **VALIDATED}, Data(data.train, data.validation[:1]))
+        wanted[f"mix-{name}"] = ({**flags, **VALIDATED}, TrainingData(data.train, data.validation[:1]))
         wanted[f"text-{name}"] = ({**flags, **TEXT_HEAVY}, train)
         wanted[f"full-{name}"] = ({**flags, **FULL}, train)
         wanted[f"bad-{name}"] = ({**flags, **POISONED}, train)
@@ -146,7 +146,7 @@ def test_training_is_that_of_ddp(runs: Path, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: Data, stage: int) -> None:
+def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: TrainingData, stage: int) -> None:
     """Contract 6: ranks with only text beside ranks with only audio, and steps of text alone."""
     features = Features(data.train)
     kinds = [tuple(bool(features.num_windows[pack].any()) for pack in packs) for packs in steps(data, 6, **TEXT_HEAVY)]
@@ -215,8 +215,8 @@ def test_checkpoints_fit_the_other_strategies(runs: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_of_stage_3(data: Data, tmp_path: Path) -> None:
-    train, after = Data(data.train, ()), {"after": checkpoint(tmp_path / "straight", 3)}
+def test_checkpoints_of_stage_3(data: TrainingData, tmp_path: Path) -> None:
+    train, after = TrainingData(data.train, ()), {"after": checkpoint(tmp_path / "straight", 3)}
     wanted = {"ddp": DDP, "straight": ZERO[3], "resumed": ZERO[3], "zero3-to-zero2": ZERO[2], "zero3-to-ddp": DDP}
     runs = {name: ({**flags, **RESUMED}, train) for name, flags in wanted.items()}
     in_one_go(tmp_path, runs, **dict.fromkeys(("resumed", "zero3-to-zero2", "zero3-to-ddp"), after))
@@ -226,9 +226,9 @@ def test_checkpoints_of_stage_3(data: Data, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [DDP, ZERO[2]], ids=["ddp", "zero2"])
-def test_two_workers_then_one(runs: Path, data: Data, tmp_path: Path, flags: dict[str, Any]) -> None:
+def test_two_workers_then_one(runs: Path, data: TrainingData, tmp_path: Path, flags: dict[str, Any]) -> None:
     """In this process, which has no process group: DeepSpeed gets one of its own. What it then saves is read again."""
-    train = Data(data.train, ())
+    train = TrainingData(data.train, ())
     after = checkpoint(runs / "straight-zero2", 3)
     processes.run(settings(tmp_path, **{**RESUMED, **flags}), train, after=after)
     assert column(tmp_path) == pytest.approx(column(runs / "straight-zero2")[3:], abs=1e-5)
@@ -240,12 +240,12 @@ def test_other_ways_to_compute(runs: Path, kind: str, loss: float) -> None:
 
 
 @pytest.mark.slow
-def test_more_of_stage_3_and_of_what_trains(data: Data, tmp_path: Path, small: dict[str, str]) -> None:
+def test_more_of_stage_3_and_of_what_trains(data: TrainingData, tmp_path: Path, small: dict[str, str]) -> None:
     """The last kind starts from LoRA in the encoder, which it keeps as it is."""
-    train = Data(data.train, ())
-    storing = Extractor(TINY, Storing("encoder", dtype="float32"))
+    train = TrainingData(data.train, ())
+    storing = Extractor(TINY, FeatureSpec("encoder", dtype="float32"))
     paths = [small["asr.train"], small["tqa.train"]]
-    stored = Data(featurize(paths, storing, tmp_path / "stored", rows_per_shard=8, use_ray=False).folders, ())
+    stored = TrainingData(featurize(paths, storing, tmp_path / "stored", rows_per_shard=8, use_ray=False).folders, ())
     kinds: dict[str, dict[str, Any]] = {
         "encoder": {**TEXT_HEAVY, "freeze_whisper": False},
         "dora": {"tuning": "dora"},

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from voxray.audit.measure_rows import Measured, Measurements
+from voxray.audit.measure_rows import Measurements, RowMeasurement
 from voxray.core.storage import replacing
 from voxray.corpora.prepare.split import TRAIN_NAMES, VALIDATION_NAMES
 
-SIDES = ("train", "val", "test")
+SPLITS = ("train", "val", "test")
 MIN_ROWS_FOR_OUTLIERS = 20
 MIN_SPREAD = 0.1  # of the median: where most values are the same, a quartile range of 0 would make all others outliers
 PERCENTILES = (50, 90, 95, 99)
@@ -27,12 +27,12 @@ UNITS = {"duration_sec": "seconds", "num_tokens": "tokens", "num_chars": "charac
 UNITS["chars_per_sec"] = "characters per second"
 OUTLIERS = {"duration_sec": "duration_outlier", "num_tokens": "length_outlier", "num_chars": "length_outlier"}
 OUTLIERS["chars_per_sec"] = "rate_outlier"
-Place = tuple[int, int, int]
+RowLocation = tuple[int, int, int]
 """Side, file, line."""
 
 
 @dataclass(frozen=True)
-class Sides:
+class Splits:
     """Which files belong together; leaks are what two sides share.
 
     Attributes:
@@ -44,7 +44,7 @@ class Sides:
     of_file: tuple[int, ...]
 
 
-def sides_of(manifests: Sequence[str], compare: str) -> Sides:
+def assign_splits(manifests: Sequence[str], compare: str) -> Splits:
     """Sort manifests into sides.
 
     Args:
@@ -52,15 +52,15 @@ def sides_of(manifests: Sequence[str], compare: str) -> Sides:
             takes each by itself; ``none`` puts all on one side.
     """
     if compare == "none":
-        return Sides(("all",), (0,) * len(manifests))
+        return Splits(("all",), (0,) * len(manifests))
     paths = [Path(manifest) for manifest in manifests]
     folders_differ = len({path.parent for path in paths}) > 1
     said = [_side_in_name(path, ask_folder=folders_differ) for path in paths]
     if compare == "files" or not any(said):
         counts = Counter(path.name for path in paths)
         names = (f"{at}. {path.name}" if counts[path.name] > 1 else path.name for at, path in enumerate(paths, 1))
-        return Sides(tuple(names), tuple(range(len(paths))))
-    return Sides(SIDES, tuple(SIDES.index(side or "train") for side in said))
+        return Splits(tuple(names), tuple(range(len(paths))))
+    return Splits(SPLITS, tuple(SPLITS.index(side or "train") for side in said))
 
 
 def _side_in_name(path: Path, *, ask_folder: bool) -> str:
@@ -76,7 +76,7 @@ class Numbers:
 
     values: dict[str, array] = field(default_factory=lambda: {name: array("d") for name in UNITS})
 
-    def add(self, row: Measured) -> None:
+    def add(self, row: RowMeasurement) -> None:
         """Note a row; 0 is a length of text, anywhere else it stands for what was not measured."""
         for name, values in self.values.items():
             value = getattr(row, name)
@@ -110,7 +110,7 @@ class Audit:
         rows, usable, seconds: Rows, usable rows and seconds of audio, by (file, task).
     """
 
-    def __init__(self, measurements: Measurements, sides: Sides, *, length: str, spread: float) -> None:
+    def __init__(self, measurements: Measurements, sides: Splits, *, length: str, spread: float) -> None:
         """First pass: gather what rows are compared with.
 
         Args:
@@ -122,7 +122,7 @@ class Audit:
         self.rows: Counter[tuple[int, str]] = Counter()
         self.usable: Counter[tuple[int, str]] = Counter()
         self.seconds: dict[tuple[int, str], float] = defaultdict(float)
-        self._held: dict[str, dict[bytes, Place]] = {"audio": {}, "text": {}, "speaker": {}}
+        self._held: dict[str, dict[bytes, RowLocation]] = {"audio": {}, "text": {}, "speaker": {}}
         first_side = min(sides.of_file)
         for row in measurements:
             cell = row.file, row.task
@@ -141,7 +141,7 @@ class Audit:
             if (usual := numbers.usual(name, spread))
         }
 
-    def _hold(self, row: Measured) -> None:
+    def _hold(self, row: RowMeasurement) -> None:
         """Remember what the row has, at the last side that has it: every side before that one leaks into it."""
         place = (self.sides.of_file[row.file], row.file, row.line)
         for kind, held in self._held.items():
@@ -149,10 +149,10 @@ class Audit:
             if key and (key not in held or held[key][0] < place[0]):
                 held[key] = place
 
-    def judged(self) -> Iterator[Measured]:
+    def judged(self) -> Iterator[RowMeasurement]:
         """Second pass: every row in order, its faults and warnings complete."""
-        seen: dict[tuple[int, bytes], Place] = {}
-        ids: dict[tuple[int, bytes], Place] = {}
+        seen: dict[tuple[int, bytes], RowLocation] = {}
+        ids: dict[tuple[int, bytes], RowLocation] = {}
         for row in self.measurements:
             if row.usable:
                 place = (self.sides.of_file[row.file], row.file, row.line)
@@ -169,21 +169,21 @@ class Audit:
                 row.warnings += self._outliers(row)
             yield row
 
-    def _leaks(self, row: Measured, side: int) -> Iterator[tuple[str, str]]:
+    def _leaks(self, row: RowMeasurement, side: int) -> Iterator[tuple[str, str]]:
         what = {"audio": "its audio", "text": "its text", "speaker": f"its {row.speaker.replace(':', ' ', 1)}"}
         for kind, held in self._held.items():
             place = held.get(_key(getattr(row, kind)))
             if place and place[0] > side:
                 yield f"leak_{kind}", f"{what[kind]} is also at {self._shown(place)} ({self.sides.names[place[0]]})"
 
-    def _outliers(self, row: Measured) -> Iterator[tuple[str, str]]:
+    def _outliers(self, row: RowMeasurement) -> Iterator[tuple[str, str]]:
         for name, reason in OUTLIERS.items():
             value, usual = getattr(row, name), self._usual.get((row.task, name))
             if value and usual and not usual[0] <= value <= usual[1]:
                 unit = UNITS[name]
                 yield reason, f"{value:.4g} {unit}; half of all {row.task} rows have {usual[2]:.4g} to {usual[3]:.4g}"
 
-    def _shown(self, place: Place) -> str:
+    def _shown(self, place: RowLocation) -> str:
         return f"{self.measurements.manifests[place[1]]}:{place[2]}"
 
 
@@ -193,7 +193,7 @@ def _key(value: str) -> bytes:
 
 
 @dataclass
-class Found:
+class AuditSummary:
     """What the second pass found, in numbers and examples.
 
     Attributes:
@@ -214,9 +214,9 @@ class Found:
         return sum(map(len, self.bad_lines.values()))
 
 
-def write_findings(audit: Audit, output_dir: Path, max_examples: int) -> Found:
+def write_findings(audit: Audit, output_dir: Path, max_examples: int) -> AuditSummary:
     """Second pass: write faults.jsonl and warnings.jsonl, one finding a line, in the order of the rows."""
-    found = Found()
+    found = AuditSummary()
     with replacing(output_dir / "faults.jsonl") as faults, replacing(output_dir / "warnings.jsonl") as warnings:
         for row in audit.judged():
             if row.faults:

@@ -19,7 +19,7 @@ from voxray.cluster.actor_pool import run_workers
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Chunk, Sample, chunks, read_chunk
 from voxray.core.storage import write_atomically
-from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_of
+from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_key
 from voxray.models.interface import FrontEnd
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer; a damaged header may say so and fill the memory
@@ -39,7 +39,7 @@ class AuditLimits:
 
 
 @dataclass
-class Measured:
+class RowMeasurement:
     """What was found of one row.
 
     Attributes:
@@ -56,7 +56,7 @@ class Measured:
         audio: Hash of the decoded samples, "" for text.
         text: See ``identity.leak_text``.
         key: What a duplicate has as well (see ``identity.duplicate_key``).
-        speaker: See ``identity.speaker_of``.
+        speaker: See ``identity.speaker_key``.
         excerpt: Beginning of the answer, for people.
     """
 
@@ -93,21 +93,21 @@ class RowMeasurer:
         write_atomically(Path(item["path"]), lines.encode("utf-8", "surrogatepass"))
         return {"lines": chunk.num_lines}
 
-    def measure_chunk(self, chunk: Chunk, file: int) -> list[Measured]:
+    def measure_chunk(self, chunk: Chunk, file: int) -> list[RowMeasurement]:
         """All rows of a chunk, in order, the bad ones included."""
         raw = chunk.read_bytes()
         parsed, lines = read_chunk(chunk, raw), raw.split(b"\n")
-        rows = [Measured(file, line, faults=[(bad.reason, bad.message)]) for line, bad in parsed.bad]
+        rows = [RowMeasurement(file, line, faults=[(bad.reason, bad.message)]) for line, bad in parsed.bad]
         for sample in parsed.samples:
             line = int(sample.source.rpartition(":")[2])
             values = json.loads(lines[line - chunk.first_line].removeprefix(b"\xef\xbb\xbf"))
-            rows.append(self.measure_row(sample, values, Measured(file, line)))
+            rows.append(self.measure_row(sample, values, RowMeasurement(file, line)))
         return sorted(rows, key=lambda row: row.line)
 
-    def measure_row(self, sample: Sample, values: dict[str, Any], row: Measured) -> Measured:
+    def measure_row(self, sample: Sample, values: dict[str, Any], row: RowMeasurement) -> RowMeasurement:
         """Fill in what can be said of one row; a fault of its audio ends up in ``faults``."""
         row.id = "" if values.get("id") in (None, "") else sample.id
-        row.task, row.speaker = sample.task.name, speaker_of(values)
+        row.task, row.speaker = sample.task.name, speaker_key(values)
         row.excerpt = sample.answer[:EXCERPT_CHARS]
         texts = (sample.prompt, sample.answer)
         row.num_chars, row.num_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
@@ -126,7 +126,7 @@ class RowMeasurer:
         row.usable = True
         return row
 
-    def _measure_audio(self, sample: Sample, values: dict[str, Any], row: Measured) -> int:
+    def _measure_audio(self, sample: Sample, values: dict[str, Any], row: RowMeasurement) -> int:
         """Decode and measure the clip; returns its samples at the model's rate, 0 without a model."""
         part, limits = Part(sample.start_sec, sample.duration_sec, sample.channel), self.limits
         max_sec = self.front_end.max_audio_sec if self.front_end else MAX_DECODED_SEC
@@ -151,7 +151,7 @@ class RowMeasurer:
                 row.warnings.append(("speaking_rate", message))
         return resampled_length(len(samples), rate_hz, self.front_end.sample_rate_hz) if self.front_end else 0
 
-    def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: Measured) -> None:
+    def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: RowMeasurement) -> None:
         num_windows = front_end.num_windows(num_samples) if num_samples else 0
         num_prompt = len(front_end.prompt_ids(sample, num_samples))
         num_target = len(front_end.target_ids(sample.answer, sample.segments))
@@ -222,11 +222,11 @@ class Measurements:
     manifests: tuple[str, ...]
     paths: tuple[Path, ...]
 
-    def __iter__(self) -> Iterator[Measured]:
+    def __iter__(self) -> Iterator[RowMeasurement]:
         for path in self.paths:
             with open(path, encoding="utf-8", errors="surrogatepass") as file:
                 for line in file:
-                    yield Measured(**json.loads(line))
+                    yield RowMeasurement(**json.loads(line))
 
 
 def plan_chunks(manifests: Sequence[str], folder: Path, rows_per_chunk: int) -> list[dict[str, Any]]:

@@ -106,5 +106,5 @@ def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarr
     mel_KF, fill = row.audio, row.fill
     if row.store == "pcm16":
         features = front_end.features(row.audio.astype(np.float32) / PCM_SCALE)
-        mel_KF, fill = features.mel_KB, features.fill
+        mel_KF, fill = features.mel_KF, features.fill
     return padded_windows(masks(mel_KF) if masks else mel_KF, fill, row.num_windows, front_end)

@@ -10,7 +10,7 @@ import numpy as np
 
 from voxray.audio.augment import SpecAugment, spec_augment
 from voxray.batches.collate import Masks, collate_packed, collate_training
-from voxray.batches.plan import Pack, Plan
+from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features
 from voxray.models.interface import Batch, FrontEnd
@@ -19,16 +19,16 @@ STEPS_AHEAD = 2
 MASK_STREAM = 1  # so that the masks of a pack are drawn from other numbers than its dropout
 
 
-class Redraw(Protocol):
+class PromptSampler(Protocol):
     """Gives rows another prompt in every epoch.
 
     Attributes:
         fingerprint: Hash of the prompts; a run that resumes must find the same.
-        spare_tokens: {task: tokens that a prompt of its rows may have beyond the stored one}; none ever has more.
+        max_extra_prompt_tokens: {task: the most tokens by which a sampled prompt is longer than the stored one}.
     """
 
     fingerprint: str
-    spare_tokens: Mapping[str, int]
+    max_extra_prompt_tokens: Mapping[str, int]
 
     def __call__(self, row: FeatureRow, epoch: int) -> FeatureRow: ...
 
@@ -68,7 +68,7 @@ class Loader:
         worker: Worker,
         loader_workers: int,
         masking: Masking,
-        redraw: Redraw | None = None,
+        redraw: PromptSampler | None = None,
         *,
         pin_memory: bool,
     ) -> None:
@@ -76,13 +76,13 @@ class Loader:
         self.loader_workers, self.masking, self.pin_memory = loader_workers, masking, pin_memory
         self.redraw = redraw
 
-    def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Pack, Batch]]]]:
+    def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Microbatch, Batch]]]]:
         """Steps ``start`` to ``end`` - 1."""
         if not self.loader_workers:
             for step in range(start, end):
                 yield step, [(pack, self._batch(step, pack)) for pack in self._packs(step)]
             return
-        waiting: deque[tuple[int, list[tuple[Pack, Future[Batch]]]]] = deque()
+        waiting: deque[tuple[int, list[tuple[Microbatch, Future[Batch]]]]] = deque()
         with ThreadPoolExecutor(self.loader_workers, thread_name_prefix="loader") as pool:
             try:
                 for step in range(start, end):
@@ -95,10 +95,12 @@ class Loader:
                 pool.shutdown(cancel_futures=True)
 
     @staticmethod
-    def _ready(step: int, packs: list[tuple[Pack, "Future[Batch]"]]) -> tuple[int, list[tuple[Pack, Batch]]]:
+    def _ready(
+        step: int, packs: list[tuple[Microbatch, "Future[Batch]"]]
+    ) -> tuple[int, list[tuple[Microbatch, Batch]]]:
         return step, [(pack, future.result()) for pack, future in packs]
 
-    def _packs(self, step: int) -> list[Pack]:
+    def _packs(self, step: int) -> list[Microbatch]:
         return self.plan.rank_packs(step, self.worker.rank, self.worker.world_size)
 
     def row(self, number: int, epoch: int) -> FeatureRow:
@@ -106,7 +108,7 @@ class Loader:
         row = self.features.row(number)
         return self.redraw(row, epoch) if self.redraw else row
 
-    def _batch(self, step: int, pack: Pack) -> Batch:
+    def _batch(self, step: int, pack: Microbatch) -> Batch:
         epoch, _ = self.plan.locate(step)
         rows = [self.row(number, epoch) for number in pack.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training

@@ -24,18 +24,18 @@ def _stream(code: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pack:
+class Microbatch:
     """The rows of one forward pass.
 
     Attributes:
         number: Position within its step.
         rows: Row numbers.
-        counts: False for a filler: computed so that every rank has something to do, but with weight 0 in the loss.
+        is_filler: Computed only so that every rank has the same number of forward passes; its loss has weight 0.
     """
 
     number: int
     rows: np.ndarray
-    counts: bool = True
+    is_filler: bool = False
 
 
 class Variants:
@@ -91,7 +91,7 @@ class Plan:
             from one epoch to the next.
         seed: Seed of all permutations.
         batching: Which rows share a pack.
-        packs_per_step: Forward passes of an optimizer step, over all workers.
+        microbatches_per_step: Forward passes of an optimizer step, over all workers.
         drop_last: Leave out what does not fill an epoch's last step; else that step is smaller.
         variants: What may be drawn in the place of ``rows``.
         num_tokens: Tokens of every row number; only ``fixed`` batching does without.
@@ -107,7 +107,7 @@ class Plan:
     weights: Mapping[str, float] | None
     seed: int
     batching: Batching
-    packs_per_step: int
+    microbatches_per_step: int
     drop_last: bool = False
     variants: Variants | None = None
     num_tokens: np.ndarray | None = None
@@ -128,7 +128,7 @@ class Plan:
         self._quotas = [self._quota(phase) for phase in self.curriculum]
         self._codes = dict(zip(self.rows.tolist(), self.task.tolist(), strict=True)) if self.batching.per_task else {}
         if not self.steps_of(0):
-            per_step = self.batching.pack_size * self.packs_per_step
+            per_step = self.batching.pack_size * self.microbatches_per_step
             raise SettingsError(f"--drop_last: {len(self.rows)} rows do not fill one step of {per_step}")
 
     def _quota(self, phase: Phase) -> dict[str, int]:
@@ -195,7 +195,7 @@ class Plan:
     def steps_of(self, epoch: int) -> int:
         """Optimizer steps of an epoch."""
         packs = self.epoch_packs(epoch)
-        full, rest = divmod(len(packs), self.packs_per_step)
+        full, rest = divmod(len(packs), self.microbatches_per_step)
         if rest == 0 and self.batching.kind == "fixed" and self.drop_last:
             rest = len(packs.rows) % self.batching.pack_size  # the last pack is a short one
             return full - bool(rest)
@@ -219,22 +219,22 @@ class Plan:
         epoch, place = self.locate(step)
         return epoch + place / self.steps_of(epoch)
 
-    def step_packs(self, step: int) -> list[Pack]:
-        """The packs of one optimizer step; always ``packs_per_step`` of them."""
+    def step_packs(self, step: int) -> list[Microbatch]:
+        """The packs of one optimizer step; always ``microbatches_per_step`` of them."""
         epoch, place = self.locate(step)
-        packs, first = self.epoch_packs(epoch), place * self.packs_per_step
+        packs, first = self.epoch_packs(epoch), place * self.microbatches_per_step
         found = []
-        for number in range(self.packs_per_step):
+        for number in range(self.microbatches_per_step):
             if first + number < len(packs):
-                found.append(Pack(number, packs.pack(first + number)))
+                found.append(Microbatch(number, packs.pack(first + number)))
             else:
-                found.append(Pack(number, found[0].rows[:1], counts=False))
+                found.append(Microbatch(number, found[0].rows[:1], is_filler=True))
         return found
 
-    def rank_packs(self, step: int, rank: int, world_size: int) -> list[Pack]:
+    def rank_packs(self, step: int, rank: int, world_size: int) -> list[Microbatch]:
         """The packs that one rank computes; every rank gets equally many, short ones a filler."""
         packs = self.step_packs(step)
-        filler = Pack(len(packs), packs[0].rows[:1], counts=False)
+        filler = Microbatch(len(packs), packs[0].rows[:1], is_filler=True)
         mine = packs[rank::world_size]
         longest = -(-len(packs) // world_size)
         return mine + [filler] * (longest - len(mine))

@@ -13,7 +13,7 @@ ITEMS_WORTH_AN_ACTOR = 4
 """Chunks that take about as long as an actor takes to start."""
 
 
-class Worker(Protocol):
+class PoolWorker(Protocol):
     """What ``run_workers`` runs: one item in, one small result out, both JSON values; big ones go through files."""
 
     def work(self, item: Any) -> dict[str, Any]: ...
@@ -22,7 +22,7 @@ class Worker(Protocol):
 class _Actor:
     """A worker as a Ray Data actor; its one column goes as JSON, so that items may be of any shape."""
 
-    def __init__(self, make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
+    def __init__(self, make: Callable[..., PoolWorker], arguments: tuple[Any, ...]) -> None:
         self._worker = make(*arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ class _Actor:
 
 
 def run_workers(
-    make: Callable[..., Worker], arguments: tuple[Any, ...], items: Sequence[Any], *, num_actors: int, use_ray: bool
+    make: Callable[..., PoolWorker], arguments: tuple[Any, ...], items: Sequence[Any], *, num_actors: int, use_ray: bool
 ) -> Iterator[dict[str, Any]]:
     """Hand every item to a worker, on Ray Data actors or in this process; results come as they are done.
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from voxray.cluster.session import within_reach
+from voxray.cluster.session import max_resource
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 
@@ -22,31 +22,31 @@ GATHER_SEC = 20.0
 """How long a run that could grow waits for more room, because nodes come one by one and each restart costs seconds."""
 
 
-def unit_of(fewest: int) -> str:
+def worker_resource(fewest: int) -> str:
     """What a worker takes one of: a GPU if the cluster has, or can get, any; else a CPU."""
-    return "GPU" if 0 < fewest <= within_reach("GPU") else "CPU"
+    return "GPU" if 0 < fewest <= max_resource("GPU") else "CPU"
 
 
-def refuse_without_room(fewest: int) -> None:
+def require_capacity(fewest: int) -> None:
     """Refuse what the cluster can never hold, before hours go into features.
 
     Raises:
         SettingsError: There are not so many CPUs, or none to make features with, even when all nodes have started.
     """
-    cpus = within_reach("CPU")
-    if unit_of(fewest) == "CPU" and fewest > cpus:
+    cpus = max_resource("CPU")
+    if worker_resource(fewest) == "CPU" and fewest > cpus:
         raise SettingsError(f"--num_workers {fewest}: the cluster has {cpus} CPU(s), those it may still start counted")
     if not cpus:
         raise SettingsError("the cluster has no CPU to make features with, and may start none: give a node some")
 
 
-def say_idle_gpus(fewest: int) -> None:
+def warn_about_idle_gpus(fewest: int) -> None:
     """Warn if training takes CPUs because there are GPUs, but too few of them."""
-    if (gpus := within_reach("GPU")) and unit_of(fewest) == "CPU":
+    if (gpus := max_resource("GPU")) and worker_resource(fewest) == "CPU":
         console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has {gpus} GPU(s) only")
 
 
-def find_room(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:
+def wait_for_workers(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:
     """Wait until there is room for the fewest workers.
 
     Args:
@@ -56,7 +56,7 @@ def find_room(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: F
     Raises:
         RunError: There was none for half an hour.
     """
-    unit, began, said = unit_of(fewest), time.monotonic(), 0.0
+    unit, began, said = worker_resource(fewest), time.monotonic(), 0.0
     asked = [_ask(fewest, unit)]
     try:
         while not _is_given(asked[0]):
@@ -90,7 +90,7 @@ def is_evicted() -> bool:
     return own is not None and _state(own) == "REMOVED"
 
 
-class Growth:
+class ScaleUpWatcher:
     """Notices when there is room for more workers than a run has; until then Ray keeps looking for it.
 
     Args:
@@ -115,7 +115,7 @@ class Growth:
         _give_back(self._asked)
 
 
-def note_places(run: str) -> None:
+def record_placement_group(run: str) -> None:
     """In a training worker: note which places its run holds, under the run's name in Ray."""
     import ray
     from ray.experimental.internal_kv import _internal_kv_put
@@ -124,7 +124,7 @@ def note_places(run: str) -> None:
         _internal_kv_put(f"voxray/{run}", group.id.binary())
 
 
-def free_places(run: str) -> None:
+def release_placement_group(run: str) -> None:
     """Give back what a run that has ended still holds.
 
     That is Ray Train's to do. But it does not if the process group could not be made; and if its controller was killed,

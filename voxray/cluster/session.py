@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports travel with this poll; the default is 2 s
@@ -52,7 +52,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         else:
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_processes + 1), **quiet)
     except Exception as error:  # Ray's start fails in many ways, none of which the user caused by a setting
-        raise RunError(f"Ray could not be started or reached: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"Ray could not be started or reached: {one_line(error, 300)}") from error
     _quiet_loggers(log_path)
     try:
         with stderr_to(log_path), term_is_interrupt():
@@ -117,7 +117,7 @@ CLUSTER_FILE = "ray_bootstrap_config.yaml"
 """What ``ray up`` leaves in the home folder of a head: cluster.yaml, which says how many nodes may be started."""
 
 
-def within_reach(resource: str) -> int:
+def max_resource(resource: str) -> int:
     """How many CPUs or GPUs (``CPU``, ``GPU``) the cluster has, counting nodes that its autoscaler may still start."""
     import ray
     from ray._private.state import state
@@ -127,9 +127,9 @@ def within_reach(resource: str) -> int:
     return int(max(present, reported.get(resource, 0), _autoscaled(resource)))
 
 
-def gpus_within_reach() -> int:
+def max_gpus() -> int:
     """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
-    return within_reach("GPU")
+    return max_resource("GPU")
 
 
 def cpus_for_data() -> int:

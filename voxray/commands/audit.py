@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
-from voxray.audit.findings import UNITS, Audit, Found, Numbers, Sides, sides_of, write_findings
+from voxray.audit.findings import UNITS, Audit, AuditSummary, Numbers, Splits, assign_splits, write_findings
 from voxray.audit.fix import Fixed, check_fix_path, write_clean
 from voxray.audit.measure_rows import AuditLimits, Measurements, measure_manifests, plan_chunks
 from voxray.audit.report import write_report
@@ -20,8 +20,8 @@ from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError
 from voxray.core.storage import write_json
 from voxray.models.interface import FrontEnd
-from voxray.models.registry import family_of
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.models.registry import get_family
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 SHOWN_FAULTS = 12
 
@@ -37,13 +37,13 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
         RunError: There are faults and no ``--fix`` to leave them out, or it leaves nothing; or an input cannot be read.
         SettingsError: An output cannot be placed.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
-    fix = anchor(settings.fix, settings.storage_path, flag="--fix") if settings.fix else None
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
+    fix = resolve_output_dir(settings.fix, settings.storage_path, flag="--fix") if settings.fix else None
     if fix:
         check_fix_path(fix, settings.input)
     plan_chunks(settings.input, output_dir, settings.rows_per_chunk)  # a missing file is told before a folder is made
     model_id, trim_audio = settings.model_id, settings.trim_audio_tokens
-    front_end = family_of(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None
+    front_end = get_family(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None
     if not front_end and "max_len" in settings.model_fields_set:
         console.print("--max_len is not checked: tokens can be counted only with --model_id", markup=False)
     make_folder(output_dir)
@@ -53,14 +53,14 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     try:
         measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)
         length = "num_tokens" if front_end else "num_chars"
-        sides = sides_of(settings.input, settings.compare)
+        sides = assign_splits(settings.input, settings.compare)
         audit = Audit(measurements, sides, length=length, spread=settings.outlier_spread)
         found = write_findings(audit, output_dir, settings.max_examples)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     some_clean = sum(audit.rows.values()) > found.num_bad
     fixed = write_clean(settings.input, found.bad_lines, fix) if fix and some_clean else None
-    figures = figures_of(settings, audit, found, fixed)
+    figures = audit_figures(settings, audit, found, fixed)
     write_json(output_dir / "audit.json", figures)
     write_report(output_dir, figures, audit.numbers, found.examples)
     _summarise(figures, found, output_dir)
@@ -86,7 +86,7 @@ def _measure(
         return measure_manifests(settings.input, items, limits, front_end, on_progress=bar.update, **options)
 
 
-def figures_of(settings: AuditSettings, audit: Audit, found: Found, fixed: Fixed | None) -> dict[str, Any]:
+def audit_figures(settings: AuditSettings, audit: Audit, found: AuditSummary, fixed: Fixed | None) -> dict[str, Any]:
     """All figures of an audit.
 
     Raises:
@@ -145,11 +145,11 @@ def _all(audit: Audit) -> Numbers:
     return numbers
 
 
-def _side(sides: Sides, number: int) -> str:
+def _side(sides: Splits, number: int) -> str:
     return sides.names[sides.of_file[number]] if len(set(sides.of_file)) > 1 else ""
 
 
-def _summarise(figures: dict[str, Any], found: Found, output_dir: Path) -> None:
+def _summarise(figures: dict[str, Any], found: AuditSummary, output_dir: Path) -> None:
     table = Table(title="audit", title_justify="left")
     length = "num_tokens" if figures["model_id"] else "num_chars"
     for name in ("task", "rows", "hours", f"{UNITS[length]} p50", "p95", "max", "sec p50", "max"):
@@ -177,7 +177,7 @@ def _summarise(figures: dict[str, Any], found: Found, output_dir: Path) -> None:
     console.print(f"report: {output_dir / 'report.html'}", markup=False)
 
 
-def _show_faults(figures: dict[str, Any], found: Found, output_dir: Path) -> None:
+def _show_faults(figures: dict[str, Any], found: AuditSummary, output_dir: Path) -> None:
     first = [found.examples[reason][0] for reason in figures["faults"]][:SHOWN_FAULTS]
     for finding in first:
         text = f"{finding['source_file']}:{finding['line']}: {finding['reason']}: {finding['message']}"
@@ -188,7 +188,7 @@ def _show_faults(figures: dict[str, Any], found: Found, output_dir: Path) -> Non
         console.print("no row is of a known task; jobs/prepare.py turns raw corpora into manifests", markup=False)
 
 
-def _end(figures: dict[str, Any], found: Found, fix: Path | None, fixed: Fixed | None, output_dir: Path) -> None:
+def _end(figures: dict[str, Any], found: AuditSummary, fix: Path | None, fixed: Fixed | None, output_dir: Path) -> None:
     """Say how it ends.
 
     Raises:

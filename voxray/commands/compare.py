@@ -9,15 +9,22 @@ from rich.table import Table
 
 from voxray.comparison.alignments import aligned_lines
 from voxray.comparison.compare import TaskComparison, as_json, compare_slices, compare_tasks, interference
-from voxray.comparison.evaluations import Row, Run, differing_settings, match, read_run, read_runs
-from voxray.comparison.report import report_run, write_comparison
+from voxray.comparison.evaluations import (
+    Evaluation,
+    ScoredRow,
+    differing_settings,
+    match,
+    read_evaluation,
+    read_evaluations,
+)
+from voxray.comparison.report import report_evaluation, write_comparison
 from voxray.config.compare import CompareSettings
 from voxray.core.console import console
 from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
 from voxray.core.tasks import TASKS
 from voxray.metrics.names import headline, is_transcript
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 SHOWN_ROWS = 3
 SHOWN_ERRORS = 8
@@ -39,8 +46,8 @@ def run_compare(settings: CompareSettings) -> dict[str, Any]:
         raise SettingsError(f"--runs: {twice} is given twice")
     if len(folders) == 1:
         return _report(settings, folders[0])
-    output_dir = anchor(settings.output_dir or "runs/compare", settings.storage_path)
-    runs = read_runs(settings.runs)
+    output_dir = resolve_output_dir(settings.output_dir or "runs/compare", settings.storage_path)
+    runs = read_evaluations(settings.runs)
     matched = match(runs)
     make_folder(output_dir)
     draws = {"seed": settings.seed, "num_resamples": settings.num_resamples}
@@ -61,11 +68,11 @@ def _resolved(folders: Sequence[Path]) -> set[Path]:
 
 
 def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
-    into = anchor(settings.output_dir, settings.storage_path) if settings.output_dir else folder
-    run = read_run(folder)  # said before a folder is made
+    into = resolve_output_dir(settings.output_dir, settings.storage_path) if settings.output_dir else folder
+    run = read_evaluation(folder)  # said before a folder is made
     make_folder(into)
     names = ("seed", "num_resamples", "top", "max_rows", "embed_audio_mib")
-    errors = report_run(run, into, **{name: getattr(settings, name) for name in names})
+    errors = report_evaluation(run, into, **{name: getattr(settings, name) for name in names})
     for task, of_task in errors.items():
         for unit, entry in of_task["units"].items():
             console.print(_errors_table(f"{run.label}, {task}, by {unit}", entry))
@@ -77,7 +84,7 @@ def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
     return errors
 
 
-def aligned(row: Row) -> str:
+def aligned(row: ScoredRow) -> str:
     """A row's reference and answer below each other: transcripts by character, answers by word."""
     texts = (row.reference, row.prediction)
     if is_transcript(row.task):
@@ -105,7 +112,7 @@ def _error_text(error: dict[str, Any]) -> str:
     return f"{' -> '.join(texts)}  {error['times']}"
 
 
-def _say_comparison(runs: Sequence[Run], found: Sequence[TaskComparison], result: dict[str, Any]) -> None:
+def _say_comparison(runs: Sequence[Evaluation], found: Sequence[TaskComparison], result: dict[str, Any]) -> None:
     for warning in result["warnings"]:
         console.print(f"warning: {warning}", markup=False)
     for task in found:

@@ -19,20 +19,20 @@ import torch
 
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.config.compile import CompileSettings
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, one_line
 from voxray.core.storage import checksum, write_json
-from voxray.generation.generate import Search
-from voxray.generation.model import Generation, base_and_adapter, load
-from voxray.generation.salmonn_base import with_base
+from voxray.generation.generate import SamplingParams
+from voxray.generation.model import InferenceConfig, base_and_adapter, load_model
+from voxray.generation.salmonn_base import assemble_base
 from voxray.models.adapters.lora import WEIGHTS
 from voxray.models.interface import AudioPath, FrontEnd
-from voxray.models.parts.compiled_audio import FORMAT, REPORT, described, import_tensorrt, load_program, weights_of
+from voxray.models.parts.compiled_audio import FORMAT, REPORT, described, import_tensorrt, load_program, weights_hash
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.parts.quantize import base_dtype
-from voxray.models.registry import family_of
-from voxray.runs.run_folder import anchor, make_folder, provenance
+from voxray.models.registry import get_family
+from voxray.runs.run_folder import make_folder, provenance, resolve_output_dir
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest difference allowed, as a share of the largest number; that of the type is what rounding gives."""
@@ -56,26 +56,26 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
             (nothing is left behind then).
         SettingsError: The settings do not fit the model.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
-    settings = with_base(settings, output_dir.parent)
+    settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    family = family_of(model_id)
+    family = get_family(model_id)
     if settings.quantize != "none" and "encoder" in family.quantized:
         raise SettingsError(
             f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "
             "cannot be compiled; leave it out"
         )
     _check_backend(settings)
-    warn_about_idle_flags(settings)
+    warn_about_unused_flags(settings)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
-    model, _ = load(Generation(model_id, str(adapter or ""), Search(1), 1, **flags))
+    model, _ = load_model(InferenceConfig(model_id, str(adapter or ""), SamplingParams(1), 1, **flags))
     device, dtype = next(model.parameters()).device, base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     front_end, path = family.front_end(model_id), family.audio_path(model).eval()
     report = {"format": FORMAT, "model_id": model_id, "adapter": str(adapter or ""), "adapter_sha256": ""}
     if adapter:
         report["adapter_sha256"] = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
-    report |= {**described(family, dtype, device), "weights": weights_of(path), "backend": settings.backend}
+    report |= {**described(family, dtype, device), "weights": weights_hash(path), "backend": settings.backend}
     report |= {"mel_shape": [front_end.num_mel_bins, front_end.window_frames], "windows": {}}
     partial = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -130,7 +130,7 @@ def noise_clips(
         windows = []
         for length in lengths:
             features = front_end.features(draw.normal(0, NOISE, length).astype(np.float32))
-            windows.append(padded_windows(features.mel_KB, features.fill, features.num_windows, front_end))
+            windows.append(padded_windows(features.mel_KF, features.fill, features.num_windows, front_end))
         inputs = [torch.from_numpy(np.concatenate(windows)).to(device, dtype)]
         inputs += [torch.tensor(lengths, device=device)] if front_end.counts_samples else []
         found.append(tuple(inputs))
@@ -161,7 +161,7 @@ def compiled(path: torch.nn.Module, clips: Sequence[Inputs], file: Path, setting
                     exported, package_path=str(file), inductor_configs=dict(INDUCTOR)
                 )
     except Exception as error:  # compilers' errors have no common type
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         raise RunError(f"--backend {settings.backend}: cannot compile this on this machine: {reason}") from None
     compile_sec = time.perf_counter() - began
     device = clips[0][0].device

@@ -15,7 +15,7 @@ from typing import Any
 
 from voxray.cluster.session import term_is_interrupt
 from voxray.config.demo import DemoSettings
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import language_code
 
@@ -35,7 +35,7 @@ def run_demo(settings: DemoSettings, example: str) -> None:
         language_code(settings.language)
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
-    warn_about_idle_flags(settings)
+    warn_about_unused_flags(settings)
     with term_is_interrupt(), _uploads(), _listener(settings.host, settings.port) as listener:
         try:
             import gradio  # noqa: F401  # said before a model is loaded

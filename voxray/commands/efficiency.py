@@ -17,22 +17,22 @@ from rich.table import Table
 from voxray.audio.decode import decode
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.parse import REPOSITORY
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.storage import write_atomically, write_json
 from voxray.core.tasks import TASKS
-from voxray.efficiency.measure import Loaded, measure, prompt_row
+from voxray.efficiency.measure import LoadedModel, measure, prompt_row
 from voxray.efficiency.peak_memory import PeakMemory
 from voxray.efficiency.plot import plot
-from voxray.generation.generate import Search
-from voxray.generation.model import Generation, as_trained, base_and_adapter, load
-from voxray.generation.salmonn_base import with_base
-from voxray.models.interface import Family, FrontEnd
+from voxray.generation.generate import SamplingParams
+from voxray.generation.model import InferenceConfig, base_and_adapter, load_model, match_training_prompts
+from voxray.generation.salmonn_base import assemble_base
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.compiled_audio import device_name, read_report
-from voxray.models.registry import family_of
-from voxray.runs.run_folder import anchor, make_folder, provenance, refuse_training_folder
+from voxray.models.registry import get_family
+from voxray.runs.run_folder import make_folder, provenance, refuse_training_folder, resolve_output_dir
 
 REPORT, PICTURE, CLIP = "efficiency.json", "efficiency.png", "clip.wav"
 CLIP_RATE_HZ = 16_000
@@ -54,16 +54,16 @@ def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
     make_folder(output_dir)
     if settings.compare:
         found = {name: _measured_apart(name, settings, output_dir) for name in settings.compare}
         report = {"variants": found, **provenance()}
     else:
-        warn_about_idle_flags(settings)
+        warn_about_unused_flags(settings)
         report = {**_measured(settings, output_dir), **provenance()}
-        found = {variant_of(report): report}
+        found = {variant_name(report): report}
     write_json(output_dir / REPORT, report)
     write_atomically(output_dir / PICTURE, plot(found))
     console.print(_table(found))
@@ -74,7 +74,7 @@ def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
     return report
 
 
-def variant_of(report: Mapping[str, Any]) -> str:
+def variant_name(report: Mapping[str, Any]) -> str:
     """Short name of what was measured."""
     words = [report["quantize"]] if report["quantize"] != "none" else []
     words += ["compiled"] if report["compiled"] else []
@@ -100,19 +100,21 @@ def _measured_apart(name: str, settings: EfficiencySettings, output_dir: Path) -
 
 def _measured(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
     """Load the model as the settings say, and measure it with every batch size."""
-    settings = with_base(settings, output_dir)
+    settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = as_trained(settings, model_id, adapter)
-    family = family_of(model_id)
+    settings = match_training_prompts(settings, model_id, adapter)
+    family = get_family(model_id)
     front_end = family.front_end(model_id, trim_audio=settings.trim_audio_tokens)
     sample = _sample(settings, output_dir)
     num_windows = _windows_of(settings, family, front_end, sample)
     _refuse_other_windows(settings, num_windows)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize", "compiled")}
     began = time.perf_counter()
-    model, _ = load(Generation(model_id, str(adapter or ""), Search(settings.new_tokens), 1, **flags))
+    model, _ = load_model(
+        InferenceConfig(model_id, str(adapter or ""), SamplingParams(settings.new_tokens), 1, **flags)
+    )
     device = next(model.parameters()).device
-    loaded = Loaded(model, family, front_end, device)
+    loaded = LoadedModel(model, family, front_end, device)
     loaded.synchronise()
     report: dict[str, Any] = {
         "model_id": model_id,
@@ -153,7 +155,7 @@ def _sample(settings: EfficiencySettings, output_dir: Path) -> Sample:
     return Sample("clip", task, prompt, "", path, settings.language, "--audio_path")
 
 
-def _windows_of(settings: EfficiencySettings, family: Family, front_end: FrontEnd, sample: Sample) -> int:
+def _windows_of(settings: EfficiencySettings, family: ModelFamily, front_end: FrontEnd, sample: Sample) -> int:
     """Windows of the clip.
 
     Raises:
@@ -166,7 +168,7 @@ def _windows_of(settings: EfficiencySettings, family: Family, front_end: FrontEn
     except BadRow as error:
         raise RunError(f"{flag}: {error}") from None
     window_sec = front_end.window_frames / 100  # a frame is 10 ms
-    if front_end.is_answered_alone(row.prompt_ids, row.num_windows):
+    if front_end.needs_sequential_generate(row.prompt_ids, row.num_windows):
         raise SettingsError(
             f"{flag}: {family.name} hears a clip of over {window_sec:g} s window by window, which is not measured here"
         )

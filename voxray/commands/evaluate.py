@@ -14,28 +14,28 @@ from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
 from voxray.comparison.report import write_report
 from voxray.config.evaluate import EvaluateSettings
-from voxray.config.flag_groups import range_of
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.flag_groups import as_range
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, metrics_table, progress_bar
 from voxray.core.errors import RunError, Stopped
-from voxray.core.manifest import first_fault
-from voxray.core.storage import Place, to_jsonl, write_atomically, write_json
+from voxray.core.manifest import require_usable_row
+from voxray.core.storage import AnyPath, to_jsonl, write_atomically, write_json
 from voxray.core.tasks import TASKS
-from voxray.evaluation.distribute import Models, answer, check_invariance, forget_attempts, read_failed
+from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, forget_attempts, read_failed
 from voxray.evaluation.predictions import labelled, read_predictions, scored
 from voxray.evaluation.submission import write_submission
 from voxray.features.featurize import write_ledger
-from voxray.features.from_settings import features_place, make_features
+from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.generation.long_audio import CHUNK_MANIFEST, with_recordings, write_chunk_manifest
-from voxray.generation.model import Generation, as_trained, base_and_adapter, generation_of
-from voxray.generation.salmonn_base import with_base
+from voxray.generation.model import InferenceConfig, base_and_adapter, inference_config, match_training_prompts
+from voxray.generation.salmonn_base import assemble_base
 from voxray.models.adapters.compatibility import refuse_changed_outputs
 from voxray.models.parts.compiled_audio import read_report
-from voxray.models.registry import family_of
-from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_of
-from voxray.runs.remote_sync import Mirror
+from voxray.models.registry import get_family
+from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_path
+from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import make_folder, provenance, refuse_training_folder
 
 
@@ -58,30 +58,30 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    mirror = Mirror.of(settings)
+    mirror = RemoteSync.from_settings(settings)
     output_dir = mirror.folder
     mirror.fetch()
     refuse_training_folder(output_dir)
     paths, for_submission = settings.val_jsonl, settings.mode.startswith("submission")
     how: dict[str, Any] = {"prefix": settings.audio_prefix, "needs_text": not for_submission}
     settings = settings.model_copy(update={"val_jsonl": as_manifests(paths, output_dir / MANIFESTS, **how)})
-    first_fault(settings.val_jsonl)
-    settings = with_base(settings, output_dir)
+    require_usable_row(settings.val_jsonl)
+    settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = as_trained(settings, model_id, adapter)
+    settings = match_training_prompts(settings, model_id, adapter)
     if settings.compiled:
         read_report(Path(settings.compiled))
     make_folder(output_dir)
-    warn_about_idle_flags(settings)
+    warn_about_unused_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
     mirror.push_all()
     where = settings.features_dir or mirror.features_url or str(output_dir / "features")
-    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
-    refuse_changed_outputs(family_of(model_id), settings.store, settings.quantize, adapter)
-    generation = generation_of(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
+    features_dir = open_features_dir(settings, where, settings.storage_path, flag="--features_dir")
+    refuse_changed_outputs(get_family(model_id), settings.store, settings.quantize, adapter)
+    generation = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
     generation = replace(generation, perplexity=settings.perplexity)
-    _, most_models = range_of(settings.num_models)
+    _, most_models = as_range(settings.num_models)
     with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
         metrics, notes = _answered(settings, generation, features_dir, mirror)
     write_json(output_dir / "metrics.json", metrics)
@@ -112,7 +112,7 @@ def _stopping(output_dir: Path) -> Iterator[None]:
 
 
 def _answered(
-    settings: EvaluateSettings, generation: Generation, features_dir: Place, mirror: Mirror
+    settings: EvaluateSettings, generation: InferenceConfig, features_dir: AnyPath, mirror: RemoteSync
 ) -> tuple[dict[str, Any], list[str]]:
     """Answer the rows; returns metrics.json's content and what did not come out as it should, in lines.
 
@@ -121,13 +121,13 @@ def _answered(
     """
     output_dir = mirror.folder
     folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
-    features, models = Features(folders), Models(settings.num_models, settings.gpus_per_model)
+    features, models = Features(folders), ModelCount(settings.num_models, settings.gpus_per_model)
     rows, lost = rows_to_answer(features, settings)
     write_evaluation_ledger(output_dir, settings.val_jsonl, folders, lost)
     again = settings.retry_failed
     with progress_bar("answers") as bar:
         known = {"models": models, "retry_failed": again, "mirror": mirror}
-        answer(generation, folders, rows, output_dir, on_progress=bar.update, **known)
+        answer_rows(generation, folders, rows, output_dir, on_progress=bar.update, **known)
     mirror.fetch()
     failed = [(features, *entry) for entry in read_failed(output_dir)]
     num_left_out = write_evaluation_ledger(output_dir, settings.val_jsonl, folders, [*lost, *failed])
@@ -156,8 +156,8 @@ def _answered(
 
 
 def evaluation_features(
-    settings: EvaluateSettings, model_id: str, features_dir: Place, output_dir: Path
-) -> tuple[Place, ...]:
+    settings: EvaluateSettings, model_id: str, features_dir: AnyPath, output_dir: Path
+) -> tuple[AnyPath, ...]:
     """Feature sets of the manifests, and of the chunks of recordings that are too long for the model."""
     make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
     folders = make(plain_manifests=settings.val_jsonl).folders
@@ -165,7 +165,7 @@ def evaluation_features(
     chunk_manifest.unlink(missing_ok=True)
     if settings.mode.partition("_")[2] not in ("", "asr"):
         return folders
-    front_end = family_of(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
+    front_end = get_family(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
     if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest):
         return folders
     return (*folders, *make(plain_manifests=(str(chunk_manifest),)).folders)
@@ -174,7 +174,7 @@ def evaluation_features(
 def write_evaluation_ledger(
     output_dir: Path,
     manifests: Sequence[str],
-    folders: tuple[Place, ...],
+    folders: tuple[AnyPath, ...],
     lost: Sequence[tuple[Features, int, str, str]],
 ) -> int:
     """Write quarantine.jsonl: every row that is not answered, and why; returns their number."""
@@ -183,7 +183,7 @@ def write_evaluation_ledger(
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if chunk_manifest.is_file():
         lines = with_recordings(lines, chunk_manifest)
-    for ledger in [ledger_of(path) for path in manifests if output_dir / MANIFESTS in Path(path).parents]:
+    for ledger in [ledger_path(path) for path in manifests if output_dir / MANIFESTS in Path(path).parents]:
         lines += [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
     write_atomically(path, to_jsonl(lines))
     return len(lines)

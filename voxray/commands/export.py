@@ -30,14 +30,14 @@ from voxray.models.adapters.lora import (
     WEIGHTS,
     base_of_adapter,
     find_adapter,
+    find_role,
     load_adapter,
-    role_of,
     target_pattern,
 )
-from voxray.models.hf_files import base_of, read_config
-from voxray.models.interface import Family, FrontEnd
-from voxray.models.registry import family_of
-from voxray.runs.run_folder import anchor, make_folder, provenance
+from voxray.models.hf_files import read_config, unwrap_peft
+from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.registry import get_family
+from voxray.runs.run_folder import make_folder, provenance, resolve_output_dir
 
 REPORT = "export.json"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -55,13 +55,13 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         RunError: The adapter does not fit, the folder is taken, or a check failed (nothing is left behind then).
         SettingsError: The output cannot be placed.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     adapter = find_adapter(settings.lora_dir)
     model_id = settings.model_id or base_of_adapter(adapter)
     if not model_id:
         raise RunError(f"{adapter / CONFIG}: names no base model; give one with --model_id")
     _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
-    family = family_of(model_id)
+    family = get_family(model_id)
     trimmed = trims_audio(model_id, bool(read_record(adapter)))
     front_end = family.front_end(model_id, trim_audio=trimmed)
     base = family.load_model(model_id, dtype=torch.float32, device=CPU)
@@ -104,7 +104,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     return report
 
 
-def _roles_to_merge(merge: str, model: Any, family: Family, adapter: Path) -> list[str]:
+def _roles_to_merge(merge: str, model: Any, family: ModelFamily, adapter: Path) -> list[str]:
     """Roles that ``--merge`` names.
 
     Raises:
@@ -114,7 +114,7 @@ def _roles_to_merge(merge: str, model: Any, family: Family, adapter: Path) -> li
         return list(family.roles)
     if merge not in family.roles:
         raise SettingsError(f"--merge {merge}: a {family.name} model has no {merge}")
-    if family.trained_whole:
+    if family.full_modules:
         raise SettingsError(f"--merge {merge}: what trains beside LoRA in {family.name} cannot be kept apart")
     if not isinstance(model, PeftModel):
         raise SettingsError(f"--merge {merge}: {adapter} holds whole weights, of which none can be kept apart")
@@ -122,7 +122,12 @@ def _roles_to_merge(merge: str, model: Any, family: Family, adapter: Path) -> li
 
 
 def _export_official(
-    settings: ExportSettings, model: Any, family: Family, output_dir: Path, adapter: Path, with_adapter: torch.Tensor
+    settings: ExportSettings,
+    model: Any,
+    family: ModelFamily,
+    output_dir: Path,
+    adapter: Path,
+    with_adapter: torch.Tensor,
 ) -> dict[str, Any]:
     """Write what was trained under its official names, read it back and ask it."""
     if unused := {"merge", "dtype"} & settings.model_fields_set:
@@ -157,7 +162,7 @@ def _refuse_taken_folder(output_dir: Path, *, overwrite: bool) -> None:
         raise RunError(f"--output_dir {output_dir}: is not empty; {hint}")
 
 
-def merge_roles(model: PeftModel, family: Family, roles: Sequence[str]) -> int:
+def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> int:
     """Add the adapter's part in some roles into the base's weights, and take its layers out of the model.
 
     Returns:
@@ -165,7 +170,7 @@ def merge_roles(model: PeftModel, family: Family, roles: Sequence[str]) -> int:
     """
     base = model.get_base_model()
     layers = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-    merged = [name for name in layers if role_of(name, family) in roles]
+    merged = [name for name in layers if find_role(name, family) in roles]
     for name in merged:
         layer: Any = base.get_submodule(name)
         layer.merge(safe_merge=True, adapter_names=["default"])
@@ -174,7 +179,7 @@ def merge_roles(model: PeftModel, family: Family, roles: Sequence[str]) -> int:
 
 
 @torch.inference_mode()
-def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tensor:
+def probe_logits(model: Any, family: ModelFamily, front_end: FrontEnd) -> torch.Tensor:
     """Logits of a clip and of a text, the same for every model of a family: a fixed noise, a fixed sentence."""
     samples = np.random.default_rng(0).normal(0, 0.1, round(PROBE_SEC * front_end.sample_rate_hz)).astype(np.float32)
     features = front_end.features(samples)
@@ -186,7 +191,7 @@ def probe_logits(model: Any, family: Family, front_end: FrontEnd) -> torch.Tenso
         num_windows = features.num_windows if audio else 0
         values = {"id": "probe", "task": name, "language": "ko", "source": "", "prompt": sample.prompt}
         values |= {"answer": PROBE_TEXT, "fill": features.fill, "num_windows": num_windows, "num_samples": len(samples)}
-        values |= {"prompt_ids": front_end.prompt_ids(sample, len(samples) if audio else 0), "audio": features.mel_KB}
+        values |= {"prompt_ids": front_end.prompt_ids(sample, len(samples) if audio else 0), "audio": features.mel_KF}
         rows.append(FeatureRow.of({**values, "target_ids": front_end.target_ids(PROBE_TEXT)}))
     batch = collate_training(rows, front_end)
     keep_BL = batch["attention_mask"].bool()
@@ -211,10 +216,10 @@ def _dtype(name: str, model_id: str) -> torch.dtype:
     return named if isinstance(named, torch.dtype) else torch.float32
 
 
-def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
+def _write(model: Any, family: ModelFamily, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
     """Write the merged base with its tokenizer and processor files, and what was not merged as an adapter on it."""
-    base = base_of(model)
-    rest = sorted({role_of(name, family) for name, m in base.named_modules() if isinstance(m, LoraLayer)})
+    base = unwrap_peft(model)
+    rest = sorted({find_role(name, family) for name, m in base.named_modules() if isinstance(m, LoraLayer)})
     if rest:
         _write_rest(model, family, folder / "adapter", rest, final)
         for name in [name for name, m in base.named_modules() if isinstance(m, LoraLayer)]:
@@ -224,14 +229,14 @@ def _write(model: Any, family: Family, folder: Path, model_id: str, dtype: torch
     family.copy_files(model_id, folder)
 
 
-def _write_rest(model: PeftModel, family: Family, folder: Path, roles: Sequence[str], final: Path) -> None:
+def _write_rest(model: PeftModel, family: ModelFamily, folder: Path, roles: Sequence[str], final: Path) -> None:
     """The adapter's tensors in some roles, as an adapter on the new base."""
     from peft import get_peft_model_state_dict
 
     folder.mkdir()
     config: Any = model.peft_config["default"]
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    kept = {name: tensor.contiguous() for name, tensor in sorted(tensors.items()) if role_of(name, family) in roles}
+    kept = {name: tensor.contiguous() for name, tensor in sorted(tensors.items()) if find_role(name, family) in roles}
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
     config.target_modules = target_pattern(family, roles)
     config.base_model_name_or_path, config.inference_mode = str(final), True
@@ -239,7 +244,7 @@ def _write_rest(model: PeftModel, family: Family, folder: Path, roles: Sequence[
     write_record(model, folder)
 
 
-def _logits_from_disk(folder: Path, family: Family, dtype: torch.dtype) -> torch.Tensor:
+def _logits_from_disk(folder: Path, family: ModelFamily, dtype: torch.dtype) -> torch.Tensor:
     """What the written model answers, read back as anybody would."""
     model = family.load_model(str(folder), dtype=dtype, device=CPU)
     if (folder / "adapter" / CONFIG).is_file():

@@ -4,9 +4,9 @@ from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
 from voxray.config.featurize import FeaturizeSettings
 from voxray.core.console import console
-from voxray.core.manifest import first_fault
+from voxray.core.manifest import require_usable_row
 from voxray.features.featurize import FeaturizeReport, write_ledger
-from voxray.features.from_settings import features_place, log_folder, make_features
+from voxray.features.from_settings import log_folder, make_features, open_features_dir
 
 
 def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
@@ -15,8 +15,8 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    first_fault(settings.manifest)
-    output_dir = features_place(settings, settings.output_dir, settings.storage_path, flag="--output_dir")
+    require_usable_row(settings.manifest)
+    output_dir = open_features_dir(settings, settings.output_dir, settings.storage_path, flag="--output_dir")
     with ray_session(log_folder(output_dir) / "ray.log", max(MIN_ACTORS, settings.num_actors)):
         report = make_features(settings, settings.model_id, settings.manifest, output_dir, bf16=settings.bf16)
     write_ledger(output_dir / "quarantine.jsonl", report.folders)

@@ -11,18 +11,24 @@ from rich.console import Console
 
 from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import BadRow, RunError, SettingsError
-from voxray.core.manifest import Sample, chunks, first_fault, language_code, read_chunk
+from voxray.core.manifest import Sample, chunks, language_code, read_chunk, require_usable_row
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
-from voxray.features.extract import Extractor, Storing
-from voxray.generation.generate import Generated, reason_of
-from voxray.generation.model import Generation, as_trained, base_and_adapter, generation_of, load
-from voxray.generation.requests import Item, answer_items, item_of, sample_of
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.features.extract import Extractor, FeatureSpec
+from voxray.generation.generate import Completion, failure_reason
+from voxray.generation.model import (
+    InferenceConfig,
+    base_and_adapter,
+    inference_config,
+    load_model,
+    match_training_prompts,
+)
+from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 DEMO_ROWS = 4
 QUESTION_ID = "--question"
@@ -47,15 +53,15 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         manifest, limit = demo_jsonl, limit or DEMO_ROWS
         talk.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
     if manifest:
-        first_fault((manifest,))
+        require_usable_row((manifest,))
     samples = _manifest_rows(manifest, limit) if manifest else _asked(settings)
     output_path = _output_path(settings.output_path)
     where = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
     model_id, adapter = base_and_adapter(settings, *where)
-    settings = as_trained(settings, model_id, adapter)
+    settings = match_training_prompts(settings, model_id, adapter)
     _warn_about_idle_flags(settings, manifest, talk)
-    how = generation_of(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    model, num_tensors = load(how)
+    how = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    model, num_tensors = load_model(how)
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
     found: list[dict[str, Any]] = []
@@ -66,7 +72,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
             fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
             if fault:
                 num_failed += 1
-                print(f"{item.rows[0].source}: not answered: {reason_of(fault)}", file=sys.stderr, flush=True)
+                print(f"{item.rows[0].source}: not answered: {failure_reason(fault)}", file=sys.stderr, flush=True)
                 continue
             given = [answer for answer in answers if not isinstance(answer, Exception)]
             num_cut += any(answer.hit_max for answer in given)
@@ -86,7 +92,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
 
 
 def _warn_about_idle_flags(settings: InferSettings, manifest: str, talk: Console) -> None:
-    warn_about_idle_flags(settings, talk)
+    warn_about_unused_flags(settings, talk)
     idle = {"language": "rows of a manifest name their own"} if manifest else {"preview_rows": "it is for manifests"}
     if not (manifest or settings.audio_path):
         idle["language"] = "it is that of audio"
@@ -99,7 +105,7 @@ def _output_path(path: str) -> Path:
     """Where --output_path is; looked at before anything is answered."""
     if not path:
         return Path(os.devnull)
-    place = anchor(path, "", flag="--output_path")
+    place = resolve_output_dir(path, "", flag="--output_path")
     if place.is_dir():
         raise RunError(f"--output_path {place}: a folder; name a file")
     make_folder(place.parent, "--output_path")
@@ -107,15 +113,15 @@ def _output_path(path: str) -> Path:
 
 
 def _answered(
-    samples: Iterator[Sample], model: Any, how: Generation, settings: InferSettings
-) -> Iterator[tuple[Item, list[Generated | Exception]]]:
+    samples: Iterator[Sample], model: Any, how: InferenceConfig, settings: InferSettings
+) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """What is answered, with the answer to each of its rows."""
-    extractor = Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
+    extractor = Extractor(how.model_id, FeatureSpec(trim_audio=how.trim_audio))
     for items in _groups(samples, extractor, settings):
-        yield from answer_items(items, model, extractor.front_end, how)
+        yield from answer_requests(items, model, extractor.front_end, how)
 
 
-def _entry(item: Item, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
+def _entry(item: AnswerRequest, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
     """An answer with what is known of its row; with ``keys`` that is its reference and counts too."""
     row = item.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}
@@ -142,7 +148,7 @@ def _asked(settings: InferSettings) -> Iterator[Sample]:
         RunError, SettingsError: There is no such file, no audio in the folder, or no such language.
     """
     if not settings.audio_path:
-        return iter([sample_of(QUESTION_ID, settings.question)])
+        return iter([make_sample(QUESTION_ID, settings.question)])
     path = Path(settings.audio_path)
     if path.is_dir():
         try:
@@ -158,7 +164,7 @@ def _asked(settings: InferSettings) -> Iterator[Sample]:
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None
     sources = {name: clip if path.is_dir() else "--audio_path" for name, clip in clips.items()}
-    return (sample_of(name, settings.question, clip, language, sources[name]) for name, clip in clips.items())
+    return (make_sample(name, settings.question, clip, language, sources[name]) for name, clip in clips.items())
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
@@ -175,12 +181,12 @@ def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
             yield sample
 
 
-def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[Item]]:
+def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[AnswerRequest]]:
     """Features of the samples, a few batches at a time; samples without any are named on standard error."""
-    group: list[Item] = []
+    group: list[AnswerRequest] = []
     for sample in samples:
         try:
-            item = item_of(sample, extractor, settings.max_len)
+            item = make_request(sample, extractor, settings.max_len)
         except BadRow as error:
             if os.path.isfile(settings.audio_path):
                 raise RunError(f"--audio_path: {error}") from None

@@ -27,12 +27,12 @@ from voxray.core.storage import write_atomically
 from voxray.corpora.fetch import Source, bring, find_source
 from voxray.corpora.hub import is_intact, model_files, open_repository, walk
 from voxray.corpora.prepare.fingerprints import short_hash
-from voxray.corpora.select import AUDIO_SUFFIXES, Selection
+from voxray.corpora.select import AUDIO_SUFFIXES, RowFilter
 from voxray.features.from_settings import make_features
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.prefetch.lock_file import Lock, changed_source, damaged, describe, describe_many, refuse_changes
 from voxray.prefetch.plan import refuse_full_disk, show_plan
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 MODEL_ASKED = ("model_id", "model_revision", "hub")
 CORPUS_ASKED = ("dataset", "dataset_revision", "hub", "language", "splits")
@@ -52,7 +52,7 @@ def run_prefetch(settings: PrefetchSettings) -> dict[str, Any]:
     Raises:
         RunError, SettingsError: What the user has to put right.
     """
-    folder = anchor(settings.output_dir, settings.storage_path)
+    folder = resolve_output_dir(settings.output_dir, settings.storage_path)
     lock = Lock(folder)
     if settings.dry_run:
         show_plan(settings, folder, lock)
@@ -62,7 +62,7 @@ def run_prefetch(settings: PrefetchSettings) -> dict[str, Any]:
     make_folder(folder)
     _fetch_model(settings, folder, lock)
     if settings.features:
-        family_of(str(folder / "model"))  # refuses a model that nothing could be made for, before the long part
+        get_family(str(folder / "model"))  # refuses a model that nothing could be made for, before the long part
     # One Ray for both steps; what is done already does not start it.
     inputs = _fetch_corpus(settings, folder, lock)
     work = bool(inputs) or (settings.features and not _features_are_there(settings, folder, lock))
@@ -225,7 +225,7 @@ def _make_data(settings: PrefetchSettings, folder: Path, lock: Lock, inputs: tup
             shutil.rmtree(old)
     lock.begin("data", asked)
     root = inputs[0] if len(inputs) == 1 and inputs[0].is_dir() else Path(step.get("base") or folder / "raw" / "hub")
-    select = Selection(root, settings.language, settings.splits, settings.max_rows)
+    select = RowFilter(root, settings.language, settings.splits, settings.max_rows)
     outputs = {"train_output": data / MANIFESTS["train"]}
     outputs |= {"val_output": data / MANIFESTS["validation"]} if "validation" in settings.splits else {}
     outputs |= {"test_output": data / MANIFESTS["test"]} if "test" in settings.splits else {}

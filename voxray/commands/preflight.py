@@ -11,7 +11,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError
 from voxray.core.storage import write_json
 from voxray.preflight.check_run import Preflight
-from voxray.preflight.fit_settings import Decision
+from voxray.preflight.fit_settings import FittedSettings
 from voxray.preflight.report import launch_command, launch_values, memory_table, show_findings, shown, write_launch_file
 from voxray.runs.run_folder import provenance
 
@@ -31,14 +31,14 @@ def run_preflight(settings: Any, why: str = "") -> None:
     if why:
         flight.findings.add("ok", "recipe", why)
     flight.look()
-    command = tell(flight)
+    command = report_preflight(flight)
     if command and settings.autorun:
         console.print("starting it", markup=False)
         sys.stdout.flush()
         os.execv(command[0], command)  # its exit status is ours, and signals go to it
 
 
-def tell(flight: Preflight) -> list[str]:
+def report_preflight(flight: Preflight) -> list[str]:
     """Show and write what was found.
 
     Returns:
@@ -69,7 +69,7 @@ def tell(flight: Preflight) -> list[str]:
     return command
 
 
-def _write_launch(flight: Preflight, decision: Decision, folder: Path) -> list[str]:
+def _write_launch(flight: Preflight, decision: FittedSettings, folder: Path) -> list[str]:
     """Write the settings to launch: those asked for, with the changes."""
     before, after = flight.asked, decision.settings
     changed = {name for name in CHANGED if getattr(before, name) != getattr(after, name)}

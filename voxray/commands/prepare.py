@@ -19,19 +19,19 @@ from voxray.core.errors import RunError
 from voxray.core.storage import write_json
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
 from voxray.corpora.prepare.check_rows import ClipPlaces, Limits, RowChecker, run_checks, spool
-from voxray.corpora.prepare.write_manifests import Outcome, Outputs, write_manifests
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
-Rows = Iterator[ImportedRow | ImportFault]
+RowStream = Iterator[ImportedRow | ImportFault]
 
 
 def run_prepare_job(
     settings: PrepareSettings,
     *,
-    select: Callable[[Rows], Rows] = lambda rows: rows,
+    select: Callable[[RowStream], RowStream] = lambda rows: rows,
     work_dir: Path | None = None,
     use_ray: bool = True,
-) -> Outcome:
+) -> PrepareOutcome:
     """Read, check, split and write a corpus.
 
     Args:
@@ -45,7 +45,7 @@ def run_prepare_job(
     """
     names = ("train_output", "val_output", "test_output", "quarantine", "audio_output")
     given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    places = {name: anchor(path, settings.storage_path, flag=f"--{name}") for name, path in given.items()}
+    places = {name: resolve_output_dir(path, settings.storage_path, flag=f"--{name}") for name, path in given.items()}
     train, audio = places["train_output"], places.pop("audio_output", None)
     ledger = places.get("quarantine", train.with_name("quarantine.jsonl"))
     for path in (*places.values(), ledger):
@@ -64,7 +64,7 @@ def run_prepare_job(
         session = ray_session(train.parent / "ray.log", max(MIN_ACTORS, settings.num_actors))
         with session if use_ray else nullcontext(), progress_bar("checking") as bar:
             run_checks(paths, checker, num_actors=settings.num_actors, use_ray=use_ray, on_progress=bar.update)
-        outputs = Outputs(train, places.get("val_output"), ledger, places.get("test_output"))
+        outputs = OutputFiles(train, places.get("val_output"), ledger, places.get("test_output"))
         outcome = _write(settings, paths, outputs)
         finished = True
     finally:
@@ -99,7 +99,7 @@ def _limits(settings: PrepareSettings) -> Limits:
     return Limits(quality=quality, **{name: getattr(settings, name) for name in names})
 
 
-def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs) -> Outcome:
+def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -> PrepareOutcome:
     """Third pass; with a leak that is to be refused only the ledger appears."""
     keep = False
     try:
@@ -118,7 +118,7 @@ def _write(settings: PrepareSettings, paths: list[Path], outputs: Outputs) -> Ou
     return outcome
 
 
-def _summarise(settings: PrepareSettings, outcome: Outcome, train: Path, ledger: Path) -> None:
+def _summarise(settings: PrepareSettings, outcome: PrepareOutcome, train: Path, ledger: Path) -> None:
     kept = outcome.tally.as_dict()
     total = {"rows": sum(outcome.tally.rows.values()), "hours": round(sum(outcome.tally.seconds.values()) / 3600, 4)}
     names = ("train", "val", *(["test"] if settings.test_output else []))
@@ -137,7 +137,7 @@ def _summarise(settings: PrepareSettings, outcome: Outcome, train: Path, ledger:
     console.print(f"every row left out is in {ledger}", markup=False)
 
 
-def _refuse_leaks(settings: PrepareSettings, outcome: Outcome) -> None:
+def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:
     if settings.leaks == "refuse" and outcome.leaks:
         advice = "--leaks drop leaves those training rows out, --leaks allow keeps them"
         raise RunError(f"the validation rows leak into training ({outcome.leaks}); {advice}")

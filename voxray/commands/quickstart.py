@@ -18,14 +18,14 @@ from voxray.config.flag_groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
 from voxray.core.console import console
-from voxray.core.storage import Place, write_json
+from voxray.core.storage import AnyPath, write_json
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, read_predictions
-from voxray.features.from_settings import features_place, make_features
+from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
-from voxray.metrics.counts import as_row, count, metrics_of
-from voxray.runs.run_folder import anchor, make_folder
+from voxray.metrics.counts import as_row, compute_metrics, count
+from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 Values = dict[str, dict[str, float]]
 SHARED = ("model_id", "bf16", "fp16", "quantize", "max_len", *FeatureFlags.model_fields)
@@ -38,10 +38,10 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
     Returns:
         {"base", "tuned": {task: {metric: value}}, "seconds": {step: value}, and what they are compared with}.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     make_folder(output_dir)
     where = settings.features_dir or str(output_dir / "features")
-    features_dir = features_place(settings, where, settings.storage_path, flag="--features_dir")
+    features_dir = open_features_dir(settings, where, settings.storage_path, flag="--features_dir")
     shared: dict[str, Any] = {"features_dir": where if "://" in where else str(features_dir)}
     shared |= {name: getattr(settings, name) for name in SHARED}
     seconds: dict[str, float] = {}
@@ -114,7 +114,7 @@ def _values(metrics: dict[str, dict[str, dict[str, Any]]]) -> Values:
     return {task: {name: entry["value"] for name, entry in found.items()} for task, found in metrics.items()}
 
 
-def _most_frequent_answer(folders: dict[str, Place], settings: QuickstartSettings) -> Values:
+def _most_frequent_answer(folders: dict[str, AnyPath], settings: QuickstartSettings) -> Values:
     """What always giving the training data's most frequent answer would score; any learning has to beat it."""
     train = Features(folders[name] for name in settings.train_jsonl)
     held_out = Features(folders[name] for name in settings.val_jsonl)
@@ -124,7 +124,7 @@ def _most_frequent_answer(folders: dict[str, Place], settings: QuickstartSetting
         rows = (held_out.task == TASK_CODES[task]).nonzero()[0]
         if answers and len(rows):
             guess = answers.most_common(1)[0][0]
-            metrics = metrics_of(task, [as_row(count(held_out.row(row).answer, guess)) for row in rows])
+            metrics = compute_metrics(task, [as_row(count(held_out.row(row).answer, guess)) for row in rows])
             found[task] = {name: float(entry["value"]) for name, entry in metrics.items()}
     return found
 

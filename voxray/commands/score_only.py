@@ -12,8 +12,8 @@ from voxray.config.flag_groups import ScoreFlags
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.storage import to_jsonl, write_atomically, write_json
-from voxray.evaluation.predictions import BadLine, part_bytes, part_path, read_any, scored
-from voxray.runs.run_folder import anchor, make_folder, refuse_training_folder
+from voxray.evaluation.predictions import BadPrediction, part_bytes, part_path, read_any, scored
+from voxray.runs.run_folder import make_folder, refuse_training_folder, resolve_output_dir
 
 BAD_LINES_SHOWN = 20
 
@@ -37,7 +37,7 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
     Raises:
         RunError: No line is a prediction.
     """
-    output_dir = anchor(settings.output_dir, settings.storage_path)
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
     rows, bad = read_any(settings.score_only, "--score_only")
     task = settings.mode.partition("_")[2]
@@ -73,7 +73,7 @@ def _note_rules(path: Path, settings: EvaluateSettings) -> None:
 
 
 def _write_rows(
-    output_dir: Path, rows: Sequence[Mapping[str, Any]], bad: Sequence[BadLine], settings: EvaluateSettings
+    output_dir: Path, rows: Sequence[Mapping[str, Any]], bad: Sequence[BadPrediction], settings: EvaluateSettings
 ) -> None:
     """The rows as an evaluation's, for jobs/compare.py, in the place of any evaluation that was there."""
     predictions = output_dir / "predictions"

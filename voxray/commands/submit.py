@@ -20,7 +20,7 @@ import yaml
 
 from voxray.config.parse import REPOSITORY
 from voxray.config.submit import SubmitSettings
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 DONE = {"SUCCEEDED", "FAILED", "STOPPED"}
 STOPPED_STATUS = 130
@@ -143,4 +143,4 @@ class _Output:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return one_line(error, 300)

@@ -10,25 +10,25 @@ from typing import Any
 
 from voxray.cluster.session import ray_session
 from voxray.config.search_space import described
-from voxray.config.unused_flags import warn_about_idle_flags
+from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
-from voxray.core.manifest import first_fault
+from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
 from voxray.recipes.registry import refuse_other_family
-from voxray.recipes.salmonn import made_ready
-from voxray.runs.run_folder import anchor
+from voxray.recipes.salmonn import assemble_inputs
+from voxray.runs.run_folder import resolve_output_dir
 from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
 from voxray.sweep.queue import Queue
 from voxray.sweep.ray_tune import build_scheduler, concurrent_trials, run_on_tune, train_trial
 from voxray.sweep.report import write_report
-from voxray.sweep.results import Outcome, outcome_of, write_best, write_csv
+from voxray.sweep.results import SweepOutcome, summarise_trials, write_best, write_csv
 from voxray.sweep.search import refuse_missing_optuna
 from voxray.sweep.trials import Trial, read_trials
 from voxray.sweep.work import Sweep
 
 
-def run_sweep(settings: Any) -> Outcome:
+def run_sweep(settings: Any) -> SweepOutcome:
     """Run the sweep, or what is left of it, and write results.csv, best.yaml and report.html.
 
     Raises:
@@ -39,12 +39,12 @@ def run_sweep(settings: Any) -> Outcome:
         raise SettingsError("--val_jsonl: a sweep needs validation data to decide by")
     if settings.method == "optuna":
         refuse_missing_optuna()
-    output_dir = anchor(settings.output_dir, settings.storage_path)
-    base: Any = made_ready(settings) if settings.recipe == "salmonn" else settings
-    first_fault((*base.train_jsonl, *base.val_jsonl))
+    output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
+    base: Any = assemble_inputs(settings) if settings.recipe == "salmonn" else settings
+    require_usable_row((*base.train_jsonl, *base.val_jsonl))
     refuse_other_family(base)
     open_sweep(output_dir, settings)
-    warn_about_idle_flags(settings)
+    warn_about_unused_flags(settings)
     warn_of_few_validations(settings)
     num_workers = max(1, count_workers(settings.num_workers)[1])
     num_processes = num_workers * max(1, settings.max_concurrent_trials)
@@ -70,13 +70,13 @@ def run_sweep(settings: Any) -> Outcome:
     return conclude(settings, output_dir)
 
 
-def conclude(settings: Any, output_dir: Path) -> Outcome:
+def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
     """Write what the sweep came to, and say it.
 
     Raises:
         RunError: No trial has the metric.
     """
-    outcome = outcome_of(read_trials(output_dir), settings.metric, settings.mode, settings.top_k)
+    outcome = summarise_trials(read_trials(output_dir), settings.metric, settings.mode, settings.top_k)
     write_csv(output_dir / TABLE, outcome, list(settings.domains))
     write_report(output_dir / REPORT, settings, outcome)
     best, value = outcome.winner, outcome.winning_value

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from voxray.metrics.counts import ratio_of
+from voxray.metrics.counts import metric_ratio
 from voxray.metrics.names import headline, is_transcript
 
-Kind = Literal["equal", "substitute", "insert", "delete"]
-MARKS: dict[Kind, str] = {"equal": " ", "substitute": "S", "insert": "I", "delete": "D"}
+EditKind = Literal["equal", "substitute", "insert", "delete"]
+MARKS: dict[EditKind, str] = {"equal": " ", "substitute": "S", "insert": "I", "delete": "D"}
 GAP = "*"
 LENGTHS = {
     **{"empty": 0, "1-5 chars": 5, "6-10 chars": 10, "11-20 chars": 20, "21-50 chars": 50, "51-100 chars": 100},
@@ -24,16 +24,16 @@ LENGTHS = {
 
 
 @dataclass(frozen=True)
-class Step:
+class EditStep:
     """One step of an alignment: a unit of the reference against one of the prediction; "" where there is none."""
 
-    kind: Kind
+    kind: EditKind
     reference: str
     prediction: str
 
 
 @dataclass(frozen=True)
-class Tally:
+class ErrorTally:
     """Errors by what they are.
 
     Attributes:
@@ -49,19 +49,19 @@ class Tally:
     num_reference: int = 0
 
 
-def align(reference: Sequence[str], prediction: Sequence[str]) -> Iterator[Step]:
+def align(reference: Sequence[str], prediction: Sequence[str]) -> Iterator[EditStep]:
     """Align two sequences with the fewest edits, unit by unit."""
     for code in Levenshtein.opcodes(reference, prediction):
         left, right = reference[code.src_start : code.src_end], prediction[code.dest_start : code.dest_end]
         if code.tag in ("equal", "replace"):
-            kind: Kind = "equal" if code.tag == "equal" else "substitute"
-            yield from (Step(kind, one, other) for one, other in zip(left, right, strict=True))
+            kind: EditKind = "equal" if code.tag == "equal" else "substitute"
+            yield from (EditStep(kind, one, other) for one, other in zip(left, right, strict=True))
         else:
-            yield from (Step("insert", "", unit) for unit in right)
-            yield from (Step("delete", unit, "") for unit in left)
+            yield from (EditStep("insert", "", unit) for unit in right)
+            yield from (EditStep("delete", unit, "") for unit in left)
 
 
-def tally(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Tally:
+def tally(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> ErrorTally:
     """Count the errors of (reference, prediction) pairs, each a sequence of words or of characters."""
     substitutions: Counter[tuple[str, str]] = Counter()
     insertions: Counter[str] = Counter()
@@ -76,10 +76,10 @@ def tally(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> Tally:
                 insertions[step.prediction] += 1
             elif step.kind == "delete":
                 deletions[step.reference] += 1
-    return Tally(substitutions, insertions, deletions, num_reference)
+    return ErrorTally(substitutions, insertions, deletions, num_reference)
 
 
-def pieces(reference: str, prediction: str, *, by_word: bool = False) -> list[tuple[Kind, str, str]]:
+def pieces(reference: str, prediction: str, *, by_word: bool = False) -> list[tuple[EditKind, str, str]]:
     """Two texts as runs of equal, substituted, added and missing units, for showing them in colour.
 
     Args:
@@ -154,7 +154,7 @@ def row_errors(task: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """
     if is_transcript(task):
         return columns["solid_edits"] / np.maximum(columns["solid_ref"], 1)
-    ratio = ratio_of(task, headline(task), columns)
+    ratio = metric_ratio(task, headline(task), columns)
     assert ratio is not None
     return 1 - ratio.top / ratio.bottom
 

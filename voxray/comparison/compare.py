@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from voxray.comparison.alignments import changed_rows, length_slices
-from voxray.comparison.evaluations import Matched, Row, Rules, Run, parts_of
-from voxray.comparison.significance import ALPHA, Difference, compare_rows, holm, interval_of, units_of
+from voxray.comparison.evaluations import Evaluation, MatchedEvaluations, ScoredRow, ScoringRules, metric_contributions
+from voxray.comparison.significance import ALPHA, Difference, compare_rows, holm, metric_intervals, resampling_units
 from voxray.core.tasks import TASKS
-from voxray.evaluation.slices import slices_of
+from voxray.evaluation.slices import slice_rows
 from voxray.metrics.bootstrap import Groups
 from voxray.metrics.names import headline, higher_is_better
-from voxray.metrics.overall import figures, score_of
+from voxray.metrics.overall import figures, headline_score
 
 MIN_SLICE_ROWS = 5
 MAX_SLICES = 60  # values of one slice, of the speakers say; the largest are taken
@@ -37,8 +37,8 @@ class TaskComparison:
     """
 
     task: str
-    rows: tuple[tuple[Row, ...], ...]
-    rules: Rules
+    rows: tuple[tuple[ScoredRow, ...], ...]
+    rules: ScoringRules
     units: Groups
     values: Mapping[str, list[tuple[float, tuple[float, float] | None]]]
     pairs: Mapping[tuple[int, int], Mapping[str, Difference]]
@@ -92,7 +92,7 @@ def way(metric: str, difference: float, is_shown: bool = True) -> int:
     return 0 if not (is_shown and difference) else 1 if (difference > 0) == higher_is_better(metric) else -1
 
 
-def compare_tasks(matched: Matched, *, seed: int, num_resamples: int) -> list[TaskComparison]:
+def compare_tasks(matched: MatchedEvaluations, *, seed: int, num_resamples: int) -> list[TaskComparison]:
     """Compare all runs with each other, task by task."""
     found = []
     for task in TASKS:
@@ -103,10 +103,10 @@ def compare_tasks(matched: Matched, *, seed: int, num_resamples: int) -> list[Ta
 
 
 def _compare_task(
-    task: str, rows: tuple[tuple[Row, ...], ...], rules: Rules, seed: int, num_resamples: int
+    task: str, rows: tuple[tuple[ScoredRow, ...], ...], rules: ScoringRules, seed: int, num_resamples: int
 ) -> TaskComparison:
-    metrics, parts = parts_of(task, rows, rules)
-    units = units_of([row.values for row in rows[0]])
+    metrics, parts = metric_contributions(task, rows, rules)
+    units = resampling_units([row.values for row in rows[0]])
     options = {"seed": seed, "num_resamples": num_resamples}
     pairs: dict[tuple[int, int], dict[str, Difference]] = {}
     values: dict[str, list[Any]] = {}
@@ -114,7 +114,7 @@ def _compare_task(
         differences = compare_rows(parts[one], parts[other], units, **options)
         pairs[one, other] = {name: entry for name, entry in zip(metrics, differences, strict=True) if entry}
     if len(rows) == 1:
-        own = zip(metrics, interval_of(parts[0], units, **options), strict=True)
+        own = zip(metrics, metric_intervals(parts[0], units, **options), strict=True)
         values = {name: [(entry.first, entry.first_interval)] for name, entry in own if entry}
     for (one, other), differences in pairs.items():
         for name, entry in differences.items():
@@ -137,12 +137,12 @@ def compare_slices(found: Sequence[TaskComparison], *, seed: int, num_resamples:
     """Each run against the first on every slice of every task; with a single run, its own values by slice."""
     entries: list[tuple[str, str, str, int, Difference]] = []
     for task in found:
-        names, parts = parts_of(task.task, task.rows, task.rules)
+        names, parts = metric_contributions(task.task, task.rows, task.rules)
         if headline(task.task) not in names:
             continue
         column = slice(names.index(headline(task.task)), names.index(headline(task.task)) + 1)
         for slice_name, value, places in _slices(task.rows[0]):
-            units = units_of([task.rows[0][at].values for at in places])
+            units = resampling_units([task.rows[0][at].values for at in places])
             cut = [(top[places, column], bottom[places, column]) for top, bottom in parts]
             for run in range(1, len(cut)) or (0,):
                 difference = compare_rows(cut[0], cut[run], units, seed=seed, num_resamples=num_resamples)[0]
@@ -156,9 +156,9 @@ def compare_slices(found: Sequence[TaskComparison], *, seed: int, num_resamples:
     return [SliceComparison(*entry, adjusted=p) for entry, p in zip(entries, raised, strict=True)]
 
 
-def _slices(rows: Sequence[Row]) -> Iterator[tuple[str, str, np.ndarray]]:
+def _slices(rows: Sequence[ScoredRow]) -> Iterator[tuple[str, str, np.ndarray]]:
     """(slice, label, row numbers) of the slices that divide the rows; of a slice with very many labels the largest."""
-    found = {**slices_of([row.values for row in rows]), **length_slices([row.reference for row in rows])}
+    found = {**slice_rows([row.values for row in rows]), **length_slices([row.reference for row in rows])}
     for name, labels in found.items():
         if len(labels) > 1:
             kept = set(sorted(labels, key=lambda label: -len(labels[label]))[:MAX_SLICES])
@@ -172,12 +172,12 @@ def overall(found: Sequence[TaskComparison]) -> dict[str, list[float]]:
     tasks = [task for task in found if headline(task.task) in task.values]
     if not tasks:
         return {}
-    scores = [[score_of(task.task, value) for value, _ in task.values[headline(task.task)]] for task in tasks]
+    scores = [[headline_score(task.task, value) for value, _ in task.values[headline(task.task)]] for task in tasks]
     weights = np.array([len(task.rows[0]) for task in tasks])
     return {name: [float(value) for value in values] for name, values in figures(np.array(scores), weights).items()}
 
 
-def summary(runs: Sequence[Run], found: Sequence[TaskComparison], run: int) -> str:
+def summary(runs: Sequence[Evaluation], found: Sequence[TaskComparison], run: int) -> str:
     """The tasks on which a run is better than the first, and those on which it is worse."""
     ways = {task.task: task.way(run, headline(task.task)) for task in found if headline(task.task) in task.values}
     words = {1: "better on", -1: "worse on", 0: "no difference can be shown on"}
@@ -186,7 +186,7 @@ def summary(runs: Sequence[Run], found: Sequence[TaskComparison], run: int) -> s
     return f"{runs[run].label} against {runs[0].label}: {'; '.join(parts) or 'no task has a figure to compare'}"
 
 
-def slice_verdicts(runs: Sequence[Run], slices: Sequence[SliceComparison], run: int) -> list[str]:
+def slice_verdicts(runs: Sequence[Evaluation], slices: Sequence[SliceComparison], run: int) -> list[str]:
     """A sentence per task: in how many slices is a run better or worse than the first, and in which worse."""
     said = []
     for task in dict.fromkeys(entry.task for entry in slices):
@@ -212,7 +212,7 @@ def _named(entries: Sequence[SliceComparison]) -> str:
     return f" ({'; '.join([*shown, *more])})"
 
 
-def verdicts(runs: Sequence[Run], found: Sequence[TaskComparison], run: int) -> list[str]:
+def verdicts(runs: Sequence[Evaluation], found: Sequence[TaskComparison], run: int) -> list[str]:
     """A sentence per task: is a run better than the first, by how much, and how sure is that."""
     names = {task.task: headline(task.task) for task in found}
     judged = [task for task in found if names[task.task] in task.values]
@@ -245,7 +245,7 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def interference(runs: Sequence[Run], found: Sequence[TaskComparison]) -> list[str]:
+def interference(runs: Sequence[Evaluation], found: Sequence[TaskComparison]) -> list[str]:
     """A sentence per run and task on the rows that it broke and mended."""
     said = []
     for run in range(1, len(runs)):
@@ -262,8 +262,8 @@ def interference(runs: Sequence[Run], found: Sequence[TaskComparison]) -> list[s
 
 
 def as_json(
-    runs: Sequence[Run],
-    matched: Matched,
+    runs: Sequence[Evaluation],
+    matched: MatchedEvaluations,
     found: Sequence[TaskComparison],
     slices: Sequence[SliceComparison],
     *,

@@ -12,14 +12,14 @@ from rapidfuzz.distance import Levenshtein
 
 from voxray.comparison.alignments import length_slices, row_errors
 from voxray.comparison.significance import Parts
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import labelled, read_predictions
 from voxray.evaluation.score import counted, read_terms
-from voxray.evaluation.slices import slices_of
+from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
-from voxray.metrics.rows import check_row, count_row, normalizer_of_row, readings_of, references_of
+from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.text.normalize import ENGLISH, Normalizer, english_with
 
 NO_MATTER = {
@@ -31,7 +31,7 @@ NO_MATTER = {
 
 
 @dataclass(frozen=True)
-class Rules:
+class ScoringRules:
     """What counting needs beside the texts, as ``--english_spelling`` and ``--terms`` of the evaluation gave it."""
 
     english: Normalizer = ENGLISH
@@ -39,7 +39,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """One answer, counted.
 
     Attributes:
@@ -65,7 +65,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Run:
+class Evaluation:
     """One evaluation.
 
     Attributes:
@@ -79,10 +79,10 @@ class Run:
 
     folder: Path
     label: str
-    rows: tuple[Row, ...]
+    rows: tuple[ScoredRow, ...]
     metrics: Mapping[str, Any]
     settings: Mapping[str, Any]
-    rules: Rules = Rules()
+    rules: ScoringRules = ScoringRules()
 
     @property
     def normalizer(self) -> str:
@@ -92,7 +92,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedEvaluations:
     """The rows that all runs have.
 
     Attributes:
@@ -102,25 +102,25 @@ class Matched:
         rules: What all were counted by.
     """
 
-    rows: tuple[tuple[Row, ...], ...]
+    rows: tuple[tuple[ScoredRow, ...], ...]
     key: str
     warnings: tuple[str, ...]
-    rules: Rules = Rules()
+    rules: ScoringRules = ScoringRules()
 
 
-def read_runs(folders: Sequence[str]) -> list[Run]:
+def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
     """Read evaluations and count their answers, all by the rules of the first.
 
     Raises:
         RunError: A folder holds none, an unfinished or a damaged one.
     """
-    labels = labels_of(folders)
-    first = read_run(Path(folders[0]), labels[0])
+    labels = short_labels(folders)
+    first = read_evaluation(Path(folders[0]), labels[0])
     others = zip(folders[1:], labels[1:], strict=True)
-    return [first, *(read_run(Path(folder), label, first.rules) for folder, label in others)]
+    return [first, *(read_evaluation(Path(folder), label, first.rules) for folder, label in others)]
 
 
-def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
+def read_evaluation(folder: Path, label: str = "", rules: ScoringRules | None = None) -> Evaluation:
     """Read one evaluation and count its answers.
 
     Args:
@@ -137,7 +137,7 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
     try:
         stored = labelled(read_predictions(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{folder / 'predictions'}: damaged: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{folder / 'predictions'}: damaged: {one_line(error, 200)}") from None
     if not stored:
         raise RunError(f"{folder}: this evaluation answered no row that has a text to compare with")
     for at, row in enumerate(stored, start=1):
@@ -150,8 +150,8 @@ def read_run(folder: Path, label: str = "", rules: Rules | None = None) -> Run:
                 f"{folder}: metrics.json is of {said} {task} rows, but {there} are in predictions/: the evaluation has "
                 "not finished; start it again to go on"
             )
-    rules = rules or rules_of(settings)
-    return Run(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
+    rules = rules or scoring_rules(settings)
+    return Evaluation(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
 
 
 def _has_answers(folder: Path) -> bool:
@@ -172,9 +172,9 @@ def _what_instead(folder: Path) -> str:
     )
 
 
-def rules_of(settings: Mapping[str, Any]) -> Rules:
+def scoring_rules(settings: Mapping[str, Any]) -> ScoringRules:
     """The rules of an evaluation; without a file that is no longer there, which the report then shows."""
-    rules = Rules()
+    rules = ScoringRules()
     with suppress(RunError):
         if settings.get("english_spelling"):
             rules = replace(rules, english=english_with(settings["english_spelling"]))
@@ -190,13 +190,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: damaged: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path}: damaged: {one_line(error)}") from None
     if not isinstance(found, dict):
         raise RunError(f"{path}: holds a {type(found).__name__}, not keys and values")
     return found
 
 
-def labels_of(folders: Sequence[str]) -> list[str]:
+def short_labels(folders: Sequence[str]) -> list[str]:
     """Short names that tell folders apart: the last parts of their paths, as many as it takes."""
     paths = [Path(folder).parts for folder in folders]
     for size in range(1, max(map(len, paths)) + 1):
@@ -206,16 +206,16 @@ def labels_of(folders: Sequence[str]) -> list[str]:
     return [str(Path(folder)) for folder in folders]
 
 
-def counted_rows(stored: Sequence[Mapping[str, Any]], rules: Rules) -> list[Row]:
+def counted_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list[ScoredRow]:
     """Count prediction rows from their raw texts, whatever version of the counts is stored beside them."""
-    rows: list[Row] = []
+    rows: list[ScoredRow] = []
     for task in TASKS:
         of_task = [values for values in stored if values["task"] == task]
         if not of_task:
             continue
         texts = [_normal_texts(values, rules.english) for values in of_task]
         slices: list[dict[str, str]] = [{} for _ in of_task]
-        for name, parts in {**slices_of(of_task), **length_slices([reference for reference, _ in texts])}.items():
+        for name, parts in {**slice_rows(of_task), **length_slices([reference for reference, _ in texts])}.items():
             for label, at in ((label, at) for label, places in parts.items() for at in places):
                 slices[at][name] = label
         counts = [as_row(count_row(values, rules.english)) for values in of_task]
@@ -223,21 +223,21 @@ def counted_rows(stored: Sequence[Mapping[str, Any]], rules: Rules) -> list[Row]
         for values, (reference, prediction), numbers, error, own in zip(
             of_task, texts, counts, errors, slices, strict=True
         ):
-            rows.append(Row(values, reference, prediction, numbers, float(error), bool(numbers["exact"]), own))
+            rows.append(ScoredRow(values, reference, prediction, numbers, float(error), bool(numbers["exact"]), own))
     return rows
 
 
 def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, str]:
     """Normalised reference and prediction as they are shown; of several references the closest."""
-    normalize = normalizer_of_row(values, english).normalize
-    references = references_of(values)
+    normalize = row_normalizer(values, english).normalize
+    references = row_references(values)
     if len(references) == 1 and is_transcript(values["task"]):
-        references = readings_of(values)[:1]
+        references = row_readings(values)[:1]
     prediction = normalize(values["prediction"])
     return min(map(normalize, references), key=lambda text: Levenshtein.distance(text, prediction)), prediction
 
 
-def match(runs: Sequence[Run]) -> Matched:
+def match(runs: Sequence[Evaluation]) -> MatchedEvaluations:
     """Find the rows that all runs have: by manifest and line, or, where the manifests have moved, by id.
 
     Rows whose reference differs between runs are left out: they were not asked the same.
@@ -257,7 +257,7 @@ def match(runs: Sequence[Run]) -> Matched:
     prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in same)
     if prompts:
         warnings.append(f"{prompts} of {len(same)} matched rows were asked with other prompts")
-    return Matched(
+    return MatchedEvaluations(
         tuple(tuple(table[entry] for entry in same) for table in tables),
         key,
         (*warnings, *_unlike(runs)),
@@ -265,20 +265,20 @@ def match(runs: Sequence[Run]) -> Matched:
     )
 
 
-def _asked(row: Row, rules: Rules) -> frozenset[str]:
-    """All references of a row, normalised: of several, ``Row.reference`` is the one closest to this run's answer."""
-    return frozenset(map(normalizer_of_row(row.values, rules.english).normalize, references_of(row.values)))
+def _asked(row: ScoredRow, rules: ScoringRules) -> frozenset[str]:
+    """All normalised references of a row; ``ScoredRow.reference`` is only the one closest to this run's answer."""
+    return frozenset(map(row_normalizer(row.values, rules.english).normalize, row_references(row.values)))
 
 
-def _tasks(run: Run) -> list[str]:
+def _tasks(run: Evaluation) -> list[str]:
     return [task for task in TASKS if any(row.task == task for row in run.rows)]
 
 
-def _keyed(runs: Sequence[Run], key: str) -> list[dict[tuple[str, str], Row]]:
+def _keyed(runs: Sequence[Evaluation], key: str) -> list[dict[tuple[str, str], ScoredRow]]:
     """Rows by task and source or id; of rows with the same one, the first."""
-    tables: list[dict[tuple[str, str], Row]] = []
+    tables: list[dict[tuple[str, str], ScoredRow]] = []
     for run in runs:
-        table: dict[tuple[str, str], Row] = {}
+        table: dict[tuple[str, str], ScoredRow] = {}
         for row in run.rows:
             if row.values.get(key):
                 table.setdefault((row.task, row.values[key]), row)
@@ -286,12 +286,15 @@ def _keyed(runs: Sequence[Run], key: str) -> list[dict[tuple[str, str], Row]]:
     return tables
 
 
-def _common(tables: Sequence[Mapping[tuple[str, str], Row]]) -> list[tuple[str, str]]:
+def _common(tables: Sequence[Mapping[tuple[str, str], ScoredRow]]) -> list[tuple[str, str]]:
     return [entry for entry in tables[0] if all(entry in table for table in tables[1:])]
 
 
 def _row_warnings(
-    runs: Sequence[Run], tables: Sequence[Mapping[Any, Row]], num_common: int, same: Sequence[tuple[str, str]]
+    runs: Sequence[Evaluation],
+    tables: Sequence[Mapping[Any, ScoredRow]],
+    num_common: int,
+    same: Sequence[tuple[str, str]],
 ) -> Iterator[str]:
     if any(len(run.rows) != len(same) for run in runs):
         sizes = ", ".join(f"{run.label} {len(run.rows)}" for run in runs)
@@ -308,12 +311,12 @@ def _row_warnings(
             yield f"{run.label} gave the same answer as {runs[0].label} to every row: are they the same model?"
 
 
-def _unlike(runs: Sequence[Run]) -> Iterator[str]:
+def _unlike(runs: Sequence[Evaluation]) -> Iterator[str]:
     """Settings in which runs differ that are meant to differ in the model alone."""
     for run in runs:
         own, now = (
             run.metrics.get("normalizer"),
-            {normalizer_of_row(row.values, run.rules.english).name for row in run.rows},
+            {row_normalizer(row.values, run.rules.english).name for row in run.rows},
         )
         if own and isinstance(own, dict) and set(own) != now:
             used = f"normalised by {' and '.join(sorted(own))}, here by {' and '.join(sorted(now))}"
@@ -323,7 +326,7 @@ def _unlike(runs: Sequence[Run]) -> Iterator[str]:
         yield f"--{name} differs: {shown}"
 
 
-def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+def differing_settings(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
     """{flag: value per run} of the settings that decide what is answered and are not the same in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in NO_MATTER)
     found = {name: [_shown(run.settings.get(name)) for run in runs] for name in names}
@@ -332,7 +335,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return found
 
 
-def training_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+def training_differences(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
     """{flag: value per run} of the settings their adapters were trained with, where these differ; "" for no adapter."""
     trained = [_training_of(run) for run in runs]
     names = dict.fromkeys(name for own in trained for name in own if name not in NO_MATTER - {"seed"})
@@ -340,7 +343,7 @@ def training_differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if len(set(values) - {""}) > 1}
 
 
-def _training_of(run: Run) -> Mapping[str, Any]:
+def _training_of(run: Evaluation) -> Mapping[str, Any]:
     """Settings of the training that a run's adapter came from: beside it, or above one of its checkpoints."""
     adapter = Path(run.settings.get("lora_dir") or "")
     for place in (adapter, *adapter.parents)[:3] if adapter.name else ():
@@ -359,7 +362,9 @@ def _shown(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def parts_of(task: str, runs: Sequence[Sequence[Row]], rules: Rules) -> tuple[list[str], list[Parts]]:
+def metric_contributions(
+    task: str, runs: Sequence[Sequence[ScoredRow]], rules: ScoringRules
+) -> tuple[list[str], list[Parts]]:
     """What the rows of a task add to metrics, run by run.
 
     Returns:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray.comparison.alignments import Tally, tally
+from voxray.comparison.alignments import ErrorTally, tally
 from voxray.comparison.compare import (
     SliceComparison,
     TaskComparison,
@@ -15,7 +15,7 @@ from voxray.comparison.compare import (
     summary,
     verdicts,
 )
-from voxray.comparison.evaluations import Matched, Row, Run, read_run
+from voxray.comparison.evaluations import Evaluation, MatchedEvaluations, ScoredRow, read_evaluation
 from voxray.comparison.report_rows import as_script, page_rows
 from voxray.comparison.report_tables import about, differences, overview, runs_table, slice_table
 from voxray.core.storage import write_atomically, write_json
@@ -37,16 +37,16 @@ LEGEND = (
 
 
 def write_report(output_dir: Path, **how: Any) -> dict[str, Any]:
-    """Write report.html and errors.json of a finished evaluation into its folder, see ``report_run``.
+    """Write report.html and errors.json of a finished evaluation into its folder, see ``report_evaluation``.
 
     Raises:
         RunError: There is no finished evaluation.
     """
-    return report_run(read_run(output_dir), output_dir, **how)
+    return report_evaluation(read_evaluation(output_dir), output_dir, **how)
 
 
-def report_run(
-    run: Run,
+def report_evaluation(
+    run: Evaluation,
     folder: Path,
     *,
     seed: int = 0,
@@ -66,9 +66,11 @@ def report_run(
     Returns:
         What errors.json holds: {task: {"units": {word or character: see ``tally_json``}, "worst", "slices"}}.
     """
-    found = compare_tasks(Matched((run.rows,), "source", (), run.rules), seed=seed, num_resamples=num_resamples)
+    found = compare_tasks(
+        MatchedEvaluations((run.rows,), "source", (), run.rules), seed=seed, num_resamples=num_resamples
+    )
     slices = compare_slices(found, seed=seed, num_resamples=num_resamples)
-    tallies = {task.task: tallies_of(task.rows[0], task.task) for task in found}
+    tallies = {task.task: tally_errors(task.rows[0], task.task) for task in found}
     errors = {task.task: _errors_json(task, tallies[task.task], slices, top) for task in found}
     parts = [
         f"<h1>Evaluation: {escaped(run.label)}</h1>{about([run])}",
@@ -86,8 +88,8 @@ def report_run(
 
 def write_comparison(
     path: Path,
-    runs: Sequence[Run],
-    matched: Matched,
+    runs: Sequence[Evaluation],
+    matched: MatchedEvaluations,
     found: Sequence[TaskComparison],
     slices: Sequence[SliceComparison],
     *,
@@ -121,7 +123,7 @@ def write_comparison(
     write_atomically(path, _page(f"voxray comparison: {', '.join(heads)}", parts))
 
 
-def tallies_of(rows: Sequence[Row], task: str) -> dict[str, Tally]:
+def tally_errors(rows: Sequence[ScoredRow], task: str) -> dict[str, ErrorTally]:
     """Errors of a task's rows by word and, for transcripts, by character without spaces."""
     found = {"word": tally((row.reference.split(), row.prediction.split()) for row in rows)}
     if is_transcript(task):
@@ -133,7 +135,7 @@ def _solid(text: str) -> str:
     return text.replace(" ", "")
 
 
-def tally_json(entry: Tally, top: int) -> dict[str, Any]:
+def tally_json(entry: ErrorTally, top: int) -> dict[str, Any]:
     """The most frequent errors of each kind, and how many there are in all."""
     substitutions = [
         {"reference": one, "prediction": other, "times": times}
@@ -151,7 +153,7 @@ def tally_json(entry: Tally, top: int) -> dict[str, Any]:
 
 
 def _errors_json(
-    task: TaskComparison, tallies: Mapping[str, Tally], slices: Sequence[SliceComparison], top: int
+    task: TaskComparison, tallies: Mapping[str, ErrorTally], slices: Sequence[SliceComparison], top: int
 ) -> dict[str, Any]:
     """A task's part of errors.json."""
     worst = sorted((row for row in task.rows[0] if row.error > 0), key=lambda row: -row.error)[:top]
@@ -178,7 +180,7 @@ def _list(sentences: Sequence[str], kind: str) -> str:
     return f'<ul class="{kind}">' + "".join(f"<li>{escaped(text)}</li>" for text in sentences) + "</ul>"
 
 
-def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
+def _cards(run: Evaluation, found: Sequence[TaskComparison]) -> str:
     cards = {"rows": f"{len(run.rows):,}", "right to the letter": f"{sum(row.exact for row in run.rows):,}"}
     for task in found:
         name = headline(task.task)
@@ -188,7 +190,7 @@ def _cards(run: Run, found: Sequence[TaskComparison]) -> str:
     return f'<div class="cards">{shown}</div>'
 
 
-def _metrics(run: Run, found: Sequence[TaskComparison]) -> str:
+def _metrics(run: Evaluation, found: Sequence[TaskComparison]) -> str:
     """What metrics.json holds, but sums over rows counted anew, so that all figures of a page agree."""
     own = {(task.task, name): values[0] for task in found for name, values in task.values.items()}
     stored = {
@@ -220,7 +222,7 @@ def _direction(metric: str) -> str:
         return ""
 
 
-def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
+def _charts(runs: Sequence[Evaluation], found: Sequence[TaskComparison], slices: Sequence[SliceComparison]) -> str:
     pictures = []
     for task in found:
         name = headline(task.task)
@@ -237,7 +239,9 @@ def _charts(runs: Sequence[Run], found: Sequence[TaskComparison], slices: Sequen
     return f'<div class="charts">{"".join(pictures)}</div>'
 
 
-def _histogram(runs: Sequence[Run], task: TaskComparison) -> tuple[list[str], list[tuple[str, Sequence[Value | None]]]]:
+def _histogram(
+    runs: Sequence[Evaluation], task: TaskComparison
+) -> tuple[list[str], list[tuple[str, Sequence[Value | None]]]]:
     names = ["0", *(f"to {edge:g}" for edge in ERROR_EDGES[1:]), f"over {ERROR_EDGES[-1]:g}"]
     series: list[tuple[str, Sequence[Value | None]]] = []
     for run, rows in zip(runs, task.rows, strict=True):
@@ -258,7 +262,7 @@ def _slice_value(entries: Sequence[SliceComparison], label: str, run: int) -> Va
     return None
 
 
-def _errors(task: str, tallies: Mapping[str, Tally], top: int) -> str:
+def _errors(task: str, tallies: Mapping[str, ErrorTally], top: int) -> str:
     parts = []
     for unit, entry in tallies.items():
         tables = [
@@ -285,7 +289,9 @@ def _short(unit: str) -> str:
     return unit if len(unit) <= LONGEST_WORD else f"{unit[:LONGEST_WORD]}\u2026 ({len(unit):,} characters)"
 
 
-def _explorer(runs: Sequence[Run], found: Sequence[TaskComparison], max_rows: int, embed_audio_mib: int) -> list[str]:
+def _explorer(
+    runs: Sequence[Evaluation], found: Sequence[TaskComparison], max_rows: int, embed_audio_mib: int
+) -> list[str]:
     rows = [[row for task in found for row in task.rows[at]] for at in range(len(runs))]
     kept, left, clips = page_rows(rows, max_rows=max_rows, embed_audio_mib=embed_audio_mib)
     data = as_script({"runs": [run.label for run in runs], "rows": kept, "left": left})

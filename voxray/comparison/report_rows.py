@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from voxray.comparison.alignments import pieces
-from voxray.comparison.evaluations import Row
+from voxray.comparison.evaluations import ScoredRow
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Sample, parse_row
-from voxray.evaluation.slices import duration_of
+from voxray.core.units import MIB
+from voxray.evaluation.slices import clip_seconds
 from voxray.metrics.names import is_transcript
 
-MIB = 1 << 20
 MEDIA_TYPES = {
     **{"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "opus": "audio/ogg"},
     **{"m4a": "audio/mp4", "mp4": "audio/mp4", "aac": "audio/aac", "webm": "audio/webm"},
@@ -24,7 +24,7 @@ EMBEDDABLE_SECONDS_PER_MIB = 32.0  # of WAV at 16 kHz
 
 
 def page_rows(
-    rows: Sequence[Sequence[Row]], *, max_rows: int, embed_audio_mib: int
+    rows: Sequence[Sequence[ScoredRow]], *, max_rows: int, embed_audio_mib: int
 ) -> tuple[list[dict[str, Any]], int, str]:
     """The rows as the page's script takes them, those with most errors or the largest changes first.
 
@@ -45,12 +45,12 @@ def page_rows(
     return found, len(order) - len(kept), said
 
 
-def _interest(answers: Sequence[Row]) -> float:
+def _interest(answers: Sequence[ScoredRow]) -> float:
     first = answers[0].error
     return max((abs(answer.error - first) for answer in answers[1:]), default=first)
 
 
-def _page_row(answers: Sequence[Row]) -> dict[str, Any]:
+def _page_row(answers: Sequence[ScoredRow]) -> dict[str, Any]:
     """One row; the names are short because there may be thousands (see ``report.js``)."""
     first = answers[0]
     values = first.values
@@ -64,7 +64,7 @@ def _page_row(answers: Sequence[Row]) -> dict[str, Any]:
         }
         for answer in answers
     ]
-    if seconds := duration_of(values):
+    if seconds := clip_seconds(values):
         row["s"] = round(seconds, 2)
     if not is_transcript(first.task):
         row["b"] = 1
@@ -73,7 +73,7 @@ def _page_row(answers: Sequence[Row]) -> dict[str, Any]:
     return row
 
 
-def _marked(row: Row) -> list[tuple[str, str, str]]:
+def _marked(row: ScoredRow) -> list[tuple[str, str, str]]:
     """Pieces of both texts, marked e, s, i or d; transcripts by character, answers by word."""
     found = pieces(row.reference, row.prediction, by_word=not is_transcript(row.task))
     return [(kind[0], reference, prediction) for kind, reference, prediction in found]
@@ -85,9 +85,9 @@ def as_script(value: Any) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _clips(rows: Sequence[Row], max_bytes: int) -> tuple[list[str], str]:
+def _clips(rows: Sequence[ScoredRow], max_bytes: int) -> tuple[list[str], str]:
     """Where each row's clip is: in the page itself, or its file's address; "" without one."""
-    samples = read_samples([row.values.get("source") or "" for row in rows if duration_of(row.values)])
+    samples = read_samples([row.values.get("source") or "" for row in rows if clip_seconds(row.values)])
     wanted = [samples.get(row.values.get("source") or "") for row in rows]
     found = [sample for sample in wanted if sample]
     if not found:

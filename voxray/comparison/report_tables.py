@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from voxray.comparison.compare import SliceComparison, TaskComparison, overall, p_text, signed
-from voxray.comparison.evaluations import Run, training_differences
+from voxray.comparison.evaluations import Evaluation, training_differences
 from voxray.core.tasks import TASKS
 from voxray.html.charts import Value, forest
 from voxray.html.page import Cell, escaped, table
@@ -13,7 +13,7 @@ from voxray.metrics.names import headline, higher_is_better
 DECODING = ("gen_max_new_tokens", "num_beams", "temperature", "top_p", "bf16", "fp16", "quantize", "max_len")
 
 
-def about(runs: Sequence[Run]) -> str:
+def about(runs: Sequence[Evaluation]) -> str:
     """What was evaluated, and how it decoded."""
     rows = []
     for run in runs:
@@ -25,7 +25,7 @@ def about(runs: Sequence[Run]) -> str:
     return table(["run", "model", "adapter", "decoding", "normaliser", "folder"], rows)
 
 
-def overview(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
+def overview(runs: Sequence[Evaluation], found: Sequence[TaskComparison]) -> str:
     """One row per run: its score over all tasks, each task's headline, and what its adapter was trained with."""
     tasks = [task for task in found if headline(task.task) in task.values]
     means, trained = overall(found), training_differences(runs)
@@ -46,7 +46,7 @@ def overview(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
     return table(heads, rows, "sortable runs", "overview") + f'<p class="note">{escaped(note + also)}</p>'
 
 
-def runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
+def runs_table(runs: Sequence[Evaluation], found: Sequence[TaskComparison]) -> str:
     """A table per task, runs down, metrics across."""
     tables = []
     for task in found:
@@ -65,7 +65,7 @@ def runs_table(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
     return "".join(tables)
 
 
-def _of_whole_sets(runs: Sequence[Run], task: TaskComparison) -> dict[str, list[float]]:
+def _of_whole_sets(runs: Sequence[Evaluation], task: TaskComparison) -> dict[str, list[float]]:
     """Metrics that are no sums over rows, from metrics.json, if every run has just the matched rows."""
     if any(sum(row.task == task.task for row in run.rows) != len(task.rows[0]) for run in runs):
         return {}
@@ -74,7 +74,7 @@ def _of_whole_sets(runs: Sequence[Run], task: TaskComparison) -> dict[str, list[
     return {name: [entry[name]["value"] for entry in entries] for name in names}
 
 
-def differences(runs: Sequence[Run], found: Sequence[TaskComparison]) -> str:
+def differences(runs: Sequence[Evaluation], found: Sequence[TaskComparison]) -> str:
     """Every metric of every run against the first: a picture of the headlines and a table of all."""
     pictures, rows = [], []
     for at in range(1, len(runs)):
@@ -111,7 +111,7 @@ def _p_cell(p: float) -> Cell:
     return Cell(p_text(p).removeprefix("p ").removeprefix("= "), p)
 
 
-def slice_table(runs: Sequence[Run], slices: Sequence[SliceComparison]) -> str:
+def slice_table(runs: Sequence[Evaluation], slices: Sequence[SliceComparison]) -> str:
     if not slices:
         return ""
     rows = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.metrics.bootstrap import NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
+from voxray.metrics.bootstrap import NUM_RESAMPLES, Groups, group_by_speaker, interval, resampled_sums, resamples_for
 
 ALPHA = 0.05
 """A difference is called one if its p-value is below this and its interval leaves out 0."""
@@ -53,12 +53,12 @@ class Difference:
         return self.p < ALPHA and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
-def units_of(rows: Sequence[Mapping[str, Any]]) -> Groups:
+def resampling_units(rows: Sequence[Mapping[str, Any]]) -> Groups:
     """What is drawn: speakers, or, where there are none or only a few, rows.
 
     With few speakers the answer is then about these speakers, not about others; whoever shows it has to say so.
     """
-    groups = groups_of(rows)
+    groups = group_by_speaker(rows)
     return groups if groups.num >= MIN_SPEAKERS else Groups(np.arange(len(rows)), len(rows), "utterance")
 
 
@@ -120,7 +120,7 @@ def compare_rows(
     return found
 
 
-def interval_of(
+def metric_intervals(
     run: Parts, units: Groups, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> list[Difference | None]:
     """The values and intervals of one run, as its comparison with itself."""

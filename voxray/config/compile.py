@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from voxray.config.evaluate import SalmonnBaseFlags
-from voxray.config.flag_groups import OutputFlags, Sizes
+from voxray.config.flag_groups import CommaCounts, OutputFlags
 from voxray.config.parse import Flag
 from voxray.config.salmonn_yaml import compiler_flags
 
@@ -15,7 +15,7 @@ from voxray.config.salmonn_yaml import compiler_flags
 class CompileSettings(OutputFlags, SalmonnBaseFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/compiled"
     """Folder to write to; it must be new or empty, unless --overwrite is given."""
-    windows: Annotated[Sizes, Flag(("batch_sizes", "batch_size_eval"))] = (1,)
+    windows: Annotated[CommaCounts, Flag(("batch_sizes", "batch_size_eval"))] = (1,)
     """Numbers of windows (30 s of audio each in the released models, so mostly one a clip) that are compiled, one
     program each, comma separated. Other numbers are heard in parts of these."""
     backend: Literal["aotinductor", "tensorrt"] = "aotinductor"

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from voxray.config.evaluate import AskedSalmonnFlags
-from voxray.config.flag_groups import CompiledFlags, OutputFlags, Sizes
+from voxray.config.flag_groups import CommaCounts, CompiledFlags, OutputFlags
 from voxray.config.parse import CommaStrings, Flag
 from voxray.config.salmonn_yaml import efficiency_flags
 from voxray.core.manifest import language_code
@@ -27,7 +27,7 @@ def _spoken(task: str) -> str:
 class EfficiencySettings(OutputFlags, AskedSalmonnFlags, CompiledFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/efficiency"
     """Folder for efficiency.json and efficiency.png."""
-    batch_sizes: Annotated[Sizes, Flag(("batch_size", "batch_size_eval"))] = (1, 4)
+    batch_sizes: Annotated[CommaCounts, Flag(("batch_size", "batch_size_eval"))] = (1, 4)
     """Clips that are answered together, comma separated; each is measured by itself."""
     clip_sec: Annotated[float, Field(gt=0, le=3600)] = 10.0
     """Length of the clip in seconds; it is noise, which takes as long to hear as speech."""

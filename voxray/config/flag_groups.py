@@ -42,7 +42,7 @@ def parse_range(value: Any, message: str) -> str | int | None:
     return f"{int(low)}:{int(high)}" if int(low) < int(high) else int(low)
 
 
-def range_of(value: str | int) -> tuple[int, int]:
+def as_range(value: str | int) -> tuple[int, int]:
     """Fewest and most of ``2`` or ``1:4``."""
     low, _, high = str(value).partition(":")
     return int(low), int(high or low)
@@ -129,7 +129,7 @@ def _sizes(value: Any) -> Any:
     return _numbers(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
-Sizes = Annotated[
+CommaCounts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...],
     BeforeValidator(_sizes),
     AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),

@@ -21,6 +21,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from voxray.core.errors import one_line
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
 DEMO_ASSETS = REPOSITORY / "tests" / "assets"
@@ -112,12 +114,12 @@ def flag_names(model: type[Settings]) -> dict[str, str]:
     """Map every accepted spelling (field names and aliases, with underscores) to its field."""
     names = {name: name for name in model.model_fields}
     for name, field in model.model_fields.items():
-        for alias in flag_of(field).aliases:
+        for alias in flag_metadata(field).aliases:
             names[alias.replace("-", "_")] = name
     return names
 
 
-def flag_of(field: FieldInfo) -> Flag:
+def flag_metadata(field: FieldInfo) -> Flag:
     """The field's ``Flag`` note, or an empty one."""
     return next((note for note in field.metadata if isinstance(note, Flag)), Flag())
 
@@ -175,14 +177,14 @@ def _same(model: type[Settings], name: str, first: Any, second: Any) -> bool:
     """Whether two spellings of a value mean the same, such as Korean and ko."""
     if first == second:
         return True
-    read = adapter_of(model.model_fields[name]).validate_python
+    read = field_adapter(model.model_fields[name]).validate_python
     try:
         return read(first) == read(second)
     except ValidationError:
         return False
 
 
-def adapter_of(field: FieldInfo) -> TypeAdapter[Any]:
+def field_adapter(field: FieldInfo) -> TypeAdapter[Any]:
     """What reads one value of a field, by itself."""
     kind: Any = field.annotation
     if field.metadata:
@@ -216,7 +218,7 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
     loaded = yaml_value(text)
     if not isinstance(loaded, dict):
         raise ValueError(f"holds a {type(loaded).__name__}, not keys and values")
@@ -233,7 +235,7 @@ def yaml_value(text: str) -> Any:
         return _SafeLoader(text).get_single_data()
     # The last four are what PyYAML lets through for dates that do not exist, wrong tags and very deep nesting.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
+        raise ValueError(one_line(error)) from None
 
 
 def _read_yaml(path: Path, model: type[Settings], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -275,7 +277,7 @@ def _validated(
     if settings is None or errors:
         _refuse(job, errors)
     for name in settings.model_fields_set:
-        reason = flag_of(model.model_fields[name]).no_effect
+        reason = flag_metadata(model.model_fields[name]).no_effect
         if reason:
             print(f"warning: --{name} has no effect: {reason}", file=sys.stderr, flush=True)
     return with_absolute_inputs(settings)
@@ -292,7 +294,7 @@ def with_absolute_inputs(settings: S) -> S:
     """Make relative inputs absolute: Ray's workers have other current directories than the person who typed them."""
     changed = {}
     for name, field in type(settings).model_fields.items():
-        kind, value = flag_of(field).path, getattr(settings, name)
+        kind, value = flag_metadata(field).path, getattr(settings, name)
         if kind in {"input", "model"} and value:
             make = _absolute_input if kind == "input" else _absolute_model
             changed[name] = tuple(map(make, value)) if isinstance(value, tuple) else make(value)
@@ -311,7 +313,7 @@ def _absolute_model(value: str) -> str:
 
 def _from_repository(model: type[Settings], name: str, value: Any) -> Any:
     """Demo recipes name the assets relative to the repository, wherever the job is started from."""
-    if flag_of(model.model_fields[name]).path not in {"input", "model"} or not value:
+    if flag_metadata(model.model_fields[name]).path not in {"input", "model"} or not value:
         return value
     parts = _split(value) if isinstance(value, str) else tuple(value)
     found = [str(REPOSITORY / part) if (REPOSITORY / part).exists() else part for part in parts]
@@ -335,7 +337,7 @@ def help_text(model: type[Settings], *, job: str, about: str, demo: str, words: 
     for name, field in model.model_fields.items():
         spelled = f"--{name} / --no_{name}" if _is_bool(field) else f"--{name} {_type_name(field.annotation)}"
         default = "required" if field.is_required() else f"default {_shown(field.default)}"
-        note = flag_of(field)
+        note = flag_metadata(field)
         lines.append(f"  {spelled}  ({default})")
         text = " ".join((field.description or "").split())
         if note.aliases:

@@ -12,7 +12,7 @@ from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
 from voxray.config.parse import Settings, read_yaml
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.core.tasks import TASKS, task_of
+from voxray.core.tasks import TASKS, detect_task
 
 LOOKED_AT_ROWS = 200
 """Rows of every manifest by which a recipe is chosen."""
@@ -158,6 +158,6 @@ def _tasks_of(manifests: Any) -> set[str]:
 def _row(line: bytes) -> str | None:
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-        return task_of(row).name if isinstance(row, dict) else None
+        return detect_task(row).name if isinstance(row, dict) else None
     except (ValueError, RecursionError):
         return None

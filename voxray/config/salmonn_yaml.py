@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Reading:
+class YamlReader:
     """What one of our jobs makes of such a file.
 
     Attributes:
@@ -92,7 +92,7 @@ SEARCH = tuple(
 DRAWS = ("generate.do_sample", "generate.temperature", "generate.top_p")
 TENSORRT = ("run.tensorrt", "run.optimization_level", "run.tensorrt_device", "run.jit_mode")
 
-TRAINER = Reading(
+TRAINER = YamlReader(
     "trains SALMONN",
     {
         **MODEL,
@@ -138,7 +138,7 @@ OF_TRAINING: Mapping[str, str] = {
     **dict.fromkeys(("model.lora_rank", "model.lora_alpha", "model.lora_dropout"), _CHECKPOINT),
     "run.output_dir": "it is the trainer's; --output_dir names this job's own folder",
 }
-EVALUATOR = Reading(
+EVALUATOR = YamlReader(
     "evaluates SALMONN",
     {
         **MODEL,
@@ -161,7 +161,7 @@ EVALUATOR = Reading(
     },
     {**ONE_MODEL, "generate.min_length": 1, "generate.repetition_penalty": 1.0, "generate.length_penalty": 1.0},
 )
-EFFICIENCY = Reading(
+EFFICIENCY = YamlReader(
     "measures SALMONN",
     {
         **MODEL,
@@ -183,7 +183,7 @@ EFFICIENCY = Reading(
 )
 
 
-COMPILER = Reading(
+COMPILER = YamlReader(
     "compiles SALMONN",
     {
         **MODEL,
@@ -242,7 +242,7 @@ def compiler_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], 
     return _flags(_dotted(loaded), path, COMPILER) if is_nested(loaded) else (loaded, [])
 
 
-def _flags(keys: Mapping[str, Any], path: Path, reading: Reading) -> tuple[dict[Any, Any], list[str]]:
+def _flags(keys: Mapping[str, Any], path: Path, reading: YamlReader) -> tuple[dict[Any, Any], list[str]]:
     """Keys as flags; those without effect are warned about on standard error, once for every reason.
 
     Returns:

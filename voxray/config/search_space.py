@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from voxray.config.parse import Settings, adapter_of, flag_names, flag_of, yaml_value
+from voxray.config.parse import Settings, field_adapter, flag_metadata, flag_names, yaml_value
 
 DIGITS = 4
 """Significant digits of a drawn number, so that people can read and repeat it."""
@@ -111,7 +111,7 @@ def parse_space(value: Any, trains: type[Settings]) -> dict[str, Domain]:
             faults.append(f"{key}: no flag of the training job")
         elif name in found:
             faults.append(f"{key}: given twice")
-        elif reason := FIXED.get(name) or flag_of(trains.model_fields[name]).no_effect:
+        elif reason := FIXED.get(name) or flag_metadata(trains.model_fields[name]).no_effect:
             faults.append(f"{key}: cannot be swept: {reason}")
         else:
             try:
@@ -175,7 +175,7 @@ def _checked(name: str, value: Any, trains: type[Settings]) -> Any:
     field = trains.model_fields[name]
     if isinstance(value, bool) and field.annotation is not bool:
         raise ValueError(f"{value!r}: is no switch")
-    read = adapter_of(field)
+    read = field_adapter(field)
     try:
         checked = read.validate_python(value)
     except ValidationError as error:
@@ -191,7 +191,7 @@ def as_yaml(domain: Domain) -> Any:
     return {domain.kind: list(domain.values)}
 
 
-def key_of(choice: Choice) -> str:
+def choice_key(choice: Choice) -> str:
     """What two equal choices have in common."""
     return json.dumps(choice, sort_keys=True, ensure_ascii=False)
 

@@ -2,15 +2,16 @@
 
 import os
 
-import torch
 from rich.console import Console
 
 from voxray.config.flag_groups import ModelFlags
 from voxray.core.console import console
 
 
-def warn_about_idle_flags(settings: ModelFlags, talk: Console = console) -> None:
+def warn_about_unused_flags(settings: ModelFlags, talk: Console = console) -> None:
     """Say which flags change nothing on this machine."""
+    import torch  # not at the top: settings are read before torch is imported, which takes seconds
+
     unused = {"lora_r", "lora_alpha", "lora_dropout"} if getattr(settings, "tuning", "") == "full" else set()
     for name in sorted(unused & settings.model_fields_set):
         talk.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)

@@ -8,6 +8,8 @@ import functools
 import sys
 from collections.abc import Callable
 
+MAX_MESSAGE_CHARS = 1000
+
 
 class RunError(Exception):
     """A run cannot go on; the message is the one line the user sees and names the file, line or flag."""
@@ -19,6 +21,38 @@ class SettingsError(ValueError):
 
 class Stopped(Exception):
     """The run saved itself and ended because it was asked to; status 130, so that `train && evaluate` ends too."""
+
+
+class BadRow(ValueError):
+    """A row that cannot be used.
+
+    Attributes:
+        reason: Short code that summaries count by, such as ``bad_json`` or ``audio_missing``.
+        message: One line of at most 1,000 characters, whatever values of the row it quotes.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(reason, message)
+        self.reason = reason
+        self.message = quoted_line(message)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def one_line(error: object, max_chars: int | None = None) -> str:
+    """Text of an error with every run of white space as one space.
+
+    Args:
+        max_chars: Cut the text to this many characters; None keeps all of it.
+    """
+    return " ".join(str(error).split())[:max_chars]
+
+
+def quoted_line(message: str) -> str:
+    """A message that quotes what was read, made fit for one line of a terminal or ledger."""
+    short = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
+    return "\\n".join(short.splitlines())
 
 
 def job(main: Callable[..., None]) -> Callable[..., None]:
@@ -44,29 +78,3 @@ def job(main: Callable[..., None]) -> Callable[..., None]:
 def _say(error: object, status: int) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return status
-
-
-MAX_MESSAGE_CHARS = 1000
-
-
-class BadRow(ValueError):
-    """A row that cannot be used.
-
-    Attributes:
-        reason: Short code that summaries count by, such as ``bad_json`` or ``audio_missing``.
-        message: One line of at most 1,000 characters, whatever values of the row it quotes.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
-        self.reason = reason
-        self.message = one_line(message)
-
-    def __str__(self) -> str:
-        return self.message
-
-
-def one_line(message: str) -> str:
-    """A message that quotes what was read, made fit for one line of a terminal or ledger."""
-    short = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
-    return "\\n".join(short.splitlines())

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from voxray.core.errors import BadRow, RunError
 from voxray.core.source import Segment, segment, segments
-from voxray.core.tasks import TASKS, Task, task_of
+from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
 """A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
@@ -208,7 +208,7 @@ def check_values(row: dict[str, Any]) -> Task:
         BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language`` or ``bad_segment``.
     """
     try:
-        task = task_of(row)
+        task = detect_task(row)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
     for key in (*task.keys, *task.prompt_keys, "language"):
@@ -296,7 +296,7 @@ def language_code(value: str | None) -> str:
     return text
 
 
-def first_fault(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:
+def require_usable_row(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:
     """Make sure on the driver, before any process starts, that the manifests hold at least one row to work with.
 
     Stops reading at the first usable row of each file, so it costs nothing on good data.
@@ -317,6 +317,6 @@ def first_fault(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:
             raise RunError(f"{manifest}:{first[0]}: no usable row in this manifest; the first fault: {first[1]}")
 
 
-def digest(raw: bytes) -> str:
+def sha256_hex(raw: bytes) -> str:
     """Content hash used for manifests and clips."""
     return hashlib.sha256(raw).hexdigest()

@@ -58,7 +58,7 @@ def segments(row: dict[str, Any]) -> tuple[Segment, ...]:
     return tuple(read)
 
 
-def place_of(source: str) -> tuple[str, int]:
+def split_source(source: str) -> tuple[str, int]:
     """``<manifest>:<line>`` -> (manifest, line); line 0 if it says none."""
     manifest, _, line = source.rpartition(":")
     return manifest, int(line) if line.isdecimal() else 0

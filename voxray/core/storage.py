@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, one_line
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}
 """Arrow's names of the file systems on which a file appears only when it is closed."""
@@ -141,7 +141,7 @@ class RemotePath:
                 yield self / found.base_name
 
 
-Place = Path | RemotePath
+AnyPath = Path | RemotePath
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def _as_os_errors(path: RemotePath) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+        raise OSError(f"{path}: {one_line(error, 200)}") from error
 
 
 def _make_folder(system: fs.FileSystem, path: str) -> None:
@@ -175,16 +175,16 @@ def _file_system(root: str) -> tuple[fs.FileSystem, str]:
         import fsspec
 
         if "Unrecognized filesystem" not in str(error):
-            raise SettingsError(f"{root}: {' '.join(str(error).split())}") from None
+            raise SettingsError(f"{root}: {one_line(error)}") from None
         try:
             found, path = fsspec.core.url_to_fs(root)
         except (ValueError, ImportError) as unknown:
-            raise SettingsError(f"{root}: {' '.join(str(unknown).split())}") from None
+            raise SettingsError(f"{root}: {one_line(unknown)}") from None
         system = fs.PyFileSystem(fs.FSSpecHandler(found))
     return system, path.rstrip("/")
 
 
-def remote_place(url: str, flag: str, cache: CacheLimits) -> RemotePath:
+def remote_path(url: str, flag: str, cache: CacheLimits) -> RemotePath:
     """A folder behind a URL, as a flag names it.
 
     Raises:
@@ -210,10 +210,10 @@ def refuse_unwritable(place: RemotePath, flag: str) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RunError(f"{flag} {place}: cannot write there: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"{flag} {place}: cannot write there: {one_line(error, 300)}") from None
 
 
-def write_atomically(path: Place, data: Any) -> None:
+def write_atomically(path: AnyPath, data: Any) -> None:
     """Write a file so that a reader, or a later run, sees all of it or nothing.
 
     Args:
@@ -242,7 +242,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: Place, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1).encode())
 
 
@@ -250,7 +250,7 @@ def to_jsonl(lines: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def num_bytes(path: Place) -> int:
+def num_bytes(path: AnyPath) -> int:
     """Size of a file.
 
     Raises:
@@ -259,7 +259,7 @@ def num_bytes(path: Place) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.num_bytes()
 
 
-def children(folder: Place) -> Iterator[Place]:
+def children(folder: AnyPath) -> Iterator[AnyPath]:
     """Files in a folder; none if it does not exist."""
     if isinstance(folder, RemotePath):
         yield from folder.children()
@@ -268,7 +268,7 @@ def children(folder: Place) -> Iterator[Place]:
 
 
 @contextmanager
-def scratch_file(folder: Place, name: str) -> Iterator[Path]:
+def scratch_file(folder: AnyPath, name: str) -> Iterator[Path]:
     """A local file to write something large into before ``move_into_place``: in the folder itself if that is local."""
     if isinstance(folder, RemotePath):
         with tempfile.TemporaryDirectory(prefix="voxray-") as scratch:
@@ -282,7 +282,7 @@ def scratch_file(folder: Place, name: str) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def move_into_place(partial: Path, place: Place) -> None:
+def move_into_place(partial: Path, place: AnyPath) -> None:
     """Give a complete scratch file its final name."""
     if isinstance(place, RemotePath):
         with pa.memory_map(str(partial)) as source:

@@ -68,7 +68,7 @@ POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
 """The tasks that ``--task_weights 1.0,1.5,1.2`` means; weights of others are given by name."""
 
 
-def task_of(row: Mapping[str, Any]) -> Task:
+def detect_task(row: Mapping[str, Any]) -> Task:
     """Recognise the task of a manifest row.
 
     Raises:

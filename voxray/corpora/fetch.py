@@ -12,7 +12,7 @@ from voxray.corpora.importers.huggingface import METADATA
 from voxray.corpora.select import corpus_files, in_clips, in_release, local_folder, no_such_language
 from voxray.corpora.unpack import is_archive, unpack
 
-Progress = Callable[[float, float], None]
+ByteProgress = Callable[[float, float], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _reads(folder: Path) -> bool:
         return False
 
 
-def bring(source: Source, raw: Path, language: str, dataset: str, on_progress: Progress) -> tuple[Path, ...]:
+def bring(source: Source, raw: Path, language: str, dataset: str, on_progress: ByteProgress) -> tuple[Path, ...]:
     """Download and unpack what has to be; what is here already stays as it is.
 
     Args:

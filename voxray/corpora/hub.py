@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import checksum, replacing
 
-Kind = Literal["model", "dataset"]
+RepoKind = Literal["model", "dataset"]
 CHUNK_BYTES = 1 << 20
 
 
@@ -61,7 +61,7 @@ class Repository(Protocol):
         ...
 
 
-def open_repository(repo_id: str, kind: Kind, revision: str, hub: str) -> Repository:
+def open_repository(repo_id: str, kind: RepoKind, revision: str, hub: str) -> Repository:
     """Find a model or data set and list its files.
 
     Args:
@@ -80,7 +80,7 @@ def open_repository(repo_id: str, kind: Kind, revision: str, hub: str) -> Reposi
     return HubRepository(repo_id, kind, revision, hub, flag)
 
 
-def _in_folder(hub: Path, repo_id: str, kind: Kind, revision: str, flag: str) -> "FolderRepository":
+def _in_folder(hub: Path, repo_id: str, kind: RepoKind, revision: str, flag: str) -> "FolderRepository":
     """A repository of a folder that is laid out as a hub, or of a hub's cache."""
     if PurePosixPath(repo_id).is_absolute() or ".." in PurePosixPath(repo_id).parts:
         raise SettingsError(f"{flag} {repo_id}: neither a folder nor a hub id")
@@ -139,7 +139,7 @@ class HubRepository:
 
     folder: Path | None = None
 
-    def __init__(self, repo_id: str, kind: Kind, revision: str, hub: str, flag: str) -> None:
+    def __init__(self, repo_id: str, kind: RepoKind, revision: str, hub: str, flag: str) -> None:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile as Found
 

@@ -38,7 +38,7 @@ class CorpusFiles:
     files: tuple[RepoFile, ...]
 
 
-def split_of(name: str) -> str:
+def detect_split(name: str) -> str:
     """``train``, ``validation`` or ``test``, if a name or path says so (``data/train-0.parquet``), or ""."""
     words = re.split(r"[^a-z]+", name.lower())
     for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES), ("test", TEST_NAMES)):
@@ -65,7 +65,7 @@ def corpus_files(files: Sequence[RepoFile], language: str, splits: Sequence[str]
     for form, found in (("files", parquet), ("files", usable if metadata else []), ("archives", archives)):
         if found:
             chosen = _of_language(found, language, name)
-            wanted = [file for file in chosen if split_of(file.path) in ("", *splits)]
+            wanted = [file for file in chosen if detect_split(file.path) in ("", *splits)]
             if not wanted:
                 raise RunError(f"--dataset {name}: no file of the splits {', '.join(splits)}")
             return CorpusFiles("archives" if form == "archives" else "files", tuple(wanted))
@@ -102,7 +102,7 @@ def _of_language(files: list[RepoFile], language: str, name: str) -> list[RepoFi
     """Files in a folder, or with a name, of the language; all of them where nothing is by language."""
     chosen = [file for file in files if any(_is_language(part, language) for part in PurePosixPath(file.path).parts)]
     tops = {PurePosixPath(file.path).parts[0] for file in files if "/" in file.path}
-    others = {top for top in tops if not split_of(top) and top.lower() not in DATA_FOLDERS}
+    others = {top for top in tops if not detect_split(top) and top.lower() not in DATA_FOLDERS}
     if not chosen and len(others) > 1 and all(re.fullmatch(r"[a-z]{2,3}([-_][A-Za-z]+)?", top) for top in others):
         raise no_such_language(name, language, others)
     return chosen or files
@@ -171,11 +171,11 @@ def _is_audio(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in AUDIO_SUFFIXES
 
 
-Rows = Iterator[ImportedRow | ImportFault]
+RowStream = Iterator[ImportedRow | ImportFault]
 
 
 @dataclass
-class Selection:
+class RowFilter:
     """Which rows of a corpus are wanted, and what they lack is added: the split that their file's name says, and the
     language.
 
@@ -191,7 +191,7 @@ class Selection:
     max_rows: int
     others: Counter[str] = field(default_factory=Counter)
 
-    def __call__(self, rows: Rows) -> Rows:
+    def __call__(self, rows: RowStream) -> RowStream:
         """The wanted rows, and those of another language as faults."""
         taken: Counter[str] = Counter()
         for row in rows:
@@ -213,9 +213,9 @@ class Selection:
     def _split(self, row: ImportedRow) -> str:
         said = str(row.values.get("split") or "")
         if said:
-            return split_of(said) or said
+            return detect_split(said) or said
         path = Path(row.source_file)
-        return split_of(str(path.relative_to(self.root))) if path.is_relative_to(self.root) else ""
+        return detect_split(str(path.relative_to(self.root))) if path.is_relative_to(self.root) else ""
 
 
 def same_language(one: str, other: str) -> bool:

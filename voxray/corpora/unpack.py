@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_GROWTH = 20
@@ -76,7 +76,7 @@ def unpack(
             while rest := stream.read(COPY_BYTES):  # the checksum of all of it comes last
                 grow(len(rest))
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno:
             raise RunError(f"{archive}: cannot unpack it into {folder}: {error.strerror}") from None
         for path in written:
@@ -104,7 +104,7 @@ def _refuse_bad(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
     try:
         tarfile.data_filter(member, str(folder))
     except tarfile.FilterError as error:
-        raise RunError(f"{archive}: refused, {' '.join(str(error).split())}") from None
+        raise RunError(f"{archive}: refused, {one_line(error)}") from None
     if not member.isfile():
         raise RunError(f"{archive}: refused, {member.name!r} is a link or a device, not a file")
     if os.path.isabs(member.name) or ".." in Path(member.name).parts:

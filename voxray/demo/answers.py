@@ -17,11 +17,17 @@ from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import language_code
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, with_counts
-from voxray.features.extract import Extractor, Storing
-from voxray.generation.generate import Generated, reason_of
-from voxray.generation.model import Generation, as_trained, base_and_adapter, generation_of, load
-from voxray.generation.requests import Item, answer_items, item_of, sample_of
-from voxray.models.registry import family_of
+from voxray.features.extract import Extractor, FeatureSpec
+from voxray.generation.generate import Completion, failure_reason
+from voxray.generation.model import (
+    InferenceConfig,
+    base_and_adapter,
+    inference_config,
+    load_model,
+    match_training_prompts,
+)
+from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
+from voxray.models.registry import get_family
 
 
 class Unanswered(Exception):
@@ -33,7 +39,7 @@ class _Stopping(BaseException):
 
 
 @dataclass(frozen=True)
-class Request:
+class DemoRequest:
     """What somebody asks.
 
     Attributes:
@@ -52,7 +58,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DemoAnswer:
     """One model's answer.
 
     Attributes:
@@ -80,11 +86,11 @@ class Answer:
         return self.audio_sec / self.sec
 
 
-class Answering:
+class DemoModel:
     """A loaded model that answers one request after the other.
 
     Args:
-        model: As ``answerer.load`` gives it.
+        model: As ``answerer.load_model`` gives it.
         how: What it was loaded by.
         max_audio_sec: Longest clip.
         max_len: Longest prompt in tokens.
@@ -93,14 +99,14 @@ class Answering:
         has_base: Whether the base can be asked as well: there is an adapter, and it can be switched off.
     """
 
-    def __init__(self, model: Any, how: Generation, *, max_audio_sec: float, max_len: int) -> None:
+    def __init__(self, model: Any, how: InferenceConfig, *, max_audio_sec: float, max_len: int) -> None:
         self.how, self.max_audio_sec, self.max_len = how, max_audio_sec, max_len
-        family = family_of(how.model_id)
+        family = get_family(how.model_id)
         self.tasks = family.tasks
         # what trained beside LoRA stands in the place of the base's own weights, and stays there
-        self.has_base = isinstance(model, PeftModel) and not family.trained_whole
+        self.has_base = isinstance(model, PeftModel) and not family.full_modules
         self._model = model
-        self._extractor = Extractor(how.model_id, Storing(trim_audio=how.trim_audio))
+        self._extractor = Extractor(how.model_id, FeatureSpec(trim_audio=how.trim_audio))
         self._turn = threading.Lock()  # the adapter is switched off for whoever uses the model then
         self._is_stopping = False
         for module in model.modules():
@@ -116,7 +122,7 @@ class Answering:
         """The adapter's folder with the one above it, since most are called ``adapter``; "" without one."""
         return "/".join(Path(self.how.adapter).parts[-2:]) if self.how.adapter else ""
 
-    def answers(self, request: Request) -> Iterator[Answer]:
+    def answers(self, request: DemoRequest) -> Iterator[DemoAnswer]:
         """The base's answer, if it is to be compared, then that of the model as it was loaded.
 
         Raises:
@@ -131,7 +137,7 @@ class Answering:
                 given = self._given(item)
                 sec = read_sec + time.perf_counter() - began
             text, task = item.text(given), item.rows[0].task
-            yield Answer(
+            yield DemoAnswer(
                 is_base=is_base,
                 text=text,
                 audio_sec=item.num_samples / self._extractor.front_end.sample_rate_hz,
@@ -150,7 +156,7 @@ class Answering:
         if self._is_stopping:
             raise _Stopping
 
-    def _read(self, request: Request) -> tuple[Item, str]:
+    def _read(self, request: DemoRequest) -> tuple[AnswerRequest, str]:
         """Features of what is asked, and the code of its language."""
         path, question = request.audio_path, request.question.strip()
         self._check_task(path, question)
@@ -160,8 +166,8 @@ class Answering:
         try:
             language = language_code(request.language)
             duration_sec = self._unknown_length(path) if path else 0.0
-            sample = sample_of(name, question, path, language, duration_sec=duration_sec)
-            item = item_of(sample, self._extractor, self.max_len)
+            sample = make_sample(name, question, path, language, duration_sec=duration_sec)
+            item = make_request(sample, self._extractor, self.max_len)
             self._check_length(item.num_samples / self._extractor.front_end.sample_rate_hz)
         except BadRow as error:
             raise Unanswered(self._said(error, path, name)) from None
@@ -206,17 +212,17 @@ class Answering:
             message = message[:1].upper() + message[1:]
         return f"{message}.{' Is it an audio file?' if error.reason == 'audio_unreadable' else ''}"
 
-    def _given(self, item: Item) -> list[Generated]:
+    def _given(self, item: AnswerRequest) -> list[Completion]:
         try:
-            [(_, answers)] = answer_items([item], self._model, self._extractor.front_end, self.how)
+            [(_, answers)] = answer_requests([item], self._model, self._extractor.front_end, self.how)
         except RunError as error:
             raise Unanswered(f"{error}.") from None
         except _Stopping:
             raise Unanswered("The demo is being stopped.") from None
         for answer in answers:
             if isinstance(answer, Exception):
-                raise Unanswered(f"The model failed: {reason_of(answer)}")
-        return [answer for answer in answers if isinstance(answer, Generated)]
+                raise Unanswered(f"The model failed: {failure_reason(answer)}")
+        return [answer for answer in answers if isinstance(answer, Completion)]
 
 
 def _metrics(task: str, language: str, reference: str, text: str) -> dict[str, float]:
@@ -227,14 +233,14 @@ def _metrics(task: str, language: str, reference: str, text: str) -> dict[str, f
     return {name: float(found[name]["value"]) for name in TASKS[task].metrics if name in found}
 
 
-def open_model(settings: DemoSettings) -> tuple[Answering, int]:
+def open_model(settings: DemoSettings) -> tuple[DemoModel, int]:
     """Load what the settings name; also returns how many tensors of the adapter were taken.
 
     Raises:
         RunError, SettingsError: The model or the adapter cannot be used.
     """
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = as_trained(settings, model_id, adapter)
-    how = generation_of(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    model, num_tensors = load(how)
-    return Answering(model, how, max_audio_sec=settings.max_audio_sec, max_len=settings.max_len), num_tensors
+    settings = match_training_prompts(settings, model_id, adapter)
+    how = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    model, num_tensors = load_model(how)
+    return DemoModel(model, how, max_audio_sec=settings.max_audio_sec, max_len=settings.max_len), num_tensors

@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.themes import Default
 
 from voxray.config.demo import DemoSettings
-from voxray.demo.answers import Answer, Answering, Request, Unanswered
+from voxray.demo.answers import DemoAnswer, DemoModel, DemoRequest, Unanswered
 
 STYLE = Path(__file__).parent / "page.css"
 LANGUAGES = {
@@ -32,7 +32,7 @@ MAX_CHECK_SEC = 60
 CAPTION_OF_BUTTON = "question => (question || '').trim() ? 'Ask' : 'Transcribe'"
 
 
-def build_page(answering: Answering, settings: DemoSettings, example: str) -> gr.Blocks:
+def build_page(answering: DemoModel, settings: DemoSettings, example: str) -> gr.Blocks:
     """Lay out the page for what a model can do.
 
     Args:
@@ -84,7 +84,7 @@ def look() -> dict[str, Any]:
     return {"theme": theme, "css_paths": [STYLE]}
 
 
-def _inputs(answering: Answering, settings: DemoSettings, example: str) -> tuple[list[Any], list[Any]]:
+def _inputs(answering: DemoModel, settings: DemoSettings, example: str) -> tuple[list[Any], list[Any]]:
     """What is asked, and the events that send it."""
     asks = {"sqa", "tqa"} & set(answering.tasks)
     audio = gr.Audio(
@@ -130,11 +130,11 @@ def _side(label: str, name: str, *, visible: bool = True) -> list[Any]:
     return [column, text, facts]
 
 
-def _runner(answering: Answering, max_new_tokens: int) -> Callable[..., Iterator[list[Any]]]:
+def _runner(answering: DemoModel, max_new_tokens: int) -> Callable[..., Iterator[list[Any]]]:
     """What the button does."""
 
     def run(path: str | None, question: str, language: str | None, reference: str, compare: bool) -> Iterator[Any]:
-        request = Request(path or "", question or "", language or "", reference or "", compare)
+        request = DemoRequest(path or "", question or "", language or "", reference or "", compare)
         both = compare and answering.has_base
         told = {True: ["", ""], False: ["", ""]}
 
@@ -152,7 +152,7 @@ def _runner(answering: Answering, max_new_tokens: int) -> Callable[..., Iterator
     return run
 
 
-def _facts(answer: Answer, max_new_tokens: int) -> str:
+def _facts(answer: DemoAnswer, max_new_tokens: int) -> str:
     """Times and size of an answer, its scores, and notes, one below the other."""
     figures = {"tokens": str(answer.num_tokens), "time": f"{answer.sec:.2f} s"}
     if answer.audio_sec:
@@ -174,11 +174,11 @@ def _cells(figures: dict[str, str], kind: str) -> str:
     return f'<dl class="{kind}">{cells}</dl>'
 
 
-def _own_name(answering: Answering) -> str:
+def _own_name(answering: DemoModel) -> str:
     return "With the adapter" if answering.has_base else "Answer"
 
 
-def _header(answering: Answering) -> str:
+def _header(answering: DemoModel) -> str:
     names = f"<b>{escape(answering.base_name)}</b>"
     if answering.adapter_name:
         names += f" with <b>{escape(answering.adapter_name)}</b>"

@@ -1,8 +1,8 @@
 """How long a model takes to answer and how much memory it needs, measured the way evaluation answers.
 
-An answer is made of the same parts as in ``greedy``: the file is decoded, features are made, ``Family.begin`` hears the
-clip, reads the prompt and gives the first token, and every ``Decoding.step`` gives one more, out of the KV cache. The
-clock is stopped when the device is done, not when it has been asked.
+The parts of an answer are those of ``generate_greedy``: decode the file, extract features, ``ModelFamily.prefill``
+(encoder, prompt, first token), then one ``DecodeState.decode_step`` per token. The clock stops when the device has
+finished its work, not when the work was submitted.
 """
 
 import statistics
@@ -19,11 +19,11 @@ from voxray.batches.collate import collate_prompts
 from voxray.core.manifest import Sample
 from voxray.efficiency.peak_memory import PeakMemory
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.interface import FrontEnd, ModelFamily
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that is measured.
 
     Attributes:
@@ -31,7 +31,7 @@ class Loaded:
     """
 
     model: Any
-    family: Family
+    family: ModelFamily
     front_end: FrontEnd
     device: torch.device
 
@@ -42,7 +42,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Answered:
+class AnswerTimes:
     """The times of one batch of answers, in seconds.
 
     Attributes:
@@ -80,11 +80,11 @@ def prompt_row(front_end: FrontEnd, sample: Sample, samples: np.ndarray) -> Feat
     features = front_end.features(samples)
     values = {name: getattr(sample, name) for name in ("id", "language", "source", "prompt", "answer")}
     values |= {"task": sample.task.name, "target_ids": [], "prompt_ids": front_end.prompt_ids(sample, len(samples))}
-    values |= {"audio": features.mel_KB, "fill": features.fill, "num_windows": features.num_windows}
+    values |= {"audio": features.mel_KF, "fill": features.fill, "num_windows": features.num_windows}
     return FeatureRow.of({**values, "num_samples": len(samples)})
 
 
-def answer_once(loaded: Loaded, sample: Sample, batch_size: int, new_tokens: int) -> Answered:
+def answer_once(loaded: LoadedModel, sample: Sample, batch_size: int, new_tokens: int) -> AnswerTimes:
     """Answer a clip ``batch_size`` times together, each with ``new_tokens`` tokens, whatever they say.
 
     Args:
@@ -99,7 +99,7 @@ def answer_once(loaded: Loaded, sample: Sample, batch_size: int, new_tokens: int
     loaded.synchronise()
     ready = clock()
     batch = {name: tensor.to(loaded.device) for name, tensor in prepared.items()}
-    state, logits_BV = loaded.family.begin(loaded.model, batch)
+    state, logits_BV = loaded.family.prefill(loaded.model, batch)
     ids_B = logits_BV.argmax(-1)
     asked = clock()
     loaded.synchronise()
@@ -108,13 +108,13 @@ def answer_once(loaded: Loaded, sample: Sample, batch_size: int, new_tokens: int
     first_step_asked_sec = 0.0
     for _ in range(new_tokens - 1):
         step_began = clock()
-        ids_B = state.step(ids_B).argmax(-1)
+        ids_B = state.decode_step(ids_B).argmax(-1)
         step_asked = clock()
         loaded.synchronise()
         step_secs.append(clock() - step_began)
         first_step_asked_sec = first_step_asked_sec or step_asked - step_began
     assert len(ids_B) == batch_size
-    return Answered(
+    return AnswerTimes(
         decode_sec=decoded - began,
         features_sec=ready - decoded,
         ttft_sec=first - ready,
@@ -126,7 +126,7 @@ def answer_once(loaded: Loaded, sample: Sample, batch_size: int, new_tokens: int
 
 @torch.inference_mode()
 def measure(
-    loaded: Loaded,
+    loaded: LoadedModel,
     sample: Sample,
     *,
     batch_size: int,

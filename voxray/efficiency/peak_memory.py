@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from voxray.core.units import GIB
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 ALLOCATED = "held by torch on the GPU, most of it at a time"
 RESIDENT = "resident in this process, most of it at a time"

@@ -15,28 +15,28 @@ from typing import Any
 
 import numpy as np
 
-from voxray.cluster.session import gpus_within_reach
-from voxray.config.flag_groups import range_of
+from voxray.cluster.session import max_gpus
+from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import Place, write_json
-from voxray.evaluation.prediction_actor import Answerer, failed_path
+from voxray.core.storage import AnyPath, write_json
+from voxray.evaluation.prediction_actor import PredictionActor, failed_path
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
 from voxray.features.reader import Features
 from voxray.generation.generate import by_expected_length
-from voxray.generation.model import Generation
+from voxray.generation.model import InferenceConfig
 from voxray.models.adapters.lora import WEIGHTS
-from voxray.runs.remote_sync import Mirror
+from voxray.runs.remote_sync import RemoteSync
 
 BATCHES_PER_PART = 8
 """A part's last rows wait for each other, so it should be long; what a killed run repeats is its parts in flight."""
 MADE_BY = "made_by.json"
 """Says to which evaluation the parts beside it belong."""
-Progress = Callable[[int, int], None]
+RowProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelCount:
     """How many models answer at a time.
 
     Attributes:
@@ -50,7 +50,7 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Pool:
+class ActorPool:
     """What Ray is asked for.
 
     Attributes:
@@ -66,14 +66,14 @@ class Pool:
     num_threads: int
 
 
-def pool_of(models: Models, num_gpus: int, num_cpus: int, num_parts: int) -> Pool:
+def plan_pool(models: ModelCount, num_gpus: int, num_cpus: int, num_parts: int) -> ActorPool:
     """Share out a cluster's GPUs and CPUs.
 
     Raises:
         SettingsError: The GPUs that the settings ask for are more than the cluster can have.
     """
     usual = int(num_gpus / (models.gpus_each or 1)) if num_gpus else num_cpus // 2
-    low, high = range_of(models.number or max(1, usual))
+    low, high = as_range(models.number or max(1, usual))
     most = min(high, num_parts)
     fewest = min(low, most)
     threads = max(1, num_cpus // most)
@@ -81,21 +81,21 @@ def pool_of(models: Models, num_gpus: int, num_cpus: int, num_parts: int) -> Poo
         asked = f"--num_models {fewest} with --gpus_per_model {models.gpus_each:g}"
         raise SettingsError(f"{asked}: the cluster has {num_gpus} GPU(s), those it may still start counted")
     if num_gpus:
-        return Pool(fewest, most, models.gpus_each or min(1.0, num_gpus / most), None, threads)
-    return Pool(fewest, most, None, min(1.0, num_cpus / most), threads)
+        return ActorPool(fewest, most, models.gpus_each or min(1.0, num_gpus / most), None, threads)
+    return ActorPool(fewest, most, None, min(1.0, num_cpus / most), threads)
 
 
-def answer(
-    generation: Generation,
-    folders: Sequence[Place],
+def answer_rows(
+    generation: InferenceConfig,
+    folders: Sequence[AnyPath],
     rows: Sequence[int],
     output_dir: Path,
     *,
-    models: Models | None = None,
+    models: ModelCount | None = None,
     use_ray: bool = True,
     retry_failed: bool = False,
-    mirror: Mirror | None = None,
-    on_progress: Progress = lambda done, total: None,
+    mirror: RemoteSync | None = None,
+    on_progress: RowProgress = lambda done, total: None,
 ) -> None:
     """Answer rows and write them to ``predictions`` in the output folder; parts that are there already stay.
 
@@ -122,7 +122,7 @@ def answer(
     waiting = [number for number in range(len(parts)) if not part_path(predictions, number).is_file()]
     done, total = sum(map(len, parts)) - sum(len(parts[number]) for number in waiting), len(rows)
     for num_rows in (_run_on_ray if use_ray else _run_here)(
-        generation, folders, predictions, parts, waiting, models or Models(), mirror
+        generation, folders, predictions, parts, waiting, models or ModelCount(), mirror
     ):
         done += num_rows
         on_progress(done, total)
@@ -144,13 +144,13 @@ def forget_attempts(output_dir: Path) -> None:
 
 
 def check_invariance(
-    generation: Generation,
-    folders: Sequence[Place],
+    generation: InferenceConfig,
+    folders: Sequence[AnyPath],
     rows: Sequence[int],
     output_dir: Path,
     num_rows: int,
     *,
-    models: Models | None = None,
+    models: ModelCount | None = None,
     use_ray: bool = True,
 ) -> dict[str, Any]:
     """Answer some rows once more, each by itself, and compare with what they were told in their batches.
@@ -162,7 +162,7 @@ def check_invariance(
     """
     places = np.unique(np.linspace(0, len(rows) - 1, min(num_rows, len(rows))).round().astype(int))
     alone = output_dir / "one_by_one"
-    answer(
+    answer_rows(
         replace(generation, batch_size=1, perplexity="none"),
         folders,
         [rows[place] for place in places],
@@ -176,7 +176,7 @@ def check_invariance(
     return {"n": len(found), "differing": len(differing), "ids": differing}
 
 
-def _key(generation: Generation, features: Features, parts: Sequence[Sequence[int]]) -> str:
+def _key(generation: InferenceConfig, features: Features, parts: Sequence[Sequence[int]]) -> str:
     """Hash of all that decides what a part's file holds; the adapter counts by its bytes."""
     weights = Path(generation.adapter) / WEIGHTS if generation.adapter else None
     adapter = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
@@ -205,15 +205,15 @@ def _forget_other_evaluation(predictions: Path, key: str) -> None:
 
 
 def _run_here(
-    generation: Generation,
-    folders: Sequence[Place],
+    generation: InferenceConfig,
+    folders: Sequence[AnyPath],
     predictions: Path,
     parts: Sequence[list[int]],
     waiting: Sequence[int],
-    models: Models,
-    mirror: Mirror | None,
+    models: ModelCount,
+    mirror: RemoteSync | None,
 ) -> Iterator[int]:
-    answerer = Answerer(generation, folders, predictions, os.cpu_count() or 1, mirror) if waiting else None
+    answerer = PredictionActor(generation, folders, predictions, os.cpu_count() or 1, mirror) if waiting else None
     for number in waiting:
         assert answerer is not None
         answerer.write_part(number, parts[number])
@@ -221,22 +221,22 @@ def _run_here(
 
 
 def _run_on_ray(
-    generation: Generation,
-    folders: Sequence[Place],
+    generation: InferenceConfig,
+    folders: Sequence[AnyPath],
     predictions: Path,
     parts: Sequence[list[int]],
     waiting: Sequence[int],
-    models: Models,
-    mirror: Mirror | None,
+    models: ModelCount,
+    mirror: RemoteSync | None,
 ) -> Iterator[int]:
     if not waiting:
         return
     import ray
 
-    pool = pool_of(models, gpus_within_reach(), int(ray.cluster_resources().get("CPU", 1)) or 1, len(waiting))
+    pool = plan_pool(models, max_gpus(), int(ray.cluster_resources().get("CPU", 1)) or 1, len(waiting))
     items = [{"item": json.dumps({"part": number, "rows": parts[number]})} for number in waiting]
     results = ray.data.from_items(items, override_num_blocks=min(len(items), 1000)).map_batches(
-        Answerer,
+        PredictionActor,
         fn_constructor_args=(generation, tuple(folders), predictions, pool.num_threads, mirror),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=pool.fewest, max_size=pool.most, max_tasks_in_flight_per_actor=2),

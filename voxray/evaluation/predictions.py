@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from voxray.config.flag_groups import ScoreFlags
-from voxray.core.errors import BadRow, RunError
+from voxray.core.errors import BadRow, RunError, one_line
 from voxray.core.manifest import chunks
-from voxray.core.source import place_of
+from voxray.core.source import split_source
 from voxray.core.tasks import TASKS
 from voxray.evaluation.score import read_terms, score
 from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.generation.join_chunks import joined_rows
-from voxray.metrics.counts import COUNT_NAMES, as_row, metrics_of
-from voxray.metrics.rows import check_row, count_row, normalizer_of_row
+from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics
+from voxray.metrics.rows import check_row, count_row, row_normalizer
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
 KNOWN_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
@@ -50,7 +50,7 @@ the time that its batches took, ``hit_max`` says that the answer was cut off. ``
 of parts of recordings that are too long for the model (see ``long_audio``), null elsewhere."""
 LINES_PER_CHUNK = 256
 
-BadLine = tuple[str, int, BadRow]
+BadPrediction = tuple[str, int, BadRow]
 """File, line, fault."""
 
 
@@ -63,7 +63,7 @@ def scored(rows: Sequence[dict[str, Any]], how: ScoreFlags) -> dict[str, Any]:
 def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{task: {metric: {"value", "n"}}} of prediction rows."""
     grouped = {task: [row for row in rows if row["task"] == task] for task in TASKS}
-    return {task: metrics_of(task, found) for task, found in grouped.items() if found}
+    return {task: compute_metrics(task, found) for task, found in grouped.items() if found}
 
 
 def labelled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prediction row with the counts that its texts give; without a reference it has none."""
     if not is_labelled(row):
         return dict(row)
-    return {**row, "normalizer": normalizer_of_row(row).name, **as_row(count_row(row))}
+    return {**row, "normalizer": row_normalizer(row).name, **as_row(count_row(row))}
 
 
 def part_path(predictions: Path, part: int) -> Path:
@@ -96,7 +96,7 @@ def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
     """All prediction rows of an evaluation, ordered by manifest and line; long recordings are one row each."""
     files = sorted((output_dir / "predictions").glob("part-*.parquet"))
-    return sorted(_rows_of(files), key=lambda row: place_of(row["source"]))
+    return sorted(_rows_of(files), key=lambda row: split_source(row["source"]))
 
 
 def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def _rows_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     return [with_counts(row) if row.get("chunk_of") else row for row in joined_rows(rows)]
 
 
-def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadLine]]:
+def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadPrediction]]:
     """Prediction rows of an evaluation's folder, or of JSON Lines, each with its counts made anew.
 
     Args:
@@ -126,18 +126,18 @@ def read_any(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadLine]]
     try:
         rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{flag} {path}: not the predictions of an evaluation: {' '.join(str(error).split())}") from None
+        raise RunError(f"{flag} {path}: not the predictions of an evaluation: {one_line(error)}") from None
     for at, row in enumerate(rows, start=1):
         check_row(row, f"{flag} {path}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
-        if not place_of(row.setdefault("source", "") or "")[1]:
+        if not split_source(row.setdefault("source", "") or "")[1]:
             raise RunError(f"{flag} {path}: row {at} ({row.get('id') or 'no id'}): source is no <manifest>:<line>")
     return [with_counts(row) for row in joined_rows(rows)], []
 
 
-def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[BadLine]]:
+def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[BadPrediction]]:
     """Prediction rows of a JSONL file, and its bad lines (see ``read_any``)."""
     rows: list[dict[str, Any]] = []
-    bad: list[BadLine] = []
+    bad: list[BadPrediction] = []
     first_line: dict[tuple[str, str, str], int] = {}
     for chunk in chunks(path, LINES_PER_CHUNK):
         for at, raw in enumerate(chunk.read_bytes().split(b"\n")):

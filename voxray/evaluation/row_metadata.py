@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.manifest import UNLABELLED, find_file
-from voxray.core.source import place_of
+from voxray.core.source import split_source
 from voxray.evaluation.predictions import KNOWN_COLUMNS, known_number, known_text
 
 CHUNK_KEYS = ("chunk_of", "chunk", "num_chunks", "whole_samples", "whole_reference", "overlap_share")
@@ -29,7 +29,7 @@ class ManifestKeys:
             ``references``, ``reference_phonetic``, ``snr_db``; None where the row does not say. ``unlabelled`` for a
             row that has no text to hold an answer against. For a chunk what its recording says, and ``CHUNK_KEYS``.
         """
-        manifest, line = place_of(source)
+        manifest, line = split_source(source)
         if manifest not in self._files:
             self._files[manifest] = _read(manifest)
         found = self._files[manifest].get(line, {})

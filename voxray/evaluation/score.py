@@ -15,15 +15,23 @@ import numpy as np
 
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
-from voxray.evaluation.slices import slices_of
-from voxray.metrics.bootstrap import LEVEL, NUM_RESAMPLES, Groups, groups_of, interval, resampled_sums, resamples_for
+from voxray.evaluation.slices import slice_rows
+from voxray.metrics.bootstrap import (
+    LEVEL,
+    NUM_RESAMPLES,
+    Groups,
+    group_by_speaker,
+    interval,
+    resampled_sums,
+    resamples_for,
+)
 from voxray.metrics.captions import Caption
-from voxray.metrics.counts import Ratio, as_columns, as_row, ratio_of
+from voxray.metrics.counts import Ratio, as_columns, as_row, metric_ratio
 from voxray.metrics.meteor_spice import java_metrics
 from voxray.metrics.names import evaluation_metrics, headline, higher_is_better, is_caption, is_transcript
 from voxray.metrics.ngrams import Summed
-from voxray.metrics.overall import figures, likelihood_metrics, score_of
-from voxray.metrics.rows import Row, check_row, count_row, normalizer_of_row, readings_of, references_of
+from voxray.metrics.overall import figures, headline_score, likelihood_metrics
+from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.metrics.terms import Terms
 from voxray.metrics.texts import scored_texts
 from voxray.text.normalize import ENGLISH, Normalizer, english_with
@@ -34,11 +42,11 @@ TERMS_NAMED = 20
 OF_DISTINCT = "an answer drawn twice brings no new n-gram, so that drawn sets would score lower: no interval"
 OF_JAVA = "a figure of the whole set, from a program in Java: no interval"
 
-Entry = dict[str, float | int | None]
+MetricEntry = dict[str, float | int | None]
 
 
 @dataclass(frozen=True)
-class Counted:
+class CountedRows:
     """The rows of one task with all that adds up over them.
 
     Attributes:
@@ -48,14 +56,14 @@ class Counted:
     """
 
     task: str
-    rows: Sequence[Row]
+    rows: Sequence[PredictionRow]
     columns: Mapping[str, np.ndarray]
     terms: Sequence[tuple[Counter[str], Counter[str]]]
     ratios: Mapping[str, Ratio]
 
 
 def score(
-    rows: Iterable[Row],
+    rows: Iterable[PredictionRow],
     *,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
@@ -101,30 +109,30 @@ def score(
             about[name] |= {task: value} if value else {}
     found["overall"] = _overall(found, {task: len(data.rows) for task, data in of_tasks.items()}, drawn)
     found["slices"] = {task: _slices(data, seed, num_resamples) for task, data in of_tasks.items()}
-    found["normalizer"] = dict(Counter(normalizer_of_row(row, english).name for row in rows).most_common())
+    found["normalizer"] = dict(Counter(row_normalizer(row, english).name for row in rows).most_common())
     found["counts"] = {task: _counts(data) for task, data in of_tasks.items()}
     if terms:
         found["terms"] = _terms([pair for data in of_tasks.values() for pair in data.terms], len(set(terms)))
     return {**found, **about}
 
 
-def _order(row: Row) -> tuple[str, ...]:
+def _order(row: PredictionRow) -> tuple[str, ...]:
     return tuple(str(row.get(name)) for name in ("id", "dataset", "references", "reference", "prediction"))
 
 
-def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, Entry]]:
+def by_task(metrics: Mapping[str, Any]) -> dict[str, dict[str, MetricEntry]]:
     """Of the content of a metrics.json only {task: {metric: {"value", ...}}}."""
     return {task: metrics[task] for task in TASKS if task in metrics}
 
 
 def counted(
     task: str,
-    rows: Sequence[Row],
+    rows: Sequence[PredictionRow],
     *,
     terms: Sequence[str] = (),
     english: Normalizer = ENGLISH,
     counts: Sequence[Mapping[str, int]] | None = None,
-) -> Counted:
+) -> CountedRows:
     """Count the rows of one task; what a metric's ratio is made of stands in ``ratios``, row by row.
 
     Args:
@@ -133,22 +141,22 @@ def counted(
     columns = as_columns([as_row(count_row(row, english)) for row in rows] if counts is None else counts)
     found_terms: list[tuple[Counter[str], Counter[str]]] = []
     if terms and is_transcript(task):
-        lists = {name: Terms(terms, name) for name in {normalizer_of_row(row, english) for row in rows}}
+        lists = {name: Terms(terms, name) for name in {row_normalizer(row, english) for row in rows}}
         for row in rows:
-            own = lists[normalizer_of_row(row, english)]
-            wanted = own.count(readings_of(row)[0] if len(references_of(row)) == 1 else references_of(row)[0])
+            own = lists[row_normalizer(row, english)]
+            wanted = own.count(row_readings(row)[0] if len(row_references(row)) == 1 else row_references(row)[0])
             found_terms.append((wanted, wanted & own.count(row["prediction"])))
         columns["terms_ref"] = np.array([wanted.total() for wanted, _ in found_terms])
         columns["terms_found"] = np.array([both.total() for _, both in found_terms])
-    ratios = {name: ratio_of(task, name, columns) for name in evaluation_metrics(task)}
+    ratios = {name: metric_ratio(task, name, columns) for name in evaluation_metrics(task)}
     if not columns["two_readings"].any():
         ratios |= {"cer_phonetic": None, "cer_best": None}
     ratios["loss"] = _loss(rows)
     kept = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    return Counted(task, rows, columns, found_terms, kept)
+    return CountedRows(task, rows, columns, found_terms, kept)
 
 
-def _loss(rows: Sequence[Row]) -> Ratio | None:
+def _loss(rows: Sequence[PredictionRow]) -> Ratio | None:
     """-ln p of the reference answers, by tokens, of the rows that know theirs."""
     known = [(row.get("nll"), row.get("num_tokens") or 0) for row in rows]
     summed = [
@@ -161,11 +169,11 @@ def _loss(rows: Sequence[Row]) -> Ratio | None:
 
 
 def _figures(
-    data: Counted, seed: Sequence[int], num_resamples: int, caption_jars: str
-) -> tuple[dict[str, Entry], dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    data: CountedRows, seed: Sequence[int], num_resamples: int, caption_jars: str
+) -> tuple[dict[str, MetricEntry], dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Entries of one task in their order, what is told of them beside, and the values in each draw."""
-    groups = groups_of(data.rows)
-    pairs = [(references_of(row), row["prediction"]) for row in data.rows]
+    groups = group_by_speaker(data.rows)
+    pairs = [(row_references(row), row["prediction"]) for row in data.rows]
     summed, distinct, signatures = scored_texts(data.task, pairs)
     found, samples = _rates({**data.ratios, **summed}, groups, seed, num_resamples)
     found |= {name: _entry(float(entry["value"]), int(entry["n"])) for name, entry in distinct.items()}
@@ -186,7 +194,7 @@ def _figures(
 
 def _rates(
     figured: Mapping[str, Ratio | Summed], groups: Groups, seed: Sequence[int], num_resamples: int
-) -> tuple[dict[str, Entry], dict[str, np.ndarray]]:
+) -> tuple[dict[str, MetricEntry], dict[str, np.ndarray]]:
     """Entries of metrics that derive from sums, and their values in each draw, which is the same for all."""
     samples: dict[str, np.ndarray] = {}
     if num_resamples and groups.num > 1 and figured:
@@ -209,7 +217,7 @@ def _rates(
     return found, samples
 
 
-def _entry(value: float, n: int, samples: np.ndarray | None = None) -> Entry:
+def _entry(value: float, n: int, samples: np.ndarray | None = None) -> MetricEntry:
     low, high = (None, None) if samples is None else interval(samples)
     return {"value": value, "low": low, "high": high, "n": n}
 
@@ -225,27 +233,27 @@ def _java(pairs: Sequence[Caption], cider_d: float, caption_jars: str) -> tuple[
 
 
 def _overall(
-    found: Mapping[str, Mapping[str, Entry]], sizes: Mapping[str, int], drawn: Mapping[str, np.ndarray]
-) -> dict[str, Entry]:
+    found: Mapping[str, Mapping[str, MetricEntry]], sizes: Mapping[str, int], drawn: Mapping[str, np.ndarray]
+) -> dict[str, MetricEntry]:
     """Figures over the tasks; their intervals draw every task's rows by themselves."""
     tasks = [task for task in sizes if headline(task) in found[task]]
     if not tasks:
         return {}
     weights = np.array([sizes[task] for task in tasks])
-    values = [score_of(task, float(found[task][headline(task)]["value"] or 0)) for task in tasks]
+    values = [headline_score(task, float(found[task][headline(task)]["value"] or 0)) for task in tasks]
     single = figures(np.array(values)[:, None], weights)
     samples: dict[str, np.ndarray] = {}
     if all(task in drawn for task in tasks):
         draws = min(len(drawn[task]) for task in tasks)
-        samples = figures(np.stack([score_of(task, drawn[task][:draws]) for task in tasks]), weights)
+        samples = figures(np.stack([headline_score(task, drawn[task][:draws]) for task in tasks]), weights)
     return {name: _entry(float(value[0]), int(weights.sum()), samples.get(name)) for name, value in single.items()}
 
 
-def _slices(data: Counted, seed: int, num_resamples: int) -> dict[str, Any]:
+def _slices(data: CountedRows, seed: int, num_resamples: int) -> dict[str, Any]:
     """{dimension: {label: {"n", metric: entry}}}; of speakers only how many there are, the best and the worst."""
     found: dict[str, Any] = {}
     shown = [name for name in TASKS[data.task].metrics if name in data.ratios]
-    for dimension, parts in slices_of(data.rows).items():
+    for dimension, parts in slice_rows(data.rows).items():
         if dimension == "speaker":
             found[dimension] = _speakers(data, parts)
             continue
@@ -256,18 +264,20 @@ def _slices(data: Counted, seed: int, num_resamples: int) -> dict[str, Any]:
     return found
 
 
-def _part(data: Counted, at: np.ndarray, names: Sequence[str], seed: int, num_resamples: int) -> dict[str, Entry]:
+def _part(
+    data: CountedRows, at: np.ndarray, names: Sequence[str], seed: int, num_resamples: int
+) -> dict[str, MetricEntry]:
     ratios = {name: _taken(data.ratios[name], at) for name in names}
     kept = {name: ratio for name, ratio in ratios.items() if ratio.n}
     rows = [data.rows[place] for place in at]
-    return _rates(kept, groups_of(rows), (seed,), num_resamples)[0]
+    return _rates(kept, group_by_speaker(rows), (seed,), num_resamples)[0]
 
 
 def _taken(ratio: Ratio, at: np.ndarray) -> Ratio:
     return Ratio(ratio.top[at], ratio.bottom[at], int((ratio.bottom[at] > 0).sum()))
 
 
-def _speakers(data: Counted, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+def _speakers(data: CountedRows, parts: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     name = headline(data.task)
     if name not in data.ratios:
         return {"num_speakers": len(parts)}
@@ -278,7 +288,7 @@ def _speakers(data: Counted, parts: Mapping[str, Sequence[int]]) -> dict[str, An
     return {"num_speakers": len(parts), "best": best, "worst": worst}
 
 
-def _counts(data: Counted) -> dict[str, Any]:
+def _counts(data: CountedRows) -> dict[str, Any]:
     """Sums that stand behind the rates, for whoever adds up several evaluations."""
     if not is_transcript(data.task):
         return {"rows": len(data.rows)}

@@ -12,10 +12,10 @@ DURATION_EDGES_SEC = (2.0, 5.0, 10.0, 20.0, 30.0)
 SNR_EDGES_DB = (0.0, 5.0, 10.0, 15.0, 20.0)
 UNKNOWN = "unknown"
 
-Row = Mapping[str, Any]
+PredictionRow = Mapping[str, Any]
 
 
-def slices_of(rows: Sequence[Row]) -> dict[str, dict[str, list[int]]]:
+def slice_rows(rows: Sequence[PredictionRow]) -> dict[str, dict[str, list[int]]]:
     """Cut rows along every dimension that some of them know.
 
     Returns:
@@ -41,7 +41,7 @@ def _grouped(labels: Sequence[tuple[float, str] | None]) -> dict[str, list[int]]
     return {label[1] if label else UNKNOWN: groups[label] for label in sorted(groups, key=order)}
 
 
-def duration_of(row: Row) -> float:
+def clip_seconds(row: PredictionRow) -> float:
     """Length of a row's clip in seconds; 0 for text."""
     if row.get("num_samples"):
         return row["num_samples"] / SAMPLE_RATE_HZ
@@ -52,12 +52,12 @@ def _named(value: Any) -> tuple[float, str] | None:
     return (0.0, str(value)) if value not in (None, "") else None
 
 
-def _dataset(row: Row) -> tuple[float, str] | None:
+def _dataset(row: PredictionRow) -> tuple[float, str] | None:
     """The row's own name for it, else its manifest's, without folder and suffix."""
     return _named(row.get("dataset") or Path(str(row.get("source") or "").rpartition(":")[0]).stem)
 
 
-def _language(row: Row) -> tuple[float, str] | None:
+def _language(row: PredictionRow) -> tuple[float, str] | None:
     """``en``, ``EN-us`` and ``English`` are one; what is no language is shown as it stands."""
     try:
         return _named(language_code(row.get("language")))
@@ -65,12 +65,12 @@ def _language(row: Row) -> tuple[float, str] | None:
         return _named(row["language"])
 
 
-def _duration(row: Row) -> tuple[float, str] | None:
-    length = duration_of(row)
+def _duration(row: PredictionRow) -> tuple[float, str] | None:
+    length = clip_seconds(row)
     return _bucket(length, DURATION_EDGES_SEC, "s", lowest=0.0) if length > 0 else None
 
 
-def _snr(row: Row) -> tuple[float, str] | None:
+def _snr(row: PredictionRow) -> tuple[float, str] | None:
     value = row.get("snr_db")
     return None if value is None else _bucket(float(value), SNR_EDGES_DB, "dB")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from voxray.core.manifest import chunks, is_id
 from voxray.core.storage import write_atomically
-from voxray.core.tasks import task_of
+from voxray.core.tasks import detect_task
 from voxray.corpora.importers import salmonn
 from voxray.evaluation.predictions import read_predictions
 from voxray.models.salmonn.compat.annotations import is_annotation
@@ -57,7 +57,7 @@ def _manifest_ids(path: str) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(chunk.read_bytes().split(b"\n"), chunk.first_line):
             try:
                 row = json.loads(line.decode("utf-8-sig"))
-                task = task_of(row).name
+                task = detect_task(row).name
             except (ValueError, RecursionError, TypeError):
                 continue  # no row of any task
             yield (str(row["id"]) if is_id(row.get("id")) else f"{Path(path).name}:{number}"), task

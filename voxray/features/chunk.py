@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import Chunk, Sample, digest, read_chunk
-from voxray.core.storage import Place, num_bytes, write_atomically, write_json
-from voxray.features.crash_log import attempts_at
+from voxray.core.errors import BadRow, RunError, one_line
+from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
+from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
+from voxray.features.crash_log import open_crash_log
 from voxray.features.extract import Extractor, file_state
 from voxray.features.shards import index_part, shard_bytes, shard_path
 
@@ -34,7 +34,7 @@ class WorkItem:
     """
 
     chunk: Chunk
-    folder: Place
+    folder: AnyPath
     augmented: bool = True
     verify: bool = False
     max_bytes: float = float("inf")
@@ -51,7 +51,7 @@ class ChunkFeaturizer:
         try:
             result = self.make(batch["item"][0])
         except (RunError, OSError) as error:
-            result = {"error": " ".join(str(error).split())}
+            result = {"error": one_line(error)}
         return {"result": [json.dumps(result)]}
 
     def make(self, item: WorkItem) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class ChunkFeaturizer:
                     if error.reason == "process_died":
                         clips.append({**file_state(sample.audio_path), "sha256": ""})
             self.extractor.encode(rows)
-        storing = self.extractor.storing
+        storing = self.extractor.spec
         data = shard_bytes(rows, storing.store, storing.torch_dtype, self.extractor.frame_shape)
         if data.size > item.max_bytes:
             raise RunError(f"{path}: {data.size:,} bytes, but its clips seemed to need {item.max_bytes:,.0f} at most")
@@ -102,7 +102,7 @@ class ChunkFeaturizer:
         marks = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
         bad.sort(key=lambda line: line["line"])
         report = {
-            "lines": digest(raw),
+            "lines": sha256_hex(raw),
             "first_line": item.chunk.first_line,
             "samples": num_samples,
             "rows": len(rows),
@@ -128,8 +128,8 @@ def attempts(item: WorkItem, raw: bytes) -> Iterator[Any]:
     if isinstance(item.folder, Path):
         place = item.folder / "shards"
     else:
-        place = Path(tempfile.gettempdir()) / "voxray-attempts" / digest(str(item.folder).encode())[:16]
-    with attempts_at(place / f".attempts-{item.chunk.number:05d}-{digest(raw)[:16]}") as begun:
+        place = Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(item.folder).encode())[:16]
+    with open_crash_log(place / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}") as begun:
 
         def attempt(sample: Sample) -> None:
             if not sample.task.has_audio:
@@ -154,11 +154,11 @@ def _report_of_good_shard(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
         report = json.loads(path.with_suffix(".json").read_text())
         if num_bytes(path) != report["bytes"]:
             return None
-        if item.verify and digest(path.read_bytes()) != report["sha256"]:
+        if item.verify and sha256_hex(path.read_bytes()) != report["sha256"]:
             return None
     except (OSError, ValueError, KeyError):
         return None
-    if report["lines"] != digest(raw) or report["first_line"] != item.chunk.first_line:
+    if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
         return None
     if any(line["reason"].startswith("audio_") for line in report["bad"]):
         return None  # the clip may have been put right since
@@ -170,7 +170,7 @@ def _clip_unchanged(clip: dict[str, Any]) -> bool:
     try:
         if file_state(clip["path"]) == {key: value for key, value in clip.items() if key != "sha256"}:
             return True
-        return bool(clip["sha256"]) and digest(Path(clip["path"]).read_bytes()) == clip["sha256"]
+        return bool(clip["sha256"]) and sha256_hex(Path(clip["path"]).read_bytes()) == clip["sha256"]
     except OSError:
         return False
 

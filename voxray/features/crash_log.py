@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class Attempts:
+class CrashLog:
     """One process at work on some rows.
 
     Attributes:
@@ -32,12 +32,12 @@ class Attempts:
 
 
 @contextmanager
-def attempts_at(mark: Path) -> Iterator[Attempts]:
+def open_crash_log(mark: Path) -> Iterator[CrashLog]:
     """Keep the mark while the rows are worked on; a process that ends meanwhile leaves it behind."""
     mark.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(mark, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        yield Attempts(file)
+        yield CrashLog(file)
     finally:
         mark.unlink(missing_ok=True)
         os.close(file)

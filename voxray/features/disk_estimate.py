@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from voxray.audio.decode import header_seconds
 from voxray.core.errors import RunError
 from voxray.core.manifest import Sample, read_chunk
-from voxray.core.storage import Place, num_bytes
+from voxray.core.storage import AnyPath, num_bytes
+from voxray.core.units import GIB
 from voxray.features.extract import Extractor
 from voxray.features.shards import shard_path
 
@@ -24,13 +25,12 @@ if TYPE_CHECKING:
 
 SHARD_BYTES, ROW_BYTES = 16_384, 512  # schema and footer of a shard; lengths and padding of a row
 THREADS = 8
-GIB = 2**30
 
 
 def allowances(
     work: Sequence["WorkItem"],
     extractor: Extractor,
-    features_dir: Place,
+    features_dir: AnyPath,
     max_bytes: float,
     on_estimate: Callable[[int], None],
 ) -> list["WorkItem"]:
@@ -61,10 +61,10 @@ def chunk_bytes(item: "WorkItem", extractor: Extractor) -> int:
     """Upper bound of a chunk's shard, in bytes, if the clips are as long as their headers say."""
     raw = item.chunk.read_bytes()
     samples = read_chunk(item.chunk, raw).samples
-    variants = extractor.storing.waveform.num_variants if item.augmented else 1
+    variants = extractor.spec.waveform.num_variants if item.augmented else 1
     windows = sum(_windows(sample, extractor, item.augmented) for sample in samples) * variants
     front_end = extractor.front_end
-    window_bytes = front_end.encoder_positions * front_end.encoder_dim * extractor.storing.torch_dtype.itemsize
+    window_bytes = front_end.encoder_positions * front_end.encoder_dim * extractor.spec.torch_dtype.itemsize
     text_bytes = (ROW_BYTES * len(samples) + 8 * len(raw)) * variants  # texts as they are, and four bytes per token
     return SHARD_BYTES + text_bytes + windows * (window_bytes + 4 * front_end.encoder_positions)
 
@@ -76,7 +76,7 @@ def _windows(sample: Sample, extractor: Extractor, augmented: bool) -> int:
         seconds = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
     except (OSError, ValueError):
         return 1  # featurize will tell what is wrong with it
-    slowest = min(extractor.storing.waveform.speeds, default=1.0) if augmented else 1.0
+    slowest = min(extractor.spec.waveform.speeds, default=1.0) if augmented else 1.0
     rate_hz = extractor.front_end.sample_rate_hz
     longest = min(seconds / min(1.0, slowest), extractor.front_end.max_audio_sec)
     return max(1, extractor.front_end.num_windows(int(longest * rate_hz) + rate_hz // 100))
@@ -89,7 +89,7 @@ def _bytes_there(item: "WorkItem") -> int:
         return 0
 
 
-def _free_bytes(features_dir: Place) -> float:
+def _free_bytes(features_dir: AnyPath) -> float:
     if not isinstance(features_dir, Path):
         return float("inf")
     there = next(folder for folder in (features_dir, *features_dir.parents) if folder.is_dir())

@@ -17,20 +17,20 @@ from voxray.audio.augment import NONE, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.errors import BadRow
-from voxray.core.manifest import Sample, digest
+from voxray.core.manifest import Sample, sha256_hex
 from voxray.features.shards import LAYOUT
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
-Row = dict[str, Any]
+FeatureValues = dict[str, Any]
 """The columns of one row (see ``shards``)."""
 MAX_WHOLE_BYTES = 256 << 20  # a larger file is not read into memory as a whole
 ENCODER_WINDOWS = 8  # windows of one forward pass of the encoder
 
 
 @dataclass(frozen=True)
-class Storing:
+class FeatureSpec:
     """What is stored of a clip.
 
     Attributes:
@@ -60,26 +60,26 @@ class Extractor:
 
     Args:
         model_id: Base model.
-        storing: What to store.
+        spec: What to store.
     Attributes:
         fingerprint: Hash of everything that decides what is stored of a row.
         plain_fingerprint: The same without variants.
     """
 
-    def __init__(self, model_id: str, storing: Storing | None = None) -> None:
-        self.model_id, self.storing = model_id, storing or Storing()
-        self.front_end: FrontEnd = family_of(model_id).front_end(model_id, trim_audio=self.storing.trim_audio)
+    def __init__(self, model_id: str, storing: FeatureSpec | None = None) -> None:
+        self.model_id, self.spec = model_id, storing or FeatureSpec()
+        self.front_end: FrontEnd = get_family(model_id).front_end(model_id, trim_audio=self.spec.trim_audio)
         how: list[Any] = [
             LAYOUT,
             self.front_end.fingerprint,
-            self.storing.store,
-            *filter(None, [self.storing.language]),
+            self.spec.store,
+            *filter(None, [self.spec.language]),
         ]
-        if self.storing.store == "encoder":
-            weights = family_of(model_id).encoder_fingerprint(model_id)
-            how += [self.storing.dtype, "bf16" if self.storing.bf16 else "fp32", weights]
+        if self.spec.store == "encoder":
+            weights = get_family(model_id).encoder_fingerprint(model_id)
+            how += [self.spec.dtype, "bf16" if self.spec.bf16 else "fp32", weights]
         self.plain_fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()
-        variants = self.storing.waveform.fingerprint
+        variants = self.spec.waveform.fingerprint
         both = json.dumps([*how, variants, self.front_end.max_audio_sec])  # a variant never gets longer than that
         self.fingerprint = hashlib.sha256(both.encode()).hexdigest() if variants else self.plain_fingerprint
         self._encoder: Any = None
@@ -91,9 +91,11 @@ class Extractor:
     def frame_shape(self) -> tuple[int, ...]:
         """Shape of what is stored of a clip, without its first axis."""
         encoder = (self.front_end.encoder_positions, self.front_end.encoder_dim)
-        return {"mel": (self.front_end.num_mel_bins,), "pcm16": (), "encoder": encoder}[self.storing.store]
+        return {"mel": (self.front_end.num_mel_bins,), "pcm16": (), "encoder": encoder}[self.spec.store]
 
-    def sample_rows(self, sample: Sample, *, augmented: bool = True) -> tuple[list[Row], dict[str, Any] | None]:
+    def sample_rows(
+        self, sample: Sample, *, augmented: bool = True
+    ) -> tuple[list[FeatureValues], dict[str, Any] | None]:
         """Everything that a shard holds of one sample, except that ``encoder`` sets hold log-mel until ``encode``.
 
         Returns:
@@ -102,20 +104,20 @@ class Extractor:
         Raises:
             BadRow: The clip is missing or unusable, or the text cannot be encoded.
         """
-        sample = replace(sample, language=sample.language or self.storing.language)
+        sample = replace(sample, language=sample.language or self.spec.language)
         shared = {"target_ids": self.front_end.target_ids(sample.answer, sample.segments), "task": sample.task.name}
         for name in ("id", "language", "source", "audio_path", "prompt", "answer"):
             shared[name] = getattr(sample, name)
         if not sample.task.has_audio:
             empty = {"num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0, "variant": 0}
-            none = np.empty(0, np.int16 if self.storing.store == "pcm16" else np.float32)
+            none = np.empty(0, np.int16 if self.spec.store == "pcm16" else np.float32)
             return [{**shared, **empty, "audio": none, "prompt_ids": self.front_end.prompt_ids(sample, 0)}], None
         samples, clip = self._read(sample)
-        waveform, limit = self.storing.waveform, self.front_end.max_audio_sec
+        waveform, limit = self.spec.waveform, self.front_end.max_audio_sec
         rows, rate_hz, key = [], self.front_end.sample_rate_hz, f"{clip['sha256'] or clip['path']}:{sample.start_sec}"
         for variant in range(waveform.num_variants if augmented else 1):
             heard = augment(samples, rate_hz, variant, key, waveform, max_sec=limit) if variant else samples
-            audio = self._pcm(heard) if self.storing.store == "pcm16" else self._mel(heard)
+            audio = self._pcm(heard) if self.spec.store == "pcm16" else self._mel(heard)
             prompt_ids = self.front_end.prompt_ids(sample, len(heard))
             rows.append({**shared, **audio, "num_samples": len(heard), "variant": variant, "prompt_ids": prompt_ids})
         return rows, clip
@@ -129,7 +131,7 @@ class Extractor:
             # and of a huge one only what the longest clip needs.
             whole = not (part.start_sec or part.duration_sec) and clip["size"] <= MAX_WHOLE_BYTES
             raw = Path(sample.audio_path).read_bytes() if whole else None
-            clip["sha256"] = "" if raw is None else digest(raw)
+            clip["sha256"] = "" if raw is None else sha256_hex(raw)
             rate_hz, max_sec = self.front_end.sample_rate_hz, self.front_end.max_audio_sec
             return decode(sample.audio_path, rate_hz, raw, part=part, max_sec=max_sec), clip
         except OSError as error:
@@ -137,25 +139,25 @@ class Extractor:
 
     def _mel(self, samples: np.ndarray) -> dict[str, Any]:
         features = self.front_end.features(samples)
-        found = {"audio": features.mel_KB, "num_frames": len(features.mel_KB), "fill": features.fill}
+        found = {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill}
         return {**found, "num_windows": features.num_windows}
 
     def _pcm(self, samples: np.ndarray) -> dict[str, Any]:
         num_windows = self.front_end.num_windows(len(samples))
         return {"audio": to_pcm16(samples), "num_frames": 0, "fill": 0.0, "num_windows": num_windows}
 
-    def encode(self, rows: Sequence[Row]) -> None:
+    def encode(self, rows: Sequence[FeatureValues]) -> None:
         """Put the encoder's outputs in the place of log-mel; does nothing for the other stores.
 
         The encoder hears what a run from ``mel`` shards hears: features rounded to float16.
         """
-        spoken = [row for row in rows if row["num_windows"]] if self.storing.store == "encoder" else []
+        spoken = [row for row in rows if row["num_windows"]] if self.spec.store == "encoder" else []
         if not spoken:
             return
-        family: Family = family_of(self.model_id)
+        family: ModelFamily = get_family(self.model_id)
         if self._encoder is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = torch.bfloat16 if self.storing.bf16 else torch.float32
+            dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
             self._encoder = family.load_encoder(self.model_id, dtype=dtype, device=device)
         waiting: list[np.ndarray] = []
         lengths: list[int] = []

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from voxray.cluster.actor_pool import actor_pool
-from voxray.core.errors import RunError
-from voxray.core.manifest import chunks, digest
-from voxray.core.storage import Place, children, to_jsonl, write_atomically, write_json
+from voxray.core.errors import RunError, one_line
+from voxray.core.manifest import chunks, sha256_hex
+from voxray.core.storage import AnyPath, children, to_jsonl, write_atomically, write_json
 from voxray.features.chunk import ChunkFeaturizer, WorkItem
 from voxray.features.disk_estimate import allowances
 from voxray.features.extract import Extractor
@@ -34,7 +34,7 @@ class FeaturizeReport:
         num_processes: Worker processes that took part.
     """
 
-    folders: tuple[Place, ...]
+    folders: tuple[AnyPath, ...]
     num_rows: int
     num_bad: int
     num_made: int
@@ -44,7 +44,7 @@ class FeaturizeReport:
 def featurize(
     manifests: Sequence[str],
     extractor: Extractor,
-    features_dir: Place,
+    features_dir: AnyPath,
     *,
     plain_manifests: Sequence[str] = (),
     rows_per_shard: int,
@@ -80,7 +80,7 @@ def featurize(
         for each in sets.values()
         for chunk in chunks(each.manifest, rows_per_shard)
     ]
-    if extractor.storing.store == "encoder":
+    if extractor.spec.store == "encoder":
         work = allowances(work, extractor, features_dir, max_bytes, on_estimate)
     total = sum(item.chunk.num_lines for item in work)
     lines_of = {(str(item.folder), item.chunk.number): item.chunk.num_lines for item in work}
@@ -95,7 +95,7 @@ def featurize(
         done += lines_of[result["folder"], result["chunk"]]
         on_progress(done, total)
     for each in sets.values():
-        _finish_set(each, extractor.storing.store)
+        _finish_set(each, extractor.spec.store)
     num_rows = sum(each.num_rows for each in sets.values())
     num_bad = sum(each.num_bad for each in sets.values())
     return FeaturizeReport(places, num_rows, num_bad, num_made, len(pids))
@@ -111,7 +111,7 @@ class _Set:
         bad: Lines for the ledger, by the number of their chunk.
     """
 
-    folder: Place
+    folder: AnyPath
     manifest: str
     augmented: bool
     fingerprint: str
@@ -131,8 +131,8 @@ class _Set:
 
 
 def _places(
-    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: Place
-) -> tuple[tuple[Place, ...], dict[str, _Set]]:
+    manifests: Sequence[str], plain_manifests: Sequence[str], extractor: Extractor, features_dir: AnyPath
+) -> tuple[tuple[AnyPath, ...], dict[str, _Set]]:
     """Folder of every manifest's set, and the sets by the folder's name; without variants the two kinds of manifests
     share theirs.
     """
@@ -159,7 +159,7 @@ def _finish_set(made: _Set, store: str) -> None:
     for path in children(folder / "shards"):
         if not path.stem.isdigit() or int(path.stem) >= num_shards:
             path.unlink()  # left by a longer manifest, or by a process that was killed while writing
-    content = digest("".join(made.content[number] for number in range(num_shards)).encode())
+    content = sha256_hex("".join(made.content[number] for number in range(num_shards)).encode())
     if _is_finished(folder, content):
         return
     index = write_index(folder, num_shards)
@@ -168,7 +168,7 @@ def _finish_set(made: _Set, store: str) -> None:
     write_json(folder / "set.json", {**description, "content": content, **counts, **index})
 
 
-def _is_finished(folder: Place, content: str) -> bool:
+def _is_finished(folder: AnyPath, content: str) -> bool:
     """Whether index and description stand there already for this very content."""
     try:
         return (
@@ -184,14 +184,14 @@ def _run_here(extractor: Extractor, work: list[WorkItem], num_actors: int) -> It
         try:
             yield featurizer.make(item)
         except OSError as error:
-            raise RunError(" ".join(str(error).split())) from error
+            raise RunError(one_line(error)) from error
 
 
 def _run_on_ray(extractor: Extractor, work: list[WorkItem], num_actors: int) -> Iterator[dict[str, Any]]:
     """Stream the chunks through a pool of actors; results come back as they are done."""
     import ray
 
-    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if extractor.storing.store == "encoder" else 0
+    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if extractor.spec.store == "encoder" else 0
     dataset = ray.data.from_items([{"item": item} for item in work], override_num_blocks=min(len(work), 1000))
     results = dataset.map_batches(
         ChunkFeaturizer,
@@ -208,7 +208,9 @@ def _run_on_ray(extractor: Extractor, work: list[WorkItem], num_actors: int) -> 
         yield result
 
 
-def write_ledger(path: Place, folders: Iterable[Place], lost: Iterable[tuple[Features, int, str, str]] = ()) -> None:
+def write_ledger(
+    path: AnyPath, folders: Iterable[AnyPath], lost: Iterable[tuple[Features, int, str, str]] = ()
+) -> None:
     """Gather the ledgers of feature sets, and rows that a job itself leaves out, into one quarantine.jsonl.
 
     Args:

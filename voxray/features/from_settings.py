@@ -9,12 +9,12 @@ from voxray.config.featurize import FeaturizeSettings
 from voxray.config.flag_groups import FeatureFlags, TrimFlags, VariantFlags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import SettingsError
-from voxray.core.storage import CacheLimits, Place, RemotePath, num_bytes, refuse_unwritable, remote_place
-from voxray.features.extract import Extractor, Storing
+from voxray.core.storage import AnyPath, CacheLimits, RemotePath, num_bytes, refuse_unwritable, remote_path
+from voxray.core.units import GIB
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import FeaturizeReport, featurize
-from voxray.runs.run_folder import anchor, make_folder, url_of
+from voxray.runs.run_folder import make_folder, output_url, resolve_output_dir
 
-GIB = 2**30
 FLAG_OF = {
     "num_variants": "variants",
     "noise_snr_db": "noise_snr",
@@ -24,7 +24,7 @@ FLAG_OF = {
 """What users call the fields of ``WaveformAugmentation``, where the names differ."""
 
 
-def features_place(settings: FeatureFlags, path: str, storage_path: str, *, flag: str) -> Place:
+def open_features_dir(settings: FeatureFlags, path: str, storage_path: str, *, flag: str) -> AnyPath:
     """The folder of a job's feature sets, made ready to be written to.
 
     Args:
@@ -32,20 +32,20 @@ def features_place(settings: FeatureFlags, path: str, storage_path: str, *, flag
     Raises:
         SettingsError, RunError: It cannot be placed or written to; the message names the flag.
     """
-    path = url_of(path, storage_path) or path
+    path = output_url(path, storage_path) or path
     if "://" not in path:
-        folder = anchor(path, storage_path, flag=flag)
+        folder = resolve_output_dir(path, storage_path, flag=flag)
         make_folder(folder, flag)
         return folder
     if "://" in settings.features_cache_dir:
         raise SettingsError(f"--features_cache_dir {settings.features_cache_dir}: must be a folder of this machine")
     cache = Path(os.path.expanduser(settings.features_cache_dir)).absolute()
-    place = remote_place(path, flag, CacheLimits(str(cache), int(settings.features_cache_gib * GIB)))
+    place = remote_path(path, flag, CacheLimits(str(cache), int(settings.features_cache_gib * GIB)))
     refuse_unwritable(place, flag)
     return place
 
 
-def storing_of(settings: FeatureFlags, *, bf16: bool) -> Storing:
+def feature_spec(settings: FeatureFlags, *, bf16: bool) -> FeatureSpec:
     """What the settings ask to be stored.
 
     Raises:
@@ -77,14 +77,14 @@ def storing_of(settings: FeatureFlags, *, bf16: bool) -> Storing:
         if given:
             console.print(f"warning: --{given[0]} has no effect without --variants", markup=False)
     trim_audio = isinstance(settings, TrimFlags) and settings.trim_audio_tokens
-    return Storing(settings.store, settings.cache_dtype, bf16, waveform, trim_audio, settings.language)
+    return FeatureSpec(settings.store, settings.cache_dtype, bf16, waveform, trim_audio, settings.language)
 
 
 def make_features(
     settings: FeatureFlags,
     model_id: str,
     manifests: Sequence[str],
-    features_dir: Place,
+    features_dir: AnyPath,
     *,
     bf16: bool,
     plain_manifests: Sequence[str] = (),
@@ -96,7 +96,7 @@ def make_features(
         manifests: Those whose clips get the variants that the settings ask for.
         plain_manifests: Those whose clips get none.
     """
-    extractor = Extractor(model_id, storing_of(settings, bf16=bf16))
+    extractor = Extractor(model_id, feature_spec(settings, bf16=bf16))
     with progress_bar("features") as bar:
         report = featurize(
             tuple(dict.fromkeys(manifests)),
@@ -121,7 +121,7 @@ def make_features(
     return report
 
 
-def log_folder(place: Place) -> Path:
+def log_folder(place: AnyPath) -> Path:
     """A local folder for Ray's log: the place itself, or the cache of a remote one."""
     folder = Path(place.cache.folder) if isinstance(place, RemotePath) else place
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from voxray.core.errors import RunError
-from voxray.core.storage import Place, RemotePath
+from voxray.core.storage import AnyPath, RemotePath
 from voxray.features.shard_cache import fetch
 from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
 
@@ -86,7 +86,7 @@ class RowLengths:
         sample: Running number of the manifest row that every row is a variant of, int64.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
-        spare_tokens: {task: tokens to keep free for each of its rows}, for prompts that may get longer than these.
+        max_extra_prompt_tokens: {task: tokens to reserve per row, because a sampled prompt may be longer}.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
         has_language: Whether the row's language is known, bool.
@@ -96,7 +96,7 @@ class RowLengths:
     sample: np.ndarray
     num_prompt_tokens: np.ndarray
     num_target_tokens: np.ndarray
-    spare_tokens: Mapping[str, int]
+    max_extra_prompt_tokens: Mapping[str, int]
     num_windows: np.ndarray
     num_samples: np.ndarray
     has_language: np.ndarray
@@ -109,7 +109,7 @@ class RowLengths:
     def longest_tokens(self) -> np.ndarray:
         """``num_tokens`` and the spare ones."""
         longest = self.num_tokens
-        for name, spare in self.spare_tokens.items():
+        for name, spare in self.max_extra_prompt_tokens.items():
             longest[self.task == TASK_CODES[name]] += spare
         return longest
 
@@ -136,7 +136,7 @@ class Features(RowLengths):
         RunError: A folder holds no finished set, or the sets do not store the same.
     """
 
-    def __init__(self, folders: Iterable[Place], spare_tokens: Mapping[str, int] | None = None) -> None:
+    def __init__(self, folders: Iterable[AnyPath], max_extra_prompt_tokens: Mapping[str, int] | None = None) -> None:
         self.folders = tuple(folders)
         self._described = [_describe(folder) for folder in self.folders]
         stores = {described["store"] for described in self._described}
@@ -151,7 +151,7 @@ class Features(RowLengths):
         self.sample = np.cumsum(self._numbers("variant") == 0) - 1
         self.num_prompt_tokens = self._numbers("num_prompt_tokens")
         self.num_target_tokens = self._numbers("num_target_tokens")
-        self.spare_tokens = spare_tokens or {}
+        self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
         self.has_language = self._numbers("language") != ""
@@ -205,14 +205,14 @@ class Features(RowLengths):
         return hashlib.sha256("\n".join(found["content"] for found in self._described).encode()).hexdigest()
 
 
-def _describe(folder: Place) -> dict[str, Any]:
+def _describe(folder: AnyPath) -> dict[str, Any]:
     try:
         return json.loads((folder / "set.json").read_text())
     except OSError:
         raise RunError(f"{folder}: not a finished feature set; run featurize on its manifest") from None
 
 
-def _index(folder: Place, described: dict[str, Any]) -> pa.Table:
+def _index(folder: AnyPath, described: dict[str, Any]) -> pa.Table:
     path = folder / "index.arrow"
     if isinstance(path, RemotePath):
         path = fetch(path, described["index_sha256"], described["index_bytes"])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.core.storage import CacheLimits, RemotePath, checksum
 
 SUFFIXES = {".arrow", ".part"}  # what belongs to the cache, of the files in its folder
@@ -46,7 +46,7 @@ def fetch(remote: RemotePath, sha256: str, num_bytes: int) -> Path:
         try:
             remote.download(partial)
         except OSError as error:
-            raise RunError(f"{remote}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+            raise RunError(f"{remote}: cannot be read: {one_line(error, 200)}") from None
         if checksum(partial) != sha256:
             raise RunError(f"{remote}: damaged: its content is not what shards.json says; run featurize --verify")
         os.replace(partial, target)

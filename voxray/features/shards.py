@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from voxray.core.storage import Place, checksum, move_into_place, scratch_file, write_json
+from voxray.core.storage import AnyPath, checksum, move_into_place, scratch_file, write_json
 from voxray.core.tasks import TASKS
 
 LAYOUT = 2
@@ -95,13 +95,13 @@ def shard_schema(store: str, dtype: torch.dtype, frame_shape: Sequence[int]) -> 
     return pa.schema(fields, metadata=described)
 
 
-def set_folder(features_dir: Place, manifest: str, fingerprint: str) -> Place:
+def set_folder(features_dir: AnyPath, manifest: str, fingerprint: str) -> AnyPath:
     """Folder of the feature set of one manifest under one front end and way of storing."""
     key = hashlib.sha256(f"{manifest}\n{fingerprint}".encode()).hexdigest()[:12]
     return features_dir / f"{PurePosixPath(manifest).stem}-{key}"
 
 
-def shard_path(folder: Place, number: int) -> Place:
+def shard_path(folder: AnyPath, number: int) -> AnyPath:
     return folder / "shards" / f"{number:05d}.arrow"
 
 
@@ -143,7 +143,7 @@ def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any
     }
 
 
-def write_index(folder: Place, num_shards: int) -> dict[str, Any]:
+def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
     """Gather what the shards' reports say into ``index.arrow`` and ``shards.json``, one report in memory at a time.
 
     Returns:

@@ -12,12 +12,12 @@ import numpy as np
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Segment
-from voxray.core.storage import Place, to_jsonl, write_atomically
+from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.features.reader import Features
 from voxray.models.interface import FrontEnd
 
 
-def write_parts(folders: Iterable[Place], front_end: FrontEnd, path: Path) -> frozenset[str]:
+def write_parts(folders: Iterable[AnyPath], front_end: FrontEnd, path: Path) -> frozenset[str]:
     """Write a manifest of the parts of all rows that have more windows than the family is trained on.
 
     Args:
@@ -37,14 +37,14 @@ def write_parts(folders: Iterable[Place], front_end: FrontEnd, path: Path) -> fr
     divided = set()
     for sample in samples_at({features.source(int(row)) for row in longer}):
         if sample.segments and _letters(" ".join(text for *_, text in sample.segments)) == _letters(sample.answer):
-            rows += parts_of(sample, longest_sec)
+            rows += split_at_segments(sample, longest_sec)
             divided.add(sample.source)
     if rows:
         write_atomically(path, to_jsonl(rows))
     return frozenset(divided)
 
 
-def parts_of(sample: Sample, longest_sec: float) -> list[dict[str, Any]]:
+def split_at_segments(sample: Sample, longest_sec: float) -> list[dict[str, Any]]:
     """Manifest rows of a sample's parts, as many segments in each as fit; a segment that does not is one by itself."""
     groups: list[list[Segment]] = []
     for segment in sample.segments:

@@ -14,14 +14,14 @@ import torch
 
 from voxray.batches.collate import collate_prompts
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import Decoding, Family, FrontEnd
+from voxray.models.interface import DecodeState, FrontEnd, ModelFamily
 
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that has to be done before its rows leave and others come: that copies the rest's memory."""
 
 
 @dataclass
-class Answer:
+class PartialCompletion:
     """One row's answer so far.
 
     Attributes:
@@ -48,11 +48,11 @@ class Answer:
 class _Batch:
     """The rows that are being answered together; some of them may be done."""
 
-    def __init__(self, model: Any, family: Family, front_end: FrontEnd) -> None:
+    def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd) -> None:
         self.model, self.family, self.front_end = model, family, front_end
         self.device = next(model.parameters()).device
-        self.answers: list[Answer] = []
-        self.state: Decoding | None = None
+        self.answers: list[PartialCompletion] = []
+        self.state: DecodeState | None = None
 
     @property
     def num_live(self) -> int:
@@ -64,45 +64,45 @@ class _Batch:
         if not kept:
             self.state = None
         elif self.state and len(kept) < len(self.answers):
-            self.state.keep(kept)
+            self.state.select_rows(kept)
         self.answers = [self.answers[place] for place in kept]
 
-    def admit(self, answers: list[Answer], rows: Sequence[FeatureRow]) -> list[Answer]:
+    def admit(self, answers: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
         """Read new rows' prompts, whose first tokens come with it; returns the rows that got a token."""
         batch = {name: tensor.to(self.device) for name, tensor in collate_prompts(rows, self.front_end).items()}
-        state, logits_BV = self.family.begin(self.model, batch)
+        state, logits_BV = self.family.prefill(self.model, batch)
         self._give(answers, logits_BV)
         if self.state is None:
             self.state = state
         else:
-            self.state.join(state)
+            self.state.merge(state)
         self.answers += answers
         return answers
 
-    def step(self) -> list[Answer]:
+    def step(self) -> list[PartialCompletion]:
         """One token for each row; what rows that are done get is not looked at."""
         assert self.state is not None
         eos_id, live = self.front_end.eos_id, [answer for answer in self.answers if not answer.is_done]
         last = [eos_id if answer.is_done else answer.ids[-1] for answer in self.answers]
-        self._give(self.answers, self.state.step(torch.tensor(last, device=self.device)))
+        self._give(self.answers, self.state.decode_step(torch.tensor(last, device=self.device)))
         return live
 
-    def _give(self, answers: Sequence[Answer], logits_BV: torch.Tensor) -> None:
+    def _give(self, answers: Sequence[PartialCompletion], logits_BV: torch.Tensor) -> None:
         for answer, token in zip(answers, logits_BV.argmax(-1).tolist(), strict=True):
             if not answer.is_done:
                 answer.take(token, self.front_end.eos_id)
 
 
 @torch.inference_mode()
-def greedy(
+def generate_greedy(
     model: Any,
-    family: Family,
+    family: ModelFamily,
     front_end: FrontEnd,
     rows: Sequence[FeatureRow],
     *,
     batch_size: int,
     limits: Sequence[int],
-) -> Iterator[Answer]:
+) -> Iterator[PartialCompletion]:
     """Answer rows, and yield each as soon as it is done.
 
     Args:
@@ -110,7 +110,7 @@ def greedy(
         batch_size: Rows at a time.
         limits: Longest answer of every row, in tokens.
     """
-    waiting = deque(Answer(number, limit) for number, limit in enumerate(limits))
+    waiting = deque(PartialCompletion(number, limit) for number, limit in enumerate(limits))
     batch = _Batch(model, family, front_end)
     while waiting or batch.answers:
         began = time.perf_counter()

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 from voxray.batches.collate import collate_prompts
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, one_line, quoted_line
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow, Features
 from voxray.features.shards import TASK_CODES
-from voxray.generation.continuous_batching import greedy
-from voxray.models.interface import Family, FrontEnd
+from voxray.generation.continuous_batching import generate_greedy
+from voxray.models.interface import FrontEnd, ModelFamily
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 _TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
 
 
 @dataclass(frozen=True)
-class Search:
+class SamplingParams:
     """How an answer is looked for.
 
     Attributes:
@@ -44,7 +44,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Generated:
+class Completion:
     """An answer.
 
     Attributes:
@@ -83,17 +83,23 @@ def length_batches(features: Features, rows: Sequence[int], batch_size: int) -> 
         yield order[start : start + batch_size]
 
 
-def generated(
-    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], *, batch_size: int, search: Search
-) -> Iterator[tuple[int, Generated]]:
+def generate(
+    model: Any,
+    family: ModelFamily,
+    front_end: FrontEnd,
+    rows: Sequence[FeatureRow],
+    *,
+    batch_size: int,
+    search: SamplingParams,
+) -> Iterator[tuple[int, Completion]]:
     """Answer rows, ``batch_size`` at a time, and yield each answer with its row's place as soon as it is there."""
     limits = [max(1, min(search.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
-    is_alone = [front_end.is_answered_alone(row.prompt_ids, row.num_windows) for row in rows]
+    is_alone = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
     together = [place for place in range(len(rows)) if not is_alone[place]]
     batches = [[place] for place in range(len(rows)) if is_alone[place]]
     if search.is_greedy:
         some, limits_of = [rows[place] for place in together], [limits[place] for place in together]
-        for answer in greedy(model, family, front_end, some, batch_size=batch_size, limits=limits_of):
+        for answer in generate_greedy(model, family, front_end, some, batch_size=batch_size, limits=limits_of):
             place = together[answer.number]
             yield place, _finished(answer.ids, front_end, limits[place], answer.sec)
     else:
@@ -108,9 +114,9 @@ def generated(
             yield place, _finished(ids, front_end, longest, sec)
 
 
-def tried(
-    rows: Sequence[int], batch_size: int, work: Callable[[Sequence[int], int], Iterator[tuple[int, Found]]]
-) -> Iterator[tuple[int, Found | Exception]]:
+def bisect_failures(
+    rows: Sequence[int], batch_size: int, work: Callable[[Sequence[int], int], Iterator[tuple[int, Result]]]
+) -> Iterator[tuple[int, Result | Exception]]:
     """Let the model work on rows; where it fails, halves are tried, down to the row at which it fails.
 
     Args:
@@ -130,7 +136,7 @@ def tried(
         raise
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
-            raise RunError(f"the device failed, and answers nothing any more: {reason_of(error)}") from error
+            raise RunError(f"the device failed, and answers nothing any more: {failure_reason(error)}") from error
         if len(left) == 1:
             yield next(iter(left)), error
             return
@@ -139,17 +145,17 @@ def tried(
             torch.cuda.empty_cache()
         again, half = list(left), (len(left) + 1) // 2
         for part in (again[:half], again[half:]):
-            yield from tried(part, min(batch_size, half), work)
+            yield from bisect_failures(part, min(batch_size, half), work)
 
 
-def reason_of(error: Exception) -> str:
+def failure_reason(error: Exception) -> str:
     """Why a row has no answer, in one line."""
-    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
+    return quoted_line(f"{type(error).__name__}: {one_line(error)}"[:300])
 
 
-def answers(
+def generate_texts(
     model: Any,
-    family: Family,
+    family: ModelFamily,
     front_end: FrontEnd,
     rows: Sequence[FeatureRow],
     *,
@@ -158,15 +164,15 @@ def answers(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Texts of the answers to one batch of rows (see ``Search``)."""
-    search = Search(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    found = dict(generated(model, family, front_end, rows, batch_size=len(rows), search=search))
+    """Texts of the answers to one batch of rows (see ``SamplingParams``)."""
+    search = SamplingParams(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    found = dict(generate(model, family, front_end, rows, batch_size=len(rows), search=search))
     return [found[place].text for place in range(len(rows))]
 
 
 @torch.inference_mode()
 def _library_ids(
-    model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow], search: Search, limit: int
+    model: Any, family: ModelFamily, front_end: FrontEnd, rows: Sequence[FeatureRow], search: SamplingParams, limit: int
 ) -> list[list[int]]:
     """Tokens of answers by transformers' generate, without the end-of-text token.
 
@@ -187,8 +193,8 @@ def _library_ids(
     return [_until(ids, front_end.eos_id) for ids in ids_BL.tolist()]
 
 
-def _finished(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Generated:
-    return Generated(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec)
+def _finished(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Completion:
+    return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec)
 
 
 def _until(ids: list[int], eos_id: int) -> list[int]:

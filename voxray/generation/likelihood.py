@@ -8,12 +8,12 @@ import torch
 
 from voxray.batches.collate import collate_training
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.losses import token_losses
 
 
 @torch.no_grad()
-def reference_losses(model: Any, family: Family, front_end: FrontEnd, rows: Sequence[FeatureRow]) -> list[float]:
+def reference_losses(model: Any, family: ModelFamily, front_end: FrontEnd, rows: Sequence[FeatureRow]) -> list[float]:
     """-ln p of every row's reference answer, by the forward pass of training.
 
     Args:

@@ -13,8 +13,8 @@ from typing import Any
 from voxray.audio.decode import header_seconds
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, samples_at
-from voxray.core.source import place_of
-from voxray.core.storage import Place, to_jsonl, write_atomically
+from voxray.core.source import split_source
+from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.models.interface import FrontEnd
 
 OVERLAP_SEC = 5.0
@@ -27,7 +27,7 @@ def is_too_long(reason: str, sample: Sample) -> bool:
     return reason == "audio_too_long" and sample.task.name == "asr"
 
 
-def chunks_of(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]:
+def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]:
     """Parts of a recording, each as long as the model takes, that overlap by ``OVERLAP_SEC`` at least.
 
     Args:
@@ -44,7 +44,7 @@ def chunks_of(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]
         chunk_sec /= 2
         if chunk_sec < 2:
             raise BadRow("too_long", f"not even a chunk of 2 s is within --max_len {max_len}")
-    number = max(2, math.ceil((total_sec - overlap_of(chunk_sec)) / (chunk_sec - overlap_of(chunk_sec))))
+    number = max(2, math.ceil((total_sec - overlap_seconds(chunk_sec)) / (chunk_sec - overlap_seconds(chunk_sec))))
     if number > MAX_CHUNKS:
         raise BadRow("audio_too_long", f"{sample.audio_path} lasts {total_sec:.0f} s, over {MAX_CHUNKS} chunks")
     step = (total_sec - chunk_sec) / (number - 1)
@@ -52,7 +52,7 @@ def chunks_of(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]
     return [replace(sample, start_sec=start, duration_sec=chunk_sec) for start in starts]
 
 
-def overlap_of(chunk_sec: float) -> float:
+def overlap_seconds(chunk_sec: float) -> float:
     return min(OVERLAP_SEC, chunk_sec / 4)
 
 
@@ -67,7 +67,7 @@ def whole_samples(sample: Sample, parts: Sequence[Sample], front_end: FrontEnd) 
     return round((end_sec - sample.start_sec) * front_end.sample_rate_hz)
 
 
-def write_chunk_manifest(folders: Iterable[Place], front_end: FrontEnd, max_len: int, path: Path) -> bool:
+def write_chunk_manifest(folders: Iterable[AnyPath], front_end: FrontEnd, max_len: int, path: Path) -> bool:
     """Write a manifest of the chunks of all recordings that feature sets refused for their length.
 
     Args:
@@ -79,7 +79,7 @@ def write_chunk_manifest(folders: Iterable[Place], front_end: FrontEnd, max_len:
     rows: list[dict[str, Any]] = []
     for sample in _refused(folders):
         try:
-            parts = chunks_of(sample, front_end, max_len)
+            parts = split_into_chunks(sample, front_end, max_len)
         except BadRow:
             continue  # it stays in the ledger as it is
         share, num_samples = overlap_share(parts), whole_samples(sample, parts, front_end)
@@ -116,7 +116,7 @@ def with_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> l
             if row["chunk_of"] in lost:
                 continue
             lost.add(row["chunk_of"])
-            manifest, number = place_of(row["chunk_of"])
+            manifest, number = split_source(row["chunk_of"])
             message = f"chunk {row['chunk'] + 1} of {row['num_chunks']}: {line['message']}"
             line = {**line, "manifest": manifest, "line": number, "id": row["id"], "message": message}
         elif f"{line['manifest']}:{line['line']}" in whole:
@@ -125,7 +125,7 @@ def with_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> l
     return found
 
 
-def _refused(folders: Iterable[Place]) -> list[Sample]:
+def _refused(folders: Iterable[AnyPath]) -> list[Sample]:
     refused = []
     for folder in dict.fromkeys(folders):
         for line in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines()):

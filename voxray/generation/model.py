@@ -10,19 +10,19 @@ import torch
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.core.errors import SettingsError
-from voxray.generation.generate import Search
+from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_record, trims_audio
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.quantize import base_dtype
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.runs.remote_sync import fetched
 
-Flags = TypeVar("Flags", bound=AdapterFlags)
+AdapterFlagsT = TypeVar("AdapterFlagsT", bound=AdapterFlags)
 
 
 @dataclass(frozen=True)
-class Generation:
+class InferenceConfig:
     """Everything that decides the answers, beside the rows.
 
     Attributes:
@@ -41,7 +41,7 @@ class Generation:
 
     model_id: str
     adapter: str
-    search: Search
+    search: SamplingParams
     batch_size: int
     bf16: bool = False
     tf32: bool = False
@@ -52,18 +52,18 @@ class Generation:
     perplexity: str = "none"
 
 
-def generation_of(
+def inference_config(
     settings: EvaluateSettings | InferSettings | DemoSettings,
     model_id: str,
     adapter: Path | None,
     max_new_tokens: int,
     batch_size: int,
-) -> Generation:
+) -> InferenceConfig:
     """What decides the answers, as the settings want them looked for."""
-    search = Search(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
+    search = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
-    return Generation(model_id, str(adapter or ""), search, batch_size, **flags)
+    return InferenceConfig(model_id, str(adapter or ""), search, batch_size, **flags)
 
 
 def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
@@ -81,7 +81,7 @@ def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_
     return base or settings.model_id, adapter
 
 
-def as_trained(settings: Flags, model_id: str, adapter: Path | None) -> Flags:
+def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path | None) -> AdapterFlagsT:
     """The settings with prompts as the adapter, or the base, was trained on.
 
     Raises:
@@ -95,7 +95,7 @@ def as_trained(settings: Flags, model_id: str, adapter: Path | None) -> Flags:
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
-def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, int]:
+def load_model(generation: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:
     """The model that answers, and how many tensors of the adapter it took.
 
     Args:
@@ -105,7 +105,7 @@ def load(generation: Generation, *, skip_encoder: bool = False) -> tuple[Any, in
     """
     torch.backends.cuda.matmul.allow_tf32 = generation.tf32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, dtype = family_of(generation.model_id), base_dtype(bf16=generation.bf16, fp16=generation.fp16)
+    family, dtype = get_family(generation.model_id), base_dtype(bf16=generation.bf16, fp16=generation.fp16)
     model = family.load_model(generation.model_id, dtype=dtype, device=device, quantize=generation.quantize)
     if skip_encoder:
         family.skip_encoder(model)

@@ -5,18 +5,18 @@ from typing import Any, TypeVar
 
 from voxray.config.evaluate import SalmonnBaseFlags
 from voxray.core.console import console
-from voxray.models.salmonn.assemble import put_together
+from voxray.models.salmonn.assemble import assemble_salmonn
 
-Flags = TypeVar("Flags", bound=SalmonnBaseFlags)
+SalmonnFlagsT = TypeVar("SalmonnFlagsT", bound=SalmonnBaseFlags)
 
 
-def with_base(settings: Flags, folder: Path) -> Flags:
+def assemble_base(settings: SalmonnFlagsT, folder: Path) -> SalmonnFlagsT:
     """Put a SALMONN together below a folder, where the settings name its parts.
 
     Returns:
         The settings with the base as their model; a checkpoint of SALMONN's trainer is a part of it then.
     Raises:
-        RunError, SettingsError: See ``put_together``.
+        RunError, SettingsError: See ``assemble_salmonn``.
     """
     if not settings.whisper_path:
         return settings
@@ -26,7 +26,7 @@ def with_base(settings: Flags, folder: Path) -> Flags:
         checkpoint, changed["lora_dir"] = str(Path(settings.lora_dir).absolute()), ""
     elif not settings.lora_dir:
         console.print("warning: no --ckpt: what stands between the encoders and the language model is new, at random")
-    changed["model_id"] = put_together(
+    changed["model_id"] = assemble_salmonn(
         folder,
         whisper=settings.whisper_path,
         beats=settings.beats_path,

@@ -10,15 +10,21 @@ from uuid import uuid4
 
 import torch
 
-from voxray.cluster.placement import Growth, find_room, free_places, is_evicted, unit_of
-from voxray.config.flag_groups import range_of
+from voxray.cluster.placement import (
+    ScaleUpWatcher,
+    is_evicted,
+    release_placement_group,
+    wait_for_workers,
+    worker_resource,
+)
+from voxray.config.flag_groups import as_range
 from voxray.config.train import TrainSettings
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.launch.worker import _worker_main
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import ERROR_FILE, list_checkpoints
-from voxray.runs.remote_sync import Mirror
+from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
 from voxray.training.records import METRICS
 from voxray.training.resource_errors import memory_advice
@@ -26,10 +32,10 @@ from voxray.training.resource_errors import memory_advice
 MAX_RESTARTS = 3
 
 
-def on_workers(
+def train_on_workers(
     settings: TrainSettings,
     run_dir: Path,
-    data: Data,
+    data: TrainingData,
     workers: tuple[int, int],
     *,
     callbacks: Sequence[Any] = (),
@@ -47,12 +53,12 @@ def on_workers(
         RunError: The recipe refused its input (not tried again), or crashed again and again without getting on.
         Stopped: By the sweep that this is a trial of.
     """
-    mirror = Mirror.of(settings)
+    mirror = RemoteSync.from_settings(settings)
     (fewest, most), failures, step = workers, 0, _newest_step(run_dir)
     while True:
         (run_dir / GROW_FILE).unlink(missing_ok=True)
         mirror.take_back_signals()
-        number = find_room(fewest, most, (run_dir / STOP_FILE).exists)
+        number = wait_for_workers(fewest, most, (run_dir / STOP_FILE).exists)
         if not number:
             return {"steps": step, "finished": False}
         outcome = _attempt(settings, run_dir, data, number, most, callbacks, mirror)
@@ -85,11 +91,11 @@ def _newest_step(run_dir: Path) -> int:
 def _attempt(
     settings: TrainSettings,
     run_dir: Path,
-    data: Data,
+    data: TrainingData,
     number: int,
     most: int,
     callbacks: Sequence[Any],
-    mirror: Mirror,
+    mirror: RemoteSync,
 ) -> dict[str, Any]:
     """Train with so many processes until they end, for whatever reason, or there is room for more of them.
 
@@ -106,7 +112,9 @@ def _attempt(
         while thread.is_alive():
             thread.join(0.3)  # short waits, because signals are only taken between them
             if growth is None and number < most and _last_written(run_dir / METRICS) != before:
-                growth = Growth(most - number, unit_of(number))  # now, that it takes no place of the run's own workers
+                growth = ScaleUpWatcher(
+                    most - number, worker_resource(number)
+                )  # now, that it takes no place of the run's own workers
             if growth and growth.is_there():
                 (run_dir / GROW_FILE).touch()
             mirror.send_signals()
@@ -123,7 +131,7 @@ def _last_written(path: Path) -> int:
 def _fit_once(
     settings: TrainSettings,
     run_dir: Path,
-    data: Data,
+    data: TrainingData,
     number: int,
     callbacks: Sequence[Any],
     outcome: dict[str, Any],
@@ -138,7 +146,7 @@ def _fit_once(
         _worker_main,
         train_loop_config={"settings": settings, "run_dir": str(run_dir), "data": data},
         torch_config=ProcessGroup(run=name),
-        scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=unit_of(number) == "GPU"),
+        scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=worker_resource(number) == "GPU"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(run_dir / "ray"),
@@ -152,7 +160,7 @@ def _fit_once(
         outcome["result"] = trainer.fit().return_value
     except Exception as error:  # told to the user by on_workers
         outcome["error"] = error
-        free_places(name)
+        release_placement_group(name)
 
 
 def raise_refusal(error: Exception, run_dir: Path) -> None:
@@ -171,7 +179,7 @@ def count_workers(num_workers: str | int) -> tuple[int, int]:
     """Fewest and most processes of ``2`` or ``1:4``; ``auto`` is one per GPU of this machine, or one."""
     if num_workers == "auto":
         num_workers = max(1, torch.cuda.device_count())
-    return range_of(num_workers)
+    return as_range(num_workers)
 
 
 def _append_trace(log_path: Path, error: BaseException) -> None:

@@ -8,7 +8,7 @@ import ray.train.torch
 import torch
 from ray.train.torch import TorchConfig
 
-from voxray.cluster.placement import note_places
+from voxray.cluster.placement import record_placement_group
 from voxray.core.errors import RunError
 
 
@@ -29,7 +29,7 @@ class ProcessGroup(TorchConfig):
 class _Backend(TorchConfig().backend_cls):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         assert isinstance(backend_config, ProcessGroup)
-        worker_group.execute_single(0, note_places, backend_config.run)
+        worker_group.execute_single(0, record_placement_group, backend_config.run)
         if faults := list(filter(None, worker_group.execute(_device_fault))):
             raise RunError(faults[0])
         super().on_start(worker_group, backend_config)

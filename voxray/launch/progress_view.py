@@ -40,7 +40,7 @@ def stop_on_signal(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def watched(run_dir: Path) -> Iterator[None]:
+def show_progress(run_dir: Path) -> Iterator[None]:
     """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
     log, metrics, pace = _Tail(run_dir / LOG), _Tail(run_dir / METRICS), Pace()
     done = threading.Event()

@@ -12,8 +12,8 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.recipes.registry import RECIPES
 from voxray.runs.layout import ERROR_FILE
-from voxray.runs.remote_sync import Mirror
-from voxray.training.callbacks import Host
+from voxray.runs.remote_sync import RemoteSync
+from voxray.training.callbacks import Callbacks
 from voxray.training.records import Publish
 
 
@@ -29,8 +29,8 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     settings = config["settings"]
     publish = _gauges(run_dir.name) if worker.is_first else None
-    host = Host(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
-    mirror = Mirror.of(settings)
+    host = Callbacks(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
+    mirror = RemoteSync.from_settings(settings)
     mirror.fetch()
     done = mirror.hear_signals()
     try:

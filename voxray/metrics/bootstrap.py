@@ -35,7 +35,7 @@ class Groups:
     unit: Unit
 
 
-def groups_of(rows: Sequence[Mapping[str, Any]]) -> Groups:
+def group_by_speaker(rows: Sequence[Mapping[str, Any]]) -> Groups:
     """Group rows by ``speaker``; a row that has none is a group of its own.
 
     With less than two speakers in all there is nothing to draw among, so utterances are drawn.

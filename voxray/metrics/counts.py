@@ -175,7 +175,7 @@ def rouge_units(normalized: str) -> list[str]:
     return _UNITS.findall(normalized)
 
 
-def metrics_of(
+def compute_metrics(
     task: str, rows: Iterable[Mapping[str, int]], names: Sequence[str] = ()
 ) -> dict[str, dict[str, float | int]]:
     """Metrics of one task from the counts of its utterances.
@@ -183,12 +183,12 @@ def metrics_of(
     Args:
         names: Metrics wanted; without, those of the task table. What does not derive from counts is passed over.
     Returns:
-        {metric: {"value", "n"}}; a metric without any utterance is absent. See ``ratio_of`` for what goes in.
+        {metric: {"value", "n"}}; a metric without any utterance is absent. See ``metric_ratio`` for what goes in.
     """
     columns = as_columns(rows)
     found = {}
     for name in names or TASKS[task].metrics:
-        ratio = ratio_of(task, name, columns)
+        ratio = metric_ratio(task, name, columns)
         if ratio is not None:
             found[name] = {"value": ratio.value, "n": ratio.n}
     return found
@@ -229,7 +229,7 @@ def as_columns(rows: Iterable[Mapping[str, Any]], names: Sequence[str] = COUNT_N
     return {name: np.array([row[name] for row in rows]) for name in names}
 
 
-def ratio_of(task: str, metric: str, columns: Mapping[str, np.ndarray]) -> Ratio | None:
+def metric_ratio(task: str, metric: str, columns: Mapping[str, np.ndarray]) -> Ratio | None:
     """A metric of some utterances; None if it does not derive from counts, or no utterance goes in.
 
     cer, cer_nospace, wer   edits over reference length; an utterance whose reference is empty has no error rate

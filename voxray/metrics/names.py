@@ -37,7 +37,7 @@ def is_caption(task: str) -> bool:
     return "cider_d" in TASKS[task].metrics
 
 
-def text_metrics_of(task: str) -> tuple[str, ...]:
+def text_metric_names(task: str) -> tuple[str, ...]:
     """The free-text metrics of a task that validation reports too; none for transcription."""
     if is_transcript(task):
         return ()
@@ -48,7 +48,7 @@ def validation_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
     """Every key that validating rows of these tasks, or of all, can give."""
     found = []
     for task in TASKS if tasks is None else tasks:
-        names = (*TASKS[task].metrics, *text_metrics_of(task), *LIKELIHOOD_METRICS)
+        names = (*TASKS[task].metrics, *text_metric_names(task), *LIKELIHOOD_METRICS)
         found += [f"{task}/{name}" for name in names]
     return (*found, *(f"overall/{name}" for name in OVERALL))
 
@@ -56,7 +56,7 @@ def validation_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
 def evaluation_metrics(task: str) -> tuple[str, ...]:
     """Every metric that an evaluation can give for a task, the headline first."""
     own = TRANSCRIPT_METRICS if is_transcript(task) else JAVA_METRICS if is_caption(task) else ()
-    return (*TASKS[task].metrics, *text_metrics_of(task), *own, *FAULTS, *LIKELIHOOD_METRICS)
+    return (*TASKS[task].metrics, *text_metric_names(task), *own, *FAULTS, *LIKELIHOOD_METRICS)
 
 
 def headline(task: str) -> str:

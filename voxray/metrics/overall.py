@@ -27,7 +27,7 @@ def likelihood_metrics(nll: float, tokens: int) -> dict[str, float]:
     return {"loss": loss} | ({"perplexity": perplexity} if math.isfinite(perplexity) else {})
 
 
-def score_of(task: str, value: Any) -> Any:
+def headline_score(task: str, value: Any) -> Any:
     """A task's headline metric turned so that 1 is best and 0 worst: ROUGE-L as it is, 1 - CER down to 0.
 
     Args:
@@ -37,7 +37,7 @@ def score_of(task: str, value: Any) -> Any:
 
 
 def overall_metrics(values: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, float]:
-    """Figures over the tasks that have a headline value, from their scores (``score_of``); all are from 0 to 1.
+    """Figures over the tasks that have a headline value, from their scores (``headline_score``); all are from 0 to 1.
 
     Args:
         values: {"<task>/<metric>": value}.
@@ -48,7 +48,7 @@ def overall_metrics(values: Mapping[str, float], rows: Mapping[str, int]) -> dic
     tasks = [task for task in rows if rows[task] and f"{task}/{headline(task)}" in values]
     if not tasks:
         return {}
-    scores = np.array([[score_of(task, values[f"{task}/{headline(task)}"])] for task in tasks])
+    scores = np.array([[headline_score(task, values[f"{task}/{headline(task)}"])] for task in tasks])
     found = figures(scores, np.array([rows[task] for task in tasks]))
     return {f"overall/{name}": float(value[0]) for name, value in found.items()}
 

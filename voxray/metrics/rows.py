@@ -15,13 +15,13 @@ from voxray.core.tasks import TASKS
 from voxray.metrics.counts import Counts, count
 from voxray.metrics.names import is_caption, is_transcript
 from voxray.text.korean import clean_transcript
-from voxray.text.normalize import ENGLISH, KOREAN, Normalizer, normalizer_of
+from voxray.text.normalize import ENGLISH, KOREAN, Normalizer, get_normalizer
 
-Row = Mapping[str, Any]
+PredictionRow = Mapping[str, Any]
 PHONETIC_KEYS = ("reference_phonetic", "transcript_phonetic")
 
 
-def check_row(row: Row, place: str) -> None:
+def check_row(row: PredictionRow, place: str) -> None:
     """Make sure that a row can be scored.
 
     Args:
@@ -44,14 +44,14 @@ def check_row(row: Row, place: str) -> None:
             raise RunError(f"{place}: {name} is {'missing' if text is None else type(text).__name__}, not text")
 
 
-def references_of(row: Row) -> tuple[str, ...]:
+def row_references(row: PredictionRow) -> tuple[str, ...]:
     """The references of a row: ``references`` if it has some, else its one ``reference``."""
     return tuple(row.get("references") or (row["reference"],))
 
 
-def readings_of(row: Row) -> tuple[str, str]:
+def row_readings(row: PredictionRow) -> tuple[str, str]:
     """A transcript's reference, and its second reading or "": from the row's own key, or from ``(A)/(B)`` in it."""
-    [reference] = references_of(row)
+    [reference] = row_references(row)
     second = next((row[key] for key in PHONETIC_KEYS if row.get(key)), "")
     if not second and ")/(" in reference.replace(" ", ""):
         cleaned = clean_transcript(reference)
@@ -59,7 +59,7 @@ def readings_of(row: Row) -> tuple[str, str]:
     return reference, second
 
 
-def normalizer_of_row(row: Row, english: Normalizer = ENGLISH) -> Normalizer:
+def row_normalizer(row: PredictionRow, english: Normalizer = ENGLISH) -> Normalizer:
     """The normaliser of a row: transcripts go by their language, answers and captions by ko-v1."""
     if not is_transcript(row["task"]):
         return KOREAN
@@ -67,10 +67,10 @@ def normalizer_of_row(row: Row, english: Normalizer = ENGLISH) -> Normalizer:
         language = language_code(row.get("language"))
     except BadRow:  # no two-letter code, so neither Korean nor English
         language = str(row["language"])
-    return normalizer_of(language, english)
+    return get_normalizer(language, english)
 
 
-def count_row(row: Row, english: Normalizer = ENGLISH) -> Counts:
+def count_row(row: PredictionRow, english: Normalizer = ENGLISH) -> Counts:
     """Counts of a prediction row.
 
     Of several references the closest counts: for transcripts that with the lowest rate of character errors, for answers
@@ -79,11 +79,11 @@ def count_row(row: Row, english: Normalizer = ENGLISH) -> Counts:
     Args:
         english: Normaliser of English transcripts.
     """
-    references, prediction, normalizer = references_of(row), row["prediction"], normalizer_of_row(row, english)
+    references, prediction, normalizer = row_references(row), row["prediction"], row_normalizer(row, english)
     if is_caption(row["task"]):
         return _closest_captions([count(text, prediction, normalizer, units=str.split) for text in references])
     if len(references) == 1 and is_transcript(row["task"]):
-        reference, second = readings_of(row)
+        reference, second = row_readings(row)
         return count(reference, prediction, normalizer, phonetic=second)
     found = [count(text, prediction, normalizer) for text in references]
     return min(found, key=_error_rate if is_transcript(row["task"]) else _distance)

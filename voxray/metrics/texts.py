@@ -19,16 +19,16 @@ UNITS = "hangul by character, latin words and numbers whole"
 
 Pair = tuple[str | Sequence[str], str]
 """References, or the only one, and prediction, as raw text."""
-Found = dict[str, dict[str, float | int]]
+TextScores = dict[str, dict[str, float | int]]
 
 
-def text_metrics(task: str, pairs: Sequence[Pair]) -> Found:
+def text_metrics(task: str, pairs: Sequence[Pair]) -> TextScores:
     """Metrics of all answers to a task's rows, see ``scored_texts``."""
     summed, whole, _ = scored_texts(task, pairs)
     return {name: {"value": each.value, "n": each.n} for name, each in summed.items()} | whole
 
 
-def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | Summed], Found, dict[str, str]]:
+def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | Summed], TextScores, dict[str, str]]:
     """Metrics of all answers to a task's rows, and what exactly made each figure.
 
     bleu                    sacrebleu's corpus BLEU on characters (spaces do not count), from 0 to 100
@@ -65,8 +65,8 @@ def scored_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | Su
     return summed, _distinct([prediction for _, prediction in several]), signatures
 
 
-def _distinct(predictions: Sequence[str]) -> Found:
-    found: Found = {}
+def _distinct(predictions: Sequence[str]) -> TextScores:
+    found: TextScores = {}
     answers = [rouge_units(text) for text in predictions]
     for size in (1, 2):
         ngrams = Counter(tuple(units[at : at + size]) for units in answers for at in range(len(units) - size + 1))

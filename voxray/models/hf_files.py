@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 
-def base_of(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """A model without the wrapper that PEFT puts around it, if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft takes long to import
 
 
-def outlined(make: Callable[[], Any], model_id: str) -> Any:
-    """A frozen model whose parameters lie on PyTorch's meta device: see ``Family.outline``."""
+def build_on_meta(make: Callable[[], Any], model_id: str) -> Any:
+    """A frozen model whose parameters lie on PyTorch's meta device: see ``ModelFamily.build_on_meta``."""
     with torch.device("meta"):
         model = make()
     model.config.name_or_path = model.name_or_path = model_id
@@ -34,7 +34,7 @@ def read_config(model_id: str) -> dict[str, Any]:
     try:
         return PreTrainedConfig.get_config_dict(model_id)[0]
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RunError(f"--model_id {model_id}: no usable config.json in this folder or on the hub: {reason}") from None
 
 
@@ -45,7 +45,7 @@ def model_file(model_id: str, name: str) -> str:
     try:
         path = cached_file(model_id, name)
     except (OSError, ValueError) as error:
-        raise RunError(f"--model_id {model_id}: {name} is missing: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"--model_id {model_id}: {name} is missing: {one_line(error, 200)}") from None
     assert path is not None
     return path
 

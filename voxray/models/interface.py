@@ -24,12 +24,12 @@ class AudioFeatures:
     """Features of one clip without its padding.
 
     Attributes:
-        mel_KB: float32, shape (num_valid_frames, num_mel_bins).
+        mel_KF: float32, shape (num_valid_frames, num_mel_bins).
         fill: Value of every padded frame after them.
         num_windows: Whole model windows that the padded clip fills.
     """
 
-    mel_KB: np.ndarray
+    mel_KF: np.ndarray
     fill: float
     num_windows: int
 
@@ -43,8 +43,8 @@ class FrontEnd(Protocol):
         max_audio_sec: Longest clip the family takes.
         max_windows: Longest clip that it can be trained on, in windows; None is as long as it takes.
         max_positions: Longest prompt and answer together, in tokens.
-        outside_positions: Positions of one window that cost memory and stand in no prompt: those of an encoder that a
-            decoder looks at.
+        cross_attention_positions: Encoder positions per window that the decoder cross-attends to. They cost memory but
+            are not prompt tokens (Whisper: 1,500, others: 0).
         window_frames: Mel frames of one model window.
         num_mel_bins: Bins of one frame.
         encoder_positions: Outputs of the audio encoder for one window.
@@ -61,7 +61,7 @@ class FrontEnd(Protocol):
     max_audio_sec: float
     max_windows: int | None
     max_positions: int
-    outside_positions: int
+    cross_attention_positions: int
     window_frames: int
     num_mel_bins: int
     encoder_positions: int
@@ -86,8 +86,8 @@ class FrontEnd(Protocol):
         """
         ...
 
-    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Whether a row is answered by itself through ``Family.generate``, not in a batch token by token."""
+    def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+        """Whether a row is answered by itself through ``ModelFamily.generate``, not in a batch token by token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -95,10 +95,10 @@ class FrontEnd(Protocol):
     def show(self, ids: Sequence[int]) -> str: ...
 
 
-class Decoding(Protocol):
+class DecodeState(Protocol):
     """Rows whose answers are being generated: what the model remembers of the prompts and of what came after."""
 
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+    def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Add one token to every row.
 
         Returns:
@@ -106,16 +106,16 @@ class Decoding(Protocol):
         """
         ...
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Let all rows but these go."""
         ...
 
-    def join(self, other: Any) -> None:
+    def merge(self, other: Any) -> None:
         """Take the rows of another one of the same model in, after the own."""
         ...
 
 
-class EarlierAdapter(Protocol):
+class InitAdapter(Protocol):
     """Weights to start training from.
 
     Attributes:
@@ -137,7 +137,7 @@ class EarlierAdapter(Protocol):
         """What provenance.json says of them."""
         ...
 
-    def copy_into(self, model: Any, family: "Family") -> int:
+    def copy_into(self, model: Any, family: "ModelFamily") -> int:
         """Copy them into LoRA that covers their roles and maybe more.
 
         Returns:
@@ -153,7 +153,7 @@ AudioPath = Callable[..., torch.Tensor]
 of a model takes of them."""
 
 
-class Family(Protocol):
+class ModelFamily(Protocol):
     """The model side.
 
     Attributes:
@@ -161,8 +161,8 @@ class Family(Protocol):
         tasks: Names of the tasks whose rows it answers.
         roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
         lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
-        trained_whole: Names of modules whose own weights train beside LoRA, where their role trains.
-        fixed: Names of modules whose weights never train, not even in full tuning.
+        full_modules: Names of modules whose own weights train beside LoRA, where their role trains.
+        always_frozen: Names of modules whose weights never train, not even in full tuning.
         quantized: Roles whose layers ``quantize`` holds in fewer bits.
         files: Names of the files beside configuration and weights that make a model's folder complete.
     """
@@ -172,8 +172,8 @@ class Family(Protocol):
     tasks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
-    trained_whole: tuple[str, ...]
-    fixed: tuple[str, ...]
+    full_modules: tuple[str, ...]
+    always_frozen: tuple[str, ...]
     quantized: tuple[str, ...]
     files: tuple[str, ...]
 
@@ -195,7 +195,7 @@ class Family(Protocol):
         """Put what makes a model's folder complete, beside configuration and weights, into another folder."""
         ...
 
-    def read_official(self, path: str, *, r: int, alpha: float) -> EarlierAdapter | None:
+    def read_official(self, path: str, *, r: int, alpha: float) -> InitAdapter | None:
         """What a checkpoint of the family's own trainer holds, for training that starts from it.
 
         Args:
@@ -244,7 +244,7 @@ class Family(Protocol):
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
 
-    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+    def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """What ``load_model`` gives, without its weights: every parameter has its shape and type, and takes no memory.
 
         Quantised layers stand there as they are before they are quantised.
@@ -263,10 +263,15 @@ class Family(Protocol):
     def compile_layers(self, model: Any) -> None: ...
 
     def answer_logits(
-        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor],
+        keep_BL: torch.Tensor,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor: ...
 
-    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[Decoding, torch.Tensor]:
+    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[DecodeState, torch.Tensor]:
         """Read prompts as ``collate_prompts`` makes them.
 
         Returns:
@@ -287,12 +292,12 @@ class Family(Protocol):
         ...
 
 
-class UsualFamily:
+class FamilyDefaults:
     """What a family has unless it says otherwise: nothing trains beside LoRA, weight decay is for everything, and there
     is no code of its own to exchange checkpoints with."""
 
     name: str
-    trained_whole: tuple[str, ...] = ()
+    full_modules: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
     def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
@@ -307,7 +312,7 @@ class UsualFamily:
             if found and not (folder / name).exists():
                 shutil.copyfile(found, folder / name)
 
-    def read_official(self, path: str, *, r: int, alpha: float) -> EarlierAdapter | None:
+    def read_official(self, path: str, *, r: int, alpha: float) -> InitAdapter | None:
         return None
 
     def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:

@@ -4,32 +4,32 @@ from collections.abc import Callable, Mapping
 
 from voxray.core.errors import SettingsError
 from voxray.models.hf_files import read_config
-from voxray.models.interface import Family
+from voxray.models.interface import ModelFamily
 
 
-def _voxtral() -> Family:
+def _voxtral() -> ModelFamily:
     from voxray.models.voxtral.family import Voxtral
 
     return Voxtral()
 
 
-def _whisper() -> Family:
+def _whisper() -> ModelFamily:
     from voxray.models.whisper.family import Whisper
 
     return Whisper()
 
 
-def _salmonn() -> Family:
+def _salmonn() -> ModelFamily:
     from voxray.models.salmonn.family import Salmonn
 
     return Salmonn()
 
 
-FAMILIES: Mapping[str, Callable[[], Family]] = {"voxtral": _voxtral, "whisper": _whisper, "salmonn": _salmonn}
+FAMILIES: Mapping[str, Callable[[], ModelFamily]] = {"voxtral": _voxtral, "whisper": _whisper, "salmonn": _salmonn}
 """Every family by its model type; none is imported before it is asked for, because processes start by the dozen."""
 
 
-def family_of(model_id: str) -> Family:
+def get_family(model_id: str) -> ModelFamily:
     """Find the family of a base model from its configuration.
 
     Raises:

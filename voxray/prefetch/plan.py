@@ -12,14 +12,14 @@ from voxray.audio.decode import header_seconds
 from voxray.config.prefetch import PrefetchSettings
 from voxray.core.console import clock, console
 from voxray.core.errors import RunError
+from voxray.core.units import format_bytes
 from voxray.corpora.fetch import Source, find_source, num_corpus_bytes, readable
 from voxray.corpora.hub import RepoFile, model_files, open_repository
 from voxray.corpora.importers import IMPORTERS, ImportedRow, detect
-from voxray.corpora.select import Selection
+from voxray.corpora.select import RowFilter
 from voxray.models.hf_files import read_config
 from voxray.prefetch.lock_file import Lock
 
-GIB = 2**30
 MP3_BYTES_PER_SEC = 7_000
 """Common Voice's clips: MP3, mono, 48 kHz, about 56 kbit/s."""
 FLAC_BYTES_PER_SEC = 18_000
@@ -39,7 +39,9 @@ def refuse_full_disk(folder: Path, num_bytes: float, what: str) -> None:
     """
     free = free_bytes(folder)
     if num_bytes > free:
-        raise RunError(f"--output_dir {folder}: {what} needs {_size(num_bytes)}, and the disk has {_size(free)} left")
+        raise RunError(
+            f"--output_dir {folder}: {what} needs {format_bytes(num_bytes)}, and the disk has {format_bytes(free)} left"
+        )
 
 
 def free_bytes(folder: Path) -> int:
@@ -70,14 +72,13 @@ def show_plan(settings: PrefetchSettings, folder: Path, lock: Lock) -> None:
         made.append(("features, about", _feature_bytes(settings, seconds), lock.is_done("features")))
     for what, size, is_done in made:
         to_come = 0.0 if is_done else size
-        table.add_row(what, "", _size(size), "all" if is_done else "", _size(to_come))
+        table.add_row(what, "", format_bytes(size), "all" if is_done else "", format_bytes(to_come))
         need += to_come
     console.print(table)
     free = free_bytes(folder)
     enough = "enough" if need < free else "NOT enough"
-    console.print(
-        f"to come: about {_size(need)}, about {clock(seconds)} h of speech; the disk has {_size(free)} left: {enough}"
-    )
+    speech = f"about {clock(seconds)} h of speech"
+    console.print(f"to come: about {format_bytes(need)}, {speech}; the disk has {format_bytes(free)} left: {enough}")
     for name, found in (("model", repository.commit), ("corpus", source.commit)):
         if found:
             console.print(f"{name}: revision {found}", markup=False)
@@ -87,7 +88,7 @@ def _add(table: Table, what: str, files: Any, target: Path) -> float:
     """A line for files that are to come as they are; returns the bytes to come."""
     there = [file for file in files if (target / file.path).is_file() and _fits(target / file.path, file)]
     total, had = (sum(file.num_bytes for file in some) for some in (files, there))
-    table.add_row(what, f"{len(files):,}", _size(total), f"{len(there):,}", _size(total - had))
+    table.add_row(what, f"{len(files):,}", format_bytes(total), f"{len(there):,}", format_bytes(total - had))
     return total - had
 
 
@@ -100,14 +101,20 @@ def _add_corpus(table: Table, source: Source, folder: Path, settings: PrefetchSe
     total = sum(file.num_bytes for file in source.files)
     if done or (source.base and not source.is_packed):
         where = "is there" if done else "is read where it lies"
-        table.add_row(f"{what} ({where})", f"{len(source.files):,}", _size(total), f"{len(source.files):,}", _size(0))
+        table.add_row(
+            f"{what} ({where})",
+            f"{len(source.files):,}",
+            format_bytes(total),
+            f"{len(source.files):,}",
+            format_bytes(0),
+        )
         return 0.0
     need = 0.0
     if source.base is None:
         need = _add(table, what, source.files, folder / "raw" / "hub")
     if source.is_packed:
         label = "unpacked, about" if source.base is None else f"{what}, unpacked, about"
-        table.add_row(label, f"{len(source.files):,}", _size(total), "", _size(total))
+        table.add_row(label, f"{len(source.files):,}", format_bytes(total), "", format_bytes(total))
         need += total
     return need
 
@@ -115,7 +122,7 @@ def _add_corpus(table: Table, source: Source, folder: Path, settings: PrefetchSe
 def _estimated_sec(source: Source, settings: PrefetchSettings) -> float:
     """Seconds of speech: of rows that can be read already by the headers of some of their clips, else by size."""
     inputs = [] if source.base is None or source.is_packed else readable(source, source.base)
-    select = Selection(source.base or Path(), settings.language, settings.splits, settings.max_rows)
+    select = RowFilter(source.base or Path(), settings.language, settings.splits, settings.max_rows)
     rows = (row for path in inputs for row in select(IMPORTERS[detect(path)].rows(path)))
     clips = [str(row.values.get("audio_path", "")) for row in rows if isinstance(row, ImportedRow)]
     found = []
@@ -141,7 +148,3 @@ def _feature_bytes(settings: PrefetchSettings, seconds: float) -> float:
     if settings.store == "encoder":
         return seconds / CLIP_SEC * window_bytes * (2 if settings.cache_dtype == "float32" else 1)
     return seconds * (32_000 if settings.store == "pcm16" else 100 * 2 * bins)
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:,.1f} MiB"

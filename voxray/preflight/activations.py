@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from voxray.models.adapters.lora import role_of
-from voxray.models.hf_files import base_of
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.adapters.lora import find_role
+from voxray.models.hf_files import unwrap_peft
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.logmel_windows import ENCODER_STRIDE
 from voxray.preflight.shapes import Computing, PackShape
 
@@ -40,7 +40,7 @@ LAYER = re.compile(r"(.*\.layers?\.\d+)\.")
 
 
 @dataclass
-class Kept:
+class ActivationBytes:
     """Bytes that the forward pass of one role leaves behind.
 
     Attributes:
@@ -54,7 +54,7 @@ class Kept:
     working: int = 0
 
 
-class Activations:
+class ActivationCounter:
     """Counts what is kept of a model's outline.
 
     Args:
@@ -62,13 +62,13 @@ class Activations:
         front_end: Says how many positions a window has.
     """
 
-    def __init__(self, model: Any, family: Family, front_end: FrontEnd, how: Computing) -> None:
+    def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd, how: Computing) -> None:
         self._model, self._family, self._front_end, self._how = model, family, front_end, how
         order = list(family.roles)
-        trained = {role_of(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
+        trained = {find_role(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
         first = min((order.index(role) for role in trained), default=len(order))
         self._with_gradient = set(order[first:])  # gradients pass through everything behind what trains first
-        base = base_of(model)
+        base = unwrap_peft(model)
         # of SALMONN: what its Q-Former makes of a window, and how many frames each of these reads
         self._queries = getattr(base.config, "positions_per_clip", 0)
         self._frames_read = base.config.window_frames if self._queries else 0
@@ -79,13 +79,13 @@ class Activations:
             if getattr(module, "gradient_checkpointing", False) and module.training and LAYER.match(name + ".")
         }
 
-    def kept(self, shape: PackShape) -> dict[str, Kept]:
+    def kept(self, shape: PackShape) -> dict[str, ActivationBytes]:
         """What a pack of some shape leaves behind, by role, in the order of computing."""
         layers: dict[tuple[str, str], int] = defaultdict(int)
-        found = {role: Kept() for role in self._family.roles if role in self._with_gradient}
+        found = {role: ActivationBytes() for role in self._family.roles if role in self._with_gradient}
         seen: set[tuple[str, str]] = set()
         for name, module in self._modules:
-            role = role_of(name, self._family)
+            role = find_role(name, self._family)
             if role not in found:
                 continue
             layer = LAYER.match(name + ".")
@@ -100,7 +100,7 @@ class Activations:
 
     def _size(self, name: str) -> int:
         """Bytes of a number; what SALMONN trains between its encoders and the language model stays float32."""
-        whole = self._queries and role_of(name, self._family) == "projector"
+        whole = self._queries and find_role(name, self._family) == "projector"
         return FLOAT32 if whole else self._how.dtype.itemsize
 
     def _tokens(self, name: str, role: str, shape: PackShape) -> int:

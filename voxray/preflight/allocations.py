@@ -11,7 +11,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Measured:
+class AllocationPeak:
     """What computing something took.
 
     Attributes:
@@ -35,7 +35,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def measured(work: Callable[[], Any], device: torch.device) -> Measured:
+def measure_allocations(work: Callable[[], Any], device: torch.device) -> AllocationPeak:
     """Run something and see how much memory it takes.
 
     On a GPU the allocator keeps that count itself. On a CPU PyTorch's profiler notes every allocation and release, of
@@ -48,7 +48,7 @@ def measured(work: Callable[[], Any], device: torch.device) -> Measured:
         before, started = torch.cuda.memory_allocated(device), time.perf_counter()
         work()
         torch.cuda.synchronize(device)
-        return Measured(torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - started)
+        return AllocationPeak(torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - started)
     from torch.profiler import ProfilerActivity, profile
 
     with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as notes:
@@ -61,4 +61,4 @@ def measured(work: Callable[[], Any], device: torch.device) -> Measured:
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    return Measured(most, seconds)
+    return AllocationPeak(most, seconds)

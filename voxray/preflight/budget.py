@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from voxray.preflight.machine import GIB, free_memory_bytes
+from voxray.core.units import GIB
+from voxray.preflight.machine import free_memory_bytes
 
 GPU_SHARE = 0.92
 """Of a GPU's free memory; the rest is for CUDA itself and for holes between tensors."""
@@ -12,11 +13,6 @@ CPU_SHARE = 0.9
 """Of a machine's free memory; the rest is for Ray, the driver and the files in the page cache."""
 PROCESS_BYTES = int(0.8 * GIB)
 """Of a worker's process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
-
-
-def told_bytes(num_bytes: float) -> str:
-    """``3.25 GiB``, or ``12.5 MiB`` if it is little."""
-    return f"{num_bytes / GIB:.3g} GiB" if num_bytes >= GIB else f"{num_bytes / 2**20:.3g} MiB"
 
 
 @dataclass(frozen=True)

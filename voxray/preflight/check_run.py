@@ -12,13 +12,13 @@ from voxray.config.preflight import PreflightFlags
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.core.storage import refuse_unwritable
-from voxray.features.from_settings import features_place
+from voxray.core.units import format_bytes
+from voxray.features.from_settings import open_features_dir
 from voxray.models.adapters.compatibility import refuse_changed_outputs
-from voxray.models.registry import family_of
-from voxray.preflight.budget import told_bytes
+from voxray.models.registry import get_family
 from voxray.preflight.estimate import RunTime, checkpoints_bytes, features_bytes, run_time
 from voxray.preflight.findings import Findings
-from voxray.preflight.fit_settings import Decider, Decision, planned_processes, threads_of_one
+from voxray.preflight.fit_settings import FittedSettings, SettingsFitter, planned_processes, threads_of_one
 from voxray.preflight.machine import (
     check_cpus,
     check_flags_need,
@@ -28,12 +28,12 @@ from voxray.preflight.machine import (
     check_shared_memory,
     free_disk_bytes,
 )
-from voxray.preflight.meta_model import outline_of, tell_coverage
-from voxray.preflight.rows import Rows, look_at_rows
-from voxray.recipes.build_model import earlier_of
+from voxray.preflight.meta_model import build_meta_model, tell_coverage
+from voxray.preflight.rows import RunRows, look_at_rows
+from voxray.recipes.build_model import find_init_adapter
 from voxray.recipes.registry import refuse_other_family
-from voxray.recipes.salmonn import made_ready
-from voxray.runs.remote_sync import Mirror
+from voxray.recipes.salmonn import assemble_inputs
+from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import holds_run, make_folder, refuse_other_run
 
 FOLDER = "preflight"
@@ -62,8 +62,8 @@ class Preflight:
         self.job = JOBS[type(self.asked).__name__]
         self.findings = Findings()
         self.folder: Path | None = None
-        self.rows: Rows | None = None
-        self.decision: Decision | None = None
+        self.rows: RunRows | None = None
+        self.decision: FittedSettings | None = None
         self.time: RunTime | None = None
         self.roles: dict[str, dict[str, int]] = {}
 
@@ -71,7 +71,7 @@ class Preflight:
         """Find out everything; what is wrong goes to the findings."""
         asked, findings = self.asked, self.findings
         with findings.caught("output"):
-            mirror = Mirror.of(asked)
+            mirror = RemoteSync.from_settings(asked)
             make_folder(mirror.folder / FOLDER)
             self.folder = mirror.folder / FOLDER
             if mirror.place is not None:
@@ -104,7 +104,7 @@ class Preflight:
         asked, findings = self.asked, self.findings
         if asked.features_dir:
             with findings.caught("output"):
-                place = features_place(asked, asked.features_dir, asked.storage_path, flag="--features_dir")
+                place = open_features_dir(asked, asked.features_dir, asked.storage_path, flag="--features_dir")
                 findings.add("ok", "output", f"--features_dir {place}: can be written to")
         if self.folder is None:
             return
@@ -123,29 +123,31 @@ class Preflight:
             return self.asked
         with self.findings.caught("model"):
             elsewhere = self.asked.model_copy(update={"output_dir": str(self.folder)})
-            return made_ready(elsewhere).model_copy(update={"output_dir": self.asked.output_dir})
+            return assemble_inputs(elsewhere).model_copy(update={"output_dir": self.asked.output_dir})
         return None
 
     def _look_at_model(self, ready: TrainSettings) -> None:
         with self.findings.caught("model"):
             refuse_other_family(ready)
-            refuse_changed_outputs(family_of(ready.model_id), ready.store, ready.quantize, None)
+            refuse_changed_outputs(get_family(ready.model_id), ready.store, ready.quantize, None)
         if ready.init_adapter:
             with self.findings.caught("model"):
-                earlier = earlier_of(ready, family_of(ready.model_id))
+                earlier = find_init_adapter(ready, get_family(ready.model_id))
                 self.findings.add("ok", "model", f"--init_adapter {earlier.folder if earlier else ''}: fits")
 
-    def _plan(self, ready: TrainSettings, rows: Rows) -> None:
+    def _plan(self, ready: TrainSettings, rows: RunRows) -> None:
         with self.findings.caught("model"):
-            outline = outline_of(rows.stage, ready, rows.family)
+            outline = build_meta_model(rows.stage, ready, rows.family)
             self.roles = tell_coverage(outline, rows.stage, rows.family, self.findings)
             self._decide(ready, rows, outline)
 
-    def _decide(self, ready: TrainSettings, rows: Rows, outline: Any) -> None:
+    def _decide(self, ready: TrainSettings, rows: RunRows, outline: Any) -> None:
         workers = planned_processes(ready.num_workers)
         goes_on = self.folder is not None and holds_run(self.folder.parent) and not ready.overwrite
         tunes = self.flags.tune and not goes_on
-        decider = Decider(rows, ready, outline, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes)
+        decider = SettingsFitter(
+            rows, ready, outline, workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes
+        )
         decider.fit_gpus()
         with threads_of_one(decider.num_workers):
             self.decision = decider.decide()
@@ -156,24 +158,24 @@ class Preflight:
         self.time = run_time(settings, rows, plan, workers, self.decision.average, self.decision.answering)
         self._look_at_disk(settings, rows)
 
-    def _compare(self, decision: Decision) -> None:
+    def _compare(self, decision: FittedSettings) -> None:
         """Say so if the prediction is far off."""
         if decision.largest is None or decision.pack is None:
             return
         wanted, seen = decision.pack.need.peak_bytes, decision.largest.peak_bytes
         if abs(wanted - seen) > FRACTION_OFF * seen:
-            told = f"predicted were {told_bytes(wanted)}, measured {told_bytes(seen)}: believe what was measured"
+            told = f"predicted were {format_bytes(wanted)}, measured {format_bytes(seen)}: believe what was measured"
             self.findings.add("warning", "memory", told)
 
-    def _look_at_disk(self, settings: TrainSettings, rows: Rows) -> None:
+    def _look_at_disk(self, settings: TrainSettings, rows: RunRows) -> None:
         if self.folder is None:
             return
         trained = sum(entry["trainable"] for entry in self.roles.values())
         checkpoints = checkpoints_bytes(settings, trained)
         features = 0 if settings.features_dir else features_bytes(settings, rows)
         free = free_disk_bytes(self.folder)
-        told = f"--output_dir {self.folder.parent}: features take {told_bytes(features)}, checkpoints at most"
-        told += f" {told_bytes(checkpoints)}, and {told_bytes(free)} are free"
+        told = f"--output_dir {self.folder.parent}: features take {format_bytes(features)}, checkpoints at most"
+        told += f" {format_bytes(checkpoints)}, and {format_bytes(free)} are free"
         self.findings.add("ok" if features + checkpoints < free else "fix", "disk", told)
 
     def price(self) -> float | None:

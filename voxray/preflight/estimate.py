@@ -9,8 +9,8 @@ from voxray.audio.logmel import HOP_SAMPLES
 from voxray.batches.plan import Plan
 from voxray.config.train import TrainSettings
 from voxray.preflight.pack_sizes import answered_together
-from voxray.preflight.rows import Rows
-from voxray.preflight.trial_steps import Answering, Tried
+from voxray.preflight.rows import RunRows
+from voxray.preflight.trial_steps import GenerationCost, StepCost
 from voxray.recipes.run_stage import DEBUG_STEPS
 
 TOKEN_BYTES, ROW_BYTES = 4, 512  # of a token id in a shard; of a row's lengths and texts
@@ -40,7 +40,7 @@ class RunTime:
         return self.training_sec + (self.validation_sec or 0.0)
 
 
-def steps_of(settings: TrainSettings, rows: Rows, plan: Plan) -> int:
+def total_steps(settings: TrainSettings, rows: RunRows, plan: Plan) -> int:
     """Optimizer steps of a run (see ``recipes.stage``)."""
     epochs = plan.curriculum_epochs if rows.stage.curriculum else settings.epochs
     steps = settings.max_steps or plan.steps_in(epochs)
@@ -49,11 +49,11 @@ def steps_of(settings: TrainSettings, rows: Rows, plan: Plan) -> int:
 
 def run_time(
     settings: TrainSettings,
-    rows: Rows,
+    rows: RunRows,
     plan: Plan,
     num_workers: int,
-    average: Tried | None,
-    answering: Answering | None,
+    average: StepCost | None,
+    answering: GenerationCost | None,
 ) -> RunTime:
     """Steps and validations times what one of each was seen to take.
 
@@ -62,7 +62,7 @@ def run_time(
         average: What the average pack took.
         answering: What beginning the answers of a batch took.
     """
-    steps = steps_of(settings, rows, plan)
+    steps = total_steps(settings, rows, plan)
     held_out = rows.held_out_rows
     epochs = max(1, math.ceil(plan.epochs_done(steps)))
     times = math.ceil(steps / settings.eval_steps) if settings.eval_steps else epochs
@@ -76,7 +76,7 @@ def run_time(
     return RunTime(steps, training, times, validation)
 
 
-def features_bytes(settings: TrainSettings, rows: Rows) -> int:
+def features_bytes(settings: TrainSettings, rows: RunRows) -> int:
     """Size of the feature shards of all rows."""
     front_end, total = rows.front_end, 0
     for lengths in (rows.train, rows.held_out):

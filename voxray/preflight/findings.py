@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from voxray.core.errors import RunError, SettingsError, one_line
+from voxray.core.errors import RunError, SettingsError, quoted_line
 
 Level = Literal["ok", "warning", "fix", "unchecked"]
 
@@ -37,7 +37,7 @@ class Findings:
         self.all: list[Finding] = []
 
     def add(self, level: Level, about: str, message: str) -> None:
-        finding = Finding(level, about, one_line(message))
+        finding = Finding(level, about, quoted_line(message))
         if finding not in self.all:
             self.all.append(finding)
 

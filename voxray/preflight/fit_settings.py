@@ -14,18 +14,27 @@ from typing import Any
 
 import torch
 
-from voxray.config.flag_groups import range_of
+from voxray.config.flag_groups import as_range
 from voxray.config.train import TrainSettings
+from voxray.core.units import format_bytes
 from voxray.models.parts.quantize import base_dtype
-from voxray.preflight.budget import CPU_SHARE, Budget, told_bytes, worker_budget
+from voxray.preflight.budget import CPU_SHARE, Budget, worker_budget
 from voxray.preflight.findings import Findings
 from voxray.preflight.machine import free_memory_bytes, usable_cpus
 from voxray.preflight.memory import MemoryModel, Training
-from voxray.preflight.meta_model import outline_of
-from voxray.preflight.pack_sizes import PlannedPack, Size, average_pack, largest_fitting, largest_pack, size_of, sizes
-from voxray.preflight.rows import Rows
+from voxray.preflight.meta_model import build_meta_model
+from voxray.preflight.pack_sizes import (
+    BatchSize,
+    PlannedPack,
+    average_pack,
+    current_size,
+    largest_fitting,
+    largest_pack,
+    sizes,
+)
+from voxray.preflight.rows import RunRows
 from voxray.preflight.shapes import Computing
-from voxray.preflight.trial_steps import Answering, Bench, Tried
+from voxray.preflight.trial_steps import GenerationCost, StepCost, TrialRunner
 from voxray.training.resource_errors import is_out_of_memory, memory_advice
 
 SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
@@ -38,7 +47,7 @@ LOADING_MARGIN = 1.2
 
 
 @dataclass
-class Decision:
+class FittedSettings:
     """What is to be run.
 
     Attributes:
@@ -55,13 +64,13 @@ class Decision:
     changes: list[str] = field(default_factory=list)
     budget: Budget | None = None
     pack: PlannedPack | None = None
-    largest: Tried | None = None
-    average: Tried | None = None
-    answering: Answering | None = None
+    largest: StepCost | None = None
+    average: StepCost | None = None
+    answering: GenerationCost | None = None
     fits: bool = False
 
 
-class Decider:
+class SettingsFitter:
     """Looks for settings that fit.
 
     Args:
@@ -73,7 +82,7 @@ class Decider:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RunRows,
         settings: TrainSettings,
         outline: Any,
         num_workers: int,
@@ -84,9 +93,9 @@ class Decider:
     ) -> None:
         self._rows, self.num_workers, self._memory_gib, self._tunes = rows, num_workers, memory_gib, tunes
         self._findings = findings
-        self.decision = Decision(settings, budget=worker_budget(num_workers, memory_gib))
-        self._tried: dict[tuple[Size, bool], Tried | None] = {}
-        self._planned: dict[tuple[Size, bool, int], PlannedPack] = {}
+        self.decision = FittedSettings(settings, budget=worker_budget(num_workers, memory_gib))
+        self._tried: dict[tuple[BatchSize, bool], StepCost | None] = {}
+        self._planned: dict[tuple[BatchSize, bool, int], PlannedPack] = {}
         self._models: dict[bool, Any] = {settings.grad_ckpt: outline}
 
     @property
@@ -98,10 +107,10 @@ class Decider:
         assert self.decision.budget is not None
         return self.decision.budget
 
-    def decide(self) -> Decision:
+    def decide(self) -> FittedSettings:
         """Find out what fits, change what has to be changed, and measure it."""
         place, candidates = self._find_size()
-        asked = candidates.index(size_of(self._settings))
+        asked = candidates.index(current_size(self._settings))
         if place < 0:
             self.decision.pack = self.planned(candidates[asked])
             return self.decision
@@ -121,14 +130,15 @@ class Decider:
         count = max(count for count in range(1, gpus + 1) if total % count == 0)
         self.use_workers(count, f"there are {gpus} GPUs")
 
-    def _find_size(self) -> tuple[int, list[Size]]:
+    def _find_size(self) -> tuple[int, list[BatchSize]]:
         """The largest size that fits, with activations recomputed and with fewer workers where it must be."""
         while True:
             positions = (
-                self._rows.train.longest_tokens + self._rows.train.num_windows * self._rows.front_end.outside_positions
+                self._rows.train.longest_tokens
+                + self._rows.train.num_windows * self._rows.front_end.cross_attention_positions
             )
             longest = int(positions[self._rows.rows].max())
-            candidates = sizes(self._settings, longest) if self._tunes else [size_of(self._settings)]
+            candidates = sizes(self._settings, longest) if self._tunes else [current_size(self._settings)]
             place = largest_fitting(candidates, self._fits)
             if place >= 0 or not self._tunes or not (self._recompute() or self._fewer_workers()):
                 return place, candidates
@@ -137,7 +147,8 @@ class Decider:
         if self._settings.grad_ckpt:
             return False
         self._change(
-            f"--grad_ckpt: even the smallest pack needs more than {told_bytes(self._budget.num_bytes)}", grad_ckpt=True
+            f"--grad_ckpt: even the smallest pack needs more than {format_bytes(self._budget.num_bytes)}",
+            grad_ckpt=True,
         )
         if bench := self.__dict__.get("bench"):
             bench.checkpoint()
@@ -164,7 +175,7 @@ class Decider:
         self.decision.changes.append(told)
         self.decision.settings = self._settings.model_copy(update=values)
 
-    def planned(self, size: Size) -> PlannedPack:
+    def planned(self, size: BatchSize) -> PlannedPack:
         """The largest pack of a size, with what it needs."""
         key = (size, self._settings.grad_ckpt, self.num_workers)
         if key not in self._planned:
@@ -175,7 +186,7 @@ class Decider:
 
     def _memory(self, settings: TrainSettings) -> MemoryModel:
         if settings.grad_ckpt not in self._models:
-            self._models[settings.grad_ckpt] = outline_of(self._rows.stage, settings, self._rows.family)
+            self._models[settings.grad_ckpt] = build_meta_model(self._rows.stage, settings, self._rows.family)
         dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
         how = Computing(dtype, self._budget.on_gpu, settings.grad_ckpt, settings.quantize, settings.label_smoothing)
         divided = self.num_workers if settings.strategy == "deepspeed" else 1
@@ -183,20 +194,20 @@ class Decider:
         training = Training(settings.grad_accum, self.num_workers, divided, whole)
         return MemoryModel(self._models[settings.grad_ckpt], self._rows.family, self._rows.front_end, how, training)
 
-    def _fits(self, size: Size) -> bool:
+    def _fits(self, size: BatchSize) -> bool:
         wanted, there = self.planned(size).need.peak_bytes, self._budget.num_bytes
         if wanted <= SURE_SHARE * there or wanted > HOPELESS_SHARE * there or not self._can_try(size):
             return wanted <= there
         tried = self._try(size)
         return tried is not None and tried.peak_bytes <= there
 
-    def _can_try(self, size: Size) -> bool:
+    def _can_try(self, size: BatchSize) -> bool:
         """Whether there is a model to try it on, and trying is safe: a CPU's process would be killed, not told."""
         if self.bench is None:
             return False
         return torch.cuda.is_available() or self.planned(size).need.peak_bytes <= CPU_SHARE * self._room_bytes
 
-    def _try(self, size: Size) -> Tried | None:
+    def _try(self, size: BatchSize) -> StepCost | None:
         """None if it does not fit."""
         assert self.bench is not None
         key = (size, self._settings.grad_ckpt)
@@ -210,24 +221,24 @@ class Decider:
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory_bytes()
 
     @cached_property
-    def bench(self) -> Bench | None:
+    def bench(self) -> TrialRunner | None:
         """The real model, if this machine has room for it and for the smallest step."""
-        wanted = self.planned(size_of(self._settings)).need.always_bytes()
+        wanted = self.planned(current_size(self._settings)).need.always_bytes()
         has_gpu, there = torch.cuda.is_available(), self._room_bytes
-        room = f"{told_bytes(there)} free {'on the GPU' if has_gpu else 'here'}"
+        room = f"{format_bytes(there)} free {'on the GPU' if has_gpu else 'here'}"
         if wanted > CPU_SHARE * there:
-            why = f"weights and moments of {told_bytes(wanted)} do not go into {room}"
+            why = f"weights and moments of {format_bytes(wanted)} do not go into {room}"
             self._findings.add("unchecked", "memory", f"no real step was taken: {why}; the figures are predicted")
             return None
         try:
-            return Bench(self._rows, self._settings, torch.device("cuda" if has_gpu else "cpu"))
+            return TrialRunner(self._rows, self._settings, torch.device("cuda" if has_gpu else "cpu"))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._findings.add("unchecked", "memory", f"no real step was taken: the model does not go into {room}")
             return None
 
-    def _quickest(self, candidates: Sequence[Size], asked: int, largest: int) -> int:
+    def _quickest(self, candidates: Sequence[BatchSize], asked: int, largest: int) -> int:
         """Of the size asked for, the largest and one between: the one whose average pack takes least time a token."""
         if self.bench is None or largest == asked:
             return asked
@@ -241,30 +252,30 @@ class Decider:
         best = min(speeds, key=lambda place: speeds[place], default=asked)
         return best if asked not in speeds or speeds[best] < QUICKER * speeds[asked] else asked
 
-    def _average(self, size: Size) -> Tried | None:
+    def _average(self, size: BatchSize) -> StepCost | None:
         if self.bench is None:
             return None
         plan = self._rows.plan(size.put_into(self._settings), self.num_workers)
         return self.bench.try_pack(average_pack(self._rows, plan), times=2)
 
-    def _take_size(self, size: Size, asked: Size, *, smaller: bool) -> None:
+    def _take_size(self, size: BatchSize, asked: BatchSize, *, smaller: bool) -> None:
         if size == asked:
             return
         why = "its tokens took less time, measured"
         if smaller:
-            needed = told_bytes(self.planned(asked).need.peak_bytes)
-            why = f"the largest pack would need {needed} of the {told_bytes(self._budget.num_bytes)} that are there"
+            needed = format_bytes(self.planned(asked).need.peak_bytes)
+            why = f"the largest pack would need {needed} of the {format_bytes(self._budget.num_bytes)} that are there"
         told = f"--{size.flag} {size.amount} (was {asked.amount}) and --grad_accum {size.grad_accum}: {why}"
         self._change(told, **{size.flag: size.amount, "grad_accum": size.grad_accum})
 
-    def _measure(self, size: Size) -> None:
+    def _measure(self, size: BatchSize) -> None:
         """Take real steps with what was chosen: on its largest pack, on the average one, and of a validation."""
         if self.bench is None:
             return
         decision = self.decision
         if not self._can_try(size):
             needed, room = self.planned(size).need.peak_bytes, self._room_bytes
-            told = f"the largest pack needs {told_bytes(needed)}, and {told_bytes(room)} are free here"
+            told = f"the largest pack needs {format_bytes(needed)}, and {format_bytes(room)} are free here"
             self._findings.add("unchecked", "memory", f"no real step was taken: {told}; the figures are predicted")
             return
         decision.largest = self._try(size)
@@ -274,7 +285,7 @@ class Decider:
         decision.average = self._average(size)
         self._tune_loader()
         together = self._rows.held_out_rows[: max(8, decision.settings.per_device_bsz)]
-        alone = self._rows.front_end.is_answered_alone
+        alone = self._rows.front_end.needs_sequential_generate
         made = self._rows.made(together, held_out=True)
         made = [row for row in made if not alone(row.prompt_ids, row.num_windows)]
         if made:
@@ -296,15 +307,15 @@ class Decider:
         decision, findings = self.decision, self._findings
         pack, budget = decision.pack, self._budget
         assert pack is not None
-        there = f"{told_bytes(budget.num_bytes)} ({budget.source})"
+        there = f"{format_bytes(budget.num_bytes)} ({budget.source})"
         if decision.fits:
-            told = f"{told_bytes(pack.need.peak_bytes)} predicted"
-            told += f", {told_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
+            told = f"{format_bytes(pack.need.peak_bytes)} predicted"
+            told += f", {format_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
             findings.add("ok", "memory", f"{told}, of {there}")
         else:
             needed = decision.largest.peak_bytes if decision.largest else pack.need.peak_bytes
             advice = memory_advice(decision.settings)
-            findings.add("fix", "memory", f"a worker needs {told_bytes(needed)} and may take {there}: {advice}")
+            findings.add("fix", "memory", f"a worker needs {format_bytes(needed)} and may take {there}: {advice}")
 
 
 @contextmanager
@@ -322,4 +333,4 @@ def planned_processes(num_workers: str | int) -> int:
     """Most processes that train: of ``auto`` one per GPU here, and one for 0, which trains in this process."""
     if num_workers == "auto":
         return max(1, torch.cuda.device_count())
-    return max(1, range_of(num_workers)[1])
+    return max(1, as_range(num_workers)[1])

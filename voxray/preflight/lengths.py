@@ -36,7 +36,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class BadLine:
+class BadManifestLine:
     """A row that featurize would leave out."""
 
     manifest: str
@@ -66,18 +66,22 @@ class Lengths(RowLengths):
         bar: Bar,
         *,
         augmented: bool,
-        spare_tokens: Mapping[str, int] | None = None,
+        max_extra_prompt_tokens: Mapping[str, int] | None = None,
     ) -> None:
-        self._extractor, self._augmented, self.spare_tokens = extractor, augmented, spare_tokens or {}
+        self._extractor, self._augmented, self.max_extra_prompt_tokens = (
+            extractor,
+            augmented,
+            max_extra_prompt_tokens or {},
+        )
         self._columns, self._sources = Columns(), list[str]()
-        self.bad: list[BadLine] = []
+        self.bad: list[BadManifestLine] = []
         self.segmented: set[str] = set()
         work = [chunk for manifest in dict.fromkeys(manifests) for chunk in chunks(manifest, LINES_AT_A_TIME)]
         total, done = sum(chunk.num_lines for chunk in work), 0
         with ThreadPoolExecutor(THREADS) as pool:
             for chunk in work:
                 found = read_chunk(chunk)
-                self.bad += [BadLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in found.bad]
+                self.bad += [BadManifestLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in found.bad]
                 seconds = pool.map(_seconds, found.samples)
                 for sample, length in zip(found.samples, seconds, strict=True):
                     self._add(sample, length)
@@ -105,10 +109,10 @@ class Lengths(RowLengths):
             self._add_variants(sample, seconds)
         except BadRow as error:
             manifest, _, line = sample.source.rpartition(":")
-            self.bad.append(BadLine(manifest, int(line), error.reason, error.message))
+            self.bad.append(BadManifestLine(manifest, int(line), error.reason, error.message))
 
     def _add_variants(self, sample: Sample, seconds: float) -> None:
-        storing, front_end, columns = self._extractor.storing, self._extractor.front_end, self._columns
+        storing, front_end, columns = self._extractor.spec, self._extractor.front_end, self._columns
         sample = replace(sample, language=sample.language or storing.language)
         limit, waveform = front_end.max_audio_sec, storing.waveform
         if seconds > limit:

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from voxray.config.flag_groups import range_of
+from voxray.config.flag_groups import as_range
 from voxray.config.parse import REPOSITORY
 from voxray.config.train import TrainSettings
+from voxray.core.units import GIB
 from voxray.models.parts.packed_attention import takes_flash
 from voxray.models.parts.quantize import base_dtype
 from voxray.preflight.findings import Findings
 
-GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_BYTES = GIB
 """What Ray's object store should have in shared memory; with less it goes to the disk, and is slow."""
@@ -140,7 +140,7 @@ def check_cpus(settings: TrainSettings, resources: dict[str, float] | None, find
     if settings.num_workers == "auto":
         workers = max(1, torch.cuda.device_count())
     else:
-        workers = range_of(settings.num_workers)[0]
+        workers = as_range(settings.num_workers)[0]
     if not workers:
         findings.add("ok", "resources", "--num_workers 0: trains in one process, without Ray")
     elif resources is None:

@@ -10,22 +10,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.models.adapters.lora import role_of
-from voxray.models.hf_files import base_of
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.adapters.lora import find_role
+from voxray.models.hf_files import unwrap_peft
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import ROOM
-from voxray.preflight.activations import FLOAT32, Activations, Kept
+from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import Computing, PackShape
 from voxray.preflight.weights import quantized_layers, weight_bytes
 
-GIB = 2**30
-MOMENTS = 2  # AdamW's running means of gradients and of their squares
+PEAK_PHASES = 2  # AdamW's running means of gradients and of their squares
 ENCODER_WIDTHS = 12  # at work: first and last input, residual and norm, and four times as wide before and after GELU
 
 
 @dataclass(frozen=True)
-class Entry:
+class MemoryEntry:
     """A line of the table.
 
     Attributes:
@@ -40,14 +39,14 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """What one process needs.
 
     Attributes:
         entries: Of all moments.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[MemoryEntry, ...]
 
     @property
     def moments(self) -> dict[str, int]:
@@ -89,24 +88,24 @@ class MemoryModel:
     """Counts what training a model's outline takes.
 
     Args:
-        model: See ``Activations``.
+        model: See ``ActivationCounter``.
     """
 
     def __init__(
-        self, model: Any, family: Family, front_end: FrontEnd, how: Computing, training: Training = Training()
+        self, model: Any, family: ModelFamily, front_end: FrontEnd, how: Computing, training: Training = Training()
     ) -> None:
         self._model, self._family, self._front_end, self._how, self._training = model, family, front_end, how, training
-        self._activations = Activations(model, family, front_end, how)
+        self._activations = ActivationCounter(model, family, front_end, how)
         self._weights = weight_bytes(model, family, how.quantize)
         self._trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        base = base_of(model)
+        base = unwrap_peft(model)
         head = base.get_output_embeddings()
         self._vocabulary, self._head_width = head.weight.shape
         names = {id(weight): name for name, weight in model.named_parameters()}
-        self._head_role = role_of(names[id(head.weight)], family)
+        self._head_role = find_role(names[id(head.weight)], family)
         self._head_gradient = FLOAT32 * head.weight.numel() if head.weight.requires_grad else 0
 
-    def of(self, shape: PackShape, validation: "PackShape | None" = None, new_tokens: int = 0) -> Need:
+    def of(self, shape: PackShape, validation: "PackShape | None" = None, new_tokens: int = 0) -> MemoryNeed:
         """The need of a process whose largest pack has this shape.
 
         Args:
@@ -116,55 +115,55 @@ class MemoryModel:
         entries = [*self._always(), *self._training_step(shape)]
         if validation:
             entries += self._validation(validation, new_tokens)
-        return Need(tuple(entry for entry in entries if entry.num_bytes))
+        return MemoryNeed(tuple(entry for entry in entries if entry.num_bytes))
 
-    def _always(self) -> Iterable[Entry]:
+    def _always(self) -> Iterable[MemoryEntry]:
         divided = self._training.weights_divided
         for (role, held), num_bytes in self._weights.items():
-            yield Entry(f"{role}: weights, {held}", num_bytes // divided)
-        moments = MOMENTS * FLOAT32 * self._trained // self._training.divided
-        yield Entry("optimizer: AdamW's moments, float32", moments)
+            yield MemoryEntry(f"{role}: weights, {held}", num_bytes // divided)
+        moments = PEAK_PHASES * FLOAT32 * self._trained // self._training.divided
+        yield MemoryEntry("optimizer: AdamW's moments, float32", moments)
 
-    def _training_step(self, shape: PackShape) -> Iterable[Entry]:
+    def _training_step(self, shape: PackShape) -> Iterable[MemoryEntry]:
         kept = self._activations.kept(shape)
         gradients = self._gradients()
         earlier = gradients if self._training.grad_accum > 1 else {}
-        yield Entry("encoder: one layer at work", self._hearing(shape), "hearing")
+        yield MemoryEntry("encoder: one layer at work", self._hearing(shape), "hearing")
         computed = "inputs of its layers, computed again later" if self._how.grad_ckpt else "activations"
         for role, part in kept.items():
-            yield Entry(f"{role}: {computed}", part.until_backward, "loss")
-        yield Entry("logits, their loss and gradient", self._logits(shape), "loss")
-        yield Entry("gradients of the passes before, float32", sum(earlier.values()), "loss")
+            yield MemoryEntry(f"{role}: {computed}", part.until_backward, "loss")
+        yield MemoryEntry("logits, their loss and gradient", self._logits(shape), "loss")
+        yield MemoryEntry("gradients of the passes before, float32", sum(earlier.values()), "loss")
         roles = list(kept)
         for number, role in enumerate(roles):  # what comes after a role has been gone through when its turn comes
             moment = f"backward through the {role}"
             for held in roles[: number + 1]:
-                yield Entry(f"{held}: {computed}", kept[held].until_backward, moment)
-            yield Entry(f"{role}: one layer computed again", kept[role].recomputed, moment)
-            yield Entry(f"{role}: gradients within a layer", kept[role].working, moment)
-            yield Entry("a layer's weights as numbers", self._unpacked_weights(), moment)
+                yield MemoryEntry(f"{held}: {computed}", kept[held].until_backward, moment)
+            yield MemoryEntry(f"{role}: one layer computed again", kept[role].recomputed, moment)
+            yield MemoryEntry(f"{role}: gradients within a layer", kept[role].working, moment)
+            yield MemoryEntry("a layer's weights as numbers", self._unpacked_weights(), moment)
             there = earlier or {later: gradients.get(later, 0) for later in roles[number + 1 :]}
-            yield Entry("gradients of weights, float32", sum(there.values()), moment)
+            yield MemoryEntry("gradients of weights, float32", sum(there.values()), moment)
             if role == self._head_role and not earlier:
-                yield Entry("gradient of the output layer, float32", self._head_gradient, moment)
+                yield MemoryEntry("gradient of the output layer, float32", self._head_gradient, moment)
         yield from self._optimizer_step(gradients, kept)
 
-    def _optimizer_step(self, gradients: dict[str, int], kept: dict[str, Kept]) -> Iterable[Entry]:
+    def _optimizer_step(self, gradients: dict[str, int], kept: dict[str, ActivationBytes]) -> Iterable[MemoryEntry]:
         total = sum(gradients.values())
-        yield Entry("gradients, float32", total, "end of the backward pass")
-        first = next(iter(kept.values()), Kept())
-        yield Entry("the first layer's activations", first.recomputed + first.working, "end of the backward pass")
-        yield Entry("gradients, float32", total, "optimizer step")
+        yield MemoryEntry("gradients, float32", total, "end of the backward pass")
+        first = next(iter(kept.values()), ActivationBytes())
+        yield MemoryEntry("the first layer's activations", first.recomputed + first.working, "end of the backward pass")
+        yield MemoryEntry("gradients, float32", total, "optimizer step")
         if self._training.num_workers > 1:
-            yield Entry("gradients in one message", FLOAT32 * self._trained, "optimizer step")
+            yield MemoryEntry("gradients in one message", FLOAT32 * self._trained, "optimizer step")
         largest = max((weight.numel() for weight in self._model.parameters() if weight.requires_grad), default=0)
-        yield Entry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "optimizer step")
+        yield MemoryEntry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "optimizer step")
 
     def _gradients(self) -> dict[str, int]:
         """{role: bytes of its gradients}."""
         found: dict[str, int] = {}
         for name, weight in self._model.named_parameters():
-            role = role_of(name, self._family)
+            role = find_role(name, self._family)
             size = weight.numel() * FLOAT32 * weight.requires_grad // self._training.divided
             found[role] = found.get(role, 0) + size
         return found
@@ -184,22 +183,22 @@ class MemoryModel:
     def _hearing(self, shape: PackShape) -> int:
         """A frozen encoder's layers leave nothing behind, but one at a time needs room."""
         frozen = not any(
-            weight.requires_grad and role_of(name, self._family) == "encoder"
+            weight.requires_grad and find_role(name, self._family) == "encoder"
             for name, weight in self._model.named_parameters()
         )
         positions = shape.num_windows * self._front_end.encoder_positions
         return ENCODER_WIDTHS * positions * self._front_end.encoder_dim * self._how.dtype.itemsize if frozen else 0
 
-    def _validation(self, shape: PackShape, new_tokens: int) -> Iterable[Entry]:
-        base = base_of(self._model)
+    def _validation(self, shape: PackShape, new_tokens: int) -> Iterable[MemoryEntry]:
+        base = unwrap_peft(self._model)
         size, columns = self._how.dtype.itemsize, shape.longest + new_tokens + ROOM
         attentions = [
-            m for n, m in base.named_modules() if hasattr(m, "k_proj") and role_of(n, self._family) != "encoder"
+            m for n, m in base.named_modules() if hasattr(m, "k_proj") and find_role(n, self._family) != "encoder"
         ]
         own = sum(2 * m.k_proj.out_features for m in attentions)
-        yield Entry("keys and values of the answers", shape.num_rows * columns * own * size, "validation")
-        yield Entry("logits of one token", 2 * shape.num_rows * self._vocabulary * FLOAT32, "validation")
+        yield MemoryEntry("keys and values of the answers", shape.num_rows * columns * own * size, "validation")
+        yield MemoryEntry("logits of one token", 2 * shape.num_rows * self._vocabulary * FLOAT32, "validation")
         if not self._how.on_gpu and size == FLOAT32 and self._vocabulary >= MIN_OUTPUTS:
             copy = self._vocabulary * self._head_width * FLOAT32
-            yield Entry("output layer, laid out for few rows", copy, "validation")
-        yield Entry("encoder: one layer at work", self._hearing(shape), "validation")
+            yield MemoryEntry("output layer, laid out for few rows", copy, "validation")
+        yield MemoryEntry("encoder: one layer at work", self._hearing(shape), "validation")

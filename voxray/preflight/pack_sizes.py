@@ -11,8 +11,8 @@ import numpy as np
 from voxray.batches.packing import Packs
 from voxray.batches.plan import Plan
 from voxray.config.train import TrainSettings
-from voxray.preflight.memory import MemoryModel, Need
-from voxray.preflight.rows import Rows
+from voxray.preflight.memory import MemoryModel, MemoryNeed
+from voxray.preflight.rows import RunRows
 from voxray.preflight.shapes import PackShape
 
 MOST_TIMES_LARGER = 16
@@ -21,7 +21,7 @@ EPOCHS_LOOKED_AT = 3
 
 
 @dataclass(frozen=True)
-class Size:
+class BatchSize:
     """How much a forward pass holds, and how many of them a step takes.
 
     Attributes:
@@ -38,19 +38,19 @@ class Size:
         return settings.model_copy(update={self.flag: self.amount, "grad_accum": self.grad_accum})
 
 
-def size_of(settings: TrainSettings) -> Size:
+def current_size(settings: TrainSettings) -> BatchSize:
     """The size that settings ask for."""
     flag = "pack_tokens" if settings.batching == "packed" else "per_device_bsz"
-    return Size(flag, getattr(settings, flag), settings.grad_accum)
+    return BatchSize(flag, getattr(settings, flag), settings.grad_accum)
 
 
-def sizes(settings: TrainSettings, longest: int) -> list[Size]:
+def sizes(settings: TrainSettings, longest: int) -> list[BatchSize]:
     """All sizes with the same global batch, in ascending order.
 
     Args:
         longest: Positions of the longest row, which a pack has to hold.
     """
-    asked = size_of(settings)
+    asked = current_size(settings)
     if getattr(settings, "per_task_bsz", None):
         return [asked]  # every task has a size of its own, which only its user can weigh against the others
     total = asked.amount * asked.grad_accum
@@ -59,11 +59,11 @@ def sizes(settings: TrainSettings, longest: int) -> list[Size]:
         amount, rest = divmod(total, accum)
         holds = amount >= longest if asked.flag == "pack_tokens" else amount >= 1
         if not rest and holds and amount <= asked.amount * MOST_TIMES_LARGER:
-            found.append(Size(asked.flag, amount, accum))
+            found.append(BatchSize(asked.flag, amount, accum))
     return sorted({*found, asked}, key=lambda size: size.amount)
 
 
-def largest_fitting(candidates: Sequence[Size], fits: Callable[[Size], bool]) -> int:
+def largest_fitting(candidates: Sequence[BatchSize], fits: Callable[[BatchSize], bool]) -> int:
     """Place of the largest size that fits, -1 if none does; sizes that are larger than one that does not, do not."""
     low, high = -1, len(candidates)
     while high - low > 1:
@@ -87,10 +87,10 @@ class PlannedPack:
 
     rows: np.ndarray
     shape: PackShape
-    need: Need
+    need: MemoryNeed
 
 
-def largest_pack(rows: Rows, settings: TrainSettings, plan: Plan, memory: MemoryModel) -> PlannedPack:
+def largest_pack(rows: RunRows, settings: TrainSettings, plan: Plan, memory: MemoryModel) -> PlannedPack:
     """The pack of the first epochs for which a process needs most; a validation counts to the need."""
     packed, found = settings.batching == "packed", list[PlannedPack]()
     epochs = plan.curriculum_epochs if rows.stage.curriculum else settings.epochs
@@ -105,14 +105,14 @@ def largest_pack(rows: Rows, settings: TrainSettings, plan: Plan, memory: Memory
     return max(found, key=lambda pack: pack.need.peak_bytes)
 
 
-def average_pack(rows: Rows, plan: Plan) -> np.ndarray:
+def average_pack(rows: RunRows, plan: Plan) -> np.ndarray:
     """Rows of the pack whose tokens come nearest to the mean."""
     packs = plan.epoch_packs(0)
     tokens = np.add.reduceat(rows.train.num_tokens[packs.rows], _starts(packs))
     return packs.pack(int(np.abs(tokens - tokens.mean()).argmin()))
 
 
-def validation_shape(rows: Rows, settings: TrainSettings) -> PackShape | None:
+def validation_shape(rows: RunRows, settings: TrainSettings) -> PackShape | None:
     """Prompts of the largest batch that a validation answers, None without validation rows."""
     held_out, numbers = rows.held_out, rows.held_out_rows
     if not len(numbers):
@@ -132,7 +132,7 @@ def _starts(packs: Packs) -> np.ndarray:
     return np.concatenate([[0], packs.ends[:-1]])
 
 
-def _extremes(rows: Rows, packs: Packs, *, packed: bool) -> Iterator[int]:
+def _extremes(rows: RunRows, packs: Packs, *, packed: bool) -> Iterator[int]:
     """Packs with most of anything that takes memory: positions, windows, answers, and rows times tokens squared."""
     lengths, starts = rows.train, _starts(packs)
     counts = np.diff(packs.ends, prepend=0)

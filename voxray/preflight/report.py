@@ -8,16 +8,16 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from voxray.config.parse import REPOSITORY, flag_of
+from voxray.config.parse import REPOSITORY, flag_metadata
 from voxray.config.train import TrainSettings
 from voxray.core.console import console
 from voxray.core.storage import write_atomically
+from voxray.core.units import MIB
 from voxray.preflight.findings import Findings
-from voxray.preflight.memory import Need
-from voxray.runs.run_folder import anchor
+from voxray.preflight.memory import MemoryNeed
+from voxray.runs.run_folder import resolve_output_dir
 
 MARKS = {"ok": "ok", "warning": "warning", "fix": "must be fixed", "unchecked": "not checked"}
-MIB = 2**20
 
 
 def show_findings(findings: Findings) -> None:
@@ -26,7 +26,7 @@ def show_findings(findings: Findings) -> None:
         console.print(f"{MARKS[finding.level]:>13}  {finding.about}: {finding.message}", markup=False)
 
 
-def memory_table(need: Need) -> Table:
+def memory_table(need: MemoryNeed) -> Table:
     """What is there always, what comes to it at the fullest moment, and what the other moments come to in all."""
     table = Table(title="memory of one worker, predicted", title_justify="left")
     for name in ("when", "cause", "MiB"):
@@ -51,9 +51,9 @@ def launch_values(settings: TrainSettings, changed: set[str]) -> dict[str, Any]:
     kept = settings.model_fields_set | changed
     values = {name: value for name, value in settings.model_dump(mode="json").items() if name in kept}
     for name in values:
-        kind = flag_of(type(settings).model_fields[name]).path
+        kind = flag_metadata(type(settings).model_fields[name]).path
         if kind == "output" and values[name] and "://" not in values[name] and not values[name].startswith("~"):
-            values[name] = str(anchor(values[name], settings.storage_path, flag=f"--{name}"))
+            values[name] = str(resolve_output_dir(values[name], settings.storage_path, flag=f"--{name}"))
     return values
 
 

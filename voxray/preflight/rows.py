@@ -12,26 +12,26 @@ from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.core.console import progress_bar
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import first_fault, samples_at
+from voxray.core.manifest import require_usable_row, samples_at
 from voxray.core.tasks import TASKS
 from voxray.features.extract import Extractor
-from voxray.features.from_settings import storing_of
+from voxray.features.from_settings import feature_spec
 from voxray.features.reader import FeatureRow
 from voxray.features.shards import TASK_CODES
-from voxray.models.interface import Family, FrontEnd
-from voxray.models.registry import family_of
+from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.registry import get_family
 from voxray.preflight.findings import Findings
-from voxray.preflight.lengths import BadLine, Lengths
-from voxray.preflight.shapes import PackShape, shape_of
+from voxray.preflight.lengths import BadManifestLine, Lengths
+from voxray.preflight.shapes import PackShape, pack_shape
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
-from voxray.recipes.run_stage import Stage, choose_rows, plan_of
+from voxray.recipes.run_stage import Stage, build_plan, choose_rows
 
 STAGES: dict[type[TrainSettings], Callable[..., Stage]] = {
-    TextSettings: text.stage_of,
-    AsrAdapterSettings: asr_adapter.stage_of,
-    MultitaskSettings: multitask.stage_of,
-    WhisperSettings: whisper.stage_of,
-    SalmonnSettings: salmonn.stage_of,
+    TextSettings: text.build_stage,
+    AsrAdapterSettings: asr_adapter.build_stage,
+    MultitaskSettings: multitask.build_stage,
+    WhisperSettings: whisper.build_stage,
+    SalmonnSettings: salmonn.build_stage,
 }
 """What each training job trains, by the class of its settings."""
 TASK_OF_CODE = {code: name for name, code in TASK_CODES.items()}
@@ -39,7 +39,7 @@ PERCENTILES = (0, 50, 95, 100)
 
 
 @dataclass
-class Rows:
+class RunRows:
     """What a run would train on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Rows:
     """
 
     stage: Stage
-    family: Family
+    family: ModelFamily
     extractor: Extractor
     train: Lengths
     held_out: Lengths
@@ -62,15 +62,15 @@ class Rows:
 
     def plan(self, settings: TrainSettings, num_workers: int) -> Plan:
         """The run's plan, as training makes it."""
-        packs_per_step = num_workers * settings.grad_accum
-        positions = self.front_end.outside_positions
-        return plan_of(self.stage, settings, self.train, self.rows, packs_per_step, positions)  # type: ignore[arg-type]
+        microbatches_per_step = num_workers * settings.grad_accum
+        positions = self.front_end.cross_attention_positions
+        return build_plan(self.stage, settings, self.train, self.rows, microbatches_per_step, positions)  # type: ignore[arg-type]
 
     def shape(self, rows: Sequence[int] | np.ndarray, *, packed: bool) -> PackShape:
         """Sizes of a pack of training rows."""
         lengths = self.train
         columns = (lengths.num_prompt_tokens, lengths.num_target_tokens, lengths.num_windows)
-        return shape_of(rows, *columns, packed=packed)
+        return pack_shape(rows, *columns, packed=packed)
 
     def made(self, numbers: Sequence[int] | np.ndarray, *, held_out: bool = False) -> list[FeatureRow]:
         """Rows as they come out of shards; those that do not decode are left out.
@@ -95,7 +95,7 @@ class Rows:
 
 def stored_row(row: dict[str, Any], extractor: Extractor) -> FeatureRow:
     """A row as a shard would give it; in the place of an encoder's outputs stand zeros, of the same size and type."""
-    storing = extractor.storing
+    storing = extractor.spec
     values = {name: row[name] for name in FeatureRow.__dataclass_fields__ if name in row}
     ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids")}
     if storing.store == "encoder":
@@ -106,7 +106,7 @@ def stored_row(row: dict[str, Any], extractor: Extractor) -> FeatureRow:
     return FeatureRow(**{**values, **ids, "store": storing.store, "audio": audio})
 
 
-def look_at_rows(settings: TrainSettings, findings: Findings) -> Rows | None:
+def look_at_rows(settings: TrainSettings, findings: Findings) -> RunRows | None:
     """Read the manifests and choose rows; what is wrong with them goes to the findings.
 
     Returns:
@@ -116,31 +116,31 @@ def look_at_rows(settings: TrainSettings, findings: Findings) -> Rows | None:
     for manifest in dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl)):
         flag = "--train_jsonl" if manifest in settings.train_jsonl else "--val_jsonl"
         try:
-            first_fault((manifest,))
+            require_usable_row((manifest,))
         except RunError as error:
             good = False
             findings.add("fix", "data", f"{flag} {error}")
     with findings.caught("model"):
-        family = family_of(settings.model_id)
-        extractor = Extractor(settings.model_id, storing_of(settings, bf16=settings.bf16))
+        family = get_family(settings.model_id)
+        extractor = Extractor(settings.model_id, feature_spec(settings, bf16=settings.bf16))
         if good:
             with findings.caught("data"):
                 return _chosen(settings, family, extractor, findings)
     return None
 
 
-def _chosen(settings: TrainSettings, family: Family, extractor: Extractor, findings: Findings) -> Rows:
+def _chosen(settings: TrainSettings, family: ModelFamily, extractor: Extractor, findings: Findings) -> RunRows:
     stage = STAGES[type(settings)](settings)
-    spare = stage.redraw.spare_tokens if stage.redraw else None
+    spare = stage.redraw.max_extra_prompt_tokens if stage.redraw else None
     with progress_bar("rows") as bar:
-        train = Lengths(settings.train_jsonl, extractor, bar, augmented=True, spare_tokens=spare)
+        train = Lengths(settings.train_jsonl, extractor, bar, augmented=True, max_extra_prompt_tokens=spare)
         held_out = Lengths(settings.val_jsonl, extractor, bar, augmented=False)
     for flag, lengths in (("--train_jsonl", train), ("--val_jsonl", held_out)):
         _tell_bad(flag, lengths, settings, findings)
     divided = frozenset(train.segmented | held_out.segmented)
     rows, held_out_rows, lost = choose_rows(stage, settings, train, held_out, extractor.front_end, divided)
     _tell_lost(lost, train, findings)
-    found = Rows(stage, family, extractor, train, held_out, rows, held_out_rows)
+    found = RunRows(stage, family, extractor, train, held_out, rows, held_out_rows)
     _tell_lengths(found, settings, findings)
     _tell_mix(found, settings, findings)
     if not settings.val_jsonl:
@@ -154,7 +154,7 @@ def _chosen(settings: TrainSettings, family: Family, extractor: Extractor, findi
 
 def _tell_bad(flag: str, lengths: Lengths, settings: TrainSettings, findings: Findings) -> None:
     """Rows that featurize would leave out, by reason, with the first of each."""
-    firsts: dict[tuple[str, str], BadLine] = {}
+    firsts: dict[tuple[str, str], BadManifestLine] = {}
     for bad in lengths.bad:
         firsts.setdefault((bad.manifest, bad.reason), bad)
     counts = Counter((bad.manifest, bad.reason) for bad in lengths.bad)
@@ -179,7 +179,7 @@ def _tell_lost(lost: Sequence[tuple[Lengths, int, str, str]], train: Lengths, fi
         findings.add("warning", "data", told)
 
 
-def _tell_lengths(found: Rows, settings: TrainSettings, findings: Findings) -> None:
+def _tell_lengths(found: RunRows, settings: TrainSettings, findings: Findings) -> None:
     lengths = found.train
     for name, rows in _of_tasks(lengths, found.rows):
         tokens = ", ".join(f"{value:.0f}" for value in np.percentile(lengths.num_tokens[rows], PERCENTILES))
@@ -190,7 +190,7 @@ def _tell_lengths(found: Rows, settings: TrainSettings, findings: Findings) -> N
         findings.add("ok", "lengths", told)
 
 
-def _tell_mix(found: Rows, settings: TrainSettings, findings: Findings) -> None:
+def _tell_mix(found: RunRows, settings: TrainSettings, findings: Findings) -> None:
     total = len(np.unique(found.train.sample[found.rows]))
     rows = {name: len(np.unique(found.train.sample[rows])) for name, rows in _of_tasks(found.train, found.rows)}
     shares = ", ".join(f"{name} {count} ({count / total:.1%})" for name, count in rows.items())
@@ -209,7 +209,7 @@ def _of_tasks(lengths: Lengths, rows: np.ndarray) -> Iterator[tuple[str, np.ndar
             yield name, of_task
 
 
-def _examples(found: Rows, findings: Findings) -> Iterator[str]:
+def _examples(found: RunRows, findings: Findings) -> Iterator[str]:
     """The first row of every task, decoded: prompt | answer."""
     for name, rows in _of_tasks(found.train, found.rows):
         made = found.made(rows[:1])

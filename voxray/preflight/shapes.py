@@ -57,7 +57,7 @@ class Computing:
     label_smoothing: float = 0.0
 
 
-def shape_of(
+def pack_shape(
     rows: Iterable[int], prompts: np.ndarray, targets: np.ndarray, windows: np.ndarray, *, packed: bool
 ) -> PackShape:
     """The shape of a pack.

@@ -14,8 +14,8 @@ from voxray.config.train import TrainSettings
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.lora import trainable_parameters
 from voxray.models.interface import Batch
-from voxray.preflight.allocations import measured
-from voxray.preflight.rows import Rows
+from voxray.preflight.allocations import measure_allocations
+from voxray.preflight.rows import RunRows
 from voxray.recipes.build_model import build_model, checkpoint_gradients, set_modes
 from voxray.training.engine import DataParallel
 from voxray.training.loop import seed_pack, task_losses
@@ -27,7 +27,7 @@ ANSWER_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Tried:
+class StepCost:
     """What a pack took.
 
     Attributes:
@@ -44,7 +44,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Answering:
+class GenerationCost:
     """What the beginning of a batch's answers took.
 
     Attributes:
@@ -58,7 +58,7 @@ class Answering:
     token_sec: float
 
 
-class Bench:
+class TrialRunner:
     """A model in training that takes steps of size zero, so that one may take as many as one likes.
 
     Raises:
@@ -66,7 +66,7 @@ class Bench:
         RuntimeError, MemoryError: It does not fit.
     """
 
-    def __init__(self, rows: Rows, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, rows: RunRows, settings: TrainSettings, device: torch.device) -> None:
         self._rows, self._settings, self._device = rows, settings, device
         stage, family = rows.stage, rows.family
         plain = settings.model_copy(update={"compile": False})
@@ -85,7 +85,7 @@ class Bench:
         tensors = [*stored_tensors(self.model), *(value for value in moments if torch.is_tensor(value))]
         return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
 
-    def try_pack(self, numbers: np.ndarray, *, times: int = 1) -> Tried | None:
+    def try_pack(self, numbers: np.ndarray, *, times: int = 1) -> StepCost | None:
         """Take steps on a pack of training rows.
 
         Args:
@@ -104,7 +104,7 @@ class Bench:
             if not self._engine.optimizer.state:
                 self._step(batch)  # makes the moments, which are there from the second step on
             held = self.held_bytes()
-            seen = measured(lambda: self._step(batch), self._device)
+            seen = measure_allocations(lambda: self._step(batch), self._device)
             clocked = min((self._clocked(batch) for _ in range(times)), default=seen.sec)
         except (RuntimeError, MemoryError) as error:
             self._engine.drop()
@@ -114,7 +114,7 @@ class Bench:
                 torch.cuda.empty_cache()
             return None
         tokens = sum(len(row.prompt_ids) + len(row.target_ids) for row in made)
-        return Tried(held + seen.peak_bytes, clocked, collate_sec, tokens)
+        return StepCost(held + seen.peak_bytes, clocked, collate_sec, tokens)
 
     def _clocked(self, batch: Batch) -> float:
         started = time.perf_counter()
@@ -135,7 +135,7 @@ class Bench:
         self._engine.reduce([0.0], scale=1.0, max_norm=self._settings.max_grad_norm)
         self._engine.apply(0.0)
 
-    def answer(self, made: list[FeatureRow]) -> Answering | None:
+    def answer(self, made: list[FeatureRow]) -> GenerationCost | None:
         """Begin to answer rows as a validation does.
 
         Returns:
@@ -147,10 +147,10 @@ class Bench:
 
         @torch.inference_mode()
         def begin() -> None:
-            state, logits_BV = family.begin(self.model, batch)
+            state, logits_BV = family.prefill(self.model, batch)
             clock.append(time.perf_counter())
             for _ in range(ANSWER_TOKENS):
-                logits_BV = state.step(logits_BV.argmax(-1))
+                logits_BV = state.decode_step(logits_BV.argmax(-1))
             float(logits_BV.sum())  # waits for a GPU
             clock.append(time.perf_counter())
 
@@ -159,12 +159,12 @@ class Bench:
                 begin()
                 clock.clear()
                 started = time.perf_counter()
-                seen = measured(begin, self._device)
+                seen = measure_allocations(begin, self._device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return Answering(seen.peak_bytes, clock[0] - started, (clock[1] - clock[0]) / ANSWER_TOKENS)
+        return GenerationCost(seen.peak_bytes, clock[0] - started, (clock[1] - clock[0]) / ANSWER_TOKENS)
 
 
 def stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:

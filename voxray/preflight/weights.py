@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from voxray.models.adapters.lora import role_of
-from voxray.models.hf_files import base_of
-from voxray.models.interface import Family
+from voxray.models.adapters.lora import find_role
+from voxray.models.hf_files import unwrap_peft
+from voxray.models.interface import ModelFamily
 
 BLOCK_4BIT = 64  # weights that share a scale (NF4)
 BLOCK_SCALES = 256  # scales that share a scale, since they are quantised again
@@ -15,7 +15,7 @@ CODES_4BIT_BYTES = (16 + 256 + 1) * 4  # of every layer: the values of 4 and of 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def weight_bytes(model: torch.nn.Module, family: Family, quantize: str = "none") -> dict[tuple[str, str], int]:
+def weight_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "none") -> dict[tuple[str, str], int]:
     """{(role, how they are held): bytes} of all parameters and buffers that train or not.
 
     Args:
@@ -25,7 +25,7 @@ def weight_bytes(model: torch.nn.Module, family: Family, quantize: str = "none")
     found: dict[tuple[str, str], int] = {}
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model, family)} if quantize != "none" else {}
     for name, tensor in _tensors(model):
-        role, held = role_of(name, family), NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        role, held = find_role(name, family), NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         num_bytes = tensor.numel() * tensor.element_size()
         if id(tensor) in layers:
             held, num_bytes = quantize, quantized_bytes(layers[id(tensor)], quantize)
@@ -40,12 +40,12 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
 
 
-def quantized_layers(model: Any, family: Family) -> Iterator[tuple[str, torch.nn.Linear]]:
+def quantized_layers(model: Any, family: ModelFamily) -> Iterator[tuple[str, torch.nn.Linear]]:
     """The layers that ``--quantize`` holds in fewer bits: all Linear ones of some roles, but not the output layer."""
-    output = base_of(model)
+    output = unwrap_peft(model)
     for name, module in model.named_modules():
         plain = isinstance(module, torch.nn.Linear) and module is not output.get_output_embeddings()
-        if plain and role_of(name, family) in family.quantized and ".lora_" not in name:
+        if plain and find_role(name, family) in family.quantized and ".lora_" not in name:
             yield name, module
 
 

@@ -11,26 +11,26 @@ from voxray.config.flag_groups import TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.audio_trim_record import note_trimming, trims_audio
-from voxray.models.adapters.init_adapter import read_earlier, start_from
+from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
 from voxray.models.adapters.lora import add_lora, check_lora, load_adapter_weights, train_fully, trainable_parameters
-from voxray.models.hf_files import base_of
-from voxray.models.interface import EarlierAdapter, Family
+from voxray.models.hf_files import unwrap_peft
+from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
 from voxray.runs.layout import list_checkpoints
-from voxray.training.checkpoint import Progress, read_moments, read_progress
-from voxray.training.engine import Moments
+from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
+from voxray.training.engine import OptimizerState
 
 
-def earlier_of(settings: TrainSettings, family: Family) -> EarlierAdapter | None:
+def find_init_adapter(settings: TrainSettings, family: ModelFamily) -> InitAdapter | None:
     """The adapter that ``--init_adapter`` names, checked against the settings."""
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
     if official := family.read_official(settings.init_adapter, **lora):
         return official
-    trimming = trimming_of(settings)
-    return read_earlier(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
+    trimming = audio_trimming(settings)
+    return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
 
 
-def trimming_of(settings: TrainSettings) -> bool | None:
+def audio_trimming(settings: TrainSettings) -> bool | None:
     """Whether prompts leave out the audio tokens of padding; None for jobs that train without audio."""
     return trims_audio(settings.model_id, settings.trim_audio_tokens) if isinstance(settings, TrimFlags) else None
 
@@ -38,7 +38,7 @@ def trimming_of(settings: TrainSettings) -> bool | None:
 def build_model(
     roles: Sequence[str],
     settings: TrainSettings,
-    family: Family,
+    family: ModelFamily,
     worker: Worker,
     *,
     with_encoder: bool = True,
@@ -53,7 +53,7 @@ def build_model(
     Returns:
         The model, and a line on the adapter that its LoRA starts from, if there is one.
     """
-    earlier = earlier_of(settings, family)
+    earlier = find_init_adapter(settings, family)
     if earlier and settings.tuning == "full":
         raise SettingsError("--init_adapter: holds LoRA, which --tuning full has none of")
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
@@ -70,11 +70,11 @@ def build_model(
         model = add_lora(
             base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, targets=lora_targets, **lora
         )
-    trimmed = trimming_of(settings)
+    trimmed = audio_trimming(settings)
     note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
     started = ""
     if earlier:
-        copied = start_from(model, family, earlier, roles)
+        copied = load_init_adapter(model, family, earlier, roles)
         check_lora(model, family, roles)
         kept = [role for role in earlier.roles if role not in roles]
         started = f"LoRA starts from {earlier.folder}: {copied} tensors of {', '.join(earlier.roles)}"
@@ -89,14 +89,14 @@ def build_model(
 
 def checkpoint_gradients(model: Any) -> None:
     """Let layers compute their activations again in the backward pass; ``set_modes`` has to follow."""
-    base = base_of(model)
+    base = unwrap_peft(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The library makes input embeddings give gradients then, which only re-entrant checkpoints need. Of an audio
     # encoder it takes the first convolution for one, and a frozen encoder would keep all its activations.
     base.disable_input_require_grads()
 
 
-def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:
+def set_modes(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str]) -> None:
     """Training mode in the roles that train, and eval in the others.
 
     Layers of a frozen part that gradients pass through (the language model behind a trained projector) still recompute
@@ -116,7 +116,7 @@ def set_modes(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> N
                         layer.training = True
 
 
-def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moments]:
+def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, OptimizerState]:
     """Load the weights of the run's newest checkpoint, if it has one, and say where the run stands.
 
     Returns:
@@ -134,7 +134,7 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Moment
         raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
     if progress.prompts != start.prompts:
         raise RunError(f"{newest}: --prompts holds other prompts than this run began with; {advice}")
-    moments = read_moments(newest)
+    moments = read_optimizer_state(newest)
     if moments and set(moments) != {name for name, _ in trainable_parameters(model)}:
         raise RunError(f"{newest}: moments of other parameters than the model's")
     load_adapter_weights(model, newest)

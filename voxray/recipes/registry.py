@@ -6,7 +6,7 @@ from typing import Any
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
 from voxray.core.errors import SettingsError
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
 
 RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
@@ -25,7 +25,7 @@ def refuse_other_family(settings: TrainSettings) -> None:
     Raises:
         SettingsError: With the job that does.
     """
-    found = family_of(settings.model_id)
+    found = get_family(settings.model_id)
     if found.name != settings.family:
         raise SettingsError(
             f"--model_id {settings.model_id}: a {found.name} model, and this job trains {settings.family}; "

@@ -15,7 +15,7 @@ import torch
 from voxray.audio.augment import SpecAugment
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.batches.collate import collate_training
-from voxray.batches.loader import Loader, Masking, Redraw
+from voxray.batches.loader import Loader, Masking, PromptSampler
 from voxray.batches.packing import Batching
 from voxray.batches.plan import Phase, Plan, Variants
 from voxray.batches.rank import Worker
@@ -29,24 +29,24 @@ from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
 from voxray.models.adapters.lora import count_parameters
-from voxray.models.interface import IGNORED, Family, FrontEnd
-from voxray.models.registry import family_of
+from voxray.models.interface import IGNORED, FrontEnd, ModelFamily
+from voxray.models.registry import get_family
 from voxray.recipes.build_model import build_model, resume
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import checkpoint_folder
-from voxray.runs.remote_sync import Mirror
-from voxray.training.best_checkpoint import Selection
-from voxray.training.callbacks import HOST, Host, planned_workers
+from voxray.runs.remote_sync import RemoteSync
+from voxray.training.best_checkpoint import BestCheckpoint
+from voxray.training.callbacks import NO_CALLBACKS, Callbacks, planned_workers
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter
-from voxray.training.engine import DataParallel, Engine, Moments
-from voxray.training.loop import Trainee, Watch, fit
-from voxray.training.loss_scaling import Guard
+from voxray.training.engine import DataParallel, Engine, OptimizerState
+from voxray.training.loop import StopSignals, TrainState, fit
+from voxray.training.loss_scaling import LossScaler
 from voxray.training.previews import MAX_TOKENS, Previews, PreviewSettings
 from voxray.training.records import Monitor
-from voxray.training.resource_errors import named_trouble
+from voxray.training.resource_errors import explain_resource_errors
 from voxray.training.throughput import epoch_efficiency
 from voxray.training.validate import first_rows_per_task
-from voxray.training.validation_hook import Sizes, Validator
+from voxray.training.validation_hook import ValidationSizes, Validator
 
 DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
 
@@ -71,7 +71,7 @@ class Stage:
     per_task_bsz: Mapping[str, int] | None = None
     curriculum: tuple[Phase, ...] = ()
     lora_targets: tuple[str, ...] = ()
-    redraw: Redraw | None = None
+    redraw: PromptSampler | None = None
 
 
 Lost = tuple[Features, int, str, str]
@@ -83,9 +83,9 @@ def train_stage(
     stage: Stage,
     settings: TrainSettings,
     run_dir: Path,
-    data: Data,
+    data: TrainingData,
     worker: Worker,
-    host: Host = HOST,
+    host: Callbacks = NO_CALLBACKS,
 ) -> dict[str, Any]:
     """Train one adapter; every worker calls this.
 
@@ -96,37 +96,40 @@ def train_stage(
         {"steps", "finished", "adapter_step", metrics of the last validation}; with validation on rank 0 also {"best":
         {metric: {"step", "value"}}} for every task's headline metric and the one that is watched.
     """
-    with named_trouble(settings):
+    with explain_resource_errors(settings):
         return _train_stage(stage, settings, run_dir, data, worker, host)
 
 
 def _train_stage(
-    stage: Stage, settings: TrainSettings, run_dir: Path, data: Data, worker: Worker, host: Host
+    stage: Stage, settings: TrainSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks
 ) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    family = family_of(settings.model_id)
+    family = get_family(settings.model_id)
     front_end = family.front_end(settings.model_id)
     redraw = stage.redraw
-    features, held_out = Features(data.train, redraw.spare_tokens if redraw else None), Features(data.validation)
+    features, held_out = (
+        Features(data.train, redraw.max_extra_prompt_tokens if redraw else None),
+        Features(data.validation),
+    )
     rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out, front_end, data.divided)
     with_encoder = features.store != "encoder"
     model, started = build_model(
         stage.roles, settings, family, worker, with_encoder=with_encoder, lora_targets=stage.lora_targets
     )
-    packs_per_step = planned_workers(settings.num_workers, worker) * settings.grad_accum
-    start = Progress(0, packs_per_step, features.fingerprint(), redraw.fingerprint if redraw else "")
+    microbatches_per_step = planned_workers(settings.num_workers, worker) * settings.grad_accum
+    start = Progress(0, microbatches_per_step, features.fingerprint(), redraw.fingerprint if redraw else "")
     start, moments = resume(run_dir, model, start)
     counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
-    engine = engine_of(settings, model, family, worker, moments, with_audio=bool(features.num_windows[rows].any()))
-    trainee = Trainee(model, family, engine, worker, Guard.of(fp16=settings.fp16))
+    engine = build_engine(settings, model, family, worker, moments, with_audio=bool(features.num_windows[rows].any()))
+    trainee = TrainState(model, family, engine, worker, LossScaler.for_dtype(fp16=settings.fp16))
     trainee.guard.load(start.guard)
-    selection = selection_of(settings, held_out, held_out_rows)
+    selection = build_best_checkpoint(settings, held_out, held_out_rows)
     selection.load(start.selection)
-    plan = plan_of(stage, settings, features, rows, start.packs_per_step, front_end.outside_positions)
+    plan = build_plan(stage, settings, features, rows, start.microbatches_per_step, front_end.cross_attention_positions)
     num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
     num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
     pin_memory = settings.pin_memory and worker.device.type == "cuda"
-    masks = Masking(masks_of(settings), settings.seed)
+    masks = Masking(build_masks(settings), settings.seed)
     loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, redraw, pin_memory=pin_memory)
     monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
     if worker.is_first:
@@ -135,21 +138,21 @@ def _train_stage(
         for line in filter(None, (started, count_lost(stage, lost))):
             monitor.say(line)
         introduce(monitor, counts, loader, start.step, num_steps)
-    sizes = Sizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
+    sizes = ValidationSizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
     held = (front_end, held_out, held_out_rows)
     validator = Validator(trainee, *held, sizes, monitor, settings.seed, num_steps, host.report)
     if worker.is_first and len(held_out_rows):
-        validator.previews = previews_of(settings, run_dir, monitor)
+        validator.previews = build_previews(settings, run_dir, monitor)
 
-    upload = partial(Mirror.of(settings).push_or, monitor.say)
+    upload = partial(RemoteSync.from_settings(settings).push_or, monitor.say)
     writer = CheckpointWriter(run_dir, settings.save_total_limit, upload) if worker.is_first else None
-    watch = Watch(run_dir, host.is_leaving)
+    watch = StopSignals(run_dir, host.is_leaving)
     try:
         step = fit(trainee, loader, settings, start, num_steps, monitor, validator, selection, writer, watch)
     finally:
         if writer:
             writer.close()
-    finished = step >= num_steps or selection.exhausted
+    finished = step >= num_steps or selection.should_stop
     chosen = selection.best_step if settings.load_best_model_at_end and selection.best_step else step
     if worker.is_first and finished:
         publish_adapter(checkpoint_folder(run_dir, chosen), run_dir / "adapter")
@@ -161,7 +164,7 @@ def _train_stage(
     return {**found, "best": best} if best else found
 
 
-def _say_best(selection: Selection, monitor: Monitor) -> dict[str, Any]:
+def _say_best(selection: BestCheckpoint, monitor: Monitor) -> dict[str, Any]:
     """Say and return the best value of each metric with its step."""
     best = monitor.best_steps()
     if selection.best_step:
@@ -171,8 +174,14 @@ def _say_best(selection: Selection, monitor: Monitor) -> dict[str, Any]:
     return best
 
 
-def engine_of(
-    settings: TrainSettings, model: Any, family: Family, worker: Worker, moments: Moments, *, with_audio: bool
+def build_engine(
+    settings: TrainSettings,
+    model: Any,
+    family: ModelFamily,
+    worker: Worker,
+    moments: OptimizerState,
+    *,
+    with_audio: bool,
 ) -> Engine:
     """How the workers take a step together, as ``--strategy`` says.
 
@@ -192,15 +201,16 @@ def engine_of(
     return engine
 
 
-def ending(selection: Selection, step: int, num_steps: int, chosen: int) -> Iterator[str]:
+def ending(selection: BestCheckpoint, step: int, num_steps: int, chosen: int) -> Iterator[str]:
     """What is said at the end of a finished run: why it ended early, and whose weights the adapter has."""
     if step < num_steps:
-        yield f"early stopping at step {step}: {selection.waited} validations without a better {selection.metric}"
+        bad = selection.num_bad_validations
+        yield f"early stopping at step {step}: {bad} validations without a better {selection.metric}"
     if chosen != step:
         yield f"the adapter is that of step {chosen} (--load_best_model_at_end)"
 
 
-def selection_of(settings: TrainSettings, held_out: Features, rows: np.ndarray) -> Selection:
+def build_best_checkpoint(settings: TrainSettings, held_out: Features, rows: np.ndarray) -> BestCheckpoint:
     """Early stopping and the best checkpoint as the settings have them.
 
     Raises:
@@ -210,10 +220,10 @@ def selection_of(settings: TrainSettings, held_out: Features, rows: np.ndarray) 
     tasks = [name for name, code in TASK_CODES.items() if code in held_out.task[rows]]
     if tasks and given and metric not in (known := validation_metrics(tasks)):
         raise SettingsError(f"--metric_for_best_model {metric}: validation has {', '.join(known)}")
-    return Selection(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
+    return BestCheckpoint(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
 
 
-def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
+def build_previews(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
     """The run's previews; its previews.yaml, once written, holds over the flags."""
     tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
     previews = Previews.of_run(run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens))
@@ -223,18 +233,18 @@ def previews_of(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Pre
     return previews
 
 
-def plan_of(
+def build_plan(
     stage: Stage,
     settings: TrainSettings,
     features: RowLengths,
     rows: np.ndarray,
-    packs_per_step: int,
-    outside_positions: int = 0,
+    microbatches_per_step: int,
+    cross_attention_positions: int = 0,
 ) -> Plan:
     """The plan of a run over the rows that it may draw.
 
     Args:
-        outside_positions: Of one window, beside the tokens (see ``models.family.FrontEnd``).
+        cross_attention_positions: Of one window, beside the tokens (see ``models.family.FrontEnd``).
     """
     variants = Variants(rows, features.sample[rows], settings.seed)
     sizes = (settings.per_device_bsz, settings.pack_tokens, stage.per_task_bsz)
@@ -244,15 +254,15 @@ def plan_of(
         stage.task_weights,
         settings.seed,
         Batching(settings.batching, *sizes),
-        packs_per_step,
+        microbatches_per_step,
         settings.drop_last,
         variants,
-        features.longest_tokens + features.num_windows * outside_positions,
+        features.longest_tokens + features.num_windows * cross_attention_positions,
         stage.curriculum,
     )
 
 
-def masks_of(settings: TrainSettings) -> SpecAugment:
+def build_masks(settings: TrainSettings) -> SpecAugment:
     """SpecAugment as the settings have it; none for jobs without such flags."""
     names = MaskFlags.model_fields if isinstance(settings, MaskFlags) else ()
     return SpecAugment(**{name: getattr(settings, name) for name in names})
@@ -269,7 +279,7 @@ def choose_rows(
     """Rows to train on, rows to validate on, and those that are left out.
 
     Args:
-        divided: See ``Data``.
+        divided: See ``TrainingData``.
     Raises:
         RunError: Nothing is left to train on.
     """
@@ -349,7 +359,7 @@ def introduce(
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
     kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
     packs = plan.epoch_packs(0)
-    size = len(packs.rows) / len(packs) * plan.packs_per_step
+    size = len(packs.rows) / len(packs) * plan.microbatches_per_step
     real = f"{epoch_efficiency(plan, features):.1%} of their tokens are no padding"
     monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch; {real}")
     monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")

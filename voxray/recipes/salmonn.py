@@ -13,19 +13,19 @@ from voxray.core.console import console
 from voxray.core.tasks import TASKS
 from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.features.reader import FeatureRow
-from voxray.models.salmonn.assemble import put_together
+from voxray.models.salmonn.assemble import assemble_salmonn
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
-from voxray.recipes.run_stage import Data, Stage, train_stage
-from voxray.runs.run_folder import anchor, make_folder
-from voxray.training.callbacks import HOST, Host
+from voxray.recipes.run_stage import Stage, TrainingData, train_stage
+from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 ROLES = ("projector", "llm")
 ANY_QUESTION = "What is it?"
 
 
-def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
+def assemble_inputs(settings: SalmonnSettings) -> SalmonnSettings:
     """Put the base together and write manifests of annotation files, where the settings name parts and such files.
 
     Returns:
@@ -33,7 +33,7 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     Raises:
         RunError, SettingsError: A part or a file cannot be read, or the run folder cannot be written.
     """
-    run_dir = anchor(settings.output_dir, settings.storage_path, is_mirrored=True)
+    run_dir = resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)
     make_folder(run_dir)
     if settings.prompts and (left_out := read_prompts(settings.prompts).left_out):
         console.print(f"{settings.prompts}: {len(left_out)} left out: {'; '.join(left_out)}", markup=False)
@@ -43,22 +43,24 @@ def made_ready(settings: SalmonnSettings) -> SalmonnSettings:
     changed: dict[str, Any] = {"train_jsonl": manifests[:num_train], "val_jsonl": manifests[num_train:]}
     if not settings.model_id:
         parts = {"whisper": settings.whisper_path, "beats": settings.beats_path, "llm": settings.llama_path}
-        changed["model_id"] = put_together(run_dir, **parts, end_sym=settings.end_sym)
+        changed["model_id"] = assemble_salmonn(run_dir, **parts, end_sym=settings.end_sym)
     return settings.model_copy(update=changed)
 
 
-def stage_of(settings: SalmonnSettings) -> Stage:
+def build_stage(settings: SalmonnSettings) -> Stage:
     """What the settings ask to be trained."""
-    redraw = DrawnPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
+    redraw = SampledPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
     return Stage(ROLES, redraw=redraw)
 
 
-def train(settings: SalmonnSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
+def train(
+    settings: SalmonnSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks = NO_CALLBACKS
+) -> dict[str, Any]:
     """Train one stage on rows of all tasks; every worker calls this (see ``train_stage``)."""
-    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)
+    return train_stage(build_stage(settings), settings, run_dir, data, worker, host)
 
 
-class DrawnPrompts:
+class SampledPrompts:
     """Gives every row one of its task's prompts, drawn by (seed, epoch, row); a ``data.loader.Redraw``.
 
     Args:
@@ -70,16 +72,18 @@ class DrawnPrompts:
     def __init__(self, model_id: str, path: str, seed: int) -> None:
         self._front_end, self._seed = SalmonnFrontEnd(model_id, prompts=read_prompts(path)), seed
         self.fingerprint = self._front_end.prompts.fingerprint
-        self.spare_tokens: Mapping[str, int] = dict(_spare_tokens(SalmonnFrontEnd(model_id), self._front_end))
+        self.max_extra_prompt_tokens: Mapping[str, int] = dict(
+            _max_extra_prompt_tokens(SalmonnFrontEnd(model_id), self._front_end)
+        )
 
     def __call__(self, row: FeatureRow, epoch: int) -> FeatureRow:
         ids = self._front_end.drawn_prompt_ids(row, seed=self._seed, epoch=epoch)
-        if len(ids) > len(row.prompt_ids) + self.spare_tokens.get(row.task, 0):
+        if len(ids) > len(row.prompt_ids) + self.max_extra_prompt_tokens.get(row.task, 0):
             return row  # where a question meets the words around it, there may be more tokens than was reckoned with
         return replace(row, prompt_ids=np.asarray(ids, np.int32))
 
 
-def _spare_tokens(stored: SalmonnFrontEnd, drawn: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
+def _max_extra_prompt_tokens(stored: SalmonnFrontEnd, drawn: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
     """By task, how many tokens the longest prompt that may be drawn has beyond the stored one."""
     for task in (task for task in TASKS.values() if task.has_audio):
         beyond = [0]

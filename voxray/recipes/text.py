@@ -5,17 +5,19 @@ from typing import Any
 
 from voxray.batches.rank import Worker
 from voxray.config.train import TextSettings
-from voxray.recipes.run_stage import Data, Stage, train_stage
-from voxray.training.callbacks import HOST, Host
+from voxray.recipes.run_stage import Stage, TrainingData, train_stage
+from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 STAGE = Stage(roles=("llm",), tasks=("tqa",))
 
 
-def stage_of(settings: TextSettings) -> Stage:
+def build_stage(settings: TextSettings) -> Stage:
     """What the settings ask to be trained."""
     return STAGE
 
 
-def train(settings: TextSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
+def train(
+    settings: TextSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks = NO_CALLBACKS
+) -> dict[str, Any]:
     """Train one adapter on text rows; every worker calls this (see ``train_stage``)."""
-    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)
+    return train_stage(build_stage(settings), settings, run_dir, data, worker, host)

@@ -5,16 +5,18 @@ from typing import Any
 
 from voxray.batches.rank import Worker
 from voxray.config.train import WhisperSettings
-from voxray.recipes.run_stage import Data, Stage, train_stage
-from voxray.training.callbacks import HOST, Host
+from voxray.recipes.run_stage import Stage, TrainingData, train_stage
+from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 
-def stage_of(settings: WhisperSettings) -> Stage:
+def build_stage(settings: WhisperSettings) -> Stage:
     """What the settings ask to be trained."""
     roles = ("decoder",) if settings.freeze_encoder else ("encoder", "decoder")
     return Stage(roles, tasks=("asr",), lora_targets=settings.lora_targets)
 
 
-def train(settings: WhisperSettings, run_dir: Path, data: Data, worker: Worker, host: Host = HOST) -> dict[str, Any]:
+def train(
+    settings: WhisperSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks = NO_CALLBACKS
+) -> dict[str, Any]:
     """Train one adapter on speech rows; every worker calls this (see ``train_stage``)."""
-    return train_stage(stage_of(settings), settings, run_dir, data, worker, host)
+    return train_stage(build_stage(settings), settings, run_dir, data, worker, host)

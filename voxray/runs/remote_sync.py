@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from voxray.config.flag_groups import OutputFlags
-from voxray.core.errors import RunError
-from voxray.core.storage import CacheLimits, RemotePath, move_into_place, remote_place
-from voxray.runs.layout import FOLDER, PROGRESS, list_checkpoints
-from voxray.runs.run_folder import GROW_FILE, STOP_FILE, anchor, url_of, working_copy
+from voxray.core.errors import RunError, one_line
+from voxray.core.storage import CacheLimits, RemotePath, move_into_place, remote_path
+from voxray.runs.layout import CHECKPOINTS_FOLDER, PROGRESS_FILE, list_checkpoints
+from voxray.runs.run_folder import GROW_FILE, STOP_FILE, output_url, resolve_output_dir, working_copy
 
 STAYS_HERE = {"features", "ray", "model", "manifests", "error.json", STOP_FILE, GROW_FILE}
 """What is not mirrored: shards have a place of their own at the URL, the rest matters to this machine only."""
@@ -26,7 +26,7 @@ LOOK_SEC = 3.0
 
 
 @dataclass
-class Mirror:
+class RemoteSync:
     """A working copy and its URL; without a URL every call does nothing.
 
     Attributes:
@@ -39,18 +39,18 @@ class Mirror:
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
 
     @classmethod
-    def of(cls, settings: OutputFlags) -> "Mirror":
+    def from_settings(cls, settings: OutputFlags) -> "RemoteSync":
         """The place of a job's results, as its settings have it.
 
         Raises:
             SettingsError: No file system is known for the URL, or it carries a password.
         """
-        folder = anchor(settings.output_dir, settings.storage_path, is_mirrored=True)
-        url = url_of(settings.output_dir, settings.storage_path)
+        folder = resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)
+        url = output_url(settings.output_dir, settings.storage_path)
         if not url:
             return cls(folder, None)
         flag = "--output_dir" if "://" in settings.output_dir else "--storage_path"
-        return cls(folder, remote_place(url, flag, CacheLimits(str(folder / "features"), 0)))
+        return cls(folder, remote_path(url, flag, CacheLimits(str(folder / "features"), 0)))
 
     @property
     def features_url(self) -> str:
@@ -73,12 +73,12 @@ class Mirror:
             whole = _whole_checkpoints(there)
             newest = max((int(name.rpartition("-")[2]) for name in whole), default=0)
             is_behind = newest > self.newest_step() or not (self.folder / "settings.json").is_file()
-            for name in sorted(there, key=lambda name: name.endswith(PROGRESS)):
+            for name in sorted(there, key=lambda name: name.endswith(PROGRESS_FILE)):
                 counts = _checkpoint_of(name) in {"", *whole}
                 if counts and (is_behind or not (self.folder / name).exists()):
                     _download(self.place / name, self.folder / name)
         except OSError as error:
-            raise RunError(f"{self.place}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+            raise RunError(f"{self.place}: cannot be read: {one_line(error, 300)}") from None
 
     def newest_step(self) -> int:
         """Step of the newest checkpoint of the working copy, 0 without one."""
@@ -125,7 +125,7 @@ class Mirror:
     def _delete(self, names: Iterable[str]) -> None:
         """Delete files at the URL, a checkpoint's last one first, so that none counts that is not whole."""
         assert self.place is not None
-        for name in sorted(names, key=lambda name: not name.endswith(PROGRESS)):
+        for name in sorted(names, key=lambda name: not name.endswith(PROGRESS_FILE)):
             (self.place / name).unlink()
 
     def push_or(self, say: Callable[[str], object]) -> None:
@@ -133,7 +133,7 @@ class Mirror:
         try:
             self.push()
         except OSError as error:
-            say(f"not uploaded yet: {' '.join(str(error).split())[:200]}")
+            say(f"not uploaded yet: {one_line(error, 200)}")
 
     def push_all(self) -> None:
         """``push`` at the end of a job.
@@ -144,13 +144,13 @@ class Mirror:
         try:
             self.push()
         except OSError as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise RunError(f"{self.place}: cannot be written: {reason}; all is in {self.folder}") from None
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """What there is to upload, in an order in which nothing counts before it is whole."""
         names = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
-        for name in sorted(filter(_is_mirrored, names), key=lambda name: (name.endswith(PROGRESS), name)):
+        for name in sorted(filter(_is_mirrored, names), key=lambda name: (name.endswith(PROGRESS_FILE), name)):
             if (path := self.folder / name).is_file():
                 yield name, path
 
@@ -199,7 +199,7 @@ def fetched(url: str, flag: str) -> Path:
         SettingsError, RunError: The URL cannot be used, or read.
     """
     folder = working_copy(url)
-    Mirror(folder, remote_place(url, flag, CacheLimits(str(folder), 0))).fetch()
+    RemoteSync(folder, remote_path(url, flag, CacheLimits(str(folder), 0))).fetch()
     return folder
 
 
@@ -211,11 +211,13 @@ def _is_mirrored(name: str) -> bool:
 def _checkpoint_of(name: str) -> str:
     """Folder of the checkpoint that a file belongs to, "" if to none."""
     parts = name.split("/")
-    return parts[1] if parts[0] == FOLDER and len(parts) > 2 else ""
+    return parts[1] if parts[0] == CHECKPOINTS_FOLDER and len(parts) > 2 else ""
 
 
 def _whole_checkpoints(names: Iterable[str]) -> set[str]:
-    return {_checkpoint_of(name) for name in names if name.startswith(FOLDER) and name.endswith(PROGRESS)}
+    return {
+        _checkpoint_of(name) for name in names if name.startswith(CHECKPOINTS_FOLDER) and name.endswith(PROGRESS_FILE)
+    }
 
 
 def _download(remote: RemotePath, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import Place, write_json
+from voxray.core.storage import AnyPath, write_json
 from voxray.core.version import __version__
 
 PACKAGES = (
@@ -48,7 +48,7 @@ WORKING_COPIES = ".cache/voxray/runs"
 """Below the home folder."""
 
 
-def anchor(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirrored: bool = False) -> Path:
+def resolve_output_dir(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirrored: bool = False) -> Path:
     """Absolute place of an output folder.
 
     A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path``
@@ -60,7 +60,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirro
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
     """
     folder = Path(os.path.expanduser(path))
-    if url := url_of(path, storage_path):
+    if url := output_url(path, storage_path):
         if not is_mirrored:
             raise SettingsError(f"{flag} {path}: this job writes to mounted folders only, not to {url}")
         return working_copy(url)
@@ -77,7 +77,7 @@ def anchor(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirro
     return folder.absolute()
 
 
-def url_of(path: str, storage_path: str) -> str:
+def output_url(path: str, storage_path: str) -> str:
     """URL of an output folder, "" for one on this machine: one itself, or a relative one under such a storage path.
 
     Options stay at the end: ``runs/a`` under ``s3://bucket/x?region=eu-west-1`` is ``s3://bucket/x/runs/a?region=...``.
@@ -126,7 +126,7 @@ def refuse_training_folder(folder: Path) -> None:
         raise SettingsError(f"--output_dir {folder}: holds a training run or an adapter; give the evaluation its own")
 
 
-def open_run(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
+def open_run_folder(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
     """Make the run folder ready: keep what is there if it is the same run, else refuse or start afresh.
 
     Raises:
@@ -180,7 +180,7 @@ def _clear(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def note_data(run_dir: Path, feature_sets: Iterable[Place]) -> None:
+def note_data(run_dir: Path, feature_sets: Iterable[AnyPath]) -> None:
     """Add to provenance.json what the run's features were made of."""
     sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
     add_provenance(run_dir, data=sets)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.config.search_space import Domain, key_of
+from voxray.config.search_space import Domain, choice_key
 
 NUM_GROUPS = 4
 """Groups of equal size into which drawn numbers are cut."""
@@ -38,8 +38,8 @@ def importance(domain: Domain, values: Sequence[Any], figures: Sequence[float]) 
 def group(domain: Domain, values: Sequence[Any]) -> list[int]:
     """Number of the group of every value: one for each choice, and up to four for drawn numbers, from low to high."""
     if domain.kind == "choice":
-        keys = [key_of({domain.name: choice}) for choice in domain.values]
-        return [keys.index(key_of({domain.name: value})) for value in values]
+        keys = [choice_key({domain.name: choice}) for choice in domain.values]
+        return [keys.index(choice_key({domain.name: value})) for value in values]
     distinct = sorted(set(values))
     if len(distinct) <= NUM_GROUPS:
         return [distinct.index(value) for value in values]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.config.search_space import Domain, key_of, shown
+from voxray.config.search_space import Domain, choice_key, shown
 from voxray.html.page import escaped
 from voxray.metrics.names import higher_is_better
 from voxray.sweep.results import Repeated
@@ -38,10 +38,12 @@ def flag_axis(domain: Domain, trials: Sequence[Trial]) -> Axis:
     """The axis of a swept flag: choices in equal distances, ranges as they were drawn."""
     values = [trial.choice.get(domain.name) for trial in trials]
     if domain.kind == "choice":
-        keys = [key_of({domain.name: choice}) for choice in domain.values]
+        keys = [choice_key({domain.name: choice}) for choice in domain.values]
         places = [(at + 0.5) / len(keys) for at in range(len(keys))]
         ticks = list(zip(places, map(shown, domain.values), strict=True))
-        return Axis(domain.name, ticks, [places[keys.index(key_of({domain.name: value}))] for value in values], True)
+        return Axis(
+            domain.name, ticks, [places[keys.index(choice_key({domain.name: value}))] for value in values], True
+        )
     low, high = domain.values
     return Axis(domain.name, *_scale(low, high, values, log=domain.kind == "log"))
 

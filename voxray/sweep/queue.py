@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from voxray.core.errors import RunError, SettingsError
-from voxray.recipes.training_data import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.sweep.trials import ERROR_FILE, RESULT_FILE, Trial, ended, write_trial
 
 
@@ -24,13 +24,13 @@ class Queue:
         self,
         pending: Iterable[Trial],
         more: Callable[[], Trial | None],
-        prepare: Callable[[Trial], Data],
+        prepare: Callable[[Trial], TrainingData],
         on_end: Callable[[Trial], Any],
     ) -> None:
         self._pending, self._more, self._prepare, self._on_end = iter(list(pending)), more, prepare, on_end
         self._running: dict[int, tuple[Trial, float]] = {}
 
-    def next(self) -> tuple[Trial, Data] | None:
+    def next(self) -> tuple[Trial, TrainingData] | None:
         """The next trial, now running, and its feature sets; None when there is no other."""
         while trial := next(self._pending, None) or self._more():
             trial = replace(trial, state="running", reason="")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.cluster.session import gpus_within_reach, within_reach
+from voxray.cluster.session import max_gpus, max_resource
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
-from voxray.launch.elastic import on_workers
+from voxray.launch.elastic import train_on_workers
 from voxray.sweep.queue import Queue
 from voxray.sweep.trials import ERROR_FILE, RESULT_FILE, Trial, reported, with_outcome
 from voxray.sweep.work import trial_settings
@@ -29,7 +29,7 @@ def concurrent_trials(num_workers: int, asked: int) -> int:
     Raises:
         SettingsError: There is not even room for one.
     """
-    gpus, cpus = gpus_within_reach(), within_reach("CPU") - 1
+    gpus, cpus = max_gpus(), max_resource("CPU") - 1
     room = (gpus if gpus >= num_workers else cpus) // num_workers
     if room < 1:
         raise SettingsError(
@@ -42,7 +42,7 @@ def concurrent_trials(num_workers: int, asked: int) -> int:
 
 
 @dataclass(frozen=True)
-class Earlier:
+class EarlierTrial:
     """A trial of an earlier start of the sweep, as schedulers know trials."""
 
     trial_id: str
@@ -67,7 +67,7 @@ def build_scheduler(settings: Any, earlier: Sequence[Trial]) -> Any:
     else:
         scheduler = ASHAScheduler(**how, max_t=max(ENDLESS_STEPS, settings.grace_steps))
     for trial in earlier:
-        stub, records = Earlier(f"trial-{trial.number}"), [reported(each, metric, mode) for each in trial.history]
+        stub, records = EarlierTrial(f"trial-{trial.number}"), [reported(each, metric, mode) for each in trial.history]
         if settings.scheduler == "asha":
             scheduler.on_trial_add(None, stub)  # type: ignore[arg-type]
             for record in records:
@@ -98,7 +98,7 @@ def train_trial(settings: Any, num_workers: int, config: dict[str, Any]) -> None
             tune.report(reported(record, settings.metric, settings.mode))
     try:
         workers = (num_workers, num_workers)
-        result = on_workers(run, trial.folder, config["data"], workers, callbacks=[Report()])
+        result = train_on_workers(run, trial.folder, config["data"], workers, callbacks=[Report()])
     except (RunError, SettingsError) as error:  # said in its folder, so that Ray Tune does not try it once more
         write_json(trial.folder / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
     else:

@@ -11,7 +11,7 @@ from voxray.html.page import Cell, asset, escaped, page, table
 from voxray.metrics.names import headline, higher_is_better
 from voxray.sweep.importance import importance
 from voxray.sweep.plots import curves, flag_axis, intervals, metric_axis, parallel, ranks, scatter, shades
-from voxray.sweep.results import Outcome, front
+from voxray.sweep.results import SweepOutcome, front
 from voxray.sweep.trials import Trial
 
 PAGES = ("report", "sweep")
@@ -19,7 +19,7 @@ PAGES = ("report", "sweep")
 LAST = 1e308  # to sort by
 
 
-def write_report(path: Path, settings: Any, outcome: Outcome) -> None:
+def write_report(path: Path, settings: Any, outcome: SweepOutcome) -> None:
     """Write report.html, whatever became of the trials."""
     domains = {name: domain for name, domain in settings.domains.items() if domain.size > 1}
     scored = [trial for trial in outcome.trials if trial.value(outcome.metric) is not None]
@@ -45,7 +45,7 @@ def write_report(path: Path, settings: Any, outcome: Outcome) -> None:
     write_atomically(path, page(f"voxray: {title}", "".join(parts), style=style, script=script))
 
 
-def lead(outcome: Outcome) -> list[str]:
+def lead(outcome: SweepOutcome) -> list[str]:
     """What there is to know, in sentences."""
     best, value = outcome.winner, outcome.winning_value
     lines = []
@@ -85,7 +85,7 @@ def _how(settings: Any) -> str:
     return f"{ways[settings.method]}; {stops[settings.scheduler]}{after}"
 
 
-def _cards(outcome: Outcome) -> str:
+def _cards(outcome: SweepOutcome) -> str:
     value, trials = outcome.winning_value, (*outcome.trials, *outcome.repeats)
     cards = {"trials": str(len(outcome.trials))}
     cards |= {"runs with other seeds": str(len(outcome.repeats))} if outcome.repeats else {}
@@ -97,7 +97,7 @@ def _cards(outcome: Outcome) -> str:
     return f'<div class="cards">{shown_cards}</div>'
 
 
-def _parallel(outcome: Outcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
+def _parallel(outcome: SweepOutcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
     kinds = shades(scored, outcome.metric, outcome.mode)
     axes = [*(flag_axis(domain, scored) for domain in domains.values()), metric_axis(outcome.metric, scored)]
     winner = outcome.winner.number if outcome.winner else 0
@@ -108,7 +108,7 @@ def _parallel(outcome: Outcome, scored: Sequence[Trial], domains: dict[str, Doma
     return f"<h2>Choices and what came of them</h2>{parallel(axes, scored, kinds, winner)}{legend}"
 
 
-def _influence(outcome: Outcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
+def _influence(outcome: SweepOutcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
     figures = [trial.value(outcome.metric) or 0.0 for trial in scored]
     kinds = shades(scored, outcome.metric, outcome.mode)
     charts = []
@@ -133,7 +133,7 @@ def _influence(outcome: Outcome, scored: Sequence[Trial], domains: dict[str, Dom
     return f'<h2>What matters</h2><div class="charts">{"".join(charts)}</div><p class="note">{note}</p>'
 
 
-def _trade_offs(outcome: Outcome, scored: Sequence[Trial]) -> Iterable[str]:
+def _trade_offs(outcome: SweepOutcome, scored: Sequence[Trial]) -> Iterable[str]:
     """The front of transcription against every other task, where trials have both."""
     charts = []
     first, *others = [f"{task}/{headline(task)}" for task in TASKS]
@@ -154,7 +154,7 @@ def _trade_offs(outcome: Outcome, scored: Sequence[Trial]) -> Iterable[str]:
         yield '<p class="note">On the front are the trials that no other trial beats in both.</p>'
 
 
-def _seeds(outcome: Outcome) -> str:
+def _seeds(outcome: SweepOutcome) -> str:
     if not outcome.repeated:
         return ""
     names = [f"trial {entry.first.number}" for entry in outcome.repeated]
@@ -174,7 +174,7 @@ def _seeds(outcome: Outcome) -> str:
     return f'<h2>The best again, with other seeds</h2>{chart}{table(heads, rows)}<p class="note">{note}</p>'
 
 
-def _trials(outcome: Outcome, names: Sequence[str]) -> str:
+def _trials(outcome: SweepOutcome, names: Sequence[str]) -> str:
     figures = list(dict.fromkeys([outcome.metric, *_headlines(outcome.trials)]))
     best = outcome.winner.number if outcome.winner else 0
     rows = [
@@ -193,7 +193,7 @@ def _state(trial: Trial) -> Cell:
     return Cell(trial.fate, kind="down" if trial.state == "failed" else "")
 
 
-def _repeats(outcome: Outcome) -> str:
+def _repeats(outcome: SweepOutcome) -> str:
     figures = list(dict.fromkeys([outcome.metric, *_headlines(outcome.repeats)]))
     rows = [
         (trial.number, trial.repeats, trial.choice["seed"], *_figures(trial, figures), _state(trial))

@@ -45,7 +45,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SweepOutcome:
     """A sweep as it stands.
 
     Attributes:
@@ -95,7 +95,7 @@ class Outcome:
         return f"its interval overlaps with {whose}, which it is not shown to be better than: {names}"
 
 
-def outcome_of(trials: Sequence[Trial], metric: str, mode: str, top_k: int = 0) -> Outcome:
+def summarise_trials(trials: Sequence[Trial], metric: str, mode: str, top_k: int = 0) -> SweepOutcome:
     """Put a sweep's trials in order.
 
     Args:
@@ -104,7 +104,7 @@ def outcome_of(trials: Sequence[Trial], metric: str, mode: str, top_k: int = 0) 
     ordered = ranked([trial for trial in trials if not trial.repeats], metric, mode)
     repeats = [trial for trial in trials if trial.repeats]
     repeated = []
-    for first in best_of(ordered, metric, top_k):
+    for first in top_trials(ordered, metric, top_k):
         mine = [trial for trial in repeats if trial.repeats == first.number]
         found = [(trial.choice["seed"], trial.value(metric)) for trial in mine if trial.state == "done"]
         values = {seed: value for seed, value in found if value is not None}
@@ -112,7 +112,7 @@ def outcome_of(trials: Sequence[Trial], metric: str, mode: str, top_k: int = 0) 
             mean, low, high = t_interval(list(values.values()))
             repeated.append(Repeated(first, values, len(mine) - len(values), mean, low, high))
     repeated.sort(key=lambda entry: entry.mean if mode == "min" else -entry.mean)
-    return Outcome(metric, mode, ordered, repeated, repeats)
+    return SweepOutcome(metric, mode, ordered, repeated, repeats)
 
 
 def ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
@@ -125,7 +125,7 @@ def ranked(trials: Sequence[Trial], metric: str, mode: str) -> list[Trial]:
     return sorted(trials, key=merit)
 
 
-def best_of(ordered: Sequence[Trial], metric: str, top_k: int) -> list[Trial]:
+def top_trials(ordered: Sequence[Trial], metric: str, top_k: int) -> list[Trial]:
     """The first so many trials that trained to their end and have the metric."""
     return [trial for trial in ordered if trial.state == "done" and trial.value(metric) is not None][:top_k]
 
@@ -180,7 +180,7 @@ def csv_row(trial: Trial, names: Sequence[str]) -> dict[str, Any]:
     return {"trial": trial.number, **choice, **seed, **how, **measured, "reason": trial.reason}
 
 
-def write_csv(path: Path, outcome: Outcome, names: Sequence[str]) -> None:
+def write_csv(path: Path, outcome: SweepOutcome, names: Sequence[str]) -> None:
     """Write results.csv: the trials of the search, the best first, then those repeated with other seeds."""
     rows = [csv_row(trial, names) for trial in (*outcome.trials, *outcome.repeats)]
     measured = {outcome.metric: None} | {name: None for row in rows for name in row if "/" in name}

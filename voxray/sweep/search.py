@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from voxray.config.search_space import Choice, Domain, key_of
+from voxray.config.search_space import Choice, Domain, choice_key
 from voxray.core.errors import SettingsError
 
 MAX_REPEATS = 100
@@ -38,7 +38,7 @@ class Search:
         known: Iterable[tuple[Choice, float | None]] = (),
     ) -> None:
         known = list(known)
-        self._seen = {key_of(choice) for choice, _ in known}
+        self._seen = {choice_key(choice) for choice, _ in known}
         self._optuna = Proposals(domains, seed=seed, mode=mode, known=known) if method == "optuna" else None
         self._rest = (_grid if method == "grid" else _drawn)(domains, seed)
         self._size = math.prod(domain.size for domain in domains.values())
@@ -48,8 +48,8 @@ class Search:
         if len(self._seen) >= self._size:
             return None
         for choice in self._optuna or itertools.islice(self._rest, MAX_DRAWS):
-            if key_of(choice) not in self._seen:
-                self._seen.add(key_of(choice))
+            if choice_key(choice) not in self._seen:
+                self._seen.add(choice_key(choice))
                 return choice
         return None
 
@@ -97,7 +97,7 @@ class Proposals:
         for _ in range(MAX_REPEATS):
             asked = self._study.ask(self._distributions)
             choice = {name: self._as_value(name, asked.params[name]) for name in self._domains}
-            key = key_of(choice)
+            key = choice_key(choice)
             if key in self._values or key in self._asked:  # what came of it is known, or will be
                 self._tell(asked, self._values.get(key))
                 continue
@@ -108,8 +108,8 @@ class Proposals:
         """What came of a choice."""
         from optuna.trial import create_trial  # pyright: ignore[reportMissingImports]
 
-        self._values[key_of(choice)] = value
-        asked = self._asked.pop(key_of(choice), None)
+        self._values[choice_key(choice)] = value
+        asked = self._asked.pop(choice_key(choice), None)
         if asked is not None:
             self._tell(asked, value)
         elif value is not None:  # of an earlier start of the sweep

@@ -23,7 +23,7 @@ ERROR_FILE, RESULT_FILE = "error.json", "result.json"
 WORST = 1e30
 """What a metric that is no number counts as, on the bad side: schedulers compare it, and cannot compare NaN."""
 
-State = Literal["running", "done", "stopped", "failed"]
+TrialState = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Trial:
     number: int
     folder: Path
     choice: Choice
-    state: State = "running"
+    state: TrialState = "running"
     reason: str = ""
     sec: float = 0.0
     repeats: int = 0

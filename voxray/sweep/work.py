@@ -14,19 +14,19 @@ from pydantic import ValidationError
 
 from voxray.config.flag_groups import SALMONN_PARTS, FeatureFlags, TrimFlags, VariantFlags
 from voxray.config.parse import with_absolute_inputs
-from voxray.config.search_space import Choice, described, key_of
+from voxray.config.search_space import Choice, choice_key, described
 from voxray.config.train import TrainSettings
 from voxray.config.tune import trial_values
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.manifest import first_fault
+from voxray.core.manifest import require_usable_row
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
 from voxray.recipes.registry import refuse_other_family
-from voxray.recipes.training_data import Data, training_data
+from voxray.recipes.training_data import TrainingData, training_data
 from voxray.sweep.queue import Queue
-from voxray.sweep.results import best_of, ranked
+from voxray.sweep.results import ranked, top_trials
 from voxray.sweep.search import Search
 from voxray.sweep.trials import Trial, new_trial, read_trials, with_outcome
 
@@ -36,7 +36,7 @@ OF_FEATURES = {
 }
 """Flags whose trials need feature shards of their own."""
 
-Run = Callable[[Queue, Sequence[Trial] | None], None]
+RunTrials = Callable[[Queue, Sequence[Trial] | None], None]
 """Runs all trials of a queue. The second argument is trials whose validations weak ones are measured by besides those
 of the queue; None lets all run to their end."""
 
@@ -52,11 +52,11 @@ class Sweep:
         RunError, SettingsError: The data cannot be used, or never gives the metric.
     """
 
-    def __init__(self, settings: Any, output_dir: Path, run: Run) -> None:
+    def __init__(self, settings: Any, output_dir: Path, run: RunTrials) -> None:
         self._settings, self._output_dir, self._run = settings, output_dir, run
         self._trials = {trial.number: trial for trial in read_trials(output_dir)}
         self._swept_features = sorted(OF_FEATURES & set(settings.domains))
-        self._data: dict[str, Data] = {}
+        self._data: dict[str, TrainingData] = {}
         self._make_features()
 
     def _make_features(self) -> None:
@@ -102,7 +102,7 @@ class Sweep:
         ordered = ranked(self._of_search(), settings.metric, settings.mode)
         known = {(trial.repeats, trial.choice["seed"]): trial for trial in self._trials.values() if trial.repeats}
         for seed in range(settings.seed + 1, settings.seed + settings.seeds + 1):
-            for first in best_of(ordered, settings.metric, settings.top_k):
+            for first in top_trials(ordered, settings.metric, settings.top_k):
                 mine = known.get((first.number, seed))
                 wanted.append(mine or self._new({**first.choice, "seed": seed}, first.number))
         waiting = [trial for trial in wanted if trial.state in {"running", "failed"}]
@@ -139,7 +139,7 @@ class Sweep:
         self._trials[trial.number] = trial
         return trial
 
-    def _prepare(self, trial: Trial, *, use_ray: bool = False) -> Data:
+    def _prepare(self, trial: Trial, *, use_ray: bool = False) -> TrainingData:
         """The trial's feature sets; a combination that cannot be trained is refused before any process starts.
 
         Args:
@@ -149,21 +149,21 @@ class Sweep:
         """
         run = trial_settings(self._settings, trial.choice, trial.folder)
         if "train_jsonl" in trial.choice:
-            first_fault(run.train_jsonl)
+            require_usable_row(run.train_jsonl)
         if "model_id" in trial.choice:
             refuse_other_family(run)
         return self._data_of(run, use_ray=use_ray)
 
-    def _data_of(self, run: Any, *, use_ray: bool) -> Data:
+    def _data_of(self, run: Any, *, use_ray: bool) -> TrainingData:
         """Feature sets of a trial, made once for all that need the same."""
-        key = key_of({name: getattr(run, name) for name in self._swept_features})
+        key = choice_key({name: getattr(run, name) for name in self._swept_features})
         if key not in self._data:
             run = run.model_copy(update={"storage_path": self._settings.storage_path})
             self._data[key] = training_data(run, self._output_dir, use_ray=use_ray)
         return self._data[key]
 
 
-def refuse_missing_metric(metric: str, data: Data) -> None:
+def refuse_missing_metric(metric: str, data: TrainingData) -> None:
     """
     Raises:
         SettingsError: Validating these rows never gives the metric.

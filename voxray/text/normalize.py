@@ -1,7 +1,7 @@
 """Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points.
 
 ``ko-v1`` is voxray's own, for Korean and for everything that is no transcript. Transcripts in other languages are
-scored as Whisper's papers and leaderboards do, by the normalisers of transformers; ``normalizer_of`` chooses.
+scored as Whisper's papers and leaderboards do, by the normalisers of transformers; ``get_normalizer`` chooses.
 """
 
 import json
@@ -105,7 +105,7 @@ BASIC = Normalizer(WHISPER_BASIC, normalize_whisper_basic)
 ENGLISH = Normalizer(WHISPER_EN_PLAIN, normalize_whisper_en)
 
 
-def normalizer_of(language: str, english: Normalizer = ENGLISH) -> Normalizer:
+def get_normalizer(language: str, english: Normalizer = ENGLISH) -> Normalizer:
     """The normaliser of transcripts in a language.
 
     Args:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxray.batches.rank import Worker
-from voxray.config.flag_groups import range_of
+from voxray.config.flag_groups import as_range
 from voxray.training.records import Publish
 
 
 @dataclass(frozen=True)
-class Host:
+class Callbacks:
     """Calls into the program around the loop.
 
     Attributes:
@@ -24,9 +24,9 @@ class Host:
     publish: Publish | None = None
 
 
-HOST = Host()
+NO_CALLBACKS = Callbacks()
 
 
 def planned_workers(num_workers: str | int, worker: Worker) -> int:
     """Processes that a step is planned for: the most of a range, else as many as there are."""
-    return range_of(num_workers)[1] if ":" in str(num_workers) else worker.world_size
+    return as_range(num_workers)[1] if ":" in str(num_workers) else worker.world_size

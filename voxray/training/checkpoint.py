@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.lora import save_adapter
-from voxray.runs.layout import FOLDER, MOMENTS, PROGRESS, checkpoint_folder, list_checkpoints
-from voxray.training.engine import State
+from voxray.runs.layout import CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE, checkpoint_folder, list_checkpoints
+from voxray.training.engine import CheckpointState
+
+STORED_NAMES = {"microbatches_per_step": "packs_per_step"}
+"""Fields of ``Progress`` that have another name in ``progress.json``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done.
-        packs_per_step: Forward passes per step over all workers, fixed when the run starts.
+        microbatches_per_step: Forward passes per step over all workers, fixed when the run starts.
         data: Fingerprint of the training features.
         prompts: That of the prompts that are drawn for them, "" without any.
         guard: State of the ``Guard``: the loss scale and what was skipped.
@@ -38,7 +41,7 @@ class Progress:
     """
 
     step: int
-    packs_per_step: int
+    microbatches_per_step: int
     data: str
     prompts: str = ""
     guard: dict[str, Any] = field(default_factory=dict)
@@ -58,10 +61,10 @@ class CheckpointWriter:
         self._run_dir, self._kept, self._after = run_dir, kept, after
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: Future[None] | None = None
-        for leftover in (run_dir / FOLDER).glob(".*.part"):
+        for leftover in (run_dir / CHECKPOINTS_FOLDER).glob(".*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def write(self, model: Any, state: State, progress: Progress, best_step: int | None) -> None:
+    def write(self, model: Any, state: CheckpointState, progress: Progress, best_step: int | None) -> None:
         """Begin to write a checkpoint, after the one before it is done.
 
         Args:
@@ -87,14 +90,14 @@ class CheckpointWriter:
         """Wait, and end the thread; an error that was not asked for yet is dropped, another one is on its way."""
         self._thread.shutdown()
 
-    def _write(self, model: Any, state: State, progress: Progress, best_step: int | None) -> None:
+    def _write(self, model: Any, state: CheckpointState, progress: Progress, best_step: int | None) -> None:
         final = checkpoint_folder(self._run_dir, progress.step)
         partial = final.with_name(f".{final.name}.part")
         try:
             shutil.rmtree(partial, ignore_errors=True)
             save_adapter(model, partial, state.tensors)
-            torch.save(state.moments, partial / MOMENTS)
-            (partial / PROGRESS).write_text(json.dumps(asdict(progress), indent=1))
+            torch.save(state.moments, partial / OPTIMIZER_FILE)
+            write_progress(partial, progress)
             for path in partial.iterdir():
                 _flush_to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -102,7 +105,7 @@ class CheckpointWriter:
             _flush_to_disk(final.parent)
         except Exception as error:  # a full disk has another type in safetensors, in PyTorch and in Python
             shutil.rmtree(partial, ignore_errors=True)
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise RunError(f"{final}: cannot write the checkpoint: {reason}; {_left(self._run_dir)}") from None
         for step, old in list_checkpoints(self._run_dir)[: -self._kept]:
             if step != best_step:
@@ -123,6 +126,12 @@ def _flush_to_disk(path: Path) -> None:
         os.close(number)
 
 
+def write_progress(folder: Path, progress: Progress) -> None:
+    """Write ``progress.json``, with the names that all versions of the file have."""
+    stored = {STORED_NAMES.get(name, name): value for name, value in asdict(progress).items()}
+    (folder / PROGRESS_FILE).write_text(json.dumps(stored, indent=1))
+
+
 def read_progress(folder: Path) -> Progress:
     """Read where a checkpoint stands.
 
@@ -130,21 +139,23 @@ def read_progress(folder: Path) -> Progress:
         RunError: The file is damaged.
     """
     try:
-        return Progress(**json.loads((folder / PROGRESS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{folder / PROGRESS}: damaged checkpoint ({error}); delete the folder to go on") from None
+        stored: dict[str, Any] = json.loads((folder / PROGRESS_FILE).read_text())
+        names = {stored_name: name for name, stored_name in STORED_NAMES.items()}
+        return Progress(**{names.get(name, name): value for name, value in stored.items()})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{folder / PROGRESS_FILE}: damaged checkpoint ({error}); delete the folder to go on") from None
 
 
-def read_moments(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+def read_optimizer_state(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Read the optimizer's moments of a checkpoint.
 
     Raises:
         RunError: The file is missing or damaged.
     """
     try:
-        return torch.load(folder / MOMENTS, weights_only=True, map_location="cpu")
+        return torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
     except Exception:  # unpickling a damaged file raises almost anything, none of it fit for people
-        raise RunError(f"{folder}: damaged checkpoint ({MOMENTS}); delete the folder to go on") from None
+        raise RunError(f"{folder}: damaged checkpoint ({OPTIMIZER_FILE}); delete the folder to go on") from None
 
 
 def publish_adapter(checkpoint: Path, folder: Path) -> None:
@@ -153,7 +164,7 @@ def publish_adapter(checkpoint: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in checkpoint.iterdir():
-        if path.name not in {MOMENTS, PROGRESS}:
+        if path.name not in {OPTIMIZER_FILE, PROGRESS_FILE}:
             shutil.copyfile(path, partial / path.name)
             _flush_to_disk(partial / path.name)
     shutil.rmtree(folder, ignore_errors=True)

@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from voxray.batches.rank import Worker
 from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
-from voxray.models.interface import Family
+from voxray.models.interface import ModelFamily
 
-Moments = dict[str, dict[str, torch.Tensor]]
+OptimizerState = dict[str, dict[str, torch.Tensor]]
 """{parameter name: what the optimizer knows of it}."""
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """What training has changed, in memory of the CPU, the same for any number of workers.
 
     Attributes:
@@ -32,7 +32,7 @@ class State:
     """
 
     tensors: dict[str, torch.Tensor]
-    moments: Moments
+    moments: OptimizerState
 
 
 class Engine(Protocol):
@@ -62,11 +62,11 @@ class Engine(Protocol):
     def drop(self) -> None:
         """Forget the gradients without taking the step."""
 
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         """A copy of what a checkpoint keeps; only rank 0 is sure to get it."""
         ...
 
-    def load_moments(self, moments: Moments) -> None:
+    def load_moments(self, moments: OptimizerState) -> None:
         """Put the optimizer's moments back, those of all that trains or none; the weights are in the model already."""
 
     def whole_model(self) -> AbstractContextManager[None]:
@@ -82,7 +82,7 @@ class DataParallel:
         family: Makes the forward pass.
     """
 
-    def __init__(self, model: Any, family: Family, worker: Worker, *, lr: float, weight_decay: float) -> None:
+    def __init__(self, model: Any, family: ModelFamily, worker: Worker, *, lr: float, weight_decay: float) -> None:
         self.model, self.worker, self._family = model, worker, family
         self._named, groups = parameter_groups(model, family)
         self._parameters = [parameter for _, parameter in self._named]
@@ -113,12 +113,12 @@ class DataParallel:
     def drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         stored = self.optimizer.state_dict()["state"]
         moments = {self._named[number][0]: copied(entry) for number, entry in stored.items()}
-        return State(copied(adapter_tensors(self.model)), moments)
+        return CheckpointState(copied(adapter_tensors(self.model)), moments)
 
-    def load_moments(self, moments: Moments) -> None:
+    def load_moments(self, moments: OptimizerState) -> None:
         state = {number: moments[name] for number, (name, _) in enumerate(self._named) if moments}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -126,7 +126,9 @@ class DataParallel:
         return nullcontext()
 
 
-def parameter_groups(model: Any, family: Family) -> tuple[list[tuple[str, torch.nn.Parameter]], list[dict[str, Any]]]:
+def parameter_groups(
+    model: Any, family: ModelFamily
+) -> tuple[list[tuple[str, torch.nn.Parameter]], list[dict[str, Any]]]:
     """What trains, in the optimizer's order, and its groups: what decays, then what the family lets decay pass by."""
     named = trainable_parameters(model)
     kept = [family.no_decay(name, parameter) for name, parameter in named]

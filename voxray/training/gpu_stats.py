@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from voxray.core.units import GIB
+
 SECONDS_BETWEEN_READINGS = 1.0
-GIB = 2**30
 
 
-class Hardware:
+class GpuStats:
     """Readings for one training process and its device.
 
     The GPU's own figures come from NVML and are asked for once a second at most; in between, the last ones are given

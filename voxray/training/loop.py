@@ -14,22 +14,22 @@ import numpy as np
 import torch
 
 from voxray.batches.loader import Loader
-from voxray.batches.plan import Pack, Plan
+from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features
-from voxray.models.interface import Batch, Family
+from voxray.models.interface import Batch, ModelFamily
 from voxray.models.parts.losses import Logits, token_losses
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
-from voxray.training.best_checkpoint import Selection
+from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress
 from voxray.training.engine import Engine, gather
-from voxray.training.loss_scaling import Guard
+from voxray.training.loss_scaling import LossScaler
 from voxray.training.records import Monitor
-from voxray.training.throughput import Speed, answer_tokens, step_rows
+from voxray.training.throughput import Throughput, answer_tokens, step_rows
 
 ROWS_NAMED = 8
 LOOK_SEC = 5.0
@@ -37,18 +37,18 @@ LOOK_SEC = 5.0
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """A model in training with what belongs to it."""
 
     model: Any
-    family: Family
+    family: ModelFamily
     engine: Engine
     worker: Worker
-    guard: Guard = field(default_factory=Guard)
+    guard: LossScaler = field(default_factory=LossScaler)
 
 
 @dataclass
-class Watch:
+class StopSignals:
     """What ends or saves a run between its steps.
 
     Attributes:
@@ -60,12 +60,12 @@ class Watch:
     is_leaving: Callable[[], bool]
     looked: float = field(default_factory=time.monotonic)
 
-    def flags(self) -> list[float]:
+    def local(self) -> list[float]:
         """What this worker wants, to be added up over the workers: to stop, and to look."""
         stop = any((self.run_dir / name).exists() for name in (STOP_FILE, GROW_FILE))
         return [float(stop), float(time.monotonic() - self.looked > LOOK_SEC)]
 
-    def verdict(self, stop: float, look: float) -> tuple[bool, bool]:
+    def agreed(self, stop: float, look: float) -> tuple[bool, bool]:
         """From the sums: whether the run stops, and whether a machine is about to go."""
         leaving = False
         if look:
@@ -75,21 +75,21 @@ class Watch:
 
 
 def fit(
-    trainee: Trainee,
+    trainee: TrainState,
     loader: Loader,
     settings: TrainSettings,
     start: Progress,
     num_steps: int,
     monitor: Monitor,
     validate: Callable[[int], dict[str, float]],
-    selection: Selection,
+    selection: BestCheckpoint,
     writer: CheckpointWriter | None,
-    watch: Watch,
+    watch: StopSignals,
 ) -> int:
     """Train from ``start.step`` to ``num_steps``.
 
     Args:
-        start: Where the run stands; its ``packs_per_step`` and ``data`` go into every checkpoint.
+        start: Where the run stands; its ``microbatches_per_step`` and ``data`` go into every checkpoint.
         validate: Called with the step on every worker, at the steps the settings ask for and at the end; gives the
             same metrics to all.
         selection: Keeps the best validation, and says when early stopping ends the run.
@@ -102,23 +102,23 @@ def fit(
     is_due = partial(_validates_at, plan, settings.eval_steps, num_steps)
     save = partial(_save, trainee, writer, start, selection)
     if is_due(step) and selection.last_step < step:  # asked to stop before this validation
-        selection.take(step, validate(step))
+        selection.update(step, validate(step))
         save(step)
-    speed = Speed(loader, trainee.worker.device)
-    for number, packs in speed.timed(loader.steps(step, 0 if selection.exhausted else num_steps)):
+    speed = Throughput(loader, trainee.worker.device)
+    for number, packs in speed.timed(loader.steps(step, 0 if selection.should_stop else num_steps)):
         lr = learning_rate(settings, number, num_steps)
-        record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.flags())
+        record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.local())
         if writer:
             writer.wait()
         step = number + 1
-        stop, leaving = watch.verdict(*asked)
+        stop, leaving = watch.agreed(*asked)
         monitor.end_step(plan, loader.features, step, {**record, **speed.record(number), "lr": lr})
         if trainee.guard.bad_steps >= settings.max_bad_steps:
             raise RunError(_bad_steps(trainee, plan, loader.features, number))
         if step % settings.log_steps == 0 or step == num_steps:
             monitor.say(f"step {step}/{num_steps}  loss {record['loss']:.4f}  lr {lr:.2e}")
-        better = is_due(step) and not stop and selection.take(step, validate(step))
-        ends = stop or selection.exhausted or step == num_steps
+        better = is_due(step) and not stop and selection.update(step, validate(step))
+        ends = stop or selection.should_stop or step == num_steps
         if better or ends or leaving or step % settings.save_steps == 0:
             save(step)
         if leaving:
@@ -130,7 +130,9 @@ def fit(
     return step
 
 
-def _save(trainee: Trainee, writer: CheckpointWriter | None, start: Progress, selection: Selection, step: int) -> None:
+def _save(
+    trainee: TrainState, writer: CheckpointWriter | None, start: Progress, selection: BestCheckpoint, step: int
+) -> None:
     """Write a checkpoint. Every worker calls it, because the engine may have to gather what it holds."""
     state = trainee.engine.state()
     if writer:
@@ -146,12 +148,12 @@ def _validates_at(plan: Plan, eval_steps: int, num_steps: int, step: int) -> boo
 
 
 def train_step(
-    trainee: Trainee,
+    trainee: TrainState,
     settings: TrainSettings,
     plan: Plan,
     features: Features,
     step: int,
-    packs: list[tuple[Pack, Batch]],
+    packs: list[tuple[Microbatch, Batch]],
     lr: float,
     flags: Sequence[float] = (),
 ) -> tuple[dict[str, float], list[float]]:
@@ -167,25 +169,25 @@ def train_step(
     """
     tokens = answer_tokens(plan, features, step)
     losses = torch.zeros(len(TASKS), device=trainee.worker.device)
-    loss_of_pack: list[tuple[Pack, torch.Tensor]] = []
+    loss_of_pack: list[tuple[Microbatch, torch.Tensor]] = []
     for number, (pack, batch) in enumerate(packs, 1):
         seed_pack(settings.seed, step, pack.number)
         batch = {name: tensor.to(trainee.worker.device, non_blocking=True) for name, tensor in batch.items()}
         loss_T = task_losses(trainee.engine.logits, batch, settings.label_smoothing)
-        weight = float(pack.counts) / tokens.sum() * trainee.guard.scale
+        weight = float(not pack.is_filler) / tokens.sum() * trainee.guard.scale
         trainee.engine.backward(loss_T.sum() * weight, last=number == len(packs))
-        losses += loss_T.detach() * float(pack.counts)
+        losses += loss_T.detach() * float(not pack.is_filler)
         loss_of_pack.append((pack, loss_T.detach().sum()))
     numbers, norm = trainee.engine.reduce(
         [*losses.tolist(), *flags], scale=trainee.guard.scale, max_norm=settings.max_grad_norm
     )
     sums, asked = numbers[: len(TASKS)], numbers[len(TASKS) :]
     record = {"loss": sum(sums) / float(tokens.sum()), "grad_norm": norm}
-    if trainee.guard.allows(record["loss"], norm, fp16=settings.fp16):
+    if trainee.guard.check_step(record["loss"], norm, fp16=settings.fp16):
         trainee.engine.apply(lr)
     else:
         trainee.engine.drop()
-        trainee.guard.suspects = [
+        trainee.guard.nonfinite_rows = [
             row for pack, loss in loss_of_pack if not loss.isfinite() for row in pack.rows.tolist()
         ]
     record["skipped"] = trainee.guard.skipped
@@ -197,7 +199,7 @@ def train_step(
     return record, asked
 
 
-def answer_loss(model: Any, family: Family, batch: Batch, label_smoothing: float) -> torch.Tensor:
+def answer_loss(model: Any, family: ModelFamily, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """``task_losses`` of a model outside training."""
     return task_losses(partial(family.answer_logits, model), batch, label_smoothing)
 
@@ -241,9 +243,9 @@ def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
     return settings.lr * (1 - share) if settings.lr_schedule == "linear" else settings.lr
 
 
-def _bad_steps(trainee: Trainee, plan: Plan, features: Features, step: int) -> str:
+def _bad_steps(trainee: TrainState, plan: Plan, features: Features, step: int) -> str:
     """Why a run cannot go on, with the rows whose loss is no number, or else all of the step. Every worker calls it."""
-    found: list[Any] = gather(trainee.guard.suspects, trainee.worker)
+    found: list[Any] = gather(trainee.guard.nonfinite_rows, trainee.worker)
     rows = sorted({row for part in found for row in part}) or sorted(set(step_rows(plan, step).tolist()))
     names = ", ".join(features.ids(rows[:ROWS_NAMED])) + (
         f" and {more} more" if (more := len(rows) - ROWS_NAMED) > 0 else ""

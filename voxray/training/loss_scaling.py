@@ -18,7 +18,7 @@ SAVED = ("scale", "good_steps", "skipped", "bad_steps")
 
 
 @dataclass
-class Guard:
+class LossScaler:
     """State that goes into every checkpoint.
 
     Attributes:
@@ -26,20 +26,20 @@ class Guard:
         good_steps: Good steps since the scale last changed.
         skipped: Steps skipped so far.
         bad_steps: Steps skipped in a row up to now, overflows that a smaller scale may mend not counted.
-        suspects: Rows of this worker whose loss was not finite in the last skipped step; not part of the state.
+        nonfinite_rows: Rows of this worker whose loss was not finite in the last skipped step; not part of the state.
     """
 
     scale: float = 1.0
     good_steps: int = 0
     skipped: int = 0
     bad_steps: int = 0
-    suspects: list[int] = field(default_factory=list)
+    nonfinite_rows: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, *, fp16: bool) -> "Guard":
+    def for_dtype(cls, *, fp16: bool) -> "LossScaler":
         return cls(scale=FIRST_SCALE if fp16 else 1.0)
 
-    def allows(self, loss: float, norm: float, *, fp16: bool) -> bool:
+    def check_step(self, loss: float, norm: float, *, fp16: bool) -> bool:
         """Whether the optimizer may step; takes note of it either way.
 
         Args:

@@ -17,10 +17,10 @@ from voxray.batches.rank import Worker
 from voxray.config.parse import Settings, read_yaml
 from voxray.core.storage import write_atomically
 from voxray.features.reader import Features
-from voxray.generation.generate import answers
+from voxray.generation.generate import generate_texts
 from voxray.models.interface import FrontEnd
 from voxray.training.engine import gather
-from voxray.training.loop import Trainee
+from voxray.training.loop import TrainState
 from voxray.training.validate import Validation, first_rows_per_task, gather_lists, in_eval_mode, shared_batches
 
 PREVIEWS_YAML = "previews.yaml"
@@ -116,7 +116,7 @@ def agreed(previews: Previews | None, worker: Worker) -> PreviewSettings:
 
 def preview(
     how: PreviewSettings,
-    trainee: Trainee,
+    trainee: TrainState,
     front_end: FrontEnd,
     features: Features,
     rows: np.ndarray,
@@ -152,7 +152,7 @@ def preview(
 
 def _generate(
     how: PreviewSettings,
-    trainee: Trainee,
+    trainee: TrainState,
     front_end: FrontEnd,
     features: Features,
     rows: np.ndarray,
@@ -167,6 +167,6 @@ def _generate(
         for batch in shared_batches(features, rows, batch_size, worker):
             seed = int(np.random.SeedSequence([*seeds, batch[0]]).generate_state(1)[0])
             stored = [features.row(number) for number in batch]
-            texts = answers(trainee.model, trainee.family, front_end, stored, seed=seed, **options)
+            texts = generate_texts(trainee.model, trainee.family, front_end, stored, seed=seed, **options)
             found += zip(batch, texts, strict=True)
     return found

@@ -18,7 +18,7 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAIL
 
 
 @contextmanager
-def named_trouble(settings: TrainSettings) -> Iterator[None]:
+def explain_resource_errors(settings: TrainSettings) -> Iterator[None]:
     """Turn lack of memory or of disk into a ``RunError`` that says what to do."""
     try:
         yield

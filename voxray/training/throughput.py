@@ -11,12 +11,12 @@ from voxray.batches.loader import Loader
 from voxray.batches.plan import Plan
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features
-from voxray.training.gpu_stats import Hardware
+from voxray.training.gpu_stats import GpuStats
 
 T = TypeVar("T")
 
 
-class Speed:
+class Throughput:
     """Times the steps of a run on this worker; rows, tokens and audio are counted over all workers.
 
     Args:
@@ -27,7 +27,7 @@ class Speed:
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._plan, self._features = loader.plan, loader.features
         self._rate_hz = loader.front_end.sample_rate_hz
-        self._hardware = Hardware(device)
+        self._hardware = GpuStats(device)
         self._asked = self._given = time.perf_counter()
 
     def timed(self, steps: Iterable[T]) -> Iterator[T]:
@@ -52,7 +52,7 @@ class Speed:
             audio_sec_per_sec: Seconds of audio of these rows: the clips' own length at the model's rate as stored in
                 the features' index (of a variant at another speed its own), without the padding of windows.
             efficiency: See ``efficiency``.
-            And what ``Hardware.read`` gives.
+            And what ``GpuStats.read`` gives.
         """
         seconds, rows = time.perf_counter() - self._asked, step_rows(self._plan, step)
         return {
@@ -68,7 +68,7 @@ class Speed:
 
 def step_rows(plan: Plan, step: int) -> np.ndarray:
     """Row numbers of a step, over all workers, fillers left out."""
-    return np.concatenate([pack.rows for pack in plan.step_packs(step) if pack.counts])
+    return np.concatenate([pack.rows for pack in plan.step_packs(step) if not pack.is_filler])
 
 
 def answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
@@ -79,7 +79,7 @@ def answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
 
 def efficiency(plan: Plan, features: Features, step: int) -> float:
     """Share of a step's tokens that are no padding; packs count as their whole budget, which balances the ranks."""
-    packs = [pack.rows for pack in plan.step_packs(step) if pack.counts]
+    packs = [pack.rows for pack in plan.step_packs(step) if not pack.is_filler]
     return _efficiency(plan, features, np.concatenate(packs), np.cumsum([len(rows) for rows in packs]))
 
 

@@ -17,14 +17,14 @@ from voxray.batches.rank import Worker
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
-from voxray.generation.generate import answers, length_batches
+from voxray.generation.generate import generate_texts, length_batches
 from voxray.generation.likelihood import reference_losses
-from voxray.metrics.counts import as_row, metrics_of
-from voxray.metrics.names import text_metrics_of
+from voxray.metrics.counts import as_row, compute_metrics
+from voxray.metrics.names import text_metric_names
 from voxray.metrics.overall import likelihood_metrics, overall_metrics
 from voxray.metrics.rows import count_row
 from voxray.metrics.texts import text_metrics
-from voxray.models.interface import Family, FrontEnd
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.training.engine import gather
 
 
@@ -63,7 +63,7 @@ def in_eval_mode(model: Any) -> Iterator[None]:
 
 def validate(
     model: Any,
-    family: Family,
+    family: ModelFamily,
     front_end: FrontEnd,
     features: Features,
     rows: np.ndarray,
@@ -85,7 +85,7 @@ def validate(
     with in_eval_mode(model):
         for batch in shared_batches(features, rows, batch_size, worker):
             stored = [features.row(number) for number in batch]
-            texts = answers(model, family, front_end, stored, max_new_tokens=max_new_tokens)
+            texts = generate_texts(model, family, front_end, stored, max_new_tokens=max_new_tokens)
             for number, row, text in zip(batch, stored, texts, strict=True):
                 answered = {"task": row.task, "language": row.language, "reference": row.answer, "prediction": text}
                 mine.append((number, row.answer, text, as_row(count_row(answered))))
@@ -94,8 +94,8 @@ def validate(
     metrics: dict[str, float] = {}
     for task, code in TASK_CODES.items():
         of_task = [item for item in scored if features.task[item[0]] == code]
-        names = (*TASKS[task].metrics, *text_metrics_of(task))
-        found = metrics_of(task, [counts for *_, counts in of_task], names)
+        names = (*TASKS[task].metrics, *text_metric_names(task))
+        found = compute_metrics(task, [counts for *_, counts in of_task], names)
         found |= text_metrics(task, [(reference, text) for _, reference, text, _ in of_task])
         values = {name: float(entry["value"]) for name, entry in found.items()} | losses.get(task, {})
         metrics |= {f"{task}/{name}": value for name, value in values.items()}
@@ -107,7 +107,7 @@ def validate(
 
 def answer_losses(
     model: Any,
-    family: Family,
+    family: ModelFamily,
     front_end: FrontEnd,
     features: Features,
     rows: np.ndarray,

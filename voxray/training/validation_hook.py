@@ -9,14 +9,14 @@ import numpy as np
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features
 from voxray.models.interface import FrontEnd
-from voxray.training.loop import Trainee
+from voxray.training.loop import TrainState
 from voxray.training.previews import Previews, agreed, preview
 from voxray.training.records import Monitor
 from voxray.training.validate import validate
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ValidationSizes:
     """How much a validation computes at a time.
 
     Attributes:
@@ -42,11 +42,11 @@ class Validator:
         previews: On rank 0; None shows none.
     """
 
-    trainee: Trainee
+    trainee: TrainState
     front_end: FrontEnd
     features: Features
     rows: np.ndarray
-    sizes: Sizes
+    sizes: ValidationSizes
     monitor: Monitor
     seed: int
     num_steps: int

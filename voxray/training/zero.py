@@ -26,9 +26,9 @@ from torch._C._distributed_c10d import HashStore
 
 from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
-from voxray.models.adapters.lora import adapter_tensors, role_of
-from voxray.models.interface import Family
-from voxray.training.engine import Moments, State, copied, parameter_groups
+from voxray.models.adapters.lora import adapter_tensors, find_role
+from voxray.models.interface import ModelFamily
+from voxray.training.engine import CheckpointState, OptimizerState, copied, parameter_groups
 
 MOST_BUCKET_ELEMENTS = 100_000_000
 """Gradients that travel in one message at most: 400 MB in float32, which are set aside for it."""
@@ -50,7 +50,7 @@ class Zero:
     def __init__(
         self,
         model: Any,
-        family: Family,
+        family: ModelFamily,
         worker: Worker,
         *,
         stage: int,
@@ -66,10 +66,10 @@ class Zero:
         # the same choice as in DataParallel, so that runs can change between the two
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
         self._deepspeed = _import_deepspeed(worker)
-        trained = {role_of(name, family) for name, _ in self._named}
-        touched = set(family.roles) if stage == 3 and with_audio else trained
+        trained = {find_role(name, family) for name, _ in self._named}
+        roles_in_every_pass = set(family.roles) if stage == 3 and with_audio else trained
         self._engine, self._zero, *_ = self._deepspeed.initialize(
-            model=_Forward(model, family, sorted(touched)),
+            model=_Forward(model, family, sorted(roles_in_every_pass)),
             model_parameters=parameters,
             optimizer=self.optimizer,
             config=_config(stage, sum(parameter.numel() for parameter in parameters)),
@@ -114,7 +114,7 @@ class Zero:
             grad.fill_(float("nan"))
         self._engine.step()
 
-    def state(self) -> State:
+    def state(self) -> CheckpointState:
         """A copy of what a checkpoint keeps, on rank 0; the others take part and get nothing."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -123,16 +123,16 @@ class Zero:
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=self._stage == 3):
                 if self.worker.is_first:
                     tensors |= copied({name: tensor})
-        moments: Moments = {}
+        moments: OptimizerState = {}
         taken = next(iter(self.optimizer.state.values()), {}).get("step")
         for name, parameter in self._named if taken is not None else ():
             entry: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
             entry["step"] = taken
             if self.worker.is_first:
                 moments[name] = copied(entry)
-        return State(tensors, moments)
+        return CheckpointState(tensors, moments)
 
-    def load_moments(self, moments: Moments) -> None:
+    def load_moments(self, moments: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if not moments:
@@ -166,15 +166,15 @@ class _Forward(torch.nn.Module):
     """The forward pass as a module, which is what DeepSpeed takes.
 
     Args:
-        touched: Roles that take part in every pass: workers that leave out different weights do not fit together.
+        roles_in_every_pass: Roles that take part in every pass, because all workers must use the same weights.
     """
 
-    def __init__(self, model: torch.nn.Module, family: Family, touched: Sequence[str]) -> None:
+    def __init__(self, model: torch.nn.Module, family: ModelFamily, roles_in_every_pass: Sequence[str]) -> None:
         super().__init__()
-        self.model, self._family, self._touched = model, family, touched
+        self.model, self._family, self._roles_in_every_pass = model, family, roles_in_every_pass
 
     def forward(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
-        return self._family.answer_logits(self.model, batch, keep_BL, touched=self._touched)
+        return self._family.answer_logits(self.model, batch, keep_BL, roles_in_every_pass=self._roles_in_every_pass)
 
 
 def _config(stage: int, trainable: int) -> dict[str, Any]:

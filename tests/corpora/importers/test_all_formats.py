@@ -15,7 +15,7 @@ from helpers.corpora import clip, lines, read
 from voxray.core.errors import RunError
 from voxray.core.manifest import chunks as manifest_chunks
 from voxray.core.manifest import read_chunk
-from voxray.core.tasks import task_of
+from voxray.core.tasks import detect_task
 from voxray.corpora.importers import IMPORTERS, detect
 
 NUM = 60
@@ -130,7 +130,7 @@ def test_the_format_is_found_and_the_rows_are_manifest_rows(tmp_path, make):
     before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
     assert detect(path) == detect(str(main)) == FORMATS.get(make.__name__, make.__name__)
     rows, _ = read(detect(path), path)
-    assert all(task_of(row.values) for row in rows)
+    assert all(detect_task(row.values) for row in rows)
     assert sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*")) == before, "importers only read"
     if make is not parquet:  # a clip inside Parquet has no path yet
         manifest = lines(tmp_path / "out.jsonl", *(row.values | {"id": row.id} for row in rows))

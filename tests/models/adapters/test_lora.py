@@ -18,8 +18,8 @@ from voxray.models.adapters.lora import (
     check_lora,
     count_parameters,
     find_adapter,
+    find_role,
     load_adapter,
-    role_of,
     roles_of_adapter,
     save_adapter,
     target_pattern,
@@ -89,8 +89,8 @@ def test_roles_hold_in_older_module_layouts():
         assert re.fullmatch(pattern, f"{prefix}language_model.layers.0.self_attn.q_proj")
         assert re.fullmatch(pattern, f"{prefix}language_model.model.layers.0.mlp.up_proj")
         assert not re.fullmatch(pattern, f"{prefix}audio_tower.layers.0.self_attn.q_proj")
-        assert role_of(f"{prefix}audio_tower.layers.0.self_attn.q_proj", FAMILY) == "encoder"
-    assert role_of("something.else", FAMILY) == "other"
+        assert find_role(f"{prefix}audio_tower.layers.0.self_attn.q_proj", FAMILY) == "encoder"
+    assert find_role("something.else", FAMILY) == "other"
 
 
 def fill(model):
@@ -181,7 +181,7 @@ def test_what_was_trained_answers_the_same_when_it_is_loaded(tmp_path, kind, qua
     assert torch.equal(texts, wanted_texts) and torch.equal(scores, wanted_scores)
     assert not torch.allclose(scores, before, atol=1e-2)
     # two matrices for each of 2 x 7 + 2 layers, DoRA a length of every column as well
-    all_weights = sum(role_of(name, FAMILY) != "encoder" for name, _ in tiny().named_parameters())
+    all_weights = sum(find_role(name, FAMILY) != "encoder" for name, _ in tiny().named_parameters())
     assert num_tensors == {"lora": 32, "dora": 48, "rslora": 32, "full": all_weights}[kind]
     assert base_of_adapter(tmp_path) == TINY and find_adapter(str(tmp_path)) == tmp_path
     assert roles_of_adapter(tmp_path, FAMILY) == {"projector", "llm"}
@@ -190,7 +190,7 @@ def test_what_was_trained_answers_the_same_when_it_is_loaded(tmp_path, kind, qua
 def test_full_tuning_trains_all_of_the_roles_but_what_is_fixed():
     model = train_fully(tiny(), FAMILY, ("encoder", "llm"))
     idle = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert {role_of(name, FAMILY) for name in idle} == {"encoder", "projector"}
+    assert {find_role(name, FAMILY) for name in idle} == {"encoder", "projector"}
     assert [name for name in idle if "audio_tower" in name] == ["model.audio_tower.embed_positions.weight"]
     headless = tiny()
     FAMILY.skip_encoder(headless)

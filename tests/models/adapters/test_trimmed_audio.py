@@ -12,17 +12,17 @@ from conftest import TINY, read_rows, write_rows
 from transformers import VoxtralConfig, WhisperFeatureExtractor
 
 from voxray.batches.collate import collate_packed, collate_prompts, collate_training
-from voxray.features.extract import Extractor, Storing
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import FeatureRow, Features
 from voxray.models.adapters.lora import add_lora, trainable_parameters
-from voxray.models.registry import family_of
-from voxray.models.voxtral.family import VoxtralFrontEnd
+from voxray.models.registry import get_family
+from voxray.models.voxtral.front_end import VoxtralFrontEnd
 from voxray.training.loop import answer_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILY = family_of(TINY)
+FAMILY = get_family(TINY)
 CPU = torch.device("cpu")
 SECONDS = (0.3, 2.0, 3.99, 4.0, 4.0001, 9.5)
 POSITIONS = (4, 26, 50, 50, 51, 119)  # 100 frames a second, one or two more at the edge, eight to a position
@@ -48,7 +48,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) ->
 
 
 def rows_of(manifest: str, folder: Path, **storing: Any) -> list[FeatureRow]:
-    extractor = Extractor(TINY, Storing(**storing))
+    extractor = Extractor(TINY, FeatureSpec(**storing))
     features = Features(featurize([manifest], extractor, folder, rows_per_shard=4, use_ray=False).folders)
     assert features.num_prompt_tokens.tolist() == [len(features.row(n).prompt_ids) for n in range(len(features))]
     return [features.row(number) for number in range(len(features))]
@@ -92,7 +92,7 @@ def test_the_last_position_is_the_last_that_hears_the_clip(num_samples: int):
     heard = 1 + np.flatnonzero((theirs != theirs[:, -1:]).any(axis=0)).max(initial=-1)
     kept = front_end.num_positions(num_samples)
     assert -(-heard // 8) <= kept <= -(-min(heard + 2, 400) // 8)
-    assert kept == -(-len(front_end.features(clip).mel_KB) // 8)
+    assert kept == -(-len(front_end.features(clip).mel_KF) // 8)
 
 
 def test_released_voxtral_keeps_57_of_375_positions_of_four_and_a_half_seconds(tmp_path: Path):
@@ -105,7 +105,7 @@ def test_released_voxtral_keeps_57_of_375_positions_of_four_and_a_half_seconds(t
 
 
 def test_features_are_keyed_by_it_and_hold_the_same_audio(manifest: str, trimmed: list[FeatureRow], tmp_path: Path):
-    assert Extractor(TINY, Storing(trim_audio=True)).fingerprint != Extractor(TINY).fingerprint
+    assert Extractor(TINY, FeatureSpec(trim_audio=True)).fingerprint != Extractor(TINY).fingerprint
     whole = rows_of(manifest, tmp_path)
     for ours, theirs in zip(trimmed, whole, strict=True):
         assert np.array_equal(ours.audio, theirs.audio) and ours.num_windows == theirs.num_windows

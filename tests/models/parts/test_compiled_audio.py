@@ -25,12 +25,12 @@ from voxray.config.evaluate import EvaluateSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation.predictions import read_predictions
 from voxray.models.adapters.lora import add_lora, load_adapter, save_adapter
-from voxray.models.parts.compiled_audio import CompiledAudio, parts_of, use_compiled, weights_of
-from voxray.models.registry import family_of
+from voxray.models.parts.compiled_audio import CompiledAudio, split_windows, use_compiled, weights_hash
+from voxray.models.registry import get_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-FAMILY = family_of(WHISPER)
+FAMILY = get_family(WHISPER)
 FIGURES = {"compile_sec": 1.0, "difference": 0.0, "eager_sec": 1.0, "compiled_sec": 1.0}
 
 
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_model(model_id: str = WHISPER, dtype: torch.dtype = torch.float32) -> Any:
-    return family_of(model_id).load_model(model_id, dtype=dtype, device=CPU)
+    return get_family(model_id).load_model(model_id, dtype=dtype, device=CPU)
 
 
 def use(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -188,7 +188,7 @@ def test_an_adapter_counts_where_it_is_heard(folder: Path, tmp_path: Path) -> No
     rescaled, _ = load_adapter(make_model(), adapter(tmp_path / "rescaled", "encoder", alpha=16))
     states = [FAMILY.audio_path(model).state_dict() for model in (tuned, rescaled)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert weights_of(FAMILY.audio_path(tuned)) != weights_of(FAMILY.audio_path(rescaled))
+    assert weights_hash(FAMILY.audio_path(tuned)) != weights_hash(FAMILY.audio_path(rescaled))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_an_adapter_counts_where_it_is_heard(folder: Path, tmp_path: Path) -> No
 def test_any_number_of_windows_is_heard_in_parts(
     num_windows: int, sizes: list[int], parts: list[tuple[int, int, int]]
 ) -> None:
-    assert list(parts_of(num_windows, sizes)) == parts
+    assert list(split_windows(num_windows, sizes)) == parts
     # every window gives two rows, as Voxtral's positions lie one after the other
     asked = []
 
@@ -233,10 +233,10 @@ def test_lengths_go_along_with_their_windows() -> None:
 
 
 def test_a_program_is_checked_on_short_clips_too_where_lengths_count(salmonn: str) -> None:
-    whole, short = aot.noise_clips(family_of(salmonn).front_end(salmonn), 3, 0, torch.bfloat16, CPU)
+    whole, short = aot.noise_clips(get_family(salmonn).front_end(salmonn), 3, 0, torch.bfloat16, CPU)
     assert whole[0].shape == short[0].shape == (3, 80 + 128, 400) and whole[0].dtype == torch.bfloat16
     assert whole[1].tolist() == [64_000] * 3 and short[1].tolist() == [6_400] * 3
-    (only,) = aot.noise_clips(family_of(WHISPER).front_end(WHISPER), 1, 0, torch.float32, CPU)
+    (only,) = aot.noise_clips(get_family(WHISPER).front_end(WHISPER), 1, 0, torch.float32, CPU)
     assert [tensor.shape for tensor in only] == [(1, 80, 400)]
 
 
@@ -336,7 +336,7 @@ def test_tensorrt_is_an_extra_that_needs_a_gpu(
 @pytest.mark.slow
 @torch.inference_mode()
 def test_voxtral_with_an_adapter_in_encoder_and_projector(tmp_path: Path) -> None:
-    family = family_of(TINY)
+    family = get_family(TINY)
     torch.manual_seed(0)
     tuned = add_lora(make_model(TINY), family, ("encoder", "projector"), model_id=TINY, r=2, alpha=8, dropout=0.1)
     for name, parameter in tuned.named_parameters():

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from voxray.models.parts import cpu_lm_head as few_rows
-from voxray.models.parts.cpu_lm_head import MAX_ROWS, MIN_OUTPUTS, linear_of_few
+from voxray.models.parts.cpu_lm_head import MAX_ROWS, MIN_OUTPUTS, few_rows_linear
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def layer() -> torch.nn.Linear:
 @torch.inference_mode()
 def check(layer: torch.nn.Module, num_rows: int) -> None:
     hidden_BD = torch.randn(num_rows, 24)
-    assert torch.allclose(linear_of_few(layer, hidden_BD), layer(hidden_BD), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(few_rows_linear(layer, hidden_BD), layer(hidden_BD), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, MAX_ROWS, MAX_ROWS + 1])
@@ -44,5 +44,5 @@ def test_what_is_no_plain_frozen_layer_is_called_as_it_is(layer) -> None:
     check(hooked, 2)
     assert not {adapted["lm_head"], hooked, layer} & set(few_rows._laid_out)
     hidden_BD = torch.randn(2, 24, requires_grad=True)
-    linear_of_few(layer, hidden_BD).sum().backward()
+    few_rows_linear(layer, hidden_BD).sum().backward()
     assert hidden_BD.grad is not None

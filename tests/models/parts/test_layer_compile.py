@@ -12,12 +12,12 @@ from voxray.batches.collate import collate_packed, collate_prompts, collate_trai
 from voxray.core.errors import RunError
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora, save_adapter, trainable_parameters
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.training.loop import answer_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILY = family_of(TINY)
+FAMILY = get_family(TINY)
 CPU = torch.device("cpu")
 
 

@@ -18,9 +18,9 @@ from voxray.core.errors import RunError
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora, load_adapter, trainable_parameters
 from voxray.models.interface import IGNORED
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
-from voxray.recipes.multitask import Data
+from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,14 +34,14 @@ def load(quantize: str = "none", dtype: torch.dtype = torch.float32) -> Any:
 
 
 @pytest.fixture(scope="module")
-def data(small: dict[str, str], make_features: Callable) -> Data:
-    return Data(make_features(small["asr.train"], small["tqa.train"]), make_features(small["tqa.val"]))
+def data(small: dict[str, str], make_features: Callable) -> TrainingData:
+    return TrainingData(make_features(small["asr.train"], small["tqa.train"]), make_features(small["tqa.val"]))
 
 
 @pytest.fixture(scope="module")
-def batch(data: Data) -> dict[str, torch.Tensor]:
+def batch(data: TrainingData) -> dict[str, torch.Tensor]:
     features = Features(data.train)
-    return collate_training([features.row(number) for number in (0, 5, 14, 20)], family_of(TINY).front_end(TINY))
+    return collate_training([features.row(number) for number in (0, 5, 14, 20)], get_family(TINY).front_end(TINY))
 
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -132,7 +132,7 @@ def sha(run_dir: Path) -> str:
     ],
     ids=lambda flags: "-".join(map(str, flags.values())),
 )
-def test_runs_resume_exactly_and_learn(data: Data, tmp_path: Path, flags: dict[str, Any]) -> None:
+def test_runs_resume_exactly_and_learn(data: TrainingData, tmp_path: Path, flags: dict[str, Any]) -> None:
     """Contract 4 for every kind of base and of tuning: 3 steps, a new start, 3 more = 6, to the last bit.
 
     The validation after step 2 must leave no trace: bitsandbytes would repack 4-bit weights when a CPU first infers.
@@ -145,7 +145,7 @@ def test_runs_resume_exactly_and_learn(data: Data, tmp_path: Path, flags: dict[s
     assert [record["step"] for record in resumed] == [1, 2, 3, 4, 5, 6]
     assert [record["loss"] for record in straight] == [record["loss"] for record in resumed]
     assert sha(tmp_path / "a") == sha(tmp_path / "b")
-    features, front_end = Features(data.train), family_of(TINY).front_end(TINY)
+    features, front_end = Features(data.train), get_family(TINY).front_end(TINY)
     batch = collate_training([features.row(number) for number in range(0, 24, 2)], front_end)
     dtype = torch.bfloat16 if flags.get("bf16") else torch.float16 if flags.get("fp16") else torch.float32
     with torch.no_grad():

@@ -8,9 +8,9 @@ import torch
 
 from voxray.core.errors import SettingsError
 from voxray.models.parts.audio_encoder import PassThrough
-from voxray.models.parts.compiled_audio import weights_of
+from voxray.models.parts.compiled_audio import weights_hash
 from voxray.models.parts.logmel_windows import padded_windows
-from voxray.models.salmonn.audio_path import TOWERS, TRAINED, Towers, WindowPath
+from voxray.models.salmonn.audio_path import TOWERS, TRAINED, StoredEncoders, WindowPath
 from voxray.models.salmonn.family import Salmonn
 from voxray.models.salmonn.folder import load_towers, write_folder
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
@@ -35,7 +35,7 @@ def windows(salmonn: str, clips: Any) -> tuple[torch.Tensor, torch.Tensor]:
     found = []
     for length in LENGTHS:
         features = front_end.features(clips["w10"][1][:length].numpy())
-        found.append(padded_windows(features.mel_KB, features.fill, features.num_windows, front_end))
+        found.append(padded_windows(features.mel_KF, features.fill, features.num_windows, front_end))
     return torch.from_numpy(np.concatenate(found)), torch.tensor(LENGTHS)
 
 
@@ -52,7 +52,7 @@ def heard(alone: Any, windows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tenso
 def test_stored_outputs_are_what_the_model_hears(alone, windows, heard):
     """Of clips that were encoded together, in the model's own type and in float16."""
     features, lengths = windows
-    states = Towers(alone.speech_encoder, alone.beats)(features, lengths)
+    states = StoredEncoders(alone.speech_encoder, alone.beats)(features, lengths)
     assert states.shape == (len(LENGTHS), FRAMES, WHISPERS + BEATS)
     torch.testing.assert_close(alone.stored_embeds(states, lengths), heard, rtol=0, atol=CLOSE)
     torch.testing.assert_close(alone.stored_embeds(states.half(), lengths), heard, rtol=0, atol=5e-3)
@@ -65,7 +65,7 @@ def test_stored_outputs_are_what_the_model_hears(alone, windows, heard):
 def test_a_loaded_pair_of_encoders_is_the_models(alone, salmonn, windows):
     towers = FAMILY.load_encoder(salmonn, dtype=torch.float32, device=CPU)
     some = [part[:3] for part in windows]
-    wanted = Towers(alone.speech_encoder, alone.beats)(*some)
+    wanted = StoredEncoders(alone.speech_encoder, alone.beats)(*some)
     assert torch.equal(FAMILY.encode(towers, *some), wanted) and not any(w.requires_grad for w in towers.parameters())
 
 
@@ -104,7 +104,7 @@ def check_text_alone(model: Any, text: torch.Tensor) -> None:
     weights = [weight.requires_grad_() for name, weight in model.named_parameters() if name.split(".")[0] in TRAINED]
     model.get_input_embeddings().weight.requires_grad_()
     for roles in (("projector", "llm"), ("encoder", "projector", "llm")):
-        found = FAMILY.answer_logits(model, batch, keep, touched=roles)
+        found = FAMILY.answer_logits(model, batch, keep, roles_in_every_pass=roles)
         assert torch.equal(found, wanted)
         found.sum().backward()
         assert all(weight.grad is not None and not weight.grad.any() for weight in weights)
@@ -123,8 +123,8 @@ def test_whole_windows_are_the_same_clips(alone, windows, heard):
 
 
 def test_what_a_program_depends_on_is_in_its_hash(alone):
-    before = weights_of(FAMILY.audio_path(alone))
-    assert weights_of(WindowPath(alone)) == before
+    before = weights_hash(FAMILY.audio_path(alone))
+    assert weights_hash(WindowPath(alone)) == before
     for config, name, value in (
         (alone.config, "seconds_per_window", 0.5),
         (alone.config.beats_config, "encoder_attention_heads", 2),
@@ -132,14 +132,14 @@ def test_what_a_program_depends_on_is_in_its_hash(alone):
     ):
         kept = getattr(config, name)
         setattr(config, name, value)
-        assert weights_of(WindowPath(alone)) != before
+        assert weights_hash(WindowPath(alone)) != before
         setattr(config, name, kept)
     with torch.no_grad():
         alone.speech_query_tokens.neg_()
-    assert weights_of(WindowPath(alone)) != before
+    assert weights_hash(WindowPath(alone)) != before
     with torch.no_grad():
         alone.speech_query_tokens.neg_()
-    assert weights_of(WindowPath(alone)) == before
+    assert weights_hash(WindowPath(alone)) == before
 
 
 def test_what_depends_on_the_batch_is_neither_stored_nor_compiled(model, files, tmp_path):

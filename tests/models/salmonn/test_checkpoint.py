@@ -40,7 +40,7 @@ VICUNA = {
     ),
 }
 LORA_FAMILY = SimpleNamespace(
-    roles={"llm": ("llama_model",)}, lora_targets={"llm": ("q_proj", "v_proj")}, trained_whole=()
+    roles={"llm": ("llama_model",)}, lora_targets={"llm": ("q_proj", "v_proj")}, full_modules=()
 )
 
 

@@ -145,7 +145,7 @@ def batched(front_end, waves: list[torch.Tensor], dtype: type = np.float32) -> t
     windows, lengths = [], []
     for wave in waves:
         found = front_end.features(wave.numpy())
-        windows.append(padded_windows(found.mel_KB.astype(dtype), found.fill, found.num_windows, front_end))
+        windows.append(padded_windows(found.mel_KF.astype(dtype), found.fill, found.num_windows, front_end))
         lengths += window_lengths(len(wave), front_end.window_samples)
     return torch.from_numpy(np.concatenate(windows)), torch.tensor(lengths)
 

@@ -16,7 +16,7 @@ from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.models.parts.logmel_windows import padded_windows
-from voxray.models.voxtral.family import VoxtralFrontEnd
+from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 WINDOW_SAMPLES = 64_000  # the tiny model's 4 s
 SHAPE = {"audio_kwargs": {"pad_to_multiple_of": WINDOW_SAMPLES, "max_source_positions": 400}}
@@ -127,7 +127,7 @@ def test_shards_hold_the_processors_features(processor, front_end, tmp_path):
         assert np.abs(stored - wanted).max() <= np.finfo(np.float16).eps, row.id
         ours = front_end.features(noise(int(row.id)))
         before = np.full((wanted.shape[0] * 400, 128), ours.fill, np.float32)
-        before[: len(ours.mel_KB)] = ours.mel_KB
+        before[: len(ours.mel_KF)] = ours.mel_KF
         theirs_KF = wanted.transpose(0, 2, 1).reshape(-1, 128)
         if int(row.id) > 8_000:
             assert np.array_equal(before, theirs_KF), row.id

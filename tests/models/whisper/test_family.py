@@ -15,12 +15,12 @@ from voxray.audio.decode import decode
 from voxray.batches.collate import collate_packed, collate_training
 from voxray.core.errors import RunError
 from voxray.features.reader import FeatureRow, Features
-from voxray.generation.generate import Generated, Search, generated
+from voxray.generation.generate import Completion, SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
 from voxray.models.parts.losses import token_losses
-from voxray.models.registry import family_of
+from voxray.models.registry import get_family
 
-FAMILY = family_of(WHISPER)
+FAMILY = get_family(WHISPER)
 FRONT_END = FAMILY.front_end(WHISPER)
 CPU = torch.device("cpu")
 LIMIT = 40
@@ -64,8 +64,8 @@ def short(features: Features) -> list[FeatureRow]:
     return [features.row(number) for number in range(len(features) - 1)]
 
 
-def answered(model: Any, rows: list[FeatureRow], **search: Any) -> list[Generated]:
-    found = dict(generated(model, FAMILY, FRONT_END, rows, batch_size=3, search=Search(LIMIT, **search)))
+def answered(model: Any, rows: list[FeatureRow], **search: Any) -> list[Completion]:
+    found = dict(generate(model, FAMILY, FRONT_END, rows, batch_size=3, search=SamplingParams(LIMIT, **search)))
     return [found[place] for place in range(len(rows))]
 
 
@@ -131,7 +131,9 @@ def test_beams_are_the_librarys(model, theirs, features):
     texts = [answer.text for answer in answered(model, rows, num_beams=3)]
     assert texts == [of_library(theirs, row, num_beams=3) for row in rows]
     limit = FRONT_END.max_positions  # more than there is room for, and one less where the language is found
-    found = list(generated(model, FAMILY, FRONT_END, rows[:1], batch_size=1, search=Search(limit, temperature=0.5)))
+    found = list(
+        generate(model, FAMILY, FRONT_END, rows[:1], batch_size=1, search=SamplingParams(limit, temperature=0.5))
+    )
     assert found[0][1].text
 
 
@@ -228,4 +230,4 @@ def test_only_log_mel_can_be_heard_window_by_window(features, rows, make_feature
 def test_other_families_folders_are_told_apart(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Exception, match="model type 'bert' is not one of voxtral, whisper"):
-        family_of(str(tmp_path))
+        get_family(str(tmp_path))

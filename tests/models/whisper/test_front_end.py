@@ -16,7 +16,7 @@ from voxray.core.errors import BadRow, SettingsError
 from voxray.core.manifest import Sample, parse_row
 from voxray.core.tasks import TASKS
 from voxray.models.parts.logmel_windows import padded_windows
-from voxray.models.whisper.family import WhisperFrontEnd
+from voxray.models.whisper.front_end import WhisperFrontEnd
 
 SAID = Sample("a", TASKS["asr"], "", "환자는 어제부터 열이 납니다", str(SPEECH / "sample.wav"), "ko", "m:1")
 
@@ -46,7 +46,7 @@ def test_features_are_the_processors(front_end, processor):
     for row in read_rows(manifest("asr.val"))[:6]:
         samples = decode(row["audio_path"], 16_000)
         features = front_end.features(samples)
-        ours = padded_windows(features.mel_KB, features.fill, features.num_windows, front_end)
+        ours = padded_windows(features.mel_KF, features.fill, features.num_windows, front_end)
         theirs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="np").input_features
         assert np.array_equal(ours, theirs)
 
@@ -58,7 +58,7 @@ def test_long_recordings_are_clamped_over_all_of_them(front_end, processor):
     options = {"sampling_rate": 16_000, "truncation": False, "return_tensors": "np"}
     [theirs_FT] = processor.feature_extractor(samples, padding="longest", **options).input_features
     # the library reflects the end of what it does not pad
-    assert np.abs(features.mel_KB[: theirs_FT.shape[1] - 3] - theirs_FT.T[:-3]).max() < 1e-6
+    assert np.abs(features.mel_KF[: theirs_FT.shape[1] - 3] - theirs_FT.T[:-3]).max() < 1e-6
 
 
 def test_languages(front_end):
@@ -103,8 +103,10 @@ def test_rows_with_segments_are_written_with_times(front_end, processor):
     assert front_end.decode(target).strip() == "열이 납니다"
     offsets = processor.tokenizer.decode(target[:-1], output_offsets=True)["offsets"]
     assert [entry["timestamp"] for entry in offsets] == [(0.0, 0.84), (1.1, 2.5)], "as the library reads them"
-    assert front_end.is_answered_alone(prompt, 1) and front_end.is_answered_alone(front_end.prompt_ids(SAID, 1), 2)
-    assert not front_end.is_answered_alone(front_end.prompt_ids(SAID, 1), 1)
+    assert front_end.needs_sequential_generate(prompt, 1) and front_end.needs_sequential_generate(
+        front_end.prompt_ids(SAID, 1), 2
+    )
+    assert not front_end.needs_sequential_generate(front_end.prompt_ids(SAID, 1), 1)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import BadRow, RunError
+from voxray.core.errors import BadRow, RunError, one_line
 from voxray.core.manifest import open_regular
 from voxray.corpora.importers.lines import csv_records, json_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
@@ -88,7 +88,7 @@ def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
                 raise RunError(f"{file}: neither a column file_name nor an audio column with bytes and path")
             num_rows = parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        yield ImportFault(str(file.absolute()), 1, "", "damaged_file", " ".join(str(error).split())[:300])
+        yield ImportFault(str(file.absolute()), 1, "", "damaged_file", one_line(error, 300))
         return
     yield from import_records(_parquet_records(file, audio, num_rows), _from_parquet)
 
@@ -130,7 +130,7 @@ def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[R
                             values |= {"audio_in_file": number - 1 if embedded else None, "clip_path": clip.get("path")}
                         yield Record(name, number, values)
             except (pa.ArrowException, OSError) as error:
-                message = " ".join(str(error).split())[:300]
+                message = one_line(error, 300)
                 end = first + parquet.metadata.row_group(group).num_rows
                 yield from (ImportFault(name, row + 1, "", "damaged_file", message) for row in range(number, end))
                 number = end
@@ -144,7 +144,7 @@ def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
     try:
         return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except (ValueError, OverflowError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
 
 
 def _has_bytes(group: Any, audio: str | None) -> bool | None:
@@ -196,7 +196,7 @@ def embedded_audio(file: str, row: int) -> bytes:
             else:
                 clip = _stream_to(parquet, group, row - first)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadRow("audio_unreadable", f"{file}: {' '.join(str(error).split())[:300]}") from None
+        raise BadRow("audio_unreadable", f"{file}: {one_line(error, 300)}") from None
     if not clip or clip.get("bytes") is None:
         raise BadRow("audio_missing", f"{file} has no audio bytes in row {row}")
     return clip["bytes"]

@@ -12,7 +12,7 @@ from typing import Any
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import refuse_old_cache
-from voxray.core.tasks import task_of
+from voxray.core.tasks import detect_task
 from voxray.corpora.importers.lines import json_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records
 
@@ -34,7 +34,7 @@ def _convert(record: Record) -> dict[str, Any]:
         return _chat(record)
     refuse_old_cache(record.values)
     try:
-        task = task_of(record.values)
+        task = detect_task(record.values)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
     for key in task.keys:

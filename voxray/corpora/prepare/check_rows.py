@@ -31,7 +31,7 @@ from voxray.core.storage import write_atomically
 from voxray.core.tasks import Task
 from voxray.corpora.importers import ImportedRow, ImportFault
 from voxray.corpora.importers.huggingface import embedded_audio
-from voxray.corpora.prepare.fingerprints import audio_hash, leak_text, row_text, short_hash, speaker_of
+from voxray.corpora.prepare.fingerprints import audio_hash, leak_text, row_text, short_hash, speaker_key
 from voxray.text.korean import Reading, clean_transcript
 
 
@@ -49,7 +49,7 @@ class Limits:
 
 
 @dataclass
-class Checked:
+class CheckedRow:
     """A row after the second pass.
 
     Attributes:
@@ -114,11 +114,11 @@ class RowChecker:
         write_atomically(checked_path(path), _to_jsonl(results))
         return len(results)
 
-    def check_row(self, spooled: dict[str, Any]) -> Checked:
+    def check_row(self, spooled: dict[str, Any]) -> CheckedRow:
         """Clean and measure one row; a fault ends up in its ``reason`` and never as an exception."""
         source, row_id = spooled["source"], spooled["id"]
         if spooled.get("reason"):
-            return Checked(source, row_id, reason=spooled["reason"], message=spooled["message"])
+            return CheckedRow(source, row_id, reason=spooled["reason"], message=spooled["message"])
         values, clip, heard = dict(spooled["values"]), None, ""
         duration_sec = 0.0
         try:
@@ -131,13 +131,13 @@ class RowChecker:
             if clip and self.places.copies:
                 self._copy(values, *clip, name=heard)
         except BadRow as error:
-            return Checked(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
+            return CheckedRow(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
         split = str(values.pop("split", None) or "")
-        group = speaker_of(values) or f"text:{short_hash(text)}"
+        group = speaker_key(values) or f"text:{short_hash(text)}"
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
         hashes = (heard, short_hash(task.name + text), leak_text(task, text))
-        return Checked(source, row_id, values, "", "", duration_sec, *hashes, group, split)
+        return CheckedRow(source, row_id, values, "", "", duration_sec, *hashes, group, split)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
         """Clean the answer in place and check its length; returns the normalised texts of the row."""

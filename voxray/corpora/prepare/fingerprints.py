@@ -53,6 +53,6 @@ def duplicate_key(task: Task, audio: str, text: str) -> str:
     return f"{task.name}:{audio}{text if task.prompt_keys else ''}"
 
 
-def speaker_of(row: Mapping[str, Any]) -> str:
+def speaker_key(row: Mapping[str, Any]) -> str:
     """``speaker:<name>``, else ``session:<name>``, else ""."""
     return next((f"{key}:{row[key]}" for key in ("speaker", "session") if row.get(key)), "")

@@ -7,24 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import one_line
-from voxray.core.tasks import task_of
-from voxray.corpora.prepare.check_rows import Checked, checked_path
+from voxray.core.errors import quoted_line
+from voxray.core.tasks import detect_task
+from voxray.corpora.prepare.check_rows import CheckedRow, checked_path
 from voxray.corpora.prepare.fingerprints import duplicate_key
 from voxray.corpora.prepare.split import Leaks, count_leaks, decide, note_held_out
 from voxray.corpora.prepare.unique import FirstSeen, UniqueIds
 
 
-def read_checked(paths: list[Path]) -> Iterator[Checked]:
+def read_checked(paths: list[Path]) -> Iterator[CheckedRow]:
     """Results of the second pass, in the order of the input."""
     for path in paths:
         with open(checked_path(path), encoding="utf-8", errors="surrogatepass") as file:
             for line in file:
-                yield Checked(**json.loads(line))
+                yield CheckedRow(**json.loads(line))
 
 
 @dataclass
-class Tally:
+class RowTally:
     """Rows and hours by what became of them."""
 
     rows: Counter[str] = field(default_factory=Counter)
@@ -42,7 +42,7 @@ class Tally:
 
 
 @dataclass
-class Outcome:
+class PrepareOutcome:
     """What the third pass decides row by row.
 
     Attributes:
@@ -51,12 +51,12 @@ class Outcome:
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
     """
 
-    tally: Tally
+    tally: RowTally
     leaks: Leaks
     first_fault: str = ""
 
 
-class Outputs:
+class OutputFiles:
     """The files being written; they appear under their names together, when all is done."""
 
     def __init__(self, train: Path, val: Path | None, ledger: Path, test: Path | None = None) -> None:
@@ -86,14 +86,14 @@ class Outputs:
 
 def write_manifests(
     paths: list[Path],
-    outputs: Outputs,
+    outputs: OutputFiles,
     *,
     val_share: float | None,
     with_test: bool = False,
     seed: int,
     duplicates: str,
     leak_policy: str,
-) -> Outcome:
+) -> PrepareOutcome:
     """Third pass: drop duplicates, split, look for leaks, write every row where it belongs.
 
     Args:
@@ -105,7 +105,7 @@ def write_manifests(
     wanted = {"wanted": val_share is not None, "with_test": with_test}
     split = decide(_unique(paths, duplicates), val_share or 0.0, seed, **wanted)
     note_held_out(split, _unique(paths, duplicates))
-    outcome = Outcome(Tally(), count_leaks(split, _unique(paths, duplicates)))
+    outcome = PrepareOutcome(RowTally(), count_leaks(split, _unique(paths, duplicates)))
     unique_id = UniqueIds()
     for row in _unique(paths, duplicates):
         side = split.side(row)
@@ -120,25 +120,25 @@ def write_manifests(
                 row.reason, row.message = f"leak_{kind}", f"its {kind} is in the {split.held_out} rows as well"
         if row.reason:
             outputs.write("ledger", _ledger_entry(row))
-            outcome.first_fault = outcome.first_fault or one_line(f"{row.source}: {row.message}")
+            outcome.first_fault = outcome.first_fault or quoted_line(f"{row.source}: {row.message}")
         else:
             outputs.write(side, {"id": unique_id(row.id), **row.values})
         outcome.tally.add(row.reason or side, row.duration_sec)
     return outcome
 
 
-def _unique(paths: list[Path], duplicates: str) -> Iterator[Checked]:
+def _unique(paths: list[Path], duplicates: str) -> Iterator[CheckedRow]:
     """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
     first_seen = FirstSeen()
     for row in read_checked(paths):
         if not row.reason and duplicates == "drop":
-            first = first_seen(duplicate_key(task_of(row.values), row.audio_hash, row.text_hash), row.source)
+            first = first_seen(duplicate_key(detect_task(row.values), row.audio_hash, row.text_hash), row.source)
             if first:
                 row.reason, row.message = "duplicate", f"the same as {first}"
         yield row
 
 
-def _ledger_entry(row: Checked) -> dict[str, Any]:
+def _ledger_entry(row: CheckedRow) -> dict[str, Any]:
     source_file, _, line = row.source.rpartition(":")
     place = {"source_file": source_file, "line": int(line), "id": row.id}
-    return {**place, "reason": row.reason, "message": one_line(row.message)}
+    return {**place, "reason": row.reason, "message": quoted_line(row.message)}

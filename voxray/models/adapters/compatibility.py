@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from voxray.core.errors import SettingsError
-from voxray.models.interface import Family
+from voxray.models.interface import ModelFamily
 
 
-def refuse_changed_outputs(family: Family, store: str, quantize: str, adapter: Path | None) -> None:
+def refuse_changed_outputs(family: ModelFamily, store: str, quantize: str, adapter: Path | None) -> None:
     """Refuse stored outputs of an encoder that, as it would be used, has others.
 
     Args:

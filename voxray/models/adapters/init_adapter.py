@@ -14,15 +14,15 @@ from peft import PeftModel
 
 from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.audio_trim_record import read_record
-from voxray.models.adapters.lora import CONFIG, WEIGHTS, find_adapter, load_adapter_weights, role_of, roles_of_adapter
-from voxray.models.interface import EarlierAdapter, Family
+from voxray.models.adapters.lora import CONFIG, WEIGHTS, find_adapter, find_role, load_adapter_weights, roles_of_adapter
+from voxray.models.interface import InitAdapter, ModelFamily
 
 SHAPING = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
 """Options of PEFT, beside rank and alpha, that decide what an adapter's tensors do."""
 
 
 @dataclass(frozen=True)
-class AdapterFolder:
+class PeftAdapter:
     """An adapter to start from.
 
     Attributes:
@@ -42,7 +42,7 @@ class AdapterFolder:
         digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
 
-    def copy_into(self, model: PeftModel, family: Family) -> int:
+    def copy_into(self, model: PeftModel, family: ModelFamily) -> int:
         """Copy it into LoRA that covers its roles and maybe more.
 
         Returns:
@@ -54,12 +54,12 @@ class AdapterFolder:
         for name in SHAPING:
             if (stored.get(name) or None) != (getattr(config, name) or None):
                 raise RunError(f"{self.folder}: the adapter has {name} {stored.get(name)}, not {getattr(config, name)}")
-        return load_adapter_weights(model, self.folder, lambda name: role_of(name, family) in self.roles)
+        return load_adapter_weights(model, self.folder, lambda name: find_role(name, family) in self.roles)
 
 
-def read_earlier(
-    path: str, family: Family, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
-) -> AdapterFolder | None:
+def read_init_adapter(
+    path: str, family: ModelFamily, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
+) -> PeftAdapter | None:
     """Find the adapter of ``--init_adapter`` and check that training can go on from it.
 
     Args:
@@ -92,7 +92,7 @@ def read_earlier(
         kind = "with it; give it here too" if trained else "without it"
         raise SettingsError(f"--trim_audio_tokens: the adapter of --init_adapter {path} was trained {kind}")
     ordered = tuple(role for role in family.roles if role in roles)
-    return AdapterFolder(folder, ordered, str(stored.get("base_model_name_or_path") or ""), trained)
+    return PeftAdapter(folder, ordered, str(stored.get("base_model_name_or_path") or ""), trained)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -105,16 +105,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def start_from(model: PeftModel, family: Family, earlier: EarlierAdapter, roles: Sequence[str]) -> int:
+def load_init_adapter(model: PeftModel, family: ModelFamily, earlier: InitAdapter, roles: Sequence[str]) -> int:
     """Copy an earlier adapter into LoRA that covers its roles and maybe more; what is outside ``roles`` is frozen.
 
     Returns:
         Tensors copied.
     Raises:
-        RunError: See ``EarlierAdapter.copy_into``.
+        RunError: See ``InitAdapter.copy_into``.
     """
     copied = earlier.copy_into(model, family)
     for name, parameter in model.named_parameters():
-        if role_of(name, family) not in roles:
+        if find_role(name, family) not in roles:
             parameter.requires_grad_(False)
     return copied

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from voxray.core.errors import RunError
 from voxray.models.adapters.audio_trim_record import write_record
-from voxray.models.interface import Family
+from voxray.models.interface import ModelFamily
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FULL = "full"
 
 
-def target_pattern(family: Family, roles: Sequence[str], targets: Sequence[str] = ()) -> str:
+def target_pattern(family: ModelFamily, roles: Sequence[str], targets: Sequence[str] = ()) -> str:
     """Regular expression over whole module names that matches the LoRA layers of some roles and nothing else.
 
     Args:
@@ -39,7 +39,7 @@ def target_pattern(family: Family, roles: Sequence[str], targets: Sequence[str] 
     return "|".join(parts)
 
 
-def role_of(name: str, family: Family) -> str:
+def find_role(name: str, family: ModelFamily) -> str:
     """Role of a module or parameter name; "other" if it belongs to none."""
     path = name.split(".")
     return next((role for role, within in family.roles.items() if any(word in path for word in within)), "other")
@@ -47,7 +47,7 @@ def role_of(name: str, family: Family) -> str:
 
 def add_lora(
     model: Any,
-    family: Family,
+    family: ModelFamily,
     roles: Sequence[str],
     *,
     model_id: str,
@@ -81,24 +81,24 @@ def add_lora(
     )
     matched = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
     for role in adapted:
-        if not any(role_of(name, family) == role for name in matched):
+        if not any(find_role(name, family) == role for name in matched):
             raise RunError(f"LoRA: no layer of the {role} is called {', '.join(targets or family.lora_targets[role])}")
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if role_of(name, family) in roles and any(f".{whole}." in f".{name}." for whole in family.trained_whole):
+        if find_role(name, family) in roles and any(f".{whole}." in f".{name}." for whole in family.full_modules):
             parameter.requires_grad_(True)
     check_lora(wrapped, family, roles)
     return wrapped
 
 
-def train_fully(model: Any, family: Family, roles: Sequence[str]) -> Any:
+def train_fully(model: Any, family: ModelFamily, roles: Sequence[str]) -> Any:
     """Let all weights of the given roles train, without LoRA.
 
     Raises:
         RunError: A role has no weights.
     """
     for name, parameter in model.named_parameters():
-        if role_of(name, family) in roles and not any(f".{fixed}." in f".{name}." for fixed in family.fixed):
+        if find_role(name, family) in roles and not any(f".{fixed}." in f".{name}." for fixed in family.always_frozen):
             parameter.requires_grad_(True)
     counts = count_parameters(model, family)
     for role in roles:
@@ -107,18 +107,18 @@ def train_fully(model: Any, family: Family, roles: Sequence[str]) -> Any:
     return model
 
 
-def check_lora(model: torch.nn.Module, family: Family, roles: Sequence[str]) -> None:
+def check_lora(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str]) -> None:
     """Refuse a model in which anything outside the roles trains."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and role_of(name, family) not in roles:
+        if parameter.requires_grad and find_role(name, family) not in roles:
             raise RunError(f"LoRA: {name} would train, but only {', '.join(roles)} should")
 
 
-def count_parameters(model: torch.nn.Module, family: Family) -> dict[str, dict[str, int]]:
+def count_parameters(model: torch.nn.Module, family: ModelFamily) -> dict[str, dict[str, int]]:
     """{role: {"total", "trainable"}} in parameters; ``total`` counts the LoRA weights as well."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
-        entry = counts.setdefault(role_of(name, family), {"total": 0, "trainable": 0})
+        entry = counts.setdefault(find_role(name, family), {"total": 0, "trainable": 0})
         entry["total"] += parameter.numel()
         entry["trainable"] += parameter.numel() * parameter.requires_grad
     return counts
@@ -258,13 +258,13 @@ def find_adapter(path: str, flag: str = "--lora_dir") -> Path:
     return usable[-1][1]
 
 
-def roles_of_adapter(folder: Path, family: Family) -> set[str]:
+def roles_of_adapter(folder: Path, family: ModelFamily) -> set[str]:
     """Roles that an adapter on disk changes.
 
     Raises:
         RunError: It cannot be read.
     """
-    return {role_of(name, family) for name in tensor_names(folder)}
+    return {find_role(name, family) for name in tensor_names(folder)}
 
 
 def tensor_names(folder: Path) -> list[str]:

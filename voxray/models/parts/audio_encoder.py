@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.hf_files import weights_below
 from voxray.models.interface import AudioPath
 
@@ -27,7 +27,7 @@ class PassThrough(torch.nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=input_features.to(self.dtype))
 
 
-class Outputs(torch.nn.Module):
+class EncoderOutputs(torch.nn.Module):
     """An encoder of which only the outputs are taken, for compiling: mel_WFT -> states_WPD."""
 
     def __init__(self, encoder: torch.nn.Module) -> None:
@@ -38,7 +38,7 @@ class Outputs(torch.nn.Module):
         return self.encoder(mel_WFT, return_dict=True).last_hidden_state
 
 
-def hear_through(encoder: Any, run: AudioPath) -> None:
+def replace_audio_encoder(encoder: Any, run: AudioPath) -> None:
     """Let an encoder's outputs come from elsewhere, and free the memory of its layers.
 
     The encoder itself stays: transformers reads the strides of its convolutions when it divides a long recording.
@@ -82,7 +82,7 @@ def load_alone(
     try:
         encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights_below(model_id, module).items()})
     except RuntimeError as error:
-        raise RunError(f"--model_id {model_id}: {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"--model_id {model_id}: {one_line(error, 300)}") from None
     return encoder.to(device).requires_grad_(False).eval()
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.core.storage import checksum
-from voxray.models.interface import AudioPath, Family
+from voxray.models.interface import AudioPath, ModelFamily
 
 REPORT = "compiled.json"
 FORMAT = 1
@@ -49,7 +49,7 @@ class CompiledAudio:
         assert shape == self._shape, f"windows of {shape}, not {self._shape}"
         mel_WFT, lengths = inputs[0].to(self._dtype), inputs[1:]
         found = []
-        for start, number, size in parts_of(len(mel_WFT), sorted(self._programs)):
+        for start, number, size in split_windows(len(mel_WFT), sorted(self._programs)):
             part = [_filled_up(values[start : start + number], size) for values in (mel_WFT, *lengths)]
             states = self._programs[size](*part)
             found.append(states[: number * (len(states) // size)])
@@ -61,7 +61,7 @@ def _filled_up(values: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(size - len(values), *values.shape[1:])])
 
 
-def parts_of(num_windows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def split_windows(num_windows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Divide windows among programs.
 
     Args:
@@ -77,7 +77,7 @@ def parts_of(num_windows: int, sizes: Sequence[int]) -> Iterator[tuple[int, int,
         start += size
 
 
-def use_compiled(model: Any, family: Family, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
+def use_compiled(model: Any, family: ModelFamily, folder: Path, *, dtype: torch.dtype, device: torch.device) -> None:
     """Let a loaded model, with its adapter, hear through a compiled audio path.
 
     Raises:
@@ -85,7 +85,7 @@ def use_compiled(model: Any, family: Family, folder: Path, *, dtype: torch.dtype
     """
     report = read_report(folder)
     path = family.audio_path(model)
-    _check(report, folder, {**described(family, dtype, device), "weights": weights_of(path)})
+    _check(report, folder, {**described(family, dtype, device), "weights": weights_hash(path)})
     if report["backend"] == "tensorrt":
         import_tensorrt("--compiled")
     programs = {}
@@ -127,7 +127,7 @@ def _check(report: Mapping[str, Any], folder: Path, now: Mapping[str, str]) -> N
         raise RunError(f"--compiled {folder}: {what}; compile it again with jobs/compile.py")
 
 
-def described(family: Family, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def described(family: ModelFamily, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
     """What a compiled program depends on beside the weights."""
     return {
         "family": family.name,
@@ -153,7 +153,7 @@ def _processor() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def weights_of(path: torch.nn.Module) -> str:
+def weights_hash(path: torch.nn.Module) -> str:
     """Hash of everything that an audio path computes with: its tensors, an adapter's among them, and scales."""
     found = hashlib.sha256()
     for name, tensor in sorted(path.state_dict().items()):
@@ -186,5 +186,5 @@ def import_tensorrt(flag: str) -> Any:
             f"{flag}: needs torch_tensorrt, which is not installed (pip install 'voxray[tensorrt]')"
         ) from None
     except OSError as error:  # it is there, but the driver or TensorRT's own libraries are not
-        raise RunError(f"{flag}: torch_tensorrt cannot be used here: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{flag}: torch_tensorrt cannot be used here: {one_line(error, 200)}") from None
     return torch_tensorrt

@@ -16,7 +16,7 @@ MAX_ROWS = 64
 _laid_out: WeakKeyDictionary[torch.nn.Module, tuple[tuple[int, int], torch.Tensor]] = WeakKeyDictionary()
 
 
-def linear_of_few(layer: Any, hidden_BD: torch.Tensor) -> torch.Tensor:
+def few_rows_linear(layer: Any, hidden_BD: torch.Tensor) -> torch.Tensor:
     """What a layer gives for a few rows; to be called in inference mode.
 
     Args:

@@ -9,26 +9,25 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from voxray.models.parts.kv_cache import CausalDecoding, Run
+from voxray.models.parts.kv_cache import CausalDecodeState, Run
 
 
-class CrossDecoding(CausalDecoding):
-    """``CausalDecoding`` whose model is given an ``EncoderDecoderCache``; keys and values of what a row heard leave and
-    join with it."""
+class CrossDecodeState(CausalDecodeState):
+    """``CausalDecodeState`` for encoder-decoders: rows take their cross-attention keys and values with them."""
 
     def __init__(self, run: Run, mask_BL: torch.Tensor) -> None:
         super().__init__(run, mask_BL)
         heard = Cache(layer_class_to_replicate=DynamicLayer)
         self._both = EncoderDecoderCache(self._cache, heard)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        super().keep(rows)
+    def select_rows(self, rows: Sequence[int]) -> None:
+        super().select_rows(rows)
         index = torch.tensor(rows, device=self._mask_BL.device)
         for layer in self._heard:
             layer.keys, layer.values = layer.keys[index], layer.values[index]
 
-    def join(self, other: "CrossDecoding") -> None:  # type: ignore[override]  # rows of the same model
-        super().join(other)
+    def merge(self, other: "CrossDecodeState") -> None:  # type: ignore[override]  # rows of the same model
+        super().merge(other)
         for mine, theirs in zip(self._heard, other._heard, strict=True):
             mine.keys = torch.cat([mine.keys, theirs.keys])
             mine.values = torch.cat([mine.values, theirs.values])

@@ -21,7 +21,7 @@ Run = Callable[..., torch.Tensor]
 """The model: its inputs by name -> logits_BV after the last column."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedCacheLayer(DynamicLayer):
     """Keys and values of one layer, views of tensors that have room for more columns."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +43,7 @@ class RoomyLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         self._take(self.keys[rows, :, first:], self.values[rows, :, first:])
 
-    def join(self, other: "RoomyLayer", length: int) -> None:
+    def append_rows(self, other: "PreallocatedCacheLayer", length: int) -> None:
         """Put another one's rows below, all with ``length`` columns."""
         self._take(_stacked(self.keys, other.keys, length), _stacked(self.values, other.values, length))
 
@@ -70,8 +70,8 @@ def _stacked(first: torch.Tensor | None, second: torch.Tensor | None, length: in
     return torch.cat(padded)
 
 
-class CausalDecoding:
-    """The state of some rows; see ``models.family.Decoding``.
+class CausalDecodeState:
+    """The state of some rows; see ``models.interface.DecodeState``.
 
     Args:
         run: The model.
@@ -79,12 +79,12 @@ class CausalDecoding:
     """
 
     def __init__(self, run: Run, mask_BL: torch.Tensor) -> None:
-        self._run, self._cache = run, Cache(layer_class_to_replicate=RoomyLayer)
+        self._run, self._cache = run, Cache(layer_class_to_replicate=PreallocatedCacheLayer)
         self._see(mask_BL)
         self._position_B = mask_BL.sum(1)
 
     @classmethod
-    def begin(cls, run: Run, inputs: dict[str, Any]) -> tuple[Self, torch.Tensor]:
+    def prefill(cls, run: Run, inputs: dict[str, Any]) -> tuple[Self, torch.Tensor]:
         """Read prompts.
 
         Args:
@@ -97,7 +97,7 @@ class CausalDecoding:
         positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
         return state, run(**inputs, position_ids=positions_BL, past_key_values=state._memory)
 
-    def step(self, ids_B: torch.Tensor) -> torch.Tensor:
+    def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Add a token to every row; returns logits_BV of the next one."""
         self._mask_BL = torch.nn.functional.pad(self._mask_BL, (0, 1), value=True)
         # With four dimensions the library takes the mask as it is; without padding there is none to apply.
@@ -107,7 +107,7 @@ class CausalDecoding:
         self._position_B = self._position_B + 1
         return logits_BV
 
-    def keep(self, rows: Sequence[int]) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Let all other rows go, and the columns that only they had."""
         index = torch.tensor(rows, device=self._mask_BL.device)
         mask_BL = self._mask_BL[index]
@@ -117,7 +117,7 @@ class CausalDecoding:
         for layer in self._layers:
             layer.select(index, first)
 
-    def join(self, other: "CausalDecoding") -> None:
+    def merge(self, other: "CausalDecodeState") -> None:
         """Take another state's rows in, below the own."""
         length = max(self._mask_BL.shape[1], other._mask_BL.shape[1])
         pad = torch.nn.functional.pad
@@ -125,7 +125,7 @@ class CausalDecoding:
         self._see(torch.cat(masks))
         self._position_B = torch.cat([self._position_B, other._position_B])
         for mine, theirs in zip(self._layers, other._layers, strict=True):
-            mine.join(theirs, length)
+            mine.append_rows(theirs, length)
 
     def _see(self, mask_BL: torch.Tensor) -> None:
         self._mask_BL, self._is_padded = mask_BL, not bool(mask_BL.all())
@@ -136,5 +136,5 @@ class CausalDecoding:
         return self._cache
 
     @property
-    def _layers(self) -> list[RoomyLayer]:
+    def _layers(self) -> list[PreallocatedCacheLayer]:
         return self._cache.layers  # type: ignore[return-value]

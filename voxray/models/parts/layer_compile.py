@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 OPTIONS: dict[str, Any] = {"fallback_random": True}
 """Dropout draws what it draws without compiling, so that losses stay those of the seed."""
@@ -29,7 +29,7 @@ def compile_layers(language_model: Any, device: torch.device) -> None:
             get_cpp_compiler()  # the probe may be there already, from a time when there was one
         torch.compile(_probe, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:  # inductor's errors have no common type
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise RunError(f"--compile: nothing can be compiled on this machine: {reason}") from None
     compiled = torch.compile(_call, dynamic=True, options=OPTIONS)
     for layer in language_model.layers:

@@ -6,7 +6,7 @@ Shape letters: K valid mel frames, F mel bins.
 import numpy as np
 
 from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.interface import AudioFeatures, FrontEnd
 
 FEATURES_VERSION = "logmel-1"
@@ -40,7 +40,7 @@ class WindowedLogMel:
         try:
             found = WhisperFeatureExtractor.from_pretrained(self.model_id)
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             raise RunError(f"--model_id {self.model_id}: no usable preprocessor_config.json: {reason}") from None
         wanted = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
         for name, value in {**wanted, "feature_size": self.num_mel_bins, "dither": 0.0}.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 
 QUANTIZED = ("8bit", "4bit")
 
@@ -73,7 +73,7 @@ def load_frozen(
     try:
         model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
     except (OSError, ValueError) as error:
-        raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+        raise RunError(f"--model_id {model_id}: cannot load the weights: {one_line(error)}") from None
     settle(model)
     return model.to(device).requires_grad_(False).eval()
 

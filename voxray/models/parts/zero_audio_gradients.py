@@ -9,7 +9,7 @@ import torch
 
 
 @contextmanager
-def touching(
+def zero_audio_gradients(
     embeddings: torch.nn.Module, roles: Sequence[str], silence: Callable[[bool, torch.device], torch.Tensor]
 ) -> Iterator[None]:
     """Within it the token embeddings depend on what hears audio, by nothing: its weights get gradients of zero.

@@ -9,7 +9,7 @@ from voxray.models.salmonn.folder import write_folder
 from voxray.models.salmonn.prompts import read_prompts
 
 
-def put_together(folder: Path, *, checkpoint: str = "", prompts: str = "", end_sym: str = "", **parts: str) -> str:
+def assemble_salmonn(folder: Path, *, checkpoint: str = "", prompts: str = "", end_sym: str = "", **parts: str) -> str:
     """Write a folder that names the parts (see ``folder.write_folder``) below another one.
 
     Other parts, another checkpoint or other prompts make another folder: what was trained on a base, or answered by it,

@@ -19,7 +19,7 @@ TRAINED = ("ln_speech", "ln_audio", "speech_Qformer", "speech_query_tokens", "sp
 """What SALMONN trains beside the LoRA of its language model."""
 
 
-class TwoTowers:
+class DualEncoder:
     """What both encoders make of clips, for modules that hold them under their names."""
 
     speech_encoder: Any
@@ -38,7 +38,7 @@ class TwoTowers:
         return speech_BKD, self.beats.encode(fbank_BTM, padding_BK)
 
 
-class Towers(TwoTowers, nn.Module):
+class StoredEncoders(DualEncoder, nn.Module):
     """Both encoders by themselves, whose outputs are stored."""
 
     def __init__(self, speech_encoder: nn.Module, beats: nn.Module) -> None:
@@ -62,7 +62,7 @@ class Towers(TwoTowers, nn.Module):
         return torch.cat([speech_WKD, _longer(audio_WKD, speech_WKD.shape[1])], dim=-1)
 
 
-class Hearing(TwoTowers):
+class AudioPathMixin(DualEncoder):
     """From clips to positions of the language model, for modules that hold all parts under their names."""
 
     config: Any
@@ -117,7 +117,7 @@ class Hearing(TwoTowers):
         return self._query(*self.towers(mel_WFT, fbank_WTM, padding_WK), padding_WK)
 
     def stored_embeds(self, states_WKD: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
-        """The same from what ``Towers`` gives, if a clip's embeddings do not depend on its batch."""
+        """The same from what ``StoredEncoders`` gives, if a clip's embeddings do not depend on its batch."""
         widths = self.config.speech_config.d_model, self.config.beats_config.encoder_embed_dim
         padding_WK = self._beyond(num_samples_W.clamp(min=MIN_SAMPLES), states_WKD.shape[1])
         speech_WKD, audio_WKD = states_WKD.split(widths, dim=-1)
@@ -146,7 +146,7 @@ class Hearing(TwoTowers):
         return self.speech_llama_proj(heard).reshape(num_clips, num_windows * heard.shape[1], -1)
 
 
-class WindowPath(Hearing, nn.Module):
+class WindowPath(AudioPathMixin, nn.Module):
     """All of a SALMONN that hears, for compiling: its shapes depend on no clip's length, so BEATs hears whole windows.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.salmonn.audio_path import TRAINED
 from voxray.models.salmonn.config import BeatsConfig
 
@@ -75,7 +75,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """What became of a checkpoint's tensors.
 
     Attributes:
@@ -124,7 +124,7 @@ def read_tensors(path: str | Path, part: str) -> dict[str, torch.Tensor]:
     return _tensors(_read(path), part, path)
 
 
-def load_trained(model: torch.nn.Module, trained: Trained) -> Loaded:
+def load_trained(model: torch.nn.Module, trained: Trained) -> LoadReport:
     """Copy a checkpoint's tensors into a model that has its LoRA, if the checkpoint has one.
 
     Raises:
@@ -152,7 +152,7 @@ def load_trained(model: torch.nn.Module, trained: Trained) -> Loaded:
     with torch.no_grad():
         for name in loaded:
             wanted[name].copy_(trained.tensors[name])
-    return Loaded(len(loaded), tuple(sorted(base)))
+    return LoadReport(len(loaded), tuple(sorted(base)))
 
 
 def _is_trained(name: str) -> bool:
@@ -231,7 +231,7 @@ def load_beats_weights(beats: torch.nn.Module, tensors: Mapping[str, torch.Tenso
     try:
         beats.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        raise RunError(f"{path}: not the weights of its own 'cfg': {' '.join(str(error).split())[:300]}") from None
+        raise RunError(f"{path}: not the weights of its own 'cfg': {one_line(error, 300)}") from None
 
 
 def _read(path: str | Path) -> dict[str, Any]:
@@ -254,4 +254,4 @@ def _tensors(content: dict[str, Any], part: str, path: str | Path) -> dict[str, 
 
 
 def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).partition(". ")[0][:200]
+    return one_line(error).partition(". ")[0][:200]

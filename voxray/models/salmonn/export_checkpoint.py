@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.lora import add_lora
-from voxray.models.interface import Family
+from voxray.models.interface import ModelFamily
 from voxray.models.salmonn.audio_path import TRAINED
 from voxray.models.salmonn.checkpoint import load_trained, official_name, official_tensors, read_trained, write_trained
 from voxray.models.salmonn.folder import read_folder
@@ -53,7 +53,7 @@ def write_official(model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
     return folder / CHECKPOINT, len(kept)
 
 
-def read_official_model(base: Any, family: Family, path: Path) -> Any:
+def read_official_model(base: Any, family: ModelFamily, path: Path) -> Any:
     """A plain base with what ``write_official`` wrote, in eval mode."""
     trained = read_trained(path)
     alpha = float(trained.settings["lora_alpha"])

@@ -14,17 +14,17 @@ from transformers.utils import logging
 
 from voxray.core.errors import SettingsError
 from voxray.core.tasks import TASKS
-from voxray.models.hf_files import base_of, outlined
+from voxray.models.hf_files import build_on_meta, unwrap_peft
 from voxray.models.interface import AudioPath
 from voxray.models.parts.audio_encoder import PassThrough
-from voxray.models.parts.cpu_lm_head import linear_of_few
-from voxray.models.parts.kv_cache import CausalDecoding
+from voxray.models.parts.cpu_lm_head import few_rows_linear
+from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.parts.layer_compile import compile_layers, uncompiled
 from voxray.models.parts.logmel_windows import ENCODER_STRIDE
 from voxray.models.parts.packed_attention import Segments, use_packed_attention
 from voxray.models.parts.quantize import quantization, settle
-from voxray.models.parts.zero_audio_gradients import touching
-from voxray.models.salmonn.audio_path import TOWERS, TRAINED, Towers, WindowPath
+from voxray.models.parts.zero_audio_gradients import zero_audio_gradients
+from voxray.models.salmonn.audio_path import TOWERS, TRAINED, StoredEncoders, WindowPath
 from voxray.models.salmonn.checkpoint import official_name
 from voxray.models.salmonn.folder import copy_files, load_folder, load_towers, read_folder, towers_fingerprint
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
@@ -46,8 +46,8 @@ class Salmonn:
     tasks: tuple[str, ...] = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType({"encoder": TOWERS, "projector": TRAINED, "llm": (LLM,)})
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType({"llm": ("q_proj", "v_proj")})
-    trained_whole: tuple[str, ...] = TRAINED
-    fixed: tuple[str, ...] = TOWERS
+    full_modules: tuple[str, ...] = TRAINED
+    always_frozen: tuple[str, ...] = TOWERS
     quantized: tuple[str, ...] = ("llm",)
     files: tuple[str, ...] = ()
 
@@ -73,7 +73,7 @@ class Salmonn:
         config = quantization(quantize, dtype, (*TOWERS, *TRAINED, "lm_head"))
         options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
         model = load_folder(model_id, dtype=dtype, **options)
-        if base_of(model.llama_model) is not model.llama_model:
+        if unwrap_peft(model.llama_model) is not model.llama_model:
             if config and "checkpoint" in (read_folder(model_id).parts or {}):
                 raise SettingsError(
                     f"--quantize {quantize}: the LoRA of the checkpoint that {model_id} names cannot be added into "
@@ -83,10 +83,10 @@ class Salmonn:
         settle(model)
         return model.to(device).requires_grad_(False).eval()
 
-    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+    def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """The model without weights (see ``models.family.Family``)."""
         config = read_folder(model_id)
-        return outlined(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
+        return build_on_meta(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Put what stands beside configuration and weights, tokenizer and front ends, into another folder."""
@@ -117,7 +117,7 @@ class Salmonn:
         _refuse_batch_dependence(read_folder(model_id), model_id)
         return towers_fingerprint(model_id)
 
-    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> StoredEncoders:
         """Load both encoders alone, as ``load_model`` would load them.
 
         Raises:
@@ -126,18 +126,18 @@ class Salmonn:
         return load_towers(model_id, dtype=dtype, device=device)
 
     @torch.inference_mode()
-    def encode(self, encoder: Towers, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+    def encode(self, encoder: StoredEncoders, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
         """Outputs of both encoders for whole windows.
 
         Returns:
-            states_WKD (see ``hearing.Towers``).
+            states_WKD (see ``hearing.StoredEncoders``).
         """
         device = next(encoder.parameters()).device
         return encoder(features_WFT.to(device), num_samples_W.to(device))
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take both encoders' outputs as ``input_features``, and free the encoders' memory."""
-        base = base_of(model)
+        base = unwrap_peft(model)
         for name in TOWERS:
             setattr(base, name, PassThrough(base.dtype))
         base.window_embeds = base.stored_embeds
@@ -148,13 +148,13 @@ class Salmonn:
         Raises:
             SettingsError: The folder says that a clip's embeddings depend on its batch.
         """
-        base = base_of(model)
+        base = unwrap_peft(model)
         _refuse_batch_dependence(base.config, base.name_or_path)
         return WindowPath(base)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoders' layers."""
-        base = base_of(model)
+        base = unwrap_peft(model)
         base.window_embeds = run
         base.speech_encoder.layers, base.beats.encoder.layers = torch.nn.ModuleList(), torch.nn.ModuleList()
 
@@ -164,10 +164,15 @@ class Salmonn:
         Raises:
             RunError: Nothing can be compiled on this machine.
         """
-        compile_layers(base_of(model).llama_model.model, model.device)
+        compile_layers(unwrap_peft(model).llama_model.model, model.device)
 
     def answer_logits(
-        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor],
+        keep_BL: torch.Tensor,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """Logits at the chosen positions only.
 
@@ -175,13 +180,13 @@ class Salmonn:
             model: The base or its PEFT wrapper.
             batch: As ``collate`` makes it, padded or packed, without labels and tasks.
             keep_BL: True where the next token is to be predicted.
-            touched: Roles that take part even in a batch without audio, without changing the result.
+            roles_in_every_pass: Roles that take part even in a batch without audio, without changing the result.
         Returns:
             logits_NV.
         """
-        base = base_of(model)
-        roles = () if "input_features" in batch else touched
-        with touching(base.get_input_embeddings(), roles, partial(_silence, base)):
+        base = unwrap_peft(model)
+        roles = () if "input_features" in batch else roles_in_every_pass
+        with zero_audio_gradients(base.get_input_embeddings(), roles, partial(_silence, base)):
             inputs = base.llm_inputs(**batch)
         language_model = base.llama_model.model
         if "segment_ends" in inputs:
@@ -190,16 +195,16 @@ class Salmonn:
         hidden_BLD = language_model(use_cache=False, **inputs).last_hidden_state
         return base.llama_model.lm_head(hidden_BLD[keep_BL])
 
-    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecoding, torch.Tensor]:
+    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecodeState, torch.Tensor]:
         """Read left-padded prompts, to continue them token by token (see ``models.family.Family``)."""
-        base = base_of(model)
+        base = unwrap_peft(model)
 
         def run(**inputs: Any) -> torch.Tensor:
             with uncompiled(base.llama_model.model):
                 hidden_BLD = base.llama_model.model(use_cache=True, **inputs).last_hidden_state
-            return linear_of_few(base.llama_model.lm_head, hidden_BLD[:, -1])
+            return few_rows_linear(base.llama_model.lm_head, hidden_BLD[:, -1])
 
-        return CausalDecoding.begin(run, base.llm_inputs(**batch))
+        return CausalDecodeState.prefill(run, base.llm_inputs(**batch))
 
     def generate(
         self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
@@ -209,7 +214,7 @@ class Salmonn:
         Returns:
             ids_BL of the continuations alone, padded on the right.
         """
-        base = base_of(model)
+        base = unwrap_peft(model)
         with uncompiled(base.llama_model.model):
             return base.llama_model.generate(**base.llm_inputs(**batch), **options)
 

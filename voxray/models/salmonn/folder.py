@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.hf_files import model_file, read_config, weights_below
 from voxray.models.parts.audio_encoder import load_alone, tensors_fingerprint, weights_fingerprint
-from voxray.models.salmonn.audio_path import Towers
+from voxray.models.salmonn.audio_path import StoredEncoders
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import load_beats_weights, read_beats, read_trained
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig
@@ -54,7 +54,7 @@ def write_folder(
         try:
             found[name] = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
-            raise RunError(f"{path}: no usable config.json: {' '.join(str(error).split())[:200]}") from None
+            raise RunError(f"{path}: no usable config.json: {one_line(error, 200)}") from None
     tokenizer = load_tokenizer(llm)
     found["llm"].vocab_size = max(found["llm"].vocab_size, len(tokenizer))
     config = build_config(trained, found["whisper"], read_beats(beats)[0], found["llm"], qformer_heads)
@@ -80,7 +80,7 @@ def read_folder(model_id: str) -> SalmonnConfig:
     try:
         config = SalmonnConfig.from_dict(found)
     except (TypeError, ValueError, KeyError) as error:
-        raise RunError(f"--model_id {model_id}: no usable config.json: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"--model_id {model_id}: no usable config.json: {one_line(error, 200)}") from None
     for name, path in (config.parts or {}).items():
         inside = Path(model_id) / path
         if config.parts is not None and inside.exists():
@@ -118,7 +118,7 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
         try:
             return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
         except (OSError, ValueError) as error:
-            raise RunError(f"--model_id {model_id}: cannot load the weights: {' '.join(str(error).split())}") from None
+            raise RunError(f"--model_id {model_id}: cannot load the weights: {one_line(error)}") from None
     qformer: Any = config.qformer_config
     parts = {name: path for name, path in (config.parts or {}).items() if name != "prompts"}
     heads = qformer.num_attention_heads
@@ -129,7 +129,7 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
     return model
 
 
-def load_towers(model_id: str, *, dtype: torch.dtype, device: torch.device) -> Towers:
+def load_towers(model_id: str, *, dtype: torch.dtype, device: torch.device) -> StoredEncoders:
     """Both encoders alone, frozen.
 
     Raises:
@@ -144,7 +144,7 @@ def load_towers(model_id: str, *, dtype: torch.dtype, device: torch.device) -> T
     beats_config, weights = _beats_of(model_id, config)
     beats = Beats(beats_config)
     load_beats_weights(beats, weights, model_id)
-    return Towers(encoder, beats.to(dtype)).to(device).requires_grad_(False).eval()
+    return StoredEncoders(encoder, beats.to(dtype)).to(device).requires_grad_(False).eval()
 
 
 def towers_fingerprint(model_id: str) -> str:

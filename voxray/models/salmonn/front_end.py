@@ -39,7 +39,7 @@ class SalmonnFrontEnd(WindowedLogMel):
     """
 
     max_windows: int | None = None
-    outside_positions = 0
+    cross_attention_positions = 0
     needs_language = False
     trims_audio = False
     counts_samples = True
@@ -141,7 +141,7 @@ class SalmonnFrontEnd(WindowedLogMel):
         except (UnicodeEncodeError, TypeError):
             raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
 
-    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+    def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
         """No row is: all prompts are continued token by token."""
         return False
 

@@ -7,13 +7,13 @@ from typing import Any
 from peft import PeftModel
 
 from voxray.core.errors import SettingsError
-from voxray.models.adapters.init_adapter import AdapterFolder
-from voxray.models.interface import Family
+from voxray.models.adapters.init_adapter import PeftAdapter
+from voxray.models.interface import ModelFamily
 from voxray.models.salmonn.checkpoint import load_trained, read_trained
 from voxray.models.salmonn.loading import LORA_ALPHA
 
 
-class OfficialCheckpoint(AdapterFolder):
+class OfficialCheckpoint(PeftAdapter):
     """A checkpoint of SALMONN's own trainer; ``folder`` is the file."""
 
     def described(self) -> dict[str, Any]:
@@ -21,7 +21,7 @@ class OfficialCheckpoint(AdapterFolder):
         digest = hashlib.sha256(self.folder.read_bytes()).hexdigest()
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
 
-    def copy_into(self, model: PeftModel, family: Family) -> int:
+    def copy_into(self, model: PeftModel, family: ModelFamily) -> int:
         return load_trained(model, read_trained(self.folder)).num_loaded
 
 

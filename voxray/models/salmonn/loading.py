@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
 from transformers.utils import logging
 
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, one_line
 from voxray.models.salmonn.audio_path import TRAINED
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.checkpoint import (
@@ -30,7 +30,7 @@ LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 8, 32, 0.1
 LORA_LAYERS = ("q_proj", "v_proj")
 BERT_WIDTH, BERT_HEADS, BERT_FFN, QFORMER_LAYERS = 768, 12, 3072, 2  # bert-base, of which two layers are built
 
-Rows = Mapping[str, torch.Tensor]
+PadRows = Mapping[str, torch.Tensor]
 
 
 def load(
@@ -39,7 +39,7 @@ def load(
     llm: str | Path,
     checkpoint: str | Path | None = None,
     *,
-    pad_rows: str | Path | Rows | None = None,
+    pad_rows: str | Path | PadRows | None = None,
     dtype: torch.dtype = torch.float32,
     lora: bool = True,
     qformer_heads: int | None = None,
@@ -91,7 +91,7 @@ def load_whisper_encoder(folder: str | Path, dtype: torch.dtype) -> Any:
     try:
         model: Any = WhisperModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: cannot load Whisper: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{folder}: cannot load Whisper: {one_line(error, 200)}") from None
     finally:
         logging.set_verbosity(before)
     return model.encoder
@@ -109,7 +109,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError) as error:
-        raise RunError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{folder}: cannot load the tokenizer: {one_line(error, 200)}") from None
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
@@ -146,7 +146,7 @@ def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: cannot load the language model: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{folder}: cannot load the language model: {one_line(error, 200)}") from None
     num_rows = model.get_input_embeddings().weight.shape[0]
     if num_tokens > num_rows:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
@@ -210,7 +210,7 @@ def wrap_llm(model: SalmonnForConditionalGeneration, trained: Trained | None = N
     model.llama_model = get_peft_model(model.llama_model, config)
 
 
-def set_pad_rows(model: SalmonnForConditionalGeneration, rows: str | Path | Rows) -> None:
+def set_pad_rows(model: SalmonnForConditionalGeneration, rows: str | Path | PadRows) -> None:
     """Set the [PAD] rows of the language model's embedding and head.
 
     Args:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from voxray.models.salmonn.audio_path import TRAINED, Hearing
+from voxray.models.salmonn.audio_path import TRAINED, AudioPathMixin
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.config import SalmonnConfig
 
@@ -21,7 +21,7 @@ AUDIO = ("input_features", "waveform", "waveform_mask", "num_samples")
 """Inputs that ``embed`` takes beside token ids."""
 
 
-class SalmonnForConditionalGeneration(Hearing, PreTrainedModel):
+class SalmonnForConditionalGeneration(AudioPathMixin, PreTrainedModel):
     """The whole model.
 
     Args:
@@ -34,7 +34,7 @@ class SalmonnForConditionalGeneration(Hearing, PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    trained_whole = TRAINED
+    full_modules = TRAINED
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = list(TRAINED)  # noqa: RUF012  # the library's own way
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
 
@@ -100,7 +100,7 @@ def _read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise RunError(f"{path}: cannot read the prompts: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: no YAML: {' '.join(str(error).split())[:200]}") from None
+        raise RunError(f"{path}: no YAML: {one_line(error, 200)}") from None
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise RunError(f"{path}: needs {{task: prompts}}")
     return found

@@ -30,7 +30,7 @@ class Projected(torch.nn.Module):
         return self.projector(states_WPD.reshape(-1, self.width))
 
 
-def hear_through(model: Any, run: AudioPath) -> None:
+def replace_audio_encoder(model: Any, run: AudioPath) -> None:
     """Let the language model's audio positions come from elsewhere, and free the memory of the encoder's layers.
 
     Args:

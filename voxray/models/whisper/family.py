@@ -7,169 +7,33 @@ Shape letters: B rows (one window each, so W too), R some of them, L tokens, T m
 encoder positions, D width, N answer positions, V vocabulary.
 """
 
-import hashlib
-import itertools
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import torch
 
 from voxray.audio.logmel import HOP_SAMPLES
-from voxray.core.errors import BadRow, RunError, SettingsError
-from voxray.core.manifest import Sample
-from voxray.core.source import Segment
-from voxray.models.hf_files import base_of, model_file, outlined
-from voxray.models.interface import AudioPath, UsualFamily
+from voxray.models.hf_files import build_on_meta, unwrap_peft
+from voxray.models.interface import AudioPath, FamilyDefaults
 from voxray.models.parts.audio_encoder import (
-    Outputs,
+    EncoderOutputs,
     PassThrough,
     encode,
-    hear_through,
     load_alone,
+    replace_audio_encoder,
     weights_fingerprint,
 )
-from voxray.models.parts.cpu_lm_head import linear_of_few
-from voxray.models.parts.cross_kv_cache import CrossDecoding
+from voxray.models.parts.cpu_lm_head import few_rows_linear
+from voxray.models.parts.cross_kv_cache import CrossDecodeState
 from voxray.models.parts.layer_compile import compile_layers, uncompiled
-from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 from voxray.models.parts.quantize import load_frozen
+from voxray.models.whisper.front_end import WhisperFrontEnd
 
-TEMPLATE_VERSION = "whisper-1"
 ENCODER = "encoder"
-MAX_AUDIO_SEC = 2 * 3600.0  # of one recording; 230 MB of log-mel
-ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have one more at least
-TIME_STEP_SEC = 0.02  # of Whisper's time tokens: two mel frames
 
 
-class WhisperFrontEnd(WindowedLogMel):
-    """Whisper's features and prompts, equal to ``WhisperProcessor``'s (tests hold the two against each other).
-
-    Args:
-        model_id: Base model.
-        trim_audio: Not possible: a clip has no tokens in the prompt.
-    """
-
-    max_audio_sec = MAX_AUDIO_SEC
-    max_windows: int | None = 1
-    trims_audio = False
-
-    def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
-        from transformers import GenerationConfig, WhisperConfig, WhisperTokenizer
-        from transformers.models.whisper.tokenization_whisper import LANGUAGES
-
-        if trim_audio:
-            raise SettingsError("--trim_audio_tokens: Whisper has no audio tokens in its prompts; leave it out")
-        config: Any = WhisperConfig.from_pretrained(model_id)
-        super().__init__(model_id, config.num_mel_bins, config.max_source_positions)
-        self.encoder_dim: int = config.d_model
-        self.outside_positions: int = config.max_source_positions
-        self.max_positions: int = config.max_target_positions
-        try:
-            self._tokenizer: Any = WhisperTokenizer.from_pretrained(model_id)
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"--model_id {model_id}: no usable tokenizer: {' '.join(str(error).split())[:200]}"
-            ) from None
-        try:
-            generation: Any = GenerationConfig.from_pretrained(model_id)
-        except OSError:
-            generation = None  # checkpoints of old trainers have none
-        self.eos_id = self.pad_id = self._id("<|endoftext|>")
-        self.start_id = self._id("<|startoftranscript|>")
-        self.no_times_id = self._id("<|notimestamps|>")
-        # English-only checkpoints have neither language nor task in their prompts
-        self.is_multilingual = bool(getattr(generation, "is_multilingual", config.vocab_size != ENGLISH_VOCABULARY))
-        self.needs_language = self.is_multilingual
-        known = {f"<|{code}|>": self._tokenizer.convert_tokens_to_ids(f"<|{code}|>") for code in LANGUAGES}
-        known = {token: number for token, number in known.items() if number != self.eos_id}
-        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", known) if self.is_multilingual else {}
-        how = [FEATURES_VERSION, TEMPLATE_VERSION, self.num_mel_bins, self.window_frames, self.is_multilingual]
-        self.fingerprint = hashlib.sha256(json.dumps([*how, self._tokenizer_hash()]).encode()).hexdigest()
-
-    def _id(self, token: str) -> int:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        if self._tokenizer.convert_ids_to_tokens(found) != token:  # what it does not know is <|endoftext|> to it
-            raise RunError(f"--model_id {self.model_id}: its tokenizer has no {token}")
-        return found
-
-    def _tokenizer_hash(self) -> str:
-        names = ("tokenizer.json",)
-        try:
-            paths = [model_file(self.model_id, name) for name in names]
-        except RunError:  # older checkpoints have the vocabulary in two files
-            paths = [model_file(self.model_id, name) for name in ("vocab.json", "merges.txt")]
-        return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
-
-    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
-        """Token ids up to where the answer starts: ``<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>``.
-
-        A row that names no language has no token of one; the model finds it out before it answers. A row that says when
-        its parts are said is written with times, so ``<|notimestamps|>`` is left out.
-
-        Raises:
-            BadRow: Whisper does not answer such a row, or does not know the language.
-        Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
-        """
-        if sample.task.name not in Whisper.tasks:
-            raise BadRow(
-                "unsupported_task", f"Whisper transcribes and does nothing else; this is a row of {sample.task.name}"
-            )
-        ids = [self.start_id]
-        if self.is_multilingual:
-            if sample.language:
-                ids.append(self._language_id(sample.language))
-            ids.append(self._id("<|transcribe|>"))
-        return ids if sample.segments else [*ids, self.no_times_id]
-
-    def _language_id(self, language: str) -> int:
-        token = f"<|{language}|>"
-        if token not in self.language_ids:
-            raise BadRow(
-                "bad_language", f"language {language!r} is none of the {len(self.language_ids)} that this model has"
-            )
-        return self.language_ids[token]
-
-    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
-        """Token ids of the transcript, with the times of its segments if it has any, and the end of text."""
-        ids: list[int] = []
-        if not segments:
-            ids = self._encode(text)
-        for start, end, part in segments:
-            ids += [self._time_id(start), *self._encode(f" {part}"), self._time_id(end)]
-        return [*ids, self.eos_id]
-
-    def _time_id(self, sec: float) -> int:
-        longest = self.window_samples / self.sample_rate_hz
-        return self.no_times_id + 1 + round(min(sec, longest) / TIME_STEP_SEC)
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):
-            raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
-
-    def is_answered_alone(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Recordings of several windows and rows with times: what is written next depends on the times before it."""
-        return num_windows > 1 or self.no_times_id not in prompt_ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without control tokens and times, which all come after the tokens of text."""
-        return self._tokenizer.decode([int(token) for token in ids if token < self.eos_id])
-
-    def show(self, ids: Sequence[int]) -> str:
-        """Text of token ids for people, control tokens and times kept."""
-        runs = itertools.groupby((int(token) for token in ids), lambda token: token < self.eos_id)
-        convert = self._tokenizer.convert_ids_to_tokens
-        return "".join(
-            self.decode(run) if text else "".join(convert(run)) for text, run in ((t, list(r)) for t, r in runs)
-        )
-
-
-class Whisper(UsualFamily):
+class Whisper(FamilyDefaults):
     """Whisper's model side."""
 
     name = "whisper"
@@ -179,7 +43,7 @@ class Whisper(UsualFamily):
     lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType(
         dict.fromkeys((ENCODER, "decoder"), ("q_proj", "v_proj"))
     )
-    fixed: tuple[str, ...] = ("encoder.embed_positions",)  # sinusoids
+    always_frozen: tuple[str, ...] = ("encoder.embed_positions",)  # sinusoids
     quantized: tuple[str, ...] = (ENCODER, "decoder")
     files: tuple[str, ...] = (
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -205,12 +69,12 @@ class Whisper(UsualFamily):
         model.generation_config.forced_decoder_ids = None  # prompts say language and task
         return model
 
-    def outline(self, model_id: str, *, dtype: torch.dtype) -> Any:
+    def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """The model without weights (see ``models.family.Family``)."""
         from transformers import WhisperConfig, WhisperForConditionalGeneration
 
         config = WhisperConfig.from_pretrained(model_id)
-        return outlined(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype), model_id)
+        return build_on_meta(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_fingerprint(self, model_id: str) -> str:
         """Hash of the encoder's weights as they are stored."""
@@ -234,16 +98,16 @@ class Whisper(UsualFamily):
 
     def skip_encoder(self, model: Any) -> None:
         """Make a model take the encoder's outputs as ``input_features``, and free the encoder's memory."""
-        base = base_of(model)
+        base = unwrap_peft(model)
         base.model.encoder = PassThrough(base.dtype)
 
-    def audio_path(self, model: Any) -> Outputs:
+    def audio_path(self, model: Any) -> EncoderOutputs:
         """The encoder: mel_WFT -> states_WPD."""
-        return Outputs(base_of(model).model.encoder)
+        return EncoderOutputs(unwrap_peft(model).model.encoder)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Let what ``audio_path`` gives come from elsewhere, and free the memory of the encoder's layers."""
-        hear_through(base_of(model).model.encoder, run)
+        replace_audio_encoder(unwrap_peft(model).model.encoder, run)
 
     def compile_layers(self, model: Any) -> None:
         """Let ``answer_logits`` run compiled layers of encoder and decoder; ``generate`` leaves them as they are.
@@ -251,13 +115,18 @@ class Whisper(UsualFamily):
         Raises:
             RunError: Nothing can be compiled on this machine.
         """
-        parts = base_of(model).model
+        parts = unwrap_peft(model).model
         for part in (parts.encoder, parts.decoder):
             if not isinstance(part, PassThrough):
                 compile_layers(part, model.device)
 
     def answer_logits(
-        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, touched: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor],
+        keep_BL: torch.Tensor,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """Logits at the chosen positions only.
 
@@ -265,11 +134,11 @@ class Whisper(UsualFamily):
             model: The base or its PEFT wrapper.
             batch: As ``collate`` makes it, padded or packed, without labels and tasks.
             keep_BL: True where the next token is to be predicted.
-            touched: Roles that take part even in a batch without audio; there is none here.
+            roles_in_every_pass: Roles that take part even in a batch without audio; there is none here.
         Returns:
             logits_NV.
         """
-        base = base_of(model)
+        base = unwrap_peft(model)
         ids_BL, mask_BL = (batch["input_ids"], batch.get("attention_mask"))
         if "segment_ends" in batch:
             ids_BL, mask_BL = _unpacked(ids_BL[0], batch["segment_ends"])
@@ -286,12 +155,12 @@ class Whisper(UsualFamily):
         return base.proj_out(hidden_BLD[keep_BL])
 
     @torch.no_grad()
-    def begin(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CrossDecoding, torch.Tensor]:
+    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CrossDecodeState, torch.Tensor]:
         """Read left-padded prompts, to continue them token by token (see ``models.family.Family``).
 
         What generation_config.json suppresses is suppressed here too: some tokens always, some at the beginning.
         """
-        base = base_of(model)
+        base = unwrap_peft(model)
         generation = base.generation_config
         always, first = generation.suppress_tokens or [], generation.begin_suppress_tokens or []
 
@@ -302,7 +171,7 @@ class Whisper(UsualFamily):
                 hidden_BLD = base.model.decoder(
                     encoder_hidden_states=encoder_hidden_states, use_cache=True, **inputs
                 ).last_hidden_state
-            logits_BV = linear_of_few(base.proj_out, hidden_BLD[:, -1])
+            logits_BV = few_rows_linear(base.proj_out, hidden_BLD[:, -1])
             logits_BV[:, always] = -torch.inf
             return logits_BV
 
@@ -310,7 +179,7 @@ class Whisper(UsualFamily):
             states_BPD = _heard(base, batch["input_features"])
         ids_BL, mask_BL = self._with_languages(base, batch["input_ids"], batch["attention_mask"], states_BPD)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "encoder_hidden_states": states_BPD}
-        state, logits_BV = CrossDecoding.begin(run, inputs)
+        state, logits_BV = CrossDecodeState.prefill(run, inputs)
         logits_BV[:, first] = -torch.inf
         return state, logits_BV
 
@@ -349,7 +218,7 @@ class Whisper(UsualFamily):
         """
         from transformers.modeling_outputs import BaseModelOutput
 
-        base, features = base_of(model), batch["input_features"]
+        base, features = unwrap_peft(model), batch["input_features"]
         ids_BL, mask_BL, generation = batch["input_ids"], batch["attention_mask"], base.generation_config
         with_times = generation.no_timestamps_token_id not in ids_BL[0]
         if (with_times or len(features) > len(ids_BL)) and isinstance(base.model.encoder, PassThrough):

@@ -16,7 +16,7 @@ MANIFESTS = "manifests"
 def as_manifests(paths: Sequence[str], folder: Path, prefix: str = "", *, needs_text: bool = True) -> tuple[str, ...]:
     """Write a manifest for each ``{"annotation": [...]}`` file; other paths stay as they are.
 
-    Rows that cannot be read stand in the ledger beside it (see ``ledger_of``).
+    Rows that cannot be read stand in the ledger beside it (see ``ledger_path``).
 
     Args:
         folder: Where manifests are written.
@@ -39,7 +39,7 @@ def is_annotation(path: str) -> bool:
     return path.endswith(".json") and detect(path) == "salmonn"
 
 
-def ledger_of(manifest: str | Path) -> Path:
+def ledger_path(manifest: str | Path) -> Path:
     """Where the rows are listed that an annotation file has and its manifest has not."""
     return Path(manifest).with_suffix(".quarantine.jsonl")
 
@@ -55,7 +55,7 @@ def _write(path: Path, manifest: Path, prefix: str, needs_text: bool) -> None:
                 rows.append({"id": entry.id, **entry.values})
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: {error}") from None
-    ledger = ledger_of(manifest)
+    ledger = ledger_path(manifest)
     manifest.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(ledger, to_jsonl(faults))
     if not rows:

@@ -1,0 +1,145 @@
+"""Features and prompts of Voxtral, without weights."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from voxray.audio.logmel import num_valid_frames
+from voxray.core.errors import BadRow, RunError, one_line
+from voxray.core.manifest import Sample
+from voxray.core.source import Segment
+from voxray.models.adapters.audio_trim_record import trims_audio
+from voxray.models.hf_files import model_file
+from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
+
+TEMPLATE_VERSION = "voxtral-v7-1"
+MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
+
+
+class VoxtralFrontEnd(WindowedLogMel):
+    """Voxtral's features and prompts, equal to ``VoxtralProcessor``'s (tests hold the two against each other).
+
+    The prompts are built from token ids directly: the processor encodes every clip as a WAV file in base64 to count its
+    windows, which costs more than the features themselves.
+
+    Args:
+        model_id: Base model.
+        trim_audio: Give a clip only the audio tokens that its own frames reach. The encoder still hears whole windows;
+            what it and the projector make of the padding has no place in the language model then (see ``Voxtral``).
+    """
+
+    max_audio_sec = MAX_AUDIO_SEC
+    max_windows: int | None = None
+    cross_attention_positions = 0
+    needs_language = False
+
+    def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
+        from transformers import VoxtralConfig
+
+        config: Any = VoxtralConfig.from_pretrained(model_id)
+        audio = config.audio_config
+        super().__init__(model_id, audio.num_mel_bins, audio.max_source_positions)
+        self.trims_audio = trims_audio(model_id, trim_audio)
+        self.encoder_dim: int = audio.hidden_size
+        self.max_positions: int = config.text_config.max_position_embeddings
+        # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
+        self.positions_per_window: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+        self.frames_per_position = self.window_frames // self.positions_per_window  # 3,000 / 375 = 8
+        self._load_tokenizer()
+        self.fingerprint = hashlib.sha256(
+            json.dumps(
+                [
+                    FEATURES_VERSION,
+                    TEMPLATE_VERSION,
+                    self.num_mel_bins,
+                    self.window_frames,
+                    self.positions_per_window,
+                    hashlib.sha256(Path(self._tokenizer_path).read_bytes()).hexdigest(),
+                    *(["trimmed"] if self.trims_audio else []),
+                ]
+            ).encode()
+        ).hexdigest()
+
+    def _load_tokenizer(self) -> None:
+        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+        self._tokenizer_path = model_file(self.model_id, "tekken.json")
+        names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
+        try:
+            self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
+            ids = [self._tekken.get_special_token(name) for name in names]
+        except Exception as error:
+            reason = one_line(error, 200)
+            raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {reason}") from None
+        self.bos_id, self.eos_id, self.pad_id = ids[:3]
+        self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The tokenizer is read again where the front end arrives: its Rust core does not pickle."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_tekken"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._load_tokenizer()
+
+    def num_positions(self, num_samples: int) -> int:
+        """Audio tokens of a clip: those of whole windows, or, trimmed, those that its frames reach.
+
+        A position holds eight mel frames: the encoder's stride of two, four of whose frames the projector takes.
+        """
+        padded = self.num_windows(num_samples)
+        if not self.trims_audio:
+            return padded * self.positions_per_window
+        return -(-num_valid_frames(num_samples, padded * self.window_samples) // self.frames_per_position)
+
+    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
+        """Token ids up to where the answer starts.
+
+        Args:
+            num_samples: Length of the clip at 16 kHz; 0 leaves out its tokens.
+
+        A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
+        the language is unknown), a chat is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
+
+        Source: mistral-common, ``InstructTokenizerV7``.
+        """
+        ids = [self.bos_id, self.begin_inst_id]
+        if sample.audio_path:
+            ids += [self.begin_audio_id] + [self.audio_id] * (self.num_positions(num_samples) if num_samples else 0)
+        if sample.task.template == "transcription":
+            language = self._encode(f"lang:{sample.language}") if sample.language else []
+            return [*ids, self.end_inst_id, *language, self.transcribe_id]
+        return [*ids, *self._encode(sample.prompt), self.end_inst_id]
+
+    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
+        """Token ids of the answer and the end-of-text token after it."""
+        return [*self._encode(text), self.eos_id]
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._tekken.encode(text, bos=False, eos=False)
+        except UnicodeEncodeError:
+            raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
+
+    def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
+        """Never: all windows of a clip stand in one prompt."""
+        return False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without control tokens."""
+        return self._decode(ids, "IGNORE")
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of token ids for people: control tokens kept, runs of audio positions as ``[AUDIO]x375``."""
+        text = self._decode(ids, "KEEP")
+        return re.sub(r"(?:\[AUDIO\])+", lambda run: f"[AUDIO]x{run[0].count('[AUDIO]')}", text)
+
+    def _decode(self, ids: Sequence[int], policy: str) -> str:
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        return self._tekken.decode([int(token) for token in ids], special_token_policy=SpecialTokenPolicy[policy])
