@@ -1,22 +1,22 @@
-# Each target is enough by itself on a fresh clone: it makes .venv first, once. Start with `make demo`.
+# Every target works on a fresh clone: it creates .venv first, once. Start with `make demo`.
 #   make setup   .venv with the versions of constraints.txt      make check   lint, then test
-#   make demo    the smallest run of everything, on a CPU        make lint    ruff (rules, format) and basedpyright
-#   make test    the tests, on the CPU and without network       make chaos   the long tests and those that kill things
+#   make demo    the smallest full run, on a CPU                 make lint    ruff (rules, format) and basedpyright
+#   make test    the tests, on the CPU and without network       make chaos   long tests and tests that kill processes
 #   make clean   remove .venv and caches
-# PYTHON=python3.12 names another interpreter; VOXRAY_TORCH_INDEX=URL an extra pip index for torch (see tools/setup.py).
+# PYTHON=python3.12 selects an interpreter; VOXRAY_TORCH_INDEX=URL adds a pip index for torch (see tools/setup.py).
 
-# Tried by running each: a version manager's stub is on PATH even where it leads nowhere.
+# Each candidate is run, because a version manager's stub can be on PATH without a Python behind it.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && \
 	echo $$python && break; done)
 
-# Written last by tools/setup.py; older than one of the files below means that set-up has something to do.
+# tools/setup.py writes this file last. If it is older than one of its prerequisites, set-up runs again.
 STAMP := .venv/.setup-done
 
-# .venv/bin on PATH is for ninja, which DeepSpeed calls by name.
+# .venv/bin is on PATH because DeepSpeed calls ninja by name.
 WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-# The tests see no GPU, no network and no cluster of somebody else's, whatever the machine has.
+# Hide the machine's GPUs, the network and any running Ray cluster from the tests.
 TEST_ENV := env -u RAY_ADDRESS $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 

@@ -1,16 +1,16 @@
-"""The featurize job against the sum of its parts, and how its time and memory grow with the data.
+"""Compare the featurize job with the sum of its parts, and measure how its time and memory grow with the data.
 
 The parts (read and decode FLAC at 48 kHz, resample, log-mel, tokens, write shards) are timed one after the other in one
-process with one thread. Together they give a rate per core; times the actors, that is what the job could reach. The job
-runs on Ray like ``jobs/featurize.py``, once per ``--hours``. Three ratios to that bound:
+process with one thread. Together they give a rate per core. That rate times the number of actors is the upper bound of
+the job. The job runs on Ray like ``jobs/featurize.py``, once per ``--hours``. Three ratios to the bound:
 
-    whole    all the time there is, Ray's start included
-    steady   from the first shard to the last; the start does not count
-    CPU      seconds of processor time: the parts' against what the actors used. This one holds on a busy machine
+    whole    over the whole time, Ray's start included
+    steady   from the first shard to the last, without the start
+    CPU      CPU seconds of the parts over CPU seconds of the actors; also valid on a busy machine
 
-A core that other processes use as well makes the first two ratios smaller, as the parts are timed in processor time.
-``cores`` shows how much of their cores the actors had in the steady time: ``steady`` is ``CPU`` times ``cores``. It is
-below 1 where others take the cores or where actors wait for work; only an idle machine tells which.
+The parts are timed in CPU time, so other processes on the same cores make the first two ratios smaller. ``cores`` is
+the share of their cores that the actors had in the steady time; ``steady`` is ``CPU`` times ``cores``. It is below 1 if
+other processes take the cores or if actors wait for work; only an idle machine shows which.
 Prints a table and one JSON line with the same figures.
 
     python benchmarks/featurize.py --hours 1,10
@@ -32,7 +32,7 @@ import soundfile
 import soxr
 import torch
 
-from voxray.commands.train import ray_session
+from voxray.cluster.session import ray_session
 from voxray.core.manifest import Sample
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import TASKS
@@ -43,15 +43,15 @@ from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 TINY = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 RATE_HZ, CLIP_SEC = 48_000, 7.7
-NUM_CLIPS = 64  # different ones; the others are hard links to them
-ROWS_PER_SHARD = 64  # the default of the job
+NUM_CLIPS = 64  # distinct clips; all other rows are hard links to them
+ROWS_PER_SHARD = 64  # the job's default
 TEXT = "환자는 어제부터 열이 나고 기침을 하며 혈압은 120/80 이었습니다"
 GIB = 1 << 30
-MIN_STEADY_SEC = 5.0  # less is too short to be measured
+MIN_STEADY_SEC = 5.0  # a shorter time cannot be measured
 
 
 def write_clips(folder: Path) -> list[Path]:
-    """Speech-like to FLAC: noise that falls off with frequency, in syllables, 16 bits."""
+    """Write 16-bit FLAC clips that compress like speech: noise that falls off with frequency, in syllables."""
     paths = []
     for number in range(NUM_CLIPS):
         random, size = np.random.default_rng(number), round(RATE_HZ * CLIP_SEC)
@@ -63,7 +63,7 @@ def write_clips(folder: Path) -> list[Path]:
 
 
 def write_manifest(folder: Path, clips: list[Path], hours: float) -> tuple[Path, float]:
-    """Returns: the manifest and the seconds of audio that it names."""
+    """Write a manifest; returns its path and its seconds of audio."""
     folder.mkdir()
     num_rows = round(hours * 3600 / CLIP_SEC)
     with open(folder / "m.jsonl", "w", encoding="utf-8") as manifest:
@@ -75,33 +75,33 @@ def write_manifest(folder: Path, clips: list[Path], hours: float) -> tuple[Path,
 
 
 def measure_parts(clips: list[Path], folder: Path, passes: int) -> dict[str, float]:
-    """Processor seconds of each part per second of audio, the best of some passes over all clips."""
+    """CPU seconds of each part per second of audio. The best of several passes over all clips."""
     torch.set_num_threads(1)
     front_end = VoxtralFrontEnd(str(TINY))
-    task = Sample("id", TASKS["asr"], "", TEXT, str(clips[0]), "ko", "m.jsonl:1")
+    sample = Sample("id", TASKS["asr"], "", TEXT, str(clips[0]), "ko", "m.jsonl:1")
     best: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
-        began = time.process_time()
+        start_sec = time.process_time()
         result = work()
-        spent = (time.process_time() - began) / (CLIP_SEC * len(clips))
-        best[name] = min(best.get(name, spent), spent)
+        sec_per_sec = (time.process_time() - start_sec) / (CLIP_SEC * len(clips))
+        best[name] = min(best.get(name, sec_per_sec), sec_per_sec)
         return result
 
     def one_pass() -> None:
         decoded = timed("decode", lambda: [soundfile.read(path, dtype="float32")[0] for path in clips])
         samples = timed("resample", lambda: [soxr.resample(clip, RATE_HZ, 16_000, quality="HQ") for clip in decoded])
-        made = timed("mel", lambda: [front_end.features(clip) for clip in samples])
+        mels = timed("mel", lambda: [front_end.features(clip) for clip in samples])
         two_windows = 2 * front_end.window_samples
         ids = timed(
-            "tokens", lambda: [(front_end.prompt_ids(task, two_windows), front_end.target_ids(TEXT)) for _ in clips]
+            "tokens", lambda: [(front_end.prompt_ids(sample, two_windows), front_end.target_ids(TEXT)) for _ in clips]
         )
         names = ("id", "language", "source", "audio_path", "prompt", "answer")
         rows = [
-            {name: getattr(task, name) for name in names}
+            {name: getattr(sample, name) for name in names}
             | {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill, "num_windows": 2}
             | {"task": "asr", "variant": 0, "num_samples": len(clip), "prompt_ids": prompt, "target_ids": target}
-            for clip, features, (prompt, target) in zip(samples, made, ids, strict=True)
+            for clip, features, (prompt, target) in zip(samples, mels, ids, strict=True)
         ]
         shape = (front_end.num_mel_bins,)
         shard = folder / "parts" / "00000.arrow"
@@ -112,16 +112,16 @@ def measure_parts(clips: list[Path], folder: Path, passes: int) -> dict[str, flo
     return best
 
 
-class Watch:
-    """Processor time and memory of the actors, and memory of this process, looked at ten times a second."""
+class ProcessWatcher:
+    """Samples CPU time and memory of the actors, and memory of this process, ten times a second."""
 
     def __init__(self) -> None:
         self.cpu_sec: dict[int, float] = {}
         self.actor_bytes = self.driver_bytes = 0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ProcessWatcher":
         self._thread.start()
         return self
 
@@ -129,34 +129,34 @@ class Watch:
         self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         this = psutil.Process()
         while not self._stop.wait(0.1):
             self.driver_bytes = max(self.driver_bytes, this.memory_info().rss)
             for process in this.children(recursive=True):
                 try:
                     if "MapWorker" in process.cmdline()[0]:
-                        spent = process.cpu_times()
-                        self.cpu_sec[process.pid] = spent.user + spent.system
+                        times = process.cpu_times()
+                        self.cpu_sec[process.pid] = times.user + times.system
                         memory = process.memory_info()
                         self.actor_bytes = max(self.actor_bytes, memory.rss - memory.shared)
                 except (psutil.Error, IndexError):
-                    continue  # ended meanwhile
+                    continue  # the process has ended
 
 
 def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float) -> dict[str, Any]:
-    """One featurize job with its own Ray.
+    """Run one featurize job with its own Ray.
 
     Args:
-        parts_sec: What the parts take of one core per second of audio.
+        parts_sec: CPU seconds of the parts per second of audio.
     """
-    marks: list[tuple[float, int, float]] = []
-    began = time.perf_counter()
-    with Watch() as watch, ray_session(manifest.parent / "ray.log", num_actors):
-        ray_sec = time.perf_counter() - began
+    marks: list[tuple[float, int, float]] = []  # (time, rows done, CPU seconds of the actors)
+    start_sec = time.perf_counter()
+    with ProcessWatcher() as watcher, ray_session(manifest.parent / "ray.log", num_actors):
+        ray_sec = time.perf_counter() - start_sec
 
         def on_progress(done: int, total: int) -> None:
-            marks.append((time.perf_counter(), done, sum(watch.cpu_sec.values())))
+            marks.append((time.perf_counter(), done, sum(watcher.cpu_sec.values())))
 
         report = featurize(
             [str(manifest)],
@@ -166,33 +166,33 @@ def run_job(manifest: Path, audio_sec: float, num_actors: int, parts_sec: float)
             num_actors=num_actors,
             on_progress=on_progress,
         )
-        ended = time.perf_counter()
+        end_sec = time.perf_counter()
     assert report.num_bad == 0
-    # The first shards of all actors belong to the start: nothing was there to be done before them.
+    # The first shards of all actors belong to the start.
     first = marks[min(2 * num_actors, len(marks) - 2)]
-    share = (marks[-1][1] - first[1]) / marks[-1][1]  # of all rows
-    steady_sec, _, spent_sec = (last - then for last, then in zip(marks[-1], first, strict=True))
-    enough = steady_sec >= MIN_STEADY_SEC and spent_sec > 0
+    steady_share = (marks[-1][1] - first[1]) / marks[-1][1]  # share of the rows
+    steady_sec, _, cpu_sec = (last - before for last, before in zip(marks[-1], first, strict=True))
+    is_long_enough = steady_sec >= MIN_STEADY_SEC and cpu_sec > 0
     bound = num_actors / parts_sec
     return {
         "hours": round(audio_sec / 3600, 2),
         "ray_start_sec": round(ray_sec, 1),
-        "first_shard_sec": round(marks[0][0] - began, 1),
-        "total_sec": round(ended - began, 1),
-        "whole": round(audio_sec / (ended - began) / bound, 2),
-        "steady": round(share * audio_sec / steady_sec / bound, 2) if enough else None,
-        "cpu": round(share * audio_sec * parts_sec / spent_sec, 2) if enough else None,
-        "cores": round(spent_sec / steady_sec / num_actors, 2) if enough else None,
-        "driver_gib": round(watch.driver_bytes / GIB, 2),
-        "actor_gib": round(watch.actor_bytes / GIB, 2),
+        "first_shard_sec": round(marks[0][0] - start_sec, 1),
+        "total_sec": round(end_sec - start_sec, 1),
+        "whole": round(audio_sec / (end_sec - start_sec) / bound, 2),
+        "steady": round(steady_share * audio_sec / steady_sec / bound, 2) if is_long_enough else None,
+        "cpu": round(steady_share * audio_sec * parts_sec / cpu_sec, 2) if is_long_enough else None,
+        "cores": round(cpu_sec / steady_sec / num_actors, 2) if is_long_enough else None,
+        "driver_gib": round(watcher.driver_bytes / GIB, 2),
+        "actor_gib": round(watcher.actor_bytes / GIB, 2),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hours", default="2,8", help="hours of audio, one job for each")
+    parser.add_argument("--hours", default="2,8", help="hours of audio; one job for each number")
     parser.add_argument("--num_actors", type=int, default=2)
-    parser.add_argument("--passes", type=int, default=5, help="passes over the parts, of which the best counts")
+    parser.add_argument("--passes", type=int, default=5, help="passes over the parts; the best one counts")
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,17 +1,17 @@
-"""The plan beside what others do with the same lengths: how much of each batch is padding, and how fast it is planned.
+"""Compare the plan with other samplers on the same lengths: padding, balance and planning speed.
 
-Lengths follow the seeds' mix: 43 % speech recognition (375 audio tokens and a transcript), 5 % spoken QA, 52 % text QA.
-Batches hold ``--rows`` rows, or as many tokens as that many average rows have:
+Lengths follow the task mix of the seed data: 43 % speech recognition (375 audio tokens and a transcript), 5 % spoken
+QA, 52 % text QA. Batches hold ``--rows`` rows, or as many tokens as that many average rows:
 
-    random    rows as they come, so many at a time
-    length    length groups as transformers' Trainer makes them (its LengthGroupedSampler)
+    random    a fixed number of rows in random order
+    length    transformers' LengthGroupedSampler
     bucket    lhotse's DynamicBucketingSampler, 30 buckets, a token budget (only if lhotse is installed)
     grouped   voxray --batching length
     packed    voxray --batching packed
 
-``efficiency`` is the share of tokens that are no padding (of packs: of their budget), ``imbalance`` how many more of
-them one of eight ranks computes than another over an epoch, ``shares`` the largest error of a task's share with weights
-1.0, 1.5, 1.2 (voxray's alone hold shares). Prints a table and one JSON line.
+``efficiency`` is the share of tokens that are not padding (for packs: of their budget). ``imbalance`` is how many more
+tokens the most loaded of eight ranks computes over an epoch than the least loaded. ``shares`` is the largest error of a
+task's share with weights 1.0, 1.5, 1.2 (only voxray keeps shares). Prints a table and one JSON line.
 
     python benchmarks/plan.py --rows 16 --count 200000 --large 10000000
 """
@@ -35,7 +35,7 @@ WEIGHTS = {"asr": 1.0, "sqa": 1.5, "tqa": 1.2}
 
 
 def seed_mix(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Task codes and lengths in tokens."""
+    """Task codes and lengths in tokens of ``count`` rows."""
     random, codes = np.random.default_rng(0), {name: code for code, name in enumerate(TASKS)}
     task = random.choice([codes["asr"], codes["sqa"], codes["tqa"]], count, p=[0.43, 0.05, 0.52]).astype(np.int8)
     text = np.clip(random.lognormal(4.6, 0.6, count), 8, 900).astype(np.int32)
@@ -43,22 +43,22 @@ def seed_mix(count: int) -> tuple[np.ndarray, np.ndarray]:
     return task, np.select([task == codes["asr"], task == codes["sqa"]], [spoken, 375 + text // 2], text)
 
 
-def judge(batches: list[np.ndarray], tokens: np.ndarray, budget: int | None) -> dict[str, float]:
-    """Efficiency of the batches, and imbalance of the ranks that take them in turns."""
+def batch_figures(batches: list[np.ndarray], tokens: np.ndarray, budget: int | None) -> dict[str, float]:
+    """Efficiency of batches, and imbalance of ranks that take them in turn."""
     real = np.array([tokens[batch].sum() for batch in batches])
-    spent = np.array([budget or len(batch) * tokens[batch].max() for batch in batches])
-    computed = real if budget else spent  # nothing is computed for the empty end of a pack
+    padded = np.array([budget or len(batch) * tokens[batch].max() for batch in batches])
+    computed = real if budget else padded  # the empty end of a pack costs nothing
     ranks = [computed[rank::RANKS].sum() for rank in range(RANKS)]
-    return {"efficiency": float(real.sum() / spent.sum()), "imbalance": float(max(ranks) / min(ranks) - 1)}
+    return {"efficiency": float(real.sum() / padded.sum()), "imbalance": float(max(ranks) / min(ranks) - 1)}
 
 
-def of_plan(task: np.ndarray, tokens: np.ndarray, how: Batching, weights: Any = None) -> Plan:
-    return Plan(task, np.arange(len(task)), weights, 0, how, 8, num_tokens=tokens)
+def make_plan(task: np.ndarray, tokens: np.ndarray, batching: Batching, weights: Any = None) -> Plan:
+    return Plan(task, np.arange(len(task)), weights, 0, batching, 8, num_tokens=tokens)
 
 
-def epoch_of(plan: Plan) -> list[np.ndarray]:
-    packs = plan.epoch_packs(0)
-    return [packs.pack(number) for number in range(len(packs))]
+def first_epoch(plan: Plan) -> list[np.ndarray]:
+    microbatches = plan.epoch_microbatches(0)
+    return [microbatches[number] for number in range(len(microbatches))]
 
 
 def random_batches(tokens: np.ndarray, rows: int) -> list[np.ndarray]:
@@ -75,7 +75,7 @@ def transformers_batches(tokens: np.ndarray, rows: int) -> list[np.ndarray]:
 
 
 def lhotse_batches(tokens: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Cuts of so many seconds as rows have tokens; padding counts towards the budget."""
+    """Batches of cuts that are as many seconds long as the rows have tokens. The budget includes padding."""
     from lhotse import CutSet, MonoCut, Recording  # pyright: ignore[reportMissingImports]
     from lhotse.dataset import DynamicBucketingSampler  # pyright: ignore[reportMissingImports]
 
@@ -96,54 +96,56 @@ def lhotse_batches(tokens: np.ndarray, budget: int) -> list[np.ndarray]:
 
 
 def measure(name: str, make: Callable[[], list[np.ndarray]], tokens: np.ndarray, budget: int | None) -> dict[str, Any]:
-    began = time.perf_counter()
+    start_sec = time.perf_counter()
     batches = make()
-    seconds = time.perf_counter() - began
-    return {"name": name, **judge(batches, tokens, budget), "per_sec": sum(map(len, batches)) / seconds}
+    seconds = time.perf_counter() - start_sec
+    return {"name": name, **batch_figures(batches, tokens, budget), "per_sec": sum(map(len, batches)) / seconds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=16, help="rows of a batch")
-    parser.add_argument("--count", type=int, default=200_000, help="rows of an epoch")
-    parser.add_argument("--large", type=int, default=10_000_000, help="rows of the large plan; 0 leaves it out")
+    parser.add_argument("--rows", type=int, default=16, help="rows per batch")
+    parser.add_argument("--count", type=int, default=200_000, help="rows per epoch")
+    parser.add_argument("--large", type=int, default=10_000_000, help="rows of a large plan; 0 skips it")
     flags = parser.parse_args()
     task, tokens = seed_mix(flags.count)
     budget = round(float(tokens.mean()) * flags.rows / 256) * 256
-    found = [
+    figures = [
         measure("random", lambda: random_batches(tokens, flags.rows), tokens, None),
         measure("length", lambda: transformers_batches(tokens, flags.rows), tokens, None),
     ]
     try:
-        found.append(measure("bucket", lambda: lhotse_batches(tokens, budget), tokens, None))
+        figures.append(measure("bucket", lambda: lhotse_batches(tokens, budget), tokens, None))
     except ImportError:
-        print("lhotse is not installed, so it is left out")
-    for name, how in (
-        ("grouped", Batching("length", pack_size=flags.rows)),
+        print("lhotse is not installed and is skipped")
+    for name, batching in (
+        ("grouped", Batching("length", microbatch_size=flags.rows)),
         ("packed", Batching("packed", pack_tokens=budget)),
     ):
-        row = measure(
-            name, lambda how=how: epoch_of(of_plan(task, tokens, how)), tokens, budget if name == "packed" else None
-        )
-        drawn = task[of_plan(task, tokens, how, WEIGHTS).epoch_packs(0).rows]
-        wanted = np.array([WEIGHTS[task_name] for task_name in WEIGHTS])
-        error = np.abs(np.bincount(drawn, minlength=len(WEIGHTS)) / len(drawn) - wanted / wanted.sum()).max()
-        found.append({**row, "share_error": float(error)})
-    print(f"{flags.count:,} rows, {flags.rows} rows or {budget:,} tokens a batch")
+
+        def plan_epoch(batching: Batching = batching) -> list[np.ndarray]:
+            return first_epoch(make_plan(task, tokens, batching))
+
+        row = measure(name, plan_epoch, tokens, budget if name == "packed" else None)
+        drawn = task[make_plan(task, tokens, batching, WEIGHTS).epoch_microbatches(0).rows]
+        weights = np.array(list(WEIGHTS.values()))
+        error = np.abs(np.bincount(drawn, minlength=len(WEIGHTS)) / len(drawn) - weights / weights.sum()).max()
+        figures.append({**row, "share_error": float(error)})
+    print(f"{flags.count:,} rows, {flags.rows} rows or {budget:,} tokens per batch")
     print("name     efficiency  imbalance     rows/s  shares")
-    for row in found:
+    for row in figures:
         shares = f"{row['share_error']:.5f}" if "share_error" in row else ""
         print(f"{row['name']:8} {row['efficiency']:10.4f}  {row['imbalance']:9.2%}  {row['per_sec']:9,.0f}  {shares}")
     large = {}
     if flags.large:
         task, tokens = seed_mix(flags.large)
-        before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-        steps = of_plan(task, tokens, Batching("packed", pack_tokens=budget)).steps_of(0)
-        seconds = time.perf_counter() - began
+        before, start_sec = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+        steps = make_plan(task, tokens, Batching("packed", pack_tokens=budget)).steps_in_epoch(0)
+        seconds = time.perf_counter() - start_sec
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
         large = {"rows": flags.large, "steps": steps, "sec": round(seconds, 1), "grown_gib": round(grown, 2)}
         print(f"{flags.large:,} rows packed in {seconds:.1f} s ({steps:,} steps); memory grew by {grown:.2f} GiB")
-    print(json.dumps({"benchmark": "plan", "rows": found, "large": large}))
+    print(json.dumps({"benchmark": "plan", "rows": figures, "large": large}))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Training side by side: voxray's loop and transformers' Trainer, on the same model, rows and LoRA.
+"""Compare the training speed of voxray's loop and transformers' Trainer, with the same model, rows and LoRA.
 
 Two Voxtrals with 30 s windows and random weights, one with a vocabulary of 4,096 and one with 131,072 (only the head
-differs), on rows in the seeds' mix (43 % speech recognition, 5 % spoken QA, 52 % text QA). One epoch each:
+differs), train on rows in the task mix of the seed data (43 % speech recognition, 5 % spoken QA, 52 % text QA). One
+epoch each:
 
-    plain    Trainer as in public Voxtral scripts: log-mel in the collator, rows as they come, LoRA by suffix, which
-             puts it into the audio encoder as well
-    strong   Trainer with what it offers: LoRA on the language model alone, length groups, cached log-mel, two loader
-             workers
-    voxray   packed batches, logits at answers alone, from log-mel shards; LoRA on the projector as well
-    cached   the same from the frozen encoder's outputs
+    plain    Trainer as in public Voxtral scripts: log-mel in the collator, rows in manifest order, LoRA by name suffix,
+             which also adapts the audio encoder
+    strong   Trainer at its best: LoRA on the language model only, length groups, cached log-mel, two loader workers
+    voxray   packed batches, logits at answer positions only, from log-mel shards; LoRA also on the projector
+    cached   the same from stored outputs of the frozen encoder
 
-All with the same threads, type, rank, and the same number of rows in a batch on average. Tokens are those of rows,
-without padding. First the losses on the same batch are compared: speed is not bought with other mathematics. Prints a
-table of ratios and one JSON line.
+All use the same threads, dtype and rank, and the same average number of rows per batch. Tokens are counted without
+padding. The losses on the same batches are compared first, to show that the computation is the same. Prints a table of
+ratios and one JSON line.
 
     python benchmarks/train.py --rows 192
 """
@@ -41,7 +41,6 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from voxray.batches.collate import collate_training
-from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
@@ -50,7 +49,9 @@ from voxray.models.adapters.lora import add_lora
 from voxray.models.interface import IGNORED
 from voxray.models.registry import get_family
 from voxray.models.voxtral.tiny import AUDIO_TOKEN_ID
-from voxray.recipes import multitask
+from voxray.recipes.registry import RunContext
+from voxray.recipes.run_stage import train
+from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss
 from voxray.training.records import read_metrics
 
@@ -58,11 +59,12 @@ ASSETS = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 BATCH_ROWS = 8
+RATIOS = (("voxray", "strong"), ("cached", "strong"), ("cached", "plain"))
 SHORT = "환자는 어제부터 열이 나고 기침을 하며 "
 
 
 def write_model(folder: Path, vocab_size: int) -> str:
-    """A Voxtral with 30 s windows and random weights, in the published layout."""
+    """Write a Voxtral with 30 s windows and random weights, in the published layout; returns its folder."""
     audio = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
     audio |= {"num_mel_bins": 128, "max_source_positions": 1500}
     text = {"model_type": "llama", "vocab_size": vocab_size, "hidden_size": 256, "intermediate_size": 768}
@@ -77,39 +79,39 @@ def write_model(folder: Path, vocab_size: int) -> str:
 
 
 def write_rows(folder: Path, count: int) -> str:
-    """A manifest in the seeds' mix; clips are noise, as what they say does not matter to speed."""
+    """Write a manifest in the task mix of the seed data; clips are noise. Returns its path."""
     random = np.random.default_rng(0)
     for number in range(16):
         sound = random.normal(0, 0.1, round(16_000 * random.uniform(3, 12))).astype(np.float32)
         soundfile.write(folder / f"{number}.wav", sound, 16_000)
     with open(folder / "m.jsonl", "w", encoding="utf-8") as manifest:
-        for number, kind in enumerate(random.choice(["asr", "sqa", "tqa"], count, p=[0.43, 0.05, 0.52])):
+        for number, task in enumerate(random.choice(["asr", "sqa", "tqa"], count, p=[0.43, 0.05, 0.52])):
             clip = {"audio_path": f"{number % 16}.wav", "language": "ko"}
             long = SHORT * max(1, round(random.lognormal(1.0, 0.6)))
             row = {"instruction": long, "input": "", "output": SHORT * 2}
-            row = {**clip, "transcript": SHORT} if kind == "asr" else row
-            row = {**clip, "question": SHORT, "answer": SHORT} if kind == "sqa" else row
+            row = {**clip, "transcript": SHORT} if task == "asr" else row
+            row = {**clip, "question": SHORT, "answer": SHORT} if task == "sqa" else row
             manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
     return str(folder / "m.jsonl")
 
 
 def read_clips(manifest: str) -> dict[int, np.ndarray]:
     """Samples of the rows that have a clip, by row number."""
-    found = {}
+    clips = {}
     for number, line in enumerate(Path(manifest).read_text(encoding="utf-8").splitlines()):
         path = json.loads(line).get("audio_path")
         if path:
-            found[number] = soundfile.read(Path(manifest).parent / path, dtype="float32")[0]
-    return found
+            clips[number] = soundfile.read(Path(manifest).parent / path, dtype="float32")[0]
+    return clips
 
 
-def features_of(manifest: str, model_id: str, folder: Path, store: Any = "mel") -> Features:
+def make_features(manifest: str, model_id: str, folder: Path, store: Any = "mel") -> Features:
     extractor = Extractor(model_id, FeatureSpec(store, dtype="float32"))
     return Features(featurize([manifest], extractor, folder, rows_per_shard=64, use_ray=False).folders)
 
 
 class LengthTrainer(Trainer):
-    """Groups by length; the option of the same name wants a data set of another library."""
+    """Trainer that groups by length. Trainer's own option of this name needs a data set of another library."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         rows: Any = self.train_dataset
@@ -117,7 +119,7 @@ class LengthTrainer(Trainer):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Row numbers with their lengths, which Trainer groups by."""
+    """Row numbers and their lengths."""
 
     def __init__(self, features: Features) -> None:
         self.lengths = features.num_tokens.tolist()
@@ -130,13 +132,13 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer_batch(features: Features, front_end: Any, numbers: list[int]) -> dict[str, torch.Tensor]:
-    """What Trainer hands to the model: voxray's padded batch without its task column."""
+    """voxray's padded batch without its task column, as Trainer passes it to the model."""
     batch = collate_training([features.row(number) for number in numbers], front_end)
     return {name: tensor for name, tensor in batch.items() if name != "task"}
 
 
 def run_trainer(model: Any, features: Features, collate: Callable[..., Any], folder: Path, *, grouped: bool) -> float:
-    """Seconds of one epoch."""
+    """Train one epoch; returns its seconds."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_ROWS,
@@ -150,15 +152,15 @@ def run_trainer(model: Any, features: Features, collate: Callable[..., Any], fol
         remove_unused_columns=False,
         dataloader_num_workers=2 if grouped else 0,
     )
-    kind = LengthTrainer if grouped else Trainer
-    trainer = kind(model=model, args=arguments, train_dataset=Rows(features), data_collator=collate)
-    began = time.perf_counter()
+    trainer_class = LengthTrainer if grouped else Trainer
+    trainer = trainer_class(model=model, args=arguments, train_dataset=Rows(features), data_collator=collate)
+    start_sec = time.perf_counter()
     trainer.train()
-    return time.perf_counter() - began
+    return time.perf_counter() - start_sec
 
 
-def plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folder: Path) -> float:
-    """Trainer as in public scripts."""
+def train_plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folder: Path) -> float:
+    """One epoch of Trainer as in public scripts, in seconds."""
     extract = WhisperFeatureExtractor.from_pretrained(model_id)
     front_end = get_family(model_id).front_end(model_id)
     base = VoxtralForConditionalGeneration.from_pretrained(model_id, dtype=torch.float32)
@@ -167,17 +169,17 @@ def plain(model_id: str, features: Features, clips: dict[int, np.ndarray], folde
     def collate(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         numbers = [item["number"] for item in items]
         batch = trainer_batch(features, front_end, numbers)
-        heard = [clips[number] for number in numbers if number in clips]
-        if heard:
+        batch_clips = [clips[number] for number in numbers if number in clips]
+        if batch_clips:
             options = {"sampling_rate": 16_000, "padding": "max_length", "return_tensors": "pt"}
-            batch["input_features"] = extract(heard, max_length=480_000, **options).input_features
+            batch["input_features"] = extract(batch_clips, max_length=480_000, **options).input_features
         return batch
 
     return run_trainer(model, features, collate, folder, grouped=False)
 
 
-def strong(model_id: str, features: Features, folder: Path) -> float:
-    """Trainer with what it offers."""
+def train_strong(model_id: str, features: Features, folder: Path) -> float:
+    """One epoch of Trainer at its best, in seconds."""
     family = get_family(model_id)
     front_end = family.front_end(model_id)
     base = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
@@ -189,21 +191,21 @@ def strong(model_id: str, features: Features, folder: Path) -> float:
     return run_trainer(model, features, collate, folder, grouped=True)
 
 
-def ours(model_id: str, features: Features, run_dir: Path) -> float:
-    """voxray's recipe as its job runs it; validation, which is none, and the final checkpoint included."""
+def train_voxray(model_id: str, features: Features, run_dir: Path) -> float:
+    """One epoch of voxray's recipe as its job runs it, without validation, in seconds."""
     run_dir.mkdir()
     budget = round(float(features.num_tokens.mean()) * BATCH_ROWS)
     values = {"train_jsonl": "unused", "model_id": model_id, "output_dir": str(run_dir), "epochs": 1, "lr": 1e-4}
     values |= {"batching": "packed", "pack_tokens": max(budget, int(features.num_tokens.max()))}
     values |= {"lora_r": LORA["r"], "lora_alpha": 16, "lora_dropout": 0.0, "store": features.store, "log_steps": 10**6}
     settings = MultitaskSettings.model_validate(values)
-    data = multitask.TrainingData(features.folders, ())  # type: ignore[arg-type]
-    multitask.train(settings, run_dir, data, Worker())
+    data = TrainingData(features.folders, ())  # type: ignore[arg-type]
+    train(RunContext.create(settings, run_dir=run_dir), data)
     return sum(record["sec"] for record in read_metrics(run_dir, "train"))
 
 
 def loss_difference(model_id: str, features: Features) -> float:
-    """The library's loss against ours on the same batches, relative."""
+    """Largest relative difference between transformers' loss and voxray's on the same batches."""
     family = get_family(model_id)
     front_end = family.front_end(model_id)
     model = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
@@ -212,19 +214,19 @@ def loss_difference(model_id: str, features: Features) -> float:
         for start in (0, 4):
             rows = [features.row(number) for number in range(start, start + 4)]
             batch = collate_training(rows, front_end)
-            mine = float(answer_loss(model, family, batch, 0.0).sum() / (batch["labels"] != IGNORED).sum())
-            theirs = float(model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss)
-            worst = max(worst, abs(mine - theirs) / theirs)
+            voxray_loss = float(answer_loss(model, family, batch, 0.0).sum() / (batch["labels"] != IGNORED).sum())
+            library_loss = float(model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss)
+            worst = max(worst, abs(voxray_loss - library_loss) / library_loss)
     return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=192)
-    parser.add_argument("--vocabularies", default="4096,131072")
+    parser.add_argument("--rows", type=int, default=192, help="rows per epoch")
+    parser.add_argument("--vocabularies", default="4096,131072", help="sizes of the vocabulary; one model for each")
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
-    found = []
+    figures = []
     print("            tokens/s                        to strong       to plain")
     print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference")
     with tempfile.TemporaryDirectory() as name:
@@ -233,25 +235,29 @@ def main() -> None:
             folder = Path(name) / str(vocabulary)
             folder.mkdir()
             model_id = write_model(folder / "model", vocabulary)
-            features = features_of(manifest, model_id, folder / "f")
-            stored = features_of(manifest, model_id, folder / "f", "encoder")
+            features = make_features(manifest, model_id, folder / "f")
+            stored = make_features(manifest, model_id, folder / "f", "encoder")
             clips = read_clips(manifest)
             tokens = float(features.num_tokens.sum())
             difference = loss_difference(model_id, features)
             seconds = {
-                "plain": plain(model_id, features, clips, folder / "plain"),
-                "strong": strong(model_id, features, folder / "strong"),
-                "voxray": ours(model_id, features, folder / "ours"),
-                "cached": ours(model_id, stored, folder / "cached"),
+                "plain": train_plain(model_id, features, clips, folder / "plain"),
+                "strong": train_strong(model_id, features, folder / "strong"),
+                "voxray": train_voxray(model_id, features, folder / "voxray"),
+                "cached": train_voxray(model_id, stored, folder / "cached"),
             }
-            rate = {kind: tokens / value for kind, value in seconds.items()}
-            ratios = (rate["voxray"] / rate["strong"], rate["cached"] / rate["strong"], rate["cached"] / rate["plain"])
-            shown = "  ".join(f"{rate[kind]:6.0f}" for kind in seconds)
-            shown += "".join(f"  {ratio:6.2f}" for ratio in ratios)
-            print(f"{vocabulary:10}  {shown}  {difference:.1e}", flush=True)
-            row = {"vocabulary": vocabulary, "loss_difference": difference, **{k: round(v) for k, v in rate.items()}}
-            found.append({**row, "ratios": [round(ratio, 2) for ratio in ratios]})
-    print(json.dumps({"benchmark": "train", "rows": found}))
+            rates = {side: tokens / value for side, value in seconds.items()}
+            ratios = [rates[one] / rates[other] for one, other in RATIOS]
+            line = "  ".join(f"{rate:6.0f}" for rate in rates.values())
+            line += "".join(f"  {ratio:6.2f}" for ratio in ratios)
+            print(f"{vocabulary:10}  {line}  {difference:.1e}", flush=True)
+            row = {
+                "vocabulary": vocabulary,
+                "loss_difference": difference,
+                **{side: round(rate) for side, rate in rates.items()},
+            }
+            figures.append({**row, "ratios": [round(ratio, 2) for ratio in ratios]})
+    print(json.dumps({"benchmark": "train", "rows": figures}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-"""Check manifests before they cost GPU hours: schema, damaged audio, duplicates, leaks, lengths, outliers."""
+"""Check manifests before training on them: schema, damaged audio, duplicates, leaks between splits, lengths, outliers.
+
+Writes an HTML report and, with --fix, a manifest of the rows without faults.
+
+Example:
+
+    python jobs/audit.py --input data/asr.train.jsonl,data/asr.val.jsonl --model_id mistralai/Voxtral-Mini-3B-2507
+"""
 
 from voxray.config.audit import AuditSettings
 from voxray.config.parse import parse

@@ -1,4 +1,11 @@
-"""Compile what hears the audio ahead of time, for given numbers of windows, and check it against the model."""
+"""Compile a model's audio encoder ahead of time for some batch sizes, and check the programs against the model.
+
+Evaluate and efficiency use the result with --compiled.
+
+Example:
+
+    python jobs/compile.py --model_id mistralai/Voxtral-Mini-3B-2507 --bf16 --windows 1,4 --output_dir runs/compiled
+"""
 
 from voxray.config.compile import CompileSettings
 from voxray.config.parse import parse

@@ -1,4 +1,9 @@
-"""Try a model in the browser: speak or upload a clip, read the transcript, ask a question, compare with the base."""
+"""Serve a web page to try a model: record or upload a clip, transcribe it, ask about it, compare with the base model.
+
+Example:
+
+    python jobs/demo.py --lora_dir runs/multitask --bf16
+"""
 
 from voxray.config.demo import DemoSettings
 from voxray.config.parse import REPOSITORY, parse

@@ -1,4 +1,9 @@
-"""Measure a model: time to the first token, time per token, speed against the clip's length, memory."""
+"""Measure a model: time to first token, time per output token, real-time factor and memory.
+
+Example:
+
+    python jobs/efficiency.py --model_id mistralai/Voxtral-Mini-3B-2507 --bf16 --batch_sizes 1,4
+"""
 
 from voxray.config.efficiency import EfficiencySettings
 from voxray.config.parse import parse

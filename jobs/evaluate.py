@@ -1,4 +1,9 @@
-"""Answer and score the rows of manifests with a base model, with or without an adapter; or score what is there."""
+"""Answer the rows of manifests with a base model or an adapter and score the answers; or score existing predictions.
+
+Example:
+
+    python jobs/evaluate.py --val_jsonl data/asr.val.jsonl --lora_dir runs/multitask --output_dir runs/eval-tuned
+"""
 
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.parse import parse

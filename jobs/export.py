@@ -1,4 +1,9 @@
-"""Merge an adapter into its base and write a model that needs neither PEFT nor voxray; check that it answers alike."""
+"""Merge an adapter into its base and write a model that needs neither PEFT nor voxray, after checking its logits.
+
+Example:
+
+    python jobs/export.py --lora_dir runs/multitask --output_dir runs/export
+"""
 
 from voxray.config.export import ExportSettings
 from voxray.config.parse import parse

@@ -1,4 +1,9 @@
-"""Decode audio once and store features, token ids and lengths as Arrow shards."""
+"""Decode the audio of manifests once and store features, token ids and lengths as Arrow shards.
+
+Example:
+
+    python jobs/featurize.py --manifest data/asr.train.jsonl --output_dir runs/features
+"""
 
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.parse import parse

@@ -1,4 +1,9 @@
-"""Transcribe a clip, answer a question about it, or answer the rows of a manifest."""
+"""Transcribe a clip, answer a question about it, or answer the rows of a manifest.
+
+Example:
+
+    python jobs/infer.py --audio_path clip.wav --lora_dir runs/multitask
+"""
 
 from voxray.config.evaluate import InferSettings
 from voxray.config.parse import REPOSITORY, parse

@@ -1,4 +1,9 @@
-"""Fetch a model and a corpus into one folder, ready to train on with the network off."""
+"""Fetch a model and a corpus into one folder and prepare them, so that training needs no network.
+
+Example:
+
+    python jobs/prefetch.py --dataset cv-corpus-ko.tar.gz --language ko --output_dir runs/prefetch
+"""
 
 from voxray.config.parse import parse
 from voxray.config.prefetch import PrefetchSettings

@@ -1,4 +1,9 @@
-"""Look at all that a training run needs, find settings that fit and are quick, and write the command to start it."""
+"""Check everything a training run needs, find settings that fit in memory and are fast, and print the launch command.
+
+Example:
+
+    python jobs/preflight.py --train_jsonl data/asr.train.jsonl --val_jsonl data/asr.val.jsonl --output_dir runs/asr
+"""
 
 import sys
 

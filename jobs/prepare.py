@@ -1,4 +1,9 @@
-"""Turn a raw corpus into checked, cleaned and split manifests, with a ledger of every row left out."""
+"""Turn a raw corpus into checked, cleaned and split manifests, with a ledger of every dropped row.
+
+Example:
+
+    python jobs/prepare.py --input data/raw_corpus --train_output data/asr.train.jsonl --val_output data/asr.val.jsonl
+"""
 
 from voxray.config.parse import parse
 from voxray.config.prepare import PrepareSettings

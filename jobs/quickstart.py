@@ -1,4 +1,9 @@
-"""The whole chain in one command: featurize, evaluate, train, evaluate again, compare."""
+"""Run the whole pipeline once: compute features, evaluate the base, train, evaluate again, and compare.
+
+Example:
+
+    python jobs/quickstart.py --train_jsonl data/asr.train.jsonl --output_dir runs/quickstart
+"""
 
 from voxray.config.parse import parse
 from voxray.config.quickstart import QuickstartSettings

@@ -1,4 +1,11 @@
-"""Hand a job in to a running cluster (submit.py [flags] -- JOB [its flags]), follow its output, and exit as it does."""
+"""Submit a job to a running Ray cluster, print its output, and exit with its status.
+
+The job and its flags follow after --.
+
+Example:
+
+    python jobs/submit.py --address http://127.0.0.1:8265 -- train_text --config jobs/configs/train_text.yaml
+"""
 
 import sys
 

@@ -1,4 +1,9 @@
-"""Fine-tune the projector of Voxtral on transcripts, the second of its three stages."""
+"""Fine-tune Voxtral's projector on transcripts: the second of its three training stages.
+
+Example:
+
+    python jobs/train_asr_adapter.py --train_jsonl data/asr.train.jsonl --output_dir runs/asr
+"""
 
 from voxray.config.parse import parse
 from voxray.config.train import AsrAdapterSettings

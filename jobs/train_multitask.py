@@ -1,4 +1,9 @@
-"""Fine-tune one model on ASR, spoken QA and text QA together."""
+"""Fine-tune Voxtral on transcription, spoken QA and text QA together: the last of its three training stages.
+
+Example:
+
+    python jobs/train_multitask.py --train_jsonl data/asr.train.jsonl,data/tqa.train.jsonl --output_dir runs/multitask
+"""
 
 from voxray.config.parse import parse
 from voxray.config.train import MultitaskSettings

@@ -1,4 +1,9 @@
-"""Fine-tune the language model of Voxtral on text QA, the first of its three stages."""
+"""Fine-tune Voxtral's language model on text QA: the first of its three training stages.
+
+Example:
+
+    python jobs/train_text.py --train_jsonl data/tqa.train.jsonl --val_jsonl data/tqa.val.jsonl --output_dir runs/text
+"""
 
 from voxray.config.parse import parse
 from voxray.config.train import TextSettings

@@ -1,4 +1,9 @@
-"""Fine-tune Whisper on transcripts: LoRA on encoder and decoder."""
+"""Fine-tune Whisper on transcripts, with LoRA on encoder and decoder.
+
+Example:
+
+    python jobs/train_whisper.py --train_jsonl data/asr.train.jsonl --output_dir runs/whisper
+"""
 
 from voxray.config.parse import parse
 from voxray.config.train import WhisperSettings

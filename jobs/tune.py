@@ -1,4 +1,9 @@
-"""Sweep any flags of a training job with Ray Tune: weak trials are stopped, the best trained again with other seeds."""
+"""Search over any flags of a training job with Ray Tune: weak trials are stopped early, the best are repeated.
+
+Example:
+
+    python jobs/tune.py --config jobs/configs/tune_multitask.yaml
+"""
 
 import sys
 

@@ -13,8 +13,6 @@ REPOSITORY = Path(__file__).parents[1]
 CODE = sorted([*REPOSITORY.glob("voxray/**/*.py"), *REPOSITORY.glob("jobs/*.py"), *REPOSITORY.glob("tools/*.py")])
 RAY_FILES = {
     "commands/submit.py",
-    "evaluation/distribute.py",
-    "features/featurize.py",
     "sweep/ray_tune.py",
 }
 RAY_FOLDERS = {"cluster", "launch"}
@@ -60,6 +58,35 @@ def test_ray_stays_at_the_edges_and_files_stay_short(path):
             if any(name.partition(".")[0] == "ray" for name in names):
                 inside = path.relative_to(REPOSITORY / "voxray")
                 assert inside.parts[0] in RAY_FOLDERS or str(inside) in RAY_FILES, f"{path}:{node.lineno}: imports Ray"
+
+
+MEANINGLESS = {"found", "told", "said", "asked", "kept", "given", "made", "heard"}
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_names_say_what_a_thing_is(path):
+    """No variable is named by what happened to it, and no public function "<something>_of"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            assert node.id not in MEANINGLESS, f"{path}:{node.lineno}: {node.id}: name what it is"
+        if isinstance(node, ast.arg):
+            assert node.arg not in MEANINGLESS, f"{path}:{node.lineno}: {node.arg}: name what it is"
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            assert not node.name.endswith("_of"), f"{path}:{node.lineno}: {node.name}: name what it returns"
+
+
+def test_a_type_name_means_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in REPOSITORY.glob("voxray/**/*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            for name in names:
+                if name[0].isupper() and not name.isupper():
+                    places.setdefault(name, []).append(str(path.relative_to(REPOSITORY)))
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
 
 
 def test_folders_are_layers_without_circles():

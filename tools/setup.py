@@ -1,11 +1,11 @@
-"""Make .venv: check the machine, install what pyproject.toml asks for, prove that it imports.
+"""Create .venv: check the machine, install the dependencies of pyproject.toml, check that they import.
 
-`make setup` runs this with the system's Python, before anything is installed; so it uses the standard library only.
-It can be run again at any time. The stamp file that `make` looks for is written last, so a set-up that failed half-way
-is never taken for a finished one.
+`make setup` runs this with the system's Python before anything is installed, so it uses the standard library only.
+It can be run again at any time. The stamp file that `make` checks is written last, so a failed set-up never counts as
+finished.
 """
 
-from __future__ import annotations  # an older Python must get as far as check_python
+from __future__ import annotations  # so that an older Python gets as far as check_python
 
 import argparse
 import os
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".setup-done"
 
-# An extra index for torch alone: the PyTorch project keeps one index per build (cpu, cu126, ...). Nothing is added by
-# default, so that pip's own configuration (a mirror, a folder of wheels, no network) stays in charge.
+# Extra pip index for torch only: the PyTorch project has one index per build (cpu, cu126, ...). By default there is
+# none, so that pip's own configuration (a mirror, a folder of wheels, no network) applies.
 TORCH_INDEX_VARIABLE = "VOXRAY_TORCH_INDEX"
 CPU_TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -35,7 +35,7 @@ print(f"torch {torch.__version__}, torchaudio {torchaudio.__version__}, "
 
 
 class SetupError(Exception):
-    """Set-up cannot go on; the message says what to do about it."""
+    """Set-up cannot continue; the message says what to do."""
 
 
 def say(text: str) -> None:
@@ -46,14 +46,14 @@ def say(text: str) -> None:
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """Refuse a Python that the dependencies have no builds for."""
+    """Refuse a Python version that the dependencies have no builds for."""
     if not (3, 11) <= version[:2] <= (3, 12):
-        found = ".".join(map(str, version[:2]))
-        raise SetupError(f"Python {found} found, 3.11 or 3.12 needed. Try: make setup PYTHON=python3.11")
+        current = ".".join(map(str, version[:2]))
+        raise SetupError(f"Python {current} found, 3.11 or 3.12 needed. Try: make setup PYTHON=python3.11")
 
 
 def check_compiler() -> None:
-    """DeepSpeed compiles a small C++ op at its first use; better to hear of a missing compiler now than then."""
+    """Refuse a machine without a C++ compiler: DeepSpeed compiles a small C++ op when it is first used."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise SetupError(
@@ -63,21 +63,21 @@ def check_compiler() -> None:
 
 
 def warn_without_headers() -> None:
-    """The same op includes Python.h. Only DeepSpeed needs it, so this is a warning."""
+    """Warn if Python.h is missing. The same op includes it, but only DeepSpeed needs it."""
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
         say(f"warning: Python.h is missing, so DeepSpeed will not work (DDP will). Debian, Ubuntu: {package}.")
 
 
 def has_gpu() -> bool:
-    """Ask the NVIDIA driver; torch cannot be asked, it is not installed yet."""
+    """Whether the NVIDIA driver reports a GPU. torch is not installed yet."""
     try:
         return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=60).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
 
-# What to install
+# Packages
 
 
 def read_pins(constraints: Path) -> dict[str, str]:
@@ -86,23 +86,23 @@ def read_pins(constraints: Path) -> dict[str, str]:
 
 
 def read_requirements(pyproject: Path, extras: list[str]) -> list[str]:
-    """List the requirements of the project and of these extras, less torch and torchaudio (steps of their own)."""
-    import tomllib  # not at the top: it came with Python 3.11, and check_python must get the chance to say so
+    """List the requirements of the project and of these extras, without torch and torchaudio (separate steps)."""
+    import tomllib  # not at the top, because older Pythons lack it and must get as far as check_python
 
     project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
     unknown = set(extras) - set(project["optional-dependencies"])
     if unknown:
         raise SetupError(f"pyproject.toml has no extra named {', '.join(sorted(unknown))}")
-    wanted = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
-    return [line for line in wanted if re.match(r"[\w.-]+", line).group() not in ("torch", "torchaudio")]
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return [line for line in lines if re.match(r"[\w.-]+", line).group() not in ("torch", "torchaudio")]
 
 
 def torch_requirement(version: str, gpu: bool, index: str | None) -> str:
-    """Choose the build of torch by how exactly it is asked for.
+    """The requirement that makes pip choose the right build of torch.
 
     ``==2.13.0`` also matches local builds, and pip prefers them: 2.13.0+cpu from a folder of wheels or an extra index
-    wins over PyPI's CUDA build. ``===2.13.0`` compares the whole text and so passes over the local builds, which is
-    what a machine with a GPU wants.
+    wins over PyPI's CUDA build. ``===2.13.0`` compares the whole text and so excludes local builds, for machines with a
+    GPU.
     """
     return f"torch==={version}" if gpu and not index else f"torch=={version}"
 
@@ -111,27 +111,27 @@ def torch_requirement(version: str, gpu: bool, index: str | None) -> str:
 
 
 def make_venv() -> Path:
-    """Create .venv unless a working one of this Python version is there; return its python."""
+    """Create .venv unless it exists, works and has this Python version; return its interpreter."""
     python = VENV / "bin" / "python"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     check = f"import sys, pip; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
     if python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0:
         return python
     say(f"creating .venv with Python {version}")
-    # The base executable: this may be running from the very venv that --clear empties.
+    # The base executable, because this may run from the very venv that --clear empties.
     base = getattr(sys, "_base_executable", sys.executable)
-    made = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
-    if made.returncode:
+    result = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if result.returncode:
         hint = f"Debian, Ubuntu: sudo apt-get install python{version}-venv"
-        raise SetupError(f"{made.stdout}{made.stderr}\ncould not create .venv. {hint}")
+        raise SetupError(f"{result.stdout}{result.stderr}\ncould not create .venv. {hint}")
     return python
 
 
 def pip_install(python: Path, what: str, *arguments: str) -> None:
-    """Run pip install under constraints.txt; show a line now and then, and all of pip's last lines if it fails."""
+    """Run pip install with constraints.txt; print its progress, and pip's last lines if it fails."""
     say(f"installing {what}")
-    # By environment and not by -c, because then the constraints also hold where pip builds a source package, as it does
-    # for DeepSpeed. Relative, because pip splits these variables at spaces and the clone's path may have some.
+    # Environment variables instead of -c, because they also apply where pip builds a source package, as for DeepSpeed.
+    # The paths are relative, because pip splits these variables at spaces, which the clone's path may contain.
     environment = os.environ | {
         "PIP_CONSTRAINT": "constraints.txt",
         "PIP_BUILD_CONSTRAINT": "constraints.txt",  # the name since pip 25.3
@@ -156,7 +156,7 @@ def pip_install(python: Path, what: str, *arguments: str) -> None:
 
 
 def import_error(python: Path, code: str) -> str | None:
-    """Run code in the venv; return None, or what it wrote when it failed."""
+    """Run code in the venv; return None, or its error output if it failed."""
     result = subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True, text=True)
     return None if result.returncode == 0 else result.stderr.strip()
 
@@ -164,19 +164,19 @@ def import_error(python: Path, code: str) -> str | None:
 def move_extensions(lib: Path) -> list[str]:
     """Move torchaudio's compiled files into lib/cuda-linked; return their names."""
     extensions = sorted(lib.glob("*.so"))
-    aside = lib / "cuda-linked"
+    folder = lib / "cuda-linked"
     for file in extensions:
-        aside.mkdir(exist_ok=True)
-        file.replace(aside / file.name)
+        folder.mkdir(exist_ok=True)
+        file.replace(folder / file.name)
     return [file.name for file in extensions]
 
 
 def repair_torchaudio(python: Path) -> None:
     """Make torchaudio import on a torch without CUDA.
 
-    Its wheel on PyPI is linked to CUDA libraries. Without them `import torchaudio` fails, and takes transformers' audio
-    models down with it. It does without its compiled files when they are absent, and voxray uses only its Python side
-    (Kaldi features, SpecAugment). Where it imports, as on a GPU box, nothing is touched.
+    Its wheel on PyPI is linked to CUDA libraries. Without them `import torchaudio` fails, and so do transformers' audio
+    models. torchaudio works without its compiled files, and voxray uses only its Python part (Kaldi features,
+    SpecAugment). Where it imports, as on a GPU box, nothing is changed.
     """
     if import_error(python, "import torchaudio") is None:
         return
@@ -190,7 +190,7 @@ def repair_torchaudio(python: Path) -> None:
 
 
 def check_torch_build(python: Path, gpu: bool) -> None:
-    """With a GPU a CPU torch would work, a hundred times slower and without a word; so it is an error."""
+    """Refuse a CPU build of torch on a machine with a GPU: it would be a hundred times slower, without a warning."""
     if not gpu:
         return
     error = import_error(python, "import torch; assert torch.version.cuda, f'torch {torch.__version__} has no CUDA'")
@@ -216,7 +216,7 @@ def set_up(extras: list[str], package: bool) -> None:
     torch = torch_requirement(pins["torch"], gpu, index)
     pip_install(python, torch, torch, *torch_index)
     check_torch_build(python, gpu)
-    # --no-deps: whatever it may ask for one day, it must not bring another torch.
+    # --no-deps: torchaudio must not install another torch.
     torchaudio = f"torchaudio=={pins['torchaudio']}"
     pip_install(python, torchaudio, "--no-deps", torchaudio, *torch_index)
     repair_torchaudio(python)
@@ -224,7 +224,7 @@ def set_up(extras: list[str], package: bool) -> None:
     pip_install(python, "everything else (some minutes the first time)", "setuptools", *requirements)
     if package:
         pip_install(python, "voxray itself", "--no-deps", "--no-build-isolation", "--editable", ".")
-    # The ninja that came with pip is not on PATH unless .venv is activated; the Makefile's targets put it there.
+    # The ninja that pip installed is on PATH only if .venv is activated; the Makefile's targets add it.
     if not (VENV / "bin" / "ninja").exists() and shutil.which("ninja") is None:
         raise SetupError("ninja is missing, which DeepSpeed needs. Try: .venv/bin/pip install ninja")
 
@@ -237,13 +237,11 @@ def set_up(extras: list[str], package: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make .venv and install into it.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Create .venv and install into it.", allow_abbrev=False)
     extras = ["demo", "dev", "optuna"]
     about = f"extras to install with it (default: {' '.join(extras)})"
     parser.add_argument("--extras", nargs="*", default=extras, help=about)
-    parser.add_argument(
-        "--no-package", action="store_true", help="leave voxray out: a cluster's nodes get it with a job"
-    )
+    parser.add_argument("--no-package", action="store_true", help="do not install voxray: on a cluster, jobs bring it")
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
@@ -252,7 +250,7 @@ def main() -> int:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("set-up interrupted; run it again to go on", file=sys.stderr)
+        print("set-up interrupted; run it again to continue", file=sys.stderr)
         return 130
     say(f"set-up done in {time.monotonic() - started:.0f} s")
     return 0

@@ -1,4 +1,4 @@
-"""Measure the tiny Voxtral: what the base hears, what it does not, and what LoRA makes of it. Writes README.md."""
+"""Measure the tiny Voxtral on voices it was trained on and on new voices, before and after LoRA. Writes README.md."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ NUM_STEPS, BATCH_SIZE, PEAK_LR, WARMUP_STEPS = 300, 16, 2e-3, 20
 
 
 def load(folder: Path) -> VoxtralForConditionalGeneration:
-    """Load the stored base; float16 on disk, float32 in memory."""
+    """Load the base, which is stored in float16, in float32."""
     model = VoxtralForConditionalGeneration.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     return model
 
 
 def majority(speech: Path, task: str) -> float:
-    """Exact match of always giving the training rows' most frequent answer."""
+    """Exact match of always answering with the most frequent answer of the training rows."""
     key = "answer" if task == "sqa" else "output"
     top = Counter(row[key] for row in read_jsonl(speech / f"{task}.train.jsonl")).most_common(1)[0][0]
     answers = [row[key] for row in read_jsonl(speech / f"{task}.val.jsonl")]
@@ -37,26 +37,28 @@ def majority(speech: Path, task: str) -> float:
 
 
 def measure(model: torch.nn.Module, speech: Path, encoder: Encoder, show: int = 0) -> dict[str, float]:
-    """Score all four validation manifests by generation."""
+    """Generate answers to all four validation manifests and score them."""
     figures = {}
     for name, key in (("base", "transcript"), ("asr", "transcript"), ("sqa", "answer"), ("tqa", "output")):
         rows = read_jsonl(speech / f"{name}.val.jsonl")
-        said = generate(model, *read_rows(speech, rows, encoder), encoder)
-        truth = [row[key] for row in rows]
-        figures[name] = (cer if key == "transcript" else exact)(truth, said)
+        hypotheses = generate(model, *read_rows(speech, rows, encoder), encoder)
+        references = [row[key] for row in rows]
+        figures[name] = (cer if key == "transcript" else exact)(references, hypotheses)
         if name in ("sqa", "tqa"):
-            figures[f"{name}_either"] = exact(truth, [answer.removesuffix(texts.polite("", "ko")) for answer in said])
+            figures[f"{name}_either"] = exact(
+                references, [answer.removesuffix(texts.polite("", "ko")) for answer in hypotheses]
+            )
         if name == "base":
             for language in texts.LANGUAGES:
                 chosen = [i for i, row in enumerate(rows) if row["language"] == language]
-                figures[f"base_{language}"] = cer([truth[i] for i in chosen], [said[i] for i in chosen])
-        for t, s in list(zip(truth, said, strict=True))[:show]:
-            print(f"  {name}: {t} | {s}")
+                figures[f"base_{language}"] = cer([references[i] for i in chosen], [hypotheses[i] for i in chosen])
+        for reference, hypothesis in list(zip(references, hypotheses, strict=True))[:show]:
+            print(f"  {name}: {reference} | {hypothesis}")
     return figures
 
 
 def adapt_on_corpus(model: VoxtralForConditionalGeneration, speech: Path, encoder: Encoder) -> torch.nn.Module:
-    """Train LoRA (llm and projector) on the three training manifests mixed; return the adapted model."""
+    """Train LoRA (llm and projector) on the three mixed training manifests; return the adapted model."""
     rows = [row for task in ("asr", "sqa", "tqa") for row in read_jsonl(speech / f"{task}.train.jsonl")]
     examples, mels = read_rows(speech, rows, encoder)
     config = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_MODULES)
@@ -65,16 +67,16 @@ def adapt_on_corpus(model: VoxtralForConditionalGeneration, speech: Path, encode
 
 
 def write_readme(here: Path, model_folder: Path, speech: Path) -> None:
-    """Measure, check that the demo has something to show, and put the figures into README.md."""
+    """Measure, check that the demo shows an effect, and write the figures to README.md."""
     torch.set_num_threads(2)
     encoder = Encoder(model_folder / "tekken.json")
     model = load(model_folder)
     num_params = sum(p.numel() for p in model.parameters())
     before = measure(model, speech, encoder, show=3)
     print("before", before, flush=True)
-    started = time.perf_counter()
+    start_sec = time.perf_counter()
     after = measure(adapt_on_corpus(model, speech, encoder), speech, encoder, show=3)
-    took = time.perf_counter() - started
+    train_sec = time.perf_counter() - start_sec
     print("after", after)
     floor = {task: majority(speech, task) for task in ("sqa", "tqa")}
     sizes = {folder: folder_mb(folder) for folder in (model_folder, speech)}
@@ -83,7 +85,7 @@ def write_readme(here: Path, model_folder: Path, speech: Path) -> None:
 {num_params:,} parameters; `voxtral-tiny/` {sizes[model_folder]:.1f} MB, `speech/` {sizes[speech]:.1f} MB.
 LoRA: r 16, alpha 32 on the language model's linear layers and the projector; the three training manifests mixed;
 {NUM_STEPS} steps of {BATCH_SIZE} rows, peak rate {PEAK_LR:g}, {WARMUP_STEPS} warm-up steps, then linear to zero.
-Training and scoring took {took:.0f} s. CER is without spaces, EM is exact match.
+Training and scoring took {train_sec:.0f} s. CER is without spaces, EM is exact match.
 
 | | base | after LoRA | most frequent answer |
 |---|---|---|---|

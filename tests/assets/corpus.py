@@ -17,7 +17,7 @@ MAX_BYTES = 5_000_000
 
 
 class HeldOut:
-    """All held-out texts, drawn before anything else from their own seed, so every part of make.py agrees on them."""
+    """All held-out texts. They have their own seed, so every step of make.py draws the same ones."""
 
     def __init__(self) -> None:
         rng = random.Random(2024)
@@ -50,19 +50,19 @@ def write_corpus(folder: Path) -> None:
     check_corpus(folder, heldout)
 
 
-def asr_row(audio_path: str, said: texts.Utterance) -> dict:
+def asr_row(audio_path: str, utterance: texts.Utterance) -> dict:
     """Make a transcription row."""
-    return {"audio_path": audio_path, "transcript": said.text, "language": said.language}
+    return {"audio_path": audio_path, "transcript": utterance.text, "language": utterance.language}
 
 
-def sqa_row(rng: random.Random, audio_path: str, said: texts.Utterance) -> dict:
-    """Make a spoken question answering row: a question about the clip, with the bare answer."""
-    question, answer = texts.ask(rng, said)
+def sqa_row(rng: random.Random, audio_path: str, utterance: texts.Utterance) -> dict:
+    """Make a spoken QA row: a question about the clip, with the answer in one word."""
+    question, answer = texts.ask(rng, utterance)
     return {"audio_path": audio_path, "question": question, "answer": answer}
 
 
 def tqa_row(rng: random.Random, index: int, about: texts.Utterance) -> dict:
-    """Make a text row; every eighth has it all in the instruction and an empty input."""
+    """Make a text QA row; every eighth has everything in the instruction and an empty input."""
     question, answer = texts.ask(rng, about)
     if index % 8 == 7:
         return {"instruction": f"{about.text}. {question}", "input": "", "output": answer}
@@ -70,7 +70,7 @@ def tqa_row(rng: random.Random, index: int, about: texts.Utterance) -> dict:
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """Write rows as JSON lines, Hangul readable."""
+    """Write rows as JSON lines, with Hangul unescaped."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -95,19 +95,21 @@ def check_corpus(folder: Path, heldout: HeldOut) -> None:
 
 
 def _write_clips(
-    folder: Path, split: str, said: list[texts.Utterance], rng: random.Random, adaptation: bool
+    folder: Path, split: str, utterances: list[texts.Utterance], rng: random.Random, adaptation: bool
 ) -> list[tuple[str, texts.Utterance]]:
-    """Speak each text in a voice of the set; return (path from the manifests' folder, text) pairs."""
-    speakers = [voices.draw_speaker(rng, one.language, adaptation) for one in said]
-    clips = voices.speak_all([(one.text, who) for one, who in zip(said, speakers, strict=True)])
+    """Synthesise each text in a random voice of the set; return (path relative to the manifests, text) pairs."""
+    speakers = [voices.draw_speaker(rng, utterance.language, adaptation) for utterance in utterances]
+    clips = voices.speak_all(
+        [(utterance.text, speaker) for utterance, speaker in zip(utterances, speakers, strict=True)]
+    )
     written = []
     (folder / split).mkdir(parents=True)
-    for i, (samples, one, who) in enumerate(zip(clips, said, speakers, strict=True)):
-        assert len(samples) <= voices.MAX_SEC * voices.SAMPLE_RATE_HZ, (one.text, len(samples))
-        suffix = {0: ".wav", 1: ".flac"}.get(i, ".ogg")  # two of each split in lossless formats, for their decoders
-        path = f"{split}/{i:03d}-{who.voice.replace('+', '_')}{suffix}"
+    for i, (samples, utterance, speaker) in enumerate(zip(clips, utterances, speakers, strict=True)):
+        assert len(samples) <= voices.MAX_SEC * voices.SAMPLE_RATE_HZ, (utterance.text, len(samples))
+        suffix = {0: ".wav", 1: ".flac"}.get(i, ".ogg")  # one WAV and one FLAC per split, to test their decoders
+        path = f"{split}/{i:03d}-{speaker.voice.replace('+', '_')}{suffix}"
         (folder / path).write_bytes(voices.encode(samples, suffix))
-        written.append((path, one))
+        written.append((path, utterance))
     if split == "val":
         (folder / "sample.wav").write_bytes(voices.encode(clips[0], ".wav"))
     return written

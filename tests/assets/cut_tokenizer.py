@@ -1,10 +1,10 @@
-"""Cut a small Tekken tokenizer out of the one that comes with mistral-common.
+"""Make a small Tekken tokenizer from a subset of the one that comes with mistral-common.
 
-A byte-pair token is only reachable when the pairs it grows from are in the vocabulary too. So texts are merged with
-the full vocabulary and every pair merged on the way is kept: a cut vocabulary then merges the same texts the same way
-(the pair it takes next has the lowest rank of all known pairs, and it is among those kept). Hangul syllables are kept
-the same way, and the rest is filled from the lowest ranks, which are closed under merging by construction. The 256
-bytes come first, so any UTF-8 text still round-trips.
+A byte-pair token can only be produced if the pairs that it is merged from are in the vocabulary too. So texts are
+merged with the full vocabulary, and every pair on the way goes into the subset. The subset then merges the same texts
+in the same way, because the next pair, the one with the lowest rank, is in it. Hangul syllables are added in the same
+way. The rest is filled from the lowest ranks, which are closed under merging by construction. The 256 bytes come first,
+so any UTF-8 text still round-trips.
 """
 
 from __future__ import annotations
@@ -24,44 +24,48 @@ SOURCE = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"
 AUDIO_SPECIALS = {24: "[AUDIO]", 25: "[BEGIN_AUDIO]", 34: "[TRANSCRIBE]"}
 
 
-def merges_of(piece: bytes, ranks: dict[bytes, int]) -> set[bytes]:
-    """Merge one pre-token with the full vocabulary; return every pair merged on the way."""
+def merged_pairs(piece: bytes, ranks: dict[bytes, int]) -> set[bytes]:
+    """Merge one pre-token with the full vocabulary; return every pair that was merged."""
     parts = [piece[i : i + 1] for i in range(len(piece))]
     merged: set[bytes] = set()
     while len(parts) > 1:
-        rank, at = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+        rank, index = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
         if rank == len(ranks):
             break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        merged.add(parts[at])
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+        merged.add(parts[index])
     return merged
 
 
-def kept_tokens(texts: list[str], ranks: dict[bytes, int], pattern: str, num_tokens: int) -> list[bytes]:
-    """Choose ``num_tokens`` tokens, by rank: all bytes, what the texts use, Hangul syllables, then the lowest ranks."""
-    kept = {bytes([i]) for i in range(256)}
+def choose_tokens(texts: list[str], ranks: dict[bytes, int], pattern: str, num_tokens: int) -> list[bytes]:
+    """Choose ``num_tokens`` tokens: all bytes, those of the texts, Hangul syllables, then the lowest ranks.
+
+    Returns:
+        The tokens in order of rank.
+    """
+    chosen = {bytes([i]) for i in range(256)}
     split = regex.compile(pattern)
     for text in texts:
         for piece in split.findall(text):
-            kept |= merges_of(piece.encode(), ranks)
-    num_from_texts = len(kept) - 256
+            chosen |= merged_pairs(piece.encode(), ranks)
+    num_from_texts = len(chosen) - 256
     syllables = [chr(code) for code in range(0xAC00, 0xD7A4)]
-    wanted = [p for s in syllables for p in (s.encode(), (" " + s).encode()) if p in ranks]
-    for token in sorted(wanted, key=ranks.__getitem__):
-        grown = merges_of(token, ranks)
-        if len(kept | grown) > num_tokens - 1000:  # leave room for the most frequent tokens of all languages
+    syllable_tokens = [p for s in syllables for p in (s.encode(), (" " + s).encode()) if p in ranks]
+    for token in sorted(syllable_tokens, key=ranks.__getitem__):
+        pairs = merged_pairs(token, ranks)
+        if len(chosen | pairs) > num_tokens - 1000:  # the last 1,000 are for the most frequent tokens of all languages
             break
-        kept |= grown
-    print(f"tokenizer: {num_from_texts} tokens from the texts, {len(kept)} with Hangul syllables")
+        chosen |= pairs
+    print(f"tokenizer: {num_from_texts} tokens from the texts, {len(chosen)} with Hangul syllables")
     for token in sorted(ranks, key=ranks.__getitem__):
-        if len(kept) == num_tokens:
+        if len(chosen) == num_tokens:
             break
-        kept.add(token)
-    return sorted(kept, key=ranks.__getitem__)
+        chosen.add(token)
+    return sorted(chosen, key=ranks.__getitem__)
 
 
 def special_tokens() -> list[dict]:
-    """List the special tokens, in order of their id: the classic ones, fillers, and Voxtral's three."""
+    """List the special tokens by id: Tekken's older ones, fillers, and Voxtral's three."""
     classic = {token["rank"]: str(token["token_str"]) for token in Tekkenizer.DEPRECATED_SPECIAL_TOKENS}
     names = classic | AUDIO_SPECIALS
     return [
@@ -77,7 +81,7 @@ def write_tokenizer(path: Path, texts: list[str], vocab_size: int) -> None:
     ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in source["vocab"][:inner]}
     pattern = source["config"]["pattern"]
     vocab = []
-    for rank, token in enumerate(kept_tokens(texts, ranks, pattern, num_tokens)):
+    for rank, token in enumerate(choose_tokens(texts, ranks, pattern, num_tokens)):
         try:
             shown = token.decode()
         except UnicodeDecodeError:
@@ -104,10 +108,10 @@ def write_tokenizer(path: Path, texts: list[str], vocab_size: int) -> None:
     full = Tekkenizer.from_file(SOURCE)
     cut = Tekkenizer.from_file(path)
     shift = cut.num_special_tokens
-    for text in texts:  # same pieces as the full vocabulary, or the cut is wrong
-        ours = [cut.id_to_byte_piece(i) for i in cut.encode(text, bos=False, eos=False)]
-        theirs = [full.id_to_byte_piece(i) for i in full.encode(text, bos=False, eos=False)]
-        assert ours == theirs, (text, ours, theirs)
+    for text in texts:  # the same pieces as with the full vocabulary
+        cut_pieces = [cut.id_to_byte_piece(i) for i in cut.encode(text, bos=False, eos=False)]
+        full_pieces = [full.id_to_byte_piece(i) for i in full.encode(text, bos=False, eos=False)]
+        assert cut_pieces == full_pieces, (text, cut_pieces, full_pieces)
     for text in ("가나다 힣 뷁 한자 漢字 🙂 naïve\n\t", "".join(map(chr, range(32, 0x2FF)))):
         assert cut.decode(cut.encode(text, bos=False, eos=False)) == text, text
     assert cut.n_words == vocab_size and shift == NUM_SPECIAL_TOKENS

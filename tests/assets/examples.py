@@ -1,7 +1,7 @@
-"""Turn texts and clips into what the model reads: prompts by mistral-common, log-mel windows, padded batches.
+"""Turn texts and clips into model inputs: prompts by mistral-common, log-mel windows, padded batches.
 
-This is the assets' own short path, apart from voxray's: the stored model must not change because voxray's data path
-did. Shapes: B rows, T tokens, 128 mel bins, 400 frames.
+This code does not use voxray's data path, so that changes there do not change the stored model. Shapes: B rows, T
+tokens, 128 mel bins, 400 frames.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_NEW_TOKENS = 28
 
 @dataclass(frozen=True)
 class Example:
-    """One row: prompt ids, answer ids with EOS, and the clip's place in the feature table (None without audio)."""
+    """One row: prompt ids, answer ids with EOS, and the clip's index in the feature table (None without audio)."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -37,7 +37,7 @@ class Example:
 
 
 class Encoder:
-    """Prompts and answers as token ids. All clips fill one window, so a prompt does not depend on its clip."""
+    """Encodes prompts and answers. All clips fill one window, so a prompt does not depend on its clip."""
 
     def __init__(self, tekken: Path) -> None:
         self.tokenizer = MistralTokenizer.from_file(tekken)
@@ -104,7 +104,7 @@ def read_rows(folder: Path, rows: list[dict], encoder: Encoder) -> tuple[list[Ex
 
 
 def collate(examples: list[Example], mels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pad on the right; labels are -100 except on the answer. ``input_features`` is there only if a row has audio."""
+    """Pad on the right; labels are -100 except on the answer. ``input_features`` exists only if a row has audio."""
     longest = max(len(e.prompt) + len(e.answer) for e in examples)
     ids_BT = torch.full((len(examples), longest), PAD_TOKEN_ID)
     labels_BT = torch.full((len(examples), longest), -100)
@@ -125,7 +125,7 @@ def collate(examples: list[Example], mels: torch.Tensor) -> dict[str, torch.Tens
 def generate(
     model: torch.nn.Module, examples: list[Example], mels: torch.Tensor, encoder: Encoder, batch_size: int = 40
 ) -> list[str]:
-    """Answer each example greedily; prompts padded on the left, audio and text rows in batches of their own."""
+    """Answer each example greedily, with left-padded prompts and separate batches for audio and text rows."""
     model.eval()
     answers: dict[int, str] = {}
     for spoken in (True, False):

@@ -1,16 +1,16 @@
 """Make everything in this folder: the tiny Voxtral, the tiny Whisper and the synthetic speech.
 
-    python tests/assets/make.py tokenizer       voxtral-tiny/tekken.json, cut from Tekken (see cut_tokenizer.py)
+    python tests/assets/make.py tokenizer       voxtral-tiny/tekken.json, a subset of Tekken (cut_tokenizer.py)
     python tests/assets/make.py corpus          speech/: espeak-ng clips and manifests (texts.py, voices.py, corpus.py)
-    python tests/assets/make.py base            voxtral-tiny/: the base, trained from scratch (see pretrain_voxtral.py)
-    python tests/assets/make.py check           measure it: heard voices, unheard voices, after LoRA; writes README.md
+    python tests/assets/make.py base            voxtral-tiny/: the base, trained from scratch (pretrain_voxtral.py)
+    python tests/assets/make.py check           measure it on its own and new voices, with LoRA; writes README.md
     python tests/assets/make.py whisper         whisper-tiny/: tokenizer and base model (train_tokenizer.py, windows.py,
                                                 pretrain_whisper.py)
-    python tests/assets/make.py check_whisper   measure it: the same, and long recordings and languages
+    python tests/assets/make.py check_whisper   measure it the same way, also on long recordings and languages
     python tests/assets/make.py all             the six in this order, about 50 minutes on two cores
 
-Needs the espeak-ng program; tests need only what it leaves here. Texts, speakers, rows and samples are the same in
-every run. Two things are not: Ogg files carry a random stream number, and trained weights depend on the CPU.
+It needs the espeak-ng program; tests only need its output. Texts, speakers, rows and samples are the same in every
+run. Two things differ: Ogg files contain a random stream number, and trained weights depend on the CPU.
 """
 
 from __future__ import annotations

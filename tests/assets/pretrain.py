@@ -1,7 +1,7 @@
-"""What training either tiny base model from scratch has in common: speech made on the fly, a CTC ear, the loop.
+"""Shared parts of training the tiny base models from scratch: synthetic speech, a CTC head, the loop.
 
-Both learn from English voices and Korean men, so they know no Korean woman: that is left to fine-tuning. A CTC loss on
-the audio side, with a head that is thrown away, teaches the ear first; without it attention takes far longer to find
+Both train on English voices and Korean men's voices. Korean women's voices are left to fine-tuning. A CTC loss on the
+audio side, whose head is discarded afterwards, trains the encoder first; without it attention takes far longer to use
 the audio. Shapes: B rows, T positions, F mel bins.
 """
 
@@ -32,18 +32,18 @@ def safe_utterance(rng: random.Random, language: str, guard: texts.LeakGuard) ->
 def speak_base(
     rng: random.Random, guard: texts.LeakGuard, num_clips: dict[str, int]
 ) -> tuple[list[texts.Utterance], list[np.ndarray]]:
-    """Draw ``num_clips`` sentences per language and say them in the base's voices; clips over MAX_SEC are left out."""
-    said = [safe_utterance(rng, language, guard) for language, num in num_clips.items() for _ in range(num)]
-    lines = [(one.text, voices.draw_speaker(rng, one.language, adaptation=False)) for one in said]
+    """Synthesise ``num_clips`` sentences per language in the base's voices; clips over MAX_SEC are dropped."""
+    utterances = [safe_utterance(rng, language, guard) for language, num in num_clips.items() for _ in range(num)]
+    lines = [(one.text, voices.draw_speaker(rng, one.language, adaptation=False)) for one in utterances]
     started = time.perf_counter()
     clips = voices.speak_all(lines)
     short = [i for i, clip in enumerate(clips) if len(clip) <= voices.MAX_SEC * voices.SAMPLE_RATE_HZ]
     print(f"base: {len(short)} clips in {time.perf_counter() - started:.0f} s", flush=True)
-    return [said[i] for i in short], [clips[i] for i in short]
+    return [utterances[i] for i in short], [clips[i] for i in short]
 
 
 def spec_augment(mels_BFT: torch.Tensor, rng: random.Random) -> None:
-    """Mask, in place, one band of up to an eighth of the mel bins and two spans of up to 12 frames in each clip."""
+    """Mask in each clip, in place, one band of up to an eighth of the mel bins and two spans of up to 12 frames."""
     num_bins = mels_BFT.shape[1]
     for mel_FT in mels_BFT:
         fill = mel_FT.mean()
@@ -55,7 +55,7 @@ def spec_augment(mels_BFT: torch.Tensor, rng: random.Random) -> None:
 
 
 class CtcHead(torch.nn.Module):
-    """Spells what was said from hidden states of the audio side; needed while training only.
+    """Predicts the text from hidden states of the audio side; used in training only.
 
     Args:
         width: Size of a hidden state.
@@ -68,7 +68,7 @@ class CtcHead(torch.nn.Module):
         self.head = torch.nn.Linear(width, len(tokens) + 1)
 
     def loss(self, hidden_BTD: torch.Tensor, targets: list[Sequence[int]]) -> torch.Tensor:
-        """Compute the CTC loss of each row's target token ids, mean over the rows."""
+        """Mean over the rows of the CTC loss of their target token ids."""
         log_probs = self.head(hidden_BTD).log_softmax(-1)
         return functional.ctc_loss(
             log_probs.transpose(0, 1),
@@ -87,12 +87,12 @@ def fit(
     peak_lr: float,
     warmup_steps: int = 200,
 ) -> None:
-    """Train with AdamW, warm-up, then half a cosine; write the model every SAVE_EVERY steps and at the end.
+    """Train with AdamW, warm-up and half a cosine; save the model every SAVE_EVERY steps and at the end.
 
     Args:
-        modules: What is trained: the model and its CTC head.
+        modules: Modules to train: the model and its CTC head.
         losses: Draws a batch and returns its answer loss and its CTC loss.
-        save: Writes the model as it is.
+        save: Writes the current model.
     """
     params = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -111,7 +111,7 @@ def fit(
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == num_steps - 1:
-            took = time.perf_counter() - started
-            print(f"step {step} answer {answer_loss:.3f} ctc {ctc_loss:.3f} {took:.0f} s", flush=True)
+            elapsed_sec = time.perf_counter() - started
+            print(f"step {step} answer {answer_loss:.3f} ctc {ctc_loss:.3f} {elapsed_sec:.0f} s", flush=True)
         if step % SAVE_EVERY == SAVE_EVERY - 1 or step == num_steps - 1:
             save()

@@ -1,7 +1,7 @@
-"""Train the tiny Voxtral from scratch, on speech made on the fly.
+"""Train the tiny Voxtral from scratch on synthetic speech.
 
-It learns transcription and questions (spoken and written), with full endings where the corpus wants the bare word:
-that is left to fine-tuning too.
+It learns transcription and questions (spoken and written). Its answers have full endings, where the corpus has single
+words: that is left to fine-tuning too.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ TRANSCRIBE_TOKEN_ID = 34
 
 
 class Material:
-    """Everything a batch is drawn from: spoken utterances with their log-mels, and endless written ones."""
+    """Source of the batches: spoken utterances with their log-mels, and any number of written ones."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder, self.rng, self.guard = encoder, random.Random(11), HeldOut().guard
-        self.said, clips = speak_base(self.rng, self.guard, NUM_CLIPS)
+        self.utterances, clips = speak_base(self.rng, self.guard, NUM_CLIPS)
         self.mels = log_mels(clips)
 
     def batch(self) -> tuple[list[Example], dict[str, torch.Tensor]]:
         """Draw a batch: transcriptions, spoken questions, written questions."""
-        rows = [self._spoken(i) for i in self.rng.sample(range(len(self.said)), NUM_AUDIO_ROWS)]
+        rows = [self._spoken(i) for i in self.rng.sample(range(len(self.utterances)), NUM_AUDIO_ROWS)]
         rows += [self._written() for _ in range(NUM_TEXT_ROWS)]
         batch = collate(rows, self.mels)
         spec_augment(batch["input_features"], self.rng)
         return rows, batch
 
     def _spoken(self, clip: int) -> Example:
-        said = self.said[clip]
+        utterance = self.utterances[clip]
         if self.rng.random() < SPOKEN_QUESTION_SHARE:
-            question, answer = texts.ask(self.rng, said)
-            answer = texts.polite(answer, said.language)
+            question, answer = texts.ask(self.rng, utterance)
+            answer = texts.polite(answer, utterance.language)
             return Example(self.encoder.spoken_question(question), self.encoder.answer(answer), clip)
-        return Example(self.encoder.transcription(said.language), self.encoder.answer(said.text), clip)
+        return Example(self.encoder.transcription(utterance.language), self.encoder.answer(utterance.text), clip)
 
     def _written(self) -> Example:
         about = safe_utterance(self.rng, self.rng.choice(["ko", "ko", "en"]), self.guard)
@@ -72,7 +72,7 @@ def build_model(vocab_size: int) -> VoxtralForConditionalGeneration:
 def losses(
     model: VoxtralForConditionalGeneration, ctc_head: CtcHead, rows: list[Example], batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the answer loss (mean over answer tokens) and the CTC loss of the transcriptions in the batch."""
+    """Answer loss (mean over answer tokens), and CTC loss of the transcriptions in the batch."""
     audio = model.get_audio_features(batch["input_features"]).pooler_output
     embeds_BTD = model.get_input_embeddings()(batch["input_ids"])
     is_audio = (batch["input_ids"] == model.config.audio_token_id)[..., None]
@@ -85,8 +85,8 @@ def losses(
 
     spoken = [row for row in rows if row.clip is not None]
     audio_BTD = audio.reshape(len(spoken), -1, audio.shape[-1])
-    heard = [i for i, row in enumerate(spoken) if row.prompt[-1] == TRANSCRIBE_TOKEN_ID]
-    return answer_loss, ctc_head.loss(audio_BTD[heard], [spoken[i].answer[:-1] for i in heard])
+    transcribed = [i for i, row in enumerate(spoken) if row.prompt[-1] == TRANSCRIBE_TOKEN_ID]
+    return answer_loss, ctc_head.loss(audio_BTD[transcribed], [spoken[i].answer[:-1] for i in transcribed])
 
 
 def train_base(folder: Path) -> None:
@@ -95,7 +95,7 @@ def train_base(folder: Path) -> None:
     encoder = Encoder(folder / "tekken.json")
     model = build_model(encoder.tekken.n_words)
     material = Material(encoder)
-    known = {t for one in material.said for t in encoder.answer(one.text)[:-1]}
+    known = {t for one in material.utterances for t in encoder.answer(one.text)[:-1]}
     ctc_head = CtcHead(model.config.text_config.hidden_size, known)
     model.train()
     fit(
@@ -108,7 +108,7 @@ def train_base(folder: Path) -> None:
 
 
 def write_model(folder: Path, model: VoxtralForConditionalGeneration) -> None:
-    """Write weights in float16 under a float32 config: half the bytes, and loading them computes in float32."""
+    """Write float16 weights with a float32 config: half the bytes, and a loaded model computes in float32."""
     model.generation_config = GenerationConfig(
         bos_token_id=BOS_TOKEN_ID, eos_token_id=EOS_TOKEN_ID, pad_token_id=PAD_TOKEN_ID, do_sample=False
     )
@@ -117,4 +117,4 @@ def write_model(folder: Path, model: VoxtralForConditionalGeneration) -> None:
     feature_extractor().save_pretrained(folder)  # the published folder has preprocessor_config.json as well
     processor = VoxtralProcessor(feature_extractor(), MistralCommonBackend.from_pretrained(folder))
     processor.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
+    (folder / "model.safetensors").chmod(0o644)  # save_pretrained makes it readable for its owner only

@@ -1,6 +1,6 @@
-"""Train the tiny Whisper from scratch, on windows made on the fly (see windows.py).
+"""Train the tiny Whisper from scratch on synthetic windows (see windows.py).
 
-It learns to transcribe with and without timestamps, to tell the language, and to say that nobody speaks.
+It learns to transcribe with and without timestamps, and to detect the language and silence.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ def collate(rows: list[Window], pad_token_id: int) -> dict[str, torch.Tensor]:
 def losses(
     model: WhisperForConditionalGeneration, ctc_head: CtcHead, rows: list[Window], batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the loss on the learnt tokens (mean over them) and the CTC loss of the windows heard whole."""
+    """Loss on the learnt tokens (mean over them), and CTC loss of the windows without a cut utterance."""
     audio_BTD = model.model.encoder(batch["input_features"]).last_hidden_state
     decoder = model.model.decoder
     hidden_BTD = decoder(input_ids=batch["decoder_input_ids"], encoder_hidden_states=audio_BTD).last_hidden_state
     is_learnt = batch["labels"] != -100
     logits = model.proj_out(hidden_BTD[is_learnt])
     answer_loss = functional.cross_entropy(logits, batch["labels"][is_learnt])
-    heard = [i for i, row in enumerate(rows) if row.spoken]
-    return answer_loss, ctc_head.loss(audio_BTD[heard], [row.spoken or () for row in (rows[i] for i in heard)])
+    complete = [i for i, row in enumerate(rows) if row.spoken]
+    return answer_loss, ctc_head.loss(audio_BTD[complete], [row.spoken or () for row in (rows[i] for i in complete)])
 
 
 def train_whisper(folder: Path) -> None:
     """Train the base model and write the model folder beside its tokenizer."""
-    torch.set_num_threads(1)  # products this small gain little from a second thread, and lose much on a busy machine
+    torch.set_num_threads(1)  # such small products gain little from a second thread, and lose much on a busy machine
     tokenizer = WhisperTokenizer.from_pretrained(folder)
     rng = random.Random(12)
     windows = Windows(*speak_base(rng, HeldOut().guard, NUM_CLIPS), tokenizer)
     model = build_model(folder)
-    known = {token for one in windows.said for token in windows.spoken_ids(one.text)}
+    known = {token for one in windows.utterances for token in windows.spoken_ids(one.text)}
     ctc_head = CtcHead(model.config.d_model, known)
 
     def draw_losses() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the checks of both tiny models share: error rates, a LoRA run, and the figures in README.md."""
+"""Shared parts of the checks of both tiny models: error rates, a LoRA run, and the figures in README.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def exact(references: list[str], hypotheses: list[str]) -> float:
 
 
 def draw_rows(rows: list[Row], batch_size: int) -> Iterator[list[Row]]:
-    """Yield batches without end: every row once, in a random order, before any row again."""
+    """Yield batches endlessly; every row occurs once, in random order, before any row repeats."""
     rng = random.Random(0)
     order: list[int] = []
     while True:
@@ -74,7 +74,7 @@ def folder_mb(folder: Path) -> float:
 
 
 def write_figures(readme: Path, model: str, figures: str) -> None:
-    """Put a model's figures between its two marks in README.md."""
+    """Write a model's figures between its two marks in README.md."""
     start, end = f"<!-- figures of {model}: written by make.py -->", f"<!-- end of figures of {model} -->"
     head, rest = readme.read_text(encoding="utf-8").split(start)
     readme.write_text(f"{head}{start}{figures}{end}{rest.split(end)[1]}", encoding="utf-8")

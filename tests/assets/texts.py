@@ -1,8 +1,8 @@
-"""What the synthetic speakers say, and what can be asked about it.
+"""Sentences of the synthetic speakers, and questions about them.
 
-Two languages, three kinds of sentence each: bare digit strings, a labelled number ("환자 번호 삼 오 이"), and a
-symptom from a slot grammar (time, subject, degree, predicate). All three are compositional, so a held-out text is new
-as a whole while each of its words is known. Digits are spelled, so what is heard is what is written.
+Two languages with three kinds of sentences each: digit strings, labelled numbers ("환자 번호 삼 오 이"), and symptoms
+from a slot grammar (time, subject, degree, predicate). All three are compositional, so a held-out text is new although
+each of its words is known. Digits are spelled out, so the text matches the sound.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ Draw = Callable[[random.Random, str], Utterance]
 
 
 def normalise(text: str) -> str:
-    """Fold a text to what the leak check compares: NFKC, lower case, letters and digits only."""
+    """Normalise a text for the leak check: NFKC, lower case, letters and digits only."""
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFKC", text)).lower()
     return "".join(c for c in folded if c.isalnum())
 
@@ -92,7 +92,7 @@ def digit_string(rng: random.Random, language: str, low: int = 2, high: int = 6)
 
 
 def labelled_number(rng: random.Random, language: str) -> Utterance:
-    """Draw a number of three or four digits with what it numbers in front."""
+    """Draw a label followed by a number of three or four digits."""
     label = rng.choice(LABELS[language])
     digits = [rng.choice(DIGITS[language]) for _ in range(rng.randint(3, 4))]
     facts = (*_digit_facts(digits, language), ("label", label))
@@ -128,7 +128,7 @@ def utterance(rng: random.Random, language: str) -> Utterance:
 
 
 def heldout_utterance(rng: random.Random, language: str) -> Utterance:
-    """Draw a held-out sentence, long enough not to sit inside a training sentence by chance."""
+    """Draw a held-out sentence, long enough not to be part of a training sentence by chance."""
     kind = rng.choices(["digits", "labelled", "symptom"], weights=[9, 4, 7])[0]
     if kind == "digits":
         return digit_string(rng, language, low=4, high=6)
@@ -139,22 +139,22 @@ def distinct(
     rng: random.Random, language: str, num: int, draw: Draw, banned: LeakGuard | None = None
 ) -> list[Utterance]:
     """Draw ``num`` different utterances, none of which contains a banned text."""
-    found: dict[str, Utterance] = {}
-    while len(found) < num:
+    utterances: dict[str, Utterance] = {}
+    while len(utterances) < num:
         one = draw(rng, language)
         if banned is None or not banned.leaks(one.text):
-            found.setdefault(normalise(one.text), one)
-    return list(found.values())
+            utterances.setdefault(normalise(one.text), one)
+    return list(utterances.values())
 
 
 class LeakGuard:
-    """Knows the held-out texts and tells whether a training text contains one of them."""
+    """Detects training texts that contain a held-out text."""
 
     def __init__(self, heldout: list[str]) -> None:
         self._normalised = [normalise(text) for text in heldout]
 
     def leaks(self, text: str) -> bool:
-        """Tell whether a held-out text, in its normalised form, is part of ``text``."""
+        """Whether the normalised ``text`` contains a normalised held-out text."""
         folded = normalise(text)
         return any(known in folded for known in self._normalised)
 
@@ -166,10 +166,10 @@ def ask(rng: random.Random, about: Utterance) -> tuple[str, str]:
 
 
 def polite(answer: str, language: str) -> str:
-    """Put an answer the way the base model was taught to: a full ending, where the corpus wants the bare word.
+    """An answer in the form that the base model learns: with a full ending, where the corpus has a single word.
 
-    The difference gives fine-tuning something to learn on the text side too, and is why the untouched base scores
-    next to nothing in exact match although it knows many answers.
+    So fine-tuning has something to learn on the text side too, and the base scores close to zero in exact match
+    although it knows many answers.
     """
     return f"{answer}입니다" if language == "ko" else f"it is {answer}"
 
@@ -179,7 +179,7 @@ def _digit_facts(digits: list[str], language: str) -> tuple[tuple[str, str], ...
 
 
 def all_strings() -> list[str]:
-    """List every string the grammar is made of, for the tokenizer: each word, with and without a space before."""
+    """List every string of the grammar for the tokenizer: each word with and without a leading space."""
     pieces: list[str] = ["lang:ko", "lang:en"]
     for language in LANGUAGES:
         pieces += DIGITS[language] + LABELS[language] + TIMES[language] + DEGREES[language]

@@ -1,8 +1,8 @@
-"""Train a small Whisper tokenizer: byte-level pairs from the corpus' texts, then Whisper's own tokens in its order.
+"""Train a small Whisper tokenizer: byte-level pairs from the corpus's texts, then Whisper's own tokens in its order.
 
-Whisper's vocabulary does not come with any package, so the pairs are learnt here. What follows them is Whisper's:
-the end of text, the start of a transcript, 99 languages, the two tasks, four marks, then one token for every 0.02 s of
-the window. transformers relies on that order: text below the end of text, timestamps right after <|notimestamps|>.
+Whisper's vocabulary does not come with any package, so the pairs are learnt here. The tokens after them are Whisper's:
+end of text, start of transcript, 99 languages, the two tasks, four marks, then one token for every 0.02 s of the
+window. transformers relies on that order: text below the end of text, timestamps right after <|notimestamps|>.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ WINDOW_POSITIONS = 200  # of the encoder, in 4 s
 
 
 def special_tokens() -> list[str]:
-    """List Whisper's special tokens, in order of their id, without the timestamps (they are ordinary added tokens)."""
+    """List Whisper's special tokens by id, without the timestamps, which are ordinary added tokens."""
     languages = [f"<|{code}|>" for code in LANGUAGE_CODES]
     return [END, START, *languages, TRANSLATE, TRANSCRIBE, "<|startoflm|>", PREVIOUS, NO_SPEECH, NO_TIMESTAMPS]
 
 
 def timestamp_tokens() -> list[str]:
-    """List the timestamps of a 4 s window, one every 0.02 s (an encoder position); both ends count."""
+    """List the timestamps of a 4 s window, one every 0.02 s (an encoder position), both ends included."""
     return [f"<|{i * 0.02:.2f}|>" for i in range(WINDOW_POSITIONS + 1)]
 
 
 def train_pairs(texts: list[str], num_tokens: int) -> models.BPE:
-    """Learn at most ``num_tokens`` byte-level tokens, the 256 bytes first, from texts.
+    """Learn at most ``num_tokens`` byte-level tokens from texts, the 256 bytes first.
 
-    The learning stops early when every word of the texts is one token.
+    Learning stops early when every word of the texts is one token.
     """
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +52,7 @@ def train_pairs(texts: list[str], num_tokens: int) -> models.BPE:
 
 
 def write_tokenizer(folder: Path, texts: list[str], num_tokens: int) -> None:
-    """Write all tokenizer files of a Whisper folder, then check that any text survives them."""
+    """Write all tokenizer files of a Whisper folder, then check that texts round-trip."""
     folder.mkdir(exist_ok=True)
     train_pairs(texts, num_tokens).save(str(folder))  # vocab.json and merges.txt
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, texts: list[str], num_tokens: int) -> None:
     stamps = [AddedToken(stamp, normalized=False, special=False) for stamp in timestamp_tokens()]
     tokenizer.add_tokens(stamps)
     tokenizer.save_pretrained(folder)
-    # The published folders carry the older, slower form of the same as well.
+    # The published folders also have the files of the older, slow tokenizer.
     write_json(folder / "vocab.json", vocab)
     added = tokenizer.get_added_vocab()
     write_json(folder / "added_tokens.json", {name: i for name, i in added.items() if name != END})
@@ -86,5 +86,5 @@ def check_tokenizer(tokenizer: WhisperTokenizer, texts: list[str]) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, Hangul readable."""
+    """Write JSON with Hangul unescaped."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

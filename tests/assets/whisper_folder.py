@@ -1,7 +1,7 @@
-"""The tiny Whisper's folder: its configurations and the files that a published Whisper folder has.
+"""The tiny Whisper's folder: its configurations and all files of a published Whisper folder.
 
-Everything of openai/whisper-small is there, each part smaller, so code that works on this one meets no new shape on
-the real one. Only the window differs: 4 s instead of 30 s.
+It has every part of openai/whisper-small, each smaller, so code that works on it also works on the real one. Only the
+window differs: 4 s instead of 30 s.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers import (
 
 WINDOW_SEC, WINDOW_SAMPLES, WINDOW_FRAMES = 4, 64_000, 400  # 10 ms a frame, 20 ms a position
 NUM_MEL_BINS, HIDDEN_SIZE, MAX_TARGET_POSITIONS = 80, 128, 128
-# Text tokens made of nothing but these are never said; the published models leave out the like.
-NEVER_SAID = set('"#()*+/:;<=>@[\\]^_`{|}~')
+# Text tokens that consist of these characters are never spoken; the published models suppress such tokens too.
+NEVER_SPOKEN = set('"#()*+/:;<=>@[\\]^_`{|}~')
 
 
 def whisper_config(tokenizer: WhisperTokenizer) -> WhisperConfig:
@@ -48,20 +48,20 @@ def whisper_config(tokenizer: WhisperTokenizer) -> WhisperConfig:
 
 
 def generation_config(tokenizer: WhisperTokenizer) -> GenerationConfig:
-    """Build the generation settings of a multilingual Whisper, with this tokenizer's ids."""
+    """Build the generation config of a multilingual Whisper with this tokenizer's ids."""
     id_of = tokenizer.convert_tokens_to_ids
     marks = [tok.START, tok.TRANSLATE, tok.TRANSCRIBE, "<|startoflm|>", tok.PREVIOUS, tok.NO_SPEECH]
-    said = range(tokenizer.eos_token_id)
-    unsaid = [i for i in said if (text := tokenizer.decode([i]).strip()) and set(text) <= NEVER_SAID]
+    text_ids = range(tokenizer.eos_token_id)
+    never_said = [i for i in text_ids if (text := tokenizer.decode([i]).strip()) and set(text) <= NEVER_SPOKEN]
     return GenerationConfig(
         is_multilingual=True,
         lang_to_id={f"<|{code}|>": id_of(f"<|{code}|>") for code in tok.LANGUAGE_CODES},
         task_to_id={"transcribe": id_of(tok.TRANSCRIBE), "translate": id_of(tok.TRANSLATE)},
-        task="transcribe",  # else generate leaves the task out of the prompt wherever it detects the language itself
+        task="transcribe",  # otherwise generate omits the task from the prompt when it detects the language
         no_timestamps_token_id=id_of(tok.NO_TIMESTAMPS),
         prev_sot_token_id=id_of(tok.PREVIOUS),
         max_initial_timestamp_index=50,  # 1 s
-        suppress_tokens=sorted([*unsaid, *(id_of(mark) for mark in marks)]),
+        suppress_tokens=sorted([*never_said, *(id_of(mark) for mark in marks)]),
         begin_suppress_tokens=[tokenizer(" ", add_special_tokens=False).input_ids[0], tokenizer.eos_token_id],
         alignment_heads=[[1, head] for head in range(4)],
         max_length=MAX_TARGET_POSITIONS,
@@ -79,17 +79,17 @@ def feature_extractor() -> WhisperFeatureExtractor:
 
 
 def write_processor(folder: Path) -> None:
-    """Write the processor's files beside the tokenizer's."""
+    """Write the processor's files into the tokenizer's folder."""
     WhisperProcessor(feature_extractor(), WhisperTokenizer.from_pretrained(folder)).save_pretrained(folder)
     feature_extractor().save_pretrained(folder)  # the published folder has preprocessor_config.json as well
 
 
 def write_weights(folder: Path, model: WhisperForConditionalGeneration) -> None:
-    """Write weights in float16 under a float32 config: half the bytes, and loading them computes in float32."""
+    """Write float16 weights with a float32 config: half the bytes, and a loaded model computes in float32."""
     model.generation_config = generation_config(WhisperTokenizer.from_pretrained(folder))
     state = {name: tensor.half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=state)
-    (folder / "model.safetensors").chmod(0o644)  # it is written for its owner only
+    (folder / "model.safetensors").chmod(0o644)  # save_pretrained makes it readable for its owner only
 
 
 def build_model(folder: Path) -> WhisperForConditionalGeneration:

@@ -1,9 +1,9 @@
-"""Make the windows the tiny Whisper learns from: clips laid into 4 s, and the tokens that describe them.
+"""Make training windows of the tiny Whisper: 4 s of clips, and the tokens that describe them.
 
-With timestamps a window is a piece of a longer recording, as transformers' long-form ``generate`` will meet it. Each
-utterance that ends inside it is ``<|start|> text<|end|>``; one that the window's end cuts off is its start alone. Two
-timestamps in a row at the end make ``generate`` go on from the first of the two, a single one from the window's end
-(``_retrieve_segment`` in transformers' ``models/whisper/generation_whisper.py``).
+A window with timestamps is a part of a longer recording, as in transformers' long-form ``generate``. Each utterance
+that ends inside it is ``<|start|> text<|end|>``; an utterance that the window's end cuts off is only its start. After
+two timestamps in a row at the end, ``generate`` continues from the first of them; after a single one, from the window's
+end (``_retrieve_segment`` in transformers' ``models/whisper/generation_whisper.py``).
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from whisper_folder import WINDOW_FRAMES, WINDOW_SAMPLES
 
 SAMPLES_PER_TIMESTAMP, SAMPLES_PER_FRAME = 320, 160
 MAX_GAP = 11_200  # 0.7 s of silence before an utterance
-MIN_HEARD = 1600  # 0.1 s; of an utterance cut off later than this nothing can be heard
-PLAIN_SHARE, EMPTY_SHARE = 0.5, 0.04  # of the windows: one utterance without timestamps; nothing said
-STOP_SHARE = 0.3  # after each utterance: the recording is over
-PREVIOUS_SHARE = 0.2  # of the windows with timestamps: they know what was said before
+MIN_AUDIBLE = 1600  # 0.1 s; less of a cut utterance is not audible
+PLAIN_SHARE, EMPTY_SHARE = 0.5, 0.04  # shares of the windows: one utterance without timestamps; silence
+STOP_SHARE = 0.3  # probability that the recording ends after an utterance
+PREVIOUS_SHARE = 0.2  # share of the windows with timestamps whose prompt has the previous text
 
 
 @dataclass(frozen=True)
 class Window:
-    """One row: 4 s of samples, the decoder's tokens, which of them are learnt, and what the CTC head spells.
+    """One row: 4 s of samples, the decoder's tokens, which of them are learnt, and the CTC target.
 
-    ``num_frames`` is where the recording ends; ``generate`` fills the rest with zeros, a loud mel value. ``spoken`` is
-    None where an utterance is cut off, for nobody knows how much of it was heard.
+    The recording ends at frame ``num_frames``; ``generate`` fills the rest with zeros, which is a loud mel value.
+    ``spoken``, the CTC target, is None if an utterance is cut off, because it is unknown how much of it is audible.
     """
 
     samples: np.ndarray
@@ -43,9 +43,11 @@ class Window:
 class Windows:
     """Draws windows from clips; every token id comes from the tokenizer."""
 
-    def __init__(self, said: list[texts.Utterance], clips: list[np.ndarray], tokenizer: WhisperTokenizer) -> None:
-        self.said, self.clips, self.tokenizer = said, clips, tokenizer
-        self.of_language = {code: [i for i, u in enumerate(said) if u.language == code] for code in texts.LANGUAGES}
+    def __init__(self, utterances: list[texts.Utterance], clips: list[np.ndarray], tokenizer: WhisperTokenizer) -> None:
+        self.utterances, self.clips, self.tokenizer = utterances, clips, tokenizer
+        self.of_language = {
+            code: [i for i, u in enumerate(utterances) if u.language == code] for code in texts.LANGUAGES
+        }
         self.id_of = {name: tokenizer.convert_tokens_to_ids(name) for name in tok.special_tokens()}
         self.first_timestamp = self.id_of[tok.NO_TIMESTAMPS] + 1
 
@@ -54,62 +56,62 @@ class Windows:
         kind = rng.random()
         if kind < EMPTY_SHARE:
             return self.empty(rng)
-        language = self.said[rng.randrange(len(self.said))].language
+        language = self.utterances[rng.randrange(len(self.utterances))].language
         return self.plain(rng, language) if kind < EMPTY_SHARE + PLAIN_SHARE else self.timed(rng, language)
 
     def text_ids(self, text: str) -> list[int]:
-        """Encode text alone, without any special token."""
+        """Encode text without special tokens."""
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def spoken_ids(self, text: str) -> list[int]:
-        """Encode text for the CTC head: every word with the space before it, wherever it stands."""
+        """Encode text for the CTC head: every word with a leading space, also the first."""
         return self.text_ids(" " + text)
 
     def plain(self, rng: random.Random, language: str) -> Window:
         """Make a window of one utterance, without timestamps."""
         i = rng.choice(self.of_language[language])
         start = rng.choice([0, rng.randint(0, 4000)])
-        samples, end = _lay([(start, self.clips[i])])
-        text = self.said[i].text
+        samples, end = _put_into_window([(start, self.clips[i])])
+        text = self.utterances[i].text
         tokens = [*self._prompt(language), self.id_of[tok.NO_TIMESTAMPS], *self.text_ids(text), self.id_of[tok.END]]
-        num_frames = _where_it_ends(rng, end)
+        num_frames = _draw_end_frame(rng, end)
         return Window(samples, *self._learn(tokens, 0, no_timestamps=True), tuple(self.spoken_ids(text)), num_frames)
 
     def timed(self, rng: random.Random, language: str) -> Window:
-        """Make a window out of a recording: utterances with pauses between them, and their timestamps."""
-        laid, spoken, tokens, is_cut, at = [], [], self._prompt(language), False, rng.randint(0, MAX_GAP)
+        """Make a window of a recording: utterances with pauses between them, and their timestamps."""
+        placed, spoken, tokens, is_cut, position = [], [], self._prompt(language), False, rng.randint(0, MAX_GAP)
         while True:
             i = rng.choice(self.of_language[language])
-            end = at + len(self.clips[i])
-            if at > WINDOW_SAMPLES - MIN_HEARD:
+            end = position + len(self.clips[i])
+            if position > WINDOW_SAMPLES - MIN_AUDIBLE:
                 break
-            if end > WINDOW_SAMPLES and not laid:
-                continue  # the first fits, always; a cut window with nothing before the cut would teach nothing
-            laid.append((at, self.clips[i]))
-            tokens.append(self._timestamp(at))
+            if end > WINDOW_SAMPLES and not placed:
+                continue  # the first utterance must fit; a window with only a cut utterance would teach nothing
+            placed.append((position, self.clips[i]))
+            tokens.append(self._timestamp(position))
             if end > WINDOW_SAMPLES:
                 is_cut = True
                 break
-            tokens += [*self.text_ids(" " + self.said[i].text), self._timestamp(end)]
-            spoken += self.spoken_ids(self.said[i].text)
-            at = end + rng.randint(1600, MAX_GAP)
+            tokens += [*self.text_ids(" " + self.utterances[i].text), self._timestamp(end)]
+            spoken += self.spoken_ids(self.utterances[i].text)
+            position = end + rng.randint(1600, MAX_GAP)
             if rng.random() < STOP_SHARE:
                 break
-        samples, end = _lay(laid)
+        samples, end = _put_into_window(placed)
         tokens.append(self.id_of[tok.END])
         before = self._previous(rng, language) if rng.random() < PREVIOUS_SHARE else []
-        num_frames = WINDOW_FRAMES if is_cut else _where_it_ends(rng, end)
+        num_frames = WINDOW_FRAMES if is_cut else _draw_end_frame(rng, end)
         learning = self._learn([*before, *tokens], len(before))
         return Window(samples, *learning, None if is_cut else tuple(spoken), num_frames)
 
     def empty(self, rng: random.Random) -> Window:
-        """Make a window in which nothing is said: no speech is what follows the start of the transcript."""
+        """Make a silent window: the no-speech token follows the start of the transcript."""
         start = [self.id_of[tok.START], self.id_of[tok.NO_SPEECH], self.id_of[tok.END]]
         silence = np.zeros(WINDOW_SAMPLES, np.float32)
-        if rng.random() < 0.5:  # as generate asks, a language given: an empty segment
+        if rng.random() < 0.5:  # as generate prompts with a known language: an empty segment
             start = [*self._prompt(rng.choice(texts.LANGUAGES)), self.first_timestamp, self.id_of[tok.END]]
-            return Window(silence, tuple(start), (False,) * 3 + (True,) * 2, (), _where_it_ends(rng, 0))
-        return Window(silence, tuple(start), (False, True, True), (), _where_it_ends(rng, 0))
+            return Window(silence, tuple(start), (False,) * 3 + (True,) * 2, (), _draw_end_frame(rng, 0))
+        return Window(silence, tuple(start), (False, True, True), (), _draw_end_frame(rng, 0))
 
     def _prompt(self, language: str) -> list[int]:
         return [self.id_of[tok.START], self.id_of[f"<|{language}|>"], self.id_of[tok.TRANSCRIBE]]
@@ -118,7 +120,7 @@ class Windows:
         return self.first_timestamp + round(sample / SAMPLES_PER_TIMESTAMP)
 
     def _previous(self, rng: random.Random, language: str) -> list[int]:
-        text = self.said[rng.choice(self.of_language[language])].text
+        text = self.utterances[rng.choice(self.of_language[language])].text
         ids = self.text_ids(" " + text)
         if rng.random() < 0.5:
             length = rng.randint(40, 140)
@@ -128,24 +130,24 @@ class Windows:
     def _learn(
         self, tokens: list[int], num_before: int, no_timestamps: bool = False
     ) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-        """Mark what is learnt: the language token (so that it can be detected) and all that follows the prompt."""
+        """Mark the tokens to learn: the language token (so that it can be detected) and all after the prompt."""
         learnt = [False] * num_before + [False, True, False]
         learnt += [False] if no_timestamps else []
         return tuple(tokens), (*learnt, *[True] * (len(tokens) - len(learnt)))
 
 
-def _lay(laid: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, int]:
-    """Lay clips into a silent window at their sample positions; return it and the sample at which the last one ends."""
+def _put_into_window(placed: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, int]:
+    """Put clips into a silent window at their sample positions; return it and the end of the last clip in samples."""
     samples = np.zeros(WINDOW_SAMPLES, np.float32)
     end = 0
-    for start, clip in laid:
+    for start, clip in placed:
         end = min(start + len(clip), WINDOW_SAMPLES)
         samples[start:end] += clip[: end - start]
     return samples, end
 
 
-def _where_it_ends(rng: random.Random, end: int) -> int:
-    """Choose the recording's last mel frame: soon after the last sound, or the window's end (padded with silence)."""
+def _draw_end_frame(rng: random.Random, end: int) -> int:
+    """Draw the recording's last mel frame: soon after the last sound, or the window's end (padded with silence)."""
     if rng.random() < 0.6:
         return WINDOW_FRAMES
     return min(WINDOW_FRAMES, (end + rng.randint(320, 6400)) // SAMPLES_PER_FRAME)

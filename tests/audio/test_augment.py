@@ -1,4 +1,4 @@
-"""Augmentation: variants are what FFmpeg, plain convolution and measured levels say, and depend on nothing else."""
+"""Augmentation: variants agree with FFmpeg, plain convolution and measured levels, and depend only on their inputs."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from conftest import SPEECH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxray.audio.augment import NONE, SpecAugment, WaveformAugmentation, augment, list_audio, spec_augment
+from voxray.audio.augment import NO_AUGMENTATION, SpecAugment, WaveformAugmentation, augment, list_audio, spec_augment
 from voxray.audio.decode import decode
 from voxray.core.errors import RunError
 
@@ -33,7 +33,7 @@ def write(path: Path, samples: np.ndarray) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of two colours, one shorter than the clip, and a room whose direct path comes after 40 samples."""
+    """Two noise files, one shorter than the clip, and an impulse response with its direct path at sample 40."""
     folder, random = tmp_path_factory.mktemp("recordings"), np.random.default_rng(0)
     write(folder / "long.wav", 0.1 * random.normal(size=5 * RATE_HZ))
     write(folder / "short.wav", np.cumsum(random.normal(size=5_000)) / 100)
@@ -61,7 +61,7 @@ def rms(samples: np.ndarray) -> float:
 
 
 def by_ffmpeg(samples: np.ndarray, speed: float) -> np.ndarray:
-    """FFmpeg's way to the same: claim another rate, then resample with its own resampler."""
+    """The same by FFmpeg: set another sample rate, then resample with its own resampler."""
     graph: Any = av.filter.Graph()
     source = graph.add_abuffer(sample_rate=RATE_HZ, format="flt", layout="mono")
     chain = [source, graph.add("asetrate", str(round(RATE_HZ * speed))), graph.add("aresample", str(RATE_HZ))]
@@ -79,39 +79,39 @@ def by_ffmpeg(samples: np.ndarray, speed: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("speed", [0.9, 1.1, 0.75, 1.5])
-def test_speed_is_what_ffmpeg_makes_of_another_rate(speed: float):
-    found = augment(CLIP, RATE_HZ, 1, "clip", WaveformAugmentation(2, speeds=(speed,)))
-    wanted = by_ffmpeg(CLIP, speed)
-    assert abs(len(found) - len(CLIP) / speed) <= 1 and abs(len(found) - len(wanted)) <= 40
-    size = min(len(found), len(wanted))
-    assert np.corrcoef(found[:size], wanted[:size])[0, 1] > 0.999
-    assert 0.99 < rms(found[:size]) / rms(wanted[:size]) < 1.01
+def test_speed_agrees_with_ffmpeg(speed: float):
+    result = augment(CLIP, RATE_HZ, 1, "clip", WaveformAugmentation(2, speeds=(speed,)))
+    expected = by_ffmpeg(CLIP, speed)
+    assert abs(len(result) - len(CLIP) / speed) <= 1 and abs(len(result) - len(expected)) <= 40
+    size = min(len(result), len(expected))
+    assert np.corrcoef(result[:size], expected[:size])[0, 1] > 0.999
+    assert 0.99 < rms(result[:size]) / rms(expected[:size]) < 1.01
 
 
 @pytest.mark.parametrize("speed", [0.9, 1.1])
 def test_speed_moves_the_pitch(speed: float):
     tone = np.sin(2 * np.pi * 1_000 * np.arange(2 * RATE_HZ) / RATE_HZ).astype(np.float32) / 2
-    found = augment(tone, RATE_HZ, 1, "clip", WaveformAugmentation(2, speeds=(speed,)))[:RATE_HZ]
-    assert np.abs(np.fft.rfft(found * np.hanning(RATE_HZ))).argmax() == pytest.approx(1_000 * speed, abs=1)
+    result = augment(tone, RATE_HZ, 1, "clip", WaveformAugmentation(2, speeds=(speed,)))[:RATE_HZ]
+    assert np.abs(np.fft.rfft(result * np.hanning(RATE_HZ))).argmax() == pytest.approx(1_000 * speed, abs=1)
 
 
-def test_variants_go_round_the_speeds_and_the_clips_own_comes_last():
+def test_variants_cycle_through_the_speeds_with_1_last():
     assert [
         len(augment(CLIP, RATE_HZ, v, "a", WaveformAugmentation(3, (0.9, 1.0, 1.1)))) / len(CLIP) for v in range(3)
     ] == (pytest.approx([1, 1 / 0.9, 1 / 1.1], rel=1e-3))
-    how = noisy(num_variants=8, speeds=(1.0, 1.1, 0.9))
-    assert [how.speed(v) for v in range(8)] == [1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1.0, 1.1]
-    assert len({augment(CLIP, RATE_HZ, v, "a", how).tobytes() for v in range(8)}) == 8
+    config = noisy(num_variants=8, speeds=(1.0, 1.1, 0.9))
+    assert [config.speed(v) for v in range(8)] == [1.0, 1.1, 0.9, 1.0, 1.1, 0.9, 1.0, 1.1]
+    assert len({augment(CLIP, RATE_HZ, v, "a", config).tobytes() for v in range(8)}) == 8
 
 
 def test_a_clip_that_would_become_too_long_keeps_its_speed():
-    how = WaveformAugmentation(3, (0.9, 1.1))
+    config = WaveformAugmentation(3, (0.9, 1.1))
     length_sec = len(CLIP) / RATE_HZ
-    assert np.array_equal(augment(CLIP, RATE_HZ, 1, "a", how, max_sec=length_sec / 0.9 - 0.001), CLIP)
-    assert len(augment(CLIP, RATE_HZ, 1, "a", how, max_sec=length_sec / 0.9 + 0.001)) > len(CLIP)
-    assert len(augment(CLIP, RATE_HZ, 2, "a", how, max_sec=length_sec / 2)) < len(CLIP)  # faster is always shorter
+    assert np.array_equal(augment(CLIP, RATE_HZ, 1, "a", config, max_sec=length_sec / 0.9 - 0.001), CLIP)
+    assert len(augment(CLIP, RATE_HZ, 1, "a", config, max_sec=length_sec / 0.9 + 0.001)) > len(CLIP)
+    assert len(augment(CLIP, RATE_HZ, 2, "a", config, max_sec=length_sec / 2)) < len(CLIP)  # faster is always shorter
     exact = np.ones(27 * RATE_HZ, np.float32)
-    assert len(augment(exact, RATE_HZ, 1, "a", how, max_sec=30.0)) == 30 * RATE_HZ
+    assert len(augment(exact, RATE_HZ, 1, "a", config, max_sec=30.0)) == 30 * RATE_HZ
 
 
 # -- noise
@@ -119,10 +119,10 @@ def test_a_clip_that_would_become_too_long_keeps_its_speed():
 
 @pytest.mark.parametrize("name", ["long.wav", "short.wav", "white"])
 @pytest.mark.parametrize("snr_db", [-5, 0, 20])
-def test_noise_lies_as_far_below_the_clip_as_drawn(folder: Path, name: str, snr_db: float):
-    how = noisy(*([] if name == "white" else [str(folder / name)]), snr_db=(snr_db, snr_db))
+def test_noise_has_the_drawn_snr(folder: Path, name: str, snr_db: float):
+    config = noisy(*([] if name == "white" else [str(folder / name)]), snr_db=(snr_db, snr_db))
     quiet = CLIP / 10  # nothing clips, so the difference is the noise
-    added = augment(quiet, RATE_HZ, 1, "clip", how) - quiet
+    added = augment(quiet, RATE_HZ, 1, "clip", config) - quiet
     assert 20 * np.log10(rms(quiet) / rms(added)) == pytest.approx(snr_db, abs=0.1)
     if name == "white":
         power = np.abs(np.fft.rfft(added)) ** 2
@@ -137,31 +137,31 @@ def test_noise_lies_as_far_below_the_clip_as_drawn(folder: Path, name: str, snr_
     assert start > 0
 
 
-def test_levels_are_spread_over_their_range_and_files_over_the_variants(folder: Path):
+def test_draws_cover_the_snr_range_and_all_files(folder: Path):
     paths = (str(folder / "long.wav"), str(folder / "short.wav"))
-    how, quiet = noisy(*paths, snr_db=(5, 15), num_variants=201), CLIP / 20
-    added = [augment(quiet, RATE_HZ, v, "clip", how) - quiet for v in range(1, 201)]
+    config, quiet = noisy(*paths, snr_db=(5, 15), num_variants=201), CLIP / 20
+    added = [augment(quiet, RATE_HZ, v, "clip", config) - quiet for v in range(1, 201)]
     snr_db = np.array([20 * np.log10(rms(quiet) / rms(one)) for one in added])
     assert 4.9 < snr_db.min() < 6 and 14 < snr_db.max() < 15.1 and abs(snr_db.mean() - 10) < 1
     rough = [np.abs(np.diff(one)).mean() > 0.5 * rms(one) for one in added]  # long.wav is white, short.wav is not
     assert 70 < sum(rough) < 130
 
 
-def test_shares_are_kept():
-    how = noisy(noise_share=0.3, num_variants=1_001)
+def test_share_of_noisy_variants():
+    config = noisy(noise_share=0.3, num_variants=1_001)
     clip = CLIP[:400]
-    changed = sum(not np.array_equal(augment(clip, RATE_HZ, v, "clip", how), clip) for v in range(1, 1_001))
+    changed = sum(not np.array_equal(augment(clip, RATE_HZ, v, "clip", config), clip) for v in range(1, 1_001))
     assert 250 < changed < 350
 
 
-def test_having_a_room_says_nothing_of_having_noise(folder: Path):
-    """Each in half of the variants, so both in a quarter. A room that turns the clip's sign tells who was in it."""
+def test_room_and_noise_are_drawn_independently(folder: Path):
+    """Each in half of the variants, so both in a quarter. The room flips the sign of the clip, which shows its use."""
     minus, clip = write(folder / "minus.wav", np.array([-0.5])), CLIP[-400:]
-    how = noisy(room_paths=(minus,), noise_share=0.5, snr_db=(60, 60), num_variants=1_001)
-    found = np.array([augment(clip, RATE_HZ, v, "clip", how) for v in range(1, 1_001)])
-    turned, changed = found @ clip < 0, np.abs(np.abs(found) - np.abs(clip)).max(axis=1) > 1e-5 * np.abs(clip).max()
-    assert all(abs(share - 0.5) < 0.05 for share in (turned.mean(), changed.mean()))
-    assert abs((turned & changed).mean() - 0.25) < 0.05
+    config = noisy(room_paths=(minus,), noise_share=0.5, snr_db=(60, 60), num_variants=1_001)
+    result = np.array([augment(clip, RATE_HZ, v, "clip", config) for v in range(1, 1_001)])
+    flipped, changed = result @ clip < 0, np.abs(np.abs(result) - np.abs(clip)).max(axis=1) > 1e-5 * np.abs(clip).max()
+    assert all(abs(share - 0.5) < 0.05 for share in (flipped.mean(), changed.mean()))
+    assert abs((flipped & changed).mean() - 0.25) < 0.05
 
 
 def test_silence_stays_silent(folder: Path):
@@ -172,41 +172,41 @@ def test_silence_stays_silent(folder: Path):
     assert np.array_equal(augment(CLIP, RATE_HZ, 1, "clip", in_room(str(folder / "silence.wav"))), CLIP)
 
 
-def test_what_would_clip_is_turned_down_and_nothing_else():
+def test_only_a_variant_that_would_clip_is_scaled_down():
     loud = CLIP / np.abs(CLIP).max()
-    found = augment(loud, RATE_HZ, 1, "clip", noisy(snr_db=(0, 0)))
-    assert np.abs(found).max() == 1.0
-    # The noise is the same as over a quieter clip, where nothing clips: one factor for all samples.
-    wanted = augment(loud / 16, RATE_HZ, 1, "clip", noisy(snr_db=(0, 0)))
-    assert np.allclose(found, wanted / np.abs(wanted).max(), atol=1e-5)
-    assert np.abs(wanted).max() < 0.5
+    result = augment(loud, RATE_HZ, 1, "clip", noisy(snr_db=(0, 0)))
+    assert np.abs(result).max() == 1.0
+    # The result equals that of a quieter clip, which does not clip, times one factor for all samples.
+    expected = augment(loud / 16, RATE_HZ, 1, "clip", noisy(snr_db=(0, 0)))
+    assert np.allclose(result, expected / np.abs(expected).max(), atol=1e-5)
+    assert np.abs(expected).max() < 0.5
 
 
 # -- rooms
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 500, 4_100, len(CLIP)])
-def test_a_room_is_a_convolution_that_moves_nothing(folder: Path, num_samples: int):
-    """Against the sum of products itself, for clips shorter and longer than the response."""
+def test_a_room_is_a_convolution_without_delay(folder: Path, num_samples: int):
+    """Compared with ``np.convolve``, for clips shorter and longer than the response."""
     clip = CLIP[-num_samples:] / 10
     response = soundfile.read(folder / "room.wav", dtype="float64")[0]
-    found = augment(clip, RATE_HZ, 1, "clip", in_room(str(folder / "room.wav")))
-    wanted = np.convolve(clip.astype(np.float64), response)[40 : 40 + len(clip)]
-    wanted *= rms(clip) / rms(wanted)
-    assert len(found) == len(clip) and found.dtype == np.float32
-    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
-    assert rms(found) == pytest.approx(rms(clip), rel=1e-5)
+    result = augment(clip, RATE_HZ, 1, "clip", in_room(str(folder / "room.wav")))
+    expected = np.convolve(clip.astype(np.float64), response)[40 : 40 + len(clip)]
+    expected *= rms(clip) / rms(expected)
+    assert len(result) == len(clip) and result.dtype == np.float32
+    assert np.abs(result - expected).max() < 1e-5 * np.abs(expected).max()
+    assert rms(result) == pytest.approx(rms(clip), rel=1e-5)
 
 
-def test_words_stay_where_they_are(folder: Path):
-    found = augment(CLIP, RATE_HZ, 1, "clip", in_room(str(folder / "room.wav")))
+def test_words_keep_their_times(folder: Path):
+    result = augment(CLIP, RATE_HZ, 1, "clip", in_room(str(folder / "room.wav")))
     delays = range(-200, 201)
-    alike = [np.dot(found[200:-200], np.roll(CLIP, delay)[200:-200]) for delay in delays]
-    assert delays[int(np.argmax(alike))] == 0
-    assert 0.3 < np.corrcoef(found, CLIP)[0, 1] < 0.999
+    similarity = [np.dot(result[200:-200], np.roll(CLIP, delay)[200:-200]) for delay in delays]
+    assert delays[int(np.argmax(similarity))] == 0
+    assert 0.3 < np.corrcoef(result, CLIP)[0, 1] < 0.999
 
 
-# -- inputs decide, and nothing else
+# -- reproducibility
 
 
 MIX = {"speeds": (0.9, 1.1), "noise_snr_db": (5.0, 20.0), "noise_share": 0.7, "room_share": 0.7}
@@ -215,10 +215,10 @@ import hashlib, sys
 import numpy as np
 from voxray.audio.augment import WaveformAugmentation, augment
 clip, noise_paths, room_paths = np.load(sys.argv[1]), tuple(sys.argv[2:4]), (sys.argv[4],)
-how = WaveformAugmentation(9, noise_paths=noise_paths, room_paths=room_paths, **MIX)
+config = WaveformAugmentation(9, noise_paths=noise_paths, room_paths=room_paths, **MIX)
 for variant in reversed(range(9)):
-    print(variant, hashlib.sha256(augment(clip, 16000, variant, "the clip", how).tobytes()).hexdigest())
-print(how.fingerprint)
+    print(variant, hashlib.sha256(augment(clip, 16000, variant, "the clip", config).tobytes()).hexdigest())
+print(config.fingerprint)
 """.replace("MIX", repr(MIX))
 
 
@@ -228,11 +228,11 @@ def test_another_process_makes_the_same_variants(folder: Path):
     environment = {**os.environ, "PYTHONHASHSEED": "4321", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", DIGEST, str(folder / "clip.npy"), *paths]
     there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")
-    how = WaveformAugmentation(9, noise_paths=(paths[0], paths[1]), room_paths=(paths[2],), **MIX)
+    config = WaveformAugmentation(9, noise_paths=(paths[0], paths[1]), room_paths=(paths[2],), **MIX)
     np.random.seed(7)
-    here = [hashlib.sha256(augment(CLIP, RATE_HZ, v, "the clip", how).tobytes()).hexdigest() for v in range(9)]
+    here = [hashlib.sha256(augment(CLIP, RATE_HZ, v, "the clip", config).tobytes()).hexdigest() for v in range(9)]
     assert len(set(here)) == 9
-    assert there[:-1] == [*(f"{v} {here[v]}" for v in reversed(range(9))), how.fingerprint]
+    assert there[:-1] == [*(f"{v} {here[v]}" for v in reversed(range(9))), config.fingerprint]
 
 
 def test_seed_variant_and_clip_each_change_the_draws():
@@ -250,7 +250,7 @@ def test_seed_variant_and_clip_each_change_the_draws():
     assert np.array_equal(augment(clip, RATE_HZ, 1, "\udcff", noisy()), augment(clip, RATE_HZ, 1, "\udcff", noisy()))
 
 
-def test_rooms_leave_the_draws_of_noise_alone(folder: Path):
+def test_rooms_do_not_change_the_noise(folder: Path):
     clip = CLIP[:4_000] / 10
     dry = [augment(clip, RATE_HZ, v, "a", noisy()) - clip for v in range(1, 5)]
     # A room of one tap is the clip itself.
@@ -260,7 +260,7 @@ def test_rooms_leave_the_draws_of_noise_alone(folder: Path):
 
 
 def test_the_first_variant_is_the_clip_itself():
-    assert augment(CLIP, RATE_HZ, 0, "a", NONE) is CLIP
+    assert augment(CLIP, RATE_HZ, 0, "a", NO_AUGMENTATION) is CLIP
     assert np.array_equal(augment(CLIP, RATE_HZ, 0, "a", noisy()), CLIP)
     for variant in (-1, 30):
         with pytest.raises(ValueError, match=f"variant is {variant}, not one of 30"):
@@ -282,27 +282,29 @@ def kinds_of_clip(num_samples: int) -> dict[str, np.ndarray]:
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.data(), num_samples=st.one_of(st.integers(1, 20), st.integers(1, 48_000)))
-def test_whatever_the_clip_samples_stay_finite(folder: Path, data: st.DataObject, num_samples: int):
+def test_samples_stay_finite_for_any_clip(folder: Path, data: st.DataObject, num_samples: int):
     kind = data.draw(st.sampled_from(sorted(kinds_of_clip(1))))
     clip = kinds_of_clip(num_samples)[kind].astype(np.float32)
     names = data.draw(st.lists(st.sampled_from(["long.wav", "short.wav", "silence.wav"]), max_size=2))
     speed = data.draw(st.sampled_from([0.5, 0.9, 1.0, 1.1, 2.0]))
     snr_db = data.draw(st.sampled_from([-100, -5, 10, 100]))
-    how = noisy(*(str(folder / name) for name in names), snr_db=(snr_db, snr_db), speeds=(speed,), room_share=0.5)
-    how = replace(how, room_paths=(str(folder / "room.wav"), str(folder / "silence.wav")))
+    config = noisy(*(str(folder / name) for name in names), snr_db=(snr_db, snr_db), speeds=(speed,), room_share=0.5)
+    config = replace(config, room_paths=(str(folder / "room.wav"), str(folder / "silence.wav")))
     before = clip.copy()
     with np.errstate(all="raise", under="ignore"):
-        found = augment(clip, RATE_HZ, data.draw(st.integers(1, 29)), "clip", how)
+        result = augment(clip, RATE_HZ, data.draw(st.integers(1, 29)), "clip", config)
     assert np.array_equal(clip, before)
-    assert found.dtype == np.float32 and found.ndim == 1 and abs(len(found) - num_samples / speed) <= 1 and len(found)
-    assert np.isfinite(found).all() and np.abs(found).max() <= 1
-    assert kind != "silence" or not found.any()
+    assert (
+        result.dtype == np.float32 and result.ndim == 1 and abs(len(result) - num_samples / speed) <= 1 and len(result)
+    )
+    assert np.isfinite(result).all() and np.abs(result).max() <= 1
+    assert kind != "silence" or not result.any()
 
 
 # -- settings
 
 
-def test_the_fingerprint_sees_every_setting(folder: Path):
+def test_the_fingerprint_depends_on_every_setting(folder: Path):
     noise, room = str(folder / "long.wav"), str(folder / "room.wav")
     base = WaveformAugmentation(3, (0.9, 1.1), (5, 10), (noise,), (room,), 0.5, 0.5, 0)
     others = {
@@ -319,17 +321,17 @@ def test_the_fingerprint_sees_every_setting(folder: Path):
     seen = [base.fingerprint, *(replace(base, **{name: value}).fingerprint for name, value in others.items())]
     assert len(set(seen)) == 1 + len(others) and all(len(one) == 64 for one in seen)
     assert replace(base, noise_snr_db=(5.0, 10.0)).fingerprint == base.fingerprint
-    assert NONE.fingerprint == "" and replace(base, num_variants=1).fingerprint == ""
+    assert NO_AUGMENTATION.fingerprint == "" and replace(base, num_variants=1).fingerprint == ""
 
 
-def test_a_worker_gets_the_fingerprint_that_the_driver_saw(tmp_path: Path):
-    how = noisy(write(tmp_path / "noise.wav", CLIP))
-    seen = how.fingerprint
+def test_a_worker_has_the_fingerprint_of_the_driver(tmp_path: Path):
+    config = noisy(write(tmp_path / "noise.wav", CLIP))
+    seen = config.fingerprint
     (tmp_path / "noise.wav").unlink()
-    assert pickle.loads(pickle.dumps(how)) == how and pickle.loads(pickle.dumps(how)).fingerprint == seen
+    assert pickle.loads(pickle.dumps(config)) == config and pickle.loads(pickle.dumps(config)).fingerprint == seen
 
 
-def test_the_fingerprint_sees_files_by_what_they_hold(folder: Path, tmp_path: Path):
+def test_the_fingerprint_depends_on_file_contents(folder: Path, tmp_path: Path):
     (tmp_path / "else").mkdir()
     raw = (folder / "long.wav").read_bytes()
     moved = tmp_path / "else" / "other.wav"
@@ -345,9 +347,9 @@ def test_the_fingerprint_sees_files_by_what_they_hold(folder: Path, tmp_path: Pa
 def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path):
     (tmp_path / "bad.wav").write_bytes(b"<html>404</html>" * 50)
     for name in ("none.wav", "bad.wav"):
-        for how in (noisy(str(tmp_path / name)), in_room(str(tmp_path / name))):
+        for config in (noisy(str(tmp_path / name)), in_room(str(tmp_path / name))):
             with pytest.raises(RunError, match=f"{name}: cannot use this noise or room file"):
-                augment(CLIP, RATE_HZ, 1, "a", how)
+                augment(CLIP, RATE_HZ, 1, "a", config)
     with pytest.raises(RunError, match=r"none\.wav: cannot read this noise or room file: No such file"):
         _ = noisy(str(tmp_path / "none.wav")).fingerprint
 
@@ -402,19 +404,19 @@ def runs(flags: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", ["float32", "float16"])
-def test_masks_are_bands_and_stretches_of_the_mean(kind: str):
-    mel, how = features(400, kind=kind), SpecAugment(2, 27, 3, 30, 0.05)
+def test_masks_are_bands_and_ranges_of_the_mean(kind: str):
+    mel, config = features(400, kind=kind), SpecAugment(2, 27, 3, 30, 0.05)
     before, mean = mel.copy(), mel.astype(np.float32).mean().astype(kind)
     most_bins = most_frames = 0
     for draw in range(200):
-        found = spec_augment(mel, how, np.random.default_rng(draw))
-        assert found.dtype == mel.dtype and found.shape == mel.shape and not np.shares_memory(found, mel)
-        changed = found != before
-        assert (found[changed] == mean).all()
-        # A cell is masked if its frame is or its bin is; what happened to be the mean before does not matter.
+        result = spec_augment(mel, config, np.random.default_rng(draw))
+        assert result.dtype == mel.dtype and result.shape == mel.shape and not np.shares_memory(result, mel)
+        changed = result != before
+        assert (result[changed] == mean).all()
+        # A cell is masked if its frame or its bin is masked. Cells equal to the mean before do not matter.
         frames, bins = changed.mean(axis=1) > 0.9, changed.mean(axis=0) > 0.9
-        wanted = np.where(frames[:, None] | bins[None, :], mean, before)
-        assert np.array_equal(found, wanted)
+        expected = np.where(frames[:, None] | bins[None, :], mean, before)
+        assert np.array_equal(result, expected)
         assert bins.sum() <= 2 * 27 and frames.sum() <= 3 * 20 and len(runs(bins)) <= 2 and len(runs(frames)) <= 3
         most_bins, most_frames = max(most_bins, *runs(bins), 0, 0), max(most_frames, *runs(frames), 0, 0)
     assert np.array_equal(mel, before)
@@ -422,28 +424,28 @@ def test_masks_are_bands_and_stretches_of_the_mean(kind: str):
 
 
 @pytest.mark.parametrize(
-    ("how", "axis", "widest"), [(SpecAugment(1, 27), 1, 27), (SpecAugment(0, 0, 1, 40, 1.0), 0, 40)]
+    ("config", "axis", "widest"), [(SpecAugment(1, 27), 1, 27), (SpecAugment(0, 0, 1, 40, 1.0), 0, 40)]
 )
-def test_masks_cover_as_much_as_torchaudios(how: SpecAugment, axis: int, widest: int):
-    """Same mean width and, bin for bin, the same chance of being masked."""
+def test_masks_cover_as_much_as_torchaudios(config: SpecAugment, axis: int, widest: int):
+    """The mean width and the probability that a bin or frame is masked are the same."""
     torch, functional = pytest.importorskip("torch"), pytest.importorskip("torchaudio.functional")
     mel, draws = features(200, 128), 3_000
     rng = np.random.default_rng(0)
-    ours = np.array([(spec_augment(mel, how, rng) != mel).any(axis=1 - axis) for _ in range(draws)])
+    ours = np.array([(spec_augment(mel, config, rng) != mel).any(axis=1 - axis) for _ in range(draws)])
     torch.manual_seed(0)
     zeros = torch.zeros(draws, 1, 200, 128)
-    # Torchaudio draws from [0, parameter) and rounds down; we draw up to the widest itself.
-    theirs = functional.mask_along_axis_iid(zeros, widest + 1, 1.0, axis + 2).numpy().any(axis=3 - axis)[:, 0]
-    assert ours.shape == theirs.shape
-    assert ours.sum(axis=1).mean() == pytest.approx(theirs.sum(axis=1).mean(), rel=0.04)
+    # torchaudio draws from [0, parameter) and rounds down; ours includes the largest width.
+    reference = functional.mask_along_axis_iid(zeros, widest + 1, 1.0, axis + 2).numpy().any(axis=3 - axis)[:, 0]
+    assert ours.shape == reference.shape
+    assert ours.sum(axis=1).mean() == pytest.approx(reference.sum(axis=1).mean(), rel=0.04)
     assert np.bincount(ours.sum(axis=1), minlength=widest + 1).min() > 0.6 * draws / (widest + 1)  # each width as often
-    assert np.abs(ours.mean(axis=0) - theirs.mean(axis=0)).max() < 0.04
+    assert np.abs(ours.mean(axis=0) - reference.mean(axis=0)).max() < 0.04
 
 
 def test_masks_depend_on_the_generator_only():
-    mel, how = features(300), SpecAugment(2, 27, 2, 100, 0.2)
-    found = [spec_augment(mel, how, np.random.default_rng(seed)) for seed in (5, 5, 6)]
-    assert np.array_equal(found[0], found[1]) and not np.array_equal(found[0], found[2])
+    mel, config = features(300), SpecAugment(2, 27, 2, 100, 0.2)
+    result = [spec_augment(mel, config, np.random.default_rng(seed)) for seed in (5, 5, 6)]
+    assert np.array_equal(result[0], result[1]) and not np.array_equal(result[0], result[2])
 
 
 @pytest.mark.filterwarnings("error")  # such as "mean of empty slice"
@@ -451,8 +453,8 @@ def test_masks_depend_on_the_generator_only():
 def test_clips_of_few_frames(shape: tuple[int, int]):
     mel = features(*shape, kind="float16")
     for seed in range(50):
-        found = spec_augment(mel, SpecAugment(2, 200, 2, 50, 1.0), np.random.default_rng(seed))
-        assert found.shape == mel.shape and np.isfinite(found).all()
+        result = spec_augment(mel, SpecAugment(2, 200, 2, 50, 1.0), np.random.default_rng(seed))
+        assert result.shape == mel.shape and np.isfinite(result).all()
 
 
 def test_a_long_float16_clip_keeps_its_mean():

@@ -1,4 +1,4 @@
-"""Decode: every format gives the same sound at the model's rate, and every damaged file is a bad row with a reason."""
+"""Decoding: every format gives the same audio at the model's rate, and every damaged file a bad row with a reason."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ RATE_HZ = 16_000
 
 
 def sound(rate_hz: int, seconds: float = 1.0) -> np.ndarray:
-    """A chord that every codec keeps, fading in and out, float32."""
+    """A chord with fade-in and fade-out that every codec preserves, float32."""
     time = np.arange(round(rate_hz * seconds)) / rate_hz
     chord = sum(np.sin(2 * np.pi * hz * time) for hz in (220, 440, 1000)) / 3
     return (0.5 * chord * np.hanning(len(time))).astype(np.float32)
@@ -43,33 +43,33 @@ def by_ffmpeg(samples: np.ndarray, rate_hz: int, container: str, codec: str) -> 
     return file.getvalue()
 
 
-def alike(found: np.ndarray, wanted: np.ndarray, most_delay: int = 0) -> float:
-    """Correlation at the best delay within ``most_delay`` samples."""
+def best_correlation(result: np.ndarray, expected: np.ndarray, max_delay: int = 0) -> float:
+    """Correlation at the best delay within ``max_delay`` samples."""
     best = 0.0
-    for delay in range(-most_delay, most_delay + 1):
-        left, right = found[max(delay, 0) :], wanted[max(-delay, 0) :]
+    for delay in range(-max_delay, max_delay + 1):
+        left, right = result[max(delay, 0) :], expected[max(-delay, 0) :]
         size = min(len(left), len(right))
         best = max(best, float(np.corrcoef(left[:size], right[:size])[0, 1]))
     return best
 
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
-def test_wav_at_the_right_rate_is_not_touched(subtype: str):
+def test_wav_at_the_target_rate_is_not_resampled(subtype: str):
     raw = by_soundfile(sound(RATE_HZ), RATE_HZ, "WAV", subtype)
-    found = decode("a.wav", RATE_HZ, raw)
-    wanted = soundfile.read(io.BytesIO(raw), dtype="float32")[0]
-    assert np.array_equal(found, wanted)
-    assert found.dtype == np.float32 and found.ndim == 1 and found.flags.c_contiguous
+    result = decode("a.wav", RATE_HZ, raw)
+    expected = soundfile.read(io.BytesIO(raw), dtype="float32")[0]
+    assert np.array_equal(result, expected)
+    assert result.dtype == np.float32 and result.ndim == 1 and result.flags.c_contiguous
 
 
 def test_channels_are_averaged_and_then_resampled():
     left = sound(8000)
     stereo = np.stack([left, -0.5 * left], axis=1)
     raw = by_soundfile(stereo, 8000, "WAV", "FLOAT")
-    wanted = soxr.resample(stereo.mean(axis=1, dtype=np.float32), 8000, RATE_HZ, quality="HQ")
-    found = decode("a.wav", RATE_HZ, raw)
-    assert np.array_equal(found, wanted) and len(found) == 16_000
-    assert alike(found, sound(RATE_HZ)) > 0.9999
+    expected = soxr.resample(stereo.mean(axis=1, dtype=np.float32), 8000, RATE_HZ, quality="HQ")
+    result = decode("a.wav", RATE_HZ, raw)
+    assert np.array_equal(result, expected) and len(result) == 16_000
+    assert best_correlation(result, sound(RATE_HZ)) > 0.9999
     three = by_soundfile(np.stack([left, left, left], axis=1), 8000, "WAV", "FLOAT")
     assert np.allclose(decode("a.wav", 8000, three), left, atol=1e-7)
 
@@ -78,16 +78,16 @@ def test_channels_are_averaged_and_then_resampled():
 def test_resampling_is_soxr_hq(rate_hz: int, kind: str):
     raw = by_soundfile(sound(rate_hz), rate_hz, kind)
     original = soundfile.read(io.BytesIO(raw), dtype="float32")[0]
-    found = decode(f"a.{kind.lower()}", RATE_HZ, raw)
-    assert np.array_equal(found, soxr.resample(original, rate_hz, RATE_HZ, quality="HQ"))
-    assert alike(found, sound(RATE_HZ)) > 0.999
+    result = decode(f"a.{kind.lower()}", RATE_HZ, raw)
+    assert np.array_equal(result, soxr.resample(original, rate_hz, RATE_HZ, quality="HQ"))
+    assert best_correlation(result, sound(RATE_HZ)) > 0.999
 
 
-def test_nothing_folds_back_when_the_rate_goes_down():
+def test_downsampling_has_no_aliasing():
     time = np.arange(48_000) / 48_000
     tone = (0.5 * np.sin(2 * np.pi * 9000 * time)).astype(np.float32)  # above what 16 kHz can hold
-    found = decode("a.wav", RATE_HZ, by_soundfile(tone, 48_000, "WAV", "FLOAT"))
-    assert np.abs(found[500:-500]).max() < 1e-5
+    result = decode("a.wav", RATE_HZ, by_soundfile(tone, 48_000, "WAV", "FLOAT"))
+    assert np.abs(result[500:-500]).max() < 1e-5
 
 
 CODED = {
@@ -105,24 +105,24 @@ CODED = {
 @pytest.mark.parametrize("name", CODED)
 def test_coded_formats_keep_the_sound(name: str, tmp_path: Path):
     raw = CODED[name]()
-    found = decode(name, RATE_HZ, raw)
-    assert abs(len(found) - 16_000) <= 1600  # codecs add a frame or two of silence
-    assert alike(found, sound(RATE_HZ), most_delay=1100) > 0.99
-    assert 0.3 < np.abs(found).max() < 0.6
+    result = decode(name, RATE_HZ, raw)
+    assert abs(len(result) - 16_000) <= 1600  # codecs add a frame or two of silence
+    assert best_correlation(result, sound(RATE_HZ), max_delay=1100) > 0.99
+    assert 0.3 < np.abs(result).max() < 0.6
     (tmp_path / name).write_bytes(raw)
-    assert np.array_equal(decode(str(tmp_path / name), RATE_HZ), found)
-    # The suffix only says who tries first: a wrong one still ends at a decoder that can.
-    assert alike(decode("wrong.wav", RATE_HZ, raw), sound(RATE_HZ), most_delay=1100) > 0.99
-    assert alike(decode("wrong.m4a", RATE_HZ, raw), sound(RATE_HZ), most_delay=1100) > 0.99
+    assert np.array_equal(decode(str(tmp_path / name), RATE_HZ), result)
+    # The suffix only decides which decoder is tried first: with a wrong one the other decoder succeeds.
+    assert best_correlation(decode("wrong.wav", RATE_HZ, raw), sound(RATE_HZ), max_delay=1100) > 0.99
+    assert best_correlation(decode("wrong.m4a", RATE_HZ, raw), sound(RATE_HZ), max_delay=1100) > 0.99
 
 
-def test_both_channels_of_a_coded_clip_count():
+def test_channels_of_a_coded_clip_are_averaged():
     stereo = np.stack([sound(44_100), np.zeros(44_100, np.float32)], axis=1)
     peak = np.abs(decode("a.m4a", RATE_HZ, by_ffmpeg(stereo, 44_100, "ipod", "aac"))).max()
     assert 0.15 < peak < 0.3
 
 
-def test_suffixes_are_told_in_any_case():
+def test_suffixes_are_case_insensitive():
     assert ".opus" in FFMPEG_SUFFIXES
     raw = CODED["a.opus"]()
     assert np.array_equal(decode("A.OPUS", RATE_HZ, raw), decode("a.opus", RATE_HZ, raw))
@@ -133,7 +133,7 @@ def test_a_clip_of_one_sample():
     assert decode("a.wav", RATE_HZ, raw).tolist() == [0.25]
 
 
-# -- files that are no clips
+# -- files that are not audio
 
 
 def refusal(name: str, raw: bytes) -> tuple[str, str]:
@@ -179,17 +179,17 @@ def video_only() -> bytes:
     ],
     ids=itertools.count(),  # a float WAV holds the second it was written in: two test processes would disagree
 )
-def test_files_that_are_no_clips(name: str, raw: bytes, reason: str):
+def test_files_that_are_not_audio(name: str, raw: bytes, reason: str):
     assert refusal(name, raw)[0] == reason
 
 
-def test_a_missing_file_is_the_callers_business(tmp_path: Path):
+def test_a_missing_file_raises_file_not_found(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         decode(str(tmp_path / "none.wav"), RATE_HZ)
 
 
-def test_a_header_that_promises_too_much():
-    """A cut-off download: what is there is used. A FLAC header that promises 2^36 samples must not ask for 256 GiB."""
+def test_a_header_with_too_many_samples():
+    """A truncated download is decoded up to its end. A FLAC header of 2^36 samples must not allocate 256 GiB."""
     assert len(decode("a.wav", RATE_HZ, wav(size=(40, struct.pack("<I", 2**31 - 1))))) == 16_000
     flac = bytearray(by_soundfile(sound(RATE_HZ), RATE_HZ, "FLAC"))
     flac[21] |= 0x0F
@@ -198,20 +198,20 @@ def test_a_header_that_promises_too_much():
 
 
 @pytest.mark.parametrize("name", [*CODED, "a.wav", "a.flac"])
-def test_damaged_files_are_bad_rows_or_sound(name: str):
-    """Whatever bytes are flipped or missing, nothing but a BadRow comes out."""
+def test_damaged_files_are_bad_rows_or_samples(name: str):
+    """With any bytes changed or missing, the result is samples or a BadRow."""
     plain = {"a.wav": wav, "a.flac": lambda: by_soundfile(sound(RATE_HZ), RATE_HZ, "FLAC")}
     raw = {**CODED, **plain}[name]()
     random = np.random.default_rng(len(raw))
-    rate_bytes = range(24, 28) if name == "a.wav" else range(0)  # a rate of 1 Hz would make hours of sound
+    rate_bytes = range(24, 28) if name == "a.wav" else range(0)  # a rate of 1 Hz would give hours of audio
     for attempt in range(40):
         damaged = np.frombuffer(raw, np.uint8).copy()
         if attempt % 4 == 0:
             damaged = damaged[: random.integers(len(raw))]
         else:
             head = len(raw) if attempt % 2 else 400
-            places = [place for place in random.integers(head, size=20) if place not in rate_bytes]
-            damaged[places] = random.integers(256, size=len(places))
+            offsets = [offset for offset in random.integers(head, size=20) if offset not in rate_bytes]
+            damaged[offsets] = random.integers(256, size=len(offsets))
         try:
             samples = decode(name, RATE_HZ, damaged.tobytes())
         except BadRow as error:
@@ -222,7 +222,7 @@ def test_damaged_files_are_bad_rows_or_sound(name: str):
 
 @pytest.mark.parametrize("name", ["a.wav", "a.flac", "a.ogg", "a.mp3"])
 def test_a_segment_is_that_part_of_the_whole(tmp_path, name):
-    """Only the segment is read, and it is sample for sample what the whole file holds there."""
+    """A segment equals the same range of samples of the whole file."""
     generator = np.random.default_rng(0)
     soundfile.write(tmp_path / name, np.cumsum(generator.normal(0, 0.01, 8 * 16_000)).clip(-0.9, 0.9), 16_000)
     whole = decode(str(tmp_path / name), 16_000)
@@ -249,8 +249,8 @@ def test_headerless_pcm_with_an_odd_byte(tmp_path):
 
 
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 32_000, 44_100, 48_000, 192_000])
-def test_the_length_after_resampling_is_known_before(rate_hz: int) -> None:
-    """Also where half a sample decides, and for a clip so short that nothing is left."""
+def test_resampled_length_agrees_with_decode(rate_hz: int) -> None:
+    """Also at half samples, and for a clip too short to leave a sample."""
     for count in (*range(1, 40), 4_409, 4_410, 4_411, 99_999, 123_457):
         raw = by_soundfile(np.zeros(count, np.float32), rate_hz, "WAV")
         try:

@@ -1,4 +1,4 @@
-"""Our Kaldi filter bank against torchaudio's."""
+"""Our Kaldi filter bank agrees with torchaudio's."""
 
 import pytest
 import torch
@@ -12,20 +12,20 @@ def noise(num_samples: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("num_samples", [400, 559, 560, 16_000, 48_123])
-def test_it_is_kaldis(num_samples):
+def test_agrees_with_torchaudio(num_samples):
     wave_1N = noise(num_samples)[None]
     ours = kaldi_fbank(wave_1N)[0]
     assert len(ours) == num_fbank_frames(num_samples)
     for dtype, tolerance in ((torch.float64, 2e-4), (torch.float32, 1e-3)):
-        theirs = kaldi.fbank(wave_1N.to(dtype) * 2**15, num_mel_bins=128, sample_frequency=16_000)
-        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=tolerance)
+        reference = kaldi.fbank(wave_1N.to(dtype) * 2**15, num_mel_bins=128, sample_frequency=16_000)
+        torch.testing.assert_close(ours, reference.float(), rtol=0, atol=tolerance)
 
 
-def test_a_tones_silent_bins_are_exact():
-    """In float32 what is heard there is rounding alone."""
+def test_quiet_bins_of_a_tone_are_exact():
+    """In float32 the quiet bins have only rounding errors."""
     wave_1N = torch.sin(2 * torch.pi * 440 * torch.arange(16_000, dtype=torch.float64) / 16_000)[None]
-    theirs = kaldi.fbank(wave_1N * 2**15, num_mel_bins=128, sample_frequency=16_000)
-    torch.testing.assert_close(kaldi_fbank(wave_1N)[0], theirs.float(), rtol=0, atol=1e-4)
+    reference = kaldi.fbank(wave_1N * 2**15, num_mel_bins=128, sample_frequency=16_000)
+    torch.testing.assert_close(kaldi_fbank(wave_1N)[0], reference.float(), rtol=0, atol=1e-4)
 
 
 def test_silence_is_the_floor():
@@ -34,8 +34,8 @@ def test_silence_is_the_floor():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_leaves_it_alone(dtype):
-    """Under float16 the reference's is infinite throughout, unless it gets samples in float64."""
+def test_autocast_does_not_change_it(dtype):
+    """The reference is infinite everywhere under float16, unless its samples are float64."""
     wave_1N = noise(8_000)[None]
     plain = kaldi_fbank(wave_1N)
     with torch.autocast("cpu", dtype=dtype):

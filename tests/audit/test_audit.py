@@ -1,4 +1,4 @@
-"""audit: every fault found at its line, figures that are right, a clean part that is clean, a page that opens."""
+"""audit: faults and their lines, figures, the clean part, and the report page."""
 
 import json
 import re
@@ -128,11 +128,11 @@ EXPECTED = [
 
 def test_every_fault_is_found_at_its_line_and_nothing_else(planted, tmp_path):
     _, train, val = planted
-    found = audit(tmp_path, train, val, model_id=TINY, max_len=200)
+    figures = audit(tmp_path, train, val, model_id=TINY, max_len=200)
     assert findings(tmp_path) == [("ASR.jsonl", line, reason) for line, reason in EXPECTED]
-    assert found["rows"] == 21 + 4 and found["rows_with_faults"] == len(EXPECTED)
-    assert [entry["side"] for entry in found["files"]] == ["train", "val"]
-    assert sum(found["faults"].values()) == len(EXPECTED) and found["clean_rows"] == 25 - len(EXPECTED)
+    assert figures["rows"] == 21 + 4 and figures["rows_with_faults"] == len(EXPECTED)
+    assert [entry["side"] for entry in figures["files"]] == ["train", "val"]
+    assert sum(figures["faults"].values()) == len(EXPECTED) and figures["clean_rows"] == 25 - len(EXPECTED)
     assert not [path for path in (tmp_path / "audit").iterdir() if path.name.startswith(".")], "no work is left"
 
 
@@ -142,26 +142,27 @@ def test_findings_say_what_to_do(planted, tmp_path):
         values = {"input": (train, val), "output_dir": str(tmp_path / "audit"), "model_id": TINY, "max_len": 200}
         run_audit_job(AuditSettings(**values), use_ray=False)
     entries = [json.loads(line) for line in (tmp_path / "audit" / "faults.jsonl").read_text().splitlines()]
-    said = {entry["reason"]: entry["message"] for entry in entries}
-    assert said["duplicate_id"] == f"the id 'a' is that of {train}:1"
-    assert said["leak_audio"] == f"its audio is also at {val}:1 (val)"
-    assert said["leak_speaker"] == f"its speaker v1 is also at {val}:1 (val)"
-    tokens = int(re.match(r"(\d+) tokens", said["over_max_len"])[1])
-    assert f"raise --max_len to {tokens}" in said["over_max_len"]
-    assert f"shorten its texts by {tokens - 200} tokens" in said["over_max_len"]
-    assert "quarantine.jsonl" in said["over_max_len"]
+    messages = {entry["reason"]: entry["message"] for entry in entries}
+    assert messages["duplicate_id"] == f"the id 'a' is that of {train}:1"
+    assert messages["leak_audio"] == f"its audio is also at {val}:1 (val)"
+    assert messages["leak_speaker"] == f"its speaker v1 is also at {val}:1 (val)"
+    tokens = int(re.match(r"(\d+) tokens", messages["over_max_len"])[1])
+    assert f"raise --max_len to {tokens}" in messages["over_max_len"]
+    assert f"shorten its texts by {tokens - 200} tokens" in messages["over_max_len"]
+    assert "quarantine.jsonl" in messages["over_max_len"]
     assert {reason for _, reason in EXPECTED} <= set(FAULTS)
 
 
-def test_what_happens_to_a_row_that_is_too_long():
+def test_message_about_a_row_that_is_too_long():
     """Positions of the released model: 375 for each window of 30 s; --max_len 1280 holds three windows."""
-    said = over_limit(1520, 60, 1500, 4, 30.0, 1280)
-    assert said.startswith("1580 tokens (1500 audio, 80 text), over --max_len 1280") and "so does evaluation" in said
-    assert "raise --max_len to 1580, or cut the clip at pauses into 2 parts of 90 s at most" in said
-    assert "shorten" not in said, "the texts are shorter than what is too much"
-    said = over_limit(1200, 100, 1125, 3, 30.0, 1280)
-    assert "evaluation takes it, for its prompt has just 1200" in said
-    assert said.endswith("2 parts of 60 s at most, or shorten its texts by 20 tokens")
+    message = over_limit(1520, 60, 1500, 4, 30.0, 1280)
+    assert message.startswith("1580 tokens (1500 audio, 80 text), over --max_len 1280")
+    assert "so does evaluation" in message
+    assert "raise --max_len to 1580, or cut the clip at pauses into 2 parts of 90 s at most" in message
+    assert "shorten" not in message, "the texts are shorter than the excess"
+    message = over_limit(1200, 100, 1125, 3, 30.0, 1280)
+    assert "evaluation takes it, for its prompt has just 1200" in message
+    assert message.endswith("2 parts of 60 s at most, or shorten its texts by 20 tokens")
     assert "cut the clip" not in over_limit(500, 900, 375, 1, 30.0, 400), "no part of it would fit"
 
 
@@ -171,17 +172,17 @@ def test_the_clean_part_is_clean_and_kept_byte_for_byte(planted, tmp_path):
     beside = folder / "beside" / "clean.jsonl"
     audit(tmp_path, train, val, **options, fix=str(folder / "clean.jsonl"))
     lines = (folder / "clean.jsonl").read_bytes().split(b"\n")
-    kept = [line for line in Path(train).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
+    clean_lines = [line for line in Path(train).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line]
     bad = {line for line, _ in EXPECTED}
-    assert lines[:6] == [line for number, line in enumerate([*kept[:19]], 1) if number not in bad]
+    assert lines[:6] == [line for number, line in enumerate([*clean_lines[:19]], 1) if number not in bad]
     assert json.loads(lines[6])["id"] == "ASR.dev:1:a", "an id that both files have"
     assert lines[7:-1] == Path(val).read_bytes().splitlines()[1:] and lines[-1] == b""
     run_audit_job(
         AuditSettings(input=(str(folder / "clean.jsonl"),), output_dir=str(tmp_path / "again"), **options),
         use_ray=False,
     )
-    found = audit(tmp_path, train, val, **options, fix=str(beside))
-    assert found["fixed"] == {"num_rows": 10, "num_moved": 9, "num_renamed": 1}
+    figures = audit(tmp_path, train, val, **options, fix=str(beside))
+    assert figures["fixed"] == {"num_rows": 10, "num_moved": 9, "num_renamed": 1}
     again = audit(tmp_path, str(beside), **options)
     assert again["faults"] == {} and again["rows"] == 10
 
@@ -215,19 +216,19 @@ def test_figures_equal_numpys(tmp_path):
     seconds = np.arange(20, 60) / 20
     rows = [asr(clip(tmp_path / f"{n}.wav", n, sec), "가" * (4 + n % 5)) for n, sec in enumerate(seconds)]
     rows += [{"instruction": "물음", "input": "", "output": f"답 {n} " + "x" * n} for n in range(100)]
-    found = audit(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
-    assert found["faults"] == {} and found["rows"] == 140
-    assert found["hours"] == pytest.approx(seconds.sum() / 3600, abs=1e-4)
-    durations = found["tasks"]["asr"]["duration_sec"]
+    figures = audit(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    assert figures["faults"] == {} and figures["rows"] == 140
+    assert figures["hours"] == pytest.approx(seconds.sum() / 3600, abs=1e-4)
+    durations = figures["tasks"]["asr"]["duration_sec"]
     chars = np.array([len("물음") + len((f"답 {n} " + "x" * n).strip()) for n in range(100)])
     for q in (50, 90, 95, 99):
         assert durations[f"p{q}"] == pytest.approx(np.percentile(seconds, q), abs=1e-3)
-        assert found["tasks"]["tqa"]["num_chars"][f"p{q}"] == pytest.approx(np.percentile(chars, q), abs=1e-3)
+        assert figures["tasks"]["tqa"]["num_chars"][f"p{q}"] == pytest.approx(np.percentile(chars, q), abs=1e-3)
     assert durations["max"] == pytest.approx(seconds.max()) and durations["rows"] == 40
     # two syllables and the one of the answer take three bytes each
-    assert found["tasks"]["tqa"]["num_bytes"]["max"] == chars.max() + 2 * 3
-    assert found["all"]["num_chars"]["rows"] == 140
-    assert found["length_unit"] == "characters and bytes" and "num_tokens" not in found["tasks"]["asr"]
+    assert figures["tasks"]["tqa"]["num_bytes"]["max"] == chars.max() + 2 * 3
+    assert figures["all"]["num_chars"]["rows"] == 140
+    assert figures["length_unit"] == "characters and bytes" and "num_tokens" not in figures["tasks"]["asr"]
     assert (tmp_path / "audit" / "characters.png").read_bytes().startswith(b"\x89PNG")
     assert "no tokens were counted" in (tmp_path / "audit" / "report.html").read_text()
 
@@ -267,14 +268,14 @@ def test_outliers_and_damaged_texts_are_warnings(tmp_path):
     rows[7]["output"] = "가나다 " * 80
     rows[9]["output"] = "\u1112\u1161\u11ab\u1100\u1173\u11af"
     rows[11]["output"] = "혈\ufffd"
-    found = audit(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    figures = audit(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
     assert findings(tmp_path, "warnings") == [
         ("m.jsonl", 8, "length_outlier"),
         ("m.jsonl", 10, "not_nfc"),
         ("m.jsonl", 12, "damaged_text"),
     ]
-    assert found["faults"] == {} and found["rows_with_warnings"] == 3
-    assert set(found["warnings"]) <= set(WARNINGS)
+    assert figures["faults"] == {} and figures["rows_with_warnings"] == 3
+    assert set(figures["warnings"]) <= set(WARNINGS)
 
 
 @pytest.mark.parametrize(
@@ -291,8 +292,8 @@ def test_outliers_and_damaged_texts_are_warnings(tmp_path):
         (("test/f.jsonl", "my-test-data/g.jsonl"), "auto", (2, 0)),
     ],
 )
-def test_sides_by_name(names, compare, expected):
-    assert assign_splits([f"/data/{name}" for name in names], compare).of_file == expected
+def test_splits_by_name(names, compare, expected):
+    assert assign_splits([f"/data/{name}" for name in names], compare).by_file == expected
 
 
 def test_files_of_one_name_are_told_apart():
@@ -350,7 +351,7 @@ def test_ids_are_compared_as_they_are_written(tmp_path):
 def test_report_opens_in_a_browser(planted, tmp_path):
     """No error on its console, pictures that load, the figures in it, and texts that stay texts."""
     _, train, val = planted
-    found = audit(tmp_path, train, val, model_id=TINY, max_len=200)
+    figures = audit(tmp_path, train, val, model_id=TINY, max_len=200)
     report = tmp_path / "audit" / "report.html"
     text = report.read_text()
     assert not re.search(r"https?://|<script|<link", text), "nothing is fetched, nothing runs"
@@ -361,5 +362,5 @@ def test_report_opens_in_a_browser(planted, tmp_path):
     dom = done.stdout
     assert dom.count("<img") == 2 and dom.count("data:image/png;base64,") == 2
     assert f"{len(EXPECTED)} fault(s)" in dom and f"{train}:13" in dom
-    assert f"<b>{found['rows']}</b>" in dom and f"<b>{found['clean_rows']}</b>" in dom
+    assert f"<b>{figures['rows']}</b>" in dom and f"<b>{figures['clean_rows']}</b>" in dom
     assert "<td>새는 소리 &lt;script&gt;" in dom and "<script" not in dom

@@ -1,7 +1,7 @@
-"""The cluster's files: Ray takes them, they scale from zero, open nothing, hold no secret, upload enough.
+"""The cluster files: Ray accepts them, they scale from zero, open no port, hold no secret, upload what jobs need.
 
-Ray's own check runs offline and looks at the shape only. What it cannot see is checked here by functions that return a
-list of problems; each is also given a damaged copy, so that a check that stopped seeing anything would fail its test.
+Ray's own validation runs offline and checks the schema only. The functions here return a list of further problems. Each
+is also tested on damaged copies, so a check that no longer detects anything fails.
 """
 
 import copy
@@ -40,68 +40,69 @@ def groups(cluster: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def scaling_problems(cluster: dict[str, Any]) -> list[str]:
-    """Workers start at zero and go when idle; data is on spot machines, training is not, the head runs no work."""
-    found = [f"{name}: min_workers" for name, group in groups(cluster).items() if group.get("min_workers", 0) != 0]
-    found += [f"{name}: max_workers" for name, group in groups(cluster).items() if group.get("max_workers", 0) < 1]
+    """Workers start at zero and stop when idle. Only data nodes are spot machines. The head runs no work."""
+    problems = [f"{name}: min_workers" for name, group in groups(cluster).items() if group.get("min_workers", 0) != 0]
+    problems += [f"{name}: max_workers" for name, group in groups(cluster).items() if group.get("max_workers", 0) < 1]
     if not 0 < cluster["idle_timeout_minutes"] <= 60:
-        found.append("idle_timeout_minutes")
+        problems.append("idle_timeout_minutes")
     head = cluster["available_node_types"][cluster["head_node_type"]]
     if head["resources"]["CPU"] != 0 or "GPU" in head["resources"]:
-        found.append("head: takes work")
+        problems.append("head: runs work")
     for name, group in groups(cluster).items():
         spot = group["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
         if spot == ("GPU" in group["resources"]):
-            found.append(f"{name}: {'spot' if spot else 'on demand'}")
+            problems.append(f"{name}: {'spot' if spot else 'on demand'}")
     if len({group["labels"]["voxray-role"] for group in cluster["available_node_types"].values()}) != 3:
-        found.append("labels")
-    return found
+        problems.append("labels")
+    return problems
 
 
 def opening_problems(cluster: dict[str, Any]) -> list[str]:
-    """Nothing listens to the world: no rule that says so, and no group left for Ray to make, which would allow SSH."""
-    found = [
+    """Nothing is open to the internet, and Ray creates no security group, which would allow SSH."""
+    problems = [
         f"{name}: no SecurityGroupIds"
         for name, group in cluster["available_node_types"].items()
         if not group["node_config"].get("SecurityGroupIds")
     ]
     if "security_group" in cluster["provider"]:
-        found.append("provider.security_group: rules that Ray would add to")
+        problems.append("provider.security_group: Ray would add rules")
     if any(anywhere in str(cluster) for anywhere in ("0.0.0.0", "::/0")):
-        found.append("an open address")
+        problems.append("an open address")
     if not any("--dashboard-host=127.0.0.1" in command for command in cluster["head_start_ray_commands"]):
-        found.append("the dashboard")
+        problems.append("the dashboard")
     if not any("RAY_AUTH_MODE=token" in command for command in cluster["setup_commands"]):
-        found.append("no token asked for")
-    return found
+        problems.append("no token required")
+    return problems
 
 
 def secret_problems(cluster: dict[str, Any]) -> list[str]:
-    found = SECRETS.findall(yaml.safe_dump(cluster))
-    keys = [name for name, group in cluster["available_node_types"].items() if "KeyName" in group["node_config"]]
-    return [str(match) for match in found] + keys + [key for key in cluster["auth"] if key.endswith("_key")]
+    secrets = SECRETS.findall(yaml.safe_dump(cluster))
+    key_names = [name for name, group in cluster["available_node_types"].items() if "KeyName" in group["node_config"]]
+    return [str(match) for match in secrets] + key_names + [key for key in cluster["auth"] if key.endswith("_key")]
 
 
 def excludes_problems(runtime_env: dict[str, Any]) -> list[str]:
-    """Ask Ray's own matcher, with .gitignore, about paths that must stay and paths that must not travel."""
+    """Paths that Ray's matcher, with .gitignore, wrongly excludes from the upload or includes in it."""
     ignores = [
         _get_excludes(ROOT, runtime_env["excludes"]),
         *get_excludes_from_ignore_files(ROOT, include_gitignore=True),
     ]
 
-    def left_out(path: str) -> bool:
+    def is_excluded(path: str) -> bool:
         return any(ignore(ROOT / path) for ignore in ignores)
 
     needed = [
         "voxray/__init__.py",
         "voxray/batches/plan.py",
+        "voxray/runs/layout.py",
         "jobs/train_multitask.py",
         "jobs/configs/demo.yaml",
         "tests/assets/clips/a.wav",
         "tests/assets/data/asr.jsonl",
     ]
     unwanted = [".git/config", ".venv/bin/python", "runs/a/metrics.jsonl", "data/ASR.jsonl", "cache/x", "ckpt_mt/a.bin"]
-    return [f"{path} is left out" for path in needed if left_out(path)] + [
-        f"{path} would travel" for path in unwanted if not left_out(path)
+    return [f"{path} is excluded" for path in needed if is_excluded(path)] + [
+        f"{path} is uploaded" for path in unwanted if not is_excluded(path)
     ]
 
 
@@ -109,7 +110,7 @@ def test_ray_accepts_the_cluster(cluster: dict[str, Any]) -> None:
     validate_config(prepare_config(copy.deepcopy(cluster)))
 
 
-def test_the_cluster_is_as_promised(cluster: dict[str, Any]) -> None:
+def test_the_cluster_has_no_problems(cluster: dict[str, Any]) -> None:
     assert scaling_problems(cluster) == []
     assert opening_problems(cluster) == []
     assert secret_problems(cluster) == []
@@ -120,7 +121,7 @@ def test_mounted_files_exist(cluster: dict[str, Any]) -> None:
     assert all((ROOT / path).is_file() for path in local), local
 
 
-def test_nodes_get_the_pinned_packages(cluster: dict[str, Any]) -> None:
+def test_nodes_install_the_pinned_packages(cluster: dict[str, Any]) -> None:
     mounted = {Path(path).name for path in cluster["file_mounts"].values()}
     assert {"setup.py", "constraints.txt", "pyproject.toml"} <= mounted
     assert any("tools/setup.py" in command for command in cluster["setup_commands"])
@@ -128,12 +129,12 @@ def test_nodes_get_the_pinned_packages(cluster: dict[str, Any]) -> None:
 
 Damage = Callable[[dict[str, Any]], object]
 CLUSTER_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], list[str]], Damage]] = [
-    ("a worker that never goes", scaling_problems, lambda c: c["available_node_types"]["data"].update(min_workers=1)),
+    ("a worker that never stops", scaling_problems, lambda c: c["available_node_types"]["data"].update(min_workers=1)),
     ("training on spot", scaling_problems, lambda c: c["available_node_types"]["train"]["node_config"].update(
         InstanceMarketOptions={"MarketType": "spot"})),
     ("data on demand", scaling_problems, lambda c: c["available_node_types"]["data"]["node_config"].pop(
         "InstanceMarketOptions")),
-    ("a head that takes work", scaling_problems, lambda c: c["available_node_types"]["head"]["resources"].update(
+    ("a head that runs work", scaling_problems, lambda c: c["available_node_types"]["head"]["resources"].update(
         CPU=4)),
     ("Ray's own security group", opening_problems, lambda c: c["available_node_types"]["head"]["node_config"].pop(
         "SecurityGroupIds")),
@@ -150,10 +151,12 @@ CLUSTER_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], list[str]], Damage]] 
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "problems", "damage"), CLUSTER_DAMAGE, ids=[case[0] for case in CLUSTER_DAMAGE])
-def test_damage_is_seen(what: str, problems: Callable[..., list[str]], damage: Damage, cluster: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("name", "find_problems", "damage"), CLUSTER_DAMAGE, ids=[case[0] for case in CLUSTER_DAMAGE])
+def test_damage_is_detected(
+    name: str, find_problems: Callable[..., list[str]], damage: Damage, cluster: dict[str, Any]
+) -> None:
     damage(cluster)
-    assert problems(cluster), what
+    assert find_problems(cluster), name
 
 
 @pytest.mark.parametrize(
@@ -183,7 +186,7 @@ def test_ray_accepts_the_runtime_env(runtime_env: dict[str, Any]) -> None:
         lambda r: r.update(excludes="/.git/"),
         lambda r: r.update(working_dir=["."]),
     ],
-    ids=["a number as environment variable", "excludes is no list", "working_dir is no path"],
+    ids=["a number as environment variable", "excludes is not a list", "working_dir is not a path"],
 )
 def test_ray_refuses_a_damaged_runtime_env(damage: Damage, runtime_env: dict[str, Any]) -> None:
     damage(runtime_env)
@@ -191,12 +194,12 @@ def test_ray_refuses_a_damaged_runtime_env(damage: Damage, runtime_env: dict[str
         RuntimeEnv(**runtime_env)
 
 
-def test_the_upload_is_what_jobs_need(runtime_env: dict[str, Any]) -> None:
+def test_the_upload_has_what_jobs_need(runtime_env: dict[str, Any]) -> None:
     assert excludes_problems(runtime_env) == []
 
 
 @pytest.mark.parametrize("pattern", ["data", "tests/", "*.wav"])
-def test_a_careless_pattern_is_seen(pattern: str, runtime_env: dict[str, Any]) -> None:
+def test_a_careless_pattern_is_detected(pattern: str, runtime_env: dict[str, Any]) -> None:
     runtime_env["excludes"].append(pattern)
     assert excludes_problems(runtime_env)
 
@@ -210,30 +213,28 @@ def gcp() -> dict[str, Any]:
 
 
 def gcp_problems(cluster: dict[str, Any]) -> list[str]:
-    """What holds for cluster.yaml, in Google's words: spot machines for data alone, and no public address."""
-    found = [f"{name}: min_workers" for name, group in groups(cluster).items() if group.get("min_workers", 0) != 0]
+    """The same checks for Google Cloud: spot machines for data nodes only, and no public address."""
+    problems = [f"{name}: min_workers" for name, group in groups(cluster).items() if group.get("min_workers", 0) != 0]
     for name, group in groups(cluster).items():
         is_spot = group["node_config"].get("scheduling", {}).get("provisioningModel") == "SPOT"
         if is_spot == ("GPU" in group["resources"]):
-            found.append(f"{name}: {'spot' if is_spot else 'on demand'}")
+            problems.append(f"{name}: {'spot' if is_spot else 'on demand'}")
     for name, group in cluster["available_node_types"].items():
         interfaces = group["node_config"].get("networkInterfaces", [])
         if not interfaces or any("accessConfigs" in interface for interface in interfaces):
-            found.append(f"{name}: a public address")
+            problems.append(f"{name}: a public address")
     if not cluster["provider"]["use_internal_ips"]:
-        found.append("provider.use_internal_ips")
+        problems.append("provider.use_internal_ips")
     commands = str([cluster["head_start_ray_commands"], cluster["setup_commands"]])
-    return found + [part for part in ("--dashboard-host=127.0.0.1", "RAY_AUTH_MODE=token") if part not in commands]
+    return problems + [part for part in ("--dashboard-host=127.0.0.1", "RAY_AUTH_MODE=token") if part not in commands]
 
 
 def test_the_cluster_on_google_cloud(cluster: dict[str, Any], gcp: dict[str, Any]) -> None:
     validate_config(prepare_config(copy.deepcopy(gcp)))
     assert gcp_problems(gcp) == [] and secret_problems(gcp) == []
     for name, group in cluster["available_node_types"].items():
-        same = ("resources", "labels", "min_workers", "max_workers")
-        assert {key: group.get(key) for key in same} == {
-            key: gcp["available_node_types"][name].get(key) for key in same
-        }
+        for key in ("resources", "labels", "min_workers", "max_workers"):
+            assert group.get(key) == gcp["available_node_types"][name].get(key)
     assert all((ROOT / path).is_file() for path in gcp["file_mounts"].values() if not path.startswith("~"))
 
 
@@ -248,7 +249,7 @@ def test_the_cluster_on_google_cloud(cluster: dict[str, Any], gcp: dict[str, Any
         lambda c: c.update(setup_commands=[]),
     ],
 )
-def test_damage_on_google_cloud_is_seen(damage: Damage, gcp: dict[str, Any]) -> None:
+def test_damage_on_google_cloud_is_detected(damage: Damage, gcp: dict[str, Any]) -> None:
     damage(gcp)
     assert gcp_problems(gcp)
 
@@ -259,7 +260,7 @@ JOB_KEYS = {
     *("entrypoint", "backoffLimit", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode"),
     *("submitterConfig", "runtimeEnvYAML", "rayClusterSpec", "activeDeadlineSeconds", "metadata", "suspend"),
 }
-"""Fields of KubeRay's RayJobSpec and, below, of what is in it, as far as they make sense here."""
+"""Relevant fields of KubeRay's RayJobSpec. The constants below are those of its parts."""
 CLUSTER_KEYS = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
 HEAD_KEYS = {"serviceType", "rayStartParams", "template"}
 WORKER_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
@@ -273,36 +274,37 @@ def rayjob() -> dict[str, Any]:
 
 
 def rayjob_problems(job: dict[str, Any]) -> list[str]:
-    """Unknown fields, values of another type than Kubernetes takes, mounts of nothing, and doors to the outside."""
+    """Unknown fields, values of the wrong type, mounts without a volume, and public services."""
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    found = [f"spec.{key}" for key in set(spec) - JOB_KEYS] + [f"cluster.{key}" for key in set(cluster) - CLUSTER_KEYS]
+    group_specs = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    problems = [f"spec.{key}" for key in set(spec) - JOB_KEYS]
+    problems += [f"cluster.{key}" for key in set(cluster) - CLUSTER_KEYS]
     if (job["apiVersion"], job["kind"]) != ("ray.io/v1", "RayJob") or spec["submissionMode"] != "K8sJobMode":
-        found.append("kind")
+        problems.append("kind")
     if cluster["headGroupSpec"]["serviceType"] != "ClusterIP":
-        found.append("the head is reached from outside")
+        problems.append("the head is reachable from outside")
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
-        found.append("the head takes work")
-    for group in groups:
+        problems.append("the head runs work")
+    for group in group_specs:
         name = group.get("groupName", "head")
         known = WORKER_KEYS if "groupName" in group else HEAD_KEYS
-        found += [f"{name}.{key}" for key in set(group) - known]
+        problems += [f"{name}.{key}" for key in set(group) - known]
         if "groupName" in group and not 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
-            found.append(f"{name}: replicas")
+            problems.append(f"{name}: replicas")
         if not all(isinstance(value, str) for value in group["rayStartParams"].values()):
-            found.append(f"{name}: rayStartParams are text")
+            problems.append(f"{name}: rayStartParams must be strings")
         pod = group["template"]["spec"]
-        found += [f"{name}.pod.{key}" for key in set(pod) - POD_KEYS]
+        problems += [f"{name}.pod.{key}" for key in set(pod) - POD_KEYS]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
-            found += [f"{name}.container.{key}" for key in set(container) - CONTAINER_KEYS]
-            found += [f"{name}: no volume {mount['name']}" for mount in container["volumeMounts"]
+            problems += [f"{name}.container.{key}" for key in set(container) - CONTAINER_KEYS]
+            problems += [f"{name}: no volume {mount['name']}" for mount in container["volumeMounts"]
                       if mount["name"] not in volumes]  # fmt: skip
             if container["resources"]["requests"] != container["resources"]["limits"]:
-                found.append(f"{name}: Ray counts limits, and Kubernetes gives requests")
+                problems.append(f"{name}: Ray counts limits, but Kubernetes grants requests")
             if not all(isinstance(value, str) for value in container["resources"]["limits"].values()):
-                found.append(f"{name}: quantities are text")
-    return found
+                problems.append(f"{name}: quantities must be strings")
+    return problems
 
 
 def test_the_job_on_kubernetes(rayjob: dict[str, Any], runtime_env: dict[str, Any]) -> None:
@@ -313,8 +315,8 @@ def test_the_job_on_kubernetes(rayjob: dict[str, Any], runtime_env: dict[str, An
     RuntimeEnv(**yaml.safe_load(spec["runtimeEnvYAML"]))
     python, script, *flags = spec["entrypoint"].split()
     assert (python, script) == ("python", "/voxray/jobs/train_multitask.py")
-    here = [flag.replace("/voxray/jobs", str(ROOT / "jobs")) for flag in flags]
-    settings = parse_only("train_multitask", here)
+    local_flags = [flag.replace("/voxray/jobs", str(ROOT / "jobs")) for flag in flags]
+    settings = parse_only("train_multitask", local_flags)
     assert settings.num_workers == "1:4" and settings.storage_path == "/mnt/shared"
     train = next(group for group in spec["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "train")
     [container] = train["template"]["spec"]["containers"]
@@ -336,6 +338,6 @@ def test_the_job_on_kubernetes(rayjob: dict[str, Any], runtime_env: dict[str, An
         ].update(cpu=4),
     ],
 )
-def test_damage_on_kubernetes_is_seen(damage: Damage, rayjob: dict[str, Any]) -> None:
+def test_damage_on_kubernetes_is_detected(damage: Damage, rayjob: dict[str, Any]) -> None:
     damage(rayjob)
     assert rayjob_problems(rayjob)

@@ -1,4 +1,4 @@
-"""Error analysis against jiwer, and alignments that line up where a character takes two columns."""
+"""Error counts against jiwer's, and alignments in columns with characters that are two columns wide."""
 
 from collections import Counter
 
@@ -23,44 +23,44 @@ texts = st.lists(st.sampled_from("가나다 ab1é漢"), max_size=12).map("".join
 
 def jiwers(pairs: list[tuple[str, str]]) -> tuple[Counter, Counter, Counter]:
     """Substitutions, insertions and deletions by word, as jiwer's alignment has them."""
-    found: tuple[Counter, Counter, Counter] = (Counter(), Counter(), Counter())
+    counters: tuple[Counter, Counter, Counter] = (Counter(), Counter(), Counter())
     output = jiwer.process_words([one for one, _ in pairs], [other for _, other in pairs])
     for reference, hypothesis, chunks in zip(output.references, output.hypotheses, output.alignments, strict=True):
         for chunk in chunks:
             left = reference[chunk.ref_start_idx : chunk.ref_end_idx]
             right = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
             if chunk.type == "substitute":
-                found[0].update(zip(left, right, strict=True))
-            found[1].update(right if chunk.type == "insert" else ())
-            found[2].update(left if chunk.type == "delete" else ())
-    return found
+                counters[0].update(zip(left, right, strict=True))
+            counters[1].update(right if chunk.type == "insert" else ())
+            counters[2].update(left if chunk.type == "delete" else ())
+    return counters
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=4))
 def test_confusions_are_jiwers(pairs):
-    found = tally(pairs)
+    errors = tally(pairs)
     expected = jiwers([(" ".join(one), " ".join(other)) for one, other in pairs])
-    assert (found.substitutions, found.insertions, found.deletions) == expected
-    assert found.num_reference == sum(len(one) for one, _ in pairs)
+    assert (errors.substitutions, errors.insertions, errors.deletions) == expected
+    assert errors.num_reference == sum(len(one) for one, _ in pairs)
 
 
 def test_confusions_of_real_sentences_are_jiwers():
-    found = tally([(one.split(), other.split()) for one, other in PAIRS])
-    assert (found.substitutions, found.insertions, found.deletions) == jiwers(PAIRS)
-    counted = jiwer.process_characters([one for one, _ in PAIRS], [other for _, other in PAIRS])
-    found = tally(PAIRS)
-    assert found.substitutions.total() == counted.substitutions
-    assert (found.insertions.total(), found.deletions.total()) == (counted.insertions, counted.deletions)
+    errors = tally([(one.split(), other.split()) for one, other in PAIRS])
+    assert (errors.substitutions, errors.insertions, errors.deletions) == jiwers(PAIRS)
+    expected = jiwer.process_characters([one for one, _ in PAIRS], [other for _, other in PAIRS])
+    errors = tally(PAIRS)
+    assert errors.substitutions.total() == expected.substitutions
+    assert (errors.insertions.total(), errors.deletions.total()) == (expected.insertions, expected.deletions)
 
 
 @settings(max_examples=200, deadline=None)
 @given(texts, texts)
 @example("", "")
-def test_pieces_put_together_are_the_texts(reference, prediction):
-    found = pieces(reference, prediction)
-    assert "".join(one for _, one, _ in found) == reference and "".join(other for *_, other in found) == prediction
-    for kind, one, other in found:
+def test_joined_pieces_are_the_texts(reference, prediction):
+    parts = pieces(reference, prediction)
+    assert "".join(one for _, one, _ in parts) == reference and "".join(other for *_, other in parts) == prediction
+    for kind, one, other in parts:
         assert (kind == "equal") == (one == other) and (kind == "insert") == (not one)
         assert (kind == "delete") == (not other) and (kind != "substitute" or len(one) == len(other))
     by_word = pieces(reference, prediction, by_word=True)
@@ -93,10 +93,10 @@ def test_display_width_is_that_of_terminals(text, columns):
 @settings(max_examples=150, deadline=None)
 @given(texts, texts, st.sampled_from(["", " "]))
 def test_columns_line_up(reference, prediction, joint):
-    """Below every unit of the reference stand its answer and its mark, at the same column, however wide each is."""
+    """Every unit of the reference has its answer and its mark below it in the same column, however wide they are."""
     units = (reference, prediction) if not joint else (reference.split(), prediction.split())
     shown = aligned_lines(*units, width=10_000, joint=joint).split("\n")
-    top, below, marks = ([*shown, "", ""][at] for at in range(3))
+    top, below, marks = ([*shown, "", ""][index] for index in range(3))
     column = 5
     for step in align(*units):
         size = max(display_width(step.reference), display_width(step.prediction), 1)
@@ -110,15 +110,15 @@ def test_columns_line_up(reference, prediction, joint):
 
 
 def cut(line: str, start: int, size: int) -> str:
-    """What a terminal shows in some columns."""
-    found, column = "", 0
+    """The part of a line that a terminal shows in some columns."""
+    visible, column = "", 0
     for char in line:
-        found += char if start <= column < start + size else ""
+        visible += char if start <= column < start + size else ""
         column += display_width(char)
-    return found
+    return visible
 
 
-def test_an_alignment_as_it_is_shown():
+def test_aligned_lines():
     shown = aligned_lines(["혈압", "이", "120", "매우", "높다"], ["혈압", "이는", "매우", "높다", "요"], width=60)
     assert shown == "\n".join(
         ["REF: 혈압 이   120 매우 높다 **", "HYP: 혈압 이는 *** 매우 높다 요", "          S    D             I"]
@@ -131,8 +131,8 @@ def test_an_alignment_as_it_is_shown():
 
 
 def test_lengths_and_changes():
-    found = length_slices(["", "가 나", "가나다라마바", "x" * 101])
-    assert found == {"length": {"empty": [0], "1-5 chars": [1], "6-10 chars": [2], "over 100 chars": [3]}}
+    slices = length_slices(["", "가 나", "가나다라마바", "x" * 101])
+    assert slices == {"length": {"empty": [0], "1-5 chars": [1], "6-10 chars": [2], "over 100 chars": [3]}}
     before = [{"error": e, "exact": e == 0} for e in (0.0, 0.0, 0.5, 0.5, 0.5, 0.2)]
     after = [{"error": e, "exact": e == 0} for e in (0.1, 0.9, 0.0, 0.6, 0.1, 0.2)]
     assert changed_rows(before, after) == {"broken": [1, 0], "mended": [2], "worse": [3], "better": [4]}

@@ -1,4 +1,4 @@
-"""Comparing evaluations: figures that jiwer gives too, rows matched and counted, warnings, verdicts, refusals."""
+"""Comparing evaluations: values equal to jiwer's, matching and scoring rows, warnings, verdicts, errors."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from helpers.evaluations import write_evaluation
 
 from voxray.commands.compare import run_compare
 from voxray.comparison.compare import compare_slices, compare_tasks, verdicts
-from voxray.comparison.evaluations import match, read_evaluations, short_labels, training_differences
+from voxray.comparison.evaluations import match_rows, read_evaluations, short_labels, training_differences
 from voxray.config.compare import CompareSettings
 from voxray.core.errors import RunError, SettingsError
 
@@ -37,7 +37,7 @@ def sentences(num: int, seed: int = 0) -> list[str]:
 
 
 def damaged(texts: list[str], share: float, seed: int) -> list[str]:
-    """Texts in which some characters are another one."""
+    """Texts in which a share of the characters is replaced."""
     rng = random.Random(seed)
     return ["".join("기" if char != " " and rng.random() < share else char for char in text) for text in texts]
 
@@ -53,7 +53,7 @@ def compare(tmp_path: Path, *runs: str, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[str], list[str], list[str]]:
-    """Two runs on 60 transcripts, the second a good deal better."""
+    """Two runs on 60 transcripts, the second much better."""
     folder = tmp_path_factory.mktemp("pair")
     references = sentences(60)
     first, second = damaged(references, 0.25, 1), damaged(references, 0.08, 2)
@@ -64,37 +64,39 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, list[str],
 
 def test_values_are_jiwers_and_the_verdict_says_them(pair, tmp_path, capsys):
     one, other, references, first, second = pair
-    found = compare(tmp_path, one, other)
-    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == found
-    assert (found["num_matched"], found["matched_by"], found["warnings"]) == (60, "source", [])
-    metrics = found["tasks"]["asr"]["metrics"]
-    for at, answers in enumerate((first, second)):
+    result = compare(tmp_path, one, other)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == result
+    assert (result["num_matched"], result["matched_by"], result["warnings"]) == (60, "source", [])
+    metrics = result["tasks"]["asr"]["metrics"]
+    for index, answers in enumerate((first, second)):
         solid = [[text.replace(" ", "") for text in texts] for texts in (references, answers)]
-        assert metrics["wer"]["runs"][at]["value"] == pytest.approx(jiwer.wer(references, answers))
-        assert metrics["cer"]["runs"][at]["value"] == pytest.approx(jiwer.cer(references, answers))
-        assert metrics["cer_nospace"]["runs"][at]["value"] == pytest.approx(jiwer.cer(*solid))
-    [entry] = [e for e in found["tasks"]["asr"]["differences"] if e["metric"] == "cer_nospace"]
+        assert metrics["wer"]["runs"][index]["value"] == pytest.approx(jiwer.wer(references, answers))
+        assert metrics["cer"]["runs"][index]["value"] == pytest.approx(jiwer.cer(references, answers))
+        assert metrics["cer_nospace"]["runs"][index]["value"] == pytest.approx(jiwer.cer(*solid))
+    [entry] = [e for e in result["tasks"]["asr"]["differences"] if e["metric"] == "cer_nospace"]
     assert entry["low"] < entry["difference"] < entry["high"] < 0 and entry["p"] < 0.01 and entry["is_shown"]
-    [said] = found["verdicts"]
+    [sentence] = result["verdicts"]
     values = f"cer_nospace {entry['first_value']:.3f} -> {entry['second_value']:.3f}"
-    assert said.startswith(f"asr: tuned is better than base ({values}, difference {entry['difference']:+.3f} [")
-    assert said.endswith("p < 0.001; 60 rows)") and said in capsys.readouterr().out
+    assert sentence.startswith(f"asr: tuned is better than base ({values}, difference {entry['difference']:+.3f} [")
+    assert sentence.endswith("p < 0.001; 60 rows)") and sentence in capsys.readouterr().out
     assert metrics["cer_nospace"]["best_or_not_shown_to_differ"] == ["tuned"]
     swapped = compare(tmp_path, other, one)["verdicts"][0]
     assert swapped.startswith("asr: base is worse than tuned (")
-    assert found["summaries"] == ["tuned against base: better on asr"]
-    assert found["overall"]["macro"]["tuned"] == pytest.approx(1 - entry["second_value"])
+    assert result["summaries"] == ["tuned against base: better on asr"]
+    assert result["overall"]["macro"]["tuned"] == pytest.approx(1 - entry["second_value"])
 
 
-def test_chance_is_not_called_a_difference(pair, tmp_path, capsys):
+def test_chance_is_no_significant_difference(pair, tmp_path, capsys):
     one, _, references, first, _ = pair
     other = write_evaluation(tmp_path / "again", rows(references, damaged(references, 0.25, 4)))
-    found = compare(tmp_path, one, other)
-    assert found["verdicts"][0].startswith("asr: no difference can be shown between base and again (cer_nospace ")
-    best = found["tasks"]["asr"]["metrics"]["cer_nospace"]["best_or_not_shown_to_differ"]
+    result = compare(tmp_path, one, other)
+    assert result["verdicts"][0].startswith("asr: no difference can be shown between base and again (cer_nospace ")
+    best = result["tasks"]["asr"]["metrics"]["cer_nospace"]["best_or_not_shown_to_differ"]
     assert best == ["base", "again"], "neither is marked as the better one"
-    assert not any(entry["is_shown"] for entry in found["slices"])
-    assert found["tasks"]["asr"]["metrics"]["wer"]["runs"] and "*" not in capsys.readouterr().out.split("* the best")[0]
+    assert not any(entry["is_shown"] for entry in result["slices"])
+    assert (
+        result["tasks"]["asr"]["metrics"]["wer"]["runs"] and "*" not in capsys.readouterr().out.split("* the best")[0]
+    )
     same = write_evaluation(tmp_path / "same", rows(references, first))
     assert compare(tmp_path, one, same)["warnings"] == [
         "same gave the same answer as base to every row: are they the same model?"
@@ -102,7 +104,7 @@ def test_chance_is_not_called_a_difference(pair, tmp_path, capsys):
 
 
 def test_what_one_broke_and_mended(tmp_path):
-    """A task's rows by what became of them; the report names them and says how they look."""
+    """Rows are counted as broken, mended, worse or better, and the most changed ones are listed."""
     references = ["혈압이 높고", "세 번", "약을 드세요", "오늘 아침", "검사 결과", "식후에"]
     one = write_evaluation(tmp_path / "a", rows(references, ["혈압이 높고", "세 번", "약", "오늘", "검사", "식후에"]))
     other = write_evaluation(
@@ -121,18 +123,20 @@ def test_what_one_broke_and_mended(tmp_path):
 
 
 def test_rows_are_matched_by_source_else_by_id(pair, tmp_path):
-    """A manifest that has moved has other sources; rows that only one run has, or that ask for other words, go."""
+    """Rows of a moved manifest are matched by id; rows that one run lacks or with other references are left out."""
     one, _, references, _, second = pair
-    moved = [{**row, "source": f"/elsewhere/val.jsonl:{at + 7}"} for at, row in enumerate(rows(references, second))]
+    moved = [
+        {**row, "source": f"/elsewhere/val.jsonl:{index + 7}"} for index, row in enumerate(rows(references, second))
+    ]
     other = write_evaluation(tmp_path / "moved", moved)
     assert (compare(tmp_path, one, other)["matched_by"], compare(tmp_path, one, other)["num_matched"]) == ("id", 60)
     fewer = write_evaluation(
         tmp_path / "fewer", [*rows(references[:50], second[:50]), {"reference": "다른 말", "prediction": ""}]
     )
-    found = compare(tmp_path, one, fewer)
-    assert found["num_matched"] == 50
-    assert "the data differ: 50 rows matched (base 60, fewer 51)" in found["warnings"][0]
-    assert found["warnings"][1] == "1 rows are left out, for their references differ between the runs"
+    result = compare(tmp_path, one, fewer)
+    assert result["num_matched"] == 50
+    assert "the data differ: 50 rows matched (base 60, fewer 51)" in result["warnings"][0]
+    assert result["warnings"][1] == "1 rows are left out, for their references differ between the runs"
     twice = write_evaluation(
         tmp_path / "twice", [{**row, "source": "/data/asr.val.jsonl:1"} for row in rows(references, second)]
     )
@@ -146,7 +150,7 @@ def test_rows_are_matched_by_source_else_by_id(pair, tmp_path):
     assert warned == [], "the ids still tell them apart"
 
 
-def test_settings_that_differ_are_warned_of(pair, tmp_path):
+def test_different_settings_give_warnings(pair, tmp_path):
     one, _, references, _, second = pair
     more = {"gen_max_new_tokens": 64, "lora_dir": "x", "per_device_bsz": 9, "num_beams": 4}
     other = write_evaluation(tmp_path / "o", rows(references, second, prompt="Transcribe"), **more)
@@ -156,46 +160,48 @@ def test_settings_that_differ_are_warned_of(pair, tmp_path):
         "60 of 60 matched rows were asked with other prompts",
         "o: its metrics.json was normalised by ko-v2, here by ko-v1; all figures here are counted anew",
         "--gen_max_new_tokens differs: base 32, o 64",
-    ], "adapter and batch are no matter, and an older run says nothing of a newer flag"
+    ], "adapter and batch size are ignored, and so is a flag that an older run does not have"
 
 
 def test_slices_and_speakers(tmp_path):
-    """A run that helps one domain and harms another; speakers are drawn where there are enough of them."""
+    """A run that is better on one domain and worse on another; speakers are resampled if there are enough."""
     references = sentences(120)
     good, bad, middle = (damaged(references, share, seed) for share, seed in ((0.05, 1), (0.4, 2), (0.2, 3)))
-    half = [good[at] if at % 2 else bad[at] for at in range(120)]
+    half = [good[index] if index % 2 else bad[index] for index in range(120)]
 
     def evaluation(name: str, answers: list[str], num_speakers: int) -> str:
-        found = rows(references, answers)
-        more = [{"domain": ("내과", "외과")[at % 2], "speaker": f"s{at % num_speakers}"} for at in range(120)]
-        return write_evaluation(tmp_path / name, [{**row, **own} for row, own in zip(found, more, strict=True)])
+        answered = rows(references, answers)
+        more = [{"domain": ("내과", "외과")[index % 2], "speaker": f"s{index % num_speakers}"} for index in range(120)]
+        return write_evaluation(
+            tmp_path / name, [{**row, **fields} for row, fields in zip(answered, more, strict=True)]
+        )
 
-    found = compare(tmp_path, evaluation("a", middle, 20), evaluation("b", half, 20))
-    assert found["verdicts"][0].endswith("120 rows of 20 speakers)")
-    assert found["tasks"]["asr"]["resampled"] == "speaker" and found["tasks"]["asr"]["num_units"] == 20
-    domains = {e["value"]: e for e in found["slices"] if e["slice"] == "domain"}
+    result = compare(tmp_path, evaluation("a", middle, 20), evaluation("b", half, 20))
+    assert result["verdicts"][0].endswith("120 rows of 20 speakers)")
+    assert result["tasks"]["asr"]["resampled"] == "speaker" and result["tasks"]["asr"]["num_units"] == 20
+    domains = {e["value"]: e for e in result["slices"] if e["slice"] == "domain"}
     assert domains["내과"]["is_shown"] and domains["내과"]["difference"] > 0 and domains["내과"]["num_rows"] == 60
     assert domains["외과"]["is_shown"] and domains["외과"]["difference"] < 0
-    [said] = found["slice_verdicts"]
-    num_better = sum(e["is_shown"] and e["difference"] < 0 for e in found["slices"])
-    num_worse = sum(e["is_shown"] and e["difference"] > 0 for e in found["slices"])
-    assert said.startswith(
-        f"asr by slice: b is better in {num_better} of {len(found['slices'])}, worse in {num_worse} ("
+    [sentence] = result["slice_verdicts"]
+    num_better = sum(e["is_shown"] and e["difference"] < 0 for e in result["slices"])
+    num_worse = sum(e["is_shown"] and e["difference"] > 0 for e in result["slices"])
+    assert sentence.startswith(
+        f"asr by slice: b is better in {num_better} of {len(result['slices'])}, worse in {num_worse} ("
     )
     values = f"{domains['내과']['first_value']:.3f} -> {domains['내과']['second_value']:.3f}"
-    assert f"(domain 내과 {values}, p = {domains['내과']['p_adjusted']:.3f})" in said
-    assert all(e["p_adjusted"] >= e["p"] for e in found["slices"])
-    assert len([e for e in found["slices"] if e["slice"] == "speaker"]) == 20
+    assert f"(domain 내과 {values}, p = {domains['내과']['p_adjusted']:.3f})" in sentence
+    assert all(e["p_adjusted"] >= e["p"] for e in result["slices"])
+    assert len([e for e in result["slices"] if e["slice"] == "speaker"]) == 20
     few = compare(tmp_path, evaluation("c", middle, 3), evaluation("d", good, 3))
     assert few["verdicts"][0].endswith("120 rows of 3 speaker(s), too few to say anything of others)")
 
 
 def test_many_runs_in_one_table(pair, tmp_path):
-    """Every pair is tested, and p-values are raised, for among many runs some differ by chance."""
+    """Every pair is tested, and p-values are adjusted, because among many runs some differ by chance."""
     one, other, references, _, _ = pair
     third = write_evaluation(tmp_path / "third", rows(references, damaged(references, 0.08, 5)))
-    found = compare(tmp_path, one, other, third)
-    differences = [e for e in found["tasks"]["asr"]["differences"] if e["metric"] == "cer_nospace"]
+    result = compare(tmp_path, one, other, third)
+    differences = [e for e in result["tasks"]["asr"]["differences"] if e["metric"] == "cer_nospace"]
     assert [(e["first"], e["second"]) for e in differences] == [
         ("base", "tuned"),
         ("base", "third"),
@@ -203,8 +209,8 @@ def test_many_runs_in_one_table(pair, tmp_path):
     ]
     assert [e["is_shown"] for e in differences] == [True, True, False]
     assert sorted(e["p_adjusted"] for e in differences)[0] == pytest.approx(3 * min(e["p"] for e in differences))
-    assert found["tasks"]["asr"]["metrics"]["cer_nospace"]["best_or_not_shown_to_differ"] == ["tuned", "third"]
-    assert len(found["verdicts"]) == 2 and len(found["tasks"]["asr"]["changes"]) == 2
+    assert result["tasks"]["asr"]["metrics"]["cer_nospace"]["best_or_not_shown_to_differ"] == ["tuned", "third"]
+    assert len(result["verdicts"]) == 2 and len(result["tasks"]["asr"]["changes"]) == 2
 
 
 def test_tasks_are_compared_one_by_one(tmp_path):
@@ -214,27 +220,27 @@ def test_tasks_are_compared_one_by_one(tmp_path):
     of_task = {"prompt": "무엇입니까?", "task": "sqa"}
     runs = []
     for name, (asr, sqa) in {"a": (good, bad), "b": (bad, good)}.items():
-        found = [*rows(references, asr), *rows(references, sqa, **of_task)]
-        runs.append(write_evaluation(tmp_path / name, found))
-    said = compare(tmp_path, *runs)["verdicts"]
-    assert said[0].startswith("asr: b is worse than a (cer_nospace") and said[1].startswith(
+        answered = [*rows(references, asr), *rows(references, sqa, **of_task)]
+        runs.append(write_evaluation(tmp_path / name, answered))
+    results = compare(tmp_path, *runs)["verdicts"]
+    assert results[0].startswith("asr: b is worse than a (cer_nospace") and results[1].startswith(
         "sqa: b is better than a (rouge_l"
     )
 
 
 def test_empty_references_and_odd_texts_are_compared(tmp_path):
-    """Silence, decomposed Hangul, emoji and an empty answer give finite figures."""
+    """Silence, decomposed Hangul, emoji and an empty answer give finite values."""
     texts = ["", "혈압", "\u1112\u1167\u11af\u110b\u1161\u11b8", "😀 네", "가" * 3000]
     one = write_evaluation(tmp_path / "a", rows(texts, ["말", "혈압", "혈압", "네", "가" * 2990]))
     other = write_evaluation(tmp_path / "b", rows(texts, ["", "", "혈압", "😀", "나" * 100]))
     runs = read_evaluations([one, other])
-    found = compare_tasks(match(runs), seed=0, num_resamples=500)
-    assert verdicts(runs, found, 1) and compare_slices(found, seed=0, num_resamples=500) == []
+    comparisons = compare_tasks(match_rows(runs), seed=0, num_resamples=500)
+    assert verdicts(runs, comparisons, 1) and compare_slices(comparisons, seed=0, num_resamples=500) == []
     assert [row.error for row in runs[0].rows] == [1.0, 0.0, 0.0, 0.0, pytest.approx(10 / 3000)]
 
 
-def test_rows_are_counted_as_the_first_run_was(tmp_path):
-    """Its list of terms and its table of English spellings hold for all, so that the figures are metrics.json's."""
+def test_rows_are_scored_by_the_rules_of_the_first_run(tmp_path):
+    """Its terms and English spellings are used for all runs, so that the values are those of metrics.json."""
     (tmp_path / "terms.txt").write_text("혈압\n약\n")
     (tmp_path / "normalizer.json").write_text(json.dumps({"colour": "color"}))
     rules = {"terms": str(tmp_path / "terms.txt"), "english_spelling": str(tmp_path / "normalizer.json")}
@@ -242,9 +248,9 @@ def test_rows_are_counted_as_the_first_run_was(tmp_path):
     answers = [["혈압", "약", "the color red"], ["혈압 약", "약", "the color red"]]
     languages = [{"language": "ko"}, {"language": "ko"}, {"language": "en"}]
     runs = []
-    for name, own in zip("ab", answers, strict=True):
-        found = [{**row, **more} for row, more in zip(rows(references, own), languages, strict=True)]
-        runs.append(write_evaluation(tmp_path / name, found, **(rules if name == "a" else {})))
+    for name, predictions in zip("ab", answers, strict=True):
+        answered = [{**row, **more} for row, more in zip(rows(references, predictions), languages, strict=True)]
+        runs.append(write_evaluation(tmp_path / name, answered, **(rules if name == "a" else {})))
     metrics = compare(tmp_path, *runs)["tasks"]["asr"]["metrics"]
     assert [entry["value"] for entry in metrics["term_recall"]["runs"]] == [pytest.approx(2 / 3), 1.0]
     assert metrics["exact_match"]["runs"][1]["value"] == 1.0
@@ -252,7 +258,7 @@ def test_rows_are_counted_as_the_first_run_was(tmp_path):
     assert compare(tmp_path, *runs)["tasks"]["asr"]["metrics"]["exact_match"]["runs"][1]["value"] < 1
 
 
-def test_adapters_are_told_apart_by_what_they_were_trained_with(pair, tmp_path):
+def test_adapters_are_distinguished_by_their_training_settings(pair, tmp_path):
     """From the settings beside the adapter or above its checkpoint; the base has none."""
     one, _, references, first, second = pair
     runs = [one]
@@ -267,12 +273,12 @@ def test_adapters_are_told_apart_by_what_they_were_trained_with(pair, tmp_path):
     assert training_differences(read_evaluations(runs)) == {"task_weights": ["", "none", "asr=2"]}
 
 
-def test_labels_tell_folders_apart():
+def test_labels_distinguish_folders():
     assert short_labels(["runs/a", "runs/b"]) == ["a", "b"]
     assert short_labels(["x/eval", "y/eval", "y/other"]) == ["x/eval", "y/eval", "y/other"]
 
 
-def test_refusals_are_one_clear_line(pair, tmp_path):
+def test_errors_are_one_line(pair, tmp_path):
     one, other, *_ = pair
     cut = write_evaluation(tmp_path / "cut", rows(["가"], ["가"]))
     Path(cut, "metrics.json").unlink()
@@ -308,4 +314,4 @@ def test_refusals_are_one_clear_line(pair, tmp_path):
         with pytest.raises(error, match=message) as caught:
             compare(tmp_path, *runs)
         assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists(), "nothing is made for runs that cannot be compared"
+    assert not (tmp_path / "out").exists(), "no folder is created for runs that cannot be compared"

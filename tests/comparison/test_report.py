@@ -1,5 +1,7 @@
 """Reports opened in a real browser: no errors, nothing fetched, sorting, filtering and paging by mouse and keyboard."""
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -22,29 +24,29 @@ COLUMN = "[...document.querySelectorAll('#rows tbody tr')].map(row => row.cells[
 
 
 def speech_rows(num: int = 12) -> list[dict[str, Any]]:
-    """Transcripts of the assets' clips with errors put in, and answers in text."""
+    """Transcripts of the assets' clips with errors, and text answers."""
     lines = [json.loads(line) for line in Path(manifest("asr.val")).read_text(encoding="utf-8").splitlines()[:num]]
-    found: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {
-            "id": f"clip-{at}",
-            "source": f"{manifest('asr.val')}:{at + 1}",
+            "id": f"clip-{index}",
+            "source": f"{manifest('asr.val')}:{index + 1}",
             "reference": line["transcript"],
-            "prediction": line["transcript"][: len(line["transcript"]) - at],
-            "num_samples": 16_000 * (at + 1),
-            "domain": ("내과", "외과")[at % 2],
+            "prediction": line["transcript"][: len(line["transcript"]) - index],
+            "num_samples": 16_000 * (index + 1),
+            "domain": ("내과", "외과")[index % 2],
         }
-        for at, line in enumerate(lines)
+        for index, line in enumerate(lines)
     ]
     text = {"task": "tqa", "num_samples": 0}
-    found.append({**text, "prompt": f"묻습니다 {EVIL}", "reference": "정답", "prediction": EVIL})
-    return [*found, {**text, "id": EVIL, "speaker": EVIL, "reference": EVIL, "prediction": "x"}]
+    rows.append({**text, "prompt": f"묻습니다 {EVIL}", "reference": "정답", "prediction": EVIL})
+    return [*rows, {**text, "id": EVIL, "speaker": EVIL, "reference": EVIL, "prediction": "x"}]
 
 
 def many(num: int, wrong: int) -> list[dict[str, Any]]:
-    """Rows of which the first ones are wrong, each by another amount."""
+    """Rows of which the first ones are wrong, each with a different error."""
     return [
-        {"reference": "가" * 50, "prediction": "가" * (50 - max(0, wrong - at)), "domain": f"d{at % 3}"}
-        for at in range(num)
+        {"reference": "가" * 50, "prediction": "가" * (50 - max(0, wrong - index)), "domain": f"d{index % 3}"}
+        for index in range(num)
     ]
 
 
@@ -55,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = speech_rows()
     first = write_evaluation(folder / "a", rows, model_id=EVIL)
     fixed = [dict(row) for row in rows]
-    for at, row in enumerate(fixed):
-        row["prediction"] = row["reference"] if at % 2 else row["prediction"] + "요"
+    for index, row in enumerate(fixed):
+        row["prediction"] = row["reference"] if index % 2 else row["prediction"] + "요"
     second = write_evaluation(folder / "b", fixed)
     metrics = {"asr": {"cer_nospace": {"value": 0.5, "n": 8}, "of_old": {"value": 12.0, "n": 8}}, "overall": {}}
     (folder / "a" / "metrics.json").write_text(json.dumps(metrics))
@@ -71,12 +73,18 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-def test_pages_are_whole_in_themselves(folder):
+def test_pages_are_self_contained(folder):
     for path in (folder / "a" / "report.html", folder / "out" / "comparison.html"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?://|<link|@import|url\(", text), "nothing is fetched"
         assert text.count("<script") == 2 and text.count("</script>") == 2, "the data and our own script"
-        assert "default-src 'none'" in text
+        assert "<script>document" not in text and "<img" not in text, "texts are escaped"
+        policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
+        assert policy.startswith("default-src 'none'; ")
+        for tag in ("style", "script"):
+            content = re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'" in policy
     errors = json.loads((folder / "a" / "errors.json").read_text())
     asr = errors["asr"]
     assert asr["units"]["character"]["num_deletions"] > 0 and set(errors) == {"asr", "tqa"}
@@ -87,7 +95,7 @@ def test_pages_are_whole_in_themselves(folder):
 @needs_browser
 def test_a_report_opens_sorts_and_filters(folder, page):
     page.open(folder / "a" / "report.html")
-    assert page.console == [] and len(page.requests) == 1, "the page itself is all that was asked for"
+    assert page.console == [] and len(page.requests) == 1, "only the page itself is requested"
     assert page.read("document.title") == "voxray evaluation: a" and page.read("document.images.length") == 0
     assert page.read(SHOWN) == "1-14 of 14 rows"
     errors = [float(text) for text in page.read(COLUMN.format(3))]
@@ -100,7 +108,7 @@ def test_a_report_opens_sorts_and_filters(folder, page):
     page.choose("#filter-task", "asr")
     assert page.read(SHOWN) == "1-12 of 12 rows" and set(page.read(COLUMN.format(0))) == {"asr"}
     page.choose("#filter-domain", "외과")
-    assert sorted(page.read(COLUMN.format(1))) == [f"clip-{at}" for at in (1, 11, 3, 5, 7, 9)]
+    assert sorted(page.read(COLUMN.format(1))) == [f"clip-{index}" for index in (1, 11, 3, 5, 7, 9)]
     page.choose("#filter-rows", "wrong")
     page.type("#filter-text", "clip-5")
     assert page.read(COLUMN.format(1)) == ["clip-5"] and page.read(SHOWN) == "1-1 of 1 rows"
@@ -125,7 +133,7 @@ def test_texts_stay_texts_and_clips_play(folder, page):
 
 @needs_browser
 def test_diffs_are_aligned_and_coloured(folder, page):
-    """A cut end is marked as missing, the answer's column empty; what is equal stands above itself."""
+    """A missing end is marked, with an empty answer below; equal text is shown above itself."""
     page.open(folder / "a" / "report.html")
     page.type("#filter-text", "clip-4")
     pairs = page.read(
@@ -148,8 +156,8 @@ def test_diffs_are_aligned_and_coloured(folder, page):
 
 @needs_browser
 @pytest.mark.parametrize("width", [420, 1400])
-def test_nothing_sticks_out_and_hangul_stands_above_what_replaced_it(page, tmp_path, width):
-    """A narrow window, words without end, wide letters replaced by narrow ones, an answer that reads right to left."""
+def test_nothing_overflows_and_hangul_is_above_its_replacement(page, tmp_path, width):
+    """A narrow window, very long words, wide letters replaced by narrow ones, an answer that reads right to left."""
     texts = [("혈압이 높다", "knee 높다"), ("가" * 2000, "나" * 900), ("مرحبا كيف", "مرحبا كي"), ("x y", "x" * 500)]
     more = {"references": [], "speaker": "s" * 200}
     rows = [{"reference": one, "prediction": other, **more} for one, other in texts]
@@ -168,7 +176,7 @@ def test_nothing_sticks_out_and_hangul_stands_above_what_replaced_it(page, tmp_p
         assert page.read("document.documentElement.scrollWidth") <= width and page.console == []
         right = page.read("[...document.querySelectorAll('#rows .right')].map(line => line.textContent)")
         assert right == ["\u2713 네", "\u2713 예"][: 1 + (path.name == "comparison.html")], (
-            "what is right is shown as it was said"
+            "a correct answer is shown in its own words"
         )
     page.type("#filter-text", "knee")
     boxes = "['ref', 'hyp'].map(c => pair.querySelector('.' + c).getBoundingClientRect().x)"
@@ -177,15 +185,15 @@ def test_nothing_sticks_out_and_hangul_stands_above_what_replaced_it(page, tmp_p
 
 
 @needs_browser
-def test_tables_sort_and_say_what_is_old(folder, page):
+def test_tables_sort_and_name_outdated_metrics(folder, page):
     page.open(folder / "a" / "report.html")
     names = "[...document.querySelectorAll('#metrics tbody tr')].map(row => Number(row.cells[2].textContent))"
     before = page.read(names)
     page.click("#metrics th:nth-child(3)")
     assert page.read(names) == sorted(before, reverse=True) != before
-    assert 12.0 in before, "what cannot be counted anew is taken from metrics.json"
-    said = page.read("document.querySelector('.warnings').innerText")
-    assert "metrics.json holds other values of asr cer_nospace" in said
+    assert 12.0 in before, "metrics that cannot be computed again are taken from metrics.json"
+    warning = page.read("document.querySelector('.warnings').innerText")
+    assert "metrics.json holds other values of asr cer_nospace" in warning
 
 
 @needs_browser
@@ -218,7 +226,7 @@ def test_a_comparison_opens_sorts_and_filters(folder, page):
 
 @needs_browser
 def test_thousands_of_rows_are_shown_page_by_page(page, tmp_path):
-    """The worst rows are kept, the page says how many are not there, and the keyboard sorts as well."""
+    """The worst rows are in the page, which says how many are not; the keyboard sorts as well."""
     path = Path(write_evaluation(tmp_path / "many", many(1500, 40)))
     write_report(path, num_resamples=200, max_rows=1200)
     page.open(path / "report.html")
@@ -235,7 +243,7 @@ def test_thousands_of_rows_are_shown_page_by_page(page, tmp_path):
 
 
 def test_clips_that_are_too_large_or_cut_from_files(tmp_path):
-    """Over the limit the page links to files; a part of a file is put in as a clip of its own, or linked as a part."""
+    """Over the limit the page links to files; a part of a file is embedded as its own clip, or linked as a part."""
     import numpy as np
     import soundfile
 

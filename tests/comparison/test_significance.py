@@ -30,17 +30,17 @@ def grouped(numbers) -> Groups:
 
 def compared(first, second, lengths, units, **options):
     """One metric; the divisor of the second run may differ."""
-    own, other = lengths if isinstance(lengths, tuple) else (lengths, lengths)
-    return compare_rows(parts(first, own), parts(second, other), units, **options)[0]
+    first_lengths, second_lengths = lengths if isinstance(lengths, tuple) else (lengths, lengths)
+    return compare_rows(parts(first, first_lengths), parts(second, second_lengths), units, **options)[0]
 
 
-def exchanged(first, second, own, other, speakers) -> float:
+def exchanged(first, second, first_lengths, second_lengths, speakers) -> float:
     """p-value by going through all exchanges with loops: how many give a difference as large as the real one."""
     names, sizes = sorted(set(speakers)), []
     for swaps in product((False, True), repeat=len(names)):
         sums = [0.0] * 4
-        for at, speaker in enumerate(speakers):
-            row = (first[at], own[at], second[at], other[at])
+        for index, speaker in enumerate(speakers):
+            row = (first[index], first_lengths[index], second[index], second_lengths[index])
             sums = [a + b for a, b in zip(sums, row[2:] + row[:2] if swaps[speaker] else row, strict=True)]
         sizes.append(abs(sums[2] / sums[3] - sums[0] / sums[1]))
     return sum(size >= sizes[0] - 1e-12 for size in sizes) / len(sizes)
@@ -48,11 +48,11 @@ def exchanged(first, second, own, other, speakers) -> float:
 
 @pytest.mark.parametrize("other", [LENGTHS, [9, 4, 9, 9, 12, 5, 8]], ids=["same divisor", "divisors of their own"])
 @pytest.mark.parametrize("speakers", [SPEAKERS, list(range(7))], ids=["speakers", "rows"])
-def test_p_is_that_of_all_exchanges(speakers, other):
-    found = compared(FIRST, SECOND, (LENGTHS, other), grouped(speakers))
-    assert found.p == exchanged(FIRST, SECOND, LENGTHS, other, speakers)
-    assert found.first == sum(FIRST) / sum(LENGTHS) and found.second == sum(SECOND) / sum(other)
-    assert (found.num_rows, found.num_units) == (7, len(set(speakers)))
+def test_p_value_equals_full_enumeration(speakers, other):
+    result = compared(FIRST, SECOND, (LENGTHS, other), grouped(speakers))
+    assert result.p == exchanged(FIRST, SECOND, LENGTHS, other, speakers)
+    assert result.first == sum(FIRST) / sum(LENGTHS) and result.second == sum(SECOND) / sum(other)
+    assert (result.num_rows, result.num_units) == (7, len(set(speakers)))
 
 
 # Twenty rows, and what scipy 1.17.1 says of them: permutation_test(..., permutation_type="samples", n_resamples=inf) on
@@ -63,11 +63,11 @@ SCIPY_LENGTHS = [10, 4, 8, 9, 12, 6, 7, 9, 5, 6, 14, 8, 11, 6, 7, 10, 9, 4, 5, 8
 SCIPY_P, SCIPY_INTERVAL = 0.0078125, (-0.16853932584269662, -0.05185185185185185)
 
 
-def test_the_figures_are_scipys(monkeypatch):
-    """Exactly, where all exchanges are gone through; within four standard errors, where they are drawn."""
-    found = compared(SCIPY_FIRST, SCIPY_SECOND, SCIPY_LENGTHS, alone(20), num_resamples=100_000)
-    assert found.p == SCIPY_P and found.is_shown
-    assert found.interval == pytest.approx(SCIPY_INTERVAL, abs=0.002)
+def test_values_equal_scipy(monkeypatch):
+    """Exactly if all exchanges are enumerated; within four standard errors if they are drawn."""
+    result = compared(SCIPY_FIRST, SCIPY_SECOND, SCIPY_LENGTHS, alone(20), num_resamples=100_000)
+    assert result.p == SCIPY_P and result.is_shown
+    assert result.interval == pytest.approx(SCIPY_INTERVAL, abs=0.002)
     monkeypatch.setattr(paired, "MAX_EXACT_UNITS", 0)
     drawn = compared(SCIPY_FIRST, SCIPY_SECOND, SCIPY_LENGTHS, alone(20), num_resamples=100_000)
     assert drawn.p != SCIPY_P
@@ -85,32 +85,33 @@ def test_equal_runs_and_hopeless_ones():
     assert one.interval is None and one.p == 1 and not one.is_shown, "one row shows nothing"
 
 
-def test_interval_is_that_of_all_draws():
+def test_interval_equals_full_enumeration():
     """Four units can be drawn in 256 ways: the percentiles of the difference over all of them, weighted alike."""
     first, second, lengths = FIRST[:4], SECOND[:4], LENGTHS[:4]
     all_draws = []
     for drawn in product(range(4), repeat=4):
-        length = sum(lengths[at] for at in drawn)
-        all_draws.append((sum(second[at] for at in drawn) - sum(first[at] for at in drawn)) / length)
-    found = compared(first, second, lengths, alone(4), num_resamples=200_000)
+        length = sum(lengths[index] for index in drawn)
+        all_draws.append((sum(second[index] for index in drawn) - sum(first[index] for index in drawn)) / length)
+    result = compared(first, second, lengths, alone(4), num_resamples=200_000)
     low, high = np.quantile(all_draws, [0.025, 0.975])
-    assert found.interval == pytest.approx((low, high), abs=0.004)
-    own = np.quantile(
-        [sum(first[at] for at in d) / sum(lengths[at] for at in d) for d in product(range(4), repeat=4)], [0.025, 0.975]
+    assert result.interval == pytest.approx((low, high), abs=0.004)
+    expected = np.quantile(
+        [sum(first[index] for index in d) / sum(lengths[index] for index in d) for d in product(range(4), repeat=4)],
+        [0.025, 0.975],
     )
-    assert found.first_interval == pytest.approx(tuple(own), abs=0.004)
+    assert result.first_interval == pytest.approx(tuple(expected), abs=0.004)
 
 
-def test_draws_are_the_same_again():
+def test_draws_are_reproducible():
     again = [compared(FIRST, SECOND, LENGTHS, alone(7), seed=seed, num_resamples=500) for seed in (5, 5, 6)]
     assert again[0] == again[1] != again[2]
 
 
-def test_rows_of_no_metric_are_left_out():
+def test_rows_without_the_metric_are_left_out():
     """An empty reference has no error rate: as if the row was not there."""
-    found = compared([*FIRST, 0], [*SECOND, 0], [*LENGTHS, 0], alone(8), num_resamples=50_000)
+    result = compared([*FIRST, 0], [*SECOND, 0], [*LENGTHS, 0], alone(8), num_resamples=50_000)
     without = compared(FIRST, SECOND, LENGTHS, alone(7), num_resamples=50_000)
-    assert (found.first, found.second, found.p, found.num_rows) == (without.first, without.second, without.p, 7)
+    assert (result.first, result.second, result.p, result.num_rows) == (without.first, without.second, without.p, 7)
     nothing = compare_rows(parts([0, 0], [0, 0]), parts([0, 0], [0, 0]), alone(2))
     assert nothing == [None]
 
@@ -125,7 +126,7 @@ def simulated(rng, num_speakers: int, rows_each: int, spread: float, effect: flo
     return first, second, lengths, index
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
+def test_coverage_of_intervals():
     """Rows on their own, and rows of speakers who differ: there drawing rows would be sure of far too much."""
     rng = np.random.default_rng(1)
     covered = {"rows": 0, "speakers": 0, "rows of speakers": 0}
@@ -143,7 +144,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert shares["rows of speakers"] < 0.8
 
 
-def test_equal_systems_are_called_different_as_often_as_they_say():
+def test_false_positive_rate_of_equal_systems():
     rng = np.random.default_rng(2)
     p_values = []
     for _ in range(400):
@@ -153,15 +154,15 @@ def test_equal_systems_are_called_different_as_often_as_they_say():
     assert np.mean(p_values) == pytest.approx(0.5, abs=0.06)
 
 
-def test_holm_is_that_of_r():
+def test_holm_equals_r():
     """p.adjust(c(0.01, 0.04, 0.03, 0.005), "holm") of R gives these."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, 0.7]) == [1, 1] and holm([]) == [] and holm([0.2]) == [0.2]
 
 
-def test_few_speakers_are_not_drawn():
+def test_few_speakers_are_not_resampled():
     def rows(num):
-        return [{"speaker": f"s{at % num}"} for at in range(60)]
+        return [{"speaker": f"s{index % num}"} for index in range(60)]
 
     assert (
         resampling_units(rows(MIN_SPEAKERS)).unit == "speaker"

@@ -1,4 +1,4 @@
-"""Settings: defaults < YAML < flags, everything wrong named at once, nothing read that was not given."""
+"""Settings: defaults < YAML < flags, all errors reported at once, nothing read from elsewhere."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from voxray.config.featurize import FeaturizeSettings
 from voxray.config.parse import REPOSITORY, Settings, flag_metadata, flag_names, help_text, parse
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
-from voxray.config.tune import TuneSettings
+from voxray.config.tune import TuneMultitaskSettings
 
 NEEDED = ["--output_dir", "out", "--train_jsonl", "a.jsonl"]
 JOBS = [
@@ -23,7 +23,7 @@ JOBS = [
     (EvaluateSettings, "demo_evaluate.yaml"),
     (InferSettings, "demo_infer.yaml"),
     (FeaturizeSettings, "demo_featurize.yaml"),
-    (TuneSettings, "demo_tune.yaml"),
+    (TuneMultitaskSettings, "demo_tune.yaml"),
     (QuickstartSettings, "quickstart.yaml"),
     (CompareSettings, "demo_compare.yaml"),
 ]
@@ -34,7 +34,7 @@ def read(argv: list[str], model: type[Settings] = MultitaskSettings, demo: str =
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str], model: type[Settings] = MultitaskSettings) -> str:
-    """Parse, expect exit status 2, give what was printed."""
+    """Parse, expect exit status 2, and return the error output."""
     with pytest.raises(SystemExit) as stop:
         read(argv, model)
     assert stop.value.code == 2
@@ -78,13 +78,13 @@ def test_yaml_spellings_of_a_small_number(yaml, text: str):
     assert read([*NEEDED, *yaml(f"lr: {text}")]).lr == 1e-4
 
 
-@pytest.mark.parametrize("given", ["a.jsonl,b.jsonl", "a.jsonl, b.jsonl ,", ["a.jsonl", "b.jsonl"]])
-def test_comma_lists(yaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given):
+@pytest.mark.parametrize("value", ["a.jsonl,b.jsonl", "a.jsonl, b.jsonl ,", ["a.jsonl", "b.jsonl"]])
+def test_comma_lists(yaml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value):
     monkeypatch.chdir(tmp_path)
-    wanted = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
-    assert read(["--output_dir", "o", *yaml(f"train_jsonl: {given}")]).train_jsonl == wanted
-    if isinstance(given, str):
-        assert read(["--output_dir", "o", "--train_jsonl", given]).train_jsonl == wanted
+    expected = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    assert read(["--output_dir", "o", *yaml(f"train_jsonl: {value}")]).train_jsonl == expected
+    if isinstance(value, str):
+        assert read(["--output_dir", "o", "--train_jsonl", value]).train_jsonl == expected
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_values_after_an_equals_sign():
         (EvaluateSettings, ["--jsonl", "/v", "--adapter_path", "/x"], "lora_dir", "/x"),
         (TextSettings, ["--init_adapter", "/a/lora_stage1"], "init_adapter", "/a/lora_stage1"),
         (AsrAdapterSettings, ["--gradient_checkpointing"], "grad_ckpt", True),
-        (TuneSettings, ["--lora_r", "4,8"], "lora_r", (4, 8)),
+        (TuneMultitaskSettings, ["--lora_r", "4,8"], "lora_r", (4, 8)),
         (
-            TuneSettings,
+            TuneMultitaskSettings,
             ["--task_sampling", "1,1,1;asr=1"],
             "task_weights",
             ({"asr": 1, "sqa": 1, "tqa": 1}, {"asr": 1}),
@@ -162,12 +162,21 @@ def test_every_alias_reaches_its_field():
 
 def test_every_bad_field_is_named_at_once(yaml, capsys: pytest.CaptureFixture[str]):
     config = yaml("epochs: many\nlorra_r: 4\nweight_decay: -1\nseed: true\n")
-    said = refused([*config, "--lr", "0", "--lr_schedule", "cubic", "--lora_dropout=1", "--gradckpt", "word"], capsys)
-    wanted = ["lorra_r", "did you mean --lora_r", "epochs", "'many'", "weight_decay", "--lr: ", "--lr_schedule", "seed"]
-    wanted += ["--lora_dropout", "--gradckpt", "did you mean --grad_ckpt", "word: not a flag"]
-    wanted += ["--output_dir: Field required", "--train_jsonl: Field required"]
-    assert [text for text in wanted if text not in said] == []
-    assert said.count("error: ") == 11 and "11 bad setting(s)" in said
+    stderr = refused([*config, "--lr", "0", "--lr_schedule", "cubic", "--lora_dropout=1", "--gradckpt", "word"], capsys)
+    expected = [
+        "lorra_r",
+        "did you mean --lora_r",
+        "epochs",
+        "'many'",
+        "weight_decay",
+        "--lr: ",
+        "--lr_schedule",
+        "seed",
+    ]
+    expected += ["--lora_dropout", "--gradckpt", "did you mean --grad_ckpt", "word: not a flag"]
+    expected += ["--output_dir: Field required", "--train_jsonl: Field required"]
+    assert [text for text in expected if text not in stderr] == []
+    assert stderr.count("error: ") == 11 and "11 bad setting(s)" in stderr
 
 
 @pytest.mark.parametrize(
@@ -247,9 +256,9 @@ def test_yaml_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir", "!!python/object/new:os.mkdir", "!!python/name:os"])
 def test_yaml_tags_execute_nothing(yaml, tmp_path: Path, tag: str, capsys: pytest.CaptureFixture[str]):
-    made = tmp_path / "made"
-    assert "could not determine a constructor" in refused([*NEEDED, *yaml(f"model_id: {tag} ['{made}']")], capsys)
-    assert not made.exists()
+    created = tmp_path / "made"
+    assert "could not determine a constructor" in refused([*NEEDED, *yaml(f"model_id: {tag} ['{created}']")], capsys)
+    assert not created.exists()
 
 
 def test_environment_variables_change_nothing(monkeypatch: pytest.MonkeyPatch):
@@ -336,8 +345,8 @@ def test_settings_are_frozen_and_closed():
 
 
 def test_evaluate_and_infer_name_what_they_miss(capsys: pytest.CaptureFixture[str]):
-    said = refused(["--per_device_bsz", "0"], capsys, EvaluateSettings)
-    assert "--val_jsonl" in said and "--per_device_bsz" in said
+    stderr = refused(["--per_device_bsz", "0"], capsys, EvaluateSettings)
+    assert "--val_jsonl" in stderr and "--per_device_bsz" in stderr
     assert "give one of them" in refused(["--audio_path", "a", "--jsonl", "b"], capsys, InferSettings)
 
 
@@ -355,15 +364,15 @@ except SystemExit as stop:
     heavy = [name for name in ("torch", "ray", "transformers", "pyarrow", "numpy") if name in sys.modules]
     print(stop.code, heavy)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
-    assert done.stdout == "2 []\n", done.stdout + done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert process.stdout == "2 []\n", process.stdout + process.stderr
 
 
-def test_words_before_the_first_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only a job that asks for them takes words, and only at the beginning, where they cannot be a flag's value."""
+def test_positional_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Positional arguments are accepted only by jobs that declare them, and only before the first flag."""
 
     def words(*argv: str) -> CompareSettings:
-        return parse(CompareSettings, argv, job="compare", about="", demo="demo_compare.yaml", words="runs")
+        return parse(CompareSettings, argv, job="compare", about="", demo="demo_compare.yaml", positional="runs")
 
     assert words("/a", "/b,c", "--seed", "3").runs == ("/a", "/b,c"), "a comma is part of a word"
     assert words("--runs", "/a,/b").runs == ("/a", "/b")
@@ -377,6 +386,6 @@ def test_words_before_the_first_flag(tmp_path: Path, capsys: pytest.CaptureFixtu
             words(*argv)
         assert message in capsys.readouterr().err
     assert "compare.py [RUNS ...] [--config" in help_text(
-        CompareSettings, job="compare", about="", demo="", words="runs"
+        CompareSettings, job="compare", about="", demo="", positional="runs"
     )
     assert "stray: not a flag" in refused(["stray", *NEEDED], capsys)

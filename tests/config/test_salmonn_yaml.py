@@ -1,4 +1,4 @@
-"""The files of SALMONN's trainers and evaluators: every key becomes a flag, is warned of, or is refused."""
+"""Files of SALMONN's trainers and evaluators: every key becomes a flag, prints a warning, or is an error."""
 
 import copy
 from collections.abc import Callable
@@ -42,7 +42,7 @@ EVALUATOR: dict[str, Any] = {
         **{"tensorrt_device": "cuda:1"},
     },
 }
-READINGS = {
+READERS = {
     SalmonnSettings: salmonn_yaml.TRAINER,
     EvaluateSettings: salmonn_yaml.EVALUATOR,
     EfficiencySettings: salmonn_yaml.EFFICIENCY,
@@ -53,7 +53,7 @@ Read = Callable[..., Any]
 
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
-    """Settings that a job makes of a file and flags; changes are {"section.key": value}, None takes it out."""
+    """A job's settings from a file and flags; ``changes`` are {"section.key": value}."""
     monkeypatch.chdir(tmp_path)
 
     def read(model: type[Settings], *flags: str, changes: dict[str, Any] | None = None) -> Any:
@@ -67,13 +67,13 @@ def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Read:
     return read
 
 
-@pytest.mark.parametrize("model", READINGS)
+@pytest.mark.parametrize("model", READERS)
 def test_every_key_is_of_one_kind_and_flags_exist(model: type[Settings]) -> None:
-    reading = READINGS[model]
-    kinds = [set(reading.flags), set(reading.no_effect), set(reading.only)]
+    reader = READERS[model]
+    kinds = [set(reader.flags), set(reader.no_effect), set(reader.only)]
     assert not (kinds[0] & kinds[1] or kinds[0] & kinds[2] or kinds[1] & kinds[2])
-    assert set(reading.flags.values()) <= set(flag_names(model))
-    assert set(reading.flags) | set(reading.no_effect) | set(reading.only) >= {"model.beats_path", "run.seed"}
+    assert set(reader.flags.values()) <= set(flag_names(model))
+    assert set(reader.flags) | set(reader.no_effect) | set(reader.only) >= {"model.beats_path", "run.seed"}
 
 
 @pytest.mark.parametrize(
@@ -96,10 +96,10 @@ def test_evaluate_reads_the_evaluators_file(
     assert (settings.num_beams, settings.gen_max_new_tokens, settings.per_device_bsz) == (3, 100, 3)
     assert (settings.end_sym, settings.seed, settings.temperature) == ("<|end_of_text|>", 42, 0)
     assert settings.audio_prefix == str(tmp_path / "sounds")
-    said = capsys.readouterr().err
-    assert "hf_secret" not in said and "model.token has no effect: no token is read from a file" in said
-    assert "generate.do_sample, generate.temperature, generate.top_p have no effect: nothing is drawn" in said
-    assert "run.tensorrt, run.optimization_level, run.tensorrt_device have no effect" in said
+    stderr = capsys.readouterr().err
+    assert "hf_secret" not in stderr and "model.token has no effect: no token is read from a file" in stderr
+    assert "generate.do_sample, generate.temperature, generate.top_p have no effect: nothing is drawn" in stderr
+    assert "run.tensorrt, run.optimization_level, run.tensorrt_device have no effect" in stderr
 
 
 def test_flags_win_and_one_beam_draws(read: Read) -> None:
@@ -120,8 +120,8 @@ def test_all_that_is_wrong_is_said_at_once(read: Read, capsys: pytest.CaptureFix
     wrong |= {"model.Ced_path": "ced.pt", "generate.num_beams": 0, "model.token": "hf_secret"}
     with pytest.raises(SystemExit) as end:
         read(EvaluateSettings, "--mode", "submission_xyz", changes=wrong)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and "hf_secret" not in said
+    stderr = capsys.readouterr().err
+    assert end.value.code == 2 and "hf_secret" not in stderr
     for line in (
         "eval.yaml: generate.length_penalty: must be 1.0, as this job evaluates SALMONN (got 0.5)",
         "eval.yaml: model.lora: must be True",
@@ -131,7 +131,7 @@ def test_all_that_is_wrong_is_said_at_once(read: Read, capsys: pytest.CaptureFix
         "eval.yaml: num_beams: Input should be greater than or equal to 1",
         "--mode: must be submission_ or valid_",
     ):
-        assert f"error: {line}" in said
+        assert f"error: {line}" in stderr
 
 
 @pytest.mark.parametrize(

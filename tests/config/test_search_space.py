@@ -1,6 +1,7 @@
-"""The search space: what YAML says, checked by the training job's own settings, everything wrong named at once."""
+"""The search space: YAML, validated by the training job's settings, with all errors reported at once."""
 
 import math
+import pickle
 import random
 from collections import Counter
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 from helpers.running import parse_only
 
 from voxray.config.parse import flag_metadata
-from voxray.config.search_space import FIXED, Domain, described, parse_space, shown
+from voxray.config.recipes import recipes
+from voxray.config.search_space import FIXED, Domain, format_choice, format_value, parse_space
 from voxray.config.train import MultitaskSettings
-from voxray.config.tune import RECIPES, trial_values
+from voxray.config.tune import derive_sweep, trial_values
 
 FLAGS = ["--train_jsonl", "t", "--val_jsonl", "v", "--output_dir", "o"]
 
@@ -21,25 +23,25 @@ def space(text: str) -> dict[str, Domain]:
 
 
 def test_choices_and_ranges_of_any_flag() -> None:
-    found = space(
+    domains = space(
         '{lora_r: [4, "8"], learning-rate: {log: [1e-5, 1e-3]}, lora_dropout: {range: [0, 0.2]}, grad_accum: {range: '
         '[1, 4]}, task_weights: ["1,1,1", {asr: 2, tqa: 1}, null], grad_ckpt: [true, false], lora_alpha: 8, '
         "curriculum: ['tqa:1,tqa+asr:2'], lr_schedule: {choice: [linear, cosine]}}"
     )
-    assert found["lora_r"] == Domain("lora_r", "choice", (4, 8))
-    assert found["lr"] == Domain("lr", "log", (1e-5, 1e-3)), "an old spelling, and 1e-5, which YAML takes for a text"
-    assert found["grad_accum"] == Domain("grad_accum", "range", (1, 4), whole=True)
-    assert found["task_weights"].values == ({"asr": 1.0, "sqa": 1.0, "tqa": 1.0}, {"asr": 2.0, "tqa": 1.0}, None)
-    assert found["lora_alpha"].values == (8.0,) and found["grad_ckpt"].values == (True, False)
-    assert [found[name].size for name in ("lora_r", "lr", "grad_accum")] == [2, math.inf, 4]
-    assert shown(found["task_weights"].values[1]) == "asr=2,tqa=1"
-    assert described({"lr": 0.0001234567, "grad_ckpt": True, "task_weights": None}) == (
+    assert domains["lora_r"] == Domain("lora_r", "choice", (4, 8))
+    assert domains["lr"] == Domain("lr", "log", (1e-5, 1e-3)), "an old spelling, and 1e-5, which YAML takes for a text"
+    assert domains["grad_accum"] == Domain("grad_accum", "range", (1, 4), whole=True)
+    assert domains["task_weights"].values == ({"asr": 1.0, "sqa": 1.0, "tqa": 1.0}, {"asr": 2.0, "tqa": 1.0}, None)
+    assert domains["lora_alpha"].values == (8.0,) and domains["grad_ckpt"].values == (True, False)
+    assert [domains[name].size for name in ("lora_r", "lr", "grad_accum")] == [2, math.inf, 4]
+    assert format_value(domains["task_weights"].values[1]) == "asr=2,tqa=1"
+    assert format_choice({"lr": 0.0001234567, "grad_ckpt": True, "task_weights": None}) == (
         "lr 0.000123457, grad_ckpt true, task_weights none"
     )
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[1, 2]", "needs flags and their values"),
         ("{lora_x: [1]}", "lora_x: no flag of the training job"),
@@ -66,10 +68,10 @@ def test_choices_and_ranges_of_any_flag() -> None:
         ("{lr: ", "while parsing a flow"),
     ],
 )
-def test_what_is_wrong_is_said(text: str, said: str) -> None:
+def test_what_is_wrong_is_said(text: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         space(text)
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_everything_wrong_is_named_at_once_and_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,8 +79,8 @@ def test_everything_wrong_is_named_at_once_and_before_anything_starts(capsys: py
         parse_only(
             "tune", [*FLAGS, "--space", "{lr: [0], batching: [x], nope: 1}", "--grace_steps", "0", "--seeds", "1"]
         )
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and "tune: 5 bad setting(s)" in said
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "tune: 5 bad setting(s)" in message
     for line in (
         "--space: lr: 0: ",
         "--space: batching: 'x': ",
@@ -86,13 +88,13 @@ def test_everything_wrong_is_named_at_once_and_before_anything_starts(capsys: py
         "--grace_steps: ",
         "--seeds: ",
     ):
-        assert f"error: {line}" in said, line
+        assert f"error: {line}" in message, line
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        ("--space {lr:{log:[1e-5,1e-3]}}", "--space: lr has no end of values to try; give --num_trials, or choices"),
+        ("--space {lr:{log:[1e-5,1e-3]}}", "--space: lr has infinitely many values; give --num_trials, or choices"),
         ("--search grid --num_trials 3", "--search grid: runs every combination; leave out --num_trials"),
         ("--search random", "--search random: needs --num_trials"),
         ("--search optuna", "--search optuna: needs --num_trials"),
@@ -106,7 +108,7 @@ def test_everything_wrong_is_named_at_once_and_before_anything_starts(capsys: py
         ("--recipe salmonn --model_id m --space {beats_path:[a]}", "beats_path: cannot be swept: the base is put"),
     ],
 )
-def test_combinations_that_cannot_be(flags: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_combinations_that_cannot_be(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     spaced = flags.replace(":", ": ").replace(",", ", ") if "{" in flags else flags
     argv = []
     for word in spaced.split(" --"):
@@ -114,11 +116,11 @@ def test_combinations_that_cannot_be(flags: str, said: str, capsys: pytest.Captu
         argv += [f"--{name}", value.replace(", ", ",") if name == "lora_r" else value]
     with pytest.raises(SystemExit) as end:
         parse_only("tune", [*FLAGS, *argv])
-    assert end.value.code == 2 and said in capsys.readouterr().err
+    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_checks_over_flags_see_a_choice_that_the_job_takes() -> None:
-    """The first learning rate is below the smallest one; the sweep stands, and that combination alone is refused."""
+    """The first learning rate is below --min_lr: only that combination is refused, not the sweep."""
     line = ["--recipe", "salmonn", "--model_id", "m", "--space", "{lr: [1e-6, 1e-4]}"]
     settings = parse_only("tune", [*FLAGS, *line])
     assert settings.lr == 1e-4 and [domain.values for domain in settings.domains.values()] == [(1e-6, 1e-4)]
@@ -140,9 +142,9 @@ def test_ranks_and_shares_are_choices_as_ever() -> None:
     assert set(values) == {"train_jsonl", "val_jsonl", "output_dir", "grad_accum", "lr"}, "what was said, no defaults"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", recipes())
 def test_every_flag_of_every_recipe_can_be_swept_or_says_why_not(recipe: str) -> None:
-    trains = RECIPES[recipe].trains
+    trains = derive_sweep(recipes()[recipe]).trains
     for name, field in trains.model_fields.items():
         default = {"output_dir": "o", "train_jsonl": ["t"]}.get(name, field.default)
         if name in FIXED or flag_metadata(field).no_effect:
@@ -155,18 +157,29 @@ def test_every_flag_of_every_recipe_can_be_swept_or_says_why_not(recipe: str) ->
 def test_draws_are_even_and_tidy() -> None:
     rng = random.Random(0)
     log, whole = Domain("lr", "log", (1e-5, 1e-1)), Domain("r", "log", (1, 64), whole=True)
-    decades = Counter(math.floor(math.log10(log.draw(rng))) for _ in range(4000))
+    decades = Counter(math.floor(math.log10(log.sample(rng))) for _ in range(4000))
     assert set(decades) == {-5, -4, -3, -2} and all(900 < count < 1100 for count in decades.values())
-    drawn = Counter(whole.draw(rng) for _ in range(4000))
-    assert set(drawn) <= set(range(1, 65)) and {1, 64} <= set(drawn) and drawn[1] > 10 * drawn[30]
-    assert all(float(f"{value:.4g}") == value for value in (log.draw(rng) for _ in range(100)))
+    samples = Counter(whole.sample(rng) for _ in range(4000))
+    assert set(samples) <= set(range(1, 65)) and {1, 64} <= set(samples) and samples[1] > 10 * samples[30]
+    assert all(float(f"{value:.4g}") == value for value in (log.sample(rng) for _ in range(100)))
     low, high = 0.123456, 0.123457
-    assert all(low <= Domain("x", "range", (low, high)).draw(rng) <= high for _ in range(100)), (
+    assert all(low <= Domain("x", "range", (low, high)).sample(rng) <= high for _ in range(100)), (
         "rounded within the ends"
     )
 
 
-def test_tasks_of_a_sweep_are_those_of_its_recipe() -> None:
-    from voxray.recipes import asr_adapter, text
+def test_tasks_in_the_recipe_table_are_those_of_the_stage() -> None:
+    from voxray.config.train import AsrAdapterSettings, TextSettings
+    from voxray.recipes.stages import asr_adapter_stage, text_stage
 
-    assert RECIPES["text"].tasks == text.STAGE.tasks and RECIPES["asr_adapter"].tasks == asr_adapter.STAGE.tasks
+    usual = {"train_jsonl": ["t"], "output_dir": "o"}
+    assert recipes()["text"].tasks == text_stage(TextSettings(**usual)).tasks
+    assert recipes()["asr_adapter"].tasks == asr_adapter_stage(AsrAdapterSettings(**usual)).tasks
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_settings_of_a_sweep_travel_to_other_processes(name: str) -> None:
+    """They are looked up by the name of their class."""
+    line = {"train_jsonl": ["t"], "output_dir": "o", "val_jsonl": ["v"], "model_id": "m"}
+    settings = derive_sweep(recipes()[name]).model_validate(line)
+    assert pickle.loads(pickle.dumps(settings)) == settings

@@ -1,4 +1,4 @@
-"""Manifests: chunks cover a file exactly, every row is used or refused with its line, good and bad stay apart."""
+"""Manifests: chunks cover a file exactly, and every row is used or refused with its line."""
 
 import json
 import pickle
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Sample, chunks, parse_row, read_chunk, require_usable_row, sha256_hex
+from voxray.core.source import Source
 
 TQA = {"instruction": "i", "output": "o"}
 
@@ -38,7 +39,7 @@ def parse(row: object, manifest: str = "/m/rows.jsonl") -> Sample:
     return parse_row(raw, manifest, 3)
 
 
-def reason(row: object, manifest: str = "/m/rows.jsonl") -> tuple[str, str]:
+def refusal(row: object, manifest: str = "/m/rows.jsonl") -> tuple[str, str]:
     with pytest.raises(BadRow) as error:
         parse(row, manifest)
     return error.value.reason, str(error.value)
@@ -60,15 +61,15 @@ def test_chunks_cover_a_file_exactly(tmp_path_factory: pytest.TempPathFactory, p
         with pytest.raises(RunError, match="is empty"):
             list(chunks(str(path), size))
         return
-    found = list(chunks(str(path), size))
+    parts_read = list(chunks(str(path), size))
     lines = raw.split(b"\n")[: -1 if raw.endswith(b"\n") else None]
-    assert b"".join(chunk.read_bytes() for chunk in found) == raw
-    assert [chunk.number for chunk in found] == list(range(len(found)))
-    assert sum(chunk.num_lines for chunk in found) == len(lines)
-    assert {chunk.num_lines for chunk in found[:-1]} <= {size} and 1 <= found[-1].num_lines <= size
-    for chunk in found:
-        mine = lines[chunk.first_line - 1 :][: chunk.num_lines]
-        assert chunk.read_bytes().removesuffix(b"\n") == b"\n".join(mine)
+    assert b"".join(chunk.read_bytes() for chunk in parts_read) == raw
+    assert [chunk.number for chunk in parts_read] == list(range(len(parts_read)))
+    assert sum(chunk.num_lines for chunk in parts_read) == len(lines)
+    assert {chunk.num_lines for chunk in parts_read[:-1]} <= {size} and 1 <= parts_read[-1].num_lines <= size
+    for chunk in parts_read:
+        own_lines = lines[chunk.first_line - 1 :][: chunk.num_lines]
+        assert chunk.read_bytes().removesuffix(b"\n") == b"\n".join(own_lines)
 
 
 @settings(deadline=None)
@@ -81,19 +82,19 @@ def test_rows_know_their_lines(
     path = tmp_path_factory.getbasetemp() / "lines.jsonl"
     path.write_bytes(raw.encode())
     rows = [read_chunk(chunk) for chunk in chunks(str(path), size)]
-    wanted = {kind: [number for number, found in enumerate(kinds, 1) if found == kind] for kind in text}
-    assert [sample.source for part in rows for sample in part.samples] == [f"{path}:{n}" for n in wanted["good"]]
-    assert [sample.id for part in rows for sample in part.samples] == [f"lines.jsonl:{n}" for n in wanted["good"]]
-    assert [line for part in rows for line, _ in part.bad] == wanted["bad"]
+    numbers = {kind: [number for number, other in enumerate(kinds, 1) if other == kind] for kind in text}
+    assert [sample.source for part in rows for sample in part.samples] == [f"{path}:{n}" for n in numbers["good"]]
+    assert [sample.id for part in rows for sample in part.samples] == [f"lines.jsonl:{n}" for n in numbers["good"]]
+    assert [line for part in rows for line, _ in part.bad] == numbers["bad"]
 
 
-def test_chunks_are_made_as_one_asks_for_them(manifest):
+def test_chunks_are_lazy(manifest):
     path = manifest("{}\n" * 100)
     walk = chunks(path, 10)
     assert next(walk).end == 30 and next(walk).first_line == 11
 
 
-def test_byte_order_mark_is_passed_over_at_the_start_only(manifest):
+def test_byte_order_mark_is_skipped_at_the_start_only(manifest):
     line = json.dumps(TQA)
     path = manifest(f"\ufeff{line}\n\ufeff{line}\n")
     rows = [read_chunk(chunk) for chunk in chunks(path, 1)]
@@ -109,7 +110,7 @@ def test_only_a_newline_ends_a_row(manifest):
     assert [sample.source[-2:] for sample in samples] == [":1", ":2"]
 
 
-def test_bytes_at_hand_are_not_read_again(manifest):
+def test_bytes_that_are_passed_are_not_read_again(manifest):
     chunk = next(chunks(manifest([TQA]), 5))
     Path(chunk.manifest).unlink()
     assert len(read_chunk(chunk, json.dumps(TQA).encode()).samples) == 1
@@ -128,12 +129,12 @@ def test_a_row_of_each_task(tmp_path: Path, clip: str):
     tqa = parse({"instruction": "i", "input": "x", "output": "o", "audio_path": 7}, manifest)
     assert (tqa.task.name, tqa.prompt, tqa.answer, tqa.audio_path) == ("tqa", "i\nx", "o", "")
     assert parse({**TQA, "input": None}).prompt == "i"
-    assert parse({"audio_path": clip, "transcript": " "}, manifest).answer == ""  # nobody speaks: an answer
+    assert parse({"audio_path": clip, "transcript": " "}, manifest).answer == ""  # nobody speaks: a valid answer
 
 
-@pytest.mark.parametrize(("given_id", "kept"), [("a", "a"), (7, "7"), (0, "0"), ("", None), (None, None)])
-def test_ids(given_id: object, kept: str | None):
-    assert parse({**TQA, "id": given_id}).id == (kept or "rows.jsonl:3")
+@pytest.mark.parametrize(("row_id", "sample_id"), [("a", "a"), (7, "7"), (0, "0"), ("", None), (None, None)])
+def test_ids(row_id: object, sample_id: str | None):
+    assert parse({**TQA, "id": row_id}).id == (sample_id or "rows.jsonl:3")
 
 
 @pytest.mark.parametrize(
@@ -175,8 +176,8 @@ def test_ids(given_id: object, kept: str | None):
     ],
 )
 def test_bad_rows(row: object, code: str, message: str):
-    found, said = reason(row)
-    assert found == code and message in said
+    reason, text = refusal(row)
+    assert reason == code and message in text
 
 
 def test_whole_surrogate_pairs_and_escapes_are_text():
@@ -200,12 +201,12 @@ def test_language_forms(written: str | None, code: str):
     assert parse({**TQA, "language": written}).language == code
 
 
-# -- where clips are
+# -- paths of clips
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
 @pytest.mark.parametrize("in_manifest", ["NFC", "NFD"])
-def test_composed_and_decomposed_names_find_the_clip(tmp_path: Path, on_disk: str, in_manifest: str):
+def test_composed_and_decomposed_names_match(tmp_path: Path, on_disk: str, in_manifest: str):
     path = tmp_path / unicodedata.normalize(on_disk, "음성") / unicodedata.normalize(on_disk, "첫째.wav")
     path.parent.mkdir()
     path.touch()
@@ -213,19 +214,32 @@ def test_composed_and_decomposed_names_find_the_clip(tmp_path: Path, on_disk: st
     assert Path(parse(row, str(tmp_path / "m.jsonl")).audio_path).samefile(path)
 
 
-def test_clips_stand_beside_the_manifest_before_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_manifests_folder_comes_before_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("data/both.wav", "here/both.wav", "here/only.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path / "here")
     manifest = str(tmp_path / "data" / "m.jsonl")
 
-    def found(path: str) -> str:
+    def resolved(path: str) -> str:
         return parse({"audio_path": path, "transcript": ""}, manifest).audio_path
 
-    assert found("both.wav") == str(tmp_path / "data/both.wav")
-    assert found("only.wav") == str(tmp_path / "here/only.wav")
-    assert found(str(tmp_path / "here/both.wav")) == str(tmp_path / "here/both.wav")
+    assert resolved("both.wav") == str(tmp_path / "data/both.wav")
+    assert resolved("only.wav") == str(tmp_path / "here/only.wav")
+    assert resolved(str(tmp_path / "here/both.wav")) == str(tmp_path / "here/both.wav")
+
+
+# -- sources
+
+
+@pytest.mark.parametrize("text", ["/a/m.jsonl:3", "m.jsonl:1", "C:/odd:name.jsonl:12", ""])
+def test_a_source_is_written_as_it_was_read(text: str):
+    assert str(Source.parse(text)) == text
+
+
+def test_sources():
+    assert Source.parse("/a/b:c.jsonl:7") == ("/a/b:c.jsonl", 7)
+    assert [Source.parse(text).line for text in ("", "m.jsonl", "m.jsonl:", "m.jsonl:x", "m.jsonl:-1")] == [0] * 5
 
 
 # -- the check on the driver
@@ -236,10 +250,10 @@ def test_a_manifest_with_one_usable_row_passes(manifest):
 
 
 def test_the_check_stops_at_the_first_usable_row(manifest, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-    monkeypatch.setattr("voxray.core.manifest.read_chunk", lambda chunk: asked.append(chunk) or read_chunk(chunk))
+    chunks_read = []
+    monkeypatch.setattr("voxray.core.manifest.read_chunk", lambda chunk: chunks_read.append(chunk) or read_chunk(chunk))
     require_usable_row((manifest([TQA] * 50),), lines_per_chunk=5)
-    assert len(asked) == 1
+    assert len(chunks_read) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The task table: which row is which, and how task weights are written."""
+"""The task table: detection of a row's task, prompts and task weights."""
 
 import math
 
@@ -31,7 +31,7 @@ AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
         ({**AAC, "question": "What is heard?"}, "aac"),
         ({**AAC, **SQA}, "sqa"),
         ({**AAC, **ASR}, "asr"),
-        ({"transcript": None, "audio_path": None}, "asr"),  # what the values are is the manifest's business
+        ({"transcript": None, "audio_path": None}, "asr"),  # the manifest checks the values
     ],
 )
 def test_a_row_is_of_the_first_task_whose_keys_it_has(row: dict, name: str):
@@ -42,7 +42,7 @@ def test_a_row_is_of_the_first_task_whose_keys_it_has(row: dict, name: str):
 @pytest.mark.parametrize(
     "row", [{}, {"audio_path": "a"}, {"question": "q", "answer": "a"}, {"Transcript": "x", "Audio_path": "y"}]
 )
-def test_a_row_of_no_task_is_told_what_each_task_needs(row: dict):
+def test_the_error_lists_the_keys_of_each_task(row: dict):
     with pytest.raises(ValueError, match="match no task") as error:
         detect_task(row)
     message = str(error.value)
@@ -59,7 +59,7 @@ def test_prompts():
     assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac"]
 
 
-def test_a_caption_is_asked_for_by_the_row_or_else_as_salmonn_asks():
+def test_a_caption_row_has_its_own_question_or_salmonns():
     assert TASKS["aac"].prompt(AAC) == TASKS["aac"].prompt({**AAC, "question": ""}) == "Please describe the audio."
     assert TASKS["aac"].prompt({**AAC, "question": "What is heard?"}) == "What is heard?"
     wrong = [({**AAC, "question": " "}, "question is empty"), ({**SQA, "question": ""}, "question is empty")]
@@ -70,8 +70,8 @@ def test_a_caption_is_asked_for_by_the_row_or_else_as_salmonn_asks():
     assert check_values(AAC) is check_values({**AAC, "question": None}) is TASKS["aac"]
 
 
-def test_places_in_the_table_are_codes_on_disk():
-    """Shards and checkpoints made before hold these numbers; a new task goes to the end."""
+def test_task_codes_on_disk_do_not_change():
+    """Existing shards and checkpoints contain these numbers. New tasks are appended."""
     assert list(TASKS)[:4] == ["asr", "sqa", "tqa", "aac"]
     assert {name: code for name, code in TASK_CODES.items() if code < 4} == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3}
 

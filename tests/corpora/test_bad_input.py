@@ -1,4 +1,4 @@
-"""Broken input: each thing ends in a row, in a ledger entry with its reason, or in an error with file and line."""
+"""Broken input: each case gives a row, a ledger entry with its reason, or an error with file and line."""
 
 import http.server
 import json
@@ -19,6 +19,7 @@ from voxray.commands.prepare import run_prepare_job
 from voxray.config.prepare import PrepareSettings
 from voxray.core.errors import BadRow, RunError, job
 from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
+from voxray.core.source import Source
 from voxray.core.tasks import TASKS
 from voxray.corpora.importers import IMPORTERS, ImportedRow, detect
 from voxray.features.extract import Extractor
@@ -32,7 +33,7 @@ def broken(tmp_path_factory) -> tuple[Path, dict[int, Case]]:
 
 
 def read(path: Path) -> list[dict]:
-    """The objects of a file of JSON Lines, which it must be to the letter."""
+    """The objects of a strict JSON Lines file."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
 
 
@@ -41,28 +42,28 @@ def non_blank_lines(path: Path) -> int:
 
 
 def differences(cases: dict[int, Case], tool: str, rows: list[int], ledger: list[dict]) -> list[tuple[str, str, str]]:
-    """(what is broken, what was to come of it, what came) wherever that is not the same."""
-    found = {entry["line"]: entry["reason"] for entry in ledger} | dict.fromkeys(rows, "row")
-    wanted = {line: getattr(case, tool) for line, case in cases.items()}
-    lines = sorted(wanted.keys() | found.keys())
+    """(case, expected outcome, outcome) of every line with an unexpected outcome."""
+    outcomes = {entry["line"]: entry["reason"] for entry in ledger} | dict.fromkeys(rows, "row")
+    expected = {line: getattr(case, tool) for line, case in cases.items()}
+    lines = sorted(expected.keys() | outcomes.keys())
     names = {line: case.name for line, case in cases.items()}
     return [
-        (names.get(line, f"line {line}"), wanted.get(line, "blank"), found.get(line, "lost"))
+        (names.get(line, f"line {line}"), expected.get(line, "blank"), outcomes.get(line, "lost"))
         for line in lines
-        if wanted.get(line) != found.get(line)
+        if expected.get(line) != outcomes.get(line)
     ]
 
 
-def test_featurize_says_of_each_broken_thing_what_it_is(broken, tmp_path):
+def test_featurize_reports_each_case(broken, tmp_path):
     manifest, cases = broken
     report = featurize([str(manifest)], Extractor(TINY), tmp_path, rows_per_shard=16, use_ray=False)
     write_ledger(tmp_path / "quarantine.jsonl", report.folders)
     ledger = read(tmp_path / "quarantine.jsonl")
     features = Features(report.folders)
-    places = [features.source(number).rpartition(":") for number in range(len(features))]
-    assert {place[0] for place in places} == {entry["manifest"] for entry in ledger} == {str(manifest)}
-    assert differences(cases, "featurize", [int(place[2]) for place in places], ledger) == []
-    assert report.num_rows == len(places) and report.num_bad == len(ledger)
+    sources = [Source.parse(features.source(number)) for number in range(len(features))]
+    assert {source.file for source in sources} == {entry["manifest"] for entry in ledger} == {str(manifest)}
+    assert differences(cases, "featurize", [source.line for source in sources], ledger) == []
+    assert report.num_rows == len(sources) and report.num_bad == len(ledger)
     assert report.num_rows + report.num_bad == len(cases) == non_blank_lines(manifest)
     messages = [entry["message"] for entry in ledger]
     assert all(
@@ -70,10 +71,10 @@ def test_featurize_says_of_each_broken_thing_what_it_is(broken, tmp_path):
         for message in messages
     )
     ids = [features.ids([number])[0] for number in range(len(features))]
-    assert ids.count("same") == 3, "featurize takes ids as they are"
+    assert ids.count("same") == 3, "featurize does not change ids"
 
 
-def test_prepare_says_of_each_broken_thing_what_it_is(broken, tmp_path):
+def test_prepare_reports_each_case(broken, tmp_path):
     manifest, cases = broken
     train, val, ledger, summary = prepare(manifest, tmp_path, leaks="allow", val_share=0.3)
     assert all(entry["source_file"] == str(manifest) and len(entry["message"]) <= 1000 for entry in ledger)
@@ -88,13 +89,13 @@ def test_prepare_says_of_each_broken_thing_what_it_is(broken, tmp_path):
     }
     ids = [row["id"] for row in train + val]
     assert len(set(ids)) == len(ids) and {"same", "same#2", "same#3"} <= set(ids)
-    for name in ("train", "val"):  # what it writes holds no broken row any more
-        found = [read_chunk(chunk) for chunk in chunks(str(tmp_path / f"{name}.jsonl"), 1000)]
-        assert [error for part in found for error in part.bad] == []
+    for name in ("train", "val"):  # its output has no broken row
+        parts = [read_chunk(chunk) for chunk in chunks(str(tmp_path / f"{name}.jsonl"), 1000)]
+        assert [error for part in parts for error in part.bad] == []
 
 
 def prepare(source: Path, out: Path, **changes) -> tuple[list[dict], list[dict], list[dict], dict]:
-    """Run the job with limits that let bad sound pass; returns training rows, validation rows, ledger and summary."""
+    """Run the job with limits that accept bad audio. Returns training rows, validation rows, ledger and summary."""
     values = {"input": str(source), "train_output": str(out / "train.jsonl"), "val_output": str(out / "val.jsonl")}
     settings = PrepareSettings(**{**values, **PREPARE_LIMITS, "rows_per_chunk": 16, **changes})
     run_prepare_job(settings, use_ray=False)
@@ -104,8 +105,8 @@ def prepare(source: Path, out: Path, **changes) -> tuple[list[dict], list[dict],
 
 
 @pytest.mark.parametrize("name", ["nemo", "huggingface", "ksponspeech", "commonvoice", "kaldi"])
-def test_every_importer_takes_or_refuses_each_broken_clip(broken, name, tmp_path):
-    """Without decoding: what is no file is refused with the line, and nothing hangs."""
+def test_every_importer_accepts_or_refuses_each_clip(broken, name, tmp_path):
+    """Without decoding: paths that are not files are refused with their line, and nothing hangs."""
     manifest, cases = broken
     clips = [
         (json.loads(case.line), case.featurize)
@@ -131,21 +132,21 @@ def test_every_importer_takes_or_refuses_each_broken_clip(broken, name, tmp_path
         path, first = tmp_path / "wav.scp", 1
         path.write_text("".join(f"u{number} {clip}\n" for number, (clip, _) in enumerate(clips)))
         (tmp_path / "text").write_text("".join(f"u{number} 네\n" for number in range(len(clips))))
-    found = list(IMPORTERS[name].rows(path))
-    assert sorted(item.line for item in found) == list(range(first, first + len(clips)))
-    for item in found:
+    items = list(IMPORTERS[name](path))
+    assert sorted(item.line for item in items) == list(range(first, first + len(clips)))
+    for item in items:
         clip, reason = clips[item.line - first]
-        refused = "" if isinstance(item, ImportedRow) else item.reason
-        missing = {"audio_missing", "remote_audio", "missing_key"} if reason == "audio_missing" or not clip else {""}
-        assert refused in missing or reason == "old_cache", (clip, item)
+        item_reason = "" if isinstance(item, ImportedRow) else item.reason
+        allowed = {"audio_missing", "remote_audio", "missing_key"} if reason == "audio_missing" or not clip else {""}
+        assert item_reason in allowed or reason == "old_cache", (clip, item)
 
 
-# -- what must not hang
+# -- input that must not block
 
 
 @pytest.fixture
 def in_time():
-    """The test must not have waited: neither for a pipe's other end, nor for a network."""
+    """Fail if the test took 20 s: it must not wait for the other end of a pipe or for a network."""
     began = time.monotonic()
     yield
     assert time.monotonic() - began < 20
@@ -174,13 +175,13 @@ ODD = ["pipe", "device", "link to a device", "folder", "loop", "socket"]
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ODD)
-def test_a_manifest_or_corpus_that_is_no_file_is_refused_at_once(tmp_path, kind, in_time):
+def test_a_manifest_or_corpus_that_is_not_a_file_is_refused_at_once(tmp_path, kind, in_time):
     path = odd_file(kind, tmp_path)
     with pytest.raises(RunError, match="cannot read the manifest"):
         require_usable_row((path,))
     for name in IMPORTERS:
         with pytest.raises(RunError):
-            faults = list(IMPORTERS[name].rows(Path(path)))
+            faults = list(IMPORTERS[name](Path(path)))
             assert all(not isinstance(item, ImportedRow) for item in faults)
             raise RunError("only faults")
     if kind != "loop":
@@ -190,8 +191,8 @@ def test_a_manifest_or_corpus_that_is_no_file_is_refused_at_once(tmp_path, kind,
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("kind", ODD)
-def test_a_clip_that_is_no_file_is_refused_at_once(tmp_path, kind, in_time):
-    """Also where the check of the manifest is passed over, as by ``infer --audio_path``, or the file changed since."""
+def test_a_clip_that_is_not_a_file_is_refused_at_once(tmp_path, kind, in_time):
+    """Also without the check of the manifest, as in ``infer --audio_path``, or if the file has changed since."""
     path = odd_file(kind, tmp_path)
     for part in (Part(), Part(0.5, 1.0)):
         with pytest.raises(BadRow, match="cannot"):
@@ -203,27 +204,27 @@ def test_a_clip_that_is_no_file_is_refused_at_once(tmp_path, kind, in_time):
 
 
 @pytest.mark.timeout(30)
-def test_pipes_within_a_corpus_folder_are_faults(tmp_path, in_time):
+def test_pipes_in_a_corpus_folder_are_faults(tmp_path, in_time):
     noise(tmp_path / "kspon" / "a.wav")
     os.mkfifo(tmp_path / "kspon" / "a.txt")
     os.mkfifo(tmp_path / "kspon" / "b.wav")
     (tmp_path / "kspon" / "b.txt").write_text("네")
-    faults = list(IMPORTERS["ksponspeech"].rows(tmp_path / "kspon"))
+    faults = list(IMPORTERS["ksponspeech"](tmp_path / "kspon"))
     assert [fault.reason for fault in faults] == ["text_unreadable", "audio_missing"]
     (tmp_path / "parquet").mkdir()
     os.mkfifo(tmp_path / "parquet" / "a.parquet")
-    assert [fault.reason for fault in IMPORTERS["huggingface"].rows(tmp_path / "parquet")] == ["damaged_file"]
+    assert [fault.reason for fault in IMPORTERS["huggingface"](tmp_path / "parquet")] == ["damaged_file"]
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["hls", "concat", "dash", "session"])
-def test_text_that_names_an_address_opens_no_connection(tmp_path, kind, in_time):
-    """FFmpeg takes playlists and session descriptions for media: it would fetch, or listen on a port and wait."""
-    asked = []
+def test_text_with_a_url_opens_no_connection(tmp_path, kind, in_time):
+    """FFmpeg reads playlists and session descriptions as media: it would download, or listen on a port and wait."""
+    requests = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_error(404)
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
@@ -244,11 +245,11 @@ def test_text_that_names_an_address_opens_no_connection(tmp_path, kind, in_time)
             with pytest.raises(BadRow, match=f"cannot decode {path}"):
                 decode_native(str(path), raw)
     server.shutdown()
-    assert asked == []
+    assert requests == []
 
 
-def test_a_huge_file_is_not_read_whole(tmp_path):
-    """A terabyte of a hole behind a good header: what the longest clip needs is read, not the file."""
+def test_a_huge_file_is_read_only_in_part(tmp_path):
+    """A sparse file of 1 TiB with a valid header: only as much as the longest clip needs is read."""
     for name, head in (("a.wav", wav_header(2**32 - 45)), ("a.pcm", b"")):
         with open(tmp_path / name, "wb") as file:
             file.write(head)
@@ -260,7 +261,7 @@ def test_a_huge_file_is_not_read_whole(tmp_path):
         assert len(decode(str(tmp_path / name), 16_000, part=Part(3600, 2.0))) == 32_000
 
 
-def test_a_segment_may_end_a_little_behind_its_file(tmp_path):
+def test_a_segment_may_end_slightly_after_its_file(tmp_path):
     path = noise(tmp_path / "a.wav", sec=2.0)
     assert len(decode(path, 16_000, part=Part(1.0, 1.4))) == 16_000
     with pytest.raises(BadRow, match=r"ends at 2\.00 s, within the segment from 1 s for 1\.6 s") as error:
@@ -268,7 +269,7 @@ def test_a_segment_may_end_a_little_behind_its_file(tmp_path):
     assert error.value.reason == "audio_too_short"
 
 
-def test_a_line_without_end_is_named_and_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_is_refused_and_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("voxray.core.manifest.MAX_LINE_BYTES", 1000)
     path = tmp_path / "m.jsonl"
     path.write_text('{"instruction": "i", "output": "o"}\n' + "x" * 1001)
@@ -276,11 +277,11 @@ def test_a_line_without_end_is_named_and_does_not_fill_the_memory(tmp_path, monk
         list(chunks(str(path), 10))
 
 
-# -- names that are no text
+# -- names that are not UTF-8
 
 
 def test_names_in_an_old_code_page(tmp_path):
-    """A Korean corpus unpacked without regard to its code page: refused by name, and the ledger can be read."""
+    """A Korean corpus unpacked without converting its code page: files are refused and the ledger is readable."""
     folder = os.fsencode(tmp_path) + b"/kspon"
     os.mkdir(folder)
     for name in (b"\xb0\xa1", b"good"):
@@ -302,7 +303,7 @@ def test_names_in_an_old_code_page(tmp_path):
 
 
 def old_caches(folder: Path) -> dict[str, str]:
-    """Manifests in which every row points to a .pt file, which holds nothing that may be loaded."""
+    """Manifests whose rows point to a .pt file that must not be loaded."""
     (folder / "c").mkdir()
     (folder / "c" / "1.pt").write_bytes(b"not to be loaded")
     rows = {
@@ -324,13 +325,13 @@ def test_rows_of_an_old_cache_are_refused(tmp_path, name):
     manifest = old_caches(tmp_path)[name]
     with pytest.raises(RunError, match=rf"{name}\.jsonl:1: .*{COMMAND}$"):
         require_usable_row((manifest,))
-    found = list(IMPORTERS[detect(manifest)].rows(Path(manifest)))
-    assert [(getattr(item, "reason", "row"), item.line) for item in found] == [("old_cache", 1), ("old_cache", 2)]
+    items = list(IMPORTERS[detect(manifest)](Path(manifest)))
+    assert [(getattr(item, "reason", "row"), item.line) for item in items] == [("old_cache", 1), ("old_cache", 2)]
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["audio", "key"])
-def test_an_old_cache_ends_featurize_training_and_prepare_in_one_line(local_ray, tmp_path, name, monkeypatch, capsys):
+def test_an_old_cache_ends_every_job_with_one_line(local_ray, tmp_path, name, monkeypatch, capsys):
     import torch
 
     from voxray.commands.featurize import run_featurize_job
@@ -353,13 +354,13 @@ def test_an_old_cache_ends_featurize_training_and_prepare_in_one_line(local_ray,
         with pytest.raises(SystemExit) as end:
             job(lambda _, run=run, job_settings=job_settings: run(job_settings))()
         assert end.value.code == 1
-        # Under a Ray that was there before, its own messages come by as well.
-        [said] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert re.fullmatch(rf"error: .*{name}\.jsonl:1: .*{COMMAND}", said)
+        # A Ray cluster that runs already prints messages of its own.
+        [message] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert re.fullmatch(rf"error: .*{name}\.jsonl:1: .*{COMMAND}", message)
     assert [entry["reason"] for entry in read(tmp_path / "out" / "quarantine.jsonl")] == ["old_cache"] * 2
 
 
-def test_audio_beside_an_old_cache_is_used_and_text_is_text(tmp_path):
+def test_rows_with_audio_or_text_are_not_old_caches(tmp_path):
     row = {"audio_path": noise(tmp_path / "a.wav"), "transcript": "네", "cache_path": "c/1.pt"}
     text = {"instruction": "i", "output": "the weights are in model.pt"}
     manifest = write_rows(tmp_path / "m.jsonl", [row, text, {"other": "notes.ptx"}])
@@ -367,4 +368,4 @@ def test_audio_beside_an_old_cache_is_used_and_text_is_text(tmp_path):
     rows = read_chunk(chunk)
     assert [sample.task.name for sample in rows.samples] == ["asr", "tqa"]
     assert [error.reason for _, error in rows.bad] == ["unknown_task"]
-    assert [type(item).__name__ for item in IMPORTERS["jsonl"].rows(Path(manifest))][:2] == ["ImportedRow"] * 2
+    assert [type(item).__name__ for item in IMPORTERS["jsonl"](Path(manifest))][:2] == ["ImportedRow"] * 2

@@ -1,4 +1,4 @@
-"""Repositories on a real server that speaks the hub's API, in folders and in a hub cache."""
+"""Repositories on a real server with the hub's API, in folders and in a hub cache."""
 
 import json
 import subprocess
@@ -35,41 +35,41 @@ def server(hub_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubSer
 
 
 def fetch_all(repository, target: Path) -> list[int]:
-    came: list[int] = []
+    num_bytes: list[int] = []
     for file in model_files(repository):
-        repository.fetch(file, target / file.path, came.append)
-    return came
+        repository.fetch(file, target / file.path, num_bytes.append)
+    return num_bytes
 
 
-def test_a_model_comes_with_what_it_needs_and_nothing_else(server, tmp_path):
+def test_only_the_needed_files_of_a_model_are_fetched(server, tmp_path):
     repository = open_repository(MODEL, "model", "", server.url)
     assert repository.commit == COMMIT and repository.folder is None
-    came = fetch_all(repository, tmp_path)
+    num_bytes = fetch_all(repository, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == NEEDED
-    assert sum(came) == sum(path.stat().st_size for path in Path(TINY).iterdir())
+    assert sum(num_bytes) == sum(path.stat().st_size for path in Path(TINY).iterdir())
     for path in Path(TINY).iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     assert all(f"/resolve/{COMMIT}/" in path for _, path, *_ in server.requests if "resolve" in path)
 
 
-def test_bin_weights_come_where_there_are_no_safetensors(tmp_path):
+def test_bin_weights_are_used_without_safetensors(tmp_path):
     for name in ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "tf_model.h5"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "model.safetensors.index.json").write_text("{}")
-    found = [file.path for file in model_files(open_repository(str(tmp_path), "model", "", ""))]
-    assert found == ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
+    paths = [file.path for file in model_files(open_repository(str(tmp_path), "model", "", ""))]
+    assert paths == ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"]
     (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
     with pytest.raises(RunError, match=r"neither model\.safetensors nor"):
         model_files(open_repository(str(tmp_path), "model", "", ""))
 
 
-def test_a_download_goes_on_after_kill_9(server, tmp_path):
-    """Half of the weights has come when the process is killed; the next one asks for the other half only."""
+def test_a_download_resumes_after_kill_9(server, tmp_path):
+    """The process is killed after half of the weights. The next one requests only the other half."""
     server.stop_after[WEIGHTS] = 3_000_000
     program = (
         "from pathlib import Path; from huggingface_hub import constants\n"
         "from voxray.corpora.hub import open_repository, model_files\n"
-        "constants.DOWNLOAD_CHUNK_SIZE = 1 << 18\n"  # 10 MB, more than this model has
+        "constants.DOWNLOAD_CHUNK_SIZE = 1 << 18\n"  # the default is 10 MB, more than the size of this model
         f"repository = open_repository({MODEL!r}, 'model', '', {server.url!r})\n"
         f"for file in model_files(repository): repository.fetch(file, Path({str(tmp_path)!r}, file.path), int)\n"
     )
@@ -81,37 +81,37 @@ def test_a_download_goes_on_after_kill_9(server, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait(30)
-    there = partial.stat().st_size
+    num_bytes = partial.stat().st_size
     assert not (tmp_path / WEIGHTS).exists()
     server.stop_after.clear()
     server.requests.clear()
     repository = open_repository(MODEL, "model", "", server.url)
     weights = next(file for file in repository.files if file.path == WEIGHTS)
     repository.fetch(weights, tmp_path / WEIGHTS, int)
-    assert server.asked_for(WEIGHTS) == [f"bytes={there}-"]
+    assert server.downloads(WEIGHTS) == [f"bytes={num_bytes}-"]
     assert (tmp_path / WEIGHTS).read_bytes() == Path(TINY, WEIGHTS).read_bytes()
     assert not partial.exists()
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "config.json"])
-def test_a_file_that_arrives_damaged_is_refused(name, server, tmp_path):
-    """Large files by their SHA-256, small ones by Git's id: the size is right in both cases."""
+def test_a_damaged_download_is_refused(name, server, tmp_path):
+    """Large files are checked by SHA-256, small ones by Git's id. The size is right in both cases."""
     server.damaged.add(name)
     repository = open_repository(MODEL, "model", "", server.url)
     file = next(file for file in repository.files if file.path == name)
     assert bool(file.sha256) == (name == WEIGHTS)
     with pytest.raises(RunError, match=f"{name} arrived damaged"):
         repository.fetch(file, tmp_path / name, int)
-    assert not list(tmp_path.iterdir()), "the next try starts from nothing"
+    assert not list(tmp_path.iterdir()), "the next attempt starts from zero"
 
 
-def test_a_login_goes_to_no_server_that_a_flag_names(server, tmp_path, monkeypatch):
+def test_the_token_is_not_sent_to_other_servers(server, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_value")
     fetch_all(open_repository(MODEL, "model", "", server.url), tmp_path)
     assert server.requests and not any(authorization for *_, authorization in server.requests)
 
 
-def test_what_is_not_there_is_one_line(server, hub_folder, tmp_path, monkeypatch):
+def test_missing_repositories_are_one_line(server, hub_folder, tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"--model_id no/such: http://.* has no such model"):
         open_repository("no/such", "model", "", server.url)
     with pytest.raises(RunError, match=f"--dataset {DATASET}: .* has no such revision"):
@@ -127,13 +127,13 @@ def test_what_is_not_there_is_one_line(server, hub_folder, tmp_path, monkeypatch
         open_repository(MODEL, "model", "", server.url)
 
 
-def test_ids_stay_in_the_folder_of_a_hub(hub_folder, tmp_path):
+def test_ids_outside_the_hub_folder_are_refused(hub_folder, tmp_path):
     (hub_folder / "datasets" / "x").mkdir()
     with pytest.raises(SettingsError, match="neither a folder nor a hub id"):
         open_repository("x/../../openai", "dataset", "", str(hub_folder))
 
 
-def test_paths_of_a_server_stay_in_their_folder(hub_folder, server, monkeypatch):
+def test_server_paths_outside_the_folder_are_refused(hub_folder, server, monkeypatch):
     from helpers.prefetching import _Handler
 
     entry = {"type": "file", "path": "../../evil.json", "size": 1, "oid": "0"}
@@ -143,7 +143,7 @@ def test_paths_of_a_server_stay_in_their_folder(hub_folder, server, monkeypatch)
 
 
 def test_a_hub_cache_is_a_hub(tmp_path):
-    """The layout in which huggingface_hub keeps what it downloads, written by itself."""
+    """The layout of huggingface_hub's cache, checked with ``snapshot_download``."""
     from huggingface_hub import constants, snapshot_download
 
     snapshot = tmp_path / "models--openai--whisper-small" / "snapshots" / COMMIT
@@ -152,8 +152,8 @@ def test_a_hub_cache_is_a_hub(tmp_path):
         (snapshot / path.name).symlink_to(path)
     (snapshot.parents[1] / "refs").mkdir()
     (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
-    theirs = snapshot_download(MODEL, cache_dir=tmp_path, local_files_only=True)
-    assert Path(theirs) == snapshot and constants.REPO_ID_SEPARATOR == "--"
+    cached = snapshot_download(MODEL, cache_dir=tmp_path, local_files_only=True)
+    assert Path(cached) == snapshot and constants.REPO_ID_SEPARATOR == "--"
     for revision in ("", "main", COMMIT):
         repository = open_repository(MODEL, "model", revision, str(tmp_path))
         assert (repository.commit, {file.path for file in repository.files}) == (COMMIT, NEEDED)

@@ -1,4 +1,4 @@
-"""Laws of input: whatever the bytes, every line is a row or listed; ids become unique; the first of a kind is known."""
+"""Properties of input: every line is a row or a fault for any bytes, ids become unique, first rows are remembered."""
 
 import json
 
@@ -6,6 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from voxray.core.manifest import Chunk, read_chunk
+from voxray.core.source import Source
 from voxray.corpora.prepare.unique import FirstSeen, UniqueIds
 
 FRAGMENTS = [
@@ -51,13 +52,13 @@ LINES = (
 @settings(deadline=None, max_examples=60)
 @given(st.lists(LINES, max_size=8), st.booleans())
 @example([b'{"instruction": "i", "output": "o"}', b"\xff", b" "], False)
-def test_any_bytes_are_rows_or_listed(parts, crlf):
+def test_any_bytes_are_rows_or_faults(parts, crlf):
     raw = (b"\r\n" if crlf else b"\n").join(parts)
     rows = read_chunk(Chunk("/nowhere/m.jsonl", 0, 0, len(raw), 1, raw.count(b"\n") + 1), raw)
     lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    wanted = [number for number, line in enumerate(lines, 1) if line.strip()]
-    found = [int(sample.source.rpartition(":")[2]) for sample in rows.samples] + [number for number, _ in rows.bad]
-    assert sorted(found) == wanted
+    expected = [number for number, line in enumerate(lines, 1) if line.strip()]
+    numbers = [Source.parse(sample.source).line for sample in rows.samples] + [number for number, _ in rows.bad]
+    assert sorted(numbers) == expected
     for _, error in rows.bad:
         assert error.reason and error.message and len(error.message) <= 1000 and "\n" not in error.message
     for sample in rows.samples:
@@ -66,15 +67,15 @@ def test_any_bytes_are_rows_or_listed(parts, crlf):
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from(["a", "b", "a#2", "a#3", "a#2#2", "b#2"])))
-def test_ids_become_unique_and_first_come_keep_theirs(ids):
+def test_ids_become_unique_and_the_first_stay(ids):
     unique = UniqueIds()
-    made = [unique(row_id) for row_id in ids]
-    assert len(set(made)) == len(ids)
-    assert all(found == row_id or found.startswith(f"{row_id}#") for found, row_id in zip(made, ids, strict=True))
-    assert not ids or made[0] == ids[0]
+    new_ids = [unique(row_id) for row_id in ids]
+    assert len(set(new_ids)) == len(ids)
+    assert all(new == old or new.startswith(f"{old}#") for new, old in zip(new_ids, ids, strict=True))
+    assert not ids or new_ids[0] == ids[0]
 
 
-def test_where_a_key_was_first_seen():
-    seen = FirstSeen()
-    told = [seen(key, source) for key, source in (("a", "x:1"), ("b", "y:2"), ("a", "y:3"), ("b", "x:9"), ("a", "x:1"))]
-    assert told == ["", "", "x:1", "y:2", "x:1"]
+def test_first_row_of_a_key():
+    first_seen = FirstSeen()
+    sources = [("a", "x:1"), ("b", "y:2"), ("a", "y:3"), ("b", "x:9"), ("a", "x:1")]
+    assert [first_seen(key, source) for key, source in sources] == ["", "", "x:1", "y:2", "x:1"]

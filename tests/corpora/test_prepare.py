@@ -1,4 +1,4 @@
-"""prepare: every row accounted for, clean texts, no leak unseen, and an order that no worker changes."""
+"""prepare: every row is accounted for, texts are clean, leaks are detected, and workers do not change the order."""
 
 import json
 from pathlib import Path
@@ -30,21 +30,21 @@ def read(path: Path) -> list[dict]:
 def prepare(
     folder: Path, manifest: str, use_ray: bool = False, **changes
 ) -> tuple[list[dict], list[dict], list[dict], dict]:
-    """Run the job; returns training rows, validation rows, ledger and summary."""
+    """Run the job. Returns training rows, validation rows, ledger and summary."""
     values = {"input": manifest, "train_output": str(folder / "out" / "train.jsonl"), "rows_per_chunk": 3}
     values |= {"val_output": str(folder / "out" / "val.jsonl"), "num_actors": 2, "val_share": 0.25}
     try:
         run_prepare_job(PrepareSettings(**{**values, **changes}), use_ray=use_ray)
     finally:
         out = folder / "out"
-        found = [read(out / name) if (out / name).is_file() else [] for name in ("train.jsonl", "val.jsonl")]
+        manifests = [read(out / name) if (out / name).is_file() else [] for name in ("train.jsonl", "val.jsonl")]
     summary = json.loads((out / "prepare_summary.json").read_text())
-    return *found, read(out / "quarantine.jsonl"), summary
+    return *manifests, read(out / "quarantine.jsonl"), summary
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[dict]:
-    """Twelve good rows by four speakers, texts all different."""
+    """Twelve good rows of four speakers with different texts."""
     return [
         {
             "audio_path": tone(tmp_path / f"{number}.wav", seed=number),
@@ -99,7 +99,7 @@ def test_leaks_are_refused_with_numbers_dropped_or_allowed(tmp_path, corpus):
         prepare(tmp_path, manifest, leaks="drop")
 
 
-def test_the_corpus_own_split_is_taken_over(tmp_path, corpus):
+def test_the_corpus_own_split_is_used(tmp_path, corpus):
     for number, row in enumerate(corpus):
         row |= {"split": ("train", "dev", "test")[number % 3], "speaker": f"s{number}"}
     train, val, ledger, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
@@ -107,7 +107,7 @@ def test_the_corpus_own_split_is_taken_over(tmp_path, corpus):
     assert {line["reason"] for line in ledger} == {"other_split"}
 
 
-def test_dual_notation_keeps_both_readings(tmp_path, corpus):
+def test_dual_notation_gives_both_readings(tmp_path, corpus):
     corpus[0]["transcript"] = "b/ (70%)/(칠십 퍼센트) 확률로 120/80 이고요"
     manifest = write_rows(tmp_path / "m.jsonl", corpus)
     for reading, text, other in (
@@ -120,30 +120,30 @@ def test_dual_notation_keeps_both_readings(tmp_path, corpus):
         assert row["transcript_raw"] == corpus[0]["transcript"]
 
 
-def test_segments_say_what_the_transcript_says(tmp_path, corpus):
+def test_segments_are_cleaned_like_the_transcript(tmp_path, corpus):
     rows = [{**row, "split": ""} for row in corpus[:3]]
     texts = ["b/ (70%)/(칠십 퍼센트)", "그거+ 맞아요"]
-    said = [{"start": 2 * at, "end": 2 * at + 1.5, "text": text} for at, text in enumerate(texts)]
-    rows[0] |= {"transcript": " ".join(texts), "segments": said}
+    segments = [{"start": 2 * index, "end": 2 * index + 1.5, "text": text} for index, text in enumerate(texts)]
+    rows[0] |= {"transcript": " ".join(texts), "segments": segments}
     train, val, bad, _ = prepare(tmp_path, write_rows(tmp_path / "s.jsonl", rows))
     [row] = [row for row in [*train, *val] if "segments" in row]
     assert [part["text"] for part in row["segments"]] == ["70%", "그거 맞아요"] and not bad
     assert row["transcript"] == "70% 그거 맞아요" and row["segments"][1]["start"] == 2
 
 
-def test_what_prepare_writes_is_a_manifest(tmp_path, corpus):
-    """Its rows are read back as samples, text rows as well."""
+def test_the_output_is_a_manifest(tmp_path, corpus):
+    """Its rows, text rows included, are read back as samples."""
     from voxray.core.manifest import chunks, read_chunk
 
     rows = [*corpus, *({"instruction": f"물음 {n}", "input": "", "output": "답"} for n in range(4))]
     prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
-    found = [
+    samples = [
         sample
         for name in ("train", "val")
         for chunk in chunks(str(tmp_path / "out" / f"{name}.jsonl"), 100)
         for sample in read_chunk(chunk).samples
     ]
-    assert sorted(sample.task.name for sample in found) == ["asr"] * 12 + ["tqa"] * 4
+    assert sorted(sample.task.name for sample in samples) == ["asr"] * 12 + ["tqa"] * 4
 
 
 def clip(samples: np.ndarray, rate: int = RATE):
@@ -167,7 +167,7 @@ def white(sec: float = 2.0, level: float = 0.1) -> np.ndarray:
         ("narrow_band", np.sin(np.arange(2 * RATE) / RATE * 2 * np.pi * 440) * 0.5, {"min_high_band_db": -70.0}),
     ],
 )
-def test_each_fault_is_found_and_only_there(reason, samples, limits):
+def test_each_fault_has_its_limit(reason, samples, limits):
     with pytest.raises(BadRow) as error:
         check(clip(samples), QualityLimits(**limits))
     assert error.value.reason == reason
@@ -175,23 +175,23 @@ def test_each_fault_is_found_and_only_there(reason, samples, limits):
     check(clip(white()), QualityLimits(**{name: value for name, value in limits.items() if name != "min_sec"}))
 
 
-def test_a_file_at_8_khz_saved_as_16_khz_is_a_lie(tmp_path):
+def test_8_khz_audio_saved_as_16_khz_is_detected(tmp_path):
     import soxr
 
-    honest = white(4.0)
-    upsampled = soxr.resample(soxr.resample(honest, RATE, 8_000), 8_000, RATE)
+    original = white(4.0)
+    upsampled = soxr.resample(soxr.resample(original, RATE, 8_000), 8_000, RATE)
     limits = QualityLimits(min_high_band_db=-70.0)
-    check(clip(honest), limits)
-    check(clip(soxr.resample(honest, RATE, 8_000), 8_000), limits)
+    check(clip(original), limits)
+    check(clip(soxr.resample(original, RATE, 8_000), 8_000), limits)
     with pytest.raises(BadRow) as error:
         check(clip(upsampled), limits)
     assert error.value.reason == "narrow_band"
 
 
-def test_one_question_may_be_asked_of_clips_on_both_sides(tmp_path, corpus):
-    """That many clips have one question and one answer is no leak; that a transcript is read twice is."""
-    asked = [{"audio_path": row["audio_path"], "question": "무엇입니까?", "answer": "혈압"} for row in corpus]
-    rows = [{**row, "split": "train" if at < 9 else "val"} for at, row in enumerate(asked)]
+def test_the_same_question_may_be_on_both_sides(tmp_path, corpus):
+    """Clips with the same question and answer are not a leak. Rows with the same transcript are."""
+    questions = [{"audio_path": row["audio_path"], "question": "무엇입니까?", "answer": "혈압"} for row in corpus]
+    rows = [{**row, "split": "train" if index < 9 else "val"} for index, row in enumerate(questions)]
     train, val, _, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
     assert (len(train), len(val)) == (9, 3)
     assert summary["leaks"] == {"audio": 0, "text": 0, "speaker": 0}

@@ -1,4 +1,4 @@
-"""prepare takes 100,000 rows of audio with a driver whose memory does not grow with them."""
+"""prepare processes 100,000 rows of audio, and the driver's memory does not grow with them."""
 
 import json
 import os
@@ -26,7 +26,7 @@ print(json.dumps({**outcome.tally.rows, "mib": int(peak.split()[1]) // 1024, "se
 
 
 def corpus(folder: Path, num_rows: int) -> Path:
-    """Rows with texts and file names of their own, whose files are hard links to a few clips."""
+    """Rows with different texts and file names. The files are hard links to a few clips."""
     (folder / "clips").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(min(NUM_CLIPS, num_rows)):
@@ -38,7 +38,7 @@ def corpus(folder: Path, num_rows: int) -> Path:
             clip = folder / "clips" / f"{number}.wav"
             if number >= NUM_CLIPS:
                 os.link(folder / "clips" / f"{number % NUM_CLIPS}.wav", clip)
-            # One clip may be asked many questions, so none is a duplicate; each row is a group of the split.
+            # One clip may have many questions, so no row is a duplicate. Each row is a group of the split.
             row = {
                 "audio_path": f"clips/{clip.name}",
                 "question": f"{number}번 환자의 증상은?",
@@ -49,7 +49,7 @@ def corpus(folder: Path, num_rows: int) -> Path:
 
 
 def run(folder: Path, num_rows: int, flags: str) -> dict[str, float]:
-    """What the job's driver, a process of its own, says of itself: rows by outcome, peak memory and time."""
+    """Run the job in a process of its own. Returns rows by outcome, the driver's peak memory and time."""
     words = ["--input", str(corpus(folder, num_rows)), "--train_output", str(folder / "out" / "train.jsonl")]
     words += ["--val_output", str(folder / "out" / "val.jsonl"), *LIMITS.split(), *flags.split()]
     command = [sys.executable, "-c", PROBE, str(Path(__file__).parents[2]), *words]
@@ -60,7 +60,7 @@ def run(folder: Path, num_rows: int, flags: str) -> dict[str, float]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_drivers_memory_stays_flat_to_100_000_rows(tmp_path):
-    """A few hundred bytes per row may stay: hashes of what was met before, and the groups of the split."""
+    """A few hundred bytes per row are allowed, for hashes of earlier rows and the groups of the split."""
     few, many = run(tmp_path / "few", 1_000, ""), run(tmp_path / "many", 100_000, "")
     print(f"driver with 1,000 rows: {few}; with 100,000: {many}; {100_000 / many['sec']:.0f} rows/s")
     assert few["train"] + few["val"] == 1_000 and many["train"] + many["val"] == 100_000

@@ -1,4 +1,4 @@
-"""Archives: what belongs to the language comes out, and nothing else whatever they hold."""
+"""Archives: only files of the language are unpacked, whatever else they contain."""
 
 import gzip
 import io
@@ -9,12 +9,12 @@ import pytest
 
 from voxray.core.errors import RunError
 from voxray.corpora import unpack as unpacking
-from voxray.corpora.select import in_clips, in_release
+from voxray.corpora.select import clip_member_path, release_member_path
 from voxray.corpora.unpack import unpack
 
 
 def packed(path: Path, *members: tarfile.TarInfo | tuple[str, bytes]) -> Path:
-    """An archive of these members; a name and bytes is a file."""
+    """Write an archive. A (name, bytes) tuple is a regular file."""
     with tarfile.open(path, "w:gz") as tar:
         for member in members:
             if isinstance(member, tuple):
@@ -36,7 +36,7 @@ def everything(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_one_language_of_a_release_comes_out_flat(tmp_path):
+def test_one_language_of_a_release_is_unpacked_without_folders(tmp_path):
     members = [
         ("cv/ko/train.tsv", b"table"),
         ("cv/ko/clips/a.mp3", b"sound"),
@@ -46,25 +46,25 @@ def test_one_language_of_a_release_comes_out_flat(tmp_path):
         ("cv/en/clips/b.mp3", b"other sound"),
         ("cv/README", b"text"),
     ]
-    seen: set[str] = set()
-    count = unpack(packed(tmp_path / "cv.tar.gz", *members), tmp_path / "out", in_release("ko", seen))
-    assert count == 2 and seen == {"ko", "en"}
+    languages: set[str] = set()
+    count = unpack(packed(tmp_path / "cv.tar.gz", *members), tmp_path / "out", release_member_path("ko", languages))
+    assert count == 2 and languages == {"ko", "en"}
     assert everything(tmp_path / "out") == {"train.tsv", "clips/a.mp3"}
     assert (tmp_path / "out" / "clips" / "a.mp3").read_bytes() == b"sound"
 
 
-def test_what_is_there_is_not_written_again(tmp_path):
+def test_complete_files_are_not_written_again(tmp_path):
     archive = packed(tmp_path / "a.tar.gz", ("x/a.mp3", b"sound"), ("x/b.mp3", b"other"))
-    unpack(archive, tmp_path / "out", in_clips)
-    kept, half = tmp_path / "out" / "clips" / "a.mp3", tmp_path / "out" / "clips" / "b.mp3"
-    before = kept.stat().st_mtime_ns
-    half.write_bytes(b"ot")
-    assert unpack(archive, tmp_path / "out", in_clips) == 2
-    assert kept.stat().st_mtime_ns == before and half.read_bytes() == b"other"
+    unpack(archive, tmp_path / "out", clip_member_path)
+    complete, partial = tmp_path / "out" / "clips" / "a.mp3", tmp_path / "out" / "clips" / "b.mp3"
+    before = complete.stat().st_mtime_ns
+    partial.write_bytes(b"ot")
+    assert unpack(archive, tmp_path / "out", clip_member_path) == 2
+    assert complete.stat().st_mtime_ns == before and partial.read_bytes() == b"other"
 
 
 @pytest.mark.parametrize(
-    ("member", "said"),
+    ("member", "message"),
     [
         (("../../ko/clips/evil.mp3", b"x"), "outside"),
         (("/tmp/ko/clips/evil.mp3", b"x"), "outside its folder"),
@@ -76,11 +76,11 @@ def test_what_is_there_is_not_written_again(tmp_path):
     ],
     ids=["dots", "absolute", "link-out", "link", "hard-link", "device", "pipe"],
 )
-def test_hostile_members_end_it(tmp_path, member, said):
+def test_hostile_members_are_refused(tmp_path, member, message):
     archive = packed(tmp_path / "evil.tar.gz", ("cv/ko/train.tsv", b"table"), member)
     inside = tmp_path / "a" / "b" / "out"
-    with pytest.raises(RunError, match=f"evil.tar.gz: refused, .*{said}"):
-        unpack(archive, inside, in_release("ko", set()))
+    with pytest.raises(RunError, match=f"evil.tar.gz: refused, .*{message}"):
+        unpack(archive, inside, release_member_path("ko", set()))
     assert everything(tmp_path) == {"evil.tar.gz", "a/b/out/train.tsv"}
 
 
@@ -89,19 +89,19 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
     archive = packed(tmp_path / "bomb.tar.gz", ("ko/clips/a.mp3", bytes(8 << 20)))
     assert archive.stat().st_size < 100_000
     with pytest.raises(RunError, match="refused, over 1 MiB come out of 0 MiB"):
-        unpack(archive, tmp_path / "out", in_release("ko", set()))
+        unpack(archive, tmp_path / "out", release_member_path("ko", set()))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_seen_before_it_is_full(tmp_path, monkeypatch):
+def test_a_lack_of_disk_space_is_detected_before_writing(tmp_path, monkeypatch):
     monkeypatch.setattr(unpacking.shutil, "disk_usage", lambda folder: unpacking.shutil._ntuple_diskusage(9, 9, 9))
     archive = packed(tmp_path / "a.tar.gz", ("ko/clips/a.mp3", bytes(2 << 20)))
     with pytest.raises(RunError, match=r"the disk is full: 'ko/clips/a.mp3' needs 2 MiB"):
-        unpack(archive, tmp_path / "out", in_release("ko", set()))
+        unpack(archive, tmp_path / "out", release_member_path("ko", set()))
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "broken", "no tar"])
-def test_damage_is_one_line(tmp_path, damage):
+def test_a_damaged_archive_is_one_line(tmp_path, damage):
     sound = bytes(range(256)) * 40
     raw = packed(tmp_path / "a.tar.gz", ("ko/clips/a.mp3", sound), ("ko/clips/b.mp3", sound[::-1])).read_bytes()
     middle = len(raw) // 2
@@ -113,5 +113,5 @@ def test_damage_is_one_line(tmp_path, damage):
     }
     (tmp_path / "a.tar.gz").write_bytes(changed[damage])
     with pytest.raises(RunError, match=r"a\.tar\.gz: damaged, so nothing of it is taken: ."):
-        unpack(tmp_path / "a.tar.gz", tmp_path / "out", in_release("ko", set()))
+        unpack(tmp_path / "a.tar.gz", tmp_path / "out", release_member_path("ko", set()))
     assert everything(tmp_path) == {"a.tar.gz"}

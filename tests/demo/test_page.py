@@ -1,4 +1,4 @@
-"""The demo in a real browser: one server for all of it, asked as a person would ask."""
+"""The demo in a real browser: one server for all tests, used as a person would use it."""
 
 import json
 import signal
@@ -32,8 +32,8 @@ QUESTION = "숫자는 모두 몇 개입니까?"
 MAX_NEW_TOKENS = 16
 MICROPHONE = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 CLIP_IS_THERE = "!!document.querySelector('[data-testid=audio-player-Clip]')"
-OWN_NOISE = ("Method not implemented.",)
-"""What Gradio's script says of itself at the end of every answer."""
+GRADIO_MESSAGES = ("Method not implemented.",)
+"""Console messages of Gradio's own script at the end of every answer."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Demo:
     """A running demo.
 
     Attributes:
-        url: Where it is.
-        run: Run folder of the adapter it was given.
-        folder: What its process calls the folder for temporary files.
+        url: Address of the page.
+        run: Run folder of the adapter.
+        folder: Folder for temporary files of the process.
         driver: The process.
-        log: What it printed.
+        log: File with the output of the process.
     """
 
     url: str
@@ -55,7 +55,7 @@ class Demo:
     log: Path
 
     def inferred(self, *, tuned: bool = True, **flags: str) -> str:
-        """What infer answers."""
+        """The answer of ``infer``."""
         model = {"lora_dir": str(self.run)} if tuned else {"model_id": TINY}
         settings = InferSettings.model_validate({**model, "max_new_tokens": MAX_NEW_TOKENS, **flags})
         return run_inference(settings, "")[0]["prediction"]
@@ -72,12 +72,12 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     driver = Driver([str(word) for word in command], folder / "log.txt")
     try:
         for _ in range(600):
-            said = (folder / "log.txt").read_text()
-            assert driver.process.poll() is None, said
-            if "demo at " in said:
+            output = (folder / "log.txt").read_text()
+            assert driver.process.poll() is None, output
+            if "demo at " in output:
                 break
             time.sleep(0.2)
-        url = said.partition("demo at ")[2].split()[0]
+        url = output.partition("demo at ")[2].split()[0]
         yield Demo(url, folder / "run", folder / "temporary", driver, folder / "log.txt")
     finally:
         driver.end()
@@ -91,15 +91,15 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 @pytest.fixture
 def page(demo: Demo, chromium: Page) -> Page:
-    """The page as it opens."""
+    """The page, newly opened."""
     chromium.console.clear()
     chromium.open(demo.url)
-    chromium.wait_for(f"{shown('#run')} && {shown('#compare input')} && {shown('#tuned-text textarea')}")
+    chromium.wait_for(f"{is_shown('#run')} && {is_shown('#compare input')} && {is_shown('#tuned-text textarea')}")
     return chromium
 
 
-def give_clip(page: Page, path: Path) -> None:
-    page.give_files("#clip input[type=file]", path)
+def upload_clip(page: Page, path: Path) -> None:
+    page.choose_files("#clip input[type=file]", path)
     page.wait_for(CLIP_IS_THERE)
 
 
@@ -108,7 +108,7 @@ def text_of(side: str) -> str:
 
 
 def facts_of(page: Page, side: str) -> dict[str, str]:
-    """{figure: value} below an answer."""
+    """{name: value} of the facts below an answer."""
     cells = f"[...document.querySelectorAll('#{side}-facts .facts div')]"
     return dict(page.read(f"{cells}.map(cell => [...cell.children].map(part => part.innerText))"))
 
@@ -123,61 +123,61 @@ def wait_for_refusal(page: Page) -> str:
     return page.read("document.querySelector('#status').innerText").strip()
 
 
-def shown(selector: str) -> str:
-    """Condition: the element is there and visible."""
+def is_shown(selector: str) -> str:
+    """JavaScript condition: the element exists and is visible."""
     return f"!!document.querySelector({json.dumps(selector)})?.getClientRects().length"
 
 
-def test_a_clip_is_transcribed_with_the_adapter_and_without(page: Page, demo: Demo) -> None:
+def test_a_clip_is_transcribed_with_and_without_the_adapter(page: Page, demo: Demo) -> None:
     assert page.read("document.title") == "voxray: voxtral-tiny"
     assert "run/adapter" in page.read("document.querySelector('.top').innerText")
     assert page.read("document.querySelector('#run').innerText") == "Transcribe"
-    give_clip(page, SAMPLE)
+    upload_clip(page, SAMPLE)
     page.click("#run")
     assert wait_for_text(page, "tuned") == demo.inferred(audio_path=str(SAMPLE))
     assert wait_for_text(page, "base") == demo.inferred(audio_path=str(SAMPLE), tuned=False)
-    assert page.read(shown("#base-text textarea"))
+    assert page.read(is_shown("#base-text textarea"))
     facts = facts_of(page, "tuned")
     assert list(facts) == ["audio", "tokens", "time", "RTFx"] and facts["audio"] == "2.0 s"
     assert float(facts["RTFx"]) > 0 and float(facts["time"].removesuffix(" s")) > 0
-    assert set(page.console) <= set(OWN_NOISE)
+    assert set(page.console) <= set(GRADIO_MESSAGES)
     assert page.requests and all(request.startswith((demo.url, "blob:")) for request in page.requests)
 
 
-def test_a_text_file_called_wav_is_refused_and_the_next_clip_is_not(page: Page, demo: Demo, tmp_path: Path) -> None:
+def test_after_a_refused_file_a_clip_is_transcribed(page: Page, demo: Demo, tmp_path: Path) -> None:
     (tmp_path / "notes.wav").write_text("these are words\n" * 40)
-    give_clip(page, tmp_path / "notes.wav")
+    upload_clip(page, tmp_path / "notes.wav")
     page.click("#run")
     assert wait_for_refusal(page) == "Cannot decode notes.wav: Format not recognised. Is it an audio file?"
-    assert page.read(shown("#status [role=alert]"))
+    assert page.read(is_shown("#status [role=alert]"))
     assert page.read(text_of("tuned")) == page.read(text_of("base")) == ""
     page.click("#clip [aria-label=Clear]")
     page.wait_for("!!document.querySelector('#clip input[type=file]')")
-    give_clip(page, SAMPLE)
+    upload_clip(page, SAMPLE)
     page.click("#run")
     assert wait_for_text(page, "tuned") == demo.inferred(audio_path=str(SAMPLE))
-    assert not page.read(shown("#status [role=alert]"))
+    assert not page.read(is_shown("#status [role=alert]"))
 
 
 def test_limits_of_length_and_size(page: Page, demo: Demo, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", np.zeros(21 * 8_000), 8_000)
-    give_clip(page, tmp_path / "long.wav")
+    upload_clip(page, tmp_path / "long.wav")
     page.click("#run")
     assert wait_for_refusal(page) == "long.wav is too long: clips may last 20 s."
-    # The page itself refuses a file that is too large; the server must do so as well.
+    # The page refuses a file that is too large. The server must refuse it as well.
     before = {path for path in demo.folder.rglob("*") if path.is_file()}
     assert upload(demo, b"x" * 100_000) == 200 and upload(demo, b"x" * 1_100_000) == 413
     assert sum(path.stat().st_size for path in set(demo.folder.rglob("large.wav")) - before) == 100_000
 
 
 def upload(demo: Demo, content: bytes) -> int:
-    """Status that the server gives to an upload."""
+    """HTTP status of an upload."""
     head = 'Content-Disposition: form-data; name="files"; filename="large.wav"\r\nContent-Type: audio/wav'
     body = f"--edge\r\n{head}\r\n\r\n".encode() + content + b"\r\n--edge--\r\n"
-    return posted(f"{demo.url}/gradio_api/upload", body, "multipart/form-data; boundary=edge")
+    return post(f"{demo.url}/gradio_api/upload", body, "multipart/form-data; boundary=edge")
 
 
-def posted(url: str, body: bytes, content_type: str) -> int:
+def post(url: str, body: bytes, content_type: str) -> int:
     try:
         with urlopen(Request(url, body, {"Content-Type": content_type})) as response:
             return response.status
@@ -185,20 +185,20 @@ def posted(url: str, body: bytes, content_type: str) -> int:
         return error.code
 
 
-def test_a_question_is_asked_with_enter(page: Page, demo: Demo) -> None:
+def test_enter_submits_a_question(page: Page, demo: Demo) -> None:
     page.click("#compare input")
     page.type("#question textarea", QUESTION)
     page.wait_for("document.querySelector('#run').innerText === 'Ask'")
     page.press("Enter", 13)
     assert wait_for_text(page, "tuned") == demo.inferred(question=QUESTION)
-    assert "audio" not in facts_of(page, "tuned") and not page.read(shown("#base-text textarea"))
-    give_clip(page, SAMPLE)
+    assert "audio" not in facts_of(page, "tuned") and not page.read(is_shown("#base-text textarea"))
+    upload_clip(page, SAMPLE)
     page.click("#run")
     page.wait_for("document.querySelector('#tuned-facts .facts').innerText.includes('audio')")
     assert page.read(text_of("tuned")) == demo.inferred(question=QUESTION, audio_path=str(SAMPLE))
 
 
-def test_answers_are_scored_and_what_is_typed_is_text(page: Page, demo: Demo) -> None:
+def test_answers_are_scored_and_input_is_escaped(page: Page, demo: Demo) -> None:
     truth = "접수 번호 육 사 팔"
     page.click("#scoring button")
     page.wait_for("!!document.querySelector('#reference textarea')")
@@ -212,17 +212,17 @@ def test_answers_are_scored_and_what_is_typed_is_text(page: Page, demo: Demo) ->
     page.type("#language input", "<img src=x onerror=document.title=1>${7*7}")
     page.press("Enter", 13)
     page.click("#run")
-    said = wait_for_refusal(page)
-    assert said == "Language '<img src=x onerror=document.title=1>${7*7}' is not a two-letter code."
+    message = wait_for_refusal(page)
+    assert message == "Language '<img src=x onerror=document.title=1>${7*7}' is not a two-letter code."
     assert page.read("document.title") == "voxray: voxtral-tiny"
 
 
-def test_what_is_said_into_the_microphone_is_transcribed(page: Page) -> None:
-    """Chromium's own microphone for tests beeps; what counts is that the recording arrives and can be decoded."""
+def test_microphone_recordings_are_transcribed(page: Page) -> None:
+    """Chromium's fake microphone only beeps: the test checks that the recording arrives and can be decoded."""
     page.click("#clip [aria-label='Record audio']")
     page.wait_for("!!document.querySelector('#clip .record-button')")
     page.click("#clip .record-button")
-    page.wait_for(shown("#clip .stop-button"))
+    page.wait_for(is_shown("#clip .stop-button"))
     time.sleep(1.2)
     page.click("#clip .stop-button")
     page.wait_for(CLIP_IS_THERE)
@@ -231,32 +231,33 @@ def test_what_is_said_into_the_microphone_is_transcribed(page: Page) -> None:
     assert 0.5 < float(facts_of(page, "tuned")["audio"].removesuffix(" s")) < 10
 
 
-def joined(demo: Demo, data: list[Any], session: str) -> int:
-    """Status that the server gives to a request like the button's."""
+def submit(demo: Demo, data: list[Any], session: str) -> int:
+    """HTTP status of a request like that of the button."""
     with urlopen(f"{demo.url}/config") as response:
         [number] = [entry["id"] for entry in json.load(response)["dependencies"] if len(entry["inputs"]) == 5]
     body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
-    return posted(f"{demo.url}/gradio_api/queue/join", body, "application/json")
+    return post(f"{demo.url}/gradio_api/queue/join", body, "application/json")
 
 
-@pytest.mark.parametrize("named", ["{sample}", "/etc/passwd", "http://192.0.2.1/a.wav", "https://example.com/a.wav"])
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_request_names_no_file_of_the_machine_and_no_address(named: str, place: int, demo: Demo) -> None:
-    """Neither as the clip nor in the place of a text; Gradio would copy it to where it can be downloaded."""
-    path = named.format(sample=SAMPLE.with_name("asr.val.jsonl"))
+@pytest.mark.parametrize("path", ["{sample}", "/etc/passwd", "http://192.0.2.1/a.wav", "https://example.com/a.wav"])
+@pytest.mark.parametrize("field", [0, 1])
+def test_requests_for_local_files_and_urls_are_refused(path: str, field: int, demo: Demo) -> None:
+    """As clip and in a text field: otherwise Gradio would copy the file to where it can be downloaded."""
+    session = f"{path}{field}"
+    path = path.format(sample=SAMPLE.with_name("asr.val.jsonl"))
     data: list[Any] = [None, "", "", "", False]
-    data[place] = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    before, session = {found for found in demo.folder.rglob("*") if found.is_file()}, f"{named}{place}"
-    assert joined(demo, data, session) == 200
+    data[field] = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    before = {file for file in demo.folder.rglob("*") if file.is_file()}
+    assert submit(demo, data, session) == 200
     with urlopen(f"{demo.url}/gradio_api/queue/data?session_hash={quote(session)}", timeout=30) as response:
         events = [json.loads(line[6:]) for line in response.read().decode().splitlines() if line.startswith("data: ")]
     [done] = [event for event in events if event["msg"] == "process_completed"]
     assert not done["success"]
     assert ("fetches nothing" if "://" in path else "was not uploaded by a user") in done["output"]["error"]
-    assert {found for found in demo.folder.rglob("*") if found.is_file()} == before
+    assert {file for file in demo.folder.rglob("*") if file.is_file()} == before
 
 
-def test_there_is_no_way_in_but_the_page(demo: Demo) -> None:
+def test_only_the_page_is_served(demo: Demo) -> None:
     for path in ("docs", "redoc", "openapi.json", "gradio_api/file=/etc/passwd", f"gradio_api/file={ROOT}/README.md"):
         with pytest.raises(HTTPError, match=r"HTTP Error 40[34]"):
             urlopen(f"{demo.url}/{path}")
@@ -264,13 +265,13 @@ def test_there_is_no_way_in_but_the_page(demo: Demo) -> None:
         assert json.load(response) == {"named_endpoints": {}, "unnamed_endpoints": {}}
 
 
-def test_more_requests_than_may_wait_are_told_so(demo: Demo) -> None:
-    given = [joined(demo, [None, QUESTION, "", "", True], "busy") for _ in range(12)]
-    assert given[0] == 200 and 503 in given
+def test_a_full_queue_is_reported(demo: Demo) -> None:
+    statuses = [submit(demo, [None, QUESTION, "", "", True], "busy") for _ in range(12)]
+    assert statuses[0] == 200 and 503 in statuses
 
 
-def test_sigterm_ends_it_with_status_0_and_nothing_stays(page: Page, demo: Demo) -> None:
-    """With a page open, which holds a connection, and clips in the folder."""
+def test_sigterm_exits_with_0_and_deletes_all_clips(page: Page, demo: Demo) -> None:
+    """With an open page, which keeps a connection open, and clips in the folder."""
     assert upload(demo, b"x") == 200 and any(demo.folder.rglob("large.wav"))
     demo.driver.process.send_signal(signal.SIGTERM)
     assert demo.driver.process.wait(20) == 0

@@ -1,5 +1,5 @@
-"""What jobs/efficiency.py measures: which times are in which figure, on a clock that only the model moves; its report,
-flags and refusals on the tiny models."""
+"""jobs/efficiency.py: the times in every metric, measured by a fake clock that only the model advances; the report, the
+flags and the error messages on the tiny models."""
 
 import json
 import statistics
@@ -32,11 +32,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FAMILY = get_family(TINY)
 VOCABULARY = 8
-HEARING, FIRST_STEP, STEP, WAITING = 0.3, 0.02, 0.005, 0.001
+PREFILL_SEC, FIRST_STEP_SEC, STEP_SEC, SYNC_SEC = 0.3, 0.02, 0.005, 0.001
 
 
-class Clock:
-    """Time that passes only where the test says so."""
+class FakeClock:
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,30 +45,30 @@ class Clock:
         return self.now
 
 
-class Timed:
-    """A family, and the state of its rows, that takes a known time for everything."""
+class TimedFamily:
+    """A family, and its decode state, with a known duration of every call."""
 
     name = "timed"
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.begun, self.steps = clock, 0, 0
+    def __init__(self, clock: FakeClock) -> None:
+        self.clock, self.num_prefills, self.num_steps = clock, 0, 0
 
-    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple["Timed", torch.Tensor]:
-        self.clock.now += HEARING
-        self.begun, self.first = self.begun + 1, True
+    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple["TimedFamily", torch.Tensor]:
+        self.clock.now += PREFILL_SEC
+        self.num_prefills, self.is_first = self.num_prefills + 1, True
         return self, torch.zeros(len(batch["input_ids"]), VOCABULARY)
 
     def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        self.clock.now += FIRST_STEP if self.first else STEP
-        self.first, self.steps = False, self.steps + 1
+        self.clock.now += FIRST_STEP_SEC if self.is_first else STEP_SEC
+        self.is_first, self.num_steps = False, self.num_steps + 1
         return torch.zeros(len(ids_B), VOCABULARY)
 
 
-class Waited(LoadedModel):
-    """A device that is asked at once and done a moment later."""
+class SlowSync(LoadedModel):
+    """A device that finishes its work a moment after it was submitted."""
 
     def synchronise(self) -> None:
-        self.family.clock.now += WAITING  # type: ignore[attr-defined]
+        self.family.clock.now += SYNC_SEC  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -79,59 +79,60 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Sample:
 
 
 @pytest.mark.parametrize(("batch_size", "new_tokens"), [(1, 16), (3, 40)])
-def test_every_time_is_in_its_figure(
+def test_every_time_is_in_its_metric(
     batch_size: int, new_tokens: int, sample: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock()
-    family = Timed(clock)
+    clock = FakeClock()
+    family = TimedFamily(clock)
     monkeypatch.setattr(efficiency, "time", SimpleNamespace(perf_counter=clock))
-    loaded = Waited(None, family, FAMILY.front_end(TINY), CPU)  # type: ignore[arg-type]
-    found, old = measure(loaded, sample, batch_size=batch_size, new_tokens=new_tokens, warmup=2, repeats=3)
-    assert family.begun == 5 and family.steps == 5 * (new_tokens - 1), "all tokens are generated, whatever they are"
-    assert found["ttft_sec"]["values"] == pytest.approx([HEARING + WAITING] * 3), "heard, and waited for"
-    steps = [FIRST_STEP + WAITING] + [STEP + WAITING] * (new_tokens - 2)
-    assert found["tpot_sec"]["median"] == pytest.approx(statistics.fmean(steps)), "the mean over all, not one step"
-    # one wait before the clock starts for the model: the features' tensors may be on their way
-    total = HEARING + sum(steps) + 2 * WAITING
-    assert found["total_sec"]["median"] == pytest.approx(total)
-    assert found["clip_sec"] == pytest.approx(3) and found["num_windows"] == batch_size
-    assert found["rtfx"]["median"] == pytest.approx(3 * batch_size / total)
-    assert found["rtfx_model_only"]["median"] == pytest.approx(3 * batch_size / (total - WAITING))
-    assert found["tokens_per_sec"]["median"] == pytest.approx(batch_size * new_tokens / (total - WAITING))
-    assert (found["num_new_tokens"], found["num_steps"]) == (batch_size * new_tokens, new_tokens - 1)
-    wanted = {"ttft_sec": HEARING, "tpot_sec": FIRST_STEP, "inference_sec": HEARING + FIRST_STEP, "num_runs": 3}
-    assert old == pytest.approx(wanted), "one step, and not waited for"
+    loaded = SlowSync(None, family, FAMILY.front_end(TINY), CPU)  # type: ignore[arg-type]
+    entry, old = measure(loaded, sample, batch_size=batch_size, new_tokens=new_tokens, warmup=2, repeats=3)
+    assert family.num_prefills == 5 and family.num_steps == 5 * (new_tokens - 1), "end-of-text tokens are ignored"
+    assert entry["ttft_sec"]["values"] == pytest.approx([PREFILL_SEC + SYNC_SEC] * 3), "prefill and synchronisation"
+    steps = [FIRST_STEP_SEC + SYNC_SEC] + [STEP_SEC + SYNC_SEC] * (new_tokens - 2)
+    assert entry["tpot_sec"]["median"] == pytest.approx(statistics.fmean(steps)), "the mean over all steps"
+    # one synchronisation before the model's clock starts: the features' tensors may still be copied
+    total = PREFILL_SEC + sum(steps) + 2 * SYNC_SEC
+    assert entry["total_sec"]["median"] == pytest.approx(total)
+    assert entry["clip_sec"] == pytest.approx(3) and entry["num_windows"] == batch_size
+    assert entry["rtfx"]["median"] == pytest.approx(3 * batch_size / total)
+    assert entry["rtfx_model_only"]["median"] == pytest.approx(3 * batch_size / (total - SYNC_SEC))
+    assert entry["tokens_per_sec"]["median"] == pytest.approx(batch_size * new_tokens / (total - SYNC_SEC))
+    assert (entry["num_new_tokens"], entry["num_steps"]) == (batch_size * new_tokens, new_tokens - 1)
+    expected = {"ttft_sec": PREFILL_SEC, "tpot_sec": FIRST_STEP_SEC, "num_runs": 3}
+    expected["inference_sec"] = PREFILL_SEC + FIRST_STEP_SEC
+    assert old == pytest.approx(expected), "a single step, without synchronisation"
 
 
 def test_a_slow_encoder_and_slow_steps_show(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
     model.model.audio_tower.register_forward_pre_hook(lambda *_: time.sleep(0.2))
-    begin = type(FAMILY).prefill
+    prefill = type(FAMILY).prefill
 
     def slow(self: Any, *args: Any) -> Any:
-        state, logits_BV = begin(self, *args)
+        state, logits_BV = prefill(self, *args)
         step = state.decode_step
         state.decode_step = lambda ids_B: (time.sleep(0.005), step(ids_B))[1]  # type: ignore[method-assign]
         return state, logits_BV
 
     monkeypatch.setattr(type(FAMILY), "prefill", slow)
     loaded = LoadedModel(model, FAMILY, FAMILY.front_end(TINY), CPU)
-    found, _ = measure(loaded, sample, batch_size=2, new_tokens=16, warmup=0, repeats=2)
-    assert min(found["ttft_sec"]["values"]) >= 0.2 and min(found["tpot_sec"]["values"]) >= 0.005
-    assert found["decode_sec"]["median"] > 0 and found["features_sec"]["median"] > 0
+    entry, _ = measure(loaded, sample, batch_size=2, new_tokens=16, warmup=0, repeats=2)
+    assert min(entry["ttft_sec"]["values"]) >= 0.2 and min(entry["tpot_sec"]["values"]) >= 0.005
+    assert entry["decode_sec"]["median"] > 0 and entry["features_sec"]["median"] > 0
 
 
-def test_peak_memory_begins_anew() -> None:
+def test_peak_memory_can_be_reset() -> None:
     memory = PeakMemory(CPU)
-    memory.restart()
+    memory.reset()
     if memory.kind != RESIDENT:
-        pytest.skip("this system tells no process to begin anew")
-    held = memory.now_gib()
+        pytest.skip("this system does not allow a process to reset its peak memory")
+    before_gib = memory.current_gib()
     block = np.ones(300 << 20, np.uint8)
     del block
-    assert 0.25 < memory.peak_gib() - held < 0.4
-    memory.restart()
-    assert memory.peak_gib() < held + 0.1
+    assert 0.25 < memory.peak_gib() - before_gib < 0.4
+    memory.reset()
+    assert memory.peak_gib() < before_gib + 0.1
 
 
 Job = Callable[..., dict[str, Any]]
@@ -141,10 +142,10 @@ Job = Callable[..., dict[str, Any]]
 def job(tmp_path: Path) -> Job:
     """Run the job in this process on a tiny model; returns its report."""
 
-    def run(*flags: str, **more: str) -> dict[str, Any]:
-        usual = {"model_id": TINY, "output_dir": str(tmp_path / "out"), "clip_sec": "3", "new_tokens": "16"}
-        usual |= {"warmup": "0", "repeats": "2", "batch_sizes": "1", **more}
-        argv = [word for key, value in usual.items() if value for word in (f"--{key}", value)]
+    def run(*flags: str, **values: str) -> dict[str, Any]:
+        defaults = {"model_id": TINY, "output_dir": str(tmp_path / "out"), "clip_sec": "3", "new_tokens": "16"}
+        defaults |= {"warmup": "0", "repeats": "2", "batch_sizes": "1"}
+        argv = [word for key, value in (defaults | values).items() if value for word in (f"--{key}", value)]
         return run_efficiency(parse_only("efficiency", [*argv, *flags]))
 
     return run
@@ -157,73 +158,73 @@ def test_report_of_every_family(job: Job, salmonn: str, tmp_path: Path, capsys: 
         assert json.loads((folder / "efficiency.json").read_text()) == json.loads(json.dumps(report))
         assert (folder / "efficiency.png").read_bytes().startswith(b"\x89PNG") and (folder / "clip.wav").is_file()
         assert report["dtype"] == "float32" and report["quantize"] == "none" and report["family"] in model_id
-        assert [found["batch_size"] for found in report["results"]] == [1, 2]
-        for found in report["results"]:
+        assert [result["batch_size"] for result in report["results"]] == [1, 2]
+        for result in report["results"]:
             for name in ("ttft_sec", "tpot_sec", "decode_sec", "features_sec", "total_sec", "rtfx", "tokens_per_sec"):
-                figure = found[name]
-                assert 0 < figure["low"] <= figure["median"] <= figure["high"] and len(figure["values"]) == 2
-            assert found["peak_memory_gib"] >= found["memory_held_before_gib"] > 0
+                spread = result[name]
+                assert 0 < spread["low"] <= spread["median"] <= spread["high"] and len(spread["values"]) == 2
+            assert result["peak_memory_gib"] >= result["memory_held_before_gib"] > 0
         old = report["old_evaluator"]
-        assert old["memory_gib"] is None, "it counted that of a GPU"
+        assert old["memory_gib"] is None, "it measured GPU memory only"
         assert old["inference_sec"] == pytest.approx(old["ttft_sec"] + old["tpot_sec"])
-        said = " ".join(capsys.readouterr().out.split())
-        assert "as the older evaluator counted (means of 2 runs" in said and "TPOT, of one single step" in said
+        output = " ".join(capsys.readouterr().out.split())
+        assert "as the older evaluator counted (means of 2 runs" in output and "TPOT, of one single step" in output
     assert job(batch_sizes="2")["old_evaluator"] is None
     assert "add 1 to --batch_sizes" in capsys.readouterr().out
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the job loads and measures, without doing either."""
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The arguments with which the job loads and measures a model; neither is executed."""
     seen: dict[str, Any] = {}
     measured = {"clip_sec": 1.0, "peak_memory_gib": 1.0}
     for name in ("ttft_sec", "tpot_sec", "decode_sec", "features_sec", "total_sec", "rtfx", "tokens_per_sec"):
         measured[name] = efficiency.spread([1.0])
 
-    def load(generation: Any) -> tuple[Any, int]:
-        seen["generation"] = generation
+    def load(config: Any) -> tuple[Any, int]:
+        seen["config"] = config
         return torch.nn.Linear(1, 1), 0
 
-    def count(loaded: Any, sample: Sample, **options: Any) -> tuple[dict[str, Any], dict[str, float]]:
+    def fake_measure(loaded: Any, sample: Sample, **options: Any) -> tuple[dict[str, Any], dict[str, float]]:
         ids = loaded.front_end.prompt_ids(sample, 16_000)
         seen.update(options, sample=sample, clip=soundfile.read(sample.audio_path)[0], ids=ids)
         old = {"ttft_sec": 1.0, "tpot_sec": 1.0, "inference_sec": 2.0, "num_runs": 1}
         return {**measured, "batch_size": options["batch_size"]}, old
 
     monkeypatch.setattr(efficiency_job, "load_model", load)
-    monkeypatch.setattr(efficiency_job, "measure", count)
+    monkeypatch.setattr(efficiency_job, "measure", fake_measure)
     return seen
 
 
 def test_flags_reach_the_measurement(
-    job: Job, asked: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Job, recorded: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job("--bf16", "--tf32", batch_sizes="4", new_tokens="20", warmup="7", repeats="9", clip_sec="2", language="en")
-    generation = asked["generation"]
-    assert (generation.model_id, generation.bf16, generation.fp16, generation.tf32) == (TINY, True, False, True)
+    config = recorded["config"]
+    assert (config.model_id, config.bf16, config.fp16, config.tf32) == (TINY, True, False, True)
     assert "--tf32 has no effect" in capsys.readouterr().out
-    assert [asked[name] for name in ("batch_size", "new_tokens", "warmup", "repeats")] == [4, 20, 7, 9]
-    noise, prompt = asked["clip"], FAMILY.front_end(TINY).show(asked["ids"])
+    assert [recorded[name] for name in ("batch_size", "new_tokens", "warmup", "repeats")] == [4, 20, 7, 9]
+    noise, prompt = recorded["clip"], FAMILY.front_end(TINY).show(recorded["ids"])
     assert len(noise) == 32_000 and "lang:en" in prompt
     job(clip_sec="2")
-    assert np.array_equal(asked["clip"], noise)
+    assert np.array_equal(recorded["clip"], noise)
     job(clip_sec="2", seed="1")
-    assert not np.array_equal(asked["clip"], noise)
+    assert not np.array_equal(recorded["clip"], noise)
     job("--fp16", clip_sec="", audio_path=str(SPEECH / "sample.wav"), task="sqa", question="What is it?")
-    assert asked["generation"].fp16 and asked["sample"].audio_path == str(SPEECH / "sample.wav")
-    assert "What is it?" in FAMILY.front_end(TINY).show(asked["ids"])
+    assert recorded["config"].fp16 and recorded["sample"].audio_path == str(SPEECH / "sample.wav")
+    assert "What is it?" in FAMILY.front_end(TINY).show(recorded["ids"])
     job(quantize="4bit", output_dir="own", storage_path=str(tmp_path / "shared"))
-    assert asked["generation"].quantize == "4bit" and (tmp_path / "shared/own/efficiency.json").is_file()
+    assert recorded["config"].quantize == "4bit" and (tmp_path / "shared/own/efficiency.json").is_file()
     job("--trim_audio_tokens")
-    assert len(asked["ids"]) < 60, "a second of audio has few tokens of its own"
+    assert len(recorded["ids"]) < 60, "a clip of one second has few audio tokens"
 
 
-def test_an_adapter_brings_its_base(job: Job, asked: dict[str, Any], tmp_path: Path) -> None:
+def test_an_adapter_names_its_base(job: Job, recorded: dict[str, Any], tmp_path: Path) -> None:
     base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
     model = add_lora(base, FAMILY, ("projector",), model_id=TINY, r=2, alpha=4, dropout=0.0)
     save_adapter(model, tmp_path / "adapter")
     report = job(model_id="", lora_dir=str(tmp_path / "adapter"))
-    assert report["model_id"] == TINY and asked["generation"].adapter == str(tmp_path / "adapter")
+    assert report["model_id"] == TINY and recorded["config"].adapter == str(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -237,15 +238,13 @@ def test_an_adapter_brings_its_base(job: Job, asked: dict[str, Any], tmp_path: P
         ({"compiled": "nowhere"}, RunError, "--compiled .*nowhere: no compiled.json that can be read"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_a_line(
-    flags: dict[str, str], error: type[Exception], message: str, job: Job
-) -> None:
-    with pytest.raises(error, match=message) as told:
+def test_errors_are_one_line(flags: dict[str, str], error: type[Exception], message: str, job: Job) -> None:
+    with pytest.raises(error, match=message) as raised:
         job(**flags)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_a_batch_that_the_compiled_path_was_not_made_for_is_refused(job: Job, tmp_path: Path) -> None:
+def test_batch_sizes_must_match_the_compiled_path(job: Job, tmp_path: Path) -> None:
     (tmp_path / "compiled.json").write_text(json.dumps({"format": 1, "windows": {"1": {}, "4": {}}}))
     with pytest.raises(SettingsError, match=r"--batch_sizes 3: has 3 window\(s\), and .* is compiled for 1, 4"):
         job(compiled=str(tmp_path), batch_sizes="1,3")
@@ -253,14 +252,14 @@ def test_a_batch_that_the_compiled_path_was_not_made_for_is_refused(job: Job, tm
         job(compiled=str(tmp_path), clip_sec="5")
 
 
-def test_compare_runs_every_variant_in_a_process_of_its_own(
-    job: Job, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_compare_runs_every_variant_in_its_own_process(
+    job: Job, recorded: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    given = []
+    variants = []
 
     def run(command: list[str], **options: Any) -> Any:
         settings = parse_only("efficiency", command[2:])
-        given.append((settings.quantize, settings.compiled, settings.compare))
+        variants.append((settings.quantize, settings.compiled, settings.compare))
         if settings.quantize == "8bit":
             return SimpleNamespace(returncode=1, stderr="a warning\nerror: --quantize 8bit: no\n")
         run_efficiency(settings.model_copy(update={"compiled": ""}))
@@ -268,7 +267,7 @@ def test_compare_runs_every_variant_in_a_process_of_its_own(
 
     monkeypatch.setattr(efficiency_job, "subprocess", SimpleNamespace(run=run))
     report = job(compare="eager,4bit,compiled", compiled=str(tmp_path))
-    assert given == [("none", "", ()), ("4bit", "", ()), ("none", str(tmp_path), ())]
+    assert variants == [("none", "", ()), ("4bit", "", ()), ("none", str(tmp_path), ())]
     assert list(report["variants"]) == ["eager", "4bit", "compiled"]
     written = yaml.safe_load((tmp_path / "out" / "4bit" / "settings.yaml").read_text())
     assert written["output_dir"] == str(tmp_path / "out" / "4bit") and written["repeats"] == 2
@@ -290,17 +289,17 @@ def test_compare_runs_every_variant_in_a_process_of_its_own(
         ("--batch_sizes 0,2", "--batch_sizes: "),
     ],
 )
-def test_settings_that_make_no_sense(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_settings(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         load_job("efficiency").main(line.split())
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and message in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and "Traceback" not in error
 
 
 @pytest.mark.slow
-def test_variants_are_really_measured(job: Job) -> None:
+def test_compare_measures_variants_in_subprocesses(job: Job) -> None:
     report = job(compare="eager,8bit,4bit", new_tokens="16")
-    names = {name: found["quantize"] for name, found in report["variants"].items()}
+    names = {name: variant["quantize"] for name, variant in report["variants"].items()}
     assert names == {"eager": "none", "8bit": "8bit", "4bit": "4bit"}
     for flag, dtype in (("--bf16", "bfloat16"), ("--fp16", "float16")):
         report = job(flag)

@@ -1,4 +1,4 @@
-"""The content of metrics.json, from prediction rows of every kind."""
+"""The content of metrics.json, computed from prediction rows of every kind."""
 
 import json
 import math
@@ -28,15 +28,15 @@ WORDS = ["혈압이", "높습니다", "오늘은", "흉부", "엑스레이를", 
 
 
 def transcripts(num: int, seed: int = 0) -> Rows:
-    """Drawn transcripts of which about one word in ten is wrong, by eight speakers of whom some err more."""
-    draw, rows = random.Random(seed), []
-    for at in range(num):
-        speaker = at % 8
-        words = draw.choices(WORDS, k=draw.randint(2, 9))
-        said = [draw.choice(WORDS) if draw.random() < 0.03 * speaker else word for word in words]
-        row = {"task": "asr", "language": "ko", "reference": " ".join(words), "prediction": " ".join(said)}
-        row |= {"id": f"r{at}", "speaker": f"s{speaker}", "source": f"/data/{'ab'[at % 2]}.jsonl:{at + 1}"}
-        rows.append({**row, "domain": "clinic", "num_samples": 16_000 * (1 + at % 35), "snr_db": None})
+    """Random transcripts with about one wrong word in ten, of eight speakers with different error rates."""
+    rng, rows = random.Random(seed), []
+    for number in range(num):
+        speaker = number % 8
+        words = rng.choices(WORDS, k=rng.randint(2, 9))
+        predicted = [rng.choice(WORDS) if rng.random() < 0.03 * speaker else word for word in words]
+        row = {"task": "asr", "language": "ko", "reference": " ".join(words), "prediction": " ".join(predicted)}
+        row |= {"id": f"r{number}", "speaker": f"s{speaker}", "source": f"/data/{'ab'[number % 2]}.jsonl:{number + 1}"}
+        rows.append({**row, "domain": "clinic", "num_samples": 16_000 * (1 + number % 35), "snr_db": None})
     return rows
 
 
@@ -51,13 +51,13 @@ MIXED: Rows = [
 ]
 
 
-def test_the_layout():
-    found = score(MIXED, num_resamples=200)
-    assert list(found)[:4] == ["asr", "tqa", "aac", "overall"] and list(by_task(found)) == ["asr", "tqa", "aac"]
-    assert set(found) - set(TASKS) == {
+def test_layout():
+    result = score(MIXED, num_resamples=200)
+    assert list(result)[:4] == ["asr", "tqa", "aac", "overall"] and list(by_task(result)) == ["asr", "tqa", "aac"]
+    assert set(result) - set(TASKS) == {
         *("overall", "slices", "normalizer", "counts", "signatures", "intervals", "not_available"),
     }
-    for task, metrics in by_task(found).items():
+    for task, metrics in by_task(result).items():
         assert set(metrics) <= set(evaluation_metrics(task)) and next(iter(metrics)) == TASKS[task].metrics[0]
         for name, entry in metrics.items():
             assert list(entry) == ["value", "low", "high", "n"], name
@@ -65,18 +65,18 @@ def test_the_layout():
             assert (entry["low"] is None) == (entry["high"] is None)
             assert entry["low"] is None or entry["low"] <= entry["value"] + 1e-12, name
             assert entry["high"] is None or entry["value"] <= entry["high"] + 1e-12, name
-    assert list(found["overall"]) == ["macro", "weighted", "balance"]
-    assert found["normalizer"] == {"ko-v1": 44, "whisper-en-v1-nospelling": 1, "whisper-basic-v1": 1}
-    assert json.loads(json.dumps(found, allow_nan=False)) == found, "plain JSON, without NaN"
-    assert set(found["not_available"]["aac"]) == {"meteor", "spice", "spider"}
-    assert not set(found["aac"]) & {"meteor", "spice", "spider"}, "never replaced"
-    assert set(found["tqa"]) == {
+    assert list(result["overall"]) == ["macro", "weighted", "balance"]
+    assert result["normalizer"] == {"ko-v1": 44, "whisper-en-v1-nospelling": 1, "whisper-basic-v1": 1}
+    assert json.loads(json.dumps(result, allow_nan=False)) == result, "plain JSON without NaN"
+    assert set(result["not_available"]["aac"]) == {"meteor", "spice", "spider"}
+    assert not set(result["aac"]) & {"meteor", "spice", "spider"}, "no substitutes"
+    assert set(result["tqa"]) == {
         *("rouge_l", "exact_match", "char_f1", "bleu", "chrf", "distinct_1", "distinct_2"),
         *("repetition", "hallucination", "loss", "perplexity"),
     }
 
 
-def test_languages_are_understood_as_in_manifests():
+def test_languages_are_normalised_as_in_manifests():
     for language in ("en", "EN", "en-US", "en_GB", "English", "eng"):
         assert list(score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"]) == [
             "whisper-en-v1-nospelling"
@@ -84,41 +84,39 @@ def test_languages_are_understood_as_in_manifests():
     for language, name in ((None, "ko-v1"), ("", "ko-v1"), ("Korean", "ko-v1"), ("cmn", "whisper-basic-v1")):
         assert score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"] == {name: 1}
     question = {"task": "tqa", "language": "en", "reference": "twenty", "prediction": "20"}
-    assert score([question], num_resamples=0)["normalizer"] == {"ko-v1": 1}, "answers are no transcripts"
+    assert score([question], num_resamples=0)["normalizer"] == {"ko-v1": 1}, "answers are not transcripts"
 
 
-def test_rates_are_jiwers_and_counts_add_up_to_them():
+def test_rates_equal_jiwer_and_are_ratios_of_counts():
     rows = transcripts(60)
-    found = score(rows, num_resamples=0)
+    metrics = score(rows, num_resamples=0)
     texts = [normalize_ko_v1(row["reference"]) for row in rows], [normalize_ko_v1(row["prediction"]) for row in rows]
     solid = [[text.replace(" ", "") for text in side] for side in texts]
-    assert found["asr"]["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid))
-    assert found["asr"]["wer"]["value"] == pytest.approx(jiwer.wer(*texts))
-    words, of_words = jiwer.process_words(*texts), found["counts"]["asr"]["words"]
-    assert [of_words[name] for name in ("substitutions", "deletions", "insertions")] == [
-        words.substitutions,
-        words.deletions,
-        words.insertions,
-    ]
+    assert metrics["asr"]["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid))
+    assert metrics["asr"]["wer"]["value"] == pytest.approx(jiwer.wer(*texts))
+    expected, word_counts = jiwer.process_words(*texts), metrics["counts"]["asr"]["words"]
+    for kind in ("substitutions", "deletions", "insertions"):
+        assert word_counts[kind] == getattr(expected, kind)
     for unit, metric in (("words", "wer"), ("characters", "cer_nospace")):
-        sums = found["counts"]["asr"][unit]
+        sums = metrics["counts"]["asr"][unit]
         errors = sums["substitutions"] + sums["deletions"] + sums["insertions"]
-        assert errors / sums["reference"] == pytest.approx(found["asr"][metric]["value"])
-    assert found["asr"]["wer"] | {"value": 0} == {"value": 0, "low": None, "high": None, "n": 60}
+        assert errors / sums["reference"] == pytest.approx(metrics["asr"][metric]["value"])
+    assert metrics["asr"]["wer"] | {"value": 0} == {"value": 0, "low": None, "high": None, "n": 60}
 
 
-def test_intervals_are_over_speakers_where_there_are_some():
+def test_intervals_resample_speakers_if_there_are_any():
     rows = transcripts(400)
     over_speakers = score(rows, num_resamples=2000)
-    alone = score([{**row, "speaker": None} for row in rows], num_resamples=2000)
+    over_utterances = score([{**row, "speaker": None} for row in rows], num_resamples=2000)
     assert over_speakers["intervals"]["asr"] == {
         "level": 0.95,
         "resampled": "speaker",
         "groups": 8,
         "num_resamples": 2000,
     }
-    assert alone["intervals"]["asr"]["resampled"] == "utterance" and alone["intervals"]["asr"]["groups"] == 400
-    wide, narrow = (found["asr"]["cer_nospace"] for found in (over_speakers, alone))
+    intervals = over_utterances["intervals"]["asr"]
+    assert (intervals["resampled"], intervals["groups"]) == ("utterance", 400)
+    wide, narrow = over_speakers["asr"]["cer_nospace"], over_utterances["asr"]["cer_nospace"]
     assert wide["value"] == narrow["value"]
     assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"]) > 0
     assert score(rows, num_resamples=2000) == over_speakers, "seeded"
@@ -127,86 +125,87 @@ def test_intervals_are_over_speakers_where_there_are_some():
     assert score(shuffled, num_resamples=2000) == over_speakers, "in any order"
 
 
-def test_what_has_no_interval_says_so():
-    found = score(MIXED, num_resamples=100)
-    assert "without" not in found["intervals"]["asr"]
+def test_metrics_without_interval_are_listed():
+    metrics = score(MIXED, num_resamples=100)
+    assert "without" not in metrics["intervals"]["asr"]
     for task in ("tqa", "aac"):
-        assert set(found["intervals"][task]["without"]) == {"distinct_1", "distinct_2"}
-        assert {name for name, entry in found[task].items() if entry["low"] is None} == {"distinct_1", "distinct_2"}
+        assert set(metrics["intervals"][task]["without"]) == {"distinct_1", "distinct_2"}
+        assert {name for name, entry in metrics[task].items() if entry["low"] is None} == {"distinct_1", "distinct_2"}
     single = score(MIXED[41:42], num_resamples=100)
     assert single["asr"]["cer_nospace"] == {"value": 0.0, "low": None, "high": None, "n": 1}
     assert single["overall"]["macro"] == {"value": 1.0, "low": None, "high": None, "n": 1}
 
 
 def test_overall():
-    found = score(MIXED, num_resamples=500)
-    asr, tqa, aac = (found[task] for task in ("asr", "tqa", "aac"))
+    metrics = score(MIXED, num_resamples=500)
+    asr, tqa, aac = (metrics[task] for task in ("asr", "tqa", "aac"))
     scores = [1 - asr["cer_nospace"]["value"], tqa["rouge_l"]["value"], aac["rouge_l"]["value"]]
-    assert found["overall"]["macro"]["value"] == pytest.approx(np.mean(scores))
-    assert found["overall"]["weighted"]["value"] == pytest.approx(np.average(scores, weights=[42, 2, 2]))
-    assert found["overall"]["balance"]["value"] == pytest.approx(min(scores) / max(scores))
-    macro = found["overall"]["macro"]
+    macro, weighted, balance = (metrics["overall"][name] for name in ("macro", "weighted", "balance"))
+    assert macro["value"] == pytest.approx(np.mean(scores))
+    assert weighted["value"] == pytest.approx(np.average(scores, weights=[42, 2, 2]))
+    assert balance["value"] == pytest.approx(min(scores) / max(scores))
     assert macro["low"] < macro["value"] < macro["high"] and macro["n"] == 46
     looping = [{"task": "asr", "reference": "네", "prediction": "네" * 90}] * 2
     assert score(looping, num_resamples=50)["overall"]["macro"]["value"] == 0, "1 - min(CER, 1)"
 
 
 def test_perplexity_is_weighted_by_tokens():
-    found = score(MIXED, num_resamples=100)["tqa"]
-    assert found["loss"]["value"] == pytest.approx(0.5) and found["perplexity"]["value"] == pytest.approx(math.exp(0.5))
-    assert found["perplexity"]["n"] == 2 and found["perplexity"]["low"] == pytest.approx(math.exp(found["loss"]["low"]))
+    metrics = score(MIXED, num_resamples=100)["tqa"]
+    loss, perplexity = metrics["loss"], metrics["perplexity"]
+    assert loss["value"] == pytest.approx(0.5) and perplexity["value"] == pytest.approx(math.exp(0.5))
+    assert perplexity["n"] == 2 and perplexity["low"] == pytest.approx(math.exp(loss["low"]))
     assert "perplexity" not in score(MIXED[:40], num_resamples=0)["asr"]
-    endless = score([{**MIXED[42], "nll": 1e9}], num_resamples=0)["tqa"]
-    assert endless["loss"]["value"] == 2.5e8 and "perplexity" not in endless
+    overflowing = score([{**MIXED[42], "nll": 1e9}], num_resamples=0)["tqa"]
+    assert overflowing["loss"]["value"] == 2.5e8 and "perplexity" not in overflowing
     assert "loss" not in score([{**MIXED[42], "nll": math.nan}], num_resamples=0)["tqa"]
 
 
 def test_slices():
     rows = transcripts(80)
-    for at, row in enumerate(rows):
+    for number, row in enumerate(rows):
         row |= {
-            "snr_db": None if at < 10 else at - 20.0,
-            "language": ("", "ko", "KO-kr", "Korean")[at % 4],
+            "snr_db": None if number < 10 else number - 20.0,
+            "language": ("", "ko", "KO-kr", "Korean")[number % 4],
             "domain": "",
         }
     rows[3]["dataset"] = "extra"
-    found = score(rows, num_resamples=100)["slices"]["asr"]
-    assert set(found) == {"dataset", "language", "speaker", "duration", "snr"}, "nobody knows a domain"
-    assert {label: part["n"] for label, part in found["dataset"].items()} == {"a": 40, "b": 39, "extra": 1}
-    assert {label: part["n"] for label, part in found["language"].items()} == {"ko": 60, "unknown": 20}
-    assert list(found["language"]) == ["ko", "unknown"]
-    assert list(found["duration"]) == ["0-2 s", "2-5 s", "5-10 s", "10-20 s", "20-30 s", "30 s and over"]
-    assert list(found["snr"]) == [
+    slices = score(rows, num_resamples=100)["slices"]["asr"]
+    assert set(slices) == {"dataset", "language", "speaker", "duration", "snr"}, "no row has a domain"
+    assert {label: entry["n"] for label, entry in slices["dataset"].items()} == {"a": 40, "b": 39, "extra": 1}
+    assert {label: entry["n"] for label, entry in slices["language"].items()} == {"ko": 60, "unknown": 20}
+    assert list(slices["language"]) == ["ko", "unknown"]
+    assert list(slices["duration"]) == ["0-2 s", "2-5 s", "5-10 s", "10-20 s", "20-30 s", "30 s and over"]
+    assert list(slices["snr"]) == [
         *("under 0 dB", "0-5 dB", "5-10 dB", "10-15 dB", "15-20 dB", "20 dB and over", "unknown"),
     ]
-    assert [part["n"] for part in found["duration"].values()] == [3, 9, 15, 21, 20, 12]
-    assert [part["n"] for part in found["snr"].values()] == [10, 5, 5, 5, 5, 40, 10]
+    assert [entry["n"] for entry in slices["duration"].values()] == [3, 9, 15, 21, 20, 12]
+    assert [entry["n"] for entry in slices["snr"].values()] == [10, 5, 5, 5, 5, 40, 10]
     for dimension in ("dataset", "language", "duration", "snr"):
-        assert sum(part["n"] for part in found[dimension].values()) == 80
-    whole, part = score(rows, num_resamples=0)["asr"], found["dataset"]["a"]
-    alone = score([row for row in rows if row["source"].startswith("/data/a")], num_resamples=0)["asr"]
-    assert {name: part[name]["value"] for name in TASKS["asr"].metrics} == {
-        name: alone[name]["value"] for name in TASKS["asr"].metrics
-    }
-    assert part["wer"]["low"] <= part["wer"]["value"] <= part["wer"]["high"] and set(part) - {"n"} < set(whole)
-    assert found["speaker"]["num_speakers"] == 8
-    best, worst = found["speaker"]["best"], found["speaker"]["worst"]
+        assert sum(entry["n"] for entry in slices[dimension].values()) == 80
+    all_rows, dataset_a = score(rows, num_resamples=0)["asr"], slices["dataset"]["a"]
+    expected = score([row for row in rows if row["source"].startswith("/data/a")], num_resamples=0)["asr"]
+    for name in TASKS["asr"].metrics:
+        assert dataset_a[name]["value"] == expected[name]["value"]
+    wer = dataset_a["wer"]
+    assert wer["low"] <= wer["value"] <= wer["high"] and set(dataset_a) - {"n"} < set(all_rows)
+    assert slices["speaker"]["num_speakers"] == 8
+    best, worst = slices["speaker"]["best"], slices["speaker"]["worst"]
     assert len(best) == len(worst) == 5 and best[0]["cer_nospace"] == 0 < worst[0]["cer_nospace"]
     assert best[0]["speaker"] == "s0" and all(entry["n"] == 10 for entry in best)
 
 
-def test_an_empty_reference_is_no_part_of_a_slice():
+def test_empty_references():
     rows = [{"task": "asr", "reference": "", "prediction": "환각", "source": "/a.jsonl:1"}, *transcripts(3)]
-    found = score(rows, num_resamples=20)
-    assert found["slices"]["asr"]["dataset"]["a"]["n"] == 3
-    assert found["asr"]["cer_nospace"]["n"] == 3 and found["asr"]["exact_match"]["n"] == 4
-    silence = found["asr"]["silence_hallucination"]
+    metrics = score(rows, num_resamples=20)
+    assert metrics["slices"]["asr"]["dataset"]["a"]["n"] == 3
+    assert metrics["asr"]["cer_nospace"]["n"] == 3 and metrics["asr"]["exact_match"]["n"] == 4
+    silence = metrics["asr"]["silence_hallucination"]
     assert (silence["value"], silence["n"]) == (1, 1)
     empty = {"n": 1, "inserted_characters": 2, "inserted_words": 1}
-    assert found["counts"]["asr"]["empty_references"] == empty
-    only = score(rows[:1], num_resamples=20)
-    assert set(only["asr"]) == {"exact_match", "silence_hallucination", "repetition", "hallucination"}
-    assert only["overall"] == {}, "there is no headline"
+    assert metrics["counts"]["asr"]["empty_references"] == empty
+    only_empty = score(rows[:1], num_resamples=20)
+    assert set(only_empty["asr"]) == {"exact_match", "silence_hallucination", "repetition", "hallucination"}
+    assert only_empty["overall"] == {}, "there is no headline metric"
 
 
 def test_terms(tmp_path: Path):
@@ -220,20 +219,22 @@ def test_terms(tmp_path: Path):
         ("네", "타이레놀"),
     ]
     rows = [{"task": "asr", "reference": reference, "prediction": text} for reference, text in pairs]
-    found = score(rows, terms=terms, num_resamples=50)
-    recall = found["asr"]["term_recall"]
+    metrics = score(rows, terms=terms, num_resamples=50)
+    recall = metrics["asr"]["term_recall"]
     assert recall["value"] == 2 / 3 and recall["n"] == 3 and recall["low"] is not None
     missed = [{"term": "타이레놀", "n": 2, "found": 1}]
-    assert found["terms"] == {"num_terms": 2, "n": 3, "found": 2, "missed": missed}
+    assert metrics["terms"] == {"num_terms": 2, "n": 3, "found": 2, "missed": missed}
     several = [{"task": "asr", "references": ["타이레놀", "네"], "prediction": "네"}]
-    assert score(several, terms=terms, num_resamples=0)["asr"]["term_recall"]["value"] == 0, "of the first reference"
+    assert score(several, terms=terms, num_resamples=0)["asr"]["term_recall"]["value"] == 0, (
+        "terms of the first reference"
+    )
     raw = [{"task": "asr", "reference": "(타이레놀)/(타이레노르) 드세요", "prediction": "타이레노르"}]
     assert score(raw, terms=terms, num_resamples=0)["terms"]["n"] == 1
-    assert "term_recall" not in score(rows[2:], terms=terms, num_resamples=0)["asr"], "none in the references"
+    assert "term_recall" not in score(rows[2:], terms=terms, num_resamples=0)["asr"], "no term in the references"
     path.write_text("# none\n", encoding="utf-8")
-    for wrong in (path, tmp_path / "nowhere"):
+    for bad_path in (path, tmp_path / "nowhere"):
         with pytest.raises(RunError, match=r"terms.txt: no term|nowhere: cannot read"):
-            read_terms(wrong)
+            read_terms(bad_path)
 
 
 def test_english_spelling(tmp_path: Path):
@@ -251,12 +252,12 @@ ANY = st.text(
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.sampled_from(list(TASKS)), ANY, ANY, st.sampled_from(["", "ko", "en", "fr"])), max_size=6))
-def test_any_texts_give_finite_numbers(rows: list[tuple[str, str, str, str]]):
+def test_metrics_of_any_texts_are_finite(rows: list[tuple[str, str, str, str]]):
     rows = [("asr", "네", "네", "ko"), *rows]
-    found = score(
+    metrics = score(
         [dict(zip(("task", "reference", "prediction", "language"), row, strict=True)) for row in rows], num_resamples=20
     )
-    assert json.dumps(found, allow_nan=False)
+    assert json.dumps(metrics, allow_nan=False)
     for row in rows:
         for task, text, _, language in (row, (row[0], unicodedata.normalize("NFD", row[1]), row[2], row[3])):
             same = {"task": task, "reference": text, "prediction": row[1], "language": language}
@@ -264,15 +265,15 @@ def test_any_texts_give_finite_numbers(rows: list[tuple[str, str, str, str]]):
             assert entry["exact_match"]["value"] == 1 and entry.get("cer_nospace", {"value": 0})["value"] == 0
 
 
-def test_long_texts_are_quick():
+def test_long_texts_are_fast():
     text = "가나다라마 바사아자 " * 1000
     rows = [{"task": task, "reference": text, "prediction": text[:-5]} for task in TASKS]
     rows.append({"task": "asr", "reference": "네", "prediction": "네 " * 5000})
     rows.append({"task": "asr", "reference": "(70%)/(칠십) " + text, "prediction": "칠십 " + text})
-    began = time.perf_counter()
-    found = score(rows, num_resamples=50)
-    assert found["asr"]["cer_best"]["value"] < found["asr"]["cer_nospace"]["value"]
-    assert found["asr"]["repetition"]["value"] == 1 / 3 and time.perf_counter() - began < 30
+    start_sec = time.perf_counter()
+    asr = score(rows, num_resamples=50)["asr"]
+    assert asr["cer_best"]["value"] < asr["cer_nospace"]["value"]
+    assert asr["repetition"]["value"] == 1 / 3 and time.perf_counter() - start_sec < 30
 
 
 def test_rows_that_cannot_be_scored():
@@ -284,7 +285,7 @@ def test_rows_that_cannot_be_scored():
         score([])
 
 
-def test_the_table_shows_intervals_and_the_figures_over_tasks():
+def test_table_shows_intervals_and_overall_metrics():
     with console.capture() as shown:
         console.print(metrics_table("title", score(MIXED, num_resamples=50)))
     text = shown.get()
@@ -294,7 +295,7 @@ def test_the_table_shows_intervals_and_the_figures_over_tasks():
     assert "0.2500" in shown.get() and "95 %" not in shown.get()
 
 
-def test_scoring_needs_no_torch():
-    """Predictions of any system can be scored on a machine with nothing to run models on."""
+def test_scoring_does_not_import_torch():
+    """Predictions of any system can be scored on a machine without torch."""
     code = "import sys, voxray.evaluation.score as s; s.score([dict(task='asr', reference='a', prediction='a')])"
     subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"], check=True)

@@ -40,7 +40,7 @@ def speech(tmp_path: Path) -> str:
     return write_rows(tmp_path / "asr.jsonl", read_rows(manifest("asr.train"))[:24])
 
 
-def place_of(url: str, folder: Path, max_bytes: int = 10**9) -> RemotePath:
+def make_remote(url: str, folder: Path, max_bytes: int = 10**9) -> RemotePath:
     return remote_path(url, "--features_dir", CacheLimits(str(folder), max_bytes))
 
 
@@ -51,7 +51,7 @@ def cached_bytes(folder: Path) -> int:
 def test_remote_sets_hold_what_local_ones_hold(memory, speech, tmp_path):
     extractor = Extractor(TINY)
     local = featurize([speech], extractor, tmp_path / "f", **EXTRACTOR_OPTIONS)
-    remote = featurize([speech], extractor, place_of(memory, tmp_path / "cache"), **EXTRACTOR_OPTIONS)
+    remote = featurize([speech], extractor, make_remote(memory, tmp_path / "cache"), **EXTRACTOR_OPTIONS)
     assert (remote.num_rows, remote.num_made) == (local.num_rows, 24)
     for path in sorted(local.folders[0].rglob("*.*")):
         inner = str(path.relative_to(local.folders[0]))
@@ -60,21 +60,21 @@ def test_remote_sets_hold_what_local_ones_hold(memory, speech, tmp_path):
     assert here.fingerprint() == there.fingerprint() and here.num_tokens.tolist() == there.num_tokens.tolist()
     for number in (23, 0, 11, 8):
         assert here.row(number).audio.tobytes() == there.row(number).audio.tobytes()
-    again = featurize([speech], extractor, place_of(memory, tmp_path / "cache"), **EXTRACTOR_OPTIONS)
+    again = featurize([speech], extractor, make_remote(memory, tmp_path / "cache"), **EXTRACTOR_OPTIONS)
     assert again.num_made == 0
 
 
 def test_a_remote_set_is_mended_like_a_local_one(memory, speech, tmp_path):
-    place = place_of(memory, tmp_path / "cache")
-    [folder] = featurize([speech], Extractor(TINY), place, **EXTRACTOR_OPTIONS).folders
+    remote_dir = make_remote(memory, tmp_path / "cache")
+    [folder] = featurize([speech], Extractor(TINY), remote_dir, **EXTRACTOR_OPTIONS).folders
     (folder / "shards" / "00001.arrow").unlink()
-    assert featurize([speech], Extractor(TINY), place, **EXTRACTOR_OPTIONS).num_made == 8
+    assert featurize([speech], Extractor(TINY), remote_dir, **EXTRACTOR_OPTIONS).num_made == 8
     shard = folder / "shards" / "00002.arrow"
     shard.write_bytes(shard.read_bytes()[:-9] + b"x" * 9)
-    assert featurize([speech], Extractor(TINY), place, **EXTRACTOR_OPTIONS).num_made == 0, "nobody looked"
+    assert featurize([speech], Extractor(TINY), remote_dir, **EXTRACTOR_OPTIONS).num_made == 0, "nobody looked"
     with pytest.raises(RunError, match=r"00002\.arrow: damaged: .* run featurize --verify"):
         Features([folder]).row(20)
-    assert featurize([speech], Extractor(TINY), place, verify=True, **EXTRACTOR_OPTIONS).num_made == 8
+    assert featurize([speech], Extractor(TINY), remote_dir, verify=True, **EXTRACTOR_OPTIONS).num_made == 8
     assert Features([folder]).row(20).num_samples
 
 
@@ -93,22 +93,22 @@ def test_shards_json_is_a_manifest_with_checksums(speech, tmp_path):
 
 
 def files(folder: Path, memory: str, count: int, size: int, max_bytes: int) -> list[tuple[RemotePath, str]]:
-    place = place_of(memory, folder, max_bytes)
-    found = []
+    remote_dir = make_remote(memory, folder, max_bytes)
+    entries = []
     for number in range(count):
-        path = place / f"{number}.arrow"
+        path = remote_dir / f"{number}.arrow"
         path.write_bytes(bytes([number]) * size)
         (folder.parent / "one").write_bytes(bytes([number]) * size)
-        found.append((path, checksum(folder.parent / "one")))
-    return found
+        entries.append((path, checksum(folder.parent / "one")))
+    return entries
 
 
 def test_the_cache_keeps_what_was_used_last_and_never_more_than_its_budget(memory, tmp_path):
     cache = tmp_path / "cache"
-    made = files(cache, memory, 5, 1000, 3500)
+    uploaded = files(cache, memory, 5, 1000, 3500)
     paths = {}
     for turn, number in enumerate((0, 1, 2, 0, 3, 4)):
-        paths[number] = fetch(*made[number], 1000)
+        paths[number] = fetch(*uploaded[number], 1000)
         os.utime(paths[number], (turn, turn))  # the clock of a test is too coarse
         assert cached_bytes(cache) <= 3500
     assert {number for number, path in paths.items() if path.is_file()} == {0, 3, 4}
@@ -123,7 +123,7 @@ def test_files_that_cannot_be_cached_are_one_line(memory, tmp_path):
         fetch(replace(path, cache=CacheLimits(str(tmp_path / "cache"), 5000)), "0" * 64, 1000)
     assert cached_bytes(tmp_path / "cache") == 0
     with pytest.raises(RunError, match=r"gone\.arrow: cannot be read"):
-        fetch(place_of(memory, tmp_path / "cache") / "gone.arrow", sha256, 1000)
+        fetch(make_remote(memory, tmp_path / "cache") / "gone.arrow", sha256, 1000)
 
 
 def test_what_dead_downloads_left_makes_room(memory, tmp_path):
@@ -140,11 +140,11 @@ def test_what_dead_downloads_left_makes_room(memory, tmp_path):
 
 def test_many_threads_share_a_small_cache(memory, speech, tmp_path):
     """Shards are thrown out and fetched again while others read; every row is right, and the budget holds."""
-    place = place_of(memory, tmp_path / "cache")
-    [folder] = featurize([speech], Extractor(TINY), place, rows_per_shard=2, use_ray=False).folders
+    remote_dir = make_remote(memory, tmp_path / "cache")
+    [folder] = featurize([speech], Extractor(TINY), remote_dir, rows_per_shard=2, use_ray=False).folders
     sizes = [shard["bytes"] for shard in json.loads((folder / "shards.json").read_text())]
     small = replace(folder, cache=CacheLimits(str(tmp_path / "cache"), 3 * max(sizes) + 20_000))
-    wanted = [Features([folder]).row(number).audio.tobytes() for number in range(24)]
+    expected = [Features([folder]).row(number).audio.tobytes() for number in range(24)]
     for path in (tmp_path / "cache").glob("*.arrow"):
         path.unlink()
     peak, stop, faults = [0], threading.Event(), []
@@ -161,7 +161,7 @@ def test_many_threads_share_a_small_cache(memory, speech, tmp_path):
         features._max_open = 1
         for number in range(60):
             number = (number * 7 + offset) % 24
-            if features.row(number).audio.tobytes() != wanted[number]:
+            if features.row(number).audio.tobytes() != expected[number]:
                 faults.append(number)
 
     watcher = threading.Thread(target=look)
@@ -176,18 +176,18 @@ def test_processes_share_a_cache(tmp_path):
     """Two processes fetch the same files at the same time; both get them, and one copy stays."""
     source = tmp_path / "there"
     source.mkdir()
-    found = []
+    entries = []
     for number in range(4):
         (source / f"{number}.arrow").write_bytes(bytes([number]) * 100_000)
-        found.append((f"{number}.arrow", checksum(source / f"{number}.arrow")))
+        entries.append((f"{number}.arrow", checksum(source / f"{number}.arrow")))
     with get_context("spawn").Pool(2) as pool:
-        results = pool.starmap(fetch_all, [(str(source), str(tmp_path / "cache"), found)] * 2)
+        results = pool.starmap(fetch_all, [(str(source), str(tmp_path / "cache"), entries)] * 2)
     assert results == [400_000, 400_000] and cached_bytes(tmp_path / "cache") == 400_000
 
 
-def fetch_all(source: str, cache: str, found: list[tuple[str, str]]) -> int:
-    place = remote_path(f"file://{source}", "--features_dir", CacheLimits(cache, 10**6))
-    return sum(fetch(place / name, sha256, 100_000).stat().st_size for name, sha256 in found)
+def fetch_all(source: str, cache: str, entries: list[tuple[str, str]]) -> int:
+    remote_dir = remote_path(f"file://{source}", "--features_dir", CacheLimits(cache, 10**6))
+    return sum(fetch(remote_dir / name, sha256, 100_000).stat().st_size for name, sha256 in entries)
 
 
 def settings(**changes: Any) -> MultitaskSettings:
@@ -210,9 +210,9 @@ def test_urls_that_cannot_be_used_are_one_line(tmp_path):
 
 
 def test_the_cache_flags_reach_the_cache(tmp_path):
-    asked = settings(features_cache_dir=str(tmp_path / "c"), features_cache_gib=2)
-    place = open_features_dir(asked, "memory://voxray-flags", "", flag="--features_dir")
-    assert isinstance(place, RemotePath) and place.cache == CacheLimits(str(tmp_path / "c"), 2 * 2**30)
+    job_settings = settings(features_cache_dir=str(tmp_path / "c"), features_cache_gib=2)
+    remote_dir = open_features_dir(job_settings, "memory://voxray-flags", "", flag="--features_dir")
+    assert isinstance(remote_dir, RemotePath) and remote_dir.cache == CacheLimits(str(tmp_path / "c"), 2 * 2**30)
 
 
 @pytest.fixture
@@ -240,9 +240,9 @@ def test_jobs_share_features_over_the_network(ftp, speech, tmp_path):
     """featurize writes to a URL from Ray's processes; training in another job finds everything there, and reads it."""
     common = ["--model_id", TINY, "--features_cache_dir", str(tmp_path / "cache"), "--rows_per_shard", "4"]
     began = time.monotonic()
-    made = start("featurize", ["--manifest", speech, "--output_dir", ftp, *common], cwd=tmp_path)
-    assert made.returncode == 0, made.stdout + made.stderr
-    assert "24 of them made now" in made.stdout and ftp in made.stdout
+    featurized = start("featurize", ["--manifest", speech, "--output_dir", ftp, *common], cwd=tmp_path)
+    assert featurized.returncode == 0, featurized.stdout + featurized.stderr
+    assert "24 of them made now" in featurized.stdout and ftp in featurized.stdout
     flags = ["--train_jsonl", speech, "--features_dir", ftp, "--output_dir", str(tmp_path / "run"), "--debug"]
     trained = start("train_multitask", [*flags, "--num_workers", "0", *common], cwd=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr

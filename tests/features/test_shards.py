@@ -59,22 +59,22 @@ def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 def make_set(folder: Path, *parts: list[dict[str, Any]]) -> Path:
     for number, rows in enumerate(parts):
         write_shard(shard_path(folder, number), rows)
-    made = write_index(folder, len(parts))
-    assert made["rows"] == sum(map(len, parts))
-    assert made["index_sha256"] == hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
+    index = write_index(folder, len(parts))
+    assert index["rows"] == sum(map(len, parts))
+    assert index["index_sha256"] == hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
     write_json(folder / "set.json", {"content": folder.name, "store": "mel"})
     return folder
 
 
-def assert_same(found: FeatureRow, row: dict[str, Any]) -> None:
+def assert_same(stored: FeatureRow, row: dict[str, Any]) -> None:
     for name in ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples"):
-        assert getattr(found, name) == row[name], name
-    assert found.prompt_ids.tolist() == row["prompt_ids"] and found.prompt_ids.dtype == np.int32
-    assert found.target_ids.tolist() == row["target_ids"] and found.target_ids.dtype == np.int32
-    assert found.audio.dtype == np.float16 and len(found.audio) == row["num_frames"]
-    assert found.audio.ndim == 2
+        assert getattr(stored, name) == row[name], name
+    assert stored.prompt_ids.tolist() == row["prompt_ids"] and stored.prompt_ids.dtype == np.int32
+    assert stored.target_ids.tolist() == row["target_ids"] and stored.target_ids.dtype == np.int32
+    assert stored.audio.dtype == np.float16 and len(stored.audio) == row["num_frames"]
+    assert stored.audio.ndim == 2
     if row["num_frames"]:
-        assert np.array_equal(found.audio, row["audio"].astype(np.float16))
+        assert np.array_equal(stored.audio, row["audio"].astype(np.float16))
 
 
 @pytest.mark.parametrize("sizes", [(1,), (16,), (17,), (40, 0, 5), (0, 33), (3, 16, 32, 1)])
@@ -118,27 +118,27 @@ def test_several_sets_are_numbered_through(tmp_path: Path):
 def test_rows_are_read_only_views_of_the_mapped_file(tmp_path: Path):
     features = Features([make_set(tmp_path / "set", make_rows(0, 40))])
     before = pa.total_allocated_bytes()
-    kept = [features.row(number) for number in range(40)]
+    stored = [features.row(number) for number in range(40)]
     assert pa.total_allocated_bytes() == before  # Arrow took no memory: the bytes are those of the file
-    assert sum(row.audio.size for row in kept) > 1000
-    for row in kept:
+    assert sum(row.audio.size for row in stored) > 1000
+    for row in stored:
         for array in (row.audio, row.prompt_ids, row.target_ids):
             assert not array.flags.writeable and not array.flags.owndata
     again = features.row(1)
-    assert np.shares_memory(again.audio, kept[1].audio) and np.shares_memory(again.prompt_ids, kept[1].prompt_ids)
+    assert np.shares_memory(again.audio, stored[1].audio) and np.shares_memory(again.prompt_ids, stored[1].prompt_ids)
     with pytest.raises(ValueError, match="read-only"):
-        kept[1].audio[0, 0] = 0
+        stored[1].audio[0, 0] = 0
 
 
 def test_rows_outlive_the_features_that_gave_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rows = make_rows(0, 12)
     monkeypatch.setattr(features_module, "OPEN_SHARDS", 2)
     features = Features([make_set(tmp_path / "set", *([row] for row in rows))])
-    kept = [features.row(number) for number in range(12)]
+    stored_rows = [features.row(number) for number in range(12)]
     assert len(features._open) == 2
     del features
-    for found, row in zip(kept, rows, strict=True):
-        assert_same(found, row)
+    for stored, row in zip(stored_rows, rows, strict=True):
+        assert_same(stored, row)
 
 
 def test_many_threads_read_the_right_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -147,8 +147,8 @@ def test_many_threads_read_the_right_rows(tmp_path: Path, monkeypatch: pytest.Mo
     features = Features([make_set(tmp_path / "set", *(rows[start : start + 20] for start in range(0, 160, 20)))])
     numbers = np.random.default_rng(0).integers(0, 160, 3000).tolist()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(features.row, numbers))
-    for number, row in zip(numbers, found, strict=True):
+        stored = list(pool.map(features.row, numbers))
+    for number, row in zip(numbers, stored, strict=True):
         assert_same(row, rows[number])
 
 
@@ -156,9 +156,9 @@ def test_a_row_that_was_never_stored_equals_the_stored_one(tmp_path: Path):
     rows = make_rows(0, 3)
     features = Features([make_set(tmp_path / "set", rows)])
     for number, row in enumerate(rows):
-        made, stored = FeatureRow.of(row), features.row(number)
-        assert_same(made, row)
-        assert np.array_equal(made.audio, stored.audio) or not row["num_frames"]
+        computed, stored = FeatureRow.from_values(row), features.row(number)
+        assert_same(computed, row)
+        assert np.array_equal(computed.audio, stored.audio) or not row["num_frames"]
 
 
 def test_shards_are_plain_arrow_files(tmp_path: Path):

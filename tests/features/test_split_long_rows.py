@@ -46,11 +46,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_parts_are_as_many_segments_as_fit() -> None:
     times = [(0.0, 1.0, "a"), (1.2, 3.9, "b"), (4.0, 9.0, "c"), (9.5, 10.0, "d"), (10.0, 13.0, "e")]
     sample = Sample("x", TASKS["asr"], "", "a b c d e", "f.wav", "ko", "m:1", 2.0, 0.0, 1, tuple(times))
-    found = split_at_segments(sample, 4.0)
-    assert [(row["id"], row["transcript"]) for row in found] == [("x#1", "a b"), ("x#2", "c"), ("x#3", "d e")]
-    assert [(row["start"], row["duration"]) for row in found] == [(2.0, 3.9), (6.0, 5.0), (11.5, 3.5)]
-    assert found[2]["segments"] == [{"start": 0, "end": 0.5, "text": "d"}, {"start": 0.5, "end": 3.5, "text": "e"}]
-    assert all(row["channel"] == 1 and row["part_of"] == "m:1" and row["language"] == "ko" for row in found)
+    parts = split_at_segments(sample, 4.0)
+    assert [(row["id"], row["transcript"]) for row in parts] == [("x#1", "a b"), ("x#2", "c"), ("x#3", "d e")]
+    assert [(row["start"], row["duration"]) for row in parts] == [(2.0, 3.9), (6.0, 5.0), (11.5, 3.5)]
+    assert parts[2]["segments"] == [{"start": 0, "end": 0.5, "text": "d"}, {"start": 0.5, "end": 3.5, "text": "e"}]
+    assert all(row["channel"] == 1 and row["part_of"] == "m:1" and row["language"] == "ko" for row in parts)
 
 
 def test_only_rows_with_fitting_segments_are_divided(
@@ -71,8 +71,8 @@ def test_an_audit_finds_what_cannot_be_divided(rows: list[dict[str, Any]], tmp_p
     text = read_rows(manifest("tqa.val"))[:1]
     [chunk] = chunks(write_rows(tmp_path / "m.jsonl", [*rows, *text]), 64)
     limits = AuditLimits(QualityLimits(), 0.0, 100.0, 1.0, 448)
-    found = RowMeasurer(limits, FRONT_END).measure_chunk(chunk, 0)
-    reasons = [[reason for reason, _ in row.faults] for row in found]
+    measured = RowMeasurer(limits, FRONT_END).measure_chunk(chunk, 0)
+    reasons = [[reason for reason, _ in row.faults] for row in measured]
     assert reasons == [[], ["audio_too_long"], [], [], ["unsupported_task"]]
 
 

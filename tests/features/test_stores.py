@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY, manifest, read_rows, write_rows
+from helpers.training import train as train_here
 
 from voxray.batches.collate import collate_training
 from voxray.batches.rank import Worker
@@ -21,7 +22,7 @@ from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.models.registry import get_family
-from voxray.recipes import multitask
+from voxray.recipes.training_data import TrainingData
 
 WINDOW_SEC = 4.0  # of the tiny model
 
@@ -30,15 +31,15 @@ WINDOW_SEC = 4.0  # of the tiny model
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Speech and text, and one clip that fills three windows."""
     folder = tmp_path_factory.mktemp("rows")
-    found = [row for task in ("asr", "sqa", "tqa") for row in read_rows(manifest(f"{task}.train"))[:5]]
-    samples = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in found[:5]] * 3)
+    rows = [row for task in ("asr", "sqa", "tqa") for row in read_rows(manifest(f"{task}.train"))[:5]]
+    samples = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in rows[:5]] * 3)
     soundfile.write(folder / "long.wav", samples[: int(16_000 * 2.3 * WINDOW_SEC)], 16_000, subtype="PCM_16")
-    found.append({"audio_path": str(folder / "long.wav"), "transcript": "긴 녹음", "language": "ko"})
-    return write_rows(folder / "m.jsonl", found)
+    rows.append({"audio_path": str(folder / "long.wav"), "transcript": "긴 녹음", "language": "ko"})
+    return write_rows(folder / "m.jsonl", rows)
 
 
-def make(rows: str, folder: Path, **storing: Any) -> Features:
-    report = featurize([rows], Extractor(TINY, FeatureSpec(**storing)), folder, rows_per_shard=6, use_ray=False)
+def make(rows: str, folder: Path, **spec: Any) -> Features:
+    report = featurize([rows], Extractor(TINY, FeatureSpec(**spec)), folder, rows_per_shard=6, use_ray=False)
     assert (report.num_rows, report.num_bad) == (16, 0)
     return Features(report.folders)
 
@@ -48,12 +49,12 @@ def train(features: Features, run_dir: Path, **changes: Any) -> dict[str, list[f
     values |= {"max_steps": 4, "per_device_bsz": 5, "output_dir": str(run_dir), "eval_max_new_tokens": 5}
     run_dir.mkdir()
     settings = MultitaskSettings.model_validate({**values, **changes})
-    data = multitask.TrainingData(features.folders, features.folders)  # type: ignore[arg-type]
-    result = multitask.train(settings, run_dir, data, Worker())
+    data = TrainingData(features.folders, features.folders)  # type: ignore[arg-type]
+    result = train_here(settings, run_dir, data, Worker())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     records = [record for record in records if record["kind"] == "train"]
-    found = {name: [record[name] for record in records] for name in ("loss", "grad_norm")}
-    return found | {"validation": [value for name, value in sorted(result.items()) if "/" in name]}
+    curves = {name: [record[name] for record in records] for name in ("loss", "grad_norm")}
+    return curves | {"validation": [value for name, value in sorted(result.items()) if "/" in name]}
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +74,11 @@ def test_float32_encoder_outputs_train_to_the_last_bit(rows, from_mel, tmp_path)
     ("dtype", "stored", "each", "on_average"), [("bfloat16", "uint16", 1e-3, 3e-4), ("float16",) * 2 + (1e-4, 4e-5)]
 )
 def test_smaller_encoder_outputs_train_nearly_alike(rows, from_mel, tmp_path, dtype, stored, each, on_average):
-    """Steps of five rows of voices that the base never heard; means over more rows come out closer (2e-5 to 4e-5)."""
+    """Steps of five rows of voices unknown to the base model; means over more rows come out closer (2e-5 to 4e-5)."""
     features = make(rows, tmp_path / "f", store="encoder", dtype=dtype)
     assert features.row(15).audio.dtype == stored
-    found = train(features, tmp_path / "run", store="encoder", cache_dtype=dtype)
-    difference = np.abs(np.subtract(found["loss"], from_mel["loss"]))
+    result = train(features, tmp_path / "run", store="encoder", cache_dtype=dtype)
+    difference = np.abs(np.subtract(result["loss"], from_mel["loss"]))
     assert 0 < difference.mean() < on_average and (difference < each).all(), difference
 
 
@@ -87,21 +88,21 @@ def test_a_bfloat16_run_trains_the_same_from_its_own_outputs(rows, tmp_path, mon
     mel_rows, alone = make(rows, tmp_path / "mel"), {"bf16": True, "per_device_bsz": 1}
     mel, mel_alone = train(mel_rows, tmp_path / "a", bf16=True), train(mel_rows, tmp_path / "b", **alone)
     stored = make(rows, tmp_path / "f", store="encoder", bf16=True)
-    found = train(stored, tmp_path / "c", bf16=True, store="encoder")
-    assert (np.abs(np.subtract(mel["loss"], found["loss"])) < 0.02).all()
+    result = train(stored, tmp_path / "c", bf16=True, store="encoder")
+    assert (np.abs(np.subtract(mel["loss"], result["loss"])) < 0.02).all()
     monkeypatch.setattr(extract, "ENCODER_WINDOWS", 1)
     stored = make(rows, tmp_path / "g", store="encoder", bf16=True)
-    found = train(stored, tmp_path / "d", store="encoder", **alone)
-    assert found["loss"] == mel_alone["loss"], "in batches of one window, to the last bit"
+    result = train(stored, tmp_path / "d", store="encoder", **alone)
+    assert result["loss"] == mel_alone["loss"], "in batches of one window, to the last bit"
 
 
 def test_stored_samples_are_the_clips_and_train_alike(rows, from_mel, tmp_path):
     features = make(rows, tmp_path / "f", store="pcm16")
     row = features.row(15)
-    wanted, _ = soundfile.read(read_rows(rows)[15]["audio_path"], dtype="int16")
-    assert row.audio.dtype == np.int16 and np.array_equal(row.audio, wanted)
-    found = train(features, tmp_path / "run", store="pcm16")
-    assert np.allclose(found["loss"], from_mel["loss"], rtol=0, atol=1e-3)
+    expected, _ = soundfile.read(read_rows(rows)[15]["audio_path"], dtype="int16")
+    assert row.audio.dtype == np.int16 and np.array_equal(row.audio, expected)
+    result = train(features, tmp_path / "run", store="pcm16")
+    assert np.allclose(result["loss"], from_mel["loss"], rtol=0, atol=1e-3)
 
 
 def test_stores_do_not_mix(rows, tmp_path):
@@ -173,13 +174,13 @@ def test_the_budget_holds_although_headers_lie(rows, tmp_path, monkeypatch):
 
     monkeypatch.setattr(estimate, "header_seconds", lambda path: 0.1)
     extractor = Extractor(TINY, FeatureSpec("encoder"))
-    wanted: list[int] = []
-    options: dict[str, Any] = {"rows_per_shard": 6, "use_ray": False, "on_estimate": wanted.append}
+    estimates: list[int] = []
+    options: dict[str, Any] = {"rows_per_shard": 6, "use_ray": False, "on_estimate": estimates.append}
     featurize([rows], extractor, tmp_path / "ample", **options)
     with pytest.raises(RunError, match="seemed to need"):
-        featurize([rows], extractor, tmp_path / "tight", max_bytes=wanted[0], **options)
+        featurize([rows], extractor, tmp_path / "tight", max_bytes=estimates[0], **options)
     written = sum(path.stat().st_size for path in (tmp_path / "tight").rglob("*.arrow"))
-    assert written <= wanted[0]
+    assert written <= estimates[0]
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(rows, tmp_path, monkeypatch):

@@ -63,8 +63,8 @@ def test_variants_are_those_of_the_augmentation(features, extractor, speech):
     line = read_rows(speech)[1]
     samples, _ = soundfile.read(line["audio_path"], dtype="float32")
     key = f"{hashlib.sha256(Path(line['audio_path']).read_bytes()).hexdigest()}:0.0"
-    heard = augment(samples, 16_000, 2, key, WAVEFORM)
-    mel = extractor.front_end.features(heard).mel_KF.astype(np.float16)
+    signal = augment(samples, 16_000, 2, key, WAVEFORM)
+    mel = extractor.front_end.features(signal).mel_KF.astype(np.float16)
     assert np.array_equal(features.row(6).audio, mel)
 
 
@@ -84,7 +84,7 @@ def test_variants_show_in_the_key_and_plain_manifests_have_none(speech, extracto
 def plan_of(features: Features, seed: int = 0, **changes: Any) -> Plan:
     rows, _ = features.within(changes.pop("max_len", 10_000))
     variants = Variants(rows, features.sample[rows], seed)
-    batching = Batching("fixed", pack_size=2)
+    batching = Batching("fixed", microbatch_size=2)
     task, weights = features.task[variants.first], changes.get("weights")
     return Plan(task, variants.first, weights, seed, batching, 2, False, variants)
 
@@ -107,37 +107,49 @@ def test_an_epoch_takes_one_variant_of_every_sample(features):
 def test_the_draw_depends_on_no_worker(features):
     plan = plan_of(features, weights={"asr": 2.0, "tqa": 1.0})
     for step in range(6):
-        whole = [row for pack in plan.step_packs(step) if not pack.is_filler for row in pack.rows.tolist()]
+        whole = [
+            row
+            for microbatch in plan.step_microbatches(step)
+            if not microbatch.is_filler
+            for row in microbatch.rows.tolist()
+        ]
         for world in (1, 2, 3):
-            packs = [pack for rank in range(world) for pack in plan.rank_packs(step, rank, world) if not pack.is_filler]
-            packs.sort(key=lambda pack: pack.number)
-            assert [row for pack in packs for row in pack.rows.tolist()] == whole
+            microbatches = [
+                microbatch
+                for rank in range(world)
+                for microbatch in plan.rank_microbatches(step, rank, world)
+                if not microbatch.is_filler
+            ]
+            microbatches.sort(key=lambda microbatch: microbatch.number)
+            assert [row for microbatch in microbatches for row in microbatch.rows.tolist()] == whole
 
 
 def test_only_variants_within_max_len_are_drawn(features):
     limit = int(features.num_tokens[:4].min())
     rows, lost = features.within(limit)
     assert (features.num_tokens[rows] <= limit).all()
-    kept = set(features.sample[rows].tolist())
-    assert kept | set(features.sample[lost].tolist()) == set(range(9)) and len(lost) == 9 - len(kept)
+    used = set(features.sample[rows].tolist())
+    assert used | set(features.sample[lost].tolist()) == set(range(9)) and len(lost) == 9 - len(used)
     for epoch in range(5):
         assert set(plan_of(features, max_len=limit).epoch_rows(epoch).tolist()) <= set(rows.tolist())
 
 
 def batches(
-    features: Features, extractor: Extractor, how: SpecAugment, threads: int, start: int = 0
+    features: Features, extractor: Extractor, options: SpecAugment, threads: int, start: int = 0
 ) -> dict[int, bytes]:
-    masking = Masking(how, seed=5)
+    masking = Masking(options, seed=5)
     loader = Loader(features, extractor.front_end, plan_of(features), Worker(), threads, masking, pin_memory=False)
     return {
-        step: b"".join(batch["input_features"].numpy().tobytes() for _, batch in packs if "input_features" in batch)
-        for step, packs in loader.steps(start, 8)
+        step: b"".join(
+            batch["input_features"].numpy().tobytes() for _, batch in microbatches if "input_features" in batch
+        )
+        for step, microbatches in loader.steps(start, 8)
     }
 
 
 def test_masks_depend_on_step_and_pack_alone(features, extractor):
-    how = SpecAugment(freq_masks=2, freq_mask_bins=20, time_masks=2, time_mask_share=0.2)
-    inline, ahead, resumed = (batches(features, extractor, how, *rest) for rest in ((0,), (3,), (1, 4)))
+    options = SpecAugment(freq_masks=2, freq_mask_bins=20, time_masks=2, time_mask_share=0.2)
+    inline, ahead, resumed = (batches(features, extractor, options, *rest) for rest in ((0,), (3,), (1, 4)))
     assert inline == ahead and resumed == {step: inline[step] for step in range(4, 8)}
     plain = batches(features, extractor, SpecAugment(), 0)
     assert all(plain[step] != inline[step] for step in plain if plain[step])
@@ -151,8 +163,8 @@ def test_masks_stay_on_valid_frames(features, extractor):
     rng = np.random.default_rng(0)
     from voxray.audio.augment import spec_augment
 
-    how = SpecAugment(freq_masks=3, freq_mask_bins=60, time_masks=3, time_mask_share=1.0)
-    masked = collate_training([row], extractor.front_end, lambda mel: spec_augment(mel, how, rng))["input_features"]
+    options = SpecAugment(freq_masks=3, freq_mask_bins=60, time_masks=3, time_mask_share=1.0)
+    masked = collate_training([row], extractor.front_end, lambda mel: spec_augment(mel, options, rng))["input_features"]
     plain = collate_training([row], extractor.front_end)["input_features"]
     changed = (masked != plain).any(dim=1).reshape(-1)
     assert changed[: len(row.audio)].any() and not changed[len(row.audio) :].any()
@@ -166,7 +178,7 @@ def test_flags_become_variants(tmp_path, capsys):
     for name in ("noise", "rooms"):
         (tmp_path / name).mkdir()
         soundfile.write(tmp_path / name / "a.wav", np.ones(800, np.float32) / 2, 16_000)
-    asked = settings(
+    job_settings = settings(
         variants=5,
         speeds="0.8,1.2",
         noise_snr="3,9",
@@ -177,8 +189,8 @@ def test_flags_become_variants(tmp_path, capsys):
         variant_seed=4,
     )
     noise, rooms = (str(tmp_path / name / "a.wav") for name in ("noise", "rooms"))
-    wanted = WaveformAugmentation(5, (0.8, 1.2), (3, 9), (noise,), (rooms,), 0.25, 0.75, 4)
-    assert feature_spec(asked, bf16=False).waveform == wanted
+    expected = WaveformAugmentation(5, (0.8, 1.2), (3, 9), (noise,), (rooms,), 0.25, 0.75, 4)
+    assert feature_spec(job_settings, bf16=False).waveform == expected
     assert feature_spec(settings(), bf16=False) == FeatureSpec()
     feature_spec(settings(noise_snr="3,9"), bf16=False)
     assert "warning: --noise_snr has no effect without --variants" in capsys.readouterr().out

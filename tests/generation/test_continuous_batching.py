@@ -1,4 +1,4 @@
-"""Our greedy loop against transformers' own generate, token for token."""
+"""Continuous batching against transformers' ``generate``, token for token."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from voxray.batches.collate import collate_packed, collate_prompts
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
 from voxray.features.reader import FeatureRow, Features
-from voxray.generation import continuous_batching as greedy_module
+from voxray.generation import continuous_batching
 from voxray.generation.continuous_batching import generate_greedy
 from voxray.generation.generate import SamplingParams, generate, generate_texts
 from voxray.models.adapters.lora import add_lora
@@ -26,7 +26,7 @@ LIMIT = 40
 
 @pytest.fixture(scope="module")
 def rows(small, make_features) -> list[FeatureRow]:
-    """Audio and text rows in turn, so that every batch is mixed."""
+    """Audio and text rows alternate, so that every batch has both."""
     features = Features(make_features(*(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))))
     third = len(features) // 3
     return [features.row(number + part * third) for number in range(4) for part in range(3)]
@@ -41,115 +41,115 @@ def load() -> Any:
     return FAMILY.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def library(model: Any, front_end: Any, rows: list[FeatureRow], limit: int = LIMIT) -> list[list[int]]:
-    """Tokens by the library's generate, each row by itself."""
-    found = []
+def library_ids(model: Any, front_end: Any, rows: list[FeatureRow], limit: int = LIMIT) -> list[list[int]]:
+    """Token ids by transformers' ``generate``, one row at a time."""
+    ids_per_row = []
     for row in rows:
         batch = collate_prompts([row], front_end)
         ids = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=11, eos_token_id=2)
         ids = ids[0, batch["input_ids"].shape[1] :].tolist()
-        found.append(ids[: ids.index(2)] if 2 in ids else ids)
-    return found
+        ids_per_row.append(ids[: ids.index(2)] if 2 in ids else ids)
+    return ids_per_row
 
 
-def ours(model: Any, front_end: Any, rows: list[FeatureRow], size: int, limits: list[int] | None = None) -> Any:
+def greedy_ids(model: Any, front_end: Any, rows: list[FeatureRow], size: int, limits: list[int] | None = None) -> Any:
     options = {"batch_size": size, "limits": limits or [LIMIT] * len(rows)}
-    found = list(generate_greedy(model, FAMILY, front_end, rows, **options))
-    assert sorted(answer.number for answer in found) == list(range(len(rows))), "every row once"
-    return [answer.ids for answer in sorted(found, key=lambda answer: answer.number)]
+    completions = sorted(generate_greedy(model, FAMILY, front_end, rows, **options), key=lambda row: row.index)
+    assert [completion.index for completion in completions] == list(range(len(rows))), "every row once"
+    return [completion.ids for completion in completions]
 
 
 @pytest.fixture(scope="module")
-def wanted(rows, front_end) -> list[list[int]]:
-    plain = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
-    found = library(plain, front_end, rows)
-    assert len({len(ids) for ids in found}) > 4, "answers end at different times, or rows would never leave"
-    return found
+def expected(rows, front_end) -> list[list[int]]:
+    model = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
+    ids_per_row = library_ids(model, front_end, rows)
+    assert len({len(ids) for ids in ids_per_row}) > 4, "answers of different lengths, so that rows leave the batch"
+    return ids_per_row
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])
 @pytest.mark.parametrize("share", [0.01, 0.25, 1.0])
-def test_tokens_are_those_of_transformers(rows, front_end, wanted, size, share, monkeypatch) -> None:
-    """Whether a row leaves at once, with others, or when all of its batch are done."""
-    monkeypatch.setattr(greedy_module, "MIN_IDLE_SHARE", share)
-    assert ours(load(), front_end, rows, size) == wanted
-    assert ours(load(), front_end, rows[::-1], size) == wanted[::-1]
+def test_tokens_equal_transformers(rows, front_end, expected, size, share, monkeypatch) -> None:
+    """Whether a finished row leaves at once, together with others, or when the whole batch is finished."""
+    monkeypatch.setattr(continuous_batching, "MIN_IDLE_SHARE", share)
+    assert greedy_ids(load(), front_end, rows, size) == expected
+    assert greedy_ids(load(), front_end, rows[::-1], size) == expected[::-1]
 
 
-def test_rows_leave_and_others_come(rows, front_end, wanted, monkeypatch) -> None:
+def test_waiting_rows_replace_finished_ones(rows, front_end, expected, monkeypatch) -> None:
     sizes: list[int] = []
     step = CausalDecodeState.decode_step
 
-    def counted(state: CausalDecodeState, ids_B: torch.Tensor) -> torch.Tensor:
+    def record_size(state: CausalDecodeState, ids_B: torch.Tensor) -> torch.Tensor:
         sizes.append(len(ids_B))
         return step(state, ids_B)
 
-    monkeypatch.setattr(CausalDecodeState, "decode_step", counted)
-    ours(load(), front_end, rows, 4)
-    needed = sum(map(len, wanted))
-    together = sum(4 * max(map(len, wanted[at : at + 4])) for at in range(0, len(rows), 4))
+    monkeypatch.setattr(CausalDecodeState, "decode_step", record_size)
+    greedy_ids(load(), front_end, rows, 4)
+    num_tokens = sum(map(len, expected))
+    num_static_steps = sum(4 * max(map(len, expected[start : start + 4])) for start in range(0, len(rows), 4))
     assert max(sizes) == 4
-    assert sum(sizes) < 0.5 * (needed + together), "most of what waiting for the longest answer costs is saved"
+    assert sum(sizes) < 0.5 * (num_tokens + num_static_steps), "most of the waste of static batches is saved"
 
 
-def test_a_limit_of_each_row_cuts_its_answer(rows, front_end, wanted) -> None:
+def test_limits_of_rows_and_completions(rows, front_end, expected) -> None:
     limits = [1 + number % 5 for number in range(len(rows))]
-    found = ours(load(), front_end, rows, 4, limits)
-    assert found == [ids[:limit] for ids, limit in zip(wanted, limits, strict=True)]
-    model, search = load(), SamplingParams(max(map(len, wanted)))
-    for place, answer in generate(model, FAMILY, front_end, rows, batch_size=5, search=search):
-        assert answer.text == front_end.decode(wanted[place]).strip()
-        assert answer.num_new_tokens == len(wanted[place]) and answer.sec > 0
-        assert answer.hit_max == (len(wanted[place]) == search.max_new_tokens)
+    ids_per_row = greedy_ids(load(), front_end, rows, 4, limits)
+    assert ids_per_row == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
+    model, sampling = load(), SamplingParams(max(map(len, expected)))
+    for index, completion in generate(model, FAMILY, front_end, rows, batch_size=5, sampling=sampling):
+        assert completion.text == front_end.decode(expected[index]).strip()
+        assert completion.num_new_tokens == len(expected[index]) and completion.sec > 0
+        assert completion.hit_max == (len(expected[index]) == sampling.max_new_tokens)
 
 
-def test_it_works_on_models_that_were_changed(rows, front_end, wanted) -> None:
-    """Packed attention, LoRA, bfloat16 and 4 bits: as generate on the very same model, a row at a time."""
+def test_packed_lora_and_quantized_models(rows, front_end, expected) -> None:
+    """Packed attention, LoRA and 4 bits give the tokens of transformers' ``generate`` on the same model."""
     packed = load()
     with torch.no_grad():
         answer_loss(packed, FAMILY, collate_packed(rows[:3], front_end), 0.0)
-    assert ours(packed, front_end, rows, 4) == wanted
+    assert greedy_ids(packed, front_end, rows, 4) == expected
     torch.manual_seed(0)
     tuned = add_lora(load(), FAMILY, ("projector", "llm"), model_id=TINY, r=4, alpha=64, dropout=0.1).eval()
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
-    theirs = library(tuned, front_end, rows, 12)
-    assert theirs != [ids[:12] for ids in wanted]
-    assert ours(tuned, front_end, rows, 4, [12] * len(rows)) == theirs
-    small = FAMILY.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"), quantize="4bit")
-    theirs = library(small, front_end, rows, 12)
-    assert ours(small, front_end, rows, 4, [12] * len(rows)) == theirs
+    tuned_ids = library_ids(tuned, front_end, rows, 12)
+    assert tuned_ids != [ids[:12] for ids in expected]
+    assert greedy_ids(tuned, front_end, rows, 4, [12] * len(rows)) == tuned_ids
+    quantized = FAMILY.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"), quantize="4bit")
+    quantized_ids = library_ids(quantized, front_end, rows, 12)
+    assert greedy_ids(quantized, front_end, rows, 4, [12] * len(rows)) == quantized_ids
 
 
-def test_stored_encoder_outputs_and_trimmed_audio(small, wanted, rows, front_end, tmp_path) -> None:
-    storing = FeatureSpec("encoder", dtype="float32")
-    folders = featurize([small["asr.train"]], Extractor(TINY, storing), tmp_path, rows_per_shard=8, use_ray=False)
+def test_stored_encoder_outputs_and_trimmed_audio(small, expected, rows, front_end, tmp_path) -> None:
+    spec = FeatureSpec("encoder", dtype="float32")
+    folders = featurize([small["asr.train"]], Extractor(TINY, spec), tmp_path, rows_per_shard=8, use_ray=False)
     features, model = Features(folders.folders), load()
     FAMILY.skip_encoder(model)
     stored = [features.row(number) for number in range(4)]
-    assert ours(model, front_end, stored, 4) == wanted[::3], "the first four ASR rows"
-    trimming, model = FeatureSpec(trim_audio=True), load()
-    folders = featurize([small["asr.train"]], Extractor(TINY, trimming), tmp_path, rows_per_shard=8, use_ray=False)
+    assert greedy_ids(model, front_end, stored, 4) == expected[::3], "the first four ASR rows"
+    spec, model = FeatureSpec(trim_audio=True), load()
+    folders = featurize([small["asr.train"]], Extractor(TINY, spec), tmp_path, rows_per_shard=8, use_ray=False)
     features, trimmed = Features(folders.folders), FAMILY.front_end(TINY, trim_audio=True)
     stored = [features.row(number) for number in range(6)]
-    alone = [ours(model, trimmed, [row], 1)[0] for row in stored]
-    assert ours(model, trimmed, stored, 4) == alone
+    alone = [greedy_ids(model, trimmed, [row], 1)[0] for row in stored]
+    assert greedy_ids(model, trimmed, stored, 4) == alone
     batch = collate_prompts(stored, trimmed)
     options = {"max_new_tokens": LIMIT, "do_sample": False, "pad_token_id": 11, "eos_token_id": 2}
-    theirs = FAMILY.generate(model, batch, **options).tolist()
-    assert [ids[: ids.index(2)] if 2 in ids else ids for ids in theirs] == alone
+    library = FAMILY.generate(model, batch, **options).tolist()
+    assert [ids[: ids.index(2)] if 2 in ids else ids for ids in library] == alone
 
 
-def test_beams_are_those_of_transformers(rows, front_end, wanted) -> None:
-    model, search = load(), SamplingParams(LIMIT, num_beams=3)
-    found = dict(generate(model, FAMILY, front_end, rows[:4], batch_size=4, search=search))
-    plain: Any = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
+def test_beam_search_equals_transformers(rows, front_end, expected) -> None:
+    model, sampling = load(), SamplingParams(LIMIT, num_beams=3)
+    completions = dict(generate(model, FAMILY, front_end, rows[:4], batch_size=4, sampling=sampling))
+    library: Any = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
     texts = []
     for row in rows[:4]:
         batch = collate_prompts([row], front_end)
-        ids = plain.generate(**batch, max_new_tokens=LIMIT, num_beams=3, do_sample=False, eos_token_id=2)
+        ids = library.generate(**batch, max_new_tokens=LIMIT, num_beams=3, do_sample=False, eos_token_id=2)
         texts.append(front_end.decode(ids[0, batch["input_ids"].shape[1] :].tolist()).strip())
-    assert [found[place].text for place in range(4)] == texts
+    assert [completions[index].text for index in range(4)] == texts
     greedy_texts = generate_texts(model, FAMILY, front_end, rows[:4], max_new_tokens=LIMIT)
-    assert greedy_texts == [front_end.decode(ids).strip() for ids in wanted[:4]]
+    assert greedy_texts == [front_end.decode(ids).strip() for ids in expected[:4]]

@@ -1,4 +1,4 @@
-"""Adapters that change what the tiny model answers, made without training."""
+"""Adapters that change the tiny model's answers, built without training."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from voxray.models.voxtral.family import Voxtral
 
 
 def random_adapter(folder: Path, *, seed: int = 1, std: float = 0.03) -> Path:
-    """Write an adapter whose updates are drawn at random; the answers stay words, but other ones."""
+    """Write an adapter with random weights. The answers are still words, but different ones."""
     torch.manual_seed(seed)
     base = Voxtral().load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     model = add_lora(base, Voxtral(), ("projector", "llm"), model_id=TINY, r=4, alpha=64, dropout=0)

@@ -1,4 +1,4 @@
-"""A corpus of broken things: one manifest line each, with what featurize and prepare are to make of it.
+"""A corpus of broken input: one manifest line per case, with the expected outcomes in featurize and prepare.
 
 An outcome is ``row`` or the reason code of a quarantine entry.
 """
@@ -26,7 +26,7 @@ PREPARE_LIMITS = {
     "max_zero_tail_sec": 1e6,
     "min_high_band_db": -160.0,
 }
-"""Limits of prepare under which only what is broken is left out, not what sounds bad."""
+"""Limits of prepare that leave out only broken rows, not rows of bad quality."""
 
 
 class Case(NamedTuple):
@@ -35,7 +35,7 @@ class Case(NamedTuple):
     Attributes:
         name: What is broken.
         line: The line, without its end.
-        featurize, prepare: ``row``, or the reason for which each leaves it out.
+        featurize, prepare: ``row``, or the reason why the job leaves it out.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Case(NamedTuple):
 
 
 def noise(path: Path, sec: float = 0.5, rate: int = RATE, channels: int = 1) -> str:
-    """A clip that no other file name has, so that prepare finds no duplicate."""
+    """Write a clip that depends on its file name, so that prepare finds no duplicates."""
     generator = np.random.default_rng(list(path.name.encode()))
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (max(1, round(sec * rate)), channels)
@@ -54,21 +54,21 @@ def noise(path: Path, sec: float = 0.5, rate: int = RATE, channels: int = 1) -> 
 
 
 def wav_header(num_bytes: int, rate: int = RATE, kind: int = 1, bits: int = 16) -> bytes:
-    """The 44 bytes before mono samples."""
+    """The 44 bytes before the samples of a mono file."""
     form = struct.pack("<HHIIHH", kind, 1, rate, rate * bits // 8, bits // 8, bits)
     sizes = [struct.pack("<I", min(size, 2**32 - 1)) for size in (num_bytes + 36, 16, num_bytes)]
     return b"RIFF" + sizes[0] + b"WAVEfmt " + sizes[1] + form + b"data" + sizes[2]
 
 
 def hole(path: Path, head: bytes, size: int) -> None:
-    """A file that takes no room on the disk, whatever its size."""
+    """Write a sparse file: it takes no disk space, whatever its size."""
     with open(path, "wb") as file:
         file.write(head)
         file.truncate(size)
 
 
 def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
-    """Write the files; {audio_path: outcomes}."""
+    """Write the audio files. Returns {audio_path: outcomes}."""
     (root / "zero_bytes.wav").touch()
     (root / "header_only.wav").write_bytes(wav_header(0))
     (root / "cut_header.wav").write_bytes(wav_header(100)[:30])
@@ -107,7 +107,7 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
     noise(root / "line\nend.wav")
     (root / "sub").mkdir()
     noise(root / "other" / "up.wav")
-    unreadable, missing, kept = ("audio_unreadable",) * 2, ("audio_missing",) * 2, ("row", "row")
+    unreadable, missing, usable = ("audio_unreadable",) * 2, ("audio_missing",) * 2, ("row", "row")
     files = {
         "zero_bytes.wav": unreadable,
         "header_only.wav": ("audio_empty",) * 2,
@@ -121,13 +121,13 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
         "concat.wav": unreadable,
         "nan.wav": ("audio_not_finite",) * 2,
         "infinite.wav": ("audio_not_finite",) * 2,
-        "eight_channels.wav": kept,
-        "4_khz.wav": kept,
-        "one_sample.wav": kept,
+        "eight_channels.wav": usable,
+        "4_khz.wav": usable,
+        "one_sample.wav": usable,
         "three_hours.wav": ("audio_too_long", "too_long"),
-        "claims_gigabytes.wav": kept,  # the size that streaming programs write; what is there is taken
-        "claims_terabytes.w64": kept,
-        "claims_terabytes.flac": kept,
+        "claims_gigabytes.wav": usable,  # the size that streaming programs write; the existing samples are used
+        "claims_terabytes.w64": usable,
+        "claims_terabytes.flac": usable,
         "rate_0.wav": unreadable,
         "rate_1_hz.wav": ("audio_too_long", "too_long"),
         "rate_2_ghz.wav": ("audio_empty", "speaking_rate"),
@@ -143,9 +143,9 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
         "": ("empty_text", "audio_missing"),
         "a\0b.wav": missing,
         "a" * 5000: missing,
-        "음성 파일/가 나.wav": kept,
-        "line\nend.wav": kept,
-        "sub/../other/up.wav": kept,
+        "음성 파일/가 나.wav": usable,
+        "line\nend.wav": usable,
+        "sub/../other/up.wav": usable,
         "http://127.0.0.1:9/a.wav": ("audio_missing", "remote_audio"),
     }
     if os.geteuid():
@@ -155,7 +155,7 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def _w64(claimed: int) -> bytes:
-    """A Sony Wave64 file (sizes of 64 bits) that claims so many bytes and holds a hundred."""
+    """A Sony Wave64 file (64-bit sizes) that claims the given size and has 100 bytes of samples."""
     riff = bytes.fromhex("726966662e91cf11a5d628db04c10000")
     wave, fmt, data = (name + bytes.fromhex("f3acd3118cd100c04f8edb8a") for name in (b"wave", b"fmt ", b"data"))
     form = struct.pack("<HHIIHH", 1, 1, RATE, 2 * RATE, 2, 16)
@@ -168,7 +168,7 @@ def _json(**values: Any) -> bytes:
 
 
 def _text_lines() -> list[Case]:
-    """Lines that are broken before any audio is looked at, and text rows."""
+    """Lines that are broken before any audio is read, and text rows."""
     tqa = b'{"instruction": "%s", "input": "", "output": "o"%s}'
     ten_mib = b"x" * (10 << 20)
     deep = {depth: b"[" * depth + b"]" * depth for depth in (150, 990, 5_000)}
@@ -212,9 +212,9 @@ def _text_lines() -> list[Case]:
 
 
 def _segments(root: Path) -> list[Case]:
-    """Rows whose clip is good, but not what they say of it."""
+    """Rows with a good clip but other values that are wrong."""
     huge = int("9" * 400)
-    told: list[tuple[dict[str, Any], str, str]] = [
+    values_and_outcomes: list[tuple[dict[str, Any], str, str]] = [
         ({"start": -1, "duration": 0.2}, "bad_segment", "bad_segment"),
         ({"start": float("nan")}, "bad_segment", "bad_segment"),
         ({"start": float("inf")}, "bad_segment", "bad_segment"),
@@ -245,18 +245,18 @@ def _segments(root: Path) -> list[Case]:
         ({"language": 3}, "bad_type", "bad_type"),
     ]
     cases = []
-    for number, (values, featurize, prepare) in enumerate(told):
-        row = {"audio_path": noise(root / f"said_{number}.wav"), "transcript": f"말 {number}", **values}
+    for number, (values, featurize, prepare) in enumerate(values_and_outcomes):
+        row = {"audio_path": noise(root / f"row_{number}.wav"), "transcript": f"말 {number}", **values}
         cases.append(Case(f"{str(values)[:60]}", _json(**row), featurize, prepare))
     long = {"audio_path": "three_hours.wav", "transcript": "세 시간 중 이 초", "start": 3600, "duration": 2}
     return [*cases, Case("two seconds of three hours", _json(**long), "row", "row")]
 
 
 def build(root: Path) -> tuple[Path, dict[int, Case]]:
-    """Write the corpus: a manifest with a byte-order mark, both kinds of line ends, blank lines and no end of its own.
+    """Write the corpus: a manifest with a byte-order mark, both kinds of line ends, blank lines, no newline at the end.
 
     Returns:
-        The manifest, and its lines by their numbers.
+        The manifest, and its cases by line number.
     """
     root.mkdir(parents=True, exist_ok=True)
     cases = [
@@ -264,7 +264,7 @@ def build(root: Path) -> tuple[Path, dict[int, Case]]:
         for number, (path, outcomes) in enumerate(_audio_files(root).items())
     ]
     first = _json(audio_path=noise(root / "good.wav"), transcript="네")
-    good = Case("good, behind a byte-order mark", first, "row", "row")
+    good = Case("good, after a byte-order mark", first, "row", "row")
     cases = [good, *cases, *_segments(root), *_text_lines()]
     raw, numbered, number = b"\xef\xbb\xbf", dict[int, Case](), 0
     for index, case in enumerate(cases):

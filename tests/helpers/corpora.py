@@ -1,8 +1,7 @@
-"""Small corpora that the importers' tests write, and how they read them back."""
+"""Write small corpora and read them with the importers."""
 
 import gzip
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault
 
 
 def clip(path: Path) -> str:
-    """A tenth of a second of sound; returns the path as text."""
+    """Write 0.1 s of audio. Returns the path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pcm":
         path.write_bytes(np.zeros(1600, "<i2").tobytes())
@@ -24,7 +23,7 @@ def clip(path: Path) -> str:
 
 
 def lines(path: Path, *rows: str | dict | bytes, bom: bool = False, end: str = "\n", packed: bool = False) -> Path:
-    """Write a text file; dicts become JSON, bytes go in as they are."""
+    """Write a text file. dicts are written as JSON, bytes unchanged."""
     parts = [
         row
         if isinstance(row, bytes)
@@ -38,10 +37,9 @@ def lines(path: Path, *rows: str | dict | bytes, bom: bool = False, end: str = "
 
 
 def read(name: str, path: Path) -> tuple[list[ImportedRow], list[ImportFault]]:
-    """Everything an importer says of a path; what all of it must keep is checked on the way."""
-    found: Iterable[ImportedRow | ImportFault] = IMPORTERS[name].rows(path)
+    """The rows and faults that an importer gives for a path. Properties that all must have are checked."""
     rows, faults = [], []
-    for item in found:
+    for item in IMPORTERS[name](path):
         (rows if isinstance(item, ImportedRow) else faults).append(item)
         assert Path(item.source_file).is_absolute() and item.line >= 1
         if isinstance(item, ImportFault):

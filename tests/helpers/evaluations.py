@@ -1,4 +1,4 @@
-"""Evaluations written by hand, for the tests that compare and explain them."""
+"""Write evaluations for the tests that compare them and report on them."""
 
 import json
 from collections.abc import Sequence
@@ -12,20 +12,21 @@ DEFAULTS = {"task": "asr", "language": "ko", "prompt": "", "num_samples": 16_000
 
 
 def write_evaluation(folder: Path, rows: Sequence[dict[str, Any]], **settings: Any) -> str:
-    """Prediction shards, metrics.json and settings.json as an evaluation leaves them; returns the folder as text.
+    """Write prediction shards, metrics.json and settings.json like an evaluation; returns the folder as text.
 
     Args:
-        rows: Values of each prediction row; ``source`` is made of the row's place where it is not given.
-        settings: What settings.json holds.
+        rows: Values of each prediction row; ``id`` and ``source`` default to the row's number.
+        settings: Content of settings.json.
     """
     (folder / "predictions").mkdir(parents=True)
-    found = [
-        {**DEFAULTS, "id": f"r{at}", "source": f"/data/asr.val.jsonl:{at + 1}", **row} for at, row in enumerate(rows)
+    complete = [
+        {**DEFAULTS, "id": f"r{number}", "source": f"/data/asr.val.jsonl:{number + 1}", **row}
+        for number, row in enumerate(rows)
     ]
-    half = (len(found) + 1) // 2
-    for number, part in enumerate((found[:half], found[half:])):
+    half = (len(complete) + 1) // 2
+    for number, part in enumerate((complete[:half], complete[half:])):
         if part:
             pq.write_table(pa.Table.from_pylist(part), folder / "predictions" / f"part-{number:05d}.parquet")
-    (folder / "metrics.json").write_text(json.dumps({"normalizer": {"ko-v1": len(found)}}))
+    (folder / "metrics.json").write_text(json.dumps({"normalizer": {"ko-v1": len(complete)}}))
     (folder / "settings.json").write_text(json.dumps(settings))
     return str(folder)

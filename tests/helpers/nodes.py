@@ -1,7 +1,7 @@
-"""A Ray cluster of several nodes on this machine: ``ray.cluster_utils.Cluster`` in a process of its own.
+"""A Ray cluster of several nodes on this machine: ``ray.cluster_utils.Cluster`` in a separate process.
 
-It has a folder, a token mode and a mark of its own, so that it and other Rays on the machine never meet. Started as a
-program this file is that process: it takes a line of JSON for every node to add and answers with one.
+It has its own folder, token mode and mark, so it does not interfere with other Ray instances on the machine. Run as a
+program, this file is that process: it reads a line of JSON for every node to add and answers with another.
 """
 
 import json
@@ -22,19 +22,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Node:
-    """One node: its id in Ray, and the process from which all its others come."""
+    """One node: its id in Ray, and its raylet process, the parent of all others."""
 
     id: str
     raylet: int
 
 
 class Nodes:
-    """A head without CPUs, where drivers run, and the nodes that are added to it."""
+    """A head without CPUs, on which drivers run, and the nodes that tests add."""
 
     def __init__(self) -> None:
         from helpers.running import environment
 
-        self.folder, self.mark = tempfile.mkdtemp(prefix="vx", dir="/tmp"), uuid.uuid4().hex  # short: Ray makes sockets
+        self.folder = tempfile.mkdtemp(prefix="vx", dir="/tmp")  # a short path, because Ray creates sockets in it
+        self.mark = uuid.uuid4().hex
         env = {**environment(), "RAY_AUTH_MODE": "disabled", "RAY_TMPDIR": self.folder, "HOME": self.folder}
         env["VOXRAY_TEST_NODES"] = self.mark
         self._log = open(Path(self.folder) / "nodes.log", "wb")  # noqa: SIM115  # open for the life of the process
@@ -55,33 +56,33 @@ class Nodes:
         raise AssertionError((Path(self.folder) / "nodes.log").read_text())
 
     def add(self, **node_args: Any) -> Node:
-        """Add a node, ``num_cpus=1`` for example."""
+        """Add a node, for example with ``num_cpus=1``."""
         return Node(**self._ask(**node_args))
 
     def kill(self, node: Node) -> None:
-        """kill -9 of a node: its raylet and everything below it, at once."""
-        for pid in (node.raylet, *_below(node.raylet)):
+        """Kill a node with SIGKILL: its raylet and all descendants."""
+        for pid in (node.raylet, *_descendants(node.raylet)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def drain(self, node: Node, deadline_sec: int) -> None:
-        """Tell Ray that a node is about to be taken away, as a cloud's spot notice does."""
+        """Tell Ray that a node is about to be taken away, like the notice of a spot machine."""
         command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", self.address]
         command += ["--node-id", node.id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
         command += ["--deadline-remaining-seconds", str(deadline_sec)]
-        done = subprocess.run(command, env={**os.environ, **self.driver_env}, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = subprocess.run(command, env={**os.environ, **self.driver_env}, capture_output=True, text=True)
+        assert process.returncode == 0, process.stdout + process.stderr
 
     def workers(self, title: str = "RayTrainWorker") -> set[int]:
-        """Processes on the nodes that bear a title, such as those that train."""
+        """Processes on the nodes with this title, such as Ray Train's workers."""
         from helpers.running import processes_of
 
-        found = set[int]()
+        pids = set[int]()
         for pid in processes_of(self.mark):
             with suppress(OSError):
                 if title.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.add(pid)
-        return found
+                    pids.add(pid)
+        return pids
 
     def close(self) -> None:
         from helpers.running import end_processes, processes_of
@@ -93,18 +94,17 @@ class Nodes:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _below(pid: int) -> set[int]:
-    """All processes that a process started, and those that these did."""
+def _descendants(pid: int) -> set[int]:
+    """All descendants of a process."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    found, more = set[int](), {pid}
-    while more:
-        more = {child for child, parent in parents.items() if parent in more}
-        found |= more
-    return found
+    pids = {pid}
+    while children := {child for child, parent in parents.items() if parent in pids} - pids:
+        pids |= children
+    return pids - {pid}
 
 
 def serve() -> None:

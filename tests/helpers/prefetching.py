@@ -28,13 +28,13 @@ LARGE = 100_000
 @cache
 def clips(language: str = "ko") -> list[tuple[str, str, bytes]]:
     """(name, sentence, MP3 at 48 kHz) of as many of the assets' clips as ``SIZES`` says."""
-    rows, found = read_rows(str(SPEECH / "asr.val.jsonl"))[: sum(SIZES.values())], []
+    rows, encoded = read_rows(str(SPEECH / "asr.val.jsonl"))[: sum(SIZES.values())], []
     for number, row in enumerate(rows):
         samples, rate_hz = soundfile.read(row["audio_path"], dtype="float32")
         packed = io.BytesIO()
         soundfile.write(packed, soxr.resample(samples, rate_hz, 48_000, quality="HQ"), 48_000, format="MP3")
-        found.append((f"common_voice_{language}_{number}.mp3", row["transcript"], packed.getvalue()))
-    return found
+        encoded.append((f"common_voice_{language}_{number}.mp3", row["transcript"], packed.getvalue()))
+    return encoded
 
 
 def table(rows: Sequence[tuple[str, str, bytes]], split: str, locale: str = "ko") -> str:
@@ -48,10 +48,10 @@ def table(rows: Sequence[tuple[str, str, bytes]], split: str, locale: str = "ko"
 
 def by_split(rows: list[tuple[str, str, bytes]]) -> dict[str, list[tuple[str, str, bytes]]]:
     """The clips of every split."""
-    ends, start, found = dict(SIZES), 0, {}
-    for split, size in ends.items():
-        found[split], start = rows[start : start + size], start + size
-    return found
+    splits, start = {}, 0
+    for split, size in SIZES.items():
+        splits[split], start = rows[start : start + size], start + size
+    return splits
 
 
 def release(folder: Path, language: str = "ko") -> Path:
@@ -105,7 +105,7 @@ class HubServer(ThreadingHTTPServer):
 
     Attributes:
         requests: (method, path, Range, Authorization) of everything asked.
-        stop_after: {end of a path: bytes after which sending it stops until ``going_on`` is set}.
+        stop_after: {end of a path: bytes after which sending it stops until ``resume`` is set}.
         damaged: Ends of paths whose bytes arrive wrong.
     """
 
@@ -117,15 +117,15 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str, str]] = []
         self.stop_after: dict[str, int] = {}
         self.damaged: set[str] = set()
-        self.going_on = threading.Event()
+        self.resume = threading.Event()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def asked_for(self, end: str) -> list[str]:
+    def downloads(self, end: str) -> list[str]:
         """The Range of every download of a file whose path ends so."""
-        return [place for method, path, place, _ in self.requests if method == "GET" and path.endswith(end)]
+        return [byte_range for method, path, byte_range, _ in self.requests if method == "GET" and path.endswith(end)]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -178,11 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
         if any(path.endswith(end) for end in self.server.damaged):
             raw = raw[:-1] + bytes([raw[-1] ^ 1])
         start, extra = 0, {}
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").partition("-")[0])
+        if range_header := self.headers.get("Range"):
+            start = int(range_header.removeprefix("bytes=").partition("-")[0])
             extra = {"Content-Range": f"bytes {start}-{len(raw) - 1}/{len(raw)}"}
         stop = next((at for end, at in self.server.stop_after.items() if path.endswith(end)), None)
-        self._send(raw[start:], status=206 if asked else 200, stop=stop, **extra, **{"X-Repo-Commit": COMMIT})
+        self._send(raw[start:], status=206 if range_header else 200, stop=stop, **extra, **{"X-Repo-Commit": COMMIT})
 
     def _send(self, raw: bytes, *, status: int = 200, stop: int | None = None, **headers: str) -> None:
         self.send_response(status)
@@ -194,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(raw[:stop])
         if stop is not None:
             self.wfile.flush()
-            self.server.going_on.wait(60)
+            self.server.resume.wait(60)
             self.close_connection = True
 
 
@@ -207,5 +207,5 @@ def serving(folder: Path) -> Iterator[HubServer]:
         try:
             yield server
         finally:
-            server.going_on.set()
+            server.resume.set()
             server.shutdown()

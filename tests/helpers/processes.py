@@ -1,5 +1,6 @@
-"""Runs a recipe in several processes over gloo, without Ray."""
+"""Train in several processes over gloo, without Ray."""
 
+import itertools
 import multiprocessing
 import shutil
 import sys
@@ -17,10 +18,10 @@ import torch.multiprocessing as mp
 from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.features.reader import FeatureRow, Features
-from voxray.recipes import run_stage as stage
-from voxray.recipes.registry import RECIPES
+from voxray.recipes import run_stage
+from voxray.recipes.registry import RunContext
 from voxray.recipes.training_data import TrainingData
-from voxray.training import loss_scaling as guard
+from voxray.training import loss_scaling
 from voxray.training.loop import StopSignals, TrainState
 from voxray.training.records import read_metrics
 
@@ -30,29 +31,29 @@ class Job:
     """One run.
 
     Attributes:
-        first_scale: Loss scale that a float16 run begins with.
+        first_scale: Initial loss scale of a float16 run.
         poisoned: Rows whose audio is read as NaN.
-        stop_after: Ask the run to stop after so many steps; 0 lets it end.
-        after: Checkpoint of another run that this one goes on from.
-        look: Called on every worker with what was trained, at the end.
+        stop_after: Stop the run after this many steps; 0 does not stop it.
+        after: Checkpoint of another run to resume from.
+        inspect: Called on every worker with the settings and the trained state, at the end.
     """
 
     settings: TrainSettings
     data: TrainingData
-    first_scale: float = guard.FIRST_SCALE
+    first_scale: float = loss_scaling.FIRST_SCALE
     poisoned: Sequence[int] = ()
     stop_after: int = 0
     after: Path | None = None
-    look: Callable[[TrainSettings, TrainState], None] | None = None
+    inspect: Callable[[TrainSettings, TrainState], None] | None = None
 
 
-def run(settings: TrainSettings, data: TrainingData, num_workers: int = 1, **trouble: Any) -> list[dict[str, Any]]:
-    """Train in ``settings.output_dir`` and return the training records of metrics.jsonl; ``trouble`` as in ``Job``."""
-    return run_all([Job(settings, data, **trouble)], num_workers)[0]
+def run(settings: TrainSettings, data: TrainingData, num_workers: int = 1, **options: Any) -> list[dict[str, Any]]:
+    """Train in ``settings.output_dir`` and return the training records of metrics.jsonl; ``options`` as in ``Job``."""
+    return run_all([Job(settings, data, **options)], num_workers)[0]
 
 
 def run_all(jobs: Sequence[Job], num_workers: int) -> list[list[dict[str, Any]]]:
-    """The same for one run after the other in the same processes, whose start takes longer than a short run."""
+    """``run`` for several jobs, in the same processes, because starting processes takes longer than a short run."""
     for job in jobs:
         Path(job.settings.output_dir).mkdir(parents=True, exist_ok=True)
     if num_workers == 1:
@@ -64,7 +65,7 @@ def run_all(jobs: Sequence[Job], num_workers: int) -> list[list[dict[str, Any]]]
         finally:
             torch.set_num_threads(threads)
     else:
-        # Forked from a process that has imported everything once and run nothing: imports take longer than most runs.
+        # processes are forked from one that has imported everything, because imports take longer than most runs
         multiprocessing.set_forkserver_preload(["voxray.commands.train"])
         mp.start_processes(_work, args=(num_workers, jobs), nprocs=num_workers, start_method="forkserver")
     return [read_metrics(Path(job.settings.output_dir), "train") for job in jobs]
@@ -75,12 +76,12 @@ def _work(rank: int, world_size: int, jobs: Sequence[Job]) -> None:
     rendezvous = Path(jobs[0].settings.output_dir) / "rendezvous"
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
     try:
-        asked = False
+        needs_deepspeed = False
         for job in jobs:
             _train(job, Worker(rank, world_size))
             dist.barrier()
-            asked = asked or job.settings.strategy == "deepspeed"
-            assert ("deepspeed" in sys.modules) == asked, "for those alone who ask for it"
+            needs_deepspeed = needs_deepspeed or job.settings.strategy == "deepspeed"
+            assert ("deepspeed" in sys.modules) == needs_deepspeed, "imported only if needed"
     finally:
         dist.destroy_process_group()
         rendezvous.unlink(missing_ok=True)
@@ -92,32 +93,33 @@ def _train(job: Job, worker: Worker) -> None:
         shutil.copytree(job.after, run_dir / "checkpoints" / job.after.name)
     if job.after and worker.world_size > 1:
         dist.barrier()
-    fit = stage.fit
+    fit = run_stage.fit
 
-    def watched(trainee: TrainState, *args: Any) -> int:
-        steps = fit(trainee, *args)
-        if job.look:
-            job.look(job.settings, trainee)
+    def watched(state: TrainState, *args: Any) -> int:
+        steps = fit(state, *args)
+        if job.inspect:
+            job.inspect(job.settings, state)
         return steps
 
-    with _trouble(job), mock.patch.object(stage, "fit", watched):
-        RECIPES[type(job.settings)](job.settings, run_dir, job.data, worker)
+    with _faults(job), mock.patch.object(run_stage, "fit", watched):
+        run_stage.train(RunContext.create(job.settings, run_dir=run_dir, worker=worker), job.data)
 
 
 @contextmanager
-def _trouble(job: Job) -> Iterator[None]:
-    read, steps = Features.row, iter(range(1, 1_000_000))
+def _faults(job: Job) -> Iterator[None]:
+    """Patch the initial loss scale, poisoned rows and the stop after some steps."""
+    read_row, steps = Features.row, itertools.count(1)
 
-    def row(features: Features, number: int) -> FeatureRow:
-        found = read(features, number)
-        return replace(found, audio=found.audio * float("nan")) if number in job.poisoned else found
+    def poisoned_row(features: Features, number: int) -> FeatureRow:
+        row = read_row(features, number)
+        return replace(row, audio=row.audio * float("nan")) if number in job.poisoned else row
 
-    def flags(watch: StopSignals) -> list[float]:
+    def local_votes(signals: StopSignals) -> list[float]:
         return [float(next(steps) == job.stop_after), 0.0]
 
     with (
-        mock.patch.object(Features, "row", row),
-        mock.patch.object(guard, "FIRST_SCALE", job.first_scale),
-        mock.patch.object(StopSignals, "local", flags),
+        mock.patch.object(Features, "row", poisoned_row),
+        mock.patch.object(loss_scaling, "FIRST_SCALE", job.first_scale),
+        mock.patch.object(StopSignals, "local", local_votes),
     ):
         yield

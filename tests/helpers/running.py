@@ -1,4 +1,4 @@
-"""Loading, parsing and starting job scripts, for the tests of this folder."""
+"""Load, parse and start job scripts."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ JOBS = tuple(sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
 
 
 def load_job(job: str) -> ModuleType:
-    """A job's script as a module of its own, so that a test may change what it holds."""
+    """Import a job's script as a new module, which a test may patch."""
     spec = importlib.util.spec_from_file_location(f"job_under_test_{job}", ROOT / "jobs" / f"{job}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -34,7 +34,7 @@ class _Parsed(Exception):
 
 
 def parse_only(job: str, argv: Sequence[str]) -> Any:
-    """Settings that a job's script makes of its arguments, by its own class and demo recipe, without running it."""
+    """Settings that a job's script parses from its arguments, without running the job."""
     module = load_job(job)
     parse = module.parse
 
@@ -44,18 +44,18 @@ def parse_only(job: str, argv: Sequence[str]) -> Any:
     module.parse = stop
     try:
         module.main(list(argv))
-    except _Parsed as found:
-        return found.settings
+    except _Parsed as parsed:
+        return parsed.settings
     raise AssertionError(f"{job} never called parse")
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
     """The job commands in the ``` blocks of a page, as (job, argv).
 
-    Every line in which python is given a script of jobs/ counts, `ray job submit` lines as well. A backslash at the end
-    continues a line; what follows a comment sign, a pipe, a redirection or && is not the job's.
+    Every line that runs python with a script of jobs/ is a command, including `ray job submit` lines. A backslash at
+    its end continues a line. A comment sign, a pipe, a redirection or && ends a command.
     """
-    found = []
+    jobs = []
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             if not re.search(r"\bpython[\d.]*\s+jobs/", line):
@@ -63,26 +63,27 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
             lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
             lexer.whitespace_split = True
             words = list(lexer)
-            place = next(at for at, word in enumerate(words) if word.startswith("jobs/"))
-            end = next((at for at, word in enumerate(words) if at > place and set(word) <= set("|&;<>")), len(words))
-            found.append((Path(words[place]).stem, words[place + 1 : end]))
-    return found
+            start = next(index for index, word in enumerate(words) if word.startswith("jobs/"))
+            operators = [index for index, word in enumerate(words) if set(word) <= set("|&;<>")]
+            end = next((index for index in operators if index > start), len(words))
+            jobs.append((Path(words[start]).stem, words[start + 1 : end]))
+    return jobs
 
 
 def environment() -> dict[str, str]:
     """Environment of a job started as a process: this repository's code, no network, no other cluster."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    quiet = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return {**kept, **quiet, "PYTHONPATH": path}
+    isolated = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited, **isolated, "PYTHONPATH": path}
 
 
 def processes_of(*marks: str) -> set[int]:
-    """Processes that hold one of the marks in their command line or environment, and all below them.
+    """Ids of processes with one of the marks in their command line or environment, and of all their descendants.
 
-    Give every tree that a test starts a mark of its own: then nobody else's process can be among them.
+    Give every process tree that a test starts a unique mark, so that no other process can match.
     """
-    parents, found = {}, set()
+    parents, pids = {}, set()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
@@ -95,47 +96,47 @@ def processes_of(*marks: str) -> set[int]:
         except OSError:
             continue
         if any(mark.encode() in text for mark in marks):
-            found.add(int(folder.name))
-    while below := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= below
-    return found
+            pids.add(int(folder.name))
+    while children := {pid for pid, parent in parents.items() if parent in pids} - pids:
+        pids |= children
+    return pids
 
 
 def alive(pids: Iterable[int]) -> set[int]:
-    """Those of the processes that still run."""
-    found = set()
+    """The processes that still run."""
+    running = set()
     for pid in pids:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-                found.add(pid)
+                running.add(pid)
         except OSError:
             continue
-    return found
+    return running
 
 
 def end_processes(pids: Iterable[int], timeout_sec: float = 30) -> None:
     """Kill processes that a test started, and wait until they are gone."""
     pids, deadline = set(pids), time.monotonic() + timeout_sec
-    while left := alive(pids):
-        assert time.monotonic() < deadline, f"processes {sorted(left)} cannot be killed"
-        for pid in left:
+    while remaining := alive(pids):
+        assert time.monotonic() < deadline, f"processes {sorted(remaining)} cannot be killed"
+        for pid in remaining:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
 
 
 def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a job as a process to its end."""
+    """Run a job as a process and wait for its end."""
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *argv]
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, **options)
 
 
 class Driver:
-    """One start of a job, whose processes can be told from everybody else's and killed.
+    """A running job, whose processes can be identified and killed.
 
     Args:
-        log: File that takes what it prints.
-        more_env: What else stands in its environment.
+        log: File for the output of the job.
+        more_env: Additional environment variables.
     """
 
     def __init__(self, command: list[str], log: Path, more_env: Mapping[str, str] | None = None) -> None:
@@ -146,11 +147,11 @@ class Driver:
         self.process = subprocess.Popen(command, env=env, start_new_session=True, **output)
 
     def processes(self) -> set[int]:
-        """Everything that runs below this start, processes with a group of their own included."""
+        """All processes of the job, including those in other process groups."""
         return processes_of(self.mark)
 
     def kill(self) -> None:
-        """SIGKILL to the whole process group, without any warning."""
+        """Send SIGKILL to the whole process group."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 

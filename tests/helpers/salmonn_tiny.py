@@ -1,5 +1,5 @@
-"""A SALMONN that learns: the tiny Whisper's encoder, the reference's BEATs, the tiny Voxtral's language model, and new
-weights between them."""
+"""A trainable tiny SALMONN: the tiny Whisper's encoder, the reference's BEATs, the tiny Voxtral's language model, and
+new weights between them."""
 
 from pathlib import Path
 
@@ -26,22 +26,22 @@ def write_llm(folder: Path) -> Path:
 
 
 def write_parts(folder: Path) -> dict[str, str]:
-    """What the training job is told instead of a folder, by flag."""
+    """{flag: path} of the parts, as the training job takes them instead of a folder."""
     llm = write_llm(folder / "llm")
     return {"whisper_path": WHISPER, "beats_path": str(REFERENCE / "beats.pt"), "llama_path": str(llm)}
 
 
 def write_tiny(folder: Path, parts: dict[str, str]) -> str:
-    """All of it in one folder, with a Q-Former narrower than BERT."""
-    from voxray.models.salmonn.checkpoint import load_beats_weights, read_beats
+    """Write the whole model into one folder, with a Q-Former narrower than BERT."""
+    from voxray.models.salmonn.compat.checkpoint import load_beats_weights, read_beats
     from voxray.models.salmonn.config import SalmonnConfig, qformer_config
     from voxray.models.salmonn.folder import copy_files, write_folder
     from voxray.models.salmonn.loading import load_llm, load_whisper_encoder
     from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
     torch.manual_seed(0)
-    named = folder / "parts"
-    write_folder(named, whisper=parts["whisper_path"], beats=parts["beats_path"], llm=parts["llama_path"])
+    parts_folder = folder / "parts"
+    write_folder(parts_folder, whisper=parts["whisper_path"], beats=parts["beats_path"], llm=parts["llama_path"])
     encoder, llm = load_whisper_encoder(WHISPER, torch.float32), load_llm(parts["llama_path"], torch.float32)
     beats, weights = read_beats(parts["beats_path"])
     width = encoder.config.d_model + beats.encoder_embed_dim
@@ -56,5 +56,5 @@ def write_tiny(folder: Path, parts: dict[str, str]) -> str:
     load_beats_weights(model.beats, weights, parts["beats_path"])
     whole = folder / "whole"
     model.save_pretrained(whole)
-    copy_files(str(named), whole)
+    copy_files(str(parts_folder), whole)
     return str(whole)

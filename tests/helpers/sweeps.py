@@ -1,4 +1,4 @@
-"""Folders of sweeps as trials leave them, written by hand: for the tests of what is made of them."""
+"""Writes the folders of sweeps as trials write them, for tests of the results."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,13 +20,13 @@ def sweep_settings(folder: Path, *flags: str) -> Any:
 def leave(
     trial: Trial, validations: Sequence[Mapping[str, Any]] = (), *, finished: bool = True, error: str = ""
 ) -> None:
-    """Write what a trial's own process leaves in its folder.
+    """Write the files that a trial's own process writes in its folder.
 
     Args:
-        validations: Metrics by step 10, 20 and so on; None stands for what is no number.
+        validations: Metrics by step 10, 20 and so on; None stands for a value that is not a number.
     """
     trial.folder.mkdir(parents=True, exist_ok=True)
-    records = [{"kind": "validation", "step": 10 * at, **metrics} for at, metrics in enumerate(validations, 1)]
+    records = [{"kind": "validation", "step": 10 * number, **metrics} for number, metrics in enumerate(validations, 1)]
     (trial.folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if error:
         (trial.folder / "error.json").write_text(json.dumps({"message": error, "kind": "RunError"}))
@@ -36,20 +36,20 @@ def leave(
 
 
 def write(
-    folder: Path, number: int, choice: dict, *validations: Mapping[str, Any], repeats: int = 0, **how: Any
+    folder: Path, number: int, choice: dict, *validations: Mapping[str, Any], repeats: int = 0, **fields: Any
 ) -> Trial:
-    """A trial that is over, on disk: done unless ``how`` says another state."""
+    """Write a finished trial to disk; its state is done unless ``fields`` has another."""
     trial = new_trial(folder, number, choice, repeats)
-    leave(trial, validations, finished=how.get("state", "done") == "done")
-    write_trial(Trial(**{**vars(trial), "state": "done", **how}))
+    leave(trial, validations, finished=fields.get("state", "done") == "done")
+    write_trial(Trial(**{**vars(trial), "state": "done", **fields}))
     return trial
 
 
 class Runner:
-    """In the place of Ray Tune: runs a queue's trials one after the other, by a function of their choice.
+    """Stands in for Ray Tune: runs the trials of a queue one after the other.
 
     Args:
-        outcome: Gives a trial's validations, or the text of its error, or None for a process that breaks off.
+        outcome: Function of a trial that returns its validations, its error message, or None for a killed process.
     """
 
     def __init__(self, outcome: Any) -> None:
@@ -57,12 +57,12 @@ class Runner:
 
     def __call__(self, queue: Queue, earlier: Sequence[Trial] | None) -> None:
         self.earlier.append(earlier)
-        while found := queue.next():
-            trial, _ = found
+        while entry := queue.next():
+            trial, _ = entry
             self.ran.append(trial.number)
-            what = self.outcome(trial)
-            if what is not None:
-                leave(
-                    trial, *(((),) if isinstance(what, str) else (what,)), error=what if isinstance(what, str) else ""
-                )
-            queue.end(trial.number, died=what is None)
+            result = self.outcome(trial)
+            if isinstance(result, str):
+                leave(trial, error=result)
+            elif result is not None:
+                leave(trial, result)
+            queue.end(trial.number, died=result is None)

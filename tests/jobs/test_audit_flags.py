@@ -43,13 +43,15 @@ def test_limits(tmp_path: Path, flag: str, samples: Any, value: str, fault: str,
     soundfile.write(tmp_path / "a.wav", samples, RATE)
     manifest = write_rows(tmp_path / "m.jsonl", [{"audio_path": "a.wav", "transcript": "열이 납니다", **row}])
     words = WIDE.split()
-    others = " ".join(word for at in range(0, len(words), 2) for word in words[at : at + 2] if words[at] != f"--{flag}")
+    others = " ".join(
+        word for index in range(0, len(words), 2) for word in words[index : index + 2] if words[index] != f"--{flag}"
+    )
     assert run(tmp_path, f"--input {manifest} {WIDE}")["warnings"] == {}
     assert run(tmp_path, f"--input {manifest} {others} --{flag} {value}")["warnings"] == {fault: 1}
 
 
 def test_outlier_spread_and_max_examples(tmp_path: Path) -> None:
-    """Sixty answers of 40 to 59 characters, and six of 90: far out, or not, by the width that is asked for."""
+    """Sixty answers of 40 to 59 characters and six of 90, which are outliers or not, depending on the spread."""
     rows = [{**TEXT, "output": f"{n:02d}" + "가" * (38 + n % 20)} for n in range(60)]
     rows += [{**TEXT, "output": f"{n} " + "나" * 88} for n in range(6)]
     manifest = write_rows(tmp_path / "m.jsonl", rows)
@@ -61,7 +63,7 @@ def test_outlier_spread_and_max_examples(tmp_path: Path) -> None:
 
 
 def test_files_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read, where it goes, what lengths are counted in, what is too long, and what is compared."""
+    """Inputs, outputs, units of length, the length limit, and the comparison of splits."""
     monkeypatch.chdir(tmp_path)
     first = write_rows(tmp_path / "f.jsonl", [{**TEXT, "output": "하나"}, {**TEXT, "output": "둘"}])
     write_rows(tmp_path / "g.jsonl", [{**TEXT, "output": "둘"}])
@@ -70,14 +72,14 @@ def test_files_and_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         run(tmp_path, line)
     assert reasons(tmp_path / "out", "faults") == ["leak_text"]
     settings = parse_only("audit", f"{line} --output_dir o/a --compare none --fix o/b/clean.jsonl".split())
-    found = run_audit_job(settings, use_ray=False)
-    assert found["faults"] == {"duplicate": 1}
+    figures = run_audit_job(settings, use_ray=False)
+    assert figures["faults"] == {"duplicate": 1}
     assert len((tmp_path / "o" / "b" / "clean.jsonl").read_text().splitlines()) == 2
     names = {path.name for path in (tmp_path / "o" / "a").iterdir()}
     assert names == {"report.html", "characters.png", "audit.json", "faults.jsonl", "warnings.jsonl"}
-    found = run(tmp_path, f"--input {first} --model_id {TINY}")
-    longest = found["all"]["num_tokens"]["max"]
-    assert found["length_unit"] == "tokens" and (tmp_path / "out" / "tokens.png").is_file()
+    figures = run(tmp_path, f"--input {first} --model_id {TINY}")
+    longest = figures["all"]["num_tokens"]["max"]
+    assert figures["length_unit"] == "tokens" and (tmp_path / "out" / "tokens.png").is_file()
     assert run(tmp_path, f"--input {first} --model_id {TINY} --max_len {longest:.0f}")["faults"] == {}
     with pytest.raises(Exception, match="fault"):
         run(tmp_path, f"--input {first} --model_id {TINY} --max_len {longest - 1:.0f}")
@@ -89,8 +91,8 @@ def test_max_len_without_a_model_says_that_it_is_not_checked(
 ) -> None:
     manifest = write_rows(tmp_path / "m.jsonl", [{**TEXT, "output": "하나 둘 셋"}])
     assert run(tmp_path, f"--input {manifest} --max_len 1")["faults"] == {}
-    said = capsys.readouterr().out
-    assert "--max_len is not checked" in said and "lengths are in characters" in said
+    output = capsys.readouterr().out
+    assert "--max_len is not checked" in output and "lengths are in characters" in output
 
 
 def test_same_side_files_are_not_compared_unless_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +113,7 @@ def test_same_side_files_are_not_compared_unless_asked(tmp_path: Path, capsys: p
 def test_actors_and_chunks(
     local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The job itself, by Ray: as many actors and rows at a time as asked for, and the findings of one process."""
+    """The job on Ray: the requested actors and chunks, and the same findings as in one process."""
     import ray
 
     sizes: list[int] = []
@@ -134,7 +136,7 @@ def test_actors_and_chunks(
 
 
 def test_bad_inputs_and_outputs_end_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before Ray starts, in one line, with the status that says whose mistake it is."""
+    """Before Ray starts, in one line, with the exit status of settings (2) or of the run (1)."""
     manifest = write_rows(tmp_path / "m.jsonl", [{**TEXT, "output": "a"}])
     for argv, status, message in (
         (f"--input {tmp_path}/none.jsonl", 1, "none.jsonl: cannot read the manifest"),
@@ -145,8 +147,8 @@ def test_bad_inputs_and_outputs_end_at_once(tmp_path: Path, capsys: pytest.Captu
         ("--max_len 0", 2, "--input"),
     ):
         assert fails(argv) == status
-        said = capsys.readouterr().err
-        assert message in said and "Traceback" not in said
+        output = capsys.readouterr().err
+        assert message in output and "Traceback" not in output
 
 
 def test_old_spellings() -> None:

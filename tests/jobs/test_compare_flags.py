@@ -1,4 +1,4 @@
-"""Flags of compare, each seen at work; the runs as words; refusals in one line."""
+"""Flags of compare and their effects; runs as positional arguments; errors in one line."""
 
 import json
 import re
@@ -19,13 +19,13 @@ REFERENCES = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """Two runs on 16 rows, that differ in most of them."""
     folder = tmp_path_factory.mktemp("runs")
-    texts = {"a": [text[at % 5 :] for at, text in enumerate(REFERENCES)]}
-    texts["b"] = [text[at % 2 :] for at, text in enumerate(REFERENCES)]
-    found = {
+    texts = {"a": [text[index % 5 :] for index, text in enumerate(REFERENCES)]}
+    texts["b"] = [text[index % 2 :] for index, text in enumerate(REFERENCES)]
+    rows = {
         name: [{"reference": one, "prediction": other} for one, other in zip(REFERENCES, answers, strict=True)]
         for name, answers in texts.items()
     }
-    return write_evaluation(folder / "a", found["a"]), write_evaluation(folder / "b", found["b"])
+    return write_evaluation(folder / "a", rows["a"]), write_evaluation(folder / "b", rows["b"])
 
 
 def compare(argv: str) -> None:
@@ -52,8 +52,8 @@ def test_runs_as_words_or_flag(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(runs[0]).parent)
     compare(f"a b --output_dir {tmp_path}/words")
     compare(f"--runs {runs[0]},{runs[1]} --storage_path {tmp_path} --output_dir flag")
-    found = [result(tmp_path / name) for name in ("words", "flag")]
-    assert found[0] == found[1] and [run["folder"] for run in found[0]["runs"]] == list(runs)
+    results = [result(tmp_path / name) for name in ("words", "flag")]
+    assert results[0] == results[1] and [run["folder"] for run in results[0]["runs"]] == list(runs)
     assert (tmp_path / "words" / "comparison.html").is_file()
     compare("a")
     assert {"report.html", "errors.json"} <= {path.name for path in Path(runs[0]).iterdir()}
@@ -66,15 +66,15 @@ def test_runs_as_words_or_flag(runs, tmp_path, monkeypatch):
 
 def test_seed_and_num_resamples(runs, tmp_path):
     """The same draws give the same intervals; many draws give finer p-values than few."""
-    found = {}
+    results = {}
     few = {name: f"--seed {seed} --num_resamples 100" for name, seed in {"a": 1, "b": 1, "c": 2}.items()}
     for name, flags in {**few, "d": "--seed 1 --num_resamples 20000"}.items():
         compare(f"{runs[0]} {runs[1]} --output_dir {tmp_path}/{name} {flags}")
-        found[name] = result(tmp_path / name)
-    differences = {name: entry["tasks"]["asr"]["differences"][0] for name, entry in found.items()}
+        results[name] = result(tmp_path / name)
+    differences = {name: entry["tasks"]["asr"]["differences"][0] for name, entry in results.items()}
     assert differences["a"] == differences["b"]
     assert len({differences[name]["low"] for name in "acd"}) == 3
-    assert (found["c"]["seed"], found["d"]["num_resamples"]) == (2, 20_000)
+    assert (results["c"]["seed"], results["d"]["num_resamples"]) == (2, 20_000)
 
 
 def test_top_and_max_rows(runs, tmp_path):
@@ -95,8 +95,8 @@ def test_top_and_max_rows(runs, tmp_path):
 def test_embed_audio_mib(small, tmp_path):
     lines = [json.loads(line) for line in Path(small["asr.val"]).read_text().splitlines()]
     rows = [
-        {"reference": line["transcript"], "prediction": "x", "source": f"{small['asr.val']}:{at}"}
-        for at, line in enumerate(lines, start=1)
+        {"reference": line["transcript"], "prediction": "x", "source": f"{small['asr.val']}:{index}"}
+        for index, line in enumerate(lines, start=1)
     ]
     run = write_evaluation(tmp_path / "run", rows)
     for flags, beginning in (("", "data:audio/"), ("--embed_audio_mib 0", "file:///")):
@@ -105,15 +105,15 @@ def test_embed_audio_mib(small, tmp_path):
         assert len(clips) == len(rows) and all(clip.startswith(beginning) for clip in clips)
 
 
-def test_demo_compares_what_make_demo_leaves(tmp_path, monkeypatch, capsys):
+def test_demo_compares_the_runs_of_make_demo(tmp_path, monkeypatch, capsys):
     """Without flags: the base and the tuned evaluation of the demo, or how to make them."""
     settings = parse_only("compare", [])
     assert [Path(run).parts[-3:] for run in settings.runs] == [("runs", "demo", "base"), ("runs", "demo", "tuned")]
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load((ROOT / "jobs" / "configs" / "demo_compare.yaml").read_text())
     assert fails(f"--runs {','.join(config['runs'])}") == 1
-    said = capsys.readouterr().err
-    assert "no evaluation there" in said and "`make demo` makes runs/demo/base and runs/demo/tuned" in said
+    error = capsys.readouterr().err
+    assert "no evaluation there" in error and "`make demo` makes runs/demo/base and runs/demo/tuned" in error
 
 
 def test_refusals(runs, tmp_path, capsys):
@@ -127,8 +127,8 @@ def test_refusals(runs, tmp_path, capsys):
         (f"{runs[0]} {runs[1]} --output_dir {runs[0]}/metrics.json/x", 1, "cannot write there"),
     ):
         assert fails(argv) == status
-        said = capsys.readouterr().err
-        assert message in said and "Traceback" not in said
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
 
 
 def test_old_spellings(runs):

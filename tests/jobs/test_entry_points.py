@@ -1,4 +1,4 @@
-"""Job scripts: thin, quick to answer, and their recipes and README commands understood by their own parsers."""
+"""Job scripts are short and fast to start, and their parsers accept the recipes and the README's commands."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ cd voxray && python3.11 jobs/featurize.py --manifest a.jsonl && ls
 
 
 def job_of(config: Path) -> str:
-    """The job that a recipe belongs to, by its name: demo.yaml trains, demo_<job> and <job>_<variant> name theirs."""
+    """The job of a recipe file, by its name: demo.yaml is train_multitask, others are demo_<job> or <job>_<variant>."""
     name = config.stem.removeprefix("demo").removeprefix("_") or "train_multitask"
     name = {"train": "train_multitask"}.get(name, f"train_{name}" if name.startswith("salmonn") else name)
     return max((job for job in JOBS if name == job or name.startswith(f"{job}_")), key=len)
@@ -56,13 +56,13 @@ def test_help_and_refusals_come_before_heavy_imports(job: str) -> None:
         "        print('\\n' + json.dumps([end.code, heavy]))\n"
     )
     command = [sys.executable, "-c", f"import sys; sys.argv[0] = {str(ROOT / 'jobs' / f'{job}.py')!r}\n{program}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    helped, refused = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert helped == [0, []] and refused == [2, []], done.stderr
-    assert f"python jobs/{job}.py" in done.stdout and "output" in done.stdout
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+    helped, refused = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("[")]
+    assert helped == [0, []] and refused == [2, []], process.stderr
+    assert f"python jobs/{job}.py" in process.stdout and "output" in process.stdout
     for name in ("--nonsense", "--seeed", "stray"):
-        assert name in done.stderr, "every fault is named at once"
-    assert "Traceback" not in done.stderr
+        assert name in process.stderr, "every fault is named at once"
+    assert "Traceback" not in process.stderr
 
 
 def test_help_shows_every_flag_with_its_text() -> None:
@@ -142,10 +142,10 @@ def test_bad_settings_are_all_named_at_once(
 ) -> None:
     with pytest.raises(SystemExit) as end:
         load_job(job).main(argv.split())
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     assert end.value.code == 2
     for name in named:
-        assert f"error: {name}" in said
+        assert f"error: {name}" in stderr
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
@@ -172,8 +172,8 @@ def test_commands_are_found_in_a_page() -> None:
 
 def test_every_command_of_the_readme_parses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    found = commands(README.read_text(encoding="utf-8"))
-    assert len(found) >= MIN_README_COMMANDS
-    for job, argv in found:
+    readme_commands = commands(README.read_text(encoding="utf-8"))
+    assert len(readme_commands) >= MIN_README_COMMANDS
+    for job, argv in readme_commands:
         assert job in JOBS, f"README.md runs jobs/{job}.py, which does not exist"
         assert parse_only(job, argv), (job, argv)

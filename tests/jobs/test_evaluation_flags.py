@@ -1,4 +1,4 @@
-"""Flags of evaluate and infer that say how answers are looked for, counted, printed, and scored without a model."""
+"""Flags of evaluate and infer for sampling, perplexity, retries, printing, and scoring without a model."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from voxray.commands import infer
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.core.errors import RunError
 from voxray.evaluation.predictions import read_predictions
-from voxray.generation import continuous_batching as greedy
+from voxray.generation import continuous_batching
 from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,11 +31,11 @@ Evaluate = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
 
 @pytest.fixture
 def evaluate(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> Evaluate:
-    """Run the evaluate job in this process; gives metrics.json and the prediction rows."""
+    """Run the evaluate job in this process; returns metrics.json and the prediction rows."""
 
     def run(**flags: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        usual = {"model_id": TINY, "storage_path": str(tmp_path), "features_dir": "f", "gen_max_new_tokens": 8}
-        settings = {**usual, "val_jsonl": (small["tqa.val"],), **flags}
+        defaults = {"model_id": TINY, "storage_path": str(tmp_path), "features_dir": "f", "gen_max_new_tokens": 8}
+        settings = {**defaults, "val_jsonl": (small["tqa.val"],), **flags}
         folder = job.run_evaluation(EvaluateSettings.model_validate(settings)).output_dir
         return json.loads((folder / "metrics.json").read_text()), read_predictions(folder)
 
@@ -43,24 +43,24 @@ def evaluate(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> Ev
 
 
 def infer_rows(**flags: Any) -> list[dict[str, Any]]:
-    given = {"model_id": TINY, "max_new_tokens": 8, **flags}
-    return infer.run_inference(InferSettings.model_validate(given), manifest("asr.val"))
+    settings = InferSettings.model_validate({"model_id": TINY, "max_new_tokens": 8, **flags})
+    return infer.run_inference(settings, manifest("asr.val"))
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, fails: Callable[[Any], bool]) -> None:
-    """Let the model fail whenever such a row is in its batch."""
-    collate = greedy.collate_prompts
+    """Let the model fail on every batch with a row for which ``fails`` is true."""
+    collate = continuous_batching.collate_prompts
 
-    def collated(rows: Any, front_end: Any) -> Any:
+    def collate_or_fail(rows: Any, front_end: Any) -> Any:
         if any(map(fails, rows)):
             raise RuntimeError("no such\nexpert")
         return collate(rows, front_end)
 
-    monkeypatch.setattr(greedy, "collate_prompts", collated)
+    monkeypatch.setattr(continuous_batching, "collate_prompts", collate_or_fail)
 
 
-def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
-    """Beams and sampling change what evaluate and infer answer; a seed draws the same again."""
+def test_beams_and_sampling(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
+    """Both change the answers of evaluate and infer; the same seed samples the same answers."""
 
     def texts(**flags: Any) -> list[str]:
         return [row["prediction"] for row in evaluate(val_jsonl=(small["sqa.val"],), **flags)[1]]
@@ -70,16 +70,16 @@ def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> No
 
     greedy = texts()
     assert texts(num_beams=4) != greedy
-    drawn = texts(temperature=3.0, seed=1)
-    assert greedy != drawn != texts(temperature=3.0, seed=2)
-    twice = [{**row, "id": name} for row in read_rows(small["sqa.val"])[:1] for name in ("a", "b")]
-    asked = {"jsonl": write_rows(tmp_path / "twice.jsonl", twice), "batch_size": 1, "temperature": 3.0}
-    one, other = infer_rows(**asked)
-    assert one["prediction"] != other["prediction"], "every batch has draws of its own"
-    assert infer_rows(**asked) == [one, other], "and the same ones again"
+    sampled = texts(temperature=3.0, seed=1)
+    assert greedy != sampled != texts(temperature=3.0, seed=2)
+    same_row = [{**row, "id": name} for row in read_rows(small["sqa.val"])[:1] for name in ("a", "b")]
+    flags = {"jsonl": write_rows(tmp_path / "twice.jsonl", same_row), "batch_size": 1, "temperature": 3.0}
+    first, second = infer_rows(**flags)
+    assert first["prediction"] != second["prediction"], "every batch has its own seed"
+    assert infer_rows(**flags) == [first, second], "sampling is reproducible"
     greedy = inferred()
     assert inferred(num_beams=4) != greedy
-    assert inferred(temperature=3.0, seed=1, top_p=1e-6) == greedy, "the likeliest token is all there is to draw"
+    assert inferred(temperature=3.0, seed=1, top_p=1e-6) == greedy, "only the likeliest token can be sampled"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_search(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> No
         ("--score_only p", "--val_jsonl and --score_only: give one of them"),
     ],
 )
-def test_values_that_do_not_go_together(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_conflicting_values(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse_only("evaluate", ["--val_jsonl", "v.jsonl", *line.split()])
     assert end.value.code == 2 and message in capsys.readouterr().err
@@ -107,47 +107,47 @@ def test_something_to_evaluate_is_required(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_models_and_gpus(evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """Both reach the pool (whose arithmetic has its own test), and so does the number of processes."""
+    """Both flags reach the pool (``plan_pool`` has its own test), and so does the number of processes."""
     sessions: list[int] = []
-    given: list[Any] = []
+    pools: list[Any] = []
     monkeypatch.setattr(job, "ray_session", lambda log, processes: sessions.append(processes) or nullcontext())
     real = job.answer_rows
 
     def answer(*args: Any, models: Any, **options: Any) -> None:
-        given.append((models.number, models.gpus_each))
+        pools.append((models.number, models.gpus_each))
         real(*args, models=models, **options)
 
     monkeypatch.setattr(job, "answer_rows", answer)
     evaluate(num_models="1:3", gpus_per_model=0.5)
-    assert given == [("1:3", 0.5)] and sessions == [3]
+    assert pools == [("1:3", 0.5)] and sessions == [3]
     assert "warning: --gpus_per_model has no effect" in capsys.readouterr().out
 
 
 def test_perplexity(evaluate: Evaluate, small: dict[str, str]) -> None:
-    """Of answers if nothing is said, of transcripts too if asked for, and never of ``none``."""
+    """By default only of answers; with ``all`` of transcripts too; with ``none`` of no row."""
     both = (small["tqa.val"], small["asr.val"])
-    for asked, tasks in (({}, {"tqa"}), ({"perplexity": "all"}, {"tqa", "asr"}), ({"perplexity": "none"}, set())):
-        metrics, _ = evaluate(val_jsonl=both, **asked)
+    for flags, tasks in (({}, {"tqa"}), ({"perplexity": "all"}, {"tqa", "asr"}), ({"perplexity": "none"}, set())):
+        metrics, _ = evaluate(val_jsonl=both, **flags)
         assert {task for task in ("tqa", "asr") if "perplexity" in metrics[task]} == tasks
 
 
-def test_rows_that_failed_are_tried_again_when_asked(
+def test_retry_failed(
     evaluate: Evaluate, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         fail_at(patch, lambda row: row.id == "tqa.val.jsonl:2")
-        _, found = evaluate(output_dir="e")
-    said = capsys.readouterr().out
-    assert len(found) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed tries" in said
+        _, rows = evaluate(output_dir="e")
+    output = capsys.readouterr().out
+    assert len(rows) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed tries" in output
     ledger = tmp_path / "e" / "quarantine.jsonl"
     assert len(evaluate(output_dir="e")[1]) == 3 and '"line": 2' in ledger.read_text()
     assert len(evaluate(output_dir="e", retry_failed=True)[1]) == 4 and ledger.read_text() == ""
     assert "1 row(s) left out" in capsys.readouterr().out
-    # other settings: what is there is kept aside, and said to be
+    # with other settings the earlier predictions are moved aside
     assert len(evaluate(output_dir="e", gen_max_new_tokens=1)[1]) == 4
-    said = capsys.readouterr().out
-    assert "4 answer(s) cut off at --gen_max_new_tokens 1" in said
-    assert "these are in predictions-earlier now" in said
+    output = capsys.readouterr().out
+    assert "4 answer(s) cut off at --gen_max_new_tokens 1" in output
+    assert "these are in predictions-earlier now" in output
     load_job("evaluate").main(
         ["--score_only", str(tmp_path / "e" / "predictions-earlier"), "--output_dir", str(tmp_path / "s")]
     )
@@ -195,20 +195,20 @@ LINES = [
     {"id": 10, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 1e300, "snr_db": 1e300},
     {"id": 11, "task": "tqa", "reference": "네", "prediction": "네", "nll": 2.0, "num_tokens": 2.5, "duration": "3"},
 ]
-"""With what JSON can say and a file of texts and numbers cannot hold."""
+"""With values that JSON can express but Parquet columns of text and numbers cannot store."""
 BAD = [
     ('{"id": "b", "task": "asr"', "not JSON"),
     ('["list"]', "a JSON list, not an object"),
     ('{"id": "b", "task": "asr", "reference": "x"}', "there is no prediction"),
     ('{"id": "b", "task": "asr", "prediction": "x"}', "there is no reference"),
-    ('{"id": "b", "task": "asr", "reference": 3, "prediction": "x"}', "reference is no text"),
+    ('{"id": "b", "task": "asr", "reference": 3, "prediction": "x"}', "reference is not text"),
     ('{"id": "b", "task": "sqa", "references": [], "prediction": "x"}', "references is not a list of texts"),
     ('{"id": "b", "task": "mt", "reference": "x", "prediction": "x"}', "task 'mt' is not one of asr, sqa, tqa, aac"),
     ('{"task": "asr", "reference": "x", "prediction": "x"}', "there is no id"),
     ('{"id": "b", "reference": "x", "prediction": "x"}', "there is no task; it is one of asr, sqa, tqa, aac"),
     ('{"id": true, "task": "asr", "reference": "x", "prediction": "x"}', "id is neither text nor a number"),
-    ('{"id": "7", "task": "tqa", "reference": "x", "prediction": "x"}', "id '7' stands in line 7 already"),
-    ('{"id": "a", "task": "asr", "reference": "x", "prediction": "x"}', "id 'a' stands in line 1 already"),
+    ('{"id": "7", "task": "tqa", "reference": "x", "prediction": "x"}', "id '7' is already in line 7"),
+    ('{"id": "a", "task": "asr", "reference": "x", "prediction": "x"}', "id 'a' is already in line 1"),
 ]
 
 
@@ -217,7 +217,7 @@ def score(path: str, output_dir: Path, *flags: str) -> dict[str, Any]:
     return json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
 
 
-def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_only_accepts_rows_of_other_systems(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.jsonl"
     good = "".join(json.dumps(line) + "\r\n\n" for line in LINES)
     path.write_text("\ufeff" + good + "\n".join(text for text, _ in BAD), encoding="utf-8")
@@ -227,13 +227,13 @@ def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureF
     assert metrics["tqa"]["loss"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 1}
     assert metrics["tqa"]["exact_match"]["value"] == pytest.approx(4 / 5)
     assert metrics["slices"]["asr"]["duration"]["10-20 s"]["n"] == 1
-    assert score(str(tmp_path / "o"), tmp_path / "again")["slices"] == metrics["slices"], "all that is known is stored"
+    assert score(str(tmp_path / "o"), tmp_path / "again")["slices"] == metrics["slices"], "all metadata is stored"
     first = 2 * len(LINES) + 1
-    shown = capsys.readouterr()
-    assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in shown.out
-    named = shown.err.splitlines()
-    assert len(named) == len(BAD)
-    for number, (line, (_, message)) in enumerate(zip(named, BAD, strict=True), first):
+    output = capsys.readouterr()
+    assert f"{len(LINES)} rows scored, {len(BAD)} bad line(s) left out" in output.out
+    messages = output.err.splitlines()
+    assert len(messages) == len(BAD)
+    for number, (line, (_, message)) in enumerate(zip(messages, BAD, strict=True), first):
         assert line.startswith(f"{path}:{number}: left out: {message}")
     ledger = [json.loads(line) for line in (tmp_path / "o" / "quarantine.jsonl").read_text().splitlines()]
     assert [entry["line"] for entry in ledger] == list(range(first, first + len(BAD)))
@@ -248,15 +248,15 @@ def test_score_only_takes_anybodys_lines(tmp_path: Path, capsys: pytest.CaptureF
         assert message in capsys.readouterr().err
     path.write_text(good + "x\n" * 99)
     score(str(path), tmp_path / "q")
-    shown = capsys.readouterr()
-    assert len(shown.err.splitlines()) == 21 and "79 more bad lines left out" in shown.err
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 21 and "79 more bad lines left out" in error
     assert len((tmp_path / "q" / "quarantine.jsonl").read_text().splitlines()) == 99
 
 
-def test_score_only_gives_what_the_evaluation_gave(
+def test_score_only_equals_the_evaluation(
     evaluate: Evaluate, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From its folder, from its predictions folder, and from its rows as JSON lines."""
+    """For its folder, its predictions folder, and its rows as JSON Lines."""
     metrics, rows = evaluate(val_jsonl=(small["tqa.val"], small["asr.val"]), output_dir="e")
     assert score(str(tmp_path / "e"), tmp_path / "a") == metrics
     assert score(str(tmp_path / "e" / "predictions"), tmp_path / "b") == metrics
@@ -267,10 +267,12 @@ def test_score_only_gives_what_the_evaluation_gave(
     ledger.write_text("{}\n")
     assert "terms" in score(str(tmp_path / "e"), tmp_path / "e", "--terms", str(terms))
     after = json.loads((tmp_path / "e" / "settings.json").read_text())
-    assert after == before | {"terms": str(terms)} and ledger.read_text() == "{}\n", "what was answered is as it was"
+    assert after == before | {"terms": str(terms)} and ledger.read_text() == "{}\n", "other files are unchanged"
     assert list((tmp_path / "e" / "predictions").glob("made_by.json"))
     score(str(tmp_path / "r.jsonl"), tmp_path / "e")
-    assert not list((tmp_path / "e" / "predictions").glob("made_by.json")), "the evaluation's mark is not on others'"
+    assert not list((tmp_path / "e" / "predictions").glob("made_by.json")), (
+        "rows of others do not count as answers of the evaluation"
+    )
     others = tmp_path / "others"
     others.mkdir()
     pq.write_table(pa.Table.from_pylist([{"id": "a", "task": "asr", "reference": "x"}]), others / "part-0.parquet")
@@ -280,7 +282,7 @@ def test_score_only_gives_what_the_evaluation_gave(
 
 
 def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What they change is in tests/evaluation/test_score.py; here is that the job hands them on."""
+    """The flags reach the scorer. tests/evaluation/test_score.py tests what they do."""
     lines = [
         {"id": "a", "task": "asr", "reference": "the colour of 타이레놀", "prediction": "the color", "language": "en"},
         {"id": "b", "task": "aac", "references": ["a dog barks"], "prediction": "a dog", "nll": 2.0, "num_tokens": 4},
@@ -299,83 +301,83 @@ def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "terms" not in plain and "not available" in plain["not_available"]["aac"]["meteor"]
     assert plain["asr"]["cer_best"]["value"] < plain["asr"]["cer_nospace"]["value"]
     assert plain["aac"]["loss"]["value"] == 0.5
-    found = score(path, tmp_path / "b", "--terms", str(terms), "--english_spelling", str(table))
-    assert found["terms"]["n"] == 1 and found["asr"]["term_recall"]["value"] == 0
-    assert "whisper-en-v1" in found["normalizer"] and found["asr"]["wer"]["value"] < plain["asr"]["wer"]["value"]
-    jars = score(path, tmp_path / "c", "--caption_jars", str(tmp_path))["not_available"]["aac"]["meteor"]
-    assert jars != plain["not_available"]["aac"]["meteor"]
+    metrics = score(path, tmp_path / "b", "--terms", str(terms), "--english_spelling", str(table))
+    assert metrics["terms"]["n"] == 1 and metrics["asr"]["term_recall"]["value"] == 0
+    assert "whisper-en-v1" in metrics["normalizer"] and metrics["asr"]["wer"]["value"] < plain["asr"]["wer"]["value"]
+    reason = score(path, tmp_path / "c", "--caption_jars", str(tmp_path))["not_available"]["aac"]["meteor"]
+    assert reason != plain["not_available"]["aac"]["meteor"]
     with pytest.raises(SystemExit) as end:
         score(path, tmp_path / "d", "--terms", str(tmp_path / "nowhere"))
     assert end.value.code == 1 and "nowhere: cannot read the list of terms" in capsys.readouterr().err
 
 
-def test_score_only_loads_neither_model_nor_ray(tmp_path: Path) -> None:
+def test_score_only_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", LINES[:3])
-    watched = (
+    code = (
         "import sys, runpy; sys.argv = ['evaluate', '--score_only', sys.argv[1], '--output_dir', sys.argv[2]]\n"
         f"runpy.run_path({str(ROOT / 'jobs' / 'evaluate.py')!r}, run_name='__main__')\n"
         "print('LOADED', sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     )
-    command = [sys.executable, "-c", watched, path, str(tmp_path / "o")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=True)
-    assert "LOADED []" in done.stdout
+    command = [sys.executable, "-c", code, path, str(tmp_path / "o")]
+    process = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=True)
+    assert "LOADED []" in process.stdout
 
 
 # infer
 
 
 def test_infer_folder_and_json(tmp_path: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder is answered in the order of names, bad files aside; --json prints lines that can be parsed."""
+    """The files of a folder are answered in the order of their names, without bad ones; --json prints JSON Lines."""
     (tmp_path / "b").mkdir()
     shutil.copyfile(SPEECH / "sample.wav", tmp_path / "b" / "two.wav")
     shutil.copyfile(SPEECH / "sample.wav", tmp_path / "one.wav")
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     (tmp_path / "notes.txt").write_text("no audio")
-    [alone] = infer_rows(audio_path=str(SPEECH / "sample.wav"), language="ko")
-    assert capsys.readouterr().out == alone["prediction"] + "\n"
-    found = infer_rows(audio_path=str(tmp_path), language="ko", batch_size=2, output_path=str(tmp_path / "o.jsonl"))
-    assert [(row["id"], row["prediction"]) for row in found] == [
-        ("b/two.wav", alone["prediction"]),
-        ("one.wav", alone["prediction"]),
+    [single] = infer_rows(audio_path=str(SPEECH / "sample.wav"), language="ko")
+    assert capsys.readouterr().out == single["prediction"] + "\n"
+    rows = infer_rows(audio_path=str(tmp_path), language="ko", batch_size=2, output_path=str(tmp_path / "o.jsonl"))
+    assert [(row["id"], row["prediction"]) for row in rows] == [
+        ("b/two.wav", single["prediction"]),
+        ("one.wav", single["prediction"]),
     ]
-    shown = capsys.readouterr()
-    assert shown.out.splitlines() == [f"{row['id']}\t{row['prediction']}" for row in found]
-    assert f"{tmp_path / 'broken.wav'}: left out: " in shown.err
-    assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == found
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [f"{row['id']}\t{row['prediction']}" for row in rows]
+    assert f"{tmp_path / 'broken.wav'}: left out: " in output.err
+    assert [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()] == rows
     infer_rows(audio_path=str(tmp_path), language="ko", json_lines=True)
-    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == found
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
     rows = infer_rows(jsonl=small["asr.val"], json_lines=True)
-    shown = capsys.readouterr()
-    assert [json.loads(line) for line in shown.out.splitlines()] == rows
+    output = capsys.readouterr()
+    assert [json.loads(line) for line in output.out.splitlines()] == rows
     assert [row["reference"] for row in rows] == [row["transcript"] for row in read_rows(small["asr.val"])]
-    assert all(row["char_ref"] for row in rows) and "cer" in shown.err
+    assert all(row["char_ref"] for row in rows) and "cer" in output.err
     assert parse_only("infer", ["--audio_path", "x.wav", "--json"]).json_lines
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match=r"--audio_path .*empty: no audio file in this folder"):
         infer_rows(audio_path=str(tmp_path / "empty"))
 
 
-def test_infer_goes_on_where_the_model_fails(
+def test_infer_continues_after_failed_rows(
     small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rows that have no answer get a line each; the others are answered as ever, written and scored."""
+    """Every row without an answer has a message; the others are answered, written and scored."""
     out = tmp_path / "made" / "o.jsonl"
-    whole = infer_rows(jsonl=small["asr.val"], json_lines=True, output_path=str(out))
-    assert [json.loads(line) for line in out.read_text().splitlines()] == whole
-    lost = {"asr.val.jsonl:2"}
-    fail_at(monkeypatch, lambda row: row.id in lost)
+    all_rows = infer_rows(jsonl=small["asr.val"], json_lines=True, output_path=str(out))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == all_rows
+    failing = {"asr.val.jsonl:2"}
+    fail_at(monkeypatch, lambda row: row.id in failing)
     capsys.readouterr()
-    line = ["--model_id", TINY, "--max_new_tokens", "8", "--json", "--tf32", "--output_path", str(out)]
+    argv = ["--model_id", TINY, "--max_new_tokens", "8", "--json", "--tf32", "--output_path", str(out)]
     with pytest.raises(SystemExit) as end:
-        load_job("infer").main([*line, "--jsonl", small["asr.val"]])
-    shown = capsys.readouterr()
-    found = [json.loads(text) for text in shown.out.splitlines()]
-    assert found == [row for row in whole if row["id"] not in lost]
-    assert found == [json.loads(text) for text in out.read_text().splitlines()]
-    assert end.value.code == 1 and "cer" in shown.err and "--tf32 has no effect" in shown.err
-    assert f"{small['asr.val']}:2: not answered: RuntimeError: no such expert" in shown.err.splitlines()
-    assert "1 of 4 rows could not be answered" in shown.err.splitlines()[-1]
-    lost |= {row["id"] for row in whole}
+        load_job("infer").main([*argv, "--jsonl", small["asr.val"]])
+    output = capsys.readouterr()
+    rows = [json.loads(text) for text in output.out.splitlines()]
+    assert rows == [row for row in all_rows if row["id"] not in failing]
+    assert rows == [json.loads(text) for text in out.read_text().splitlines()]
+    assert end.value.code == 1 and "cer" in output.err and "--tf32 has no effect" in output.err
+    assert f"{small['asr.val']}:2: not answered: RuntimeError: no such expert" in output.err.splitlines()
+    assert "1 of 4 rows could not be answered" in output.err.splitlines()[-1]
+    failing |= {row["id"] for row in all_rows}
     with pytest.raises(RunError, match=r"asr\.val\.jsonl: nothing could be answered"):
         infer_rows(jsonl=small["asr.val"])
     with pytest.raises(RunError, match=r"--output_dir .*: no adapter here"):
@@ -384,14 +386,13 @@ def test_infer_goes_on_where_the_model_fails(
         infer_rows(jsonl=small["asr.val"], output_path=str(out.parent))
 
 
-def test_infer_takes_a_question_in_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
-    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [asked]), language="ko", max_new_tokens=1)
-    shown = capsys.readouterr()
-    assert "warning: --language has no effect" in shown.out
-    assert "1 answer(s) cut off at --max_new_tokens 1" in shown.err
-    capsys.readouterr()
-    assert infer_rows(question=asked["instruction"], max_new_tokens=1) == [
+def test_infer_answers_a_text_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    question = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
+    [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [question]), language="ko", max_new_tokens=1)
+    output = capsys.readouterr()
+    assert "warning: --language has no effect" in output.out
+    assert "1 answer(s) cut off at --max_new_tokens 1" in output.err
+    assert infer_rows(question=question["instruction"], max_new_tokens=1) == [
         {"id": "--question", "task": "tqa", "prediction": row["prediction"]}
     ]
     assert capsys.readouterr().out == row["prediction"] + "\n"
@@ -405,12 +406,11 @@ def test_infer_takes_a_question_in_text(tmp_path: Path, capsys: pytest.CaptureFi
 
 @pytest.fixture
 def long_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clip of 14.5 s, and a model that takes no more than 8 s."""
+    """A clip of 14.5 s, and a model that takes at most 8 s."""
     monkeypatch.setattr(VoxtralFrontEnd, "max_audio_sec", 8.0)
-    said = [soundfile.read(row["audio_path"], dtype="float32") for row in read_rows(manifest("asr.train"))[:8]]
-    whole = np.concatenate([samples for samples, rate in said if rate == 16_000])
-    whole = np.resize(whole, int(14.5 * 16_000))
-    soundfile.write(tmp_path / "long.wav", whole, 16_000)
+    clips = [soundfile.read(row["audio_path"], dtype="float32") for row in read_rows(manifest("asr.train"))[:8]]
+    samples = np.concatenate([samples for samples, rate in clips if rate == 16_000])
+    soundfile.write(tmp_path / "long.wav", np.resize(samples, int(14.5 * 16_000)), 16_000)
     return tmp_path / "long.wav"
 
 
@@ -422,17 +422,17 @@ def test_long_recordings_are_answered_in_chunks(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One row comes out, with its own reference, and the ledger no longer names it; other tasks stay refused."""
+    """The recording is one row with its reference and not in the ledger; rows of other tasks are refused."""
     rows = [
         {"audio_path": str(long_clip), "transcript": "긴 말", "language": "ko", "id": "long", "speaker": "s"},
         {"audio_path": str(long_clip), "question": "무엇?", "answer": "답", "id": "asked"},
         *read_rows(small["asr.val"])[:2],
     ]
     path = write_rows(tmp_path / "m.jsonl", rows)
-    metrics, found = evaluate(val_jsonl=(path,), output_dir="e")
+    metrics, predictions = evaluate(val_jsonl=(path,), output_dir="e")
     assert metrics["long_audio"] == {"n": 1, "chunks": 3}
     assert metrics["asr"]["cer"]["n"] == 3
-    [row] = [row for row in found if row["id"] == "long"]
+    [row] = [row for row in predictions if row["id"] == "long"]
     assert (row["reference"], row["speaker"], row["dataset"], row["source"]) == ("긴 말", "s", "m", f"{path}:1")
     assert row["num_samples"] == pytest.approx(14.5 * 16_000, abs=16)
 
@@ -441,14 +441,14 @@ def test_long_recordings_are_answered_in_chunks(
 
     assert [(line["id"], line["reason"]) for line in ledger("e")] == [("asked", "audio_too_long")]
     assert "1 recording(s) too long for the model answered in 3 chunks" in capsys.readouterr().out
-    [said] = infer_rows(audio_path=str(long_clip), language="ko")
-    assert said["prediction"] == row["prediction"]
+    [inferred] = infer_rows(audio_path=str(long_clip), language="ko")
+    assert inferred["prediction"] == row["prediction"]
     assert infer_rows(jsonl=write_rows(tmp_path / "n.jsonl", rows[:1]))[0]["num_samples"] == row["num_samples"]
     assert "too long for the model, answered in 3 chunks" in capsys.readouterr().err
     fail_at(monkeypatch, lambda row: row.source.endswith(("long_audio.jsonl:2", "long_audio.jsonl:3")))
-    metrics, found = evaluate(val_jsonl=(path,), output_dir="f")
-    assert "long_audio" not in metrics and "long" not in {row["id"] for row in found}
-    _, lost = ledger("f")
+    metrics, predictions = evaluate(val_jsonl=(path,), output_dir="f")
+    assert "long_audio" not in metrics and "long" not in {row["id"] for row in predictions}
+    _, line = ledger("f")
     reason = {"reason": "not_answered", "message": "chunk 2 of 3: RuntimeError: no such expert"}
-    assert lost == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not what was made of it"
+    assert line == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not a chunk"
     assert "2 row(s) left out in all, listed in quarantine.jsonl; --retry_failed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Exported models: they answer as base and adapter do, anybody can load them, and a wrong one is never written."""
+"""Exported models answer like base and adapter, transformers can load them, and a wrong one is never written."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ CLIP = str(SPEECH / "sample.wav")
 def make_adapter(
     folder: Path, roles: tuple[str, ...] = ("projector", "llm"), seed: int = 0, tuning: str = "lora"
 ) -> Path:
-    """An adapter that changes what the model says."""
+    """An adapter that changes the model's answers."""
     torch.manual_seed(seed)
     base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
     if tuning == "full":
@@ -53,7 +53,7 @@ def run(adapter: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     return run_export(ExportSettings.model_validate(values))
 
 
-def said(**flags: Any) -> str:
+def answer_text(**flags: Any) -> str:
     values = {"audio_path": CLIP, "language": "ko", "max_new_tokens": 16, **flags}
     [answer] = run_inference(InferSettings.model_validate(values), "")
     return answer["prediction"]
@@ -62,8 +62,8 @@ def said(**flags: Any) -> str:
 def test_a_merged_model_answers_as_base_and_adapter(tmp_path):
     adapter = make_adapter(tmp_path / "a")
     report = run(adapter, tmp_path / "e")
-    wanted = said(lora_dir=str(adapter))
-    assert said(model_id=str(tmp_path / "e"), bf16=False) == wanted != said(model_id=TINY)
+    expected = answer_text(lora_dir=str(adapter))
+    assert answer_text(model_id=str(tmp_path / "e"), bf16=False) == expected != answer_text(model_id=TINY)
     assert report["tensors"] == 32 and report["layers_merged"] == 16 and report["difference_merged"] < 1e-4
     stored = json.loads((tmp_path / "e" / "export.json").read_text())
     assert stored == report and stored["versions"]["torch"] and stored["base"] == TINY
@@ -75,7 +75,7 @@ def test_every_kind_of_tuning_can_be_exported(tuning, tmp_path):
     adapter = make_adapter(tmp_path / "a", tuning=tuning)
     report = run(adapter, tmp_path / "e", dtype="float32")
     assert report["difference_on_disk"] < 1e-4
-    assert said(model_id=str(tmp_path / "e")) == said(lora_dir=str(adapter)) != said(model_id=TINY)
+    assert answer_text(model_id=str(tmp_path / "e")) == answer_text(lora_dir=str(adapter)) != answer_text(model_id=TINY)
     if tuning == "full":
         with pytest.raises(SettingsError, match=r"--merge projector: .* holds whole weights"):
             run(adapter, tmp_path / "f", merge="projector")
@@ -96,13 +96,13 @@ def test_transformers_alone_loads_it(tmp_path):
 
 
 def test_only_the_projector_can_be_merged(tmp_path):
-    """The language model's LoRA stands beside the new base, and both together answer as before."""
+    """The language model's LoRA is written next to the new base, and both together answer as before."""
     adapter = make_adapter(tmp_path / "a")
     report = run(adapter, tmp_path / "e", merge="projector")
     assert report["layers_merged"] == 2
     rest = tmp_path / "e" / "adapter"
     assert json.loads((rest / CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "e")
-    assert said(lora_dir=str(rest)) == said(lora_dir=str(adapter)), "the adapter knows its new base"
+    assert answer_text(lora_dir=str(rest)) == answer_text(lora_dir=str(adapter)), "the adapter knows its new base"
     with pytest.raises(RunError, match=r"--merge projector: .* has no part in the projector"):
         run(make_adapter(tmp_path / "llm", ("llm",)), tmp_path / "f", merge="projector")
 
@@ -118,7 +118,7 @@ def test_dtype(dtype, tmp_path):
 
 
 def test_runs_checkpoints_and_bases_are_found(tmp_path):
-    """--lora_dir takes a run folder; --model_id another place of the base."""
+    """--lora_dir accepts a run folder; --model_id overrides the base's path."""
     make_adapter(tmp_path / "run" / "adapter")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -151,7 +151,7 @@ def test_a_relative_output_stands_under_the_storage_path(tmp_path):
 
 
 def test_a_merge_that_goes_wrong_is_not_written(tmp_path, monkeypatch):
-    """One layer's LoRA forgotten: the logits tell, and nothing is left behind."""
+    """If the merge misses one layer's LoRA, the logits differ and no file is left."""
     from peft.tuners.lora import LoraLayer
 
     def forgetful(model: Any, family: Any, roles: Any) -> int:

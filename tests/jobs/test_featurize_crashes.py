@@ -1,4 +1,4 @@
-"""Featurize after a death: of everything at a random moment, and of a process at a row that kills it."""
+"""Featurize after a kill: of all processes at a random moment, and of each process that reads a certain row."""
 
 import json
 import random
@@ -13,7 +13,8 @@ from helpers.running import ROOT, Driver, alive
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, chunks, read_chunk
-from voxray.features.chunk import MAX_ATTEMPTS, WorkItem, attempts
+from voxray.features.chunk import MAX_CRASHES_PER_ROW, WorkItem, crash_log_path, start_sample
+from voxray.features.crash_log import open_crash_log
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
@@ -28,8 +29,8 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_rows(tmp_path_factory.mktemp("m") / "m.jsonl", rows)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Everything of a feature set but when its clips were looked at."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """All files of a feature set, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -57,8 +58,8 @@ class FeaturizeJob:
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_and_started_again_every_row_is_there_once(speech: str, tmp_path: Path, seed: int) -> None:
-    """kill -9 of the driver's group while shards are being written; the second start does the rest and only that."""
+def test_killed_and_restarted_every_row_is_stored_once(speech: str, tmp_path: Path, seed: int) -> None:
+    """kill -9 of the driver's group while shards are being written; the second start makes the rest and only that."""
     [whole] = featurize([speech], Extractor(TINY), tmp_path / "whole", rows_per_shard=2, use_ray=False).folders
     assert isinstance(whole, Path)
     job, target = FeaturizeJob(speech, tmp_path / "job"), random.Random(seed).randrange(5, ROWS // ROWS_PER_SHARD // 2)
@@ -70,7 +71,7 @@ def test_killed_and_started_again_every_row_is_there_once(speech: str, tmp_path:
             time.sleep(0.002)
         left_behind = first.processes()
         first.kill()
-        while alive(left_behind):  # Ray's daemons see that their driver is gone, and end
+        while alive(left_behind):  # Ray's daemons notice that their driver is gone, and exit
             assert time.monotonic() < deadline, job.log.read_text()
             time.sleep(0.2)
     finally:
@@ -82,43 +83,46 @@ def test_killed_and_started_again_every_row_is_there_once(speech: str, tmp_path:
         assert second.process.wait(WAIT_SEC) == 0, job.log.read_text()
     finally:
         second.end()
-    [made] = [path.parent for path in job.folder.glob("*/set.json")]
-    assert files_of(made) == files_of(whole), "not one byte differs from the run that nobody killed"
-    numbers = Features([made])
-    assert sorted(numbers.ids(range(len(numbers)))) == sorted(Features([whole]).ids(range(ROWS - 1)))
-    kept = [path for path, written in survivors.items() if path.stat().st_mtime_ns == written]
-    assert len(kept) >= len(survivors) - 1, "only unfinished shards, and the one with the missing clip, were made again"
+    [folder] = [path.parent for path in job.folder.glob("*/set.json")]
+    assert read_files(folder) == read_files(whole), "not one byte differs from the run that nobody killed"
+    features = Features([folder])
+    assert sorted(features.ids(range(len(features)))) == sorted(Features([whole]).ids(range(ROWS - 1)))
+    same = [path for path, written in survivors.items() if path.stat().st_mtime_ns == written]
+    assert len(same) >= len(survivors) - 1, (
+        "only unfinished shards, and the one with the missing clip, were made again"
+    )
     ledger = [json.loads(line) for line in (job.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in ledger] == [(18, "audio_missing")]
 
 
-def test_rows_that_kill_their_process_are_given_up(tmp_path: Path) -> None:
-    """Two of them in one chunk, each of which ends three processes; the others are never blamed."""
+def test_rows_that_kill_their_process_are_skipped(tmp_path: Path) -> None:
+    """Two of them in one chunk, each of which ends three processes; no other row is blamed."""
     path = write_rows(tmp_path / "m.jsonl", read_rows(manifest("asr.train"))[:8])
     [chunk] = chunks(path, 8)
-    raw, deaths, given_up, gone = chunk.read_bytes(), 0, set(), []
-    for _ in range(2 * MAX_ATTEMPTS + 1):
-        working = attempts(WorkItem(chunk, tmp_path / "f"), raw)
-        gone.append(working)  # or it would be closed when it is collected
-        attempt, given_up = working.__enter__(), set()
+    raw, crashes, skipped, killed = chunk.read_bytes(), 0, set(), []
+    path = crash_log_path(WorkItem(chunk, tmp_path / "f"), raw)
+    for _ in range(2 * MAX_CRASHES_PER_ROW + 1):
+        context = open_crash_log(path, MAX_CRASHES_PER_ROW)
+        killed.append(context)  # or it would be closed when it is collected
+        crash_log, skipped = context.__enter__(), set()
         for number, sample in enumerate(read_chunk(chunk, raw).samples):
             try:
-                attempt(sample)
+                start_sample(sample, crash_log)
             except BadRow as error:
                 assert error.reason == "process_died" and sample.audio_path in error.message
-                given_up.add(number)
+                skipped.add(number)
                 continue
             if number in (2, 5):
-                deaths += 1
-                break  # nothing after this happens in a process that is gone, not even __exit__
+                crashes += 1
+                break  # a killed process runs nothing after this, not even __exit__
         else:
-            working.__exit__(None, None, None)
-    assert given_up == {2, 5} and deaths == 2 * MAX_ATTEMPTS == 6
-    assert not list((tmp_path / "f").rglob(".attempts*")), "and nothing is held against them in the next run"
+            context.__exit__(None, None, None)
+    assert skipped == {2, 5} and crashes == 2 * MAX_CRASHES_PER_ROW == 6
+    assert not list((tmp_path / "f").rglob(".attempts*")), "the next run blames no row"
 
 
 class Poisoned(Extractor):
-    """Ends its process at one row, as a crash in a decoder does; travels to Ray's processes by value."""
+    """Ends its process at one row, as a crash in a decoder does; pickled by value for Ray's processes."""
 
     def _read(self, sample: Sample) -> Any:
         import os
@@ -130,7 +134,7 @@ class Poisoned(Extractor):
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_ray_goes_on_after_a_row_that_kills_its_process(local_ray, by_value, tmp_path: Path) -> None:
+def test_ray_continues_after_a_row_that_kills_its_process(local_ray, by_value, tmp_path: Path) -> None:
     rows = [{**row, "id": f"row{number}"} for number, row in enumerate(read_rows(manifest("asr.train"))[:12])]
     rows[4]["id"] = "poison"
     path = write_rows(tmp_path / "m.jsonl", rows)

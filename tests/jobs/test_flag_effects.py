@@ -120,7 +120,7 @@ PREPARE_LIMITS, PREPARE_RUN = "prepare_flags::limits", "prepare_flags::files_spl
 AUDIT_LIMITS, AUDIT_FILES = "audit_flags::limits", "audit_flags::files_and_model"
 REACHES = "stages::flags_reach_the_recipe"
 HANDED_TO_JOBS = "prefetch::flags_are_handed_on"
-DEMO_MODEL = "answers::flags_decide_how_answers_are_looked_for"
+DEMO_MODEL = "answers::flags_reach_the_model"
 COMPILED = "compiled_audio::flags_reach_the_compiler"
 MEASURED = "efficiency::flags_reach_the_measurement"
 HANDED_ON = "other_flags::quickstart_hands_its_flags_on"
@@ -194,11 +194,11 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "gpus_per_model": "evaluation_flags::models_and_gpus",
-        **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::search"),
+        **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::beams_and_sampling"),
         "perplexity": "evaluation_flags::perplexity",
-        "retry_failed": "evaluation_flags::rows_that_failed_are_tried_again_when_asked",
+        "retry_failed": "evaluation_flags::retry_failed",
         "check_batch_invariance": "evaluation_flags::check_batch_invariance",
-        "score_only": "evaluation_flags::score_only_takes_anybodys_lines",
+        "score_only": "evaluation_flags::score_only_accepts_rows_of_other_systems",
         **dict.fromkeys(
             ("terms", "english_spelling", "caption_jars"), "evaluation_flags::terms_spelling_and_jars score::terms"
         ),
@@ -215,7 +215,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("audio_path", "question", "language"), "other_flags::infer_clip"),
         **dict.fromkeys(("jsonl", "output_path", "batch_size", "preview_rows", "bf16", "fp16", "quantize"), INFER_ROWS),
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
-        **dict.fromkeys(("num_beams", "top_p"), "evaluation_flags::search"),
+        **dict.fromkeys(("num_beams", "top_p"), "evaluation_flags::beams_and_sampling"),
         "json_lines": "evaluation_flags::infer_folder_and_json",
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
@@ -300,9 +300,9 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("batch_sizes", "clip_sec", "audio_path", "task", "question", "language"), MEASURED),
         **dict.fromkeys(("new_tokens", "warmup", "repeats", "seed", "storage_path", "trim_audio_tokens"), MEASURED),
         **dict.fromkeys(("bf16", "fp16", "tf32", "quantize"), MEASURED),
-        "lora_dir": f"efficiency::an_adapter_brings_its_base {SALMONN_BASES}",
+        "lora_dir": f"efficiency::an_adapter_names_its_base {SALMONN_BASES}",
         **dict.fromkeys(SALMONN_PARTS, SALMONN_BASES),
-        "compare": "efficiency::compare_runs_every_variant_in_a_process_of_its_own",
+        "compare": "efficiency::compare_runs_every_variant_in_its_own_process",
         "compiled": "compiled_audio::evaluate_and_efficiency_use_it",
         **dict.fromkeys(("optimization_level", "tensorrt_device"), WARNS),
     },

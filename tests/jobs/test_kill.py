@@ -1,7 +1,6 @@
-"""Kill -9 of a worker, the driver or everything, at random steps, ten times in a row: the end is the same to the bit.
+"""SIGKILL a worker, the driver or everything, at random steps, ten times in a row. The result is the same bit for bit.
 
-Every driver runs in a session of its own and carries a mark in its environment, by which its processes are told from
-everybody else's.
+Every driver runs in its own session, with a mark in its environment that identifies its processes.
 """
 
 import hashlib
@@ -20,17 +19,17 @@ from helpers.running import ROOT, Driver, alive
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 STEPS, SAVE_STEPS, KILLS = 60, 3, 10
-GRACE_SEC = 30  # in which what a killed driver leaves behind has to end by itself
+GRACE_SEC = 30  # within this time, processes that a killed driver left behind have to end
 WAIT_SEC = 300
 KINDS = ("worker", "driver", "everything")
 
 
 @pytest.fixture
 def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[[str, int], Driver]]:
-    """Start the same training in a folder of that name; all of its processes end with the test."""
+    """Start the same training in a folder of this name; all of its processes are killed after the test."""
     drivers: list[Driver] = []
 
-    def begin(name: str, num_workers: int) -> Driver:
+    def start_driver(name: str, num_workers: int) -> Driver:
         line = f"--model_id {TINY} --output_dir {tmp_path / name} --features_dir {tmp_path / 'features'}"
         line += f" --num_workers {num_workers} --max_steps {STEPS} --save_steps {SAVE_STEPS} --seed 3"
         line += " --batching packed --pack_tokens 256 --grad_accum 2 --lora_dropout 0.05 --freq_masks 1 --time_masks 1"
@@ -39,7 +38,7 @@ def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[[str, int]
         drivers.append(Driver(command, tmp_path / f"{name}.log"))
         return drivers[-1]
 
-    yield begin
+    yield start_driver
     for driver in drivers:
         driver.end()
 
@@ -67,28 +66,28 @@ def saved_step(run: Path) -> int:
 
 
 def training_processes(driver: Driver) -> list[int]:
-    """The processes of Ray Train's workers, which bear that name."""
-    found = []
+    """The processes of Ray Train's workers, by their title."""
+    pids = []
     for pid in sorted(alive(driver.processes())):
         try:
             if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+                pids.append(pid)
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_killed_ten_times_it_ends_as_the_uninterrupted_run(
+def test_a_run_killed_ten_times_equals_the_uninterrupted_run(
     start: Callable[[str, int], Driver], tmp_path: Path, num_workers: int
 ) -> None:
-    whole, run, draw = tmp_path / "whole", tmp_path / "killed", random.Random(num_workers)
+    whole, run, rng = tmp_path / "whole", tmp_path / "killed", random.Random(num_workers)
     wait(start("whole", num_workers), tmp_path / "whole.log")
     assert [record["step"] for record in records(whole, "train")] == list(range(1, STEPS + 1))
     driver, left_behind, saved_before = start("killed", num_workers), set[int](), 0
     for number in range(KILLS):
-        kind, began = KINDS[number % len(KINDS)], saved_step(run)
-        target, deadline = began + draw.randint(1, SAVE_STEPS + 2), time.monotonic() + WAIT_SEC
+        kind, start_step = KINDS[number % len(KINDS)], saved_step(run)
+        target, deadline = start_step + rng.randint(1, SAVE_STEPS + 2), time.monotonic() + WAIT_SEC
         resumed = len(records(run, "resume"))
         while last_step(run) < target or (number and len(records(run, "resume")) < min(resumed + 1, number)):
             assert driver.process.poll() is None, (tmp_path / "killed.log").read_text()
@@ -96,21 +95,21 @@ def test_killed_ten_times_it_ends_as_the_uninterrupted_run(
             time.sleep(0.05)
         left_behind |= driver.processes()
         if kind == "worker":
-            os.kill(draw.choice(training_processes(driver)), signal.SIGKILL)
+            os.kill(rng.choice(training_processes(driver)), signal.SIGKILL)
             continue
         if kind == "driver":
             driver.process.kill()
             driver.process.wait()
         driver.kill()
         driver = start("killed", num_workers)
-        assert saved_step(run) >= saved_before, "a checkpoint that was complete stays"
+        assert saved_step(run) >= saved_before, "complete checkpoints survive"
         saved_before = saved_step(run)
     wait(driver, tmp_path / "killed.log")
     assert [record["step"] for record in records(run, "train")] == list(range(1, STEPS + 1)), "every step once"
     resumes = records(run, "resume")
     print([(record["step"], record["repeated_steps"]) for record in resumes])
     assert len(resumes) == KILLS and all(0 <= record["repeated_steps"] <= SAVE_STEPS for record in resumes)
-    assert any(record["repeated_steps"] for record in resumes), "no kill cost a step: the test has shown nothing"
+    assert any(record["repeated_steps"] for record in resumes), "no kill cost a step, so the test shows nothing"
     assert adapter_hash(run) == adapter_hash(whole)
     deadline = time.monotonic() + GRACE_SEC
     while alive(left_behind):

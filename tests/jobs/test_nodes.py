@@ -1,7 +1,7 @@
-"""Jobs on a cluster of several nodes that die, are taken away, and come: what is lost, and how long it takes.
+"""Jobs on a cluster whose nodes die, are taken away, or are added: what is lost, and how long recovery takes.
 
-Each test prints a line of the table in README's operating guide: what was killed, the steps or rows that were repeated,
-and the seconds until work was done again.
+Each test prints a line of the table in README's operating guide: what was killed, the repeated steps or rows, and the
+seconds until the job made progress again.
 """
 
 import json
@@ -36,10 +36,10 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture
 def two(nodes: Nodes) -> Iterator[list[Node]]:
-    """Two nodes with one CPU each, gone after the test."""
-    added = [nodes.add(num_cpus=1) for _ in range(2)]
-    yield added
-    for node in added:
+    """Two nodes with one CPU each, killed after the test."""
+    two_nodes = [nodes.add(num_cpus=1) for _ in range(2)]
+    yield two_nodes
+    for node in two_nodes:
         nodes.kill(node)
 
 
@@ -49,10 +49,10 @@ def features(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def planned(
+def reference_losses(
     one_thread: None, small: dict[str, str], features: str, tmp_path_factory: pytest.TempPathFactory
 ) -> list[float]:
-    """Losses of the run that nobody interrupts: one process that takes both halves of every step."""
+    """Losses of an uninterrupted run in one process, which computes both halves of every step."""
     run = tmp_path_factory.mktemp("planned")
     settings = {"model_id": TINY, "train_jsonl": [small[f"{task}.train"] for task in TASKS], "output_dir": str(run)}
     flags = {"lora_dropout": 0.0, "per_device_bsz": 2, "grad_accum": 8, "max_steps": STEPS, "num_workers": 0, "seed": 5}
@@ -61,7 +61,7 @@ def planned(
 
 
 class Run:
-    """A training job on one to two nodes, and what its metrics say of it."""
+    """A training job on one to two nodes, and its metrics."""
 
     def __init__(self, nodes: Nodes, small: dict[str, str], features: str, folder: Path, *more: str) -> None:
         train = ",".join(small[f"{task}.train"] for task in TASKS)
@@ -75,45 +75,47 @@ class Run:
         self.driver = Driver(self._command, self.log, self._nodes.driver_env)
         return self.driver
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text()
 
     def step(self) -> int:
         return max((record["step"] for record in read_metrics(self.folder, "train")), default=0)
 
     def resumes(self) -> list[int]:
-        """Steps that every new start repeated."""
+        """Number of steps that each restart repeated."""
         return [record["repeated_steps"] for record in read_metrics(self.folder, "resume")]
 
-    def wait_for(self, what: Callable[[], bool]) -> float:
-        """Wait until it is so; returns the seconds that took."""
-        began = time.monotonic()
-        while not what():
-            assert self.driver.process.poll() is None, self.said()
-            assert time.monotonic() < began + WAIT_SEC, self.said() + (self.folder / "ray.log").read_text()[-5000:]
+    def wait_for(self, condition: Callable[[], bool]) -> float:
+        """Wait for a condition; returns the seconds that took."""
+        started_at = time.monotonic()
+        while not condition():
+            assert self.driver.process.poll() is None, self.output()
+            assert time.monotonic() < started_at + WAIT_SEC, (
+                self.output() + (self.folder / "ray.log").read_text()[-5000:]
+            )
             time.sleep(0.1)
-        return time.monotonic() - began
+        return time.monotonic() - started_at
 
     def wait_for_steps(self, number: int) -> float:
         target = self.step() + number
         return self.wait_for(lambda: self.step() >= target)
 
     def wait_for_workers(self, number: int) -> None:
-        """Wait until so many train, and stepped a little; on a busy machine one may be later than the other."""
+        """Wait until this many workers have done a few steps. On a busy machine they start at different times."""
         self.wait_for(lambda: len(self._nodes.workers()) == number and self.step() > 0)
         self.wait_for_steps(3)
 
-    def wait_for_resume(self, before: int) -> float:
-        """Wait for the first step of a start after so many."""
-        self.wait_for(lambda: len(self.resumes()) > before)
+    def wait_for_resume(self, num_before: int) -> float:
+        """Wait for the first step of a further restart."""
+        self.wait_for(lambda: len(self.resumes()) > num_before)
         return self.wait_for_steps(1)
 
-    def wait_for_end(self, planned: list[float]) -> None:
-        """To the end; every step was done once, on the rows that were planned for it."""
-        assert self.driver.process.wait(WAIT_SEC) == 0, self.said()
+    def wait_for_end(self, reference_losses: list[float]) -> None:
+        """Wait for the end. Every step is recorded once, with the loss of its planned rows."""
+        assert self.driver.process.wait(WAIT_SEC) == 0, self.output()
         records = read_metrics(self.folder, "train")
         assert [record["step"] for record in records] == list(range(1, STEPS + 1))
-        assert [record["loss"] for record in records] == pytest.approx(planned, abs=1e-4)
+        assert [record["loss"] for record in records] == pytest.approx(reference_losses, abs=1e-4)
 
     def end(self) -> None:
         self.driver.end()
@@ -123,73 +125,72 @@ class Run:
 def run(
     nodes: Nodes, two: list[Node], small: dict[str, str], features: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[Run]:
-    started = Run(nodes, small, features, tmp_path / "run", *getattr(request, "param", ()))
-    yield started
-    started.end()
+    running = Run(nodes, small, features, tmp_path / "run", *getattr(request, "param", ()))
+    yield running
+    running.end()
 
 
-def row(what: str, repeated: list[int], seconds: float) -> None:
-    print(f"\n| {what} | steps repeated {repeated} | {seconds:.0f} s |")
+def print_row(event: str, repeated: list[int], seconds: float) -> None:
+    print(f"\n| {event} | steps repeated {repeated} | {seconds:.0f} s |")
 
 
 @pytest.mark.parametrize("run", [("--save_steps", "10")], indirect=True)
-def test_a_node_dies_and_another_comes(nodes: Nodes, two: list[Node], run: Run, planned: list[float]) -> None:
-    """kill -9 of a node: training goes on with the worker that is left; a new node: it saves itself and grows."""
+def test_a_node_dies_and_another_is_added(
+    nodes: Nodes, two: list[Node], run: Run, reference_losses: list[float]
+) -> None:
+    """After a SIGKILL of a node, training resumes with one worker. When a node is added, the run saves and grows."""
     run.wait_for_workers(2)
-    starts = len(run.resumes())
+    num_starts = len(run.resumes())
     nodes.kill(two[1])
-    began = time.monotonic()
-    run.wait_for_resume(starts)
-    row("node of one of two workers", run.resumes()[starts:], time.monotonic() - began)
+    started_at = time.monotonic()
+    run.wait_for_resume(num_starts)
+    print_row("node of one of two workers", run.resumes()[num_starts:], time.monotonic() - started_at)
     assert len(nodes.workers()) == 1 and 0 <= run.resumes()[-1] <= 10
-    starts, began = len(run.resumes()), time.monotonic()
+    num_starts, started_at = len(run.resumes()), time.monotonic()
     two[1] = nodes.add(num_cpus=1)
-    run.wait_for_resume(starts)
-    row("nothing: a node was added", run.resumes()[starts:], time.monotonic() - began)
-    assert len(nodes.workers()) == 2 and run.resumes()[-1] == 0, "it saved itself before it grew"
-    run.wait_for_end(planned)
-    assert "room for more than 1 worker(s): starting again with them" in run.said()
+    run.wait_for_resume(num_starts)
+    print_row("nothing: a node was added", run.resumes()[num_starts:], time.monotonic() - started_at)
+    assert len(nodes.workers()) == 2 and run.resumes()[-1] == 0, "saved before growing"
+    run.wait_for_end(reference_losses)
+    assert "more than 1 worker(s) fit into the cluster: starting again" in run.output()
 
 
 @pytest.mark.parametrize("run", [("--save_steps", "100000")], indirect=True)
-def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, planned: list[float]) -> None:
-    """A notice with a deadline: everything is saved before it, though no checkpoint was due, and goes on elsewhere.
+def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, reference_losses: list[float]) -> None:
+    """A run saves before the deadline of a notice, although no checkpoint is due, and resumes on other nodes.
 
-    The machine goes as soon as that is done; a run as short as this one would have ended at the deadline.
+    The test kills the node as soon as the run has saved, because a run this short would end before the deadline.
     """
     run.wait_for_workers(2)
-    starts, began, deadline_sec = len(run.resumes()), time.monotonic(), 15
+    num_starts, started_at, deadline_sec = len(run.resumes()), time.monotonic(), 15
     saved_before = len(list((run.folder / "checkpoints").glob("step-*")))
     nodes.drain(two[1], deadline_sec)
     run.wait_for(lambda: len(list((run.folder / "checkpoints").glob("step-*"))) > saved_before)
-    saved = time.monotonic() - began
-    assert saved < deadline_sec
+    save_sec = time.monotonic() - started_at
+    assert save_sec < deadline_sec
     nodes.kill(two[1])
-    run.wait_for_resume(starts)
-    row(
-        f"node with {deadline_sec} s of notice (saved after {saved:.0f} s)",
-        run.resumes()[starts:],
-        time.monotonic() - began,
-    )
-    assert "a machine is about to go: saved at step" in run.said()
-    assert run.resumes()[-1] < 20, "of the steps since, not of all"
-    run.wait_for_end(planned)
+    run.wait_for_resume(num_starts)
+    event = f"node with {deadline_sec} s of notice (saved after {save_sec:.0f} s)"
+    print_row(event, run.resumes()[num_starts:], time.monotonic() - started_at)
+    assert "a machine is about to leave: saved at step" in run.output()
+    assert run.resumes()[-1] < 20, "only the steps since the notice"
+    run.wait_for_end(reference_losses)
 
 
 @pytest.mark.parametrize("run", [("--save_steps", "10")], indirect=True)
-@pytest.mark.parametrize("who", ["driver", "TrainController"])
-def test_the_driver_or_the_controller_dies(nodes: Nodes, run: Run, planned: list[float], who: str) -> None:
-    """kill -9: the same command goes on, and a controller's driver needs not even that.
+@pytest.mark.parametrize("target", ["driver", "TrainController"])
+def test_the_driver_or_the_controller_dies(nodes: Nodes, run: Run, reference_losses: list[float], target: str) -> None:
+    """After a SIGKILL of the driver, the same command resumes. After one of the controller, the driver does so itself.
 
-    Whatever Ray Train wrote about the run is damaged meanwhile, as a kill in the middle of writing does.
+    The test also truncates the files that Ray Train wrote, like a kill in the middle of writing.
     """
     run.wait_for_workers(2)
-    starts, began = len(run.resumes()), time.monotonic()
-    if who == "driver":
-        left = run.driver.processes() | nodes.workers()
+    num_starts, started_at = len(run.resumes()), time.monotonic()
+    if target == "driver":
+        pids = run.driver.processes() | nodes.workers()
         run.driver.kill()
-        while alive(left):
-            assert time.monotonic() < began + WAIT_SEC
+        while alive(pids):
+            assert time.monotonic() < started_at + WAIT_SEC
             time.sleep(0.2)
         for path in (run.folder / "ray").rglob("*.json"):
             path.write_bytes(path.read_bytes()[:10])
@@ -198,15 +199,15 @@ def test_the_driver_or_the_controller_dies(nodes: Nodes, run: Run, planned: list
     else:
         [controller] = nodes.workers("TrainController")
         os.kill(controller, signal.SIGKILL)
-    run.wait_for_resume(starts)
-    row(who, run.resumes()[starts:], time.monotonic() - began)
+    run.wait_for_resume(num_starts)
+    print_row(target, run.resumes()[num_starts:], time.monotonic() - started_at)
     assert 0 <= run.resumes()[-1] <= 10
-    run.wait_for_end(planned)
+    run.wait_for_end(reference_losses)
 
 
 @pytest.fixture
 def speech(tmp_path: Path) -> str:
-    rows = [{**row, "id": f"row{at}"} for at, row in enumerate(read_rows(manifest("asr.train"))[:120])]
+    rows = [{**row, "id": f"row{index}"} for index, row in enumerate(read_rows(manifest("asr.train"))[:120])]
     return write_rows(tmp_path / "m.jsonl", rows)
 
 
@@ -214,8 +215,8 @@ def speech(tmp_path: Path) -> str:
 def test_a_node_dies_under_featurize_and_evaluate(
     nodes: Nodes, two: list[Node], speech: str, tmp_path: Path, job: str
 ) -> None:
-    """kill -9 of a node while it works: the others go on by themselves, and every row is there once."""
-    flags, files = {
+    """After a SIGKILL of a busy node, the job continues on the other nodes, and every row is there once."""
+    flags, pattern = {
         "featurize": (["--manifest", speech, "--rows_per_shard", "2"], "*/shards/*.arrow"),
         "evaluate": (
             ["--val_jsonl", speech, "--per_device_bsz", "1", "--gen_max_new_tokens", "32", "--num_models", "2"],
@@ -226,16 +227,16 @@ def test_a_node_dies_under_featurize_and_evaluate(
     command = [sys.executable, str(ROOT / f"jobs/{job}.py"), "--model_id", TINY, "--output_dir", str(out), *flags]
     driver = Driver(command, log, nodes.driver_env)
     try:
-        began = time.monotonic()
-        while len(list(out.glob(files))) < 3:
-            assert driver.process.poll() is None and time.monotonic() < began + WAIT_SEC, log.read_text()
+        started_at = time.monotonic()
+        while len(list(out.glob(pattern))) < 3:
+            assert driver.process.poll() is None and time.monotonic() < started_at + WAIT_SEC, log.read_text()
             time.sleep(0.02)
         nodes.kill(two[1])
-        began, before = time.monotonic(), len(list(out.glob(files)))
-        while len(list(out.glob(files))) <= before + 2:
-            assert driver.process.poll() is None and time.monotonic() < began + WAIT_SEC, log.read_text()
+        started_at, num_files = time.monotonic(), len(list(out.glob(pattern)))
+        while len(list(out.glob(pattern))) <= num_files + 2:
+            assert driver.process.poll() is None and time.monotonic() < started_at + WAIT_SEC, log.read_text()
             time.sleep(0.02)
-        print(f"\n| node under {job} | rows lost 0 | {time.monotonic() - began:.0f} s |")
+        print(f"\n| node under {job} | rows lost 0 | {time.monotonic() - started_at:.0f} s |")
         assert driver.process.wait(WAIT_SEC) == 0, log.read_text()
     finally:
         driver.end()
@@ -243,5 +244,5 @@ def test_a_node_dies_under_featurize_and_evaluate(
     if job == "evaluate":
         assert json.loads((out / "metrics.json").read_text())["asr"]["exact_match"]["n"] == 120
     else:
-        [described] = out.glob("*/set.json")
-        assert json.loads(described.read_text())["samples"] == 120
+        [description] = out.glob("*/set.json")
+        assert json.loads(description.read_text())["samples"] == 120

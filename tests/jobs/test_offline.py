@@ -1,4 +1,4 @@
-"""The offline half without any network: in a network namespace of their own, jobs have a loopback and nothing else."""
+"""Jobs run without a network: in a network namespace that has only a loopback interface."""
 
 import json
 import shutil
@@ -19,22 +19,22 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
 
 
-def alone(*argv: str) -> subprocess.CompletedProcess[str]:
+def run_offline(*argv: str) -> subprocess.CompletedProcess[str]:
     """Run Python where no other machine can be reached."""
     command = ["unshare", "--map-root-user", "--net", sys.executable, "-c", LOOPBACK_UP, *argv]
     return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True)
 
 
-def can_be_alone() -> bool:
-    return shutil.which("unshare") is not None and alone("-c", "pass").returncode == 0
+def can_run_offline() -> bool:
+    return shutil.which("unshare") is not None and run_offline("-c", "pass").returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.skipif(not can_be_alone(), reason="this machine gives nobody a network namespace")
+@pytest.mark.skipif(not can_run_offline(), reason="this machine does not allow network namespaces")
 def test_train_evaluate_and_infer_without_a_network(small: dict[str, str], tmp_path: Path) -> None:
     reach = "import socket; socket.create_connection(('1.1.1.1', 53), 2)"
-    assert "unreachable" in alone("-c", reach).stderr, "there really is no network"
+    assert "unreachable" in run_offline("-c", reach).stderr, "there really is no network"
     run, usual = str(tmp_path / "run"), ["--model_id", WHISPER]
     train = [
         "--train_jsonl",
@@ -52,7 +52,7 @@ def test_train_evaluate_and_infer_without_a_network(small: dict[str, str], tmp_p
         ["jobs/evaluate.py", "--lora_dir", run, *evaluate, "--output_dir", str(tmp_path / "e")],
         ["jobs/infer.py", "--lora_dir", run, "--jsonl", small["asr.val"], "--output_path", str(tmp_path / "o.jsonl")],
     ):
-        done = alone(*argv)
-        assert done.returncode == 0, done.stderr[-2000:]
+        process = run_offline(*argv)
+        assert process.returncode == 0, process.stderr[-2000:]
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["asr"]["cer_nospace"]["n"] == 4
     assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 4

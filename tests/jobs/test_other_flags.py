@@ -1,4 +1,4 @@
-"""What the flags of featurize, evaluate, infer and the quickstart change."""
+"""Effects of the flags of featurize, evaluate, infer and quickstart."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ PRECISIONS: tuple[tuple[dict[str, Any], tuple[torch.dtype, int]], ...] = (
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose final adapter changes every answer, and whose checkpoint does too, otherwise."""
+    """A run folder whose final adapter and checkpoint both change every answer, in different ways."""
     run = tmp_path_factory.mktemp("run")
     for folder, seed in (("adapter", 1), ("checkpoints/step-000005", 2)):
         torch.manual_seed(seed)
@@ -58,23 +58,23 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What ``generated`` was called with, in evaluate and infer; the answer is always the same."""
-    seen: list[dict[str, Any]] = []
+    """Calls of ``generate`` by evaluate and infer; a fake that always gives the same answer."""
+    calls: list[dict[str, Any]] = []
 
     def generated(
-        model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, search: SamplingParams
+        model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, sampling: SamplingParams
     ) -> Any:
         dtype = next(model.parameters()).dtype
         kinds = {parameter.dtype for parameter in model.parameters()}
         bits = 8 if torch.int8 in kinds else 4 if torch.uint8 in kinds else 0
         with_lora = any("lora" in name for name, _ in model.named_parameters())
         what = {"rows": [row.id for row in rows], "dtype": dtype, "lora": with_lora, "bits": bits}
-        seen.append({**what, "batch_size": batch_size, **asdict(search)})
-        return ((place, Completion("1", 1, False, 0.1)) for place in range(len(rows)))
+        calls.append({**what, "batch_size": batch_size, **asdict(sampling)})
+        return ((index, Completion("1", 1, False, 0.1)) for index in range(len(rows)))
 
     monkeypatch.setattr(answerer, "generate", generated)
     monkeypatch.setattr(items, "generate", generated)
-    return seen
+    return calls
 
 
 # evaluate
@@ -85,7 +85,7 @@ Evaluate = Callable[..., job.EvaluationResult]
 
 @pytest.fixture
 def evaluate(small: dict[str, str], tmp_path: Path, evaluation_here: None) -> Evaluate:
-    """Run the evaluate job in this process, on four speech and four text rows if nothing else is said."""
+    """Run the evaluate job in this process, by default on four speech and four text rows."""
 
     def run(**flags: Any) -> job.EvaluationResult:
         usual = {"model_id": TINY, "val_jsonl": (small["asr.val"], small["tqa.val"]), "storage_path": str(tmp_path)}
@@ -105,7 +105,7 @@ def test_evaluate_folders(evaluate: Evaluate, answered: list, tmp_path: Path) ->
 
 def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str], tmp_path: Path) -> None:
     asr = read_rows(small["asr.val"])
-    assert {task: found["exact_match"]["n"] for task, found in evaluate().metrics.items()} == {"asr": 4, "tqa": 4}
+    assert {task: metrics["exact_match"]["n"] for task, metrics in evaluate().metrics.items()} == {"asr": 4, "tqa": 4}
     assert set(evaluate(val_jsonl=(small["sqa.val"],), output_dir="b").metrics) == {"sqa"}
     assert set(evaluate(mode="valid_asr", output_dir="c").metrics) == {"asr"}
     result = evaluate(mode="submission_asr", output_dir="d")
@@ -122,8 +122,8 @@ def test_evaluate_rows(evaluate: Evaluate, answered: list, small: dict[str, str]
     result = evaluate(**both, mode="submission_aac", output_dir="h")
     lines = list(csv.reader((result.output_dir / "submission.csv").open(encoding="utf-8")))
     assert lines == [["testset_id", "text"], ["test0", "1"], ["test1", "1"]]
-    asked = [row["prompt"] for row in read_predictions(result.output_dir)]
-    assert asked == ["Please describe the audio.", "What is heard?"]
+    prompts = [row["prompt"] for row in read_predictions(result.output_dir)]
+    assert prompts == ["Please describe the audio.", "What is heard?"]
     with pytest.raises(ValueError, match="must be submission_ or valid_ with one of asr, sqa, tqa, aac"):
         EvaluateSettings.model_validate({"val_jsonl": "a", "mode": "submission_xyz"})
 
@@ -150,10 +150,10 @@ def test_evaluate_batches_and_precision(
     evaluate(bf16=True, output_dir="b")
     assert {call["dtype"] for call in answered} == {torch.bfloat16}
     assert not torch.backends.cuda.matmul.allow_tf32
-    for at, (flags, seen) in enumerate(PRECISIONS):
+    for index, (flags, expected) in enumerate(PRECISIONS):
         answered.clear()
-        evaluate(**flags, output_dir=f"precision{at}")
-        assert {(call["dtype"], call["bits"]) for call in answered} == {seen}
+        evaluate(**flags, output_dir=f"precision{index}")
+        assert {(call["dtype"], call["bits"]) for call in answered} == {expected}
 
 
 def test_evaluate_model_and_adapter(
@@ -177,7 +177,7 @@ def test_evaluate_strict(evaluate: Evaluate, answered: list, small: dict[str, st
     assert evaluate(val_jsonl=(path,)).metrics["tqa"]["exact_match"]["n"] == 1
 
 
-# featurize, and what only Ray does
+# featurize, and what needs Ray
 
 
 @pytest.mark.ray
@@ -249,8 +249,8 @@ def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
     answer(audio_path=clip)
     answer(audio_path=clip, language="ko")
     answer(audio_path=clip, language="Korean")
-    [asked] = answer(audio_path=clip, question="무슨 번호입니까?")
-    assert asked["task"] == "sqa" and asked["id"] == "sample.wav"
+    [answered_row] = answer(audio_path=clip, question="무슨 번호입니까?")
+    assert answered_row["task"] == "sqa" and answered_row["id"] == "sample.wav"
     assert prompts[0].endswith("[/INST][TRANSCRIBE]") and prompts[1].endswith("[/INST]lang:ko[TRANSCRIBE]")
     assert prompts[2] == prompts[1], "as in manifests"
     assert prompts[3].endswith("무슨 번호입니까?[/INST]")
@@ -277,9 +277,9 @@ def test_infer_rows(
     assert (answered[0]["max_new_tokens"], answered[0]["temperature"], answered[0]["seed"]) == (5, 0.5, 7)
     answer(jsonl=small["tqa.val"], output_path=str(tmp_path / "a.jsonl"), bf16=True)
     assert answered[-1]["dtype"] == torch.bfloat16
-    for flags, seen in PRECISIONS:
+    for flags, expected in PRECISIONS:
         answer(jsonl=small["tqa.val"], **flags)
-        assert (answered[-1]["dtype"], answered[-1]["bits"]) == seen
+        assert (answered[-1]["dtype"], answered[-1]["bits"]) == expected
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prediction"] for row in rows] == ["1"] * 4
     assert [row["reference"] for row in rows] == [row["output"] for row in read_rows(small["tqa.val"])]
@@ -331,7 +331,7 @@ def test_infer_model_id_and_tf32(answered: list, small: dict[str, str], capsys: 
 
 
 def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
-    """A valid value for every field, other than its default; of bf16 and fp16, which exclude each other, for one."""
+    """A valid non-default value for every field; for bf16 and fp16, which exclude each other, only for ``half``."""
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
@@ -354,8 +354,8 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def featurized(settings: Any, model_id: str, manifests: Any, features_dir: Path, **options: Any) -> Any:
-        given = {"settings": settings, "model_id": model_id, "manifests": manifests, "dir": features_dir}
-        calls.append(("featurize", {**given, **options}))
+        arguments = {"settings": settings, "model_id": model_id, "manifests": manifests, "dir": features_dir}
+        calls.append(("featurize", {**arguments, **options}))
         return SimpleNamespace(folders=(*manifests, *options["plain_manifests"]))
 
     split: list[Any] = []
@@ -377,8 +377,8 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     (_, features), (_, before), (_, trained), (_, after) = calls
     folder, common = tmp_path / "q", ("model_id", *FeatureFlags.model_fields)
     assert dict(features.pop("settings")) == values
-    given = {"manifests": ("t",), "plain_manifests": ("v", "b"), "dir": tmp_path / "f"}
-    assert features == {"model_id": values["model_id"], "bf16": values["bf16"], **given}
+    arguments = {"manifests": ("t",), "plain_manifests": ("v", "b"), "dir": tmp_path / "f"}
+    assert features == {"model_id": values["model_id"], "bf16": values["bf16"], **arguments}
     own = {"output_dir": str(folder / "train"), "features_dir": str(tmp_path / "f"), "overwrite": True}
     assert trained == {**{name: values[name] for name in MultitaskSettings.model_fields}, **own}
     assert before["val_jsonl"] == after["val_jsonl"] == ("v", "b")

@@ -27,7 +27,7 @@ from voxray.core.units import format_bytes
 from voxray.core.version import __version__
 from voxray.corpora.prepare import check_rows as prepare
 from voxray.features.reader import Features
-from voxray.prefetch.lock_file import NAME
+from voxray.prefetch.lock_file import LOCK_FILE_NAME
 
 pytestmark = pytest.mark.usefixtures("here")
 ROWS = {"train": SIZES["train"], "validation": SIZES["dev"], "test": SIZES["test"]}
@@ -63,7 +63,7 @@ def release_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(line: str, **options: Any) -> dict[str, Any]:
-    """Run the job from its flags; returns what the lock file knows."""
+    """Run the job from its flags; returns the steps of the lock file."""
     return prefetch.run_prefetch(parse_only("prefetch", line.split()), **options)
 
 
@@ -96,8 +96,8 @@ def check(output: Path, num_rows: dict[str, int] = ROWS) -> None:
             assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
             sentence, sound = original[f"{row['id']}.mp3"]
             assert (row["transcript"], row["language"]) == (sentence, "ko")
-            ours, theirs = decode(str(clip), 16_000), decode("x.mp3", 16_000, sound)
-            assert len(ours) == len(theirs) and np.abs(ours - theirs).max() <= 0.5 / 32_768 + 1e-7
+            ours, original = decode(str(clip), 16_000), decode("x.mp3", 16_000, sound)
+            assert len(ours) == len(original) and np.abs(ours - original).max() <= 0.5 / 32_768 + 1e-7
     sets = [path.parent for path in (output / "features").glob("*/set.json")]
     assert sum(len(Features([folder])) for folder in sets) == sum(num_rows.values())
 
@@ -107,8 +107,8 @@ def test_a_hub_in_a_folder(hub_folder: Path, tmp_path: Path, capsys: pytest.Capt
     check(tmp_path / "D")
     assert {path.name for path in (tmp_path / "D" / "model").iterdir()} == {path.name for path in Path(TINY).iterdir()}
     assert steps["data"]["rows"] == ROWS
-    said = capsys.readouterr().out
-    command = next(line.split()[1:] for line in said.splitlines() if line.startswith("  python jobs/"))
+    output = capsys.readouterr().out
+    command = next(line.split()[1:] for line in output.splitlines() if line.startswith("  python jobs/"))
     settings = parse_only(Path(command[0]).stem, command[1:])
     assert settings.train_jsonl == (str(tmp_path / "D" / "data" / "train.jsonl"),)
     assert settings.model_id == str(tmp_path / "D" / "model")
@@ -116,7 +116,7 @@ def test_a_hub_in_a_folder(hub_folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_the_lock_file_names_everything(hub_folder: Path, tmp_path: Path) -> None:
     run(of_hub(hub_folder, tmp_path / "D"))
-    lock = json.loads((tmp_path / "D" / NAME).read_text())
+    lock = json.loads((tmp_path / "D" / LOCK_FILE_NAME).read_text())
     assert (lock["format"], lock["voxray"]) == (1, __version__)
     steps = lock["steps"]
     assert steps["model"]["asked"] == {"model_id": MODEL, "model_revision": "", "hub": str(hub_folder)}
@@ -150,7 +150,7 @@ def test_a_server_and_a_second_run_without_it(
         steps = run(line)
         check(tmp_path / "D")
         assert (steps["model"]["commit"], steps["corpus"]["commit"]) == (COMMIT, COMMIT)
-        assert not server.asked_for("ko_invalidated.tsv") and not server.asked_for("en_train_0.tar")
+        assert not server.downloads("ko_invalidated.tsv") and not server.downloads("en_train_0.tar")
         assert not (tmp_path / "D" / "raw" / "hub").exists(), "unpacked tars are not kept beside their clips"
         before = listing(tmp_path / "D")
         num_requests = len(server.requests)
@@ -235,11 +235,11 @@ def test_dry_run_writes_nothing(
 ) -> None:
     for line in (of_hub(hub_folder, tmp_path / "D"), of_release(release_folder, tmp_path / "D")):
         assert run(f"{line} --dry_run") == {}
-        said = capsys.readouterr().out
-        assert not list(tmp_path.iterdir()) and "nothing is written" in said and "enough" in said
-        assert format_bytes(sum(path.stat().st_size for path in Path(TINY).iterdir())) in said
+        output = capsys.readouterr().out
+        assert not list(tmp_path.iterdir()) and "nothing is written" in output and "enough" in output
+        assert format_bytes(sum(path.stat().st_size for path in Path(TINY).iterdir())) in output
     seconds = sum(len(decode("x.mp3", 16_000, sound)) for *_, sound in clips()) / 16_000
-    assert f"about 0:00:{round(seconds):02} h of speech" in said, "clips on disk are measured"
+    assert f"about 0:00:{round(seconds):02} h of speech" in output, "clips on disk are measured"
 
 
 def test_moved_elsewhere_it_still_loads(hub_folder: Path, tmp_path: Path, make_features: Callable) -> None:
@@ -262,12 +262,12 @@ def test_changes_are_refused_unless_overwritten(hub_folder: Path, release_folder
     shutil.copytree(TINY, model)
     line = of_release(release_folder, out).replace(TINY, str(model))
     run(line)
-    for more, said in (
+    for more, message in (
         ("--language ky", r"--language \(was ko, now ky\)"),
         ("--max_sec 5", r"--max_sec \(was 30.0, now 5.0\)"),
         ("--splits train", r"--splits \(was train,validation,test, now train\)"),
     ):
-        with pytest.raises(SettingsError, match=f"{said}; use --overwrite"):
+        with pytest.raises(SettingsError, match=f"{message}; use --overwrite"):
             run(f"{line} {more}")
     check(out)
     (model / "generation_config.json").write_text("{ }" + " " * 122)
@@ -295,7 +295,7 @@ def test_damage_is_found_and_put_right(hub_folder: Path, tmp_path: Path) -> None
     assert clip.read_bytes() != before[clip], "without --verify, the right size is enough"
     run(of_hub(hub_folder, out, "--verify"))
     changed = [path for path, raw in before.items() if path.read_bytes() != raw]
-    assert set(changed) <= {out / NAME} and shard.read_bytes() == features
+    assert set(changed) <= {out / LOCK_FILE_NAME} and shard.read_bytes() == features
     (out / "model" / "config.json").unlink()
     run(of_hub(hub_folder, out))
     assert (out / "model" / "config.json").read_bytes() == before[out / "model" / "config.json"]
@@ -320,9 +320,9 @@ def test_what_another_start_left_does_not_mix_in(
         with pytest.raises(RunError, match="cut off"):
             run(of_hub(hub_folder, out, "--language en"))
     assert (out / "raw" / "corpus" / "train.tsv").is_file()
-    lock = json.loads((out / NAME).read_text())
+    lock = json.loads((out / LOCK_FILE_NAME).read_text())
     del lock["steps"]["model"]["done"]
-    (out / NAME).write_text(json.dumps(lock))
+    (out / LOCK_FILE_NAME).write_text(json.dumps(lock))
     (out / "model" / "added_tokens.json").write_text("{}")
     run(of_hub(hub_folder, out).replace(f"--model_id {MODEL}", f"--model_id {TINY}"))
     check(out)
@@ -361,7 +361,7 @@ def test_kill_9_among_the_rows(hub_folder: Path, tmp_path: Path, monkeypatch: py
     assert done.returncode == -9, done.stderr.decode()
     out = tmp_path / "D"
     assert not list((out / "data").glob("*.jsonl")) and len(list((out / "data").rglob("*.flac"))) == 7
-    lock = json.loads((out / NAME).read_text())["steps"]
+    lock = json.loads((out / LOCK_FILE_NAME).read_text())["steps"]
     assert "done" in lock["corpus"] and "done" not in lock["data"]
     stray = out / "data" / "audio" / "00" / "0.flac"
     stray.parent.mkdir(exist_ok=True)
@@ -375,7 +375,7 @@ def test_kill_9_among_the_rows(hub_folder: Path, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(prepare.RowChecker, "check_row", counted)
     monkeypatch.setattr(prefetch, "PrepareSettings", partial(prefetch.PrepareSettings, rows_per_chunk=3))
-    monkeypatch.setattr(prefetch, "bring", None)  # what is unpacked is not unpacked again
+    monkeypatch.setattr(prefetch, "download_and_unpack", None)  # what is unpacked is not unpacked again
     run(line)
     assert len(checked) == 6 and not stray.exists()
     check(out)
@@ -390,8 +390,8 @@ def test_a_damaged_archive_is_one_line(
     with pytest.raises(SystemExit) as end:
         load_job("prefetch").main(of_release(packed, tmp_path / "D").split())
     assert end.value.code == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "cv.tar.gz: damaged, so nothing of it is taken" in said
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "cv.tar.gz: damaged, so nothing of it is taken" in message
     archive(release_folder, packed)
     run(of_release(packed, tmp_path / "D"))
     check(tmp_path / "D")
@@ -402,10 +402,10 @@ def test_splits_and_max_rows(hub_folder: Path, tmp_path: Path, capsys: pytest.Ca
     check(tmp_path / "D", {"train": 2, "validation": 2})
     assert not (tmp_path / "D" / "data" / "test.jsonl").exists()
     assert "rows not asked for (--splits, --max_rows): train 6" in capsys.readouterr().out
-    for words, said in (("dev", "must hold train"), ("train,both", "both is not one of train")):
+    for words, message in (("dev", "must hold train"), ("train,both", "both is not one of train")):
         with pytest.raises(SystemExit):
             parse_only("prefetch", ["--dataset", "x", "--splits", words])
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_rows_without_a_split_get_validation_drawn_by_speaker(release_folder: Path, tmp_path: Path) -> None:
@@ -419,11 +419,11 @@ def test_rows_without_a_split_get_validation_drawn_by_speaker(release_folder: Pa
 
 
 def test_flags_are_handed_on(hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits to prepare, what is stored to featurize; the folder stands under --storage_path."""
-    given: list[Any] = []
+    """Limits reach prepare, the stored form reaches featurize, and the folder is below --storage_path."""
+    calls: list[Any] = []
 
     def stop(settings: Any, *args: Any, **options: Any) -> Any:
-        given.append(settings)
+        calls.append(settings)
         raise RunError("seen")
 
     numbers = dict(zip(ClipLimitFlags.model_fields, (0.1, 30, -50, -60, 0.02, 0.03, 2, -80, 0.5), strict=True))
@@ -437,22 +437,22 @@ def test_flags_are_handed_on(hub_folder: Path, tmp_path: Path, monkeypatch: pyte
         patch.setattr(prefetch, "run_prepare_job", stop)
         with pytest.raises(RunError, match="seen"):
             run(line)
-    handed = given.pop().model_dump()
-    assert {name: handed[name] for name in (*numbers, *own, *words)} == {**numbers, **own, **words}
-    assert handed["audio_output"] == str(tmp_path / "D" / "data" / "audio")
+    passed = calls.pop().model_dump()
+    assert {name: passed[name] for name in (*numbers, *own, *words)} == {**numbers, **own, **words}
+    assert passed["audio_output"] == str(tmp_path / "D" / "data" / "audio")
     monkeypatch.setattr(prefetch, "make_features", stop)
     with pytest.raises(RunError, match="seen"):
         run(f"{line.replace('--leaks refuse', '--leaks allow')} --verify")
-    handed = given.pop().model_dump()
-    wanted = {**stored, "num_actors": 3, "bf16": True, "verify": True}
-    assert {name: handed[name] for name in wanted} == wanted
+    passed = calls.pop().model_dump()
+    expected = {**stored, "num_actors": 3, "bf16": True, "verify": True}
+    assert {name: passed[name] for name in expected} == expected
 
 
 def test_credentials_in_a_url_are_refused_unseen(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_only("prefetch", ["--dataset", "x/y", "--hub", "https://me:hf_secret_value@hub.example"])
-    said = capsys.readouterr().err
-    assert "--hub: take the credentials out" in said and "secret" not in said
+    message = capsys.readouterr().err
+    assert "--hub: take the credentials out" in message and "secret" not in message
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

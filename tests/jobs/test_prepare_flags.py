@@ -1,4 +1,4 @@
-"""Flags of prepare, each seen at work."""
+"""Effects of the flags of prepare."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from helpers.running import load_job, parse_only
 
 from voxray.audio.decode import Part, decode
 from voxray.commands.prepare import _limits, run_prepare_job
-from voxray.corpora.prepare.check_rows import ClipPlaces, RowChecker
+from voxray.corpora.prepare.check_rows import ClipFolders, RowChecker
 
 RATE = 16_000
 WIDE = "--min_sec 0 --max_sec 60 --min_chars_per_sec 0 --max_chars_per_sec 1000"
@@ -24,11 +24,11 @@ def noise(sec: float, level: float = 0.1) -> np.ndarray:
 
 
 def reason(folder: Path, samples: np.ndarray, flags: str, **row: Any) -> str:
-    """What the checks say of one clip under these flags."""
+    """Reason for which the checks drop a clip with these flags; "" if they accept it."""
     soundfile.write(folder / "a.wav", samples, RATE)
     settings = parse_only("prepare", f"--input x.jsonl --train_output {folder}/t.jsonl {flags}".split())
     values = {"audio_path": str(folder / "a.wav"), "transcript": "열이 납니다", **row}
-    checker = RowChecker(_limits(settings), ClipPlaces(folder))
+    checker = RowChecker(_limits(settings), ClipFolders(folder))
     return checker.check_row({"source": "m:1", "id": "1", "values": values}).reason
 
 
@@ -63,7 +63,7 @@ def test_limits(tmp_path: Path, flag: str, samples: np.ndarray, value: str, faul
 
 @pytest.mark.ray
 def test_files_split_and_workers(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where outputs go, the split's share and seed, duplicates, leaks, and what is handed to how many processes."""
+    """Output paths, share and seed of the split, duplicates, ledger, and the number of processes."""
     import ray
 
     sizes: list[int] = []
@@ -101,7 +101,7 @@ def test_reading(tmp_path: Path) -> None:
     texts = []
     for reading in ("spelling", "phonetic"):
         settings = parse_only("prepare", f"--input x --train_output t.jsonl --reading {reading}".split())
-        checked = RowChecker(_limits(settings), ClipPlaces(tmp_path)).check_row(
+        checked = RowChecker(_limits(settings), ClipFolders(tmp_path)).check_row(
             {"source": "m:1", "id": "1", "values": dict(values)}
         )
         texts.append(checked.values["transcript"])
@@ -121,7 +121,7 @@ def test_seed_command_of_split_and_clean_parses() -> None:
 
 @pytest.mark.parametrize(("policy", "train"), [("refuse", None), ("drop", 1), ("allow", 3)])
 def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
-    """Two of three training rows say what a validation row says, in other voices."""
+    """Two of three training rows have the text of a validation row, by other speakers."""
     from voxray.corpora.prepare.check_rows import CheckedRow, checked_path
     from voxray.corpora.prepare.write_manifests import OutputFiles, write_manifests
 
@@ -144,7 +144,7 @@ def test_leaks(tmp_path: Path, policy: str, train: int | None) -> None:
 
 
 def test_test_output_and_audio_output(tmp_path: Path) -> None:
-    """The corpus' test rows in a manifest of their own, and 16 kHz copies of exactly what each row means."""
+    """The corpus' test rows go to their own manifest, and 16 kHz copies hold exactly the samples of each row."""
     two_channels = np.stack([noise(8), noise(8)[::-1]], axis=1)
     soundfile.write(tmp_path / "long.wav", np.repeat(two_channels, 3, axis=0), 3 * RATE)
     rows = [
@@ -161,28 +161,28 @@ def test_test_output_and_audio_output(tmp_path: Path) -> None:
     assert {name: outcome.tally.rows[name] for name in ("train", "val", "test")} == {"train": 2, "val": 1, "test": 2}
     moved = (tmp_path / "o").rename(tmp_path / "moved")
     for name, wanted in (("train", rows[:2]), ("val", rows[2:3]), ("test", rows[3:])):
-        made = [json.loads(text) for text in (moved / f"{name}.jsonl").read_text().splitlines()]
-        for row, source in zip(made, wanted, strict=True):
+        written = [json.loads(text) for text in (moved / f"{name}.jsonl").read_text().splitlines()]
+        for row, source in zip(written, wanted, strict=True):
             assert row["transcript"] == source["transcript"] and "start" not in row and "channel" not in row
             part = Part(source["start"], 3.0, source["channel"])
-            heard = decode(str(moved / row["audio_path"]), RATE)
-            assert np.abs(heard - decode(str(tmp_path / "long.wav"), RATE, part=part)).max() <= 0.5 / 32_768 + 1e-7
+            audio = decode(str(moved / row["audio_path"]), RATE)
+            assert np.abs(audio - decode(str(tmp_path / "long.wav"), RATE, part=part)).max() <= 0.5 / 32_768 + 1e-7
     assert len(list((moved / "audio").rglob("*.flac"))) == 5
 
 
 def test_rows_like_those_of_the_test_set_do_not_train(tmp_path: Path) -> None:
-    """A test side alone leaves validation to be drawn from the rest, and what it shares with training is a leak."""
-    from voxray.corpora.prepare.split import count_leaks, decide, note_held_out
+    """With a test split only, validation rows are drawn from the rest; text shared with training is a leak."""
+    from voxray.corpora.prepare.split import choose_split, count_leaks, record_held_out
 
     rows = [
         SimpleNamespace(reason="", audio_hash=str(number), leak_text=f"t{number % 9}", group=f"g{number}", split=split)
         for number, split in enumerate(["train"] * 9 + ["test"] * 2)
     ]
-    split = decide(rows, 0.3, 0, wanted=True, with_test=True)
-    note_held_out(split, rows)
+    split = choose_split(rows, 0.3, 0, with_validation=True, with_test=True)
+    record_held_out(split, rows)
     sides = [split.side(row) for row in rows]
     assert sides[9:] == ["test", "test"] and sorted(sides[:9]) == ["train"] * 6 + ["val"] * 3
     leaks = {number for number in range(9) if sides[number] == "train" and split.leak(rows[number]) == "text"}
     assert leaks == {number for number in (0, 1) if sides[number] == "train"}
     assert count_leaks(split, rows).text == len(leaks) > 0
-    assert "test" not in {decide(rows, 0.3, 0, wanted=True).side(row) for row in rows}
+    assert "test" not in {choose_split(rows, 0.3, 0, with_validation=True).side(row) for row in rows}

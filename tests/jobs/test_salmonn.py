@@ -35,10 +35,12 @@ from voxray.features.reader import Features
 from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import load_adapter
 from voxray.models.registry import get_family
-from voxray.models.salmonn.checkpoint import NOT_NEEDED, TABLE, read_trained
-from voxray.models.salmonn.model import TRAINED
-from voxray.recipes.run_stage import Stage, build_plan, choose_rows
+from voxray.models.salmonn.audio_path import TRAINED_MODULES
+from voxray.models.salmonn.compat.checkpoint import IGNORED_TENSORS, POSITION_TABLE, read_checkpoint
+from voxray.recipes.choose_rows import choose_rows
+from voxray.recipes.run_stage import build_plan
 from voxray.recipes.salmonn import ROLES, SampledPrompts, assemble_inputs
+from voxray.recipes.stages import Stage
 from voxray.recipes.training_data import TrainingData
 from voxray.training.engine import parameter_groups
 from voxray.training.loop import learning_rate
@@ -101,7 +103,7 @@ def test_what_trains_and_what_decays(tuned: Path, salmonn: str) -> None:
     both = tensors(tuned)
     whole = {name for name in both if "lora_" not in name}
     assert len(both) == len(whole) + 8 == 69 and all(tensor.dtype == torch.float32 for tensor in both.values())
-    assert {next(word for word in name.split(".") if word in TRAINED) for name in whole} == set(TRAINED)
+    assert {next(word for word in name.split(".") if word in TRAINED_MODULES) for name in whole} == set(TRAINED_MODULES)
     counts = json.loads((tuned / "parameters.json").read_text())
     assert counts["encoder"]["trainable"] == 0 and counts["projector"]["trainable"] == counts["projector"]["total"]
     family = get_family(salmonn)
@@ -127,8 +129,8 @@ def test_stage_2_needs_a_stage_1_and_takes_it(
     assert report["tensors"] == 69 and report["difference_on_disk"] == 0
     official = tmp_path / "x" / "salmonn_v1.pth"
     wanted = json.loads((ASSETS / "salmonn-reference" / "keys_salmonn_7b.json").read_text())
-    needed = {name for name in wanted if not NOT_NEEDED.fullmatch(name) and not TABLE.fullmatch(name)}
-    assert set(read_trained(official).tensors) == {name for name in needed if not LATER_LAYERS.search(name)}
+    needed = {name for name in wanted if not IGNORED_TENSORS.fullmatch(name) and not POSITION_TABLE.fullmatch(name)}
+    assert set(read_checkpoint(official).tensors) == {name for name in needed if not LATER_LAYERS.search(name)}
     started = run("--stage", "2", "--lora_dropout", "0", ckpt=str(official))
     assert losses(started) == losses(plain), "an official checkpoint of the same weights"
     assert json.loads((started / "provenance.json").read_text())["init_adapter"]["roles"] == ["projector", "llm"]
@@ -142,11 +144,11 @@ def test_flags_reach_the_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> No
     """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
     given: list[Any] = []
 
-    def recipe(settings: Any, *args: Any) -> dict[str, Any]:
-        given.append(settings)
+    def recipe(run: Any, data: Any) -> dict[str, Any]:
+        given.append(run.settings)
         return {"steps": 2, "finished": True}
 
-    monkeypatch.setitem(launch.RECIPES, SalmonnSettings, recipe)
+    monkeypatch.setattr(launch, "train", recipe)
     flags = "--lora_dropout 0.3 --weight_decay 0.2 --eval_steps 7 --seed 3 --dryrun --grad_ckpt --init_lr 2e-5"
     run(*flags.split(), lr="")
     (settings,) = given
@@ -230,12 +232,12 @@ def test_packs_have_room_for_drawn_prompts(
     settings = SalmonnSettings.model_validate({"model_id": salmonn, "train_jsonl": "t", "output_dir": "o", **flags})
     lengths = {}
     for features in (planned, stored):
-        plan = build_plan(Stage(ROLES, redraw=redraw), settings, features, np.arange(len(features)), 1)
+        plan = build_plan(Stage(ROLES, prompt_sampler=redraw), settings, features, np.arange(len(features)), 1)
         loader = Loader(
             *(features, get_family(salmonn).front_end(salmonn), plan, Worker(), 0, Masking(NO_MASKS, 0), redraw),
             pin_memory=False,
         )
-        batches = [batch for _, packs in loader.steps(0, plan.steps_in(3)) for _, batch in packs]
+        batches = [batch for _, packs in loader.steps(0, plan.total_steps(3)) for _, batch in packs]
         lengths[features is planned] = max(batch["input_ids"].shape[1] for batch in batches)
     assert lengths[True] <= settings.pack_tokens < lengths[False], "without spare tokens packs overflow"
     front_end = get_family(salmonn).front_end(salmonn)
@@ -255,7 +257,7 @@ def test_a_resumed_run_draws_from_the_same_prompts(data: TrainingData, salmonn: 
     assert trained(tmp_path / "a", data, salmonn, **how) == losses, "the same prompts, written otherwise"
     path.write_text(json.dumps({"asr": ["<SpeechHere> Say."]}))
     for changed in (how, {"max_steps": 3}):
-        with pytest.raises(RunError, match="--prompts holds other prompts than this run began with; use --overwrite"):
+        with pytest.raises(RunError, match="--prompts holds other prompts than when this run started; use --overwrite"):
             trained(tmp_path / "a", data, salmonn, **changed)
 
 
@@ -266,8 +268,8 @@ def test_what_is_frozen_stays_in_eval(data: TrainingData, salmonn: str, tmp_path
     )
     seen: list[dict[str, bool]] = []
 
-    def look(settings: Any, trainee: Any) -> None:
-        seen.append({name.rpartition(".")[2]: module.training for name, module in trainee.model.named_modules()})
+    def look(settings: Any, state: Any) -> None:
+        seen.append({name.rpartition(".")[2]: module.training for name, module in state.model.named_modules()})
 
     processes.run(settings, data, look=look)
     [modes] = seen
@@ -362,9 +364,9 @@ def test_rows_of_a_batch_with_other_prompts_are_answered_as_alone(
     parts = (family.load_model(salmonn, dtype=torch.float32, device=CPU), family, family.front_end(salmonn))
     rows = [features.row(number) for number in (0, 4, 1, 5)]
     assert len({len(row.prompt_ids) for row in rows}) > 2
-    search = SamplingParams(10, num_beams=num_beams)
+    sampling = SamplingParams(10, num_beams=num_beams)
     together, alone = (
-        {place: found.text for place, found in generate(*parts, rows, batch_size=size, search=search)}
+        {place: found.text for place, found in generate(*parts, rows, batch_size=size, sampling=sampling)}
         for size in (4, 1)
     )
     assert together == alone and len(set(alone.values())) > 1

@@ -1,4 +1,4 @@
-"""The jobs on what SALMONN's two encoders hear: their outputs stored, and all that hears compiled."""
+"""Jobs with SALMONN's stored encoder outputs and with its compiled audio path."""
 
 import json
 import shutil
@@ -34,12 +34,12 @@ Run = Callable[..., Path]
 def rows(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """Speech, a recording of three windows, one of 0.2 s, and text."""
     folder = tmp_path_factory.mktemp("rows")
-    found = read_rows(small["asr.train"])[:3]
-    speech = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in found] * 3)
+    rows = read_rows(small["asr.train"])[:3]
+    speech = np.concatenate([soundfile.read(row["audio_path"], dtype="int16")[0] for row in rows] * 3)
     for name, num_samples in (("long", 150_000), ("short", 3_200)):
         soundfile.write(folder / f"{name}.wav", speech[:num_samples], 16_000, subtype="PCM_16")
-        found.append({"audio_path": str(folder / f"{name}.wav"), "transcript": name, "language": "en"})
-    return write_rows(folder / "m.jsonl", found + read_rows(small["tqa.train"])[:1])
+        rows.append({"audio_path": str(folder / f"{name}.wav"), "transcript": name, "language": "en"})
+    return write_rows(folder / "m.jsonl", rows + read_rows(small["tqa.train"])[:1])
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def run(salmonn: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Ru
     """Train two steps on all rows together; returns the run folder."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def run(into: str, *flags: str) -> Path:
-        usual = f"--model_id {salmonn} --train_jsonl {rows} --output_dir {folder / into} --features_dir {folder / 'f'} "
+    def run(name: str, *flags: str) -> Path:
+        usual = f"--model_id {salmonn} --train_jsonl {rows} --output_dir {folder / name} --features_dir {folder / 'f'} "
         usual += "--num_workers 0 --max_steps 2 --per_device_bsz 6 --lr 1e-3 --min_lr 0 --warmup_steps 0"
         launch.run_training(assemble_inputs(parse_only("train_salmonn", [*usual.split(), *flags])))
-        return folder / into
+        return folder / name
 
     return run
 
@@ -63,14 +63,16 @@ def answers(rows: str, output_dir: Path, *flags: str) -> dict[str, tuple[str, fl
     return {row["id"]: (row["prediction"], row["nll"]) for row in read_predictions(output_dir)}
 
 
-def assert_alike(found: dict[str, tuple[str, float]], wanted: dict[str, tuple[str, float]]) -> None:
-    assert found.keys() == wanted.keys() and len(wanted) == 6
-    for name, (text, nll) in wanted.items():
-        assert found[name] == (text, pytest.approx(nll, abs=1e-3)), name
+def assert_alike(actual: dict[str, tuple[str, float]], expected: dict[str, tuple[str, float]]) -> None:
+    assert actual.keys() == expected.keys() and len(expected) == 6
+    for name, (text, nll) in expected.items():
+        assert actual[name] == (text, pytest.approx(nll, abs=1e-3)), name
 
 
-def test_stored_outputs_train_and_answer_alike(run: Run, rows: str, tmp_path: Path, evaluation_here: None) -> None:
-    """BEATs' differ in rounding with the length of the batch, so not to the last bit as with one encoder."""
+def test_stored_outputs_give_the_same_losses_and_answers(
+    run: Run, rows: str, tmp_path: Path, evaluation_here: None
+) -> None:
+    """Not bit for bit as with one encoder, because rounding in BEATs depends on the length of the batch."""
     plain = run("mel")
     stored = run("float32", "--store", "encoder", "--cache_dtype", "float32")
     assert losses(stored) == pytest.approx(losses(plain), abs=1e-5)
@@ -81,13 +83,13 @@ def test_stored_outputs_train_and_answer_alike(run: Run, rows: str, tmp_path: Pa
     assert_alike(answers(rows, tmp_path / "f", *flags, "--store", "encoder", "--cache_dtype", "float32"), from_mel)
 
 
-def test_stored_outputs_are_keyed_by_both_encoders(salmonn_parts: dict[str, str], tmp_path: Path) -> None:
+def test_the_fingerprint_of_stored_outputs_covers_both_encoders(salmonn_parts: dict[str, str], tmp_path: Path) -> None:
     names = ("whisper", "beats", "llama")
     whisper, beats, llm = (Path(salmonn_parts[f"{name}_path"]) for name in names)
 
-    def key(name: str, whisper: Path = whisper, beats: Path = beats, llm: Path = llm, **storing: Any) -> str:
+    def key(name: str, whisper: Path = whisper, beats: Path = beats, llm: Path = llm, **spec: Any) -> str:
         write_folder(tmp_path / name, whisper=whisper, beats=beats, llm=llm)
-        return Extractor(str(tmp_path / name), FeatureSpec("encoder", **storing)).fingerprint
+        return Extractor(str(tmp_path / name), FeatureSpec("encoder", **spec)).fingerprint
 
     def changed(folder: Path, name: str) -> Path:
         copy = shutil.copytree(folder, tmp_path / f"{name}-changed")
@@ -103,7 +105,7 @@ def test_stored_outputs_are_keyed_by_both_encoders(salmonn_parts: dict[str, str]
     content["cfg"]["encoder_attention_heads"] = 2
     torch.save({**content, "cfg": {**content["cfg"], "max_distance": 400}}, tmp_path / "cfg.pt")
     plain = key("plain")
-    assert key("copy", llm=changed(llm, "lm_head.weight")) == plain, "the language model has no part in it"
+    assert key("copy", llm=changed(llm, "lm_head.weight")) == plain, "the language model does not matter"
     assert key("decoder", whisper=changed(whisper, "model.decoder.layer_norm.bias")) == plain
     others = [key("encoder", whisper=changed(whisper, "model.encoder.layer_norm.bias"))]
     others += [key(name, beats=tmp_path / f"{name}.pt") for name in ("weights", "cfg")]
@@ -111,10 +113,10 @@ def test_stored_outputs_are_keyed_by_both_encoders(salmonn_parts: dict[str, str]
     assert len({plain, *others}) == 6
 
 
-def test_what_cannot_be_stored_or_compiled_is_said(
+def test_embeddings_that_depend_on_the_batch_are_refused(
     salmonn_parts: dict[str, str], rows: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that follows the reference to the letter: a clip's embeddings depend on its batch."""
+    """In a folder that follows the reference exactly, a clip's embeddings depend on its batch."""
     names = {"whisper": "whisper", "beats": "beats", "llm": "llama"}
     write_folder(tmp_path / "m", **{name: salmonn_parts[f"{flag}_path"] for name, flag in names.items()}, alone=False)
     for command in (f"train_salmonn --train_jsonl {rows} --num_workers 0 --store encoder", "compile"):
@@ -123,44 +125,44 @@ def test_what_cannot_be_stored_or_compiled_is_said(
         with pytest.raises(SystemExit) as end:
             load_job(name).main(words)
         assert end.value.code == 2
-        said = capsys.readouterr().err.strip().splitlines()[-1]
-        assert said.startswith("error: --model_id ") and 'its config.json says "alone": false' in said
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message.startswith("error: --model_id ") and 'its config.json says "alone": false' in message
 
 
 @pytest.mark.slow
-def test_what_hears_is_compiled(
+def test_the_audio_path_is_compiled(
     salmonn: str, run: Run, rows: str, tmp_path: Path, evaluation_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an adapter, whose part in it is all but the two encoders; used by evaluate and efficiency."""
+    """With an adapter that holds all of it except the encoders, for evaluate and efficiency."""
     tuned = run("tuned")
     folder = tmp_path / "compiled"
     report = run_compile(parse_only("compile", f"--lora_dir {tuned} --windows 1,2 --output_dir {folder}".split()))
     assert report["family"] == "salmonn" and report["mel_shape"] == [80 + 128, 400]
     assert all(0 < entry["difference"] < 1e-5 for entry in report["windows"].values())
-    heard: list[int] = []
+    window_counts: list[int] = []
     real = CompiledAudio.__call__
 
     def call(self: CompiledAudio, *inputs: torch.Tensor) -> torch.Tensor:
-        heard.append(len(inputs[0]))
+        window_counts.append(len(inputs[0]))
         return real(self, *inputs)
 
     monkeypatch.setattr(CompiledAudio, "__call__", call)
     eager = answers(rows, tmp_path / "eager", "--lora_dir", str(tuned))
-    assert not heard
+    assert not window_counts
     assert_alike(answers(rows, tmp_path / "e", "--lora_dir", str(tuned), "--compiled", str(folder)), eager)
-    assert sum(heard) == 2 * 7, "every window once for the answer, once for the reference"
+    assert sum(window_counts) == 2 * 7, "each window once for the answer and once for the reference"
     with pytest.raises(RunError, match=rf"made of other weights, those of .* with {tuned}"):
         answers(rows, tmp_path / "base", "--model_id", salmonn, "--compiled", str(folder))
     flags = f"--lora_dir {tuned} --compiled {folder} --compare eager,compiled,8bit,4bit --batch_sizes 1,2 --clip_sec 3"
     flags += f" --new_tokens 16 --warmup 1 --repeats 2 --output_dir {tmp_path / 'efficiency'}"
     measured = run_efficiency(parse_only("efficiency", flags.split()))["variants"]
-    assert {name: (found["quantize"], bool(found["compiled"])) for name, found in measured.items()} == {
+    assert {name: (variant["quantize"], bool(variant["compiled"])) for name, variant in measured.items()} == {
         "eager": ("none", False),
         "compiled": ("none", True),
         "8bit": ("8bit", False),
         "4bit": ("4bit", False),
     }
-    for found in measured.values():
-        assert [result["batch_size"] for result in found["results"]] == [1, 2]
-        assert all(result["ttft_sec"]["median"] > 0 for result in found["results"])
+    for variant in measured.values():
+        assert [result["batch_size"] for result in variant["results"]] == [1, 2]
+        assert all(result["ttft_sec"]["median"] > 0 for result in variant["results"])
     assert json.loads((tmp_path / "efficiency" / "efficiency.json").read_text())["variants"].keys() == measured.keys()

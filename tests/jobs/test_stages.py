@@ -114,13 +114,11 @@ def test_flags_reach_the_recipe(name: str, run: Callable[..., Path], monkeypatch
     """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
     given: list[Any] = []
 
-    def recipe(settings: Any, *args: Any) -> dict[str, Any]:
-        given.append(settings)
+    def recipe(run: Any, data: Any) -> dict[str, Any]:
+        given.append(run.settings)
         return {"steps": 2, "finished": True}
 
-    kind = SETTINGS[name]
-    assert launch.RECIPES[kind].__module__ == f"voxray.recipes.{name.removeprefix('train_')}"
-    monkeypatch.setitem(launch.RECIPES, kind, recipe)
+    monkeypatch.setattr(launch, "train", recipe)
     flags = "--lora_dropout 0.3 --weight_decay 0.1 --eval_steps 7 --seed 3 --debug --grad_ckpt --store pcm16"
     out = run(name, *flags.split())
     (settings,) = given
@@ -128,7 +126,7 @@ def test_flags_reach_the_recipe(name: str, run: Callable[..., Path], monkeypatch
     assert settings.debug and settings.grad_ckpt and settings.store == "pcm16"
     assert json.loads((out / "settings.json").read_text()) == json.loads(settings.model_dump_json())
     sent = pickle.loads(pickle.dumps(settings))
-    assert type(sent) is kind and sent == settings, "as Ray Train's workers find their recipe"
+    assert type(sent) is SETTINGS[name] and sent == settings, "as Ray Train's workers find their recipe"
 
 
 def test_stored_encoder_outputs_give_the_adapter_the_same_losses(run: Callable[..., Path]) -> None:
@@ -148,15 +146,15 @@ def test_a_frozen_language_model_recomputes_and_stays_in_eval(
     """Gradients pass through it to the projector: --grad_ckpt saves memory there, and no dropout wakes up."""
     calls, modes, fit = [0], [], stage.fit
 
-    def watched(trainee: Any, *args: Any) -> int:
-        named = dict(trainee.model.named_modules())
+    def watched(state: Any, *args: Any) -> int:
+        named = dict(state.model.named_modules())
         layer = next(named[name] for name in named if name.endswith("language_model.layers.0.self_attn"))
 
         def count(*_: Any) -> None:
             calls[0] += torch.is_grad_enabled()
 
         with layer.register_forward_pre_hook(count):
-            step = fit(trainee, *args)
+            step = fit(state, *args)
         modes.append({name: module.training for name, module in named.items()})
         return step
 
@@ -199,7 +197,7 @@ def test_init_adapter_is_loaded_kept_and_noted(run: Callable[..., Path], first_s
     assert (noted["folder"], noted["roles"], noted["base"]) == (str(first_stage / "adapter"), ["llm"], TINY)
     assert len(noted["sha256"]) == 64
     said = (out / "train.log").read_text()
-    assert f"starts from {first_stage / 'adapter'}: {len(before)} tensors of llm; kept as they are: llm" in said
+    assert f"starts from {first_stage / 'adapter'}: {len(before)} tensors of llm; frozen: llm" in said
     assert losses(out)[0] != losses(run("train_asr_adapter", *SAME_LORA))[0]
 
 

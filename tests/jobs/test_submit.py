@@ -1,7 +1,7 @@
-"""`ray job submit` against a real head with a dashboard: what succeeds, what is refused and how, what stopping saves.
+"""`ray job submit` against a real head with a dashboard: success, refused jobs, and the state saved when stopped.
 
-The head listens on the loopback interface, on free ports of its own, with a folder of its own. It and everything below
-it carries a mark in its environment, by which the teardown finds its processes and nobody else's.
+The head listens on the loopback interface, with its own free ports and folder. It and all its child processes have a
+mark in their environment, by which the teardown finds exactly these processes.
 """
 
 import json
@@ -44,7 +44,7 @@ def free_ports(number: int) -> list[int]:
 
 @dataclass
 class Head:
-    """A running head and how to talk to it."""
+    """A running head node, and calls to it."""
 
     address: str
     env: dict[str, str]
@@ -55,11 +55,11 @@ class Head:
         return subprocess.run(command, capture_output=True, text=True, env=self.env, cwd=ROOT, timeout=120)
 
     def submit(self, name: str, job: str, arguments: list[str]) -> str:
-        """Hand in a job the way the README says, without waiting for it."""
+        """Submit a job as in the README, without waiting for it."""
         name = f"{name}-{uuid.uuid4().hex[:8]}"
         options = ["--address", self.address, "--submission-id", name, "--runtime-env", "runtime_env.yaml", "--no-wait"]
-        done = self.ray("submit", *options, "--", sys.executable, f"jobs/{job}.py", *arguments)
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = self.ray("submit", *options, "--", sys.executable, f"jobs/{job}.py", *arguments)
+        assert process.returncode == 0, process.stdout + process.stderr
         self.submitted.append(name)
         return name
 
@@ -68,7 +68,7 @@ class Head:
             return json.load(answer)
 
     def wait(self, name: str) -> dict[str, Any]:
-        """A finished job's details, its log among them."""
+        """A finished job's details, including its log."""
         deadline = time.monotonic() + WAIT_SEC
         while (details := self.get(name))["status"] not in {"SUCCEEDED", "FAILED", "STOPPED"}:
             assert time.monotonic() < deadline, f"{name} is {details['status']}: {self.get(f'{name}/logs')['logs']}"
@@ -116,7 +116,7 @@ def arguments(train_jsonl: str, storage: Path | None, *more: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Submitted:
-    """The jobs of this module, handed in together so that they wait for each other's start-up only once."""
+    """The jobs of this module, submitted together so that their start-up times overlap."""
 
     storage: Path
     names: dict[str, str]
@@ -127,8 +127,10 @@ class Submitted:
 def submitted(head: Head, small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Submitted:
     storage = tmp_path_factory.mktemp("storage")
     rows = write_rows(storage / "in" / "keyless.jsonl", [{"text": "no task has this"}, {"audio_path": "x.wav"}])
-    gone = [{**row, "audio_path": f"/gone/{number}.wav"} for number, row in enumerate(read_rows(small["asr.train"]))]
-    gone_path = write_rows(storage / "in" / "gone.jsonl", gone)
+    missing_audio = [
+        {**row, "audio_path": f"/gone/{number}.wav"} for number, row in enumerate(read_rows(small["asr.train"]))
+    ]
+    gone_path = write_rows(storage / "in" / "gone.jsonl", missing_audio)
     missing = str(storage / "in" / "missing.jsonl")
     train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
     val = ["--val_jsonl", ",".join(small[f"{task}.val"] for task in ("asr", "sqa", "tqa"))]
@@ -160,8 +162,8 @@ def test_refused_job_says_why_in_one_line(head: Head, submitted: Submitted, name
     details = head.wait(submitted.names[name])
     status, reason = submitted.expected[name]
     assert (details["status"], details["driver_exit_code"]) == ("FAILED", status), details["logs"]
-    _, _, said = details["logs"].partition("Running entrypoint for job")
-    lines = said.splitlines()[1:]  # the first is the command
+    _, _, log_text = details["logs"].partition("Running entrypoint for job")
+    lines = log_text.splitlines()[1:]  # the first is the command
     assert len(lines) == 1 and lines[0].startswith(reason), details["logs"]
 
 
@@ -219,9 +221,9 @@ def test_submit_follows_a_job_and_exits_as_it_did(head: Head, submitted: Submitt
     env = {**head.env, "PATH": f"{Path(sys.executable).parent}:{head.env['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "jobs/submit.py"), "--address", head.address, "--", "train_multitask"]
     refused = arguments("a.jsonl", None)
-    done = subprocess.run([*command, *refused], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "error: --output_dir runs/mt: a submitted job runs in a temporary copy" in done.stdout
+    process = subprocess.run([*command, *refused], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "error: --output_dir runs/mt: a submitted job runs in a temporary copy" in process.stdout
 
 
 def test_nothing_of_the_head_listens_outside_this_machine(head: Head) -> None:

@@ -1,4 +1,4 @@
-"""jobs/submit.py against a client that answers as Ray's does; test_submit.py has a real head."""
+"""jobs/submit.py with a fake of Ray's client; test_submit.py uses a real head."""
 
 import os
 from collections.abc import AsyncIterator
@@ -20,13 +20,13 @@ class Details:
 
 
 class Client:
-    """A cluster on which a job prints three lines and ends as told; its log breaks off once in between."""
+    """A cluster on which a job prints three lines and ends with ``ends``; its log stream fails once in between."""
 
     def __init__(self, *ends: Details | Exception) -> None:
-        self.ends, self.given, self.stops, self.breaks = list(ends), {}, 0, 1
+        self.ends, self.submitted, self.stops, self.breaks = list(ends), {}, 0, 1
 
-    def submit_job(self, **given: Any) -> None:
-        self.given = given
+    def submit_job(self, **submitted: Any) -> None:
+        self.submitted = submitted
 
     def get_job_info(self, name: str) -> Details:
         end = self.ends[0] if len(self.ends) == 1 else self.ends.pop(0)
@@ -50,7 +50,7 @@ class Client:
 
 @pytest.fixture
 def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Run the job against such a client; returns the client, the exit status, and what was said."""
+    """Run the job with such a client; returns the client, the exit status and the output."""
     monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
 
     def run(*ends: Details | BaseException, argv: str = "-- train_text --train_jsonl a") -> tuple[Client, Any, str]:
@@ -68,73 +68,73 @@ def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_it_exits_as_the_job_did(end: Any) -> None:
-    """Ray's own command exits with 1 whatever happened."""
+    """Ray's own command always exits with 1."""
     for details, status in (
         (Details("SUCCEEDED", 0), 0),
         (Details("FAILED", 3), 3),
         (Details("FAILED", None), 1),
         (Details("STOPPED", None), 130),
     ):
-        client, found, said = end(Details("RUNNING", None), details)
-        assert found == status and client.stops == 0
-        assert said.count("one\ntwo\n") == 1 and said.count("three") == 1, "a break repeats and loses nothing"
+        client, exit_status, output = end(Details("RUNNING", None), details)
+        assert exit_status == status and client.stops == 0
+        assert output.count("one\ntwo\n") == 1 and output.count("three") == 1, "a break repeats and loses nothing"
 
 
 def test_a_job_is_handed_in_under_an_id_of_its_own(end: Any) -> None:
-    first, _, said = end(Details("SUCCEEDED", 0), argv="--name mine -- train_text --train_jsonl 'a b.jsonl'")
+    first, _, output = end(Details("SUCCEEDED", 0), argv="--name mine -- train_text --train_jsonl 'a b.jsonl'")
     second, _, _ = end(Details("SUCCEEDED", 0), argv="--name mine -- train_text")
-    assert first.given["submission_id"] != second.given["submission_id"]
-    assert first.given["submission_id"].startswith("mine-") and first.given["submission_id"] in said
-    assert first.given["entrypoint"].startswith("python jobs/train_text.py --train_jsonl ")
-    assert second.given["entrypoint"] == "python jobs/train_text.py"
-    env = first.given["runtime_env"]
+    assert first.submitted["submission_id"] != second.submitted["submission_id"]
+    assert first.submitted["submission_id"].startswith("mine-") and first.submitted["submission_id"] in output
+    assert first.submitted["entrypoint"].startswith("python jobs/train_text.py --train_jsonl ")
+    assert second.submitted["entrypoint"] == "python jobs/train_text.py"
+    env = first.submitted["runtime_env"]
     assert "/.git" in env["excludes"] and env["env_vars"]["RAY_JOB_STOP_SIGNAL"] == "SIGINT"
     assert Path(env["working_dir"], "jobs", "submit.py").is_file()
-    client, status, said = end(RuntimeError("never asked"), argv="--no_wait -- train_text")
-    assert client.given and status == 0 and "one" not in said
+    client, status, output = end(RuntimeError("never asked"), argv="--no_wait -- train_text")
+    assert client.submitted and status == 0 and "one" not in output
     client, _, _ = end(Details("SUCCEEDED", 0), argv="")
-    assert client.given["entrypoint"] == "python jobs/quickstart.py"
+    assert client.submitted["entrypoint"] == "python jobs/quickstart.py"
 
 
 def test_words_of_a_job_stay_what_they_are(end: Any) -> None:
-    """The cluster starts the job by a line for its shell."""
+    """The cluster starts the job through a shell, so arguments must be quoted."""
     client = Client(Details("SUCCEEDED", 0))
     submit._client, before = (lambda settings: client), submit._client
     try:
         load_job("submit").main(["--", "infer", "--question", "where; rm -rf $HOME?"])
     finally:
         submit._client = before
-    assert client.given["entrypoint"] == "python jobs/infer.py --question 'where; rm -rf $HOME?'"
+    assert client.submitted["entrypoint"] == "python jobs/infer.py --question 'where; rm -rf $HOME?'"
 
 
 def test_ctrl_c_stops_the_job_and_waits_for_it(end: Any) -> None:
-    client, status, said = end(KeyboardInterrupt(), Details("RUNNING", None), Details("STOPPED", None))
-    assert (client.stops, status) == (1, 130) and "stopping the job, which saves itself first" in said
-    client, status, said = end(KeyboardInterrupt(), KeyboardInterrupt(), Details("RUNNING", None))
-    assert (client.stops, status) == (1, 1) and "goes on by itself; `ray job logs train_text-" in said
+    client, status, output = end(KeyboardInterrupt(), Details("RUNNING", None), Details("STOPPED", None))
+    assert (client.stops, status) == (1, 130) and "stopping the job, which saves itself first" in output
+    client, status, output = end(KeyboardInterrupt(), KeyboardInterrupt(), Details("RUNNING", None))
+    assert (client.stops, status) == (1, 1) and "goes on by itself; `ray job logs train_text-" in output
 
 
 def test_a_cluster_that_is_lost_is_one_line(end: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, status, _ = end(Details("RUNNING", None), OSError("reset"), OSError("reset"), Details("SUCCEEDED", 0))
     assert status == 0, "it came back"
     monkeypatch.setattr(submit, "LOST_SEC", -1.0)
-    _, status, said = end(OSError("reset"))
-    assert status == 1 and "the cluster does not answer any more: reset" in said
+    _, status, output = end(OSError("reset"))
+    assert status == 1 and "the cluster does not answer any more: reset" in output
 
 
 def test_jobs_that_do_not_exist(end: Any) -> None:
     for argv in ("-- train_everything", "-- submit", "-- ../x"):
-        _, status, said = end(Details("SUCCEEDED", 0), argv=argv)
-        assert status == 2 and "not one of the jobs audit, " in said
+        _, status, output = end(Details("SUCCEEDED", 0), argv=argv)
+        assert status == 2 and "not one of the jobs audit, " in output
 
 
 def test_how_the_cluster_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With the token if this machine has it; an address where nothing listens is one line."""
-    asked: list[str] = []
+    """Uses the token if this machine has one; an address where nothing listens is a one-line error."""
+    requests: list[str] = []
 
     class Refusing:
         def __init__(self, address: str) -> None:
-            asked.append(f"{address} {os.environ['RAY_AUTH_MODE']}")
+            requests.append(f"{address} {os.environ['RAY_AUTH_MODE']}")
             raise ConnectionError("nobody there")
 
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Refusing)
@@ -142,20 +142,20 @@ def test_how_the_cluster_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
-    def ask(**flags: str) -> str:
+    def refusal(**flags: str) -> str:
         monkeypatch.setenv("RAY_AUTH_MODE", "x")
         monkeypatch.delenv("RAY_AUTH_MODE")
         with pytest.raises(submit.RunError) as refused:
             submit._client(SubmitSettings.model_validate(flags))
         return str(refused.value)
 
-    assert ask() == "--address http://127.0.0.1:8265: no cluster answers there: nobody there"
-    assert "has none" in ask(auth="token")
+    assert refusal() == "--address http://127.0.0.1:8265: no cluster answers there: nobody there"
+    assert "has none" in refusal(auth="token")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("t")
     for flags in ({"address": "http://10.0.0.1:1"}, {"auth": "token"}, {"auth": "disabled"}):
-        ask(**flags)
+        refusal(**flags)
     default = "http://127.0.0.1:8265"
-    assert asked == [f"{default} disabled", "http://10.0.0.1:1 token", f"{default} token", f"{default} disabled"]
+    assert requests == [f"{default} disabled", "http://10.0.0.1:1 token", f"{default} token", f"{default} disabled"]
     with pytest.raises(ValueError, match="address"):
         SubmitSettings.model_validate({"address": "http://user:secret@host"})

@@ -1,4 +1,4 @@
-"""What the flags of the tune job change, without Ray: trials are over as soon as they begin."""
+"""Effects of the tune job's flags, without Ray: trials end as soon as they start."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from test_other_flags import other_values
 
 from voxray.commands import tune
 from voxray.config.train import MultitaskSettings
-from voxray.config.tune import TuneSettings
+from voxray.config.tune import TuneMultitaskSettings
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.sweep import ray_tune, work
 from voxray.sweep.queue import Queue
@@ -24,7 +24,7 @@ from voxray.sweep.trials import Trial
 from voxray.sweep.work import trial_settings
 
 FIGURES = {4: (0.4, 0.1), 8: (0.2, 0.3), 16: (0.3, 0.2)}
-"""asr/cer_nospace and tqa/rouge_l of a rank."""
+"""asr/cer_nospace and tqa/rouge_l by LoRA rank."""
 
 
 def validation(trial: Trial) -> list[dict[str, float]]:
@@ -33,15 +33,15 @@ def validation(trial: Trial) -> list[dict[str, float]]:
 
 
 class Swept:
-    """What a sweep did.
+    """Result of a sweep.
 
     Attributes:
-        ran: Numbers of the trials that ran, in every part of it.
-        given: What Ray would have been given.
+        ran: Numbers of the trials that ran, over all starts of the sweep.
+        ray_call: Arguments that Ray would have received.
     """
 
-    def __init__(self, folder: Path, outcome: SweepOutcome, runner: Runner, given: dict[str, Any]) -> None:
-        self.folder, self.outcome, self.ran, self.given = folder, outcome, runner.ran, given
+    def __init__(self, folder: Path, outcome: SweepOutcome, runner: Runner, ray_call: dict[str, Any]) -> None:
+        self.folder, self.outcome, self.ran, self.ray_call = folder, outcome, runner.ran, ray_call
 
     @property
     def choices(self) -> list[dict[str, Any]]:
@@ -55,30 +55,32 @@ class Swept:
 @pytest.fixture
 def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Swept]:
     """Run the tune job on a cluster of 9 CPUs, its output in the folder ``sweep``."""
-    given: dict[str, Any] = {}
+    ray_call: dict[str, Any] = {}
     runner = Runner(validation)
 
     def run_on_tune(queue: Queue, train: Any, scheduler: Any, concurrent: int, storage: Path) -> None:
-        given.setdefault("schedulers", []).append(scheduler)
-        given["concurrent"] = concurrent
+        ray_call.setdefault("schedulers", []).append(scheduler)
+        ray_call["concurrent"] = concurrent
         runner(queue, None)
 
     monkeypatch.setattr(tune, "run_on_tune", run_on_tune)
-    monkeypatch.setattr(tune, "ray_session", lambda log, processes: given.update(processes=processes) or nullcontext())
-    monkeypatch.setattr(ray_tune, "max_gpus", lambda: given.get("gpus", 0))
+    monkeypatch.setattr(
+        tune, "ray_session", lambda log, processes: ray_call.update(processes=processes) or nullcontext()
+    )
+    monkeypatch.setattr(ray_tune, "max_gpus", lambda: ray_call.get("gpus", 0))
     monkeypatch.setattr(ray_tune, "max_resource", lambda kind: 9)
-    monkeypatch.setattr(work, "training_data", lambda settings, *args, **how: given.update(data=settings))
+    monkeypatch.setattr(work, "training_data", lambda settings, *args, **options: ray_call.update(data=settings))
     monkeypatch.setattr(work, "refuse_missing_metric", lambda *args: None)
 
     def run(line: str = "", flags: Sequence[str] = (), **more: Any) -> Swept:
-        given.clear()
-        given.update(more)
+        ray_call.clear()
+        ray_call.update(more)
         runner.ran.clear()
         runner.outcome = more.get("outcome", validation)
         usual = f"--model_id {TINY} --train_jsonl {small['tqa.train']} --val_jsonl {small['asr.val']}"
         folders = f"--storage_path {tmp_path} --output_dir sweep --features_dir f"
-        given["settings"] = parse_only("tune", [*usual.split(), *folders.split(), *line.split(), *flags])
-        return Swept(tmp_path / "sweep", tune.run_sweep(given["settings"]), runner, given)
+        ray_call["settings"] = parse_only("tune", [*usual.split(), *folders.split(), *line.split(), *flags])
+        return Swept(tmp_path / "sweep", tune.run_sweep(ray_call["settings"]), runner, ray_call)
 
     return run
 
@@ -123,27 +125,27 @@ def test_winner(sweep: Callable[..., Swept], tmp_path: Path) -> None:
 def test_hands_its_flags_to_every_trial(sweep: Callable[..., Swept], tmp_path: Path, half: str) -> None:
     values = other_values(MultitaskSettings, half)
     swept = {"task_weights": ({"asr": 2.0},), "lora_r": (4,)}
-    settings = TuneSettings.model_validate({**values, **swept})
+    settings = TuneMultitaskSettings.model_validate({**values, **swept})
     trial = trial_settings(settings, {"task_weights": {"asr": 1.0}, "lora_r": 17}, tmp_path)
     own = {"output_dir": str(tmp_path), "storage_path": "", "overwrite": True}
     paths = {name: str(Path(name[0]).absolute()) for name in ("noise_dir", "room_dir", "init_adapter")}
-    found = {name: value for name, value in dict(trial).items() if name not in paths}
+    trial_values = {name: value for name, value in dict(trial).items() if name not in paths}
     absolute = {"train_jsonl": (str(Path("t").absolute()),), "val_jsonl": (str(Path("v").absolute()),)}
-    wanted = {**values, **absolute, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}
-    assert found == {name: value for name, value in wanted.items() if name not in paths}
-    given = sweep("--num_actors 3 --rows_per_shard 5 --strict --tf32").given["data"]
-    assert (given.features_dir, given.num_actors, given.rows_per_shard, given.strict) == ("f", 3, 5, True)
-    assert given.storage_path == str(tmp_path)
+    expected = {**values, **absolute, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}
+    assert trial_values == {name: value for name, value in expected.items() if name not in paths}
+    run = sweep("--num_actors 3 --rows_per_shard 5 --strict --tf32").ray_call["data"].settings
+    assert (run.features_dir, run.num_actors, run.rows_per_shard, run.strict) == ("f", 3, 5, True)
+    assert run.storage_path == str(tmp_path)
 
 
 def test_trials_at_a_time(sweep: Callable[..., Swept], capsys: pytest.CaptureFixture[str]) -> None:
-    given = sweep("--num_workers 2").given
-    assert given["processes"] == 2 and given["concurrent"] == 4, "(9 CPUs - 1) / 2 processes"
-    given = sweep("--max_concurrent_trials 3 --overwrite").given
-    assert given["processes"] == given["concurrent"] == 3
-    assert sweep("--num_workers 2 --overwrite", gpus=5).given["concurrent"] == 2, "GPUs are what runs out"
+    ray_call = sweep("--num_workers 2").ray_call
+    assert ray_call["processes"] == 2 and ray_call["concurrent"] == 4, "(9 CPUs - 1) / 2 processes"
+    ray_call = sweep("--max_concurrent_trials 3 --overwrite").ray_call
+    assert ray_call["processes"] == ray_call["concurrent"] == 3
+    assert sweep("--num_workers 2 --overwrite", gpus=5).ray_call["concurrent"] == 2, "GPUs are the bottleneck"
     capsys.readouterr()
-    assert sweep("--max_concurrent_trials 30 --overwrite").given["concurrent"] == 8
+    assert sweep("--max_concurrent_trials 30 --overwrite").ray_call["concurrent"] == 8
     assert "warning: --max_concurrent_trials 30: the cluster has room for 8" in capsys.readouterr().out
     with pytest.raises(
         SettingsError, match=r"--num_workers 9: a trial needs as many CPUs or GPUs.* has 9 CPUs and 0 G"
@@ -155,14 +157,14 @@ def test_schedulers(sweep: Callable[..., Swept], capsys: pytest.CaptureFixture[s
     def rungs(scheduler: Any) -> list[int]:
         return [milestone for milestone, _ in scheduler._brackets[0]._rungs]
 
-    (scheduler,) = sweep().given["schedulers"]
+    (scheduler,) = sweep().ray_call["schedulers"]
     assert min(rungs(scheduler)) == 20
-    (scheduler,) = sweep("--grace_steps 7 --overwrite").given["schedulers"]
+    (scheduler,) = sweep("--grace_steps 7 --overwrite").ray_call["schedulers"]
     assert min(rungs(scheduler)) == 7
-    (scheduler,) = sweep("--scheduler median --grace_steps 7 --overwrite").given["schedulers"]
+    (scheduler,) = sweep("--scheduler median --grace_steps 7 --overwrite").ray_call["schedulers"]
     assert type(scheduler).__name__ == "Median" and scheduler._grace_period == 7
     capsys.readouterr()
-    assert sweep("--scheduler none --max_steps 40 --overwrite").given["schedulers"] == [None]
+    assert sweep("--scheduler none --max_steps 40 --overwrite").ray_call["schedulers"] == [None]
     assert "warning" not in capsys.readouterr().out
     for line, warns in (("30", False), ("40", True), ("30 --grace_steps 31", True)):
         sweep(f"--max_steps 40 --overwrite --eval_steps {line}")
@@ -173,7 +175,7 @@ def test_seeds_and_top_k(sweep: Callable[..., Swept]) -> None:
     swept = sweep("--lora_r 4,8,16 --top_k 2 --seeds 3 --seed 5")
     repeats = [(trial.repeats, trial.choice["seed"]) for trial in swept.outcome.repeats]
     assert sorted(repeats) == [(2, 6), (2, 7), (2, 8), (3, 6), (3, 7), (3, 8)], "the two best, three other seeds each"
-    assert swept.given["schedulers"][1] is None, "every one of them trains to its end"
+    assert swept.ray_call["schedulers"][1] is None, "every one of them trains to its end"
     first = swept.outcome.repeated[0]
     assert first.first.number == 2 and first.mean == pytest.approx(0.207) and set(first.values) == {6, 7, 8}
     assert first.low and first.low < 0.207 < (first.high or 0) and "seed" in swept.best and swept.best["seed"] == 5
@@ -227,7 +229,7 @@ def test_ctrl_c_says_how_to_go_on(sweep: Callable[..., Swept]) -> None:
 def test_salmonn_is_put_together_once(
     sweep: Callable[..., Swept], salmonn_parts: dict[str, str], small: dict[str, str], tmp_path: Path
 ) -> None:
-    sweep()  # for what it puts in Ray's place
+    sweep()  # replaces Ray
     parts = [word for name, value in salmonn_parts.items() for word in (f"--{name}", value)]
     data = ["--train_jsonl", small["asr.train"], "--val_jsonl", small["asr.val"]]
     line = ["--recipe", "salmonn", "--output_dir", str(tmp_path / "s"), "--space", "{lr: [1e-6, 1e-4], lora_r: [8]}"]
@@ -243,7 +245,7 @@ def test_a_sweep_without_any_result_says_why(sweep: Callable[..., Swept]) -> Non
         sweep("--lora_r 4,8", outcome=lambda trial: "no row is within --max_len 3")
     with pytest.raises(RunError, match="no trial finished: no validation gave asr/cer_nospace"):
         sweep("--lora_r 4,8 --overwrite", outcome=lambda trial: [{"tqa/loss": 1.0}])
-    settings = sweep("--overwrite").given["settings"].model_copy(update={"val_jsonl": ()})
+    settings = sweep("--overwrite").ray_call["settings"].model_copy(update={"val_jsonl": ()})
     with pytest.raises(SettingsError, match="--val_jsonl: a sweep needs validation data"):
         tune.run_sweep(settings)
 
@@ -257,10 +259,10 @@ def test_optuna_that_is_not_there(sweep: Callable[..., Swept], monkeypatch: pyte
 
 
 def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
-    """A weak trial is stopped by what trials of an earlier start reached; no number at all is the weakest."""
+    """Trials of an earlier start count when a weak trial is stopped; a missing metric is the weakest."""
     from helpers.sweeps import sweep_settings
 
-    from voxray.sweep.trials import read_trials, reported
+    from voxray.sweep.trials import read_trials, scheduler_record
 
     for number in range(1, 6):
         values = [0.1 * number, 0.05 * number]
@@ -272,6 +274,6 @@ def test_schedulers_go_on_where_they_were(tmp_path: Path) -> None:
             scheduler = ray_tune.build_scheduler(settings, earlier)
             trial = ray_tune.EarlierTrial("new")
             scheduler.on_trial_add(None, trial)
-            record = reported({"step": 10, "asr/cer_nospace": value}, "asr/cer_nospace", "min")
+            record = scheduler_record({"step": 10, "asr/cer_nospace": value}, "asr/cer_nospace", "min")
             assert scheduler.on_trial_result(None, trial, record) == decision, (name, value)
             scheduler.on_trial_complete(None, trial, {})

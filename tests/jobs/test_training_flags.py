@@ -1,4 +1,4 @@
-"""What each flag of train_multitask changes, seen on runs of a few steps in this process."""
+"""The effect of each flag of train_multitask, in runs of a few steps in this process."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,18 @@ import pytest
 import torch
 from conftest import TINY, read_rows, write_rows
 from helpers.running import parse_only
+from helpers.training import train as train_here
 from safetensors.torch import load_file, save_file
 
 from voxray.batches import loader
 from voxray.batches.loader import Loader
 from voxray.batches.rank import Worker
-from voxray.commands import train as launch
+from voxray.commands import train as command
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.models.voxtral.family import Voxtral
-from voxray.recipes import multitask
-from voxray.recipes import run_stage as stage
+from voxray.recipes import choose_rows, run_stage
+from voxray.recipes.training_data import TrainingData
 from voxray.training import validate
 from voxray.training.engine import DataParallel
 from voxray.training.records import read_metrics
@@ -36,7 +38,7 @@ ROWS = 8
 
 @dataclass
 class Run:
-    """A short training run and what was seen of it."""
+    """A short training run and what was recorded of it."""
 
     run_dir: Path
     result: dict[str, Any] = field(default_factory=dict)
@@ -44,9 +46,9 @@ class Run:
     loader: Any = None
     layer_calls: int = 0
     batches: list[tuple[int, str]] = field(default_factory=list)
-    """(rows, thread) of every batch that was collated."""
+    """(rows, thread) of every collated batch."""
     shapes: list[tuple[int, ...]] = field(default_factory=list)
-    """Of the ids of every packed batch."""
+    """Shape of the input ids of every packed batch."""
 
     def records(self, kind: str = "train") -> list[dict[str, Any]]:
         return read_metrics(self.run_dir, kind)
@@ -79,52 +81,52 @@ def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytes
 
 @pytest.fixture
 def train(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Train]:
-    """Train the tiny model on text rows, one step if nothing else is said, and look over its shoulder."""
-    fit, collate_training, collate_packed = stage.fit, loader.collate_training, loader.collate_packed
+    """Train the tiny model on text rows, by default for one step, and record its batches and layer calls."""
+    fit, collate_training, collate_packed = run_stage.fit, loader.collate_training, loader.collate_packed
     runs: list[Run] = []
 
-    def watched_fit(trainee: Any, a_loader: Any, *args: Any) -> int:
+    def recording_fit(state: Any, a_loader: Any, *args: Any) -> int:
         run = runs[-1]
-        run.model, run.loader = trainee.model, a_loader
+        run.model, run.loader = state.model, a_loader
 
         def count(module: Any, inputs: Any) -> None:
             run.layer_calls += 1
 
         layer = next(
             module
-            for name, module in trainee.model.named_modules()
-            if name.endswith("language_model.layers.0.self_attn")  # within what is recomputed, and early in it
+            for name, module in state.model.named_modules()
+            if name.endswith("language_model.layers.0.self_attn")  # an early part of the recomputed layers
         )
         with layer.register_forward_pre_hook(count):
-            return fit(trainee, a_loader, *args)
+            return fit(state, a_loader, *args)
 
-    def watched_collate(rows: Any, front_end: Any, masks: Any) -> Any:
+    def recording_collate(rows: Any, front_end: Any, masks: Any) -> Any:
         time.sleep(0.02)  # long enough for a second thread to take the next batch
         runs[-1].batches.append((len(rows), threading.current_thread().name))
         return collate_training(rows, front_end, masks)
 
-    monkeypatch.setattr(stage, "fit", watched_fit)
+    monkeypatch.setattr(run_stage, "fit", recording_fit)
 
-    def watched_packing(rows: Any, front_end: Any, masks: Any) -> Any:
+    def recording_collate_packed(rows: Any, front_end: Any, masks: Any) -> Any:
         batch = collate_packed(rows, front_end, masks)
         runs[-1].batches.append((len(rows), threading.current_thread().name))
         runs[-1].shapes.append(tuple(batch["input_ids"].shape))
         return batch
 
-    monkeypatch.setattr(loader, "collate_training", watched_collate)
-    monkeypatch.setattr(loader, "collate_packed", watched_packing)
+    monkeypatch.setattr(loader, "collate_training", recording_collate)
+    monkeypatch.setattr(loader, "collate_packed", recording_collate_packed)
 
-    def run(on: str = "text", val: str = "", **flags: Any) -> Run:
+    def run(rows: str = "text", val: str = "", **flags: Any) -> Run:
         run_dir = tmp_path / f"run{len(runs)}"
         run_dir.mkdir()
         runs.append(Run(run_dir))
-        usual = {"model_id": TINY, "train_jsonl": data[on][0], "output_dir": str(run_dir), "num_workers": 0}
-        usual |= {"loader_workers": 0, "lora_dropout": 0.0, "lr": 1e-2}
+        defaults = {"model_id": TINY, "train_jsonl": data[rows][0], "output_dir": str(run_dir), "num_workers": 0}
+        defaults |= {"loader_workers": 0, "lora_dropout": 0.0, "lr": 1e-2}
         if "epochs" not in flags:
-            usual["max_steps"] = 1
-        settings = MultitaskSettings.model_validate({**usual, **flags})
-        sets = multitask.TrainingData(data[on][1], data[val][1] if val else ())
-        runs[-1].result = multitask.train(settings, run_dir, sets, Worker())
+            defaults["max_steps"] = 1
+        settings = MultitaskSettings.model_validate({**defaults, **flags})
+        sets = TrainingData(data[rows][1], data[val][1] if val else ())
+        runs[-1].result = train_here(settings, run_dir, sets, Worker())
         return runs[-1]
 
     yield run
@@ -135,10 +137,10 @@ def test_model_id(train: Train, tmp_path: Path) -> None:
     shutil.copytree(TINY, other)
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor * 0.9 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
-    usual, changed = train(), train(model_id=str(other))
-    assert usual.column("loss") != changed.column("loss")
-    stored = json.loads((changed.run_dir / "adapter" / "adapter_config.json").read_text())
-    assert stored["base_model_name_or_path"] == str(other)
+    default, changed = train(), train(model_id=str(other))
+    assert default.column("loss") != changed.column("loss")
+    config = json.loads((changed.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(other)
 
 
 def test_bf16(train: Train) -> None:
@@ -178,10 +180,10 @@ def test_tuning(train: Train) -> None:
         for kind, run in runs.items()
     }
     assert scales == {"lora": {2.0}, "dora": {2.0}, "rslora": {4.0}, "full": set()}
-    words = {
+    parts = {
         kind: {name.rpartition("lora_")[2].partition(".")[0] for name in run.adapter()} for kind, run in runs.items()
     }
-    assert words["lora"] == words["rslora"] == {"A", "B"} and words["dora"] == {"A", "B", "magnitude_vector"}
+    assert parts["lora"] == parts["rslora"] == {"A", "B"} and parts["dora"] == {"A", "B", "magnitude_vector"}
     counts = json.loads((runs["full"].run_dir / "parameters.json").read_text())
     assert counts["encoder"]["trainable"] == 0
     assert all(counts[role]["trainable"] == counts[role]["total"] > 0 for role in ("projector", "llm"))
@@ -196,65 +198,62 @@ def test_max_bad_steps(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_logits = Voxtral.answer_logits
     monkeypatch.setattr(Voxtral, "answer_logits", lambda *args: answer_logits(*args) * float("nan"))
     for limit in (1, 3):
-        line = rf"^step {limit}: .* {limit} time\(s\) in a row \(--max_bad_steps\); rows of this step: text\.jsonl:"
-        with pytest.raises(RunError, match=line):
+        message = rf"^step {limit}: .* {limit} time\(s\) in a row \(--max_bad_steps\); rows of this step: text\.jsonl:"
+        with pytest.raises(RunError, match=message):
             train(max_steps=9, max_bad_steps=limit)
 
 
 def test_tf32(train: Train) -> None:
-    seen = []
-    for on in (True, False):
-        train(tf32=on)
-        seen.append(torch.backends.cuda.matmul.allow_tf32)
-    assert seen == [True, False]
+    for enabled in (True, False):
+        train(tf32=enabled)
+        assert torch.backends.cuda.matmul.allow_tf32 == enabled
 
 
-def test_idle_flags_warn_without_a_gpu(
+def test_unused_flags_warn_without_a_gpu(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers 0 --max_steps 1"
-    launch.run_training(parse_only("train_multitask", [*line.split(), "--tf32", "--pin_memory"]))
-    said = capsys.readouterr().out
-    assert "warning: --tf32 has no effect" in said and "warning: --pin_memory has no effect" in said
-    launch.run_training(parse_only("train_multitask", [*line.split(), "--no-pin_memory"]))
+    command.run_training(parse_only("train_multitask", [*line.split(), "--tf32", "--pin_memory"]))
+    output = capsys.readouterr().out
+    assert "warning: --tf32 has no effect" in output and "warning: --pin_memory has no effect" in output
+    command.run_training(parse_only("train_multitask", [*line.split(), "--no-pin_memory"]))
     assert "warning" not in capsys.readouterr().out
-    launch.warn_about_unused_flags(parse_only("train_multitask", [*line.split(), "--tuning", "full", "--lora_r", "4"]))
+    command.warn_about_unused_flags(parse_only("train_multitask", [*line.split(), "--tuning", "full", "--lora_r", "4"]))
     assert "warning: --lora_r has no effect: --tuning full has no LoRA" in capsys.readouterr().out
 
 
 def test_pin_memory(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train()
-    assert run.loader.pin_memory is False, "nothing to pin for on a CPU"
+    assert run.loader.pin_memory is False, "no pinned memory on a CPU"
     pinned: list[int] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.numel()) or tensor)
-    parts = (run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, run.loader.masking)
-    pinning = Loader(*parts, pin_memory=True)
+    args = (run.loader.features, run.loader.front_end, run.loader.plan, Worker(), 0, run.loader.masking)
+    pinning = Loader(*args, pin_memory=True)
     _, [(_, batch)] = next(pinning.steps(0, 1))
     assert len(pinned) == len(batch)
 
 
 def test_lora_r_and_alpha(train: Train) -> None:
     run = train(lora_r=4, lora_alpha=12)
-    stored = json.loads((run.run_dir / "adapter" / "adapter_config.json").read_text())
-    assert (stored["r"], stored["lora_alpha"]) == (4, 12)
+    config = json.loads((run.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (4, 12)
     assert {min(tensor.shape) for tensor in run.adapter().values()} == {4}
     assert {module.scaling["default"] for module in run.model.modules() if hasattr(module, "lora_A")} == {3.0}
 
 
 def test_lora_dropout(train: Train) -> None:
     without, with_it = (train(lora_dropout=share, max_steps=2).column("loss") for share in (0.0, 0.5))
-    assert without[0] == with_it[0], "LoRA starts as nothing, so dropping its input changes nothing yet"
+    assert without[0] == with_it[0], "LoRA starts at zero, so dropout has no effect yet"
     assert without[1] != with_it[1]
 
 
 def test_freeze_whisper(train: Train) -> None:
-    counts = [
-        json.loads((train("speech", freeze_whisper=on).run_dir / "parameters.json").read_text())["encoder"]["trainable"]
-        for on in (True, False)
-    ]
-    assert counts[0] == 0 and counts[1] > 0
+    for frozen in (True, False):
+        run = train("speech", freeze_whisper=frozen)
+        counts = json.loads((run.run_dir / "parameters.json").read_text())
+        assert (counts["encoder"]["trainable"] == 0) == frozen
 
 
 def test_lr_schedule_and_warmup_steps(train: Train) -> None:
@@ -267,40 +266,40 @@ def test_lr_schedule_and_warmup_steps(train: Train) -> None:
     )
 
 
-def test_lr_is_the_size_of_a_step(train: Train) -> None:
+def test_lr_scales_the_first_step(train: Train) -> None:
     small, large = (train(lr=lr).weights("lora_B").abs().max() for lr in (1e-3, 1e-2))
     assert large / small == pytest.approx(10, rel=0.01), "Adam's first step is lr in every weight with a gradient"
 
 
 def test_weight_decay(train: Train) -> None:
     plain, decayed = (train(weight_decay=decay, lr=1e-2).weights("lora_A") for decay in (0.0, 10.0))
-    assert torch.allclose(decayed, plain * (1 - 1e-2 * 10), atol=1e-6), "A has no gradient in the first step"
+    assert torch.allclose(decayed, plain * (1 - 1e-2 * 10), atol=1e-6), "lora_A has no gradient in the first step"
 
 
 def test_max_grad_norm(train: Train) -> None:
-    usual, tight, off, wide = (train(max_grad_norm=norm) for norm in (1.0, 1e-7, 0.0, 1e9))
-    assert usual.column("grad_norm") == tight.column("grad_norm"), "what is logged is the norm before clipping"
-    assert tight.weights("lora_B").abs().mean() < 0.5 * usual.weights("lora_B").abs().mean()
-    assert torch.equal(off.weights("lora_B"), wide.weights("lora_B")), "0 does not clip"
+    default, low, off, high = (train(max_grad_norm=norm) for norm in (1.0, 1e-7, 0.0, 1e9))
+    assert default.column("grad_norm") == low.column("grad_norm"), "the norm before clipping is recorded"
+    assert low.weights("lora_B").abs().mean() < 0.5 * default.weights("lora_B").abs().mean()
+    assert torch.equal(off.weights("lora_B"), high.weights("lora_B")), "0 does not clip"
 
 
 def test_label_smoothing(train: Train) -> None:
     sharp, smooth, flat = (train(label_smoothing=share).column("loss")[0] for share in (0.0, 0.1, 0.99))
     assert sharp != smooth
-    # nearly all mass on the mean of -log p over the 4,096 tokens, which is never below that of the uniform distribution
+    # Nearly all mass is on the mean of -log p over the 4,096 tokens, which is at least log 4,096 = 8.3.
     assert flat > 8.3
 
 
 def test_epochs_and_rows_per_step(train: Train) -> None:
     run = train(epochs=2, per_device_bsz=2, grad_accum=2)
-    assert run.column("step") == [1, 2, 3, 4], "2 passes over 8 rows, 4 at a time"
+    assert run.column("step") == [1, 2, 3, 4], "2 epochs of 8 rows, 4 per step"
     assert run.column("epoch") == pytest.approx([0.5, 1, 1.5, 2])
-    assert [rows for rows, _ in run.batches] == [2] * 8, "two forward passes a step"
+    assert [rows for rows, _ in run.batches] == [2] * 8, "two forward passes per step"
     assert run.layer_calls == 8
 
 
 def test_batching(train: Train) -> None:
-    """Packs of one row each that hold several samples; rows of a length together; one task a pack."""
+    """``packed``: one row that holds several samples. ``length``: batches of one task each."""
     packed = train("speech", batching="packed", pack_tokens=150, max_steps=2)
     assert all(shape[0] == 1 for shape in packed.shapes) and max(shape[1] for shape in packed.shapes) <= 150
     assert max(rows for rows, _ in packed.batches) > 1
@@ -308,19 +307,19 @@ def test_batching(train: Train) -> None:
         train("speech", batching="packed", pack_tokens=20)
     sized = train("speech", batching="length", per_task_bsz="asr=4,sqa=1,tqa=2", epochs=1)
     sizes = {}
-    for pack in (pack for step in range(7) for pack in sized.loader.plan.step_packs(step)):
-        [task] = set(sized.loader.features.task[pack.rows].tolist())
-        sizes.setdefault(task, []).append(len(pack.rows))
-    assert {task: sorted(found) for task, found in sizes.items()} == {0: [4], 1: [1, 1, 1, 1], 2: [2, 2]}
+    for batch in (batch for step in range(7) for batch in sized.loader.plan.step_microbatches(step)):
+        [task] = set(sized.loader.features.task[batch.rows].tolist())
+        sizes.setdefault(task, []).append(len(batch.rows))
+    assert {task: sorted(of_task) for task, of_task in sizes.items()} == {0: [4], 1: [1, 1, 1, 1], 2: [2, 2]}
     with pytest.raises(ValueError, match="--per_task_bsz: needs --batching length"):
         MultitaskSettings.model_validate({"train_jsonl": "t", "output_dir": "o", "per_task_bsz": "asr=4"})
 
 
 def test_curriculum(train: Train) -> None:
     run = train("speech", curriculum="tqa:1,asr+tqa:2", epochs=9, per_device_bsz=4)
-    drawn = [sorted({*run.loader.features.task[run.loader.plan.epoch_rows(epoch)].tolist()}) for epoch in range(3)]
-    assert drawn == [[2], [0, 2], [0, 2]]
-    assert run.result["steps"] == 1 + 2 + 2, "the curriculum says how many epochs there are"
+    tasks = [sorted({*run.loader.features.task[run.loader.plan.epoch_rows(epoch)].tolist()}) for epoch in range(3)]
+    assert tasks == [[2], [0, 2], [0, 2]]
+    assert run.result["steps"] == 1 + 2 + 2, "the curriculum replaces --epochs"
 
 
 def test_max_steps(train: Train) -> None:
@@ -329,24 +328,24 @@ def test_max_steps(train: Train) -> None:
 
 
 def test_drop_last(train: Train) -> None:
-    kept, dropped = (train(epochs=1, per_device_bsz=3, drop_last=on) for on in (False, True))
-    assert [rows for rows, _ in kept.batches] == [3, 3, 2]
+    default, dropped = (train(epochs=1, per_device_bsz=3, drop_last=drop) for drop in (False, True))
+    assert [rows for rows, _ in default.batches] == [3, 3, 2]
     assert [rows for rows, _ in dropped.batches] == [3, 3]
 
 
 def test_grad_ckpt(train: Train) -> None:
     plain, recomputed = train(max_steps=2), train(max_steps=2, grad_ckpt=True)
-    assert (plain.layer_calls, recomputed.layer_calls) == (2, 4), "every layer runs once more in the backward pass"
+    assert (plain.layer_calls, recomputed.layer_calls) == (2, 4), "every layer runs again in the backward pass"
     assert plain.column("loss") == pytest.approx(recomputed.column("loss"), rel=1e-6)
 
 
 @pytest.mark.slow
 def test_compile(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers run as compiled code (captured here; ``test_layer_compile`` compiles them)."""
+    """The layers are captured by torch.compile; ``test_layer_compile`` also compiles them."""
     from torch._dynamo.utils import counters
 
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **_: real(function, dynamic=True, backend="aot_eager"))
+    capture = partial(torch.compile, dynamic=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: capture(function))
     plain = train(max_steps=2)
     counters.clear()
     compiled = train(max_steps=2, compile=True)
@@ -358,9 +357,9 @@ def test_compile(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_seed(train: Train) -> None:
-    first, again, other = train(seed=3), train(seed=3), train(seed=4)
-    assert first.column("loss") == again.column("loss") and torch.equal(first.weights("A"), again.weights("A"))
-    assert first.column("loss") != other.column("loss"), "other rows come first"
+    first, same, other = train(seed=3), train(seed=3), train(seed=4)
+    assert first.column("loss") == same.column("loss") and torch.equal(first.weights("A"), same.weights("A"))
+    assert first.column("loss") != other.column("loss"), "the order of rows differs"
     assert not torch.equal(first.weights("lora_A"), other.weights("lora_A"))
 
 
@@ -373,11 +372,11 @@ def test_loader_workers(train: Train) -> None:
 def test_task_weights(train: Train) -> None:
     run = train("speech", task_weights="asr=1,tqa=2", epochs=1, per_device_bsz=12)
     names = {name for name in run.records()[0] if name.startswith("loss/")}
-    assert names == {"loss/asr", "loss/tqa"}, "a task without weight is not drawn"
+    assert names == {"loss/asr", "loss/tqa"}, "a task without a weight is not sampled"
     assert "loss/sqa" in train("speech", epochs=1, per_device_bsz=12).records()[0]
-    assert {name: len(rows) for name, rows in run.loader.plan.rows_of_task.items()} == {"asr": 4, "sqa": 4, "tqa": 4}
-    drawn = run.loader.features.task[run.loader.plan.epoch_rows(0)].tolist()
-    assert (drawn.count(0), drawn.count(2)) == (4, 8)
+    assert {name: len(rows) for name, rows in run.loader.plan.rows_by_task.items()} == {"asr": 4, "sqa": 4, "tqa": 4}
+    tasks = run.loader.features.task[run.loader.plan.epoch_rows(0)].tolist()
+    assert (tasks.count(0), tasks.count(2)) == (4, 8)
 
 
 def test_max_len(train: Train, data: dict[str, Any]) -> None:
@@ -386,48 +385,48 @@ def test_max_len(train: Train, data: dict[str, Any]) -> None:
     run = train("speech", max_len=limit)
     ledger = [json.loads(line) for line in (run.run_dir / "quarantine.jsonl").read_text().splitlines()]
     assert {line["reason"] for line in ledger} == {"too_long"}
-    assert {line["line"] for line in ledger} == {at + 1 for at, length in enumerate(lengths) if length > limit}
+    assert {line["line"] for line in ledger} == {index + 1 for index, length in enumerate(lengths) if length > limit}
     assert len(run.loader.plan.rows) == sum(lengths <= limit)
     with pytest.raises(RunError, match="--max_len 1 "):
         train("speech", max_len=1)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, max_new_tokens) of every batch that validation would have generated."""
-    seen: list[tuple[int, int]] = []
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, max_new_tokens) of every validation batch. A fake answers "1" to each row."""
+    batches: list[tuple[int, int]] = []
 
-    def answers(model: Any, family: Any, front_end: Any, rows: Any, *, max_new_tokens: int) -> list[str]:
-        seen.append((len(rows), max_new_tokens))
+    def fake_generate(model: Any, family: Any, front_end: Any, rows: Any, *, max_new_tokens: int) -> list[str]:
+        batches.append((len(rows), max_new_tokens))
         return ["1"] * len(rows)
 
-    monkeypatch.setattr(validate, "generate_texts", answers)
-    return seen
+    monkeypatch.setattr(validate, "generate_texts", fake_generate)
+    return batches
 
 
-def test_val_jsonl_and_eval_steps(train: Train, asked: list[tuple[int, int]]) -> None:
-    assert train(max_steps=4).records("validation") == [] and not asked
+def test_val_jsonl_and_eval_steps(train: Train, generated: list[tuple[int, int]]) -> None:
+    assert train(max_steps=4).records("validation") == [] and not generated
     assert train(val="val", max_steps=5, eval_steps=2).column("step", "validation") == [2, 4, 5]
     run = train(val="val", epochs=2, per_device_bsz=4)
     assert run.column("step", "validation") == [2, 4], "after every epoch"
     assert {"asr/cer", "asr/cer_nospace", "tqa/rouge_l"} <= set(run.records("validation")[0])
 
 
-def test_eval_max_rows_and_new_tokens(train: Train, asked: list[tuple[int, int]]) -> None:
+def test_eval_max_rows_and_new_tokens(train: Train, generated: list[tuple[int, int]]) -> None:
     for limit, rows in ((2, 4), (0, 8)):
-        asked.clear()
+        generated.clear()
         train(val="val", eval_max_rows=limit, eval_max_new_tokens=7)
-        assert sum(count for count, _ in asked) == rows
-        assert {tokens for _, tokens in asked} == {7}
+        assert sum(count for count, _ in generated) == rows
+        assert {tokens for _, tokens in generated} == {7}
 
 
-def test_preview_rows(train: Train, asked: list[tuple[int, int]]) -> None:
+def test_preview_rows(train: Train, generated: list[tuple[int, int]]) -> None:
     for rows, entries in ((0, 0), (1, 2), (3, 6)):
         run = train(val="val", preview_rows=rows)
         lines = (run.run_dir / "previews.jsonl").read_text().splitlines()
-        assert [json.loads(line)["prediction"] for line in lines] == ["1"] * entries, "what validation generated"
+        assert [json.loads(line)["prediction"] for line in lines] == ["1"] * entries, "the answers of the validation"
         assert f"rows: {rows}  #" in (run.run_dir / "previews.yaml").read_text()
-    assert not (train().run_dir / "previews.yaml").exists(), "there is nothing to validate on"
+    assert not (train().run_dir / "previews.yaml").exists(), "no validation rows"
 
 
 def test_save_steps(train: Train) -> None:
@@ -441,40 +440,47 @@ def test_log_steps(train: Train) -> None:
     assert [line.split("  ")[0] for line in log if line.startswith("step ")] == ["step 2/5", "step 4/5", "step 5/5"]
 
 
-def test_debug(train: Train, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "DEBUG_ROWS", 3)
-    monkeypatch.setattr(stage, "DEBUG_VALIDATION_ROWS", 1)
+def test_debug(train: Train, generated: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose_rows, "DEBUG_ROWS", 3)
+    monkeypatch.setattr(choose_rows, "DEBUG_VALIDATION_ROWS", 1)
     run = train("speech", val="val", debug=True, epochs=9, per_device_bsz=9)
-    assert len(run.loader.plan.rows) == 9, "three of each task"
-    assert len(run.records()) == stage.DEBUG_STEPS == 4
-    assert {rows for rows, _ in asked} == {2}, "one of each of the two tasks"
+    assert len(run.loader.plan.rows) == 9, "three rows of each task"
+    assert len(run.records()) == run_stage.DEBUG_STEPS == 4
+    assert {rows for rows, _ in generated} == {2}, "one of each of the two tasks"
 
 
 def test_train_jsonl_output_dir_storage_path_features_dir(data: dict[str, Any], tmp_path: Path) -> None:
     def settings(**flags: Any) -> MultitaskSettings:
-        usual = {"model_id": TINY, "train_jsonl": data["text"][0], "output_dir": "run", "storage_path": str(tmp_path)}
-        return MultitaskSettings.model_validate({**usual, "num_workers": 0, "max_steps": 1, "eval_steps": 9, **flags})
+        defaults = {
+            "model_id": TINY,
+            "train_jsonl": data["text"][0],
+            "output_dir": "run",
+            "storage_path": str(tmp_path),
+        }
+        return MultitaskSettings.model_validate(
+            {**defaults, "num_workers": 0, "max_steps": 1, "eval_steps": 9, **flags}
+        )
 
-    launch.run_training(settings())
+    command.run_training(settings())
     assert (tmp_path / "run" / "adapter").is_dir() and len(list((tmp_path / "run" / "features").iterdir())) == 1
-    launch.run_training(settings(output_dir=str(tmp_path / "other"), features_dir="shared", rows_per_shard=3))
+    command.run_training(settings(output_dir=str(tmp_path / "other"), features_dir="shared", rows_per_shard=3))
     assert (tmp_path / "other" / "settings.json").is_file() and not (tmp_path / "other" / "features").exists()
-    [made] = (tmp_path / "shared").iterdir()
-    described = json.loads((made / "set.json").read_text())
-    wanted = {"manifest": data["text"][0], "samples": ROWS, "rows": ROWS, "bad": 0, "shards": 3, "store": "mel"}
-    assert {name: described[name] for name in wanted} == wanted
+    [folder] = (tmp_path / "shared").iterdir()
+    description = json.loads((folder / "set.json").read_text())
+    expected = {"manifest": data["text"][0], "samples": ROWS, "rows": ROWS, "bad": 0, "shards": 3, "store": "mel"}
+    assert expected.items() <= description.items()
 
 
 def test_overwrite(data: dict[str, Any], tmp_path: Path) -> None:
     def settings(**flags: Any) -> MultitaskSettings:
-        usual = {"model_id": TINY, "train_jsonl": data["text"][0], "output_dir": str(tmp_path), "num_workers": 0}
-        return MultitaskSettings.model_validate({**usual, "max_steps": 2, **flags})
+        defaults = {"model_id": TINY, "train_jsonl": data["text"][0], "output_dir": str(tmp_path), "num_workers": 0}
+        return MultitaskSettings.model_validate({**defaults, "max_steps": 2, **flags})
 
-    launch.run_training(settings())
+    command.run_training(settings())
     with pytest.raises(SettingsError, match=r"--lr \(was 0.0002, now 0.001\); use --overwrite"):
-        launch.run_training(settings(lr=1e-3))
-    assert len(read_metrics(tmp_path, "train")) == 2, "a refused run has touched nothing"
-    launch.run_training(settings(lr=1e-3, max_steps=1, overwrite=True))
+        command.run_training(settings(lr=1e-3))
+    assert len(read_metrics(tmp_path, "train")) == 2, "a refused run changes nothing"
+    command.run_training(settings(lr=1e-3, max_steps=1, overwrite=True))
     assert [record["lr"] for record in read_metrics(tmp_path, "train")] == [1e-3]
 
 
@@ -482,51 +488,51 @@ def test_strict(tmp_path: Path, small: dict[str, str]) -> None:
     path = write_rows(tmp_path / "a.jsonl", [*read_rows(small["tqa.train"])[:2], {"instruction": "?", "output": ""}])
 
     def settings(**flags: Any) -> MultitaskSettings:
-        usual = {"model_id": TINY, "train_jsonl": path, "output_dir": str(tmp_path / "run"), "num_workers": 0}
-        return MultitaskSettings.model_validate({**usual, "max_steps": 1, **flags})
+        defaults = {"model_id": TINY, "train_jsonl": path, "output_dir": str(tmp_path / "run"), "num_workers": 0}
+        return MultitaskSettings.model_validate({**defaults, "max_steps": 1, **flags})
 
     with pytest.raises(RunError, match=rf"^{path}:3: output is empty \(--strict\)"):
-        launch.run_training(settings(strict=True))
-    launch.run_training(settings())
+        command.run_training(settings(strict=True))
+    command.run_training(settings())
     [line] = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(line)["reason"] == "empty_text" and json.loads(line)["line"] == 3
 
 
 def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked_for: list[tuple[int, int]] = []
+    requested: list[tuple[int, int]] = []
 
-    def on_workers(settings: Any, run_dir: Path, sets: Any, workers: tuple[int, int]) -> dict[str, Any]:
-        asked_for.append(workers)
+    def fake_train_on_workers(run: Any, sets: Any, num_workers: tuple[int, int]) -> dict[str, Any]:
+        requested.append(num_workers)
         return {"steps": 0, "finished": True}
 
-    monkeypatch.setattr(launch, "train_on_workers", on_workers)
-    monkeypatch.setattr(launch, "ray_session", lambda *args: nullcontext())
-    for look in ("refuse_without_room", "say_idle_gpus"):
-        monkeypatch.setattr(launch, look, lambda fewest: None)
-    monkeypatch.setattr(launch, "training_data", lambda *args, **kwargs: multitask.TrainingData((), ()))
+    monkeypatch.setattr(command, "train_on_workers", fake_train_on_workers)
+    monkeypatch.setattr(command, "ray_session", lambda *args: nullcontext())
+    for check in ("require_capacity", "warn_about_idle_gpus"):
+        monkeypatch.setattr(command, check, lambda fewest: None)
+    monkeypatch.setattr(command, "training_data", lambda *args, **kwargs: TrainingData((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto", "1:4"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
-        launch.run_training(parse_only("train_multitask", line.split()))
-    assert asked_for == [(3, 3), (5, 5), (1, 4)], "auto is one per GPU"
+        command.run_training(parse_only("train_multitask", line.split()))
+    assert requested == [(3, 3), (5, 5), (1, 4)], "auto is one per GPU"
 
 
 def test_strategy_and_zero_stage(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What they change is in tests/training/test_zero.py; here is who gets them."""
+    """Which engine is used; tests/training/test_zero.py tests its effect."""
     from voxray.training import zero
 
-    asked_for: list[int] = []
+    stages: list[int] = []
 
-    def other(*args: Any, stage: int, with_audio: bool, **rates: float) -> DataParallel:
-        asked_for.append(stage)
+    def fake_zero(*args: Any, stage: int, with_audio: bool, **rates: float) -> DataParallel:
+        stages.append(stage)
         return DataParallel(*args, **rates)
 
-    monkeypatch.setattr(zero, "Zero", other)
+    monkeypatch.setattr(zero, "Zero", fake_zero)
     train(strategy="ddp")
-    assert asked_for == []
+    assert stages == []
     train(strategy="deepspeed")
     train(strategy="deepspeed", zero_stage=3)
-    assert asked_for == [2, 3]
+    assert stages == [2, 3]
     assert parse_only("train_text", ["--train_jsonl", "x", "--output_dir", "y", "--zero_stage", "2"]).zero_stage == 2
     for value in ("1", "4", "two"):
         with pytest.raises(SystemExit):

@@ -1,5 +1,4 @@
-"""--trim_audio_tokens from training to evaluation, export and the next stage: whoever uses an adapter asks as it was
-trained."""
+"""--trim_audio_tokens from training to evaluation, export and the next stage: prompts are built as in training."""
 
 import json
 from collections.abc import Callable
@@ -63,17 +62,17 @@ def whole(run: Run) -> Path:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every prompt that is made, as people read it."""
+def shown_prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every prompt that is built, as text."""
     prompts: list[str] = []
-    make = Extractor.sample_rows
+    sample_rows = Extractor.sample_rows
 
-    def watched(extractor: Any, sample: Any, **options: Any) -> Any:
-        rows, clip = make(extractor, sample, **options)
+    def record(extractor: Any, sample: Any, **options: Any) -> Any:
+        rows, clip = sample_rows(extractor, sample, **options)
         prompts.append(extractor.front_end.show(rows[0]["prompt_ids"]))
         return rows, clip
 
-    monkeypatch.setattr(Extractor, "sample_rows", watched)
+    monkeypatch.setattr(Extractor, "sample_rows", record)
     return prompts
 
 
@@ -81,22 +80,22 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def evaluate(
     small: dict[str, str], tmp_path: Path, evaluation_here: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Features]:
-    """Run the evaluate job on four clips; returns the features that it asked with."""
-    seen: list[Features] = []
+    """Run the evaluate job on four clips; returns the features that it used."""
+    used: list[Features] = []
 
-    def answered(generation: Any, folders: Any, *args: Any, **options: Any) -> Any:
-        seen.append(Features(folders))
-        assert generation.trim_audio == (seen[-1].num_prompt_tokens.min() < 54)
+    def record(generation: Any, folders: Any, *args: Any, **options: Any) -> Any:
+        used.append(Features(folders))
+        assert generation.trim_audio == (used[-1].num_prompt_tokens.min() < 54)
         return real(generation, folders, *args, **options)
 
     real = job.answer_rows
-    monkeypatch.setattr(job, "answer_rows", answered)
+    monkeypatch.setattr(job, "answer_rows", record)
 
     def run(**flags: Any) -> Features:
-        usual = {"model_id": TINY, "val_jsonl": (small["asr.val"],), "output_dir": str(tmp_path / f"e{len(seen)}")}
+        usual = {"model_id": TINY, "val_jsonl": (small["asr.val"],), "output_dir": str(tmp_path / f"e{len(used)}")}
         usual |= {"gen_max_new_tokens": 2, "features_dir": str(tmp_path / "features")}
         job.run_evaluation(EvaluateSettings.model_validate({**usual, **flags}))
-        return seen[-1]
+        return used[-1]
 
     return run
 
@@ -105,7 +104,7 @@ def recorded(run_dir: Path) -> Any:
     return json.loads((run_dir / "adapter" / RECORD).read_text())["trim_audio_tokens"]
 
 
-def test_it_trains_on_shorter_rows_and_is_remembered(trimmed: Path, whole: Path) -> None:
+def test_training_uses_shorter_rows_and_records_it(trimmed: Path, whole: Path) -> None:
     assert recorded(trimmed) is True and recorded(whole) is False
     newest = sorted((trimmed / "checkpoints").iterdir())[-1]
     assert json.loads((newest / RECORD).read_text()) == {"trim_audio_tokens": True}
@@ -119,50 +118,50 @@ def test_it_trains_on_shorter_rows_and_is_remembered(trimmed: Path, whole: Path)
 
 
 @pytest.mark.parametrize("flags", ["--batching packed --pack_tokens 300", "--store pcm16", "--store encoder"])
-def test_it_trains_packed_and_from_every_store(run: Run, trimmed: Path, flags: str) -> None:
-    found = run("train_multitask", "--trim_audio_tokens", *flags.split(), "--cache_dtype", "float32")
-    losses = [record["loss"] for record in read_metrics(found, "train")]
-    assert recorded(found) is True and len(losses) == 2
+def test_training_packed_and_from_every_store(run: Run, trimmed: Path, flags: str) -> None:
+    run_dir = run("train_multitask", "--trim_audio_tokens", *flags.split(), "--cache_dtype", "float32")
+    losses = [record["loss"] for record in read_metrics(run_dir, "train")]
+    assert recorded(run_dir) is True and len(losses) == 2
     if "packed" not in flags:  # the same rows in the same order
-        wanted = [record["loss"] for record in read_metrics(trimmed, "train")]
-        assert losses == pytest.approx(wanted, abs=1e-3 if "pcm16" in flags else 1e-5)
+        expected = [record["loss"] for record in read_metrics(trimmed, "train")]
+        assert losses == pytest.approx(expected, abs=1e-3 if "pcm16" in flags else 1e-5)
 
 
-def test_evaluation_asks_as_the_adapter_was_trained(
+def test_evaluation_builds_prompts_as_in_training(
     evaluate: Callable[..., Features], trimmed: Path, whole: Path, tmp_path: Path
 ) -> None:
     base = evaluate()
     assert base.num_prompt_tokens.tolist() == evaluate(lora_dir=str(whole)).num_prompt_tokens.tolist()
-    found = evaluate(lora_dir=str(trimmed))
-    assert (found.num_prompt_tokens < base.num_prompt_tokens).all()
+    features = evaluate(lora_dir=str(trimmed))
+    assert (features.num_prompt_tokens < base.num_prompt_tokens).all()
     again = evaluate(lora_dir=str(trimmed), trim_audio_tokens=True)
-    assert again.folders == found.folders == evaluate(trim_audio_tokens=True).folders != base.folders
+    assert again.folders == features.folders == evaluate(trim_audio_tokens=True).folders != base.folders
     stored = json.loads((tmp_path / "e2" / "settings.json").read_text())
-    assert stored["trim_audio_tokens"] is True, "what was used stands in the settings"
+    assert stored["trim_audio_tokens"] is True, "the settings record what was used"
     with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .*adapter was trained with it; leave the flag out"):
         evaluate(lora_dir=str(trimmed), trim_audio_tokens=False)
     with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .*adapter was trained without it"):
         evaluate(lora_dir=str(whole), trim_audio_tokens=True)
 
 
-def test_infer_asks_as_the_adapter_was_trained(trimmed: Path, whole: Path, asked: list[str]) -> None:
+def test_infer_builds_prompts_as_in_training(trimmed: Path, whole: Path, shown_prompts: list[str]) -> None:
     def ask(**flags: Any) -> str:
         values = {"model_id": TINY, "audio_path": CLIP, "max_new_tokens": 2, **flags}
         infer.run_inference(InferSettings.model_validate(values), "")
-        return asked[-1]
+        return shown_prompts[-1]
 
     base = ask()
     assert "[AUDIO]x50" in base and ask(lora_dir=str(whole)) == base
     assert ask(lora_dir=str(trimmed)) == ask(trim_audio_tokens=True) != base
     (whole / "adapter" / RECORD).rename(whole / "adapter" / "elsewhere")
-    assert ask(lora_dir=str(whole)) == base, "an adapter from before was trained on whole windows"
+    assert ask(lora_dir=str(whole)) == base, "an adapter without a record was trained on whole windows"
     (whole / "adapter" / RECORD).write_text("{}")
     with pytest.raises(RunError, match=r"voxray\.json: cannot read how the adapter was trained"):
         ask(lora_dir=str(whole))
     (whole / "adapter" / "elsewhere").replace(whole / "adapter" / RECORD)
 
 
-def test_an_exported_model_remembers_it(trimmed: Path, whole: Path, asked: list[str], tmp_path: Path) -> None:
+def test_an_exported_model_records_it(trimmed: Path, whole: Path, shown_prompts: list[str], tmp_path: Path) -> None:
     def export(adapter: Path, name: str, **more: Any) -> Path:
         values = {"lora_dir": str(adapter), "output_dir": str(tmp_path / name), **more}
         report = run_export(ExportSettings.model_validate(values))
@@ -173,7 +172,7 @@ def test_an_exported_model_remembers_it(trimmed: Path, whole: Path, asked: list[
     assert json.loads((out / "config.json").read_text())["trim_audio_tokens"] is True
     assert "trim_audio_tokens" not in json.loads((export(whole, "b") / "config.json").read_text())
     infer.run_inference(InferSettings(model_id=str(out), audio_path=CLIP, max_new_tokens=2), "")
-    assert "[AUDIO]x50" not in asked[-1] and "[AUDIO]x" in asked[-1]
+    assert "[AUDIO]x50" not in shown_prompts[-1] and "[AUDIO]x" in shown_prompts[-1]
     with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .*a was trained with it"):
         values = {"model_id": str(out), "audio_path": CLIP, "trim_audio_tokens": False}
         infer.run_inference(InferSettings.model_validate(values), "")
@@ -181,18 +180,20 @@ def test_an_exported_model_remembers_it(trimmed: Path, whole: Path, asked: list[
     assert json.loads((half / "adapter" / RECORD).read_text())["trim_audio_tokens"] is True
 
 
-def test_stages_agree_on_it(run: Run, trimmed: Path, whole: Path) -> None:
+def test_stages_must_agree(run: Run, trimmed: Path, whole: Path) -> None:
     with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .*was trained with it; give it here too"):
         run("train_asr_adapter", "--init_adapter", str(trimmed))
     with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .*was trained without it"):
         run("train_asr_adapter", "--init_adapter", str(whole), "--trim_audio_tokens")
     text = run("train_text")
-    assert recorded(text) is None, "a text stage has no say"
+    assert recorded(text) is None, "a text stage records nothing"
     assert recorded(run("train_asr_adapter", "--init_adapter", str(text), "--trim_audio_tokens")) is True
-    assert recorded(run("train_text", "--init_adapter", str(trimmed))) is True, "what it was is handed on"
+    assert recorded(run("train_text", "--init_adapter", str(trimmed))) is True, (
+        "the value of the audio stage is passed on"
+    )
 
 
-def test_featurize_and_audit_count_as_training_does(small: dict[str, str], tmp_path: Path) -> None:
+def test_featurize_and_audit_count_tokens_as_training_does(small: dict[str, str], tmp_path: Path) -> None:
     values = {"model_id": TINY, "manifest": small["asr.val"], "trim_audio_tokens": True}
     extractor = Extractor(TINY, feature_spec(FeaturizeSettings.model_validate(values), bf16=False))
     assert extractor.fingerprint != Extractor(TINY).fingerprint

@@ -73,11 +73,11 @@ def test_flags_reach_the_recipe(run: Callable[..., Path], monkeypatch: pytest.Mo
     """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
     given: list[Any] = []
 
-    def recipe(settings: Any, *args: Any) -> dict[str, Any]:
-        given.append(settings)
+    def recipe(run: Any, data: Any) -> dict[str, Any]:
+        given.append(run.settings)
         return {"steps": 2, "finished": True}
 
-    monkeypatch.setitem(launch.RECIPES, WhisperSettings, recipe)
+    monkeypatch.setattr(launch, "train", recipe)
     flags = "--lora_dropout 0.3 --weight_decay 0.1 --eval_steps 7 --seed 3 --debug --grad_ckpt --store pcm16"
     run(*flags.split())
     (settings,) = given

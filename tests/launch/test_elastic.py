@@ -1,4 +1,4 @@
-"""Runs through Ray: features by several processes, flat memory, training, signals. One Ray for the whole file."""
+"""Jobs on Ray: features from several processes, constant memory, training, signals. One Ray for the whole file."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from voxray.core.errors import RunError, Stopped
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.launch import elastic
+from voxray.recipes.registry import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.training.records import read_metrics
 
@@ -32,32 +33,32 @@ def text_rows(count: int) -> list[dict]:
     return [{"instruction": f"number {n}", "input": "", "output": str(n % 10)} for n in range(count)]
 
 
-def test_features_by_ray_equal_features_made_here(local_ray, small, tmp_path):
-    """Two or more processes take part, and neither they nor their order show in the result."""
+def test_features_from_ray_equal_those_of_one_process(local_ray, small, tmp_path):
+    """Two or more processes take part. The result depends neither on them nor on their order."""
     manifests = [small["asr.train"], small["tqa.train"]]
-    for attempt in range(3):  # on busy cores one process may be done before the other has come up
+    for attempt in range(3):  # on busy cores one process may finish before the other has started
         by_ray = featurize(manifests, Extractor(TINY), tmp_path / f"a{attempt}", rows_per_shard=3, num_actors=2)
         if by_ray.num_processes >= 2:
             break
-    here = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
+    reference = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
     assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 24
-    for one, other in zip(by_ray.folders, here.folders, strict=True):
-        for path in sorted(other.rglob("*.arrow")):
-            assert (one / path.relative_to(other)).read_bytes() == path.read_bytes()
+    for folder, expected in zip(by_ray.folders, reference.folders, strict=True):
+        for path in sorted(expected.rglob("*.arrow")):
+            assert (folder / path.relative_to(expected)).read_bytes() == path.read_bytes()
 
 
-def test_only_what_is_missing_is_made(local_ray, small, tmp_path):
+def test_only_missing_shards_are_computed(local_ray, small, tmp_path):
     first = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
     shards = first.folders[0] / "shards"
     before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
     (shards / "00002.arrow").unlink()
-    again = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
+    second = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
     after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
-    assert again.num_made == 3 and again.num_rows == 12
+    assert second.num_made == 3 and second.num_rows == 12
     assert {name for name in before if before[name] != after[name]} == {"00002.arrow"}
 
 
-def test_bad_rows_are_listed_and_the_rest_is_kept(local_ray, small, tmp_path):
+def test_bad_rows_are_listed_and_others_are_used(local_ray, small, tmp_path):
     rows = [json.loads(line) for line in Path(small["asr.train"]).read_text(encoding="utf-8").splitlines()][:4]
     (tmp_path / "noise.wav").write_text("not audio")
     rows += [{"audio_path": "noise.wav", "transcript": "x"}, {"audio_path": "absent.wav", "transcript": "x"}, {"a": 1}]
@@ -76,18 +77,13 @@ def test_bad_rows_are_listed_and_the_rest_is_kept(local_ray, small, tmp_path):
 
 def settings(small, output_dir: Path, **changes) -> MultitaskSettings:
     values = {f"{part}_jsonl": [small[f"{task}.{part}"] for task in ("asr", "sqa", "tqa")] for part in ("train", "val")}
-    values |= {
-        "model_id": TINY,
-        "num_workers": 2,
-        "max_steps": 3,
-        "eval_max_new_tokens": 4,
-        "output_dir": str(output_dir),
-    }
+    values |= {"model_id": TINY, "num_workers": 2, "max_steps": 3, "eval_max_new_tokens": 4}
+    values |= {"output_dir": str(output_dir)}
     return MultitaskSettings(**{**values, **changes})
 
 
-def test_a_run_explains_itself(local_ray, small, tmp_path, monkeypatch):
-    """Contract 12, on a run of two Ray Train processes; no secret of the environment is part of it."""
+def test_the_records_of_a_run_are_complete(local_ray, small, tmp_path, monkeypatch):
+    """Contract 12, on a run of two Ray Train processes. No file has a secret from the environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
     result = run_training(settings(small, tmp_path))
     assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
@@ -105,19 +101,19 @@ def test_a_run_explains_itself(local_ray, small, tmp_path, monkeypatch):
     assert "step 3/3" in (tmp_path / "train.log").read_text()
     assert json.loads((tmp_path / "result.json").read_text())["best"]["asr/cer_nospace"]["step"] == 3
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[2])
-    figures = gauges(tmp_path.name, "ray_voxray_loss")
-    assert figures[""] == pytest.approx(last["loss"])
-    assert {f"loss/{task}": figures[task] for task in figures if f"loss/{task}" in last}.items() <= last.items()
+    losses = gauges(tmp_path.name, "ray_voxray_loss")
+    assert losses[""] == pytest.approx(last["loss"])
+    assert {f"loss/{task}": losses[task] for task in losses if f"loss/{task}" in last}.items() <= last.items()
     assert gauges(tmp_path.name, "ray_voxray_data_wait")[""] == pytest.approx(last["data_wait"])
     assert gauges(tmp_path.name, "ray_voxray_validation_cer_nospace") == {"asr": result["asr/cer_nospace"]}
-    [shown] = [run for run in train_page() if run.name.startswith(f"{tmp_path.name}-")]
-    assert shown.status == "FINISHED" and "hf_of_somebody" not in repr(shown)
+    [train_run] = [run for run in dashboard_runs() if run.name.startswith(f"{tmp_path.name}-")]
+    assert train_run.status == "FINISHED" and "hf_of_somebody" not in repr(train_run)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20 and not [path for path in files if b"hf_of_somebody" in path.read_bytes()]
 
 
-def train_page() -> list[Any]:
-    """What the dashboard's Train page has to show."""
+def dashboard_runs() -> list[Any]:
+    """Runs on the Train page of the dashboard."""
     import ray
     from ray.train.v2._internal.state.state_actor import get_state_actor
 
@@ -125,30 +121,30 @@ def train_page() -> list[Any]:
 
 
 def gauges(run: str, name: str) -> dict[str, float]:
-    """{task: value} of a gauge at the node's Prometheus endpoint, which may be a second behind."""
+    """{task: value} of a gauge at the node's Prometheus endpoint, which may lag by a second."""
     import ray
 
     [node] = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     for _ in range(100):
         with urllib.request.urlopen(address, timeout=5) as page:
-            found = text_string_to_metric_families(page.read().decode())
-        samples = [sample for family in found for sample in family.samples if sample.name == name]
-        if mine := [sample for sample in samples if sample.labels.get("run") == run]:
-            return {sample.labels.get("task", ""): sample.value for sample in mine}
+            families = text_string_to_metric_families(page.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        if of_run := [sample for sample in samples if sample.labels.get("run") == run]:
+            return {sample.labels.get("task", ""): sample.value for sample in of_run}
         time.sleep(0.2)
     raise AssertionError(f"no gauge {name} of {run}")
 
 
-def test_a_workers_refusal_is_one_line_and_not_tried_again(local_ray, small, tmp_path, capsys):
+def test_a_workers_run_error_is_one_line_and_not_retried(local_ray, small, tmp_path, capsys):
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
         run_training(settings(small, tmp_path, max_len=2))
     assert "starting again" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_processes_that_cannot_reach_each_other_give_their_places_back(local_ray, small, tmp_path, monkeypatch, capsys):
-    """Ray Train keeps them; then the second attempt would wait for the room that the first one holds."""
+def test_placement_groups_of_failed_starts_are_removed(local_ray, small, tmp_path, monkeypatch, capsys):
+    """Ray Train keeps them, so a second attempt would wait for the resources of the first."""
     import ray
 
     from voxray.launch.process_group import ProcessGroup
@@ -161,8 +157,8 @@ def test_processes_that_cannot_reach_each_other_give_their_places_back(local_ray
     assert {group["state"] for group in groups} == {"REMOVED"}
 
 
-def test_a_trial_whose_own_places_are_taken_back_asks_for_no_others(local_ray, small, tmp_path, monkeypatch):
-    """So Ray Tune stops it, and the controller may die of it before the trial's process does: a crash, by its looks."""
+def test_a_trial_without_its_placement_group_stops(local_ray, small, tmp_path, monkeypatch):
+    """Ray Tune removes the group to stop a trial. The controller may die first, which looks like a crash."""
     import ray
 
     own, attempts = ray.util.placement_group([{"CPU": 0.01}]), []
@@ -178,8 +174,8 @@ def test_a_trial_whose_own_places_are_taken_back_asks_for_no_others(local_ray, s
     monkeypatch.setattr(ray.util, "get_current_placement_group", lambda: own)
     monkeypatch.setattr(elastic, "_attempt", attempt)
     with pytest.raises(Stopped):
-        elastic.train_on_workers(settings(small, tmp_path), tmp_path, TrainingData((), ()), (1, 1))
-    assert [len(groups) for groups in attempts] == [1, 2], "the first was a crash, which is tried again"
+        elastic.train_on_workers(RunContext.create(settings(small, tmp_path)), TrainingData((), ()), (1, 1))
+    assert [len(groups) for groups in attempts] == [1, 2], "the first was a crash, which is retried"
     assert set(ray.util.placement_group_table()) - known == attempts[1]
 
 
@@ -197,30 +193,24 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_range_of_workers_takes_what_there_is_and_trains_on_the_same_batches(small, tmp_path):
-    """A cluster with room for two of one to three: steps are planned for three, and one process alone sees the same."""
+def test_elastic_workers_train_on_the_same_batches(small, tmp_path):
+    """A cluster with two CPUs for one to three workers. Steps are planned for three, so one process gives the same."""
     common = {"val_jsonl": (), "lora_dropout": 0.0, "per_device_bsz": 2, "max_steps": 4}
     elastic = settings(small, tmp_path / "elastic", **common, num_workers="1:3")
     command = [sys.executable, "-c", ELASTIC, elastic.model_dump_json()]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
     alone = settings(small, tmp_path / "alone", **common, num_workers=0, grad_accum=3)
     run_training(alone)
-    found, expected = (read_metrics(tmp_path / name, "train") for name in ("elastic", "alone"))
-    assert [record["loss"] for record in found] == pytest.approx([record["loss"] for record in expected], abs=1e-5)
+    records, expected = (read_metrics(tmp_path / name, "train") for name in ("elastic", "alone"))
+    assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in expected], abs=1e-5)
     progress = json.loads((tmp_path / "elastic" / "checkpoints" / "step-000004" / "progress.json").read_text())
     assert progress["packs_per_step"] == 3
 
 
-def test_first_signal_saves_and_the_same_command_goes_on(small, tmp_path):
-    command = [
-        sys.executable,
-        str(REPOSITORY / "jobs" / "train_multitask.py"),
-        "--model_id",
-        TINY,
-        "--num_workers",
-        "0",
-    ]
+def test_the_first_signal_saves_and_the_same_command_resumes(small, tmp_path):
+    script = str(REPOSITORY / "jobs" / "train_multitask.py")
+    command = [sys.executable, script, "--model_id", TINY, "--num_workers", "0"]
     command += ["--train_jsonl", small["asr.train"], "--output_dir", str(tmp_path / "run"), "--save_steps", "100000"]
     process = subprocess.Popen([*command, "--max_steps", "5000"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -233,8 +223,8 @@ def test_first_signal_saves_and_the_same_command_goes_on(small, tmp_path):
     assert process.returncode == 130 and "the same command goes on from there" in output, output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name[5:])
-    again = subprocess.run([*command, "--max_steps", str(step + 2)], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 0 and f"going on from step {step} of {step + 2}" in again.stdout, again.stderr
+    resumed = subprocess.run([*command, "--max_steps", str(step + 2)], cwd=tmp_path, capture_output=True, text=True)
+    assert resumed.returncode == 0 and f"resuming from step {step} of {step + 2}" in resumed.stdout, resumed.stderr
 
 
 PROBE = """
@@ -250,17 +240,17 @@ print(report.num_rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 102
 
 
 def driver_mib(rows: int, folder: Path) -> int:
-    """Peak memory of a driver that featurizes so many rows of text."""
+    """Peak memory of a driver that featurizes this many rows of text, in MiB."""
     manifest = write_rows(folder / "m.jsonl", text_rows(rows))
     command = [sys.executable, "-c", PROBE, manifest, TINY]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RAY_ADDRESS": ""}, check=True)
-    made, mib = map(int, result.stdout.split()[-2:])
-    assert made == rows
+    num_rows, mib = map(int, result.stdout.split()[-2:])
+    assert num_rows == rows
     return mib
 
 
 @pytest.mark.slow
-def test_the_drivers_memory_stays_flat_to_100_000_rows(tmp_path):
+def test_the_drivers_memory_is_constant_up_to_100_000_rows(tmp_path):
     few, many = driver_mib(1_000, tmp_path / "few"), driver_mib(100_000, tmp_path / "many")
     print(f"driver: {few} MiB with 1,000 rows, {many} MiB with 100,000")
     assert many < few * 1.1 + 20

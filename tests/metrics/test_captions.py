@@ -1,4 +1,4 @@
-"""Metrics of captions: published figures, pycocoevalcap's on drawn captions, and what is not available without Java."""
+"""Caption metrics: published values, pycocoevalcap's values on random captions, and METEOR and SPICE without Java."""
 
 import random
 import sys
@@ -11,26 +11,26 @@ from voxray.metrics import meteor_spice as java
 from voxray.metrics.captions import cider_d, coco_bleu
 from voxray.metrics.counts import as_row, compute_metrics
 from voxray.metrics.rows import count_row
-from voxray.metrics.texts import scored_texts, text_metrics
+from voxray.metrics.texts import score_texts, text_metrics
 
 PUBLISHED = [
     (["a man speaks.", "someone speaks.", "a man is speaking while a bird is chirping in the background"],
      "a man is speaking"),
     (["rain is falling hard on a surface"], "rain falls"),
 ]  # fmt: skip
-"""The example in the README of aac-metrics, which prints the figures below."""
+"""The example in the README of aac-metrics, which prints the values in ``test_published_values``."""
 
 
-def drawn(num: int) -> list[tuple[list[str], str]]:
+def random_captions(num: int) -> list[tuple[list[str], str]]:
     """Captions of words that often repeat, with one to five references."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     line = "a man dog bird rain falls speaks while loud engine the in on hums and then"
     words = line.split()
 
     def caption() -> str:
-        return " ".join(draw.choices(words, k=draw.randint(1, 12)))
+        return " ".join(rng.choices(words, k=rng.randint(1, 12)))
 
-    return [([caption() for _ in range(draw.randint(1, 5))], caption()) for _ in range(num)]
+    return [([caption() for _ in range(rng.randint(1, 5))], caption()) for _ in range(num)]
 
 
 def rouge_l(captions: list[tuple[list[str], str]]) -> float:
@@ -43,43 +43,40 @@ GOLDEN = {
     "bleu": [0.5314417177912073, 0.18356602553168624, 0.047879405002195105, 2.9213476700936507e-06],
     "rouge_l": 0.29278650660777883,
 }
-"""Of ``drawn(400)``, by Cider, Bleu and Rouge of pycocoevalcap 1.2."""
+"""Of ``random_captions(400)``, by Cider, Bleu and Rouge of pycocoevalcap 1.2."""
 
 
-def test_published_figures():
+def test_published_values():
     scores = cider_d(PUBLISHED)
     assert [round(score, 4) for score in scores] == [1.3641, 0.5587] and round(sum(scores) / 2, 4) == 0.9614
     assert round(coco_bleu(PUBLISHED)[0], 4) == 0.4278
 
 
-def test_figures_are_pycocoevalcaps():
-    """Cider, Bleu and Rouge of pycocoevalcap 1.2 on the same captions, to all digits; made once, where it is installed
-    (below) they are made anew."""
-    captions = drawn(400)
+def test_values_equal_stored_ones_of_pycocoevalcap():
+    """To all digits. The next test computes pycocoevalcap's values again if it is installed."""
+    captions = random_captions(400)
     scores = cider_d(captions)
     assert sum(scores) / 400 == pytest.approx(GOLDEN["cider_d"], rel=1e-12)
     assert coco_bleu(captions) == pytest.approx(GOLDEN["bleu"], rel=1e-12)
-    summed = scored_texts("aac", captions)[0]
+    summed = score_texts("aac", captions)[0]
     assert [summed[f"bleu_{order}"].value for order in (1, 2, 3, 4)] == coco_bleu(captions)
     assert rouge_l(captions) == pytest.approx(GOLDEN["rouge_l"], rel=1e-12)
 
 
-def test_figures_are_pycocoevalcaps_where_it_is():
+def test_values_equal_pycocoevalcap():
     cider = pytest.importorskip("pycocoevalcap.cider.cider")
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.rouge.rouge import Rouge
 
-    captions = drawn(100)
-    wanted, given = (
-        dict(enumerate(texts for texts, _ in captions)),
-        {at: [text] for at, (_, text) in enumerate(captions)},
-    )
-    assert cider_d(captions) == pytest.approx(cider.Cider().compute_score(wanted, given)[1], abs=1e-12)
-    assert coco_bleu(captions) == pytest.approx(Bleu(4).compute_score(wanted, given, verbose=0)[0], rel=1e-12)
-    assert rouge_l(captions) == pytest.approx(Rouge().compute_score(wanted, given)[0], rel=1e-12)
+    captions = random_captions(100)
+    references = dict(enumerate(texts for texts, _ in captions))
+    predictions = {clip: [text] for clip, (_, text) in enumerate(captions)}
+    assert cider_d(captions) == pytest.approx(cider.Cider().compute_score(references, predictions)[1], abs=1e-12)
+    assert coco_bleu(captions) == pytest.approx(Bleu(4).compute_score(references, predictions, verbose=0)[0], rel=1e-12)
+    assert rouge_l(captions) == pytest.approx(Rouge().compute_score(references, predictions)[0], rel=1e-12)
 
 
-def test_cider_needs_the_whole_set():
+def test_cider_depends_on_the_whole_set():
     whole = cider_d(PUBLISHED)
     assert [cider_d([caption]) for caption in PUBLISHED] == [[0], [0]]
     assert cider_d([*PUBLISHED, (["a man is speaking"], "wind")])[0] < whole[0], "a man is speaking became common"
@@ -95,16 +92,16 @@ def test_empty_captions(empty: str):
     assert text_metrics("aac", captions)["bleu"]["value"] > 0
 
 
-def test_signatures_name_what_was_done():
-    *_, signatures = scored_texts("aac", PUBLISHED)
+def test_signatures():
+    *_, signatures = score_texts("aac", PUBLISHED)
     assert "tok:char" in signatures["bleu"] and "nrefs:var" in signatures["bleu"] and "version:" in signatures["chrf"]
     assert signatures["cider_d"] == signatures["bleu_4"] == "tok:words|norm:ko-v1"
     assert set(text_metrics("aac", PUBLISHED)) <= set(signatures)
-    assert "nrefs:1|" in scored_texts("sqa", [("네", "네")])[2]["bleu"]
-    assert scored_texts("asr", PUBLISHED) == ({}, {}, {})
+    assert "nrefs:1|" in score_texts("sqa", [("네", "네")])[2]["bleu"]
+    assert score_texts("asr", PUBLISHED) == ({}, {}, {})
 
 
-def test_java_metrics_say_what_they_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_java_metrics_name_missing_requirements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     values, missing = java.java_metrics(PUBLISHED, "")
     assert values == {} and set(missing) == {"meteor", "spice"}
     assert "--caption_jars" in missing["spice"] and "voxray[caption]" in missing["spice"]
@@ -114,30 +111,30 @@ def test_java_metrics_say_what_they_lack(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def fake_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A pycocoevalcap whose METEOR says 0.25, and a java that writes SPICE's scores: 0.5 for a caption that has a
-    reference's first word, else 0."""
+    """A pycocoevalcap whose METEOR is always 0.25, and a ``java`` program that writes a SPICE of 0.5 for a caption that
+    contains the first word of a reference, else 0."""
     package = tmp_path / "site" / "pycocoevalcap"
     for name in ("", "tokenizer", "meteor", "spice", "spice/lib"):
         (package / name).mkdir(parents=True, exist_ok=True)
         (package / name / "__init__.py").touch()
     (package / "tokenizer/ptbtokenizer.py").write_text(
         "class PTBTokenizer:\n"
-        "    def tokenize(self, found):\n"
-        "        return {at: [each['caption'].lower().strip('.') for each in texts] for at, texts in found.items()}\n"
+        "    def tokenize(self, texts):\n"
+        "        return {clip: [entry['caption'].lower().strip('.') for entry in texts[clip]] for clip in texts}\n"
     )
     (package / "meteor/meteor.py").write_text(
-        "class Meteor:\n    def compute_score(self, wanted, given):\n        return 0.25, [0.25] * len(given)\n"
+        "class Meteor:\n    def compute_score(self, gts, res):\n        return 0.25, [0.25] * len(res)\n"
     )
     program = tmp_path / "bin" / "java"
     program.parent.mkdir()
     program.write_text(f"""#!{sys.executable}
 import json, sys
-given = sys.argv[1:]
-assert given[0] == "-Xmx8G" and given[1] == "-cp" and "stanford-corenlp-3.6.0-models.jar" in given[2], given
-assert given[3] == "edu.anu.spice.SpiceScorer" and given[5] == "-out", given
-entries = json.load(open(given[4]))
+args = sys.argv[1:]
+assert args[0] == "-Xmx8G" and args[1] == "-cp" and "stanford-corenlp-3.6.0-models.jar" in args[2], args
+assert args[3] == "edu.anu.spice.SpiceScorer" and args[5] == "-out", args
+entries = json.load(open(args[4]))
 hits = [any(ref.split()[0] in entry["test"].split() for ref in entry["refs"]) for entry in entries]
-json.dump([{{"scores": {{"All": {{"f": 0.5 * hit}}}}}} for hit in hits], open(given[6], "w"))
+json.dump([{{"scores": {{"All": {{"f": 0.5 * hit}}}}}} for hit in hits], open(args[6], "w"))
 """)
     program.chmod(0o755)
     jars = tmp_path / "jars"
@@ -158,11 +155,10 @@ def test_java_metrics(fake_java: Path):
         (fake_java / name).touch()
     assert java.java_metrics(PUBLISHED, str(fake_java)) == ({"meteor": 0.25, "spice": 0.5}, {})
     rows = [{"task": "aac", "references": references, "prediction": text} for references, text in PUBLISHED]
-    found = score(rows, num_resamples=20, caption_jars=str(fake_java))
-    assert (
-        found["not_available"] == {} and found["aac"]["spider"]["value"] == (found["aac"]["cider_d"]["value"] + 0.5) / 2
-    )
-    assert {"meteor", "spice", "spider"} < set(found["intervals"]["aac"]["without"])
+    metrics = score(rows, num_resamples=20, caption_jars=str(fake_java))
+    assert metrics["not_available"] == {}
+    assert metrics["aac"]["spider"]["value"] == (metrics["aac"]["cider_d"]["value"] + 0.5) / 2
+    assert {"meteor", "spice", "spider"} < set(metrics["intervals"]["aac"]["without"])
     assert "English only" in java.java_metrics([(["개가 짖는다"], "개")], str(fake_java))[1]["meteor"]
     (fake_java.parent / "bin" / "java").write_text("#!/bin/sh\necho no room for the heap >&2\nexit 1\n")
     values, missing = java.java_metrics(PUBLISHED, str(fake_java))

@@ -1,4 +1,4 @@
-"""Metrics from integer counts: equal to jiwer and rouge-score, sums over the corpus, sound at the edges."""
+"""Metrics from integer counts: equal to jiwer and rouge-score, computed from corpus sums, defined for empty texts."""
 
 import unicodedata
 
@@ -32,21 +32,21 @@ def values(task: str, rows: list[tuple[str, str]]) -> dict[str, dict]:
 def scored(rows: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
     """References that are not empty after normalisation, and their predictions."""
     normal = [(normalize_ko_v1(reference), normalize_ko_v1(prediction)) for reference, prediction in rows]
-    kept = [pair for pair in normal if pair[0]]
-    return [reference for reference, _ in kept], [prediction for _, prediction in kept]
+    not_empty = [pair for pair in normal if pair[0]]
+    return [reference for reference, _ in not_empty], [prediction for _, prediction in not_empty]
 
 
 def assert_equal_to_jiwer(rows: list[tuple[str, str]]) -> None:
-    found = values("asr", rows)
+    metrics = values("asr", rows)
     references, predictions = scored(rows)
     if not references:
-        assert set(found) == {"exact_match"}
+        assert set(metrics) == {"exact_match"}
         return
     solid = [text.replace(" ", "") for text in references], [text.replace(" ", "") for text in predictions]
-    assert found["cer"]["value"] == pytest.approx(jiwer.cer(references, predictions), abs=1e-12)
-    assert found["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid), abs=1e-12)
-    assert found["wer"]["value"] == pytest.approx(jiwer.wer(references, predictions), abs=1e-12)
-    assert {found[name]["n"] for name in ("cer", "cer_nospace", "wer")} == {len(references)}
+    assert metrics["cer"]["value"] == pytest.approx(jiwer.cer(references, predictions), abs=1e-12)
+    assert metrics["cer_nospace"]["value"] == pytest.approx(jiwer.cer(*solid), abs=1e-12)
+    assert metrics["wer"]["value"] == pytest.approx(jiwer.wer(references, predictions), abs=1e-12)
+    assert {metrics[name]["n"] for name in ("cer", "cer_nospace", "wer")} == {len(references)}
 
 
 def test_error_rates_equal_jiwer_on_korean():
@@ -62,7 +62,7 @@ def test_error_rates_equal_jiwer(rows: list[tuple[str, str]]):
 
 
 class Units:
-    """Our units as the tokenizer that rouge-score asks for."""
+    """``rouge_units`` as a tokenizer of rouge-score."""
 
     def tokenize(self, text: str) -> list[str]:
         return rouge_units(normalize_ko_v1(text))
@@ -70,14 +70,14 @@ class Units:
 
 def assert_equal_to_rouge_score(rows: list[tuple[str, str]]) -> None:
     scorer = RougeScorer(["rougeL"], tokenizer=Units())
-    wanted = []
+    expected = []
     for reference, prediction in rows:
         both_empty = not Units().tokenize(reference) and not Units().tokenize(prediction)
-        # rouge-score gives 0 to two empty texts; ours agree, so they are right
-        wanted.append(1.0 if both_empty else scorer.score(reference, prediction)["rougeL"].fmeasure)
-    found = values("sqa", rows)["rouge_l"]
-    assert found["value"] == pytest.approx(sum(wanted) / len(wanted), abs=1e-12)
-    assert found["n"] == len(rows)
+        # rouge-score gives 0 to two empty texts; to voxray they are equal
+        expected.append(1.0 if both_empty else scorer.score(reference, prediction)["rougeL"].fmeasure)
+    rouge_l = values("sqa", rows)["rouge_l"]
+    assert rouge_l["value"] == pytest.approx(sum(expected) / len(expected), abs=1e-12)
+    assert rouge_l["n"] == len(rows)
 
 
 def test_rouge_l_equals_rouge_score_on_korean():
@@ -138,16 +138,16 @@ def test_counts_of_one_pair():
 
 
 def test_cer_counts_spaces_and_cer_nospace_does_not():
-    found = values("asr", [("흉부 엑스레이", "흉부엑스레이")])
-    assert found["cer"]["value"] == 1 / 7 and found["cer_nospace"]["value"] == 0
-    assert found["wer"]["value"] == 1 and found["exact_match"]["value"] == 0
+    metrics = values("asr", [("흉부 엑스레이", "흉부엑스레이")])
+    assert metrics["cer"]["value"] == 1 / 7 and metrics["cer_nospace"]["value"] == 0
+    assert metrics["wer"]["value"] == 1 and metrics["exact_match"]["value"] == 0
 
 
-def test_rates_are_of_sums_and_not_means_of_rates():
+def test_rates_are_computed_from_sums_and_not_averaged():
     rows = [("가", "나다"), ("가나다라마바사아자", "가나다라마바사아자")]
-    found = values("asr", rows)
-    assert found["cer"] == {"value": 2 / 10, "n": 2}
-    assert found["wer"] == {"value": 1 / 2, "n": 2}
+    metrics = values("asr", rows)
+    assert metrics["cer"] == {"value": 2 / 10, "n": 2}
+    assert metrics["wer"] == {"value": 1 / 2, "n": 2}
 
 
 @settings(deadline=None)
@@ -163,21 +163,21 @@ def test_counts_add_up_over_shards(rows: list[tuple[str, str]], cut: int):
 
 @pytest.mark.parametrize("empty", ["", "   ", "\t\n", "...!?", "\u200b", "\u3000", "\u3164"])
 def test_an_empty_reference_has_no_error_rate(empty: str):
-    found = values("asr", [(empty, "환각입니다"), ("네", "네"), (empty, "")])
-    assert found["cer"] == found["cer_nospace"] == found["wer"] == found["swer"] == {"value": 0.0, "n": 1}
-    assert found["exact_match"] == {"value": 2 / 3, "n": 3}
+    metrics = values("asr", [(empty, "환각입니다"), ("네", "네"), (empty, "")])
+    assert metrics["cer"] == metrics["cer_nospace"] == metrics["wer"] == metrics["swer"] == {"value": 0.0, "n": 1}
+    assert metrics["exact_match"] == {"value": 2 / 3, "n": 3}
     assert set(values("asr", [(empty, "환각")])) == {"exact_match"}
 
 
 @pytest.mark.parametrize("empty", ["", "  ", "?!"])
-def test_an_empty_prediction_misses_everything(empty: str):
-    found = values("asr", [("안녕 하세요", empty)])
+def test_an_empty_prediction_has_error_rates_of_1(empty: str):
+    metrics = values("asr", [("안녕 하세요", empty)])
     rates = {"cer": 1, "cer_nospace": 1, "wer": 1, "swer": 1}
-    assert {name: found[name]["value"] for name in found} == {**rates, "exact_match": 0}
+    assert {name: metrics[name]["value"] for name in metrics} == {**rates, "exact_match": 0}
     assert values("sqa", [("안녕", empty)])["rouge_l"]["value"] == 0
 
 
-def test_two_empty_texts_agree():
+def test_two_empty_texts_are_equal():
     assert values("sqa", [("", "")]) == {"rouge_l": {"value": 1.0, "n": 1}, "exact_match": {"value": 1.0, "n": 1}}
 
 
@@ -188,27 +188,27 @@ def test_no_rows_no_metrics():
 def test_the_headline_metric_comes_first():
     assert list(values("asr", [("a", "a")])) == ["cer_nospace", "cer", "wer", "swer", "exact_match"]
     assert list(values("tqa", [("a", "a")])) == ["rouge_l", "exact_match"]
-    assert list(values("aac", [("a", "a")])) == ["rouge_l", "exact_match"], "CIDEr-D is no sum of counts"
+    assert list(values("aac", [("a", "a")])) == ["rouge_l", "exact_match"], "CIDEr-D is not computed from counts"
 
 
-def test_composed_and_decomposed_text_is_the_same_text():
+def test_composed_and_decomposed_texts_are_equal():
     text = "흉부 엑스레이를 찍었습니다"
     assert values("asr", [(text, unicodedata.normalize("NFD", text))])["cer"]["value"] == 0
     assert count(unicodedata.normalize("NFD", text), text) == count(text, text)
 
 
 @pytest.mark.parametrize("emoji", ["👍", "👍🏽", "❤️", "👨‍👩‍👧", "🇰🇷", "✅"])
-def test_emoji_are_punctuation(emoji: str):
+def test_emoji_are_ignored_like_punctuation(emoji: str):
     assert count("좋아요", f"좋아요 {emoji}") == count("좋아요", "좋아요")
     assert count(emoji, "").char_ref == 0
 
 
 def test_long_texts():
     text = "가나다라마 바사아자 " * 1000
-    whole = normalize_ko_v1(text)
+    normalized = normalize_ko_v1(text)
     same, other = count(text, text), count(text, "하" * 10_000)
-    assert (same.char_edits, same.char_ref, same.exact, same.lcs_units) == (0, len(whole), 1, same.ref_units)
-    assert other.char_edits == other.char_ref == len(whole) == 10_999
+    assert (same.char_edits, same.char_ref, same.exact, same.lcs_units) == (0, len(normalized), 1, same.ref_units)
+    assert other.char_edits == other.char_ref == len(normalized) == 10_999
     assert (other.word_ref, other.word_edits, other.lcs_units, other.pred_units) == (2000, 2000, 0, 10_000)
     changed = count(text, text.replace("마 바", "마 파", 500))
     assert (changed.char_edits, changed.solid_edits, changed.word_edits) == (500, 500, 500)

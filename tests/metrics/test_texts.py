@@ -1,4 +1,4 @@
-"""Metrics of free text against sacrebleu and against naive counts; figures over tasks against sums done by hand."""
+"""Metrics of free text against sacrebleu and naive implementations; aggregates over tasks against sums by hand."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from voxray.evaluation.score import score
 from voxray.metrics.counts import as_row, compute_metrics, count
 from voxray.metrics.names import headline, higher_is_better, validation_metrics
 from voxray.metrics.overall import likelihood_metrics, overall_metrics
-from voxray.metrics.texts import scored_texts, text_metrics
+from voxray.metrics.texts import score_texts, text_metrics
 from voxray.text.normalize import normalize_ko_v1
 
 KOREAN = [
@@ -38,95 +38,95 @@ def char_f1(rows: list[tuple[str, str]]) -> float:
 
 
 def naive_distinct(predictions: list[str], size: int) -> float:
-    """For text without Latin letters and digits, where a unit is a character."""
+    """For text without Latin letters and digits, in which every unit is a character."""
     seen, total = [], 0
     for text in predictions:
-        letters = [letter for letter in normalize_ko_v1(text) if letter != " "]
-        for at in range(len(letters) - size + 1):
+        chars = [char for char in normalize_ko_v1(text) if char != " "]
+        for start in range(len(chars) - size + 1):
             total += 1
-            if letters[at : at + size] not in seen:
-                seen.append(letters[at : at + size])
+            if chars[start : start + size] not in seen:
+                seen.append(chars[start : start + size])
     return len(seen) / total
 
 
 def korquad_f1(reference: str, prediction: str) -> float:
-    """Precision and recall by taking matching characters away one by one."""
-    left, given_, same = list(reference.replace(" ", "")), list(prediction.replace(" ", "")), 0
-    for letter in given_:
-        if letter in left:
-            left.remove(letter)
-            same += 1
-    if not same:
+    """Precision and recall by removing matching characters one by one."""
+    remaining, predicted, num_matches = list(reference.replace(" ", "")), list(prediction.replace(" ", "")), 0
+    for char in predicted:
+        if char in remaining:
+            remaining.remove(char)
+            num_matches += 1
+    if not num_matches:
         return 0.0
-    precision, recall = same / len(given_), same / len(reference.replace(" ", ""))
+    precision, recall = num_matches / len(predicted), num_matches / len(reference.replace(" ", ""))
     return 2 * precision * recall / (precision + recall)
 
 
-def sacrebleus(metric: BLEU | CHRF, rows: list[tuple[list[str], str]], **more: int) -> Any:
-    """Its own corpus score; None fills up where a row has fewer references than another."""
+def corpus_score(metric: BLEU | CHRF, rows: list[tuple[list[str], str]], **options: int) -> Any:
+    """The corpus score of sacrebleu. Rows with fewer references than others are padded with None."""
     normal = [(list(map(normalize_ko_v1, references)), normalize_ko_v1(prediction)) for references, prediction in rows]
     streams = list(itertools.zip_longest(*(references for references, _ in normal)))
-    return metric.corpus_score([prediction for _, prediction in normal], streams, **more)
+    return metric.corpus_score([prediction for _, prediction in normal], streams, **options)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.lists(texts, min_size=1, max_size=3), texts), min_size=1, max_size=5), st.randoms())
-def test_bleu_and_chrf_are_sacrebleus_to_the_last_digit(rows: list[tuple[list[str], str]], draw: random.Random):
-    """With one reference or several, as many in all rows or not; of the whole set and of any that is drawn from it."""
-    summed, _, signatures = scored_texts("sqa", rows)
-    at = [draw.randrange(len(rows)) for _ in rows]
+def test_bleu_and_chrf_equal_sacrebleu_to_the_last_digit(rows: list[tuple[list[str], str]], rng: random.Random):
+    """With equal or different numbers of references per row; for the whole set and for a bootstrap draw."""
+    summed, _, signatures = score_texts("sqa", rows)
+    draw = [rng.randrange(len(rows)) for _ in rows]
     for name, metric in (("bleu", BLEU(tokenize="char")), ("chrf", CHRF())):
-        assert summed[name].value == sacrebleus(metric, rows).score
+        assert summed[name].value == corpus_score(metric, rows).score
         assert signatures[name] == f"{metric.get_signature().format()}|norm:ko-v1"
-        drawn = summed[name].of_sums(summed[name].columns[at].sum(axis=0, keepdims=True))
-        assert drawn[0] == sacrebleus(metric, [rows[place] for place in at]).score
+        values = summed[name].from_sums(summed[name].columns[draw].sum(axis=0, keepdims=True))
+        assert values[0] == corpus_score(metric, [rows[index] for index in draw]).score
 
 
 def test_intervals_of_bleu_and_chrf_are_as_wide_as_sacrebleus():
-    """Its own bootstrap, over answers; it gives the middle of the draws and half their width."""
-    draw = random.Random(0)
+    """sacrebleu's own bootstrap reports the mean of the draws and half the width of the interval."""
+    rng = random.Random(0)
     rows = [
-        {"task": "tqa", "reference": "".join(letters), "prediction": "".join(draw.choices([*letters, "x"], k=12))}
-        for letters in (draw.choices("가나다라마바사", k=draw.randint(4, 20)) for _ in range(150))
+        {"task": "tqa", "reference": "".join(chars), "prediction": "".join(rng.choices([*chars, "x"], k=12))}
+        for chars in (rng.choices("가나다라마바사", k=rng.randint(4, 20)) for _ in range(150))
     ]
-    found = score(rows, num_resamples=2000)["tqa"]
+    metrics = score(rows, num_resamples=2000)["tqa"]
     for name, metric in (("bleu", BLEU(tokenize="char")), ("chrf", CHRF())):
-        theirs = sacrebleus(metric, [([row["reference"]], row["prediction"]) for row in rows], n_bootstrap=1000)
-        low, high = found[name]["low"], found[name]["high"]
-        assert (high - low) / 2 == pytest.approx(float(theirs._ci), rel=0.15)
-        assert (high + low) / 2 == pytest.approx(float(theirs._mean), abs=0.3 * float(theirs._ci))
+        expected = corpus_score(metric, [([row["reference"]], row["prediction"]) for row in rows], n_bootstrap=1000)
+        low, high = metrics[name]["low"], metrics[name]["high"]
+        assert (high - low) / 2 == pytest.approx(float(expected._ci), rel=0.15)
+        assert (high + low) / 2 == pytest.approx(float(expected._mean), abs=0.3 * float(expected._ci))
 
 
-def test_bleu_of_a_corpus_is_no_mean():
-    whole, single = values(KOREAN)["bleu"], [values([pair])["bleu"] for pair in KOREAN]
-    assert 0 < whole < 100 and abs(whole - sum(single) / len(single)) > 1
+def test_bleu_of_a_corpus_is_not_a_mean():
+    corpus_bleu, row_bleus = values(KOREAN)["bleu"], [values([pair])["bleu"] for pair in KOREAN]
+    assert 0 < corpus_bleu < 100 and abs(corpus_bleu - sum(row_bleus) / len(row_bleus)) > 1
     assert values([(text, text) for text, _ in KOREAN])["bleu"] == pytest.approx(100)
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.text(st.sampled_from("가나다라마 "), min_size=2, max_size=20), min_size=1, max_size=5))
 def test_distinct_counts_different_ngrams(predictions: list[str]):
-    found = text_metrics("tqa", [("", text) for text in predictions])
+    metrics = text_metrics("tqa", [("", text) for text in predictions])
     for size in (1, 2):
-        grams = [max(0, len(text.replace(" ", "")) - size + 1) for text in predictions]
-        if sum(grams):
-            assert found[f"distinct_{size}"]["value"] == pytest.approx(naive_distinct(predictions, size))
-            assert found[f"distinct_{size}"]["n"] == sum(grams)
+        num_ngrams = sum(max(0, len(text.replace(" ", "")) - size + 1) for text in predictions)
+        if num_ngrams:
+            assert metrics[f"distinct_{size}"]["value"] == pytest.approx(naive_distinct(predictions, size))
+            assert metrics[f"distinct_{size}"]["n"] == num_ngrams
         else:
-            assert f"distinct_{size}" not in found
+            assert f"distinct_{size}" not in metrics
 
 
-def test_distinct_takes_latin_words_whole_and_needs_the_whole_set():
+def test_distinct_counts_latin_words_over_the_whole_set():
     assert values([("", "take two pills, take two more")])["distinct_1"] == 4 / 6
     assert values([("", "네 네"), ("", "네 네")]) == pytest.approx(
         {"bleu": 0, "chrf": 0, "distinct_1": 1 / 4, "distinct_2": 1 / 2}
     )
-    assert values([("네", "")]) == {"bleu": 0, "chrf": 0}, "no output, no n-gram"
+    assert values([("네", "")]) == {"bleu": 0, "chrf": 0}, "an empty answer has no n-gram"
 
 
 @settings(deadline=None, max_examples=50)
 @given(pairs)
-def test_char_f1_is_korquads(rows: list[tuple[str, str]]):
+def test_char_f1_equals_korquad(rows: list[tuple[str, str]]):
     normal = [tuple(map(normalize_ko_v1, pair)) for pair in rows]
     expected = [1.0 if not "".join(pair).strip() else korquad_f1(*pair) for pair in normal]
     assert char_f1(rows) == pytest.approx(sum(expected) / len(expected))
@@ -136,7 +136,7 @@ def test_transcription_has_no_text_metrics():
     assert text_metrics("asr", KOREAN) == {} == text_metrics("tqa", [])
 
 
-def test_figures_over_tasks():
+def test_aggregates_over_tasks():
     values = {"asr/cer_nospace": 0.25, "asr/cer": 0.5, "sqa/rouge_l": 0.6, "tqa/rouge_l": 0.3}
     assert overall_metrics(values, {"asr": 10, "sqa": 10, "tqa": 80}) == pytest.approx(
         {
@@ -154,10 +154,10 @@ def test_figures_over_tasks():
 def test_perplexity_is_weighted_by_tokens_and_finite():
     assert likelihood_metrics(6.0, 4) == pytest.approx({"loss": 1.5, "perplexity": 4.481689})
     assert likelihood_metrics(float("nan"), 4) == {} == likelihood_metrics(0.0, 0)
-    assert likelihood_metrics(1e6, 1) == {"loss": 1e6}, "e to that power is no float"
+    assert likelihood_metrics(1e6, 1) == {"loss": 1e6}, "exp(loss) overflows"
 
 
-def test_every_metric_has_a_better_side():
+def test_every_metric_is_higher_or_lower_is_better():
     lower = {key for key in validation_metrics() if not higher_is_better(key)}
     assert {key.partition("/")[2] for key in lower} == {"cer_nospace", "cer", "wer", "swer", "loss", "perplexity"}
     faults = ("cer_best", "cer_phonetic", "silence_hallucination", "repetition", "asr/hallucination")

@@ -1,4 +1,4 @@
-"""Transcripts beyond plain rates: kinds of error, spacing, second readings, silence, loops, terms."""
+"""Metrics of transcripts beyond error rates: kinds of edits, spacing, second readings, silence, loops, terms."""
 
 import itertools
 import random
@@ -27,26 +27,23 @@ def row(reference: str, prediction: str, **more: object) -> dict[str, object]:
 
 def rates(*rows: dict[str, object]) -> dict[str, float]:
     names = ("cer_nospace", "swer", "cer_phonetic", "cer_best", "silence_hallucination", "repetition", "hallucination")
-    found = compute_metrics("asr", [as_row(count_row(each)) for each in rows], names)
-    return {name: entry["value"] for name, entry in found.items()}
+    metrics = compute_metrics("asr", [as_row(count_row(each)) for each in rows], names)
+    return {name: entry["value"] for name, entry in metrics.items()}
 
 
 @settings(deadline=None)
 @given(texts, texts)
-def test_kinds_of_error_are_jiwers(reference: str, prediction: str):
+def test_kinds_of_edits_equal_jiwer(reference: str, prediction: str):
     ref, pred = normalize_ko_v1(reference), normalize_ko_v1(prediction)
-    if not ref:
-        return
-    found = count(reference, prediction)
-    words = jiwer.process_words(ref, pred)
-    assert (found.word_sub, found.word_del, found.word_ins) == (words.substitutions, words.deletions, words.insertions)
+    counts, words = count(reference, prediction), jiwer.process_words(ref, pred)
+    assert (counts.word_sub, counts.word_del, counts.word_ins) == edits(words)
     solid = jiwer.process_characters(ref.replace(" ", ""), pred.replace(" ", ""))
-    assert found.solid_sub + found.solid_del + found.solid_ins == found.solid_edits
-    assert (found.solid_sub, found.solid_del, found.solid_ins) == (
-        solid.substitutions,
-        solid.deletions,
-        solid.insertions,
-    )
+    assert counts.solid_sub + counts.solid_del + counts.solid_ins == counts.solid_edits
+    assert (counts.solid_sub, counts.solid_del, counts.solid_ins) == edits(solid)
+
+
+def edits(output: jiwer.WordOutput | jiwer.CharacterOutput) -> tuple[int, int, int]:
+    return output.substitutions, output.deletions, output.insertions
 
 
 @pytest.mark.parametrize(
@@ -56,34 +53,32 @@ def test_kinds_of_error_are_jiwers(reference: str, prediction: str):
         ("흉부 엑스레이 찍어 봅시다", "흉 부 엑 스 레 이 찍어봅시다", 0),
         ("흉부 엑스레이 찍어 봅시다", "흉부엑스레이 찌거봅시다", 1),  # only the word with the error is wrong
         ("네 그렇습니다", "", 2),
-        ("네", "네 아니요", 1),  # what was inserted keeps its own spacing
+        ("네", "네 아니요", 1),  # inserted words keep their own spacing
         ("네", "네아니요", 1),
         ("혈압이 높습니다", "혈앞이높습니다", 1),
     ],
 )
-def test_spacing_is_no_error_in_swer(reference: str, prediction: str, errors: int):
+def test_swer_ignores_spacing(reference: str, prediction: str, errors: int):
     assert count(reference, prediction).spaced_edits == errors
 
 
 @settings(deadline=None)
 @given(texts)
-def test_spacing_alone_never_counts(text: str):
-    letters = normalize_ko_v1(text).replace(" ", "")
-    spaced = " ".join(letters)
-    if " " in spaced:  # where ko-v1 sees the same letters
+def test_spacing_alone_is_never_an_edit_in_swer(text: str):
+    spaced = " ".join(normalize_ko_v1(text).replace(" ", ""))
+    if " " in spaced:
         assert count(text, spaced).spaced_edits == 0 == count(spaced, text).spaced_edits
 
 
 def naive_best(spelling: str, phonetic: str, prediction: str) -> tuple[int, int]:
     paths = ["".join(path) for path in itertools.product(*spans(spelling, phonetic))]
-    found = [(Levenshtein.distance(path, prediction), -len(path)) for path in paths]
-    edits, length = min(found)
-    return edits, -length
+    num_edits, length = min((Levenshtein.distance(path, prediction), -len(path)) for path in paths)
+    return num_edits, -length
 
 
 @settings(deadline=None)
 @given(texts, texts, texts)
-def test_the_better_reading_of_every_span_is_found(spelling: str, phonetic: str, prediction: str):
+def test_best_of_readings_equals_trying_all_paths(spelling: str, phonetic: str, prediction: str):
     spelling, phonetic = normalize_ko_v1(spelling), normalize_ko_v1(phonetic)
     solid = normalize_ko_v1(prediction).replace(" ", "")
     assert best_of_readings(spelling, phonetic, solid) == naive_best(spelling, phonetic, solid)
@@ -92,35 +87,38 @@ def test_the_better_reading_of_every_span_is_found(spelling: str, phonetic: str,
 
 
 def test_dual_references():
-    """The example of the facts: rates of 0 only if the reading may change within the sentence."""
-    raw, said = "(70%)/(칠십 퍼센트) 확률로 (5mg)/(오 밀리그램)이에요", "70% 확률로 오 밀리그램이에요"
+    """The rate is 0 only if the reading may change within the sentence."""
+    raw, prediction = "(70%)/(칠십 퍼센트) 확률로 (5mg)/(오 밀리그램)이에요", "70% 확률로 오 밀리그램이에요"
     readings = {"reference": "70% 확률로 5mg이에요", "reference_phonetic": "칠십 퍼센트 확률로 오 밀리그램이에요"}
-    for found in (rates(row(raw, said)), rates({**row("", said), **readings})):
-        assert found["cer_best"] == 0 and 0.2 < found["cer_phonetic"] < 0.5 and 0.3 < found["cer_nospace"] < 0.6
+    for metrics in (rates(row(raw, prediction)), rates({**row("", prediction), **readings})):
+        assert metrics["cer_best"] == 0 and 0.2 < metrics["cer_phonetic"] < 0.5 and 0.3 < metrics["cer_nospace"] < 0.6
     plain, other = row("네", "네"), row(raw, "칠십 퍼센트 확률로 5mg이에요", transcript_phonetic=None)
     assert rates(plain, other)["cer_best"] == 0 and count_row(plain).two_readings == 0
-    assert count_row(row("혈압 (120)/(80) 이고", "혈압 120 80 이고")).two_readings == 0, "two numbers are no readings"
+    assert count_row(row("혈압 (120)/(80) 이고", "혈압 120 80 이고")).two_readings == 0, (
+        "two numbers are not two readings"
+    )
     neighbours = row("(5mg)/(오밀리그램) (70%)/(칠십퍼센트)", "5mg 칠십퍼센트")
-    assert rates(neighbours)["cer_best"] == 0, "spans that touch are two"
+    assert rates(neighbours)["cer_best"] == 0, "adjacent spans are independent"
     wrong = count_row(row(raw, "칠십 퍼센트 확률로 6mg이에요"))
     assert (wrong.best_edits, wrong.best_ref) == (1, len("칠십퍼센트확률로5mg이에요"))
 
 
-def test_of_several_references_the_closest_counts():
+def test_the_closest_of_several_references_is_used():
     several = {"references": ["아니요", "네 그렇습니다"], "reference": "아니요"}
     assert rates({**row("", "네 그렇습니다"), **several})["cer_nospace"] == 0
     answers = {"task": "tqa", "references": ["혈압", "고혈압 입니다"], "prediction": "고혈압입니"}
     assert count_row(answers).ref_units == 6
     assert count_row({**answers, "prediction": "혈압"}).exact == 1
     words = {"task": "tqa", "references": ["x y z d", "d"], "prediction": "a b c d"}
-    assert count_row(words).ref_units == 1, "the subsequence decides, and not the rate of edits"
+    assert count_row(words).ref_units == 1, "answers are compared by ROUGE-L, not by edits"
     assert count_row({**words, "task": "asr"}).solid_ref == 4
 
 
-def test_answers_to_silence_are_told_apart():
+def test_predictions_for_empty_references():
     silent = [row("", "환각입니다"), row("...", ""), row("", "?!")]
-    found = rates(row("네", "네"), *silent)
-    assert found["cer_nospace"] == 0 and found["silence_hallucination"] == 1 / 3 and found["hallucination"] == 1 / 4
+    metrics = rates(row("네", "네"), *silent)
+    assert metrics["cer_nospace"] == 0
+    assert metrics["silence_hallucination"] == 1 / 3 and metrics["hallucination"] == 1 / 4
     assert "silence_hallucination" not in rates(row("네", "네"))
 
 
@@ -141,40 +139,40 @@ def test_answers_to_silence_are_told_apart():
 def test_loops(text: str, loops: bool):
     assert has_loop(text.replace(" ", "")) is loops
     assert bool(count("아무 말", text).looped) is loops
-    assert count(text, text).looped == 0, "who says it over and over is not looping"
+    assert count(text, text).looped == 0, "the speaker repeats it too"
 
 
 def naive_loop(text: str) -> bool:
-    """By trying every piece at every place, the last one perhaps cut off."""
+    """Try every piece at every position; the last repetition may be incomplete."""
     for size in range(1, len(text) // 4 + 1):
         length = max(16, 4 * size)
-        for at in range(len(text) - length + 1):
-            endless = text[at : at + size] * length
-            if text[at : at + length] == endless[:length]:
+        for start in range(len(text) - length + 1):
+            repeated = text[start : start + size] * length
+            if text[start : start + length] == repeated[:length]:
                 return True
     return False
 
 
-def test_loops_are_found_by_trying_all():
-    draw, seen = random.Random(0), set()
+def test_has_loop_equals_trying_all_pieces():
+    rng, seen = random.Random(0), set()
     for _ in range(2000):
-        piece = "".join(draw.choices("가나다", k=draw.randint(1, 6))) * draw.randint(1, 8)
-        text = "".join(draw.choices("가나다라", k=draw.randint(0, 9))) + piece + "".join(draw.choices("가나", k=3))
+        piece = "".join(rng.choices("가나다", k=rng.randint(1, 6))) * rng.randint(1, 8)
+        text = "".join(rng.choices("가나다라", k=rng.randint(0, 9))) + piece + "".join(rng.choices("가나", k=3))
         assert has_loop(text) is naive_loop(text), text
         seen.add(has_loop(text))
     assert seen == {True, False}
 
 
-def test_more_invented_than_said():
+def test_hallucination():
     assert rates(row("네", "네 그런데 오늘은 날씨가 참 좋네요"))["hallucination"] == 1
-    assert rates(row("네", "네 네 네 네"))["hallucination"] == 0, "few characters are none"
+    assert rates(row("네", "네 네 네 네"))["hallucination"] == 0, "fewer than 10 inserted characters"
     assert rates(row("오늘은 날씨가 참 좋네요", "오늘은 날씨가 참 좋네요 그런데 내일은요"))["hallucination"] == 0
 
 
 def test_terms():
     terms = Terms(["흉부 엑스레이", "혈압", "고혈압", "mg", "Tylenol", "36.5", "", "혈압 계", "  "], KOREAN)
     assert len(terms) == 7
-    for text, found in [
+    for text, counts in [
         ("흉부엑스레이, 흉부 엑스레이", {"흉부 엑스레이": 2}),
         ("고혈압과 혈압", {"고혈압": 1, "혈압": 1}),
         ("혈압계로 혈압을", {"혈압 계": 1, "혈압": 1}),
@@ -184,7 +182,7 @@ def test_terms():
         (unicodedata.normalize("NFD", "혈압"), {"혈압": 1}),
         ("", {}),
     ]:
-        assert terms.count(text) == found, text
+        assert terms.count(text) == counts, text
 
 
 @pytest.mark.parametrize(
@@ -198,7 +196,7 @@ def test_terms():
         ({"language": 1}, "row 3: language is int, not text"),
     ],
 )
-def test_a_row_that_cannot_be_scored_is_named(broken: dict[str, object], message: str):
+def test_error_of_a_row_that_cannot_be_scored(broken: dict[str, object], message: str):
     with pytest.raises(RunError) as error:
         check_row({**row("a", "a"), **broken}, "row 3")
     assert str(error.value) == message

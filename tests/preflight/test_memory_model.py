@@ -1,4 +1,4 @@
-"""The memory model against PyTorch's allocator, bitsandbytes' layers, and the published size of Voxtral Mini."""
+"""The memory model compared with PyTorch's allocator, bitsandbytes' layers, and the published size of Voxtral Mini."""
 
 import shutil
 from collections.abc import Callable
@@ -22,10 +22,11 @@ from voxray.preflight.fit_settings import SettingsFitter
 from voxray.preflight.memory import MemoryModel
 from voxray.preflight.meta_model import build_meta_model
 from voxray.preflight.pack_sizes import current_size
-from voxray.preflight.rows import look_at_rows
-from voxray.preflight.shapes import Computing, PackShape
+from voxray.preflight.rows import read_rows
+from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.trial_steps import TrialRunner, stored_tensors
 from voxray.preflight.weights import quantized_layers, weight_bytes
+from voxray.recipes.registry import RunContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 0.2
@@ -35,7 +36,7 @@ TEXT = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30,
 
 
 class Positions:
-    """What the memory model asks of Voxtral Mini's front end."""
+    """The attributes of Voxtral Mini's front end that the memory model uses."""
 
     encoder_positions, encoder_dim = 1500, 1280
 
@@ -45,12 +46,12 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Voxtral of 15 million parameters, wider and deeper than the tiny one, with random weights."""
     from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
-    described = VoxtralConfig.from_pretrained(TINY).to_dict()
-    described["audio_config"] |= {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
+    config = VoxtralConfig.from_pretrained(TINY).to_dict()
+    config["audio_config"] |= {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
-    described["text_config"] |= {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, **heads}
+    config["text_config"] |= {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, **heads}
     folder = tmp_path_factory.mktemp("middle")
-    VoxtralForConditionalGeneration(VoxtralConfig.from_dict(described)).save_pretrained(folder)
+    VoxtralForConditionalGeneration(VoxtralConfig.from_dict(config)).save_pretrained(folder)
     for name in ("tekken.json", "preprocessor_config.json"):
         shutil.copy(Path(TINY) / name, folder / name)
     return str(folder)
@@ -58,21 +59,22 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
-    """Bytes predicted for the largest planned pack of some settings, and measured."""
+    """Predicted and measured bytes of the largest planned pack."""
 
     def compare(kind: type[TrainSettings], model_id: str, **values: Any) -> tuple[float, float]:
         tasks = values.pop("tasks", ("asr", "tqa"))
         manifests = tuple(small[f"{task}.train"] for task in tasks)
         settings = kind(train_jsonl=manifests, output_dir="unused", model_id=model_id, **values)
         findings = Findings()
-        rows = look_at_rows(settings, findings)
+        run = RunContext.create(settings)
+        rows = read_rows(run, findings)
         assert rows is not None, findings.to_fix
-        outline = build_meta_model(rows.stage, settings, rows.family)
-        decider = SettingsFitter(rows, settings, outline, 1, findings, memory_gib=1.0, tunes=False)
-        pack = decider.planned(current_size(settings))
-        tried = TrialRunner(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
-        assert tried is not None
-        return pack.need.peak_bytes, tried.peak_bytes
+        meta_model = build_meta_model(run)
+        fitter = SettingsFitter(rows, meta_model, 1, findings, memory_gib=1.0, tunes=False)
+        pack = fitter.planned(current_size(settings))
+        cost = TrialRunner(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
+        assert cost is not None
+        return pack.need.peak_bytes, cost.peak_bytes
 
     return compare
 
@@ -92,8 +94,8 @@ def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
 def test_tiny_voxtral_needs_what_is_predicted(
     compared: Callable[..., tuple[float, float]], kind: type[TrainSettings], values: dict[str, Any]
 ) -> None:
-    predicted, seen = compared(kind, TINY, **values)
-    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+    predicted, measured = compared(kind, TINY, **values)
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -105,13 +107,13 @@ def test_tiny_voxtral_needs_what_is_predicted(
     ],
 )
 def test_whisper_needs_what_is_predicted(compared: Callable[..., tuple[float, float]], values: dict[str, Any]) -> None:
-    predicted, seen = compared(WhisperSettings, WHISPER, tasks=("asr",), per_device_bsz=6, **values)
-    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+    predicted, measured = compared(WhisperSettings, WHISPER, tasks=("asr",), per_device_bsz=6, **values)
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 def test_salmonn_needs_what_is_predicted(compared: Callable[..., tuple[float, float]], salmonn: str) -> None:
-    predicted, seen = compared(SalmonnSettings, salmonn, tasks=("asr",), per_device_bsz=8)
-    assert predicted == pytest.approx(seen, rel=TOLERANCE)
+    predicted, measured = compared(SalmonnSettings, salmonn, tasks=("asr",), per_device_bsz=8)
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +122,9 @@ def test_salmonn_needs_what_is_predicted(compared: Callable[..., tuple[float, fl
 def test_a_middle_sized_model_needs_what_is_predicted(
     compared: Callable[..., tuple[float, float]], middle: str, values: dict[str, Any]
 ) -> None:
-    """The larger the model, the less the odds and ends count: 20 % are asked for, a tenth of that is the rule."""
-    predicted, seen = compared(MultitaskSettings, middle, tasks=("asr",), per_device_bsz=2, **values)
-    assert predicted == pytest.approx(seen, rel=0.1)
+    """The error shrinks with the size of the model."""
+    predicted, measured = compared(MultitaskSettings, middle, tasks=("asr",), per_device_bsz=2, **values)
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("model_id", [TINY, WHISPER])
@@ -132,9 +134,9 @@ def test_weights_are_counted_to_the_byte(model_id: str, quantize: str) -> None:
     options: dict[str, Any] = {"dtype": torch.bfloat16}
     real = family.load_model(model_id, device=torch.device("cpu"), quantize=quantize, **options)
     stored = {id(tensor): tensor.numel() * tensor.element_size() for tensor in list(stored_tensors(real))}
-    outline = family.build_on_meta(model_id, **options)
-    assert sum(weight_bytes(outline, family, quantize).values()) == sum(stored.values())
-    assert all(parameter.is_meta for parameter in outline.parameters())
+    meta_model = family.build_on_meta(model_id, **options)
+    assert sum(weight_bytes(meta_model, family, quantize).values()) == sum(stored.values())
+    assert all(parameter.is_meta for parameter in meta_model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +159,9 @@ def test_full_size_voxtral_is_counted_without_its_weights(mini: Any) -> None:
     assert len(layers) == 30 * 7, "all Linear layers of the language model, but not its output layer"
     weights = sum(layer.weight.numel() for layer in layers)
     assert weights == 30 * (2 * 3072 * 4096 + 2 * 3072 * 1024 + 3 * 3072 * 8192)
-    held = weight_bytes(mini, family, "4bit")["llm", "4bit"]
+    quantized_bytes = weight_bytes(mini, family, "4bit")["llm", "4bit"]
     # half a byte a weight, a byte for the scale of 64, four bytes for that of 256 scales, a few for each layer
-    assert held == pytest.approx(weights * (0.5 + 1 / 64 + 4 / (64 * 256)), rel=1e-3)
+    assert quantized_bytes == pytest.approx(weights * (0.5 + 1 / 64 + 4 / (64 * 256)), rel=1e-3)
 
 
 def test_full_size_voxtral_needs_what_one_would_think(mini: Any) -> None:
@@ -174,9 +176,9 @@ def test_full_size_voxtral_needs_what_one_would_think(mini: Any) -> None:
     model.train()
     shape = PackShape(8, 8 * 450, 450, 8, 8 * 60)
 
-    def peak(**how: Any) -> float:
-        computing = Computing(torch.bfloat16, on_gpu=True, **how)
-        return MemoryModel(model, family, Positions(), computing).of(shape).peak_bytes / 2**30  # type: ignore[arg-type]
+    def peak(**options: Any) -> float:
+        computing = ComputeConfig(torch.bfloat16, on_gpu=True, **options)
+        return MemoryModel(model, family, Positions(), computing).need(shape).peak_bytes / 2**30  # type: ignore[arg-type]
 
     plain, in_4_bits = peak(), peak(quantize="4bit")
     assert 2 * 4.703e9 / 2**30 < plain < 60, "weights alone are 8.8 GiB"
@@ -187,21 +189,21 @@ def test_full_size_voxtral_needs_what_one_would_think(mini: Any) -> None:
 
 
 def test_allocations_are_exact() -> None:
-    """Two matrices of 4 MB at a time, one of which stays; whatever a product takes inside is seen as well."""
-    matrix, kept = torch.randn(1000, 1000), []
+    """Two matrices of 4 MB at a time, one of which stays; temporaries inside a product count as well."""
+    matrix, outputs = torch.randn(1000, 1000), []
 
     def work() -> None:
         square = matrix @ matrix
-        kept.append(square @ matrix)
+        outputs.append(square @ matrix)
 
     assert measure_allocations(work, torch.device("cpu")).peak_bytes == 8_000_000
 
 
 def test_a_frozen_encoder_keeps_nothing_when_activations_are_recomputed(small: dict[str, str]) -> None:
-    """transformers lets the outputs of the first convolution give gradients, which would keep the whole encoder's."""
+    """transformers makes the first convolution's outputs require gradients, which would save the encoder's."""
     values = {"train_jsonl": (small["asr.train"],), "output_dir": "unused", "model_id": TINY}
     settings = MultitaskSettings(**values, grad_ckpt=True)
-    rows = look_at_rows(settings, Findings())
+    rows = read_rows(RunContext.create(settings), Findings())
     assert rows is not None
     model = TrialRunner(rows, settings, torch.device("cpu")).model
     mel_1FT = torch.zeros(1, 128, rows.front_end.window_frames)
@@ -212,7 +214,8 @@ def test_lengths_are_those_of_features(small: dict[str, str], make_features: Cal
     from voxray.features.reader import Features
 
     manifests = tuple(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
-    rows = look_at_rows(MultitaskSettings(train_jsonl=manifests, output_dir="o", model_id=TINY), Findings())
+    settings = MultitaskSettings(train_jsonl=manifests, output_dir="o", model_id=TINY)
+    rows = read_rows(RunContext.create(settings), Findings())
     assert rows is not None
     real = Features(make_features(*manifests))
     for name in ("task", "sample", "num_prompt_tokens", "num_target_tokens", "num_windows", "num_samples"):

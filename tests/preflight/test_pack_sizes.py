@@ -1,4 +1,4 @@
-"""Sizes that keep the global batch, bisection over them, and what is found of machines."""
+"""Sizes that keep the global batch, bisection over them, and checks of the machine."""
 
 import numpy as np
 import pytest
@@ -18,34 +18,34 @@ def settings(**values: object) -> TrainSettings:
 
 @given(st.integers(1, 64), st.integers(1, 64))
 def test_rows_of_a_step_stay(rows: int, accum: int) -> None:
-    found = sizes(settings(per_device_bsz=rows, grad_accum=accum), longest=100)
-    assert {size.amount * size.grad_accum for size in found} == {rows * accum}
-    assert current_size(settings(per_device_bsz=rows, grad_accum=accum)) in found
-    amounts = [size.amount for size in found]
+    candidates = sizes(settings(per_device_bsz=rows, grad_accum=accum), longest=100)
+    assert {size.amount * size.grad_accum for size in candidates} == {rows * accum}
+    assert current_size(settings(per_device_bsz=rows, grad_accum=accum)) in candidates
+    amounts = [size.amount for size in candidates]
     assert amounts == sorted(set(amounts)) and amounts[0] == 1
 
 
 def test_tokens_of_a_step_stay_and_a_pack_holds_the_longest_row() -> None:
-    found = sizes(settings(batching="packed", pack_tokens=1024, grad_accum=4), longest=300)
-    assert [(size.amount, size.grad_accum) for size in found] == [(512, 8), (1024, 4), (2048, 2), (4096, 1)]
+    candidates = sizes(settings(batching="packed", pack_tokens=1024, grad_accum=4), longest=300)
+    assert [(size.amount, size.grad_accum) for size in candidates] == [(512, 8), (1024, 4), (2048, 2), (4096, 1)]
 
 
 def test_sizes_by_task_are_left_as_they_are() -> None:
-    asked = settings(batching="length", per_task_bsz={"asr": 4}, per_device_bsz=8)
-    assert sizes(asked, longest=10) == [current_size(asked)]
+    current = settings(batching="length", per_task_bsz={"asr": 4}, per_device_bsz=8)
+    assert sizes(current, longest=10) == [current_size(current)]
 
 
 @given(st.integers(0, 40), st.integers(-1, 40))
 def test_bisection_finds_the_last_that_fits(count: int, last: int) -> None:
     candidates = sizes(settings(per_device_bsz=2**8), longest=1)[:count]
-    last, asked = min(last, len(candidates) - 1), list[int]()
+    last, tried = min(last, len(candidates) - 1), list[int]()
 
     def fits(size: object) -> bool:
-        asked.append(candidates.index(size))  # type: ignore[arg-type]
-        return asked[-1] <= last
+        tried.append(candidates.index(size))  # type: ignore[arg-type]
+        return tried[-1] <= last
 
     assert largest_fitting(candidates, fits) == last
-    assert len(asked) == len(set(asked)) <= max(1, count.bit_length())
+    assert len(tried) == len(set(tried)) <= max(1, count.bit_length())
 
 
 def test_shapes_of_padded_and_packed_rows() -> None:

@@ -1,4 +1,4 @@
-"""The preflight job on small data: what it finds, changes and writes, and what it starts."""
+"""The preflight job on small data: its findings, its changes, its files, and the run it starts."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from helpers.running import JOBS, ROOT, environment, load_job, parse_only
 
 from voxray.commands.preflight import run_preflight
 from voxray.config.preflight import PreflightTextSettings, preflight_settings
+from voxray.config.recipes import recipes
 from voxray.config.train import TextSettings
 from voxray.core.errors import RunError
 from voxray.preflight import check_run as preflight_job
@@ -27,7 +28,7 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def preflight(small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the job in this process; returns the exit status and what preflight.json holds."""
+    """Run the job in this process; returns the exit status and the content of preflight.json."""
 
     def run(*flags: str, **manifests: str) -> tuple[int, dict[str, Any]]:
         train, val = (manifests.get(name, small[f"tqa.{name}"]) for name in ("train", "val"))
@@ -45,22 +46,22 @@ def preflight(small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixtu
     return run
 
 
-def of_level(found: dict[str, Any], level: str) -> list[str]:
-    return [f"{entry['about']}: {entry['message']}" for entry in found["findings"] if entry["level"] == level]
+def of_level(report: dict[str, Any], level: str) -> list[str]:
+    return [f"{entry['about']}: {entry['message']}" for entry in report["findings"] if entry["level"] == level]
 
 
 def test_a_good_run_is_ready(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = preflight("--per_device_bsz", "4", "--price_per_hour", "36", "--no_tune")
-    said = capsys.readouterr().out
-    assert status == 0 and found["ready"] and of_level(found, "fix") == []
-    assert any(line.startswith("gpu: no GPU in reach") for line in of_level(found, "unchecked"))
-    assert found["memory"]["measured_bytes"] == pytest.approx(found["memory"]["predicted_bytes"], rel=0.2)
-    assert found["time"]["num_steps"] == 9 and found["time"]["num_validations"] == 3
-    seconds = found["time"]["training_sec"] + found["time"]["validation_sec"]
-    assert found["cost"] == pytest.approx(seconds / 100)
-    assert found["parameters"]["llm"]["lora_layers"] == 14 and found["parameters"]["projector"]["trainable"] == 0
-    assert "text, because all rows looked at are text questions" in said
-    assert "tqa: <s>[INST]" in said and "in all, the peak" in said and "cost: about" in said
+    status, report = preflight("--per_device_bsz", "4", "--price_per_hour", "36", "--no_tune")
+    output = capsys.readouterr().out
+    assert status == 0 and report["ready"] and of_level(report, "fix") == []
+    assert any(line.startswith("gpu: no GPU in reach") for line in of_level(report, "unchecked"))
+    assert report["memory"]["measured_bytes"] == pytest.approx(report["memory"]["predicted_bytes"], rel=0.2)
+    assert report["time"]["num_steps"] == 9 and report["time"]["num_validations"] == 3
+    seconds = report["time"]["training_sec"] + report["time"]["validation_sec"]
+    assert report["cost"] == pytest.approx(seconds / 100)
+    assert report["parameters"]["llm"]["lora_layers"] == 14 and report["parameters"]["projector"]["trainable"] == 0
+    assert "text, because all rows that were read are text questions" in output
+    assert "tqa: <s>[INST]" in output and "in all, the peak" in output and "cost: about" in output
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {"preflight"}, "nothing else of the run is touched"
     assert {path.name for path in (folder / "preflight").iterdir()} == {
@@ -68,8 +69,8 @@ def test_a_good_run_is_ready(preflight: Run, tmp_path: Path, capsys: pytest.Capt
         "preflight.log",
         "train_text.yaml",
     }
-    command = found["command"]
-    assert command[1] == str(ROOT / "jobs" / "train_text.py") and f"start it with: {' '.join(command)}" in said
+    command = report["command"]
+    assert command[1] == str(ROOT / "jobs" / "train_text.py") and f"start it with: {' '.join(command)}" in output
     settings = parse_only("train_text", command[2:])
     assert type(settings) is TextSettings and settings.per_device_bsz == 4 and settings.num_workers == 0
     assert settings.output_dir == str(folder)
@@ -79,23 +80,23 @@ def test_a_batch_that_does_not_fit_is_made_smaller(preflight: Run) -> None:
     _, roomy = preflight("--per_device_bsz", "8", "--no_tune")
     least = roomy["memory"]["moments"]["optimizer step"]
     budget = (least + 0.4 * (roomy["memory"]["predicted_bytes"] - least)) / 2**30
-    status, found = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}")
-    assert status == 0, of_level(found, "fix")
-    settings = parse_only("train_text", found["command"][2:])
+    status, report = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}")
+    assert status == 0, of_level(report, "fix")
+    settings = parse_only("train_text", report["command"][2:])
     assert settings.per_device_bsz < 8 and settings.per_device_bsz * settings.grad_accum == 8
-    assert found["memory"]["measured_bytes"] <= budget * 2**30
-    assert found["changes"][0].startswith(f"--per_device_bsz {settings.per_device_bsz} (was 8)")
-    status, found = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}", "--no_tune")
-    assert status == 1 and found["changes"] == [] and not found["ready"]
-    assert "lower --per_device_bsz (now 8)" in of_level(found, "fix")[0]
+    assert report["memory"]["measured_bytes"] <= budget * 2**30
+    assert report["changes"][0].startswith(f"--per_device_bsz {settings.per_device_bsz} (was 8)")
+    status, report = preflight("--per_device_bsz", "8", "--memory_gib", f"{budget:.6f}", "--no_tune")
+    assert status == 1 and report["changes"] == [] and not report["ready"]
+    assert "lower --per_device_bsz (now 8)" in of_level(report, "fix")[0]
 
 
 def test_what_no_change_can_fit_is_said(preflight: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = preflight("--memory_gib", "0.001", "--autorun")
-    said = capsys.readouterr()
-    assert status == 1 and found["command"] == []
-    assert said.err.startswith("error: memory: a worker needs ") and "1 thing(s) must be fixed first" in said.err
-    assert any(change.startswith("--grad_ckpt") for change in found["changes"])
+    status, report = preflight("--memory_gib", "0.001", "--autorun")
+    output = capsys.readouterr()
+    assert status == 1 and report["command"] == []
+    assert output.err.startswith("error: memory: a worker needs ") and "1 thing(s) must be fixed first" in output.err
+    assert any(change.startswith("--grad_ckpt") for change in report["changes"])
 
 
 def test_everything_that_is_wrong_is_listed_at_once(
@@ -104,18 +105,20 @@ def test_everything_that_is_wrong_is_listed_at_once(
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{\n")
     flags = ("--recipe", "multitask", "--model_id", str(tmp_path / "no-model"))
-    status, found = preflight(*flags[:2], train=f"{broken},{tmp_path / 'none.jsonl'}", val=str(tmp_path / "no.jsonl"))
-    said = capsys.readouterr().err
-    assert status == 1 and len(of_level(found, "fix")) == 3
+    status, report = preflight(*flags[:2], train=f"{broken},{tmp_path / 'none.jsonl'}", val=str(tmp_path / "no.jsonl"))
+    output = capsys.readouterr().err
+    assert status == 1 and len(of_level(report, "fix")) == 3
     assert (
-        f"--train_jsonl {broken}:1" in said and "none.jsonl" in said and f"--val_jsonl {tmp_path / 'no.jsonl'}" in said
+        f"--train_jsonl {broken}:1" in output
+        and "none.jsonl" in output
+        and f"--val_jsonl {tmp_path / 'no.jsonl'}" in output
     )
-    assert "3 thing(s) must be fixed first" in said
+    assert "3 thing(s) must be fixed first" in output
 
 
 def test_a_base_of_another_family_is_a_line(preflight: Run, small: dict[str, str]) -> None:
-    status, found = preflight("--recipe", "whisper", "--language", "ko", train=small["asr.train"], val="")
-    assert status == 1 and "a voxtral model, and this job trains whisper" in of_level(found, "fix")[0]
+    status, report = preflight("--recipe", "whisper", "--language", "ko", train=small["asr.train"], val="")
+    assert status == 1 and "a voxtral model, and this job trains whisper" in of_level(report, "fix")[0]
 
 
 def test_rows_that_are_left_out_are_told(preflight: Run, small: dict[str, str], tmp_path: Path) -> None:
@@ -123,51 +126,51 @@ def test_rows_that_are_left_out_are_told(preflight: Run, small: dict[str, str], 
     rows[0]["audio_path"] = str(tmp_path / "none.wav")
     rows += [{"what": "ever"}, read_rows(small["tqa.train"])[0]]
     manifest = write_rows(tmp_path / "mixed.jsonl", rows)
-    status, found = preflight("--recipe", "asr_adapter", "--max_len", "64", "--no_tune", train=manifest, val="")
-    warned = of_level(found, "warning")
-    assert status == 0, of_level(found, "fix")
+    status, report = preflight("--recipe", "asr_adapter", "--max_len", "64", "--no_tune", train=manifest, val="")
+    warned = of_level(report, "warning")
+    assert status == 0, of_level(report, "fix")
     assert any("none.wav" in line and f"{manifest}:1" in line for line in warned)
     assert any("bad_row" in line or "no task" in line for line in warned), warned
     assert any("row(s) left out, too_long" in line and "--max_len 64" in line for line in warned)
     assert any("left out, other_task: tqa" in line for line in warned)
     assert any("no --val_jsonl" in line for line in warned)
-    status, found = preflight("--recipe", "asr_adapter", "--strict", "--no_tune", train=manifest, val="")
-    assert status == 1 and any("(--strict)" in line for line in of_level(found, "fix"))
+    status, report = preflight("--recipe", "asr_adapter", "--strict", "--no_tune", train=manifest, val="")
+    assert status == 1 and any("(--strict)" in line for line in of_level(report, "fix"))
 
 
 def test_another_run_in_the_folder(preflight: Run, small: dict[str, str], tmp_path: Path) -> None:
-    given = {"model_id": TINY, "train_jsonl": (small["tqa.train"],), "val_jsonl": (small["tqa.val"],)}
-    settings = TextSettings(**given, output_dir=str(tmp_path / "run"), num_workers=0)
+    values = {"model_id": TINY, "train_jsonl": (small["tqa.train"],), "val_jsonl": (small["tqa.val"],)}
+    settings = TextSettings(**values, output_dir=str(tmp_path / "run"), num_workers=0)
     (tmp_path / "run").mkdir()
     stored = tmp_path / "run" / "settings.json"
     stored.write_text(settings.model_dump_json())
-    status, found = preflight("--lora_r", "4", "--no_tune")
-    assert status == 1 and "--lora_r (was 16, now 4)" in of_level(found, "fix")[0]
-    status, found = preflight("--memory_gib", "0.012")
-    assert any("holds this very run" in line for line in of_level(found, "ok"))
-    assert found["changes"] == [], "a run that goes on stays as it is"
+    status, report = preflight("--lora_r", "4", "--no_tune")
+    assert status == 1 and "--lora_r (was 16, now 4)" in of_level(report, "fix")[0]
+    status, report = preflight("--memory_gib", "0.012")
+    assert any("holds this very run" in line for line in of_level(report, "ok"))
+    assert report["changes"] == [], "a run that goes on stays as it is"
     assert json.loads(stored.read_text()) == json.loads(settings.model_dump_json())
 
 
 def test_an_output_that_cannot_be_written(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").write_text("a file")
-    status, found = preflight("--no_tune")
-    assert status == 1 and found == {}
+    status, report = preflight("--no_tune")
+    assert status == 1 and report == {}
     assert "error: output: --output_dir" in capsys.readouterr().err
 
 
 def test_features_that_cannot_be_written(preflight: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "feats").write_text("a file")
-    status, found = preflight("--no_tune", "--features_dir", str(tmp_path / "feats" / "below"))
-    assert status == 1 and len(of_level(found, "fix")) == 1
+    status, report = preflight("--no_tune", "--features_dir", str(tmp_path / "feats" / "below"))
+    assert status == 1 and len(of_level(report, "fix")) == 1
     assert f"error: output: --features_dir {tmp_path}/feats/below: cannot write there" in capsys.readouterr().err
 
 
 def test_autorun_becomes_the_command_that_was_printed(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
     monkeypatch.setattr(preflight_job.os, "execv", lambda program, command: started.append(command))
-    status, found = preflight("--autorun", "--no_tune")
-    assert status == 0 and started == [found["command"]] and started[0][0] == sys.executable
+    status, report = preflight("--autorun", "--no_tune")
+    assert status == 0 and started == [report["command"]] and started[0][0] == sys.executable
 
 
 @pytest.mark.parametrize(
@@ -199,7 +202,7 @@ def test_the_recipe_follows_from_model_and_tasks(
 
 
 def test_flags_reach_the_command(small: dict[str, str], tmp_path: Path) -> None:
-    """Settings go through the file of the command unchanged, whatever they are; so every flag has its effect there."""
+    """All settings reach the job unchanged through the launch file, so every flag has its effect there."""
     shared = f"--model_id {TINY} --train_jsonl {small['asr.train']} --val_jsonl {small['asr.val']} --output_dir o"
     lines = {
         "train_multitask": "--recipe multitask --task_weights asr=1,aac=1.5 --curriculum tqa:1,tqa+asr:2 --lr 1e-4"
@@ -212,12 +215,12 @@ def test_flags_reach_the_command(small: dict[str, str], tmp_path: Path) -> None:
     }
     for job, line in lines.items():
         settings = parse_only("preflight", [*shared.split(), *line.split(), "--price_per_hour", "2", "--overwrite"])
-        asked = training_settings(settings)
+        training = training_settings(settings)
         path = tmp_path / f"{job}.yaml"
-        write_launch_file(path, job, launch_values(asked, set()), ["a change"])
+        write_launch_file(path, job, launch_values(training, set()), ["a change"])
         again = parse_only(job, ["--config", str(path)])
-        assert type(again) is type(asked)
-        differing = {name for name in type(asked).model_fields if getattr(again, name) != getattr(asked, name)}
+        assert type(again) is type(training)
+        differing = {name for name in type(training).model_fields if getattr(again, name) != getattr(training, name)}
         assert differing <= {"output_dir", "features_dir"}, "outputs are absolute now"
         assert again.output_dir == str(Path("o").absolute()) and again.overwrite
 
@@ -226,7 +229,7 @@ def test_every_training_job_has_a_preflight() -> None:
     assert {f"train_{name}" for name in ("text", "asr_adapter", "multitask", "whisper", "salmonn")} == {
         job for job in JOBS if job.startswith("train_")
     }
-    assert set(preflight_job.JOBS.values()) == {job for job in JOBS if job.startswith("train_")}
+    assert {recipe.job for recipe in recipes().values()} == {job for job in JOBS if job.startswith("train_")}
 
 
 def test_a_wrong_library_is_no_reason_to_stop_early(
@@ -235,8 +238,8 @@ def test_a_wrong_library_is_no_reason_to_stop_early(
     from voxray.preflight import machine
 
     monkeypatch.setattr(machine, "version", lambda name: "0.1")
-    status, found = preflight("--no_tune")
-    assert status == 0 and len(of_level(found, "warning")) >= 20
+    status, report = preflight("--no_tune")
+    assert status == 0 and len(of_level(report, "warning")) >= 20
 
 
 def test_a_lost_cluster_is_one_line(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,14 +247,16 @@ def test_a_lost_cluster_is_one_line(preflight: Run, monkeypatch: pytest.MonkeyPa
         raise RunError("Ray could not be started or reached: no such address")
 
     monkeypatch.setattr(preflight_job, "cluster_resources", lost)
-    status, found = preflight("--no_tune")
-    assert status == 1 and of_level(found, "fix") == ["resources: Ray could not be started or reached: no such address"]
+    status, report = preflight("--no_tune")
+    assert status == 1 and of_level(report, "fix") == [
+        "resources: Ray could not be started or reached: no such address"
+    ]
 
 
 def test_settings_of_the_training_are_the_training_jobs() -> None:
-    given = {"train_jsonl": "a", "output_dir": "o", "lora_r": 4, "autorun": True}
-    asked = training_settings(PreflightTextSettings(**given))
-    assert type(asked) is TextSettings and asked.model_fields_set == {"train_jsonl", "output_dir", "lora_r"}
+    values = {"train_jsonl": "a", "output_dir": "o", "lora_r": 4, "autorun": True}
+    training = training_settings(PreflightTextSettings(**values))
+    assert type(training) is TextSettings and training.model_fields_set == {"train_jsonl", "output_dir", "lora_r"}
 
 
 def test_salmonn_is_put_together_in_the_preflights_own_folder(
@@ -275,15 +280,15 @@ def test_salmonn_is_put_together_in_the_preflights_own_folder(
     )
     run_preflight(settings)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"preflight"}
-    found = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
-    again = parse_only("train_salmonn", found["command"][2:])
+    report = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
+    again = parse_only("train_salmonn", report["command"][2:])
     assert again.llama_path == salmonn_parts["llama_path"] and not again.model_id
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path) -> None:
-    """Word for word, in a folder laid out as it expects it."""
+    """Verbatim, in a folder with the layout it expects."""
     (tmp_path / "mistralai").mkdir()
     (tmp_path / "mistralai" / "Voxtral-Mini-3B-2507").symlink_to(TINY)
     (tmp_path / "data").mkdir()
@@ -291,23 +296,23 @@ def test_the_old_command_checks_and_trains(small: dict[str, str], tmp_path: Path
         shutil.copy(small[f"tqa.{part}"], tmp_path / "data" / f"text_medqa.{part}.jsonl")
     line = "--nproc 2 --model_id mistralai/Voxtral-Mini-3B-2507 --train_jsonl data/text_medqa.train.jsonl"
     line += " --val_jsonl data/text_medqa.val.jsonl --out_dir ckpt_stage1_text --autorun"
-    done = start_preflight(line.split(), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "starting it" in done.stdout and "trained: " in done.stdout
+    process = start_preflight(line.split(), tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "starting it" in process.stdout and "trained: " in process.stdout
     assert (tmp_path / "ckpt_stage1_text" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
 def test_the_status_of_the_training_is_the_preflights(small: dict[str, str], tmp_path: Path) -> None:
-    """The rate makes the weights no numbers, which only training sees."""
+    """The learning rate makes the weights NaN, which only training can detect."""
     flags = ["--lr", "1e30", "--max_bad_steps", "1", "--max_steps", "9", "--num_workers", "0", "--no_tune", "--autorun"]
     files = ["--train_jsonl", small["tqa.train"], "--out_dir", "run", "--model_id", TINY]
-    done = start_preflight([*files, *flags], tmp_path)
-    assert "starting it" in done.stdout, done.stderr
-    assert done.returncode == 1 and "were no finite numbers" in done.stderr
+    process = start_preflight([*files, *flags], tmp_path)
+    assert "starting it" in process.stdout, process.stderr
+    assert process.returncode == 1 and "were not finite" in process.stderr
 
 
 def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), *flags]
-    how = {"capture_output": True, "text": True, "timeout": 1700, "cwd": folder}
-    return subprocess.run(command, env=environment(), **how)
+    options = {"capture_output": True, "text": True, "timeout": 1700, "cwd": folder}
+    return subprocess.run(command, env=environment(), **options)

@@ -61,7 +61,7 @@ def test_training_goes_on_from_its_checkpoint(earlier: Path, capsys: pytest.Capt
     result = run_training(parse_only("train_multitask", [*TRAIN.split(), *STEPS.split()]))
     assert (result["steps"], result["finished"]) == (6, True)
     output = capsys.readouterr().out
-    assert "going on from step 3 of 6" in output
+    assert "resuming from step 3 of 6" in output
     for line in log.splitlines():
         if line.startswith(("  asr: ", "  sqa: ", "data: ", "parameters: ")):
             assert line in output, "rows, prompts and parameters as they were"

@@ -83,33 +83,34 @@ def settings(small: dict[str, str], **changes: Any) -> TextSettings:
 
 
 def names(url: str) -> set[str]:
-    place = RemoteSync.from_settings(TextSettings.model_validate({"train_jsonl": "x", "output_dir": url})).place
-    assert isinstance(place, RemotePath)
-    return set(place.walk())
+    job_settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": url})
+    remote_dir = RemoteSync.from_settings(job_settings).remote_dir
+    assert isinstance(remote_dir, RemotePath)
+    return set(remote_dir.walk())
 
 
-def test_a_run_goes_on_on_another_machine(
+def test_a_run_resumes_on_another_machine(
     one_thread: None, small: dict[str, str], bucket: str, machine: Machine, tmp_path: Path
 ) -> None:
-    """Checkpoints, shards and metrics are in the bucket; what comes out is what one machine would have made."""
+    """Checkpoints, shards and metrics are in the bucket, and the adapter equals that of a run on one machine."""
     machine("first")
     run_training(settings(small, storage_path=bucket, max_steps=2))
-    there = names(bucket)
-    assert {"runs/a/settings.json", "runs/a/metrics.jsonl", "runs/a/result.json"} <= there
-    assert {f"runs/a/checkpoints/step-000002/{name}" for name in ("progress.json", "optimizer.pt")} <= there
-    assert any(name.startswith("runs/a/features/") and name.endswith(".arrow") for name in there)
-    assert not any("STOP" in name or ".part" in name for name in there)
+    uploaded = names(bucket)
+    assert {"runs/a/settings.json", "runs/a/metrics.jsonl", "runs/a/result.json"} <= uploaded
+    assert {f"runs/a/checkpoints/step-000002/{name}" for name in ("progress.json", "optimizer.pt")} <= uploaded
+    assert any(name.startswith("runs/a/features/") and name.endswith(".arrow") for name in uploaded)
+    assert not any("STOP" in name or ".part" in name for name in uploaded)
     machine("second")
     again = settings(small, storage_path=bucket)
     run_training(again)
     machine("third")
-    mirror = RemoteSync.from_settings(again)
-    mirror.fetch()
-    assert [record["step"] for record in read_metrics(mirror.folder, "train")] == [1, 2, 3, 4]
+    remote = RemoteSync.from_settings(again)
+    remote.fetch()
+    assert [record["step"] for record in read_metrics(remote.folder, "train")] == [1, 2, 3, 4]
     whole = settings(small, output_dir=str(tmp_path / "whole"))
     run_training(whole)
     weights = "adapter/adapter_model.safetensors"
-    assert (mirror.folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    assert (remote.folder / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
     with pytest.raises(SettingsError, match="holds a run with other settings: --seed"):
         run_training(settings(small, storage_path=bucket, seed=9))
     run_training(settings(small, storage_path=bucket, seed=9, max_steps=1, overwrite=True))
@@ -117,27 +118,27 @@ def test_a_run_goes_on_on_another_machine(
 
 
 def write_checkpoint(folder: Path, step: int, content: str) -> None:
-    made = folder / "checkpoints" / f"step-{step:06d}"
-    made.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoints" / f"step-{step:06d}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
     for name in ("adapter.safetensors", "optimizer.pt", "progress.json"):
-        (made / name).write_text(f"{content} {name}")
+        (checkpoint / name).write_text(f"{content} {name}")
 
 
 def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
     bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After every single write of an upload the bucket holds a whole checkpoint, and another machine finds it."""
-    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+    """After every single write of an upload the bucket holds a complete checkpoint, and another machine fetches it."""
+    job_settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
     machine("one")
-    mirror = RemoteSync.from_settings(given)
-    mirror.folder.mkdir(parents=True)
-    (mirror.folder / "settings.json").write_text("{}")
-    write_checkpoint(mirror.folder, 1, "old")
-    mirror.push()
-    write_checkpoint(mirror.folder, 2, "new")
-    for file in (mirror.folder / "checkpoints" / "step-000001").iterdir():
+    remote = RemoteSync.from_settings(job_settings)
+    remote.folder.mkdir(parents=True)
+    (remote.folder / "settings.json").write_text("{}")
+    write_checkpoint(remote.folder, 1, "old")
+    remote.push()
+    write_checkpoint(remote.folder, 2, "new")
+    for file in (remote.folder / "checkpoints" / "step-000001").iterdir():
         file.unlink()
-    (mirror.folder / "checkpoints" / "step-000001").rmdir()
+    (remote.folder / "checkpoints" / "step-000001").rmdir()
     done, write, left = [0], RemotePath.write_bytes, [0]
 
     def dies(self: RemotePath, data: Any) -> None:
@@ -151,19 +152,19 @@ def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
         left[0] = number
         home = machine("one")
         try:
-            RemoteSync.from_settings(given).push()
+            RemoteSync.from_settings(job_settings).push()
         except OSError:
-            said: list[str] = []
+            messages: list[str] = []
             left[0] = 0
-            RemoteSync.from_settings(given).push_or(said.append)
-            assert said == ["not uploaded yet: connection reset"]
+            RemoteSync.from_settings(job_settings).try_push(messages.append)
+            assert messages == ["not uploaded yet: connection reset"]
         machine(f"other{number}")
-        other = RemoteSync.from_settings(given)
+        other = RemoteSync.from_settings(job_settings)
         other.fetch()
-        [found] = (other.folder / "checkpoints").iterdir()
-        assert len({file.read_text().split()[0] for file in found.iterdir()}) == 1, "never a mixture"
-        assert len(list(found.iterdir())) == 3
-        done.append(int(found.name[-1]))
+        [checkpoint] = (other.folder / "checkpoints").iterdir()
+        assert len({file.read_text().split()[0] for file in checkpoint.iterdir()}) == 1, "never a mixture"
+        assert len(list(checkpoint.iterdir())) == 3
+        done.append(int(checkpoint.name[-1]))
         assert home != other.folder
     assert done == [0, 1, 1, 1, 1, 2]
     with pytest.raises(RunError, match=r"cannot be written: connection reset; all is in "):
@@ -172,16 +173,16 @@ def test_a_kill_in_the_middle_of_an_upload_loses_nothing(
         other.push_all()
 
 
-def test_what_one_machine_asks_others_hear(bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("voxray.runs.remote_sync.LOOK_SEC", 0.05)
-    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+def test_signals_reach_other_machines(bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("voxray.runs.remote_sync.POLL_SEC", 0.05)
+    job_settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
     machine("driver")
-    driver = RemoteSync.from_settings(given)
+    driver = RemoteSync.from_settings(job_settings)
     driver.folder.mkdir(parents=True)
     machine("worker")
-    worker = RemoteSync.from_settings(given)
+    worker = RemoteSync.from_settings(job_settings)
     worker.folder.mkdir(parents=True)
-    done = worker.hear_signals()
+    done = worker.watch_signals()
     driver.send_signals()
     (driver.folder / "STOP").touch()
     driver.send_signals()
@@ -190,34 +191,34 @@ def test_what_one_machine_asks_others_hear(bucket: str, machine: Machine, monkey
         assert time.monotonic() < deadline
         time.sleep(0.02)
     done.set()
-    driver.take_back_signals()
+    driver.clear_signals()
     assert not names(bucket)
 
 
-def test_an_evaluation_goes_on_on_another_machine(
+def test_an_evaluation_resumes_on_another_machine(
     one_thread: None, make_features: Any, small: dict[str, str], bucket: str, machine: Machine
 ) -> None:
-    """What is answered and uploaded is not answered again; answers to other rows take the place of the first ones."""
-    given = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "e", "storage_path": bucket})
-    folders, generation = make_features(small["tqa.train"]), InferenceConfig(TINY, "", SamplingParams(2), 1)
+    """Uploaded parts are not answered again; answers to other rows replace them."""
+    job_settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "e", "storage_path": bucket})
+    folders, config = make_features(small["tqa.train"]), InferenceConfig(TINY, "", SamplingParams(2), 1)
 
     def answered(home: str, rows: range) -> tuple[list[str], list[tuple[int, int]]]:
         machine(home)
-        mirror, seen = RemoteSync.from_settings(given), list[tuple[int, int]]()
-        mirror.fetch()
-        how = {"use_ray": False, "mirror": mirror, "on_progress": lambda done, total: seen.append((done, total))}
-        answer_rows(generation, folders, rows, mirror.folder, **how)
-        return [row["prediction"] for row in read_predictions(mirror.folder)], seen
+        remote, seen = RemoteSync.from_settings(job_settings), list[tuple[int, int]]()
+        remote.fetch()
+        options = {"use_ray": False, "remote": remote, "on_progress": lambda done, total: seen.append((done, total))}
+        answer_rows(config, folders, rows, remote.folder, **options)
+        return [row["prediction"] for row in read_predictions(remote.folder)], seen
 
     texts, seen = answered("first", range(12))
     assert seen == [(8, 12), (12, 12)]
-    place = RemoteSync.from_settings(given).place
-    assert place is not None
-    (place / "predictions/part-00001.parquet").unlink()
+    remote_dir = RemoteSync.from_settings(job_settings).remote_dir
+    assert remote_dir is not None
+    (remote_dir / "predictions/part-00001.parquet").unlink()
     assert answered("second", range(12)) == (texts, [(12, 12)])
     answered("third", range(4))
-    there = {name for name in names(bucket) if name.startswith("e/predictions/part")}
-    assert there == {"e/predictions/part-00000.parquet"}
+    uploaded = {name for name in names(bucket) if name.startswith("e/predictions/part")}
+    assert uploaded == {"e/predictions/part-00000.parquet"}
 
 
 def test_the_evaluate_job_leaves_its_results_at_the_url(
@@ -226,24 +227,25 @@ def test_the_evaluate_job_leaves_its_results_at_the_url(
     home = machine("first")
     values = {"model_id": TINY, "val_jsonl": (small["tqa.val"],), "output_dir": bucket.replace("?", "/e?")}
     run_evaluation(EvaluateSettings.model_validate({**values, "gen_max_new_tokens": 2, "perplexity": "none"}))
-    there = names(bucket)
-    assert {"e/metrics.json", "e/report.html", "e/quarantine.jsonl", "e/predictions/part-00000.parquet"} <= there
-    assert any(name.startswith("e/features/") and name.endswith("set.json") for name in there)
+    uploaded = names(bucket)
+    assert {"e/metrics.json", "e/report.html", "e/quarantine.jsonl", "e/predictions/part-00000.parquet"} <= uploaded
+    assert any(name.startswith("e/features/") and name.endswith("set.json") for name in uploaded)
     assert not list(home.rglob("features/*/set.json")), "shards are at the URL, and cached"
 
 
 def test_an_adapter_behind_a_url_is_fetched(bucket: str, machine: Machine) -> None:
-    from voxray.runs.remote_sync import fetched
+    from voxray.runs.remote_sync import fetch_folder
 
     machine("first")
-    mirror = RemoteSync.from_settings(
+    remote = RemoteSync.from_settings(
         TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
     )
-    (mirror.folder / "adapter").mkdir(parents=True)
-    (mirror.folder / "adapter" / "adapter_config.json").write_text("{}")
-    mirror.push()
+    (remote.folder / "adapter").mkdir(parents=True)
+    (remote.folder / "adapter" / "adapter_config.json").write_text("{}")
+    remote.push()
     machine("second")
-    assert (fetched(bucket.replace("?", "/r?"), "--lora_dir") / "adapter" / "adapter_config.json").read_text() == "{}"
+    folder = fetch_folder(bucket.replace("?", "/r?"), "--lora_dir")
+    assert (folder / "adapter" / "adapter_config.json").read_text() == "{}"
 
 
 def test_urls_that_cannot_be_used(small: dict[str, str], s3: str, bucket: str, machine: Machine) -> None:
@@ -254,7 +256,7 @@ def test_urls_that_cannot_be_used(small: dict[str, str], s3: str, bucket: str, m
     with pytest.raises(RunError, match=r"^s3://no-such-bucket/x/runs/a: cannot be "):
         run_training(settings(small, storage_path=gone))
     preflight = Preflight(PreflightTextSettings.model_validate(dict(settings(small, storage_path=gone))))
-    preflight.look()
+    preflight.check()
     [message] = [finding.message for finding in preflight.findings.to_fix]
     assert message.startswith("--storage_path s3://no-such-bucket/x/runs/a: cannot write there")
 
@@ -289,11 +291,11 @@ def test_killed_again_and_again_on_a_new_machine_each_time(
     print("newest whole checkpoint at the URL after each kill:", steps)
     assert steps == sorted(steps)
     machine("last")
-    mirror = RemoteSync.from_settings(TextSettings.model_validate({"train_jsonl": "x", "output_dir": bucket}))
-    mirror.fetch()
-    records = read_metrics(mirror.folder, "train")
+    remote = RemoteSync.from_settings(TextSettings.model_validate({"train_jsonl": "x", "output_dir": bucket}))
+    remote.fetch()
+    records = read_metrics(remote.folder, "train")
     assert [record["step"] for record in records] == list(range(1, 17))
     run_training(settings(small, output_dir=str(tmp_path / "whole"), max_steps=16, save_steps=16, seed=3))
     losses = [record["loss"] for record in read_metrics(tmp_path / "whole", "train")]
     assert [record["loss"] for record in records] == pytest.approx(losses, abs=1e-4)
-    assert json.loads((mirror.folder / "result.json").read_text())["finished"]
+    assert json.loads((remote.folder / "result.json").read_text())["finished"]

@@ -10,7 +10,7 @@ from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.runs import run_folder
 from voxray.runs.run_folder import (
-    MAY_CHANGE,
+    CHANGEABLE_SETTINGS,
     is_submitted_job,
     make_folder,
     open_run_folder,
@@ -113,19 +113,19 @@ def test_a_new_run_says_how_it_came_to_be(here: Path, monkeypatch: pytest.Monkey
     stored = json.loads((here / "run" / "settings.json").read_text())
     assert stored["lr"] == 1e-3 and set(stored) == set(MultitaskSettings.model_fields)
     assert MultitaskSettings.model_validate(stored) == settings(lr=1e-3)
-    said = json.loads((here / "run" / "provenance.json").read_text())
-    assert said["command"] == ["train_multitask.py", "--lr", "1e-3"]
-    assert {"voxray", "python", "torch", "ray"} <= set(said["versions"])
-    assert set(said) == {"versions", "git", "command"}
+    stored = json.loads((here / "run" / "provenance.json").read_text())
+    assert stored["command"] == ["train_multitask.py", "--lr", "1e-3"]
+    assert {"voxray", "python", "torch", "ray"} <= set(stored["versions"])
+    assert set(stored) == {"versions", "git", "command"}
 
 
 def test_the_same_run_goes_on(here: Path):
     open_run_folder(here / "run", settings(), overwrite=False)
-    (here / "run" / "metrics.jsonl").write_text("kept")
+    (here / "run" / "metrics.jsonl").write_text("old")
     (here / "run" / "STOP").touch()
     open_run_folder(here / "run", settings(), overwrite=False)
-    assert (here / "run" / "metrics.jsonl").read_text() == "kept"
-    assert not (here / "run" / "STOP").exists()  # asked for by whoever stopped the run before
+    assert (here / "run" / "metrics.jsonl").read_text() == "old"
+    assert not (here / "run" / "STOP").exists()  # it was meant for the run before
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_what_may_change_may(here: Path):
     values |= {"save_total_limit": 9, "metric_for_best_model": "asr/wer", "load_best_model_at_end": True}
     values |= {"early_stopping_patience": 2, "early_stopping_threshold": 0.5}
     values |= {"preview_rows": 9, "strategy": "deepspeed", "zero_stage": 3}
-    assert set(values) == MAY_CHANGE and set(MultitaskSettings.model_fields) >= MAY_CHANGE
+    assert set(values) == CHANGEABLE_SETTINGS and set(MultitaskSettings.model_fields) >= CHANGEABLE_SETTINGS
     open_run_folder(here / "run", settings(), overwrite=False)
     open_run_folder(here / "run", settings(**values), overwrite=False)
     assert json.loads((here / "run" / "settings.json").read_text())["max_steps"] == 99
@@ -194,13 +194,13 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     written = ["checkpoints/step-10/adapter.safetensors", "adapter/adapter_config.json", "tensorboard/events"]
     written += ["previews.jsonl", "previews.yaml"]
     written += ["metrics.jsonl", "train.log", "result.json", "quarantine.jsonl", "parameters.json"]
-    mine = ["notes.txt", "features/a/index.arrow", "data/train.jsonl", "checkpoints.txt", "other/metrics.jsonl"]
-    for name in written + mine:
+    others = ["notes.txt", "features/a/index.arrow", "data/train.jsonl", "checkpoints.txt", "other/metrics.jsonl"]
+    for name in written + others:
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text(name)
     open_run_folder(run, settings(seed=9), overwrite=True)
     assert [name for name in written if (run / name).exists()] == []
-    assert [name for name in mine if (run / name).read_text() != name] == []
+    assert [name for name in others if (run / name).read_text() != name] == []
     left = {path.name for path in run.iterdir()}
     assert left == {"settings.json", "provenance.json", "notes.txt", "features", "data", "checkpoints.txt", "other"}
     assert json.loads((run / "settings.json").read_text())["seed"] == 9

@@ -37,10 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shares = {"asr": 3.0 if number % 2 else 1.0, "sqa": 1.0, "tqa": 1.0}
         value = abs(number - 8) / 10 + 0.1 + rank / 1000
         history: list[dict[str, Any]] = [{METRIC: value + 0.2, QA: 0.5}, {METRIC: value, QA: 0.4 + number / 40}]
-        how: dict[str, Any] = {"state": "stopped", "reason": "at step 10"} if number in (1, 2) else {}
+        fields: dict[str, Any] = {"state": "stopped", "reason": "at step 10"} if number in (1, 2) else {}
         if number == 12:
-            how, history = {"state": "failed", "reason": EVIL}, []
-        write(folder, number, {"lora_r": rank, "lr": lr, "task_weights": shares}, *history, **how)
+            fields, history = {"state": "failed", "reason": EVIL}, []
+        write(folder, number, {"lora_r": rank, "lr": lr, "task_weights": shares}, *history, **fields)
     for first, base in ((8, 0.1), (9, 0.11)):
         choice = next(trial.choice for trial in read_trials(folder) if trial.number == first)
         for seed in (1, 2, 3):
@@ -56,11 +56,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
-def test_a_page_is_whole_in_itself(folder: Path) -> None:
+def test_a_page_is_self_contained(folder: Path) -> None:
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"https?://|<link|@import|url\(", text), "nothing is fetched"
     assert text.count("<script") == text.count("</script>") == 1 and "default-src 'none'" in text
-    for said in (
+    for text_part in (
         "Best: lora_r 16, lr 0.001, task_weights asr=1,sqa=1,tqa=1 (trial 8): asr/cer_nospace 0.1200, the mean of 3",
         "Of the choices trained again, its interval overlaps with that of another choice",
         "2 of 12 trials stopped early, as weaker than others: 1, 2.",
@@ -69,13 +69,13 @@ def test_a_page_is_whole_in_itself(folder: Path) -> None:
         "Importance of each flag",
         "The best again, with other seeds",
     ):
-        assert said in text, said
+        assert text_part in text, text_part
     assert text.count('<path class="trial') == 11, "all trials but the one that failed"
     assert "asr/cer_nospace against tqa" not in text
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no browser here")
-def test_lines_are_pointed_at_and_chosen(folder: Path, page: Page) -> None:
+def test_lines_are_highlighted_and_selected(folder: Path, page: Page) -> None:
     page.open(folder / "report.html")
     assert (
         page.console == []
@@ -94,8 +94,8 @@ def test_lines_are_pointed_at_and_chosen(folder: Path, page: Page) -> None:
     drag(page, 1, 0.5, 0.5)
     assert len(page.read(LEFT)) == 12, "a click on an axis takes its choice away"
     page.read("document.querySelector('path.winner').dispatchEvent(new Event('pointerenter'))")
-    said = page.read("document.getElementById('pointed').textContent")
-    assert said.startswith("trial 8, lora_r 16, lr 0.001, ") and "state done" in said
+    status = page.read("document.getElementById('pointed').textContent")
+    assert status.startswith("trial 8, lora_r 16, lr 0.001, ") and "state done" in status
     assert page.read("document.querySelector('#trials tr.near').cells[0].textContent") == "8"
     page.click("#trials th")
     assert page.read(LEFT)[:3] == ["12", "11", "10"], "sorted by number"
@@ -110,12 +110,12 @@ def drag(page: Page, axis: int, top: float, bottom: float) -> None:
         f"(() => {{ const r = {area}.getBoundingClientRect(); return [r.x + r.width / 2, r.y, r.height]; }})()"
     )
     for kind, share in (("mousePressed", top), ("mouseMoved", bottom), ("mouseReleased", bottom)):
-        place = {"x": box[0], "y": box[1] + box[2] * share}
-        page.call("Input.dispatchMouseEvent", type=kind, **place, button="left", buttons=1, clickCount=1)
+        position = {"x": box[0], "y": box[1] + box[2] * share}
+        page.call("Input.dispatchMouseEvent", type=kind, **position, button="left", buttons=1, clickCount=1)
 
 
 @pytest.mark.parametrize("case", ["one", "failed", "nothing", "no number", "one flag", "equal"])
-def test_a_page_whatever_became_of_the_trials(case: str, tmp_path: Path) -> None:
+def test_a_page_for_every_outcome_of_the_trials(case: str, tmp_path: Path) -> None:
     choice = {"task_weights": {"asr": 1.0, "sqa": 1.0, "tqa": 1.0}, "lora_r": 4}
     if case == "one":
         write(tmp_path, 1, choice, {METRIC: 0.5})
@@ -140,8 +140,8 @@ def test_a_page_whatever_became_of_the_trials(case: str, tmp_path: Path) -> None
     assert ("&lt;/script&gt;" in text) == (case == "failed")
 
 
-def test_trials_at_one_place_share_a_label(tmp_path: Path) -> None:
-    """And a metric that all of them have has one mark at its axis, none beyond what it can be."""
+def test_trials_at_the_same_point_share_a_label(tmp_path: Path) -> None:
+    """And a metric with the same value in all trials has one tick, within its range."""
     for number, rank in enumerate((4, 8, 16), 1):
         write(tmp_path, number, {"lora_r": rank}, {METRIC: 0.2 if number < 3 else 0.4, QA: 1.0})
     text = report(tmp_path, "--lora_r", "4,8,16")

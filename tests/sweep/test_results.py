@@ -1,4 +1,4 @@
-"""What a sweep comes to: order of merit, intervals over seeds, the front, importance, the files."""
+"""Results of a sweep: ranking, intervals over seeds, the Pareto front, importance, the files."""
 
 import csv
 import math
@@ -14,12 +14,12 @@ from voxray.config.search_space import Domain
 from voxray.core.errors import RunError
 from voxray.sweep.importance import group, importance
 from voxray.sweep.results import front, ranked, summarise_trials, t_interval, t_quantile, write_best, write_csv
-from voxray.sweep.trials import WORST, Trial, read_trials, reported
+from voxray.sweep.trials import WORST, Trial, read_trials, scheduler_record
 
 METRIC = "asr/cer_nospace"
 
 
-def test_what_was_trained_to_its_end_comes_first(tmp_path: Path) -> None:
+def test_finished_trials_come_first(tmp_path: Path) -> None:
     write(tmp_path, 1, {"lora_r": 1}, {METRIC: 0.1}, state="stopped")
     write(tmp_path, 2, {"lora_r": 2}, {METRIC: 0.9}, {METRIC: 0.3})
     write(tmp_path, 3, {"lora_r": 3}, {METRIC: 0.2}, {METRIC: None})
@@ -38,7 +38,7 @@ def test_what_was_trained_to_its_end_comes_first(tmp_path: Path) -> None:
     assert rows[2][METRIC] == ""
 
 
-def test_the_adapter_of_the_best_checkpoint_is_what_counts(tmp_path: Path) -> None:
+def test_the_best_checkpoint_counts(tmp_path: Path) -> None:
     """With --load_best_model_at_end the result is that of an earlier step."""
     trial = write(tmp_path, 1, {}, {METRIC: 0.2}, {METRIC: 0.6})
     (trial.folder / "result.json").write_text('{"finished": true, "steps": 20, "adapter_step": 10}')
@@ -46,22 +46,22 @@ def test_the_adapter_of_the_best_checkpoint_is_what_counts(tmp_path: Path) -> No
     assert trial.value(METRIC) == 0.2 and trial.counts_step == 10
 
 
-def test_a_trial_whose_driver_was_killed_after_its_end_has_ended(tmp_path: Path) -> None:
+def test_a_trial_that_finished_before_its_driver_was_killed_is_done(tmp_path: Path) -> None:
     write(tmp_path, 1, {}, {METRIC: 0.2}, state="running")
     done = write(tmp_path, 2, {}, {METRIC: 0.2}, state="running")
     (done.folder / "result.json").write_text('{"finished": true, "steps": 10, "adapter_step": 10}')
     assert [trial.state for trial in read_trials(tmp_path)] == ["running", "done"]
     (done.folder / "result.json").write_text('{"finished": tr')
-    assert [trial.state for trial in read_trials(tmp_path)] == ["running", "running"], "half a file is none"
+    assert [trial.state for trial in read_trials(tmp_path)] == ["running", "running"], "an incomplete file is ignored"
     (done.folder / "trial.json").write_text("{")
     with pytest.raises(RunError, match=r"0002/trial.json: damaged .* delete its folder to train it anew"):
         read_trials(tmp_path)
 
 
-def test_no_number_is_the_worst_number() -> None:
-    assert reported({"step": 1, METRIC: 0.5, "kind": "validation"}, METRIC, "min") == {"step": 1, METRIC: 0.5}
-    assert reported({"step": 1, METRIC: math.nan}, METRIC, "min")[METRIC] == WORST
-    assert reported({"step": 1}, METRIC, "max")[METRIC] == -WORST
+def test_a_missing_value_is_the_worst() -> None:
+    assert scheduler_record({"step": 1, METRIC: 0.5, "kind": "validation"}, METRIC, "min") == {"step": 1, METRIC: 0.5}
+    assert scheduler_record({"step": 1, METRIC: math.nan}, METRIC, "min")[METRIC] == WORST
+    assert scheduler_record({"step": 1}, METRIC, "max")[METRIC] == -WORST
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 7, 15, 30, 31, 60, 99])
@@ -89,7 +89,7 @@ def seeds(folder: Path, *values: tuple[float, ...]) -> list[Trial]:
     return read_trials(folder)
 
 
-def test_the_mean_over_seeds_decides_and_overlaps_are_said(tmp_path: Path) -> None:
+def test_the_mean_over_seeds_decides_and_overlaps_are_reported(tmp_path: Path) -> None:
     outcome = summarise_trials(seeds(tmp_path / "a", (0.30, 0.31, 0.32), (0.20, 0.21, 0.22)), METRIC, "min", 2)
     assert outcome.winner and outcome.winner.number == 2 and outcome.winning_value == pytest.approx(0.21)
     assert "overlaps with none of the others" in outcome.verdict()
@@ -110,17 +110,19 @@ def test_the_front() -> None:
     assert front(points, first_up=True, second_up=True) == [2] and front([], first_up=True, second_up=True) == []
 
 
-def test_importance_is_what_goes_with_a_flag_less_chance() -> None:
+def test_importance_is_corrected_for_chance() -> None:
     rng = np.random.default_rng(0)
     ranks, noise = Domain("lora_r", "choice", (4, 8, 16)), Domain("lora_alpha", "choice", (1.0, 2.0, 3.0, 4.0))
     rate = Domain("lr", "log", (1e-5, 1e-1))
-    of_rank = [(4, 8, 16)[at % 3] for at in range(60)]
-    of_noise = [float(at // 3 % 4 + 1) for at in range(60)]
+    of_rank = [(4, 8, 16)[index % 3] for index in range(60)]
+    of_noise = [float(index // 3 % 4 + 1) for index in range(60)]
     rates = [10 ** -float(rng.uniform(1, 5)) for _ in range(60)]
     figures = [rank / 16 + abs(math.log10(lr) + 3) / 2 for rank, lr in zip(of_rank, rates, strict=True)]
     strong, weak = importance(ranks, of_rank, figures), importance(noise, of_noise, figures)
     curved = importance(rate, rates, figures)
-    assert strong and strong > 0.4 and weak is not None and weak < 0.1 and curved and curved > 0.1, "bent, yet seen"
+    assert strong and strong > 0.4 and weak is not None and weak < 0.1 and curved and curved > 0.1, (
+        "also if the effect is not monotonic"
+    )
     draws = [importance(noise, of_noise, rng.normal(size=60).tolist()) or 0.0 for _ in range(200)]
     assert np.mean(draws) < 0.03, "a flag that does nothing has next to none, though it has four values"
     exact = importance(ranks, of_rank, [float(rank) for rank in of_rank])
@@ -151,14 +153,15 @@ def test_best_yaml_is_a_config_of_the_training_job(recipe: str, flags: list[str]
     settings = sweep_settings(tmp_path, "--recipe", recipe, *flags)
     write_best(tmp_path / "best.yaml", settings, choice, "it")
     read = parse_only(f"train_{recipe}", ["--config", str(tmp_path / "best.yaml")])
-    given = {
-        flags[at].removeprefix("--"): getattr(settings, flags[at].removeprefix("--")) for at in range(0, len(flags), 2)
+    expected = {
+        flags[index].removeprefix("--"): getattr(settings, flags[index].removeprefix("--"))
+        for index in range(0, len(flags), 2)
     }
-    for name, value in {**given, **choice}.items():
+    for name, value in {**expected, **choice}.items():
         if name == "task_weights" and name not in choice:
             continue  # that of a trial is in its choice
-        found = getattr(read, name)
-        assert found == value or found == _tuples(value), (name, found, value)
+        parsed = getattr(read, name)
+        assert parsed == value or parsed == _tuples(value), (name, parsed, value)
     assert read.output_dir == str(tmp_path / "best") and read.features_dir == str(tmp_path / "features")
     assert "recipe" not in yaml.safe_load((tmp_path / "best.yaml").read_text())
 

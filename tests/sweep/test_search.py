@@ -1,4 +1,4 @@
-"""Choices: every combination once, drawn alike by the same seed, proposed by Optuna; never one twice."""
+"""Search: every combination once, the same choices for the same seed, Optuna proposals; never one twice."""
 
 import itertools
 import math
@@ -21,18 +21,20 @@ def search(*domains: Domain, method: str = "random", known: Any = (), seed: int 
     return Search(named, method, seed=seed, mode="min", known=known)
 
 
-def choices(of: Search, most: int = 100) -> list[dict[str, Any]]:
-    return list(itertools.takewhile(lambda choice: choice is not None, (of.ask() for _ in range(most))))  # type: ignore
+def choices(algorithm: Search, most: int = 100) -> list[dict[str, Any]]:
+    return list(itertools.takewhile(lambda choice: choice is not None, (algorithm.ask() for _ in range(most))))  # type: ignore
 
 
 @pytest.mark.parametrize("method", ["grid", "random", "optuna"])
 def test_a_space_with_an_end_is_used_up_without_repeats(method: str) -> None:
     if method == "optuna":
         pytest.importorskip("optuna")
-    of = search(RANKS, SHARES, STEPS, method=method)
-    found = choices(of)
-    assert len(found) == len(set(map(choice_key, found))) and len(found) == (27 if method != "optuna" else len(found))
-    assert len(found) > 20 and of.ask() is None
+    algorithm = search(RANKS, SHARES, STEPS, method=method)
+    proposed = choices(algorithm)
+    assert len(proposed) == len(set(map(choice_key, proposed))) and len(proposed) == (
+        27 if method != "optuna" else len(proposed)
+    )
+    assert len(proposed) > 20 and algorithm.ask() is None
 
 
 @pytest.mark.parametrize("method", ["grid", "random", "optuna"])
@@ -58,19 +60,19 @@ def test_a_range_of_few_rounded_values_comes_to_an_end() -> None:
 
 
 def test_optuna_learns_from_what_it_is_told() -> None:
-    """On a valley around lr 1e-3 its later proposals are nearer than random ones, with failures in between."""
+    """With an optimum at lr 1e-3, later proposals are closer to it than random ones, despite failures."""
     pytest.importorskip("optuna")
 
     def distance(choice: dict[str, Any]) -> float:
         return abs(math.log10(choice["lr"]) + 3)
 
-    of, found = search(RATE, method="optuna"), []
+    algorithm, proposed = search(RATE, method="optuna"), []
     for number in range(40):
-        choice = of.ask()
+        choice = algorithm.ask()
         assert choice is not None
-        found.append(distance(choice))
-        of.tell(choice, None if number % 9 == 5 else found[-1])
-    assert statistics.median(found[-20:]) < 0.5, "at random it would be 1"
-    spread = [{"lr": 10 ** (-5 + 0.2 * at)} for at in range(21)]
+        proposed.append(distance(choice))
+        algorithm.tell(choice, None if number % 9 == 5 else proposed[-1])
+    assert statistics.median(proposed[-20:]) < 0.5, "at random it would be 1"
+    spread = [{"lr": 10 ** (-5 + 0.2 * index)} for index in range(21)]
     resumed = search(RATE, method="optuna", known=[(choice, distance(choice)) for choice in spread])
     assert statistics.median(map(distance, choices(resumed, 9))) < 0.5, "what is known from disk leads it as well"

@@ -1,4 +1,4 @@
-"""Which trials run, which are refused, and what a sweep that goes on does again: without Ray, trials end at once."""
+"""Which trials run, fail and run again when a sweep resumes. Without Ray; trials end at once."""
 
 import json
 from collections.abc import Callable
@@ -12,35 +12,35 @@ from helpers.sweeps import Runner, sweep_settings, write
 
 from voxray.sweep import work
 from voxray.sweep.trials import read_trials
-from voxray.sweep.work import Sweep, refuse_missing_metric, told, trial_settings
+from voxray.sweep.work import Sweep, refuse_missing_metric, trial_line, trial_settings
 
 METRIC = "asr/cer_nospace"
 GOOD = [{METRIC: 0.5}]
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Settings for which feature sets were made."""
-    found: list[Any] = []
+def featurized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Settings whose features were computed."""
+    calls: list[Any] = []
 
-    def training_data(settings: Any, output_dir: Path, *, use_ray: bool) -> str:
-        found.append(settings.model_copy(update={"strict": use_ray}))  # a flag that stands for another
-        return f"data {len(found)}"
+    def training_data(run: Any, *, use_ray: bool) -> str:
+        calls.append(run.settings.model_copy(update={"strict": use_ray}))  # records use_ray in another flag
+        return f"data {len(calls)}"
 
     monkeypatch.setattr(work, "training_data", training_data)
     monkeypatch.setattr(work, "refuse_missing_metric", lambda *args: None)
-    return found
+    return calls
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, made: list[Any]) -> Callable[..., Runner]:
+def sweep(tmp_path: Path, featurized: list[Any]) -> Callable[..., Runner]:
     def run(*flags: str, outcome: Any = lambda trial: GOOD) -> Runner:
         runner = Runner(outcome)
         settings = sweep_settings(tmp_path, "--model_id", TINY, *flags)
-        work_of_it = Sweep(settings, tmp_path, runner)
-        work_of_it.search()
+        sweep_job = Sweep(settings, tmp_path, runner)
+        sweep_job.search()
         if settings.top_k:
-            work_of_it.repeat()
+            sweep_job.repeat()
         return runner
 
     return run
@@ -56,12 +56,12 @@ def test_trials_end_in_every_way(
     ways = {4: GOOD, 8: "out of memory: lower --per_device_bsz", 16: None, 32: [{METRIC: None}]}
     runner = sweep("--lora_r", "4,8,16,32", outcome=lambda trial: ways[trial.choice["lora_r"]])
     assert runner.ran == [1, 2, 3, 4] and states(tmp_path) == {1: "done", 2: "failed", 3: "failed", 4: "done"}
-    said = capsys.readouterr().out
-    assert "trial 1: asr/cer_nospace 0.5000 at step 10 with task_weights asr=1,sqa=1,tqa=1, lora_r 4\n" in said
-    assert "trial 2: no asr/cer_nospace" in said and "failed: out of memory: lower --per_device_bsz" in said
-    assert "its process broke off" in read_trials(tmp_path)[2].reason and "trial 4: no asr/cer_nospace" in said
+    output = capsys.readouterr().out
+    assert "trial 1: asr/cer_nospace 0.5000 at step 10 with task_weights asr=1,sqa=1,tqa=1, lora_r 4\n" in output
+    assert "trial 2: no asr/cer_nospace" in output and "failed: out of memory: lower --per_device_bsz" in output
+    assert "its process broke off" in read_trials(tmp_path)[2].reason and "trial 4: no asr/cer_nospace" in output
     stopped = write(tmp_path, 9, {"lora_r": 4}, {METRIC: 0.7}, state="stopped", reason="at step 10")
-    assert told(read_trials(tmp_path)[-1], METRIC).endswith("with lora_r 4; stopped at step 10"), stopped
+    assert trial_line(read_trials(tmp_path)[-1], METRIC).endswith("with lora_r 4; stopped at step 10"), stopped
 
 
 def test_a_combination_that_the_job_refuses_is_a_failed_trial(
@@ -70,12 +70,12 @@ def test_a_combination_that_the_job_refuses_is_a_failed_trial(
     runner = sweep("--space", "{store: [mel, encoder], freeze_whisper: [true, false], freq_masks: [0, 2]}")
     refused = {number for number, state in states(tmp_path).items() if state == "failed"}
     assert len(states(tmp_path)) == 8 and len(refused) == 3 and set(runner.ran) == set(range(1, 9)) - refused
-    said = capsys.readouterr().out
-    assert "failed: --store encoder: LoRA in the encoder (--no_freeze_whisper) changes its outputs" in said
-    assert "failed: --store encoder: masks on features" in said
+    output = capsys.readouterr().out
+    assert "failed: --store encoder: LoRA in the encoder (--no_freeze_whisper) changes its outputs" in output
+    assert "failed: --store encoder: masks on features" in output
 
 
-def test_a_base_of_another_kind_is_a_failed_trial(tmp_path: Path, made: list[Any], small: dict[str, str]) -> None:
+def test_a_base_of_another_kind_is_a_failed_trial(tmp_path: Path, featurized: list[Any], small: dict[str, str]) -> None:
     space = json.dumps({"model_id": [TINY, WHISPER], "train_jsonl": [small["asr.train"], "/nowhere.jsonl"]})
     settings = parse_only("tune", ["--val_jsonl", "v", "--output_dir", str(tmp_path), "--space", space])
     runner = Runner(lambda trial: GOOD)
@@ -86,21 +86,21 @@ def test_a_base_of_another_kind_is_a_failed_trial(tmp_path: Path, made: list[Any
 
 
 def test_trials_share_features_unless_they_need_others(
-    sweep: Callable[..., Runner], tmp_path: Path, made: list
+    sweep: Callable[..., Runner], tmp_path: Path, featurized: list
 ) -> None:
     sweep("--space", "{lr: [1e-3, 1e-4], lora_alpha: [8, 16]}")
-    assert len(made) == 1
-    made.clear()
+    assert len(featurized) == 1
+    featurized.clear()
     for path in (tmp_path / "trials").glob("*/trial.json"):
         path.unlink()
     sweep("--space", "{lr: [1e-3, 1e-4], store: [mel, pcm16]}", "--storage_path", "/mount")
-    assert [(settings.store, settings.strict) for settings in made] == [("mel", True), ("pcm16", True)]
-    assert made[0].storage_path == "/mount"
-    made.clear()
+    assert [(settings.store, settings.strict) for settings in featurized] == [("mel", True), ("pcm16", True)]
+    assert featurized[0].storage_path == "/mount"
+    featurized.clear()
     for path in (tmp_path / "trials").glob("*/trial.json"):
         path.unlink()
     sweep("--space", "{variants: [2], noise_share: {range: [0, 1]}, lr: [1e-3]}", "--num_trials", "2")
-    assert [settings.strict for settings in made] == [False, False], "drawn while trials run: in this process"
+    assert [settings.strict for settings in featurized] == [False, False], "drawn while trials run: in this process"
 
 
 def test_what_goes_on(sweep: Callable[..., Runner], tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_what_goes_on(sweep: Callable[..., Runner], tmp_path: Path) -> None:
     for number, state in ((1, "done"), (2, "running"), (3, "failed"), (4, "stopped")):
         choice = {"task_weights": {"asr": 1.0, "sqa": 1.0, "tqa": 1.0}, "lora_r": number}
         write(tmp_path, number, choice, {METRIC: number / 10}, state=state)
-    left = tmp_path / "trials" / "0003" / "error.json"
-    left.write_text('{"message": "of before"}')
+    error_file = tmp_path / "trials" / "0003" / "error.json"
+    error_file.write_text('{"message": "of before"}')
     seen = []
     runner = sweep("--lora_r", "1,2,3,4,5", outcome=lambda trial: seen.append(trial) or GOOD)
-    assert runner.ran == [2, 3, 5] and set(states(tmp_path).values()) == {"done", "stopped"} and not left.exists()
+    assert runner.ran == [2, 3, 5] and set(states(tmp_path).values()) == {"done", "stopped"} and not error_file.exists()
     assert [trial.number for trial in runner.earlier[0]] == [1, 4], "what weak trials are measured by besides"
     assert seen[0].choice["lora_r"] == 2 and seen[2].choice["lora_r"] == 5
     assert sweep("--lora_r", "1,2,3,4,5").ran == []
@@ -148,7 +148,7 @@ def test_the_metric_has_to_be_one_of_the_data(small: dict[str, str], make_featur
 
 
 def test_a_base_that_was_put_together_is_what_trials_train(tmp_path: Path) -> None:
-    """SALMONN's parts make one folder for all trials, so that a trial names the folder, not the parts."""
+    """SALMONN's base is assembled once for all trials, so a trial names the folder, not the parts."""
     parts = ["--whisper_path", "w", "--beats_path", "b.pt", "--llama_path", "l", "--end_sym", "</e>"]
     settings = sweep_settings(tmp_path, "--recipe", "salmonn", *parts, "--space", "{lr: [1e-4], lora_r: [4]}")
     ready = settings.model_copy(update={"model_id": "/made/model"})

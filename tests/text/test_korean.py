@@ -1,4 +1,4 @@
-"""Korean transcription marks: what comes off, what stays, and that no digit is lost on the way."""
+"""Korean transcription marks: which are removed, which stay, and that no digit is lost."""
 
 import unicodedata
 from collections import Counter
@@ -60,7 +60,7 @@ def test_a_line(raw, spelling, phonetic, notes):
     assert cleaned.notes == notes
 
 
-def test_the_reading_is_the_text_when_asked_for():
+def test_phonetic_reading():
     cleaned = clean_transcript("(70%)/(칠십 퍼센트) 네", "phonetic")
     assert (cleaned.text, cleaned.spelling, cleaned.phonetic) == ("칠십 퍼센트 네", "70% 네", "칠십 퍼센트 네")
 
@@ -91,7 +91,7 @@ def test_cleaning_twice_changes_nothing(raw):
 @example("((1)/(2))/(3)")
 @example("(1)/(2) 3")
 def test_no_digit_is_lost(raw):
-    """Each digit is in one of the two readings (an anonymised name's number is no spoken digit)."""
+    """Each digit is in one of the two readings (the number of an anonymised name is not spoken)."""
     raw = raw.replace("&", "")
     cleaned = clean_transcript(raw)
     both = Counter(cleaned.spelling) | Counter(cleaned.phonetic)

@@ -1,4 +1,4 @@
-"""Normaliser ko-v1: what it does to medical Korean, pair by pair, and that doing it twice changes nothing."""
+"""Normaliser ko-v1: examples of medical Korean, and that normalising twice changes nothing."""
 
 import unicodedata
 
@@ -79,5 +79,5 @@ def test_hangul_is_never_split(text: str):
     assert normalize_ko_v1(unicodedata.normalize("NFD", text)) == text
 
 
-def test_the_name_that_results_carry():
-    assert KO_V1 == "ko-v1"  # a rule that changes after a release is another version
+def test_the_version_in_results():
+    assert KO_V1 == "ko-v1"  # changed rules need a new version

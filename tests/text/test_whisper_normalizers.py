@@ -1,4 +1,4 @@
-"""The normalisers of transcripts in other languages: transformers' own, fit for any text, and named."""
+"""Normalisers of transcripts in other languages: those of transformers, for any text."""
 
 import json
 import math
@@ -26,12 +26,12 @@ ANY = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_fro
 
 
 @pytest.mark.parametrize("text", SENTENCES)
-def test_they_are_those_of_transformers(text: str):
+def test_they_agree_with_transformers(text: str):
     assert BASIC.normalize(text) == " ".join(BasicTextNormalizer()(text).split())
     assert ENGLISH.normalize(text) == " ".join(EnglishTextNormalizer({})(text).split())
 
 
-def test_the_language_chooses():
+def test_the_language_selects_the_normalizer():
     assert [get_normalizer(language).name for language in ("", "ko", "en", "de", "zh")] == [
         "ko-v1",
         "ko-v1",
@@ -62,35 +62,35 @@ def test_spellings_come_from_a_checkpoints_file(tmp_path: Path):
 @example("9" * 5000)
 @example("$1 and a half oh o'clock 1.2.3 ½ ² ٣ Ⅳ")
 @example("👨‍👩‍👧 ❤️\u200b")
-def test_any_text_is_taken(text: str):
+def test_any_text_is_accepted(text: str):
     for normalizer in (BASIC, ENGLISH):
         once = normalizer.normalize(text)
         assert once == " ".join(once.split())
         assert not any(unicodedata.category(char) == "Cf" for char in once)
-        composed, taken_apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
-        assert count(composed, taken_apart, normalizer).solid_ref == count(composed, composed, normalizer).solid_ref
+        composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert count(composed, decomposed, normalizer).solid_ref == count(composed, composed, normalizer).solid_ref
 
 
-@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda found: found.name)
+@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda normalizer: normalizer.name)
 @pytest.mark.parametrize("text", ["", "   \t\n\u3000", "👍🏽", "👨‍👩‍👧", "\u200b\ufeff", "...", "-"])
-def test_nothing_is_nothing(text: str, normalizer):
-    found = count(text, text, normalizer)
-    assert normalizer.normalize(text) == "" and found.exact == 1 and found.char_ref == found.solid_ref == 0
+def test_texts_without_words_are_empty(text: str, normalizer):
+    counts = count(text, text, normalizer)
+    assert normalizer.normalize(text) == "" and counts.exact == 1 and counts.char_ref == counts.solid_ref == 0
 
 
-@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda found: found.name)
+@pytest.mark.parametrize("normalizer", [KOREAN, BASIC, ENGLISH], ids=lambda normalizer: normalizer.name)
 def test_long_texts_and_other_forms(normalizer):
     text = "the quick 갈색 여우 jumps " * 500
-    found = count(text, unicodedata.normalize("NFD", text), normalizer)
-    assert found.exact == 1 and found.char_edits == 0 and math.isclose(found.char_ref, 11_000, rel_tol=0.2)
+    counts = count(text, unicodedata.normalize("NFD", text), normalizer)
+    assert counts.exact == 1 and counts.char_edits == 0 and math.isclose(counts.char_ref, 11_000, rel_tol=0.2)
     other = count("a" * 10_000, "b" * 10_000, normalizer)
     assert other.solid_edits == other.solid_sub == 10_000 and other.word_edits == other.spaced_edits == 1
 
 
-def test_a_normalizer_travels(tmp_path: Path):
-    """It goes to the actors of an evaluation."""
+def test_a_normalizer_can_be_pickled(tmp_path: Path):
+    """The actors of an evaluation receive it."""
     table = tmp_path / "normalizer.json"
     table.write_text('{"colour": "color"}', encoding="utf-8")
     for normalizer in (KOREAN, BASIC, ENGLISH, english_with(table)):
-        there = pickle.loads(pickle.dumps(normalizer))
-        assert there.normalize("My COLOUR, twenty") == normalizer.normalize("My COLOUR, twenty")
+        copy = pickle.loads(pickle.dumps(normalizer))
+        assert copy.normalize("My COLOUR, twenty") == normalizer.normalize("My COLOUR, twenty")

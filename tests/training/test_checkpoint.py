@@ -1,4 +1,4 @@
-"""Checkpoints: which are kept, and that a failed one costs nothing but itself."""
+"""Checkpoints: which are kept, and that a failed one leaves the others intact."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from voxray.training.engine import CheckpointState, DataParallel
 
 
 class Model(torch.nn.Linear):
-    """Stands for a fully tuned model, whose configuration names its base."""
+    """A stand-in for a fully tuned model, whose configuration names its base."""
 
     class config:  # as in transformers
         name_or_path = "base"
@@ -40,7 +40,7 @@ def write(writer: CheckpointWriter, step: int, best_step: int = 0, state: Checkp
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, kept=2)
+    writer = CheckpointWriter(tmp_path, keep_last=2)
     for step in range(1, 7):
         write(writer, step, best_step=min(step, 2))
     writer.wait()
@@ -50,24 +50,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_writing_does_not_hold_up_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = checkpoint.save_adapter
+def test_writing_does_not_block_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter = checkpoint.save_adapter
 
-    def slowly(*args: object) -> None:
+    def save_slowly(*args: object) -> None:
         time.sleep(0.5)
-        save(*args)  # type: ignore[arg-type]
+        save_adapter(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(checkpoint, "save_adapter", slowly)
-    writer, began = CheckpointWriter(tmp_path, kept=3), time.monotonic()
+    monkeypatch.setattr(checkpoint, "save_adapter", save_slowly)
+    writer, started_at = CheckpointWriter(tmp_path, keep_last=3), time.monotonic()
     write(writer, 1)
-    assert time.monotonic() - began < 0.3 and steps(tmp_path) == []
+    assert time.monotonic() - started_at < 0.3 and steps(tmp_path) == []
     write(writer, 2)
-    assert steps(tmp_path) == [1], "the second waits for the first"
+    assert steps(tmp_path) == [1], "the second write waits for the first"
     writer.wait()
     assert steps(tmp_path) == [1, 2]
 
 
-def test_the_next_step_does_not_change_what_is_being_written() -> None:
+def test_the_next_step_does_not_change_a_pending_checkpoint() -> None:
     model = Model(2, 2)
     engine = DataParallel(model, Voxtral(), Worker(), lr=0.1, weight_decay=0.0)
     states = []
@@ -75,18 +75,18 @@ def test_the_next_step_does_not_change_what_is_being_written() -> None:
         engine.backward(model(torch.ones(1, 2)).sum(), last=True)
         engine.reduce([], scale=1.0, max_norm=0.0)
         engine.apply(0.1)
-        states.append(engine.state())
+        states.append(engine.checkpoint_state())
     for name in ("weight", "bias"):
         assert not torch.equal(states[0].tensors[name], states[1].tensors[name])
-        assert not torch.equal(states[0].moments[name]["exp_avg"], states[1].moments[name]["exp_avg"])
+        assert not torch.equal(states[0].optimizer_state[name]["exp_avg"], states[1].optimizer_state[name]["exp_avg"])
 
 
-def test_what_a_kill_leaves_behind_is_cleared(tmp_path: Path) -> None:
+def test_partial_checkpoints_of_a_kill_are_deleted(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step-000004.part").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000003").mkdir()
-    CheckpointWriter(tmp_path, kept=3)
+    CheckpointWriter(tmp_path, keep_last=3)
     assert not (tmp_path / "checkpoints" / ".step-000004.part").exists()
-    assert steps(tmp_path) == [], "a folder without progress.json is none of ours"
+    assert steps(tmp_path) == [], "a folder without progress.json is not a checkpoint"
 
 
 @pytest.fixture
@@ -101,21 +101,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_what_there_was(small_disk: Path) -> None:
-    writer, big = CheckpointWriter(small_disk, kept=3), CheckpointState({"weight": torch.ones(2**19)}, {})
+def test_a_full_disk_is_one_line_and_keeps_earlier_checkpoints(small_disk: Path) -> None:
+    writer, big = CheckpointWriter(small_disk, keep_last=3), CheckpointState({"weight": torch.ones(2**19)}, {})
     write(writer, 1)
     write(writer, 2, state=big)
-    line = r"step-000002: cannot write the checkpoint: .*; the same command goes on from step 1$"
-    with pytest.raises(RunError, match=line):
+    message = r"step-000002: cannot write the checkpoint: .*; the same command resumes from step 1$"
+    with pytest.raises(RunError, match=message):
         writer.wait()
     assert steps(small_disk) == [1] and os.listdir(small_disk / "checkpoints") == ["step-000001"]
     write(writer, 3)
     writer.wait()
-    assert steps(small_disk) == [1, 3], "with room it goes on"
+    assert steps(small_disk) == [1, 3], "smaller checkpoints still fit"
 
 
-def test_the_result_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    writer = CheckpointWriter(tmp_path, kept=3)
+def test_the_published_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=3)
     write(writer, 1)
     writer.wait()
     (tmp_path / "adapter").mkdir()

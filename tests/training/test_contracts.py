@@ -1,6 +1,7 @@
-"""The laws of training: answers only, any division of a batch, text-only batches, exact resume."""
+"""Contracts of training: loss on answers only, any division of a batch, text-only batches, exact resume."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +9,19 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import processes
+from safetensors.torch import load_file
 
 from voxray.batches.collate import collate_prompts, collate_training
 from voxray.batches.packing import Batching
 from voxray.batches.plan import Plan
 from voxray.config.train import MultitaskSettings
+from voxray.core.errors import RunError
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.models.interface import IGNORED
 from voxray.models.registry import get_family
 from voxray.recipes.training_data import TrainingData
+from voxray.training.loop import answer_loss
 from voxray.training.records import read_metrics
 
 GOLDEN_LOSSES = [3.848973, 5.183604, 1.948669, 5.992448]
@@ -32,13 +36,8 @@ def data(small, make_features) -> TrainingData:
 
 def settings(output_dir: Path, **changes) -> MultitaskSettings:
     values = {"train_jsonl": "unused", "model_id": TINY, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-3}
-    values |= {
-        "max_steps": 4,
-        "per_device_bsz": 4,
-        "eval_max_rows": 1,
-        "eval_max_new_tokens": 4,
-        "output_dir": str(output_dir),
-    }
+    values |= {"max_steps": 4, "per_device_bsz": 4, "eval_max_rows": 1, "eval_max_new_tokens": 4}
+    values |= {"output_dir": str(output_dir)}
     return MultitaskSettings(**{**values, **changes})
 
 
@@ -50,20 +49,20 @@ def sha(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def test_loss_falls_on_answers_only(data):
-    """Contract 1: labels are the answer's tokens and nothing else, and the prompt is the one used at evaluation."""
+def test_only_answer_tokens_have_a_loss(data):
+    """Contract 1: labels are the answer tokens only, and the prompt is the same as in evaluation."""
     features, front_end = Features(data.train), get_family(TINY).front_end(TINY)
     for task in TASK_CODES.values():
         row = features.row(int((features.task == task).argmax()))
-        trained, asked = collate_training([row], front_end), collate_prompts([row], front_end)
-        labels = trained["labels"][0]
+        batch, prompts = collate_training([row], front_end), collate_prompts([row], front_end)
+        labels = batch["labels"][0]
         answer = labels[labels != IGNORED].tolist()
         assert answer == front_end.target_ids(row.answer)
-        assert trained["input_ids"][0][labels == IGNORED].tolist() == asked["input_ids"][0].tolist()
-        assert trained["input_ids"][0].tolist() == asked["input_ids"][0].tolist() + answer
+        assert batch["input_ids"][0][labels == IGNORED].tolist() == prompts["input_ids"][0].tolist()
+        assert batch["input_ids"][0].tolist() == prompts["input_ids"][0].tolist() + answer
 
 
-def test_padding_and_other_rows_have_no_labels(data):
+def test_padding_has_no_labels(data):
     features, front_end = Features(data.train), get_family(TINY).front_end(TINY)
     rows = [features.row(number) for number in range(0, len(features), 5)]
     batch = collate_training(rows, front_end)
@@ -74,17 +73,15 @@ def test_padding_and_other_rows_have_no_labels(data):
 
 
 def test_loss_equals_transformers(data):
-    """The answer-only loss is transformers' own loss on the same labels, with the padding and the audio."""
-    from voxray.training.loop import answer_loss
-
+    """The answer-only loss equals that of transformers on the same labels, with padding and audio."""
     family = get_family(TINY)
     features, front_end = Features(data.train), family.front_end(TINY)
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     batch = collate_training([features.row(number) for number in (0, 13, 25, 7)], front_end)
-    ours = answer_loss(model, family, batch, 0.0)
-    theirs = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
-    assert float(ours.sum()) / int((batch["labels"] != IGNORED).sum()) == pytest.approx(float(theirs), rel=1e-5)
-    assert (ours[:3] > 0).all(), "all three tasks are in this batch"
+    loss_T = answer_loss(model, family, batch, 0.0)
+    reference = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
+    assert float(loss_T.sum()) / int((batch["labels"] != IGNORED).sum()) == pytest.approx(float(reference), rel=1e-5)
+    assert (loss_T[:3] > 0).all(), "all three tasks are in this batch"
 
 
 def test_loss_does_not_depend_on_how_a_batch_is_divided(data, tmp_path):
@@ -94,18 +91,19 @@ def test_loss_does_not_depend_on_how_a_batch_is_divided(data, tmp_path):
     two = losses(processes.run(settings(tmp_path / "c", per_device_bsz=2), data, num_workers=2))
     four = losses(processes.run(settings(tmp_path / "d", per_device_bsz=1, grad_accum=2), data, num_workers=2))
     assert len(whole) == 4 and whole[0] != whole[1]
-    for other in (accumulated, two, four):
-        assert other == pytest.approx(whole, abs=1e-5)
+    for divided in (accumulated, two, four):
+        assert divided == pytest.approx(whole, abs=1e-5)
 
 
 def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
-    """Contract 6: ranks with only text beside ranks with only audio, steps of text alone; losses stay right."""
+    """Contract 6: ranks with only text beside ranks with only audio, and steps with only text. Losses stay right."""
     weights = {"asr": 1.0, "tqa": 3.0}
     common = {"per_device_bsz": 1, "task_weights": weights, "max_steps": 6}
     features = Features(data.train)
-    plan = Plan(features.task, np.arange(len(features)), weights, 0, Batching("fixed", pack_size=1), 2)
-    kinds = [tuple(bool(features.num_windows[pack.rows[0]]) for pack in plan.step_packs(step)) for step in range(6)]
-    assert (False, False) in kinds and len({kind for kind in kinds if any(kind) and not all(kind)}) >= 1
+    plan = Plan(features.task, np.arange(len(features)), weights, 0, Batching("fixed", microbatch_size=1), 2)
+    steps = [plan.step_microbatches(step) for step in range(6)]
+    with_audio = [tuple(bool(features.num_windows[batch.rows[0]]) for batch in step) for step in steps]
+    assert (False, False) in with_audio and any(any(ranks) and not all(ranks) for ranks in with_audio)
     together = losses(processes.run(settings(tmp_path / "a", **{**common, "per_device_bsz": 2}), data))
     divided = losses(processes.run(settings(tmp_path / "b", **common), data, num_workers=2))
     assert divided == pytest.approx(together, abs=1e-5)
@@ -113,7 +111,7 @@ def test_text_only_batches_are_safe_on_any_rank(data, tmp_path):
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_resume_is_exact(data, tmp_path, num_workers):
-    """Contract 4: 3 steps, new processes, 3 more = 6 steps, to the last bit, with dropout and partial steps."""
+    """Contract 4: 3 steps, and 3 more in new processes, equal 6 steps bit for bit, with dropout and partial steps."""
     common = {"per_device_bsz": 3, "lora_dropout": 0.1, "max_steps": 6, "save_steps": 3}
     straight = processes.run(settings(tmp_path / "a", **common), data, num_workers)
     processes.run(settings(tmp_path / "b", **common), data, num_workers)
@@ -125,9 +123,7 @@ def test_resume_is_exact(data, tmp_path, num_workers):
 
 
 def _forget_after(run_dir: Path, step: int) -> None:
-    """Leave a run as if it had been killed right after the checkpoint of ``step``; its log goes on to the end."""
-    import shutil
-
+    """Make a run look killed right after the checkpoint of ``step``, except that its records go to the end."""
     for path in (run_dir / "checkpoints").glob("step-*"):
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
@@ -135,7 +131,7 @@ def _forget_after(run_dir: Path, step: int) -> None:
 
 
 def test_any_number_of_workers_sees_the_same_batches(data, tmp_path):
-    """2 workers, then 1, then 3, then 2 again, with packs, dropout and SpecAugment: as 2 all along, to 1e-5."""
+    """2, then 1, then 3, then 2 workers equal 2 workers throughout, to 1e-5, with packs, dropout and SpecAugment."""
     common = {"per_device_bsz": 1, "save_steps": 2, "batching": "packed", "pack_tokens": 200, "lora_dropout": 0.05}
     common |= {"grad_accum": 2, "freq_masks": 1, "time_masks": 1, "time_mask_share": 0.3, "num_workers": 2}
     straight = losses(processes.run(settings(tmp_path / "a", **common, max_steps=8), data, num_workers=2))
@@ -146,8 +142,8 @@ def test_any_number_of_workers_sees_the_same_batches(data, tmp_path):
     assert resumed == pytest.approx(straight, abs=1e-5)
 
 
-def test_dropout_depends_on_step_and_pack_only(data, tmp_path):
-    """With dropout on, accumulating in one process gives what the same packs give in two."""
+def test_dropout_depends_on_step_and_microbatch_only(data, tmp_path):
+    """With dropout, accumulation in one process equals the same microbatches in two."""
     common = {"per_device_bsz": 2, "lora_dropout": 0.3, "max_steps": 2}
     one = losses(processes.run(settings(tmp_path / "a", **common, grad_accum=2), data))
     two = losses(processes.run(settings(tmp_path / "b", **common), data, num_workers=2))
@@ -157,13 +153,11 @@ def test_dropout_depends_on_step_and_pack_only(data, tmp_path):
 
 
 def test_golden_losses(data, tmp_path):
-    """A refactor leaves the first losses of the recipe as they are."""
+    """A refactoring does not change the first losses of the recipe."""
     assert losses(processes.run(settings(tmp_path), data)) == pytest.approx(GOLDEN_LOSSES, abs=2e-4)
 
 
 def test_damaged_checkpoint_is_named(data, tmp_path):
-    from voxray.core.errors import RunError
-
     processes.run(settings(tmp_path, save_steps=2), data)
     newest = tmp_path / "checkpoints" / "step-000004"
     (newest / "optimizer.pt").write_bytes(b"not a checkpoint")
@@ -172,18 +166,14 @@ def test_damaged_checkpoint_is_named(data, tmp_path):
 
 
 def test_changed_data_is_refused(data, tmp_path, small, make_features):
-    from voxray.core.errors import RunError
-
     processes.run(settings(tmp_path), data)
     other = TrainingData(make_features(small["asr.val"]), data.validation)
-    with pytest.raises(RunError, match="training data is not what this run began with"):
+    with pytest.raises(RunError, match="training data has changed since this run started"):
         processes.run(settings(tmp_path, max_steps=6), other)
 
 
-def test_base_and_encoder_stay_untouched(data, tmp_path):
-    """After training, a fresh base plus the stored adapter is all there is; the adapter has no encoder tensor."""
-    from safetensors.torch import load_file
-
+def test_the_adapter_has_no_encoder_tensor(data, tmp_path):
+    """The frozen encoder is not stored, and the LoRA weights have been trained."""
     processes.run(settings(tmp_path), data)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors and not any("audio_tower" in name for name in tensors)

@@ -47,29 +47,29 @@ def sha(folder: Path) -> str:
 
 
 def test_the_scale_halves_on_overflow_and_doubles_after_many_good_steps() -> None:
-    guard = LossScaler(scale=8.0)
-    assert not guard.check_step(1.0, math.inf, fp16=True)
-    assert (guard.scale, guard.skipped, guard.bad_steps) == (4.0, 1, 0)
+    scaler = LossScaler(scale=8.0)
+    assert not scaler.check_step(1.0, math.inf, fp16=True)
+    assert (scaler.scale, scaler.skipped, scaler.bad_steps) == (4.0, 1, 0)
     for _ in range(GROWTH_STEPS):
-        assert guard.check_step(1.0, 1.0, fp16=True)
-    assert (guard.scale, guard.good_steps) == (8.0, 0)
-    assert not guard.check_step(math.nan, math.nan, fp16=True)
-    assert (guard.scale, guard.bad_steps) == (8.0, 1), "no scale mends a loss that is no number"
+        assert scaler.check_step(1.0, 1.0, fp16=True)
+    assert (scaler.scale, scaler.good_steps) == (8.0, 0)
+    assert not scaler.check_step(math.nan, math.nan, fp16=True)
+    assert (scaler.scale, scaler.bad_steps) == (8.0, 1), "a smaller scale does not help if the loss is NaN"
     low = LossScaler(scale=1.0)
     assert not low.check_step(1.0, math.nan, fp16=True)
-    assert (low.scale, low.bad_steps) == (1.0, 1), "nor gradients at the lowest scale"
+    assert (low.scale, low.bad_steps) == (1.0, 1), "the lowest scale cannot be halved"
     for _ in range(GROWTH_STEPS):
         low.check_step(1.0, 1.0, fp16=False)
     assert (low.scale, low.bad_steps) == (1.0, 0), "without float16 there is no scale"
 
 
-def test_the_scale_leaves_loss_and_gradients_as_they_are(data: TrainingData, tmp_path: Path) -> None:
-    plain = processes.run(settings(tmp_path / "a", max_steps=2), data)
-    half = processes.run(settings(tmp_path / "b", max_steps=2, fp16=True), data)
-    assert "loss_scale" not in plain[0] and column(half, "loss_scale") == [2.0**16] * 2
+def test_the_scale_does_not_change_loss_and_gradients(data: TrainingData, tmp_path: Path) -> None:
+    fp32 = processes.run(settings(tmp_path / "a", max_steps=2), data)
+    fp16 = processes.run(settings(tmp_path / "b", max_steps=2, fp16=True), data)
+    assert "loss_scale" not in fp32[0] and column(fp16, "loss_scale") == [2.0**16] * 2
     for name in ("loss", "grad_norm"):
-        assert column(half, name) == pytest.approx(column(plain, name), rel=0.02)
-        assert column(half, name) != column(plain, name)
+        assert column(fp16, name) == pytest.approx(column(fp32, name), rel=0.02)
+        assert column(fp16, name) != column(fp32, name)
 
 
 def test_the_scale_is_in_the_checkpoint_and_resume_is_exact(data: TrainingData, tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_the_scale_is_in_the_checkpoint_and_resume_is_exact(data: TrainingData, 
 
 
 def speech_row(data: TrainingData, step: int) -> tuple[int, list[int]]:
-    """A row with audio of a step of two packs of two rows, and all rows of its pack."""
+    """A row with audio of a step with two microbatches of two rows, and all rows of its microbatch."""
     features = Features(data.train)
-    plan = Plan(features.task, np.arange(len(features)), None, 0, Batching("fixed", pack_size=2), 2)
-    packs = [pack.rows.tolist() for pack in plan.step_packs(step)]
-    return next((row, rows) for rows in packs for row in rows if features.num_windows[row])
+    plan = Plan(features.task, np.arange(len(features)), None, 0, Batching("fixed", microbatch_size=2), 2)
+    microbatches = [microbatch.rows.tolist() for microbatch in plan.step_microbatches(step)]
+    return next((row, rows) for rows in microbatches for row in rows if features.num_windows[row])
 
 
 def test_a_bad_step_changes_nothing_and_is_counted(data: TrainingData, tmp_path: Path) -> None:
@@ -100,25 +100,25 @@ def test_a_bad_step_changes_nothing_and_is_counted(data: TrainingData, tmp_path:
     records = processes.run(settings(tmp_path, **common), data, poisoned=(row,))
     assert column(records, "skipped") == [0, 0, 1, 1]
     assert records[2]["loss"] is None and records[3]["loss"] is not None
-    kept = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in (2, 3, 4)]
-    assert sha(kept[0]) == sha(kept[1]) != sha(kept[2])
-    before, after = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in kept[:2])
+    checkpoints = [tmp_path / "checkpoints" / f"step-{step:06d}" for step in (2, 3, 4)]
+    assert sha(checkpoints[0]) == sha(checkpoints[1]) != sha(checkpoints[2])
+    before, after = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in checkpoints[:2])
     assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
 
 
 def test_all_workers_skip_and_stop_alike(data: TrainingData, tmp_path: Path) -> None:
-    """The first steps overflow, and in steps 5 and 6 there is a bad row on one of two workers: the run ends there, and
-    names the rows of that forward pass. One process with the same packs does the same."""
+    """The first steps overflow. Steps 5 and 6 have a bad row on one of two workers, so the run stops and names the rows
+    of that forward pass. One process with the same microbatches does the same."""
     bad = [speech_row(data, step) for step in (4, 5)]
-    trouble = {"first_scale": OVERFLOWS, "poisoned": [row for row, _ in bad]}
+    faults = {"first_scale": OVERFLOWS, "poisoned": [row for row, _ in bad]}
     ids = ", ".join(Features(data.train).ids(sorted(bad[1][1])))
-    line = "step 6: the loss or its gradients were no finite numbers, 2 time(s) in a row (--max_bad_steps)"
+    message = "step 6: the loss or its gradients were not finite, 2 time(s) in a row (--max_bad_steps)"
     common = {"fp16": True, "max_bad_steps": 2, "max_steps": 9}
     with pytest.raises(RunError) as caught:
-        processes.run(settings(tmp_path / "one", grad_accum=2, **common), data, **trouble)
-    assert str(caught.value) == f"{line}; rows of this step: {ids}"
+        processes.run(settings(tmp_path / "one", grad_accum=2, **common), data, **faults)
+    assert str(caught.value) == f"{message}; rows of this step: {ids}"
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=re.escape(str(caught.value))):
-        processes.run(settings(tmp_path / "two", **common), data, num_workers=2, **trouble)
+        processes.run(settings(tmp_path / "two", **common), data, num_workers=2, **faults)
     one, two = (read_metrics(tmp_path / name, "train") for name in ("one", "two"))
     assert column(one, "step") == [1, 2, 3, 4, 5, 6]
     assert 0 < one[3]["skipped"] < 4 and column(one, "skipped")[3:] == [one[3]["skipped"] + more for more in (0, 1, 2)]

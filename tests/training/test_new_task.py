@@ -1,10 +1,12 @@
-"""A new task is one more entry in the table: its rows are featurized, trained on, validated with and evaluated."""
+"""A new task needs one more entry in ``TASKS``: features, training and validation then work for its rows."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, read_rows, write_rows
+from helpers.training import train as train_here
 
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
@@ -14,7 +16,6 @@ from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.models.registry import get_family
-from voxray.recipes import multitask
 from voxray.recipes.run_stage import TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,14 +24,16 @@ MOOD = Task("mood", ("audio_path", "mood"), "chat", (), "mood", ("exact_match",)
 
 
 @pytest.fixture
-def fifth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry, and the codes of shards, which are taken from the table when the module is imported."""
+def mood_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Add the entry, and its code in shards, which is computed from the table on import."""
     monkeypatch.setitem(TASKS, "mood", MOOD)
     monkeypatch.setitem(TASK_CODES, "mood", len(TASKS) - 1)
 
 
-@pytest.mark.parametrize("how", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])
-def test_a_fifth_task_trains_and_validates(fifth: None, small: dict[str, str], tmp_path: Path, how: dict) -> None:
+@pytest.mark.parametrize("flags", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])
+def test_a_fifth_task_trains_and_validates(
+    mood_task: None, small: dict[str, str], tmp_path: Path, flags: dict[str, Any]
+) -> None:
     clips = read_rows(small["asr.train"])
     rows = [{"audio_path": row["audio_path"], "mood": "calm"} for row in clips[:4]]
     rows += [{"audio_path": row["audio_path"], "caption": "사람이 말한다"} for row in clips[4:8]]
@@ -38,14 +41,14 @@ def test_a_fifth_task_trains_and_validates(fifth: None, small: dict[str, str], t
     folders = featurize([path], Extractor(TINY), tmp_path / "f", rows_per_shard=8, use_ray=False).folders
     features, front_end = Features(folders), get_family(TINY).front_end(TINY)
     assert features.task.tolist() == [4] * 4 + [3] * 4 + [2] * 4
-    shown = front_end.show(features.row(0).prompt_ids.tolist())
-    assert shown == "<s>[INST][BEGIN_AUDIO][AUDIO]x50Which mood?[/INST]"
+    prompt = front_end.show(features.row(0).prompt_ids.tolist())
+    assert prompt == "<s>[INST][BEGIN_AUDIO][AUDIO]x50Which mood?[/INST]"
     values = {"train_jsonl": path, "val_jsonl": path, "model_id": TINY, "num_workers": 0, "max_steps": 2}
-    values |= {"output_dir": str(tmp_path), "eval_max_rows": 1, "eval_max_new_tokens": 2, "per_device_bsz": 12, **how}
+    values |= {"output_dir": str(tmp_path), "eval_max_rows": 1, "eval_max_new_tokens": 2, "per_device_bsz": 12, **flags}
     settings = MultitaskSettings.model_validate(values)
-    found = multitask.train(settings, tmp_path, TrainingData(folders, folders), Worker())
-    assert found["finished"] and found["mood/exact_match"] == 0 and "mood/rouge_l" not in found
-    assert {"aac/rouge_l", "aac/exact_match", "tqa/rouge_l"} < set(found)
+    result = train_here(settings, tmp_path, TrainingData(folders, folders), Worker())
+    assert result["finished"] and result["mood/exact_match"] == 0 and "mood/rouge_l" not in result
+    assert {"aac/rouge_l", "aac/exact_match", "tqa/rouge_l"} < set(result)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [record for record in records if record["kind"] == "train"]
     assert all({"loss/mood", "loss/aac", "loss/tqa"} & set(record) for record in steps)

@@ -1,4 +1,4 @@
-"""Packed rows: the same mathematics as padded ones, in training, on any number of workers, and after a resume."""
+"""Packed rows give the results of padded ones in training, on any number of workers, and after a resume."""
 
 import inspect
 import json
@@ -10,17 +10,19 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import processes
+from helpers.training import train as train_here
 from torch.nn.attention import varlen
 
 from voxray.batches.collate import collate_packed, collate_prompts, collate_training
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
+from voxray.features.extract import Extractor, FeatureSpec
+from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora, trainable_parameters
 from voxray.models.parts import packed_attention as packed
 from voxray.models.parts.packed_attention import PACKED
 from voxray.models.registry import get_family
-from voxray.recipes import multitask
 from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss
 
@@ -41,7 +43,7 @@ def model() -> Any:
     wrapped = add_lora(base, family, ("projector", "llm"), model_id=TINY, r=4, alpha=8, dropout=0.0)
     for name, parameter in trainable_parameters(wrapped):
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)  # zeros would hide what LoRA does
+            torch.nn.init.normal_(parameter, std=0.05)  # with zeros LoRA would have no effect
     return wrapped
 
 
@@ -55,36 +57,36 @@ def loss_and_gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> tu
     return losses.detach(), torch.cat([grad.flatten() for grad in grads])
 
 
-def rows_of(data: TrainingData, count: int = 12) -> list[Any]:
+def random_rows(data: TrainingData, count: int = 12) -> list[Any]:
     features = Features(data.train)
     return [features.row(int(number)) for number in np.random.default_rng(0).permutation(len(features))[:count]]
 
 
 def test_packed_loss_and_gradients_equal_the_padded_ones(data, model):
-    """Audio, spoken QA and text in one pack: per task to 1e-5 per token, and gradients alike."""
-    front_end, rows = get_family(TINY).front_end(TINY), rows_of(data)
+    """Transcription, spoken QA and text in one pack. Losses per task agree to 1e-5 per token."""
+    front_end, rows = get_family(TINY).front_end(TINY), random_rows(data)
     tokens = sum(len(row.target_ids) for row in rows)
     padded, padded_grads = loss_and_gradients(model, [collate_training(rows, front_end)])
     single, single_grads = loss_and_gradients(model, [collate_training([row], front_end) for row in rows])
     in_pack, packed_grads = loss_and_gradients(model, [collate_packed(rows, front_end)])
-    for found, grads in ((single, single_grads), (in_pack, packed_grads)):
-        assert (found - padded).abs().max() / tokens < 1e-5
+    for losses, grads in ((single, single_grads), (in_pack, packed_grads)):
+        assert (losses - padded).abs().max() / tokens < 1e-5
         assert (grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
-    assert (in_pack[:3] > 0).all(), "all three tasks are in it"
+    assert (in_pack[:3] > 0).all(), "all three tasks are in the pack"
 
 
 def test_samples_of_a_pack_do_not_see_each_other(data, model):
-    """Another neighbour leaves a sample's logits as they are."""
+    """The logits of a sample do not depend on the others in its pack."""
     family = get_family(TINY)
-    front_end, rows = family.front_end(TINY), rows_of(data)
+    front_end, rows = family.front_end(TINY), random_rows(data)
 
     def logits(*order: int) -> list[torch.Tensor]:
         batch = collate_packed([rows[number] for number in order], front_end)
         labels, ends = batch.pop("labels"), batch["segment_ends"].tolist()
         batch.pop("task")
         with torch.no_grad():
-            found = family.answer_logits(model, batch, torch.ones_like(labels, dtype=torch.bool))
-        return [found[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            logits_NV = family.answer_logits(model, batch, torch.ones_like(labels, dtype=torch.bool))
+        return [logits_NV[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     alone = logits(3)[0]
     assert torch.allclose(logits(3, 5)[0], alone, atol=1e-5)
@@ -92,18 +94,18 @@ def test_samples_of_a_pack_do_not_see_each_other(data, model):
 
 
 def dense(query_BHLD: torch.Tensor, key_BHLD: torch.Tensor, value_BHLD: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Attention written out: every query against every key, those of other samples and of later tokens masked."""
+    """Reference attention: every query against every key, with other samples and later tokens masked."""
     group = query_BHLD.shape[1] // key_BHLD.shape[1]
     key_BHLD, value_BHLD = (tensor.repeat_interleave(group, dim=1) for tensor in (key_BHLD, value_BHLD))
     sample = torch.bucketize(torch.arange(ends[-1]), torch.tensor(ends), right=True)
-    place = torch.arange(ends[-1])
-    seen = (sample[:, None] == sample[None]) & (place[:, None] >= place[None])
+    position = torch.arange(ends[-1])
+    visible = (sample[:, None] == sample[None]) & (position[:, None] >= position[None])
     scores = query_BHLD @ key_BHLD.transpose(2, 3) / query_BHLD.shape[-1] ** 0.5
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value_BHLD).transpose(1, 2)
+    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ value_BHLD).transpose(1, 2)
 
 
-def kernel(calls: list[dict[str, Any]]) -> Any:
-    """Stands for ``torch.nn.attention.varlen.varlen_attn``, with its arguments, on a CPU: one softmax per query."""
+def fake_kernel(calls: list[dict[str, Any]]) -> Any:
+    """A stand-in for ``torch.nn.attention.varlen.varlen_attn`` on a CPU, with one softmax per query."""
 
     def varlen_attn(
         query: torch.Tensor,
@@ -120,54 +122,53 @@ def kernel(calls: list[dict[str, Any]]) -> Any:
     ) -> torch.Tensor:
         calls.append({"bounds": cu_seq_q, "max": (max_q, max_k), "window": window_size, "gqa": enable_gqa})
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and type(max_q) is int
-        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1, "the kernel refuses others"
+        assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1, "the kernel requires it"
         group, parts = query.shape[1] // key.shape[1], []
-        for place in range(len(query)):
-            start = cu_seq_k[int((cu_seq_k[1:] <= place).sum())]
-            scores = (query[place].unflatten(0, (-1, group)) @ key[start : place + 1].permute(1, 2, 0)) * scale
-            parts.append((scores.softmax(-1) @ value[start : place + 1].transpose(0, 1)).flatten(0, 1))
+        for index in range(len(query)):
+            start = cu_seq_k[int((cu_seq_k[1:] <= index).sum())]
+            scores = (query[index].unflatten(0, (-1, group)) @ key[start : index + 1].permute(1, 2, 0)) * scale
+            parts.append((scores.softmax(-1) @ value[start : index + 1].transpose(0, 1)).flatten(0, 1))
         return torch.stack(parts)
 
-    inspected = inspect.signature(varlen.varlen_attn).parameters
-    assert all(inspected[name].kind == item.kind for name, item in inspect.signature(varlen_attn).parameters.items())
+    real = inspect.signature(varlen.varlen_attn).parameters
+    assert all(real[name].kind == item.kind for name, item in inspect.signature(varlen_attn).parameters.items())
     return varlen_attn
 
 
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
-def test_packed_attention_equals_attention_written_out(monkeypatch, flash, heads):
+def test_packed_attention_equals_the_reference(monkeypatch, flash, heads):
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(varlen, "varlen_attn", kernel(calls))
+    monkeypatch.setattr(varlen, "varlen_attn", fake_kernel(calls))
     monkeypatch.setattr(packed, "takes_flash", lambda *what: flash)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 11, count, 16).transpose(1, 2) for count in (heads[0], heads[1], heads[1]))
     segments = packed.Segments.of(torch.tensor([1, 6, 11]))
     layer = torch.nn.Module()
-    found, weights = packed.packed_attention(layer, query, key, value, None, scaling=16**-0.5, segments=segments)
-    assert weights is None and torch.allclose(found, dense(query, key, value, [1, 6, 11]), atol=1e-6)
+    output, weights = packed.packed_attention(layer, query, key, value, None, scaling=16**-0.5, segments=segments)
+    assert weights is None and torch.allclose(output, dense(query, key, value, [1, 6, 11]), atol=1e-6)
     assert len(calls) == flash, "one call for the whole row"
     for call in calls:
         assert call["bounds"].tolist() == [0, 1, 6, 11] and call["max"] == (5, 5)
         assert call["window"] == (-1, 0) and call["gqa"] == (heads[0] != heads[1])
 
 
-def test_a_pack_through_the_flash_kernel_has_the_loss_of_the_padded_batch(data, model, monkeypatch):
-    front_end, rows = get_family(TINY).front_end(TINY), rows_of(data, 4)
+def test_the_flash_kernel_gives_the_loss_of_the_padded_batch(data, model, monkeypatch):
+    front_end, rows = get_family(TINY).front_end(TINY), random_rows(data, 4)
     padded, _ = loss_and_gradients(model, [collate_training(rows, front_end)])
     calls: list[dict[str, Any]] = []
-    real = kernel(calls)
     monkeypatch.setattr(packed, "takes_flash", lambda *what: True)
-    monkeypatch.setattr(varlen, "varlen_attn", real)
-    found, _ = loss_and_gradients(model, [collate_packed(rows, front_end)])
-    assert (found - padded).abs().max() / sum(len(row.target_ids) for row in rows) < 1e-5
-    assert len(calls) == 2, "one per layer"
+    monkeypatch.setattr(varlen, "varlen_attn", fake_kernel(calls))
+    losses, _ = loss_and_gradients(model, [collate_packed(rows, front_end)])
+    assert (losses - padded).abs().max() / sum(len(row.target_ids) for row in rows) < 1e-5
+    assert len(calls) == 2, "one call per layer"
 
 
 CUDA, HALF = torch.device("cuda"), torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "head_dim", "dropout", "capability", "takes"),
+    ("device", "dtype", "head_dim", "dropout", "capability", "expected"),
     [
         (CUDA, HALF, 128, 0.0, (8, 0), True),
         (CUDA, torch.float16, 64, 0.0, (9, 0), True),
@@ -179,20 +180,20 @@ CUDA, HALF = torch.device("cuda"), torch.bfloat16
         (torch.device("cpu"), HALF, 128, 0.0, (9, 0), False),
     ],
 )
-def test_where_the_flash_kernel_is_taken(monkeypatch, device, dtype, head_dim, dropout, capability, takes):
+def test_when_the_flash_kernel_is_used(monkeypatch, device, dtype, head_dim, dropout, capability, expected):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert packed.takes_flash(device, dtype, head_dim, dropout) == takes
+    assert packed.takes_flash(device, dtype, head_dim, dropout) == expected
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     assert not packed.takes_flash(device, dtype, head_dim, dropout)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert not packed.takes_flash(device, dtype, head_dim, dropout), "AMD's PyTorch calls its devices cuda, too"
+    assert not packed.takes_flash(device, dtype, head_dim, dropout), "PyTorch for AMD also calls its devices cuda"
 
 
 @pytest.mark.gpu
-def test_the_flash_kernel_equals_attention_written_out():
+def test_the_flash_kernel_equals_the_reference():
     """On a GPU, gradients included."""
     torch.manual_seed(0)
     inputs = [torch.randn(1, 300, count, 64, device="cuda", dtype=HALF).transpose(1, 2) for count in (8, 2, 2)]
@@ -200,32 +201,32 @@ def test_the_flash_kernel_equals_attention_written_out():
         tensor.requires_grad_()
     segments = packed.Segments.of(torch.tensor([1, 120, 300], device="cuda"))
     assert packed.takes_flash(inputs[0].device, HALF, 64, 0.0)
-    found, _ = packed.packed_attention(torch.nn.Module(), *inputs, None, scaling=64**-0.5, segments=segments)
-    found_grads = torch.autograd.grad(found.float().square().sum(), inputs)
-    exact = [tensor.detach().float().cpu().requires_grad_() for tensor in inputs]
-    wanted = dense(*exact, [1, 120, 300])
-    wanted_grads = torch.autograd.grad(wanted.square().sum(), exact)
-    assert torch.allclose(found.float().cpu(), wanted, atol=0.03)
-    for ours, theirs in zip(found_grads, wanted_grads, strict=True):
-        assert (ours.float().cpu() - theirs).abs().max() < 0.03 * theirs.abs().max()
+    output, _ = packed.packed_attention(torch.nn.Module(), *inputs, None, scaling=64**-0.5, segments=segments)
+    grads = torch.autograd.grad(output.float().square().sum(), inputs)
+    exact_inputs = [tensor.detach().float().cpu().requires_grad_() for tensor in inputs]
+    exact = dense(*exact_inputs, [1, 120, 300])
+    exact_grads = torch.autograd.grad(exact.square().sum(), exact_inputs)
+    assert torch.allclose(output.float().cpu(), exact, atol=0.03)
+    for grad, exact_grad in zip(grads, exact_grads, strict=True):
+        assert (grad.float().cpu() - exact_grad).abs().max() < 0.03 * exact_grad.abs().max()
 
 
-def test_generation_and_padded_batches_work_on_a_model_that_took_packs(data):
+def test_generation_and_padded_batches_work_after_packs(data):
     family = get_family(TINY)
-    front_end, rows = family.front_end(TINY), rows_of(data, 6)
+    front_end, rows = family.front_end(TINY), random_rows(data, 6)
 
-    def fresh() -> Any:
+    def load() -> Any:
         return family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
 
-    used = fresh()
+    used = load()
     with torch.no_grad():
         answer_loss(used, family, collate_packed(rows, front_end), 0.0)
         assert used.model.language_model.config._attn_implementation == PACKED
         options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": front_end.pad_id}
         prompts = collate_prompts(rows, front_end)
-        assert torch.equal(family.generate(used, prompts, **options), family.generate(fresh(), prompts, **options))
+        assert torch.equal(family.generate(used, prompts, **options), family.generate(load(), prompts, **options))
         batch = collate_training(rows, front_end)
-        assert torch.equal(answer_loss(used, family, batch, 0.0), answer_loss(fresh(), family, batch, 0.0))
+        assert torch.equal(answer_loss(used, family, batch, 0.0), answer_loss(load(), family, batch, 0.0))
 
 
 def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
@@ -237,47 +238,44 @@ def settings(output_dir: Path, **changes: Any) -> MultitaskSettings:
 
 def run(data: TrainingData, run_dir: Path, **changes: Any) -> list[dict[str, Any]]:
     run_dir.mkdir(exist_ok=True)
-    multitask.train(settings(run_dir, **changes), run_dir, data, Worker())
+    train_here(settings(run_dir, **changes), run_dir, data, Worker())
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == "train"]
 
 
-def sha(run_dir: Path) -> bytes:
+def weights(run_dir: Path) -> bytes:
     return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_packed_training_resumes_to_the_bit(data, tmp_path):
-    """With dropout and SpecAugment on, 6 steps are 2 and 4 in one file after the other."""
-    whole = run(data, tmp_path / "whole")
-    run(data, tmp_path / "parts", max_steps=2, lr_schedule="constant")
-    first = run(data, tmp_path / "constant", lr_schedule="constant")
-    parts = run(data, tmp_path / "parts", lr_schedule="constant")
-    assert [record["loss"] for record in parts] == [record["loss"] for record in first]
-    assert sha(tmp_path / "parts") == sha(tmp_path / "constant") != sha(tmp_path / "whole")
-    assert all(0 < record["efficiency"] <= 1 for record in whole)
+def test_packed_training_resumes_exactly(data, tmp_path):
+    """2 steps and then 4 equal 6 steps, with dropout and SpecAugment."""
+    run(data, tmp_path / "resumed", max_steps=2, lr_schedule="constant")
+    resumed = run(data, tmp_path / "resumed", lr_schedule="constant")
+    straight = run(data, tmp_path / "straight", lr_schedule="constant")
+    cosine = run(data, tmp_path / "cosine")
+    assert [record["loss"] for record in resumed] == [record["loss"] for record in straight]
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "straight") != weights(tmp_path / "cosine")
+    assert all(0 < record["efficiency"] <= 1 for record in cosine)
 
 
-def test_two_workers_train_packs_as_one_does(data, tmp_path):
-    """The same packs, whoever computes them (losses to 1e-5; dropout is drawn per pack)."""
+def test_two_workers_train_packs_like_one(data, tmp_path):
+    """Dropout is seeded per microbatch. Losses agree to 1e-5."""
     one = processes.run(settings(tmp_path / "a", grad_accum=4), data)
     two = processes.run(settings(tmp_path / "b", grad_accum=2), data, num_workers=2)
     assert [record["loss"] for record in two] == pytest.approx([record["loss"] for record in one], abs=1e-5)
 
 
 def test_gradient_checkpointing_keeps_samples_apart(data, tmp_path):
-    """What is computed again in the backward pass must be computed on the same segments."""
-    plain, again = (run(data, tmp_path / str(flag), grad_ckpt=flag, max_steps=3) for flag in (False, True))
-    assert [record["loss"] for record in again] == pytest.approx([record["loss"] for record in plain], abs=1e-6)
+    """The recomputation in the backward pass uses the same segments."""
+    plain, recomputed = (run(data, tmp_path / str(flag), grad_ckpt=flag, max_steps=3) for flag in (False, True))
+    assert [record["loss"] for record in recomputed] == pytest.approx([record["loss"] for record in plain], abs=1e-6)
 
 
 def test_stored_encoder_outputs_can_be_packed(data, small, tmp_path):
-    from voxray.features.extract import Extractor, FeatureSpec
-    from voxray.features.featurize import featurize
-
     extractor = Extractor(TINY, FeatureSpec("encoder", dtype="float32"))
     manifests = [small[name] for name in MIX]
     folders = featurize(manifests, extractor, tmp_path / "f", rows_per_shard=8, use_ray=False).folders
-    plain = {"freq_masks": 0, "time_masks": 0}
-    stored = run(TrainingData(folders, ()), tmp_path / "a", store="encoder", **plain)
-    mel = run(TrainingData(data.train, ()), tmp_path / "b", **plain)
+    no_masks = {"freq_masks": 0, "time_masks": 0}
+    stored = run(TrainingData(folders, ()), tmp_path / "a", store="encoder", **no_masks)
+    mel = run(TrainingData(data.train, ()), tmp_path / "b", **no_masks)
     assert [record["loss"] for record in stored] == pytest.approx([record["loss"] for record in mel], abs=1e-6)

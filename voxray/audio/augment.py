@@ -1,7 +1,7 @@
-"""Augmentation: fixed variants of a clip's samples, made once, and masks on its features, drawn at every use.
+"""Augmentation: fixed variants of a clip's samples, and random masks on its features (SpecAugment).
 
-Nothing here remembers anything. A variant is a function of the clip, its key, the variant's number and the settings,
-whatever worker, order or process asks for it, so that a cache may hold it; ``fingerprint`` is what keys that cache.
+A variant depends only on the clip, its key, the variant's number and the settings, not on the worker, the order or the
+process. It can therefore be cached; ``fingerprint`` is the cache key. Masks are drawn anew at every use.
 
 Shape letters: K valid frames, F mel bins, B blocks, S samples of a block, N samples of a Fourier transform.
 """
@@ -16,49 +16,34 @@ from pathlib import Path
 import numpy as np
 import soxr
 
-from voxray.audio.decode import FFMPEG_SUFFIXES, WHOLE, Part, decode, header_seconds
+from voxray.audio.decode import AUDIO_SUFFIXES, WHOLE, Part, decode, header_seconds
 from voxray.core.errors import RunError
 
-VERSION = 1  # goes up whenever the same settings would give other samples
-SLOWEST, FASTEST = 0.5, 2.0  # beyond these nobody speaks, and clips could vanish
-SILENT_RMS = 1e-8  # -160 dB of full scale, as in quality.py: there is no level to set noise against
-RECORDINGS_KEPT = 32  # of 60 s at 16 kHz: 32 x 60 x 16,000 x 4 B = 117 MiB a process at most
-RECORDING_SEC = 60.0  # what is used of a noise or room file, from its beginning
-BLOCK_PER_RESPONSE = 4  # transforms of 4 responses' length: 1.5 to 3 times as fast as one over the whole clip
-AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".aif",
-    ".aiff",
-    ".au",
-    ".snd",
-    ".caf",
-    ".w64",
-    ".sph",
-    ".pcm",
-}
+VERSION = 1  # increase whenever the same settings would give different samples
+SLOWEST, FASTEST = 0.5, 2.0  # beyond these speech is not natural, and clips could become empty
+SILENT_RMS = 1e-8  # -160 dB of full scale, as in quality.py; a signal below it has no level to scale noise to
+MAX_CACHED_RECORDINGS = 32  # of 60 s at 16 kHz: at most 32 x 60 x 16,000 x 4 B = 117 MiB per process
+RECORDING_SEC = 60.0  # only the first 60 s of a noise or room file are used
+BLOCK_RESPONSES = 4  # FFT blocks of 4 impulse responses: 1.5 to 3 times as fast as one FFT over the whole clip
 
 
 @dataclass(frozen=True)
 class WaveformAugmentation:
-    """How the variants of a clip differ. The default is none but the clip itself.
+    """How the variants of a clip differ. By default the only variant is the clip itself.
 
     Attributes:
-        num_variants: Variants of each clip; variant 0 is the clip as it is.
-        speeds: Factors of tempo and pitch alike, 1.0 as is. Variant v > 0 takes the v-th, and so on in a circle; 1.0
-            goes last, since variant 0 has it. So (0.9, 1.0, 1.1) and three variants are Kaldi's threefold data.
-        noise_snr_db: Lowest and highest level of the clip over its noise, dB, drawn evenly between; None for no noise.
-        noise_paths: Files that noise is taken from; none makes it white.
+        num_variants: Variants of each clip. Variant 0 is the unchanged clip.
+        speeds: Factors of both tempo and pitch; 1.0 leaves them unchanged. Variants from 1 on cycle through them, 1.0
+            last, since variant 0 has that speed. So (0.9, 1.0, 1.1) with three variants is Kaldi's threefold data.
+        noise_snr_db: Lowest and highest signal-to-noise ratio in dB, drawn uniformly; None adds no noise.
+        noise_paths: Noise files; without any the noise is white.
         room_paths: Files with a room's impulse response.
         noise_share: Probability that a variant has noise.
-        room_share: Probability that a variant has a room. One with neither is just the clip at the variant's speed.
-        seed: Seed of all draws.
+        room_share: Probability that a variant has reverberation. A variant with neither differs only in speed.
+        seed: Seed of all random draws.
     Raises:
-        ValueError: A value out of range, or settings without effect: files that no variant would use, or more variants
-            than there are different ones.
+        ValueError: A value is out of range, or settings have no effect: files that no variant would use, or more
+            variants than can differ.
     """
 
     num_variants: int = 1
@@ -103,30 +88,30 @@ class WaveformAugmentation:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the version of this module, all settings, and the noise and room files by what they hold.
+        """SHA-256 of this module's version, all settings, and the content of the noise and room files.
 
-        It is computed once, so what a pickled object brings to a worker is what the driver saw. "" for one variant,
-        whatever else is set: nothing is done to the clips then.
+        It is computed once: workers unpickle the value that the driver computed. "" for one variant, since the clips
+        are then unchanged, whatever the other settings are.
 
         Raises:
             RunError: A file cannot be read.
         """
         if self.num_variants == 1:
             return ""
-        seen = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("noise_paths", "room_paths"):
-            seen[name] = [_content(path) for path in seen[name]]
+            values[name] = [_hash_content(path) for path in values[name]]
         for name in ("speeds", "noise_snr_db", "noise_share", "room_share"):  # 1 and 1.0 are the same setting
-            seen[name] = np.asarray(seen[name], dtype=float).tolist() if seen[name] is not None else None
-        return hashlib.sha256(json.dumps([VERSION, seen], sort_keys=True).encode()).hexdigest()
+            values[name] = np.asarray(values[name], dtype=float).tolist() if values[name] is not None else None
+        return hashlib.sha256(json.dumps([VERSION, values], sort_keys=True).encode()).hexdigest()
 
     def speed(self, variant: int) -> float:
-        """Speed of a variant, before ``augment`` looks at the clip's length."""
+        """Speed of a variant. ``augment`` does not apply it to a clip that it would make too long."""
         others = sorted(self.speeds, key=lambda speed: speed == 1)
         return others[(variant - 1) % len(others)] if variant else 1.0
 
 
-NONE = WaveformAugmentation()
+NO_AUGMENTATION = WaveformAugmentation()
 
 
 def augment(
@@ -134,70 +119,70 @@ def augment(
     rate_hz: int,
     variant: int,
     clip_key: str,
-    how: WaveformAugmentation,
+    config: WaveformAugmentation,
     *,
     max_sec: float = float("inf"),
 ) -> np.ndarray:
-    """Make one variant of a clip: its speed, then a room, then noise, and at last a level that does not clip.
+    """Make one variant of a clip: change its speed, add reverberation, add noise, and limit its peak to 1.
 
     Args:
-        samples: float32, shape (num_samples,), at least one, finite. Not modified, but may be what is returned.
-        rate_hz: Their rate.
-        variant: Which one, from 0, under ``how.num_variants``. 0 returns the clip as it is.
-        clip_key: What the clip is known by (a hash of its bytes, say); clips with other keys draw otherwise.
-        how: The settings.
-        max_sec: Longest clip wanted. A variant that its speed would make longer keeps the speed of the clip, so that
-            no answer is cut off; it still gets its room and noise.
+        samples: float32, shape (num_samples,), at least one, finite. Not modified, but may be returned.
+        rate_hz: Sample rate.
+        variant: Number of the variant, from 0, below ``config.num_variants``. 0 returns the unchanged clip.
+        clip_key: Identifies the clip (such as a hash of its bytes). Clips with different keys get different draws.
+        config: The settings.
+        max_sec: Longest clip allowed. If the new speed would make the clip longer, it keeps its own speed, so that no
+            answer is cut off. Reverberation and noise are still added.
     Returns:
-        float32, shape (round(num_samples / speed),), finite, at least one sample; and for variants from 1 on within
+        float32, shape (round(num_samples / speed),), finite, at least one sample. Variants from 1 on are within
         [-1, 1].
     Raises:
         ValueError: There is no such variant.
         RunError: A noise or room file cannot be decoded.
     """
-    if not 0 <= variant < how.num_variants:
-        raise ValueError(f"variant is {variant}, not one of {how.num_variants}")
+    if not 0 <= variant < config.num_variants:
+        raise ValueError(f"variant is {variant}, not one of {config.num_variants}")
     if variant == 0:
         return samples
     key = hashlib.sha256(clip_key.encode("utf-8", "surrogatepass")).digest()
-    sequence = np.random.SeedSequence([how.seed, variant, *np.frombuffer(key, "<u4").tolist()])
-    # A stream for each, so that rooms can be added without a change of noise.
-    for_room, for_noise = (np.random.Generator(np.random.PCG64(child)) for child in sequence.spawn(2))
-    samples = _limited(samples)
-    samples = _at_speed(samples, how.speed(variant), max_sec * rate_hz)
-    if how.room_paths and for_room.random() < how.room_share:
-        samples = _in_room(samples, _recording(_one_of(how.room_paths, for_room), rate_hz))
-    if how.noise_snr_db is not None and for_noise.random() < how.noise_share:
-        snr_db = for_noise.uniform(*how.noise_snr_db)
-        samples = _with_noise(samples, _noise(len(samples), rate_hz, how.noise_paths, for_noise), snr_db)
-    return _limited(samples)
+    sequence = np.random.SeedSequence([config.seed, variant, *np.frombuffer(key, "<u4").tolist()])
+    # Separate random streams, so that adding rooms does not change the noise.
+    room_rng, noise_rng = (np.random.Generator(np.random.PCG64(child)) for child in sequence.spawn(2))
+    samples = _limit_peak(samples)
+    samples = _change_speed(samples, config.speed(variant), max_sec * rate_hz)
+    if config.room_paths and room_rng.random() < config.room_share:
+        samples = _reverberate(samples, _load_recording(_draw_path(config.room_paths, room_rng), rate_hz))
+    if config.noise_snr_db is not None and noise_rng.random() < config.noise_share:
+        snr_db = noise_rng.uniform(*config.noise_snr_db)
+        samples = _add_noise(samples, _draw_noise(len(samples), rate_hz, config.noise_paths, noise_rng), snr_db)
+    return _limit_peak(samples)
 
 
 def list_audio(folder: str) -> tuple[str, ...]:
-    """Find the audio files below a folder, hidden ones aside.
+    """List the audio files below a folder, except hidden ones.
 
     Returns:
-        Absolute paths, sorted, so that the same files in another place are drawn alike.
+        Absolute paths, sorted, so that draws do not change if the folder is moved.
     Raises:
-        RunError: There is no such folder, or no audio in it.
+        RunError: The folder does not exist, or has no audio file.
     """
     if not Path(folder).is_dir():
         raise RunError(f"{folder}: no such folder")
     base = Path(os.path.abspath(folder))
-    found = sorted(
+    paths = sorted(
         path
         for path in base.rglob("*")
         if path.suffix.lower() in AUDIO_SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(base).parts)
     )
-    if not found:
+    if not paths:
         raise RunError(f"{folder}: no audio file in this folder ({' '.join(sorted(AUDIO_SUFFIXES))})")
-    return tuple(map(str, found))
+    return tuple(map(str, paths))
 
 
-def _content(path: str) -> str:
-    """Hash of a file. The suffix belongs to it: it says how the bytes are read (``.pcm`` has no header)."""
+def _hash_content(path: str) -> str:
+    """Hash of a file's content, and its suffix, which decides how the bytes are read (``.pcm`` has no header)."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() + Path(path).suffix.lower()
@@ -205,9 +190,9 @@ def _content(path: str) -> str:
         raise RunError(f"{path}: cannot read this noise or room file: {error.strerror}") from error
 
 
-@lru_cache(maxsize=RECORDINGS_KEPT)
-def _recording(path: str, rate_hz: int) -> np.ndarray:
-    """A noise or room file; that it is damaged is no fault of the row that it is drawn for, so it is no ``BadRow``."""
+@lru_cache(maxsize=MAX_CACHED_RECORDINGS)
+def _load_recording(path: str, rate_hz: int) -> np.ndarray:
+    """Read a noise or room file. A damaged one is a ``RunError``: it is not the fault of the row it is drawn for."""
     try:
         part = Part(duration_sec=RECORDING_SEC) if header_seconds(path) > RECORDING_SEC else WHOLE
         samples = decode(path, rate_hz, part=part)
@@ -217,7 +202,7 @@ def _recording(path: str, rate_hz: int) -> np.ndarray:
     return samples
 
 
-def _one_of(paths: tuple[str, ...], rng: np.random.Generator) -> str:
+def _draw_path(paths: tuple[str, ...], rng: np.random.Generator) -> str:
     return paths[int(rng.integers(len(paths)))]
 
 
@@ -225,32 +210,32 @@ def _rms(samples: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(samples, dtype=np.float64))))
 
 
-def _limited(samples: np.ndarray) -> np.ndarray:
-    """Turn the whole clip down until its peak is 1, if it is above: ratios of levels, such as the SNR, stay."""
+def _limit_peak(samples: np.ndarray) -> np.ndarray:
+    """Scale the whole clip down to a peak of 1 if it exceeds that. Ratios of levels, such as the SNR, do not change."""
     peak = np.abs(samples).max()
     return samples / peak if peak > 1 else samples
 
 
-def _at_speed(samples: np.ndarray, speed: float, max_samples: float) -> np.ndarray:
-    """Play a clip faster or slower, which moves its pitch too, as ``sox speed`` does.
+def _change_speed(samples: np.ndarray, speed: float, max_samples: float) -> np.ndarray:
+    """Play a clip faster or slower, which also changes its pitch, as ``sox speed`` does.
 
-    Source: Ko et al. 2015, "Audio augmentation for speech recognition", who found 0.9, 1.0 and 1.1.
+    Source: Ko et al. 2015, "Audio augmentation for speech recognition", who recommend 0.9, 1.0 and 1.1.
     """
     if speed == 1 or (speed < 1 and int(len(samples) / speed + 0.5) > max_samples):
         return samples
     return soxr.resample(samples, speed, 1.0, quality="HQ")
 
 
-def _in_room(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
-    """Play a clip in a room.
+def _reverberate(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Convolve a clip with a room's impulse response.
 
-    The loudest tap counts as the direct path and moves to time 0, so that words stay where they are; what rings on
-    behind the clip's end is cut off. The level (RMS) stays the clip's, since that of a response means nothing.
+    The loudest tap is taken as the direct path and moved to time 0, so words keep their times. Reverberation after the
+    clip's end is cut off. The clip keeps its level (RMS), since the level of a response has no meaning.
 
     Source: as lhotse's ``ReverbWithImpulseResponse``.
     """
     direct, length = int(np.abs(response).argmax()), len(samples)
-    first = max(0, direct - length + 1)  # taps that reach no sample of this clip are left out
+    first = max(0, direct - length + 1)  # skip taps that reach no sample of this clip
     taps = response[first : direct + length]
     loudest = np.abs(taps).max()
     if loudest == 0 or _rms(samples) < SILENT_RMS:
@@ -261,35 +246,35 @@ def _in_room(samples: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def _convolve(samples: np.ndarray, taps: np.ndarray) -> np.ndarray:
-    """Full convolution by overlapping blocks, all of which are transformed in one call."""
+    """Full convolution by overlap-add. All blocks are transformed in one call."""
     num_samples, overlap = len(samples), len(taps) - 1
-    size = 1 << (min(BLOCK_PER_RESPONSE * len(taps), num_samples + overlap) - 1).bit_length()
+    size = 1 << (min(BLOCK_RESPONSES * len(taps), num_samples + overlap) - 1).bit_length()
     step = size - overlap
     num_blocks = -(-num_samples // step)
     blocks_BS = np.zeros((num_blocks, step), np.float32)
     blocks_BS.reshape(-1)[:num_samples] = samples
     wet_BN = np.fft.irfft(np.fft.rfft(blocks_BS, size) * np.fft.rfft(taps, size), size)
     sums = np.zeros((num_blocks + -(-size // step)) * step, np.float32)
-    for start in range(0, size, step):  # twice, mostly: a block and what overlaps the next one
+    for start in range(0, size, step):  # mostly two rounds: the block itself and its overlap with the next block
         part_BS = wet_BN[:, start : start + step]
         sums[start : start + num_blocks * step].reshape(num_blocks, step)[:, : part_BS.shape[1]] += part_BS
     return sums[: num_samples + overlap]
 
 
-def _noise(num_samples: int, rate_hz: int, paths: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
-    """White noise, or a stretch of a random file; a file that is too short goes round from a random place."""
+def _draw_noise(num_samples: int, rate_hz: int, paths: tuple[str, ...], rng: np.random.Generator) -> np.ndarray:
+    """White noise, or a random excerpt of a random file. A file that is too short repeats from a random offset."""
     if not paths:
         return rng.standard_normal(num_samples, dtype=np.float32)
-    recording = _recording(_one_of(paths, rng), rate_hz)
-    spare = len(recording) - num_samples
-    if spare >= 0:
-        start = int(rng.integers(spare + 1))
+    recording = _load_recording(_draw_path(paths, rng), rate_hz)
+    max_start = len(recording) - num_samples
+    if max_start >= 0:
+        start = int(rng.integers(max_start + 1))
         return recording[start : start + num_samples]
     return np.resize(np.roll(recording, -int(rng.integers(len(recording)))), num_samples)
 
 
-def _with_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
-    """Add noise so far under the clip's level (RMS over all of it); next to silence, of either, there is no such."""
+def _add_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """Add noise at an SNR (RMS over the whole clip). If the clip or the noise is silent, the clip is unchanged."""
     level, noise_level = _rms(samples), _rms(noise)
     if level < SILENT_RMS or noise_level < SILENT_RMS:
         return samples
@@ -298,14 +283,14 @@ def _with_noise(samples: np.ndarray, noise: np.ndarray, snr_db: float) -> np.nda
 
 @dataclass(frozen=True)
 class SpecAugment:
-    """Masks on log-mel features: none by default.
+    """Masks on log-mel features. The default has none.
 
     Attributes:
-        freq_masks: Bands of mel bins that are masked.
-        freq_mask_bins: Most bins of a band.
-        time_masks: Stretches of frames that are masked.
-        time_mask_frames: Most frames of a stretch (10 ms each).
-        time_mask_share: Largest share of the valid frames that one stretch covers.
+        freq_masks: Number of frequency masks.
+        freq_mask_bins: Largest width of a frequency mask, in mel bins.
+        time_masks: Number of time masks.
+        time_mask_frames: Largest width of a time mask, in frames of 10 ms.
+        time_mask_share: Largest width of a time mask, as a share of the valid frames.
     Raises:
         ValueError: A value is out of range.
     """
@@ -329,35 +314,35 @@ class SpecAugment:
         return bool((self.freq_masks and self.freq_mask_bins) or in_time)
 
 
-def spec_augment(mel_KF: np.ndarray, how: SpecAugment, rng: np.random.Generator) -> np.ndarray:
-    """Mask bands of bins and stretches of frames with the clip's mean.
+def spec_augment(mel_KF: np.ndarray, config: SpecAugment, rng: np.random.Generator) -> np.ndarray:
+    """Replace random bands of bins and ranges of frames by the clip's mean.
 
-    Widths are drawn evenly from 0 to the largest, places evenly from where they fit; masks may overlap. They are not
-    filled with 0, since log-mel features are not centred: in Whisper's, 0 is a power of 1e-4, a level like any other.
+    Widths are drawn uniformly from 0 to the largest, positions uniformly from those that fit. Masks may overlap. They
+    are not filled with 0, since log-mel features are not centred: in Whisper's, 0 is a power of 1e-4, a normal level.
 
     Args:
-        mel_KF: Valid frames only, float32 or float16; no frames at all are fine.
-        how: The masks.
-        rng: Where the draws come from.
+        mel_KF: Valid frames only, float32 or float16; may have no frames.
+        config: The masks.
+        rng: Random generator.
     Returns:
         A new array of the same shape and type.
-    Source: Park et al. 2019, "SpecAugment", without time warping, which they found to matter least.
+    Source: Park et al. 2019, "SpecAugment", without time warping, which they report to matter least.
     """
     masked_KF = mel_KF.copy()
     if masked_KF.size == 0:
         return masked_KF
     num_frames, num_bins = mel_KF.shape
     mean = mel_KF.mean(dtype=np.float32)
-    for _ in range(how.freq_masks):
-        start, end = _mask(num_bins, how.freq_mask_bins, rng)
+    for _ in range(config.freq_masks):
+        start, end = _draw_mask(num_bins, config.freq_mask_bins, rng)
         masked_KF[:, start:end] = mean
-    for _ in range(how.time_masks):
-        start, end = _mask(num_frames, min(how.time_mask_frames, int(how.time_mask_share * num_frames)), rng)
+    for _ in range(config.time_masks):
+        start, end = _draw_mask(num_frames, min(config.time_mask_frames, int(config.time_mask_share * num_frames)), rng)
         masked_KF[start:end] = mean
     return masked_KF
 
 
-def _mask(size: int, widest: int, rng: np.random.Generator) -> tuple[int, int]:
-    width = int(rng.integers(min(widest, size) + 1))
+def _draw_mask(size: int, max_width: int, rng: np.random.Generator) -> tuple[int, int]:
+    width = int(rng.integers(min(max_width, size) + 1))
     start = int(rng.integers(size - width + 1))
     return start, start + width

@@ -1,8 +1,7 @@
 """Any audio file -> mono float32 samples at the model's rate.
 
-libsndfile (soundfile) reads what it can: wav, flac, mp3, ogg, opus, aiff and more. What it cannot, FFmpeg (PyAV) does:
-m4a, aac, webm, mp4. Resampling is soxr's HQ setting everywhere, whose filter passes 7 kHz untouched and leaves no
-alias.
+libsndfile (soundfile) decodes wav, flac, mp3, ogg, opus, aiff and more. FFmpeg (PyAV) decodes the rest: m4a, aac, webm,
+mp4. All resampling uses soxr's HQ setting, whose filter keeps 7 kHz unchanged and leaves no alias.
 """
 
 import io
@@ -15,27 +14,29 @@ import numpy as np
 import soundfile
 import soxr
 
-from voxray.core.errors import BadRow
+from voxray.core.errors import BadRow, one_line
 from voxray.core.manifest import open_regular
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
-"""Read by FFmpeg first: libsndfile cannot, except Opus, which FFmpeg decodes twice as fast."""
+"""FFmpeg is tried first for these. libsndfile reads only Opus of them, at half of FFmpeg's speed."""
+AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {".wav", ".flac", ".mp3", ".ogg", ".oga", ".aif", ".aiff", ".au", ".snd", ".caf"}
+AUDIO_SUFFIXES |= {".w64", ".sph", ".pcm"}
 PCM_RATE_HZ = 16_000
 PCM_SCALE = 32_768  # of 16-bit samples
 ZEROS_BYTES = 1 << 16
-"""No container begins with so many zeros, as a download that never came does; decoders would search all of them."""
+"""A file that starts with this many zeros is no audio file, but a failed download. Decoders would scan all of it."""
 MAX_MISSING_SEC = 0.5
-"""How much a file may end before the segment that is asked of it; the times of corpora are rounded."""
+"""How much earlier than the requested segment a file may end. The times in corpora are rounded."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """The part of a file that is wanted.
+    """The part of a file to decode.
 
     Attributes:
-        start_sec: Where it begins.
-        duration_sec: How long it is; 0 takes all that follows.
-        channel: Channel to take, from 0; -1 averages all.
+        start_sec: Start in the file.
+        duration_sec: Length; 0 takes everything from the start.
+        channel: Channel to read, from 0; -1 averages all channels.
     """
 
     start_sec: float = 0.0
@@ -62,7 +63,7 @@ def decode(
     Returns:
         Samples, float32, shape (num_samples,).
     Raises:
-        BadRow: As ``decode_native``; or the clip is shorter than one sample at that rate (``audio_empty``).
+        BadRow: See ``decode_native``; or the clip is shorter than one sample at that rate (``audio_empty``).
     """
     samples, rate_hz = decode_native(path, raw, part=part, max_sec=max_sec)
     if rate_hz != sample_rate_hz:
@@ -73,10 +74,10 @@ def decode(
 
 
 def resampled_length(num_samples: int, rate_hz: int, sample_rate_hz: int) -> int:
-    """Samples that ``decode`` returns of a clip with so many at ``rate_hz``: soxr rounds to the nearest, halves up.
+    """Number of samples after resampling, as ``decode`` returns them. soxr rounds to the nearest integer, halves up.
 
     Raises:
-        BadRow: That is none (``audio_empty``), as in ``decode``.
+        BadRow: No sample is left (``audio_empty``), as in ``decode``.
     """
     length = int(num_samples * sample_rate_hz / rate_hz + 0.5)
     if length == 0:
@@ -90,19 +91,19 @@ def decode_native(
     """Decode a clip at its own rate and average its channels.
 
     Args:
-        path: The file; its suffix decides which decoder is tried first. ``.pcm`` is headerless 16-bit mono at 16 kHz.
-        raw: The file's bytes if they are at hand already; else only what ``part`` needs is read from the file.
-        part: What to take of the file.
-        max_sec: Longest clip accepted; checked before resampling, since a header may claim a rate of 1 Hz.
+        path: The file. Its suffix decides which decoder is tried first. ``.pcm`` is headerless 16-bit mono at 16 kHz.
+        raw: The file's bytes, if they are in memory. Otherwise only what ``part`` needs is read from the file.
+        part: The part of the file to decode.
+        max_sec: Longest clip accepted. Checked before resampling, since a header may claim a rate of 1 Hz.
     Returns:
         Samples, float32, shape (num_samples,), and their rate in Hz.
     Raises:
-        BadRow: The file cannot be decoded (``audio_unreadable``), holds no sample in that part (``audio_empty``), is
+        BadRow: The file cannot be decoded (``audio_unreadable``), has no sample in that part (``audio_empty``), is
             too long (``audio_too_long``), ends before the part does (``audio_too_short``), lacks the channel
-            (``audio_channel``) or holds NaN or infinite samples (``audio_not_finite``).
+            (``audio_channel``) or has NaN or infinite samples (``audio_not_finite``).
         FileNotFoundError: The file is missing.
     """
-    _refuse_zeros(path, raw)
+    _check_readable(path, raw)
     faults = []
     for decoder in _decoders(path):
         try:
@@ -110,8 +111,8 @@ def decode_native(
             break
         # MemoryError: a damaged header can promise terabytes
         except (soundfile.LibsndfileError, OSError, ValueError, RuntimeError, MemoryError) as error:
-            said = error.error_string if isinstance(error, soundfile.LibsndfileError) else str(error)
-            faults.append(" ".join(said.split()) or type(error).__name__)
+            message = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
+            faults.append(one_line(message) or type(error).__name__)
     else:
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
     if len(samples_NC) == 0:
@@ -123,8 +124,8 @@ def decode_native(
         )
     if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
         ends_sec = part.start_sec + len(samples_NC) / rate_hz
-        wanted = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
-        raise BadRow("audio_too_short", f"{path} ends at {ends_sec:.2f} s, within {wanted}")
+        segment = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
+        raise BadRow("audio_too_short", f"{path} ends at {ends_sec:.2f} s, within {segment}")
     samples = _one_channel(samples_NC, part.channel, path)
     if not np.isfinite(samples).all():
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
@@ -132,17 +133,17 @@ def decode_native(
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
-    """Samples of full scale 1 as 16-bit integers, rounded to the nearest."""
+    """Convert samples of full scale 1 to 16-bit integers, rounded to the nearest."""
     return np.clip(np.rint(samples * PCM_SCALE), -PCM_SCALE, PCM_SCALE - 1).astype("<i2")
 
 
 def header_seconds(path: str) -> float:
-    """Length of a file as its header says, without decoding it.
+    """Length of a file in seconds according to its header. The audio is not decoded.
 
     Raises:
-        OSError, ValueError: It cannot be read, or does not say.
+        OSError, ValueError: The file cannot be read, or its header has no length.
     """
-    _refuse_zeros(path, None)
+    _check_readable(path, None)
     if Path(path).suffix.lower() == ".pcm":
         return Path(path).stat().st_size / 2 / PCM_RATE_HZ
     try:
@@ -162,24 +163,26 @@ def header_seconds(path: str) -> float:
 
 
 def _open_ffmpeg(file: Any) -> Any:
-    """Open audio with FFmpeg, and nothing but that file.
-
-    Text that looks like a playlist or a session description must neither open another file nor the network.
-    """
+    """Open an audio file with FFmpeg. A playlist or session description in it can open no other file and no network."""
     import av
 
     protocols = "file" if isinstance(file, str) else "none"
     return av.open(file, mode="r", options={"protocol_whitelist": protocols})
 
 
-def _refuse_zeros(path: str, raw: bytes | None) -> None:
-    """Refuse, before a decoder opens it, what is no file, and a file whose beginning is a hole."""
+def _check_readable(path: str, raw: bytes | None) -> None:
+    """Refuse a path that is not a regular file, and a file that starts with 64 KiB of zeros, before decoding it.
+
+    Raises:
+        BadRow: ``audio_unreadable``.
+        FileNotFoundError: The file is missing.
+    """
     if raw is None:
         try:
             with open_regular(path) as file:
                 head = file.read(ZEROS_BYTES)
         except FileNotFoundError:
-            raise  # for the caller to say
+            raise
         except OSError as error:
             raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
     else:
@@ -205,37 +208,36 @@ def _one_channel(samples_NC: np.ndarray, channel: int, path: str) -> np.ndarray:
 
 
 def _decode_soundfile(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
-    """Seeks to the part; reads one second more than the limit at most, enough to tell that a clip is too long."""
+    """Seeks to the part. Reads at most one second more than ``max_sec``, enough to detect that a clip is too long."""
     with soundfile.SoundFile(file) as sound:
         rate_hz = sound.samplerate
         start = min(round(part.start_sec * rate_hz), sound.frames)
         if sound.format == "MP3":
-            sound.read(start, dtype="float32")  # seeking lands beside the sample that is asked for
+            sound.read(start, dtype="float32")  # seeking in MP3 is not sample-accurate
         elif start:
             sound.seek(start)
-        wanted = round(part.duration_sec * rate_hz) if part.duration_sec else -1
-        limit = round((max_sec + 1) * rate_hz) if max_sec < float("inf") else -1
-        lengths = [length for length in (wanted, limit) if length >= 0]
-        return sound.read(min(lengths, default=-1), dtype="float32", always_2d=True), rate_hz
+        length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
+        num_samples = round(length_sec * rate_hz) if length_sec < float("inf") else -1
+        return sound.read(num_samples, dtype="float32", always_2d=True), rate_hz
 
 
 def _decode_pcm(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
-    """Headerless 16-bit little-endian mono at 16 kHz, as KsponSpeech stores it; an odd last byte is left out."""
+    """Headerless 16-bit little-endian mono at 16 kHz, as KsponSpeech stores it. An odd last byte is ignored."""
     start = 2 * round(part.start_sec * PCM_RATE_HZ)
-    opened: Any = file if isinstance(file, io.BytesIO) else open_regular(file)
-    with opened:
-        num_bytes = max(0, opened.seek(0, io.SEEK_END) - start)
+    stream: Any = file if isinstance(file, io.BytesIO) else open_regular(file)
+    with stream:
+        num_bytes = max(0, stream.seek(0, io.SEEK_END) - start)
         length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
         if length_sec < float("inf"):
             num_bytes = min(num_bytes, 2 * round(length_sec * PCM_RATE_HZ))
-        opened.seek(start)
-        samples = np.frombuffer(opened.read(num_bytes // 2 * 2), "<i2")
+        stream.seek(start)
+        samples = np.frombuffer(stream.read(num_bytes // 2 * 2), "<i2")
     return (samples.astype(np.float32) / PCM_SCALE)[:, None], PCM_RATE_HZ
 
 
 def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
-    """Seeks to the key frame before the part and stops decoding behind it, exact to the container's times (1 ms)."""
-    import av  # only for the formats that need it: it loads all of FFmpeg
+    """Seeks to the key frame before the part and stops decoding after it. As exact as the container's times (1 ms)."""
+    import av  # imported only where needed, since it loads all of FFmpeg
     from av.error import FFmpegError
 
     blocks: list[np.ndarray] = []
@@ -253,12 +255,12 @@ def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, i
             resampler = av.AudioResampler(format="fltp", rate=rate_hz)
             for frame in container.decode(stream):
                 first_sec = (frame.time or 0.0) if first_sec is None else first_sec
-                blocks += [made.to_ndarray() for made in resampler.resample(frame)]
+                blocks += [block.to_ndarray() for block in resampler.resample(frame)]
                 decoded += frame.samples
                 if first_sec + decoded / rate_hz > part.start_sec + length_sec:
                     break
-            blocks += [made.to_ndarray() for made in resampler.resample(None)]
-    except FFmpegError as error:  # some of its kinds are neither OSError nor ValueError
+            blocks += [block.to_ndarray() for block in resampler.resample(None)]
+    except FFmpegError as error:  # some subclasses are neither OSError nor ValueError
         raise ValueError(str(error)) from error
     if not blocks:
         raise ValueError("no audio frame")

@@ -1,4 +1,4 @@
-"""Clips written as 16 kHz mono FLAC, the form in which they take the least room and lose nothing a model hears."""
+"""Encode clips as 16 kHz mono FLAC: the smallest files without a loss that a model could hear."""
 
 import io
 
@@ -11,11 +11,11 @@ from voxray.core.errors import BadRow
 
 
 def flac_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
-    """Resample a clip to 16 kHz, as ``decode`` does, and pack it as 16-bit FLAC.
+    """Resample a clip to 16 kHz, as ``decode`` does, and encode it as 16-bit FLAC.
 
     Args:
         samples: float32, shape (num_samples,), full scale 1.
-        rate_hz: Their rate.
+        rate_hz: Sample rate.
     Raises:
         BadRow: The clip is shorter than one sample at 16 kHz (``audio_empty``).
     """
@@ -23,6 +23,6 @@ def flac_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
         samples = soxr.resample(samples, rate_hz, PCM_RATE_HZ, quality="HQ")
     if len(samples) == 0:
         raise BadRow("audio_empty", f"the clip is shorter than one sample at {PCM_RATE_HZ} Hz")
-    packed = io.BytesIO()
-    soundfile.write(packed, to_pcm16(samples), PCM_RATE_HZ, format="FLAC", subtype="PCM_16")
-    return packed.getvalue()
+    file = io.BytesIO()
+    soundfile.write(file, to_pcm16(samples), PCM_RATE_HZ, format="FLAC", subtype="PCM_16")
+    return file.getvalue()

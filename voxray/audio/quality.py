@@ -1,4 +1,4 @@
-"""Faults in the samples of a clip: clipping, silence, an offset, a dead tail, a lie about the rate."""
+"""Faults in the samples of a clip: clipping, silence, DC offset, zeros at the end, upsampling from a lower rate."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from voxray.core.errors import BadRow
 
 FULL_SCALE = 0.999  # |x| from here on counts as clipped
 SILENT_DB = -160.0  # level of a clip of zeros
-HIGH_BAND_HZ = 4_200  # just above what a recording at 8 kHz can hold
+HIGH_BAND_HZ = 4_200  # just above the highest frequency of a recording at 8 kHz
 SPECTRUM_SAMPLES = 1_024
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured of a clip.
+    """Measurements of a clip.
 
     Attributes:
         duration_sec: Length.
@@ -23,7 +23,7 @@ class Quality:
         clip_share: Share of samples at full scale.
         dc: Magnitude of the mean.
         zero_tail_sec: Length of the run of exact zeros at the end.
-        high_band_db: Power above 4.2 kHz against all power, dB; 0 where the rate cannot hold that band.
+        high_band_db: Power above 4.2 kHz relative to all power, dB; 0 if the sample rate is too low for that band.
     """
 
     duration_sec: float
@@ -37,7 +37,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """Limits of ``Quality``; an infinite one is off."""
+    """Limits of ``Quality``. Infinity turns a limit off."""
 
     min_sec: float = 0.0
     max_sec: float = float("inf")
@@ -83,35 +83,35 @@ def _high_band_db(samples: np.ndarray, rate_hz: int) -> float:
 
 
 def faults(quality: Quality, limits: QualityLimits) -> list[tuple[str, str]]:
-    """All that is wrong with a clip, worst first.
+    """All faults of a clip, worst first.
 
     Returns:
-        Pairs of a reason (too_short, too_long, too_quiet, near_silence, clipping, dc_offset, zero_tail or narrow_band)
-        and a message with the figure.
+        (reason, message) of each. The reason is too_short, too_long, too_quiet, near_silence, clipping, dc_offset,
+        zero_tail or narrow_band; the message has the value.
     """
-    q, at = quality, limits
-    found = (
-        (q.duration_sec < at.min_sec, "too_short", f"{q.duration_sec:.2f} s, under {at.min_sec:g} s"),
-        (q.duration_sec > at.max_sec, "too_long", f"{q.duration_sec:.2f} s, over {at.max_sec:g} s"),
-        (q.peak_db < at.min_peak_db, "too_quiet", f"peak {q.peak_db:.1f} dB, under {at.min_peak_db:g} dB"),
-        (q.rms_db < at.min_rms_db, "near_silence", f"rms {q.rms_db:.1f} dB, under {at.min_rms_db:g} dB"),
-        (q.clip_share > at.max_clip_share, "clipping", f"{q.clip_share:.3%} of the samples at full scale"),
-        (q.dc > at.max_dc, "dc_offset", f"mean {q.dc:.3f}, over {at.max_dc:g}"),
-        (q.zero_tail_sec > at.max_zero_tail_sec, "zero_tail", f"the last {q.zero_tail_sec:.2f} s are zeros"),
+    q, lim = quality, limits
+    checks = (
+        (q.duration_sec < lim.min_sec, "too_short", f"{q.duration_sec:.2f} s, under {lim.min_sec:g} s"),
+        (q.duration_sec > lim.max_sec, "too_long", f"{q.duration_sec:.2f} s, over {lim.max_sec:g} s"),
+        (q.peak_db < lim.min_peak_db, "too_quiet", f"peak {q.peak_db:.1f} dB, under {lim.min_peak_db:g} dB"),
+        (q.rms_db < lim.min_rms_db, "near_silence", f"rms {q.rms_db:.1f} dB, under {lim.min_rms_db:g} dB"),
+        (q.clip_share > lim.max_clip_share, "clipping", f"{q.clip_share:.3%} of the samples at full scale"),
+        (q.dc > lim.max_dc, "dc_offset", f"mean {q.dc:.3f}, over {lim.max_dc:g}"),
+        (q.zero_tail_sec > lim.max_zero_tail_sec, "zero_tail", f"the last {q.zero_tail_sec:.2f} s are zeros"),
         (
-            q.high_band_db < at.min_high_band_db,
+            q.high_band_db < lim.min_high_band_db,
             "narrow_band",
             f"nothing above {HIGH_BAND_HZ} Hz ({q.high_band_db:.0f} dB): recorded at a lower rate than it says",
         ),
     )
-    return [(reason, message) for fault, reason, message in found if fault]
+    return [(reason, message) for failed, reason, message in checks if failed]
 
 
 def check(quality: Quality, limits: QualityLimits) -> None:
-    """Refuse a clip outside the limits; the first fault is the one that is named.
+    """Refuse a clip outside the limits.
 
     Raises:
-        BadRow: With a reason and message of ``faults``.
+        BadRow: The first of ``faults``.
     """
     for reason, message in faults(quality, limits):
         raise BadRow(reason, message)

@@ -1,4 +1,4 @@
-"""What each finding of an audit means, and what to do about it."""
+"""Meaning of each finding of an audit, and what to do about it: {reason: (meaning, advice)}."""
 
 FAULTS = {
     "bad_json": ("the line is no JSON", "write one JSON object per line"),

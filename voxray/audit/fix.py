@@ -1,4 +1,4 @@
-"""The clean part of audited manifests: their own lines, without those that have a fault."""
+"""Writes the clean part of audited manifests: their lines without those that have a fault."""
 
 import json
 import os
@@ -8,20 +8,21 @@ from pathlib import Path
 
 from voxray.core.errors import SettingsError
 from voxray.core.manifest import parse_row
-from voxray.core.storage import replacing
+from voxray.core.storage import atomic_writer
 
 BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
-class Fixed:
-    """What was written, in rows.
+class FixSummary:
+    """Counts of written rows.
 
     Attributes:
         num_rows: Rows written.
-        num_moved: Those whose ``audio_path`` was made absolute, because from the new folder it meant nothing, or
-            another file.
-        num_renamed: Those whose id was taken by a row of another input, and now begins with that input's name.
+        num_moved: Rows whose ``audio_path`` was made absolute, because from the new folder it named no file or another
+            one.
+        num_renamed: Rows whose id was taken by a row of another input, so that the name of their own input was put
+            before it.
     """
 
     num_rows: int = 0
@@ -30,55 +31,63 @@ class Fixed:
 
 
 def check_fix_path(path: Path, manifests: Sequence[str]) -> None:
-    """Refuse to write over an input.
+    """Refuse to overwrite an input.
 
     Raises:
-        SettingsError: The path is one of the inputs, by any name.
+        SettingsError: The path is one of the inputs, also under another name.
     """
     for manifest in manifests:
         if os.path.realpath(path) == os.path.realpath(manifest) or (path.exists() and path.samefile(manifest)):
             raise SettingsError(f"--fix {path}: that is an input; give another file")
 
 
-def write_clean(manifests: Sequence[str], bad_lines: Mapping[int, set[int]], path: Path) -> Fixed:
-    """Write the lines without a fault, of all manifests in order; each byte for byte unless it has to change.
+def write_clean(manifests: Sequence[str], bad_lines: Mapping[int, set[int]], path: Path) -> FixSummary:
+    """Write the lines without a fault of all manifests in order. Lines that need no change stay the same byte for byte.
 
     Args:
         bad_lines: Lines with a fault, by the number of the manifest.
     """
-    fixed, ids = Fixed(), set()
-    with replacing(path) as out:
+    summary, ids = FixSummary(), set()
+    with atomic_writer(path) as out:
         for number, manifest in enumerate(manifests):
-            bad, own = bad_lines.get(number, set()), set()
+            bad, own_ids = bad_lines.get(number, set()), set()
             with open(manifest, "rb") as file:
                 for line, raw in enumerate(file, 1):
                     raw = raw.removeprefix(BOM) if line == 1 else raw
                     if line in bad or not raw.strip():
                         continue
-                    out.write(_moved(raw.rstrip(b"\n"), manifest, line, path, ids, own, fixed) + b"\n")
-            ids |= own
-    return fixed
+                    out.write(_rewrite(raw.rstrip(b"\n"), manifest, line, path, ids, own_ids, summary) + b"\n")
+            ids |= own_ids
+    return summary
 
 
-def _moved(raw: bytes, manifest: str, line: int, path: Path, ids: set[str], own: set[str], fixed: Fixed) -> bytes:
-    """A line as it has to read in the new manifest; notes its id among those of its own manifest."""
+def _rewrite(
+    raw: bytes, manifest: str, line: int, path: Path, ids: set[str], own_ids: set[str], summary: FixSummary
+) -> bytes:
+    """A line for the new manifest, with the changes that it needs there.
+
+    Args:
+        ids: Ids of the manifests before this one.
+        own_ids: Ids of this manifest; the line's id is added.
+        summary: The line is counted.
+    """
     sample, values = parse_row(raw, manifest, line), json.loads(raw)
     changes = {}
-    if sample.audio_path and _found_from(raw, path) != os.path.realpath(sample.audio_path):
+    if sample.audio_path and _resolved_audio(raw, path) != os.path.realpath(sample.audio_path):
         changes["audio_path"] = os.path.abspath(sample.audio_path)
-        fixed.num_moved += 1
+        summary.num_moved += 1
     if values.get("id") not in (None, ""):
         name = sample.id
         if name in ids:
             name = changes["id"] = f"{Path(manifest).stem}:{line}:{name}"
-            fixed.num_renamed += 1
-        own.add(name)
-    fixed.num_rows += 1
+            summary.num_renamed += 1
+        own_ids.add(name)
+    summary.num_rows += 1
     return json.dumps({**values, **changes}, ensure_ascii=False).encode() if changes else raw
 
 
-def _found_from(raw: bytes, path: Path) -> str:
-    """The clip that a line names if it stands in the new manifest, "" if there is none."""
+def _resolved_audio(raw: bytes, path: Path) -> str:
+    """Real path of the clip that a line would name in the new manifest, "" if there is none."""
     try:
         return os.path.realpath(parse_row(raw, str(path), 1).audio_path)
     except ValueError:

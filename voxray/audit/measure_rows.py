@@ -1,7 +1,7 @@
-"""Measuring the rows of manifests for an audit: the part that decodes and counts, chunk by chunk, on any machine.
+"""Measures the rows of manifests for an audit: decodes clips and counts tokens, chunk by chunk, on any machine.
 
-What a row is told here it can be told alone; what needs the other rows (duplicates, leaks, outliers) is in
-``audit_findings``. A chunk's measurements go to a file, so neither the workers nor the driver hold a corpus.
+Each row is measured on its own. Findings that need other rows (duplicates, leaks, outliers) are in ``audit.findings``.
+A chunk's measurements go to a file, so neither the workers nor the driver hold a corpus in memory.
 """
 
 import json
@@ -15,21 +15,22 @@ from typing import Any
 from voxray.audio.decode import Part, decode_native, resampled_length
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.audio.quality import QualityLimits, faults, measure
-from voxray.cluster.actor_pool import run_workers
+from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Chunk, Sample, chunks, read_chunk
+from voxray.core.source import Source
 from voxray.core.storage import write_atomically
 from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_key
 from voxray.models.interface import FrontEnd
 
-MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer; a damaged header may say so and fill the memory
+MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer, but a damaged header may say so and exhaust the memory
 EXCERPT_CHARS = 60
-STREAMED_BYTES = 0x7FFF_0000  # sizes from here on are what programs write that do not know the size yet
+STREAMED_BYTES = 0x7FFF_0000  # programs that do not know the size yet write sizes from here on
 
 
 @dataclass(frozen=True)
 class AuditLimits:
-    """What a row is held against; see the settings of the same names."""
+    """Limits of rows; see the settings of the same names."""
 
     quality: QualityLimits
     min_chars_per_sec: float
@@ -40,24 +41,24 @@ class AuditLimits:
 
 @dataclass
 class RowMeasurement:
-    """What was found of one row.
+    """Measurements of one row.
 
     Attributes:
         file: Number of its manifest among the inputs.
         line: Line in it, from 1.
-        id: The row's own id, or "" when it has none.
-        task: Name of its task, "" if that cannot be told.
+        id: The row's own id, "" if it has none.
+        task: Name of its task, "" if unknown.
         faults, warnings: Pairs of a reason and a message.
-        usable: Whether the row can be read at all; if not, the rest is empty.
+        usable: Whether the row can be read; if not, the rest is empty.
         duration_sec: Length of its clip, 0 for text.
         num_chars, num_bytes: Length of prompt and answer in characters, and in bytes of UTF-8.
         num_tokens: Length in tokens (prompt, audio, answer), 0 without a model.
-        chars_per_sec: Characters of the transcript without spaces per second, 0 where it is no transcription.
+        chars_per_sec: Characters of the transcript without spaces per second, 0 for other tasks than transcription.
         audio: Hash of the decoded samples, "" for text.
-        text: See ``identity.leak_text``.
-        key: What a duplicate has as well (see ``identity.duplicate_key``).
-        speaker: See ``identity.speaker_key``.
-        excerpt: Beginning of the answer, for people.
+        text: See ``fingerprints.leak_text``.
+        key: Equal for duplicates (see ``fingerprints.duplicate_key``).
+        speaker: See ``fingerprints.speaker_key``.
+        excerpt: Beginning of the answer, to show in the report.
     """
 
     file: int
@@ -79,14 +80,14 @@ class RowMeasurement:
     excerpt: str = ""
 
 
-class RowMeasurer:
-    """Measures the rows of a chunk; the unit of work of a Ray Data actor."""
+class RowMeasurer(PoolWorker):
+    """Measures the rows of a chunk, as a Ray Data actor or in this process."""
 
     def __init__(self, limits: AuditLimits, front_end: FrontEnd | None) -> None:
         self.limits, self.front_end = limits, front_end
 
     def work(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Measure a chunk and write the results to its file; returns how many lines it has."""
+        """Measure a chunk and write the results to its file; returns the number of its lines."""
         chunk = Chunk(**item["chunk"])
         results = [vars(row) for row in self.measure_chunk(chunk, item["file"])]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in results)
@@ -99,13 +100,13 @@ class RowMeasurer:
         parsed, lines = read_chunk(chunk, raw), raw.split(b"\n")
         rows = [RowMeasurement(file, line, faults=[(bad.reason, bad.message)]) for line, bad in parsed.bad]
         for sample in parsed.samples:
-            line = int(sample.source.rpartition(":")[2])
+            line = Source.parse(sample.source).line
             values = json.loads(lines[line - chunk.first_line].removeprefix(b"\xef\xbb\xbf"))
             rows.append(self.measure_row(sample, values, RowMeasurement(file, line)))
         return sorted(rows, key=lambda row: row.line)
 
     def measure_row(self, sample: Sample, values: dict[str, Any], row: RowMeasurement) -> RowMeasurement:
-        """Fill in what can be said of one row; a fault of its audio ends up in ``faults``."""
+        """Fill in the measurements of one row. An error of its audio is added to ``faults``."""
         row.id = "" if values.get("id") in (None, "") else sample.id
         row.task, row.speaker = sample.task.name, speaker_key(values)
         row.excerpt = sample.answer[:EXCERPT_CHARS]
@@ -145,9 +146,9 @@ class RowMeasurer:
             row.warnings.append(("duration_mismatch", f"{row.duration_sec:.2f} s, but the row says {stated_sec:g} s"))
         if sample.task.template == "transcription":
             row.chars_per_sec = len("".join(sample.answer.split())) / row.duration_sec
-            within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
-            if sample.answer and not limits.min_chars_per_sec <= row.chars_per_sec <= limits.max_chars_per_sec:
-                message = f"{row.chars_per_sec:.1f} characters per second, outside {within}"
+            low, high = limits.min_chars_per_sec, limits.max_chars_per_sec
+            if sample.answer and not low <= row.chars_per_sec <= high:
+                message = f"{row.chars_per_sec:.1f} characters per second, outside {low:g} to {high:g}"
                 row.warnings.append(("speaking_rate", message))
         return resampled_length(len(samples), rate_hz, self.front_end.sample_rate_hz) if self.front_end else 0
 
@@ -171,10 +172,10 @@ class RowMeasurer:
 def over_limit(
     num_prompt: int, num_target: int, num_audio: int, num_windows: int, window_sec: float, max_len: int
 ) -> str:
-    """Say what happens to a row that is too long, and what can be done.
+    """Message that says what happens to a row that is too long, and how to keep it.
 
     Args:
-        num_prompt, num_target, num_audio: Tokens of the prompt (audio included), of the answer, of the audio alone.
+        num_prompt, num_target, num_audio: Tokens of the prompt (audio included), of the answer and of the audio alone.
         num_windows, window_sec: Model windows that the clip fills, and their length in seconds.
     """
     total = num_prompt + num_target
@@ -194,16 +195,17 @@ def over_limit(
 
 
 def missing_bytes(path: Path) -> int:
-    """How many bytes a WAV file lacks of what its header says: a copy that broke off still decodes without an error."""
+    """Number of bytes that a WAV file lacks according to its header. A truncated copy decodes without an error."""
     with open(path, "rb") as file:
         head, size = file.read(12), os.fstat(file.fileno()).st_size
     stated = int.from_bytes(head[4:8], "little")
     if head[:4] != b"RIFF" or head[8:] != b"WAVE" or stated >= STREAMED_BYTES:
         return 0
-    return max(0, stated + 8 - size - 1)  # some programs count a padding byte that they do not write
+    return max(0, stated + 8 - size - 1)  # some programs count a padding byte but do not write it
 
 
 def _text_warnings(text: str) -> Iterator[tuple[str, str]]:
+    """Yield (reason, message) of the warnings about a row's texts."""
     if "\ufffd" in text:
         yield "damaged_text", "the text holds U+FFFD: characters were lost when it was decoded"
     if not unicodedata.is_normalized("NFC", text):
@@ -230,7 +232,7 @@ class Measurements:
 
 
 def plan_chunks(manifests: Sequence[str], folder: Path, rows_per_chunk: int) -> list[dict[str, Any]]:
-    """Cut the manifests into the items that ``RowMeasurer.work`` takes.
+    """Split the manifests into items for ``RowMeasurer.work``.
 
     Raises:
         RunError: A manifest is missing, cannot be read, or is empty.
@@ -255,13 +257,15 @@ def measure_manifests(
     """Measure every row of the planned chunks.
 
     Args:
-        items: What ``plan_chunks`` made of the manifests.
-        front_end: Counts tokens; None measures characters and bytes alone.
-        num_actors, use_ray: See ``prepare.run_workers``.
-        on_progress: Called with (lines done, lines in all).
+        items: Result of ``plan_chunks``.
+        front_end: Counts tokens; None measures characters and bytes only.
+        num_actors: Ray Data actors; 0 starts one per CPU of the cluster, up to what the work needs.
+        use_ray: False measures in this process.
+        on_progress: Called with (lines done, lines in total).
     """
     done, total = 0, sum(item["chunk"]["num_lines"] for item in items)
-    for result in run_workers(RowMeasurer, (limits, front_end), items, num_actors=num_actors, use_ray=use_ray):
+    pool = plan_pool(num_actors, len(items)) if use_ray else None
+    for result in run_workers(RowMeasurer, (limits, front_end), items, pool):
         done += result["lines"]
         on_progress(done, total)
     return Measurements(tuple(manifests), tuple(Path(item["path"]) for item in items))

@@ -1,4 +1,4 @@
-"""Stored rows -> tensors. Labels are masked here and nowhere else.
+"""Collates stored rows into tensors. Labels are masked here and nowhere else.
 
 Shape letters: B rows, L tokens, W windows of all rows one after the other, F mel bins, T mel frames of a window.
 """
@@ -16,18 +16,18 @@ from voxray.models.interface import IGNORED, Batch, FrontEnd
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
 
 Masks = Callable[[np.ndarray], np.ndarray] | None
-"""Covers parts of a clip's log-mel, shape (frames, bins)."""
+"""Function that masks parts of a clip's log-mel, shape (frames, bins); None masks nothing."""
 
 
 def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
-    """Prompt and answer, padded on the right; only the answer and its end-of-text token have labels.
+    """Collate prompts and answers with padding on the right; only an answer and its end-of-text token have labels.
 
     Args:
         masks: Applied to the log-mel of every clip (SpecAugment), in the order of the rows.
     Returns:
         ``input_ids``, ``attention_mask``, ``labels`` (B, L) int64, ``task`` (B,) int64, and, if any row has audio,
-        ``input_features``: (W, F, T) float32, or the encoder's outputs as they are stored; for front ends that count
-        samples also ``num_samples`` (W,) int64.
+        ``input_features``: (W, F, T) float32, or the encoder outputs as stored; for front ends that count samples
+        also ``num_samples`` (W,) int64.
     """
     lengths = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
     shape = (len(rows), max(lengths))
@@ -47,13 +47,14 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Mas
 
 
 def collate_packed(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
-    """Prompts and answers one after the other in one row, without any padding.
+    """Collate prompts and answers one after the other into a single packed row without padding.
 
     Args:
         masks: See ``collate_training``.
     Returns:
-        ``input_ids``, ``position_ids`` (which start again with every sample), ``labels`` and ``task`` (of every token),
-        all (1, L) int64; ``segment_ends`` (number of samples,) int64; ``input_features`` as in ``collate_training``.
+        ``input_ids``, ``position_ids`` (which restart at 0 with every sample), ``labels`` and ``task`` (of every
+        token), all (1, L) int64; ``segment_ends`` (number of samples,) int64; ``input_features`` as in
+        ``collate_training``.
     """
     parts = [(row.prompt_ids, row.target_ids) for row in rows]
     lengths = [len(prompt) + len(target) for prompt, target in parts]
@@ -71,10 +72,11 @@ def collate_packed(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks
 
 
 def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
-    """Prompts alone, padded on the left as generation needs them.
+    """Collate prompts alone, padded on the left as generation needs them.
 
     Returns:
-        ``input_ids``, ``attention_mask`` (B, L) int64, and ``input_features`` if any row has audio (see above).
+        ``input_ids``, ``attention_mask`` (B, L) int64, and, if any row has audio, ``input_features`` as in
+        ``collate_training``.
     """
     shape = (len(rows), max(len(row.prompt_ids) for row in rows))
     ids_BL = np.full(shape, front_end.pad_id, np.int64)
@@ -87,20 +89,20 @@ def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
 
 
 def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Batch:
-    heard = [row for row in rows if row.num_windows]
-    if not heard:
+    with_audio = [row for row in rows if row.num_windows]
+    if not with_audio:
         return {}
-    inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in heard]))
+    inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in with_audio]))
     batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
-    if front_end.counts_samples:
+    if front_end.needs_num_samples:
         window_samples = front_end.window_frames * HOP_SAMPLES
-        lengths = [length for row in heard for length in window_lengths(row.num_samples, window_samples)]
+        lengths = [length for row in with_audio for length in window_lengths(row.num_samples, window_samples)]
         batch["num_samples"] = torch.tensor(lengths)
     return batch
 
 
 def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:
-    """What the model takes of a clip: (windows, bins, frames) of log-mel, or the encoder's outputs as they are."""
+    """The model's input for a clip: log-mel, (windows, bins, frames), or the encoder outputs as stored."""
     if row.store == "encoder":
         return row.audio
     mel_KF, fill = row.audio, row.fill

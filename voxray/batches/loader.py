@@ -1,4 +1,4 @@
-"""Reads a rank's packs ahead of the model."""
+"""Loads a rank's microbatches ahead of the model."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,15 @@ from voxray.features.reader import FeatureRow, Features
 from voxray.models.interface import Batch, FrontEnd
 
 STEPS_AHEAD = 2
-MASK_STREAM = 1  # so that the masks of a pack are drawn from other numbers than its dropout
+SPEC_AUGMENT_STREAM = 1  # separates the random numbers of a microbatch's masks from those of its dropout
 
 
 class PromptSampler(Protocol):
-    """Gives rows another prompt in every epoch.
+    """Replaces the prompt of a row by one sampled for the epoch.
 
     Attributes:
-        fingerprint: Hash of the prompts; a run that resumes must find the same.
-        max_extra_prompt_tokens: {task: the most tokens by which a sampled prompt is longer than the stored one}.
+        fingerprint: Hash of the prompts. A run can only resume with the same prompts.
+        max_extra_prompt_tokens: {task: largest number of tokens by which a sampled prompt exceeds the stored one}.
     """
 
     fingerprint: str
@@ -35,29 +35,29 @@ class PromptSampler(Protocol):
 
 @dataclass(frozen=True)
 class Masking:
-    """SpecAugment on the clips of a pack, drawn from (seed, step, pack): nothing is carried from one to the next."""
+    """SpecAugment on the clips of a microbatch, drawn from (seed, step, microbatch). It has no state to resume."""
 
-    how: SpecAugment
+    options: SpecAugment
     seed: int
 
-    def of(self, step: int, pack: int) -> Masks:
-        """Masks for the clips of one pack, in the order of its rows; None if there are none."""
-        if not self.how:
+    def for_microbatch(self, step: int, number: int) -> Masks:
+        """Function that masks the clips of one microbatch, called in the order of its rows; None without masks."""
+        if not self.options:
             return None
-        rng = np.random.default_rng([self.seed, step, pack, MASK_STREAM])
-        return lambda mel_KF: spec_augment(mel_KF, self.how, rng)
+        rng = np.random.default_rng([self.seed, step, number, SPEC_AUGMENT_STREAM])
+        return lambda mel_KF: spec_augment(mel_KF, self.options, rng)
 
 
 class Loader:
-    """Iterates over a run's steps, giving (step, [(pack, batch)]) for one rank.
+    """Iterates over a run's steps and yields (step, [(microbatch, batch)]) for one rank.
 
-    Reading is a memory map and a copy, which release the interpreter lock, so threads are enough.
+    Reading is a memory map and a copy, both of which release the interpreter lock, so threads are enough.
 
     Args:
-        loader_workers: Threads that read ahead; 0 reads when asked.
-        masking: Masks on the features of training clips.
-        redraw: Gives every row another prompt in each epoch; None leaves it the stored one.
-        pin_memory: Put batches into page-locked memory, for quick copies to a GPU.
+        loader_workers: Threads that read ahead; 0 reads each step when it is requested.
+        masking: SpecAugment masks on the features of training clips.
+        prompt_sampler: Samples a prompt for every row in each epoch; None keeps the stored prompts.
+        pin_memory: Put batches into page-locked memory, for fast copies to a GPU.
     """
 
     def __init__(
@@ -68,49 +68,50 @@ class Loader:
         worker: Worker,
         loader_workers: int,
         masking: Masking,
-        redraw: PromptSampler | None = None,
+        prompt_sampler: PromptSampler | None = None,
         *,
         pin_memory: bool,
     ) -> None:
         self.features, self.front_end, self.plan, self.worker = features, front_end, plan, worker
         self.loader_workers, self.masking, self.pin_memory = loader_workers, masking, pin_memory
-        self.redraw = redraw
+        self.prompt_sampler = prompt_sampler
 
     def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Microbatch, Batch]]]]:
         """Steps ``start`` to ``end`` - 1."""
         if not self.loader_workers:
             for step in range(start, end):
-                yield step, [(pack, self._batch(step, pack)) for pack in self._packs(step)]
+                yield step, [(each, self._batch(step, each)) for each in self._microbatches(step)]
             return
-        waiting: deque[tuple[int, list[tuple[Microbatch, Future[Batch]]]]] = deque()
+        pending: deque[tuple[int, list[tuple[Microbatch, Future[Batch]]]]] = deque()
         with ThreadPoolExecutor(self.loader_workers, thread_name_prefix="loader") as pool:
             try:
                 for step in range(start, end):
-                    waiting.append((step, [(pack, pool.submit(self._batch, step, pack)) for pack in self._packs(step)]))
-                    if len(waiting) > STEPS_AHEAD:
-                        yield self._ready(*waiting.popleft())
-                while waiting:
-                    yield self._ready(*waiting.popleft())
+                    futures = [(each, pool.submit(self._batch, step, each)) for each in self._microbatches(step)]
+                    pending.append((step, futures))
+                    if len(pending) > STEPS_AHEAD:
+                        yield self._wait(*pending.popleft())
+                while pending:
+                    yield self._wait(*pending.popleft())
             finally:
                 pool.shutdown(cancel_futures=True)
 
     @staticmethod
-    def _ready(
-        step: int, packs: list[tuple[Microbatch, "Future[Batch]"]]
+    def _wait(
+        step: int, futures: list[tuple[Microbatch, "Future[Batch]"]]
     ) -> tuple[int, list[tuple[Microbatch, Batch]]]:
-        return step, [(pack, future.result()) for pack, future in packs]
+        return step, [(microbatch, future.result()) for microbatch, future in futures]
 
-    def _packs(self, step: int) -> list[Microbatch]:
-        return self.plan.rank_packs(step, self.worker.rank, self.worker.world_size)
+    def _microbatches(self, step: int) -> list[Microbatch]:
+        return self.plan.rank_microbatches(step, self.worker.rank, self.worker.world_size)
 
     def row(self, number: int, epoch: int) -> FeatureRow:
-        """A row as it is in an epoch."""
+        """A row with its prompt for an epoch."""
         row = self.features.row(number)
-        return self.redraw(row, epoch) if self.redraw else row
+        return self.prompt_sampler(row, epoch) if self.prompt_sampler else row
 
-    def _batch(self, step: int, pack: Microbatch) -> Batch:
+    def _batch(self, step: int, microbatch: Microbatch) -> Batch:
         epoch, _ = self.plan.locate(step)
-        rows = [self.row(number, epoch) for number in pack.rows]
+        rows = [self.row(number, epoch) for number in microbatch.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
-        batch = collate(rows, self.front_end, self.masking.of(step, pack.number))
+        batch = collate(rows, self.front_end, self.masking.for_microbatch(step, microbatch.number))
         return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch

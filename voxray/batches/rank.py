@@ -12,9 +12,9 @@ class Worker:
     """One training process.
 
     Attributes:
-        rank: From 0; rank 0 writes.
+        rank: From 0; rank 0 writes the run folder.
         world_size: Number of processes.
-        device: Where the model is.
+        device: Device of the model.
     """
 
     rank: int = 0

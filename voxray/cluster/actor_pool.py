@@ -1,73 +1,133 @@
-"""Ray Data actor pools: how many actors there are, and how items go through them."""
+"""Ray Data actor pools: how many actors there are, and how items are processed by them."""
 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from voxray.cluster.session import cpus_for_data
+from voxray.core.errors import RunError, one_line
 
 MIN_ACTORS = 2
-MAX_GROWN_ACTORS = 64
-ITEMS_WORTH_AN_ACTOR = 4
-"""Chunks that take about as long as an actor takes to start."""
+MAX_AUTOSCALED_ACTORS = 64
+ITEMS_PER_ACTOR = 4
+"""Items (chunks of rows) that take about as long as an actor takes to start."""
 
 
-class PoolWorker(Protocol):
-    """What ``run_workers`` runs: one item in, one small result out, both JSON values; big ones go through files."""
+@dataclass(frozen=True)
+class ActorPool:
+    """Size of a Ray Data actor pool and the resources of each actor.
 
-    def work(self, item: Any) -> dict[str, Any]: ...
+    Attributes:
+        min_size, max_size: Number of actors. The pool grows from one to the other while items are waiting.
+        num_gpus, num_cpus: Resources of each actor; None uses Ray's default.
+    """
+
+    min_size: int
+    max_size: int
+    num_gpus: float | None = None
+    num_cpus: float | None = 1
 
 
-class _Actor:
-    """A worker as a Ray Data actor; its one column goes as JSON, so that items may be of any shape."""
+@dataclass(frozen=True)
+class _Item:
+    """Wraps an item so that Ray Data pickles it as it is; a bare dict would become Arrow columns."""
 
-    def __init__(self, make: Callable[..., PoolWorker], arguments: tuple[Any, ...]) -> None:
-        self._worker = make(*arguments)
+    value: Any
+
+
+class PoolWorker:
+    """Base class of the workers of ``run_workers``. Large results go to files, not through Ray."""
+
+    def work(self, item: Any) -> dict[str, Any]:
+        """Process one item.
+
+        Returns:
+            A small result of JSON values.
+        Raises:
+            RunError, OSError: The job ends with this message.
+        """
+        raise NotImplementedError
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"result": [json.dumps(self._worker.work(json.loads(str(batch["item"][0]))))]}
+        """Run ``work`` on a Ray Data batch of one item.
+
+        An error is returned as a value, because Ray would retry an actor that raises and print its traceback.
+        """
+        try:
+            outcome = {"result": self.work(batch["item"][0].value)}
+        except (RunError, OSError) as error:
+            outcome = {"error": one_line(error)}
+        return {"outcome": [json.dumps(outcome)]}
 
 
 def run_workers(
-    make: Callable[..., PoolWorker], arguments: tuple[Any, ...], items: Sequence[Any], *, num_actors: int, use_ray: bool
+    worker_class: Callable[..., PoolWorker], arguments: Sequence[Any], items: Sequence[Any], pool: ActorPool | None
 ) -> Iterator[dict[str, Any]]:
-    """Hand every item to a worker, on Ray Data actors or in this process; results come as they are done.
+    """Process every item with a worker and yield the results in the order in which they finish.
 
     Args:
-        make, arguments: Class of the worker and what it is made with; both must pickle.
-        num_actors: Ray Data actors; 0 takes one per CPU of the cluster, as far as there is work for them.
+        worker_class, arguments: Class of the workers and its constructor's arguments; both are pickled for Ray.
+        items: Values that pickle.
+        pool: Actors on Ray Data; None processes the items in this process, in order.
+    Raises:
+        RunError: A worker raised a RunError or an OSError.
     """
-    if not use_ray:
-        worker = make(*arguments)
-        yield from map(worker.work, items)
+    if not items:
+        return
+    if pool is None:
+        worker = worker_class(*arguments)
+        for item in items:
+            try:
+                result = worker.work(item)
+            except OSError as error:
+                raise RunError(one_line(error)) from error
+            yield result
         return
     import ray
 
-    rows = [{"item": json.dumps(item)} for item in items]
-    dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000))
-    results = dataset.map_batches(
-        _Actor,
-        fn_constructor_args=(make, arguments),
+    rows = [{"item": _Item(item)} for item in items]
+    outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
+        worker_class,
+        fn_constructor_args=arguments,
         batch_size=1,
-        compute=actor_pool(num_actors, len(rows)),
-        num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2
+        ),
+        num_gpus=pool.num_gpus,
+        num_cpus=pool.num_cpus,
     )
-    for row in results.iter_rows():
-        yield json.loads(row["result"])
+    for row in outcomes.iter_rows():
+        outcome = json.loads(row["outcome"])
+        if "error" in outcome:
+            raise RunError(outcome["error"])
+        yield outcome["result"]
 
 
-def actor_pool(num_actors: int, num_items: int) -> Any:
-    """Ray Data's strategy for a pool of CPU actors: as many as asked for, else one per CPU of the cluster, and no more
-    than there is work for.
+def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> ActorPool:
+    """Size of a pool of single-CPU actors, never more actors than there is work for.
 
-    Where the autoscaler may start more nodes without GPUs the pool begins with what there is and grows with them; a
-    cluster that starts from zero and does not say how far it goes shows no CPU yet.
+    Where the autoscaler may start more nodes without GPUs, the pool begins with the CPUs that are there and grows with
+    the cluster. A cluster that starts from zero nodes and does not report its limit shows no CPU yet.
+
+    Args:
+        num_actors: Requested actors; 0 means one per CPU of the cluster.
+        use_gpus: Give each actor a GPU if the cluster has any; then there are no more actors than GPUs.
     """
     import ray
 
-    present = int(ray.cluster_resources().get("CPU", 0))
-    useful = num_items if num_actors else math.ceil(num_items / ITEMS_WORTH_AN_ACTOR)
-    least = max(1, min(num_actors or max(MIN_ACTORS, present), useful))
-    most = max(least, min(num_actors or cpus_for_data() or MAX_GROWN_ACTORS, useful))
-    return ray.data.ActorPoolStrategy(min_size=least, max_size=most, max_tasks_in_flight_per_actor=2)
+    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if use_gpus else 0
+    if num_gpus:
+        num_actors = min(num_actors or num_gpus, num_gpus)
+    useful = num_items if num_actors else math.ceil(num_items / ITEMS_PER_ACTOR)
+    min_size = max(1, min(num_actors or max(MIN_ACTORS, present_cpus()), useful))
+    max_size = max(min_size, min(num_actors or cpus_for_data() or MAX_AUTOSCALED_ACTORS, useful))
+    return ActorPool(min_size, max_size, num_gpus=1 if num_gpus else None)
+
+
+def present_cpus() -> int:
+    """CPUs that the cluster has now, at least 1."""
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 0)))

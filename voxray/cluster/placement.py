@@ -1,8 +1,8 @@
-"""Room for training workers on a cluster whose nodes come and go.
+"""Resources for training workers on a cluster whose nodes come and go.
 
-What Ray reports as free is seconds old, and still counts a node that died. So room is not computed but asked for, with
-placement groups: Ray sets it aside on nodes that answer, has its autoscaler start nodes for what is missing, and takes
-it all back if this process dies.
+The free resources that Ray reports are seconds old and still count a node that died. So this module does not compute
+from them but requests placement groups. Ray reserves resources for them on nodes that answer, lets its autoscaler start
+nodes for the rest, and releases all of it when this process dies.
 """
 
 import time
@@ -14,24 +14,24 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 
 SETTLE_SEC = 5.0
-"""How long the places beyond the fewest may take; those that are free are given within tenths of a second."""
+"""Time to wait for workers beyond the minimum. Ray grants free resources within tenths of a second."""
 SAY_SEC = 60.0
 WAIT_SEC = 1800.0
-"""How long to wait for the fewest: a cloud takes minutes to start a node, and longer to set it up."""
+"""Time to wait for the minimum. A cloud needs minutes to start a node and longer to set it up."""
 GATHER_SEC = 20.0
-"""How long a run that could grow waits for more room, because nodes come one by one and each restart costs seconds."""
+"""Time to wait for further nodes before a run grows, because nodes arrive one by one and a restart costs seconds."""
 
 
 def worker_resource(fewest: int) -> str:
-    """What a worker takes one of: a GPU if the cluster has, or can get, any; else a CPU."""
+    """The resource that each worker gets one of: GPU if the cluster has enough of them or can start them, else CPU."""
     return "GPU" if 0 < fewest <= max_resource("GPU") else "CPU"
 
 
 def require_capacity(fewest: int) -> None:
-    """Refuse what the cluster can never hold, before hours go into features.
+    """Refuse a number of workers that the cluster can never hold, before features are computed.
 
     Raises:
-        SettingsError: There are not so many CPUs, or none to make features with, even when all nodes have started.
+        SettingsError: There are too few CPUs, or none for Ray Data, even when all nodes have started.
     """
     cpus = max_resource("CPU")
     if worker_resource(fewest) == "CPU" and fewest > cpus:
@@ -41,48 +41,49 @@ def require_capacity(fewest: int) -> None:
 
 
 def warn_about_idle_gpus(fewest: int) -> None:
-    """Warn if training takes CPUs because there are GPUs, but too few of them."""
+    """Warn if training uses CPUs because the cluster has fewer GPUs than workers."""
     if (gpus := max_resource("GPU")) and worker_resource(fewest) == "CPU":
         console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has {gpus} GPU(s) only")
 
 
 def wait_for_workers(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:
-    """Wait until there is room for the fewest workers.
+    """Wait until the minimum number of workers fits into the cluster.
 
     Args:
-        is_stopped: Whether the run was asked to stop meanwhile.
+        is_stopped: Whether the run was asked to stop while it waits.
     Returns:
-        For how many there is room now, ``most`` at most; 0 if asked to stop.
+        Number of workers that fit now, at most ``most``; 0 if the run was asked to stop.
     Raises:
-        RunError: There was none for half an hour.
+        RunError: The minimum did not fit within half an hour.
     """
-    unit, began, said = worker_resource(fewest), time.monotonic(), 0.0
-    asked = [_ask(fewest, unit)]
+    resource, began, last_message = worker_resource(fewest), time.monotonic(), 0.0
+    groups = [_request(fewest, resource)]
     try:
-        while not _is_given(asked[0]):
+        while not _is_granted(groups[0]):
             waited = time.monotonic() - began
             if is_stopped():
                 return 0
             if waited > WAIT_SEC:
-                raise RunError(f"no room for {fewest} worker(s) of one {unit} each in {waited / 60:.0f} minutes")
-            if waited - said > (SAY_SEC if said else SETTLE_SEC):
-                console.print(f"waiting for room for {fewest} worker(s) of one {unit} each")
-                said = waited
+                minutes = f"{waited / 60:.0f} minutes"
+                raise RunError(f"{fewest} worker(s) with one {resource} each did not fit into the cluster in {minutes}")
+            if waited - last_message > (SAY_SEC if last_message else SETTLE_SEC):
+                console.print(f"waiting until {fewest} worker(s) with one {resource} each fit into the cluster")
+                last_message = waited
             time.sleep(0.2)
-        asked += [_ask(1, unit) for _ in range(most - fewest)]
-        settled = time.monotonic() + SETTLE_SEC
-        while not all(map(_is_given, asked)) and time.monotonic() < settled:
+        groups += [_request(1, resource) for _ in range(most - fewest)]
+        deadline = time.monotonic() + SETTLE_SEC
+        while not all(map(_is_granted, groups)) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return fewest + sum(map(_is_given, asked[1:]))
+        return fewest + sum(map(_is_granted, groups[1:]))
     finally:
-        _give_back(asked)
+        _remove(groups)
 
 
 def is_evicted() -> bool:
-    """Whether Ray has taken back the places that this process itself runs in, as when Ray Tune stops a trial.
+    """Whether Ray has removed the placement group of this process, as it does when Ray Tune stops a trial.
 
-    Its processes end then, but not at once and in no order. What one of them asked for in that moment nobody would give
-    back.
+    Ray ends the processes of the group soon after, in no fixed order. A placement group that one of them requests in
+    that time would never be removed.
     """
     import ray
 
@@ -91,32 +92,32 @@ def is_evicted() -> bool:
 
 
 class ScaleUpWatcher:
-    """Notices when there is room for more workers than a run has; until then Ray keeps looking for it.
+    """Notices when more workers fit into the cluster than a run has.
 
     Args:
-        number: How many more it could use.
-        unit: What each takes one of.
+        number: Number of workers that the run could use in addition.
+        resource: CPU or GPU, one for each.
     """
 
-    def __init__(self, number: int, unit: str) -> None:
-        self._asked = [_ask(1, unit) for _ in range(number)]
-        self._first_seen = 0.0
+    def __init__(self, number: int, resource: str) -> None:
+        self._groups = [_request(1, resource) for _ in range(number)]
+        self._first_granted_at = 0.0
 
-    def is_there(self) -> bool:
-        """Whether the run should start again with more: all the room there can be, or no more of it for a while."""
-        given = sum(map(_is_given, self._asked))
-        if not given:
-            self._first_seen = 0.0
+    def is_ready(self) -> bool:
+        """Whether the run should restart: all additional workers fit, or some do and no others came for a while."""
+        granted = sum(map(_is_granted, self._groups))
+        if not granted:
+            self._first_granted_at = 0.0
             return False
-        self._first_seen = self._first_seen or time.monotonic()
-        return given == len(self._asked) or time.monotonic() - self._first_seen > GATHER_SEC
+        self._first_granted_at = self._first_granted_at or time.monotonic()
+        return granted == len(self._groups) or time.monotonic() - self._first_granted_at > GATHER_SEC
 
     def close(self) -> None:
-        _give_back(self._asked)
+        _remove(self._groups)
 
 
 def record_placement_group(run: str) -> None:
-    """In a training worker: note which places its run holds, under the run's name in Ray."""
+    """In a training worker: store the id of its placement group under the run's name in Ray's key-value store."""
     import ray
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -125,38 +126,39 @@ def record_placement_group(run: str) -> None:
 
 
 def release_placement_group(run: str) -> None:
-    """Give back what a run that has ended still holds.
+    """Remove the placement group of a run that has ended, if Ray Train left it.
 
-    That is Ray Train's to do. But it does not if the process group could not be made; and if its controller was killed,
-    a helper does it, which may have died of a slow answer before. Then the next start would wait for its own room.
+    Ray Train leaves it when the process group could not be created. When its controller is killed, a helper process
+    removes it, which may have died before because of one slow answer. The next start would then wait for resources that
+    the last one still holds.
     """
     import ray
     from ray.experimental.internal_kv import _internal_kv_get
     from ray.util.placement_group import PlacementGroup
 
-    if noted := _internal_kv_get(f"voxray/{run}"):
-        ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(noted)))
+    if group_id := _internal_kv_get(f"voxray/{run}"):
+        ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(group_id)))
 
 
-def _ask(number: int, unit: str) -> Any:
-    """Places for so many workers, all of them or none."""
+def _request(number: int, resource: str) -> Any:
+    """A placement group for this many workers, all of them or none."""
     import ray
 
-    return ray.util.placement_group([{unit: 1}] * number)
+    return ray.util.placement_group([{resource: 1}] * number)
 
 
-def _is_given(group: Any) -> bool:
+def _is_granted(group: Any) -> bool:
     return _state(group) == "CREATED"
 
 
 def _state(group: Any) -> str:
-    """Ray's word for where a placement group stands; one that it no longer knows has been removed."""
+    """Ray's state of a placement group. Ray no longer knows a group that was removed."""
     import ray
 
     return ray.util.placement_group_table(group).get("state", "REMOVED")
 
 
-def _give_back(groups: list[Any]) -> None:
+def _remove(groups: list[Any]) -> None:
     import ray
 
     for group in groups:

@@ -1,4 +1,4 @@
-"""The cluster: a Ray to work with, started here or joined, and what it has or can get."""
+"""Starts Ray on this machine or connects to a cluster, and reports the resources of the cluster."""
 
 import logging
 import os
@@ -15,28 +15,29 @@ import yaml
 from voxray.core.errors import RunError, one_line
 
 RAY_SETTINGS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # reports travel with this poll; the default is 2 s
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # autoscaled nodes take minutes to come up
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray fetches reports at this interval; the default is 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # autoscaled nodes take minutes to start
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # the dashboard's Train page shows the run
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune prints a box of text even when told to be silent, unless this is off
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep as it ends every other job
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # else a trial that fails before its first validation ends the sweep
+    "RAY_AIR_NEW_OUTPUT": "0",  # otherwise Tune prints a box of text even in silent mode
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep like every other job
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first validation
 }
 
 
 @contextmanager
 def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
-    """A Ray to work with: the cluster named by RAY_ADDRESS (set in submitted jobs), else one started here and stopped
-    after.
+    """Connect to the cluster at RAY_ADDRESS (Ray sets it in submitted jobs), or start Ray here and stop it afterwards.
 
     Args:
-        log_path: File that takes Ray's own messages.
-        num_processes: Processes that will run at a time. A Ray started here gets one CPU more than that, and not fewer
-            than the machine has, because Ray Data hangs when training holds every CPU.
+        log_path: File for Ray's own messages.
+        num_processes: Processes that will run at a time. If Ray is started here, it gets one CPU more than that, and at
+            least as many as the machine has, because Ray Data hangs when training holds every CPU.
+    Raises:
+        RunError: Ray cannot be started or reached.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -51,7 +52,7 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
             ray.init(**quiet)
         else:
             ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_processes + 1), **quiet)
-    except Exception as error:  # Ray's start fails in many ways, none of which the user caused by a setting
+    except Exception as error:  # Ray raises many types here, none of them because of a setting
         raise RunError(f"Ray could not be started or reached: {one_line(error, 300)}") from error
     _quiet_loggers(log_path)
     try:
@@ -64,10 +65,10 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
 
 @contextmanager
 def stderr_to(log_path: Path) -> Iterator[None]:
-    """Send what C++ code writes to the standard error of this process to a file; Python's own stays on the terminal."""
+    """Redirect the stderr of C++ code in this process to a file. Python's own stderr stays on the terminal."""
     sys.stderr.flush()
     terminal, log = os.dup(2), os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    before = sys.stderr
+    python_stderr = sys.stderr
     sys.stderr = os.fdopen(os.dup(terminal), "w", buffering=1)
     os.dup2(log, 2)
     os.close(log)
@@ -75,26 +76,26 @@ def stderr_to(log_path: Path) -> Iterator[None]:
         yield
     finally:
         sys.stderr.close()
-        sys.stderr = before
+        sys.stderr = python_stderr
         os.dup2(terminal, 2)
         os.close(terminal)
 
 
 @contextmanager
 def term_is_interrupt() -> Iterator[None]:
-    """Let SIGTERM, at which Ray ends the driver without a word, end a job as Ctrl-C does."""
+    """Make SIGTERM end a job like Ctrl-C. Ray's own handler ends the driver without a message."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _quiet_loggers(log_path: Path) -> None:
-    """Send the messages of Ray's Python side to a file instead of the terminal."""
+    """Redirect the log messages of Ray's Python code from the terminal to a file."""
     import ray
 
     context = ray.data.DataContext.get_current()
@@ -104,9 +105,9 @@ def _quiet_loggers(log_path: Path) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logger = logging.getLogger(name)
-        for old in list(logger.handlers):
-            if isinstance(old, logging.StreamHandler) and not isinstance(old, logging.FileHandler):
-                logger.removeHandler(old)
+        for existing in list(logger.handlers):
+            if isinstance(existing, logging.StreamHandler) and not isinstance(existing, logging.FileHandler):
+                logger.removeHandler(existing)
     logger = logging.getLogger("ray")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -114,27 +115,28 @@ def _quiet_loggers(log_path: Path) -> None:
 
 
 CLUSTER_FILE = "ray_bootstrap_config.yaml"
-"""What ``ray up`` leaves in the home folder of a head: cluster.yaml, which says how many nodes may be started."""
+"""Copy of cluster.yaml that ``ray up`` writes to the home folder of the head. It has the maximum numbers of nodes."""
 
 
 def max_resource(resource: str) -> int:
-    """How many CPUs or GPUs (``CPU``, ``GPU``) the cluster has, counting nodes that its autoscaler may still start."""
+    """Number of CPUs or GPUs (``CPU``, ``GPU``) of the cluster, including nodes that its autoscaler may still start."""
     import ray
     from ray._private.state import state
 
     present = ray.cluster_resources().get(resource, 0)
-    reported = state.get_max_resources_from_cluster_config() or {}  # by Ray's own service; the open one reports none
+    reported = state.get_max_resources_from_cluster_config() or {}  # Anyscale reports them, open-source Ray does not
     return int(max(present, reported.get(resource, 0), _autoscaled(resource)))
 
 
 def max_gpus() -> int:
-    """GPUs of the cluster, counting nodes that its autoscaler has not started yet."""
+    """Number of GPUs of the cluster, including nodes that its autoscaler may still start."""
     return max_resource("GPU")
 
 
 def cpus_for_data() -> int:
-    """CPUs that work without a GPU may take: those there are, and those of nodes that may still be started and have no
-    GPU, which nobody should pay for to have its CPUs.
+    """Number of CPUs for tasks without a GPU: all CPUs of the cluster, and those of nodes that may still be started.
+
+    Nodes with GPUs that have not been started do not count, because they are too expensive to start for their CPUs.
     """
     import ray
 
@@ -142,10 +144,10 @@ def cpus_for_data() -> int:
 
 
 def cluster_resources(log_path: Path) -> dict[str, float] | None:
-    """CPUs, GPUs and memory of the cluster that RAY_ADDRESS names; None without one.
+    """Resources of the cluster at RAY_ADDRESS, as Ray reports them; None if RAY_ADDRESS is not set.
 
     Raises:
-        RunError: It is out of reach.
+        RunError: The cluster cannot be reached.
     """
     if not os.environ.get("RAY_ADDRESS"):
         return None
@@ -156,19 +158,20 @@ def cluster_resources(log_path: Path) -> dict[str, float] | None:
 
 
 def _autoscaled(resource: str, *, gpu_nodes: bool = True) -> int:
-    """What all nodes together have once the autoscaler of this head has started as many as it may.
+    """Total of a resource once the autoscaler of this head has started as many nodes as it may.
 
     Args:
-        gpu_nodes: Whether nodes with GPUs are among them.
+        gpu_nodes: Whether to count nodes with GPUs.
     """
     path = Path.home() / CLUSTER_FILE
     if not (os.environ.get("RAY_ADDRESS") and path.is_file()):
         return 0
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    counts, left = [], config.get("max_workers", 0)
-    kinds = config.get("available_node_types", {})
-    of_head = kinds.get(config.get("head_node_type"), {}).get("resources", {}).get(resource, 0)
-    for name, kind in kinds.items():
-        if name != config.get("head_node_type") and (gpu_nodes or not kind.get("resources", {}).get("GPU")):
-            counts += [kind.get("resources", {}).get(resource, 0)] * kind.get("max_workers", left)
-    return int(of_head + sum(sorted(counts, reverse=True)[:left]))
+    node_types, max_workers = config.get("available_node_types", {}), config.get("max_workers", 0)
+    resources = {name: node_type.get("resources", {}) for name, node_type in node_types.items()}
+    head = config.get("head_node_type")
+    counts = []  # of every node that may be started
+    for name, node_type in node_types.items():
+        if name != head and (gpu_nodes or not resources[name].get("GPU")):
+            counts += [resources[name].get(resource, 0)] * node_type.get("max_workers", max_workers)
+    return int(resources.get(head, {}).get(resource, 0) + sum(sorted(counts, reverse=True)[:max_workers]))

@@ -1,4 +1,4 @@
-"""The audit job: from checked settings to report, figures, lists of findings and, if asked for, the clean part."""
+"""The audit job: measures the rows of manifests and writes report, figures, findings and, with --fix, clean rows."""
 
 import shutil
 import tempfile
@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
-from voxray.audit.findings import UNITS, Audit, AuditSummary, Numbers, Splits, assign_splits, write_findings
-from voxray.audit.fix import Fixed, check_fix_path, write_clean
+from voxray.audit.findings import UNITS, Audit, AuditSummary, RowStatistics, Splits, assign_splits, write_findings
+from voxray.audit.fix import FixSummary, check_fix_path, write_clean
 from voxray.audit.measure_rows import AuditLimits, Measurements, measure_manifests, plan_chunks
 from voxray.audit.report import write_report
 from voxray.cluster.actor_pool import MIN_ACTORS
@@ -30,18 +30,19 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     """Audit manifests.
 
     Args:
-        use_ray: False measures in this process.
+        use_ray: Whether to measure in Ray Data processes; False measures in this process.
     Returns:
-        The figures, as they stand in audit.json.
+        The content of audit.json.
     Raises:
-        RunError: There are faults and no ``--fix`` to leave them out, or it leaves nothing; or an input cannot be read.
-        SettingsError: An output cannot be placed.
+        RunError: There are faults and ``--fix`` is not set, ``--fix`` has no row left to write, or an input cannot be
+            read.
+        SettingsError: An output path cannot be used.
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     fix = resolve_output_dir(settings.fix, settings.storage_path, flag="--fix") if settings.fix else None
     if fix:
         check_fix_path(fix, settings.input)
-    plan_chunks(settings.input, output_dir, settings.rows_per_chunk)  # a missing file is told before a folder is made
+    plan_chunks(settings.input, output_dir, settings.rows_per_chunk)  # report missing files before making a folder
     model_id, trim_audio = settings.model_id, settings.trim_audio_tokens
     front_end = get_family(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None
     if not front_end and "max_len" in settings.model_fields_set:
@@ -53,18 +54,18 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     try:
         measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)
         length = "num_tokens" if front_end else "num_chars"
-        sides = assign_splits(settings.input, settings.compare)
-        audit = Audit(measurements, sides, length=length, spread=settings.outlier_spread)
-        found = write_findings(audit, output_dir, settings.max_examples)
+        splits = assign_splits(settings.input, settings.compare)
+        audit = Audit(measurements, splits, length=length, spread=settings.outlier_spread)
+        summary = write_findings(audit, output_dir, settings.max_examples)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    some_clean = sum(audit.rows.values()) > found.num_bad
-    fixed = write_clean(settings.input, found.bad_lines, fix) if fix and some_clean else None
-    figures = audit_figures(settings, audit, found, fixed)
+    has_clean_rows = sum(audit.rows.values()) > summary.num_bad
+    fixed = write_clean(settings.input, summary.bad_lines, fix) if fix and has_clean_rows else None
+    figures = audit_figures(settings, audit, summary, fixed)
     write_json(output_dir / "audit.json", figures)
-    write_report(output_dir, figures, audit.numbers, found.examples)
-    _summarise(figures, found, output_dir)
-    _end(figures, found, fix, fixed, output_dir)
+    write_report(output_dir, figures, audit.numbers, summary.examples)
+    _print_summary(figures, summary, output_dir)
+    _print_result(figures, summary, fix, fixed, output_dir)
     return figures
 
 
@@ -86,11 +87,13 @@ def _measure(
         return measure_manifests(settings.input, items, limits, front_end, on_progress=bar.update, **options)
 
 
-def audit_figures(settings: AuditSettings, audit: Audit, found: AuditSummary, fixed: Fixed | None) -> dict[str, Any]:
-    """All figures of an audit.
+def audit_figures(
+    settings: AuditSettings, audit: Audit, summary: AuditSummary, fixed: FixSummary | None
+) -> dict[str, Any]:
+    """The content of audit.json.
 
     Raises:
-        RunError: There is no row at all.
+        RunError: The inputs have no rows.
     """
     if not audit.rows:
         raise RunError(f"--input {', '.join(settings.input)}: no row, every line is blank")
@@ -98,28 +101,28 @@ def audit_figures(settings: AuditSettings, audit: Audit, found: AuditSummary, fi
     tokens = ["num_tokens"] if settings.model_id else []
     names = ["duration_sec", *tokens, "num_chars", "num_bytes", "chars_per_sec"]
     files = [
-        {"path": path, "side": _side(audit.sides, number), **by_file[number], "bad": len(found.bad_lines[number])}
+        {"path": path, "side": _split(audit.splits, number), **by_file[number], "bad": len(summary.bad_lines[number])}
         for number, path in enumerate(settings.input)
     ]
     tasks = {
         task or "unknown": total | {name: audit.numbers[task].summary(name) for name in names if task in audit.numbers}
         for task, total in sorted(by_task.items())
     }
-    num_rows = sum(audit.rows.values())
+    num_rows, all_numbers = sum(audit.rows.values()), _merge_tasks(audit)
     return {
         "rows": num_rows,
-        "rows_with_faults": found.num_bad,
-        "rows_with_warnings": found.num_warned,
-        "clean_rows": num_rows - found.num_bad,
+        "rows_with_faults": summary.num_bad,
+        "rows_with_warnings": summary.num_warned,
+        "clean_rows": num_rows - summary.num_bad,
         "hours": round(sum(audit.seconds.values()) / 3600, 4),
         "length_unit": "tokens" if settings.model_id else "characters and bytes",
         "model_id": settings.model_id,
         "max_len": settings.max_len if settings.model_id else None,
         "files": files,
         "tasks": tasks,
-        "all": {name: _all(audit).summary(name) for name in names},
-        "faults": dict(found.faults.most_common()),
-        "warnings": dict(found.warnings.most_common()),
+        "all": {name: all_numbers.summary(name) for name in names},
+        "faults": dict(summary.faults.most_common()),
+        "warnings": dict(summary.warnings.most_common()),
         "fixed": vars(fixed) if fixed else None,
         "settings": settings.model_dump(mode="json"),
     }
@@ -127,7 +130,7 @@ def audit_figures(settings: AuditSettings, audit: Audit, found: AuditSummary, fi
 
 def _totals(audit: Audit, part: int) -> dict[Any, dict[str, Any]]:
     """Rows, usable rows and hours by file (part 0) or task (part 1)."""
-    keys = dict.fromkeys(cell[part] for cell in audit.rows) if part else range(len(audit.sides.of_file))
+    keys = dict.fromkeys(cell[part] for cell in audit.rows) if part else range(len(audit.splits.by_file))
     totals: dict[Any, dict[str, Any]] = {}
     for key in keys:
         cells = [cell for cell in audit.rows if cell[part] == key]
@@ -137,48 +140,49 @@ def _totals(audit: Audit, part: int) -> dict[Any, dict[str, Any]]:
     return totals
 
 
-def _all(audit: Audit) -> Numbers:
-    numbers = Numbers()
+def _merge_tasks(audit: Audit) -> RowStatistics:
+    numbers = RowStatistics()
     for task in audit.numbers.values():
         for name, values in numbers.values.items():
             values.extend(task.values[name])
     return numbers
 
 
-def _side(sides: Splits, number: int) -> str:
-    return sides.names[sides.of_file[number]] if len(set(sides.of_file)) > 1 else ""
+def _split(splits: Splits, number: int) -> str:
+    """Name of a file's split; "" if all files are of one split."""
+    return splits.names[splits.by_file[number]] if len(set(splits.by_file)) > 1 else ""
 
 
-def _summarise(figures: dict[str, Any], found: AuditSummary, output_dir: Path) -> None:
+def _print_summary(figures: dict[str, Any], summary: AuditSummary, output_dir: Path) -> None:
     table = Table(title="audit", title_justify="left")
     length = "num_tokens" if figures["model_id"] else "num_chars"
     for name in ("task", "rows", "hours", f"{UNITS[length]} p50", "p95", "max", "sec p50", "max"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, entry in figures["tasks"].items():
         lengths, seconds = entry.get(length, {}), entry.get("duration_sec", {})
-        cells = [lengths.get(name) for name in ("p50", "p95", "max")] + [seconds.get(name) for name in ("p50", "max")]
-        shown = ["" if value is None else f"{value:g}" for value in cells]
-        table.add_row(task, str(entry["rows"]), f"{entry['hours']:.3f}", *shown)
+        values = [lengths.get(name) for name in ("p50", "p95", "max")] + [seconds.get(name) for name in ("p50", "max")]
+        cells = ["" if value is None else f"{value:g}" for value in values]
+        table.add_row(task, str(entry["rows"]), f"{entry['hours']:.3f}", *cells)
     console.print(table)
     if not figures["model_id"]:
         console.print("lengths are in characters (bytes in the report): no --model_id, so no tokens were counted")
-    sides: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for file in figures["files"]:
-        sides.setdefault(file["side"], []).append(Path(file["path"]).name)
-    if len(sides) > 1:
-        shown = " | ".join(f"{side}: {', '.join(names)}" for side, names in sides.items())
-        console.print(f"leaks were looked for between {shown}", markup=False)
+        splits.setdefault(file["side"], []).append(Path(file["path"]).name)
+    if len(splits) > 1:
+        text = " | ".join(f"{split}: {', '.join(names)}" for split, names in splits.items())
+        console.print(f"leaks were looked for between {text}", markup=False)
     elif len(figures["files"]) > 1:
-        console.print("all files are of one side, so no leaks were looked for; --compare files does", markup=False)
+        console.print("all files are of one split, so no leaks were looked for; --compare files does", markup=False)
     for kind in ("faults", "warnings"):
         counts = ", ".join(f"{reason} {count}" for reason, count in figures[kind].items())
         console.print(f"{kind}: {counts or 'none'}", markup=False)
-    _show_faults(figures, found, output_dir)
+    _print_faults(figures, summary, output_dir)
     console.print(f"report: {output_dir / 'report.html'}", markup=False)
 
 
-def _show_faults(figures: dict[str, Any], found: AuditSummary, output_dir: Path) -> None:
-    first = [found.examples[reason][0] for reason in figures["faults"]][:SHOWN_FAULTS]
+def _print_faults(figures: dict[str, Any], summary: AuditSummary, output_dir: Path) -> None:
+    first = [summary.examples[reason][0] for reason in figures["faults"]][:SHOWN_FAULTS]
     for finding in first:
         text = f"{finding['source_file']}:{finding['line']}: {finding['reason']}: {finding['message']}"
         console.print(f"  {escape(text.encode('utf-8', 'backslashreplace').decode())}")
@@ -188,19 +192,21 @@ def _show_faults(figures: dict[str, Any], found: AuditSummary, output_dir: Path)
         console.print("no row is of a known task; jobs/prepare.py turns raw corpora into manifests", markup=False)
 
 
-def _end(figures: dict[str, Any], found: AuditSummary, fix: Path | None, fixed: Fixed | None, output_dir: Path) -> None:
-    """Say how it ends.
+def _print_result(
+    figures: dict[str, Any], summary: AuditSummary, fix: Path | None, fixed: FixSummary | None, output_dir: Path
+) -> None:
+    """Print what ``--fix`` wrote.
 
     Raises:
-        RunError: With faults that no ``--fix`` left out, or no row left.
+        RunError: There are faults and ``--fix`` is not set, or it has no row left to write.
     """
     count = f"{sum(figures['faults'].values())} fault(s) in {figures['rows_with_faults']} of {figures['rows']} row(s)"
     if fix and not fixed:
         raise RunError(f"--fix {fix}: {count}, none is left to write; they are listed in {output_dir / 'faults.jsonl'}")
     if fixed:
-        told = f"{fix}: {fixed.num_rows} row(s) written, {figures['rows_with_faults']} with faults left out"
-        told += f"; {fixed.num_moved} audio path(s) made absolute" if fixed.num_moved else ""
-        told += f"; {fixed.num_renamed} id(s) that another input has as well renamed" if fixed.num_renamed else ""
-        console.print(told, markup=False)
-    elif found.faults:
+        message = f"{fix}: {fixed.num_rows} row(s) written, {figures['rows_with_faults']} with faults left out"
+        message += f"; {fixed.num_moved} audio path(s) made absolute" if fixed.num_moved else ""
+        message += f"; {fixed.num_renamed} id(s) that another input has as well renamed" if fixed.num_renamed else ""
+        console.print(message, markup=False)
+    elif summary.faults:
         raise RunError(f"{count}, listed in {output_dir / 'faults.jsonl'}; --fix writes the rest")

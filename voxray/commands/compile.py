@@ -1,8 +1,8 @@
-"""The compile job: a model's audio path -> programs for given numbers of windows, held against the model itself.
+"""The compile job: compiles a model's audio path for some batch sizes and compares the programs with the model.
 
-What is compiled is all that hears the audio: Whisper's encoder, Voxtral's encoder and projector, SALMONN's two encoders
-and Q-Former, with what an adapter adds to them. It is the part of a model whose shapes do not depend on what is asked
-and answered. Language models stay as they are: their shapes change with every token.
+The audio path is Whisper's encoder, Voxtral's encoder and projector, or SALMONN's two encoders and Q-Former, including
+an adapter's weights. Its shapes do not depend on the prompt or the answer. The language model is not compiled, as its
+shapes change with every token.
 """
 
 import hashlib
@@ -28,40 +28,47 @@ from voxray.generation.model import InferenceConfig, base_and_adapter, load_mode
 from voxray.generation.salmonn_base import assemble_base
 from voxray.models.adapters.lora import WEIGHTS
 from voxray.models.interface import AudioPath, FrontEnd
-from voxray.models.parts.compiled_audio import FORMAT, REPORT, described, import_tensorrt, load_program, weights_hash
+from voxray.models.parts.compiled_audio import (
+    FORMAT,
+    REPORT,
+    compile_environment,
+    import_tensorrt,
+    load_program,
+    weights_hash,
+)
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
 from voxray.runs.run_folder import make_folder, provenance, resolve_output_dir
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Largest difference allowed, as a share of the largest number; that of the type is what rounding gives."""
+"""Largest allowed difference as a share of the model's largest output, by data type: the size of its rounding error."""
 INDUCTOR = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
-"""What is left out only calls the kernels, once each; compiling takes a third of the time without it."""
-NOISE = 0.1  # of the clips that both are asked about, as a share of full scale
-SHORT = 0.1  # of a window: a clip of 3 s, where a window has 30
+"""The wrapper only calls each kernel once. Without optimizing it, compilation takes a third of the time."""
+NOISE = 0.1  # standard deviation of the noise clips, as a share of full scale
+SHORT = 0.1  # length of the short clips in windows: 3 s of a 30 s window
 TIMED_RUNS = 5
 
 Inputs = tuple[torch.Tensor, ...]
-"""Of an audio path (see ``models.family.AudioPath``)."""
+"""Inputs of an audio path (see ``models.interface.AudioPath``)."""
 
 
 def run_compile(settings: CompileSettings) -> dict[str, Any]:
-    """Compile the audio path of a model, and write the programs if they compute what the model does.
+    """Compile the audio path of a model and write the programs if their outputs match the model's.
 
     Returns:
-        What stands in compiled.json.
+        The content of compiled.json.
     Raises:
-        RunError: The model cannot be loaded or compiled, the folder is taken, or a program computes something else
-            (nothing is left behind then).
+        RunError: The model cannot be loaded or compiled, the output folder is in use, or a program's outputs differ
+            from the model's. No output is written then.
         SettingsError: The settings do not fit the model.
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
-    _refuse_taken_folder(output_dir, overwrite=settings.overwrite)
+    _check_output_dir(output_dir, overwrite=settings.overwrite)
     settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     family = get_family(model_id)
-    if settings.quantize != "none" and "encoder" in family.quantized:
+    if settings.quantize != "none" and family.encoder_role in family.quantized:
         raise SettingsError(
             f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "
             "cannot be compiled; leave it out"
@@ -71,12 +78,16 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
     model, _ = load_model(InferenceConfig(model_id, str(adapter or ""), SamplingParams(1), 1, **flags))
     device, dtype = next(model.parameters()).device, base_dtype(bf16=settings.bf16, fp16=settings.fp16)
-    front_end, path = family.front_end(model_id), family.audio_path(model).eval()
+    front_end, audio_path = family.front_end(model_id), family.audio_path(model).eval()
     report = {"format": FORMAT, "model_id": model_id, "adapter": str(adapter or ""), "adapter_sha256": ""}
     if adapter:
         report["adapter_sha256"] = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
-    report |= {**described(family, dtype, device), "weights": weights_hash(path), "backend": settings.backend}
-    report |= {"mel_shape": [front_end.num_mel_bins, front_end.window_frames], "windows": {}}
+    report |= {**compile_environment(family, dtype, device), "weights": weights_hash(audio_path)}
+    report |= {
+        "backend": settings.backend,
+        "mel_shape": [front_end.num_mel_bins, front_end.window_frames],
+        "windows": {},
+    }
     partial = output_dir.with_name(f".{output_dir.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     make_folder(partial)
@@ -85,7 +96,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
             clips = noise_clips(front_end, number, settings.seed, dtype, device)
             file = partial / f"audio_w{number}.pt2"
             console.print(f"compiling for {number} window(s) ...")
-            report["windows"][str(number)] = entry = compiled(path, clips, file, settings)
+            report["windows"][str(number)] = entry = compile_and_check(audio_path, clips, file, settings)
             console.print(
                 f"{number} window(s): compiled in {entry['compile_sec']:.0f} s; differs by {entry['difference']:.1e} "
                 f"of the largest number; {entry['eager_sec'] * 1e3:.1f} -> {entry['compiled_sec'] * 1e3:.1f} ms"
@@ -99,7 +110,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     return report
 
 
-def _refuse_taken_folder(output_dir: Path, *, overwrite: bool) -> None:
+def _check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
     if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
         return
     if not (overwrite and (output_dir / REPORT).is_file()):
@@ -120,40 +131,44 @@ def _check_backend(settings: CompileSettings) -> None:
 def noise_clips(
     front_end: FrontEnd, num_windows: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> list[Inputs]:
-    """What an audio path is given for clips of one window each, of seeded noise: whole windows first, and short ones
-    for models that ask for lengths.
+    """Inputs of an audio path for ``num_windows`` noise clips of one window each.
+
+    Returns:
+        The inputs for full windows. For models that take lengths, also those for short clips.
     """
-    draw, window_samples = np.random.default_rng(seed), front_end.window_frames * HOP_SAMPLES
-    found = []
-    for share in (1.0, SHORT) if front_end.counts_samples else (1.0,):
+    rng, window_samples = np.random.default_rng(seed), front_end.window_frames * HOP_SAMPLES
+    batches = []
+    for share in (1.0, SHORT) if front_end.needs_num_samples else (1.0,):
         lengths = [round(share * window_samples)] * num_windows
         windows = []
         for length in lengths:
-            features = front_end.features(draw.normal(0, NOISE, length).astype(np.float32))
+            features = front_end.features(rng.normal(0, NOISE, length).astype(np.float32))
             windows.append(padded_windows(features.mel_KF, features.fill, features.num_windows, front_end))
         inputs = [torch.from_numpy(np.concatenate(windows)).to(device, dtype)]
-        inputs += [torch.tensor(lengths, device=device)] if front_end.counts_samples else []
-        found.append(tuple(inputs))
-    return found
+        inputs += [torch.tensor(lengths, device=device)] if front_end.needs_num_samples else []
+        batches.append(tuple(inputs))
+    return batches
 
 
 @torch.no_grad()
-def compiled(path: torch.nn.Module, clips: Sequence[Inputs], file: Path, settings: CompileSettings) -> dict[str, Any]:
-    """Compile for one number of windows, and hold the program that is on disk against the model.
+def compile_and_check(
+    audio_path: torch.nn.Module, clips: Sequence[Inputs], file: Path, settings: CompileSettings
+) -> dict[str, Any]:
+    """Compile for one number of windows, load the program from disk and compare its outputs with the model's.
 
     Args:
-        clips: What both are given; the first is what is compiled for, and what the times are of.
+        clips: Inputs for the comparison; the first one is also used for compiling and timing.
     Returns:
-        file, sha256, compile_sec; difference (largest, as a share of the model's largest number) and
-        difference_absolute from the model; eager_sec and compiled_sec, medians of a few runs.
+        file, sha256, compile_sec; the largest difference from the model, as difference (a share of the model's largest
+        output) and difference_absolute; eager_sec and compiled_sec, medians of a few runs.
     Raises:
-        RunError: It cannot be compiled, or it computes something else.
+        RunError: The audio path cannot be compiled, or the outputs differ.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own parts about each other
-            exported = torch.export.export(path, clips[0])
+            warnings.simplefilter("ignore")  # torch's own deprecation warnings
+            exported = torch.export.export(audio_path, clips[0])
             if settings.backend == "tensorrt":
                 _write_tensorrt(exported, clips[0], file, settings.optimization_level)
             else:
@@ -163,36 +178,36 @@ def compiled(path: torch.nn.Module, clips: Sequence[Inputs], file: Path, setting
     except Exception as error:  # compilers' errors have no common type
         reason = one_line(error, 300)
         raise RunError(f"--backend {settings.backend}: cannot compile this on this machine: {reason}") from None
-    compile_sec = time.perf_counter() - began
+    compile_sec = time.perf_counter() - start
     device = clips[0][0].device
     program = load_program(file, device)
     difference, absolute = 0.0, 0.0
     for inputs in clips:
-        off, share = _difference(program(*inputs), path(*inputs))
-        if not share <= TOLERANCE[inputs[0].dtype]:
-            raise RunError(f"compile: the program computes something else than the model: they differ by {share:.1e}")
-        difference, absolute = max(difference, share), max(absolute, off)
+        batch_absolute, batch_difference = _difference(program(*inputs), audio_path(*inputs))
+        if not batch_difference <= TOLERANCE[inputs[0].dtype]:  # also true for NaN
+            raise RunError(f"compile: the program's outputs differ from the model's by {batch_difference:.1e}")
+        difference, absolute = max(difference, batch_difference), max(absolute, batch_absolute)
     return {
         "file": file.name,
         "sha256": checksum(file),
         "compile_sec": compile_sec,
         "difference": difference,
         "difference_absolute": absolute,
-        "eager_sec": _median_sec(path, clips[0]),
+        "eager_sec": _median_sec(audio_path, clips[0]),
         "compiled_sec": _median_sec(program, clips[0]),
     }
 
 
-def _difference(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
-    """Largest difference, and as a share of the largest number wanted; infinite where the shapes differ."""
-    if found.shape != wanted.shape:
+def _difference(output: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Largest absolute difference, and the same as a share of the largest expected value; infinite for other shapes."""
+    if output.shape != expected.shape:
         return float("inf"), float("inf")
-    absolute = float((found.float() - wanted.float()).abs().max())
-    return absolute, absolute / float(wanted.float().abs().max())
+    absolute = float((output.float() - expected.float()).abs().max())
+    return absolute, absolute / float(expected.float().abs().max())
 
 
 def _write_tensorrt(exported: Any, inputs: Inputs, file: Path, optimization_level: int) -> None:
-    """Parts that TensorRT knows as engines, the rest by AOTInductor, in one package."""
+    """Write one package: TensorRT engines for the operators it supports, AOTInductor code for the rest."""
     tensorrt = import_tensorrt("--backend tensorrt")
     engine = tensorrt.dynamo.compile(
         exported, arg_inputs=list(inputs), optimization_level=optimization_level, min_block_size=1
@@ -200,18 +215,18 @@ def _write_tensorrt(exported: Any, inputs: Inputs, file: Path, optimization_leve
     tensorrt.save(engine, str(file), output_format="aot_inductor", arg_inputs=list(inputs), retrace=True)
 
 
-def _median_sec(run: AudioPath, inputs: Inputs) -> float:
+def _median_sec(audio_path: AudioPath, inputs: Inputs) -> float:
     seconds, device = [], inputs[0].device
-    for _ in range(TIMED_RUNS + 1):  # the first is not counted
+    for _ in range(TIMED_RUNS + 1):  # the first run is a warm-up
         synchronise(device)
-        began = time.perf_counter()
-        run(*inputs)
+        start = time.perf_counter()
+        audio_path(*inputs)
         synchronise(device)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked for; a CPU has."""
+    """Wait until a GPU has finished its queued work; returns at once on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The demo's server: from checked settings to a page that answers, until Ctrl-C or SIGTERM."""
+"""The demo job: serves a web page that answers with a model, until Ctrl-C or SIGTERM."""
 
 import os
 import signal
@@ -20,16 +20,16 @@ from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import language_code
 
 CLOSING_SEC = 1
-"""How long open pages are waited for at the end; each of them holds a connection."""
+"""How long the server waits for the connections of open pages when it stops."""
 
 
 def run_demo(settings: DemoSettings, example: str) -> None:
     """Load the model and serve its page.
 
     Args:
-        example: A clip that the page offers to try, if there is such a file.
+        example: Path of a clip that the page offers as an example, if the file exists.
     Raises:
-        RunError, SettingsError: What the user has to put right.
+        RunError, SettingsError: The user has to fix an input or a setting.
     """
     try:
         language_code(settings.language)
@@ -38,14 +38,14 @@ def run_demo(settings: DemoSettings, example: str) -> None:
     warn_about_unused_flags(settings)
     with term_is_interrupt(), _uploads(), _listener(settings.host, settings.port) as listener:
         try:
-            import gradio  # noqa: F401  # said before a model is loaded
+            import gradio  # noqa: F401  # report a missing Gradio before loading a model
         except ImportError:
             raise RunError("the demo needs Gradio: pip install 'voxray[demo]'") from None
         from voxray.demo.answers import open_model
 
         answering, num_tensors = open_model(settings)
-        if answering.how.adapter:
-            print(f"adapter {answering.how.adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
+        if answering.config.adapter:
+            print(f"adapter {answering.config.adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
         app = _app(answering, settings, example if Path(example).is_file() else "")
         _serve(app, listener, settings.host, on_stop=answering.stop)
     print("demo stopped", flush=True)
@@ -53,19 +53,19 @@ def run_demo(settings: DemoSettings, example: str) -> None:
 
 @contextmanager
 def _uploads() -> Iterator[None]:
-    """A folder of this process's own for what Gradio stores; it reads its place from the environment when imported."""
+    """A temporary folder for Gradio's files. Gradio reads its path from the environment when it is imported."""
     with tempfile.TemporaryDirectory(prefix="voxray-demo-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         yield
 
 
 def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
-    """The page as a web application that takes uploads alone, and neither sends to nor fetches from anywhere else."""
+    """The page as a web application that accepts uploads only and makes no requests to other servers."""
     import gradio
     from fastapi import FastAPI
     from gradio import processing_utils
 
-    from voxray.demo.page import build_page, look
+    from voxray.demo.page import build_page, theme_options
 
     page = build_page(answering, settings, example)
     no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
@@ -82,10 +82,10 @@ def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        **look(),
+        **theme_options(),
     )
-    # A request may name any file or address in the place of an upload. Gradio refuses files elsewhere on the machine
-    # once a page is launched, of which mounting it takes no note; addresses on the internet it would fetch.
+    # A request may name any file or URL instead of an upload. Gradio rejects files elsewhere on the machine only once
+    # has_launched is set, which mounting the page does not do, and it would fetch URLs.
     page.has_launched = True
     processing_utils.async_ssrf_protected_get = _fetch_nothing
     return app
@@ -97,10 +97,10 @@ async def _fetch_nothing(url: str) -> Any:
 
 @contextmanager
 def _listener(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that holds the port from now on; it takes requests when the server does.
+    """A socket bound to the port, so that no other process takes it while the model loads.
 
     Raises:
-        RunError: The port is taken, or the address is none of this machine's.
+        RunError: The port is in use, or the address is not one of this machine's.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, socket.SOCK_STREAM) as listener:
@@ -114,7 +114,7 @@ def _listener(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _serve(app: Any, listener: socket.socket, host: str, on_stop: Callable[[], None]) -> None:
-    """Take requests until Ctrl-C or SIGTERM."""
+    """Serve requests until Ctrl-C or SIGTERM."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -125,16 +125,16 @@ def _serve(app: Any, listener: socket.socket, host: str, on_stop: Callable[[], N
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
-                _say_where(host, listener.getsockname()[1])
+                _print_address(host, listener.getsockname()[1])
 
     config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=CLOSING_SEC, ws="none")
-    with _signals_end_it():
+    with _ignore_signals():
         Server(config).run([listener])
 
 
-def _say_where(host: str, port: int) -> None:
+def _print_address(host: str, port: int) -> None:
     address = None if host == "localhost" else ip_address(host)
-    everywhere = address is not None and address.is_unspecified
+    all_interfaces = address is not None and address.is_unspecified
     if address is not None and not address.is_loopback:
         print(
             f"warning: --host {host}: anybody on the network can use this demo; browsers give it a microphone only on "
@@ -142,20 +142,19 @@ def _say_where(host: str, port: int) -> None:
             file=sys.stderr,
             flush=True,
         )
-    name = "127.0.0.1" if everywhere else f"[{host}]" if address is not None and address.version == 6 else host
+    name = "127.0.0.1" if all_interfaces else f"[{host}]" if address is not None and address.version == 6 else host
     print(f"demo at http://{name}:{port}", flush=True)
 
 
 @contextmanager
-def _signals_end_it() -> Iterator[None]:
-    """Let uvicorn's way of ending be all that Ctrl-C and SIGTERM do: it raises them once more when it is done."""
+def _ignore_signals() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM outside uvicorn's own handlers: it stops on them and raises them again at its end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ended_by = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: None) for number in ended_by}
+    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The efficiency job: from checked settings to efficiency.json and its picture."""
+"""The efficiency job: measures a model's speed and memory and writes efficiency.json and a plot."""
 
 import json
 import subprocess
@@ -36,38 +36,38 @@ from voxray.runs.run_folder import make_folder, provenance, refuse_training_fold
 
 REPORT, PICTURE, CLIP = "efficiency.json", "efficiency.png", "clip.wav"
 CLIP_RATE_HZ = 16_000
-NOISE = 0.1  # of the clip, as a share of full scale
+NOISE = 0.1  # standard deviation of the noise clip, as a share of full scale
 VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {"compiled": ""},
     "compiled": {},
     "8bit": {"compiled": "", "quantize": "8bit"},
     "4bit": {"compiled": "", "quantize": "4bit"},
 }
-"""What each of ``--compare`` changes."""
+"""The settings that each variant of ``--compare`` changes."""
 
 
 def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
-    """Measure a model, or several variants of it in processes of their own.
+    """Measure a model, or several variants of it, each in its own process.
 
     Returns:
-        What stands in efficiency.json.
+        The content of efficiency.json.
     Raises:
-        RunError, SettingsError: What the user has to put right.
+        RunError, SettingsError: The user has to fix an input or a setting.
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
     make_folder(output_dir)
     if settings.compare:
-        found = {name: _measured_apart(name, settings, output_dir) for name in settings.compare}
-        report = {"variants": found, **provenance()}
+        variants = {name: _measure_in_subprocess(name, settings, output_dir) for name in settings.compare}
+        report = {"variants": variants, **provenance()}
     else:
         warn_about_unused_flags(settings)
-        report = {**_measured(settings, output_dir), **provenance()}
-        found = {variant_name(report): report}
+        report = {**_measure(settings, output_dir), **provenance()}
+        variants = {variant_name(report): report}
     write_json(output_dir / REPORT, report)
-    write_atomically(output_dir / PICTURE, plot(found))
-    console.print(_table(found))
-    for name, variant in found.items():
+    write_atomically(output_dir / PICTURE, plot(variants))
+    console.print(_table(variants))
+    for name, variant in variants.items():
         for line in old_lines(variant):
             console.print(f"{name}: {line}", markup=False)
     console.print(f"{REPORT} and {PICTURE} in {output_dir}", markup=False)
@@ -75,14 +75,14 @@ def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
 
 
 def variant_name(report: Mapping[str, Any]) -> str:
-    """Short name of what was measured."""
+    """Short name of the variant that was measured, such as "8bit compiled"."""
     words = [report["quantize"]] if report["quantize"] != "none" else []
     words += ["compiled"] if report["compiled"] else []
     return " ".join(words) or "eager"
 
 
-def _measured_apart(name: str, settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
-    """Measure one variant in a process of its own; what it prints is shown only if it fails."""
+def _measure_in_subprocess(name: str, settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
+    """Measure one variant in its own process; its output is discarded unless it fails."""
     folder = output_dir / name
     make_folder(folder)
     values = settings.model_dump(mode="json", include=settings.model_fields_set - {"compare", "storage_path"})
@@ -90,26 +90,26 @@ def _measured_apart(name: str, settings: EfficiencySettings, output_dir: Path) -
     write_atomically(folder / "settings.yaml", yaml.safe_dump(values, allow_unicode=True).encode())
     console.print(f"measuring {name} ...")
     command = [sys.executable, str(REPOSITORY / "jobs" / "efficiency.py"), "--config", str(folder / "settings.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["no word"]
-        raise RunError(f"--compare {name}: {said[0].removeprefix('error: ')} (exit status {done.returncode})")
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+        messages = [line for line in lines if line.startswith("error:")] or lines[-1:] or ["no error message"]
+        raise RunError(f"--compare {name}: {messages[0].removeprefix('error: ')} (exit status {process.returncode})")
     return json.loads((folder / REPORT).read_text(encoding="utf-8"))
 
 
-def _measured(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
-    """Load the model as the settings say, and measure it with every batch size."""
+def _measure(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
+    """Load the model and measure it with every batch size."""
     settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = match_training_prompts(settings, model_id, adapter)
     family = get_family(model_id)
     front_end = family.front_end(model_id, trim_audio=settings.trim_audio_tokens)
     sample = _sample(settings, output_dir)
-    num_windows = _windows_of(settings, family, front_end, sample)
-    _refuse_other_windows(settings, num_windows)
+    num_windows = _count_windows(settings, family, front_end, sample)
+    _check_compiled_windows(settings, num_windows)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize", "compiled")}
-    began = time.perf_counter()
+    start = time.perf_counter()
     model, _ = load_model(
         InferenceConfig(model_id, str(adapter or ""), SamplingParams(settings.new_tokens), 1, **flags)
     )
@@ -126,24 +126,24 @@ def _measured(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
         **{name: getattr(settings, name) for name in ("quantize", "compiled", "task", "language", "trim_audio_tokens")},
         **{name: getattr(settings, name) for name in ("new_tokens", "warmup", "repeats")},
         "clip": sample.audio_path,
-        "load_sec": time.perf_counter() - began,
+        "load_sec": time.perf_counter() - start,
     }
     results, old = [], None
-    # torch's own count, from the start of the process to the end of the batch of one: loading is in it
-    ever_gib = PeakMemory(device).peak_gib() if device.type == "cuda" else None
+    # the old evaluator reports torch's peak from the start of the process to the end of its one batch, so with loading
+    load_peak_gib = PeakMemory(device).peak_gib() if device.type == "cuda" else None
     for batch_size in settings.batch_sizes:
         with progress_bar(f"batch of {batch_size}") as bar:
             options = {name: getattr(settings, name) for name in ("new_tokens", "warmup", "repeats")}
-            found, as_old = measure(loaded, sample, batch_size=batch_size, on_progress=bar.update, **options)
-        results.append(found)
+            result, as_old = measure(loaded, sample, batch_size=batch_size, on_progress=bar.update, **options)
+        results.append(result)
         if batch_size == 1:
-            memory = {"memory_gib": None if ever_gib is None else max(ever_gib, found["peak_memory_gib"])}
-            old = {**as_old, **memory, "clip_sec": found["clip_sec"]}
+            memory = {"memory_gib": None if load_peak_gib is None else max(load_peak_gib, result["peak_memory_gib"])}
+            old = {**as_old, **memory, "clip_sec": result["clip_sec"]}
     return {**report, "results": results, "old_evaluator": old}
 
 
 def _sample(settings: EfficiencySettings, output_dir: Path) -> Sample:
-    """What is asked, and the clip's file; noise is written as one, so that its decoding counts as a recording's."""
+    """The row to answer. Noise is written to a file, so that its decoding is measured like that of a recording."""
     task, path = TASKS[settings.task], settings.audio_path
     if not path:
         noise = np.random.default_rng(settings.seed).normal(0, NOISE, round(settings.clip_sec * CLIP_RATE_HZ))
@@ -155,11 +155,12 @@ def _sample(settings: EfficiencySettings, output_dir: Path) -> Sample:
     return Sample("clip", task, prompt, "", path, settings.language, "--audio_path")
 
 
-def _windows_of(settings: EfficiencySettings, family: ModelFamily, front_end: FrontEnd, sample: Sample) -> int:
-    """Windows of the clip.
+def _count_windows(settings: EfficiencySettings, family: ModelFamily, front_end: FrontEnd, sample: Sample) -> int:
+    """Number of windows of the clip.
 
     Raises:
-        RunError, SettingsError: The model does not answer such a clip, or not at such length.
+        RunError: The clip cannot be read.
+        SettingsError: The clip is too long to be measured, or prompt and answer exceed the model's context.
     """
     flag = "--audio_path" if settings.audio_path else "--clip_sec"
     try:
@@ -181,25 +182,25 @@ def _windows_of(settings: EfficiencySettings, family: ModelFamily, front_end: Fr
     return row.num_windows
 
 
-def _refuse_other_windows(settings: EfficiencySettings, num_windows: int) -> None:
-    """A batch that is heard in parts says nothing of a program made for a whole one.
+def _check_compiled_windows(settings: EfficiencySettings, num_windows: int) -> None:
+    """Check that every batch fits a compiled program; a batch that is split says nothing about the speed of a program.
 
     Raises:
-        SettingsError: With the numbers that there are.
+        SettingsError: There is no program for the number of windows of a batch.
     """
     if not settings.compiled:
         return
-    made = sorted(int(number) for number in read_report(Path(settings.compiled))["windows"])
+    compiled_for = sorted(int(number) for number in read_report(Path(settings.compiled))["windows"])
     for batch_size in settings.batch_sizes:
-        if batch_size * num_windows not in made:
+        if batch_size * num_windows not in compiled_for:
             raise SettingsError(
                 f"--batch_sizes {batch_size}: has {batch_size * num_windows} window(s), and {settings.compiled} is "
-                f"compiled for {', '.join(map(str, made))}; jobs/compile.py --windows says for which"
+                f"compiled for {', '.join(map(str, compiled_for))}; jobs/compile.py --windows sets the numbers"
             )
 
 
 def _table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Medians, with quartiles for the two times that people compare."""
+    """Medians of every batch, with quartiles for TTFT and TPOT."""
     first = next(iter(variants.values()))
     clip_sec = first["results"][0]["clip_sec"]
     about = (
@@ -212,25 +213,26 @@ def _table(variants: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in names:
         table.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name.endswith("ms"))
     for variant, report in variants.items():
-        for found in report["results"]:
-            prepared = found["decode_sec"]["median"] + found["features_sec"]["median"]
-            rates = [f"{found[name]['median']:.1f}" for name in ("rtfx", "tokens_per_sec")]
-            cells = [_milliseconds(found[name]) for name in ("ttft_sec", "tpot_sec")]
-            cells += [f"{prepared * 1e3:.1f}", *rates, f"{found['peak_memory_gib']:.3f}"]
-            table.add_row(variant, str(found["batch_size"]), *cells)
+        for result in report["results"]:
+            data_sec = result["decode_sec"]["median"] + result["features_sec"]["median"]
+            rates = [f"{result[name]['median']:.1f}" for name in ("rtfx", "tokens_per_sec")]
+            cells = [_milliseconds(result[name]) for name in ("ttft_sec", "tpot_sec")]
+            cells += [f"{data_sec * 1e3:.1f}", *rates, f"{result['peak_memory_gib']:.3f}"]
+            table.add_row(variant, str(result["batch_size"]), *cells)
     return table
 
 
-def _milliseconds(found: Mapping[str, Any]) -> str:
-    median, low, high = (found[name] * 1e3 for name in ("median", "low", "high"))
+def _milliseconds(statistics: Mapping[str, float]) -> str:
+    """Median and quartiles, given in seconds, as text in milliseconds."""
+    median, low, high = (statistics[name] * 1e3 for name in ("median", "low", "high"))
     return f"{median:.1f}\n{low:.1f}-{high:.1f}"
 
 
 def old_lines(report: Mapping[str, Any]) -> Sequence[str]:
-    """What SALMONN's older efficiency script would have printed, in its own sense of these words."""
+    """The figures that SALMONN's older efficiency script printed, as that script defined them."""
     old = report["old_evaluator"]
     if old is None:
-        return ["no figures of the older evaluator, which took one clip at a time: add 1 to --batch_sizes"]
+        return ["no figures of the older evaluator, which measured one clip at a time: add 1 to --batch_sizes"]
     memory = "none: it counted GPU memory" if old["memory_gib"] is None else f"{old['memory_gib']:.4f} GiB"
     return [
         f"as the older evaluator counted (means of {old['num_runs']} runs, one clip of {old['clip_sec']:.1f} s, clock "

@@ -1,4 +1,4 @@
-"""The evaluate job: from checked settings to metrics.json."""
+"""The evaluate job: answers and scores the rows of manifests and writes predictions, metrics.json and a report."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ from voxray.core.errors import RunError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically, write_json
 from voxray.core.tasks import TASKS
-from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, forget_attempts, read_failed
-from voxray.evaluation.predictions import labelled, read_predictions, scored
+from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, delete_crash_logs, read_failed
+from voxray.evaluation.predictions import labelled_rows, read_predictions, score_predictions
 from voxray.evaluation.submission import write_submission
 from voxray.features.featurize import write_ledger
 from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
-from voxray.generation.long_audio import CHUNK_MANIFEST, with_recordings, write_chunk_manifest
+from voxray.generation.long_audio import CHUNK_MANIFEST, restore_recordings, write_chunk_manifest
 from voxray.generation.model import InferenceConfig, base_and_adapter, inference_config, match_training_prompts
 from voxray.generation.salmonn_base import assemble_base
-from voxray.models.adapters.compatibility import refuse_changed_outputs
+from voxray.models.adapters.compatibility import check_encoder_unchanged
 from voxray.models.parts.compiled_audio import read_report
 from voxray.models.registry import get_family
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_path
@@ -41,11 +41,11 @@ from voxray.runs.run_folder import make_folder, provenance, refuse_training_fold
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation gave.
+    """Metrics of an evaluation.
 
     Attributes:
-        metrics: {task: {metric: {"value", "n"}}}; metrics.json says more.
-        output_dir: Where predictions and metrics.json are.
+        metrics: {task: {metric: {"value", "n"}}}; metrics.json has more details.
+        output_dir: Folder of the predictions and metrics.json.
     """
 
     metrics: dict[str, dict[str, dict[str, Any]]]
@@ -53,18 +53,18 @@ class EvaluationResult:
 
 
 def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
-    """Featurize the manifests, answer their rows, score them.
+    """Compute features of the manifests, answer their rows and score the answers.
 
     Raises:
-        RunError, SettingsError: What the user has to put right.
+        RunError, SettingsError: The user has to fix an input or a setting.
     """
-    mirror = RemoteSync.from_settings(settings)
-    output_dir = mirror.folder
-    mirror.fetch()
+    remote = RemoteSync.from_settings(settings)
+    output_dir = remote.folder
+    remote.fetch()
     refuse_training_folder(output_dir)
     paths, for_submission = settings.val_jsonl, settings.mode.startswith("submission")
-    how: dict[str, Any] = {"prefix": settings.audio_prefix, "needs_text": not for_submission}
-    settings = settings.model_copy(update={"val_jsonl": as_manifests(paths, output_dir / MANIFESTS, **how)})
+    options: dict[str, Any] = {"prefix": settings.audio_prefix, "needs_text": not for_submission}
+    settings = settings.model_copy(update={"val_jsonl": as_manifests(paths, output_dir / MANIFESTS, **options)})
     require_usable_row(settings.val_jsonl)
     settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
@@ -75,15 +75,16 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     warn_about_unused_flags(settings)
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     write_json(output_dir / "provenance.json", provenance())
-    mirror.push_all()
-    where = settings.features_dir or mirror.features_url or str(output_dir / "features")
-    features_dir = open_features_dir(settings, where, settings.storage_path, flag="--features_dir")
-    refuse_changed_outputs(get_family(model_id), settings.store, settings.quantize, adapter)
-    generation = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
-    generation = replace(generation, perplexity=settings.perplexity)
-    _, most_models = as_range(settings.num_models)
-    with _stopping(output_dir), ray_session(output_dir / "ray.log", max(MIN_ACTORS, settings.num_actors, most_models)):
-        metrics, notes = _answered(settings, generation, features_dir, mirror)
+    remote.push_all()
+    features_path = settings.features_dir or remote.features_url or str(output_dir / "features")
+    features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")
+    check_encoder_unchanged(get_family(model_id), settings.store, settings.quantize, adapter)
+    config = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
+    config = replace(config, perplexity=settings.perplexity)
+    _, max_models = as_range(settings.num_models)
+    num_cpus = max(MIN_ACTORS, settings.num_actors, max_models)
+    with _report_interrupt(output_dir), ray_session(output_dir / "ray.log", num_cpus):
+        metrics, notes = _answer_and_score(settings, config, features_dir, remote)
     write_json(output_dir / "metrics.json", metrics)
     written = ["predictions", "metrics.json"]
     if settings.mode:
@@ -92,7 +93,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     if has_metrics := bool(TASKS.keys() & metrics.keys()):
         write_report(output_dir)
         written.append("report.html")
-    mirror.push_all()
+    remote.push_all()
     if has_metrics:
         console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
     for note in notes:
@@ -102,45 +103,46 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
 
 
 @contextmanager
-def _stopping(output_dir: Path) -> Iterator[None]:
-    """Say what becomes of an evaluation that is ended by Ctrl-C or SIGTERM."""
+def _report_interrupt(output_dir: Path) -> Iterator[None]:
+    """Turn Ctrl-C or SIGTERM into a ``Stopped`` that says how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        forget_attempts(output_dir)
+        delete_crash_logs(output_dir)
         raise Stopped(f"stopped; the same command goes on from there; what is answered stays in {output_dir}") from None
 
 
-def _answered(
-    settings: EvaluateSettings, generation: InferenceConfig, features_dir: AnyPath, mirror: RemoteSync
+def _answer_and_score(
+    settings: EvaluateSettings, config: InferenceConfig, features_dir: AnyPath, remote: RemoteSync
 ) -> tuple[dict[str, Any], list[str]]:
-    """Answer the rows; returns metrics.json's content and what did not come out as it should, in lines.
+    """Answer the rows and score the answers.
 
+    Returns:
+        The content of metrics.json, and notes for the user about rows that were not answered or scored normally.
     Raises:
-        RunError: There is no row to answer, or none is answered.
+        RunError: There is no row to answer, or no row could be answered.
     """
-    output_dir = mirror.folder
-    folders = evaluation_features(settings, generation.model_id, features_dir, output_dir)
+    output_dir = remote.folder
+    folders = evaluation_features(settings, config.model_id, features_dir, output_dir)
     features, models = Features(folders), ModelCount(settings.num_models, settings.gpus_per_model)
-    rows, lost = rows_to_answer(features, settings)
-    write_evaluation_ledger(output_dir, settings.val_jsonl, folders, lost)
-    again = settings.retry_failed
+    rows, too_long = rows_to_answer(features, settings)
+    write_evaluation_ledger(output_dir, settings.val_jsonl, folders, too_long)
     with progress_bar("answers") as bar:
-        known = {"models": models, "retry_failed": again, "mirror": mirror}
-        answer_rows(generation, folders, rows, output_dir, on_progress=bar.update, **known)
-    mirror.fetch()
+        options = {"models": models, "retry_failed": settings.retry_failed, "remote": remote}
+        answer_rows(config, folders, rows, output_dir, on_progress=bar.update, **options)
+    remote.fetch()
     failed = [(features, *entry) for entry in read_failed(output_dir)]
-    num_left_out = write_evaluation_ledger(output_dir, settings.val_jsonl, folders, [*lost, *failed])
+    num_left_out = write_evaluation_ledger(output_dir, settings.val_jsonl, folders, [*too_long, *failed])
     predictions = read_predictions(output_dir)
     if not predictions:
         raise RunError(f"no recording is answered as a whole; {features.source(failed[0][1])}: {failed[0][3]}")
-    to_score = labelled(predictions)
-    metrics, notes = scored(to_score, settings) if to_score else {}, []
+    to_score = labelled_rows(predictions)
+    metrics, notes = score_predictions(to_score, settings) if to_score else {}, []
     if num_unlabelled := len(predictions) - len(to_score):
         metrics["unlabelled"] = {"n": num_unlabelled}
         notes.append(f"{num_unlabelled} row(s) are answered, and not scored: they have no text to compare with")
     if num_left_out:
-        hint = "; --retry_failed tries those again at which the model failed" if failed else ""
+        hint = "; --retry_failed retries those on which the model failed" if failed else ""
         notes.append(f"{num_left_out} row(s) left out in all, listed in quarantine.jsonl{hint}")
     if num_cut := sum(row["hit_max"] for row in predictions):
         notes.append(f"{num_cut} answer(s) cut off at --gen_max_new_tokens {settings.gen_max_new_tokens}")
@@ -148,17 +150,17 @@ def _answered(
         metrics["long_audio"] = {"n": len(chunks), "chunks": sum(chunks)}
         notes.append(f"{len(chunks)} recording(s) too long for the model answered in {sum(chunks)} chunks")
     if num_rows := settings.check_batch_invariance:
-        found = check_invariance(generation, folders, rows, output_dir, num_rows, models=models)
-        metrics["batch_invariance"] = found
-        which = f": {', '.join(found['ids'][:20])}" if found["ids"] else ""
-        notes.append(f"{found['differing']} of {found['n']} rows differ when answered one by one{which}")
+        result = check_invariance(config, folders, rows, output_dir, num_rows, models=models)
+        metrics["batch_invariance"] = result
+        ids = f": {', '.join(result['ids'][:20])}" if result["ids"] else ""
+        notes.append(f"{result['differing']} of {result['n']} rows differ when answered one by one{ids}")
     return metrics, notes
 
 
 def evaluation_features(
     settings: EvaluateSettings, model_id: str, features_dir: AnyPath, output_dir: Path
 ) -> tuple[AnyPath, ...]:
-    """Feature sets of the manifests, and of the chunks of recordings that are too long for the model."""
+    """Folders of the features of the manifests, and of the chunks of recordings that are too long for the model."""
     make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
     folders = make(plain_manifests=settings.val_jsonl).folders
     chunk_manifest = output_dir / CHUNK_MANIFEST
@@ -175,14 +177,14 @@ def write_evaluation_ledger(
     output_dir: Path,
     manifests: Sequence[str],
     folders: tuple[AnyPath, ...],
-    lost: Sequence[tuple[Features, int, str, str]],
+    dropped: Sequence[tuple[Features, int, str, str]],
 ) -> int:
-    """Write quarantine.jsonl: every row that is not answered, and why; returns their number."""
+    """Write quarantine.jsonl: every row without an answer, and why. Returns their number."""
     path, chunk_manifest = output_dir / "quarantine.jsonl", output_dir / CHUNK_MANIFEST
-    write_ledger(path, folders, lost)
+    write_ledger(path, folders, dropped)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if chunk_manifest.is_file():
-        lines = with_recordings(lines, chunk_manifest)
+        lines = restore_recordings(lines, chunk_manifest)
     for ledger in [ledger_path(path) for path in manifests if output_dir / MANIFESTS in Path(path).parents]:
         lines += [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
     write_atomically(path, to_jsonl(lines))
@@ -192,20 +194,24 @@ def write_evaluation_ledger(
 def rows_to_answer(
     features: Features, settings: EvaluateSettings
 ) -> tuple[list[int], list[tuple[Features, int, str, str]]]:
-    """Rows of the asked-for task within the token limit, and those over it, for the ledger.
+    """Select the rows of the task of ``--mode`` (all tasks without one).
 
+    Returns:
+        The rows within ``--max_len``, and ledger entries for those over it.
     Raises:
-        RunError: None is left.
+        RunError: No row is within ``--max_len``.
     """
     lengths, task = features.num_prompt_tokens, settings.mode.partition("_")[2]
-    wanted = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
-    too_long = np.flatnonzero(wanted & (lengths > settings.max_len))
+    of_task = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
     limit = f"over --max_len {settings.max_len}"
-    lost = [(features, int(row), "too_long", f"a prompt of {lengths[row]} tokens, {limit}") for row in too_long]
-    rows = np.flatnonzero(wanted & (lengths <= settings.max_len)).tolist()
+    too_long = [
+        (features, int(row), "too_long", f"a prompt of {lengths[row]} tokens, {limit}")
+        for row in np.flatnonzero(of_task & (lengths > settings.max_len))
+    ]
+    rows = np.flatnonzero(of_task & (lengths <= settings.max_len)).tolist()
     if not rows:
         what = f"no {task} row" if task else "no row"
         raise RunError(f"--val_jsonl: {what} to evaluate within --max_len {settings.max_len}")
-    if lost:
-        console.print(f"{len(lost)} row(s) over --max_len left out, listed in quarantine.jsonl")
-    return rows, lost
+    if too_long:
+        console.print(f"{len(too_long)} row(s) over --max_len left out, listed in quarantine.jsonl")
+    return rows, too_long

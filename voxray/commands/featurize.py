@@ -1,4 +1,4 @@
-"""The featurize job: manifests to feature shards."""
+"""The featurize job: computes feature shards of manifests."""
 
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
@@ -10,10 +10,10 @@ from voxray.features.from_settings import log_folder, make_features, open_featur
 
 
 def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
-    """Run the featurize job from checked settings.
+    """Compute the feature shards of the manifests.
 
     Raises:
-        RunError, SettingsError: What the user has to put right.
+        RunError, SettingsError: The user has to fix an input or a setting.
     """
     require_usable_row(settings.manifest)
     output_dir = open_features_dir(settings, settings.output_dir, settings.storage_path, flag="--output_dir")

@@ -1,4 +1,4 @@
-"""Answers for a clip, a folder of clips or a manifest, in this process and without Ray."""
+"""The infer job: answers a clip, a folder of clips, a question or a manifest, in this process and without Ray."""
 
 import json
 import os
@@ -33,106 +33,111 @@ from voxray.runs.run_folder import make_folder, resolve_output_dir
 DEMO_ROWS = 4
 QUESTION_ID = "--question"
 LINES_PER_CHUNK = 256
-BATCHES_PER_GROUP = 4  # answered before the first of them is shown
+BATCHES_PER_GROUP = 4  # answers are printed after this many batches
 
 
 def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, Any]]:
-    """Print the answer of every row; write them to ``--output_path``; score those that have references.
+    """Print the answer of every row, write the answers to ``--output_path`` and score those of a manifest.
 
     Args:
-        demo_jsonl: Manifest used when neither a clip, a manifest nor a question is given.
+        demo_jsonl: Manifest to use if the settings name no clip, manifest or question.
     Returns:
-        One entry per row: id, task, prediction, and for the rows of a manifest reference and counts.
+        One entry per row: id, task, prediction; for the rows of a manifest also reference and counts.
     Raises:
-        RunError, SettingsError: The clip, manifest, model or adapter cannot be used, or a row has no answer; that is
-            said when the others are answered, written and scored.
+        RunError, SettingsError: The clip, manifest, model or adapter cannot be used, or a row could not be answered;
+            the latter is raised after all other rows are answered, written and scored.
     """
-    talk = Console(stderr=True) if settings.json_lines else console  # so that what is printed can be parsed
+    log = Console(stderr=True) if settings.json_lines else console  # stdout then holds JSON lines only
     manifest, limit = settings.jsonl, settings.preview_rows
     if not (settings.audio_path or manifest or settings.question):
         manifest, limit = demo_jsonl, limit or DEMO_ROWS
-        talk.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
+        log.print(f"no --audio_path and no --jsonl: the first {limit} rows of {manifest}", markup=False)
     if manifest:
         require_usable_row((manifest,))
-    samples = _manifest_rows(manifest, limit) if manifest else _asked(settings)
-    output_path = _output_path(settings.output_path)
-    where = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
-    model_id, adapter = base_and_adapter(settings, *where)
+    samples = _manifest_rows(manifest, limit) if manifest else _clips_or_question(settings)
+    output_path = _prepare_output_path(settings.output_path)
+    folder = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
+    model_id, adapter = base_and_adapter(settings, *folder)
     settings = match_training_prompts(settings, model_id, adapter)
-    _warn_about_idle_flags(settings, manifest, talk)
-    how = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    model, num_tensors = load_model(how)
+    _warn_about_unused_flags(settings, manifest, log)
+    config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    model, num_tensors = load_model(config)
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     num_failed, num_cut, keys = 0, 0, ManifestKeys() if manifest else None
-    # Line by line, so that what is answered is kept whatever happens to the rest.
+    # line buffered, so that finished answers are on disk if the job is killed
     with open(output_path, "w", encoding="utf-8", buffering=1) as output:
-        for item, answers in _answered(samples, model, how, settings):
-            fault = next((answer for answer in answers if isinstance(answer, Exception)), None)
-            if fault:
+        for request, answers in _answer(samples, model, config, settings):
+            error = next((answer for answer in answers if isinstance(answer, Exception)), None)
+            if error:
                 num_failed += 1
-                print(f"{item.rows[0].source}: not answered: {failure_reason(fault)}", file=sys.stderr, flush=True)
+                print(f"{request.rows[0].source}: not answered: {failure_reason(error)}", file=sys.stderr, flush=True)
                 continue
-            given = [answer for answer in answers if not isinstance(answer, Exception)]
-            num_cut += any(answer.hit_max for answer in given)
-            found.append(_entry(item, item.text(given), keys))
-            _show(found[-1], settings)
-            output.write(json.dumps(found[-1], ensure_ascii=False) + "\n")
+            completions = [answer for answer in answers if not isinstance(answer, Exception)]
+            num_cut += any(completion.hit_max for completion in completions)
+            entries.append(_entry(request, request.text(completions), keys))
+            _print_answer(entries[-1], settings)
+            output.write(json.dumps(entries[-1], ensure_ascii=False) + "\n")
     if num_cut:
         print(f"{num_cut} answer(s) cut off at --max_new_tokens {settings.max_new_tokens}", file=sys.stderr, flush=True)
-    asked = manifest or settings.audio_path or QUESTION_ID
-    if not found:
-        raise RunError(f"{asked}: nothing could be answered")
+    source = manifest or settings.audio_path or QUESTION_ID
+    if not entries:
+        raise RunError(f"{source}: nothing could be answered")
     if manifest:
-        talk.print(metrics_table(f"{len(found)} rows", score(found, num_resamples=0)))
+        log.print(metrics_table(f"{len(entries)} rows", score(entries, num_resamples=0)))
     if num_failed:
-        raise RunError(f"{asked}: {num_failed} of {num_failed + len(found)} rows could not be answered, named above")
-    return found
+        num_rows = num_failed + len(entries)
+        raise RunError(f"{source}: {num_failed} of {num_rows} rows could not be answered, named above")
+    return entries
 
 
-def _warn_about_idle_flags(settings: InferSettings, manifest: str, talk: Console) -> None:
-    warn_about_unused_flags(settings, talk)
-    idle = {"language": "rows of a manifest name their own"} if manifest else {"preview_rows": "it is for manifests"}
+def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Console) -> None:
+    warn_about_unused_flags(settings, log)
+    unused = {"language": "rows of a manifest name their own"} if manifest else {"preview_rows": "it is for manifests"}
     if not (manifest or settings.audio_path):
-        idle["language"] = "it is that of audio"
-    for name, reason in idle.items():
+        unused["language"] = "it is that of audio"
+    for name, reason in unused.items():
         if name in settings.model_fields_set and getattr(settings, name):
-            talk.print(f"warning: --{name} has no effect: {reason}", markup=False)
+            log.print(f"warning: --{name} has no effect: {reason}", markup=False)
 
 
-def _output_path(path: str) -> Path:
-    """Where --output_path is; looked at before anything is answered."""
+def _prepare_output_path(path: str) -> Path:
+    """Resolve --output_path and make its folder, before anything is answered.
+
+    Raises:
+        RunError: The path is a folder.
+    """
     if not path:
         return Path(os.devnull)
-    place = resolve_output_dir(path, "", flag="--output_path")
-    if place.is_dir():
-        raise RunError(f"--output_path {place}: a folder; name a file")
-    make_folder(place.parent, "--output_path")
-    return place
+    file = resolve_output_dir(path, "", flag="--output_path")
+    if file.is_dir():
+        raise RunError(f"--output_path {file}: a folder; name a file")
+    make_folder(file.parent, "--output_path")
+    return file
 
 
-def _answered(
-    samples: Iterator[Sample], model: Any, how: InferenceConfig, settings: InferSettings
+def _answer(
+    samples: Iterator[Sample], model: Any, config: InferenceConfig, settings: InferSettings
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
-    """What is answered, with the answer to each of its rows."""
-    extractor = Extractor(how.model_id, FeatureSpec(trim_audio=how.trim_audio))
-    for items in _groups(samples, extractor, settings):
-        yield from answer_requests(items, model, extractor.front_end, how)
+    """Answer the samples; yields each request with the completions or errors of its rows."""
+    extractor = Extractor(config.model_id, FeatureSpec(trim_audio=config.trim_audio))
+    for requests in _request_groups(samples, extractor, settings):
+        yield from answer_requests(requests, model, extractor.front_end, config)
 
 
-def _entry(item: AnswerRequest, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
-    """An answer with what is known of its row; with ``keys`` that is its reference and counts too."""
-    row = item.rows[0]
+def _entry(request: AnswerRequest, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
+    """The output entry of an answer; ``keys`` adds the row's metadata, reference and counts."""
+    row = request.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}
     if keys is None:
         return entry
-    known = {name: value for name, value in keys.of(row.source).items() if value is not None}
-    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": item.num_samples}
-    return with_counts({**entry, **own, **known})
+    metadata = {name: value for name, value in keys.of(row.source).items() if value is not None}
+    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": request.num_samples}
+    return with_counts({**entry, **own, **metadata})
 
 
-def _show(entry: dict[str, Any], settings: InferSettings) -> None:
+def _print_answer(entry: dict[str, Any], settings: InferSettings) -> None:
     if settings.json_lines:
         print(json.dumps(entry, ensure_ascii=False), flush=True)
     elif entry["id"] == QUESTION_ID or os.path.isfile(settings.audio_path):
@@ -141,8 +146,8 @@ def _show(entry: dict[str, Any], settings: InferSettings) -> None:
         print(f"{entry['id']}\t{entry['prediction']}", flush=True)
 
 
-def _asked(settings: InferSettings) -> Iterator[Sample]:
-    """The file at --audio_path, or all audio below that folder; without any, the question alone.
+def _clips_or_question(settings: InferSettings) -> Iterator[Sample]:
+    """The file at --audio_path, or all audio files below that folder; without --audio_path, the text question.
 
     Raises:
         RunError, SettingsError: There is no such file, no audio in the folder, or no such language.
@@ -168,33 +173,35 @@ def _asked(settings: InferSettings) -> Iterator[Sample]:
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:
-    """Usable rows of a manifest; the others are named on standard error."""
-    done = 0
+    """Usable rows of a manifest, at most ``limit`` unless 0; bad rows are printed on standard error."""
+    num_rows = 0
     for chunk in chunks(manifest, LINES_PER_CHUNK):
         rows = read_chunk(chunk)
         for line, error in rows.bad:
             print(f"{manifest}:{line}: left out: {error}", file=sys.stderr)
         for sample in rows.samples:
-            if limit and done == limit:
+            if limit and num_rows == limit:
                 return
-            done += 1
+            num_rows += 1
             yield sample
 
 
-def _groups(samples: Iterator[Sample], extractor: Extractor, settings: InferSettings) -> Iterator[list[AnswerRequest]]:
-    """Features of the samples, a few batches at a time; samples without any are named on standard error."""
+def _request_groups(
+    samples: Iterator[Sample], extractor: Extractor, settings: InferSettings
+) -> Iterator[list[AnswerRequest]]:
+    """Extract features, in groups of a few batches; samples without features are printed on standard error."""
     group: list[AnswerRequest] = []
     for sample in samples:
         try:
-            item = make_request(sample, extractor, settings.max_len)
+            request = make_request(sample, extractor, settings.max_len)
         except BadRow as error:
             if os.path.isfile(settings.audio_path):
                 raise RunError(f"--audio_path: {error}") from None
             print(f"{sample.source}: left out: {error}", file=sys.stderr)
             continue
-        if len(item.rows) > 1:
-            print(f"{sample.source}: too long for the model, answered in {len(item.rows)} chunks", file=sys.stderr)
-        group.append(item)
+        if len(request.rows) > 1:
+            print(f"{sample.source}: too long for the model, answered in {len(request.rows)} chunks", file=sys.stderr)
+        group.append(request)
         if len(group) == BATCHES_PER_GROUP * settings.batch_size:
             yield group
             group = []

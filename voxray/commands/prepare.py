@@ -1,4 +1,4 @@
-"""The prepare job: from checked settings to manifests, ledger and summary."""
+"""The prepare job: turns a corpus into manifests, with a ledger of dropped rows and a summary."""
 
 import shutil
 import tempfile
@@ -18,11 +18,10 @@ from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError
 from voxray.core.storage import write_json
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
-from voxray.corpora.prepare.check_rows import ClipPlaces, Limits, RowChecker, run_checks, spool
+from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, run_checks, spool
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
+from voxray.corpora.select import RowStream
 from voxray.runs.run_folder import make_folder, resolve_output_dir
-
-RowStream = Iterator[ImportedRow | ImportFault]
 
 
 def run_prepare_job(
@@ -35,20 +34,23 @@ def run_prepare_job(
     """Read, check, split and write a corpus.
 
     Args:
-        select: What to do with the rows of the corpus before anything else; it may leave some out.
-        work_dir: Folder for what is checked already, which a job that is cut off leaves to the next one with the same
-            corpus, limits and ``select``; by default one that goes with the job.
-        use_ray: False checks in this process.
+        select: Filters the imported rows before they are checked.
+        work_dir: Folder for checked rows. An interrupted job leaves it to the next job with the same corpus, limits and
+            ``select``. By default a temporary folder.
+        use_ray: Whether to check in Ray Data processes; False checks in this process.
     Raises:
-        RunError: The corpus cannot be read, nothing of it is usable, or (``--leaks refuse``) the split leaks.
-        SettingsError: An output cannot be placed.
+        RunError: The corpus cannot be read, it has no usable row, or (``--leaks refuse``) the split leaks.
+        SettingsError: An output path cannot be used.
     """
     names = ("train_output", "val_output", "test_output", "quarantine", "audio_output")
-    given = {name: getattr(settings, name) for name in names if getattr(settings, name)}
-    places = {name: resolve_output_dir(path, settings.storage_path, flag=f"--{name}") for name, path in given.items()}
-    train, audio = places["train_output"], places.pop("audio_output", None)
-    ledger = places.get("quarantine", train.with_name("quarantine.jsonl"))
-    for path in (*places.values(), ledger):
+    outputs = {
+        name: resolve_output_dir(path, settings.storage_path, flag=f"--{name}")
+        for name in names
+        if (path := getattr(settings, name))
+    }
+    train, audio = outputs["train_output"], outputs.pop("audio_output", None)
+    ledger = outputs.get("quarantine", train.with_name("quarantine.jsonl"))
+    for path in (*outputs.values(), ledger):
         make_folder(path.parent)
     rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))
     work = work_dir or Path(tempfile.mkdtemp(prefix=".prepare-", dir=train.parent))
@@ -59,18 +61,19 @@ def run_prepare_job(
         if not paths:
             raise RunError(f"--input {', '.join(settings.input)}: no row in it")
         checker = RowChecker(
-            _limits(settings), ClipPlaces(train.parent / f"{train.stem}.clips", copies=audio, named_from=train.parent)
+            _limits(settings),
+            ClipFolders(train.parent / f"{train.stem}.clips", copies=audio, manifest_folder=train.parent),
         )
         session = ray_session(train.parent / "ray.log", max(MIN_ACTORS, settings.num_actors))
         with session if use_ray else nullcontext(), progress_bar("checking") as bar:
             run_checks(paths, checker, num_actors=settings.num_actors, use_ray=use_ray, on_progress=bar.update)
-        outputs = OutputFiles(train, places.get("val_output"), ledger, places.get("test_output"))
-        outcome = _write(settings, paths, outputs)
+        files = OutputFiles(train, outputs.get("val_output"), ledger, outputs.get("test_output"))
+        outcome = _write(settings, paths, files)
         finished = True
     finally:
         if finished or not work_dir:
             shutil.rmtree(work, ignore_errors=True)
-    _summarise(settings, outcome, train, ledger)
+    _write_summary(settings, outcome, train, ledger)
     _refuse_leaks(settings, outcome)
     if not outcome.tally.rows["train"]:
         first = f"; the first fault: {outcome.first_fault}" if outcome.first_fault else ""
@@ -79,15 +82,15 @@ def run_prepare_job(
 
 
 def _rows(path: Path, name: str) -> Iterator[ImportedRow | ImportFault]:
-    """Rows of one input.
+    """Import the rows of one input.
 
     Raises:
-        RunError: It is missing, or its format cannot be told or read.
+        RunError: The input is missing, or its format is unknown or cannot be read.
     """
     if not path.exists():
         raise RunError(f"--input {path}: no such file or folder")
     try:
-        yield from IMPORTERS[detect(path) if name == "auto" else name].rows(path)
+        yield from IMPORTERS[detect(path) if name == "auto" else name](path)
     except (OSError, ValueError) as error:
         raise RunError(f"--input {path}: {error}") from None
 
@@ -100,7 +103,7 @@ def _limits(settings: PrepareSettings) -> Limits:
 
 
 def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -> PrepareOutcome:
-    """Third pass; with a leak that is to be refused only the ledger appears."""
+    """Split the checked rows and write the manifests; if leaks are refused and there are some, only the ledger."""
     keep = False
     try:
         outcome = write_manifests(
@@ -118,22 +121,24 @@ def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -
     return outcome
 
 
-def _summarise(settings: PrepareSettings, outcome: PrepareOutcome, train: Path, ledger: Path) -> None:
-    kept = outcome.tally.as_dict()
+def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Path, ledger: Path) -> None:
+    """Write prepare_summary.json and print it as a table."""
+    dropped = outcome.tally.as_dict()
     total = {"rows": sum(outcome.tally.rows.values()), "hours": round(sum(outcome.tally.seconds.values()) / 3600, 4)}
     names = ("train", "val", *(["test"] if settings.test_output else []))
-    sides = {name: kept.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
-    summary: dict[str, Any] = {"input": total, **sides, "quarantined": kept, "leaks": vars(outcome.leaks)}
+    splits = {name: dropped.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
+    summary: dict[str, Any] = {"input": total, **splits, "quarantined": dropped, "leaks": vars(outcome.leaks)}
     write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
     table = Table(title="prepare", title_justify="left")
     table.add_column("")
     for name in ("rows", "hours"):
         table.add_column(name, justify="right")
-    for name, entry in {"input": total, **sides, **{f"left out: {key}": value for key, value in kept.items()}}.items():
+    reasons = {f"left out: {reason}": entry for reason, entry in dropped.items()}
+    for name, entry in {"input": total, **splits, **reasons}.items():
         table.add_row(name, str(entry["rows"]), f"{entry['hours']:.3f}")
     console.print(table)
     if outcome.leaks:
-        console.print(f"leaks between the sides: {outcome.leaks}")
+        console.print(f"leaks between the splits: {outcome.leaks}")
     console.print(f"every row left out is in {ledger}", markup=False)
 
 

@@ -1,4 +1,4 @@
-"""The first run: featurize, evaluate the base, train, evaluate again, and show what changed."""
+"""The quickstart job: computes features, evaluates the base, trains, evaluates again and prints what changed."""
 
 import time
 from collections import Counter
@@ -18,6 +18,7 @@ from voxray.config.flag_groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
 from voxray.core.console import console
+from voxray.core.source import Source
 from voxray.core.storage import AnyPath, write_json
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, read_predictions
@@ -29,20 +30,21 @@ from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 Values = dict[str, dict[str, float]]
 SHARED = ("model_id", "bf16", "fp16", "quantize", "max_len", *FeatureFlags.model_fields)
-"""Settings that hold for the training and for the evaluations around it."""
+"""Settings shared by the training and the two evaluations."""
 
 
 def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
-    """Run the whole chain and write ``summary.json``.
+    """Run all steps and write ``summary.json``.
 
     Returns:
-        {"base", "tuned": {task: {metric: value}}, "seconds": {step: value}, and what they are compared with}.
+        The content of summary.json: "base" and "tuned" as {task: {metric: value}}, the comparison values "own_voices"
+        and "most_frequent_answer", "seconds" as {step: value}, and "run_dir".
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     make_folder(output_dir)
-    where = settings.features_dir or str(output_dir / "features")
-    features_dir = open_features_dir(settings, where, settings.storage_path, flag="--features_dir")
-    shared: dict[str, Any] = {"features_dir": where if "://" in where else str(features_dir)}
+    features_path = settings.features_dir or str(output_dir / "features")
+    features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")
+    shared: dict[str, Any] = {"features_dir": features_path if "://" in features_path else str(features_dir)}
     shared |= {name: getattr(settings, name) for name in SHARED}
     seconds: dict[str, float] = {}
     train = _train_settings(settings, output_dir, shared)
@@ -98,39 +100,39 @@ def _train_settings(settings: QuickstartSettings, output_dir: Path, shared: dict
 @contextmanager
 def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     console.rule(step)
-    began = time.perf_counter()
+    start = time.perf_counter()
     yield
-    seconds[step] = round(time.perf_counter() - began, 1)
+    seconds[step] = round(time.perf_counter() - start, 1)
 
 
 def _split(rows: list[dict[str, Any]], own_manifests: tuple[str, ...]) -> tuple[Values, Values]:
-    """Metrics of the held-out rows to adapt to, and of those in the base's own voices."""
-    own = [row for row in rows if row["source"].rpartition(":")[0] in own_manifests]
-    other = [row for row in rows if row["source"].rpartition(":")[0] not in own_manifests]
+    """Metrics of the held-out rows in new voices, and of those in the base's own voices."""
+    own = [row for row in rows if Source.parse(row["source"]).file in own_manifests]
+    other = [row for row in rows if Source.parse(row["source"]).file not in own_manifests]
     return _values(metrics_by_task(other)), _values(metrics_by_task(own))
 
 
 def _values(metrics: dict[str, dict[str, dict[str, Any]]]) -> Values:
-    return {task: {name: entry["value"] for name, entry in found.items()} for task, found in metrics.items()}
+    return {task: {name: entry["value"] for name, entry in entries.items()} for task, entries in metrics.items()}
 
 
 def _most_frequent_answer(folders: dict[str, AnyPath], settings: QuickstartSettings) -> Values:
-    """What always giving the training data's most frequent answer would score; any learning has to beat it."""
+    """Scores of always answering with the training data's most frequent answer: the baseline to beat."""
     train = Features(folders[name] for name in settings.train_jsonl)
     held_out = Features(folders[name] for name in settings.val_jsonl)
-    found: Values = {}
+    scores: Values = {}
     for task in (task.name for task in TASKS.values() if task.template == "chat"):
         answers = Counter(train.row(row).answer for row in (train.task == TASK_CODES[task]).nonzero()[0])
         rows = (held_out.task == TASK_CODES[task]).nonzero()[0]
         if answers and len(rows):
             guess = answers.most_common(1)[0][0]
             metrics = compute_metrics(task, [as_row(count(held_out.row(row).answer, guess)) for row in rows])
-            found[task] = {name: float(entry["value"]) for name, entry in metrics.items()}
-    return found
+            scores[task] = {name: float(entry["value"]) for name, entry in metrics.items()}
+    return scores
 
 
 def show(summary: dict[str, Any]) -> None:
-    """Print the table of before and after."""
+    """Print the metrics before and after training."""
     table = Table(title="held-out rows, before and after", title_justify="left")
     for name in ("task", "metric", "base", "tuned", "most frequent answer"):
         table.add_column(name, justify="left" if name in {"task", "metric"} else "right")

@@ -1,4 +1,4 @@
-"""``--score_only``: metrics of predictions that are there already, ours or another system's, without model or Ray."""
+"""``--score_only``: scores existing predictions, of voxray or another system, without loading a model or Ray."""
 
 import json
 import sys
@@ -12,14 +12,14 @@ from voxray.config.flag_groups import ScoreFlags
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.storage import to_jsonl, write_atomically, write_json
-from voxray.evaluation.predictions import BadPrediction, part_bytes, part_path, read_any, scored
+from voxray.evaluation.predictions import BadPrediction, part_bytes, part_path, read_folder_or_jsonl, score_predictions
 from voxray.runs.run_folder import make_folder, refuse_training_folder, resolve_output_dir
 
 BAD_LINES_SHOWN = 20
 
 
 def evaluate_or_score(settings: EvaluateSettings) -> None:
-    """The evaluate job; only where answers are to be generated is anything of the model or of Ray loaded."""
+    """Run the evaluate job. PyTorch models and Ray are imported only if answers have to be generated."""
     if settings.score_only:
         score_only(settings)
         return
@@ -29,17 +29,19 @@ def evaluate_or_score(settings: EvaluateSettings) -> None:
 
 
 def score_only(settings: EvaluateSettings) -> dict[str, Any]:
-    """Score ``--score_only`` and write metrics.json; bad lines are named, and listed in quarantine.jsonl.
+    """Score the predictions of ``--score_only`` and write metrics.json and report.html.
 
-    An evaluation that is scored anew in its own folder keeps its answers, its ledger, and its settings but for those
-    of scoring.
+    Bad lines are printed and listed in quarantine.jsonl. If an evaluation is scored again in its own folder, its
+    predictions and ledger stay, and only the scoring settings change.
 
+    Returns:
+        The content of metrics.json.
     Raises:
-        RunError: No line is a prediction.
+        RunError: There is no prediction to score.
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
-    rows, bad = read_any(settings.score_only, "--score_only")
+    rows, bad = read_folder_or_jsonl(settings.score_only, "--score_only")
     task = settings.mode.partition("_")[2]
     rows = [row for row in rows if not task or row["task"] == task]
     for path, line, error in bad[:BAD_LINES_SHOWN]:
@@ -49,10 +51,10 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
     if not rows:
         first = f"; {bad[0][0]}:{bad[0][1]}: {bad[0][2]}" if bad else ""
         raise RunError(f"--score_only {settings.score_only}: no {task + ' ' if task else ''}row to score{first}")
-    metrics = scored(rows, settings)
+    metrics = score_predictions(rows, settings)
     make_folder(output_dir)
     if Path(settings.score_only).resolve() in {output_dir.resolve(), (output_dir / "predictions").resolve()}:
-        _note_rules(output_dir / "settings.json", settings)
+        _update_scoring_settings(output_dir / "settings.json", settings)
     else:
         _write_rows(output_dir, rows, bad, settings)
     write_json(output_dir / "metrics.json", metrics)
@@ -63,23 +65,23 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
     return metrics
 
 
-def _note_rules(path: Path, settings: EvaluateSettings) -> None:
+def _update_scoring_settings(path: Path, settings: EvaluateSettings) -> None:
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        previous = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        before = {}
-    now = settings.model_dump(mode="json")
-    write_json(path, {**now, **before, **{name: now[name] for name in ScoreFlags.model_fields}})
+        previous = {}
+    current = settings.model_dump(mode="json")
+    write_json(path, {**current, **previous, **{name: current[name] for name in ScoreFlags.model_fields}})
 
 
 def _write_rows(
     output_dir: Path, rows: Sequence[Mapping[str, Any]], bad: Sequence[BadPrediction], settings: EvaluateSettings
 ) -> None:
-    """The rows as an evaluation's, for jobs/compare.py, in the place of any evaluation that was there."""
+    """Write the rows as an evaluation that jobs/compare.py can read; replaces an earlier evaluation in the folder."""
     predictions = output_dir / "predictions"
     for pattern in ("part-*.parquet", "part-*.failed.json", "made_by.json", ".attempts-*"):
-        for older in predictions.glob(pattern):  # or that one, started again, would take these answers for its own
-            older.unlink()
+        for path in predictions.glob(pattern):  # else the earlier evaluation, run again, would count these as its own
+            path.unlink()
     write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
     ledger = [
         {"manifest": path, "line": line, "id": "", "reason": error.reason, "message": error.message}

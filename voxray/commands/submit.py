@@ -1,7 +1,7 @@
-"""Handing a job in to a running cluster, and following it: ``ray job submit`` with the job's own exit status.
+"""The submit job: submits a job to a running cluster and follows it, like ``ray job submit`` but with its exit status.
 
-The upload is what runtime_env.yaml says, without .git, data and results. No secret travels with it: what a job needs
-to reach storage or a hub is on the nodes, because a submission's environment can be read on the dashboard.
+runtime_env.yaml sets what is uploaded: the repository without .git, data and results. No secrets are uploaded, because
+anyone can read a submission's environment on the dashboard; credentials for storage or a hub belong on the nodes.
 """
 
 import asyncio
@@ -25,19 +25,19 @@ from voxray.core.errors import RunError, one_line
 DONE = {"SUCCEEDED", "FAILED", "STOPPED"}
 STOPPED_STATUS = 130
 LOST_SEC = 120.0
-"""How long the dashboard may be silent, a restart of the forwarding say, before the job is left alone."""
+"""How long the dashboard may be unreachable, as while port forwarding restarts, before submit gives up on the job."""
 
 
 def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
-    """Hand the job in, and follow it unless told otherwise.
+    """Submit a job, and with ``--wait`` follow it to its end.
 
     Args:
         job: Name of a script in ``jobs``.
-        flags: Its flags.
+        flags: The job's flags.
     Returns:
-        The job's exit status; 130 if it was stopped, 0 if it is not waited for.
+        The job's exit status; 130 if it was stopped, 0 with ``--no_wait``.
     Raises:
-        RunError: No cluster answers, it refuses, or it is lost on the way.
+        RunError: No cluster answers, it rejects the job, or the connection is lost.
     """
     client = _client(settings)
     name = f"{settings.name or job}-{uuid4().hex[:8]}"
@@ -47,17 +47,17 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
     try:
         client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
     except Exception as error:  # the client raises whatever its HTTP library does
-        raise RunError(f"--address {settings.address}: {_line(error)}") from None
+        raise RunError(f"--address {settings.address}: {one_line(error, 300)}") from None
     print(f"submitted {name}: {entrypoint}", flush=True)
     return _follow(client, name) if settings.wait else 0
 
 
 def _client(settings: SubmitSettings) -> Any:
-    """Ray's client; it reads how to authenticate from the environment, once, when Ray is imported."""
+    """Ray's client. Ray reads RAY_AUTH_MODE from the environment once, when it is imported."""
     has_token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
     if settings.auth != "auto" or "RAY_AUTH_MODE" not in os.environ:
-        wants_token = settings.auth == "token" or (settings.auth == "auto" and has_token)
-        os.environ["RAY_AUTH_MODE"] = "token" if wants_token else "disabled"
+        use_token = settings.auth == "token" or (settings.auth == "auto" and has_token)
+        os.environ["RAY_AUTH_MODE"] = "token" if use_token else "disabled"
     if settings.auth == "token" and not has_token:
         raise RunError("--auth token: this machine has none; `ray get-auth-token --generate` makes one")
     from ray.job_submission import JobSubmissionClient
@@ -65,12 +65,12 @@ def _client(settings: SubmitSettings) -> Any:
     try:
         return JobSubmissionClient(settings.address)
     except Exception as error:  # as above
-        raise RunError(f"--address {settings.address}: no cluster answers there: {_line(error)}") from None
+        raise RunError(f"--address {settings.address}: no cluster answers there: {one_line(error, 300)}") from None
 
 
 def _follow(client: Any, name: str) -> int:
-    """Show a job's output until it has ended; Ctrl-C stops it, a second one leaves it to itself."""
-    output, is_asked = _Output(client, name), False
+    """Print a job's output until it ends, and return its exit status. Ctrl-C stops the job, a second one detaches."""
+    output, is_stopping = _Output(client, name), False
     while True:
         try:
             details = _details(client, name)
@@ -78,9 +78,9 @@ def _follow(client: Any, name: str) -> int:
                 break
             time.sleep(1.0)
         except KeyboardInterrupt:
-            if is_asked:
+            if is_stopping:
                 raise RunError(f"{name} goes on by itself; `ray job logs {name}` shows its output") from None
-            is_asked = True
+            is_stopping = True
             print("stopping the job, which saves itself first; Ctrl-C again leaves it alone", flush=True)
             client.stop_job(name)
     output.finish()
@@ -92,10 +92,10 @@ def _follow(client: Any, name: str) -> int:
 
 
 def _details(client: Any, name: str) -> Any:
-    """A job's details, asked for again while the dashboard does not answer.
+    """A job's details; retries while the dashboard does not answer.
 
     Raises:
-        RunError: It did not for two minutes.
+        RunError: It does not answer for two minutes.
     """
     deadline = time.monotonic() + LOST_SEC
     while True:
@@ -103,25 +103,25 @@ def _details(client: Any, name: str) -> Any:
             return client.get_job_info(name)
         except Exception as error:  # as above
             if time.monotonic() > deadline:
-                raise RunError(f"{name}: the cluster does not answer any more: {_line(error)}") from None
+                raise RunError(f"{name}: the cluster does not answer any more: {one_line(error, 300)}") from None
             time.sleep(2.0)
 
 
 class _Output:
-    """A job's output, printed in the background as it comes; after a break in the connection, what is new."""
+    """Prints a job's output in a background thread; after a lost connection it continues where it stopped."""
 
     def __init__(self, client: Any, name: str) -> None:
-        self._client, self._name, self._shown = client, name, 0
+        self._client, self._name, self._num_printed = client, name, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_following, daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Print what is left once the job has ended."""
+        """Print the rest of the output after the job has ended."""
         self._ended.set()
         self._thread.join(10)
         with suppress(Exception):  # the client raises whatever its HTTP library does
-            self._show(self._client.get_job_logs(self._name), 0)
+            self._print(self._client.get_job_logs(self._name), 0)
 
     def _keep_following(self) -> None:
         while not self._ended.is_set():
@@ -130,17 +130,13 @@ class _Output:
             self._ended.wait(1.0)
 
     async def _follow(self) -> None:
-        seen = 0
+        offset = 0
         async for text in self._client.tail_job_logs(self._name):
-            self._show(text, seen)
-            seen += len(text)
+            self._print(text, offset)
+            offset += len(text)
 
-    def _show(self, text: str, start: int) -> None:
-        """Print the part of a text, which begins at ``start`` of the output, that nobody has seen."""
-        sys.stdout.write(text[max(0, self._shown - start) :])
+    def _print(self, text: str, offset: int) -> None:
+        """Print the part of ``text``, which starts at ``offset`` of the output, that is not printed yet."""
+        sys.stdout.write(text[max(0, self._num_printed - offset) :])
         sys.stdout.flush()
-        self._shown = max(self._shown, start + len(text))
-
-
-def _line(error: Exception) -> str:
-    return one_line(error, 300)
+        self._num_printed = max(self._num_printed, offset + len(text))

@@ -1,7 +1,7 @@
-"""Sweeps: Ray Tune over any flags of a training job, every trial a Ray Train run, weak ones stopped early.
+"""Sweeps over any flags of a training job with Ray Tune. Every trial is a Ray Train run; weak trials stop early.
 
-Ray Tune starts trials, hears their validations and stops them; what a sweep knows stands in its own folder
-(``sweep.trials``), and nothing that Ray Tune writes is read again.
+Ray Tune starts trials, receives their validations and stops them. The state of a sweep is in its own folder
+(``sweep.trials``); no file of Ray Tune is read again.
 """
 
 from collections.abc import Sequence
@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from voxray.cluster.session import ray_session
-from voxray.config.search_space import described
+from voxray.config.search_space import format_choice
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
-from voxray.recipes.registry import refuse_other_family
-from voxray.recipes.salmonn import assemble_inputs
+from voxray.recipes.registry import assemble_inputs, require_family
 from voxray.runs.run_folder import resolve_output_dir
 from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
 from voxray.sweep.queue import Queue
@@ -29,10 +28,10 @@ from voxray.sweep.work import Sweep
 
 
 def run_sweep(settings: Any) -> SweepOutcome:
-    """Run the sweep, or what is left of it, and write results.csv, best.yaml and report.html.
+    """Run a sweep, or the rest of an earlier one, and write results.csv, best.yaml and report.html.
 
     Raises:
-        RunError, SettingsError: What the user has to put right, or no trial has the metric.
+        RunError, SettingsError: The user has to correct something, or no trial has the metric.
         Stopped: By Ctrl-C or SIGTERM.
     """
     if not settings.val_jsonl:
@@ -40,9 +39,9 @@ def run_sweep(settings: Any) -> SweepOutcome:
     if settings.method == "optuna":
         refuse_missing_optuna()
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
-    base: Any = assemble_inputs(settings) if settings.recipe == "salmonn" else settings
+    base: Any = assemble_inputs(settings)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
-    refuse_other_family(base)
+    require_family(base)
     open_sweep(output_dir, settings)
     warn_about_unused_flags(settings)
     warn_of_few_validations(settings)
@@ -71,7 +70,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
 
 
 def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
-    """Write what the sweep came to, and say it.
+    """Write and print the result of a sweep.
 
     Raises:
         RunError: No trial has the metric.
@@ -87,10 +86,10 @@ def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
     runs = f", mean of {len(outcome.repeated[0].values)} seeds" if outcome.repeated else ""
     write_best(output_dir / BEST, settings, best.choice, f"{settings.metric} ({value:.4f}{runs})")
     counts = {state: sum(trial.state == state for trial in outcome.trials) for state in ("stopped", "failed")}
-    how = "".join(f", {count} {state}" for state, count in counts.items() if count)
+    others = "".join(f", {count} {state}" for state, count in counts.items() if count)
     lines = [
-        f"sweep: {len(outcome.trials)} trials{how}; best {settings.metric} {value:.4f}{runs} with",
-        f"  {described(best.choice)}",
+        f"sweep: {len(outcome.trials)} trials{others}; best {settings.metric} {value:.4f}{runs} with",
+        f"  {format_choice(best.choice)}",
         *([f"  {outcome.verdict()}"] if outcome.verdict() else []),
         f"{TABLE}, {REPORT} and {BEST} in {output_dir}",
     ]

@@ -1,4 +1,4 @@
-"""Runs against each other on the same rows: values, differences, verdicts, slices, and what changed."""
+"""Comparison of runs on the same rows: values, differences, verdicts, slices, and rows that changed."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,26 +14,26 @@ from voxray.core.tasks import TASKS
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.bootstrap import Groups
 from voxray.metrics.names import headline, higher_is_better
-from voxray.metrics.overall import figures, headline_score
+from voxray.metrics.overall import aggregate_tasks, headline_score
 
 MIN_SLICE_ROWS = 5
-MAX_SLICES = 60  # values of one slice, of the speakers say; the largest are taken
+MAX_SLICES = 60  # values of one slice, such as speakers; the values with most rows are taken
 MAX_NAMED = 4  # slices that a sentence names
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """What is said of one task.
+    """Comparison of all runs on one task.
 
     Attributes:
-        task: Its name.
-        rows: Per run, its rows.
-        rules: What they are counted by.
-        units: What was drawn.
-        values: {metric: per run (value, its interval)}.
-        pairs: {(run, run): {metric: difference}}, every pair of runs, the earlier first.
-        adjusted: The same with p-values raised by Holm over the pairs of a metric.
-        changes: Per run but the first: row numbers broken, mended, worse, better against the first.
+        task: Name of the task.
+        rows: The task's rows of every run.
+        rules: How the rows are scored.
+        units: Units of the resampling.
+        values: {metric: (value, its interval) per run}.
+        pairs: {(run, run): {metric: difference}} for every pair of runs, the lower index first.
+        adjusted: {(run, run): {metric: p-value}}, raised by Holm's method over the pairs of a metric.
+        changes: For every run but the first: see ``alignments.changed_rows``, against the first run.
     """
 
     task: str
@@ -46,29 +46,34 @@ class TaskComparison:
     changes: Sequence[Mapping[str, list[int]]]
 
     def differs(self, pair: tuple[int, int], metric: str) -> bool:
-        """Whether a difference is shown, all pairs considered."""
+        """Whether a difference is significant, also after adjusting for the number of pairs."""
         return self.pairs[pair][metric].is_shown and self.adjusted[pair][metric] < ALPHA
 
-    def way(self, run: int, metric: str) -> int:
-        """1 if a run is shown to be better than the first, -1 if worse, 0 if no difference is shown."""
-        return way(metric, self.pairs[0, run][metric].difference, self.differs((0, run), metric))
+    def direction(self, run: int, metric: str) -> int:
+        """1 if a run is significantly better than the first, -1 if worse, 0 if no difference is shown."""
+        return direction(metric, self.pairs[0, run][metric].difference, self.differs((0, run), metric))
 
     def best(self, metric: str) -> list[int]:
-        """The best run by a metric, and those that are not shown to differ from it."""
+        """The best run by a metric, and the runs that are not shown to differ from it."""
         values = [value for value, _ in self.values[metric]]
         first = values.index((max if higher_is_better(metric) else min)(values))
         pairs = {other: (min(first, other), max(first, other)) for other in range(len(values)) if other != first}
         return sorted([first, *(other for other, pair in pairs.items() if not self.differs(pair, metric))])
 
-    def marked(self, metric: str) -> list[int]:
-        """``best``, but none where no run is shown to differ from it."""
+    def highlighted(self, metric: str) -> list[int]:
+        """The runs to highlight: ``best``, or none if no run is shown to differ from the best."""
         best = self.best(metric)
         return best if len(best) < len(self.rows) else []
 
 
 @dataclass(frozen=True)
 class SliceComparison:
-    """A task's headline metric on some of its rows, one run against the first; p is raised by Holm over the slices."""
+    """A task's headline metric on one slice, one run against the first.
+
+    Attributes:
+        slice, value: Name of the slice, and its value.
+        adjusted: p-value, raised by Holm's method over the slices.
+    """
 
     task: str
     slice: str
@@ -78,28 +83,28 @@ class SliceComparison:
     adjusted: float
 
     @property
-    def way(self) -> int:
-        """1 if the run is shown to be better there, -1 if worse, 0 if no difference is shown."""
-        return way(headline(self.task), self.difference.difference, self.is_shown)
+    def direction(self) -> int:
+        """1 if the run is significantly better on the slice, -1 if worse, 0 if no difference is shown."""
+        return direction(headline(self.task), self.difference.difference, self.is_shown)
 
     @property
     def is_shown(self) -> bool:
         return self.difference.is_shown and self.adjusted < ALPHA
 
 
-def way(metric: str, difference: float, is_shown: bool = True) -> int:
-    """1 for a difference to the better, -1 for one to the worse, 0 for none, or one that is not shown."""
+def direction(metric: str, difference: float, is_shown: bool = True) -> int:
+    """1 for an improvement, -1 for a deterioration, 0 for no difference or one that is not shown."""
     return 0 if not (is_shown and difference) else 1 if (difference > 0) == higher_is_better(metric) else -1
 
 
 def compare_tasks(matched: MatchedEvaluations, *, seed: int, num_resamples: int) -> list[TaskComparison]:
     """Compare all runs with each other, task by task."""
-    found = []
+    comparisons = []
     for task in TASKS:
         rows = tuple(tuple(row for row in run if row.task == task) for run in matched.rows)
         if rows[0]:
-            found.append(_compare_task(task, rows, matched.rules, seed, num_resamples))
-    return found
+            comparisons.append(_compare_task(task, rows, matched.rules, seed, num_resamples))
+    return comparisons
 
 
 def _compare_task(
@@ -114,94 +119,95 @@ def _compare_task(
         differences = compare_rows(parts[one], parts[other], units, **options)
         pairs[one, other] = {name: entry for name, entry in zip(metrics, differences, strict=True) if entry}
     if len(rows) == 1:
-        own = zip(metrics, metric_intervals(parts[0], units, **options), strict=True)
-        values = {name: [(entry.first, entry.first_interval)] for name, entry in own if entry}
+        entries = zip(metrics, metric_intervals(parts[0], units, **options), strict=True)
+        values = {name: [(entry.first, entry.first_interval)] for name, entry in entries if entry}
     for (one, other), differences in pairs.items():
         for name, entry in differences.items():
-            values.setdefault(name, [None] * len(rows))
-            values[name][one], values[name][other] = (
-                (entry.first, entry.first_interval),
-                (entry.second, entry.second_interval),
-            )
+            of_runs = values.setdefault(name, [None] * len(rows))
+            of_runs[one], of_runs[other] = (entry.first, entry.first_interval), (entry.second, entry.second_interval)
     adjusted: dict[tuple[int, int], dict[str, float]] = {pair: {} for pair in pairs}
     for name in values:
         raised = holm([entry[name].p for entry in pairs.values()])
         for pair, p in zip(pairs, raised, strict=True):
             adjusted[pair][name] = p
-    marks = [[{"error": row.error, "exact": row.exact} for row in run] for run in rows]
-    changes = [changed_rows(marks[0], other) for other in marks[1:]]
+    scores = [[{"error": row.error, "exact": row.exact} for row in run] for run in rows]
+    changes = [changed_rows(scores[0], other) for other in scores[1:]]
     return TaskComparison(task, rows, rules, units, values, pairs, adjusted, changes)
 
 
-def compare_slices(found: Sequence[TaskComparison], *, seed: int, num_resamples: int) -> list[SliceComparison]:
-    """Each run against the first on every slice of every task; with a single run, its own values by slice."""
+def compare_slices(comparisons: Sequence[TaskComparison], *, seed: int, num_resamples: int) -> list[SliceComparison]:
+    """Compare each run with the first on every slice of every task; of a single run, its own values by slice."""
     entries: list[tuple[str, str, str, int, Difference]] = []
-    for task in found:
-        names, parts = metric_contributions(task.task, task.rows, task.rules)
-        if headline(task.task) not in names:
+    for task in comparisons:
+        metrics, parts = metric_contributions(task.task, task.rows, task.rules)
+        if headline(task.task) not in metrics:
             continue
-        column = slice(names.index(headline(task.task)), names.index(headline(task.task)) + 1)
-        for slice_name, value, places in _slices(task.rows[0]):
-            units = resampling_units([task.rows[0][at].values for at in places])
-            cut = [(top[places, column], bottom[places, column]) for top, bottom in parts]
-            for run in range(1, len(cut)) or (0,):
-                difference = compare_rows(cut[0], cut[run], units, seed=seed, num_resamples=num_resamples)[0]
+        metric = [metrics.index(headline(task.task))]
+        for name, value, indices in _slices(task.rows[0]):
+            units = resampling_units([task.rows[0][index].values for index in indices])
+            of_slice = [(top[indices][:, metric], bottom[indices][:, metric]) for top, bottom in parts]
+            for run in range(1, len(of_slice)) or (0,):
+                difference = compare_rows(of_slice[0], of_slice[run], units, seed=seed, num_resamples=num_resamples)[0]
                 if difference:
-                    entries.append((task.task, slice_name, value, run, difference))
-    raised = [1.0] * len(entries)
+                    entries.append((task.task, name, value, run, difference))
+    adjusted = [1.0] * len(entries)
     for run in {entry[3] for entry in entries}:
-        places = [at for at, entry in enumerate(entries) if entry[3] == run]
-        for at, p in zip(places, holm([entries[at][4].p for at in places]), strict=True):
-            raised[at] = p
-    return [SliceComparison(*entry, adjusted=p) for entry, p in zip(entries, raised, strict=True)]
+        indices = [index for index, entry in enumerate(entries) if entry[3] == run]
+        for index, p in zip(indices, holm([entries[index][4].p for index in indices]), strict=True):
+            adjusted[index] = p
+    return [SliceComparison(*entry, adjusted=p) for entry, p in zip(entries, adjusted, strict=True)]
 
 
 def _slices(rows: Sequence[ScoredRow]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(slice, label, row numbers) of the slices that divide the rows; of a slice with very many labels the largest."""
-    found = {**slice_rows([row.values for row in rows]), **length_slices([row.reference for row in rows])}
-    for name, labels in found.items():
+    """(slice, label, row indices) of the slices that divide the rows; only the largest of very many labels."""
+    slices = {**slice_rows([row.values for row in rows]), **length_slices([row.reference for row in rows])}
+    for name, labels in slices.items():
         if len(labels) > 1:
-            kept = set(sorted(labels, key=lambda label: -len(labels[label]))[:MAX_SLICES])
-            for label, numbers in labels.items():
-                if label in kept and len(numbers) >= MIN_SLICE_ROWS:
-                    yield name, label, np.array(numbers)
+            largest = set(sorted(labels, key=lambda label: -len(labels[label]))[:MAX_SLICES])
+            for label, indices in labels.items():
+                if label in largest and len(indices) >= MIN_SLICE_ROWS:
+                    yield name, label, np.array(indices)
 
 
-def overall(found: Sequence[TaskComparison]) -> dict[str, list[float]]:
-    """{macro, weighted, balance: per run} of the tasks' scores on the matched rows, see ``metrics.overall.figures``."""
-    tasks = [task for task in found if headline(task.task) in task.values]
+def overall(comparisons: Sequence[TaskComparison]) -> dict[str, list[float]]:
+    """{macro, weighted, balance: value per run} on the matched rows, see ``metrics.overall.aggregate_tasks``."""
+    tasks = [task for task in comparisons if headline(task.task) in task.values]
     if not tasks:
         return {}
     scores = [[headline_score(task.task, value) for value, _ in task.values[headline(task.task)]] for task in tasks]
     weights = np.array([len(task.rows[0]) for task in tasks])
-    return {name: [float(value) for value in values] for name, values in figures(np.array(scores), weights).items()}
+    return {
+        name: [float(value) for value in values] for name, values in aggregate_tasks(np.array(scores), weights).items()
+    }
 
 
-def summary(runs: Sequence[Evaluation], found: Sequence[TaskComparison], run: int) -> str:
+def summary(runs: Sequence[Evaluation], comparisons: Sequence[TaskComparison], run: int) -> str:
     """The tasks on which a run is better than the first, and those on which it is worse."""
-    ways = {task.task: task.way(run, headline(task.task)) for task in found if headline(task.task) in task.values}
+    directions = {t.task: t.direction(run, headline(t.task)) for t in comparisons if headline(t.task) in t.values}
     words = {1: "better on", -1: "worse on", 0: "no difference can be shown on"}
-    named = {word: [task for task, own in ways.items() if own == which] for which, word in words.items()}
-    parts = [f"{word} {', '.join(tasks)}" for word, tasks in named.items() if tasks]
+    tasks_by_word = {
+        word: [task for task, direction in directions.items() if direction == key] for key, word in words.items()
+    }
+    parts = [f"{word} {', '.join(tasks)}" for word, tasks in tasks_by_word.items() if tasks]
     return f"{runs[run].label} against {runs[0].label}: {'; '.join(parts) or 'no task has a figure to compare'}"
 
 
 def slice_verdicts(runs: Sequence[Evaluation], slices: Sequence[SliceComparison], run: int) -> list[str]:
-    """A sentence per task: in how many slices is a run better or worse than the first, and in which worse."""
-    said = []
+    """A sentence per task: in how many slices a run is better or worse than the first, and in which it is worse."""
+    sentences = []
     for task in dict.fromkeys(entry.task for entry in slices):
         entries = [entry for entry in slices if (entry.task, entry.run) == (task, run)]
-        worse = [entry for entry in entries if entry.way == -1]
-        perhaps = [e for e in entries if not e.is_shown and way(headline(task), e.difference.difference) == -1]
-        num_better = sum(entry.way == 1 for entry in entries)
+        worse = [entry for entry in entries if entry.direction == -1]
+        unsure = [e for e in entries if not e.is_shown and direction(headline(task), e.difference.difference) == -1]
+        num_better = sum(entry.direction == 1 for entry in entries)
         counts = f"better in {num_better} of {len(entries)}, worse in {len(worse) or 'none'}{_named(worse)}"
-        chance = f"; worse values that may be chance in {len(perhaps)}{_named(perhaps)}" if perhaps else ""
-        said.append(f"{task} by slice: {runs[run].label} is {counts}{chance}")
-    return said
+        chance = f"; worse values that may be chance in {len(unsure)}{_named(unsure)}" if unsure else ""
+        sentences.append(f"{task} by slice: {runs[run].label} is {counts}{chance}")
+    return sentences
 
 
 def _named(entries: Sequence[SliceComparison]) -> str:
-    """The slices with the smallest p-values, by name."""
+    """The slices with the smallest p-values, in words."""
     if not entries:
         return ""
     shown = [
@@ -212,29 +218,27 @@ def _named(entries: Sequence[SliceComparison]) -> str:
     return f" ({'; '.join([*shown, *more])})"
 
 
-def verdicts(runs: Sequence[Evaluation], found: Sequence[TaskComparison], run: int) -> list[str]:
-    """A sentence per task: is a run better than the first, by how much, and how sure is that."""
-    names = {task.task: headline(task.task) for task in found}
-    judged = [task for task in found if names[task.task] in task.values]
-    return [_verdict(runs[0].label, runs[run].label, task, run, names[task.task]) for task in judged]
+def verdicts(runs: Sequence[Evaluation], comparisons: Sequence[TaskComparison], run: int) -> list[str]:
+    """A sentence per task: whether a run is better than the first, by how much, and how certain that is."""
+    labels = runs[0].label, runs[run].label
+    return [_verdict(*labels, task, run, name) for task in comparisons if (name := headline(task.task)) in task.values]
 
 
 def _verdict(first: str, second: str, task: TaskComparison, run: int, metric: str) -> str:
     entry, p = task.pairs[0, run][metric], task.adjusted[0, run][metric]
-    said = f"{metric} {entry.first:.3f} -> {entry.second:.3f}, difference {signed(entry.difference)}"
+    details = f"{metric} {entry.first:.3f} -> {entry.second:.3f}, difference {signed(entry.difference)}"
     if entry.interval:
-        said += f" [{signed(entry.interval[0])}, {signed(entry.interval[1])}]"
-    drawn = f"{entry.num_rows} rows"
+        details += f" [{signed(entry.interval[0])}, {signed(entry.interval[1])}]"
+    details += f", {p_text(p)}; {entry.num_rows} rows"
     speakers = len({row.values.get("speaker") for row in task.rows[0]} - {None, ""})
     if task.units.unit == "speaker":
-        drawn += f" of {speakers} speakers"
+        details += f" of {speakers} speakers"
     elif speakers:
-        drawn += f" of {speakers} speaker(s), too few to say anything of others"
-    said += f", {p_text(p)}; {drawn}"
-    shown = task.way(run, metric)
-    if not shown:
-        return f"{task.task}: no difference can be shown between {first} and {second} ({said})"
-    return f"{task.task}: {second} is {'better' if shown > 0 else 'worse'} than {first} ({said})"
+        details += f" of {speakers} speaker(s), too few to say anything of others"
+    direction = task.direction(run, metric)
+    if not direction:
+        return f"{task.task}: no difference can be shown between {first} and {second} ({details})"
+    return f"{task.task}: {second} is {'better' if direction > 0 else 'worse'} than {first} ({details})"
 
 
 def signed(value: float) -> str:
@@ -245,42 +249,42 @@ def p_text(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def interference(runs: Sequence[Evaluation], found: Sequence[TaskComparison]) -> list[str]:
-    """A sentence per run and task on the rows that it broke and mended."""
-    said = []
+def interference(runs: Sequence[Evaluation], comparisons: Sequence[TaskComparison]) -> list[str]:
+    """A sentence per run and task on the rows that the run broke and mended."""
+    sentences = []
     for run in range(1, len(runs)):
-        for task in found:
+        for task in comparisons:
             change = task.changes[run - 1]
             counts = {name: len(rows) for name, rows in change.items()}
             same = len(task.rows[0]) - sum(counts.values())
-            said.append(
+            sentences.append(
                 f"{task.task}: {runs[run].label} broke {counts['broken']} that {runs[0].label} had right, mended "
                 f"{counts['mended']}; wrong in both: {counts['better']} better, {counts['worse']} worse; {same} as "
                 "before"
             )
-    return said
+    return sentences
 
 
 def as_json(
     runs: Sequence[Evaluation],
     matched: MatchedEvaluations,
-    found: Sequence[TaskComparison],
+    comparisons: Sequence[TaskComparison],
     slices: Sequence[SliceComparison],
     *,
     top: int,
 ) -> dict[str, Any]:
-    """Everything that is said, as comparison.json holds it, with the ``top`` most changed rows of each kind."""
+    """The content of comparison.json, with the ``top`` most changed rows of each kind."""
     labels, others = [run.label for run in runs], range(1, len(runs))
     tasks: dict[str, Any] = {}
-    for task in found:
+    for task in comparisons:
         metrics = {}
         for name, values in task.values.items():
-            shown = [
+            of_runs = [
                 {"run": label, "value": value, **_bounds(bounds)}
                 for label, (value, bounds) in zip(labels, values, strict=True)
             ]
-            best = [labels[at] for at in task.best(name)]
-            metrics[name] = {"runs": shown, "best_or_not_shown_to_differ": best}
+            best = [labels[index] for index in task.best(name)]
+            metrics[name] = {"runs": of_runs, "best_or_not_shown_to_differ": best}
         differences = [
             {
                 **{"first": labels[one], "second": labels[other], "metric": name, **_difference(entry)},
@@ -291,11 +295,11 @@ def as_json(
         ]
         changes = [
             {
-                "run": labels[at + 1],
+                "run": labels[run],
                 **{f"num_{name}": len(rows) for name, rows in change.items()},
-                **{name: [_changed(task, at + 1, row) for row in rows[:top]] for name, rows in change.items()},
+                **{name: [_changed(task, run, row) for row in rows[:top]] for name, rows in change.items()},
             }
-            for at, change in enumerate(task.changes)
+            for run, change in enumerate(task.changes, 1)
         ]
         resampled = {"resampled": task.units.unit, "num_units": task.units.num}
         tasks[task.task] = {"num_rows": len(task.rows[0]), **resampled, "metrics": metrics}
@@ -309,14 +313,14 @@ def as_json(
         for entry in slices
     ]
     return {
-        "summaries": [summary(runs, found, run) for run in others],
-        "verdicts": [said for run in others for said in verdicts(runs, found, run)],
-        "slice_verdicts": [said for run in others for said in slice_verdicts(runs, slices, run)],
+        "summaries": [summary(runs, comparisons, run) for run in others],
+        "verdicts": [sentence for run in others for sentence in verdicts(runs, comparisons, run)],
+        "slice_verdicts": [sentence for run in others for sentence in slice_verdicts(runs, slices, run)],
         "warnings": list(matched.warnings),
         "num_matched": len(matched.rows[0]),
         "matched_by": matched.key,
         "runs": [{"label": run.label, "folder": str(run.folder), "num_rows": len(run.rows)} for run in runs],
-        "overall": {name: dict(zip(labels, values, strict=True)) for name, values in overall(found).items()},
+        "overall": {name: dict(zip(labels, values, strict=True)) for name, values in overall(comparisons).items()},
         "tasks": tasks,
         "slices": by_slice,
     }

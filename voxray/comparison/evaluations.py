@@ -1,4 +1,4 @@
-"""Evaluations as they lie on disk, read again: their rows counted anew, and matched with each other's."""
+"""Reading finished evaluations from disk: their rows are scored again, and matched between runs."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,25 +14,25 @@ from voxray.comparison.alignments import length_slices, row_errors
 from voxray.comparison.significance import Parts
 from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
-from voxray.evaluation.predictions import labelled, read_predictions
-from voxray.evaluation.score import counted, read_terms
+from voxray.evaluation.predictions import labelled_rows, read_predictions
+from voxray.evaluation.score import count_rows, read_terms
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.text.normalize import ENGLISH, Normalizer, english_with
 
-NO_MATTER = {
+IGNORED_SETTINGS = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
     *("features_cache_gib", "cache_budget_gib", "num_actors", "num_models", "per_device_bsz", "rows_per_shard"),
     *("cuda_visible_devices", "strict", "seed", "gpus_per_model", "check_batch_invariance", "mode"),
 }
-"""Settings that are what is being compared, or that do not change what is answered."""
+"""Settings that are the subject of a comparison, or that do not change the answers."""
 
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """What counting needs beside the texts, as ``--english_spelling`` and ``--terms`` of the evaluation gave it."""
+    """How answers are scored: ``--english_spelling`` and ``--terms`` of the evaluation."""
 
     english: Normalizer = ENGLISH
     terms: tuple[str, ...] = ()
@@ -40,15 +40,15 @@ class ScoringRules:
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """One answer, counted.
+    """One answer and its scores.
 
     Attributes:
-        values: The prediction row as it is stored.
+        values: The stored prediction row.
         reference, prediction: Normalised texts.
         counts: {count: number}, see ``metrics.counts``.
-        error: See ``errors.row_errors``.
-        exact: Whether it is right to the letter, after normalising.
-        slices: {slice: value}, for those that are known.
+        error: See ``alignments.row_errors``.
+        exact: Whether prediction and reference are equal after normalising.
+        slices: {slice: value}, without slices of unknown value.
     """
 
     values: Mapping[str, Any]
@@ -69,12 +69,12 @@ class Evaluation:
     """One evaluation.
 
     Attributes:
-        folder: Where it lies.
-        label: What it is called beside the others.
+        folder: Folder of the evaluation.
+        label: Short name in reports.
         rows: All its answers.
-        metrics: Its metrics.json.
-        settings: Its settings.json; empty if there is none.
-        rules: What its rows were counted by.
+        metrics: Content of metrics.json.
+        settings: Content of settings.json; empty if there is none.
+        rules: How its rows are scored.
     """
 
     folder: Path
@@ -86,9 +86,9 @@ class Evaluation:
 
     @property
     def normalizer(self) -> str:
-        """Names of the normalisers its metrics.json was made with; "" if it does not say."""
-        found = self.metrics.get("normalizer") or ""
-        return ", ".join(found) if isinstance(found, dict) else str(found)
+        """Names of the normalisers that its metrics.json was made with; "" if unknown."""
+        names = self.metrics.get("normalizer") or ""
+        return ", ".join(names) if isinstance(names, dict) else str(names)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class MatchedEvaluations:
     """The rows that all runs have.
 
     Attributes:
-        rows: Per run, the same rows in the same order.
-        key: What they were matched by, ``source`` or ``id``.
-        warnings: What makes the comparison less than fair, in words.
-        rules: What all were counted by.
+        rows: The same rows in the same order, for every run.
+        key: The field that matches them, ``source`` or ``id``.
+        warnings: Sentences on what makes the comparison less than fair.
+        rules: How the rows of all runs are scored.
     """
 
     rows: tuple[tuple[ScoredRow, ...], ...]
@@ -109,10 +109,10 @@ class MatchedEvaluations:
 
 
 def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
-    """Read evaluations and count their answers, all by the rules of the first.
+    """Read evaluations and score their answers, all by the rules of the first.
 
     Raises:
-        RunError: A folder holds none, an unfinished or a damaged one.
+        RunError: A folder has no evaluation, or an unfinished or damaged one.
     """
     labels = short_labels(folders)
     first = read_evaluation(Path(folders[0]), labels[0])
@@ -121,50 +121,51 @@ def read_evaluations(folders: Sequence[str]) -> list[Evaluation]:
 
 
 def read_evaluation(folder: Path, label: str = "", rules: ScoringRules | None = None) -> Evaluation:
-    """Read one evaluation and count its answers.
+    """Read one evaluation and score its answers.
 
     Args:
-        label: What it is called; its folder's name if empty.
-        rules: Count by these rules, not by its own.
+        label: Short name in reports; by default the name of the folder.
+        rules: Score by these rules instead of its own.
     Raises:
-        RunError: There is none, or it is unfinished or damaged.
+        RunError: The folder has no evaluation, or an unfinished or damaged one.
     """
     if not _has_answers(folder):
-        raise RunError(f"{folder}: no evaluation there (no predictions/part-*.parquet){_what_instead(folder)}")
+        raise RunError(f"{folder}: no evaluation there (no predictions/part-*.parquet){_advice(folder)}")
     if not (folder / "metrics.json").is_file():
         raise RunError(f"{folder}: this evaluation has not finished (no metrics.json); start it again to go on")
     metrics, settings = (_read_json(folder / f"{name}.json") for name in ("metrics", "settings"))
     try:
-        stored = labelled(read_predictions(folder))
+        stored = labelled_rows(read_predictions(folder))
     except (OSError, ValueError, KeyError) as error:
         raise RunError(f"{folder / 'predictions'}: damaged: {one_line(error, 200)}") from None
     if not stored:
         raise RunError(f"{folder}: this evaluation answered no row that has a text to compare with")
-    for at, row in enumerate(stored, start=1):
-        check_row(row, f"{folder}: row {at} ({row.get('id') or row.get('source') or 'no id'})")
+    for number, row in enumerate(stored, start=1):
+        check_row(row, f"{folder}: row {number} ({row.get('id') or row.get('source') or 'no id'})")
     for task in TASKS:
         # Other versions left an earlier evaluation's metrics.json beside new answers until these were finished.
-        said, there = metrics.get(task, {}).get("exact_match", {}).get("n"), sum(row["task"] == task for row in stored)
-        if said not in (None, there):
+        expected = metrics.get(task, {}).get("exact_match", {}).get("n")
+        num_stored = sum(row["task"] == task for row in stored)
+        if expected not in (None, num_stored):
             raise RunError(
-                f"{folder}: metrics.json is of {said} {task} rows, but {there} are in predictions/: the evaluation has "
-                "not finished; start it again to go on"
+                f"{folder}: metrics.json is of {expected} {task} rows, but {num_stored} are in predictions/: the "
+                "evaluation has not finished; start it again to go on"
             )
     rules = rules or scoring_rules(settings)
-    return Evaluation(folder, label or folder.name, tuple(counted_rows(stored, rules)), metrics, settings, rules)
+    return Evaluation(folder, label or folder.name, tuple(score_rows(stored, rules)), metrics, settings, rules)
 
 
 def _has_answers(folder: Path) -> bool:
     return any((folder / "predictions").glob("part-*.parquet"))
 
 
-def _what_instead(folder: Path) -> str:
-    """What to do about a path that is no evaluation."""
+def _advice(folder: Path) -> str:
+    """What to do about a path that is not an evaluation."""
     if folder.is_file():
         return f"; answers in a file are scored first: jobs/evaluate.py --score_only {folder} --output_dir FOLDER"
     near = [folder.parent] if folder.name == "predictions" else sorted(folder.iterdir()) if folder.is_dir() else []
-    if found := [str(place) for place in near if _has_answers(place)]:
-        return f"; give {' or '.join(found[:5])}"
+    if candidates := [str(path) for path in near if _has_answers(path)]:
+        return f"; give {' or '.join(candidates[:5])}"
     if folder.exists():
         return ""
     return (
@@ -173,7 +174,7 @@ def _what_instead(folder: Path) -> str:
 
 
 def scoring_rules(settings: Mapping[str, Any]) -> ScoringRules:
-    """The rules of an evaluation; without a file that is no longer there, which the report then shows."""
+    """The scoring rules of an evaluation. Files that no longer exist are ignored; the values then differ."""
     rules = ScoringRules()
     with suppress(RunError):
         if settings.get("english_spelling"):
@@ -186,18 +187,18 @@ def scoring_rules(settings: Mapping[str, Any]) -> ScoringRules:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: damaged: {one_line(error)}") from None
-    if not isinstance(found, dict):
-        raise RunError(f"{path}: holds a {type(found).__name__}, not keys and values")
-    return found
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: holds a {type(content).__name__}, not keys and values")
+    return content
 
 
 def short_labels(folders: Sequence[str]) -> list[str]:
-    """Short names that tell folders apart: the last parts of their paths, as many as it takes."""
+    """Short names that tell folders apart: as many of the last parts of their paths as are needed."""
     paths = [Path(folder).parts for folder in folders]
     for size in range(1, max(map(len, paths)) + 1):
         labels = ["/".join(parts[-size:]) for parts in paths]
@@ -206,8 +207,8 @@ def short_labels(folders: Sequence[str]) -> list[str]:
     return [str(Path(folder)) for folder in folders]
 
 
-def counted_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list[ScoredRow]:
-    """Count prediction rows from their raw texts, whatever version of the counts is stored beside them."""
+def score_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list[ScoredRow]:
+    """Score prediction rows from their raw texts, whatever version of the counts is stored with them."""
     rows: list[ScoredRow] = []
     for task in TASKS:
         of_task = [values for values in stored if values["task"] == task]
@@ -216,19 +217,20 @@ def counted_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> li
         texts = [_normal_texts(values, rules.english) for values in of_task]
         slices: list[dict[str, str]] = [{} for _ in of_task]
         for name, parts in {**slice_rows(of_task), **length_slices([reference for reference, _ in texts])}.items():
-            for label, at in ((label, at) for label, places in parts.items() for at in places):
-                slices[at][name] = label
+            for label, indices in parts.items():
+                for index in indices:
+                    slices[index][name] = label
         counts = [as_row(count_row(values, rules.english)) for values in of_task]
         errors = row_errors(task, as_columns(counts))
-        for values, (reference, prediction), numbers, error, own in zip(
+        for values, (reference, prediction), numbers, error, labels in zip(
             of_task, texts, counts, errors, slices, strict=True
         ):
-            rows.append(ScoredRow(values, reference, prediction, numbers, float(error), bool(numbers["exact"]), own))
+            rows.append(ScoredRow(values, reference, prediction, numbers, float(error), bool(numbers["exact"]), labels))
     return rows
 
 
 def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, str]:
-    """Normalised reference and prediction as they are shown; of several references the closest."""
+    """Normalised reference and prediction for display; of several references, the closest one."""
     normalize = row_normalizer(values, english).normalize
     references = row_references(values)
     if len(references) == 1 and is_transcript(values["task"]):
@@ -237,36 +239,36 @@ def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, 
     return min(map(normalize, references), key=lambda text: Levenshtein.distance(text, prediction)), prediction
 
 
-def match(runs: Sequence[Evaluation]) -> MatchedEvaluations:
-    """Find the rows that all runs have: by manifest and line, or, where the manifests have moved, by id.
+def match_rows(runs: Sequence[Evaluation]) -> MatchedEvaluations:
+    """Find the rows that all runs have: by manifest and line, or by id if the manifests have moved.
 
-    Rows whose reference differs between runs are left out: they were not asked the same.
+    Rows whose reference differs between runs are left out, because the runs did not do the same task there.
 
     Raises:
         RunError: There is no such row.
     """
-    tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda found: len(_common(found[0])))
+    tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda entry: len(_common(entry[0])))
     common = _common(tables)
-    same = [entry for entry in common if len({_asked(table[entry], runs[0].rules) for table in tables}) == 1]
-    if not same:
+    matched = [entry for entry in common if len({_references(table[entry], runs[0].rules) for table in tables}) == 1]
+    if not matched:
         names = ", ".join(run.label for run in runs)
         tasks = "; ".join(f"{run.label} has {' and '.join(_tasks(run))}" for run in runs)
         none = f"no row has the same task and source, or id, in all of them ({tasks})"
         raise RunError(f"{names}: nothing to compare: {'their references differ' if common else none}")
-    warnings = list(_row_warnings(runs, tables, len(common), same))
-    prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in same)
+    warnings = list(_row_warnings(runs, tables, len(common), matched))
+    prompts = sum(len({table[entry].values.get("prompt") or "" for table in tables}) > 1 for entry in matched)
     if prompts:
-        warnings.append(f"{prompts} of {len(same)} matched rows were asked with other prompts")
+        warnings.append(f"{prompts} of {len(matched)} matched rows were asked with other prompts")
     return MatchedEvaluations(
-        tuple(tuple(table[entry] for entry in same) for table in tables),
+        tuple(tuple(table[entry] for entry in matched) for table in tables),
         key,
-        (*warnings, *_unlike(runs)),
+        (*warnings, *_setting_warnings(runs)),
         runs[0].rules,
     )
 
 
-def _asked(row: ScoredRow, rules: ScoringRules) -> frozenset[str]:
-    """All normalised references of a row; ``ScoredRow.reference`` is only the one closest to this run's answer."""
+def _references(row: ScoredRow, rules: ScoringRules) -> frozenset[str]:
+    """All normalised references of a row; ``ScoredRow.reference`` is only the closest one to this run's answer."""
     return frozenset(map(row_normalizer(row.values, rules.english).normalize, row_references(row.values)))
 
 
@@ -275,7 +277,7 @@ def _tasks(run: Evaluation) -> list[str]:
 
 
 def _keyed(runs: Sequence[Evaluation], key: str) -> list[dict[tuple[str, str], ScoredRow]]:
-    """Rows by task and source or id; of rows with the same one, the first."""
+    """Rows by task and source or id; of rows with the same key, the first."""
     tables: list[dict[tuple[str, str], ScoredRow]] = []
     for run in runs:
         table: dict[tuple[str, str], ScoredRow] = {}
@@ -294,32 +296,30 @@ def _row_warnings(
     runs: Sequence[Evaluation],
     tables: Sequence[Mapping[Any, ScoredRow]],
     num_common: int,
-    same: Sequence[tuple[str, str]],
+    matched: Sequence[tuple[str, str]],
 ) -> Iterator[str]:
-    if any(len(run.rows) != len(same) for run in runs):
+    if any(len(run.rows) != len(matched) for run in runs):
         sizes = ", ".join(f"{run.label} {len(run.rows)}" for run in runs)
-        lost = {task for run in runs for task in _tasks(run)} - {task for task, _ in same}
+        lost = {task for run in runs for task in _tasks(run)} - {task for task, _ in matched}
         also = f"; no row of {' and '.join(task for task in TASKS if task in lost)} is in all of them" if lost else ""
-        yield f"the data differ: {len(same)} rows matched ({sizes}); all figures here are of the matched rows{also}"
+        yield f"the data differ: {len(matched)} rows matched ({sizes}); all figures here are of the matched rows{also}"
     for run, table in zip(runs, tables, strict=True):
         if len(table) < len(run.rows):
             yield f"{run.label}: {len(run.rows) - len(table)} rows have no name of their own and are left out"
-    if len(same) < num_common:
-        yield f"{num_common - len(same)} rows are left out, for their references differ between the runs"
+    if len(matched) < num_common:
+        yield f"{num_common - len(matched)} rows are left out, for their references differ between the runs"
     for run, table in zip(runs[1:], tables[1:], strict=True):
-        if all(table[entry].values["prediction"] == tables[0][entry].values["prediction"] for entry in same):
+        if all(table[entry].values["prediction"] == tables[0][entry].values["prediction"] for entry in matched):
             yield f"{run.label} gave the same answer as {runs[0].label} to every row: are they the same model?"
 
 
-def _unlike(runs: Sequence[Evaluation]) -> Iterator[str]:
-    """Settings in which runs differ that are meant to differ in the model alone."""
+def _setting_warnings(runs: Sequence[Evaluation]) -> Iterator[str]:
+    """Differences between runs in anything but the model."""
     for run in runs:
-        own, now = (
-            run.metrics.get("normalizer"),
-            {row_normalizer(row.values, run.rules.english).name for row in run.rows},
-        )
-        if own and isinstance(own, dict) and set(own) != now:
-            used = f"normalised by {' and '.join(sorted(own))}, here by {' and '.join(sorted(now))}"
+        stored = run.metrics.get("normalizer")
+        current = {row_normalizer(row.values, run.rules.english).name for row in run.rows}
+        if stored and isinstance(stored, dict) and set(stored) != current:
+            used = f"normalised by {' and '.join(sorted(stored))}, here by {' and '.join(sorted(current))}"
             yield f"{run.label}: its metrics.json was {used}; all figures here are counted anew"
     for name, values in differing_settings(runs).items():
         shown = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
@@ -327,34 +327,35 @@ def _unlike(runs: Sequence[Evaluation]) -> Iterator[str]:
 
 
 def differing_settings(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """{flag: value per run} of the settings that decide what is answered and are not the same in all runs."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in NO_MATTER)
-    found = {name: [_shown(run.settings.get(name)) for run in runs] for name in names}
-    # a run that is older than a flag, or whose answers come from elsewhere, says nothing of it
-    found = {name: values for name, values in found.items() if len(set(values) - {_shown(None)}) > 1}
-    return found
+    """{flag: value per run} of the settings that affect the answers and differ between the runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in IGNORED_SETTINGS)
+    values = {name: [_format(run.settings.get(name)) for run in runs] for name in names}
+    # A run that is older than a flag, or whose answers come from elsewhere, does not have the flag.
+    return {name: of_runs for name, of_runs in values.items() if len(set(of_runs) - {_format(None)}) > 1}
 
 
 def training_differences(runs: Sequence[Evaluation]) -> dict[str, list[str]]:
-    """{flag: value per run} of the settings their adapters were trained with, where these differ; "" for no adapter."""
-    trained = [_training_of(run) for run in runs]
-    names = dict.fromkeys(name for own in trained for name in own if name not in NO_MATTER - {"seed"})
-    found = {name: [_shown(own.get(name)) if own else "" for own in trained] for name in names}
-    return {name: values for name, values in found.items() if len(set(values) - {""}) > 1}
+    """{flag: value per run} of the training settings of the adapters that differ; "" for a run without an adapter."""
+    trainings = [_training_settings(run) for run in runs]
+    names = dict.fromkeys(
+        name for settings in trainings for name in settings if name not in IGNORED_SETTINGS - {"seed"}
+    )
+    values = {name: [_format(settings.get(name)) if settings else "" for settings in trainings] for name in names}
+    return {name: of_runs for name, of_runs in values.items() if len(set(of_runs) - {""}) > 1}
 
 
-def _training_of(run: Evaluation) -> Mapping[str, Any]:
-    """Settings of the training that a run's adapter came from: beside it, or above one of its checkpoints."""
+def _training_settings(run: Evaluation) -> Mapping[str, Any]:
+    """Settings of the training that made a run's adapter: in the adapter's folder, or up to two folders above."""
     adapter = Path(run.settings.get("lora_dir") or "")
-    for place in (adapter, *adapter.parents)[:3] if adapter.name else ():
+    for folder in (adapter, *adapter.parents)[:3] if adapter.name else ():
         with suppress(RunError):
-            found = _read_json(place / "settings.json")
-            if "train_jsonl" in found:
-                return found
+            settings = _read_json(folder / "settings.json")
+            if "train_jsonl" in settings:
+                return settings
     return {}
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, list):
         return " + ".join(Path(str(part)).name for part in value) or "none"
     if isinstance(value, dict):
@@ -365,18 +366,22 @@ def _shown(value: Any) -> str:
 def metric_contributions(
     task: str, runs: Sequence[Sequence[ScoredRow]], rules: ScoringRules
 ) -> tuple[list[str], list[Parts]]:
-    """What the rows of a task add to metrics, run by run.
+    """Per-row numerators and denominators of a task's metrics.
 
     Returns:
-        The metrics that are ratios of sums and have a value in every run, the headline first; and their ``Parts``.
+        The metrics that are ratios of sums and have a value in every run, the headline first; and the ``Parts`` of
+        every run.
     """
     ratios = []
     for rows in runs:
         values, counts = [row.values for row in rows], [row.counts for row in rows]
-        ratios.append(counted(task, values, terms=rules.terms, english=rules.english, counts=counts).ratios)
+        ratios.append(count_rows(task, values, terms=rules.terms, english=rules.english, counts=counts).ratios)
     names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
     parts = [
-        tuple(np.stack([getattr(of_run[name], side) for name in names], axis=1) for side in ("top", "bottom"))
+        (
+            np.stack([of_run[name].numerator for name in names], axis=1),
+            np.stack([of_run[name].denominator for name in names], axis=1),
+        )
         for of_run in ratios
     ]
-    return names, [(top, bottom) for top, bottom in parts]
+    return names, parts

@@ -1,8 +1,6 @@
 """The rows that a report holds, with their alignments and clips, as the JSON that the page's script reads."""
 
-import base64
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Sample, parse_row
 from voxray.core.units import MIB
 from voxray.evaluation.slices import clip_seconds
+from voxray.html.page import data_uri
 from voxray.metrics.names import is_transcript
 
 MEDIA_TYPES = {
     **{"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg", "ogg": "audio/ogg", "opus": "audio/ogg"},
     **{"m4a": "audio/mp4", "mp4": "audio/mp4", "aac": "audio/aac", "webm": "audio/webm"},
 }
-"""What browsers play as it is; anything else is decoded and put in as WAV."""
+"""Formats that browsers play; all others are decoded and embedded as WAV."""
 EMBEDDABLE_SECONDS_PER_MIB = 32.0  # of WAV at 16 kHz
 
 
@@ -29,20 +28,17 @@ def page_rows(
     """The rows as the page's script takes them, those with most errors or the largest changes first.
 
     Args:
-        rows: Per run, the same rows.
-        max_rows: Leave out more than so many.
-        embed_audio_mib: Put the clips into the page if they are no larger together.
+        rows: The same rows of every run.
+        max_rows: Maximum number of rows; the others are left out.
+        embed_audio_mib: Embed the clips if their total size is at most this.
     Returns:
         The rows, how many were left out, and a sentence on the clips.
     """
-    order = sorted(range(len(rows[0])), key=lambda at: -_interest([run[at] for run in rows]))
-    kept = order[:max_rows]
-    found = [_page_row([run[at] for run in rows]) for at in kept]
-    clips, said = _clips([rows[0][at] for at in kept], embed_audio_mib * MIB)
-    for row, clip in zip(found, clips, strict=True):
-        if clip:
-            row["u"] = clip
-    return found, len(order) - len(kept), said
+    answers = sorted(zip(*rows, strict=True), key=_interest, reverse=True)
+    shown = answers[:max_rows]
+    clips, note = _clips([first for first, *_ in shown], embed_audio_mib * MIB)
+    entries = [_page_row(row) | ({"u": clip} if clip else {}) for row, clip in zip(shown, clips, strict=True)]
+    return entries, len(answers) - len(shown), note
 
 
 def _interest(answers: Sequence[ScoredRow]) -> float:
@@ -51,7 +47,7 @@ def _interest(answers: Sequence[ScoredRow]) -> float:
 
 
 def _page_row(answers: Sequence[ScoredRow]) -> dict[str, Any]:
-    """One row; the names are short because there may be thousands (see ``report.js``)."""
+    """One row; the keys are short because there may be thousands of rows (see ``report.js``)."""
     first = answers[0]
     values = first.values
     row: dict[str, Any] = {"t": first.task, "i": values.get("id") or "", "r": values["reference"] or ""}
@@ -75,51 +71,44 @@ def _page_row(answers: Sequence[ScoredRow]) -> dict[str, Any]:
 
 def _marked(row: ScoredRow) -> list[tuple[str, str, str]]:
     """Pieces of both texts, marked e, s, i or d; transcripts by character, answers by word."""
-    found = pieces(row.reference, row.prediction, by_word=not is_transcript(row.task))
-    return [(kind[0], reference, prediction) for kind, reference, prediction in found]
-
-
-def as_script(value: Any) -> str:
-    """JSON inside a page: no text in it can end the element that holds it, or begin a comment."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    by_word = not is_transcript(row.task)
+    edits = pieces(row.reference, row.prediction, by_word=by_word)
+    return [(kind[0], reference, prediction) for kind, reference, prediction in edits]
 
 
 def _clips(rows: Sequence[ScoredRow], max_bytes: int) -> tuple[list[str], str]:
-    """Where each row's clip is: in the page itself, or its file's address; "" without one."""
-    samples = read_samples([row.values.get("source") or "" for row in rows if clip_seconds(row.values)])
-    wanted = [samples.get(row.values.get("source") or "") for row in rows]
-    found = [sample for sample in wanted if sample]
-    if not found:
-        return [""] * len(rows), ""
-    total = sum(_num_bytes(sample) for sample in found)
+    """The URL of each row's clip, "" without one, and a sentence on them. Small clips are embedded as data URLs."""
+    by_source = read_samples([row.values.get("source") or "" for row in rows if clip_seconds(row.values)])
+    samples = [by_source.get(row.values.get("source") or "") for row in rows]
+    total = sum(_num_bytes(sample) for sample in samples if sample)
     if total > max_bytes:
-        said = f"The clips are links to their files ({total / MIB:,.0f} MiB, more than --embed_audio_mib)."
-        return [_address(sample) if sample else "" for sample in wanted], said
-    inside = [_embedded(sample) if sample else "" for sample in wanted]
-    return inside, "The clips are in this page."
+        note = f"The clips are links to their files ({total / MIB:,.0f} MiB, more than --embed_audio_mib)."
+        return [_file_url(sample) if sample else "" for sample in samples], note
+    return [_embedded(sample) if sample else "" for sample in samples], "The clips are in this page." if any(
+        samples
+    ) else ""
 
 
 def read_samples(sources: Sequence[str]) -> dict[str, Sample]:
-    """Rows of manifests by ``manifest:line``; those that cannot be read any more are absent."""
+    """Manifest rows by ``manifest:line``; rows that cannot be read any more are absent."""
     lines: dict[str, set[int]] = {}
     for source in sources:
         manifest, _, line = source.rpartition(":")
         if manifest and line.isdecimal():
             lines.setdefault(manifest, set()).add(int(line))
-    found = {}
+    samples = {}
     for manifest, numbers in lines.items():
         try:
             with open(manifest, "rb") as file:
                 for number, raw in enumerate(file, 1):
                     if number in numbers:
-                        found |= _sample(raw, manifest, number)
+                        samples |= _read_sample(raw, manifest, number)
         except OSError:
-            continue  # the manifest has moved: the report then has no clips, and says none are there
-    return found
+            continue  # the manifest has moved: the report then shows no clips
+    return samples
 
 
-def _sample(raw: bytes, manifest: str, number: int) -> dict[str, Sample]:
+def _read_sample(raw: bytes, manifest: str, number: int) -> dict[str, Sample]:
     try:
         sample = parse_row(raw.removeprefix(b"\xef\xbb\xbf"), manifest, number)
     except (BadRow, RunError):
@@ -137,7 +126,7 @@ def _num_bytes(sample: Sample) -> int:
     return round(sample.duration_sec / EMBEDDABLE_SECONDS_PER_MIB * MIB)
 
 
-def _address(sample: Sample) -> str:
+def _file_url(sample: Sample) -> str:
     part = ""
     if sample.start_sec or sample.duration_sec:
         end = f",{sample.start_sec + sample.duration_sec:g}" if sample.duration_sec else ""
@@ -149,8 +138,8 @@ def _embedded(sample: Sample) -> str:
     kind = MEDIA_TYPES.get(Path(sample.audio_path).suffix.lower().lstrip("."))
     try:
         if kind and _is_whole(sample):
-            return f"data:{kind};base64,{base64.b64encode(Path(sample.audio_path).read_bytes()).decode('ascii')}"
-        return f"data:audio/wav;base64,{base64.b64encode(_as_wav(sample)).decode('ascii')}"
+            return data_uri(Path(sample.audio_path).read_bytes(), kind)
+        return data_uri(_as_wav(sample), "audio/wav")
     except (OSError, BadRow):
         return ""
 

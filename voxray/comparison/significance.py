@@ -1,8 +1,8 @@
 """Is one run better than another on the same rows? Paired bootstrap intervals and permutation p-values.
 
 Every metric here is a sum over rows divided by a sum over rows (edits over reference length; ROUGE-L over rows), and
-rates are formed from sums only. Rows of one speaker resemble each other, so what is drawn, or exchanged between the
-runs, is a *unit*: all rows of a speaker, or one row.
+rates are computed from sums only. Rows of one speaker resemble each other, so the bootstrap draws *units*, and the
+permutation test exchanges them: a unit is all rows of a speaker, or one row.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ import numpy as np
 from voxray.metrics.bootstrap import NUM_RESAMPLES, Groups, group_by_speaker, interval, resampled_sums, resamples_for
 
 ALPHA = 0.05
-"""A difference is called one if its p-value is below this and its interval leaves out 0."""
+"""A difference is significant if its p-value is below this and its interval excludes 0."""
 MIN_SPEAKERS = 6
-"""Fewer can be exchanged in so few ways that no p-value could be below ``ALPHA``."""
+"""Fewer speakers can be exchanged in so few ways that no p-value could be below ``ALPHA``."""
 MAX_EXACT_UNITS = 13
-"""Up to so many units all 2**units exchanges are gone through, no more than are drawn otherwise."""
-CELLS_AT_ONCE = 1 << 21  # of the matrix draws x units
-TIE = 1e-9  # sums in another order differ in their last bits; so much counts as equal
+"""Up to this many units, all 2**units exchanges are enumerated, no more than are drawn otherwise."""
+CELLS_AT_ONCE = 1 << 21  # of the matrix (draws, units)
+TIE = 1e-9  # tolerance for sums in another order, which differ in their last bits
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Difference:
 
     Attributes:
         first, second: Values of the two runs.
-        first_interval, second_interval: Their 95 % intervals; None with fewer than two units.
+        first_interval, second_interval: 95 % intervals of the values; None with fewer than two units.
         difference: second - first.
         interval: 95 % interval of the difference; None with fewer than two units.
-        p: Two-sided p-value of "the runs could be exchanged".
-        num_rows: Rows that went in.
-        num_units: Speakers, or rows, that were drawn.
+        p: Two-sided p-value of the null hypothesis that the runs can be exchanged.
+        num_rows: Number of rows that the metric has.
+        num_units: Number of speakers, or rows, that were resampled.
     """
 
     first: float
@@ -49,21 +49,21 @@ class Difference:
 
     @property
     def is_shown(self) -> bool:
-        """Whether p-value and interval both say that there is a difference."""
+        """Whether the difference is significant by both its p-value and its interval."""
         return self.p < ALPHA and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 def resampling_units(rows: Sequence[Mapping[str, Any]]) -> Groups:
-    """What is drawn: speakers, or, where there are none or only a few, rows.
+    """The units of the resampling: speakers, or rows if there are no speakers or only a few.
 
-    With few speakers the answer is then about these speakers, not about others; whoever shows it has to say so.
+    With few speakers the result holds for these speakers and not for others; callers must say so.
     """
     groups = group_by_speaker(rows)
     return groups if groups.num >= MIN_SPEAKERS else Groups(np.arange(len(rows)), len(rows), "utterance")
 
 
 Parts = tuple[np.ndarray, np.ndarray]
-"""What rows add to metrics and to their divisors, both of shape (rows, metrics); 0 from a row that is left out."""
+"""Per-row numerators and denominators of metrics, both of shape (rows, metrics); a row without the metric has 0."""
 
 
 def compare_rows(
@@ -76,35 +76,36 @@ def compare_rows(
 ) -> list[Difference | None]:
     """Compare two runs on the same R rows by M metrics.
 
-    A metric's value is the sum of its column over the sum of its divisor. Interval: percentile bootstrap over units.
-    p-value: the runs exchanged within units, all ways of doing so for up to ``MAX_EXACT_UNITS`` units, else drawn ones
-    with the observed one counted among them, so that it is never 0.
+    A metric's value is the sum of its numerators over the sum of its denominators. Interval: percentile bootstrap over
+    units. p-value: permutation test that exchanges the runs within units, in all ways for up to ``MAX_EXACT_UNITS``
+    units, else in random ways with the observed one counted among them, so that it is never 0.
 
     Args:
         first, second: The runs.
-        units: What is drawn, and exchanged, together.
-        seed: Of the draws.
-        num_resamples: Draws.
+        units: Rows that are drawn, and exchanged, together.
+        seed: Random seed.
+        num_resamples: Number of draws.
     Returns:
-        A comparison per metric; None where no row belongs to it.
+        A comparison per metric; None for a metric that no row has.
     """
     sums = [_by_unit(values, units) for values in (*first, *second)]
     columns = np.concatenate([*first, *second], axis=1)
     draws = np.split(resampled_sums(columns, units, seed=seed, num_resamples=num_resamples), 4, axis=1)
     p_values = _p_values(sums, seed + 1, num_resamples)
-    found: list[Difference | None] = []
-    for at, p in enumerate(p_values):
-        top, divisor, other_top, other_divisor = (values[:, at].sum() for values in sums)
-        rows = (first[1][:, at] > 0) | (second[1][:, at] > 0)
+    differences: list[Difference | None] = []
+    for metric, p in enumerate(p_values):
+        top, divisor, other_top, other_divisor = (values[:, metric].sum() for values in sums)
+        rows = (first[1][:, metric] > 0) | (second[1][:, metric] > 0)
         num_units = len(np.unique(units.index[rows]))
         if not (divisor and other_divisor):
-            found.append(None)
+            differences.append(None)
             continue
-        usable = (draws[1][:, at] > 0) & (draws[3][:, at] > 0)
-        drawn = [draws[place][usable, at] / draws[place + 1][usable, at] for place in (0, 2)]
+        tops, divisors, other_tops, other_divisors = (values[:, metric] for values in draws)
+        usable = (divisors > 0) & (other_divisors > 0)
+        drawn = [tops[usable] / divisors[usable], other_tops[usable] / other_divisors[usable]]
         intervals = [_interval(values, num_units) for values in (*drawn, drawn[1] - drawn[0])]
         value, other = float(top / divisor), float(other_top / other_divisor)
-        found.append(
+        differences.append(
             Difference(
                 first=value,
                 second=other,
@@ -117,29 +118,29 @@ def compare_rows(
                 num_units=num_units,
             )
         )
-    return found
+    return differences
 
 
 def metric_intervals(
     run: Parts, units: Groups, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> list[Difference | None]:
-    """The values and intervals of one run, as its comparison with itself."""
+    """Values and intervals of one run, computed by comparing it with itself."""
     return compare_rows(run, run, units, seed=seed, num_resamples=num_resamples)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values of several questions asked at once, raised by Holm's method.
+    """Adjust the p-values of several tests by Holm's method.
 
-    Among twenty slices one differs by chance at p < 0.05; of the adjusted values none is below 0.05, by chance, in more
-    than one of twenty such tables.
+    Of twenty slices, one differs at p < 0.05 by chance. Of the adjusted values, any is below 0.05 by chance in at most
+    one of twenty such tables.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
-    order = sorted(range(len(p_values)), key=lambda at: p_values[at])
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, at in enumerate(order):
-        largest = max(largest, min(1.0, p_values[at] * (len(p_values) - rank)))
-        adjusted[at] = largest
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = largest
     return adjusted
 
 
@@ -156,25 +157,25 @@ def _chunks(num_draws: int, num_units: int) -> Iterator[int]:
 
 
 def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.ndarray:
-    """Two-sided p-value per metric: how often exchanging the runs within units gives as large a difference.
+    """Two-sided p-value per metric: how often exchanging the runs within units gives a difference at least as large.
 
     Args:
-        sums: By unit and metric: tops and divisors of the first run, then of the second.
+        sums: Numerators and denominators of the first run, then of the second, each of shape (units, metrics).
     """
     top_UM, divisor_UM, other_top_UM, other_divisor_UM = sums
     moves = np.concatenate([other_top_UM - top_UM, other_divisor_UM - divisor_UM], axis=1)
     totals = np.concatenate([other_top_UM + top_UM, other_divisor_UM + divisor_UM], axis=1).sum(axis=0)
 
-    def size(moved: np.ndarray) -> np.ndarray:
+    def size(signed_sums: np.ndarray) -> np.ndarray:
         """|second - first| of exchanges, from the sums of ``moves`` with their signs."""
-        top, divisor = np.split((totals + moved) / 2, 2, axis=1)
-        other_top, other_divisor = np.split((totals - moved) / 2, 2, axis=1)
+        top, divisor = np.split((totals + signed_sums) / 2, 2, axis=1)
+        other_top, other_divisor = np.split((totals - signed_sums) / 2, 2, axis=1)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.abs(np.nan_to_num(top / divisor - other_top / other_divisor, posinf=np.inf, neginf=-np.inf))
 
     limit = size(moves.sum(axis=0, keepdims=True))[0]
     limit -= TIE * (1 + limit)
-    moves = moves[(moves != 0).any(axis=1)]  # exchanging equals changes nothing
+    moves = moves[(moves != 0).any(axis=1)]  # exchanging equal units changes nothing
     num_units = len(moves)
     if num_units <= MAX_EXACT_UNITS:
         signs = 1.0 - 2.0 * ((np.arange(1 << num_units)[:, None] >> np.arange(num_units)) & 1)

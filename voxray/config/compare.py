@@ -10,18 +10,19 @@ from voxray.config.parse import CommaStrings, Flag
 
 class CompareSettings(OutputFlags):
     runs: Annotated[CommaStrings, Flag(("run",), path="model"), Field(min_length=1)]
-    """Folders of evaluations, comma separated, or as words before any flag (compare.py runs/a runs/b); the others are
-    compared with the first. A single one gets its report.html."""
+    """Evaluation folders, comma separated, or as arguments before any flag (compare.py runs/a runs/b); all others are
+    compared with the first. For a single folder the job writes a report.html instead."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
-    """Folder of comparison.json and comparison.html; runs/compare if empty. A single run's report.html and errors.json
-    go into its own folder if empty."""
+    """Folder for comparison.json and comparison.html; runs/compare if empty. For a single evaluation: folder for
+    report.html and errors.json; the evaluation's own folder if empty."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the draws behind intervals and p-values."""
+    """Seed of the resampling for confidence intervals and p-values."""
     num_resamples: Annotated[int, Flag(("num_bootstrap",)), Field(ge=100, le=1_000_000)] = 10_000
-    """Draws behind each interval and p-value."""
+    """Resamples for each confidence interval and p-value."""
     top: Annotated[int, Flag(("top_n",)), Field(ge=1, le=1000)] = 20
-    """Confusions of each kind, and most changed rows, that are listed."""
+    """Number of confusions of each kind, and of most changed rows, to list."""
     max_rows: Annotated[int, Field(ge=1, le=100_000)] = 10_000
-    """Rows that the HTML page holds: those with most errors, or with the largest changes, if there are more."""
+    """Maximum rows in the HTML page; if there are more, those with the most errors or the largest changes."""
     embed_audio_mib: Annotated[int, Field(ge=0, le=1024)] = 16
-    """Put the clips of the page's rows into it if they are this small together, in MiB; else the page links to them."""
+    """Embed the audio of the page's rows if it is at most this large in total, in MiB; otherwise the page links to the
+    files."""

@@ -14,25 +14,27 @@ from voxray.config.salmonn_yaml import compiler_flags
 
 class CompileSettings(OutputFlags, SalmonnBaseFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/compiled"
-    """Folder to write to; it must be new or empty, unless --overwrite is given."""
+    """Folder to write to; it must be new or empty, unless --overwrite is set."""
     windows: Annotated[CommaCounts, Flag(("batch_sizes", "batch_size_eval"))] = (1,)
-    """Numbers of windows (30 s of audio each in the released models, so mostly one a clip) that are compiled, one
-    program each, comma separated. Other numbers are heard in parts of these."""
+    """Batch sizes to compile the audio encoder for, comma separated, in windows (30 s of audio each in the released
+    models, so mostly one per clip); one program each. Other batch sizes are split into these."""
     backend: Literal["aotinductor", "tensorrt"] = "aotinductor"
-    """What compiles: aotinductor is torch's own, on CPU and GPU; tensorrt is torch_tensorrt (extra: tensorrt), on a
-    GPU."""
+    """Compiler: aotinductor is part of torch and works on CPU and GPU; tensorrt is torch_tensorrt (extra: tensorrt) and
+    needs a GPU."""
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
-    """How long TensorRT looks for faster kernels; 5 is longest. For --backend tensorrt."""
+    """How long TensorRT searches for faster kernels, from 0 to 5 (longest). For --backend tensorrt."""
     tensorrt_device: Annotated[
         str, Flag(no_effect="the model is compiled on the GPU that it is loaded on"), BeforeValidator(str)
     ] = ""
-    """GPU to compile on, as older scripts named it."""
+    """GPU to compile on; from older scripts."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the audio on which compiled and uncompiled model are held against each other."""
+    """Seed of the audio on which the compiled and the uncompiled model are compared."""
     overwrite: bool = False
     """Replace what an earlier compilation wrote to --output_dir."""
 
     @classmethod
-    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
-        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
+    def translate_yaml(
+        cls, loaded: dict[Any, Any], path: Path, flags: Mapping[str, Any]
+    ) -> tuple[dict[Any, Any], list[str]]:
+        """Also read the nested YAML files of SALMONN's evaluator."""
         return compiler_flags(loaded, path)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from voxray.config.evaluate import AdapterFlags, SearchFlags
+from voxray.config.evaluate import AdapterFlags, SamplingFlags
 from voxray.config.parse import Flag
 
 
@@ -18,27 +18,27 @@ def _address(value: str) -> str:
         raise ValueError("must be localhost or the number of one of this machine's addresses") from None
 
 
-class DemoSettings(AdapterFlags, SearchFlags):
+class DemoSettings(AdapterFlags, SamplingFlags):
     host: Annotated[str, AfterValidator(_address)] = "127.0.0.1"
-    """Address to listen on. 127.0.0.1 takes requests from this machine alone; with 0.0.0.0 anybody on the network can
+    """Address to listen on. 127.0.0.1 accepts requests from this machine only; with 0.0.0.0 everyone on the network can
     use the demo, which has no password."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
-    """Port to listen on; 0 takes any free one and says which."""
+    """Port to listen on; 0 picks a free one and prints it."""
     language: str = ""
-    """Language that the page starts with, as a two-letter code; empty lets the model find out."""
+    """Language selected when the page opens, as a two-letter code; empty lets the model detect it."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
-    """Longest answer in tokens; the page says so where the output is cut off at it."""
+    """Maximum length of an answer in tokens; the page says if an output was cut off there."""
     max_upload_mib: Annotated[float, Field(gt=0)] = 50.0
-    """Largest file that may be uploaded, MiB."""
+    """Maximum size of an uploaded file, in MiB."""
     max_audio_sec: Annotated[float, Field(gt=0)] = 600.0
-    """Longest clip that is answered, in seconds."""
+    """Maximum length of a clip, in seconds."""
     max_len: Annotated[int, Field(ge=1)] = 16_384
-    """Longest prompt in tokens, audio included; more is refused, never cut."""
+    """Maximum length of a prompt in tokens, audio included; longer prompts are rejected, never truncated."""
     batch_size: Annotated[int, Flag(("per_device_bsz",)), Field(ge=1)] = 8
-    """Chunks of a long recording that are answered together."""
+    """Chunks of a long recording that are generated together."""
     concurrency: Annotated[int, Field(ge=1, le=64)] = 2
-    """Requests that are worked on at a time: clips are read side by side, the model answers one after the other."""
+    """Requests handled at the same time: their audio is decoded in parallel, the model answers one after the other."""
     queue_size: Annotated[int, Field(ge=1)] = 16
-    """Requests that may wait for that; further ones are told that the demo is busy."""
+    """Maximum number of waiting requests; further ones get the answer that the demo is busy."""
     keep_sec: Annotated[int, Field(ge=1)] = 600
-    """How long an uploaded clip is kept for playing it again, in seconds; all are deleted when the demo ends."""
+    """How long uploaded clips stay available for playback, in seconds; all are deleted when the demo ends."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from voxray.config.evaluate import AskedSalmonnFlags
+from voxray.config.evaluate import SalmonnPromptFlags
 from voxray.config.flag_groups import CommaCounts, CompiledFlags, OutputFlags
 from voxray.config.parse import CommaStrings, Flag
 from voxray.config.salmonn_yaml import efficiency_flags
@@ -17,48 +17,49 @@ Variant = Literal["eager", "compiled", "8bit", "4bit"]
 _COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote"
 
 
-def _spoken(task: str) -> str:
-    spoken = [name for name, known in TASKS.items() if known.has_audio]
-    if task not in spoken:
-        raise ValueError(f"must be one of {', '.join(spoken)}")
-    return task
+def _audio_task(name: str) -> str:
+    audio_tasks = [task.name for task in TASKS.values() if task.has_audio]
+    if name not in audio_tasks:
+        raise ValueError(f"must be one of {', '.join(audio_tasks)}")
+    return name
 
 
-class EfficiencySettings(OutputFlags, AskedSalmonnFlags, CompiledFlags):
+class EfficiencySettings(OutputFlags, SalmonnPromptFlags, CompiledFlags):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/efficiency"
     """Folder for efficiency.json and efficiency.png."""
     batch_sizes: Annotated[CommaCounts, Flag(("batch_size", "batch_size_eval"))] = (1, 4)
-    """Clips that are answered together, comma separated; each is measured by itself."""
+    """Batch sizes to measure, comma separated: numbers of clips that are answered together."""
     clip_sec: Annotated[float, Field(gt=0, le=3600)] = 10.0
-    """Length of the clip in seconds; it is noise, which takes as long to hear as speech."""
+    """Length of the clip in seconds. The clip is noise, which takes as long to process as speech."""
     audio_path: Annotated[str, Flag(path="input")] = ""
-    """Audio file to take instead, whole."""
-    task: Annotated[str, AfterValidator(_spoken)] = "asr"
-    """What the model is asked to do with it."""
+    """Audio file to use instead of noise, at its full length."""
+    task: Annotated[str, AfterValidator(_audio_task)] = "asr"
+    """Task that the model performs on the clip."""
     question: str = ""
-    """What it is asked about the clip, for --task sqa and aac."""
+    """Question about the clip, for --task sqa and aac."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = "ko"
     """Language named in transcription prompts, as a two-letter code."""
     new_tokens: Annotated[int, Flag(("max_new_tokens",)), Field(ge=16)] = 64
-    """Tokens of every answer, all of which are generated whatever the model says: the time per token is a mean over
-    them."""
+    """Tokens generated per answer, regardless of end-of-text tokens; the time per token is the mean over them."""
     warmup: Annotated[int, Flag(("num_warmup",)), Field(ge=0)] = 3
-    """Answers before the first that counts."""
+    """Unmeasured answers before the measured ones."""
     repeats: Annotated[int, Flag(("num_it",)), Field(ge=1)] = 10
-    """Answers that count, for each batch size."""
+    """Measured answers per batch size."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the noise."""
     compare: CommaStrings = ()
-    """Measure several variants, each in a process of its own, so that their memory does not mix: any of eager,
-    compiled (as --compiled says), 8bit and 4bit, comma separated."""
+    """Variants to compare, comma separated: any of eager, compiled (needs --compiled), 8bit and 4bit. Each is measured
+    in its own process, so that memory is measured separately."""
     optimization_level: Annotated[int, Flag(no_effect=_COMPILES)] = 3
-    """As older scripts had it."""
+    """From older scripts."""
     tensorrt_device: Annotated[str, Flag(no_effect=_COMPILES), BeforeValidator(str)] = ""
-    """As older scripts had it."""
+    """From older scripts."""
 
     @classmethod
-    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
-        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
+    def translate_yaml(
+        cls, loaded: dict[Any, Any], path: Path, flags: Mapping[str, Any]
+    ) -> tuple[dict[Any, Any], list[str]]:
+        """Also read the nested YAML files of SALMONN's evaluator."""
         return efficiency_flags(loaded, path)
 
     @model_validator(mode="after")

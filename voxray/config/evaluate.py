@@ -24,34 +24,35 @@ from voxray.config.salmonn_yaml import evaluator_flags
 from voxray.core.tasks import TASKS
 
 
-def _known_mode(value: str) -> str:
+def _check_mode(value: str) -> str:
     kind, _, task = value.partition("_")
     if value and (kind not in ("submission", "valid") or task not in TASKS):
         raise ValueError(f"must be submission_ or valid_ with one of {', '.join(TASKS)}, such as valid_asr")
     return value
 
 
-def _models(value: Any) -> Any:
+def _parse_num_models(value: Any) -> Any:
     message = "must be a whole number, or a range such as 1:4"
-    if found := parse_range(value, message):
-        return found
+    if actor_range := parse_range(value, message):
+        return actor_range
     if isinstance(value, bool) or not str(value).isdecimal():
         raise ValueError(message)
     return int(value)
 
 
-class SearchFlags(Settings):
+class SamplingFlags(Settings):
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1
-    """Beginnings of an answer that are followed at a time; 1 takes the likeliest token at every step."""
+    """Beams of the beam search; 1 decodes greedily."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    """Sampling temperature; 0 takes the most likely token each time."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """With --temperature: draw among the likeliest tokens that have this probability together; 1 draws among all."""
+    """Nucleus sampling, with --temperature: sample from the most likely tokens that together reach this probability; 1
+    samples from all."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of sampling."""
 
     @model_validator(mode="after")
-    def _one_search(self) -> "SearchFlags":
+    def _beams_or_temperature(self) -> "SamplingFlags":
         if self.num_beams > 1 and self.temperature:
             raise ValueError("--num_beams and --temperature: give one of them")
         if self.top_p < 1 and not self.temperature:
@@ -61,88 +62,90 @@ class SearchFlags(Settings):
 
 class LoraDirFlags(ModelFlags):
     lora_dir: Annotated[str, Flag(("adapter_path",), path="model")] = ""
-    """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is."""
+    """Adapter, checkpoint or run folder to load onto the base; empty uses the base alone."""
 
 
 class AdapterFlags(LoraDirFlags, TrimFlags):
-    """An adapter, and prompts as it was trained on."""
+    """An adapter, and the prompt format it was trained with."""
 
 
 class SalmonnBaseFlags(SalmonnPartsFlags, LoraDirFlags):
-    """A SALMONN that is put together, with a checkpoint of its own trainer as one more part."""
+    """An assembled SALMONN base, which can also load a checkpoint of SALMONN's own trainer."""
 
     lora_dir: Annotated[str, Flag(("adapter_path", "ckpt"), path="model")] = ""
-    """Adapter, checkpoint or run folder to load onto the base; without it the base is used as it is. For a base that is
-    put together also a SALMONN checkpoint (.pth)."""
+    """Adapter, checkpoint or run folder to load onto the base; empty uses the base alone. For an assembled base also a
+    SALMONN checkpoint (.pth)."""
 
     @model_validator(mode="after")
     def _one_base(self) -> "SalmonnBaseFlags":
-        given = [f"--{name}" for name in (*SALMONN_PARTS, "end_sym", "prompts") if name in self.model_fields_set]
-        if given and self.missing_parts:
-            raise ValueError(f"{given[0]}: needs {', '.join(self.missing_parts)} as well")
-        if given and "model_id" in self.model_fields_set:
-            raise ValueError(f"--model_id and {given[0]}: give the folder, or its parts")
+        part_flags = [f"--{name}" for name in (*SALMONN_PARTS, "end_sym", "prompts") if name in self.model_fields_set]
+        if part_flags and self.missing_parts:
+            raise ValueError(f"{part_flags[0]}: needs {', '.join(self.missing_parts)} as well")
+        if part_flags and "model_id" in self.model_fields_set:
+            raise ValueError(f"--model_id and {part_flags[0]}: give the folder, or its parts")
         return self
 
 
-class AskedSalmonnFlags(SalmonnBaseFlags, AdapterFlags):
-    """The same, to be asked."""
+class SalmonnPromptFlags(SalmonnBaseFlags, AdapterFlags):
+    """A SALMONN base with an adapter and prompts."""
 
     prompts: Annotated[str, Flag(("prompt_path", "test_prompt_path"), path="input")] = ""
-    """YAML or JSON file of prompts by task, for a base that is put together; the first of each task is asked."""
+    """YAML or JSON file of prompts by task, for an assembled base; the first prompt of each task is used."""
 
 
 class EvaluateSettings(
     OutputFlags,
-    AskedSalmonnFlags,
+    SalmonnPromptFlags,
     CompiledFlags,
     EvaluationDataFlags,
-    SearchFlags,
+    SamplingFlags,
     ScoreFlags,
     SharedFeatureFlags,
     PlacementFlags,
 ):
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
-    """Score what is there, without a model: the folder of an evaluation, or a JSONL file of {id, task, reference or
-    references, prediction}, and language, speaker and so on where they are known."""
+    """Score existing predictions without loading a model: an evaluation folder, or a JSONL file with id, task,
+    reference or references, and prediction per row (optionally language, speaker and other metadata)."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
-    """Folder for predictions and metrics.json."""
+    """Folder for the predictions and metrics.json."""
     per_device_bsz: Annotated[
         int, Flag(("batch_size", "per_device_eval_batch_size", "batch_size_eval")), Field(ge=1)
     ] = 4
-    """Rows generated together by one model."""
+    """Rows that one model generates together."""
     gen_max_new_tokens: Annotated[int, Flag(("max_new_tokens", "eval_max_new_tokens")), Field(ge=1)] = 256
-    """Longest answer in tokens."""
-    num_models: Annotated[int | str, Flag(("num_workers",)), BeforeValidator(_models)] = 0
-    """Ray Data actors, each with a model, or fewest:most of them, such as 1:4; 0 takes one per GPU, or one per two
-    CPUs."""
+    """Maximum length of an answer in tokens."""
+    num_models: Annotated[int | str, Flag(("num_workers",)), BeforeValidator(_parse_num_models)] = 0
+    """Ray Data actors, each with its own model: a number, or a range lowest:highest such as 1:4; 0 uses one per GPU, or
+    one per two CPUs."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that each of them takes, such as 0.5 for two on one GPU; 0 gives each one, or its share."""
+    """GPUs per model, such as 0.5 to place two models on one GPU; 0 gives each model one GPU, or its share."""
     perplexity: Literal["none", "answers", "all"] = "answers"
-    """Whose reference answers the model weighs, for loss and perplexity: of all tasks but transcription, of all, or of
-    none. Each costs about as much as reading its prompt."""
+    """Tasks whose reference answers get loss and perplexity: answers is all tasks but transcription, all is every task.
+    It costs about as much per row as the prompt's forward pass."""
     check_batch_invariance: Annotated[int, Field(ge=0)] = 0
-    """Answer so many rows once more, each by itself, and report those whose text differs."""
+    """Answer this many rows again, one at a time, and report those whose text differs."""
     retry_failed: bool = False
-    """Started again on the same folder: answer parts with rows that could not be answered once more. Without it these
-    rows stay in quarantine.jsonl, and only what is missing is answered."""
+    """When started again on the same folder, also retry the parts with failed rows. By default failed rows stay in
+    quarantine.jsonl and only missing parts are answered."""
     audio_prefix: Annotated[str, Flag(("prefix",), path="input")] = ""
-    """Folder below which the audio of SALMONN's annotation files stands; without it they are read as they say."""
-    mode: Annotated[str, AfterValidator(_known_mode)] = ""
-    """Only one task, with 4 beams and 200 tokens at most unless told otherwise: valid_asr, valid_aac and so on, or
-    submission_asr, submission_aac and so on, for annotation files without texts too. The answers also stand in
-    valid.csv or submission.csv, as testset_id and lower-case text, each id once. Without --val_jsonl and without a
-    model it answers the demo's held-out rows."""
+    """Folder to which audio paths in SALMONN's annotation files are relative; empty reads the paths unchanged."""
+    mode: Annotated[str, AfterValidator(_check_mode)] = ""
+    """Evaluate one task as SALMONN's evaluator does, by default with 4 beams and at most 200 new tokens: valid_asr,
+    valid_aac and so on, or submission_asr, submission_aac and so on, which also accept annotation files without texts.
+    The answers are also written to valid.csv or submission.csv, as testset_id and lower-case text, one line per id.
+    Without --val_jsonl and without a model it answers the demo's held-out rows."""
 
     @classmethod
-    def of_file(cls, loaded: dict[Any, Any], path: Path, given: Mapping[str, Any]) -> tuple[dict[Any, Any], list[str]]:
-        """Keys and values of a YAML file, and what is wrong with it; the nested files of SALMONN's evaluator too."""
-        return evaluator_flags(loaded, path, str(given.get("mode") or loaded.get("mode") or ""))
+    def translate_yaml(
+        cls, loaded: dict[Any, Any], path: Path, flags: Mapping[str, Any]
+    ) -> tuple[dict[Any, Any], list[str]]:
+        """Also read the nested YAML files of SALMONN's evaluator."""
+        return evaluator_flags(loaded, path, str(flags.get("mode") or loaded.get("mode") or ""))
 
     @field_validator("score_only")
     @classmethod
-    def _something_to_score(cls, value: str, info: ValidationInfo) -> str:
-        """Of the field, not of the whole: so it is said beside all other faults."""
+    def _has_rows(cls, value: str, info: ValidationInfo) -> str:
+        """A field validator, because model validators do not run when another field is invalid."""
         if not value and not info.data.get("val_jsonl", True):
             raise ValueError("give --val_jsonl, manifests to evaluate on, or predictions to score")
         return value
@@ -152,7 +155,7 @@ class EvaluateSettings(
         if self.score_only and self.val_jsonl:
             raise ValueError("--val_jsonl and --score_only: give one of them")
         if self.compiled and self.store == "encoder":
-            raise ValueError("--compiled and --store encoder: give one of them; stored outputs are heard by nothing")
+            raise ValueError("--compiled and --store encoder: give one of them; stored outputs need no encoder")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:
             raise ValueError(f"--gpus_per_model {self.gpus_per_model:g}: a fraction of one GPU, or whole ones")
         if self.check_batch_invariance and self.temperature:
@@ -161,46 +164,46 @@ class EvaluateSettings(
 
     @model_validator(mode="before")
     @classmethod
-    def _mode_alone(cls, values: Any) -> Any:
-        elsewhere = {"val_jsonl", "score_only", *SALMONN_PARTS}
-        if isinstance(values, dict) and values.get("mode") and not elsewhere & set(values):
+    def _mode_defaults_to_demo(cls, values: Any) -> Any:
+        sources = {"val_jsonl", "score_only", *SALMONN_PARTS}
+        if isinstance(values, dict) and values.get("mode") and not sources & set(values):
             held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
             return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
         return values
 
     @model_validator(mode="before")
     @classmethod
-    def _modes_search_as_before(cls, values: Any) -> Any:
-        """SALMONN's evaluator looks for answers with four beams, 200 tokens at most."""
+    def _mode_defaults(cls, values: Any) -> Any:
+        """SALMONN's evaluator searches with four beams, for at most 200 tokens."""
         if not (isinstance(values, dict) and values.get("mode")):
             return values
         beams = {} if values.get("temperature") else {"num_beams": 4}
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, SearchFlags):
+class InferSettings(AdapterFlags, SamplingFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
-    """An audio file, or a folder of them, to transcribe, or to answer --question about."""
+    """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""
-    """What to ask about the audio; without it the audio is transcribed. Alone it is a question in text."""
+    """Question about the audio; without it the audio is transcribed. Without audio it is a text question."""
     language: Annotated[str, Flag(("language_abbr",))] = ""
-    """Language of the audio as a two-letter code; empty lets the model find out."""
+    """Language of the audio as a two-letter code; empty lets the model detect it."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""
-    """JSONL file for the answers; they are printed in any case."""
+    """JSONL file to also write the answers to; they are always printed."""
     json_lines: Annotated[bool, Flag(("json",))] = False
-    """Print answers as JSON lines instead of text."""
+    """Print the answers as JSON lines instead of text."""
     output_dir: Annotated[str, Flag(("lora_run",), path="model")] = ""
-    """Run folder of a training job: its final adapter, else its newest checkpoint, is used."""
+    """Run folder of a training job; its final adapter is loaded, or its newest checkpoint if there is none."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
     batch_size: Annotated[int, Flag(("per_device_bsz", "ppl_batch")), Field(ge=1)] = 8
     """Rows generated together."""
     preview_rows: Annotated[int, Flag(("num_preview",)), Field(ge=0)] = 0
-    """Answer only the first so many rows of --jsonl; 0 answers all."""
+    """Answer only the first this many rows of --jsonl; 0 answers all."""
     max_len: Annotated[int, Field(ge=1)] = 1280
-    """Longest row in tokens; longer rows are reported and skipped, never cut."""
+    """Maximum length of a row in tokens; longer rows are reported and skipped, never truncated."""
 
     @model_validator(mode="after")
     def _one_input(self) -> "InferSettings":

@@ -10,10 +10,10 @@ from voxray.config.parse import CommaStrings, Flag
 
 class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
     manifest: Annotated[CommaStrings, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
-    """Manifests (JSONL) to turn into feature shards, comma separated."""
+    """Manifests (JSONL) to compute feature shards for, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"
-    """Folder of the feature shards, or its URL; a training job with this --features_dir finds them there."""
+    """Folder or URL for the feature shards; pass it to a training job as --features_dir."""
     bf16: bool = False
     """Compute the outputs of --store encoder in bfloat16, as a training run with --bf16 does."""
     verify: bool = False
-    """Check the checksums of shards that are there already, and make damaged ones again."""
+    """Verify the checksums of existing shards and rewrite damaged ones."""

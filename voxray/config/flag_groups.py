@@ -1,10 +1,10 @@
-"""Flag groups that several jobs share. A job's settings class is a sum of these and a few fields of its own."""
+"""Flag groups that several jobs share. A job's settings class inherits from some of them and adds its own fields."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from voxray.config.parse import CommaStrings, Flag, Settings
+from voxray.config.parse import CommaStrings, Flag, Settings, split_commas
 from voxray.core.manifest import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
@@ -29,10 +29,12 @@ def _workers(value: Any) -> Any:
 
 
 def parse_range(value: Any, message: str) -> str | int | None:
-    """Read ``1:4``, fewest:most; one number if the two are equal, None if it is no range at all.
+    """Validate a range such as ``1:4`` (lowest:highest).
 
+    Returns:
+        The range as text, a single number if both ends are equal, or None if the value has no colon.
     Raises:
-        ValueError: With the message, for a range that is none.
+        ValueError: With ``message``, if the value has a colon but is not a valid range.
     """
     low, colon, high = str(value).partition(":")
     if not colon:
@@ -43,13 +45,13 @@ def parse_range(value: Any, message: str) -> str | int | None:
 
 
 def as_range(value: str | int) -> tuple[int, int]:
-    """Fewest and most of ``2`` or ``1:4``."""
+    """Lowest and highest number of ``2`` or ``1:4``."""
     low, _, high = str(value).partition(":")
     return int(low), int(high or low)
 
 
 Workers = Annotated[Literal["auto"] | int | str, BeforeValidator(_workers)]
-"""``auto``, a number, or fewest:most."""
+"""``auto``, a number, or lowest:highest."""
 
 
 class PlacementFlags(Settings):
@@ -66,14 +68,15 @@ class BaseModelFlags(Settings):
 
 class ModelFlags(BaseModelFlags):
     bf16: bool = False
-    """Hold the frozen base weights and compute in bfloat16 (else float32). LoRA weights and optimizer stay float32."""
+    """Load the frozen base weights and compute in bfloat16 (default: float32). LoRA weights and optimizer state stay
+    float32."""
     fp16: bool = False
-    """The same in float16, for GPUs without bfloat16 such as a T4; training scales the loss."""
+    """Same as --bf16 but in float16, for GPUs without bfloat16 such as a T4. Training then uses loss scaling."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
-    """Hold the language model's layers in 8 bits (LLM.int8) or 4 bits (NF4, double quantised), by bitsandbytes; the
-    rest, and computing, is float32, or as --bf16 or --fp16 say."""
+    """Quantise the language model's layers with bitsandbytes to 8 bits (LLM.int8) or 4 bits (NF4, double quantised).
+    Other weights and the computation are float32, or as --bf16 or --fp16 set."""
     tf32: bool = False
-    """Let float32 matrix products use TF32 on GPUs that have it; warns where there is none."""
+    """Use TF32 for float32 matrix products on GPUs that support it; warns if there is none."""
 
     @model_validator(mode="after")
     def _one_half_precision(self) -> "ModelFlags":
@@ -83,113 +86,116 @@ class ModelFlags(BaseModelFlags):
 
 
 class SalmonnPartsFlags(Settings):
-    """What a SALMONN is put together from, in the place of a folder that holds it."""
+    """The models from which a SALMONN base is assembled, as an alternative to a folder that holds one."""
 
-    config_spellings: ClassVar[tuple[str, ...]] = ("cfg_path",)
+    config_aliases: ClassVar[tuple[str, ...]] = ("cfg_path",)
     whisper_path: Annotated[str, Flag(path="model")] = ""
-    """Whisper model whose encoder hears speech: a folder, or a hub id. With the next two, a SALMONN is put together in
-    the output folder."""
+    """Whisper model whose encoder encodes speech: a folder or a hub id. Together with --beats_path and --llama_path, a
+    SALMONN base is assembled in the output folder."""
     beats_path: Annotated[str, Flag(path="input")] = ""
-    """BEATs file (.pt), which hears all other sound."""
+    """BEATs checkpoint (.pt), whose encoder encodes all other sound."""
     llama_path: Annotated[str, Flag(path="model")] = ""
-    """Language model with its tokenizer: a folder, or a hub id."""
+    """Language model with its tokenizer: a folder or a hub id."""
     end_sym: str = "</s>"
-    """Token that ends an answer, for a base that is put together."""
+    """Token that ends an answer, for an assembled base."""
 
     @property
     def missing_parts(self) -> list[str]:
-        """Flags of the parts that are not given."""
+        """Flags of the parts that are not set."""
         return [f"--{name}" for name in SALMONN_PARTS if not getattr(self, name)]
 
 
 class CompiledFlags(Settings):
     compiled: Annotated[str, Flag(path="input")] = ""
-    """Folder that jobs/compile.py wrote: what hears the audio runs as it was compiled there. It is refused unless it is
-    of these weights and this precision, made on such a device by this version of torch. What it holds is a program, so
-    give none that you would not run."""
+    """Folder that jobs/compile.py wrote; the audio encoder runs from its compiled programs. It must have been compiled
+    from the same weights, in the same precision, on the same kind of device and with the same torch version. It
+    contains machine code, so use only folders you trust."""
 
 
 class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
-    """Folder for everything the job writes; relative ones stand under --storage_path, or the current directory."""
+    """Folder for everything the job writes. A relative path is below --storage_path, or else the current directory."""
     storage_path: str = ""
-    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it. Training,
-    evaluate and featurize take a URL as well (s3://bucket/voxray, gs://bucket/voxray)."""
+    """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
+    paths need it. Training, evaluate and featurize also accept a URL (s3://bucket/voxray, gs://bucket/voxray)."""
 
 
-def _numbers(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+CommaNumbers = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
+"""``0.9,1.1`` on the command line; a list or the same string in YAML."""
 
 
-CommaNumbers = Annotated[tuple[float, ...], BeforeValidator(_numbers)]
-"""``0.9,1.1`` on the command line, a list or the same string in YAML."""
-
-
-def _sizes(value: Any) -> Any:
-    return _numbers(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+def _split_counts(value: Any) -> Any:
+    return split_commas(str(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
 CommaCounts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...],
-    BeforeValidator(_sizes),
-    AfterValidator(lambda sizes: tuple(sorted(set(sizes)))),
+    BeforeValidator(_split_counts),
+    AfterValidator(lambda counts: tuple(sorted(set(counts)))),
     Field(min_length=1),
 ]
-"""``1,4``, or one number, as older scripts' YAML files have it; in ascending order."""
+"""``1,4``, or a single number as in the YAML files of older scripts; sorted in ascending order, without duplicates."""
 
 
 class FeatureFlags(Settings):
     num_actors: Annotated[int, Field(ge=0)] = 0
-    """Ray Data processes that make features; 0 takes one per CPU, as far as there is work for them."""
+    """Ray Data processes that compute features; 0 uses one per CPU, but no more than there is work for."""
     rows_per_shard: Annotated[int, Field(ge=1, le=4096)] = 64
     """Manifest rows per shard file."""
     strict: bool = False
-    """End the job at the first bad row instead of listing it in quarantine.jsonl."""
+    """Stop at the first bad row instead of listing it in quarantine.jsonl."""
     store: Annotated[Literal["mel", "pcm16", "encoder"], Flag(("cache",))] = "mel"
-    """What feature shards hold of a clip: mel (float16 log-mel), pcm16 (the samples; log-mel is made at loading), or
-    encoder (outputs of the frozen audio encoder, so that training skips it)."""
+    """What feature shards store per clip: mel (log-mel in float16), pcm16 (the samples; log-mel is computed when they
+    are loaded), or encoder (outputs of the frozen audio encoder, which training then skips)."""
     cache_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of stored encoder outputs: float32 gives the losses of mel shards to the last bit in a run without --bf16,
-    float16 is as small as bfloat16 and eight times as precise."""
+    """Data type of stored encoder outputs. float32 reproduces the losses of mel shards bit for bit in a run without
+    --bf16; float16 takes as much space as bfloat16 and is eight times as precise."""
     cache_budget_gib: Annotated[float, Field(gt=0)] = 200.0
-    """Largest size of the shards of --store encoder, GiB; the need is estimated first, and more is refused."""
+    """Maximum disk space for the shards of --store encoder, in GiB. The job estimates it first and stops if it is
+    exceeded."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of the audio rows that name none, as a two-letter code; without it nothing is said of them."""
+    """Language of audio rows that name none, as a two-letter code; empty leaves their language out of the prompt."""
     features_cache_dir: Annotated[str, Flag(path="output")] = "~/.cache/voxray/shards"
-    """Where copies of shards are kept that are read from a URL."""
+    """Folder for local copies of shards that are read from a URL."""
     features_cache_gib: Annotated[float, Field(gt=0)] = 50.0
-    """Largest size of those copies, GiB; the ones used longest ago go first."""
+    """Maximum total size of those copies, in GiB; the least recently used are deleted first."""
 
 
 class TrimFlags(Settings):
     trim_audio_tokens: bool = False
-    """Leave out the audio tokens that stand for the padding of the last window (30 s for Voxtral), which are most of a
-    short clip's. It changes what the model reads, so an adapter remembers it, and jobs that use the adapter follow."""
+    """Drop the audio tokens of the padding in the last window (30 s for Voxtral), which are most of the tokens of a
+    short clip. This changes the model's input, so it is saved with the adapter and applied by every job that loads the
+    adapter."""
 
 
 class ClipLimitFlags(Settings):
     min_chars_per_sec: Annotated[float, Field(ge=0)] = 0.5
-    """Slowest transcript that is fine, in characters without spaces per second of audio."""
+    """Slowest acceptable transcript, in characters (without spaces) per second of audio."""
     max_chars_per_sec: Annotated[float, Field(gt=0)] = 25.0
-    """Fastest transcript that is fine, in characters without spaces per second of audio."""
+    """Fastest acceptable transcript, in characters (without spaces) per second of audio."""
     min_peak_db: Annotated[float, Field(le=0)] = -40.0
-    """Quietest peak that is fine, in dB of full scale."""
+    """Lowest acceptable peak level, in dB relative to full scale."""
     min_rms_db: Annotated[float, Field(le=0)] = -50.0
-    """Quietest clip that is fine, as root mean square in dB of full scale."""
+    """Lowest acceptable root-mean-square level of a clip, in dB relative to full scale."""
     max_clip_share: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Largest share of samples at full scale."""
+    """Largest acceptable share of samples at full scale (clipping)."""
     max_dc: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Largest constant offset, as a share of full scale."""
+    """Largest acceptable constant (DC) offset, as a share of full scale."""
     max_zero_tail_sec: Annotated[float, Field(ge=0)] = 1.0
-    """Longest run of exact zeros at the end of a clip, in seconds."""
+    """Longest acceptable run of exact zeros at the end of a clip, in seconds."""
     min_high_band_db: Annotated[float, Field(le=0)] = -70.0
-    """Least power above 4.2 kHz against all power, in dB, for files that say 8.4 kHz or more; -160 turns it off."""
+    """Lowest acceptable power above 4.2 kHz relative to the total power, in dB, for files with a sampling rate of
+    8.4 kHz or more; -160 turns the check off."""
     max_duration_error_sec: Annotated[float, Field(ge=0)] = 0.1
-    """Largest difference between the length a row states and the one decoded, in seconds."""
+    """Largest acceptable difference between a row's stated duration and the decoded one, in seconds."""
 
 
 def check_pairs(settings: Settings, *lows: str) -> None:
-    """Refuse a lower limit over its upper one; ``min_x`` and ``max_x`` are a pair."""
+    """Check that each lower limit ``min_x`` does not exceed its upper limit ``max_x``.
+
+    Raises:
+        ValueError: It does.
+    """
     for low in lows:
         high = low.replace("min_", "max_", 1)
         if getattr(settings, low) > getattr(settings, high):
@@ -198,64 +204,65 @@ def check_pairs(settings: Settings, *lows: str) -> None:
 
 class SharedFeatureFlags(FeatureFlags):
     features_dir: Annotated[str, Flag(path="output")] = ""
-    """Folder of feature shards to reuse and fill, or its URL (s3://bucket/features); by default `features` in the
-    output folder."""
+    """Folder or URL (s3://bucket/features) of feature shards to reuse and add to; by default `features` in the output
+    folder."""
 
 
 class VariantFlags(Settings):
     variants: Annotated[int, Field(ge=1, le=100)] = 1
-    """Fixed variants of every training clip, made when featurized; the first is the clip as it is. Each epoch draws one
-    of them for every row."""
+    """Number of fixed augmented variants of every training clip, computed with the features; the first is the original
+    clip. Each epoch draws one variant per row."""
     speeds: Annotated[
-        tuple[Annotated[float, Field(ge=0.5, le=2)], ...], BeforeValidator(_numbers), Field(min_length=1)
+        tuple[Annotated[float, Field(ge=0.5, le=2)], ...], BeforeValidator(split_commas), Field(min_length=1)
     ] = (0.9, 1.1)
-    """Factors of tempo and pitch that the other variants take in turn; 1 leaves it."""
+    """Speed factors (tempo and pitch) that the augmented variants use in turn; 1 leaves the speed unchanged."""
     noise_snr: Annotated[CommaNumbers, Field(max_length=2)] = ()
-    """Lowest and highest level of speech over added noise in dB, such as 10,20; without it no noise is added."""
+    """Lowest and highest signal-to-noise ratio of added noise, in dB, such as 10,20; empty adds no noise."""
     noise_dir: Annotated[str, Flag(path="input")] = ""
-    """Folder of recordings that noise is taken from; without it noise is white."""
+    """Folder of noise recordings; empty uses white noise."""
     noise_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Probability that a variant has noise."""
+    """Probability that a variant gets noise."""
     room_dir: Annotated[str, Flag(path="input")] = ""
-    """Folder of room impulse responses; without it no room is added."""
+    """Folder of room impulse responses; empty adds no reverberation."""
     room_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Probability that a variant is heard in a room."""
+    """Probability that a variant gets reverberation."""
     variant_seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the variants; another one makes other shards."""
+    """Seed of the variants; a different seed writes different shards."""
 
 
 class MaskFlags(Settings):
     freq_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    """SpecAugment: bands of mel bins masked in every training clip; 0 turns it off."""
+    """SpecAugment: frequency bands masked in every training clip; 0 turns it off."""
     freq_mask_bins: Annotated[int, Field(ge=1)] = 27
-    """Widest such band, in bins."""
+    """SpecAugment: maximum width of a frequency mask, in mel bins."""
     time_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    """SpecAugment: stretches of frames masked in every training clip; 0 turns it off."""
+    """SpecAugment: time spans masked in every training clip; 0 turns it off."""
     time_mask_frames: Annotated[int, Field(ge=1)] = 100
-    """Longest such stretch, in frames of 10 ms."""
+    """SpecAugment: maximum length of a time mask, in frames of 10 ms."""
     time_mask_share: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Largest share of the clip that one such stretch covers."""
+    """SpecAugment: maximum length of a time mask, as a share of the clip."""
 
 
 class LoraFlags(Settings):
     tuning: Literal["lora", "dora", "rslora", "full"] = "lora"
-    """What trains: LoRA; DoRA, which adapts direction and length of weights apart; rsLoRA, with scale alpha / sqrt(r);
-    or full, all weights of the projector and the language model themselves, which needs a float32 base."""
+    """What is trained: lora; dora, which adapts direction and magnitude of the weights separately; rslora, LoRA with
+    the scale alpha / sqrt(r); or full, all weights of the projector and the language model, which needs a float32
+    base."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 16
     """LoRA rank."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32
-    """LoRA scale; updates are multiplied by alpha / r."""
+    """LoRA alpha; updates are scaled by alpha / r."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Dropout on the input of every LoRA branch, as a probability."""
+    """Dropout probability on the input of every LoRA branch."""
 
     @model_validator(mode="after")
     def _full_tuning_is_float32(self) -> "LoraFlags":
-        """Small updates vanish in 16 bits, and there is no second copy of the weights in float32."""
-        given = [f"--{name}" for name in ("bf16", "fp16") if getattr(self, name, False)]
-        given += [f"--quantize {kind}" for kind in [getattr(self, "quantize", "none")] if kind != "none"]
-        if self.tuning == "full" and given:
+        """Small updates round to zero in 16 bits, and there is no float32 master copy of the weights."""
+        conflicts = [f"--{name}" for name in ("bf16", "fp16") if getattr(self, name, False)]
+        conflicts += [f"--quantize {kind}" for kind in [getattr(self, "quantize", "none")] if kind != "none"]
+        if self.tuning == "full" and conflicts:
             raise ValueError(
-                f"--tuning full trains the weights themselves, in float32: leave out {' and '.join(given)}"
+                f"--tuning full trains the weights themselves, in float32: leave out {' and '.join(conflicts)}"
             )
         return self
 
@@ -264,47 +271,49 @@ class OptimizerFlags(Settings):
     lr: Annotated[float, Flag(("learning_rate",)), Field(gt=0)] = 2e-4
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    """Learning rate schedule after warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps over which the learning rate rises from 0."""
+    """Optimizer steps over which the learning rate rises linearly from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip the norm of all gradients to this; 0 turns clipping off."""
+    """Clip the total gradient norm to this value; 0 turns clipping off."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 10
-    """Stop after so many steps in a row whose loss or gradients are not finite; each of them is skipped and counted."""
+    """Stop after this many consecutive steps with a non-finite loss or gradient; each such step is skipped and
+    counted."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability mass taken from the right token and spread over the vocabulary."""
+    """Probability mass moved from the correct token to the whole vocabulary."""
     epochs: Annotated[int, Flag(("num_train_epochs",)), Field(ge=1)] = 3
-    """Passes over the data; with --task_weights, as many draws as there are rows each."""
+    """Passes over the data; with --task_weights, each epoch draws as many rows as there are."""
     max_steps: Annotated[int, Field(ge=0)] = 0
-    """Total optimizer steps, instead of --epochs; 0 leaves it to --epochs."""
+    """Total optimizer steps; overrides --epochs. 0 uses --epochs."""
     per_device_bsz: Annotated[int, Flag(("per_device_train_batch_size",)), Field(ge=1)] = 2
     """Rows per forward pass in one worker."""
     grad_accum: Annotated[int, Flag(("gradient_accumulation_steps",)), Field(ge=1)] = 1
-    """Forward passes per worker and optimizer step."""
+    """Forward passes per worker in each optimizer step."""
     grad_ckpt: Annotated[bool, Flag(("gradient_checkpointing",))] = False
     """Recompute activations in the backward pass to save memory."""
     compile: bool = False
-    """Compile the language model's layers (torch.compile), which takes a minute or more at the start. Losses, and those
-    of a run that was resumed, are the same to rounding, not to the last bit."""
+    """Compile the language model's layers (torch.compile); this takes a minute or more at the start. Losses then equal
+    those of an uncompiled run, and a resumed run those of an uninterrupted one, up to rounding, not bit for bit."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the data order, the LoRA start and dropout."""
+    """Seed of the data order, the LoRA initialization and dropout."""
 
 
 class BatchingFlags(Settings):
     batching: Literal["fixed", "length", "packed"] = "fixed"
-    """Which rows share a forward pass: fixed takes --per_device_bsz rows as they are drawn, length those of similar
-    length, packed puts rows one after the other, without padding, up to --pack_tokens."""
+    """How rows are batched: fixed takes --per_device_bsz rows in the order they are drawn, length groups rows of
+    similar length, packed concatenates rows without padding up to --pack_tokens."""
     pack_tokens: Annotated[int, Field(ge=16)] = 4096
-    """Tokens of a pack (prompts, audio and answers) with --batching packed; no row may be longer."""
+    """Maximum tokens of a pack (prompts, audio and answers) with --batching packed; no row may be longer."""
 
 
 class TaskBatchingFlags(BatchingFlags):
     per_task_bsz: TaskSizes | None = None
-    """Rows of a forward pass by task, asr=4,sqa=2,tqa=8, with --batching length; each then holds one task alone."""
+    """Rows per forward pass by task, such as asr=4,sqa=2,tqa=8, with --batching length; each batch then holds a single
+    task."""
     curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(parse_curriculum)] = ()
-    """Tasks and epochs of one phase after the other, tqa:1,tqa+asr:1,tqa+asr+sqa:3; takes the place of --epochs."""
+    """Training phases in order, each as tasks:epochs, such as tqa:1,tqa+asr:1,tqa+asr+sqa:3; replaces --epochs."""
 
     @model_validator(mode="after")
     def _sizes_need_lengths(self) -> "TaskBatchingFlags":
@@ -315,27 +324,27 @@ class TaskBatchingFlags(BatchingFlags):
 
 class WorkerFlags(PlacementFlags):
     num_workers: Annotated[Workers, Flag(("nproc",))] = "auto"
-    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray; 1:4 is as
-    many as the cluster has room for, and a step is then planned for the most, so that it holds the same rows with any
-    number of them."""
+    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray; 1:4 is
+    elastic, as many between 1 and 4 as fit on the cluster. Elastic steps are planned for the highest number, so each
+    step has the same rows with any number of workers."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
-    """Threads that read and collate batches ahead of the model; 0 reads in line."""
+    """Threads that read and collate batches in advance; 0 does it in the training thread."""
     pin_memory: bool = True
-    """Copy batches to the GPU from page-locked memory; nothing to do on a CPU."""
+    """Copy batches to the GPU from page-locked memory; has no effect on a CPU."""
     drop_last: bool = False
-    """Leave out the rows that do not fill the last optimizer step of an epoch."""
+    """Drop the rows that do not fill the last optimizer step of an epoch."""
 
 
 class StrategyFlags(Settings):
     strategy: Literal["ddp", "deepspeed"] = "ddp"
-    """How several workers train together: ddp keeps the whole model and optimizer in each of them, deepspeed divides
-    them up (ZeRO), which saves memory with --tuning full, and little with LoRA."""
+    """How several workers train together: ddp replicates the model and optimizer state in each worker; deepspeed
+    shards them across workers (ZeRO), which saves memory with --tuning full and little with LoRA."""
     zero_stage: Annotated[int, Field(ge=2, le=3)] = 2
-    """What --strategy deepspeed divides: 2 gradients and the optimizer's moments, 3 the weights as well, for bases
-    without --quantize."""
+    """What --strategy deepspeed shards: 2 the gradients and the optimizer state, 3 the weights as well (not with
+    --quantize)."""
 
     @model_validator(mode="after")
-    def _stage_3_divides_plain_weights(self) -> "StrategyFlags":
+    def _stage_3_shards_unquantized_weights(self) -> "StrategyFlags":
         quantized = getattr(self, "quantize", "none")
         if self.zero_stage == 3 and self.strategy != "deepspeed":
             raise ValueError("--zero_stage 3: needs --strategy deepspeed")
@@ -346,16 +355,19 @@ class StrategyFlags(Settings):
 
 class ScoreFlags(Settings):
     terms: Annotated[str, Flag(path="input")] = ""
-    """Text file of terms (drugs, findings), one a line; which of them transcripts get right is reported."""
+    """Text file of terms (such as drugs or findings), one per line; the report states which of them the transcripts get
+    right."""
     english_spelling: Annotated[str, Flag(path="input")] = ""
-    """Whisper's table of British and American spellings for English transcripts: a checkpoint's normalizer.json."""
+    """Whisper's table of British and American spellings, for English transcripts: the normalizer.json of a Whisper
+    checkpoint."""
     caption_jars: Annotated[str, Flag(path="input")] = ""
-    """Folder with the two jars of Stanford CoreNLP 3.6.0: also computes METEOR, SPICE and SPIDEr of captions, with
-    Java."""
+    """Folder with the two jars of Stanford CoreNLP 3.6.0; with it METEOR, SPICE and SPIDEr of captions are computed too
+    (needs Java)."""
 
 
 class EvaluationDataFlags(Settings):
     val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
     """Manifests to evaluate on, comma separated."""
     max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 1280
-    """Longest row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never cut."""
+    """Maximum length of a row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never
+    truncated."""

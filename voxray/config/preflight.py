@@ -1,161 +1,123 @@
-"""Settings of jobs/preflight.py: those of one training job, and a few of its own."""
+"""Settings of jobs/preflight.py: the flags of one training job and a few of its own."""
 
-import itertools
 import json
 from collections.abc import Sequence
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
-from voxray.config.parse import Settings, read_yaml
-from voxray.config.salmonn import SalmonnSettings
-from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
+from voxray.config.parse import Settings
+from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes
+from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS, detect_task
 
-LOOKED_AT_ROWS = 200
-"""Rows of every manifest by which a recipe is chosen."""
+MAX_ROWS_READ = 200
+"""Rows of every manifest that are read to choose a recipe."""
 MAX_LINE_BYTES = 1 << 20
 
 
 class PreflightFlags(Settings):
-    """What every preflight takes.
+    """Flags of every preflight.
 
     Attributes:
-        trains: Settings of the job that is got ready.
+        trains: Settings class of the training job that is checked.
     """
 
     trains: ClassVar[type[TrainSettings]]
-    recipe: Literal["", "multitask", "text", "asr_adapter", "whisper", "salmonn"] = ""
-    """Training job that is got ready; its flags are the preflight's. Without it the model and the tasks of the rows
-    decide, and it is said."""
+    recipe: str = ""
+    """Training job to check; preflight accepts its flags. By default it is chosen by the model and the tasks of the
+    rows, and the choice is printed."""
     tune: bool = True
-    """Change batch sizes, accumulation, workers and --grad_ckpt to what fits and is quick; --no_tune only checks."""
+    """Change batch sizes, gradient accumulation, workers and --grad_ckpt to the fastest settings that fit into memory;
+    --no_tune only checks."""
     price_per_hour: Annotated[float, Field(ge=0)] = 0.0
-    """What a worker's machine or GPU costs an hour; with it the cost of the run is told, in the same currency."""
+    """Price of one worker's machine or GPU per hour. If set, the cost of the run is printed, in the same currency."""
     autorun: bool = False
-    """Start the training at the end, by the very command that was printed, unless something has to be put right."""
+    """Start the training at the end with the printed command, unless there are problems to fix first."""
     memory_gib: Annotated[float, Field(ge=0)] = 0.0
-    """Memory that one worker may take, GiB: that of the GPU that will train, where this machine is not the one; 0 looks
-    at this machine."""
+    """Memory that one worker may use, in GiB, such as that of the GPU of another machine; 0 uses the memory of this
+    machine."""
 
 
-class PreflightMultitaskSettings(PreflightFlags, MultitaskSettings):
-    trains = MultitaskSettings
+@cache
+def derive_preflight(recipe: Recipe) -> type[Any]:
+    """Create the settings class of a preflight of a recipe."""
+    return derive_settings("Preflight", (PreflightFlags,), recipe, __name__)
 
 
-class PreflightTextSettings(PreflightFlags, TextSettings):
-    trains = TextSettings
-
-
-class PreflightAsrAdapterSettings(PreflightFlags, AsrAdapterSettings):
-    trains = AsrAdapterSettings
-
-
-class PreflightWhisperSettings(PreflightFlags, WhisperSettings):
-    trains = WhisperSettings
-
-
-class PreflightSalmonnSettings(PreflightFlags, SalmonnSettings):
-    trains = SalmonnSettings
-
-
-RECIPES: dict[str, type[PreflightFlags]] = {
-    "multitask": PreflightMultitaskSettings,
-    "text": PreflightTextSettings,
-    "asr_adapter": PreflightAsrAdapterSettings,
-    "whisper": PreflightWhisperSettings,
-    "salmonn": PreflightSalmonnSettings,
-}
+def __getattr__(name: str) -> type[Any]:
+    return lookup(derive_preflight, name)
 
 
 def preflight_settings(argv: Sequence[str]) -> tuple[type[Any], str]:
-    """The settings class of the recipe that flags or the file of ``--config`` name, else the one that data and model
-    ask for; faults are left to ``parse``.
+    """The settings class of the recipe in the flags or in the file of --config, or of the recipe that fits the data.
+
+    Errors in the flags or the file are ignored here, because ``parse`` reports them.
 
     Returns:
-        The class, and why it was chosen, for people; "" if it was named.
+        The class, and the reason for the choice to show to users; "" if the recipe was set.
     """
     if not argv or {"--help", "-h"} & set(argv):
-        return PreflightMultitaskSettings, ""
-    given = _given(argv)
-    recipe = str(given.get("recipe", ""))
-    if recipe in RECIPES:
-        return RECIPES[recipe], ""
-    recipe, why = _chosen(given)
-    return RECIPES[recipe], f"{recipe}, because {why}; --recipe names another"
+        return derive_preflight(recipes()["multitask"]), ""
+    values = peek_values(argv)
+    recipe = str(values.get("recipe", ""))
+    if recipe in recipes():
+        return derive_preflight(recipes()[recipe]), ""
+    recipe, reason = _choose_recipe(values)
+    return derive_preflight(recipes()[recipe]), f"{recipe}, because {reason}; --recipe selects another"
 
 
-def _given(argv: Sequence[str]) -> dict[str, Any]:
-    """Flags and keys that choosing looks at, under their own names; flags hold over the file."""
-    named: dict[str, Any] = {}
-    for token, value in itertools.pairwise([*argv, ""]):
-        name, has_value, own = token.partition("=")
-        if token.startswith("--"):
-            named[name[2:].replace("-", "_")] = own if has_value else value
-    loaded: dict[Any, Any] = {}
-    if path := named.get("config") or named.get("cfg_path"):
-        try:
-            loaded = read_yaml(Path(path))
-        except ValueError:
-            loaded = {}
-    both = {**{str(key).replace("-", "_"): value for key, value in loaded.items()}, **named}
-    for old in ("base_model", "model_name_or_path"):
-        both.setdefault("model_id", both.get(old, ""))
-    return both
+def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
+    """Choose a recipe for a base and manifests; returns its name and the reason."""
+    parts = [name for name in SALMONN_PARTS if values.get(name)]
+    if parts:
+        return "salmonn", f"--{parts[0]} is given"
+    is_salmonn_file = "cfg_path" in values or isinstance(values.get("model"), dict)  # of SALMONN's own trainer
+    model_id = str(values.get("model_id", values.get("base_model", "")) or VOXTRAL)
+    family = "salmonn" if is_salmonn_file else _guess_family(model_id)
+    if family in ("whisper", "salmonn"):
+        return family, f"the model is a {family} model"
+    tasks = _read_tasks(values.get("train_jsonl") or "")
+    if not tasks:
+        return "multitask", "no row could be read to choose a recipe by"
+    if tasks <= {"tqa"}:
+        return "text", "all rows that were read are text questions"
+    if tasks <= {"asr"}:
+        return "asr_adapter", "all rows that were read are transcriptions"
+    return "multitask", f"the rows are of the tasks {', '.join(name for name in TASKS if name in tasks)}"
 
 
-def _chosen(given: dict[str, Any]) -> tuple[str, str]:
-    """A recipe and the reason for it."""
-    model_id = str(given.get("model_id") or "")
-    parts = [name for name in SALMONN_PARTS if given.get(name)]
-    nested = "cfg_path" in given or isinstance(given.get("model"), dict)  # a file of SALMONN's own trainer
-    kind = "salmonn" if parts or nested else _kind_of(model_id)
-    if kind in ("whisper", "salmonn"):
-        return kind, f"the model is a {kind} one" if not parts else f"--{parts[0]} is given"
-    found = _tasks_of(given.get("train_jsonl") or "")
-    if not found:
-        return "multitask", "no row could be read to choose one by"
-    if found <= {"tqa"}:
-        return "text", "all rows looked at are text questions"
-    if found <= {"asr"}:
-        return "asr_adapter", "all rows looked at are transcriptions"
-    return "multitask", f"the rows are of {', '.join(name for name in TASKS if name in found)}"
-
-
-def _kind_of(model_id: str) -> str:
-    """Model type of a folder, or what a hub id's name says; Voxtral if that is nothing."""
+def _guess_family(model_id: str) -> str:
+    """Model type of a folder, "" if it cannot be read; for a hub id, the family in its name, else voxtral."""
     path = Path(model_id).expanduser() / "config.json"
     if path.is_file():
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
-    name = (model_id or VOXTRAL).lower()
-    return next((kind for kind in ("whisper", "salmonn") if kind in name.rpartition("/")[2]), "voxtral")
+    name = model_id.lower().rpartition("/")[2]
+    return next((family for family in ("whisper", "salmonn") if family in name), "voxtral")
 
 
-def _tasks_of(manifests: Any) -> set[str]:
-    """Tasks of the first rows of some manifests; what cannot be read counts for nothing."""
+def _read_tasks(manifests: Any) -> set[str]:
+    """Tasks of the first rows of every manifest. Unreadable files and rows are skipped."""
     paths = manifests.split(",") if isinstance(manifests, str) else list(manifests)
-    found: set[str] = set()
+    tasks: set[str] = set()
     for path in filter(None, (str(path).strip() for path in paths)):
         try:
             with open(Path(path).expanduser(), "rb") as file:
-                for _ in range(LOOKED_AT_ROWS):
-                    line = file.readline(MAX_LINE_BYTES)
-                    if not line:
-                        break
-                    row = _row(line)
-                    if row is not None:
-                        found.add(row)
+                lines = iter(partial(file.readline, MAX_LINE_BYTES), b"")
+                tasks.update(filter(None, map(_detect_task, islice(lines, MAX_ROWS_READ))))
         except OSError:
             continue
-    return found
+    return tasks
 
 
-def _row(line: bytes) -> str | None:
+def _detect_task(line: bytes) -> str | None:
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
         return detect_task(row).name if isinstance(row, dict) else None

@@ -14,44 +14,46 @@ class PrepareSettings(ClipLimitFlags):
     format: Literal[
         "auto", "kaldi", "nemo", "ksponspeech", "commonvoice", "huggingface", "lhotse", "salmonn", "jsonl"
     ] = "auto"
-    """Format of the corpora; auto looks at the files."""
+    """Format of the corpora; auto detects it from the files."""
     train_output: Annotated[str, Flag(("out_train",), path="output"), Field(min_length=1)]
-    """Manifest of the training rows to write."""
+    """Manifest to write with the training rows."""
     val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
-    """Manifest of the validation rows to write; without it nothing is split off."""
+    """Manifest to write with the validation rows; without it no validation rows are split off."""
     test_output: Annotated[str, Flag(("out_test",), path="output")] = ""
-    """Manifest of what the corpus itself calls its test set; without it those rows are in the ledger, or, where the
-    corpus has no validation set, among the others."""
+    """Manifest to write with the corpus's own test set; without it these rows are listed in the ledger, or, if the
+    corpus has no validation set, join the other rows."""
     audio_output: Annotated[str, Flag(path="output")] = ""
-    """Folder for 16 kHz mono FLAC copies of the clips that are kept, which the manifests then name, relative to
-    themselves where the folder stands below them; without it they name the clips where they are."""
+    """Folder for 16 kHz mono FLAC copies of the clips in the manifests. The manifests then refer to the copies, by
+    relative paths if the folder is below the manifest's; without it they refer to the original files."""
     quarantine: Annotated[str, Flag(path="output")] = ""
-    """Ledger of the rows left out; by default quarantine.jsonl beside the training manifest."""
+    """Ledger of the dropped rows; by default quarantine.jsonl next to the training manifest."""
     storage_path: str = ""
-    """Absolute folder that outlives the cluster, a shared mount; relative outputs of submitted jobs need it."""
+    """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
+    paths need it."""
     reading: Literal["spelling", "phonetic"] = "spelling"
-    """Which side of (spelling)/(reading) becomes the text; the other one is kept beside it for scoring."""
+    """Which side of a dual transcription (spelling)/(reading) becomes the text; the other is stored for scoring."""
     min_sec: Annotated[float, Field(ge=0)] = 3.0
-    """Shortest clip kept, in seconds."""
+    """Minimum length of a clip, in seconds; shorter ones are dropped."""
     max_sec: Annotated[float, Field(gt=0)] = 25.0
-    """Longest clip kept, in seconds."""
+    """Maximum length of a clip, in seconds; longer ones are dropped."""
     min_chars: Annotated[int, Field(ge=0)] = 1
-    """Shortest transcript or answer kept, in characters without spaces."""
+    """Minimum length of a transcript or answer, in characters without spaces."""
     max_chars: Annotated[int, Field(ge=1)] = 2000
-    """Longest transcript or answer kept, in characters without spaces."""
+    """Maximum length of a transcript or answer, in characters without spaces."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Drop rows whose decoded audio and task, or, without audio, whose normalised texts occurred before."""
+    """Whether to drop rows that repeat the decoded audio and task of an earlier row (text rows: its normalised
+    texts)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the rows that goes to validation."""
     leaks: Annotated[Literal["refuse", "drop", "allow"], Flag()] = "refuse"
-    """What to do when audio, text or a speaker of the validation rows is in training: refuse, drop those training rows,
-    or allow it; the numbers are printed in any case."""
+    """What to do if audio, text or a speaker of the validation rows also occurs in training: refuse to write, drop
+    those training rows, or allow it. The counts are always printed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split."""
     num_actors: Annotated[int, Field(ge=0)] = 0
-    """Ray Data processes that check rows; 0 takes one per CPU, as far as there is work for them."""
+    """Ray Data processes that check rows; 0 uses one per CPU, but no more than there is work for."""
     rows_per_chunk: Annotated[int, Field(ge=1, le=65536)] = 256
-    """Rows handed to a process at a time."""
+    """Rows that a process handles at a time."""
 
     @model_validator(mode="after")
     def _limits(self) -> "PrepareSettings":

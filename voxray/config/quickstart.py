@@ -1,4 +1,4 @@
-"""Settings of jobs/quickstart.py: those of train_multitask, and what the evaluations around it need."""
+"""Settings of jobs/quickstart.py: those of train_multitask, and those of the evaluations before and after it."""
 
 from typing import Annotated
 
@@ -14,6 +14,6 @@ class QuickstartSettings(MultitaskSettings):
     overwrite: Annotated[bool, Flag(no_effect="this job always starts afresh")] = False
     """Start afresh."""
     base_val_jsonl: Annotated[CommaStrings, Flag(path="input")] = ()
-    """Held-out rows in the voices the base was trained on, shown beside the others."""
+    """Held-out rows in the voices the base model was trained on, reported separately."""
     eval_bsz: Annotated[int, Field(ge=1)] = 16
     """Rows generated together in the evaluations before and after."""

@@ -1,5 +1,5 @@
-"""The settings files of SALMONN's own trainers and evaluators: which of their keys become flags, which change nothing
-here, and which ask for what there is not.
+"""Reads the YAML settings files of SALMONN's own trainers and evaluators: which keys become flags, which have no effect
+in voxray, and which voxray supports with one value only.
 """
 
 import sys
@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class YamlReader:
-    """What one of our jobs makes of such a file.
+    """How one voxray job reads such a file.
 
     Attributes:
-        job: What it does, for messages.
-        flags: Keys and the flags that they are.
-        no_effect: Keys that are warned about, with what holds instead.
-        only: Keys that may have one value: another one asks for what is not here.
+        job: What the job does, for messages.
+        flags: The flag that each key sets.
+        no_effect: Keys that only print a warning, with the reason.
+        only: The single supported value of each key; any other value is an error.
     """
 
     job: str
@@ -27,14 +27,14 @@ class YamlReader:
 
 
 SECTIONS = ("model", "datasets", "run", "generate")
-MODEL: Mapping[str, str] = {
+MODEL_FLAGS: Mapping[str, str] = {
     "model.llama_path": "llama_path",
     "model.llm_path": "llama_path",
     "model.whisper_path": "whisper_path",
     "model.beats_path": "beats_path",
     "model.end_sym": "end_sym",
 }
-ONE_MODEL: Mapping[str, Any] = {
+FIXED_MODEL: Mapping[str, Any] = {
     "model.freeze_whisper": True,
     "model.freeze_beats": True,
     "model.use_speech_Qformer": True,
@@ -51,11 +51,11 @@ ONE_MODEL: Mapping[str, Any] = {
     "model.prompt_template": "USER: {}\nASSISTANT:",
     "model.Ced_path": "",
 }
-"""There is one SALMONN here, and one way to train it."""
+"""voxray has one SALMONN architecture and one way to train it."""
 _PROCESSES = "--num_workers says how many processes train"
 _COMPILES = "--compile compiles the language model's layers"
 _KERNEL = "there is no such kernel here"
-NOWHERE: Mapping[str, str] = {
+NO_EFFECT: Mapping[str, str] = {
     "project_name": "nothing is sent anywhere",
     "model.token": "no token is read from a file, nor kept",
     "model.multi_prompt": "every row has its own prompt",
@@ -70,10 +70,10 @@ NOWHERE: Mapping[str, str] = {
     "run.use_liger_kernel": _KERNEL,
     "run.dist_url": "Ray brings the processes together",
 }
-"""Keys without effect in any job."""
+"""Keys that have no effect in any job."""
 SCHEDULE = ("run.epoch_based", "run.iters_per_epoch", "run.optims.max_epoch", "run.save_ep")
-"""Keys that together say how long to train, and how often to validate and save."""
-RATES: Mapping[str, str] = {
+"""Keys that together set how long to train, and how often to validate and save."""
+RATE_FLAGS: Mapping[str, str] = {
     "run.optims.init_lr": "lr",
     "run.optims.min_lr": "min_lr",
     "run.optims.warmup_steps": "warmup_steps",
@@ -89,14 +89,14 @@ SEARCH = tuple(
         *("repetition_penalty", "length_penalty", "end_sym"),
     )
 )
-DRAWS = ("generate.do_sample", "generate.temperature", "generate.top_p")
+SAMPLING = ("generate.do_sample", "generate.temperature", "generate.top_p")
 TENSORRT = ("run.tensorrt", "run.optimization_level", "run.tensorrt_device", "run.jit_mode")
 
 TRAINER = YamlReader(
     "trains SALMONN",
     {
-        **MODEL,
-        **RATES,
+        **MODEL_FLAGS,
+        **RATE_FLAGS,
         "stage": "stage",
         "model.lora_rank": "lora_r",
         "model.lora_alpha": "lora_alpha",
@@ -113,7 +113,7 @@ TRAINER = YamlReader(
         "run.batch_size_train": "per_device_bsz",
     },
     {
-        **NOWHERE,
+        **NO_EFFECT,
         "model.test_prompt_path": "jobs/evaluate.py takes it as --prompts",
         "model.torch_compile_mode": _COMPILES,
         "run.torch_compile_mode": _COMPILES,
@@ -124,12 +124,12 @@ TRAINER = YamlReader(
         **dict.fromkeys(SEARCH, "jobs/evaluate.py searches so; validation takes the likeliest tokens"),
         **dict.fromkeys(TENSORRT, "training computes with PyTorch"),
     },
-    {**ONE_MODEL, "run.evaluate": False, "run.optims.beta2": 0.999, "run.use_apollo": False},
+    {**FIXED_MODEL, "run.evaluate": False, "run.optims.beta2": 0.999, "run.use_apollo": False},
 )
 _TRAINS = "it is for training"
 _CHECKPOINT = "a checkpoint says how its LoRA was trained (alpha 32 if it does not)"
-OF_TRAINING: Mapping[str, str] = {
-    **dict.fromkeys(RATES, _TRAINS),
+TRAINING_ONLY: Mapping[str, str] = {
+    **dict.fromkeys(RATE_FLAGS, _TRAINS),
     **dict.fromkeys(SCHEDULE, _TRAINS),
     **dict.fromkeys(("stage", "model.prompt_path", "datasets.train_ann_path", "run.evaluate"), _TRAINS),
     **dict.fromkeys(("run.log_freq", "run.accum_grad_iters", "run.batch_size_train"), _TRAINS),
@@ -141,7 +141,7 @@ OF_TRAINING: Mapping[str, str] = {
 EVALUATOR = YamlReader(
     "evaluates SALMONN",
     {
-        **MODEL,
+        **MODEL_FLAGS,
         "model.ckpt": "lora_dir",
         "model.test_prompt_path": "prompts",
         "datasets.prefix": "audio_prefix",
@@ -152,41 +152,41 @@ EVALUATOR = YamlReader(
         "generate.end_sym": "end_sym",
     },
     {
-        **NOWHERE,
-        **OF_TRAINING,
+        **NO_EFFECT,
+        **TRAINING_ONLY,
         "run.num_workers": "--num_models says how many models answer",
         **dict.fromkeys(PARALLEL, "--num_models says how many models answer"),
         **dict.fromkeys(TENSORRT, "--compiled names what jobs/compile.py has compiled"),
-        **dict.fromkeys(DRAWS, "nothing is drawn with several beams, or without do_sample"),
+        **dict.fromkeys(SAMPLING, "nothing is drawn with several beams, or without do_sample"),
     },
-    {**ONE_MODEL, "generate.min_length": 1, "generate.repetition_penalty": 1.0, "generate.length_penalty": 1.0},
+    {**FIXED_MODEL, "generate.min_length": 1, "generate.repetition_penalty": 1.0, "generate.length_penalty": 1.0},
 )
 EFFICIENCY = YamlReader(
     "measures SALMONN",
     {
-        **MODEL,
+        **MODEL_FLAGS,
         "model.ckpt": "lora_dir",
         "model.test_prompt_path": "prompts",
         "run.seed": "seed",
         "run.batch_size_eval": "batch_sizes",
     },
     {
-        **NOWHERE,
-        **OF_TRAINING,
+        **NO_EFFECT,
+        **TRAINING_ONLY,
         **EVALUATOR.no_effect,
         **dict.fromkeys(("datasets.prefix", "datasets.valid_ann_path", *TEST_FILES), "--audio_path names the clip"),
         **dict.fromkeys(SEARCH, "--new_tokens of the likeliest tokens are generated, whatever the model says"),
         "run.num_workers": "one process is measured",
         **dict.fromkeys(PARALLEL, "one process is measured"),
     },
-    ONE_MODEL,
+    FIXED_MODEL,
 )
 
 
 COMPILER = YamlReader(
     "compiles SALMONN",
     {
-        **MODEL,
+        **MODEL_FLAGS,
         "model.ckpt": "lora_dir",
         "run.seed": "seed",
         "run.batch_size_eval": "windows",
@@ -194,117 +194,120 @@ COMPILER = YamlReader(
         "run.tensorrt_device": "tensorrt_device",
     },
     {
-        **{key: why for key, why in EFFICIENCY.no_effect.items() if key not in TENSORRT},
+        **{key: reason for key, reason in EFFICIENCY.no_effect.items() if key not in TENSORRT},
         **dict.fromkeys(("model.test_prompt_path", "datasets.prefix", *TEST_FILES, *SEARCH), "nothing is answered"),
         **dict.fromkeys(("run.tensorrt", "run.jit_mode"), "--backend tensorrt compiles with TensorRT"),
     },
-    ONE_MODEL,
+    FIXED_MODEL,
 )
 
 
 def is_nested(loaded: Mapping[Any, Any]) -> bool:
-    """Whether a file is one of SALMONN's, rather than one of flags."""
+    """Whether a file has SALMONN's nested sections instead of voxray's flags."""
     return any(isinstance(loaded.get(section), Mapping) for section in SECTIONS)
 
 
 def trainer_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Turn a file of SALMONN's trainer into flags of train_salmonn (see ``_flags``)."""
+    """Translate a file of SALMONN's trainer into flags of train_salmonn (see ``_flags``)."""
     if not is_nested(loaded):
         return loaded, []
     keys = _dotted(loaded)
     flags, errors = _flags({name: value for name, value in keys.items() if name not in SCHEDULE}, path, TRAINER)
     flags.setdefault("stage", 2 if "init_adapter" in flags else 1)
-    return flags | _lengths(keys, path, errors), errors
+    return flags | _schedule_flags(keys, path, errors), errors
 
 
 def evaluator_flags(loaded: dict[Any, Any], path: Path, mode: str) -> tuple[dict[Any, Any], list[str]]:
-    """Turn a file of SALMONN's evaluator into flags of evaluate (see ``_flags``).
+    """Translate a file of SALMONN's evaluator into flags of evaluate (see ``_flags``).
 
     Args:
-        mode: ``submission_asr`` and so on, which of the files of rows is meant.
+        mode: ``--mode``, such as ``submission_asr``; selects the annotation files.
     """
     if not is_nested(loaded):
         return loaded, []
     keys = _dotted(loaded)
-    files, drawing = _rows_of(keys, mode), _drawing(keys)
-    read = {*TEST_FILES, "datasets.valid_ann_path", *(DRAWS if drawing else ())}
-    flags, errors = _flags({name: value for name, value in keys.items() if name not in read}, path, EVALUATOR)
-    return flags | drawing | ({"val_jsonl": files} if files else {}), errors
+    manifests, sampling = _manifests(keys, mode), _sampling_flags(keys)
+    handled = {*TEST_FILES, "datasets.valid_ann_path", *(SAMPLING if sampling else ())}
+    flags, errors = _flags({name: value for name, value in keys.items() if name not in handled}, path, EVALUATOR)
+    return flags | sampling | ({"val_jsonl": manifests} if manifests else {}), errors
 
 
 def efficiency_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Turn a file of SALMONN's evaluator into flags of efficiency (see ``_flags``)."""
+    """Translate a file of SALMONN's evaluator into flags of efficiency (see ``_flags``)."""
     return _flags(_dotted(loaded), path, EFFICIENCY) if is_nested(loaded) else (loaded, [])
 
 
 def compiler_flags(loaded: dict[Any, Any], path: Path) -> tuple[dict[Any, Any], list[str]]:
-    """Turn a file of SALMONN's evaluator into flags of compile (see ``_flags``)."""
+    """Translate a file of SALMONN's evaluator into flags of compile (see ``_flags``)."""
     return _flags(_dotted(loaded), path, COMPILER) if is_nested(loaded) else (loaded, [])
 
 
-def _flags(keys: Mapping[str, Any], path: Path, reading: YamlReader) -> tuple[dict[Any, Any], list[str]]:
-    """Keys as flags; those without effect are warned about on standard error, once for every reason.
+def _flags(keys: Mapping[str, Any], path: Path, reader: YamlReader) -> tuple[dict[Any, Any], list[str]]:
+    """Translate dotted keys into flags. Keys without effect print a warning on standard error, one per reason.
 
     Returns:
-        {flag: value}, and what is wrong with the file, in lines.
+        {flag: value}, and one line for each error.
     """
     flags: dict[Any, Any] = {}
     errors: list[str] = []
-    idle: dict[str, list[str]] = {}
+    ignored: dict[str, list[str]] = {}
     for key, value in keys.items():
-        if key in reading.flags:
-            name = reading.flags[key]
+        if key in reader.flags:
+            name = reader.flags[key]
             if value not in ("", None) and flags.setdefault(name, value) != value:
                 errors.append(f"{path}: {key}: is {value!r}, and another key of the same meaning {flags[name]!r}")
-        elif key in reading.no_effect:
-            idle.setdefault(reading.no_effect[key], []).append(key)
-        elif key in reading.only:
-            if value not in (reading.only[key], None):
-                wanted = reading.only[key]
-                errors.append(f"{path}: {key}: must be {wanted!r}, as this job {reading.job} (got {value!r})")
+        elif key in reader.no_effect:
+            ignored.setdefault(reader.no_effect[key], []).append(key)
+        elif key in reader.only:
+            if value not in (reader.only[key], None):
+                required = reader.only[key]
+                errors.append(f"{path}: {key}: must be {required!r}, as this job {reader.job} (got {value!r})")
         else:
             errors.append(f"{path}: {key}: unknown key")
-    for why, names in idle.items():
+    for reason, names in ignored.items():
         have = "has" if len(names) == 1 else "have"
-        print(f"warning: {path}: {', '.join(names)} {have} no effect: {why}", file=sys.stderr, flush=True)
+        print(f"warning: {path}: {', '.join(names)} {have} no effect: {reason}", file=sys.stderr, flush=True)
     return flags, errors
 
 
-def _dotted(loaded: Mapping[Any, Any], above: str = "") -> dict[str, Any]:
-    """{"run.optims.init_lr": value} of a nested file."""
-    found: dict[str, Any] = {}
+def _dotted(loaded: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested file to {"run.optims.init_lr": value}."""
+    keys: dict[str, Any] = {}
     for key, value in loaded.items():
-        name = f"{above}{key}"
-        found |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return found
+        name = f"{prefix}{key}"
+        keys |= _dotted(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return keys
 
 
-def _rows_of(keys: Mapping[str, Any], mode: str) -> list[Any]:
-    """Files of the rows that a mode is about; without a mode, of all that are to be tested."""
+def _manifests(keys: Mapping[str, Any], mode: str) -> list[Any]:
+    """Annotation files that a mode evaluates; without a mode, all test files."""
     kind, _, task = mode.partition("_")
-    general, of_task = "datasets.test_ann_path", [name for name in TEST_FILES[1:] if not task or name.endswith(task)]
     if kind == "valid" and keys.get("datasets.valid_ann_path"):
         return [keys["datasets.valid_ann_path"]]
-    return [keys[name] for name in ([general] if keys.get(general) else of_task) if keys.get(name)]
+    all_tasks, *by_task = TEST_FILES
+    names = [all_tasks] if keys.get(all_tasks) else [name for name in by_task if not task or name.endswith(task)]
+    return [keys[name] for name in names if keys.get(name)]
 
 
-def _drawing(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags of sampling, where tokens are to be drawn; the evaluator's drawing along several beams is not done here."""
+def _sampling_flags(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling flags, if the file samples with a single beam. voxray does not support sampling with several beams."""
     if keys.get("generate.do_sample") is not True or keys.get("generate.num_beams", 4) != 1:
         return {}
-    return {name: keys.get(f"generate.{name}", usual) for name, usual in (("temperature", 1.0), ("top_p", 0.9))}
+    return {name: keys.get(f"generate.{name}", default) for name, default in (("temperature", 1.0), ("top_p", 0.9))}
 
 
-def _lengths(keys: Mapping[str, Any], path: Path, errors: list[str]) -> dict[str, int]:
-    """How long to train: so many epochs, each a number of steps, or all rows once if ``epoch_based``."""
+def _schedule_flags(keys: Mapping[str, Any], path: Path, errors: list[str]) -> dict[str, int]:
+    """Flags for the length of training: ``max_epoch`` epochs of ``iters_per_epoch`` steps, or passes over the data if
+    ``epoch_based``. Appends a line to ``errors`` for an invalid number.
+    """
     numbers = {}
-    for key, usual in (("run.optims.max_epoch", 30), ("run.iters_per_epoch", 3000), ("run.save_ep", 1)):
-        value = keys.get(key, usual)
+    for key, default in (("run.optims.max_epoch", 30), ("run.iters_per_epoch", 3000), ("run.save_ep", 1)):
+        value = keys.get(key, default)
         if isinstance(value, bool) or not str(value).isdecimal() or not int(value):
             errors.append(f"{path}: {key}: must be a whole number, 1 or more (got {value!r})")
             return {}
         numbers[key] = int(value)
-    epochs, steps, saved = numbers.values()
+    epochs, steps, epochs_per_save = numbers.values()
     if keys.get("run.epoch_based") is True:
         return {"epochs": epochs, "max_steps": 0, "eval_steps": 0}
-    return {"max_steps": epochs * steps, "eval_steps": steps, "save_steps": saved * steps}
+    return {"max_steps": epochs * steps, "eval_steps": steps, "save_steps": epochs_per_save * steps}

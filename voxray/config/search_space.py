@@ -1,11 +1,11 @@
-"""The search space of a sweep: which values its trials give to a flag, as YAML says it.
+"""The search space of a sweep: the values that its trials try for each flag, written in YAML.
 
 ::
 
     space:
       lora_r: [4, 8, 16]              # choices; task_weights: ["1,1,1", "asr=2,tqa=1"] too
-      lr: {log: [1e-5, 1e-3]}         # a number between the two, drawn evenly in its logarithm
-      lora_dropout: {range: [0, 0.2]} # the same, drawn evenly; whole numbers for a flag that takes whole ones
+      lr: {log: [1e-5, 1e-3]}         # a number between the two, log-uniform
+      lora_dropout: {range: [0, 0.2]} # a number between the two, uniform; an integer for integer flags
 """
 
 import json
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from voxray.config.parse import Settings, field_adapter, flag_metadata, flag_names, yaml_value
 
 DIGITS = 4
-"""Significant digits of a drawn number, so that people can read and repeat it."""
+"""Significant digits of sampled numbers, so that people can read and retype them."""
 SYNTAX = "write a list of choices, {range: [lowest, highest]} or {log: [lowest, highest]}"
 SAME_ROWS = "trials are compared on the same validation rows"
 ONE_BASE = "the base is put together once; sweep model_id"
@@ -34,21 +34,21 @@ FIXED: Mapping[str, str] = {
     "eval_max_rows": SAME_ROWS,
     **dict.fromkeys(("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix"), ONE_BASE),
 }
-"""Flags that no trial can have for itself, and why."""
+"""Flags that cannot differ between trials, and why."""
 
 Choice = dict[str, Any]
-"""{flag: value} of one trial; values as JSON holds them."""
+"""{flag: value} of one trial, with JSON values."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """What one flag may be.
+    """The values that trials may use for one flag.
 
     Attributes:
         name: The settings field.
-        kind: ``choice`` is one of the values, ``range`` and ``log`` a number between the two.
-        values: The choices as JSON holds them, or the lowest and the highest number.
-        whole: Whether numbers are whole.
+        kind: ``choice``: one of ``values``. ``range``: uniform between the two values. ``log``: log-uniform.
+        values: The choices as JSON values, or the lowest and the highest number.
+        whole: Whether numbers are integers.
     """
 
     name: str
@@ -58,90 +58,90 @@ class Domain:
 
     @property
     def size(self) -> float:
-        """How many values there are; infinite for a range of fractions."""
+        """Number of values; infinite for a range of real numbers."""
         if self.kind == "choice":
             return len(self.values)
         return self.values[1] - self.values[0] + 1 if self.whole else math.inf
 
     def all(self) -> tuple[Any, ...]:
-        """Every value, where their number has an end."""
+        """Every value of a finite domain."""
         return self.values if self.kind == "choice" else tuple(range(self.values[0], self.values[1] + 1))
 
-    def draw(self, rng: random.Random) -> Any:
-        """One value at random."""
+    def sample(self, rng: random.Random) -> Any:
+        """Draw one value."""
         if self.kind == "choice":
             return rng.choice(self.values)
         low, high = self.values
         if self.kind == "range":
-            return rng.randint(low, high) if self.whole else self.tidy(rng.uniform(low, high))
+            return rng.randint(low, high) if self.whole else self.rounded(rng.uniform(low, high))
         margin = 0.5 if self.whole else 0.0
-        return self.tidy(math.exp(rng.uniform(math.log(low - margin), math.log(high + margin))))
+        return self.rounded(math.exp(rng.uniform(math.log(low - margin), math.log(high + margin))))
 
-    def tidy(self, number: float) -> float | int:
-        """The number as it is used: rounded, and within the ends."""
+    def rounded(self, number: float) -> float | int:
+        """Round to ``DIGITS`` significant digits, or to an integer, and clamp to the range."""
         low, high = self.values
-        rounded = round(number) if self.whole else float(f"{number:.{DIGITS}g}")
-        return min(max(rounded, low), high)
+        value = round(number) if self.whole else float(f"{number:.{DIGITS}g}")
+        return min(max(value, low), high)
 
     def samples(self) -> tuple[Any, ...]:
-        """A few values that stand for all: the choices, or both ends and a middle."""
+        """A few values that cover the domain: all choices, or both ends and the middle."""
         if self.kind == "choice":
             return self.values
         low, high = self.values
         middle = math.sqrt(low * high) if self.kind == "log" else (low + high) / 2
-        return tuple(dict.fromkeys((low, self.tidy(middle), high)))
+        return tuple(dict.fromkeys((low, self.rounded(middle), high)))
 
 
 def parse_space(value: Any, trains: type[Settings]) -> dict[str, Domain]:
-    """Read a space.
+    """Parse and validate a search space.
 
     Args:
-        value: {flag: choices or range}, or that as text in YAML.
-        trains: Settings of the training job, which checks every value.
+        value: {flag: choices or range}, or the same as YAML text.
+        trains: Settings class of the training job, which validates every value.
     Raises:
-        ValueError: With a line for everything that is wrong.
+        ValueError: With one line for every error.
     """
     value = yaml_value(value) if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise ValueError(f"needs flags and their values, such as {{lora_r: [4, 8]}}, not {value!r}")
-    names, found, faults = flag_names(trains), dict[str, Domain](), list[str]()
-    for key, said in value.items():
+    names, domains, errors = flag_names(trains), dict[str, Domain](), list[str]()
+    for key, domain in value.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
-            faults.append(f"{key}: no flag of the training job")
-        elif name in found:
-            faults.append(f"{key}: given twice")
+            errors.append(f"{key}: no flag of the training job")
+        elif name in domains:
+            errors.append(f"{key}: given twice")
         elif reason := FIXED.get(name) or flag_metadata(trains.model_fields[name]).no_effect:
-            faults.append(f"{key}: cannot be swept: {reason}")
+            errors.append(f"{key}: cannot be swept: {reason}")
         else:
             try:
-                found[name] = _domain(name, said, trains)
+                domains[name] = _parse_domain(name, domain, trains)
             except ValueError as error:
-                faults.append(f"{key}: {error}")
-    if faults:
-        raise ValueError("\n".join(faults))
-    return found
+                errors.append(f"{key}: {error}")
+    if errors:
+        raise ValueError("\n".join(errors))
+    return domains
 
 
-def _domain(name: str, said: Any, trains: type[Settings]) -> Domain:
-    if not (isinstance(said, Mapping) and {"choice", "range", "log"} & set(said)):
+def _parse_domain(name: str, domain: Any, trains: type[Settings]) -> Domain:
+    if not (isinstance(domain, Mapping) and {"choice", "range", "log"} & set(domain)):
         try:
-            return _choices(name, said, trains)
+            return _parse_choices(name, domain, trains)
         except ValueError:
-            if isinstance(said, Mapping):  # not even a value of a flag that takes such, {asr: 1, sqa: 2}
-                raise ValueError(f"{SYNTAX}, not {said!r}") from None
+            if isinstance(domain, Mapping):  # nor is it the value of a flag that takes a mapping, {asr: 1, sqa: 2}
+                raise ValueError(f"{SYNTAX}, not {domain!r}") from None
             raise
-    if len(said) != 1:
-        raise ValueError(f"{SYNTAX}, not {said!r}")
-    ((kind, values),) = said.items()
+    if len(domain) != 1:
+        raise ValueError(f"{SYNTAX}, not {domain!r}")
+    ((kind, values),) = domain.items()
     if kind == "choice":
-        return _choices(name, values, trains)
+        return _parse_choices(name, values, trains)
     whole = trains.model_fields[name].annotation is int
     if not whole and trains.model_fields[name].annotation is not float:
         raise ValueError(f"{kind} is for numbers; give a list of choices")
     if not isinstance(values, list | tuple) or len(values) != 2:
         raise ValueError(f"{kind} needs two numbers, the lowest and the highest, not {values!r}")
-    low, high = (_checked(name, end, trains) for end in values)
+    low, high = (_validate(name, end, trains) for end in values)
     if not low < high:
         raise ValueError(f"{kind}: {low!r} is not below {high!r}")
     if kind == "log" and low <= 0:
@@ -149,64 +149,64 @@ def _domain(name: str, said: Any, trains: type[Settings]) -> Domain:
     return Domain(name, kind, (low, high), whole)
 
 
-def _choices(name: str, said: Any, trains: type[Settings]) -> Domain:
-    """A list of choices; anything else is one choice."""
-    values, faults = list[Any](), list[str]()
-    for value in said if isinstance(said, list | tuple) else [said]:
+def _parse_choices(name: str, choices: Any, trains: type[Settings]) -> Domain:
+    """Parse a list of choices; anything but a list is a single choice."""
+    values, errors = list[Any](), list[str]()
+    for choice in choices if isinstance(choices, list | tuple) else [choices]:
         try:
-            checked = _checked(name, value, trains)
+            value = _validate(name, choice, trains)
         except ValueError as error:
-            faults.append(str(error))
+            errors.append(str(error))
             continue
-        if checked in values:
-            faults.append(f"{value!r} is given twice")
-        values.append(checked)
-    if faults or not values:
-        raise ValueError("; ".join(faults) or "has no choices")
+        if value in values:
+            errors.append(f"{choice!r} is given twice")
+        values.append(value)
+    if errors or not values:
+        raise ValueError("; ".join(errors) or "has no choices")
     return Domain(name, "choice", tuple(values))
 
 
-def _checked(name: str, value: Any, trains: type[Settings]) -> Any:
-    """A value as the training job reads it, in JSON's types.
+def _validate(name: str, value: Any, trains: type[Settings]) -> Any:
+    """Validate a value with the training job's field and return it in JSON types.
 
     Raises:
-        ValueError: It refuses it; one line.
+        ValueError: The value is invalid. The message is one line.
     """
     field = trains.model_fields[name]
     if isinstance(value, bool) and field.annotation is not bool:
         raise ValueError(f"{value!r}: is no switch")
-    read = field_adapter(field)
+    adapter = field_adapter(field)
     try:
-        checked = read.validate_python(value)
+        validated = adapter.validate_python(value)
     except ValidationError as error:
         reasons = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise ValueError(f"{value!r}: {'; '.join(reasons)}") from None
-    if isinstance(checked, float) and not math.isfinite(checked):
+    if isinstance(validated, float) and not math.isfinite(validated):
         raise ValueError(f"{value!r}: is not finite")
-    return read.dump_python(checked, mode="json")
+    return adapter.dump_python(validated, mode="json")
 
 
 def as_yaml(domain: Domain) -> Any:
-    """A domain in the words of the YAML file, every value as it was read."""
+    """The domain in the YAML syntax of a search space."""
     return {domain.kind: list(domain.values)}
 
 
 def choice_key(choice: Choice) -> str:
-    """What two equal choices have in common."""
+    """A string that is the same for equal choices."""
     return json.dumps(choice, sort_keys=True, ensure_ascii=False)
 
 
-def shown(value: Any) -> str:
-    """A value as people write it on the command line."""
+def format_value(value: Any) -> str:
+    """The value as written on the command line."""
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={shown(each)}" for name, each in value.items())
+        return ",".join(f"{name}={format_value(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):
-        return ",".join(map(shown, value))
+        return ",".join(map(format_value, value))
     if value is None or isinstance(value, bool):
         return "none" if value is None else str(value).lower()
     return f"{value:.{DIGITS + 2}g}" if isinstance(value, float) else str(value)
 
 
-def described(choice: Choice) -> str:
-    """A choice in one line: ``lora_r 8, lr 0.001``."""
-    return ", ".join(f"{name} {shown(value)}" for name, value in choice.items())
+def format_choice(choice: Choice) -> str:
+    """The choice on one line: ``lora_r 8, lr 0.001``."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in choice.items())

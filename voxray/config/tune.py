@@ -1,35 +1,29 @@
-"""Settings of jobs/tune.py: those of one training job, and which values its flags take in the trials of the sweep."""
+"""Settings of jobs/tune.py: the flags of one training job, and the values that the trials of the sweep give them."""
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from voxray.config.flag_groups import TaskWeights
-from voxray.config.parse import Flag, Settings, read_yaml
-from voxray.config.salmonn import SalmonnSettings
+from voxray.config.parse import Flag, Settings, flag_metadata
+from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes, with_default
 from voxray.config.search_space import Choice, Domain, parse_space
-from voxray.config.train import (
-    AsrAdapterSettings,
-    MultitaskSettings,
-    TextSettings,
-    TrainSettings,
-    WhisperSettings,
-    known_metric,
-)
+from voxray.config.train import TrainSettings, known_metric
 from voxray.core.tasks import TASKS
 from voxray.metrics.names import higher_is_better, validation_metrics
 
 CHOICE_FLAGS = ("task_weights", "lora_r")
-"""Flags that take several choices on the command line; ``--space`` takes those of any flag."""
-COMBINATIONS_TRIED = 1000
+"""Flags that accept several choices on the command line. ``--space`` accepts choices of any flag."""
+MAX_COMBINATIONS = 1000
+"""Combinations of choices that are validated to find one that the training job accepts."""
 
 
 def _choices(value: Any) -> Any:
-    """``a;b;c`` or a YAML list of choices; one value is one choice."""
+    """Split ``a;b;c`` into choices. A YAML list holds choices; any other value is a single choice."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(";") if part.strip())
     return tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -43,88 +37,87 @@ Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValida
 
 
 class SweepFlags(Settings):
-    """What every sweep takes.
+    """Flags of every sweep.
 
     Attributes:
-        trains: Settings of the job whose runs are the trials.
-        tasks: Tasks that it validates with.
+        trains: Settings class of the training job whose runs are the trials.
+        tasks: Tasks that the job validates with.
     """
 
     trains: ClassVar[type[TrainSettings]]
     tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
-    recipe: Literal["multitask", "text", "asr_adapter", "whisper", "salmonn"] = "multitask"
-    """Training job whose runs are the trials; its flags are the sweep's."""
+    recipe: str = "multitask"
+    """Training job whose runs are the trials; the sweep accepts its flags."""
     lora_r: Annotated[Ranks, Field(min_length=1)] = (8, 16)
-    """Choices of the LoRA rank: 4,8,16. With --space the training job's own rank is kept unless one is given."""
+    """Choices of the LoRA rank, such as 4,8,16. With --space, the default is the training job's own rank instead."""
     space: dict[str, Any] = {}  # noqa: RUF012  # pydantic copies it
-    """Values that trials give to any flag of the training job: {lr: {log: [1e-5, 1e-3]}, lora_dropout: {range: [0,
-    0.2]}, lora_alpha: [16, 32]}, as a mapping in YAML or as such text."""
+    """Search space over any flags of the training job: {lr: {log: [1e-5, 1e-3]}, lora_dropout: {range: [0, 0.2]},
+    lora_alpha: [16, 32]}. A mapping in YAML, or this text on the command line."""
     search: Literal["auto", "grid", "random", "optuna"] = "auto"
-    """How trials are chosen: grid runs every combination once, random draws --num_trials of them, optuna lets earlier
-    trials lead (its TPE; needs the extra `optuna`). auto is random with --num_trials, else grid."""
+    """Search algorithm: grid runs every combination once, random samples --num_trials of them, optuna learns from
+    earlier trials (TPE; needs the extra `optuna`). auto is random with --num_trials, else grid."""
     num_trials: Annotated[int, Field(ge=0)] = 0
-    """Trials to draw; 0 runs every combination once."""
+    """Trials to sample; 0 runs every combination once."""
     metric: Annotated[str, AfterValidator(known_metric)] = "asr/cer_nospace"
-    """Validation metric that decides, as task/name, or overall/macro."""
+    """Validation metric by which trials are compared, as task/name, or overall/macro."""
     metric_mode: Literal["auto", "min", "max"] = "auto"
-    """Whether the metric should be small or large; auto knows which of the two is better."""
+    """Whether lower (min) or higher (max) values of the metric are better; auto follows from the metric."""
     scheduler: Literal["asha", "median", "none"] = "asha"
-    """What stops weak trials early: asha keeps the best quarter at --grace_steps, 4 times that, and so on; median stops
-    a trial whose best value is worse than the median of the others' means so far; none lets all run."""
+    """How weak trials are stopped early: asha keeps the best quarter at --grace_steps, at 4 times that, and so on;
+    median stops a trial whose best value is worse than the median of the other trials' means so far; none stops no
+    trial."""
     grace_steps: Annotated[int, Field(ge=1)] = 20
-    """Steps that every trial may run before weak ones are stopped; they are judged at validations (--eval_steps)."""
+    """Optimizer steps before a trial can be stopped early; trials are compared at validations (--eval_steps)."""
     max_concurrent_trials: Annotated[int, Field(ge=0)] = 0
-    """Trials at a time; 0 takes as many as the CPUs or GPUs hold with all their processes, one CPU kept for Ray
-    Data."""
+    """Maximum trials at a time; 0 runs as many as the CPUs or GPUs have room for with all their processes, with one
+    CPU left for Ray Data."""
     top_k: Annotated[int, Field(ge=0)] = 0
-    """Train the best so many choices again with other seeds, and let their means decide; 0 trains none again."""
+    """Train this many of the best choices again with other seeds, and compare their means; 0 trains none again."""
     seeds: Annotated[int, Field(ge=2, le=100)] = 3
-    """Seeds of each of them; the run that won the search does not count among them, as it was picked for its luck
-    too."""
+    """Seeds for each of the --top_k choices. The run of the search is not one of them, because it was selected for its
+    result, which is biased."""
     resume: bool = False
-    """Go on with the sweep in --output_dir: finished trials stay, unfinished ones go on from their checkpoints, failed
-    ones are tried again."""
+    """Resume the sweep in --output_dir: finished trials are kept, unfinished ones resume from their checkpoints, failed
+    ones run again."""
     overwrite: bool = False
-    """Start afresh in an --output_dir that holds a sweep, deleting its trials."""
+    """If --output_dir holds a sweep, delete its trials and start anew."""
 
     @field_validator("space", mode="before")
     @classmethod
-    def _known_values(cls, value: Any) -> Any:
+    def _parse_space(cls, value: Any) -> Any:
         return {name: {domain.kind: list(domain.values)} for name, domain in parse_space(value, cls.trains).items()}
 
     @model_validator(mode="before")
     @classmethod
     def _first_choice(cls, values: Any) -> Any:
-        """Checks that look at several flags see a choice of the swept ones, the first that the training job takes."""
+        """Set swept flags to the first choice that the training job accepts, for validators that see several flags."""
         if not isinstance(values, dict):
             return values
         try:
             space = parse_space(values.get("space") or {}, cls.trains)
         except ValueError:
-            return values  # the field's own check names what is wrong
-        if twice := sorted(set(space) & set(values)):
-            raise ValueError("\n".join(f"--{name}: given by itself and in --space" for name in twice))
-        given = {
-            name: value
-            for name, value in values.items()
-            if name in cls.trains.model_fields and name not in CHOICE_FLAGS
-        }
+            return values  # the validator of the field reports the error
+        if duplicates := sorted(set(space) & set(values)):
+            raise ValueError("\n".join(f"--{name}: given by itself and in --space" for name in duplicates))
+        own_fields = set(cls.trains.model_fields) - {*CHOICE_FLAGS}
+        fixed = {name: value for name, value in values.items() if name in own_fields}
         combinations = itertools.product(*(domain.samples() for domain in space.values()))
-        choices = [dict(zip(space, each, strict=True)) for each in itertools.islice(combinations, COMBINATIONS_TRIED)]
-        fits = (choice for choice in choices if _accepted(cls.trains, {**given, **choice}))
-        chosen = next(fits, choices[0])
-        return {**values, **{name: value for name, value in chosen.items() if name not in CHOICE_FLAGS}}
+        choices = [dict(zip(space, each, strict=True)) for each in itertools.islice(combinations, MAX_COMBINATIONS)]
+        accepted = (choice for choice in choices if _is_accepted(cls.trains, fixed | choice))
+        choice = next(accepted, choices[0])
+        return {**values, **{name: value for name, value in choice.items() if name not in CHOICE_FLAGS}}
 
     @model_validator(mode="after")
-    def _search_fits(self) -> "SweepFlags":
-        ranges = [name for name, domain in self.domains.items() if domain.size == math.inf]
+    def _check_search(self) -> "SweepFlags":
+        continuous = [name for name, domain in self.domains.items() if domain.size == math.inf]
         faults = []
         if self.metric not in (known := validation_metrics(self.tasks)):
             faults.append(f"--metric {self.metric}: train_{self.recipe} validates {', '.join(known)}")
         if self.method == "grid" and self.num_trials:
             faults.append("--search grid: runs every combination; leave out --num_trials")
-        if self.method == "grid" and ranges:
-            faults.append(f"--space: {', '.join(ranges)} has no end of values to try; give --num_trials, or choices")
+        if self.method == "grid" and continuous:
+            names = ", ".join(continuous)
+            faults.append(f"--space: {names} has infinitely many values; give --num_trials, or choices")
         if self.method != "grid" and not self.num_trials:
             faults.append(f"--search {self.search}: needs --num_trials")
         if self.top_k and "seed" in self.domains:
@@ -141,28 +134,28 @@ class SweepFlags(Settings):
 
     @property
     def domains(self) -> dict[str, Domain]:
-        """What is swept: the flags that take several choices, then those of the space."""
-        found = {}
+        """The values to search, by flag: the flags in ``CHOICE_FLAGS``, then those in ``--space``."""
+        domains = {}
         for name in CHOICE_FLAGS:
-            is_meant = name in self.model_fields_set or name != "lora_r" or not self.space
-            if name not in self.space and is_meant and isinstance(choices := getattr(self, name, None), tuple):
-                found[name] = Domain(name, "choice", choices)
-        return found | parse_space(self.space, self.trains)
+            is_swept = name in self.model_fields_set or name != "lora_r" or not self.space
+            if name not in self.space and is_swept and isinstance(choices := getattr(self, name, None), tuple):
+                domains[name] = Domain(name, "choice", choices)
+        return domains | parse_space(self.space, self.trains)
 
     @property
     def method(self) -> str:
-        """How trials are chosen: grid, random or optuna."""
+        """Search algorithm: grid, random or optuna."""
         return self.search if self.search != "auto" else "random" if self.num_trials else "grid"
 
     @property
     def mode(self) -> str:
-        """Whether a small or a large metric is better: min or max."""
+        """Whether lower or higher values of the metric are better: min or max."""
         if self.metric_mode != "auto":
             return self.metric_mode
         return "max" if higher_is_better(self.metric) else "min"
 
 
-def _accepted(trains: type[TrainSettings], values: Mapping[str, Any]) -> bool:
+def _is_accepted(trains: type[TrainSettings], values: Mapping[str, Any]) -> bool:
     try:
         trains.model_validate(values)
     except ValidationError:
@@ -171,63 +164,40 @@ def _accepted(trains: type[TrainSettings], values: Mapping[str, Any]) -> bool:
 
 
 def trial_values(settings: Any, choice: Choice) -> dict[str, Any]:
-    """What the user set of the training job's flags, and what a trial chooses."""
-    given = settings.model_fields_set - {*CHOICE_FLAGS, *settings.domains, "overwrite"}
-    return {name: getattr(settings, name) for name in settings.trains.model_fields if name in given} | choice
+    """Values of the training job's flags in a trial: those that the user set, and the trial's choice."""
+    user_set = settings.model_fields_set - {*CHOICE_FLAGS, *settings.domains, "overwrite"}
+    return {name: getattr(settings, name) for name in settings.trains.model_fields if name in user_set} | choice
 
 
-class TuneSettings(SweepFlags, MultitaskSettings):  # type: ignore[misc]  # choices in the place of one value
-    trains = MultitaskSettings
-    task_weights: Annotated[  # type: ignore[assignment]
+class TaskWeightChoices(Settings):
+    """Choices of task weights, for training jobs with that flag."""
+
+    task_weights: Annotated[
         tuple[TaskWeights, ...], Flag(("task_sampling",)), BeforeValidator(_choices), Field(min_length=1)
     ] = ({"asr": 1.0, "sqa": 1.0, "tqa": 1.0},)
-    """Choices of task shares, separated by semicolons: "1,1,1;2,1,1"."""
+    """Choices of task weights, separated by semicolons: "1,1,1;2,1,1"."""
 
 
-class TuneTextSettings(SweepFlags, TextSettings):  # type: ignore[misc]
-    trains = TextSettings
-    tasks = ("tqa",)
-    metric: Annotated[str, AfterValidator(known_metric)] = "tqa/rouge_l"
-    """Validation metric that decides, as task/name, or overall/macro."""
+@cache
+def derive_sweep(recipe: Recipe) -> type[Any]:
+    """Create the settings class of a sweep over a recipe."""
+    job_fields = recipe.settings_class.model_fields
+    metric = SweepFlags.model_fields["metric"]
+    lora_r = with_default(SweepFlags.model_fields["lora_r"], recipe.sweep_lora_r)
+    lora_r.metadata = [*lora_r.metadata, flag_metadata(job_fields["lora_r"])]  # its aliases
+    fields = {
+        "metric": (metric.annotation, with_default(metric, recipe.sweep_metric)),
+        "lora_r": (lora_r.annotation, lora_r),
+    }
+    bases = (TaskWeightChoices, SweepFlags) if "task_weights" in job_fields else (SweepFlags,)
+    return derive_settings("Tune", bases, recipe, __name__, **fields)
 
 
-class TuneAsrAdapterSettings(SweepFlags, AsrAdapterSettings):  # type: ignore[misc]
-    trains = AsrAdapterSettings
-    tasks = ("asr",)
-
-
-class TuneWhisperSettings(SweepFlags, WhisperSettings):  # type: ignore[misc]
-    trains = WhisperSettings
-    tasks = ("asr",)
-    lora_r: Annotated[Ranks, Field(min_length=1)] = (16, 32)  # type: ignore[assignment]
-    """Choices of the LoRA rank: 8,16,32. With --space the training job's own rank is kept unless one is given."""
-
-
-class TuneSalmonnSettings(SweepFlags, SalmonnSettings):  # type: ignore[misc]
-    trains = SalmonnSettings
-    lora_r: Annotated[Ranks, Flag(("lora_rank",)), Field(min_length=1)] = (8, 16)  # type: ignore[assignment]
-    """Choices of the LoRA rank: 4,8,16. With --space the training job's own rank is kept unless one is given."""
-    metric: Annotated[str, AfterValidator(known_metric)] = "overall/macro"
-    """Validation metric that decides, as task/name, or overall/macro."""
-
-
-RECIPES: dict[str, type[SweepFlags]] = {
-    "multitask": TuneSettings,
-    "text": TuneTextSettings,
-    "asr_adapter": TuneAsrAdapterSettings,
-    "whisper": TuneWhisperSettings,
-    "salmonn": TuneSalmonnSettings,
-}
+def __getattr__(name: str) -> type[Any]:
+    return lookup(derive_sweep, name)
 
 
 def sweep_settings(argv: Sequence[str]) -> type[Any]:
-    """The settings class of the recipe that flags or the file of ``--config`` name; faults are left to ``parse``."""
-    following = itertools.pairwise([*argv, ""])
-    named = {token.partition("=")[0]: token.partition("=")[2] or value for token, value in following}
-    recipe = named.get("--recipe", "")
-    if not recipe and "--config" in named:
-        try:
-            recipe = str(read_yaml(Path(named["--config"])).get("recipe", ""))
-        except ValueError:
-            recipe = ""
-    return RECIPES.get(recipe, TuneSettings)
+    """The settings class of the recipe in the flags or in the file of ``--config``; ``parse`` reports errors."""
+    recipe = str(peek_values(argv).get("recipe", ""))
+    return derive_sweep(recipes().get(recipe, recipes()["multitask"]))

@@ -1,4 +1,4 @@
-"""What a job shows while it works: progress bars on a terminal, a line now and then elsewhere (`ray job logs`)."""
+"""Console output of a job: progress bars on a terminal, a line every 10 s elsewhere (`ray job logs`)."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ console = Console(soft_wrap=True, highlight=False)
 
 
 class Bar:
-    """Progress of one step of a job; ``update`` may be called as often as one likes."""
+    """Progress of one step of a job. ``update`` may be called at any rate."""
 
     def __init__(self, title: str, progress: Progress | None) -> None:
         self._title, self._progress = title, progress
@@ -24,7 +24,7 @@ class Bar:
         self._last_line = time.monotonic()
 
     def update(self, done: float, total: float, note: str = "") -> None:
-        """Show ``done`` of ``total``, and a note beside it."""
+        """Show ``done`` of ``total`` and a note."""
         if self._progress and self._task is not None:
             self._progress.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
@@ -38,32 +38,32 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, *, own_eta: bool = False) -> Iterator[Bar]:
-    """A bar for one step of a job.
+    """Show a bar for one step of a job.
 
     Args:
-        own_eta: The notes say how much time is left; else the bar reckons it from its own updates.
+        own_eta: The notes say how much time is left. Otherwise the bar estimates it from its updates.
     """
     if not console.is_terminal or console._live_stack:  # rich shows one bar at a time
         console.print(f"{title} ...", markup=False)
         yield Bar(title, None)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    left = TextColumn("{task.fields[note]}") if own_eta else TimeRemainingColumn()
-    with Progress(*columns, TimeElapsedColumn(), left, console=console, transient=True) as progress:
+    remaining = TextColumn("{task.fields[note]}") if own_eta else TimeRemainingColumn()
+    with Progress(*columns, TimeElapsedColumn(), remaining, console=console, transient=True) as progress:
         yield Bar(title, progress)
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    """Format a duration as ``1:02:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    """{task: {metric: {"value", "n"}}} as a table, with the 95 % interval where there is one.
+    """Show {task: {metric: {"value", "n"}}} as a table, with the 95 % interval where there is one.
 
     Args:
-        metrics: Also the content of a metrics.json, of which tasks and the figures over them are shown.
+        metrics: May be the content of a metrics.json. Only its tasks and its ``overall`` entry are shown.
     """
     rows = [(task, name, entry) for task in (*TASKS, "overall") for name, entry in metrics.get(task, {}).items()]
     intervals = any(entry.get("low") is not None for *_, entry in rows)
@@ -71,7 +71,7 @@ def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, An
     for name in ("task", "metric", "value", *(["95 %"] if intervals else []), "n"):
         table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
     for task, name, entry in rows:
-        known = entry.get("low") is not None
-        between = [f"{entry['low']:.4f} - {entry['high']:.4f}" if known else ""] if intervals else []
-        table.add_row(task, name, f"{entry['value']:.4f}", *between, str(entry["n"]))
+        has_interval = entry.get("low") is not None
+        interval = [f"{entry['low']:.4f} - {entry['high']:.4f}" if has_interval else ""] if intervals else []
+        table.add_row(task, name, f"{entry['value']:.4f}", *interval, str(entry["n"]))
     return table

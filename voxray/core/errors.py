@@ -1,7 +1,7 @@
-"""The two ways a job ends badly because of what it was given, and how it says so.
+"""Errors caused by a user's settings or data, and the exit status of a job for each.
 
-Settings that do not hold are reported by ``config.parse`` (exit status 2). Everything that shows only while running (a
-missing manifest, no usable row, a damaged checkpoint) is a ``RunError``: one line on the terminal, exit status 1.
+``config.parse`` reports invalid settings (exit status 2). Errors that appear only at run time (a missing manifest, no
+usable row, a damaged checkpoint) are ``RunError``: one line on the terminal, exit status 1.
 """
 
 import functools
@@ -12,23 +12,23 @@ MAX_MESSAGE_CHARS = 1000
 
 
 class RunError(Exception):
-    """A run cannot go on; the message is the one line the user sees and names the file, line or flag."""
+    """A run cannot continue. The message is the one line that the user sees. It names the file, line or flag."""
 
 
 class SettingsError(ValueError):
-    """Settings that only fail once the data or model is known; exit status 2. The message names the flag."""
+    """Settings that fail only once the data or the model is known. Exit status 2. The message names the flag."""
 
 
 class Stopped(Exception):
-    """The run saved itself and ended because it was asked to; status 130, so that `train && evaluate` ends too."""
+    """A stop was requested, and the run saved its state and ended. Exit status 130, so `train && evaluate` ends too."""
 
 
 class BadRow(ValueError):
     """A row that cannot be used.
 
     Attributes:
-        reason: Short code that summaries count by, such as ``bad_json`` or ``audio_missing``.
-        message: One line of at most 1,000 characters, whatever values of the row it quotes.
+        reason: Short code such as ``bad_json`` or ``audio_missing``. Summaries count rows by it.
+        message: One line of at most 1,000 characters, even if it quotes values of the row.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -41,40 +41,40 @@ class BadRow(ValueError):
 
 
 def one_line(error: object, max_chars: int | None = None) -> str:
-    """Text of an error with every run of white space as one space.
+    """Text of an error on one line: every run of white space becomes one space.
 
     Args:
-        max_chars: Cut the text to this many characters; None keeps all of it.
+        max_chars: Cut the text to this many characters. None keeps all of it.
     """
     return " ".join(str(error).split())[:max_chars]
 
 
 def quoted_line(message: str) -> str:
-    """A message that quotes what was read, made fit for one line of a terminal or ledger."""
+    """Cut a message that quotes a file's content to 1,000 characters, and escape its line ends."""
     short = message if len(message) <= MAX_MESSAGE_CHARS else message[: MAX_MESSAGE_CHARS - 1] + "…"
     return "\\n".join(short.splitlines())
 
 
 def job(main: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a job's ``main`` so that the user's mistakes end in one line and an exit status, not in a traceback."""
+    """Wrap a job's ``main``: a user's mistake ends in a one-line message and an exit status, not in a traceback."""
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
         except RunError as error:
-            sys.exit(_say(error, 1))
+            sys.exit(_print_error(error, 1))
         except SettingsError as error:
-            sys.exit(_say(error, 2))
+            sys.exit(_print_error(error, 2))
         except Stopped as stopped:
             print(stopped, flush=True)
             sys.exit(130)
         except KeyboardInterrupt:
-            sys.exit(_say("stopped", 130))
+            sys.exit(_print_error("stopped", 130))
 
     return wrapped
 
 
-def _say(error: object, status: int) -> int:
+def _print_error(error: object, status: int) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return status

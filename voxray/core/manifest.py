@@ -1,7 +1,8 @@
 """Manifests: JSON Lines files with one training or evaluation row per line.
 
-Reading never holds a whole file: the driver walks it once to cut it into chunks of lines (``chunks``), and whoever
-processes a chunk reads just its bytes (``read_chunk``). Every row and every error knows its file and line.
+No file is held in memory as a whole. The driver reads it once to cut it into chunks of lines (``chunks``). The worker
+that processes a chunk reads only the bytes of that chunk (``read_chunk``). Every row and every error has its file and
+line.
 """
 
 import errno
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from voxray.core.errors import BadRow, RunError
-from voxray.core.source import Segment, segment, segments
+from voxray.core.source import Segment, Source, segment, segments
 from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
-"""A longer line is no row of a manifest; without a limit, one file without line ends would fill the memory."""
+"""Longest line accepted. Without a limit, a file without line ends would fill the memory."""
 UNLABELLED = "unlabelled"
-"""Key of a row that is to be answered, with no text to hold the answer against."""
+"""Key of a row without a reference: the model answers it, but the answer is not scored."""
+LANGUAGE_ALIASES = {"korean": "ko", "kor": "ko", "english": "en", "eng": "en"}
 OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
@@ -32,16 +34,16 @@ class Sample:
 
     Attributes:
         id: The row's own ``id`` if that is text or a number, else ``<file name>:<line>``.
-        task: Its entry in the task table.
+        task: Entry of the row's task in the task table.
         prompt: The user's text; empty for a transcription request.
-        answer: The text to be produced.
+        answer: The text that the model is to produce.
         audio_path: Absolute path of the clip, or "" for text tasks.
-        language: Two-letter code, or "" when the row has none.
-        source: ``<manifest>:<line>``, for messages.
-        start_sec: Where in the file the clip begins.
-        duration_sec: How long it is; 0 takes all from ``start_sec`` on.
-        channel: Channel to take, from 0; -1 averages all.
-        segments: When the parts of the transcript are said, if the row says so.
+        language: Two-letter code, or "" if the row has none.
+        source: ``<manifest>:<line>``.
+        start_sec: Start of the clip in the file.
+        duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
+        channel: Channel to read, from 0; -1 averages all channels.
+        segments: Timed parts of the transcript, if the row has them.
     """
 
     id: str
@@ -64,10 +66,10 @@ class Chunk:
     Attributes:
         manifest: Absolute path of the file.
         number: Position of the chunk in its manifest, from 0.
-        start: First byte.
-        end: Byte after the last.
+        start: Offset of the first byte.
+        end: Offset after the last byte.
         first_line: Line number of the first line, from 1.
-        num_lines: Lines in the chunk, blank ones included.
+        num_lines: Number of lines, including blank ones.
     """
 
     manifest: str
@@ -85,17 +87,17 @@ class Chunk:
 
 @dataclass
 class ChunkRows:
-    """What a chunk holds: usable samples and the rows that are not, each with its line."""
+    """Usable samples of a chunk, and (line number, fault) of each bad row."""
 
     samples: list[Sample] = field(default_factory=list)
     bad: list[tuple[int, BadRow]] = field(default_factory=list)
 
 
 def chunks(manifest: str, lines_per_chunk: int) -> Iterator[Chunk]:
-    """Cut a manifest into runs of lines, reading it once with flat memory.
+    """Cut a manifest into runs of lines. Reads it once, in constant memory.
 
     Raises:
-        RunError: The file is missing, no regular file, cannot be read, is empty, or has a line of over 64 MiB.
+        RunError: The file is missing, is not a regular file, cannot be read, is empty, or has a line of over 64 MiB.
     """
     number, start, position, first_line, line = 0, 0, 0, 1, 0
     try:
@@ -120,19 +122,23 @@ def chunks(manifest: str, lines_per_chunk: int) -> Iterator[Chunk]:
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading; a pipe, which might wait for ever, or a device, which might never end, is refused.
+    """Open a regular file for reading. A pipe could block for ever and a device might never end: both are refused.
 
     Raises:
-        OSError: It is no regular file, or cannot be opened.
+        OSError: It is not a regular file, or cannot be opened.
     """
     mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of a folder, open() has its own say
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() raises its own error for a folder
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(path, "rb")
 
 
 def read_chunk(chunk: Chunk, raw: bytes | None = None) -> ChunkRows:
-    """Parse the rows of a chunk; bad ones come back with their reason, blank lines are passed over."""
+    """Parse the rows of a chunk. Bad rows are returned with their reason; blank lines are skipped.
+
+    Args:
+        raw: The chunk's bytes, if they have been read already.
+    """
     rows = ChunkRows()
     for offset, line in enumerate((chunk.read_bytes() if raw is None else raw).split(b"\n")):
         number = chunk.first_line + offset
@@ -151,12 +157,12 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     """Check one line of a manifest.
 
     Raises:
-        BadRow: Not UTF-8, not a JSON object, of no known task, of an old feature cache, or with a value of the wrong
-            kind.
+        BadRow: The line is not UTF-8, is not a JSON object, matches no task, belongs to an old feature cache, or has a
+            value of the wrong type.
     """
     try:
         row = json.loads(line.decode("utf-8"))
-        if b"\\u" in line:  # half of a surrogate pair can be escaped in JSON, but is no text that could be stored
+        if b"\\u" in line:  # JSON can escape half of a surrogate pair, which UTF-8 cannot store
             json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow("bad_utf8", f"not UTF-8 ({error.reason} at byte {error.start})") from None
@@ -173,36 +179,32 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
         raise BadRow("empty_text", f"{task.answer_key} is empty")
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
-    language, source = language_code(row.get("language")), f"{manifest}:{number}"
-    where = (*segment(row), segments(row))
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *where)
+    language, source = language_code(row.get("language")), str(Source(manifest, number))
+    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row), segments(row))
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
-    """The usable rows at some places, manifest by manifest in order of their lines.
+    """Read the usable rows among the given lines, manifest by manifest, in line order.
 
     Args:
-        sources: ``<manifest>:<line>`` of each.
+        sources: ``<manifest>:<line>`` of each row.
     """
-    lines: dict[str, set[int]] = {}
-    for source in sources:
-        manifest, _, line = source.rpartition(":")
-        lines.setdefault(manifest, set()).add(int(line))
-    for manifest, wanted in sorted(lines.items()):
+    lines_of: dict[str, set[int]] = {}
+    for manifest, line in map(Source.parse, sources):
+        lines_of.setdefault(manifest, set()).add(line)
+    for manifest, lines in sorted(lines_of.items()):
         for chunk in chunks(manifest, lines_per_chunk):
-            if any(chunk.first_line <= line < chunk.first_line + chunk.num_lines for line in wanted):
-                for sample in read_chunk(chunk).samples:
-                    if int(sample.source.rpartition(":")[2]) in wanted:
-                        yield sample
+            if any(chunk.first_line <= line < chunk.first_line + chunk.num_lines for line in lines):
+                yield from (sample for sample in read_chunk(chunk).samples if Source.parse(sample.source).line in lines)
 
 
 def is_id(value: Any) -> bool:
-    """Whether a value can name a row; another one is as good as none."""
+    """Whether a value is usable as a row's id. A row with another value is treated as a row without id."""
     return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
 
 
 def check_values(row: dict[str, Any]) -> Task:
-    """Find a row's task and check the values that voxray uses, except the answer's text and the audio.
+    """Detect a row's task and check the values that voxray uses, except the answer's text and the audio.
 
     Raises:
         BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language`` or ``bad_segment``.
@@ -225,9 +227,9 @@ def check_values(row: dict[str, Any]) -> Task:
 
 
 def refuse_old_cache(row: dict[str, Any]) -> None:
-    """Refuse a row of the feature caches that ``build_cache.py`` once made: JSON Lines that point to .pt files.
+    """Refuse a row of the feature caches that ``build_cache.py`` used to write: JSON Lines that point to .pt files.
 
-    A row that has audio beside its .pt file is no such row; nor is one of text alone.
+    Rows that also name an audio file, and rows of text tasks, are accepted.
 
     Raises:
         BadRow: ``old_cache``; the message names the file and the command that makes features.
@@ -249,60 +251,68 @@ def refuse_old_cache(row: dict[str, Any]) -> None:
 
 
 def _audio_path(value: str, manifest: str) -> str:
-    """Resolve a clip's path against the manifest's folder, else the current one; NFC and NFD names both find it."""
+    """Resolve a clip's path against the manifest's folder, else the current one. NFC and NFD names both match."""
     if not value.strip():
         raise BadRow("empty_text", "audio_path is empty")
     if "\0" in value:
         raise BadRow("audio_missing", "audio_path holds a zero byte")
-    bases = (Path(manifest).parent, Path.cwd())
-    for base in bases:
-        found = find_file(base, value)
-        if found:
-            return found
-    kind = "not an audio file" if any(os.path.exists(base / value) for base in bases) else "audio file not found"
+    return find_clip(value, (Path(manifest).parent, Path.cwd()))
+
+
+def find_clip(value: str, folders: Iterable[Path]) -> str:
+    """Path of a clip in the first of the folders that has it. NFC and NFD names both match.
+
+    Raises:
+        BadRow: ``audio_missing``: no folder has it, or it is not a regular file.
+    """
+    folders = tuple(folders)
+    for folder in folders:
+        if path := find_file(folder, value):
+            return path
+    kind = "not an audio file" if any(os.path.exists(folder / value) for folder in folders) else "audio file not found"
     raise BadRow("audio_missing", f"{kind}: {value}")
 
 
 def find_file(base: Path, value: str) -> str:
-    """The path of a regular file under a folder, also where the disk spells a name NFD and the list NFC or the reverse.
+    """Path of a regular file below a folder. The name may be NFC on disk and NFD in ``value``, or the reverse.
 
     Returns:
-        The path, "" if there is none: for a folder, a pipe, a device, a loop of links or a name too long as well.
+        The path, or "" if there is no such file, or it is a folder, pipe, device, link loop or too long a name.
     """
     if os.path.isfile(path := base / value):
         return str(path)
     if value.isascii():
         return ""
-    found = base
+    path = base
     for part in Path(value).parts:
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        fitting = next((found / form for form in forms if os.path.lexists(found / form)), None)
-        if fitting is None:
+        existing = next((path / form for form in forms if os.path.lexists(path / form)), None)
+        if existing is None:
             return ""
-        found = fitting
-    return str(found) if os.path.isfile(found) else ""
+        path = existing
+    return str(path) if os.path.isfile(path) else ""
 
 
 def language_code(value: str | None) -> str:
     """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> "".
 
     Raises:
-        BadRow: It is no two-letter code.
+        BadRow: It is not a two-letter code (``bad_language``).
     """
     text = (value or "").strip().lower().replace("_", "-").split("-")[0]
-    text = {"korean": "ko", "english": "en", "kor": "ko", "eng": "en", "auto": ""}.get(text, text)
+    text = "" if text == "auto" else LANGUAGE_ALIASES.get(text, text)
     if text and not (len(text) == 2 and text.isascii() and text.isalpha()):
         raise BadRow("bad_language", f"language {value!r} is not a two-letter code")
     return text
 
 
 def require_usable_row(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:
-    """Make sure on the driver, before any process starts, that the manifests hold at least one row to work with.
+    """Check, before any process starts, that each manifest has at least one usable row.
 
-    Stops reading at the first usable row of each file, so it costs nothing on good data.
+    Reading stops at the first usable row of each file, so this is cheap on good data.
 
     Raises:
-        RunError: A manifest cannot be read, or none of its rows is usable; names the first bad line.
+        RunError: A manifest cannot be read, or none of its rows is usable. The message names the first bad line.
     """
     for manifest in manifests:
         first: tuple[int, BadRow] | None = None
@@ -318,5 +328,5 @@ def require_usable_row(manifests: tuple[str, ...], lines_per_chunk: int = 64) ->
 
 
 def sha256_hex(raw: bytes) -> str:
-    """Content hash used for manifests and clips."""
+    """SHA-256 in hex, the content hash of manifests and clips."""
     return hashlib.sha256(raw).hexdigest()

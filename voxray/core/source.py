@@ -1,30 +1,60 @@
-"""Where a row comes from, and which part of a file it is."""
+"""The manifest line that a row comes from, and the part of the audio file that it covers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from voxray.core.errors import BadRow
 
 Segment = tuple[float, float, str]
-"""A part of a transcript: when it begins and ends, in seconds from the beginning of the clip, and its text."""
+"""A part of a transcript: start and end in seconds from the start of the clip, and its text."""
+
+
+class Source(NamedTuple):
+    """A line of a file.
+
+    Attributes:
+        file: Path of the file.
+        line: Line number, from 1; 0 if there is none.
+    """
+
+    file: str
+    line: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Source":
+        """Read ``<file>:<line>``. The file is all before the last colon; it may contain colons itself."""
+        file, _, line = text.rpartition(":")
+        return cls(file, int(line) if line.isdecimal() else 0)
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+def check_number(value: Any, name: str) -> float:
+    """Check a time or another number that must not be negative.
+
+    Raises:
+        BadRow: It is not a number (``bad_type``), or is negative, infinite or NaN (``bad_segment``).
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow("bad_type", f"{name} is {type(value).__name__}, not a number")
+    if not 0 <= value < 1e9:
+        raise BadRow("bad_segment", f"{name} is {value}")
+    return value
 
 
 def segment(row: dict[str, Any]) -> tuple[float, float, int]:
-    """``start`` (seconds), ``duration`` (seconds) and ``channel`` of a row.
+    """Read ``start``, ``duration`` and ``channel`` of a row.
 
-    Only a row with ``start`` is a part of its file; ``duration`` alone is what many manifests say of a whole one.
+    A row covers a part of its file only if it has ``start``. Many manifests give the ``duration`` of the whole file.
 
+    Returns:
+        Start in seconds, duration in seconds (0: to the end of the file) and channel (-1: average all channels).
     Raises:
-        BadRow: Not a number (``bad_type``), or negative, infinite or NaN (``bad_segment``).
+        BadRow: A value is not a number (``bad_type``), or is negative, infinite or NaN (``bad_segment``).
     """
-    values = []
-    for key in ("start", "duration", "channel"):
-        value = row.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise BadRow("bad_type", f"{key} is {type(value).__name__}, not a number")
-        if value is not None and not 0 <= value < 1e9:
-            raise BadRow("bad_segment", f"{key} is {value}")
-        values.append(value)
-    start, duration, channel = values
+    start, duration, channel = (
+        None if row.get(key) is None else check_number(row[key], key) for key in ("start", "duration", "channel")
+    )
     if channel is not None and channel != int(channel):
         raise BadRow("bad_segment", f"channel is {channel}")
     return (
@@ -35,30 +65,24 @@ def segment(row: dict[str, Any]) -> tuple[float, float, int]:
 
 
 def segments(row: dict[str, Any]) -> tuple[Segment, ...]:
-    """``segments`` of a row, a list of {start, end, text} in seconds of the clip; else it is passed over.
+    """Read ``segments`` of a row, a list of {start, end, text}. Values of another shape are ignored.
 
     Raises:
-        BadRow: ``bad_segment``: times that are no numbers, or do not follow each other; a text that is none.
+        BadRow: ``bad_segment``: a time is not a number, a text is not a string, or segments overlap.
     """
-    found = row.get("segments")
-    if not isinstance(found, list) or not all(
-        isinstance(part, dict) and {"start", "end", "text"} <= set(part) for part in found
+    parts = row.get("segments")
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and {"start", "end", "text"} <= set(part) for part in parts
     ):
         return ()
-    read: list[Segment] = []
-    for part in found:
+    result: list[Segment] = []
+    for part in parts:
         start, end, text = part["start"], part["end"], part["text"]
-        numbers = all(isinstance(at, int | float) and not isinstance(at, bool) for at in (start, end))
-        if not numbers or not isinstance(text, str):
+        numeric = all(isinstance(time, int | float) and not isinstance(time, bool) for time in (start, end))
+        if not numeric or not isinstance(text, str):
             raise BadRow("bad_segment", f"segments: needs numbers and a text, not {part}")
-        if not (read[-1][1] if read else 0) <= start < end < 1e9:
+        if not (result[-1][1] if result else 0) <= start < end < 1e9:
             raise BadRow("bad_segment", f"segments: {start} to {end} s does not follow the one before it")
         if text.strip():
-            read.append((float(start), float(end), text.strip()))
-    return tuple(read)
-
-
-def split_source(source: str) -> tuple[str, int]:
-    """``<manifest>:<line>`` -> (manifest, line); line 0 if it says none."""
-    manifest, _, line = source.rpartition(":")
-    return manifest, int(line) if line.isdecimal() else 0
+            result.append((float(start), float(end), text.strip()))
+    return tuple(result)

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, on the local disk and on any file system that Arrow or fsspec reaches.
+"""Atomic writes of files, on the local disk and on any file system that Arrow or fsspec supports.
 
-Places on this machine (mounted ones too) are ``pathlib.Path``. A place behind a URL is a ``RemotePath``, which has the
-few methods of ``Path`` that feature sets need, so that code is written once for both.
+Local paths (mounted file systems included) are ``pathlib.Path``. A path behind a URL is a ``RemotePath``. It has the
+few methods of ``Path`` that feature sets need, so the same code serves both.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from pyarrow import fs
 from voxray.core.errors import RunError, SettingsError, one_line
 
 OBJECT_STORES = {"s3", "gcs", "abfs"}
-"""Arrow's names of the file systems on which a file appears only when it is closed."""
+"""Arrow's names of the file systems on which a file becomes visible only when it is closed."""
 
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """Where copies of remote shards are kept on this machine, and how much of them.
+    """Local cache of remote shards.
 
     Attributes:
-        folder: Absolute folder.
-        max_bytes: Largest size of everything in it.
+        folder: Absolute path of the cache folder.
+        max_bytes: Largest total size of the files in it.
     """
 
     folder: str
@@ -40,12 +40,12 @@ class CacheLimits:
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A place on a file system that is not mounted here.
+    """A path on a file system that is not mounted on this machine.
 
     Attributes:
-        root: URL of the folder that the user named, options in its query: ``s3://bucket/features?region=eu-west-1``.
-        inner: Path below it, "" for the folder itself.
-        cache: What reading its Arrow files may keep on this machine.
+        root: URL of the user's folder, with options in its query: ``s3://bucket/features?region=eu-west-1``.
+        inner: Path below ``root``, "" for the folder itself.
+        cache: Local cache for the Arrow files read from it.
     """
 
     root: str
@@ -71,12 +71,12 @@ class RemotePath:
         return replace(self, inner=str(PurePosixPath(self.inner).with_suffix(suffix)))
 
     @property
-    def _place(self) -> tuple[fs.FileSystem, str]:
+    def _resolved(self) -> tuple[fs.FileSystem, str]:
         system, base = _file_system(self.root)
         return system, f"{base}/{self.inner}" if self.inner else base
 
     def _info(self) -> fs.FileInfo:
-        system, path = self._place
+        system, path = self._resolved
         return system.get_file_info(path)
 
     def is_file(self) -> bool:
@@ -86,15 +86,15 @@ class RemotePath:
         """Size of the file.
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: There is no such file.
         """
-        found = self._info()
-        if found.type != fs.FileType.File:
+        info = self._info()
+        if info.type != fs.FileType.File:
             raise FileNotFoundError(str(self))
-        return found.size
+        return info.size
 
     def read_bytes(self) -> bytes:
-        system, path = self._place
+        system, path = self._resolved
         with _as_os_errors(self), system.open_input_stream(path) as file:
             return file.read()
 
@@ -102,22 +102,22 @@ class RemotePath:
         return self.read_bytes().decode("utf-8")
 
     def walk(self) -> dict[str, int]:
-        """Every file below this folder, at any depth, and its size; none if it does not exist."""
-        system, path = self._place
+        """{relative path: bytes} of every file below this folder, at any depth. Empty if the folder does not exist."""
+        system, path = self._resolved
         with _as_os_errors(self):
-            found = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+            entries = system.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
         start = len(path) + 1
-        return {entry.path[start:]: entry.size for entry in found if entry.type == fs.FileType.File}
+        return {entry.path[start:]: entry.size for entry in entries if entry.type == fs.FileType.File}
 
     def download(self, target: Path) -> None:
         """Copy the file to the local disk."""
-        system, path = self._place
+        system, path = self._resolved
         with _as_os_errors(self):
             fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
 
     def write_bytes(self, data: Any) -> None:
-        """Write the file so that nobody sees a part of it."""
-        system, path = self._place
+        """Write the file atomically."""
+        system, path = self._resolved
         with _as_os_errors(self):
             if system.type_name in OBJECT_STORES:
                 with system.open_output_stream(path) as file:
@@ -130,15 +130,15 @@ class RemotePath:
             system.move(partial, path)
 
     def unlink(self) -> None:
-        system, path = self._place
+        system, path = self._resolved
         system.delete_file(path)
 
     def children(self) -> Iterator["RemotePath"]:
-        """Files in this folder; none if it does not exist."""
-        system, path = self._place
-        for found in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
-            if found.type == fs.FileType.File:
-                yield self / found.base_name
+        """Files in this folder. None if it does not exist."""
+        system, path = self._resolved
+        for entry in system.get_file_info(fs.FileSelector(path, allow_not_found=True)):
+            if entry.type == fs.FileType.File:
+                yield self / entry.base_name
 
 
 AnyPath = Path | RemotePath
@@ -146,7 +146,7 @@ AnyPath = Path | RemotePath
 
 @contextmanager
 def _as_os_errors(path: RemotePath) -> Iterator[None]:
-    """Each of fsspec's file systems has errors of its own; here they are all ``OSError`` and name the file."""
+    """Turn the errors of fsspec's file systems, which differ, into ``OSError`` with the file's name."""
     try:
         yield
     except OSError:
@@ -156,7 +156,7 @@ def _as_os_errors(path: RemotePath) -> Iterator[None]:
 
 
 def _make_folder(system: fs.FileSystem, path: str) -> None:
-    """Create a folder that may be there already, or be made by somebody else at this moment."""
+    """Create a folder. It may exist already, or another process may be creating it."""
     if system.get_file_info(path).type == fs.FileType.Directory:
         return
     try:
@@ -168,7 +168,7 @@ def _make_folder(system: fs.FileSystem, path: str) -> None:
 
 @lru_cache(maxsize=16)
 def _file_system(root: str) -> tuple[fs.FileSystem, str]:
-    """The file system of a URL and the path of the URL on it: Arrow's own, else one of fsspec's."""
+    """The file system of a URL (Arrow's own, else fsspec's) and the path on it."""
     try:
         system, path = fs.FileSystem.from_uri(root)
     except pa.ArrowInvalid as error:
@@ -177,18 +177,19 @@ def _file_system(root: str) -> tuple[fs.FileSystem, str]:
         if "Unrecognized filesystem" not in str(error):
             raise SettingsError(f"{root}: {one_line(error)}") from None
         try:
-            found, path = fsspec.core.url_to_fs(root)
+            fsspec_system, path = fsspec.core.url_to_fs(root)
         except (ValueError, ImportError) as unknown:
             raise SettingsError(f"{root}: {one_line(unknown)}") from None
-        system = fs.PyFileSystem(fs.FSSpecHandler(found))
+        system = fs.PyFileSystem(fs.FSSpecHandler(fsspec_system))
     return system, path.rstrip("/")
 
 
 def remote_path(url: str, flag: str, cache: CacheLimits) -> RemotePath:
-    """A folder behind a URL, as a flag names it.
+    """Folder behind the URL of a flag.
 
     Raises:
-        SettingsError: No file system is known for it, or it carries a password, which would end up in settings files.
+        SettingsError: No file system is known for the URL, or it contains credentials, which would end up in settings
+            files.
     """
     if urlsplit(url).password or urlsplit(url).username:
         raise SettingsError(f"{flag}: take the credentials out of the URL; they belong into the environment")
@@ -199,37 +200,37 @@ def remote_path(url: str, flag: str, cache: CacheLimits) -> RemotePath:
     return RemotePath(url, "", cache)
 
 
-def refuse_unwritable(place: RemotePath, flag: str) -> None:
-    """Make sure that a folder behind a URL can be written to.
+def require_writable(folder: RemotePath, flag: str) -> None:
+    """Check that a folder behind a URL is writable.
 
     Raises:
-        RunError: It cannot.
+        RunError: It is not.
     """
-    probe = place / f".probe-{os.getpid()}"
+    probe = folder / f".probe-{os.getpid()}"
     try:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise RunError(f"{flag} {place}: cannot write there: {one_line(error, 300)}") from None
+        raise RunError(f"{flag} {folder}: cannot write there: {one_line(error, 300)}") from None
 
 
 def write_atomically(path: AnyPath, data: Any) -> None:
-    """Write a file so that a reader, or a later run, sees all of it or nothing.
+    """Write a file atomically: a reader, or a later run, sees all of it or nothing.
 
     Args:
-        data: Bytes, or a buffer of them.
+        data: Bytes, or an object with the buffer interface.
     """
     if isinstance(path, RemotePath):
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         file.write(data)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file of any size to write, which takes its name only when all of it is on disk; on an error nothing is left."""
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Open a file of any size for writing. It gets its name once all of it is on disk; on an error it is deleted."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(partial, "wb") as file:
@@ -254,13 +255,13 @@ def num_bytes(path: AnyPath) -> int:
     """Size of a file.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no such file.
     """
     return path.stat().st_size if isinstance(path, Path) else path.num_bytes()
 
 
 def children(folder: AnyPath) -> Iterator[AnyPath]:
-    """Files in a folder; none if it does not exist."""
+    """Files in a folder. None if it does not exist."""
     if isinstance(folder, RemotePath):
         yield from folder.children()
     elif folder.is_dir():
@@ -269,7 +270,7 @@ def children(folder: AnyPath) -> Iterator[AnyPath]:
 
 @contextmanager
 def scratch_file(folder: AnyPath, name: str) -> Iterator[Path]:
-    """A local file to write something large into before ``move_into_place``: in the folder itself if that is local."""
+    """Local path to write a large file to before ``move_into_place``. It is in ``folder`` itself if that is local."""
     if isinstance(folder, RemotePath):
         with tempfile.TemporaryDirectory(prefix="voxray-") as scratch:
             yield Path(scratch) / name
@@ -282,13 +283,13 @@ def scratch_file(folder: AnyPath, name: str) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def move_into_place(partial: Path, place: AnyPath) -> None:
+def move_into_place(partial: Path, target: AnyPath) -> None:
     """Give a complete scratch file its final name."""
-    if isinstance(place, RemotePath):
+    if isinstance(target, RemotePath):
         with pa.memory_map(str(partial)) as source:
-            place.write_bytes(source.read_buffer())
+            target.write_bytes(source.read_buffer())
     else:
-        os.replace(partial, place)
+        os.replace(partial, target)
 
 
 def checksum(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""The task table: how a row is recognised, what the model is asked, what it answers, how the answer is scored.
+"""The task table: which keys identify a task's rows, its prompt, its answer and its metrics.
 
-A row's task follows from its keys, so manifests may mix tasks. A new task is one more entry in ``TASKS``.
+A row's task follows from its keys, so manifests may mix tasks. To add a task, append an entry to ``TASKS``.
 """
 
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ class Task:
 
     Attributes:
         name: Short name, used in flags, metrics and predictions.
-        keys: Keys that a row must have; a row belongs to the first task whose keys it has all.
+        keys: Keys that a row must have. A row belongs to the first task whose keys it has all.
         template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
-        prompt_keys: Keys whose texts make the user message, joined by a newline; empty ones are left out.
-        default_prompt: The user message of a row that has none of them.
-        answer_key: Key of the text the model is to produce.
-        metrics: Names of the metrics reported everywhere, the headline first; evaluation adds those of its kind
-            (``evaluation/metrics/names.py``).
-        allows_empty_answer: Whether "" is an answer (a clip in which nobody speaks), rather than a row to refuse.
+        prompt_keys: Keys whose texts form the user message, joined by a newline. Empty texts are left out.
+        default_prompt: The user message of a row without any of these texts.
+        answer_key: Key of the text that the model is to produce.
+        metrics: Names of the metrics reported everywhere, the headline metric first. Evaluation adds the others of
+            the same kind (``metrics/names.py``).
+        allows_empty_answer: Whether "" is a valid answer (nobody speaks in the clip). Otherwise such a row is refused.
     """
 
     name: str
@@ -63,29 +63,29 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-"""A new task goes to the end: its place is its code in feature shards, so no earlier one may move."""
+"""Append new tasks at the end: feature shards store a task's index, so the order must not change."""
 POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
-"""The tasks that ``--task_weights 1.0,1.5,1.2`` means; weights of others are given by name."""
+"""Tasks of a positional ``--task_weights 1.0,1.5,1.2``. Weights of other tasks are set by name."""
 
 
 def detect_task(row: Mapping[str, Any]) -> Task:
-    """Recognise the task of a manifest row.
+    """Detect the task of a manifest row by its keys.
 
     Raises:
-        ValueError: The row has the keys of no task; the message lists what each task needs.
+        ValueError: The keys match no task. The message lists the keys of each task.
     """
     for task in TASKS.values():
         if all(key in row for key in task.keys):
             return task
-    wanted = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
-    raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({wanted})")
+    required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
+    raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
 
 
 def parse_task_sizes(value: Any) -> dict[str, int]:
     """Read ``asr=4,sqa=2,tqa=8`` into {task: rows}.
 
     Raises:
-        ValueError: An unknown task, one given twice, or a number that is not whole and positive.
+        ValueError: A task is unknown or occurs twice, or a number is not a positive integer.
     """
     if isinstance(value, str):
         pairs = [part.strip().partition("=")[::2] for part in value.split(",") if part.strip()]
@@ -107,7 +107,7 @@ def parse_curriculum(value: Any) -> tuple[tuple[tuple[str, ...], int], ...]:
     """Read ``tqa:1,tqa+asr:1,tqa+asr+sqa:3`` (tasks:epochs of every phase) into ((tasks, epochs), ...).
 
     Raises:
-        ValueError: An unknown task, or a number of epochs that is not whole and positive.
+        ValueError: A task is unknown or occurs twice in a phase, or a number of epochs is not a positive integer.
     """
     if not isinstance(value, str):
         value = ",".join(f"{'+'.join(tasks)}:{epochs}" for tasks, epochs in value)
@@ -133,14 +133,15 @@ def parse_task_weights(value: Any) -> dict[str, float]:
     """Read ``1.0,1.5,1.2`` (for asr, sqa, tqa) or ``asr=1,aac=1.5`` into {task: relative share}.
 
     Raises:
-        ValueError: An unknown task, a missing, negative or non-finite number, or no positive weight at all.
+        ValueError: A task is unknown or occurs twice, a number is missing, negative or not finite, or no weight is
+            positive.
     """
-    needed = f"needs {len(POSITIONAL_TASKS)} numbers, for {', '.join(POSITIONAL_TASKS)}, or task=number pairs"
+    required = f"needs {len(POSITIONAL_TASKS)} numbers, for {', '.join(POSITIONAL_TASKS)}, or task=number pairs"
     if isinstance(value, Mapping):
         pairs = [(str(name), weight) for name, weight in value.items()]
     else:
         if not isinstance(value, str | list | tuple):
-            raise ValueError(needed)
+            raise ValueError(required)
         parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else list(value)
         if any("=" in str(part) for part in parts):
             pairs = [tuple(str(part).split("=", 1)) for part in parts if "=" in str(part)]
@@ -149,7 +150,7 @@ def parse_task_weights(value: Any) -> dict[str, float]:
         elif len(parts) == len(POSITIONAL_TASKS):
             pairs = list(zip(POSITIONAL_TASKS, parts, strict=True))
         else:
-            raise ValueError(needed)
+            raise ValueError(required)
     weights: dict[str, float] = {}
     for name, text in pairs:
         if _known_task(name) in weights:

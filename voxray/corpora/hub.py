@@ -1,8 +1,8 @@
-"""Repositories of a hub: what is in them, and their files brought here.
+"""Repositories of a hub: list and download their files.
 
-A repository is on a server that speaks the hub's API, or in a folder: as ``<folder>/<id>`` (data sets as
-``<folder>/datasets/<id>``), or in a hub cache (``models--org--name/snapshots/<commit>``). Downloads go on within a file
-where they were cut off, which huggingface_hub's own do not, and every file is checked against what the hub says of it.
+A repository is on a server with the hub's API, or in a folder: as ``<folder>/<id>`` (data sets as
+``<folder>/datasets/<id>``), or in a hub cache (``models--org--name/snapshots/<commit>``). An interrupted download
+resumes within the file, unlike huggingface_hub's own. Every file is checked against the size and checksum on the hub.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import checksum, replacing
+from voxray.core.storage import atomic_writer, checksum
 
 RepoKind = Literal["model", "dataset"]
 CHUNK_BYTES = 1 << 20
@@ -25,10 +25,10 @@ class RepoFile:
     """A file of a repository.
 
     Attributes:
-        path: Its path there, with slashes.
-        num_bytes: Its size.
-        sha256: Checksum as the hub states it of large files, else "".
-        git_id: Git's id of its content as the hub states it of small files, else "".
+        path: Path in the repository, with slashes.
+        num_bytes: Size.
+        sha256: Checksum, which the hub has for large files, else "".
+        git_id: Git's id of the content, which the hub has for small files, else "".
     """
 
     path: str
@@ -41,10 +41,10 @@ class Repository(Protocol):
     """One revision of a model or data set.
 
     Attributes:
-        name: What messages call it.
-        commit: Commit of the revision, "" if a folder does not say.
-        files: Its files, by path.
-        folder: Where they lie already, None if they have to be downloaded.
+        name: Name in messages.
+        commit: Commit of the revision, "" if unknown (a folder).
+        files: Files, sorted by path.
+        folder: Local folder of the files, None if they have to be downloaded.
     """
 
     name: str
@@ -53,10 +53,12 @@ class Repository(Protocol):
     folder: Path | None
 
     def fetch(self, file: RepoFile, target: Path, on_bytes: Callable[[int], None]) -> None:
-        """Bring a file here under its name, whole or not at all; ``on_bytes`` hears of bytes as they come.
+        """Copy or download a file to ``target`` atomically.
 
+        Args:
+            on_bytes: Called with the number of new bytes as they arrive.
         Raises:
-            RunError: It cannot be had, or is not what it should be.
+            RunError: It cannot be downloaded, or its size or checksum is wrong.
         """
         ...
 
@@ -66,11 +68,11 @@ def open_repository(repo_id: str, kind: RepoKind, revision: str, hub: str) -> Re
 
     Args:
         repo_id: A folder, or an id on the hub.
-        revision: Branch, tag or commit; "" takes the main branch.
-        hub: URL of a server or a folder; "" is huggingface.co, or what HF_ENDPOINT names.
+        revision: Branch, tag or commit; "" is the main branch.
+        hub: URL of a server, or a folder; "" is huggingface.co, or the server in HF_ENDPOINT.
     Raises:
-        RunError: It is not there, or out of reach.
-        SettingsError: ``repo_id`` is a path that leads out of the folder ``hub``.
+        RunError: The repository does not exist or cannot be reached.
+        SettingsError: ``repo_id`` is a path outside the folder ``hub``.
     """
     flag = "--model_id" if kind == "model" else "--dataset"
     if Path(repo_id).is_dir():
@@ -81,7 +83,7 @@ def open_repository(repo_id: str, kind: RepoKind, revision: str, hub: str) -> Re
 
 
 def _in_folder(hub: Path, repo_id: str, kind: RepoKind, revision: str, flag: str) -> "FolderRepository":
-    """A repository of a folder that is laid out as a hub, or of a hub's cache."""
+    """Find a repository in a folder with the layout of a hub or of a hub cache."""
     if PurePosixPath(repo_id).is_absolute() or ".." in PurePosixPath(repo_id).parts:
         raise SettingsError(f"{flag} {repo_id}: neither a folder nor a hub id")
     plain = hub / repo_id if kind == "model" else hub / "datasets" / repo_id
@@ -96,7 +98,7 @@ def _in_folder(hub: Path, repo_id: str, kind: RepoKind, revision: str, flag: str
 
 
 class FolderRepository:
-    """A repository that lies in a folder."""
+    """A repository in a local folder."""
 
     def __init__(self, folder: Path, name: str, commit: str) -> None:
         self.folder: Path | None = folder
@@ -108,20 +110,20 @@ class FolderRepository:
         )
 
     def fetch(self, file: RepoFile, target: Path, on_bytes: Callable[[int], None]) -> None:
-        """See ``Repository``; the file is copied."""
+        """See ``Repository``. The file is copied."""
         copy_file(self._folder / file.path, target, on_bytes)
 
 
 def copy_file(source: Path, target: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> None:
-    """Copy a file, whole or not at all.
+    """Copy a file atomically.
 
     Raises:
-        RunError: It cannot be read, or not be written there.
+        RunError: The source cannot be read or the target cannot be written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(source, "rb") as opened, replacing(target) as copy:
-            while block := opened.read(CHUNK_BYTES):
+        with open(source, "rb") as original, atomic_writer(target) as copy:
+            while block := original.read(CHUNK_BYTES):
                 copy.write(block)
                 on_bytes(len(block))
     except OSError as error:
@@ -129,9 +131,9 @@ def copy_file(source: Path, target: Path, on_bytes: Callable[[int], None] = lamb
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Regular files below a folder, those behind links to files as well, but not those behind links to folders."""
-    for place, _, names in os.walk(folder):
-        yield from (path for name in names if (path := Path(place, name)).is_file())
+    """Regular files below a folder. Links to files are followed, links to folders are not."""
+    for parent, _, names in os.walk(folder):
+        yield from (path for name in names if (path := Path(parent, name)).is_file())
 
 
 class HubRepository:
@@ -141,77 +143,76 @@ class HubRepository:
 
     def __init__(self, repo_id: str, kind: RepoKind, revision: str, hub: str, flag: str) -> None:
         from huggingface_hub import HfApi
-        from huggingface_hub.hf_api import RepoFile as Found
+        from huggingface_hub.hf_api import RepoFile as HubFile
 
         self.name, self._kind, self._hub, self._flag = repo_id, kind, hub or None, flag
-        # The login belongs to huggingface.co (or the server of HF_ENDPOINT), not to any server that a flag names.
+        # The user's token is for huggingface.co (or the server in HF_ENDPOINT). Do not send it to other servers.
         self._token = False if hub else None
         api = HfApi(endpoint=self._hub, token=self._token)
-        with self._told():
-            found = api.repo_info(repo_id, repo_type=kind, revision=revision or None)
-            self.commit = str(found.sha)
+        with self._as_run_errors():
+            self.commit = str(api.repo_info(repo_id, repo_type=kind, revision=revision or None).sha)
             tree = api.list_repo_tree(repo_id, recursive=True, revision=self.commit, repo_type=kind)
-            entries = [entry for entry in tree if isinstance(entry, Found)]
+            entries = [entry for entry in tree if isinstance(entry, HubFile)]
         for entry in entries:
-            _refuse_outside(entry.path, repo_id)
+            _check_repo_path(entry.path, repo_id)
         self.files = tuple(
             RepoFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else "", "" if entry.lfs else entry.blob_id)
             for entry in sorted(entries, key=lambda entry: entry.path)
         )
 
     def fetch(self, file: RepoFile, target: Path, on_bytes: Callable[[int], None]) -> None:
-        """See ``Repository``; what came before the download was cut off is kept and checked with the rest."""
+        """See ``Repository``. An interrupted download is resumed, and the whole file is checked."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{self.commit[:12]}.part")
-        place = {"repo_type": self._kind, "revision": self.commit, "endpoint": self._hub}
+        url = hf_hub_url(self.name, file.path, repo_type=self._kind, revision=self.commit, endpoint=self._hub)
         disable_progress_bars()
-        with self._told(), open(partial, "ab") as opened:
-            there = opened.tell()
-            if there > file.num_bytes:
-                opened.truncate(there := 0)
-            on_bytes(there)
+        with self._as_run_errors(), open(partial, "ab") as output:
+            num_bytes = output.tell()
+            if num_bytes > file.num_bytes:
+                output.truncate(num_bytes := 0)
+            on_bytes(num_bytes)
             http_get(
-                hf_hub_url(self.name, file.path, **place),
-                _Counted(opened, on_bytes),  # type: ignore[arg-type]
-                resume_size=there,
+                url,
+                _CountingWriter(output, on_bytes),  # type: ignore[arg-type]
+                resume_size=num_bytes,
                 headers={**build_hf_headers(token=self._token), "Accept-Encoding": "identity"},
                 expected_size=file.num_bytes,
             )
-            opened.flush()
-            os.fsync(opened.fileno())
+            output.flush()
+            os.fsync(output.fileno())
         if not is_intact(partial, file):
             partial.unlink()
             raise RunError(f"{self._flag} {self.name}: {file.path} arrived damaged; start again to fetch it once more")
         os.replace(partial, target)
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Turn what goes wrong on the way into one line."""
+    def _as_run_errors(self) -> Iterator[None]:
+        """Turn errors of the hub and of the network into a one-line ``RunError``."""
         from huggingface_hub import errors
         from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
-        where = f"{self._flag} {self.name}"
+        label = f"{self._flag} {self.name}"
         try:
             yield
         except errors.GatedRepoError:
-            raise RunError(f"{where}: needs a login that may read it: accept its terms, then `hf auth login`") from None
+            raise RunError(f"{label}: needs a login that may read it: accept its terms, then `hf auth login`") from None
         except (errors.RevisionNotFoundError, errors.RepositoryNotFoundError) as error:
             kind = "revision" if isinstance(error, errors.RevisionNotFoundError) else f"{self._kind} (or no login)"
-            raise RunError(f"{where}: {self._hub or 'the hub'} has no such {kind}") from None
+            raise RunError(f"{label}: {self._hub or 'the hub'} has no such {kind}") from None
         except errors.HFValidationError as error:
-            raise RunError(f"{where}: neither a folder nor a hub id: {_first_line(error)}") from None
+            raise RunError(f"{label}: neither a folder nor a hub id: {_first_line(error)}") from None
         except errors.OfflineModeIsEnabled:
-            raise RunError(f"{where}: has to be fetched, but HF_HUB_OFFLINE is set") from None
+            raise RunError(f"{label}: has to be fetched, but HF_HUB_OFFLINE is set") from None
         except (HTTPError, OSError) as error:
-            raise RunError(f"{where}: cannot fetch it: {_first_line(error)}; start again to go on") from None
+            raise RunError(f"{label}: cannot fetch it: {_first_line(error)}; start again to go on") from None
 
 
-class _Counted:
-    """A file to write to that says how much was written."""
+class _CountingWriter:
+    """Wrapper of a file that reports the number of bytes of each write."""
 
     def __init__(self, file: Any, on_bytes: Callable[[int], None]) -> None:
         self._file, self._on_bytes = file, on_bytes
@@ -225,7 +226,7 @@ class _Counted:
 
 
 def is_intact(path: Path, file: RepoFile) -> bool:
-    """Whether a file is what the repository says of it: its size, and its checksum or Git's id where known."""
+    """Whether a file has the size in the repository, and the checksum or Git id if known."""
     if path.stat().st_size != file.num_bytes:
         return False
     if file.sha256:
@@ -236,8 +237,8 @@ def is_intact(path: Path, file: RepoFile) -> bool:
     return True
 
 
-def _refuse_outside(path: str, name: str) -> None:
-    """A server's paths become paths here, so they must stay below their folder."""
+def _check_repo_path(path: str, name: str) -> None:
+    """Refuse a path outside the repository's folder: a server's paths become local paths."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise RunError(f"{name}: refused, it holds a file outside its folder: {path!r}")
@@ -249,17 +250,17 @@ def _first_line(error: Exception) -> str:
 
 
 WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
-"""Names of transformers' own weights, the form to take first."""
+"""File names of transformers' weights, the preferred form first."""
 CONFIGURATION = (".json", ".txt", ".model", ".jinja")
 
 
 def model_files(repository: Repository) -> list[RepoFile]:
-    """Those files of a model that loading it needs: configuration, tokenizer and one form of its weights.
+    """Files that are needed to load a model: configuration, tokenizer and one form of its weights.
 
-    Other forms and precisions of the weights, and folders below the model's, are left where they are.
+    Other forms and precisions of the weights and subfolders are not included.
 
     Raises:
-        RunError: It holds no weights that transformers loads.
+        RunError: The repository has no weights that transformers loads.
     """
     top = [file for file in repository.files if "/" not in file.path]
     for stem, suffix in WEIGHTS:
@@ -270,10 +271,10 @@ def model_files(repository: Repository) -> list[RepoFile]:
         raise RunError(f"--model_id {repository.name}: holds neither model.safetensors nor pytorch_model.bin")
     index = f"{stem}{suffix}.index.json"
     others = (file for file in top if file.path.endswith(CONFIGURATION))
-    kept = [file for file in others if ".index." not in file.path or file.path == index]
-    return sorted([*kept, *weights], key=lambda file: file.path)
+    configuration = [file for file in others if ".index." not in file.path or file.path == index]
+    return sorted([*configuration, *weights], key=lambda file: file.path)
 
 
 def _is_part(path: str, stem: str, suffix: str) -> bool:
-    """``model.safetensors`` or ``model-00001-of-00002.safetensors``, but no ``model.fp32-00001-of-00002...``."""
+    """Whether it is ``model.safetensors`` or ``model-00001-of-00002.safetensors``, not ``model.fp32-00001-of-...``."""
     return path == f"{stem}{suffix}" or (path.startswith(f"{stem}-") and path.endswith(suffix))

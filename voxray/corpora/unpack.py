@@ -1,8 +1,8 @@
-"""Archives of clips unpacked below one folder, whatever they hold.
+"""Unpack archives of clips below one folder, safely.
 
-Nothing is taken on an archive's word: a member outside the folder, a link or a device ends it, and so does one that
-grows out of all proportion while it is unpacked. It is read once, from front to back, and a clip that is there from a
-job that was cut off is not written again.
+Archives are not trusted: a member outside the folder, a link or a device stops the unpacking, and so does an archive
+that expands far too much. An archive is read once, from front to back. A clip that an interrupted job has unpacked is
+not written again.
 """
 
 import bz2
@@ -21,60 +21,60 @@ from voxray.core.errors import RunError, one_line
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 MAX_GROWTH = 20
-"""Bytes that may come out for each byte of the archive; speech is compressed already, tables shrink to a quarter."""
+"""Most unpacked bytes per byte of the archive. Speech is already compressed; tables compress to a quarter."""
 SLACK_BYTES = 64 << 20
-"""What small archives may hold beyond that."""
+"""Unpacked bytes allowed in addition, for small archives."""
 MIN_FREE_BYTES = 256 << 20
 COPY_BYTES = 1 << 20
 
 
 def is_archive(name: str) -> bool:
-    """Whether a file is one that ``unpack`` reads, by its name."""
+    """Whether ``unpack`` reads a file with this name."""
     return name.lower().endswith(SUFFIXES)
 
 
 def unpack(
     archive: Path,
     folder: Path,
-    wanted: Callable[[str], str],
+    target_path: Callable[[str], str],
     on_progress: Callable[[float, float], None] = lambda done, total: None,
 ) -> int:
-    """Unpack the wanted members of an archive.
+    """Unpack selected members of an archive.
 
     Args:
         archive: A tar file, compressed or not.
-        folder: Where they go.
-        wanted: From a member's name to its path below the folder, or "" for one that is not wanted.
-        on_progress: Called with (bytes of the archive read, bytes in all) now and then.
+        folder: Target folder.
+        target_path: From a member's name to its path below the folder, or "" if the member is not to be unpacked.
+        on_progress: Called with (bytes of the archive read, size of the archive) every 100 files and at the end.
     Returns:
-        How many files of it are in the folder now.
+        Number of files of the archive that are now in the folder.
     Raises:
-        RunError: It is damaged, would write outside the folder, is a bomb, or the disk is full.
+        RunError: The archive is damaged, would write outside the folder or expands too much, or the disk is full.
     """
-    size, grown, count = archive.stat().st_size, 0, 0
+    size, num_unpacked, count = archive.stat().st_size, 0, 0
     limit, written = MAX_GROWTH * size + SLACK_BYTES, list[Path]()
 
-    def grow(num_bytes: int) -> None:
-        nonlocal grown
-        grown += num_bytes
-        if grown > limit:
+    def check_growth(num_bytes: int) -> None:
+        nonlocal num_unpacked
+        num_unpacked += num_bytes
+        if num_unpacked > limit:
             raise RunError(f"{archive}: refused, over {limit >> 20} MiB come out of {size >> 20} MiB")
 
     try:
-        with open(archive, "rb") as raw, _inflated(raw) as stream:
+        with open(archive, "rb") as raw, _decompressed(raw) as stream:
             with tarfile.open(fileobj=stream, mode="r|") as members:
                 for member in members:
-                    grow(member.size)
-                    target = "" if member.isdir() else wanted(member.name)
+                    check_growth(member.size)
+                    target = "" if member.isdir() else target_path(member.name)
                     if not target:
                         continue
-                    _refuse_bad(archive, folder, member)
+                    _check_member(archive, folder, member)
                     count += 1
                     written += _extract(members, member, folder / target, free=folder)
                     if count % 100 == 0:
                         on_progress(raw.tell(), size)
-            while rest := stream.read(COPY_BYTES):  # the checksum of all of it comes last
-                grow(len(rest))
+            while rest := stream.read(COPY_BYTES):  # read to the end, where the checksum is
+                check_growth(len(rest))
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         reason = one_line(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno:
@@ -86,8 +86,8 @@ def unpack(
     return count
 
 
-def _inflated(raw: BinaryIO) -> Any:
-    """The tar itself; unlike tarfile's own streams, these check what they read against its checksum."""
+def _decompressed(raw: BinaryIO) -> Any:
+    """The decompressed stream. Unlike tarfile's own decompression, it verifies checksums."""
     start = raw.read(6)
     raw.seek(0)
     for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
@@ -96,10 +96,10 @@ def _inflated(raw: BinaryIO) -> Any:
     return nullcontext(raw)
 
 
-def _refuse_bad(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
-    """Hold a member against Python's own rules for data, and then against ours.
+def _check_member(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
+    """Refuse a member that violates Python's rules for data archives, or ours.
 
-    ``wanted`` gives it a path of ours, so a bad name could do no harm; but whoever made it meant to.
+    Files are written to paths of our own choice, so a bad name is harmless here, but it shows a malicious archive.
     """
     try:
         tarfile.data_filter(member, str(folder))
@@ -112,7 +112,7 @@ def _refuse_bad(archive: Path, folder: Path, member: tarfile.TarInfo) -> None:
 
 
 def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, target: Path, *, free: Path) -> list[Path]:
-    """Write one file; returns its path, or nothing if it is there already."""
+    """Write one file. Returns [its path], or [] if it exists already."""
     if target.is_file() and target.stat().st_size == member.size:
         return []
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def _extract(members: tarfile.TarFile, member: tarfile.TarInfo, target: Path, *,
     partial = target.with_name(f".{target.name}.part")
     source = members.extractfile(member)
     assert source is not None, "it is a file"
-    # Without a sync for every one of a million clips: after a power cut, sizes tell which of them are not whole.
+    # No fsync for each of a million clips: after a power cut, the sizes show which are incomplete.
     with source, open(partial, "wb") as file:
         shutil.copyfileobj(source, file, COPY_BYTES)
     if partial.stat().st_size != member.size:

@@ -1,4 +1,4 @@
-"""What the demo's page asks of a model: its answer to a clip or a question, and the base's beside it."""
+"""Answer the requests of the demo's page: a clip or a question, by the tuned model and by its base."""
 
 import threading
 import time
@@ -30,24 +30,24 @@ from voxray.generation.requests import AnswerRequest, answer_requests, make_requ
 from voxray.models.registry import get_family
 
 
-class Unanswered(Exception):
-    """Why a request has no answer; the message is the line that the page shows."""
+class AnswerError(Exception):
+    """A request has no answer; the message is the line that the page shows."""
 
 
 class _Stopping(BaseException):
-    """Ends an answer between two tokens; no Exception, since what a model raises is taken as the row's fault."""
+    """Ends generation between two tokens. Not an ``Exception``: those are caught as failures of a row."""
 
 
 @dataclass(frozen=True)
 class DemoRequest:
-    """What somebody asks.
+    """A request from the page.
 
     Attributes:
         audio_path: The clip, or "" for a question in text.
         question: About the clip; "" asks for its transcript.
-        language: Of the clip, or "" to let the model find out.
-        reference: What the right answer is, as far as it is known; answers are scored against it.
-        compare: Ask the base as well.
+        language: Language of the clip, or "" to let the model detect it.
+        reference: The correct answer, or ""; answers are scored against it.
+        compare: Let the base answer as well.
     """
 
     audio_path: str = ""
@@ -59,16 +59,16 @@ class DemoRequest:
 
 @dataclass(frozen=True)
 class DemoAnswer:
-    """One model's answer.
+    """The answer of one model.
 
     Attributes:
-        is_base: Whether the adapter was switched off for it.
+        is_base: Whether the adapter was disabled for this answer.
         audio_sec: Length of the clip; 0 without one.
-        sec: From the file to the text: decoding, features and generation. Waiting for others is not counted.
+        sec: From the file to the text: decoding, features and generation, without waiting for other requests.
         num_tokens: Tokens of the answer.
-        hit_max: Whether it was cut off at the longest answer.
-        num_chunks: Parts in which a long recording was answered; 1 for all others.
-        metrics: Of the task, against the reference; {} without one.
+        hit_max: Whether the answer was cut off at the maximum length.
+        num_chunks: Chunks in which a long recording was answered; otherwise 1.
+        metrics: The task's metrics against the reference; {} without one.
     """
 
     is_base: bool
@@ -82,165 +82,167 @@ class DemoAnswer:
 
     @property
     def rtfx(self) -> float:
-        """Seconds of audio answered in a second."""
+        """Seconds of audio answered per second."""
         return self.audio_sec / self.sec
 
 
 class DemoModel:
-    """A loaded model that answers one request after the other.
+    """A loaded model that answers requests one at a time.
 
     Args:
-        model: As ``answerer.load_model`` gives it.
-        how: What it was loaded by.
+        model: Returned by ``generation.model.load_model``.
+        config: The configuration with which it was loaded.
         max_audio_sec: Longest clip.
         max_len: Longest prompt in tokens.
     Attributes:
-        tasks: Names of the tasks that it answers.
-        has_base: Whether the base can be asked as well: there is an adapter, and it can be switched off.
+        tasks: Names of the tasks that the model answers.
+        has_base: Whether the base can answer as well: there is an adapter and it can be disabled.
     """
 
-    def __init__(self, model: Any, how: InferenceConfig, *, max_audio_sec: float, max_len: int) -> None:
-        self.how, self.max_audio_sec, self.max_len = how, max_audio_sec, max_len
-        family = get_family(how.model_id)
+    def __init__(self, model: Any, config: InferenceConfig, *, max_audio_sec: float, max_len: int) -> None:
+        self.config, self.max_audio_sec, self.max_len = config, max_audio_sec, max_len
+        family = get_family(config.model_id)
         self.tasks = family.tasks
-        # what trained beside LoRA stands in the place of the base's own weights, and stays there
+        # fully trained modules replace the base's weights, so disabling the adapter would not bring the base back
         self.has_base = isinstance(model, PeftModel) and not family.full_modules
         self._model = model
-        self._extractor = Extractor(how.model_id, FeatureSpec(trim_audio=how.trim_audio))
-        self._turn = threading.Lock()  # the adapter is switched off for whoever uses the model then
+        self._extractor = Extractor(config.model_id, FeatureSpec(trim_audio=config.trim_audio))
+        self._lock = threading.Lock()  # disabling the adapter affects all users of the model
         self._is_stopping = False
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):  # every token of an answer passes through one
-                module.register_forward_pre_hook(self._end_when_stopping)
+                module.register_forward_pre_hook(self._raise_if_stopping)
 
     @property
     def base_name(self) -> str:
-        return Path(self.how.model_id).name
+        return Path(self.config.model_id).name
 
     @property
     def adapter_name(self) -> str:
-        """The adapter's folder with the one above it, since most are called ``adapter``; "" without one."""
-        return "/".join(Path(self.how.adapter).parts[-2:]) if self.how.adapter else ""
+        """The adapter's folder and its parent, since most are called ``adapter``; "" without an adapter."""
+        return "/".join(Path(self.config.adapter).parts[-2:]) if self.config.adapter else ""
 
     def answers(self, request: DemoRequest) -> Iterator[DemoAnswer]:
-        """The base's answer, if it is to be compared, then that of the model as it was loaded.
+        """Yield the base's answer, if it is to be compared, and then the answer of the model as it was loaded.
 
         Raises:
-            Unanswered: There is nothing to answer, it cannot be used, or the model fails at it.
+            AnswerError: The request is empty or unusable, or the model fails.
         """
-        began = time.perf_counter()
-        item, language = self._read(request)
-        read_sec = time.perf_counter() - began
+        start_sec = time.perf_counter()
+        answer_request, language = self._extract(request)
+        extract_sec = time.perf_counter() - start_sec
         for is_base in (True, False) if request.compare and self.has_base else (False,):
-            with self._turn, self._model.disable_adapter() if is_base else nullcontext():
-                began = time.perf_counter()
-                given = self._given(item)
-                sec = read_sec + time.perf_counter() - began
-            text, task = item.text(given), item.rows[0].task
+            with self._lock, self._model.disable_adapter() if is_base else nullcontext():
+                start_sec = time.perf_counter()
+                completions = self._generate(answer_request)
+                sec = extract_sec + time.perf_counter() - start_sec
+            text, task = answer_request.text(completions), answer_request.rows[0].task
             yield DemoAnswer(
                 is_base=is_base,
                 text=text,
-                audio_sec=item.num_samples / self._extractor.front_end.sample_rate_hz,
+                audio_sec=answer_request.num_samples / self._extractor.front_end.sample_rate_hz,
                 sec=sec,
-                num_tokens=sum(answer.num_new_tokens for answer in given),
-                hit_max=any(answer.hit_max for answer in given),
-                num_chunks=len(item.rows),
+                num_tokens=sum(completion.num_new_tokens for completion in completions),
+                hit_max=any(completion.hit_max for completion in completions),
+                num_chunks=len(answer_request.rows),
                 metrics=_metrics(task, language, request.reference, text),
             )
 
     def stop(self) -> None:
-        """Break off the answer at which the model is, and give no more."""
+        """Abort the current answer and refuse further ones."""
         self._is_stopping = True
 
-    def _end_when_stopping(self, *_: Any) -> None:
+    def _raise_if_stopping(self, *_: Any) -> None:
         if self._is_stopping:
             raise _Stopping
 
-    def _read(self, request: DemoRequest) -> tuple[AnswerRequest, str]:
-        """Features of what is asked, and the code of its language."""
+    def _extract(self, request: DemoRequest) -> tuple[AnswerRequest, str]:
+        """The features of a request, and its language code."""
         path, question = request.audio_path, request.question.strip()
         self._check_task(path, question)
         name = Path(path).name or "question"
         if path and not Path(path).is_file():
-            raise Unanswered(f"{name} was deleted meanwhile: choose it once more.")
+            raise AnswerError(f"{name} was deleted meanwhile: choose it once more.")
         try:
             language = language_code(request.language)
-            duration_sec = self._unknown_length(path) if path else 0.0
+            duration_sec = self._missing_duration_sec(path) if path else 0.0
             sample = make_sample(name, question, path, language, duration_sec=duration_sec)
-            item = make_request(sample, self._extractor, self.max_len)
-            self._check_length(item.num_samples / self._extractor.front_end.sample_rate_hz)
+            answer_request = make_request(sample, self._extractor, self.max_len)
+            self._check_length(answer_request.num_samples / self._extractor.front_end.sample_rate_hz)
         except BadRow as error:
-            raise Unanswered(self._said(error, path, name)) from None
-        return item, language
+            raise AnswerError(self._message(error, path, name)) from None
+        return answer_request, language
 
     def _check_task(self, path: str, question: str) -> None:
         task = "tqa" if not path else "sqa" if question else "asr"
         if (path or question) and task in self.tasks:
             return
         if task == "sqa":
-            raise Unanswered("This model answers no questions: leave the question empty.")
+            raise AnswerError("This model answers no questions: leave the question empty.")
         if task == "asr":
-            raise Unanswered("Write a question about the clip.")
-        raise Unanswered(f"Record or upload a clip first{', or write a question' if 'tqa' in self.tasks else ''}.")
+            raise AnswerError("Write a question about the clip.")
+        raise AnswerError(f"Record or upload a clip first{', or write a question' if 'tqa' in self.tasks else ''}.")
 
-    def _unknown_length(self, path: str) -> float:
-        """Seconds of a clip whose header does not say so, as some browsers record them; 0 for all others.
+    def _missing_duration_sec(self, path: str) -> float:
+        """Seconds of a clip whose header has no length, as some browsers record them; 0 for all others.
 
         Raises:
-            BadRow: It is too long, or cannot be decoded.
+            BadRow: The clip is too long or cannot be decoded.
         """
         try:
-            seconds, unknown_sec = header_seconds(path), 0.0
+            audio_sec, missing_sec = header_seconds(path), 0.0
         except (OSError, ValueError):
             samples, rate_hz = decode_native(path, max_sec=self.max_audio_sec)
-            seconds = unknown_sec = len(samples) / rate_hz
-        self._check_length(seconds)
-        return unknown_sec
+            audio_sec = missing_sec = len(samples) / rate_hz
+        self._check_length(audio_sec)
+        return missing_sec
 
     def _check_length(self, audio_sec: float) -> None:
         if audio_sec > self.max_audio_sec:
             raise BadRow("audio_too_long", f"over --max_audio_sec {self.max_audio_sec:g}")
 
-    def _said(self, error: BadRow, path: str, name: str) -> str:
-        """A refusal as the page says it: with the clip's own name in the place of where it lies here."""
+    def _message(self, error: BadRow, path: str, name: str) -> str:
+        """The page's message for a refused clip, with the name of the upload instead of its path on this machine."""
         if error.reason == "audio_too_long":
-            most_sec, with_question = self.max_audio_sec, self._extractor.front_end.max_audio_sec
-            asked = f", and {with_question:g} s with a question" if with_question < most_sec else ""
-            return f"{name} is too long: clips may last {most_sec:g} s{asked}."
+            max_sec, max_question_sec = self.max_audio_sec, self._extractor.front_end.max_audio_sec
+            limit = f", and {max_question_sec:g} s with a question" if max_question_sec < max_sec else ""
+            return f"{name} is too long: clips may last {max_sec:g} s{limit}."
         message = (error.message.replace(path, name) if path else error.message).rstrip(".")
         if not message.startswith(name):
             message = message[:1].upper() + message[1:]
         return f"{message}.{' Is it an audio file?' if error.reason == 'audio_unreadable' else ''}"
 
-    def _given(self, item: AnswerRequest) -> list[Completion]:
+    def _generate(self, answer_request: AnswerRequest) -> list[Completion]:
         try:
-            [(_, answers)] = answer_requests([item], self._model, self._extractor.front_end, self.how)
+            [(_, results)] = answer_requests([answer_request], self._model, self._extractor.front_end, self.config)
         except RunError as error:
-            raise Unanswered(f"{error}.") from None
+            raise AnswerError(f"{error}.") from None
         except _Stopping:
-            raise Unanswered("The demo is being stopped.") from None
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise Unanswered(f"The model failed: {failure_reason(answer)}")
-        return [answer for answer in answers if isinstance(answer, Completion)]
+            raise AnswerError("The demo is being stopped.") from None
+        completions = []
+        for result in results:
+            if isinstance(result, Exception):
+                raise AnswerError(f"The model failed: {failure_reason(result)}")
+            completions.append(result)
+        return completions
 
 
 def _metrics(task: str, language: str, reference: str, text: str) -> dict[str, float]:
     if not reference.strip():
         return {}
     row = with_counts({"task": task, "language": language, "reference": reference, "prediction": text})
-    found = metrics_by_task([row]).get(task, {})
-    return {name: float(found[name]["value"]) for name in TASKS[task].metrics if name in found}
+    metrics = metrics_by_task([row]).get(task, {})
+    return {name: float(metrics[name]["value"]) for name in TASKS[task].metrics if name in metrics}
 
 
 def open_model(settings: DemoSettings) -> tuple[DemoModel, int]:
-    """Load what the settings name; also returns how many tensors of the adapter were taken.
+    """Load the model and adapter of the settings; also returns the number of adapter tensors loaded.
 
     Raises:
         RunError, SettingsError: The model or the adapter cannot be used.
     """
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = match_training_prompts(settings, model_id, adapter)
-    how = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    model, num_tensors = load_model(how)
-    return DemoModel(model, how, max_audio_sec=settings.max_audio_sec, max_len=settings.max_len), num_tensors
+    config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    model, num_tensors = load_model(config)
+    return DemoModel(model, config, max_audio_sec=settings.max_audio_sec, max_len=settings.max_len), num_tensors

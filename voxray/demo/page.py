@@ -1,4 +1,4 @@
-"""The demo's page: what is asked on the left, what comes of it on the right."""
+"""The demo's page: the request on the left, the answers on the right."""
 
 from collections.abc import Callable, Iterator
 from html import escape
@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.themes import Default
 
 from voxray.config.demo import DemoSettings
-from voxray.demo.answers import DemoAnswer, DemoModel, DemoRequest, Unanswered
+from voxray.demo.answers import AnswerError, DemoAnswer, DemoModel, DemoRequest
 
 STYLE = Path(__file__).parent / "page.css"
 LANGUAGES = {
@@ -26,17 +26,17 @@ LANGUAGES = {
     "pt": "Portuguese",
     "es": "Spanish",
 }
-"""For the list on the page, which takes any other two-letter code as well."""
+"""Choices of the list on the page, which also accepts any other two-letter code."""
 MAX_CHECK_SEC = 60
-"""How often clips that are old enough are deleted."""
-CAPTION_OF_BUTTON = "question => (question || '').trim() ? 'Ask' : 'Transcribe'"
+"""Longest time between two deletions of expired clips."""
+BUTTON_CAPTION_JS = "question => (question || '').trim() ? 'Ask' : 'Transcribe'"
 
 
 def build_page(answering: DemoModel, settings: DemoSettings, example: str) -> gr.Blocks:
-    """Lay out the page for what a model can do.
+    """Build the page for the tasks of a model.
 
     Args:
-        example: A clip to try; "" leaves the button out.
+        example: An example clip; without one the page has no button for it.
     """
     blocks = gr.Blocks(
         title=f"voxray: {answering.base_name}",
@@ -52,11 +52,11 @@ def build_page(answering: DemoModel, settings: DemoSettings, example: str) -> gr
                 status = gr.HTML(visible=False, elem_id="status")
                 with gr.Row(equal_height=False):
                     base = _side("Base model", "base", visible=answering.has_base)
-                    tuned = _side(_own_name(answering), "tuned")
+                    tuned = _side("With the adapter" if answering.has_base else "Answer", "tuned")
         gr.HTML(_footer(settings), elem_id="footer")
         gr.on(
             buttons,
-            _runner(answering, settings.max_new_tokens),
+            _make_handler(answering, settings.max_new_tokens),
             inputs,
             [status, *base, *tuned],
             concurrency_limit=settings.concurrency,
@@ -66,8 +66,8 @@ def build_page(answering: DemoModel, settings: DemoSettings, example: str) -> gr
     return blocks.queue(max_size=settings.queue_size, api_open=False)
 
 
-def look() -> dict[str, Any]:
-    """Theme and style, as ``gr.mount_gradio_app`` takes them; fonts are the reader's own, so that none is fetched."""
+def theme_options() -> dict[str, Any]:
+    """Theme and style as arguments of ``gr.mount_gradio_app``. Only system fonts are used, so none is downloaded."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Noto Sans KR", "NanumGothic", "sans-serif")
     theme = Default(
         primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=("ui-monospace", "monospace"), radius_size="lg"
@@ -85,8 +85,8 @@ def look() -> dict[str, Any]:
 
 
 def _inputs(answering: DemoModel, settings: DemoSettings, example: str) -> tuple[list[Any], list[Any]]:
-    """What is asked, and the events that send it."""
-    asks = {"sqa", "tqa"} & set(answering.tasks)
+    """The input components, and the events that submit them."""
+    question_tasks = {"sqa", "tqa"} & set(answering.tasks)
     audio = gr.Audio(
         sources=["upload", "microphone"],
         type="filepath",
@@ -96,13 +96,13 @@ def _inputs(answering: DemoModel, settings: DemoSettings, example: str) -> tuple
         elem_id="clip",
     )
     if example:
-        try_it = gr.Button("Take an example", size="sm", variant="secondary", elem_id="example")
-        try_it.click(lambda: example, None, audio, api_visibility="private", show_progress="hidden")
+        example_button = gr.Button("Take an example", size="sm", variant="secondary", elem_id="example")
+        example_button.click(lambda: example, None, audio, api_visibility="private", show_progress="hidden")
     question = gr.Textbox(
         label="Question",
         placeholder="leave it empty for a transcript",
-        info="About the clip, or by itself" if "tqa" in asks else "About the clip",
-        visible=bool(asks),
+        info="About the clip, or by itself" if "tqa" in question_tasks else "About the clip",
+        visible=bool(question_tasks),
         elem_id="question",
     )
     language = gr.Dropdown(
@@ -114,46 +114,47 @@ def _inputs(answering: DemoModel, settings: DemoSettings, example: str) -> tuple
         elem_id="language",
     )
     with gr.Accordion("Score the answer", open=False, elem_id="scoring"):
-        label = "What was really said" + (", or the right answer" if asks else "")
+        label = "What was really said" + (", or the right answer" if question_tasks else "")
         reference = gr.Textbox(label=label, lines=2, elem_id="reference")
     compare = gr.Checkbox(True, label="Compare with the base model", visible=answering.has_base, elem_id="compare")
     button = gr.Button("Transcribe", variant="primary", size="lg", elem_id="run")
-    question.change(None, question, button, js=CAPTION_OF_BUTTON)
+    question.change(None, question, button, js=BUTTON_CAPTION_JS)
     return [audio, question, language, reference, compare], [button.click, question.submit]
 
 
 def _side(label: str, name: str, *, visible: bool = True) -> list[Any]:
-    """Column, text and facts of one model's answer."""
+    """The column of one model's answer, with its text and its facts."""
     with gr.Column(min_width=240, visible=visible, elem_id=name) as column:
         text = gr.Textbox(label=label, lines=3, interactive=False, buttons=["copy"], elem_id=f"{name}-text")
         facts = gr.HTML(elem_id=f"{name}-facts")
     return [column, text, facts]
 
 
-def _runner(answering: DemoModel, max_new_tokens: int) -> Callable[..., Iterator[list[Any]]]:
-    """What the button does."""
+def _make_handler(answering: DemoModel, max_new_tokens: int) -> Callable[..., Iterator[list[Any]]]:
+    """The event handler of the button: yields the page's outputs after every answer."""
 
-    def run(path: str | None, question: str, language: str | None, reference: str, compare: bool) -> Iterator[Any]:
+    def handle(path: str | None, question: str, language: str | None, reference: str, compare: bool) -> Iterator[Any]:
         request = DemoRequest(path or "", question or "", language or "", reference or "", compare)
-        both = compare and answering.has_base
-        told = {True: ["", ""], False: ["", ""]}
+        show_base = compare and answering.has_base
+        base, tuned = ["", ""], ["", ""]
 
-        def shown(fault: str = "") -> list[Any]:
-            status = gr.HTML(f'<p role="alert">{escape(fault)}</p>', visible=bool(fault))
-            return [status, gr.Column(visible=both), *told[True], gr.Column(), *told[False]]
+        def outputs(message: str = "") -> list[Any]:
+            status = gr.HTML(f'<p role="alert">{escape(message)}</p>', visible=bool(message))
+            return [status, gr.Column(visible=show_base), *base, gr.Column(), *tuned]
 
         try:
             for answer in answering.answers(request):
-                told[answer.is_base] = [answer.text, _facts(answer, max_new_tokens)]
-                yield shown()
-        except Unanswered as error:
-            yield shown(str(error))
+                side = base if answer.is_base else tuned
+                side[:] = [answer.text, _facts(answer, max_new_tokens)]
+                yield outputs()
+        except AnswerError as error:
+            yield outputs(str(error))
 
-    return run
+    return handle
 
 
 def _facts(answer: DemoAnswer, max_new_tokens: int) -> str:
-    """Times and size of an answer, its scores, and notes, one below the other."""
+    """Times and length of an answer, its metrics and notes, as HTML."""
     figures = {"tokens": str(answer.num_tokens), "time": f"{answer.sec:.2f} s"}
     if answer.audio_sec:
         figures = {"audio": f"{answer.audio_sec:.1f} s", **figures, "RTFx": f"{answer.rtfx:.1f}"}
@@ -172,10 +173,6 @@ def _facts(answer: DemoAnswer, max_new_tokens: int) -> str:
 def _cells(figures: dict[str, str], kind: str) -> str:
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
     return f'<dl class="{kind}">{cells}</dl>'
-
-
-def _own_name(answering: DemoModel) -> str:
-    return "With the adapter" if answering.has_base else "Answer"
 
 
 def _header(answering: DemoModel) -> str:

@@ -1,8 +1,8 @@
-"""How long a model takes to answer and how much memory it needs, measured the way evaluation answers.
+"""Measure latency, throughput and memory of a model with the steps that evaluation runs.
 
-The parts of an answer are those of ``generate_greedy``: decode the file, extract features, ``ModelFamily.prefill``
-(encoder, prompt, first token), then one ``DecodeState.decode_step`` per token. The clock stops when the device has
-finished its work, not when the work was submitted.
+These are the steps of ``generate_greedy``: decode the file, extract features, ``ModelFamily.prefill`` (encoder, prompt,
+first token), then one ``DecodeState.decode_step`` per token. The clock stops when the device has finished its work, not
+when the work was submitted.
 """
 
 import statistics
@@ -24,11 +24,7 @@ from voxray.models.interface import FrontEnd, ModelFamily
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that is measured.
-
-    Attributes:
-        device: Where it is.
-    """
+    """The model to measure, and the device it is on."""
 
     model: Any
     family: ModelFamily
@@ -36,7 +32,7 @@ class LoadedModel:
     device: torch.device
 
     def synchronise(self) -> None:
-        """Wait until a GPU has done what it was asked for; a CPU has."""
+        """Wait until a GPU has finished all submitted work. On a CPU there is nothing to wait for."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -47,19 +43,20 @@ class AnswerTimes:
 
     Attributes:
         decode_sec: From files to samples.
-        features_sec: From samples to the batch that the model takes.
-        ttft_sec: From the batch to the first token of every row: copied to the device, heard, prompt read.
-        asked_sec: The same until the device was asked, not done: what the old evaluator took for it.
-        step_secs: Of every further token of all rows.
-        first_step_asked_sec: Of the first of them until the device was asked.
+        features_sec: From samples to the input batch of the model.
+        ttft_sec: From the batch to the first token of every row: copy to the device, encoder and prefill.
+        ttft_submit_sec: As ``ttft_sec``, but only until the work was submitted to the device. This is what the old
+            evaluator reported as time to first token.
+        step_secs: Of every decode step after the first token, each for one token of all rows.
+        first_step_submit_sec: Of the first decode step, only until the work was submitted.
     """
 
     decode_sec: float
     features_sec: float
     ttft_sec: float
-    asked_sec: float
+    ttft_submit_sec: float
     step_secs: tuple[float, ...]
-    first_step_asked_sec: float
+    first_step_submit_sec: float
 
     @property
     def tpot_sec(self) -> float:
@@ -76,51 +73,51 @@ class AnswerTimes:
 
 
 def prompt_row(front_end: FrontEnd, sample: Sample, samples: np.ndarray) -> FeatureRow:
-    """A clip that was just decoded as a row to answer."""
+    """The feature row of a clip, from its decoded samples."""
     features = front_end.features(samples)
     values = {name: getattr(sample, name) for name in ("id", "language", "source", "prompt", "answer")}
     values |= {"task": sample.task.name, "target_ids": [], "prompt_ids": front_end.prompt_ids(sample, len(samples))}
     values |= {"audio": features.mel_KF, "fill": features.fill, "num_windows": features.num_windows}
-    return FeatureRow.of({**values, "num_samples": len(samples)})
+    return FeatureRow.from_values({**values, "num_samples": len(samples)})
 
 
 def answer_once(loaded: LoadedModel, sample: Sample, batch_size: int, new_tokens: int) -> AnswerTimes:
-    """Answer a clip ``batch_size`` times together, each with ``new_tokens`` tokens, whatever they say.
+    """Answer ``batch_size`` copies of a clip in one batch. All generate ``new_tokens`` tokens, past the end of text.
 
     Args:
-        sample: With the file in ``audio_path``.
+        sample: ``audio_path`` is the file.
         new_tokens: At least 2.
     """
     front_end, clock = loaded.front_end, time.perf_counter
-    began = clock()
+    start = clock()
     clips = [decode(sample.audio_path, front_end.sample_rate_hz) for _ in range(batch_size)]
     decoded = clock()
-    prepared = collate_prompts([prompt_row(front_end, sample, samples) for samples in clips], front_end)
+    cpu_batch = collate_prompts([prompt_row(front_end, sample, samples) for samples in clips], front_end)
     loaded.synchronise()
-    ready = clock()
-    batch = {name: tensor.to(loaded.device) for name, tensor in prepared.items()}
+    batch_ready = clock()
+    batch = {name: tensor.to(loaded.device) for name, tensor in cpu_batch.items()}
     state, logits_BV = loaded.family.prefill(loaded.model, batch)
     ids_B = logits_BV.argmax(-1)
-    asked = clock()
+    prefill_submitted = clock()
     loaded.synchronise()
-    first = clock()
+    first_token = clock()
     step_secs: list[float] = []
-    first_step_asked_sec = 0.0
+    first_step_submit_sec = 0.0
     for _ in range(new_tokens - 1):
-        step_began = clock()
+        step_start = clock()
         ids_B = state.decode_step(ids_B).argmax(-1)
-        step_asked = clock()
+        step_submitted = clock()
         loaded.synchronise()
-        step_secs.append(clock() - step_began)
-        first_step_asked_sec = first_step_asked_sec or step_asked - step_began
+        step_secs.append(clock() - step_start)
+        first_step_submit_sec = first_step_submit_sec or step_submitted - step_start
     assert len(ids_B) == batch_size
     return AnswerTimes(
-        decode_sec=decoded - began,
-        features_sec=ready - decoded,
-        ttft_sec=first - ready,
-        asked_sec=asked - ready,
+        decode_sec=decoded - start,
+        features_sec=batch_ready - decoded,
+        ttft_sec=first_token - batch_ready,
+        ttft_submit_sec=prefill_submitted - batch_ready,
         step_secs=tuple(step_secs),
-        first_step_asked_sec=first_step_asked_sec,
+        first_step_submit_sec=first_step_submit_sec,
     )
 
 
@@ -135,50 +132,51 @@ def measure(
     repeats: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """Answer a clip over and over.
+    """Answer a clip ``warmup`` + ``repeats`` times and measure the last ``repeats``.
 
     Returns:
-        What stands in efficiency.json for one batch size, and the figures that the old evaluator would have given.
+        The entry of efficiency.json for one batch size, and the values that the old evaluator would have reported.
     """
     memory = PeakMemory(loaded.device)
-    memory.restart()
-    held_gib = memory.now_gib()
-    answered = []
+    memory.reset()
+    memory_before_gib = memory.current_gib()
+    runs = []
     for number in range(warmup + repeats):
         run = answer_once(loaded, sample, batch_size, new_tokens)
-        answered += [run] if number >= warmup else []
+        runs += [run] if number >= warmup else []
         on_progress(number + 1, warmup + repeats)
-    peak_gib, samples = max(held_gib, memory.peak_gib()), decode(sample.audio_path, loaded.front_end.sample_rate_hz)
+    peak_gib = max(memory_before_gib, memory.peak_gib())
+    samples = decode(sample.audio_path, loaded.front_end.sample_rate_hz)
     clip_sec = len(samples) / loaded.front_end.sample_rate_hz
     row = prompt_row(loaded.front_end, sample, samples)
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "batch_size": batch_size,
         "clip_sec": clip_sec,
         "num_windows": row.num_windows * batch_size,
         "num_prompt_tokens": len(row.prompt_ids),
         "num_new_tokens": batch_size * new_tokens,
         "num_steps": new_tokens - 1,
-        "ttft_sec": spread([run.ttft_sec for run in answered]),
-        "tpot_sec": spread([run.tpot_sec for run in answered]),
-        "decode_sec": spread([run.decode_sec for run in answered]),
-        "features_sec": spread([run.features_sec for run in answered]),
-        "total_sec": spread([run.total_sec for run in answered]),
-        "rtfx": spread([batch_size * clip_sec / run.total_sec for run in answered]),
-        "rtfx_model_only": spread([batch_size * clip_sec / run.generation_sec for run in answered]),
-        "tokens_per_sec": spread([batch_size * new_tokens / run.generation_sec for run in answered]),
+        "ttft_sec": spread([run.ttft_sec for run in runs]),
+        "tpot_sec": spread([run.tpot_sec for run in runs]),
+        "decode_sec": spread([run.decode_sec for run in runs]),
+        "features_sec": spread([run.features_sec for run in runs]),
+        "total_sec": spread([run.total_sec for run in runs]),
+        "rtfx": spread([batch_size * clip_sec / run.total_sec for run in runs]),
+        "rtfx_model_only": spread([batch_size * clip_sec / run.generation_sec for run in runs]),
+        "tokens_per_sec": spread([batch_size * new_tokens / run.generation_sec for run in runs]),
         "peak_memory_gib": peak_gib,
-        "memory_held_before_gib": held_gib,
+        "memory_held_before_gib": memory_before_gib,
         "memory_kind": memory.kind,
     }
-    return found, {
-        "ttft_sec": statistics.fmean(run.asked_sec for run in answered),
-        "tpot_sec": statistics.fmean(run.first_step_asked_sec for run in answered),
-        "inference_sec": statistics.fmean(run.asked_sec + run.first_step_asked_sec for run in answered),
-        "num_runs": len(answered),
+    return entry, {
+        "ttft_sec": statistics.fmean(run.ttft_submit_sec for run in runs),
+        "tpot_sec": statistics.fmean(run.first_step_submit_sec for run in runs),
+        "inference_sec": statistics.fmean(run.ttft_submit_sec + run.first_step_submit_sec for run in runs),
+        "num_runs": len(runs),
     }
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and quartiles of what was measured, and every single value."""
+    """Median, quartiles and all values of a measurement."""
     low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return {"median": median, "low": low, "high": high, "values": list(values)}

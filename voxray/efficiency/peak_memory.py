@@ -1,4 +1,4 @@
-"""The most memory that a process holds within a span of time."""
+"""Peak memory of a process since a reset."""
 
 import resource
 from pathlib import Path
@@ -14,42 +14,41 @@ RESIDENT_EVER = "resident in this process, most of it at a time since it began: 
 
 
 class PeakMemory:
-    """Figures in GiB; those of a GPU are torch's own, those of a CPU the kernel's, with all that the process holds.
+    """Memory in GiB: allocated by torch on a GPU; on a CPU, all resident memory of the process by the kernel's count.
 
     Attributes:
-        kind: What is counted, in words.
+        kind: What is measured, in words.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.kind = ALLOCATED if device.type == "cuda" else RESIDENT
 
-    def restart(self) -> None:
-        """Forget what was held until now."""
+    def reset(self) -> None:
+        """Start a new peak at the current memory."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         try:
-            CLEAR.write_text("5")  # sets the high-water mark to what is resident now; see proc(5)
+            CLEAR.write_text("5")  # resets the high-water mark to the resident memory; see proc(5)
         except OSError:
             self.kind = RESIDENT_EVER
 
-    def now_gib(self) -> float:
-        """What is held at this moment."""
+    def current_gib(self) -> float:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) / GIB
-        return _of_status("VmRSS")
+        return _status_gib("VmRSS")
 
     def peak_gib(self) -> float:
-        """The most since ``restart``."""
+        """The peak since ``reset``."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / GIB
         if self.kind == RESIDENT:
-            return _of_status("VmHWM")
+            return _status_gib("VmHWM")
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
 
-def _of_status(name: str) -> float:
+def _status_gib(name: str) -> float:
     for line in STATUS.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024 / GIB

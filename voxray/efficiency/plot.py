@@ -1,4 +1,4 @@
-"""The picture of an efficiency report: one panel a figure, bars by batch size and variant."""
+"""The plot of an efficiency report: one panel per metric, bars by batch size and variant."""
 
 import io
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ PANELS = (
     ("peak_memory_gib", "peak memory, GiB", 1.0),
 )
 COLOURS = ("#2f6fb3", "#d98b2b", "#3d9a6b", "#8a5fb0")
-WIDTH = 0.8  # of all bars of one batch size together
+WIDTH = 0.8  # of all bars of one batch size
 
 
 def plot(variants: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Medians with quartiles, as PNG.
+    """Plot medians with quartiles; returns a PNG.
 
     Args:
         variants: {name: content of its efficiency.json}.
@@ -23,16 +23,16 @@ def plot(variants: Mapping[str, Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
     figure = Figure(figsize=(12, 3.2), dpi=110, layout="constrained")
-    for place, (name, title, scale) in enumerate(PANELS):
-        axes = figure.add_subplot(1, len(PANELS), place + 1)
-        sizes = [found["batch_size"] for found in next(iter(variants.values()))["results"]]
+    for panel, (name, title, scale) in enumerate(PANELS, start=1):
+        axes = figure.add_subplot(1, len(PANELS), panel)
+        sizes = [result["batch_size"] for result in next(iter(variants.values()))["results"]]
         width = WIDTH / len(variants)
         for number, (variant, report) in enumerate(variants.items()):
-            at = [index + (number - (len(variants) - 1) / 2) * width for index in range(len(sizes))]
-            heights, errors = zip(*(_bar(found[name], scale) for found in report["results"]), strict=True)
-            low, high = zip(*errors, strict=True)
+            positions = [index + (number - (len(variants) - 1) / 2) * width for index in range(len(sizes))]
+            heights, errors = zip(*(_bar(result[name], scale) for result in report["results"]), strict=True)
             colour = COLOURS[number % len(COLOURS)]
-            axes.bar(at, heights, width, yerr=(low, high), label=variant, color=colour, error_kw={"linewidth": 1})
+            options = {"yerr": tuple(zip(*errors, strict=True)), "color": colour, "error_kw": {"linewidth": 1}}
+            axes.bar(positions, heights, width, label=variant, **options)
         axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
         axes.set_xlabel("batch size")
         axes.set_title(title, fontsize=10)
@@ -43,9 +43,9 @@ def plot(variants: Mapping[str, Mapping[str, Any]]) -> bytes:
     return file.getvalue()
 
 
-def _bar(found: Any, scale: float) -> tuple[float, tuple[float, float]]:
-    """Height, and how far its whiskers reach down and up; a single number has none."""
-    if not isinstance(found, dict):
-        return found * scale, (0.0, 0.0)
-    median, low, high = (found[name] * scale for name in ("median", "low", "high"))
+def _bar(value: Any, scale: float) -> tuple[float, tuple[float, float]]:
+    """Height of a bar, and the lengths of its error bar downwards and upwards; a single number has no error bar."""
+    if not isinstance(value, dict):
+        return value * scale, (0.0, 0.0)
+    median, low, high = (value[name] * scale for name in ("median", "low", "high"))
     return median, (median - low, high - median)

@@ -1,6 +1,6 @@
-"""What manifest rows say beside what feature shards hold: speaker, domain, data set, several references, noise level.
+"""Metadata of rows that feature shards do not store: speaker, domain, data set, several references, noise level.
 
-Read from the manifest, so that shards made before anybody asked for these keys stay good.
+It is read from the manifest, so that shards written before these keys existed remain usable.
 """
 
 import json
@@ -8,64 +8,64 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.manifest import UNLABELLED, find_file
-from voxray.core.source import split_source
-from voxray.evaluation.predictions import KNOWN_COLUMNS, known_number, known_text
+from voxray.core.source import Source
+from voxray.evaluation.predictions import METADATA_COLUMNS, number_or_none, text_or_none
 
 CHUNK_KEYS = ("chunk_of", "chunk", "num_chunks", "whole_samples", "whole_reference", "overlap_share")
-"""Of the manifest that ``long_audio`` writes."""
+"""Keys of the manifest that ``long_audio`` writes."""
 
 
 class ManifestKeys:
-    """Reads each manifest once, when the first of its rows is asked for."""
+    """Metadata from manifests. Each manifest is read once, at the first lookup of one of its rows."""
 
     def __init__(self) -> None:
         self._files: dict[str, dict[int, dict[str, Any]]] = {}
 
     def of(self, source: str) -> dict[str, Any]:
-        """What the row at ``<manifest>:<line>`` says of itself.
+        """Metadata of the row at ``<manifest>:<line>``.
 
         Returns:
             ``speaker``, ``domain``, ``dataset`` (the manifest's name unless the row names one), ``audio_path``,
-            ``references``, ``reference_phonetic``, ``snr_db``; None where the row does not say. ``unlabelled`` for a
-            row that has no text to hold an answer against. For a chunk what its recording says, and ``CHUNK_KEYS``.
+            ``references``, ``reference_phonetic``, ``snr_db``; None for missing keys. ``unlabelled`` for a row without
+            a reference. For a chunk: the metadata of its recording, and ``CHUNK_KEYS``.
         """
-        manifest, line = split_source(source)
+        manifest, line = Source.parse(source)
         if manifest not in self._files:
             self._files[manifest] = _read(manifest)
-        found = self._files[manifest].get(line, {})
-        if "chunk_of" in found:
-            return self.of(found["chunk_of"]) | found
-        missing = dict.fromkeys((*KNOWN_COLUMNS, "references", "snr_db"))
-        return {**missing, "dataset": Path(manifest).stem, **found}
+        metadata = self._files[manifest].get(line, {})
+        if "chunk_of" in metadata:
+            return self.of(metadata["chunk_of"]) | metadata
+        missing = dict.fromkeys((*METADATA_COLUMNS, "references", "snr_db"))
+        return {**missing, "dataset": Path(manifest).stem, **metadata}
 
 
 def _read(manifest: str) -> dict[int, dict[str, Any]]:
-    """{line: its keys}; empty where the manifest is not there any more."""
-    found: dict[int, dict[str, Any]] = {}
+    """{line: metadata}; empty if the manifest no longer exists."""
+    by_line: dict[int, dict[str, Any]] = {}
     try:
         with open(manifest, "rb") as file:
             for line, raw in enumerate(file, 1):
                 try:
                     row = json.loads(raw.decode("utf-8-sig"))
                 except (ValueError, RecursionError):
-                    continue  # no row; featurize has it in its ledger
+                    continue  # not a row; the ledger of featurize lists it
                 if isinstance(row, dict):
-                    found[line] = _keys(row, manifest)
+                    by_line[line] = _metadata(row, manifest)
     except OSError:
         return {}
-    return found
+    return by_line
 
 
-def _keys(row: dict[str, Any], manifest: str) -> dict[str, Any]:
+def _metadata(row: dict[str, Any], manifest: str) -> dict[str, Any]:
     if "chunk_of" in row:
         return {name: row[name] for name in CHUNK_KEYS}
-    found: dict[str, Any] = {name: known_text(row.get(name)) for name in ("speaker", "domain", "dataset")}
-    found["reference_phonetic"] = known_text(row.get("transcript_phonetic"))
-    found["snr_db"] = known_number(row.get("snr_db"))
-    found[UNLABELLED] = True if row.get(UNLABELLED) is True else None
+    metadata: dict[str, Any] = {name: text_or_none(row.get(name)) for name in ("speaker", "domain", "dataset")}
+    metadata["reference_phonetic"] = text_or_none(row.get("transcript_phonetic"))
+    metadata["snr_db"] = number_or_none(row.get("snr_db"))
+    metadata[UNLABELLED] = True if row.get(UNLABELLED) is True else None
     references, path = row.get("references"), row.get("audio_path")
     if isinstance(references, list) and references and all(isinstance(text, str) for text in references):
-        found["references"] = references
+        metadata["references"] = references
     if isinstance(path, str) and path:
-        found["audio_path"] = find_file(Path(manifest).parent, path) or find_file(Path.cwd(), path) or None
-    return {name: value for name, value in found.items() if value is not None}
+        metadata["audio_path"] = find_file(Path(manifest).parent, path) or find_file(Path.cwd(), path) or None
+    return {name: value for name, value in metadata.items() if value is not None}

@@ -1,35 +1,35 @@
-"""One chunk of manifest lines -> one shard: the unit of work of featurize, and of what it remembers."""
+"""Featurizes one chunk of manifest lines into one shard: the unit of work of featurize, and of what it caches."""
 
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import BadRow, RunError, one_line
+from voxray.cluster.actor_pool import PoolWorker
+from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
+from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
-from voxray.features.crash_log import open_crash_log
+from voxray.features.crash_log import CrashLog, open_crash_log
 from voxray.features.extract import Extractor, file_state
 from voxray.features.shards import index_part, shard_bytes, shard_path
 
-MAX_ATTEMPTS = 3
-"""How often a process may end at one and the same row before the row is given up."""
+MAX_CRASHES_PER_ROW = 3
+"""A row that has ended this many processes is skipped."""
 
 
 @dataclass(frozen=True)
 class WorkItem:
-    """What an actor gets.
+    """One chunk to featurize.
 
     Attributes:
         chunk: Lines to read.
         folder: Feature set to write to.
         augmented: Whether its clips get variants.
-        verify: Whether the checksum of a shard that is there already is checked.
+        verify: Whether to check the checksum of a shard that exists already.
         max_bytes: Largest shard allowed.
     """
 
@@ -40,66 +40,63 @@ class WorkItem:
     max_bytes: float = float("inf")
 
 
-class ChunkFeaturizer:
-    """Turns one chunk into one shard; a Ray Data actor."""
+class ChunkFeaturizer(PoolWorker):
+    """Featurizes chunks, as a Ray Data actor or in this process."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Ray Data's form of ``make``: a batch of one item; what the user has to put right comes back as ``error``."""
-        try:
-            result = self.make(batch["item"][0])
-        except (RunError, OSError) as error:
-            result = {"error": one_line(error)}
-        return {"result": [json.dumps(result)]}
-
-    def make(self, item: WorkItem) -> dict[str, Any]:
-        """Write the chunk's shard unless a good one is there.
+    def work(self, item: WorkItem) -> dict[str, Any]:
+        """Write the chunk's shard, unless a valid one exists.
 
         Returns:
-            Counts, and the ledger lines of the chunk's bad rows.
+            folder, chunk: Of the item.
+            pid: Of this process.
+            rows: Usable rows.
+            num_made: Rows computed now, the bad ones included.
+            bad: Ledger lines of the chunk's bad rows.
+            content: Hash of the chunk's lines and clips.
         Raises:
             RunError: The shard is larger than allowed.
         """
         raw = item.chunk.read_bytes()
-        report = _report_of_good_shard(item, raw)
-        made = report is None
-        if report is None:
-            report = self._write(item, raw)
-        num_bad, num_samples = len(report["bad"]), report["samples"]
-        summary = {"folder": str(item.folder), "chunk": item.chunk.number, "pid": os.getpid(), "bad": report["bad"]}
+        cached = _read_valid_report(item, raw)
+        report = cached or self._write(item, raw)
         return {
-            **summary,
-            "rows": num_samples,
-            "made": num_samples + num_bad if made else 0,
+            "folder": str(item.folder),
+            "chunk": item.chunk.number,
+            "pid": os.getpid(),
+            "rows": report["samples"],
+            "num_made": 0 if cached else report["samples"] + len(report["bad"]),
+            "bad": report["bad"],
             "content": report["content"],
         }
 
     def _write(self, item: WorkItem, raw: bytes) -> dict[str, Any]:
+        """Write the chunk's shard and its report; returns the report."""
         manifest, path = item.chunk.manifest, shard_path(item.folder, item.chunk.number)
         parsed = read_chunk(item.chunk, raw)
         bad = [_ledger_line(manifest, line, "", error) for line, error in parsed.bad]
         rows, clips, num_samples = [], [], 0
-        with attempts(item, raw) as attempt:
+        with open_crash_log(crash_log_path(item, raw), MAX_CRASHES_PER_ROW) as crash_log:
             for sample in parsed.samples:
                 try:
-                    attempt(sample)
-                    made, clip = self.extractor.sample_rows(sample, augmented=item.augmented)
-                    rows += made
+                    start_sample(sample, crash_log)
+                    sample_rows, clip = self.extractor.sample_rows(sample, augmented=item.augmented)
+                    rows += sample_rows
                     clips += [clip] if clip else []
                     num_samples += 1
                 except BadRow as error:
-                    bad.append(_ledger_line(manifest, _line(sample), sample.id, error))
+                    bad.append(_ledger_line(manifest, Source.parse(sample.source).line, sample.id, error))
                     if error.reason == "process_died":
                         clips.append({**file_state(sample.audio_path), "sha256": ""})
             self.extractor.encode(rows)
-        storing = self.extractor.spec
-        data = shard_bytes(rows, storing.store, storing.torch_dtype, self.extractor.frame_shape)
+        spec = self.extractor.spec
+        data = shard_bytes(rows, spec.store, spec.torch_dtype, self.extractor.frame_shape)
         if data.size > item.max_bytes:
             raise RunError(f"{path}: {data.size:,} bytes, but its clips seemed to need {item.max_bytes:,.0f} at most")
         write_atomically(path, data)
-        marks = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
+        clip_keys = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
         bad.sort(key=lambda line: line["line"])
         report = {
             "lines": sha256_hex(raw),
@@ -108,7 +105,7 @@ class ChunkFeaturizer:
             "rows": len(rows),
             "bytes": data.size,
             "sha256": hashlib.sha256(data).hexdigest(),
-            "content": hashlib.sha256(raw + marks.encode()).hexdigest(),
+            "content": hashlib.sha256(raw + clip_keys.encode()).hexdigest(),
             "bad": bad,
             "clips": clips,
             "index": index_part(rows, item.chunk.number),
@@ -117,38 +114,28 @@ class ChunkFeaturizer:
         return report
 
 
-@contextmanager
-def attempts(item: WorkItem, raw: bytes) -> Iterator[Any]:
-    """Remember on disk which row is being worked on, so that one that kills its process is given up.
-
-    Yields:
-        A function to call with every sample before it is worked on; it raises BadRow for one that has ended
-        ``MAX_ATTEMPTS`` processes.
-    """
+def crash_log_path(item: WorkItem, raw: bytes) -> Path:
+    """Crash log of a chunk: beside its shard, or on the local disk for a remote feature set."""
     if isinstance(item.folder, Path):
-        place = item.folder / "shards"
+        folder = item.folder / "shards"
     else:
-        place = Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(item.folder).encode())[:16]
-    with open_crash_log(place / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}") as begun:
-
-        def attempt(sample: Sample) -> None:
-            if not sample.task.has_audio:
-                return
-            if begun.deaths[_line(sample)] >= MAX_ATTEMPTS:
-                raise BadRow(
-                    "process_died", f"{sample.audio_path}: {MAX_ATTEMPTS} processes died while they read this clip"
-                )
-            begun.begin(_line(sample))
-
-        yield attempt
+        folder = Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(item.folder).encode())[:16]
+    return folder / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}"
 
 
-def _line(sample: Sample) -> int:
-    return int(sample.source.rpartition(":")[2])
+def start_sample(sample: Sample, crash_log: CrashLog) -> None:
+    """Note in the crash log that a sample's clip is read next.
+
+    Raises:
+        BadRow: The clip has ended ``MAX_CRASHES_PER_ROW`` processes.
+    """
+    if sample.task.has_audio and not crash_log.start_rows([Source.parse(sample.source).line]):
+        message = f"{sample.audio_path}: {MAX_CRASHES_PER_ROW} processes died while they read this clip"
+        raise BadRow("process_died", message)
 
 
-def _report_of_good_shard(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
-    """The stored report if the shard was made from these lines and these clips, else None."""
+def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
+    """The stored report if the shard was made from these very lines and clips, else None."""
     path = shard_path(item.folder, item.chunk.number)
     try:
         report = json.loads(path.with_suffix(".json").read_text())
@@ -161,14 +148,14 @@ def _report_of_good_shard(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
     if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
         return None
     if any(line["reason"].startswith("audio_") for line in report["bad"]):
-        return None  # the clip may have been put right since
+        return None  # the clip may have been fixed since
     return report if all(map(_clip_unchanged, report["clips"])) else None
 
 
 def _clip_unchanged(clip: dict[str, Any]) -> bool:
-    """Same size and times; or, where a copy has other times, the same bytes."""
+    """Whether a clip has the same size and times as before, or the same bytes (a copy may have other times)."""
     try:
-        if file_state(clip["path"]) == {key: value for key, value in clip.items() if key != "sha256"}:
+        if {**file_state(clip["path"]), "sha256": clip["sha256"]} == clip:
             return True
         return bool(clip["sha256"]) and sha256_hex(Path(clip["path"]).read_bytes()) == clip["sha256"]
     except OSError:

@@ -1,8 +1,8 @@
-"""How much disk encoder outputs will take, before any of them is computed.
+"""Estimates the disk space of encoder outputs before any of them is computed.
 
-A 30 s window of Voxtral's encoder is 1,500 x 1,280 values: 3.8 MB in bfloat16, five times its log-mel. So the job says
-what it will write first, from the clips' headers alone, and every shard is given a share of the budget that it may not
-exceed: together they stay below it whatever a header claimed.
+A 30 s window of Voxtral's encoder is 1,500 x 1,280 values: 3.8 MB in bfloat16, five times its log-mel. So the job first
+estimates what it will write, from the clips' headers alone, and gives every shard a byte limit. Together the shards
+stay within the budget, whatever a header claims.
 """
 
 import shutil
@@ -27,62 +27,63 @@ SHARD_BYTES, ROW_BYTES = 16_384, 512  # schema and footer of a shard; lengths an
 THREADS = 8
 
 
-def allowances(
+def with_byte_limits(
     work: Sequence["WorkItem"],
     extractor: Extractor,
     features_dir: AnyPath,
     max_bytes: float,
     on_estimate: Callable[[int], None],
 ) -> list["WorkItem"]:
-    """Give every chunk the bytes that its shard may have.
+    """Set the largest size of every chunk's shard.
 
     Args:
         max_bytes: Budget for all shards together.
-        on_estimate: Called with the bytes that they need at most, before any is written.
+        on_estimate: Called with the upper bound of the bytes needed, before anything is written.
     Raises:
-        RunError: The budget, or what is free on the disk, does not suffice.
+        RunError: The shards need more than the budget or the free disk space.
     """
     with ThreadPoolExecutor(THREADS) as pool:
-        wanted = list(pool.map(lambda item: chunk_bytes(item, extractor), work))
-    total, there = sum(wanted), sum(_bytes_there(item) for item in work)
+        estimates = list(pool.map(lambda item: chunk_bytes(item, extractor), work))
+    total, existing = sum(estimates), sum(_existing_bytes(item) for item in work)
     on_estimate(total)
     sizes = f"encoder outputs need up to {total / GIB:.3g} GiB"
     if total > max_bytes:
         raise RunError(f"--cache_budget_gib {max_bytes / GIB:.3g}: {sizes}; nothing was written")
     free = _free_bytes(features_dir)
-    if total - there > free:
+    if total - existing > free:
         raise RunError(f"{features_dir}: {sizes}, and the disk has {free / GIB:.3g} GiB left; nothing was written")
-    # What the budget has to spare is shared out, for clips that are longer than their headers say.
-    spare = min(max_bytes, free + there, 4 * total) / max(total, 1)
-    return [replace(item, max_bytes=bytes_ * spare) for item, bytes_ in zip(work, wanted, strict=True)]
+    # Unused budget is distributed over the shards, for clips that are longer than their headers say.
+    margin = min(max_bytes, free + existing, 4 * total) / max(total, 1)
+    return [replace(item, max_bytes=estimate * margin) for item, estimate in zip(work, estimates, strict=True)]
 
 
 def chunk_bytes(item: "WorkItem", extractor: Extractor) -> int:
-    """Upper bound of a chunk's shard, in bytes, if the clips are as long as their headers say."""
+    """Upper bound of the size of a chunk's shard in bytes, if the clips are as long as their headers say."""
     raw = item.chunk.read_bytes()
     samples = read_chunk(item.chunk, raw).samples
     variants = extractor.spec.waveform.num_variants if item.augmented else 1
     windows = sum(_windows(sample, extractor, item.augmented) for sample in samples) * variants
     front_end = extractor.front_end
     window_bytes = front_end.encoder_positions * front_end.encoder_dim * extractor.spec.torch_dtype.itemsize
-    text_bytes = (ROW_BYTES * len(samples) + 8 * len(raw)) * variants  # texts as they are, and four bytes per token
+    text_bytes = (ROW_BYTES * len(samples) + 8 * len(raw)) * variants  # the texts, and four bytes per token
     return SHARD_BYTES + text_bytes + windows * (window_bytes + 4 * front_end.encoder_positions)
 
 
 def _windows(sample: Sample, extractor: Extractor, augmented: bool) -> int:
+    """Upper bound of the encoder windows of a sample's longest variant."""
     if not sample.task.has_audio:
         return 0
     try:
         seconds = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
     except (OSError, ValueError):
-        return 1  # featurize will tell what is wrong with it
+        return 1  # featurize will report the error
     slowest = min(extractor.spec.waveform.speeds, default=1.0) if augmented else 1.0
     rate_hz = extractor.front_end.sample_rate_hz
     longest = min(seconds / min(1.0, slowest), extractor.front_end.max_audio_sec)
     return max(1, extractor.front_end.num_windows(int(longest * rate_hz) + rate_hz // 100))
 
 
-def _bytes_there(item: "WorkItem") -> int:
+def _existing_bytes(item: "WorkItem") -> int:
     try:
         return num_bytes(shard_path(item.folder, item.chunk.number))
     except OSError:
@@ -92,5 +93,5 @@ def _bytes_there(item: "WorkItem") -> int:
 def _free_bytes(features_dir: AnyPath) -> float:
     if not isinstance(features_dir, Path):
         return float("inf")
-    there = next(folder for folder in (features_dir, *features_dir.parents) if folder.is_dir())
-    return shutil.disk_usage(there).free
+    existing = next(folder for folder in (features_dir, *features_dir.parents) if folder.is_dir())
+    return shutil.disk_usage(existing).free

@@ -1,4 +1,4 @@
-"""Manifest rows -> everything that a shard holds of them."""
+"""Extracts from manifest rows everything that a shard stores."""
 
 import errno
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from voxray.audio.augment import NONE, WaveformAugmentation, augment
+from voxray.audio.augment import NO_AUGMENTATION, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.errors import BadRow
@@ -25,63 +25,59 @@ from voxray.models.registry import get_family
 
 FeatureValues = dict[str, Any]
 """The columns of one row (see ``shards``)."""
-MAX_WHOLE_BYTES = 256 << 20  # a larger file is not read into memory as a whole
+MAX_WHOLE_BYTES = 256 << 20  # larger files are not read into memory as a whole
 ENCODER_WINDOWS = 8  # windows of one forward pass of the encoder
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What is stored of a clip.
+    """What a feature set stores.
 
     Attributes:
         store: One of ``shards.STORES``.
-        dtype: Of stored encoder outputs.
+        dtype: Data type of stored encoder outputs.
         bf16: Whether the encoder computes in bfloat16, as a training run with --bf16 does.
         waveform: Variants of every clip.
-        trim_audio: Leave audio tokens that stand for padding out of prompts; what is stored of the clip is the same.
-        language: Two-letter code of the language of rows that name none, "" if it is not known.
+        trim_audio: Leave the audio tokens of padding out of prompts; the stored audio is the same.
+        language: Two-letter language code for rows that name no language, "" if unknown.
     """
 
     store: Literal["mel", "pcm16", "encoder"] = "mel"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     bf16: bool = False
-    waveform: WaveformAugmentation = NONE
+    waveform: WaveformAugmentation = NO_AUGMENTATION
     trim_audio: bool = False
     language: str = ""
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the stored audio."""
+        """Data type of the stored audio."""
         return {"mel": torch.float16, "pcm16": torch.int16, "encoder": getattr(torch, self.dtype)}[self.store]
 
 
 class Extractor:
-    """Makes rows; picklable, and the encoder, where one is needed, is loaded by whoever uses it first.
+    """Extracts rows. It can be pickled; the encoder, if one is needed, is loaded at its first use.
 
     Args:
         model_id: Base model.
         spec: What to store.
     Attributes:
-        fingerprint: Hash of everything that decides what is stored of a row.
+        fingerprint: Hash of everything that determines what is stored of a row.
         plain_fingerprint: The same without variants.
     """
 
-    def __init__(self, model_id: str, storing: FeatureSpec | None = None) -> None:
-        self.model_id, self.spec = model_id, storing or FeatureSpec()
+    def __init__(self, model_id: str, spec: FeatureSpec | None = None) -> None:
+        self.model_id, self.spec = model_id, spec or FeatureSpec()
         self.front_end: FrontEnd = get_family(model_id).front_end(model_id, trim_audio=self.spec.trim_audio)
-        how: list[Any] = [
-            LAYOUT,
-            self.front_end.fingerprint,
-            self.spec.store,
-            *filter(None, [self.spec.language]),
-        ]
+        inputs: list[Any] = [LAYOUT, self.front_end.fingerprint, self.spec.store, *filter(None, [self.spec.language])]
         if self.spec.store == "encoder":
             weights = get_family(model_id).encoder_fingerprint(model_id)
-            how += [self.spec.dtype, "bf16" if self.spec.bf16 else "fp32", weights]
-        self.plain_fingerprint = hashlib.sha256(json.dumps(how).encode()).hexdigest()
+            inputs += [self.spec.dtype, "bf16" if self.spec.bf16 else "fp32", weights]
+        self.plain_fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         variants = self.spec.waveform.fingerprint
-        both = json.dumps([*how, variants, self.front_end.max_audio_sec])  # a variant never gets longer than that
-        self.fingerprint = hashlib.sha256(both.encode()).hexdigest() if variants else self.plain_fingerprint
+        inputs += [variants, self.front_end.max_audio_sec]  # the longest that a variant may get
+        with_variants = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        self.fingerprint = with_variants if variants else self.plain_fingerprint
         self._encoder: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,18 +85,18 @@ class Extractor:
 
     @property
     def frame_shape(self) -> tuple[int, ...]:
-        """Shape of what is stored of a clip, without its first axis."""
+        """Shape of a clip's stored audio without its first axis."""
         encoder = (self.front_end.encoder_positions, self.front_end.encoder_dim)
         return {"mel": (self.front_end.num_mel_bins,), "pcm16": (), "encoder": encoder}[self.spec.store]
 
     def sample_rows(
         self, sample: Sample, *, augmented: bool = True
     ) -> tuple[list[FeatureValues], dict[str, Any] | None]:
-        """Everything that a shard holds of one sample, except that ``encoder`` sets hold log-mel until ``encode``.
+        """Extract the rows of one sample. For ``encoder`` sets they hold log-mel until ``encode`` is called.
 
         Returns:
-            A row per variant, and for clips what the file was (path, size, times, hash), to tell later whether it
-            changed.
+            A row per variant, and for clips the state of the file (path, size, times, hash), by which later runs
+            detect changes.
         Raises:
             BadRow: The clip is missing or unusable, or the text cannot be encoded.
         """
@@ -110,25 +106,25 @@ class Extractor:
             shared[name] = getattr(sample, name)
         if not sample.task.has_audio:
             empty = {"num_frames": 0, "fill": 0.0, "num_windows": 0, "num_samples": 0, "variant": 0}
-            none = np.empty(0, np.int16 if self.spec.store == "pcm16" else np.float32)
-            return [{**shared, **empty, "audio": none, "prompt_ids": self.front_end.prompt_ids(sample, 0)}], None
+            no_audio = np.empty(0, np.int16 if self.spec.store == "pcm16" else np.float32)
+            return [{**shared, **empty, "audio": no_audio, "prompt_ids": self.front_end.prompt_ids(sample, 0)}], None
         samples, clip = self._read(sample)
         waveform, limit = self.spec.waveform, self.front_end.max_audio_sec
         rows, rate_hz, key = [], self.front_end.sample_rate_hz, f"{clip['sha256'] or clip['path']}:{sample.start_sec}"
         for variant in range(waveform.num_variants if augmented else 1):
-            heard = augment(samples, rate_hz, variant, key, waveform, max_sec=limit) if variant else samples
-            audio = self._pcm(heard) if self.spec.store == "pcm16" else self._mel(heard)
-            prompt_ids = self.front_end.prompt_ids(sample, len(heard))
-            rows.append({**shared, **audio, "num_samples": len(heard), "variant": variant, "prompt_ids": prompt_ids})
+            signal = augment(samples, rate_hz, variant, key, waveform, max_sec=limit) if variant else samples
+            audio = self._pcm(signal) if self.spec.store == "pcm16" else self._mel(signal)
+            prompt_ids = self.front_end.prompt_ids(sample, len(signal))
+            rows.append({**shared, **audio, "num_samples": len(signal), "variant": variant, "prompt_ids": prompt_ids})
         return rows, clip
 
     def _read(self, sample: Sample) -> tuple[np.ndarray, dict[str, Any]]:
-        """Decode a sample's clip and note what the file was."""
+        """Decode a sample's clip; returns its samples and the state of the file."""
         part = Part(sample.start_sec, sample.duration_sec, sample.channel)
         try:
             clip = file_state(sample.audio_path)
-            # A whole file is read once, hashed and decoded from memory; of a segment's file only the segment is read,
-            # and of a huge one only what the longest clip needs.
+            # A whole file is read once, hashed and decoded from memory. Of a segment's file only the segment is read,
+            # and of a huge file only as much as the longest clip needs.
             whole = not (part.start_sec or part.duration_sec) and clip["size"] <= MAX_WHOLE_BYTES
             raw = Path(sample.audio_path).read_bytes() if whole else None
             clip["sha256"] = "" if raw is None else sha256_hex(raw)
@@ -139,48 +135,48 @@ class Extractor:
 
     def _mel(self, samples: np.ndarray) -> dict[str, Any]:
         features = self.front_end.features(samples)
-        found = {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill}
-        return {**found, "num_windows": features.num_windows}
+        audio = {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill}
+        return {**audio, "num_windows": features.num_windows}
 
     def _pcm(self, samples: np.ndarray) -> dict[str, Any]:
         num_windows = self.front_end.num_windows(len(samples))
         return {"audio": to_pcm16(samples), "num_frames": 0, "fill": 0.0, "num_windows": num_windows}
 
     def encode(self, rows: Sequence[FeatureValues]) -> None:
-        """Put the encoder's outputs in the place of log-mel; does nothing for the other stores.
+        """Replace the rows' log-mel by encoder outputs, in place. Does nothing for the other stores.
 
-        The encoder hears what a run from ``mel`` shards hears: features rounded to float16.
+        The encoder gets features rounded to float16, as in a run from ``mel`` shards.
         """
-        spoken = [row for row in rows if row["num_windows"]] if self.spec.store == "encoder" else []
-        if not spoken:
+        with_audio = [row for row in rows if row["num_windows"]] if self.spec.store == "encoder" else []
+        if not with_audio:
             return
         family: ModelFamily = get_family(self.model_id)
         if self._encoder is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
             self._encoder = family.load_encoder(self.model_id, dtype=dtype, device=device)
-        waiting: list[np.ndarray] = []
+        windows: list[np.ndarray] = []
         lengths: list[int] = []
-        for row in spoken:
+        for row in with_audio:
             mel_KF = row["audio"].astype(np.float16)
-            waiting.extend(padded_windows(mel_KF, row["fill"], row["num_windows"], self.front_end))
+            windows.extend(padded_windows(mel_KF, row["fill"], row["num_windows"], self.front_end))
             lengths.extend(window_lengths(row["num_samples"], self.front_end.window_frames * HOP_SAMPLES))
         states = []
-        for start in range(0, len(waiting), ENCODER_WINDOWS):
-            some = slice(start, start + ENCODER_WINDOWS)
-            mel_WFT, num_samples_W = torch.from_numpy(np.stack(waiting[some])), torch.tensor(lengths[some])
+        for start in range(0, len(windows), ENCODER_WINDOWS):
+            batch = slice(start, start + ENCODER_WINDOWS)
+            mel_WFT, num_samples_W = torch.from_numpy(np.stack(windows[batch])), torch.tensor(lengths[batch])
             states.append(family.encode(self._encoder, mel_WFT, num_samples_W).float().cpu().numpy())
         states_WPD, start = np.concatenate(states), 0
-        for row in spoken:
+        for row in with_audio:
             row["audio"] = states_WPD[start : start + row["num_windows"]]
             start += row["num_windows"]
 
 
 def file_state(path: str) -> dict[str, Any]:
-    """Size and times of a clip's file.
+    """Path, size and times of a clip's file.
 
     Raises:
-        OSError: There is none, or it is a pipe, a device or a folder.
+        OSError: It does not exist, or is a pipe, a device or a folder.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):

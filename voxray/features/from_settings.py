@@ -1,36 +1,36 @@
-"""From a job's settings to feature sets that are up to date."""
+"""Brings the feature sets of a job up to date, as its settings require."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from voxray.audio.augment import NONE, WaveformAugmentation, list_audio
+from voxray.audio.augment import NO_AUGMENTATION, WaveformAugmentation, list_audio
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.flag_groups import FeatureFlags, TrimFlags, VariantFlags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import SettingsError
-from voxray.core.storage import AnyPath, CacheLimits, RemotePath, num_bytes, refuse_unwritable, remote_path
+from voxray.core.storage import AnyPath, CacheLimits, RemotePath, num_bytes, remote_path, require_writable
 from voxray.core.units import GIB
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import FeaturizeReport, featurize
 from voxray.runs.run_folder import make_folder, output_url, resolve_output_dir
 
-FLAG_OF = {
+FLAG_NAMES = {
     "num_variants": "variants",
     "noise_snr_db": "noise_snr",
     "noise_paths": "noise_dir",
     "room_paths": "room_dir",
 }
-"""What users call the fields of ``WaveformAugmentation``, where the names differ."""
+"""Flags of the fields of ``WaveformAugmentation``, where the names differ."""
 
 
 def open_features_dir(settings: FeatureFlags, path: str, storage_path: str, *, flag: str) -> AnyPath:
-    """The folder of a job's feature sets, made ready to be written to.
+    """Open the folder of a job's feature sets and make sure that it can be written to.
 
     Args:
         path: A folder or a URL.
     Raises:
-        SettingsError, RunError: It cannot be placed or written to; the message names the flag.
+        SettingsError, RunError: It is no usable path, or cannot be written to; the message names the flag.
     """
     path = output_url(path, storage_path) or path
     if "://" not in path:
@@ -40,19 +40,19 @@ def open_features_dir(settings: FeatureFlags, path: str, storage_path: str, *, f
     if "://" in settings.features_cache_dir:
         raise SettingsError(f"--features_cache_dir {settings.features_cache_dir}: must be a folder of this machine")
     cache = Path(os.path.expanduser(settings.features_cache_dir)).absolute()
-    place = remote_path(path, flag, CacheLimits(str(cache), int(settings.features_cache_gib * GIB)))
-    refuse_unwritable(place, flag)
-    return place
+    remote_dir = remote_path(path, flag, CacheLimits(str(cache), int(settings.features_cache_gib * GIB)))
+    require_writable(remote_dir, flag)
+    return remote_dir
 
 
 def feature_spec(settings: FeatureFlags, *, bf16: bool) -> FeatureSpec:
-    """What the settings ask to be stored.
+    """FeatureSpec of a job's settings.
 
     Raises:
-        SettingsError: The variants asked for cannot be had; the message names the flag.
+        SettingsError: The settings of variants are invalid; the message names the flag.
         RunError: A folder of noises or rooms is missing or holds no audio.
     """
-    waveform = NONE
+    waveform = NO_AUGMENTATION
     if isinstance(settings, VariantFlags) and settings.variants > 1:
         if len(settings.noise_snr) == 1:
             raise SettingsError("--noise_snr: needs two numbers, the lowest and the highest level in dB")
@@ -69,13 +69,13 @@ def feature_spec(settings: FeatureFlags, *, bf16: bool) -> FeatureSpec:
             )
         except ValueError as error:
             message = str(error)
-            for name, flag in FLAG_OF.items():
+            for name, flag in FLAG_NAMES.items():
                 message = message.replace(name, f"--{flag}")
             raise SettingsError(f"--variants {settings.variants}: {message}") from None
     elif isinstance(settings, VariantFlags):
-        given = sorted(settings.model_fields_set & set(VariantFlags.model_fields) - {"variants"})
-        if given:
-            console.print(f"warning: --{given[0]} has no effect without --variants", markup=False)
+        unused = sorted(settings.model_fields_set & set(VariantFlags.model_fields) - {"variants"})
+        if unused:
+            console.print(f"warning: --{unused[0]} has no effect without --variants", markup=False)
     trim_audio = isinstance(settings, TrimFlags) and settings.trim_audio_tokens
     return FeatureSpec(settings.store, settings.cache_dtype, bf16, waveform, trim_audio, settings.language)
 
@@ -90,11 +90,11 @@ def make_features(
     plain_manifests: Sequence[str] = (),
     use_ray: bool = True,
 ) -> FeaturizeReport:
-    """Featurize with a progress bar and a line about what came of it.
+    """Featurize with a progress bar, and print a summary.
 
     Args:
-        manifests: Those whose clips get the variants that the settings ask for.
-        plain_manifests: Those whose clips get none.
+        manifests: Manifests whose clips get the variants of the settings.
+        plain_manifests: Manifests whose clips get no variants.
     """
     extractor = Extractor(model_id, feature_spec(settings, bf16=bf16))
     with progress_bar("features") as bar:
@@ -109,7 +109,7 @@ def make_features(
             strict=settings.strict,
             verify=isinstance(settings, FeaturizeSettings) and settings.verify,
             max_bytes=settings.cache_budget_gib * GIB,
-            on_estimate=lambda wanted: bar.say(f"encoder outputs will take {wanted / GIB:.3g} GiB at most"),
+            on_estimate=lambda total: bar.say(f"encoder outputs will take {total / GIB:.3g} GiB at most"),
             on_progress=bar.update,
         )
     new = f", {report.num_made} of them made now" if report.num_made else ", all of them there already"
@@ -121,8 +121,8 @@ def make_features(
     return report
 
 
-def log_folder(place: AnyPath) -> Path:
-    """A local folder for Ray's log: the place itself, or the cache of a remote one."""
-    folder = Path(place.cache.folder) if isinstance(place, RemotePath) else place
+def log_folder(features_dir: AnyPath) -> Path:
+    """Local folder for Ray's log: the feature folder itself, or the local cache of a remote one."""
+    folder = Path(features_dir.cache.folder) if isinstance(features_dir, RemotePath) else features_dir
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""Reading feature sets back: lengths of all rows from the index, single rows from memory-mapped shards."""
+"""Reads feature sets: lengths of all rows from the index, single rows from memory-mapped shards."""
 
 import hashlib
 import json
@@ -19,16 +19,16 @@ from voxray.features.shard_cache import fetch
 from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
 
 OPEN_SHARDS = 256  # memory maps kept open at a time
-OPEN_REMOTE_SHARDS = 16  # a copy that left the cache takes disk until it is closed
+OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
 SCALARS = ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples")
 
 
 @dataclass(frozen=True)
 class FeatureRow:
-    """One row as it is stored; arrays are read-only views of the mapped file.
+    """One stored row. Its arrays are read-only views of the mapped file.
 
     Attributes:
-        store: What ``audio`` is, one of ``shards.STORES``.
+        store: Kind of ``audio``, one of ``shards.STORES``.
         audio: mel: float16, (num_frames, num_mel_bins); pcm16: int16, (num_samples,); encoder: float32, float16,
             or uint16 that holds the bits of bfloat16, (num_windows, positions, hidden). Empty for text tasks.
         fill: Value of the padded frames of ``mel``.
@@ -49,44 +49,44 @@ class FeatureRow:
     num_samples: int
 
     @classmethod
-    def of(cls, row: dict[str, Any]) -> "FeatureRow":
-        """A row of log-mel that was just computed and never stored (see ``extract.Extractor``)."""
+    def from_values(cls, row: dict[str, Any]) -> "FeatureRow":
+        """Make a row from the log-mel values of ``extract.Extractor`` without storing it."""
         values = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids")}
         return cls(**{**values, **ids, "store": "mel", "audio": row["audio"].astype(np.float16)})
 
 
 class _Shard:
-    """An open shard with what its schema says of the stored audio."""
+    """An open shard with the metadata of its audio."""
 
     def __init__(self, path: Path) -> None:
         self.reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        described = self.reader.schema.metadata
-        self.store: str = described[b"store"].decode()
-        self.frame_shape: list[int] = json.loads(described[b"frame_shape"])
+        metadata = self.reader.schema.metadata
+        self.store: str = metadata[b"store"].decode()
+        self.frame_shape: list[int] = json.loads(metadata[b"frame_shape"])
 
-    def row(self, place: int) -> FeatureRow:
-        batch, place = self.reader.get_batch(place // ROWS_PER_BATCH), place % ROWS_PER_BATCH
-        values = {name: batch.column(name)[place].as_py() for name in SCALARS}
-        audio = batch.column(AUDIO_COLUMN)[place].values.to_numpy()
+    def row(self, index: int) -> FeatureRow:
+        batch, index = self.reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
+        values = {name: batch.column(name)[index].as_py() for name in SCALARS}
+        audio = batch.column(AUDIO_COLUMN)[index].values.to_numpy()
         return FeatureRow(
             **values,
-            prompt_ids=batch.column("prompt_ids")[place].values.to_numpy(),
-            target_ids=batch.column("target_ids")[place].values.to_numpy(),
+            prompt_ids=batch.column("prompt_ids")[index].values.to_numpy(),
+            target_ids=batch.column("target_ids")[index].values.to_numpy(),
             store=self.store,
             audio=audio.reshape(-1, *self.frame_shape),
         )
 
 
 class RowLengths:
-    """What planning asks of rows, which are addressed by one running number in manifest order.
+    """Lengths of rows, as planning needs them. Rows are numbered from 0 in manifest order.
 
     Attributes:
         task: Task code of every row, int8 (see ``shards.TASK_CODES``).
-        sample: Running number of the manifest row that every row is a variant of, int64.
+        sample: Number of the manifest row that each row is a variant of, int64.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
-        max_extra_prompt_tokens: {task: tokens to reserve per row, because a sampled prompt may be longer}.
+        max_extra_prompt_tokens: {task: tokens to reserve per row, since a sampled prompt may be longer}.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
         has_language: Whether the row's language is known, bool.
@@ -107,17 +107,17 @@ class RowLengths:
 
     @cached_property
     def longest_tokens(self) -> np.ndarray:
-        """``num_tokens`` and the spare ones."""
+        """``num_tokens`` plus ``max_extra_prompt_tokens``."""
         longest = self.num_tokens
-        for name, spare in self.max_extra_prompt_tokens.items():
-            longest[self.task == TASK_CODES[name]] += spare
+        for name, extra in self.max_extra_prompt_tokens.items():
+            longest[self.task == TASK_CODES[name]] += extra
         return longest
 
     def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows within a token limit, and the first row of every sample that has no variant within it."""
         fits = self.longest_tokens <= max_len
-        rows, others = np.flatnonzero(fits), np.flatnonzero(~fits)
-        lost = others[~np.isin(self.sample[others], self.sample[rows])]
+        rows, too_long = np.flatnonzero(fits), np.flatnonzero(~fits)
+        lost = too_long[~np.isin(self.sample[too_long], self.sample[rows])]
         return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]
 
     def source(self, number: int) -> str:
@@ -130,20 +130,19 @@ class Features(RowLengths):
 
     Attributes:
         folders: The feature sets.
-        store: What they store of a clip, one of ``shards.STORES``; "" if there is no set.
-
+        store: Kind of stored audio, one of ``shards.STORES``; "" if there is no set.
     Raises:
-        RunError: A folder holds no finished set, or the sets do not store the same.
+        RunError: A folder holds no finished set, or the sets store different kinds of audio.
     """
 
     def __init__(self, folders: Iterable[AnyPath], max_extra_prompt_tokens: Mapping[str, int] | None = None) -> None:
         self.folders = tuple(folders)
-        self._described = [_describe(folder) for folder in self.folders]
-        stores = {described["store"] for described in self._described}
+        self._descriptions = [_read_description(folder) for folder in self.folders]
+        stores = {description["store"] for description in self._descriptions}
         if len(stores) > 1:
             raise RunError(f"{self.folders[0].name}: these feature sets store different things: {', '.join(stores)}")
         self.store: str = next(iter(stores), "")
-        tables = [_index(folder, found) for folder, found in zip(self.folders, self._described, strict=True)]
+        tables = [_read_index(*pair) for pair in zip(self.folders, self._descriptions, strict=True)]
         self._set = np.repeat(np.arange(len(tables), dtype=np.int32), [table.num_rows for table in tables])
         self._index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
         self._shard, self._row = self._numbers("shard"), self._numbers("row")
@@ -158,7 +157,7 @@ class Features(RowLengths):
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
         self._max_open = OPEN_SHARDS if all(isinstance(f, Path) for f in self.folders) else OPEN_REMOTE_SHARDS
-        self._checksums: dict[int, list[dict[str, Any]]] = {}
+        self._shard_lists: dict[int, list[dict[str, Any]]] = {}  # shards.json of remote sets
 
     def __len__(self) -> int:
         return len(self._row)
@@ -175,9 +174,9 @@ class Features(RowLengths):
 
     def row(self, number: int) -> FeatureRow:
         """Read one row from its mapped shard; no copy of the features is made."""
-        return self._opened(int(self._set[number]), int(self._shard[number])).row(int(self._row[number]))
+        return self._get_shard(int(self._set[number]), int(self._shard[number])).row(int(self._row[number]))
 
-    def _opened(self, set_number: int, shard: int) -> _Shard:
+    def _get_shard(self, set_number: int, shard: int) -> _Shard:
         key = (set_number, shard)
         with self._lock:
             if key not in self._open:
@@ -191,29 +190,29 @@ class Features(RowLengths):
         path = shard_path(self.folders[set_number], shard)
         if isinstance(path, Path):
             return _Shard(path)
-        if set_number not in self._checksums:
-            self._checksums[set_number] = json.loads((self.folders[set_number] / "shards.json").read_text())
-        described = self._checksums[set_number][shard]
+        if set_number not in self._shard_lists:
+            self._shard_lists[set_number] = json.loads((self.folders[set_number] / "shards.json").read_text())
+        entry = self._shard_lists[set_number][shard]
         while True:
             try:
-                return _Shard(fetch(path, described["sha256"], described["bytes"]))
+                return _Shard(fetch(path, entry["sha256"], entry["bytes"]))
             except FileNotFoundError:
-                continue  # another process made room between the two
+                continue  # another process evicted the copy before it was opened
 
     def fingerprint(self) -> str:
-        """Hash of what the sets were made of; a run that resumes must find the same."""
-        return hashlib.sha256("\n".join(found["content"] for found in self._described).encode()).hexdigest()
+        """Hash of the content of all sets. A run can only resume with the same content."""
+        return hashlib.sha256("\n".join(each["content"] for each in self._descriptions).encode()).hexdigest()
 
 
-def _describe(folder: AnyPath) -> dict[str, Any]:
+def _read_description(folder: AnyPath) -> dict[str, Any]:
     try:
         return json.loads((folder / "set.json").read_text())
     except OSError:
         raise RunError(f"{folder}: not a finished feature set; run featurize on its manifest") from None
 
 
-def _index(folder: AnyPath, described: dict[str, Any]) -> pa.Table:
+def _read_index(folder: AnyPath, description: dict[str, Any]) -> pa.Table:
     path = folder / "index.arrow"
     if isinstance(path, RemotePath):
-        path = fetch(path, described["index_sha256"], described["index_bytes"])
+        path = fetch(path, description["index_sha256"], description["index_bytes"])
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -1,8 +1,8 @@
 """Copies of remote shards on the local disk, within a budget.
 
-Files are named by the checksum of their content, so a copy is never stale, and several processes of a machine share one
-cache. The least recently used copies make room for new ones. A copy that is removed while a process has it mapped stays
-readable there; its bytes come free when that process closes it.
+Files are named by the checksum of their content, so a copy is never stale, and all processes of a machine share one
+cache. The least recently used copies are deleted for new ones. A copy that is deleted while a process has it mapped
+stays readable there; its disk space is freed when that process closes it.
 """
 
 import fcntl
@@ -14,19 +14,20 @@ from pathlib import Path
 
 from voxray.core.errors import RunError, one_line
 from voxray.core.storage import CacheLimits, RemotePath, checksum
+from voxray.core.units import GIB
 
-SUFFIXES = {".arrow", ".part"}  # what belongs to the cache, of the files in its folder
-ABANDONED_SEC = 3600.0  # a download that has not grown for this long belongs to a process that is gone
+SUFFIXES = {".arrow", ".part"}  # files of the cache; others in its folder are left alone
+ABANDONED_SEC = 3600.0  # a download without progress for this long belongs to a process that has ended
 
 
 def fetch(remote: RemotePath, sha256: str, num_bytes: int) -> Path:
-    """Local copy of a remote file.
+    """Get the local copy of a remote file; download it if there is none.
 
     Args:
-        sha256: Checksum of its content, in hex.
-        num_bytes: Its size.
+        sha256: Checksum of the file, in hex.
+        num_bytes: Size of the file.
     Raises:
-        RunError: It is gone, it is damaged, or it is larger than the whole cache.
+        RunError: The file cannot be read, is damaged, or is larger than the whole cache.
     """
     limits = remote.cache
     folder = Path(limits.folder)
@@ -34,14 +35,14 @@ def fetch(remote: RemotePath, sha256: str, num_bytes: int) -> Path:
     if _touch(target):
         return target
     if num_bytes > limits.max_bytes:
-        sizes = f"{num_bytes / 2**30:.3g} GiB do not fit into {limits.max_bytes / 2**30:.3g} GiB"
+        sizes = f"{num_bytes / GIB:.3g} GiB do not fit into {limits.max_bytes / GIB:.3g} GiB"
         raise RunError(f"--features_cache_gib: {remote}: {sizes}")
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{sha256}.{os.getpid()}.part"
     with _locked(folder):
-        _make_room(folder, limits, num_bytes)
+        _evict(folder, limits, num_bytes)
         with open(partial, "wb") as file:
-            file.truncate(num_bytes)  # holds the place, so that other processes count it
+            file.truncate(num_bytes)  # reserves the space, so that other processes count it
     try:
         try:
             remote.download(partial)
@@ -56,6 +57,7 @@ def fetch(remote: RemotePath, sha256: str, num_bytes: int) -> Path:
 
 
 def _touch(path: Path) -> bool:
+    """Mark a file as used now; returns whether it exists."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -70,17 +72,17 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _make_room(folder: Path, limits: CacheLimits, wanted: int) -> None:
-    """Remove what was used longest ago until ``wanted`` bytes fit."""
-    found = sorted(
+def _evict(folder: Path, limits: CacheLimits, num_bytes: int) -> None:
+    """Delete the least recently used files until ``num_bytes`` fit."""
+    files = sorted(
         (path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir() if path.suffix in SUFFIXES
     )
-    total = sum(size for _, size, _ in found)
-    for used_at, size, path in found:
-        if total + wanted <= limits.max_bytes:
+    total = sum(size for _, size, _ in files)
+    for used_at, size, path in files:
+        if total + num_bytes <= limits.max_bytes:
             return
         if path.suffix != ".part" or time.time() - used_at > ABANDONED_SEC:
             path.unlink(missing_ok=True)
             total -= size
-    if total + wanted > limits.max_bytes:
+    if total + num_bytes > limits.max_bytes:
         raise RunError(f"--features_cache_gib: {folder} is full of downloads that other processes have under way")

@@ -1,18 +1,18 @@
-"""Feature shards: how features lie on disk.
+"""Feature shards: the format of feature sets on disk.
 
-A feature set belongs to one manifest, one front end and one way of storing::
+A feature set belongs to one manifest, one front end and one kind of stored audio::
 
     <features_dir>/<manifest stem>-<key>/
-      set.json           what made it
-      index.arrow        one line per usable row: lengths, task, place
-      shards.json        every shard with its rows, bytes and checksum
-      quarantine.jsonl   the rows that are not usable
+      set.json           manifest, fingerprint and counts of the set
+      index.arrow        one line per usable row: lengths, task, shard and row number
+      shards.json        rows, bytes and checksum of every shard
+      quarantine.jsonl   unusable rows
       shards/00000.arrow rows of one manifest chunk; uncompressed Arrow IPC, memory-mapped when read
-      shards/00000.json  the chunk's hash, its clips, its bad rows, its part of the index: what decides whether the
-                         shard is still good
+      shards/00000.json  the chunk's hash, clips, bad rows and part of the index; decides whether the shard is still
+                         valid
 
-A set stores one of three things of a clip (see ``STORES``). Compressed log-mel saves under 12 % and makes a random row
-3 to 40 times slower, so shards are not compressed.
+A set stores clips in one of three forms (see ``STORES``). Compression of log-mel saves under 12 % and makes reading a
+random row 3 to 40 times slower, so shards are not compressed.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from voxray.core.storage import AnyPath, checksum, move_into_place, scratch_file
 from voxray.core.tasks import TASKS
 
 LAYOUT = 2
-"""Of the shards' columns and the index; sets of another layout are made again."""
+"""Version of the columns of shards and index. Sets of another version are made again."""
 ROWS_PER_BATCH = 16
 STORES = ("mel", "pcm16", "encoder")
-"""What a set can store of a clip:
+"""Forms in which a set can store clips:
 
 mel      log-mel of the valid frames, float16, (frames, bins); ``fill`` is the value of all frames after them
-pcm16    the samples, int16, at the model's rate; features are made when a row is loaded
+pcm16    samples, int16, at the model's rate; features are computed when a row is loaded
 encoder  outputs of the frozen encoder for whole windows, (windows, positions, hidden), float32, float16 or the bits
          of bfloat16
 """
@@ -78,7 +78,7 @@ _ARROW_TYPES = {
     torch.float16: pa.float16(),
     torch.int16: pa.int16(),
     torch.float32: pa.float32(),
-    torch.bfloat16: pa.uint16(),  # Arrow has no bfloat16; the bits are kept
+    torch.bfloat16: pa.uint16(),  # Arrow has no bfloat16, so its bits are stored
 }
 
 
@@ -87,16 +87,16 @@ def shard_schema(store: str, dtype: torch.dtype, frame_shape: Sequence[int]) -> 
 
     Args:
         store: One of ``STORES``.
-        dtype: Of the stored audio.
-        frame_shape: Shape of what is stored of a clip, without its first axis: (bins,), () or (positions, hidden).
+        dtype: Data type of the stored audio.
+        frame_shape: Shape of a clip's stored audio without its first axis: (bins,), () or (positions, hidden).
     """
-    described = {"store": store, "dtype": str(dtype).removeprefix("torch."), "frame_shape": json.dumps(frame_shape)}
+    metadata = {"store": store, "dtype": str(dtype).removeprefix("torch."), "frame_shape": json.dumps(frame_shape)}
     fields = [*COLUMNS, (AUDIO_COLUMN, pa.large_list(_ARROW_TYPES[dtype]))]
-    return pa.schema(fields, metadata=described)
+    return pa.schema(fields, metadata=metadata)
 
 
 def set_folder(features_dir: AnyPath, manifest: str, fingerprint: str) -> AnyPath:
-    """Folder of the feature set of one manifest under one front end and way of storing."""
+    """Folder of a manifest's feature set. The fingerprint identifies front end and stored form."""
     key = hashlib.sha256(f"{manifest}\n{fingerprint}".encode()).hexdigest()[:12]
     return features_dir / f"{PurePosixPath(manifest).stem}-{key}"
 
@@ -108,16 +108,16 @@ def shard_path(folder: AnyPath, number: int) -> AnyPath:
 def shard_bytes(
     rows: Sequence[dict[str, Any]], store: str, dtype: torch.dtype, frame_shape: Sequence[int]
 ) -> pa.Buffer:
-    """Rows as one uncompressed Arrow file.
+    """Serialize rows as one uncompressed Arrow file.
 
     Args:
-        rows: With the columns' names as keys; ``audio`` is an array or tensor of any shape.
+        rows: Values by column name; ``audio`` is an array of any shape.
     """
     schema = shard_schema(store, dtype, frame_shape)
     lengths = np.array([0, *(row[AUDIO_COLUMN].size for row in rows)], dtype=np.int64).cumsum()
     values = torch.empty(int(lengths[-1]), dtype=dtype)
     for row, start, end in zip(rows, lengths[:-1], lengths[1:], strict=True):
-        # torch rounds as numpy does, at thirty times the speed, and straight into its place
+        # torch rounds as numpy does, thirty times faster, and writes straight into the target
         values[start:end] = torch.from_numpy(row[AUDIO_COLUMN].reshape(-1))
     bits = values.view(torch.uint16) if dtype == torch.bfloat16 else values
     audio = pa.LargeListArray.from_arrays(pa.array(lengths), pa.array(bits.numpy()))
@@ -129,7 +129,7 @@ def shard_bytes(
 
 
 def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any]]:
-    """The index of one shard's rows, as columns."""
+    """Columns of the index for one shard's rows."""
     return {
         "id": [row["id"] for row in rows],
         "source": [row["source"] for row in rows],
@@ -144,7 +144,7 @@ def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any
 
 
 def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
-    """Gather what the shards' reports say into ``index.arrow`` and ``shards.json``, one report in memory at a time.
+    """Merge the shards' reports into ``index.arrow`` and ``shards.json``, with one report in memory at a time.
 
     Returns:
         {"rows", "index_bytes", "index_sha256"}.
@@ -157,7 +157,7 @@ def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
                 shards.append({name: report[name] for name in ("rows", "bytes", "sha256")})
                 if report["rows"]:
                     writer.write_batch(pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA))
-        made = {"index_bytes": partial.stat().st_size, "index_sha256": checksum(partial)}
+        index = {"index_bytes": partial.stat().st_size, "index_sha256": checksum(partial)}
         move_into_place(partial, folder / "index.arrow")
     write_json(folder / "shards.json", shards)
-    return {"rows": sum(shard["rows"] for shard in shards), **made}
+    return {"rows": sum(shard["rows"] for shard in shards), **index}

@@ -1,6 +1,6 @@
-"""Rows that are longer than a model can be trained on, divided at the times of their segments.
+"""Splits rows that are longer than a model can be trained on at the times of their segments.
 
-Nothing is cut in the middle of what is said: parts begin and end with a segment, and keep its times.
+No utterance is cut: each part begins and ends with a segment, whose times are preserved.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,34 +18,34 @@ from voxray.models.interface import FrontEnd
 
 
 def write_parts(folders: Iterable[AnyPath], front_end: FrontEnd, path: Path) -> frozenset[str]:
-    """Write a manifest of the parts of all rows that have more windows than the family is trained on.
+    """Write a manifest of the parts of all rows with more windows than the model family is trained on.
 
     Args:
         folders: Feature sets.
-        path: The manifest; gone if there is no such row.
+        path: The manifest to write. It is deleted if there is no row to split.
     Returns:
-        Sources (``<manifest>:<line>``) of the rows that stand in it. The others have no segments, or segments that say
-        something else than the transcript.
+        Sources (``<manifest>:<line>``) of the rows that were split. Other long rows have no segments, or segments whose
+        text differs from the transcript.
     """
     path.unlink(missing_ok=True)
     if front_end.max_windows is None:
         return frozenset()
     features = Features(folders)
-    longer = np.flatnonzero(features.num_windows > front_end.max_windows)
+    long_rows = np.flatnonzero(features.num_windows > front_end.max_windows)
     longest_sec = front_end.max_windows * front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
     rows: list[dict[str, Any]] = []
-    divided = set()
-    for sample in samples_at({features.source(int(row)) for row in longer}):
+    split_sources = set()
+    for sample in samples_at({features.source(int(row)) for row in long_rows}):
         if sample.segments and _letters(" ".join(text for *_, text in sample.segments)) == _letters(sample.answer):
             rows += split_at_segments(sample, longest_sec)
-            divided.add(sample.source)
+            split_sources.add(sample.source)
     if rows:
         write_atomically(path, to_jsonl(rows))
-    return frozenset(divided)
+    return frozenset(split_sources)
 
 
 def split_at_segments(sample: Sample, longest_sec: float) -> list[dict[str, Any]]:
-    """Manifest rows of a sample's parts, as many segments in each as fit; a segment that does not is one by itself."""
+    """Manifest rows of a sample's parts, each with as many segments as fit; a longer segment becomes its own part."""
     groups: list[list[Segment]] = []
     for segment in sample.segments:
         if groups and segment[1] - groups[-1][0][0] <= longest_sec:
@@ -66,5 +66,5 @@ def _row(sample: Sample, number: int, group: Sequence[Segment]) -> dict[str, Any
 
 
 def _letters(text: str) -> str:
-    """What two spellings of one text have in common."""
+    """Letters and digits of a text in lower case, to compare texts regardless of spelling."""
     return "".join(char for char in text.casefold() if char.isalnum())

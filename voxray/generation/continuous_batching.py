@@ -1,7 +1,7 @@
-"""The likeliest token at every step, in batches that finished rows leave and waiting rows join.
+"""Greedy decoding with continuous batching: finished rows leave the batch and waiting rows join it.
 
-transformers' generate keeps a batch together until its longest answer is done; here a row costs what its own answer is
-long.
+The ``generate`` of transformers keeps a batch together until its longest answer is finished. Here a row costs only as
+many steps as its own answer has tokens.
 """
 
 import time
@@ -17,27 +17,28 @@ from voxray.features.reader import FeatureRow
 from voxray.models.interface import DecodeState, FrontEnd, ModelFamily
 
 MIN_IDLE_SHARE = 0.25
-"""Share of a batch that has to be done before its rows leave and others come: that copies the rest's memory."""
+"""Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
 
 
 @dataclass
 class PartialCompletion:
-    """One row's answer so far.
+    """The answer to one row so far.
 
     Attributes:
-        number: Place of the row among those to answer.
+        index: Index of the row among the rows to answer.
         limit: Longest answer, in tokens.
-        ids: Its tokens, without the one that ends it.
-        sec: Its share of the time that its batches took.
+        ids: Token ids, without the end-of-text token.
+        sec: The row's share of the time that its batches took.
     """
 
-    number: int
+    index: int
     limit: int
     ids: list[int] = field(default_factory=list)
     sec: float = 0.0
     is_done: bool = False
 
-    def take(self, token: int, eos_id: int) -> None:
+    def append(self, token: int, eos_id: int) -> None:
+        """Add the next token; the end-of-text token or the limit finishes the answer."""
         if token == eos_id:
             self.is_done = True
         else:
@@ -46,51 +47,50 @@ class PartialCompletion:
 
 
 class _Batch:
-    """The rows that are being answered together; some of them may be done."""
+    """The rows that are decoded together; some of them may be finished."""
 
     def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd) -> None:
         self.model, self.family, self.front_end = model, family, front_end
         self.device = next(model.parameters()).device
-        self.answers: list[PartialCompletion] = []
+        self.completions: list[PartialCompletion] = []
         self.state: DecodeState | None = None
 
     @property
     def num_live(self) -> int:
-        return sum(not answer.is_done for answer in self.answers)
+        return sum(not completion.is_done for completion in self.completions)
 
-    def drop(self) -> None:
-        """Let the rows go that are done."""
-        kept = [place for place, answer in enumerate(self.answers) if not answer.is_done]
-        if not kept:
+    def drop_finished(self) -> None:
+        live = [index for index, completion in enumerate(self.completions) if not completion.is_done]
+        if not live:
             self.state = None
-        elif self.state and len(kept) < len(self.answers):
-            self.state.select_rows(kept)
-        self.answers = [self.answers[place] for place in kept]
+        elif self.state and len(live) < len(self.completions):
+            self.state.select_rows(live)
+        self.completions = [self.completions[index] for index in live]
 
-    def admit(self, answers: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
-        """Read new rows' prompts, whose first tokens come with it; returns the rows that got a token."""
+    def admit(self, completions: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
+        """Prefill the prompts of new rows, which also gives their first tokens; returns the rows that got a token."""
         batch = {name: tensor.to(self.device) for name, tensor in collate_prompts(rows, self.front_end).items()}
         state, logits_BV = self.family.prefill(self.model, batch)
-        self._give(answers, logits_BV)
+        self._append_tokens(completions, logits_BV)
         if self.state is None:
             self.state = state
         else:
             self.state.merge(state)
-        self.answers += answers
-        return answers
+        self.completions += completions
+        return completions
 
     def step(self) -> list[PartialCompletion]:
-        """One token for each row; what rows that are done get is not looked at."""
+        """Decode one token per row; tokens of finished rows are ignored. Returns the rows that got a token."""
         assert self.state is not None
-        eos_id, live = self.front_end.eos_id, [answer for answer in self.answers if not answer.is_done]
-        last = [eos_id if answer.is_done else answer.ids[-1] for answer in self.answers]
-        self._give(self.answers, self.state.decode_step(torch.tensor(last, device=self.device)))
+        eos_id, live = self.front_end.eos_id, [completion for completion in self.completions if not completion.is_done]
+        last_ids = [eos_id if completion.is_done else completion.ids[-1] for completion in self.completions]
+        self._append_tokens(self.completions, self.state.decode_step(torch.tensor(last_ids, device=self.device)))
         return live
 
-    def _give(self, answers: Sequence[PartialCompletion], logits_BV: torch.Tensor) -> None:
-        for answer, token in zip(answers, logits_BV.argmax(-1).tolist(), strict=True):
-            if not answer.is_done:
-                answer.take(token, self.front_end.eos_id)
+    def _append_tokens(self, completions: Sequence[PartialCompletion], logits_BV: torch.Tensor) -> None:
+        for completion, token in zip(completions, logits_BV.argmax(-1).tolist(), strict=True):
+            if not completion.is_done:
+                completion.append(token, self.front_end.eos_id)
 
 
 @torch.inference_mode()
@@ -103,28 +103,28 @@ def generate_greedy(
     batch_size: int,
     limits: Sequence[int],
 ) -> Iterator[PartialCompletion]:
-    """Answer rows, and yield each as soon as it is done.
+    """Answer rows and yield each answer as soon as it is finished.
 
     Args:
-        rows: In the order in which they begin; neighbours of similar prompts waste the least.
-        batch_size: Rows at a time.
+        rows: In the order in which they start. Neighbours with prompts of similar length waste the least padding.
+        batch_size: Rows decoded at a time.
         limits: Longest answer of every row, in tokens.
     """
-    waiting = deque(PartialCompletion(number, limit) for number, limit in enumerate(limits))
+    waiting = deque(PartialCompletion(index, limit) for index, limit in enumerate(limits))
     batch = _Batch(model, family, front_end)
-    while waiting or batch.answers:
-        began = time.perf_counter()
-        size = batch_size if waiting else len(batch.answers)
+    while waiting or batch.completions:
+        start_sec = time.perf_counter()
+        size = batch_size if waiting else len(batch.completions)
         if size - batch.num_live >= max(1, size * MIN_IDLE_SHARE):
-            batch.drop()
-        fresh = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch.answers)))]
-        if fresh:
-            worked = batch.admit(fresh, [rows[answer.number] for answer in fresh])
-        elif batch.answers:
-            worked = batch.step()
+            batch.drop_finished()
+        new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch.completions)))]
+        if new:
+            advanced = batch.admit(new, [rows[completion.index] for completion in new])
+        elif batch.completions:
+            advanced = batch.step()
         else:
             return
-        sec = time.perf_counter() - began
-        for answer in worked:
-            answer.sec += sec / len(worked)
-        yield from (answer for answer in worked if answer.is_done)
+        sec = time.perf_counter() - start_sec
+        for completion in advanced:
+            completion.sec += sec / len(advanced)
+        yield from (completion for completion in advanced if completion.is_done)

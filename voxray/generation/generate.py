@@ -1,4 +1,4 @@
-"""Answers of a model to stored rows: in evaluation, in ``infer``, in validation and previews during training."""
+"""Generate answers to stored rows: evaluation, ``infer``, the demo, and validation and previews in training."""
 
 import time
 import zlib
@@ -23,13 +23,14 @@ _TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.templ
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How an answer is looked for.
+    """How tokens are chosen: greedy, beam search or sampling.
 
     Attributes:
-        max_new_tokens: Longest answer.
-        num_beams: 1 takes the likeliest token at every step, more follow so many beginnings at a time.
-        temperature: 0 draws nothing; else tokens are drawn, seeded by ``seed`` and the ids of the rows in a batch.
-        top_p: Draw among the likeliest tokens that have this probability together; 1 draws among all.
+        max_new_tokens: Longest answer, in tokens.
+        num_beams: Beams of beam search; 1 takes the likeliest token at every step.
+        temperature: 0 does not sample. Otherwise tokens are sampled, seeded by ``seed`` and the ids of the rows in the
+            batch.
+        top_p: Sample among the likeliest tokens that together have this probability; 1 samples among all.
     """
 
     max_new_tokens: int
@@ -45,13 +46,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer.
+    """A finished answer.
 
     Attributes:
         text: Without control tokens.
-        num_new_tokens: Its tokens, without the one that ends it.
+        num_new_tokens: Tokens, without the end-of-text token.
         hit_max: Whether it was cut off at ``max_new_tokens``.
-        sec: The row's share of the time that its batches took, reading the prompt included.
+        sec: The row's share of the time that its batches took, prefill included.
     """
 
     text: str
@@ -60,25 +61,24 @@ class Completion:
     sec: float
 
 
-def by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
-    """Rows in the order in which they are best answered: the longest answers first, similar prompts side by side.
+def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
+    """Sort rows so that the longest answers come first and rows with similar prompts are neighbours.
 
-    A transcript is as long as its clip. How long a chat answer gets nobody knows, so these come first; the short ones
-    at the end then fill the batch while the long ones finish.
+    The length of a transcript follows from its clip. The length of a chat answer is unknown, so these rows come first;
+    the short transcripts at the end then fill the batch while the long answers finish.
     """
-    chat = ~np.isin(features.task, _TRANSCRIPTION)
-    lengths = (features.num_samples, features.num_prompt_tokens)
+    is_chat = ~np.isin(features.task, _TRANSCRIPTION)
 
     def key(row: int) -> tuple[int, ...]:
-        by_clip, by_prompt = (-int(column[row]) for column in lengths)
-        return (0, by_prompt, by_clip, row) if chat[row] else (1, by_clip, by_prompt, row)
+        by_clip, by_prompt = -int(features.num_samples[row]), -int(features.num_prompt_tokens[row])
+        return (0, by_prompt, by_clip, row) if is_chat[row] else (1, by_clip, by_prompt, row)
 
     return sorted(rows, key=key)
 
 
 def length_batches(features: Features, rows: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Those rows in batches."""
-    order = by_expected_length(features, rows)
+    """Batches of rows in the order of ``sort_by_expected_length``."""
+    order = sort_by_expected_length(features, rows)
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
@@ -90,61 +90,62 @@ def generate(
     rows: Sequence[FeatureRow],
     *,
     batch_size: int,
-    search: SamplingParams,
+    sampling: SamplingParams,
 ) -> Iterator[tuple[int, Completion]]:
-    """Answer rows, ``batch_size`` at a time, and yield each answer with its row's place as soon as it is there."""
-    limits = [max(1, min(search.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
+    """Answer rows, ``batch_size`` at a time, and yield (index of the row, answer) as soon as the answer is finished."""
+    limits = [max(1, min(sampling.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
     is_alone = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
-    together = [place for place in range(len(rows)) if not is_alone[place]]
-    batches = [[place] for place in range(len(rows)) if is_alone[place]]
-    if search.is_greedy:
-        some, limits_of = [rows[place] for place in together], [limits[place] for place in together]
-        for answer in generate_greedy(model, family, front_end, some, batch_size=batch_size, limits=limits_of):
-            place = together[answer.number]
-            yield place, _finished(answer.ids, front_end, limits[place], answer.sec)
+    together = [index for index in range(len(rows)) if not is_alone[index]]
+    batches = [[index] for index in range(len(rows)) if is_alone[index]]
+    if sampling.is_greedy:
+        options = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
+        batched_rows = [rows[index] for index in together]
+        for completion in generate_greedy(model, family, front_end, batched_rows, **options):
+            index = together[completion.index]
+            yield index, _completion(completion.ids, front_end, limits[index], completion.sec)
     else:
         batches += [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
-    for places in batches:
-        began, limit = time.perf_counter(), min(limits[place] for place in places)
-        found = _library_ids(model, family, front_end, [rows[place] for place in places], search, limit)
-        sec = (time.perf_counter() - began) / len(places)
-        for place, ids in zip(places, found, strict=True):
-            # window by window, each of them may take the limit
-            longest = limit * rows[place].num_windows if is_alone[place] else limit
-            yield place, _finished(ids, front_end, longest, sec)
+    for batch in batches:
+        start_sec, limit = time.perf_counter(), min(limits[index] for index in batch)
+        ids_per_row = _library_ids(model, family, front_end, [rows[index] for index in batch], sampling, limit)
+        sec = (time.perf_counter() - start_sec) / len(batch)
+        for index, ids in zip(batch, ids_per_row, strict=True):
+            # a row that is generated window by window may reach the limit in each window
+            longest = limit * rows[index].num_windows if is_alone[index] else limit
+            yield index, _completion(ids, front_end, longest, sec)
 
 
 def bisect_failures(
     rows: Sequence[int], batch_size: int, work: Callable[[Sequence[int], int], Iterator[tuple[int, Result]]]
 ) -> Iterator[tuple[int, Result | Exception]]:
-    """Let the model work on rows; where it fails, halves are tried, down to the row at which it fails.
+    """Run ``work`` on rows. Where it fails, retry both halves, down to the single row that fails.
 
     Args:
-        rows: Their numbers.
-        work: Given some of them and a batch size, yields (place among them, what it found).
+        rows: Row numbers.
+        work: Takes row numbers and a batch size; yields (index among these row numbers, result).
     Yields:
-        (row number, what was found or why nothing was).
+        (row number, result or the exception that prevented it).
     Raises:
-        RunError: The device has failed, so that no row can be answered any more.
+        RunError: The device has failed, so no further row can be answered.
     """
-    left = dict.fromkeys(rows)
+    remaining = dict.fromkeys(rows)
     try:
-        for place, found in work(rows, batch_size):
-            del left[rows[place]]
-            yield rows[place], found
+        for index, result in work(rows, batch_size):
+            del remaining[rows[index]]
+            yield rows[index], result
     except RunError:
         raise
     except Exception as error:
         if isinstance(error, torch.AcceleratorError):
-            raise RunError(f"the device failed, and answers nothing any more: {failure_reason(error)}") from error
-        if len(left) == 1:
-            yield next(iter(left)), error
+            raise RunError(f"the device failed, so no further row can be answered: {failure_reason(error)}") from error
+        if len(remaining) == 1:
+            yield next(iter(remaining)), error
             return
-    if left:
+    if remaining:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        again, half = list(left), (len(left) + 1) // 2
-        for part in (again[:half], again[half:]):
+        retries, half = list(remaining), (len(remaining) + 1) // 2
+        for part in (retries[:half], retries[half:]):
             yield from bisect_failures(part, min(batch_size, half), work)
 
 
@@ -165,37 +166,42 @@ def generate_texts(
     seed: int = 0,
 ) -> list[str]:
     """Texts of the answers to one batch of rows (see ``SamplingParams``)."""
-    search = SamplingParams(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    found = dict(generate(model, family, front_end, rows, batch_size=len(rows), search=search))
-    return [found[place].text for place in range(len(rows))]
+    sampling = SamplingParams(max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    completions = dict(generate(model, family, front_end, rows, batch_size=len(rows), sampling=sampling))
+    return [completions[index].text for index in range(len(rows))]
 
 
 @torch.inference_mode()
 def _library_ids(
-    model: Any, family: ModelFamily, front_end: FrontEnd, rows: Sequence[FeatureRow], search: SamplingParams, limit: int
+    model: Any,
+    family: ModelFamily,
+    front_end: FrontEnd,
+    rows: Sequence[FeatureRow],
+    sampling: SamplingParams,
+    limit: int,
 ) -> list[list[int]]:
-    """Tokens of answers by transformers' generate, without the end-of-text token.
+    """Token ids of the answers by transformers' ``generate``, without the end-of-text token.
 
     Args:
         limit: Longest answer, in tokens.
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate_prompts(rows, front_end).items()}
-    options: dict[str, Any] = {"do_sample": False, "num_beams": search.num_beams}
-    if search.temperature > 0:
-        ids = zlib.crc32("\n".join(row.id for row in rows).encode())
-        torch.manual_seed(int(np.random.SeedSequence([search.seed, ids]).generate_state(1)[0]))
-        # transformers would draw among 50 tokens unless told that top_k is off
-        options |= {"do_sample": True, "temperature": search.temperature, "top_p": search.top_p, "top_k": 0}
+    options: dict[str, Any] = {"do_sample": False, "num_beams": sampling.num_beams}
+    if sampling.temperature > 0:
+        ids_hash = zlib.crc32("\n".join(row.id for row in rows).encode())
+        torch.manual_seed(int(np.random.SeedSequence([sampling.seed, ids_hash]).generate_state(1)[0]))
+        # transformers samples among the 50 likeliest tokens unless top_k is 0
+        options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}
     num_samples = [row.num_samples for row in rows]
     ids_BL = family.generate(model, batch, num_samples=num_samples, max_new_tokens=limit, **special, **options)
-    return [_until(ids, front_end.eos_id) for ids in ids_BL.tolist()]
+    return [_before_eos(ids, front_end.eos_id) for ids in ids_BL.tolist()]
 
 
-def _finished(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Completion:
+def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Completion:
     return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec)
 
 
-def _until(ids: list[int], eos_id: int) -> list[int]:
+def _before_eos(ids: list[int], eos_id: int) -> list[int]:
     return ids[: ids.index(eos_id)] if eos_id in ids else ids

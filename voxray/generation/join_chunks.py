@@ -1,72 +1,80 @@
-"""Texts of overlapping chunks of one recording, put together again (see ``long_audio``)."""
+"""Join the texts of overlapping chunks of one recording (see ``long_audio``)."""
 
 import math
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 from voxray.text.normalize import normalize_ko_v1
 
 MIN_CHARS, MIN_WORDS = 4, 3
-"""The least that is taken for the same in two chunks; a single syllable comes up everywhere."""
+"""Shortest match between two chunks that counts as the same speech. A single syllable occurs everywhere."""
+
+
+class _Match(NamedTuple):
+    """A run that two chunks share: the indices after its last unit in each chunk, and its length in units."""
+
+    left_end: int
+    right_end: int
+    size: int
 
 
 def join_texts(texts: Iterable[str], share: float) -> str:
-    """Put the chunks' texts together where they say the same, the longest such run of words, else of characters.
+    """Join the chunks' texts at the longest run of words that neighbours share, else at the longest run of characters.
 
-    Without any, they are put side by side: something may then stand twice, but nothing is lost.
+    Texts that share no run are joined with a space: words may then appear twice, but none is lost.
 
     Args:
-        share: Of each chunk that overlaps with the next.
+        share: Share of each chunk that overlaps with the next.
     """
-    return reduce(lambda first, second: _joined(first, second, share), (text.strip() for text in texts))
+    return reduce(lambda first, second: _join(first, second, share), (text.strip() for text in texts))
 
 
-def _joined(first: str, second: str, share: float) -> str:
+def _join(first: str, second: str, share: float) -> str:
     if not (first and second):
         return first or second
     left, right = first.split(), second.split()
-    seam = _seam([normalize_ko_v1(w) for w in left], [normalize_ko_v1(w) for w in right], share)
-    if seam and (seam[2] >= MIN_WORDS or len("".join(left[seam[0] - seam[2] : seam[0]])) >= MIN_CHARS):
-        return " ".join([*left[: seam[0]], *right[seam[1] :]])
-    places = [[at for at, char in enumerate(text) if not char.isspace()] for text in (first, second)]
-    seam = _seam([first[at] for at in places[0]], [second[at] for at in places[1]], share)
-    if seam and seam[2] >= MIN_CHARS:
-        return first[: places[0][seam[0] - 1] + 1] + second[places[1][seam[1] - 1] + 1 :]
+    match = _longest_match([normalize_ko_v1(w) for w in left], [normalize_ko_v1(w) for w in right], share)
+    if match:
+        num_chars = sum(map(len, left[match.left_end - match.size : match.left_end]))
+        if match.size >= MIN_WORDS or num_chars >= MIN_CHARS:
+            return " ".join([*left[: match.left_end], *right[match.right_end :]])
+    left_at, right_at = ([index for index, char in enumerate(text) if not char.isspace()] for text in (first, second))
+    match = _longest_match([first[index] for index in left_at], [second[index] for index in right_at], share)
+    if match and match.size >= MIN_CHARS:
+        return first[: left_at[match.left_end - 1] + 1] + second[right_at[match.right_end - 1] + 1 :]
     return f"{first} {second}"
 
 
-def _seam(left: Sequence[str], right: Sequence[str], share: float) -> tuple[int, int, int] | None:
-    """The longest run that the end of one and the beginning of the other have in common.
+def _longest_match(left: Sequence[str], right: Sequence[str], share: float) -> _Match | None:
+    """The longest run that the end of ``left`` shares with the beginning of ``right``; None without any.
 
-    Speech is not evenly dense, so up to twice the overlap is searched.
-
-    Returns:
-        Where it ends in each, and its length; None if there is none.
+    The density of speech varies, so up to twice the overlap is searched.
     """
-    reach_left, reach_right = (min(len(units), math.ceil(2 * share * len(units)) + 2) for units in (left, right))
-    offset = len(left) - reach_left
-    found = SequenceMatcher(None, left[offset:], right[:reach_right], autojunk=False).find_longest_match()
-    return (offset + found.a + found.size, found.b + found.size, found.size) if found.size else None
+    left_reach, right_reach = (min(len(units), math.ceil(2 * share * len(units)) + 2) for units in (left, right))
+    offset = len(left) - left_reach
+    block = SequenceMatcher(None, left[offset:], right[:right_reach], autojunk=False).find_longest_match()
+    return _Match(offset + block.a + block.size, block.b + block.size, block.size) if block.size else None
 
 
-def joined_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Prediction rows with those of chunks put together to one for each recording.
+def join_chunk_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prediction rows in which the chunks of each recording are joined into one row.
 
-    A recording of which a chunk could not be answered is left out; the ledger names the chunk.
+    A recording with a missing chunk is left out; the ledger names the chunk.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    chunks_by_source: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("chunk_of"):
-            groups.setdefault(row["chunk_of"], []).append(row)
-    whole = [row for row in rows if not row.get("chunk_of")]
-    for source, parts in groups.items():
-        parts.sort(key=lambda row: row["chunk"])
-        if len(parts) < parts[0]["num_chunks"]:
+            chunks_by_source.setdefault(row["chunk_of"], []).append(row)
+    joined = [row for row in rows if not row.get("chunk_of")]
+    for source, chunks in chunks_by_source.items():
+        chunks.sort(key=lambda row: row["chunk"])
+        first = chunks[0]
+        if len(chunks) < first["num_chunks"]:
             continue
-        text = join_texts((row["prediction"] for row in parts), parts[0]["overlap_share"])
-        row = {**parts[0], "source": source, "prediction": text, "num_samples": parts[0]["whole_samples"]}
-        row |= {name: sum(part[name] for part in parts) for name in ("sec", "num_new_tokens")}
-        whole.append({**row, "hit_max": any(part["hit_max"] for part in parts)})
-    return whole
+        text = join_texts((row["prediction"] for row in chunks), first["overlap_share"])
+        row = {**first, "source": source, "prediction": text, "num_samples": first["whole_samples"]}
+        row |= {name: sum(chunk[name] for chunk in chunks) for name in ("sec", "num_new_tokens")}
+        joined.append({**row, "hit_max": any(chunk["hit_max"] for chunk in chunks)})
+    return joined

@@ -1,4 +1,4 @@
-"""How likely a model finds the reference answers: what loss and perplexity are made of."""
+"""Log-likelihood of the reference answers, from which loss and perplexity are computed."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +20,7 @@ def reference_losses(model: Any, family: ModelFamily, front_end: FrontEnd, rows:
         model: In eval mode.
         rows: One batch.
     Returns:
-        Sums over ``target_ids``, the end-of-text token included.
+        One sum per row over ``target_ids``, end-of-text token included.
     """
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in collate_training(rows, front_end).items()}

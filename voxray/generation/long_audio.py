@@ -1,6 +1,6 @@
-"""Recordings longer than a model takes: cut into overlapping chunks, answered like other rows, joined again.
+"""Recordings longer than the model takes: split into overlapping chunks that are answered like other rows and joined.
 
-Only speech recognition can be put together from parts. A row of another task stays refused, with its reason.
+Only transcripts can be joined. A row of another task stays refused, with its reason.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from voxray.audio.decode import header_seconds
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, samples_at
-from voxray.core.source import split_source
+from voxray.core.source import Source
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.models.interface import FrontEnd
 
@@ -22,18 +22,18 @@ MAX_CHUNKS = 1000  # a damaged header may claim years
 CHUNK_MANIFEST = "long_audio.jsonl"
 
 
-def is_too_long(reason: str, sample: Sample) -> bool:
+def can_answer_in_chunks(reason: str, sample: Sample) -> bool:
     """Whether a refused row can be answered in chunks."""
     return reason == "audio_too_long" and sample.task.name == "asr"
 
 
 def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]:
-    """Parts of a recording, each as long as the model takes, that overlap by ``OVERLAP_SEC`` at least.
+    """Split a recording into chunks as long as the model takes, which overlap by at least ``OVERLAP_SEC``.
 
     Args:
-        max_len: Longest prompt in tokens; chunks keep within it too.
+        max_len: Longest prompt in tokens, for chunks too.
     Raises:
-        BadRow: Its length is not known, or not one chunk fits.
+        BadRow: The length of the recording is unknown, or not even a short chunk fits.
     """
     try:
         total_sec = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
@@ -44,26 +44,23 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
         chunk_sec /= 2
         if chunk_sec < 2:
             raise BadRow("too_long", f"not even a chunk of 2 s is within --max_len {max_len}")
-    number = max(2, math.ceil((total_sec - overlap_seconds(chunk_sec)) / (chunk_sec - overlap_seconds(chunk_sec))))
-    if number > MAX_CHUNKS:
+    overlap_sec = min(OVERLAP_SEC, chunk_sec / 4)
+    num_chunks = max(2, math.ceil((total_sec - overlap_sec) / (chunk_sec - overlap_sec)))
+    if num_chunks > MAX_CHUNKS:
         raise BadRow("audio_too_long", f"{sample.audio_path} lasts {total_sec:.0f} s, over {MAX_CHUNKS} chunks")
-    step = (total_sec - chunk_sec) / (number - 1)
-    starts = [round(sample.start_sec + place * step, 3) for place in range(number)]
+    step_sec = (total_sec - chunk_sec) / (num_chunks - 1)
+    starts = [round(sample.start_sec + chunk * step_sec, 3) for chunk in range(num_chunks)]
     return [replace(sample, start_sec=start, duration_sec=chunk_sec) for start in starts]
 
 
-def overlap_seconds(chunk_sec: float) -> float:
-    return min(OVERLAP_SEC, chunk_sec / 4)
+def overlap_share(chunks: Sequence[Sample]) -> float:
+    """Share of each chunk that overlaps with the next."""
+    return 1 - (chunks[1].start_sec - chunks[0].start_sec) / chunks[0].duration_sec
 
 
-def overlap_share(parts: Sequence[Sample]) -> float:
-    """The share of each chunk that it has in common with the next."""
-    return 1 - (parts[1].start_sec - parts[0].start_sec) / parts[0].duration_sec
-
-
-def whole_samples(sample: Sample, parts: Sequence[Sample], front_end: FrontEnd) -> int:
-    """Samples of the recording that the chunks are of."""
-    end_sec = parts[-1].start_sec + parts[-1].duration_sec
+def recording_num_samples(sample: Sample, chunks: Sequence[Sample], front_end: FrontEnd) -> int:
+    """Audio samples of the whole recording."""
+    end_sec = chunks[-1].start_sec + chunks[-1].duration_sec
     return round((end_sec - sample.start_sec) * front_end.sample_rate_hz)
 
 
@@ -71,25 +68,29 @@ def write_chunk_manifest(folders: Iterable[AnyPath], front_end: FrontEnd, max_le
     """Write a manifest of the chunks of all recordings that feature sets refused for their length.
 
     Args:
-        folders: The feature sets, whose ledgers name them.
-        path: The manifest; gone if there are none.
+        folders: The feature sets, whose ledgers list the recordings.
+        path: The manifest; deleted if there are no chunks.
     Returns:
-        Whether there are any.
+        Whether there are any chunks.
     """
     rows: list[dict[str, Any]] = []
-    for sample in _refused(folders):
+    for sample in _refused_recordings(folders):
         try:
-            parts = split_into_chunks(sample, front_end, max_len)
+            chunks = split_into_chunks(sample, front_end, max_len)
         except BadRow:
-            continue  # it stays in the ledger as it is
-        share, num_samples = overlap_share(parts), whole_samples(sample, parts, front_end)
-        whole = {"chunk_of": sample.source, "whole_reference": sample.answer, "num_chunks": len(parts)}
-        whole["whole_samples"] = num_samples
-        for number, part in enumerate(parts):
-            row = {"id": sample.id, "audio_path": part.audio_path, "language": part.language, "transcript": ""}
-            row |= {"start": part.start_sec, "duration": part.duration_sec}
-            row |= {"channel": part.channel} if part.channel >= 0 else {}
-            rows.append({**row, **whole, "chunk": number, "overlap_share": share})
+            continue  # the ledger keeps its line
+        recording = {
+            "chunk_of": sample.source,
+            "whole_reference": sample.answer,
+            "num_chunks": len(chunks),
+            "whole_samples": recording_num_samples(sample, chunks, front_end),
+        }
+        share = overlap_share(chunks)
+        for number, chunk in enumerate(chunks):
+            row = {"id": sample.id, "audio_path": chunk.audio_path, "language": chunk.language, "transcript": ""}
+            row |= {"start": chunk.start_sec, "duration": chunk.duration_sec}
+            row |= {"channel": chunk.channel} if chunk.channel >= 0 else {}
+            rows.append({**row, **recording, "chunk": number, "overlap_share": share})
     if rows:
         write_atomically(path, to_jsonl(rows))
     else:
@@ -97,38 +98,38 @@ def write_chunk_manifest(folders: Iterable[AnyPath], front_end: FrontEnd, max_le
     return bool(rows)
 
 
-def with_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> list[dict[str, Any]]:
-    """A ledger that speaks of recordings instead of their chunks.
+def restore_recordings(ledger: Iterable[dict[str, Any]], chunk_manifest: Path) -> list[dict[str, Any]]:
+    """Replace chunks by their recordings in a ledger.
 
     Args:
         ledger: Lines of a quarantine.jsonl.
-        chunk_manifest: What ``write_chunk_manifest`` wrote.
+        chunk_manifest: File that ``write_chunk_manifest`` wrote.
     Returns:
-        The lines, without recordings that are answered in chunks; one of which a chunk was lost stands once, with the
-        chunk's reason.
+        The lines without the recordings that were answered in chunks. A recording that lost chunks has one line, with
+        the reason of the first lost chunk.
     """
     chunk_rows = [json.loads(line) for line in chunk_manifest.read_text(encoding="utf-8").splitlines()]
-    whole, lost = {row["chunk_of"] for row in chunk_rows}, set()
-    found = []
+    split_recordings, with_lost_chunk = {row["chunk_of"] for row in chunk_rows}, set()
+    lines = []
     for line in ledger:
         if line["manifest"] == str(chunk_manifest):
             row = chunk_rows[line["line"] - 1]
-            if row["chunk_of"] in lost:
+            if row["chunk_of"] in with_lost_chunk:
                 continue
-            lost.add(row["chunk_of"])
-            manifest, number = split_source(row["chunk_of"])
+            with_lost_chunk.add(row["chunk_of"])
+            manifest, number = Source.parse(row["chunk_of"])
             message = f"chunk {row['chunk'] + 1} of {row['num_chunks']}: {line['message']}"
             line = {**line, "manifest": manifest, "line": number, "id": row["id"], "message": message}
-        elif f"{line['manifest']}:{line['line']}" in whole:
+        elif f"{line['manifest']}:{line['line']}" in split_recordings:
             continue
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
-def _refused(folders: Iterable[AnyPath]) -> list[Sample]:
-    refused = []
+def _refused_recordings(folders: Iterable[AnyPath]) -> list[Sample]:
+    sources = []
     for folder in dict.fromkeys(folders):
         for line in map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines()):
             if line["reason"] == "audio_too_long":
-                refused.append(f"{line['manifest']}:{line['line']}")
-    return [sample for sample in samples_at(refused) if is_too_long("audio_too_long", sample)]
+                sources.append(f"{line['manifest']}:{line['line']}")
+    return [sample for sample in samples_at(sources) if can_answer_in_chunks("audio_too_long", sample)]

@@ -1,4 +1,4 @@
-"""The model that answers: what decides its answers, read from the settings of a job, and how it is loaded."""
+"""Load the model that answers, and collect from a job's settings what determines its answers."""
 
 import sys
 from dataclasses import dataclass
@@ -11,37 +11,38 @@ from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.core.errors import SettingsError
 from voxray.generation.generate import SamplingParams
-from voxray.models.adapters.audio_trim_record import read_record, trims_audio
+from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
-from voxray.runs.remote_sync import fetched
+from voxray.runs.remote_sync import fetch_folder
 
 AdapterFlagsT = TypeVar("AdapterFlagsT", bound=AdapterFlags)
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """Everything that decides the answers, beside the rows.
+    """Everything besides the rows that determines the answers.
 
     Attributes:
         model_id: Base model.
         adapter: Adapter folder, or "".
-        search: How answers are looked for.
+        sampling: How tokens are chosen.
         batch_size: Rows generated together.
         bf16: Compute in bfloat16.
         tf32: Let float32 matrix products use TF32.
         fp16: Compute in float16.
         quantize: none, 8bit or 4bit.
-        trim_audio: Whether prompts leave out the audio tokens of padding.
+        trim_audio: Whether the audio tokens of padding are left out of prompts.
         compiled: Folder of the compiled audio path, or "".
-        perplexity: Whose reference answers are weighed: ``none``, ``answers`` (all but transcripts) or ``all``.
+        perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
+            or ``all``.
     """
 
     model_id: str
     adapter: str
-    search: SamplingParams
+    sampling: SamplingParams
     batch_size: int
     bf16: bool = False
     tf32: bool = False
@@ -52,6 +53,10 @@ class InferenceConfig:
     perplexity: str = "none"
 
 
+STORED_NAMES = {"sampling": "search"}
+"""{field of InferenceConfig: its name on disk}. Stored predictions belong to a hash over the fields and these names."""
+
+
 def inference_config(
     settings: EvaluateSettings | InferSettings | DemoSettings,
     model_id: str,
@@ -59,19 +64,19 @@ def inference_config(
     max_new_tokens: int,
     batch_size: int,
 ) -> InferenceConfig:
-    """What decides the answers, as the settings want them looked for."""
-    search = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
+    """The configuration that a job's settings ask for."""
+    sampling = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
-    return InferenceConfig(model_id, str(adapter or ""), search, batch_size, **flags)
+    return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, **flags)
 
 
 def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
-    """Base model and adapter folder to use; an adapter names its own base, which holds unless --model_id is given."""
+    """Base model and adapter folder to use. The base that the adapter names is used unless --model_id is set."""
     if not lora_dir:
         return settings.model_id, None
     if "://" in lora_dir:
-        lora_dir = str(fetched(lora_dir, flag))
+        lora_dir = str(fetch_folder(lora_dir, flag))
     adapter = find_adapter(lora_dir, flag)
     base = base_of_adapter(adapter)
     if "model_id" in settings.model_fields_set:
@@ -82,12 +87,12 @@ def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_
 
 
 def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path | None) -> AdapterFlagsT:
-    """The settings with prompts as the adapter, or the base, was trained on.
+    """The settings with ``trim_audio_tokens`` as in the training of the adapter, or of the base without an adapter.
 
     Raises:
-        SettingsError: A flag asks for others.
+        SettingsError: The flag is set to the other value.
     """
-    trained = read_record(adapter) if adapter else None
+    trained = read_trim_record(adapter) if adapter else None
     trimmed = trims_audio(model_id, settings.trim_audio_tokens) if trained is None else trained
     if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
         kind = "with" if trimmed else "without"
@@ -95,21 +100,21 @@ def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
-def load_model(generation: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:
-    """The model that answers, and how many tensors of the adapter it took.
+def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:
+    """Load base, adapter and compiled audio path; returns the model and the number of adapter tensors loaded.
 
     Args:
-        skip_encoder: Rows hold the encoder's outputs.
+        skip_encoder: Rows hold the outputs of the encoder, so the model runs without it.
     Raises:
-        RunError: Base, adapter or compiled audio path cannot be read, or do not fit.
+        RunError: Base, adapter or compiled audio path cannot be read, or do not fit each other.
     """
-    torch.backends.cuda.matmul.allow_tf32 = generation.tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, dtype = get_family(generation.model_id), base_dtype(bf16=generation.bf16, fp16=generation.fp16)
-    model = family.load_model(generation.model_id, dtype=dtype, device=device, quantize=generation.quantize)
+    family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
+    model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)
     if skip_encoder:
         family.skip_encoder(model)
-    found = load_adapter(model, Path(generation.adapter)) if generation.adapter else (model, 0)
-    if generation.compiled:
-        use_compiled(found[0], family, Path(generation.compiled), dtype=dtype, device=device)
-    return found
+    model, num_tensors = load_adapter(model, Path(config.adapter)) if config.adapter else (model, 0)
+    if config.compiled:
+        use_compiled(model, family, Path(config.compiled), dtype=dtype, device=device)
+    return model, num_tensors

@@ -1,4 +1,4 @@
-"""The base of an evaluation that names the parts of a SALMONN in the place of a folder."""
+"""Assemble the base model of an evaluation from the parts of a SALMONN that the settings name."""
 
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,22 +11,22 @@ SalmonnFlagsT = TypeVar("SalmonnFlagsT", bound=SalmonnBaseFlags)
 
 
 def assemble_base(settings: SalmonnFlagsT, folder: Path) -> SalmonnFlagsT:
-    """Put a SALMONN together below a folder, where the settings name its parts.
+    """Assemble a SALMONN below a folder if the settings name its parts.
 
     Returns:
-        The settings with the base as their model; a checkpoint of SALMONN's trainer is a part of it then.
+        The settings with the assembled base as ``model_id``. A checkpoint of SALMONN's trainer becomes part of it.
     Raises:
         RunError, SettingsError: See ``assemble_salmonn``.
     """
     if not settings.whisper_path:
         return settings
-    changed: dict[str, Any] = {}
+    update: dict[str, Any] = {}
     checkpoint = ""
     if Path(settings.lora_dir).is_file():
-        checkpoint, changed["lora_dir"] = str(Path(settings.lora_dir).absolute()), ""
+        checkpoint, update["lora_dir"] = str(Path(settings.lora_dir).absolute()), ""
     elif not settings.lora_dir:
-        console.print("warning: no --ckpt: what stands between the encoders and the language model is new, at random")
-    changed["model_id"] = assemble_salmonn(
+        console.print("warning: no --ckpt: the layers between the encoders and the language model are new and random")
+    update["model_id"] = assemble_salmonn(
         folder,
         whisper=settings.whisper_path,
         beats=settings.beats_path,
@@ -35,4 +35,4 @@ def assemble_base(settings: SalmonnFlagsT, folder: Path) -> SalmonnFlagsT:
         prompts=getattr(settings, "prompts", ""),
         end_sym=settings.end_sym if "end_sym" in settings.model_fields_set else "",
     )
-    return settings.model_copy(update=changed)
+    return settings.model_copy(update=update)

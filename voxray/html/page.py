@@ -1,53 +1,26 @@
-"""HTML pages that open anywhere by themselves: style, pictures and script are in them, nothing is fetched."""
+"""HTML pages that open from disk on their own: style, script and images are embedded, nothing is fetched.
+
+Pages are Jinja2 templates in ``templates/``. Every value is escaped there (autoescape).
+"""
 
 import base64
 import hashlib
-import html
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#1d2733;--soft:#5c6b7a;--back:#f4f6f8;--box:#fff;--line:#dde3e9;--thin:#edf0f3;
---good:#2d7d4f;--bad:#b3372f;--warn:#8a5a00;--warn-back:#fff6e0}
-@media (prefers-color-scheme:dark){:root{--ink:#dfe5ec;--soft:#93a1b0;--back:#14191f;--box:#1c232b;--line:#303a45;
---thin:#28313b;--good:#3f9a66;--bad:#cf5a50;--warn:#e3b75c;--warn-back:#2e2717}}
-body{font:15px/1.5 system-ui,"Noto Sans KR","Noto Sans CJK KR","Malgun Gothic","Apple SD Gothic Neo",sans-serif;
-color:var(--ink);background:var(--back);margin:0}
-main{max-width:1080px;margin:0 auto;padding:28px 20px 60px;overflow-wrap:anywhere}
-h1{font-size:24px;margin:0 0 4px}
-h2{font-size:18px;margin:34px 0 10px}
-.verdict{display:inline-block;padding:2px 12px;border-radius:12px;font-weight:600;color:#fff;background:var(--bad)}
-.verdict.good{background:var(--good)}
-.cards{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}
-.card{background:var(--box);border:1px solid var(--line);border-radius:8px;padding:10px 18px;min-width:110px}
-.card b{display:block;font-size:22px}
-.card span,.note{color:var(--soft)}
-.box{background:var(--box);border:1px solid var(--line);border-radius:8px;padding:6px 14px;margin:10px 0;
-overflow-x:auto}
-table{border-collapse:collapse;width:100%}
-th,td{text-align:left;padding:5px 14px 5px 0;border-bottom:1px solid var(--thin);vertical-align:top;
-overflow-wrap:anywhere}
-tr:last-child td{border-bottom:0}
-th{color:var(--soft);font-weight:600;white-space:nowrap}
-td:not(.n){min-width:5.5em}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap;overflow-wrap:normal}
-code{font:13px ui-monospace,monospace}
-details{margin:6px 0}
-summary{cursor:pointer}
-summary b{margin-right:8px}
-@media (max-width:640px){main{padding:20px 12px 40px}}
-img{max-width:100%;height:auto;display:block;background:#fff;border-radius:4px}
-"""
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell whose text is not what it is sorted by, or that stands out.
+    """A table cell that is sorted by a number, or that has a CSS class.
 
     Attributes:
-        text: What is shown.
+        text: The text shown.
         order: Number to sort by.
         kind: CSS class.
     """
@@ -56,75 +29,73 @@ class Cell:
     order: float | None = None
     kind: str = ""
 
-
-def asset(name: str) -> str:
-    """Text of a style or script file that a report embeds, such as ``report.css``."""
-    return (Path(__file__).parent / "assets" / name).read_text(encoding="utf-8")
-
-
-def escaped(value: Any) -> str:
-    """A value as text that is safe anywhere in a page."""
-    return html.escape(f"{value:,}" if isinstance(value, int) else str(value))
+    @property
+    def is_number(self) -> bool:
+        return self.order is not None or self.text.replace(",", "").replace(".", "").isdecimal()
 
 
-def table(names: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "", identity: str = "") -> str:
-    """A table in a box; columns that hold nothing but numbers stand to the right.
+class Table:
+    """A table; columns that hold only numbers are right-aligned.
 
     Args:
+        heads: Column names.
         rows: Values or ``Cell``s.
-        kind: CSS class of the table.
-        identity: Its id.
+        kind: CSS class of the table; the script makes tables of class ``sortable`` sortable.
+        id: Its HTML id.
     """
-    cells = [[value if isinstance(value, Cell) else Cell(_plain(value)) for value in row] for row in rows]
-    kinds = [
-        ' class="n"' if all(cell.order is not None or _is_number(cell.text) for cell in column) else ""
-        for column in zip(*cells, strict=True)
-    ] or [""] * len(names)
-    head = "".join(f"<th{kind}>{escaped(name)}</th>" for name, kind in zip(names, kinds, strict=True))
-    body = "".join(
-        "<tr>" + "".join(_cell(cell, kind) for cell, kind in zip(row, kinds, strict=True)) + "</tr>" for row in cells
-    )
-    mark = f' id="{escaped(identity)}"' if identity else ""
-    inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="box"><table class="{kind}"{mark}>{inner}</table></div>'
+
+    def __init__(self, heads: Sequence[str], rows: Iterable[Sequence[Any]], kind: str = "", id: str = "") -> None:
+        cells = [[value if isinstance(value, Cell) else Cell(with_commas(value)) for value in row] for row in rows]
+        columns = zip(*cells, strict=True) if cells else [()] * len(heads)
+        kinds = ["n" if column and all(cell.is_number for cell in column) else "" for column in columns]
+        self.heads = [Cell(name, kind=kind) for name, kind in zip(heads, kinds, strict=True)]
+        self.rows = [
+            [replace(cell, kind=f"{kind} {cell.kind}".strip()) for cell, kind in zip(row, kinds, strict=True)]
+            for row in cells
+        ]
+        self.kind, self.id = kind, id
 
 
-def _plain(value: Any) -> str:
+def with_commas(value: Any) -> str:
+    """A value as text, whole numbers with thousands separators."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _cell(cell: Cell, kind: str) -> str:
-    classes = " ".join(filter(None, ["n" if kind else "", cell.kind]))
-    mark = f' class="{classes}"' if classes else ""
-    order = "" if cell.order is None else f' data-order="{cell.order!r}"'
-    return f"<td{mark}{order}>{html.escape(cell.text)}</td>"
+def data_uri(content: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").replace(".", "").isdecimal()
+def render_page(template: str, title: str, assets: Sequence[str] = (), **values: Any) -> bytes:
+    """Render a page.
 
+    The page's content security policy allows its own style and script by their hashes and forbids fetching anything,
+    in case a text ever gets past the escaping.
 
-def picture(title: str, png: bytes) -> str:
-    """A PNG inside the page."""
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
-
-
-def page(title: str, body: str, *, style: str = "", script: str = "") -> bytes:
-    """A whole page.
-
-    A page with a script says itself that no other may run and that nothing may be fetched, should a text ever get past
-    the escaping.
+    Args:
+        template: File name in ``templates/``.
+        title: Title of the page.
+        assets: Style and script files in ``assets/``, added to ``page.css``.
+        values: What the template shows.
     """
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}{style}</style>'
-    head += '<meta name="viewport" content="width=device-width">'
-    if script:
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-        rules = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; media-src data: file:"
-        head = f'<meta http-equiv="Content-Security-Policy" content="{rules}">{head}'
-        body += f"</main><script>{script}</script>"
-    else:
-        body += "</main>"
-    text = f'<!doctype html><html lang="en"><head>{head}</head><body><main>{body}</body></html>\n'
-    # What no font and no UTF-8 could show (half of a surrogate pair in a name) is shown as its number.
+    files = [ASSETS / name for name in ("page.css", *assets)]
+    embedded = {}
+    for name, suffix in (("style", ".css"), ("script", ".js")):
+        text = "".join(file.read_text(encoding="utf-8") for file in files if file.suffix == suffix)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
+        embedded |= {name: text, f"{name}_hash": digest}
+    text = _environment().get_template(template).render(title=title, **embedded, **values)
+    # What UTF-8 cannot encode (half of a surrogate pair in a name) is shown as its number.
     return text.encode("utf-8", "xmlcharrefreplace")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("voxray.html"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["with_commas"] = with_commas
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
+    return environment

@@ -1,4 +1,4 @@
-"""How Ray Train's processes begin: torch's process group, after what voxray has to see to before it."""
+"""Start of Ray Train's processes: check their devices, then create the process group of ``torch.distributed``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,10 @@ from voxray.core.errors import RunError
 class ProcessGroup(TorchConfig):
     """Ray Train's own set-up of ``torch.distributed``.
 
-    If it fails, Ray Train leaves the run's places occupied: they are noted under this name, to be given back.
+    If the set-up fails, Ray Train does not remove the placement group of the run. So its id is recorded first.
+
+    Attributes:
+        run: Name of the run at Ray Train.
     """
 
     run: str = ""
@@ -36,7 +39,7 @@ class _Backend(TorchConfig().backend_cls):
 
 
 def _device_fault() -> str:
-    """In a worker: why it cannot train on the device that Ray gave it."""
+    """In a worker: why it cannot train on the device that Ray assigned to it; "" if it can."""
     if ray.train.torch.get_device().type == "cpu" or torch.cuda.is_available():
         return ""
     node = ray.util.get_node_ip_address()

@@ -1,4 +1,4 @@
-"""What the driver does while a run is under way: show its lines and its progress, and pass on the wish to stop."""
+"""What the driver does during a run: show its log lines and progress, and stop it on Ctrl-C."""
 
 import json
 import re
@@ -19,29 +19,30 @@ RECENT_STEPS = 50
 
 @contextmanager
 def stop_on_signal(run_dir: Path) -> Iterator[None]:
-    """Let the first SIGINT or SIGTERM save the run and end it; the second ends it at once."""
+    """On the first SIGINT or SIGTERM, save the run and stop it; on the second, stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def ask(number: int, frame: Any) -> None:
+    def request_stop(number: int, frame: Any) -> None:
         if (run_dir / STOP_FILE).exists():
             raise KeyboardInterrupt
         (run_dir / STOP_FILE).touch()
-        console.print(f"{signal.Signals(number).name}: saving and stopping after this step; once more stops at once")
+        name = signal.Signals(number).name
+        console.print(f"{name}: saving and stopping after this step; a second signal stops at once")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 @contextmanager
 def show_progress(run_dir: Path) -> Iterator[None]:
-    """Show meanwhile what the first worker writes: its log lines, and a bar from its metrics."""
+    """Show the log lines of rank 0 within the block, and a progress bar from its metrics."""
     log, metrics, pace = _Tail(run_dir / LOG), _Tail(run_dir / METRICS), Pace()
     done = threading.Event()
 
@@ -49,9 +50,9 @@ def show_progress(run_dir: Path) -> Iterator[None]:
         lines, records = log.new_lines(), metrics.new_lines()
         for line in lines:
             bar.say(line)
-            pace.hear(line)
+            pace.read_log(line)
         for line in records:
-            pace.record(line)
+            pace.read_record(line)
         if pace.total and (lines or records):
             bar.update(pace.step, pace.total, pace.note())
 
@@ -71,15 +72,15 @@ def show_progress(run_dir: Path) -> Iterator[None]:
 
 
 class Pace:
-    """Where a run stands and how long it still takes, from its lines and records.
+    """Progress of a run and the time left, from its log lines and records.
 
-    The time left follows from the seconds of the last steps alone: a run that goes on from step 900 is as sure of it as
-    one that began, and steps of another length (a curriculum's next phase) are noticed soon. Validation and saving are
-    not in it.
+    The time left follows from the durations of the last ``RECENT_STEPS`` steps alone. So the estimate of a resumed run
+    is as good as that of a new one, and it adapts quickly to steps of another duration, such as those of the next phase
+    of a curriculum. Validation and saving are not included.
 
     Attributes:
         step: Steps done.
-        total: Steps to do; 0 while it is not known.
+        total: Total steps; 0 while unknown.
     """
 
     def __init__(self) -> None:
@@ -87,14 +88,14 @@ class Pace:
         self._loss: float | None = None
         self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
-    def hear(self, line: str) -> None:
-        """Take note of ``starting at step 0 of 120`` or ``going on from step 60 of 120``."""
-        if found := re.fullmatch(r"(?:starting at|going on from) step (\d+) of (\d+)", line):
-            self.step, self.total = int(found[1]), int(found[2])
+    def read_log(self, line: str) -> None:
+        """Read the steps from ``starting at step 0 of 120`` or ``resuming from step 60 of 120``; skip other lines."""
+        if match := re.fullmatch(r"(?:starting at|resuming from) step (\d+) of (\d+)", line):
+            self.step, self.total = int(match[1]), int(match[2])
             self._seconds.clear()
 
-    def record(self, line: str) -> None:
-        """Take note of one line of metrics.jsonl; half of one is passed over."""
+    def read_record(self, line: str) -> None:
+        """Read one line of metrics.jsonl. Incomplete lines are skipped."""
         try:
             record = json.loads(line)
         except ValueError:
@@ -104,7 +105,7 @@ class Pace:
             self._seconds.append(record.get("sec") or 0.0)
 
     def seconds_left(self) -> float | None:
-        """None before the first step."""
+        """Estimated seconds until the last step; None before the first step."""
         if not self._seconds:
             return None
         return max(0, self.total - self.step) * sum(self._seconds) / len(self._seconds)
@@ -117,20 +118,20 @@ class Pace:
 
 
 class _Tail:
-    """Lines appended to a file since the last look."""
+    """Reads the lines that were appended to a file since the last call."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._place = path.stat().st_size if path.is_file() else 0
+        self._offset = path.stat().st_size if path.is_file() else 0
 
     def new_lines(self) -> list[str]:
         if not self._path.is_file():
             return []
         size = self._path.stat().st_size
-        self._place = min(self._place, size)  # a resumed run shortens its metrics first
+        self._offset = min(self._offset, size)  # a resumed run first shortens its metrics
         with open(self._path, "rb") as file:
-            file.seek(self._place)
+            file.seek(self._offset)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._place += len(whole)
-        return whole.decode("utf-8", "replace").splitlines()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return complete.decode("utf-8", "replace").splitlines()

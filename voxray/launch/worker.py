@@ -10,15 +10,21 @@ import torch
 from voxray.batches.rank import Worker
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
-from voxray.recipes.registry import RECIPES
+from voxray.recipes.registry import RunContext
+from voxray.recipes.run_stage import train
 from voxray.runs.layout import ERROR_FILE
-from voxray.runs.remote_sync import RemoteSync
 from voxray.training.callbacks import Callbacks
 from voxray.training.records import Publish
 
 
-def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train process runs."""
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train in one process.
+
+    Args:
+        config: {"settings", "run_dir", "data"} of the run.
+    Returns:
+        The result of ``recipes.run_stage.train``.
+    """
     import ray.train
     from ray.train.torch import get_device
 
@@ -27,27 +33,28 @@ def _worker_main(config: dict[str, Any]) -> dict[str, Any]:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
-    settings = config["settings"]
-    publish = _gauges(run_dir.name) if worker.is_first else None
-    host = Callbacks(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
-    mirror = RemoteSync.from_settings(settings)
-    mirror.fetch()
-    done = mirror.hear_signals()
+    publish = _prometheus_gauges(run_dir.name) if worker.is_first else None
+    callbacks = Callbacks(ray.train.report, lambda: ray.train.get_preemption_info() is not None, publish)
+    stop_listening = None
     try:
-        result = RECIPES[type(settings)](settings, run_dir, config["data"], worker, host)
+        run = RunContext.create(config["settings"], run_dir=run_dir, worker=worker, callbacks=callbacks)
+        run.remote.fetch()
+        stop_listening = run.remote.watch_signals()
+        result = train(run, config["data"])
         if worker.is_first:
-            mirror.push_or(print)
+            run.remote.try_push(print)
         return result
     except (RunError, SettingsError) as error:
-        with suppress(OSError):  # a full disk, of which Ray carries the news as well
+        with suppress(OSError):  # a full disk; then the error reaches the driver through Ray only
             write_json(run_dir / ERROR_FILE, {"message": str(error), "kind": type(error).__name__})
         raise
     finally:
-        done.set()
+        if stop_listening:
+            stop_listening.set()
 
 
-def _gauges(run: str) -> Publish:
-    """Make figures gauges ``voxray_<name>``, tagged with the run and the task, at the node's Prometheus endpoint."""
+def _prometheus_gauges(run: str) -> Publish:
+    """Publish metrics as gauges ``voxray_<name>`` with the tags run and task at the node's Prometheus endpoint."""
     from ray.util.metrics import Gauge
 
     gauges: dict[str, Gauge] = {}

@@ -1,4 +1,4 @@
-"""Predictions that got stuck: the same piece of text over and over."""
+"""Detect predictions that repeat the same piece of text over and over."""
 
 import numpy as np
 
@@ -8,16 +8,18 @@ _GRAM = 4
 
 
 def has_loop(solid: str) -> bool:
-    """Whether some piece of a text stands in it at least 4 times in a row, filling 16 characters or more.
+    """Whether a piece of text occurs at least 4 times in a row and the run has at least 16 characters.
 
-    The length leaves out what people do say ("네 네 네 네", "하하하하"); what fills it up may be a piece cut off.
+    The minimum length excludes what people do say ("네 네 네 네", "하하하하"). The last piece may be incomplete.
 
     Args:
-        solid: A normalised text without its spaces.
+        solid: A normalised text without spaces.
     """
-    # A piece of p characters that fills L of them repeats L - 3 - p grams; with p <= L / 4, and L >= 16, that is 9.
-    grams = len(solid) - _GRAM + 1
-    if grams - len({solid[at : at + _GRAM] for at in range(grams)}) < MIN_CHARS - _GRAM + 1 - MIN_CHARS // MIN_TIMES:
+    # Cheap test first. A run of L characters of a piece of p characters has L - 3 - p repeated 4-grams. With p <= L / 4
+    # and L >= 16 these are at least 9.
+    num_grams = len(solid) - _GRAM + 1
+    num_repeated = num_grams - len({solid[start : start + _GRAM] for start in range(num_grams)})
+    if num_repeated < MIN_CHARS - _GRAM + 1 - MIN_CHARS // MIN_TIMES:
         return False
     codes = np.frombuffer(solid.encode("utf-32-le", "surrogatepass"), np.uint32)
     return any(
@@ -27,7 +29,7 @@ def has_loop(solid: str) -> bool:
 
 
 def _longest_run(equal: np.ndarray) -> int:
-    """Length of the longest run of True."""
+    """Length of the longest run of True values."""
     breaks = np.flatnonzero(~equal)
     edges = np.concatenate(([-1], breaks, [len(equal)]))
     return int(np.diff(edges).max()) - 1

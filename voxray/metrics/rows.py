@@ -1,6 +1,6 @@
-"""Prediction rows as the metrics see them: which references, which normaliser, which counts.
+"""Prediction rows as input of the metrics: their references, normaliser and counts.
 
-A row is a mapping with ``task``, ``prediction`` and ``reference`` or ``references`` as raw text, and as far as known
+A row is a mapping with ``task``, ``prediction`` and ``reference`` or ``references`` as raw text. Optional keys are
 ``id``, ``language``, ``source``, ``dataset``, ``speaker``, ``domain``, ``num_samples`` or ``duration``, ``snr_db``,
 ``reference_phonetic`` (manifests: ``transcript_phonetic``), and ``nll`` with ``num_tokens`` of the reference.
 """
@@ -21,36 +21,34 @@ PredictionRow = Mapping[str, Any]
 PHONETIC_KEYS = ("reference_phonetic", "transcript_phonetic")
 
 
-def check_row(row: PredictionRow, place: str) -> None:
-    """Make sure that a row can be scored.
+def check_row(row: PredictionRow, row_name: str) -> None:
+    """Check that a row can be scored.
 
     Args:
-        place: How to name the row in the message.
+        row_name: Name of the row in error messages.
     Raises:
-        RunError: It has no known task, no reference, or a text that is none.
+        RunError: The task is unknown, the reference is missing, or a value that must be text is not.
     """
     if row.get("task") not in TASKS:
-        raise RunError(f"{place}: task is {row.get('task')!r}, not one of {', '.join(TASKS)}")
-    several = row.get("references")
-    if several is not None and not isinstance(several, list | tuple):
-        raise RunError(f"{place}: references is {type(several).__name__}, not a list of texts")
-    texts = [("references", text) for text in several or ()]
-    if not several:
-        texts.append(("reference", row.get("reference")))
-    texts += [("prediction", row.get("prediction"))]
+        raise RunError(f"{row_name}: task is {row.get('task')!r}, not one of {', '.join(TASKS)}")
+    references = row.get("references")
+    if references is not None and not isinstance(references, list | tuple):
+        raise RunError(f"{row_name}: references is {type(references).__name__}, not a list of texts")
+    texts = [("references", text) for text in references or ()] or [("reference", row.get("reference"))]
+    texts.append(("prediction", row.get("prediction")))
     texts += [(name, row[name]) for name in (*PHONETIC_KEYS, "language") if row.get(name) is not None]
     for name, text in texts:
         if not isinstance(text, str):
-            raise RunError(f"{place}: {name} is {'missing' if text is None else type(text).__name__}, not text")
+            raise RunError(f"{row_name}: {name} is {'missing' if text is None else type(text).__name__}, not text")
 
 
 def row_references(row: PredictionRow) -> tuple[str, ...]:
-    """The references of a row: ``references`` if it has some, else its one ``reference``."""
+    """The references of a row: ``references`` if there are any, else the single ``reference``."""
     return tuple(row.get("references") or (row["reference"],))
 
 
 def row_readings(row: PredictionRow) -> tuple[str, str]:
-    """A transcript's reference, and its second reading or "": from the row's own key, or from ``(A)/(B)`` in it."""
+    """A transcript's reference and its second reading or "", from a key of the row or from ``(A)/(B)`` in the text."""
     [reference] = row_references(row)
     second = next((row[key] for key in PHONETIC_KEYS if row.get(key)), "")
     if not second and ")/(" in reference.replace(" ", ""):
@@ -60,7 +58,7 @@ def row_readings(row: PredictionRow) -> tuple[str, str]:
 
 
 def row_normalizer(row: PredictionRow, english: Normalizer = ENGLISH) -> Normalizer:
-    """The normaliser of a row: transcripts go by their language, answers and captions by ko-v1."""
+    """The normaliser of a row: that of the language for transcripts, ko-v1 for answers and captions."""
     if not is_transcript(row["task"]):
         return KOREAN
     try:
@@ -73,32 +71,37 @@ def row_normalizer(row: PredictionRow, english: Normalizer = ENGLISH) -> Normali
 def count_row(row: PredictionRow, english: Normalizer = ENGLISH) -> Counts:
     """Counts of a prediction row.
 
-    Of several references the closest counts: for transcripts that with the lowest rate of character errors, for answers
-    that with the best F of ROUGE-L; for captions see ``counts.Counts``.
+    With several references, the counts are those of the closest one: the lowest character error rate for transcripts,
+    the highest ROUGE-L for answers. For captions see ``counts.Counts``.
 
     Args:
         english: Normaliser of English transcripts.
     """
     references, prediction, normalizer = row_references(row), row["prediction"], row_normalizer(row, english)
     if is_caption(row["task"]):
-        return _closest_captions([count(text, prediction, normalizer, units=str.split) for text in references])
+        return _merge_caption_counts([count(text, prediction, normalizer, units=str.split) for text in references])
     if len(references) == 1 and is_transcript(row["task"]):
         reference, second = row_readings(row)
         return count(reference, prediction, normalizer, phonetic=second)
-    found = [count(text, prediction, normalizer) for text in references]
-    return min(found, key=_error_rate if is_transcript(row["task"]) else _distance)
+    candidates = [count(text, prediction, normalizer) for text in references]
+    return min(candidates, key=_error_rate if is_transcript(row["task"]) else _answer_distance)
 
 
-def _closest_captions(found: Sequence[Counts]) -> Counts:
-    best = max(found, key=lambda counts: counts.lcs_units / max(counts.ref_units, 1))
-    top, exact = max(counts.top_lcs_units for counts in found), max(counts.exact for counts in found)
-    return replace(best, top_lcs_units=top, exact=exact, looped=min(counts.looped for counts in found))
+def _merge_caption_counts(candidates: Sequence[Counts]) -> Counts:
+    """Counts against the reference with the highest recall; LCS, ``exact`` and ``looped`` are the best of all."""
+    best_recall = max(candidates, key=lambda counts: counts.lcs_units / max(counts.ref_units, 1))
+    return replace(
+        best_recall,
+        top_lcs_units=max(counts.top_lcs_units for counts in candidates),
+        exact=max(counts.exact for counts in candidates),
+        looped=min(counts.looped for counts in candidates),
+    )
 
 
 def _error_rate(counts: Counts) -> float:
     return counts.solid_edits / max(counts.solid_ref, 1)
 
 
-def _distance(counts: Counts) -> tuple[float, ...]:
+def _answer_distance(counts: Counts) -> tuple[float, ...]:
     total = counts.pred_units + counts.ref_units
     return 1 - counts.exact, -2 * counts.lcs_units / total if total else -1.0

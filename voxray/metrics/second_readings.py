@@ -1,64 +1,68 @@
-"""References with two readings, ``(70%)/(칠십 퍼센트)``: the better one of every span counts.
+"""References with two readings, such as ``(70%)/(칠십 퍼센트)``: the better reading of every span is used.
 
-A model may write numbers and Latin words as they are spelled or as they are said, and change between the two within a
-sentence; the better one of two whole sentences would still call half of such a prediction wrong.
+A model may write numbers and Latin words as spelled or as spoken, and may switch within a sentence. Choosing the better
+of the two whole sentences would still count half of such a prediction as wrong.
 """
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 _EDIT = 1 << 32
-"""Cost of an edit. A character of the reference takes 1 off, so that of equally good paths the longest is found."""
+"""Cost of an edit. Every reference character reduces the cost by 1, so the longest of equally good paths wins."""
 
 
 def spans(spelling: str, phonetic: str) -> list[tuple[str, ...]]:
     """Cut two readings of a sentence into spans.
 
-    Words that both have belong to both; between them stand the alternatives, word by word where there are as many on
-    either side.
+    Words that both readings share are spans with one text. The words between them are alternatives, word by word if
+    both readings have the same number of words there.
 
     Args:
         spelling, phonetic: Normalised texts.
     Returns:
-        One text, or two that differ, for each span, without spaces.
+        For each span one text, or two different ones, without spaces.
     """
     left, right = spelling.split(), phonetic.split()
-    found: list[tuple[str, ...]] = []
-    start_left = start_right = 0
+    result: list[tuple[str, ...]] = []
+    left_start = right_start = 0
     blocks = Levenshtein.editops(left, right).as_matching_blocks()
-    for block in blocks:  # the last one is empty and marks the ends
-        a, b = left[start_left : block.a], right[start_right : block.b]
-        if len(a) == len(b):
-            found += zip(a, b, strict=True)
+    for block in blocks:  # the last block is empty and marks the end of both readings
+        left_words, right_words = left[left_start : block.a], right[right_start : block.b]
+        if len(left_words) == len(right_words):
+            result += zip(left_words, right_words, strict=True)
         else:
-            found.append(("".join(a), "".join(b)))
-        found += [(word,) for word in left[block.a : block.a + block.size]]
-        start_left, start_right = block.a + block.size, block.b + block.size
-    return found
+            result.append(("".join(left_words), "".join(right_words)))
+        result += [(word,) for word in left[block.a : block.a + block.size]]
+        left_start, right_start = block.a + block.size, block.b + block.size
+    return result
 
 
 def best_of_readings(spelling: str, phonetic: str, solid_prediction: str) -> tuple[int, int]:
-    """Fewest edits that make some path through the spans the prediction, and the length of that path.
+    """Fewest edits between the prediction and a path that takes one reading of every span.
 
     Args:
         spelling, phonetic: Normalised texts.
         solid_prediction: Normalised text without spaces.
     Returns:
-        Edits and characters of the reference, spaces left out; of paths with equally few edits the longest.
+        Edits, and the path's length in characters without spaces; the longest of paths with equally few edits.
     """
-    letters = np.frombuffer(solid_prediction.encode("utf-32-le", "surrogatepass"), np.uint32)
-    row = np.arange(len(letters) + 1, dtype=np.int64) * _EDIT
+    pred_chars = _code_points(solid_prediction)
+    costs = np.arange(len(pred_chars) + 1, dtype=np.int64) * _EDIT
     for choices in spans(spelling, phonetic):
-        row = np.minimum.reduce([_advanced(row, text, letters) for text in choices])
-    edits = -(-int(row[-1]) // _EDIT)
-    return edits, edits * _EDIT - int(row[-1])
+        costs = np.minimum.reduce([_advance(costs, text, pred_chars) for text in choices])
+    edits = -(-int(costs[-1]) // _EDIT)
+    return edits, edits * _EDIT - int(costs[-1])
 
 
-def _advanced(row: np.ndarray, text: str, letters: np.ndarray) -> np.ndarray:
-    """Costs of the prediction's beginnings after some more characters of the reference (one row of the edit table)."""
-    steps = np.arange(len(row), dtype=np.int64) * _EDIT
-    for letter in np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32):
-        through = row + (_EDIT - 1)  # the letter is missing in the prediction
-        np.minimum(through[1:], row[:-1] + np.where(letters == letter, -1, _EDIT - 1), out=through[1:])
-        row = np.minimum.accumulate(through - steps) + steps  # letters that the prediction has too many
-    return row
+def _advance(costs: np.ndarray, text: str, pred_chars: np.ndarray) -> np.ndarray:
+    """Advance one row of the edit table (costs of all prefixes of the prediction) by characters of the reference."""
+    insertions = np.arange(len(costs), dtype=np.int64) * _EDIT
+    for char in _code_points(text):
+        new = costs + (_EDIT - 1)  # deletion: the prediction lacks the character
+        np.minimum(new[1:], costs[:-1] + np.where(pred_chars == char, -1, _EDIT - 1), out=new[1:])
+        costs = np.minimum.accumulate(new - insertions) + insertions
+    return costs
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)

@@ -1,4 +1,4 @@
-"""Recall of terms that matter (drugs, findings): which of those in the references are in the predictions."""
+"""Recall of important terms, such as drugs and findings: how many of those in the references are in the predictions."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -8,52 +8,49 @@ from voxray.text.normalize import Normalizer
 
 
 class Terms:
-    """A list of terms, found in texts whatever their spacing.
+    """A list of terms that can be counted in texts, regardless of spacing.
 
-    Terms and texts are normalised alike. Latin letters and digits are only found whole: ``mg`` is in "5mg" but not in
-    "omg". Of terms that overlap the leftmost counts, and of those the longest: "고혈압" is no "혈압".
+    Terms and texts are normalised alike. Latin letters and digits match only as whole words: ``mg`` is in "5mg" but not
+    in "omg". Of overlapping terms the leftmost counts, and at the same position the longest: "고혈압" is no "혈압".
 
     Args:
-        terms: Words or phrases; empty ones are passed over.
+        terms: Words or phrases; empty ones are ignored.
         normalizer: Of the texts.
     """
 
     def __init__(self, terms: Iterable[str], normalizer: Normalizer) -> None:
         self._normalizer = normalizer
-        found = {normalizer.normalize(term).replace(" ", ""): " ".join(term.split()) for term in terms}
-        self._names = {solid: name for solid, name in found.items() if solid}
+        names = {normalizer.normalize(term).replace(" ", ""): " ".join(term.split()) for term in terms}
+        self._names = {solid: name for solid, name in names.items() if solid}
         self._lengths = sorted({len(solid) for solid in self._names}, reverse=True)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def count(self, text: str) -> Counter[str]:
-        """How often each term stands in a raw text."""
+        """How often each term occurs in a raw text."""
         words = self._normalizer.normalize(text).split()
         solid = "".join(words)
-        kind = [_kind(char) for char in solid]
-        starts = set(accumulate(map(len, words), initial=0))
-        whole = {at for at in range(len(solid) + 1) if at in starts or not kind[at - 1] or kind[at - 1] != kind[at]}
-        found: Counter[str] = Counter()
-        at = 0
-        while at < len(solid):
-            size = next((n for n in self._lengths if at in whole and self._is_term(solid, at, n, whole)), 0)
-            if size:
-                found[self._names[solid[at : at + size]]] += 1
-            at += size or 1
-        return found
-
-    def _is_term(self, solid: str, at: int, size: int, whole: set[int]) -> bool:
-        return at + size in whole and solid[at : at + size] in self._names
+        kinds = [_kind(char) for char in solid]
+        word_starts = set(accumulate(map(len, words), initial=0))
+        boundaries = {
+            index
+            for index in range(len(solid) + 1)
+            if index in word_starts or not kinds[index - 1] or kinds[index - 1] != kinds[index]
+        }
+        counts: Counter[str] = Counter()
+        start = 0
+        while start < len(solid):
+            ends = (start + length for length in self._lengths) if start in boundaries else ()
+            end = next((end for end in ends if end in boundaries and solid[start:end] in self._names), 0)
+            if end:
+                counts[self._names[solid[start:end]]] += 1
+            start = end or start + 1
+        return counts
 
 
 def _kind(char: str) -> str:
-    """Latin letters and digits make words that end where the kind changes; other characters stand alone."""
+    """Characters of the kinds "letter" and "digit" form words, up to the next change of kind; others stand alone."""
     if char.isascii() and char.isalpha():
         return "letter"
     return "digit" if char.isdigit() else ""
-
-
-def recalled(wanted: Counter[str], given: Counter[str]) -> Counter[str]:
-    """Of the terms in a reference, those that its prediction has, each as often as both do."""
-    return wanted & given

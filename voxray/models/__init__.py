@@ -1,4 +1,4 @@
-"""Model families. Importing any of them keeps the libraries below from chattering into a job's output."""
+"""Model families. Importing any of them silences the log messages and warnings of the libraries below."""
 
 import logging
 import warnings

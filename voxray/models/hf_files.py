@@ -1,7 +1,7 @@
-"""Files of a model in Hugging Face's layout: configuration, weights by module, and models built without weights."""
+"""Models in Hugging Face's layout: configuration, files, weights of one module, and models built without weights."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,34 @@ from voxray.core.errors import RunError, one_line
 
 
 def unwrap_peft(model: Any) -> Any:
-    """A model without the wrapper that PEFT puts around it, if there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # peft takes long to import
+    """Return the base inside a PEFT wrapper, or the model itself if there is no wrapper."""
+    # not isinstance, because importing peft is slow
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def build_on_meta(make: Callable[[], Any], model_id: str) -> Any:
-    """A frozen model whose parameters lie on PyTorch's meta device: see ``ModelFamily.build_on_meta``."""
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a parameter belongs to one of the modules, whose names may contain dots."""
+    return any(f".{module}." in f".{name}." for module in modules)
+
+
+def build_on_meta(build: Callable[[], Any], model_id: str) -> Any:
+    """Build a frozen model on PyTorch's meta device (see ``ModelFamily.build_on_meta``)."""
     with torch.device("meta"):
-        model = make()
+        model = build()
     model.config.name_or_path = model.name_or_path = model_id
-    kept = model._keep_in_fp32_modules_strict or ()  # what from_pretrained leaves in float32
+    float32_modules = model._keep_in_fp32_modules_strict or ()  # from_pretrained leaves them in float32 too
     for name, parameter in model.named_parameters():
-        if any(f".{part}." in f".{name}." for part in kept):
+        if is_inside(name, float32_modules):
             parameter.data = parameter.data.float()
     return model.requires_grad_(False).eval()
 
 
 def read_config(model_id: str) -> dict[str, Any]:
-    """Read a model's config.json from its folder or the hub."""
+    """Read a model's config.json from its folder or the hub.
+
+    Raises:
+        RunError: There is none that can be read.
+    """
     from transformers import PreTrainedConfig
 
     try:
@@ -39,7 +49,11 @@ def read_config(model_id: str) -> dict[str, Any]:
 
 
 def model_file(model_id: str, name: str) -> str:
-    """Path of one of a model's files, from its folder or through the hub's cache."""
+    """Path of one of a model's files in its folder or the hub's cache.
+
+    Raises:
+        RunError: The model has no such file.
+    """
     from transformers.utils.hub import cached_file
 
     try:
@@ -50,35 +64,35 @@ def model_file(model_id: str, name: str) -> str:
     return path
 
 
-def weights_below(model_id: str, module: str) -> dict[str, torch.Tensor]:
-    """Tensors of one module out of a model's safetensors files, as they are stored, without reading the others.
+def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:
+    """Read one module's tensors from a model's safetensors files, in their stored dtype.
 
     Args:
-        module: Its name, such as ``audio_tower``.
+        module: Name of the module, such as ``audio_tower``.
     Returns:
-        {name below the module: tensor}, sorted.
+        {name within the module: tensor}, sorted by name.
     Raises:
-        RunError: Files are missing or hold no such module.
+        RunError: Files are missing or do not contain the module.
     """
     from safetensors import safe_open
 
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(model_id, module):
         with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
             for name in file.keys():  # noqa: SIM118  # not a dict
-                _, at, below = f".{name}".partition(f".{module}.")
-                if at:
-                    found[below] = file.get_tensor(name)
-    if not found:
+                _, separator, name_in_module = f".{name}".partition(f".{module}.")
+                if separator:
+                    tensors[name_in_module] = file.get_tensor(name)
+    if not tensors:
         raise RunError(f"--model_id {model_id}: its weights hold no {module}")
-    return dict(sorted(found.items()))
+    return dict(sorted(tensors.items()))
 
 
 def _weight_files(model_id: str, module: str) -> list[str]:
-    """The files that hold a module: those that the index names, or the only one."""
+    """Paths of the weight files that contain a module: those in the index, or the single file."""
     try:
         index = json.loads(Path(model_file(model_id, "model.safetensors.index.json")).read_text())
     except RunError:
         return [model_file(model_id, "model.safetensors")]
-    files = {file for name, file in index["weight_map"].items() if f".{module}." in f".{name}"}
+    files = {file for name, file in index["weight_map"].items() if is_inside(name, [module])}
     return [model_file(model_id, file) for file in sorted(files)]

@@ -1,11 +1,19 @@
-"""What a model family offers to the rest of voxray.
+"""The contract between a model family and the rest of voxray. Read this to add a family.
 
-Everything outside ``models/`` speaks to these two protocols. A family has a front end, which turns rows into features
-and token ids and needs no weights (featurize workers load just that), and a model side, which loads, trains and
-generates.
+A family has two sides:
+
+* a ``FrontEnd`` turns rows into features and token ids. It needs no weights, is picklable, and is all that featurize
+  workers load;
+* a ``ModelFamily`` names the parts of the model, loads the weights, and runs training and generation passes.
+
+Code outside ``models/`` uses only these two protocols. To add a family, write both classes in ``models/<family>/``,
+inherit from ``family_defaults.FamilyDefaults``, and add one entry to ``registry.FAMILIES``. Another package can add a
+family through the entry point group ``voxray.families``.
+
+Shape letters: B rows, L tokens, N predicted positions, V vocabulary, W windows of all clips in a batch, F mel bins, T
+mel frames of a window, K valid mel frames of a clip, P encoder positions of a window, D width.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +22,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from voxray.core.errors import SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
+from voxray.models.layer_names import LayerNames
+
+IGNORED = -100  # the label that PyTorch's cross entropy ignores
+
+Batch = dict[str, torch.Tensor]
+"""Model inputs by name, as ``batches.collate`` makes them."""
+
+AudioPath = Callable[..., torch.Tensor]
+"""The computation from features to the tensor that the rest of the model reads.
+
+Called with features_WFT, and with num_samples_W as well if the front end has ``needs_num_samples``.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,7 @@ class AudioFeatures:
     """Features of one clip without its padding.
 
     Attributes:
-        mel_KF: float32, shape (num_valid_frames, num_mel_bins).
+        mel_KF: float32, shape (valid frames, ``num_mel_bins``).
         fill: Value of every padded frame after them.
         num_windows: Whole model windows that the padded clip fills.
     """
@@ -35,25 +54,26 @@ class AudioFeatures:
 
 
 class FrontEnd(Protocol):
-    """Rows -> features and token ids; picklable, without weights.
+    """Turns rows into features and token ids. Picklable, without weights.
 
     Attributes:
-        fingerprint: Hash of everything that decides its output; shards made under another one are stale.
+        fingerprint: Hash of everything that determines the output. Shards with another fingerprint are stale.
         sample_rate_hz: Rate that clips are resampled to.
-        max_audio_sec: Longest clip the family takes.
-        max_windows: Longest clip that it can be trained on, in windows; None is as long as it takes.
+        max_audio_sec: Longest clip that the family accepts, in seconds.
+        max_windows: Longest clip that the family trains on, in windows; None for no limit.
         max_positions: Longest prompt and answer together, in tokens.
         cross_attention_positions: Encoder positions per window that the decoder cross-attends to. They cost memory but
             are not prompt tokens (Whisper: 1,500, others: 0).
         window_frames: Mel frames of one model window.
-        num_mel_bins: Bins of one frame.
+        num_mel_bins: Values of one frame.
         encoder_positions: Outputs of the audio encoder for one window.
-        encoder_dim: Width of each of them.
+        encoder_dim: Width of each encoder output.
         pad_id: Token id of padding.
         eos_id: Token id that ends an answer.
-        needs_language: Whether a row has to say its language to be trained on.
-        trims_audio: Whether audio tokens that stand for padding alone are left out of prompts.
-        counts_samples: Whether the model asks how many samples of each window are no padding.
+        needs_language: Whether training rows must have a ``language``.
+        trims_audio: Whether prompts omit the audio tokens that stand for padding only.
+        needs_num_samples: Whether the model needs the number of unpadded samples of each window (``num_samples`` in
+            batches).
     """
 
     fingerprint: str
@@ -70,58 +90,83 @@ class FrontEnd(Protocol):
     eos_id: int
     needs_language: bool
     trims_audio: bool
-    counts_samples: bool
+    needs_num_samples: bool
 
-    def features(self, samples: np.ndarray) -> AudioFeatures: ...
-
-    def num_windows(self, num_samples: int) -> int: ...
-
-    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]: ...
-
-    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
-        """Token ids of an answer and what ends it.
+    def features(self, samples: np.ndarray) -> AudioFeatures:
+        """Compute the features of one clip, once per clip in featurize workers or while batches load.
 
         Args:
-            segments: When its parts are said, for families that are trained with times.
+            samples: float32, shape (num_samples,), at ``sample_rate_hz``.
+        """
+        ...
+
+    def num_windows(self, num_samples: int) -> int:
+        """Number of whole windows that a clip of ``num_samples`` samples is padded to."""
+        ...
+
+    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
+        """Token ids from the start of the text up to the first token of the answer, audio tokens included.
+
+        Args:
+            num_samples: Length of the row's clip at ``sample_rate_hz``; 0 without audio.
+        Raises:
+            BadRow: The family cannot answer this row.
+        """
+        ...
+
+    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
+        """Token ids of an answer, including the token that ends it.
+
+        Args:
+            segments: Times of the parts of the answer. Families without time tokens ignore them.
+        Raises:
+            BadRow: The text cannot be tokenized.
         """
         ...
 
     def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Whether a row is answered by itself through ``ModelFamily.generate``, not in a batch token by token."""
+        """Whether a row must be generated by itself through ``ModelFamily.generate``.
+
+        All other rows are generated in batches through ``ModelFamily.prefill``.
+        """
         ...
 
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids without control tokens, as it is scored."""
+        ...
 
-    def show(self, ids: Sequence[int]) -> str: ...
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of token ids for people: with control tokens, runs of audio tokens shortened."""
+        ...
 
 
 class DecodeState(Protocol):
-    """Rows whose answers are being generated: what the model remembers of the prompts and of what came after."""
+    """KV-cache state of the rows being generated. ``ModelFamily.prefill`` creates it."""
 
     def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Add one token to every row.
+        """Append one token to every row.
 
         Returns:
-            logits_BV of the next one.
+            logits_BV of the next token.
         """
         ...
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        """Let all rows but these go."""
+        """Keep only these rows, in this order, and free the memory of the others."""
         ...
 
     def merge(self, other: Any) -> None:
-        """Take the rows of another one of the same model in, after the own."""
+        """Append the rows of another state of the same model."""
         ...
 
 
 class InitAdapter(Protocol):
-    """Weights to start training from.
+    """Stored weights that training starts from.
 
     Attributes:
-        folder: Where they are.
-        roles: Roles of the model that they belong to, in the family's order.
-        trims_audio: Whether they were trained without the audio tokens of padding; None if without audio.
+        folder: Folder or file that holds them.
+        roles: Roles of the model that they change, in the family's order.
+        trims_audio: Whether they were trained without the audio tokens of padding; None if trained without audio.
     """
 
     @property
@@ -133,42 +178,44 @@ class InitAdapter(Protocol):
     @property
     def trims_audio(self) -> bool | None: ...
 
-    def described(self) -> dict[str, Any]:
-        """What provenance.json says of them."""
+    def provenance(self) -> dict[str, Any]:
+        """JSON values that identify these weights in provenance.json."""
         ...
 
     def copy_into(self, model: Any, family: "ModelFamily") -> int:
-        """Copy them into LoRA that covers their roles and maybe more.
+        """Copy the weights into a model whose LoRA covers at least their roles.
 
         Returns:
             Number of tensors copied.
         Raises:
-            RunError: The model's LoRA over those roles has other options.
+            RunError: The model's LoRA has other options.
         """
         ...
 
 
-AudioPath = Callable[..., torch.Tensor]
-"""Features of whole windows, and, where the front end counts samples, how many of each are no padding -> what the rest
-of a model takes of them."""
-
-
 class ModelFamily(Protocol):
-    """The model side.
+    """The model side of a family.
+
+    "Base" below is the model that ``load_model`` returns; "model" is a base or the PEFT wrapper around one. A role is a
+    part of the model that trains as a whole, such as encoder, projector and llm. Name roles in the order in which the
+    forward pass runs through them.
 
     Attributes:
-        job: Name of the job that trains it.
-        tasks: Names of the tasks whose rows it answers.
-        roles: {role: names of the modules that hold it}; a module belongs to the role in whose module it stands.
-        lora_targets: {role: names of the Linear layers that LoRA adapts within it}.
-        full_modules: Names of modules whose own weights train beside LoRA, where their role trains.
-        always_frozen: Names of modules whose weights never train, not even in full tuning.
-        quantized: Roles whose layers ``quantize`` holds in fewer bits.
-        files: Names of the files beside configuration and weights that make a model's folder complete.
+        name: ``model_type`` in config.json.
+        tasks: Names of the tasks that the family can answer.
+        roles: {role: names of its modules}. A parameter belongs to the role that one of its parent modules names.
+        lora_targets: {role: names of the Linear layers that LoRA adapts in it}.
+        full_modules: Names of modules whose own weights train beside LoRA, if their role trains.
+        always_frozen: Names of modules whose weights never train, not even with --tuning full.
+        quantized: Roles whose Linear layers ``--quantize`` stores in fewer bits.
+        files: Names of files that a complete model folder holds beside configuration and weights.
+        float32_roles: Roles whose weights and activations stay float32 whatever the base's dtype.
+        encoder_role: Role of the audio encoder.
+        projector_role: Role between encoder and language model; "" if there is none.
+        layer_names: Layers that preflight treats specially.
     """
 
     name: str
-    job: str
     tasks: tuple[str, ...]
     roles: Mapping[str, tuple[str, ...]]
     lora_targets: Mapping[str, tuple[str, ...]]
@@ -176,151 +223,174 @@ class ModelFamily(Protocol):
     always_frozen: tuple[str, ...]
     quantized: tuple[str, ...]
     files: tuple[str, ...]
+    float32_roles: tuple[str, ...]
+    encoder_role: str
+    projector_role: str
+    layer_names: LayerNames
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> FrontEnd:
-        """The front end of a base.
+        """Build the front end of a base.
 
         Args:
-            trim_audio: Leave out the audio tokens that stand for padding alone.
+            model_id: Folder or hub name of the base.
+            trim_audio: Omit the audio tokens that stand for padding only.
         Raises:
-            SettingsError: ``trim_audio`` is asked of a family whose clips take the same number of tokens always.
+            SettingsError: ``trim_audio`` is set, and clips of this family always take the same number of tokens.
         """
         ...
 
+    def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
+        """Positions per window that the modules between encoder and language model work on.
+
+        Args:
+            config: The base's configuration.
+        """
+        ...
+
+    def cross_attention_frames(self, config: Any, front_end: FrontEnd) -> int:
+        """Encoder outputs per window that the keys and values of cross-attention are computed from; 0 without any."""
+        ...
+
     def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
-        """Whether weight decay passes a parameter by."""
+        """Whether the parameter is excluded from weight decay."""
         ...
 
     def copy_files(self, model_id: str, folder: Path) -> None:
-        """Put what makes a model's folder complete, beside configuration and weights, into another folder."""
+        """Copy everything but configuration and weights that makes a model folder complete.
+
+        Called when a merged model is exported to ``folder``.
+        """
         ...
 
     def read_official(self, path: str, *, r: int, alpha: float) -> InitAdapter | None:
-        """What a checkpoint of the family's own trainer holds, for training that starts from it.
+        """Read a checkpoint of the family's original training code, to start training from it.
 
         Args:
-            r, alpha: LoRA's rank and scale in the training to come.
+            path: Value of --init_adapter.
+            r, alpha: LoRA rank and alpha of the new training.
         Returns:
-            None where there is no such trainer, or the path is no file of its.
+            None if the family has no original training code or ``path`` is not one of its checkpoints.
         Raises:
-            RunError: It cannot be read.
-            SettingsError: It was trained with another rank or scale.
+            RunError: The checkpoint cannot be read.
+            SettingsError: It was trained with another rank or alpha.
         """
         ...
 
     def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
-        """Write what was trained as a checkpoint that the family's own code loads.
+        """Write the trained weights as a checkpoint that the family's original code loads.
 
         Args:
-            model: Base and adapter.
+            model: Base with adapter.
             model_id: The base.
         Returns:
-            The checkpoint, which ``load_official`` reads, and how many tensors it holds.
+            Path of the checkpoint and the number of tensors in it.
         Raises:
-            RunError: The base has something of its own that the checkpoint could not hold as well.
-            SettingsError: There is no such code, or the adapter is of a kind that it does not know.
+            RunError: The base itself has trained weights that the checkpoint cannot hold.
+            SettingsError: The family has no original code, or that code does not support this kind of adapter.
         """
         ...
 
     def load_official(self, base: Any, path: Path) -> Any:
-        """A plain base with what ``write_official`` wrote, in eval mode."""
+        """Load what ``write_official`` wrote into a base without adapter; returns the model in eval mode."""
         ...
 
-    def encoder_fingerprint(self, model_id: str) -> str: ...
+    def encoder_fingerprint(self, model_id: str) -> str:
+        """Hash of the audio encoder's stored weights. It identifies the encoder outputs of --store encoder."""
+        ...
 
-    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any: ...
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the audio encoder alone, with the same weights that ``load_model`` gives it.
 
-    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
-        """Outputs of what ``load_encoder`` gives, for whole windows.
-
-        Args:
-            num_samples_W: Samples of every window that are no padding.
-        Returns:
-            states_WPD.
+        Raises:
+            RunError: Its weights are missing or do not fit the configuration.
         """
         ...
 
-    def skip_encoder(self, model: Any) -> None: ...
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Run an encoder from ``load_encoder`` on whole windows.
 
-    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any: ...
+        Args:
+            num_samples_W: Unpadded samples of every window.
+        Returns:
+            states_WPD. They are stored and later replace ``input_features``.
+        """
+        ...
+
+    def skip_encoder(self, model: Any) -> None:
+        """Make a model accept encoder outputs as ``input_features``, and free the encoder's memory."""
+        ...
+
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
+        """Load a base in eval mode, with every weight frozen.
+
+        Args:
+            dtype: Type of the weights and of the computation.
+            quantize: ``none``, or ``8bit`` or ``4bit`` to quantize the Linear layers of the ``quantized`` roles.
+        Raises:
+            RunError: Weights are missing or cannot be read, or bitsandbytes is missing.
+        """
+        ...
 
     def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
-        """What ``load_model`` gives, without its weights: every parameter has its shape and type, and takes no memory.
+        """Build a base on PyTorch's meta device: parameters have shape and dtype but take no memory.
 
-        Quantised layers stand there as they are before they are quantised.
+        Preflight uses it to estimate memory. Layers are not quantized.
         """
         ...
 
     def audio_path(self, model: Any) -> torch.nn.Module:
-        """What hears whole windows in a model, with what an adapter adds to it (see ``AudioPath``): features of the
-        model's type -> what the rest of the model takes, the same number of rows for every window."""
+        """The modules of a model that process whole windows, adapter included, as one module (see ``AudioPath``).
+
+        jobs/compile.py compiles it. Its input has the model's dtype. Its output has the same number of rows for every
+        window, and a window's rows do not depend on the other windows.
+        """
         ...
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
-        """Let a model hear through something else, and free the memory of what heard until now."""
+        """Make a model call ``run`` instead of its own ``audio_path``, and free the memory of the encoder's layers."""
         ...
 
-    def compile_layers(self, model: Any) -> None: ...
+    def compile_layers(self, model: Any) -> None:
+        """Compile the transformer layers that ``answer_logits`` trains. Generation still runs them uncompiled.
+
+        Raises:
+            RunError: Nothing can be compiled on this machine.
+        """
+        ...
 
     def answer_logits(
-        self,
-        model: Any,
-        batch: dict[str, torch.Tensor],
-        keep_BL: torch.Tensor,
-        *,
-        roles_in_every_pass: Sequence[str] = (),
-    ) -> torch.Tensor: ...
-
-    def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[DecodeState, torch.Tensor]:
-        """Read prompts as ``collate_prompts`` makes them.
-
-        Returns:
-            The rows' state, and logits_BV of the first token of each answer.
-        """
-        ...
-
-    def generate(
-        self, model: Any, batch: dict[str, torch.Tensor], *, num_samples: Sequence[int] = (), **options: Any
+        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
     ) -> torch.Tensor:
-        """Continue prompts by transformers' own generate, which also knows beams and sampling.
+        """The forward pass of training, validation and perplexity. Computes logits at selected positions only.
 
         Args:
-            num_samples: Samples of each row's clip.
+            batch: As ``collate_training`` or ``collate_packed`` makes it, without ``labels`` and ``task``.
+            keep_BL: True where the next token is to be predicted.
+            roles_in_every_pass: Roles that must take part even if the batch has no audio, because all workers must
+                compute with the same weights in the same order. Their weights then get gradients of zero.
         Returns:
-            ids_BL of the continuations alone, padded on the right.
+            logits_NV.
         """
         ...
 
+    def prefill(self, model: Any, batch: Batch) -> tuple[DecodeState, torch.Tensor]:
+        """Run prompts, so that answers can be generated token by token.
 
-class FamilyDefaults:
-    """What a family has unless it says otherwise: nothing trains beside LoRA, weight decay is for everything, and there
-    is no code of its own to exchange checkpoints with."""
+        Args:
+            batch: As ``collate_prompts`` makes it (left-padded).
+        Returns:
+            State of the rows, and logits_BV of the first token of each answer.
+        """
+        ...
 
-    name: str
-    full_modules: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
+    def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
+        """Generate answers with transformers' ``generate``: for beam search, sampling, and sequential rows.
 
-    def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
-        return False
-
-    def copy_files(self, model_id: str, folder: Path) -> None:
-        """Copy ``files`` as far as the base has them and the folder does not."""
-        from transformers.utils.hub import cached_file
-
-        for name in (*self.files, "README.md"):
-            found = cached_file(model_id, name, _raise_exceptions_for_missing_entries=False)
-            if found and not (folder / name).exists():
-                shutil.copyfile(found, folder / name)
-
-    def read_official(self, path: str, *, r: int, alpha: float) -> InitAdapter | None:
-        return None
-
-    def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
-        raise SettingsError(f"--format official: is for SALMONN's code, and this is a {self.name} model")
-
-    def load_official(self, base: Any, path: Path) -> Any:
-        raise AssertionError("nothing was written")
-
-
-IGNORED = -100  # the label that PyTorch's cross entropy passes over
-Batch = dict[str, torch.Tensor]
+        Args:
+            batch: As ``collate_prompts`` makes it (left-padded).
+            num_samples: Samples of each row's clip.
+            options: Arguments of transformers' ``generate``.
+        Returns:
+            ids_BL of the new tokens, padded on the right.
+        """
+        ...

@@ -1,42 +1,44 @@
-"""Every model family by the `model_type` of its configuration."""
+"""Model families by the ``model_type`` in config.json.
+
+An installed package adds families with the entry point group ``voxray.families``: the name is the model type, and the
+value a class or function without arguments that returns a ``ModelFamily``. The package has to be installed on every
+machine of the cluster.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
+from voxray.config.recipes import load_object
 from voxray.core.errors import SettingsError
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
 
-
-def _voxtral() -> ModelFamily:
-    from voxray.models.voxtral.family import Voxtral
-
-    return Voxtral()
-
-
-def _whisper() -> ModelFamily:
-    from voxray.models.whisper.family import Whisper
-
-    return Whisper()
+ENTRY_POINTS = "voxray.families"
+FAMILIES = {
+    "voxtral": "voxray.models.voxtral.family:Voxtral",
+    "whisper": "voxray.models.whisper.family:Whisper",
+    "salmonn": "voxray.models.salmonn.family:Salmonn",
+}
+"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes."""
 
 
-def _salmonn() -> ModelFamily:
-    from voxray.models.salmonn.family import Salmonn
-
-    return Salmonn()
-
-
-FAMILIES: Mapping[str, Callable[[], ModelFamily]] = {"voxtral": _voxtral, "whisper": _whisper, "salmonn": _salmonn}
-"""Every family by its model type; none is imported before it is asked for, because processes start by the dozen."""
+@cache
+def families() -> Mapping[str, Callable[[], Any]]:
+    """Loaders of the family classes, by model type. Installed packages cannot replace voxray's own families."""
+    installed = {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
+    return installed | {name: lambda path=path: load_object(path) for name, path in FAMILIES.items()}
 
 
 def get_family(model_id: str) -> ModelFamily:
-    """Find the family of a base model from its configuration.
+    """Find the family of a base model by its configuration.
 
     Raises:
-        RunError: The model's configuration cannot be had.
-        SettingsError: The model is of no family that voxray knows.
+        RunError: The model has no readable configuration.
+        SettingsError: No family is registered for its model type.
     """
-    kind = str(read_config(model_id).get("model_type"))
-    if kind not in FAMILIES:
-        raise SettingsError(f"--model_id {model_id}: model type {kind!r} is not one of {', '.join(FAMILIES)}")
-    return FAMILIES[kind]()
+    model_type = str(read_config(model_id).get("model_type"))
+    if model_type not in families():
+        raise SettingsError(f"--model_id {model_id}: model type {model_type!r} is not one of {', '.join(families())}")
+    return families()[model_type]()()

@@ -1,4 +1,4 @@
-"""The lock file of a folder that prefetch fills: what was asked, what came of it, and how to tell that it still holds.
+"""The lock file of a prefetch folder: the requested settings, the results, and checksums to verify them later.
 
 ::
 
@@ -7,9 +7,9 @@
                     "done": "2026-11-28T14:37:08+00:00"},
        "corpus":   ..., "data": ..., "features": ...}}
 
-Paths below the folder are relative to it, so that the folder can be carried elsewhere; ``sources`` are the files that
-came from elsewhere. A step stands in the file from its begin on, with the commit it settled for, so that one that is
-cut off goes on with the same revision; ``done`` says that it ended.
+Paths below the folder are relative to it, so that the folder can be moved. ``sources`` are input files outside the
+folder. A step is in the file from its start on, with the commit that it resolved, so that an interrupted step resumes
+with the same revision. ``done`` is the time at which it finished.
 """
 
 import hashlib
@@ -23,62 +23,60 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import checksum, write_json
 from voxray.core.version import __version__
 
-NAME = "prefetch.lock.json"
+LOCK_FILE_NAME = "prefetch.lock.json"
 FORMAT = 1
-Described = dict[str, Any]
+FileDescription = dict[str, Any]
 
 
-class Lock:
-    """The lock file of one folder, written whenever something changes.
+class LockFile:
+    """The lock file of one folder, written at every change.
 
-    Args:
-        folder: The folder.
     Raises:
-        RunError: The file is damaged, or of another format.
+        RunError: The file is damaged, or has another format.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / NAME
+        self.folder, self.path = folder, folder / LOCK_FILE_NAME
         self._steps: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
                 stored = json.loads(self.path.read_text(encoding="utf-8"))
-                self._steps, found = dict(stored["steps"]), stored["format"]
+                self._steps, format_ = dict(stored["steps"]), stored["format"]
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{self.path}: damaged; delete it to check and fetch everything again") from None
-            if found != FORMAT:
-                raise RunError(f"{self.path}: of format {found}, which this version of voxray does not read")
+            if format_ != FORMAT:
+                raise RunError(f"{self.path}: of format {format_}, which this version of voxray does not read")
 
     def step(self, name: str) -> dict[str, Any]:
-        """What is known of a step, {} if it never began."""
+        """Entry of a step, {} if it never started."""
         return self._steps.get(name, {})
 
     def is_done(self, name: str) -> bool:
         return "done" in self.step(name)
 
-    def changed(self, name: str, asked: Mapping[str, Any]) -> str:
-        """In what a finished step was asked for other things, for a message; "" if in nothing."""
-        before = self.step(name).get("asked", {}) if self.is_done(name) else {}
-        now = json.loads(json.dumps(asked))
-        changes = [key for key in now if key in before and before[key] != now[key]]
-        return ", ".join(f"--{key} (was {_shown(before[key])}, now {_shown(now[key])})" for key in changes)
+    def changed(self, name: str, requested: Mapping[str, Any]) -> str:
+        """Differences between a finished step's settings and the requested ones, for a message; "" if none."""
+        previous = self.step(name).get("asked", {}) if self.is_done(name) else {}
+        current = json.loads(json.dumps(requested))
+        changes = [key for key in current if key in previous and previous[key] != current[key]]
+        return ", ".join(f"--{key} (was {_show(previous[key])}, now {_show(current[key])})" for key in changes)
 
-    def is_other(self, name: str, asked: Mapping[str, Any]) -> bool:
-        """Whether a step began with other settings and never ended; what it left is then of no use."""
-        return bool(self.step(name)) and self.step(name)["asked"] != json.loads(json.dumps(asked))
+    def is_other(self, name: str, requested: Mapping[str, Any]) -> bool:
+        """Whether a step was started with other settings, so that unfinished results are of no use."""
+        return bool(self.step(name)) and self.step(name)["asked"] != json.loads(json.dumps(requested))
 
-    def begin(self, name: str, asked: Mapping[str, Any], **facts: Any) -> None:
-        """Note that a step is under way."""
-        self._steps[name] = {"asked": dict(asked), **facts}
+    def begin(self, name: str, requested: Mapping[str, Any], **facts: Any) -> None:
+        """Record that a step has started."""
+        self._steps[name] = {"asked": dict(requested), **facts}
         self._write()
 
     def finish(self, name: str, **facts: Any) -> None:
-        """Note what came of a step."""
+        """Record the results of a step."""
         self._steps[name] |= {**facts, "done": datetime.now(UTC).isoformat(timespec="seconds")}
         self._write()
 
     def forget(self, *names: str) -> None:
-        """Take steps out, as if they had never been."""
+        """Delete the entries of steps."""
         for name in names:
             self._steps.pop(name, None)
         self._write()
@@ -87,36 +85,36 @@ class Lock:
         write_json(self.path, {"format": FORMAT, "voxray": __version__, "steps": self._steps})
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value) or "none"
 
 
-def describe(path: Path, base: Path, known: Sequence[Described] = ()) -> Described:
-    """A file's path below ``base``, size, time and checksum.
+def describe_file(path: Path, base: Path, known: Sequence[FileDescription] = ()) -> FileDescription:
+    """Path below ``base``, size, modification time and checksum of a file.
 
     Args:
-        known: Earlier descriptions; a file of the same size and time as there is not read again.
+        known: Earlier descriptions. A file with the path, size and time of one of them is not read again.
     """
     status, name = path.stat(), path.relative_to(base).as_posix()
-    here = {"path": name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    state = {"path": name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
     for entry in known:
-        if {key: entry.get(key) for key in here} == here:
+        if {key: entry.get(key) for key in state} == state:
             return dict(entry)
-    return {**here, "sha256": checksum(path)}
+    return {**state, "sha256": checksum(path)}
 
 
-def describe_many(paths: Iterable[Path], base: Path) -> Described:
-    """Too many files to list: their number, size, and a hash over their paths and sizes."""
+def summarize_files(paths: Iterable[Path], base: Path) -> FileDescription:
+    """Number, total size and a hash of the paths and sizes of files that are too many to list."""
     entries = sorted((path.relative_to(base).as_posix(), path.stat().st_size) for path in paths)
     listing = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
     return {"files": len(entries), "bytes": sum(size for _, size in entries), "listing_sha256": listing}
 
 
-def damaged(files: Iterable[Described], base: Path, *, verify: bool) -> list[str]:
-    """Paths of described files that are missing or are not what they were.
+def damaged(files: Iterable[FileDescription], base: Path, *, verify: bool) -> list[str]:
+    """Paths of described files that are missing or have changed.
 
     Args:
-        verify: Read them all; else a file of the right size is taken for good.
+        verify: Compare checksums; otherwise only sizes.
     """
     bad = []
     for entry in files:
@@ -130,13 +128,13 @@ def damaged(files: Iterable[Described], base: Path, *, verify: bool) -> list[str
     return bad
 
 
-def changed_source(sources: Iterable[Described], base: Path, *, verify: bool) -> str:
-    """Which of the described files outside the folder is another one by now, for a message; "" if none.
+def changed_source(sources: Iterable[FileDescription], base: Path, *, verify: bool) -> str:
+    """Message about the first described source file that has changed; "" if none has.
 
-    A base that is gone, as it is on the machine that the folder was carried to, is no change.
+    A missing base folder is no change: the prefetch folder may have been moved to another machine.
 
     Args:
-        verify: Read them all; else one of the same size and time is taken for the same.
+        verify: Compare checksums; otherwise a file of the same size and time counts as unchanged.
     """
     if not base.is_dir():
         return ""
@@ -144,15 +142,16 @@ def changed_source(sources: Iterable[Described], base: Path, *, verify: bool) ->
         path = base / entry["path"]
         if not path.is_file():
             return f"{path} is gone"
-        if describe(path, base, () if verify else [entry])["sha256"] != entry["sha256"]:
+        if describe_file(path, base, () if verify else [entry])["sha256"] != entry["sha256"]:
             return f"{path} is not what it was"
     return ""
 
 
 def refuse_changes(folder: Path, changes: str) -> None:
-    """
+    """Refuse to fill a folder that was filled with other settings or sources.
+
     Raises:
-        SettingsError: There are changes.
+        SettingsError: ``changes`` is not empty.
     """
     if changes:
         advice = "use --overwrite or another --output_dir"

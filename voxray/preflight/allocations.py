@@ -1,4 +1,4 @@
-"""How much memory PyTorch holds while something is computed, and most of all: exactly, by its own allocators."""
+"""Measures the peak memory that PyTorch's allocators hold during a computation."""
 
 import gc
 import time
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class AllocationPeak:
-    """What computing something took.
+    """Memory and time of a computation.
 
     Attributes:
-        peak_bytes: Most memory held at a time, beyond what was held before.
-        sec: Seconds.
+        peak_bytes: Peak memory, beyond the memory held before.
+        sec: Duration in seconds.
     """
 
     peak_bytes: int
@@ -25,7 +25,7 @@ class AllocationPeak:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage of before, collected meanwhile, would count as released."""
+    """Turn garbage collection off: older garbage that is collected meanwhile would count as released memory."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -36,29 +36,29 @@ def _no_collection() -> Iterator[None]:
 
 
 def measure_allocations(work: Callable[[], Any], device: torch.device) -> AllocationPeak:
-    """Run something and see how much memory it takes.
+    """Call ``work`` and measure its peak memory.
 
-    On a GPU the allocator keeps that count itself. On a CPU PyTorch's profiler notes every allocation and release, of
-    temporaries inside its kernels as well; what other libraries take for themselves (oneDNN's scratch memory) is not
-    seen. The time of a CPU therefore includes that of taking notes, a few microseconds an operation.
+    On a GPU the allocator counts the peak. On a CPU PyTorch's profiler records every allocation and release, including
+    temporaries inside its kernels, but not memory of other libraries (oneDNN's scratch memory). The time on a CPU
+    includes the profiler's overhead, a few microseconds per operation.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before, started = torch.cuda.memory_allocated(device), time.perf_counter()
+        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
         work()
         torch.cuda.synchronize(device)
-        return AllocationPeak(torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - started)
+        return AllocationPeak(torch.cuda.max_memory_allocated(device) - before, time.perf_counter() - start)
     from torch.profiler import ProfilerActivity, profile
 
-    with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as notes:
-        started = time.perf_counter()
+    with _no_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        start = time.perf_counter()
         work()
-        seconds = time.perf_counter() - started
-    held = most = 0
-    results: Any = notes.profiler.kineto_results  # type: ignore[union-attr]
+        seconds = time.perf_counter() - start
+    allocated = peak = 0
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
     for event in results.events():
         if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return AllocationPeak(most, seconds)
+            allocated += event.nbytes()
+            peak = max(peak, allocated)
+    return AllocationPeak(peak, seconds)

@@ -1,4 +1,4 @@
-"""How much memory a worker may take here, and what is left for others."""
+"""The memory that one worker may use on this machine."""
 
 from dataclasses import dataclass
 
@@ -8,21 +8,21 @@ from voxray.core.units import GIB
 from voxray.preflight.machine import free_memory_bytes
 
 GPU_SHARE = 0.92
-"""Of a GPU's free memory; the rest is for CUDA itself and for holes between tensors."""
+"""Share of a GPU's free memory that may be used; the rest is for CUDA itself and for fragmentation."""
 CPU_SHARE = 0.9
-"""Of a machine's free memory; the rest is for Ray, the driver and the files in the page cache."""
+"""Share of a machine's free memory that may be used; the rest is for Ray, the driver and the page cache."""
 PROCESS_BYTES = int(0.8 * GIB)
-"""Of a worker's process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
+"""Memory of a worker process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What one worker may take for tensors.
+    """The memory that one worker may use for tensors.
 
     Attributes:
-        num_bytes: The most.
-        source: Where the figure comes from, for people.
-        on_gpu: Whether that is a GPU's memory.
+        num_bytes: The limit.
+        source: Where the limit comes from, for the report.
+        on_gpu: Whether it is a GPU's memory.
     """
 
     num_bytes: int
@@ -31,10 +31,10 @@ class Budget:
 
 
 def worker_budget(num_workers: int, memory_gib: float) -> Budget:
-    """The budget of each of some workers.
+    """The budget of each of ``num_workers`` workers.
 
     Args:
-        memory_gib: What the user says; 0 looks.
+        memory_gib: The user's limit per worker; 0 uses the free memory of this machine.
     """
     has_gpu = torch.cuda.is_available()
     if memory_gib:

@@ -1,4 +1,4 @@
-"""How long a run will take, what it will cost, and how much disk it needs."""
+"""Estimates of a run's duration and of the disk space it needs."""
 
 import math
 from dataclasses import dataclass
@@ -8,24 +8,24 @@ import numpy as np
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.batches.plan import Plan
 from voxray.config.train import TrainSettings
-from voxray.preflight.pack_sizes import answered_together
+from voxray.preflight.pack_sizes import validation_batch_size
 from voxray.preflight.rows import RunRows
 from voxray.preflight.trial_steps import GenerationCost, StepCost
 from voxray.recipes.run_stage import DEBUG_STEPS
 
-TOKEN_BYTES, ROW_BYTES = 4, 512  # of a token id in a shard; of a row's lengths and texts
-CHECKPOINT_COPIES = 3  # of what trains, in float32: the weights and AdamW's two moments
+TOKEN_BYTES, ROW_BYTES = 4, 512  # per token id in a shard; per row for its lengths and texts
+CHECKPOINT_COPIES = 3  # float32 copies of the trained weights: the weights and AdamW's two moments
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """How long a run takes.
+    """Estimated duration of a run.
 
     Attributes:
         num_steps: Optimizer steps.
-        training_sec: Of these steps; None if no step was timed.
-        num_validations: How often it validates.
-        validation_sec: Of all of them; None if no answer was timed.
+        training_sec: Duration of all steps; None if no step was timed.
+        num_validations: Number of validations.
+        validation_sec: Duration of all validations; None if no answer was timed.
     """
 
     num_steps: int
@@ -41,9 +41,9 @@ class RunTime:
 
 
 def total_steps(settings: TrainSettings, rows: RunRows, plan: Plan) -> int:
-    """Optimizer steps of a run (see ``recipes.stage``)."""
-    epochs = plan.curriculum_epochs if rows.stage.curriculum else settings.epochs
-    steps = settings.max_steps or plan.steps_in(epochs)
+    """Optimizer steps of a run (see ``recipes.run_stage``)."""
+    epochs = plan.curriculum_epochs if rows.run.stage.curriculum else settings.epochs
+    steps = settings.max_steps or plan.total_steps(epochs)
     return min(steps, DEBUG_STEPS) if settings.debug else steps
 
 
@@ -55,25 +55,25 @@ def run_time(
     average: StepCost | None,
     answering: GenerationCost | None,
 ) -> RunTime:
-    """Steps and validations times what one of each was seen to take.
+    """Estimate the duration of a run from measurements of one step and one batch of answers.
 
     Args:
-        num_workers: Processes; each takes ``grad_accum`` packs of a step.
-        average: What the average pack took.
-        answering: What beginning the answers of a batch took.
+        num_workers: Training processes; each computes ``grad_accum`` packs of a step.
+        average: Cost of the average pack.
+        answering: Cost of generating answers to a batch.
     """
     steps = total_steps(settings, rows, plan)
     held_out = rows.held_out_rows
     epochs = max(1, math.ceil(plan.epochs_done(steps)))
-    times = math.ceil(steps / settings.eval_steps) if settings.eval_steps else epochs
-    times = times if len(held_out) else 0
-    training = steps * settings.grad_accum * average.sec if average else None
-    validation = None
-    if answering and times:
-        batches = math.ceil(math.ceil(len(held_out) / answered_together(settings)) / num_workers)
+    num_validations = math.ceil(steps / settings.eval_steps) if settings.eval_steps else epochs
+    num_validations = num_validations if len(held_out) else 0
+    training_sec = steps * settings.grad_accum * average.sec if average else None
+    validation_sec = None
+    if answering and num_validations:
+        batches = math.ceil(math.ceil(len(held_out) / validation_batch_size(settings)) / num_workers)
         tokens = min(float(rows.held_out.num_target_tokens[held_out].mean()), settings.eval_max_new_tokens)
-        validation = times * batches * (answering.prompt_sec + tokens * answering.token_sec)
-    return RunTime(steps, training, times, validation)
+        validation_sec = num_validations * batches * (answering.prompt_sec + tokens * answering.token_sec)
+    return RunTime(steps, training_sec, num_validations, validation_sec)
 
 
 def features_bytes(settings: TrainSettings, rows: RunRows) -> int:
@@ -93,5 +93,5 @@ def features_bytes(settings: TrainSettings, rows: RunRows) -> int:
 
 
 def checkpoints_bytes(settings: TrainSettings, num_trained: int) -> int:
-    """Size of the checkpoints at their most: those that are kept, the best one, and the one that is being written."""
+    """Peak size of the checkpoints: the ``save_total_limit`` newest, the best one, and the one being written."""
     return (settings.save_total_limit + 2) * CHECKPOINT_COPIES * 4 * num_trained + 4 * num_trained

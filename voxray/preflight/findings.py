@@ -1,4 +1,4 @@
-"""What a preflight found: each thing in one line, with how bad it is."""
+"""The findings of a preflight: one line each, with a severity."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        level: ``ok``; ``warning``: the run will work, but look; ``fix``: the run would fail; ``unchecked``: it could
-            not be looked at here.
-        about: What was looked at, such as data or memory.
-        message: Names the flag or file.
+        level: ``ok``. ``warning``: the run works, but the user should look. ``fix``: the run would fail.
+            ``unchecked``: it cannot be checked on this machine.
+        about: What was checked, such as data or memory.
+        message: The finding, with the flag or file.
     """
 
     level: Level
@@ -27,10 +27,10 @@ class Finding:
 
 
 class Findings:
-    """All of them, in order.
+    """The findings of a preflight, without repetitions.
 
     Attributes:
-        all: The lines so far.
+        all: The findings, in order.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Findings:
 
     @contextmanager
     def caught(self, about: str) -> Iterator[None]:
-        """Turn what would end the run into a line, and go on."""
+        """Turn an error that would end the run into a finding, and continue."""
         try:
             yield
         except (RunError, SettingsError) as error:

@@ -1,7 +1,7 @@
-"""From what a run asks for to what fits and is quick: predicted first, then tried on the real model.
+"""Finds settings that fit in memory and are fast: first by prediction, then by trial steps of the real model.
 
-What may change keeps the result a run of the same data in steps of the same size: rows of a forward pass against
-accumulation, workers against accumulation, recomputed activations, and threads that load.
+Only settings that keep the data and the global batch are changed: rows per forward pass and workers (with
+gradient accumulation adjusted), activation recomputation, and loader threads.
 """
 
 import math
@@ -31,33 +31,34 @@ from voxray.preflight.pack_sizes import (
     largest_fitting,
     largest_pack,
     sizes,
+    validation_batch_size,
 )
 from voxray.preflight.rows import RunRows
-from voxray.preflight.shapes import Computing
+from voxray.preflight.shapes import ComputeConfig
 from voxray.preflight.trial_steps import GenerationCost, StepCost, TrialRunner
 from voxray.training.resource_errors import is_out_of_memory, memory_advice
 
 SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
-"""Predictions below and above these shares of the budget are believed; in between a size is tried."""
-QUICKER = 0.9
-"""A size is taken for its speed only if a token then takes less than this share of the time."""
+"""Predictions below and above these shares of the budget are trusted; in between a size is tried."""
+MIN_SPEEDUP = 0.9
+"""A larger size is chosen only if its time per token is below this share of the current size's."""
 LONG_STEP_SEC = 20.0
-"""Where a step takes longer, no other sizes are timed."""
+"""If a step takes longer, no further sizes are timed."""
 LOADING_MARGIN = 1.2
 
 
 @dataclass
 class FittedSettings:
-    """What is to be run.
+    """The settings to run, and what they need.
 
     Attributes:
-        settings: Those asked for, with what was changed.
-        changes: Every change with its reason, for people.
-        budget: Memory of a worker.
+        settings: The user's settings with the changes.
+        changes: Every change with its reason, for the report.
+        budget: Memory that one worker may use.
         pack: The largest planned pack of these settings; None if nothing could be planned.
-        largest, average: What trying it, and the average pack, took; None if it was not tried.
-        answering: What beginning the answers of a validation's largest batch took.
-        fits: Whether the memory suffices.
+        largest, average: Measured cost of the largest and of the average pack; None if not measured.
+        answering: Measured cost of answering the largest validation batch; None if not measured.
+        fits: Whether the run fits in memory.
     """
 
     settings: TrainSettings
@@ -71,20 +72,21 @@ class FittedSettings:
 
 
 class SettingsFitter:
-    """Looks for settings that fit.
+    """Looks for settings that fit in memory and are fast.
 
     Args:
-        outline: The model of these settings, without weights.
-        num_workers: Processes that train.
-        memory_gib: Of a worker's machine; 0 looks at this one.
+        rows: The rows of the run.
+        meta_model: The model of these settings on the meta device.
+        num_workers: Training processes.
+        findings: Receives what could not be measured, and the result.
+        memory_gib: Memory of a worker; 0 uses the free memory of this machine.
         tunes: Whether settings may be changed.
     """
 
     def __init__(
         self,
         rows: RunRows,
-        settings: TrainSettings,
-        outline: Any,
+        meta_model: Any,
         num_workers: int,
         findings: Findings,
         *,
@@ -93,10 +95,11 @@ class SettingsFitter:
     ) -> None:
         self._rows, self.num_workers, self._memory_gib, self._tunes = rows, num_workers, memory_gib, tunes
         self._findings = findings
+        settings = rows.run.settings
         self.decision = FittedSettings(settings, budget=worker_budget(num_workers, memory_gib))
         self._tried: dict[tuple[BatchSize, bool], StepCost | None] = {}
         self._planned: dict[tuple[BatchSize, bool, int], PlannedPack] = {}
-        self._models: dict[bool, Any] = {settings.grad_ckpt: outline}
+        self._meta_models: dict[bool, Any] = {settings.grad_ckpt: meta_model}
 
     @property
     def _settings(self) -> TrainSettings:
@@ -108,30 +111,36 @@ class SettingsFitter:
         return self.decision.budget
 
     def decide(self) -> FittedSettings:
-        """Find out what fits, change what has to be changed, and measure it."""
-        place, candidates = self._find_size()
-        asked = candidates.index(current_size(self._settings))
-        if place < 0:
-            self.decision.pack = self.planned(candidates[asked])
+        """Choose settings that fit, and measure them."""
+        fitting, candidates = self._find_size()
+        current = candidates.index(current_size(self._settings))
+        if fitting < 0:
+            self.decision.pack = self.planned(candidates[current])
             return self.decision
         self.decision.fits = True
-        chosen = place if place < asked else self._quickest(candidates, asked, place)
-        self._take_size(candidates[chosen], candidates[asked], smaller=place < asked)
+        chosen = fitting if fitting < current else self._fastest(candidates, current, fitting)
+        self._change_size(candidates[chosen], candidates[current], is_smaller=fitting < current)
         self.decision.pack = self.planned(candidates[chosen])
         self._measure(candidates[chosen])
         return self.decision
 
     def fit_gpus(self) -> None:
-        """Not more workers than GPUs, where there are any: Ray would put all of them on CPUs."""
-        gpus, asked = torch.cuda.device_count(), str(self._settings.num_workers)
-        if not gpus or self._memory_gib or not asked.isdecimal() or int(asked) <= gpus or not self._tunes:
+        """Use at most as many workers as there are GPUs: Ray would place all of them on CPUs otherwise."""
+        num_gpus, num_workers = torch.cuda.device_count(), str(self._settings.num_workers)
+        if not num_gpus or self._memory_gib or not self._tunes:
+            return
+        if not num_workers.isdecimal() or int(num_workers) <= num_gpus:
             return
         total = self.num_workers * self._settings.grad_accum
-        count = max(count for count in range(1, gpus + 1) if total % count == 0)
-        self.use_workers(count, f"there are {gpus} GPUs")
+        count = max(count for count in range(1, num_gpus + 1) if total % count == 0)
+        self.use_workers(count, f"there are {num_gpus} GPUs")
 
     def _find_size(self) -> tuple[int, list[BatchSize]]:
-        """The largest size that fits, with activations recomputed and with fewer workers where it must be."""
+        """Find the largest size that fits; if none does, recompute activations, then use fewer workers.
+
+        Returns:
+            Index of the size, -1 if none fits, and all sizes.
+        """
         while True:
             positions = (
                 self._rows.train.longest_tokens
@@ -139,9 +148,9 @@ class SettingsFitter:
             )
             longest = int(positions[self._rows.rows].max())
             candidates = sizes(self._settings, longest) if self._tunes else [current_size(self._settings)]
-            place = largest_fitting(candidates, self._fits)
-            if place >= 0 or not self._tunes or not (self._recompute() or self._fewer_workers()):
-                return place, candidates
+            index = largest_fitting(candidates, self._fits)
+            if index >= 0 or not self._tunes or not (self._recompute() or self._fewer_workers()):
+                return index, candidates
 
     def _recompute(self) -> bool:
         if self._settings.grad_ckpt:
@@ -150,12 +159,12 @@ class SettingsFitter:
             f"--grad_ckpt: even the smallest pack needs more than {format_bytes(self._budget.num_bytes)}",
             grad_ckpt=True,
         )
-        if bench := self.__dict__.get("bench"):
-            bench.checkpoint()
+        if trial_runner := self.__dict__.get("trial_runner"):  # set only after its first use
+            trial_runner.checkpoint()
         return True
 
     def _fewer_workers(self) -> bool:
-        """On a CPU workers share the memory, and fewer of them may do the same with more accumulation."""
+        """On a CPU, workers share the memory: use fewer of them with more gradient accumulation."""
         total = self.num_workers * self._settings.grad_accum
         fewer = [count for count in range(self.num_workers - 1, 0, -1) if total % count == 0]
         if self._budget.on_gpu or self._memory_gib or not fewer or ":" in str(self._settings.num_workers):
@@ -163,174 +172,178 @@ class SettingsFitter:
         self.use_workers(fewer[0], "the memory here does not suffice for so many")
         return True
 
-    def use_workers(self, count: int, why: str) -> None:
-        """Train with another number of workers, and the same number of packs in a step."""
+    def use_workers(self, count: int, reason: str) -> None:
+        """Train with another number of workers and the same number of packs per step."""
         accum = self.num_workers * self._settings.grad_accum // count
-        told = f"--num_workers {count} (was {self._settings.num_workers}) and --grad_accum {accum}: {why}"
+        message = f"--num_workers {count} (was {self._settings.num_workers}) and --grad_accum {accum}: {reason}"
         self.num_workers = count
-        self._change(told, num_workers=count, grad_accum=accum)
+        self._change(message, num_workers=count, grad_accum=accum)
         self.decision.budget = worker_budget(count, self._memory_gib)
 
-    def _change(self, told: str, **values: Any) -> None:
-        self.decision.changes.append(told)
+    def _change(self, message: str, **values: Any) -> None:
+        self.decision.changes.append(message)
         self.decision.settings = self._settings.model_copy(update=values)
 
     def planned(self, size: BatchSize) -> PlannedPack:
-        """The largest pack of a size, with what it needs."""
+        """The largest planned pack of a size, with its memory."""
         key = (size, self._settings.grad_ckpt, self.num_workers)
         if key not in self._planned:
-            settings = size.put_into(self._settings)
+            settings = size.apply(self._settings)
             plan = self._rows.plan(settings, self.num_workers)
             self._planned[key] = largest_pack(self._rows, settings, plan, self._memory(settings))
         return self._planned[key]
 
     def _memory(self, settings: TrainSettings) -> MemoryModel:
-        if settings.grad_ckpt not in self._models:
-            self._models[settings.grad_ckpt] = build_meta_model(self._rows.stage, settings, self._rows.family)
+        if settings.grad_ckpt not in self._meta_models:
+            self._meta_models[settings.grad_ckpt] = build_meta_model(self._rows.run, settings)
+        meta_model, run = self._meta_models[settings.grad_ckpt], self._rows.run
         dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
-        how = Computing(dtype, self._budget.on_gpu, settings.grad_ckpt, settings.quantize, settings.label_smoothing)
-        divided = self.num_workers if settings.strategy == "deepspeed" else 1
-        whole = 1 if settings.zero_stage < 3 else divided
-        training = Training(settings.grad_accum, self.num_workers, divided, whole)
-        return MemoryModel(self._models[settings.grad_ckpt], self._rows.family, self._rows.front_end, how, training)
+        config = ComputeConfig(
+            dtype, self._budget.on_gpu, settings.grad_ckpt, settings.quantize, settings.label_smoothing
+        )
+        state_shards = self.num_workers if settings.strategy == "deepspeed" else 1
+        weight_shards = 1 if settings.zero_stage < 3 else state_shards
+        training = Training(settings.grad_accum, self.num_workers, state_shards, weight_shards)
+        return MemoryModel(meta_model, run.family, self._rows.front_end, config, training)
 
     def _fits(self, size: BatchSize) -> bool:
-        wanted, there = self.planned(size).need.peak_bytes, self._budget.num_bytes
-        if wanted <= SURE_SHARE * there or wanted > HOPELESS_SHARE * there or not self._can_try(size):
-            return wanted <= there
-        tried = self._try(size)
-        return tried is not None and tried.peak_bytes <= there
+        needed, limit = self.planned(size).need.peak_bytes, self._budget.num_bytes
+        if needed <= SURE_SHARE * limit or needed > HOPELESS_SHARE * limit or not self._can_try(size):
+            return needed <= limit
+        cost = self._try(size)
+        return cost is not None and cost.peak_bytes <= limit
 
     def _can_try(self, size: BatchSize) -> bool:
-        """Whether there is a model to try it on, and trying is safe: a CPU's process would be killed, not told."""
-        if self.bench is None:
+        """Whether a trial is possible and safe: on a CPU, running out of memory kills the process without an error."""
+        if self.trial_runner is None:
             return False
-        return torch.cuda.is_available() or self.planned(size).need.peak_bytes <= CPU_SHARE * self._room_bytes
+        return torch.cuda.is_available() or self.planned(size).need.peak_bytes <= CPU_SHARE * self._free_bytes
 
     def _try(self, size: BatchSize) -> StepCost | None:
-        """None if it does not fit."""
-        assert self.bench is not None
+        """Measured cost of the largest pack of a size; None if it does not fit."""
+        assert self.trial_runner is not None
         key = (size, self._settings.grad_ckpt)
         if key not in self._tried:
-            self._tried[key] = self.bench.try_pack(self.planned(size).rows)
+            self._tried[key] = self.trial_runner.try_pack(self.planned(size).rows)
         return self._tried[key]
 
     @cached_property
-    def _room_bytes(self) -> int:
-        """What was free before the model was loaded."""
+    def _free_bytes(self) -> int:
+        """Free memory before the model was loaded."""
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory_bytes()
 
     @cached_property
-    def bench(self) -> TrialRunner | None:
-        """The real model, if this machine has room for it and for the smallest step."""
-        wanted = self.planned(current_size(self._settings)).need.always_bytes()
-        has_gpu, there = torch.cuda.is_available(), self._room_bytes
-        room = f"{format_bytes(there)} free {'on the GPU' if has_gpu else 'here'}"
-        if wanted > CPU_SHARE * there:
-            why = f"weights and moments of {format_bytes(wanted)} do not go into {room}"
-            self._findings.add("unchecked", "memory", f"no real step was taken: {why}; the figures are predicted")
+    def trial_runner(self) -> TrialRunner | None:
+        """The real model, loaded at first use; None if its weights and optimizer state do not fit on this machine."""
+        needed = self.planned(current_size(self._settings)).need.always_bytes()
+        has_gpu = torch.cuda.is_available()
+        free = f"{format_bytes(self._free_bytes)} free {'on the GPU' if has_gpu else 'here'}"
+        if needed > CPU_SHARE * self._free_bytes:
+            reason = f"weights and moments of {format_bytes(needed)} do not go into {free}"
+            self._findings.add("unchecked", "memory", f"no real step was taken: {reason}; the figures are predicted")
             return None
         try:
             return TrialRunner(self._rows, self._settings, torch.device("cuda" if has_gpu else "cpu"))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._findings.add("unchecked", "memory", f"no real step was taken: the model does not go into {room}")
+            self._findings.add("unchecked", "memory", f"no real step was taken: the model does not go into {free}")
             return None
 
-    def _quickest(self, candidates: Sequence[BatchSize], asked: int, largest: int) -> int:
-        """Of the size asked for, the largest and one between: the one whose average pack takes least time a token."""
-        if self.bench is None or largest == asked:
-            return asked
-        speeds: dict[int, float] = {}
-        for place in sorted({asked, (asked + largest) // 2, largest}):
-            tried = self._average(candidates[place])
-            if tried is not None:
-                speeds[place] = tried.sec / max(1, tried.num_tokens)
-            if tried is None or tried.sec > LONG_STEP_SEC:
+    def _fastest(self, candidates: Sequence[BatchSize], current: int, largest: int) -> int:
+        """Index of the current size, the largest or one between, whichever takes the least time per token."""
+        if self.trial_runner is None or largest == current:
+            return current
+        token_sec: dict[int, float] = {}
+        for index in sorted({current, (current + largest) // 2, largest}):
+            cost = self._try_average(candidates[index])
+            if cost is not None:
+                token_sec[index] = cost.sec / max(1, cost.num_tokens)
+            if cost is None or cost.sec > LONG_STEP_SEC:
                 break
-        best = min(speeds, key=lambda place: speeds[place], default=asked)
-        return best if asked not in speeds or speeds[best] < QUICKER * speeds[asked] else asked
+        best = min(token_sec, key=lambda index: token_sec[index], default=current)
+        return best if current not in token_sec or token_sec[best] < MIN_SPEEDUP * token_sec[current] else current
 
-    def _average(self, size: BatchSize) -> StepCost | None:
-        if self.bench is None:
+    def _try_average(self, size: BatchSize) -> StepCost | None:
+        """Measured cost of the average pack of a size; None if it does not fit."""
+        if self.trial_runner is None:
             return None
-        plan = self._rows.plan(size.put_into(self._settings), self.num_workers)
-        return self.bench.try_pack(average_pack(self._rows, plan), times=2)
+        plan = self._rows.plan(size.apply(self._settings), self.num_workers)
+        return self.trial_runner.try_pack(average_pack(self._rows, plan), times=2)
 
-    def _take_size(self, size: BatchSize, asked: BatchSize, *, smaller: bool) -> None:
-        if size == asked:
+    def _change_size(self, size: BatchSize, current: BatchSize, *, is_smaller: bool) -> None:
+        if size == current:
             return
-        why = "its tokens took less time, measured"
-        if smaller:
-            needed = format_bytes(self.planned(asked).need.peak_bytes)
-            why = f"the largest pack would need {needed} of the {format_bytes(self._budget.num_bytes)} that are there"
-        told = f"--{size.flag} {size.amount} (was {asked.amount}) and --grad_accum {size.grad_accum}: {why}"
-        self._change(told, **{size.flag: size.amount, "grad_accum": size.grad_accum})
+        reason = "its tokens took less time, measured"
+        if is_smaller:
+            needed, limit = format_bytes(self.planned(current).need.peak_bytes), format_bytes(self._budget.num_bytes)
+            reason = f"the largest pack would need {needed} of the {limit} that are there"
+        message = f"--{size.flag} {size.amount} (was {current.amount}) and --grad_accum {size.grad_accum}: {reason}"
+        self._change(message, **{size.flag: size.amount, "grad_accum": size.grad_accum})
 
     def _measure(self, size: BatchSize) -> None:
-        """Take real steps with what was chosen: on its largest pack, on the average one, and of a validation."""
-        if self.bench is None:
+        """Measure the chosen size on the real model: its largest pack, its average pack, and validation answers."""
+        if self.trial_runner is None:
             return
         decision = self.decision
         if not self._can_try(size):
-            needed, room = self.planned(size).need.peak_bytes, self._room_bytes
-            told = f"the largest pack needs {format_bytes(needed)}, and {format_bytes(room)} are free here"
-            self._findings.add("unchecked", "memory", f"no real step was taken: {told}; the figures are predicted")
+            needed, free = format_bytes(self.planned(size).need.peak_bytes), format_bytes(self._free_bytes)
+            reason = f"the largest pack needs {needed}, and {free} are free here"
+            self._findings.add("unchecked", "memory", f"no real step was taken: {reason}; the figures are predicted")
             return
         decision.largest = self._try(size)
         if decision.largest is None or decision.largest.peak_bytes > self._budget.num_bytes:
             decision.fits = False
             return
-        decision.average = self._average(size)
+        decision.average = self._try_average(size)
         self._tune_loader()
-        together = self._rows.held_out_rows[: max(8, decision.settings.per_device_bsz)]
-        alone = self._rows.front_end.needs_sequential_generate
-        made = self._rows.made(together, held_out=True)
-        made = [row for row in made if not alone(row.prompt_ids, row.num_windows)]
-        if made:
-            decision.answering = self.bench.answer(made)
+        batch = self._rows.held_out_rows[: validation_batch_size(decision.settings)]
+        is_sequential = self._rows.front_end.needs_sequential_generate
+        rows = self._rows.decode(batch, held_out=True)
+        rows = [row for row in rows if not is_sequential(row.prompt_ids, row.num_windows)]
+        if rows:
+            decision.answering = self.trial_runner.answer(rows)
 
     def _tune_loader(self) -> None:
-        """As many threads as it takes to put batches together while the model computes."""
-        average, now = self.decision.average, self._settings.loader_workers
+        """Use enough loader threads to collate a batch while the model computes the previous one."""
+        average, current = self.decision.average, self._settings.loader_workers
         if average is None or not self._tunes:
             return
-        wanted = math.ceil(LOADING_MARGIN * average.collate_sec / average.sec)
-        wanted = min(wanted, max(1, usable_cpus() - 1))
-        if wanted > max(now, 1):
-            took = f"a batch takes {average.collate_sec:.2g} s to put together and {average.sec:.2g} s to compute"
-            self._change(f"--loader_workers {wanted} (was {now}): {took}", loader_workers=wanted)
+        needed = math.ceil(LOADING_MARGIN * average.collate_sec / average.sec)
+        count = min(needed, max(1, usable_cpus() - 1))
+        if count > max(current, 1):
+            reason = f"a batch takes {average.collate_sec:.2g} s to put together and {average.sec:.2g} s to compute"
+            self._change(f"--loader_workers {count} (was {current}): {reason}", loader_workers=count)
 
     def tell(self) -> None:
-        """Say whether it fits, and what to do if not."""
+        """Add a finding: whether the run fits in memory, and what to do if not."""
         decision, findings = self.decision, self._findings
         pack, budget = decision.pack, self._budget
         assert pack is not None
-        there = f"{format_bytes(budget.num_bytes)} ({budget.source})"
+        limit = f"{format_bytes(budget.num_bytes)} ({budget.source})"
         if decision.fits:
-            told = f"{format_bytes(pack.need.peak_bytes)} predicted"
-            told += f", {format_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
-            findings.add("ok", "memory", f"{told}, of {there}")
+            message = f"{format_bytes(pack.need.peak_bytes)} predicted"
+            message += f", {format_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
+            findings.add("ok", "memory", f"{message}, of {limit}")
         else:
             needed = decision.largest.peak_bytes if decision.largest else pack.need.peak_bytes
             advice = memory_advice(decision.settings)
-            findings.add("fix", "memory", f"a worker needs {format_bytes(needed)} and may take {there}: {advice}")
+            findings.add("fix", "memory", f"a worker needs {format_bytes(needed)} and may take {limit}: {advice}")
 
 
 @contextmanager
 def threads_of_one(num_workers: int) -> Iterator[None]:
-    """Compute meanwhile with as many threads as one of several workers on this machine has (see ``launch``)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers) if num_workers > 1 else before)
+    """Limit torch to the threads that one of several workers on this machine gets (see ``launch``)."""
+    previous = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers) if num_workers > 1 else previous)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
 def planned_processes(num_workers: str | int) -> int:
-    """Most processes that train: of ``auto`` one per GPU here, and one for 0, which trains in this process."""
+    """Maximum number of training processes: one per GPU for ``auto``, one for 0, which trains in this process."""
     if num_workers == "auto":
         return max(1, torch.cuda.device_count())
     return max(1, as_range(num_workers)[1])

@@ -1,7 +1,7 @@
-"""The rows of manifests by their lengths alone: what a run's plan needs, without making a feature.
+"""Lengths of the rows of manifests, which are all that planning a run needs. No features are computed.
 
-Texts are tokenized; of clips only the header is read, unless the row says how long its part is. What a row turns out to
-be when it is decoded may differ by a sample, which moves no window but one in a million.
+Texts are tokenized. The length of a clip comes from the row or else from the file's header. The decoded length may
+differ by a sample, which changes the number of windows in one of a million rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,17 +14,18 @@ from voxray.audio.decode import header_seconds
 from voxray.core.console import Bar
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, chunks, read_chunk
+from voxray.core.source import Source
 from voxray.features.extract import Extractor
 from voxray.features.reader import RowLengths
 from voxray.features.shards import TASK_CODES
 
 THREADS = 8
-LINES_AT_A_TIME = 256
+LINES_PER_CHUNK = 256
 
 
 @dataclass
 class Columns:
-    """What was found so far, a list for every column of ``RowLengths``."""
+    """The rows read so far: one list per column of ``RowLengths``."""
 
     task: list[int] = field(default_factory=list)
     sample: list[int] = field(default_factory=list)
@@ -37,7 +38,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class BadManifestLine:
-    """A row that featurize would leave out."""
+    """A manifest line that featurize would skip."""
 
     manifest: str
     line: int
@@ -46,15 +47,16 @@ class BadManifestLine:
 
 
 class Lengths(RowLengths):
-    """Rows of some manifests, as ``Features`` would have them.
+    """The rows that ``Features`` of some manifests would have, with their lengths.
 
     Args:
-        manifests: Their paths, in order.
-        extractor: What would make their features.
+        manifests: Paths of the manifests, in order.
+        extractor: The extractor that would compute their features.
         augmented: Whether their clips get variants.
+        max_extra_prompt_tokens: See ``RowLengths``.
     Attributes:
-        bad: Rows that would be left out.
-        segmented: Sources of rows that say when their parts are said, and can be divided.
+        bad: Lines that would be skipped.
+        segmented: Sources of rows with timestamped segments, which can be split.
     Raises:
         RunError: A manifest cannot be read.
     """
@@ -68,29 +70,24 @@ class Lengths(RowLengths):
         augmented: bool,
         max_extra_prompt_tokens: Mapping[str, int] | None = None,
     ) -> None:
-        self._extractor, self._augmented, self.max_extra_prompt_tokens = (
-            extractor,
-            augmented,
-            max_extra_prompt_tokens or {},
-        )
+        self._extractor, self._augmented = extractor, augmented
+        self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self._columns, self._sources = Columns(), list[str]()
         self.bad: list[BadManifestLine] = []
         self.segmented: set[str] = set()
-        work = [chunk for manifest in dict.fromkeys(manifests) for chunk in chunks(manifest, LINES_AT_A_TIME)]
-        total, done = sum(chunk.num_lines for chunk in work), 0
+        work = [chunk for manifest in dict.fromkeys(manifests) for chunk in chunks(manifest, LINES_PER_CHUNK)]
+        num_lines, num_done = sum(chunk.num_lines for chunk in work), 0
         with ThreadPoolExecutor(THREADS) as pool:
             for chunk in work:
-                found = read_chunk(chunk)
-                self.bad += [BadManifestLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in found.bad]
-                seconds = pool.map(_seconds, found.samples)
-                for sample, length in zip(found.samples, seconds, strict=True):
-                    self._add(sample, length)
-                done += chunk.num_lines
-                bar.update(done, total)
-        columns = self._columns
+                rows = read_chunk(chunk)
+                self.bad += [BadManifestLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in rows.bad]
+                for sample, seconds in zip(rows.samples, pool.map(_clip_seconds, rows.samples), strict=True):
+                    self._add(sample, seconds)
+                num_done += chunk.num_lines
+                bar.update(num_done, num_lines)
         for name in Columns.__dataclass_fields__:
-            kind = {"task": np.int8, "has_language": np.bool_}.get(name, np.int64)
-            setattr(self, name, np.array(getattr(columns, name), kind))
+            dtype = {"task": np.int8, "has_language": np.bool_}.get(name, np.int64)
+            setattr(self, name, np.array(getattr(self._columns, name), dtype))
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -99,7 +96,7 @@ class Lengths(RowLengths):
         return self._sources[int(number)]
 
     def variant(self, number: int) -> int:
-        """Which variant of its sample a row is."""
+        """The number of a row's variant within its sample."""
         return int(number) - int(np.searchsorted(self.sample, self.sample[number]))
 
     def _add(self, sample: Sample, seconds: "float | BadRow") -> None:
@@ -108,16 +105,15 @@ class Lengths(RowLengths):
                 raise seconds
             self._add_variants(sample, seconds)
         except BadRow as error:
-            manifest, _, line = sample.source.rpartition(":")
-            self.bad.append(BadManifestLine(manifest, int(line), error.reason, error.message))
+            self.bad.append(BadManifestLine(*Source.parse(sample.source), error.reason, error.message))
 
     def _add_variants(self, sample: Sample, seconds: float) -> None:
-        storing, front_end, columns = self._extractor.spec, self._extractor.front_end, self._columns
-        sample = replace(sample, language=sample.language or storing.language)
-        limit, waveform = front_end.max_audio_sec, storing.waveform
+        spec, front_end, columns = self._extractor.spec, self._extractor.front_end, self._columns
+        sample = replace(sample, language=sample.language or spec.language)
+        limit, waveform = front_end.max_audio_sec, spec.waveform
         if seconds > limit:
             raise BadRow("audio_too_long", f"{sample.audio_path} lasts {seconds:.1f} s, over the {limit:g} s that fit")
-        target = len(front_end.target_ids(sample.answer, sample.segments))
+        num_target_tokens = len(front_end.target_ids(sample.answer, sample.segments))
         variants = waveform.num_variants if self._augmented and sample.task.has_audio else 1
         number = columns.sample[-1] + 1 if columns.sample else 0
         for variant in range(variants):
@@ -128,7 +124,7 @@ class Lengths(RowLengths):
                 raise BadRow("audio_empty", f"{sample.audio_path} holds no sample")
             columns.num_prompt_tokens.append(len(front_end.prompt_ids(sample, num_samples)))
             columns.num_windows.append(front_end.num_windows(num_samples) if num_samples else 0)
-            columns.num_target_tokens.append(target)
+            columns.num_target_tokens.append(num_target_tokens)
             columns.num_samples.append(num_samples)
             columns.task.append(TASK_CODES[sample.task.name])
             columns.sample.append(number)
@@ -138,8 +134,8 @@ class Lengths(RowLengths):
             self.segmented.add(sample.source)
 
 
-def _seconds(sample: Sample) -> "float | BadRow":
-    """Length of a row's clip, 0 for text, or why there is none."""
+def _clip_seconds(sample: Sample) -> "float | BadRow":
+    """Length of a row's clip in seconds; 0 for text; an error if it cannot be read."""
     if not sample.task.has_audio:
         return 0.0
     try:

@@ -1,4 +1,4 @@
-"""Whether this machine, and the cluster behind it, can run a job: libraries, GPU, disk, shared memory, ports, CPUs."""
+"""Checks of this machine and its cluster: libraries, GPU, disk, shared memory, ports, CPUs."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ from voxray.preflight.findings import Findings
 
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_BYTES = GIB
-"""What Ray's object store should have in shared memory; with less it goes to the disk, and is slow."""
+"""Recommended shared memory for Ray's object store; with less Ray uses the disk, which is slow."""
 DASHBOARD_PORT = 8265
 MEMINFO, CGROUPS = (
     Path("/proc/meminfo"),
@@ -34,28 +34,28 @@ MEMINFO, CGROUPS = (
 
 
 def check_libraries(findings: Findings) -> None:
-    """Hold what is installed against the ranges of pyproject.toml, which are those that the tests have run with."""
+    """Compare the installed versions with the ranges in pyproject.toml, which are those that the tests run with."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    found, others = [], 0
+    good, num_others = [], 0
     for requirement in map(Requirement, project["dependencies"]):
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
             findings.add("fix", "libraries", f"{requirement.name} is not installed; needed is {requirement}")
-            others += 1
+            num_others += 1
             continue
         if requirement.specifier.contains(installed, prereleases=True):
-            found.append(f"{requirement.name} {installed}")
+            good.append(f"{requirement.name} {installed}")
         else:
-            others += 1
-            wanted = f"known to work is {requirement.specifier} (pyproject.toml)"
-            findings.add("warning", "libraries", f"{requirement.name} {installed}: {wanted}")
-    shown = ", ".join(entry for entry in found if entry.split()[0] in ("torch", "transformers", "peft", "ray"))
-    findings.add("ok", "libraries", f"{len(found)} of {len(found) + others} as known to work: {shown}")
+            num_others += 1
+            expected = f"known to work is {requirement.specifier} (pyproject.toml)"
+            findings.add("warning", "libraries", f"{requirement.name} {installed}: {expected}")
+    main = ", ".join(entry for entry in good if entry.split()[0] in ("torch", "transformers", "peft", "ray"))
+    findings.add("ok", "libraries", f"{len(good)} of {len(good) + num_others} as known to work: {main}")
 
 
 def check_gpu(settings: TrainSettings, findings: Findings) -> None:
-    """GPU, driver and CUDA, and whether they compute what the settings ask for."""
+    """Report GPUs, driver and CUDA, and whether the GPUs support the precision of the settings."""
     if not torch.cuda.is_available():
         build = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         findings.add(
@@ -69,10 +69,10 @@ def check_gpu(settings: TrainSettings, findings: Findings) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         free, total = torch.cuda.mem_get_info(device)
         flash = takes_flash(device, torch.bfloat16, 128, 0.0)
-        told = f"{number}: {properties.name}, compute capability {major}.{minor}, {free / GIB:.1f} of"
-        told += f" {total / GIB:.1f} GiB free, CUDA {torch.version.cuda}, driver {_driver()}"
-        told += f", flash attention {'yes' if flash else 'no'}"
-        findings.add("ok", "gpu", told)
+        message = f"{number}: {properties.name}, compute capability {major}.{minor}, {free / GIB:.1f} of"
+        message += f" {total / GIB:.1f} GiB free, CUDA {torch.version.cuda}, driver {_driver()}"
+        message += f", flash attention {'yes' if flash else 'no'}"
+        findings.add("ok", "gpu", message)
         if dtype is torch.bfloat16 and major < 8:
             findings.add("fix", "gpu", f"--bf16: GPU {number} ({properties.name}) has no bfloat16; take --fp16")
         if settings.tf32 and major < 8:
@@ -87,12 +87,12 @@ def _driver() -> str:
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # NVML's absence has many forms, and costs a word of the report
+    except Exception:  # NVML fails in many ways, and the driver version is only information
         return "unknown"
 
 
 def check_flags_need(settings: TrainSettings, findings: Findings) -> None:
-    """Libraries that single flags need."""
+    """Check the libraries and compilers that single flags need."""
     needs = {"bitsandbytes": settings.quantize != "none", "deepspeed": settings.strategy == "deepspeed"}
     flags = {"bitsandbytes": f"--quantize {settings.quantize}", "deepspeed": "--strategy deepspeed"}
     for name, needed in needs.items():
@@ -103,39 +103,39 @@ def check_flags_need(settings: TrainSettings, findings: Findings) -> None:
 
 
 def check_shared_memory(findings: Findings, folder: Path = SHARED_MEMORY) -> None:
-    """Room for Ray's object store."""
+    """Check the shared memory for Ray's object store."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         findings.add("warning", "shared memory", f"{folder}: {error.strerror}; Ray's object store goes to the disk")
         return
-    enough = free >= MIN_SHARED_BYTES
-    advice = "" if enough else f"; Ray wants {MIN_SHARED_BYTES / GIB:g} (docker run --shm-size)"
-    findings.add("ok" if enough else "warning", "shared memory", f"{folder}: {free / GIB:.1f} GiB free{advice}")
+    is_enough = free >= MIN_SHARED_BYTES
+    advice = "" if is_enough else f"; Ray wants {MIN_SHARED_BYTES / GIB:g} (docker run --shm-size)"
+    findings.add("ok" if is_enough else "warning", "shared memory", f"{folder}: {free / GIB:.1f} GiB free{advice}")
 
 
 def check_ports(findings: Findings) -> None:
-    """Whether Ray's processes will find each other: free ports of this machine."""
+    """Check that this machine has free ports for Ray's processes."""
     try:
-        with socket.socket() as free:
-            free.bind(("", 0))
+        with socket.socket() as listener:
+            listener.bind(("", 0))
     except OSError as error:
         findings.add("fix", "ports", f"no port can be listened at: {error.strerror}")
         return
     with socket.socket() as probe:
         probe.settimeout(1)
-        taken = probe.connect_ex(("127.0.0.1", DASHBOARD_PORT)) == 0
-    if taken:
+        is_taken = probe.connect_ex(("127.0.0.1", DASHBOARD_PORT)) == 0
+    if is_taken:
         findings.add("ok", "ports", f"{DASHBOARD_PORT} is taken, maybe by another Ray; the next free one will do")
     else:
         findings.add("ok", "ports", "free")
 
 
 def check_cpus(settings: TrainSettings, resources: dict[str, float] | None, findings: Findings) -> None:
-    """CPUs and GPUs for the workers, and one CPU more: Ray Data hangs when training holds every CPU.
+    """Check for CPUs and GPUs for the workers, and one more CPU: Ray Data hangs if training holds every CPU.
 
     Args:
-        resources: Of the cluster that RAY_ADDRESS names; None if the job starts a Ray of its own.
+        resources: Resources of the cluster at RAY_ADDRESS; None if the job starts Ray itself.
     """
     if settings.num_workers == "auto":
         workers = max(1, torch.cuda.device_count())
@@ -147,19 +147,19 @@ def check_cpus(settings: TrainSettings, resources: dict[str, float] | None, find
         cpus, gpus = usable_cpus(), torch.cuda.device_count()
         findings.add("ok", "resources", f"{cpus} CPUs, {gpus} GPUs; Ray is started for this job, with a CPU to spare")
         if workers > cpus and not gpus:
-            few = f"--num_workers {settings.num_workers}: {cpus} CPUs, so that workers wait for each other"
-            findings.add("warning", "resources", few)
+            message = f"--num_workers {settings.num_workers}: {cpus} CPUs, so that workers wait for each other"
+            findings.add("warning", "resources", message)
     else:
         cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        told = f"cluster: {cpus} CPUs, {gpus} GPUs"
+        cluster = f"cluster: {cpus} CPUs, {gpus} GPUs"
         if cpus < workers + 1:
             need = f"--num_workers {settings.num_workers} and one CPU to spare for Ray Data need {workers + 1} CPUs"
-            findings.add("fix", "resources", f"{need}; {told}")
+            findings.add("fix", "resources", f"{need}; {cluster}")
         elif gpus and gpus < workers:
-            few = f"{told}: so few GPUs for --num_workers {settings.num_workers} that all would train on CPUs"
-            findings.add("fix", "resources", few)
+            message = f"{cluster}: so few GPUs for --num_workers {settings.num_workers} that all would train on CPUs"
+            findings.add("fix", "resources", message)
         else:
-            findings.add("ok", "resources", told)
+            findings.add("ok", "resources", cluster)
 
 
 def usable_cpus() -> int:
@@ -168,19 +168,19 @@ def usable_cpus() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Memory of this machine that is free, or of the container that this process is in, whichever is less."""
-    return min(_free_of_machine(), *_free_of_containers())
+    """Free memory of this machine, or of the container that this process runs in if that is less."""
+    return min(_machine_free_bytes(), *_container_free_bytes())
 
 
-def _free_of_machine() -> int:
+def _machine_free_bytes() -> int:
     for line in MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _free_of_containers() -> Iterator[int]:
-    yield 2**62
+def _container_free_bytes() -> Iterator[int]:
+    yield 2**62  # no limit
     for limit, used in CGROUPS:
         try:
             yield max(0, int(limit.read_text()) - int(used.read_text()))
@@ -188,7 +188,7 @@ def _free_of_containers() -> Iterator[int]:
             continue
 
 
-def free_disk_bytes(place: Path) -> int:
-    """What is free where a folder is or would be."""
-    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    return shutil.disk_usage(there).free
+def free_disk_bytes(path: Path) -> int:
+    """Free disk space at a path that need not exist yet."""
+    existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(existing).free

@@ -1,9 +1,8 @@
-"""The memory that one training process needs, cause by cause, from shapes alone: no weights are loaded.
+"""Predicts the memory of one training process by cause, from shapes alone, without loading weights.
 
-Different things are there at different moments, so they are told apart: while a frozen encoder hears the audio, when
-the loss has been computed, while the backward pass goes through each part of the model and when it ends, when the
-optimizer takes its step, and when a validation generates answers. The fullest of them decides. What is there always
-(weights, AdamW's moments) is added once.
+Memory differs between the phases of training: the frozen encoder's forward pass, after the loss is computed, the
+backward pass through each role, the end of the backward pass, the optimizer step, and validation. The peak is the
+largest sum of a phase and the memory that is always in use (weights, AdamW's moments).
 """
 
 from collections.abc import Iterable
@@ -14,23 +13,23 @@ from voxray.models.adapters.lora import find_role
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
-from voxray.models.parts.kv_cache import ROOM
+from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
-from voxray.preflight.shapes import Computing, PackShape
+from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.weights import quantized_layers, weight_bytes
 
-PEAK_PHASES = 2  # AdamW's running means of gradients and of their squares
-ENCODER_WIDTHS = 12  # at work: first and last input, residual and norm, and four times as wide before and after GELU
+ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
+ENCODER_WIDTHS = 12  # of one layer: first and last input, residual, norm, and 4 widths each before and after GELU
 
 
 @dataclass(frozen=True)
 class MemoryEntry:
-    """A line of the table.
+    """One line of the memory table.
 
     Attributes:
-        cause: What takes the memory.
-        num_bytes: How much.
-        at: Moment at which it is there; "" is always.
+        cause: What uses the memory.
+        num_bytes: Size in bytes.
+        at: Phase in which it is in use; "" is always.
     """
 
     cause: str
@@ -40,17 +39,17 @@ class MemoryEntry:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """What one process needs.
+    """Memory of one process.
 
     Attributes:
-        entries: Of all moments.
+        entries: The entries of all phases.
     """
 
     entries: tuple[MemoryEntry, ...]
 
     @property
     def moments(self) -> dict[str, int]:
-        """{moment: bytes there in all}, the always present included."""
+        """{phase: total bytes}, including the memory that is always in use."""
         always = sum(entry.num_bytes for entry in self.entries if not entry.at)
         names = dict.fromkeys(entry.at for entry in self.entries if entry.at)
         return {name: always + sum(e.num_bytes for e in self.entries if e.at == name) for name in names}
@@ -69,48 +68,53 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class Training:
-    """What the need depends on beside the model.
+    """Training settings on which the memory depends.
 
     Attributes:
-        grad_accum: Forward passes of a step; of several, gradients are there when the next one begins.
-        num_workers: Processes; several put their gradients into one message.
-        divided: Processes over which --strategy deepspeed divides gradients and moments; 1 for ddp.
-        weights_divided: Likewise the weights (--zero_stage 3).
+        grad_accum: Forward passes per step; with several, gradients exist when the next forward pass begins.
+        num_workers: Processes; several copy their gradients into one buffer to reduce them.
+        state_shards: Processes among which --strategy deepspeed shards gradients and AdamW's moments; 1 for ddp.
+        weight_shards: Processes among which it shards the weights (--zero_stage 3).
     """
 
     grad_accum: int = 1
     num_workers: int = 1
-    divided: int = 1
-    weights_divided: int = 1
+    state_shards: int = 1
+    weight_shards: int = 1
 
 
 class MemoryModel:
-    """Counts what training a model's outline takes.
+    """Predicts the memory of training a model that is on the meta device.
 
     Args:
         model: See ``ActivationCounter``.
     """
 
     def __init__(
-        self, model: Any, family: ModelFamily, front_end: FrontEnd, how: Computing, training: Training = Training()
+        self,
+        model: Any,
+        family: ModelFamily,
+        front_end: FrontEnd,
+        config: ComputeConfig,
+        training: Training = Training(),
     ) -> None:
-        self._model, self._family, self._front_end, self._how, self._training = model, family, front_end, how, training
-        self._activations = ActivationCounter(model, family, front_end, how)
-        self._weights = weight_bytes(model, family, how.quantize)
-        self._trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-        base = unwrap_peft(model)
-        head = base.get_output_embeddings()
-        self._vocabulary, self._head_width = head.weight.shape
+        self._model, self._family, self._front_end = model, family, front_end
+        self._config, self._training = config, training
+        self._activations = ActivationCounter(model, family, front_end, config)
+        self._weights = weight_bytes(model, family, config.quantize)
+        self._num_trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+        head = unwrap_peft(model).get_output_embeddings()
+        self._vocabulary_size, self._head_width = head.weight.shape
         names = {id(weight): name for name, weight in model.named_parameters()}
         self._head_role = find_role(names[id(head.weight)], family)
-        self._head_gradient = FLOAT32 * head.weight.numel() if head.weight.requires_grad else 0
+        self._head_gradient_bytes = FLOAT32 * head.weight.numel() if head.weight.requires_grad else 0
 
-    def of(self, shape: PackShape, validation: "PackShape | None" = None, new_tokens: int = 0) -> MemoryNeed:
-        """The need of a process whose largest pack has this shape.
+    def need(self, shape: PackShape, validation: "PackShape | None" = None, new_tokens: int = 0) -> MemoryNeed:
+        """The memory of a process whose largest pack has this shape.
 
         Args:
-            validation: Prompts of the largest batch that a validation answers.
-            new_tokens: Longest answer that it generates.
+            validation: Shape of the prompts of the largest validation batch.
+            new_tokens: Longest answer that validation generates.
         """
         entries = [*self._always(), *self._training_step(shape)]
         if validation:
@@ -118,87 +122,89 @@ class MemoryModel:
         return MemoryNeed(tuple(entry for entry in entries if entry.num_bytes))
 
     def _always(self) -> Iterable[MemoryEntry]:
-        divided = self._training.weights_divided
-        for (role, held), num_bytes in self._weights.items():
-            yield MemoryEntry(f"{role}: weights, {held}", num_bytes // divided)
-        moments = PEAK_PHASES * FLOAT32 * self._trained // self._training.divided
+        for (role, storage), num_bytes in self._weights.items():
+            yield MemoryEntry(f"{role}: weights, {storage}", num_bytes // self._training.weight_shards)
+        moments = ADAMW_MOMENTS * FLOAT32 * self._num_trained // self._training.state_shards
         yield MemoryEntry("optimizer: AdamW's moments, float32", moments)
 
     def _training_step(self, shape: PackShape) -> Iterable[MemoryEntry]:
-        kept = self._activations.kept(shape)
-        gradients = self._gradients()
-        earlier = gradients if self._training.grad_accum > 1 else {}
-        yield MemoryEntry("encoder: one layer at work", self._hearing(shape), "hearing")
-        computed = "inputs of its layers, computed again later" if self._how.grad_ckpt else "activations"
-        for role, part in kept.items():
-            yield MemoryEntry(f"{role}: {computed}", part.until_backward, "loss")
-        yield MemoryEntry("logits, their loss and gradient", self._logits(shape), "loss")
-        yield MemoryEntry("gradients of the passes before, float32", sum(earlier.values()), "loss")
-        roles = list(kept)
-        for number, role in enumerate(roles):  # what comes after a role has been gone through when its turn comes
-            moment = f"backward through the {role}"
-            for held in roles[: number + 1]:
-                yield MemoryEntry(f"{held}: {computed}", kept[held].until_backward, moment)
-            yield MemoryEntry(f"{role}: one layer computed again", kept[role].recomputed, moment)
-            yield MemoryEntry(f"{role}: gradients within a layer", kept[role].working, moment)
-            yield MemoryEntry("a layer's weights as numbers", self._unpacked_weights(), moment)
-            there = earlier or {later: gradients.get(later, 0) for later in roles[number + 1 :]}
-            yield MemoryEntry("gradients of weights, float32", sum(there.values()), moment)
-            if role == self._head_role and not earlier:
-                yield MemoryEntry("gradient of the output layer, float32", self._head_gradient, moment)
-        yield from self._optimizer_step(gradients, kept)
+        activations = self._activations.count(shape)
+        gradients = self._gradient_bytes()
+        accumulated = gradients if self._training.grad_accum > 1 else {}
+        yield MemoryEntry("encoder: one layer at work", self._encoder_bytes(shape), "hearing")
+        kind = "inputs of its layers, computed again later" if self._config.grad_ckpt else "activations"
+        for role, role_bytes in activations.items():
+            yield MemoryEntry(f"{role}: {kind}", role_bytes.until_backward, "loss")
+        yield MemoryEntry("logits, their loss and gradient", self._logit_bytes(shape), "loss")
+        yield MemoryEntry("gradients of the passes before, float32", sum(accumulated.values()), "loss")
+        roles = list(activations)
+        for index, role in enumerate(roles):  # the backward pass has then freed the activations of all later roles
+            phase = f"backward through the {role}"
+            for earlier in roles[: index + 1]:
+                yield MemoryEntry(f"{earlier}: {kind}", activations[earlier].until_backward, phase)
+            yield MemoryEntry(f"{role}: one layer computed again", activations[role].recomputed, phase)
+            yield MemoryEntry(f"{role}: gradients within a layer", activations[role].working, phase)
+            yield MemoryEntry("a layer's weights as numbers", self._dequantized_bytes(), phase)
+            existing = accumulated or {later: gradients.get(later, 0) for later in roles[index + 1 :]}
+            yield MemoryEntry("gradients of weights, float32", sum(existing.values()), phase)
+            if role == self._head_role and not accumulated:
+                yield MemoryEntry("gradient of the output layer, float32", self._head_gradient_bytes, phase)
+        yield from self._optimizer_step(gradients, activations)
 
-    def _optimizer_step(self, gradients: dict[str, int], kept: dict[str, ActivationBytes]) -> Iterable[MemoryEntry]:
+    def _optimizer_step(
+        self, gradients: dict[str, int], activations: dict[str, ActivationBytes]
+    ) -> Iterable[MemoryEntry]:
         total = sum(gradients.values())
         yield MemoryEntry("gradients, float32", total, "end of the backward pass")
-        first = next(iter(kept.values()), ActivationBytes())
+        first = next(iter(activations.values()), ActivationBytes())
         yield MemoryEntry("the first layer's activations", first.recomputed + first.working, "end of the backward pass")
         yield MemoryEntry("gradients, float32", total, "optimizer step")
         if self._training.num_workers > 1:
-            yield MemoryEntry("gradients in one message", FLOAT32 * self._trained, "optimizer step")
+            yield MemoryEntry("gradients in one message", FLOAT32 * self._num_trained, "optimizer step")
         largest = max((weight.numel() for weight in self._model.parameters() if weight.requires_grad), default=0)
         yield MemoryEntry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "optimizer step")
 
-    def _gradients(self) -> dict[str, int]:
+    def _gradient_bytes(self) -> dict[str, int]:
         """{role: bytes of its gradients}."""
-        found: dict[str, int] = {}
+        by_role: dict[str, int] = {}
         for name, weight in self._model.named_parameters():
             role = find_role(name, self._family)
-            size = weight.numel() * FLOAT32 * weight.requires_grad // self._training.divided
-            found[role] = found.get(role, 0) + size
-        return found
+            num_bytes = weight.numel() * FLOAT32 * weight.requires_grad // self._training.state_shards
+            by_role[role] = by_role.get(role, 0) + num_bytes
+        return by_role
 
-    def _logits(self, shape: PackShape) -> int:
-        """Float32 logits, their logarithms, the gradient of these; in 16 bits once more."""
-        copies = 3 * FLOAT32
-        return shape.num_answer_tokens * self._vocabulary * copies
+    def _logit_bytes(self, shape: PackShape) -> int:
+        """The logits, their log-probabilities and the gradient, all in float32."""
+        return shape.num_answer_tokens * self._vocabulary_size * 3 * FLOAT32
 
-    def _unpacked_weights(self) -> int:
-        """4-bit weights are turned into numbers for each product, one layer at a time."""
-        if self._how.quantize == "none":
+    def _dequantized_bytes(self) -> int:
+        """Quantised weights are dequantised for each product, one layer at a time."""
+        if self._config.quantize == "none":
             return 0
         sizes = [layer.weight.numel() for _, layer in quantized_layers(self._model, self._family)]
-        return max(sizes, default=0) * self._how.dtype.itemsize
+        return max(sizes, default=0) * self._config.dtype.itemsize
 
-    def _hearing(self, shape: PackShape) -> int:
-        """A frozen encoder's layers leave nothing behind, but one at a time needs room."""
-        frozen = not any(
-            weight.requires_grad and find_role(name, self._family) == "encoder"
+    def _encoder_bytes(self, shape: PackShape) -> int:
+        """A frozen encoder saves nothing for the backward pass, but its forward pass needs memory for one layer."""
+        is_frozen = not any(
+            weight.requires_grad and find_role(name, self._family) == self._family.encoder_role
             for name, weight in self._model.named_parameters()
         )
         positions = shape.num_windows * self._front_end.encoder_positions
-        return ENCODER_WIDTHS * positions * self._front_end.encoder_dim * self._how.dtype.itemsize if frozen else 0
+        width_bytes = self._front_end.encoder_dim * self._config.dtype.itemsize
+        return ENCODER_WIDTHS * positions * width_bytes if is_frozen else 0
 
     def _validation(self, shape: PackShape, new_tokens: int) -> Iterable[MemoryEntry]:
-        base = unwrap_peft(self._model)
-        size, columns = self._how.dtype.itemsize, shape.longest + new_tokens + ROOM
-        attentions = [
-            m for n, m in base.named_modules() if hasattr(m, "k_proj") and find_role(n, self._family) != "encoder"
-        ]
-        own = sum(2 * m.k_proj.out_features for m in attentions)
-        yield MemoryEntry("keys and values of the answers", shape.num_rows * columns * own * size, "validation")
-        yield MemoryEntry("logits of one token", 2 * shape.num_rows * self._vocabulary * FLOAT32, "validation")
-        if not self._how.on_gpu and size == FLOAT32 and self._vocabulary >= MIN_OUTPUTS:
-            copy = self._vocabulary * self._head_width * FLOAT32
+        size, num_positions = self._config.dtype.itemsize, shape.longest + new_tokens + CACHE_GROWTH
+        cache_width = sum(
+            2 * module.k_proj.out_features
+            for name, module in unwrap_peft(self._model).named_modules()
+            if hasattr(module, "k_proj") and find_role(name, self._family) != self._family.encoder_role
+        )
+        cache_bytes = shape.num_rows * num_positions * cache_width * size
+        yield MemoryEntry("keys and values of the answers", cache_bytes, "validation")
+        yield MemoryEntry("logits of one token", 2 * shape.num_rows * self._vocabulary_size * FLOAT32, "validation")
+        if not self._config.on_gpu and size == FLOAT32 and self._vocabulary_size >= MIN_OUTPUTS:
+            copy = self._vocabulary_size * self._head_width * FLOAT32
             yield MemoryEntry("output layer, laid out for few rows", copy, "validation")
-        yield MemoryEntry("encoder: one layer at work", self._hearing(shape), "validation")
+        yield MemoryEntry("encoder: one layer at work", self._encoder_bytes(shape), "validation")

@@ -1,22 +1,22 @@
-"""The model of a run without its weights: what trains in it, layer by layer, for a count of memory and of LoRA."""
+"""The model of a run without weights, from which preflight counts memory and LoRA layers."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 
-from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.models.adapters.lora import count_parameters, find_role
 from voxray.models.interface import ModelFamily
 from voxray.preflight.findings import Findings
 from voxray.recipes.build_model import build_model
-from voxray.recipes.run_stage import Stage
+from voxray.recipes.registry import RunContext
 
 
-class _Outlined:
-    """A family whose models have no weights."""
+class _MetaFamily:
+    """A family that builds its models on the meta device."""
 
     def __init__(self, family: ModelFamily) -> None:
         self._family = family
@@ -28,21 +28,24 @@ class _Outlined:
         return self._family.build_on_meta(model_id, dtype=dtype)
 
 
-def build_meta_model(stage: Stage, settings: TrainSettings, family: ModelFamily) -> Any:
-    """The model that training would build, with LoRA and in its modes, on the meta device.
+def build_meta_model(run: RunContext, settings: TrainSettings | None = None) -> Any:
+    """The model that training would build, with LoRA and in the same modes, on the meta device.
 
+    Args:
+        settings: Settings to use instead of the run's.
     Raises:
         RunError: A role has no layer for LoRA.
     """
+    settings = settings or run.settings
     plain = settings.model_copy(update={"init_adapter": "", "compile": False})
-    how: dict[str, Any] = {"with_encoder": settings.store != "encoder", "lora_targets": stage.lora_targets}
+    meta_run = replace(run, settings=plain, family=cast(ModelFamily, _MetaFamily(run.family)))
     with torch.device("meta"):
-        model, _ = build_model(stage.roles, plain, cast(ModelFamily, _Outlined(family)), Worker(), **how)
+        model, _ = build_model(meta_run, with_encoder=settings.store != "encoder")
     return model
 
 
-def tell_coverage(model: Any, stage: Stage, family: ModelFamily, findings: Findings) -> dict[str, dict[str, int]]:
-    """Say what trains in each role.
+def report_parameters(model: Any, family: ModelFamily, findings: Findings) -> dict[str, dict[str, int]]:
+    """Report how many parameters train in each role.
 
     Returns:
         {role: {"total", "trainable", "lora_layers"}}.
@@ -51,7 +54,7 @@ def tell_coverage(model: Any, stage: Stage, family: ModelFamily, findings: Findi
     counts: dict[str, dict[str, int]] = {}
     for role, entry in count_parameters(model, family).items():
         counts[role] = {**entry, "lora_layers": layers[role]}
-        told = f"{role}: {entry['total']:,} parameters, {entry['trainable']:,} of them train"
-        told += f", LoRA on {layers[role]} layers" if layers[role] else ""
-        findings.add("ok", "parameters", told if entry["trainable"] else f"{told} (frozen)")
+        message = f"{role}: {entry['total']:,} parameters, {entry['trainable']:,} of them train"
+        message += f", LoRA on {layers[role]} layers" if layers[role] else ""
+        findings.add("ok", "parameters", message if entry["trainable"] else f"{message} (frozen)")
     return counts

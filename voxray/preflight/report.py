@@ -1,4 +1,4 @@
-"""What a preflight shows and writes: the findings, the table of memory, the settings to launch, and the command."""
+"""Output of a preflight: the findings, the memory table, the launch file, and the command to start the run."""
 
 import shlex
 import sys
@@ -21,13 +21,13 @@ MARKS = {"ok": "ok", "warning": "warning", "fix": "must be fixed", "unchecked": 
 
 
 def show_findings(findings: Findings) -> None:
-    """One line for each, by what was looked at."""
+    """Print the findings, one line each."""
     for finding in findings.all:
         console.print(f"{MARKS[finding.level]:>13}  {finding.about}: {finding.message}", markup=False)
 
 
 def memory_table(need: MemoryNeed) -> Table:
-    """What is there always, what comes to it at the fullest moment, and what the other moments come to in all."""
+    """A table of the memory that is always in use, the entries of the peak phase, and the totals of other phases."""
     table = Table(title="memory of one worker, predicted", title_justify="left")
     for name in ("when", "cause", "MiB"):
         table.add_column(name, justify="right" if name == "MiB" else "left")
@@ -43,31 +43,31 @@ def memory_table(need: MemoryNeed) -> Table:
 
 
 def launch_values(settings: TrainSettings, changed: set[str]) -> dict[str, Any]:
-    """What a YAML file has to say for the same run: what was given or changed, outputs as absolute folders.
+    """Values for a YAML file that starts the same run: the user's settings and the changed ones, with absolute outputs.
 
     Args:
-        changed: Fields that the preflight set.
+        changed: Fields that the preflight changed.
     """
-    kept = settings.model_fields_set | changed
-    values = {name: value for name, value in settings.model_dump(mode="json").items() if name in kept}
-    for name in values:
-        kind = flag_metadata(type(settings).model_fields[name]).path
-        if kind == "output" and values[name] and "://" not in values[name] and not values[name].startswith("~"):
-            values[name] = str(resolve_output_dir(values[name], settings.storage_path, flag=f"--{name}"))
+    fields = settings.model_fields_set | changed
+    values = {name: value for name, value in settings.model_dump(mode="json").items() if name in fields}
+    for name, value in values.items():
+        is_output = flag_metadata(type(settings).model_fields[name]).path == "output"
+        if is_output and value and "://" not in value and not value.startswith("~"):
+            values[name] = str(resolve_output_dir(value, settings.storage_path, flag=f"--{name}"))
     return values
 
 
 def write_launch_file(path: Path, job: str, values: dict[str, Any], changes: list[str]) -> None:
-    """The settings as a file that the job takes as --config, with a comment for every change."""
-    head = "".join(f"# {line}\n" for line in (f"made by preflight, for {job} --config", *changes))
-    write_atomically(path, (head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode())
+    """Write the settings as a file for the job's --config, with a comment for every change."""
+    comments = "".join(f"# {line}\n" for line in (f"made by preflight, for {job} --config", *changes))
+    write_atomically(path, (comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode())
 
 
 def launch_command(job: str, config: Path) -> list[str]:
-    """The command that starts the training."""
+    """The command that starts the training run."""
     return [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), "--config", str(config)]
 
 
-def shown(command: list[str]) -> str:
-    """A command as one types it."""
+def format_command(command: list[str]) -> str:
+    """The command as typed in a shell."""
     return shlex.join(command)

@@ -1,4 +1,4 @@
-"""What the memory of a forward pass depends on: how many rows, tokens and windows are in it, not what they say."""
+"""The sizes on which the memory of a forward pass depends: numbers of rows, tokens and windows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ class PackShape:
     """Sizes of one forward pass.
 
     Attributes:
-        num_rows: Rows of the manifest in it.
+        num_rows: Manifest rows.
         num_tokens: Positions of the language model or decoder, padding included.
         longest: Tokens of the longest row.
-        num_windows: Windows of audio.
+        num_windows: Audio windows.
         num_answer_tokens: Positions at which logits are computed.
-        packed: Whether the rows stand one after the other, without padding and without a mask.
-        even: Whether all rows are equally long, so that nothing is padded.
+        packed: Whether the rows are concatenated, without padding and without a mask.
+        even: Whether all rows have the same length, so that there is no padding.
     """
 
     num_rows: int
@@ -31,7 +31,7 @@ class PackShape:
 
     @property
     def masked(self) -> bool:
-        """Whether attention is given a mask of rows by tokens by tokens."""
+        """Whether attention uses a mask of shape (rows, tokens, tokens)."""
         return not (self.packed or self.even)
 
     def without_mask(self) -> "PackShape":
@@ -39,15 +39,15 @@ class PackShape:
 
 
 @dataclass(frozen=True)
-class Computing:
-    """How it is computed.
+class ComputeConfig:
+    """How a forward and backward pass is computed.
 
     Attributes:
-        dtype: Of the frozen weights and of activations.
-        on_gpu: Whether on a GPU, whose kernels keep other things than those of a CPU.
-        grad_ckpt: Whether activations are computed again in the backward pass.
-        quantize: As the flag says.
-        label_smoothing: As the flag says.
+        dtype: Data type of the frozen weights and of activations.
+        on_gpu: Whether it runs on a GPU, whose kernels save other tensors than those of a CPU.
+        grad_ckpt: Whether activations are recomputed in the backward pass.
+        quantize: Value of ``--quantize``.
+        label_smoothing: Value of ``--label_smoothing``.
     """
 
     dtype: torch.dtype = torch.float32
@@ -64,17 +64,18 @@ def pack_shape(
 
     Args:
         rows: Row numbers.
-        prompts, targets, windows: Prompt tokens, answer tokens and windows of every row number.
+        prompts, targets, windows: Prompt tokens, answer tokens and windows by row number.
+        packed: Whether the rows are concatenated instead of padded.
     """
-    numbers = np.asarray(list(rows))
-    lengths = prompts[numbers] + targets[numbers]
+    indices = np.asarray(list(rows))
+    lengths = prompts[indices] + targets[indices]
     longest = int(lengths.max())
     return PackShape(
-        num_rows=len(numbers),
-        num_tokens=int(lengths.sum()) if packed else len(numbers) * longest,
+        num_rows=len(indices),
+        num_tokens=int(lengths.sum()) if packed else len(indices) * longest,
         longest=longest,
-        num_windows=int(windows[numbers].sum()),
-        num_answer_tokens=int(targets[numbers].sum()),
+        num_windows=int(windows[indices].sum()),
+        num_answer_tokens=int(targets[indices].sum()),
         packed=packed,
         even=bool((lengths == longest).all()),
     )

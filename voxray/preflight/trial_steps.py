@@ -1,9 +1,8 @@
-"""The real model on the real device, to try packs on: forward, backward and the optimizer's step, as in training."""
+"""Runs trial steps of the real model on the real device: forward, backward and optimizer step, as in training."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,23 +17,23 @@ from voxray.preflight.allocations import measure_allocations
 from voxray.preflight.rows import RunRows
 from voxray.recipes.build_model import build_model, checkpoint_gradients, set_modes
 from voxray.training.engine import DataParallel
-from voxray.training.loop import seed_pack, task_losses
+from voxray.training.loop import seed_microbatch, task_losses
 from voxray.training.resource_errors import is_out_of_memory
 from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8
-"""Generated to see how long one takes."""
+"""Number of tokens generated to measure the time per token."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a pack took.
+    """Measured cost of a training step on a pack.
 
     Attributes:
-        peak_bytes: Most memory held at a time, weights and moments included.
-        sec: Of forward, backward and the optimizer's step, by the clock.
-        collate_sec: Of putting the rows into a batch.
-        num_tokens: Of its rows, without padding.
+        peak_bytes: Peak memory, weights and AdamW's moments included.
+        sec: Wall time of forward, backward and optimizer step.
+        collate_sec: Time to collate the rows into a batch.
+        num_tokens: Tokens of the rows, without padding.
     """
 
     peak_bytes: int
@@ -45,12 +44,12 @@ class StepCost:
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """What the beginning of a batch's answers took.
+    """Measured cost of generating answers to a batch.
 
     Attributes:
-        peak_bytes: Most memory held at a time, beyond weights and moments.
-        prompt_sec: Of reading the prompts.
-        token_sec: Of a token of all rows.
+        peak_bytes: Peak memory, beyond weights and AdamW's moments.
+        prompt_sec: Time to process the prompts.
+        token_sec: Time to generate one token for every row.
     """
 
     peak_bytes: int
@@ -59,53 +58,54 @@ class GenerationCost:
 
 
 class TrialRunner:
-    """A model in training that takes steps of size zero, so that one may take as many as one likes.
+    """A model in training whose steps have learning rate zero, so that trials do not change it.
 
     Raises:
         RunError: The model cannot be loaded.
-        RuntimeError, MemoryError: It does not fit.
+        RuntimeError, MemoryError: It does not fit in memory.
     """
 
     def __init__(self, rows: RunRows, settings: TrainSettings, device: torch.device) -> None:
         self._rows, self._settings, self._device = rows, settings, device
-        stage, family = rows.stage, rows.family
         plain = settings.model_copy(update={"compile": False})
-        how: dict[str, Any] = {"with_encoder": settings.store != "encoder", "lora_targets": stage.lora_targets}
-        self.model, _ = build_model(stage.roles, plain, family, Worker(device=device), **how)
-        self._engine = DataParallel(self.model, family, Worker(device=device), lr=settings.lr, weight_decay=0.0)
+        run = replace(rows.run, settings=plain, worker=Worker(device=device))
+        self.model, _ = build_model(run, with_encoder=settings.store != "encoder")
+        self._engine = DataParallel(self.model, run.family, run.worker, lr=settings.lr, weight_decay=0.0)
 
     def checkpoint(self) -> None:
         """Recompute activations from now on, as --grad_ckpt does."""
         checkpoint_gradients(self.model)
-        set_modes(self.model, self._rows.family, self._rows.stage.roles)
+        set_modes(self.model, self._rows.run.family, self._rows.run.stage.roles)
 
     def held_bytes(self) -> int:
-        """Weights, their scales and the optimizer's moments."""
-        moments = (tensor for state in self._engine.optimizer.state.values() for tensor in state.values())
-        tensors = [*stored_tensors(self.model), *(value for value in moments if torch.is_tensor(value))]
-        return sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values())
+        """Bytes of the weights, their scales and the optimizer state."""
+        state = (value for values in self._engine.optimizer.state.values() for value in values.values())
+        tensors = [*stored_tensors(self.model), *(value for value in state if torch.is_tensor(value))]
+        unique = {id(tensor): tensor for tensor in tensors}.values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in unique)
 
     def try_pack(self, numbers: np.ndarray, *, times: int = 1) -> StepCost | None:
-        """Take steps on a pack of training rows.
+        """Run steps on a pack of training rows.
 
         Args:
-            times: Steps by the clock, the quickest of which counts; one more before them sees how much memory it takes.
+            numbers: Row numbers.
+            times: Timed steps, of which the fastest counts. One more step before them measures the memory.
         Returns:
-            None if the memory does not suffice, or no row decodes.
+            The cost; None if the pack does not fit in memory, or no row can be decoded.
         """
-        made = self._rows.made(numbers)
-        if not made:
+        rows = self._rows.decode(numbers)
+        if not rows:
             return None
-        started = time.perf_counter()
-        batch = self._collated(made)
-        collate_sec = time.perf_counter() - started
+        start = time.perf_counter()
+        batch = self._collate(rows)
+        collate_sec = time.perf_counter() - start
         batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
         try:
             if not self._engine.optimizer.state:
-                self._step(batch)  # makes the moments, which are there from the second step on
-            held = self.held_bytes()
-            seen = measure_allocations(lambda: self._step(batch), self._device)
-            clocked = min((self._clocked(batch) for _ in range(times)), default=seen.sec)
+                self._step(batch)  # the first step creates AdamW's moments
+            held_bytes = self.held_bytes()
+            allocations = measure_allocations(lambda: self._step(batch), self._device)
+            step_sec = min((self._time_step(batch) for _ in range(times)), default=allocations.sec)
         except (RuntimeError, MemoryError) as error:
             self._engine.drop()
             if not is_out_of_memory(error):
@@ -113,62 +113,62 @@ class TrialRunner:
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
             return None
-        tokens = sum(len(row.prompt_ids) + len(row.target_ids) for row in made)
-        return StepCost(held + seen.peak_bytes, clocked, collate_sec, tokens)
+        num_tokens = sum(len(row.prompt_ids) + len(row.target_ids) for row in rows)
+        return StepCost(held_bytes + allocations.peak_bytes, step_sec, collate_sec, num_tokens)
 
-    def _clocked(self, batch: Batch) -> float:
-        started = time.perf_counter()
+    def _time_step(self, batch: Batch) -> float:
+        start = time.perf_counter()
         self._step(batch)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter() - started
+        return time.perf_counter() - start
 
-    def _collated(self, made: list[FeatureRow]) -> Batch:
+    def _collate(self, rows: list[FeatureRow]) -> Batch:
         collate = collate_packed if self._settings.batching == "packed" else collate_training
-        return collate(made, self._rows.front_end)
+        return collate(rows, self._rows.front_end)
 
     def _step(self, batch: Batch) -> None:
-        seed_pack(0, 0, 0)
+        seed_microbatch(0, 0, 0)
         loss = task_losses(self._engine.logits, batch, self._settings.label_smoothing).sum()
         self._engine.backward(loss / max(1, len(trainable_parameters(self.model))), last=True)
         del loss
         self._engine.reduce([0.0], scale=1.0, max_norm=self._settings.max_grad_norm)
         self._engine.apply(0.0)
 
-    def answer(self, made: list[FeatureRow]) -> GenerationCost | None:
-        """Begin to answer rows as a validation does.
+    def answer(self, rows: list[FeatureRow]) -> GenerationCost | None:
+        """Generate the first tokens of answers to rows, as validation does.
 
         Returns:
-            None if the memory does not suffice.
+            The cost; None if the batch does not fit in memory.
         """
-        family, batch = self._rows.family, collate_prompts(made, self._rows.front_end)
+        family, batch = self._rows.run.family, collate_prompts(rows, self._rows.front_end)
         batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        clock: list[float] = []
+        times: list[float] = []
 
         @torch.inference_mode()
-        def begin() -> None:
+        def generate() -> None:
             state, logits_BV = family.prefill(self.model, batch)
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
             for _ in range(ANSWER_TOKENS):
                 logits_BV = state.decode_step(logits_BV.argmax(-1))
             float(logits_BV.sum())  # waits for a GPU
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         try:
             with in_eval_mode(self.model):
-                begin()
-                clock.clear()
-                started = time.perf_counter()
-                seen = measure_allocations(begin, self._device)
+                generate()  # warm-up
+                times.clear()
+                start = time.perf_counter()
+                allocations = measure_allocations(generate, self._device)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return None
-        return GenerationCost(seen.peak_bytes, clock[0] - started, (clock[1] - clock[0]) / ANSWER_TOKENS)
+        return GenerationCost(allocations.peak_bytes, times[0] - start, (times[1] - times[0]) / ANSWER_TOKENS)
 
 
 def stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Everything that a model holds: parameters, buffers, and what quantised layers keep beside them."""
+    """All tensors of a model: parameters, buffers, and the scales and tables of quantised layers."""
     yield from model.parameters()
     yield from model.buffers()
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The model of a training run: its base, what trains of it, and the checkpoint or earlier adapter it starts from."""
+"""The model of a training run: its base, the trainable weights, and the checkpoint or adapter it starts from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,28 +6,35 @@ from typing import Any
 
 import torch
 
-from voxray.batches.rank import Worker
 from voxray.config.flag_groups import TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.models.adapters.audio_trim_record import note_trimming, trims_audio
+from voxray.models.adapters.audio_trim_record import set_trim_audio, trims_audio
 from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
-from voxray.models.adapters.lora import add_lora, check_lora, load_adapter_weights, train_fully, trainable_parameters
+from voxray.models.adapters.lora import (
+    add_lora,
+    check_trainable,
+    load_adapter_weights,
+    train_fully,
+    trainable_parameters,
+)
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
+from voxray.recipes.registry import RunContext
 from voxray.runs.layout import list_checkpoints
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState
 
 
-def find_init_adapter(settings: TrainSettings, family: ModelFamily) -> InitAdapter | None:
-    """The adapter that ``--init_adapter`` names, checked against the settings."""
+def find_init_adapter(run: RunContext) -> InitAdapter | None:
+    """The adapter of ``--init_adapter``, checked against the settings; None without one."""
+    settings, family = run.settings, run.family
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
     if official := family.read_official(settings.init_adapter, **lora):
         return official
-    trimming = audio_trimming(settings)
-    return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trimming, **lora)
+    trims_audio = audio_trimming(settings)
+    return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trims_audio, **lora)
 
 
 def audio_trimming(settings: TrainSettings) -> bool | None:
@@ -35,72 +42,65 @@ def audio_trimming(settings: TrainSettings) -> bool | None:
     return trims_audio(settings.model_id, settings.trim_audio_tokens) if isinstance(settings, TrimFlags) else None
 
 
-def build_model(
-    roles: Sequence[str],
-    settings: TrainSettings,
-    family: ModelFamily,
-    worker: Worker,
-    *,
-    with_encoder: bool = True,
-    lora_targets: Sequence[str] = (),
-) -> tuple[Any, str]:
-    """Load the base and choose what trains; the same on every worker.
+def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str]:
+    """Load the base and add the trainable weights. The result is the same on every worker.
 
     Args:
-        roles: Parts of the model that train.
-        with_encoder: False if the features are the encoder's outputs already.
-        lora_targets: Names of the layers that LoRA adapts within the roles; empty takes the family's own.
+        with_encoder: False if the features are outputs of the encoder.
     Returns:
-        The model, and a line on the adapter that its LoRA starts from, if there is one.
+        The model, and a log line on the adapter that its LoRA starts from; "" without one.
     """
-    earlier = find_init_adapter(settings, family)
-    if earlier and settings.tuning == "full":
-        raise SettingsError("--init_adapter: holds LoRA, which --tuning full has none of")
+    settings, family, roles = run.settings, run.family, run.stage.roles
+    init_adapter = find_init_adapter(run)
+    if init_adapter and settings.tuning == "full":
+        raise SettingsError("--init_adapter: holds LoRA weights, which --tuning full does not have")
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
-    torch.manual_seed(settings.seed)  # of weights that no file has
-    base = family.load_model(settings.model_id, dtype=dtype, device=worker.device, quantize=settings.quantize)
+    torch.manual_seed(settings.seed)  # for weights that no file has
+    base = family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
     if not with_encoder:
         family.skip_encoder(base)
     torch.manual_seed(settings.seed)
-    lora = {"r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
-    adapted = [role for role in family.roles if role in roles or (earlier and role in earlier.roles)]
     if settings.tuning == "full":
         model = train_fully(base, family, roles)
     else:
-        model = add_lora(
-            base, family, adapted, model_id=settings.model_id, tuning=settings.tuning, targets=lora_targets, **lora
-        )
+        lora = {"r": settings.lora_r, "alpha": settings.lora_alpha, "dropout": settings.lora_dropout}
+        in_adapter = init_adapter.roles if init_adapter else ()
+        adapted = [role for role in family.roles if role in roles or role in in_adapter]
+        options = {"model_id": settings.model_id, "tuning": settings.tuning, "targets": run.stage.lora_targets}
+        model = add_lora(base, family, adapted, **options, **lora)
     trimmed = audio_trimming(settings)
-    note_trimming(model, earlier.trims_audio if earlier and trimmed is None else trimmed)
-    started = ""
-    if earlier:
-        copied = load_init_adapter(model, family, earlier, roles)
-        check_lora(model, family, roles)
-        kept = [role for role in earlier.roles if role not in roles]
-        started = f"LoRA starts from {earlier.folder}: {copied} tensors of {', '.join(earlier.roles)}"
-        started += f"; kept as they are: {', '.join(kept)}" if kept else ""
+    set_trim_audio(model, init_adapter.trims_audio if init_adapter and trimmed is None else trimmed)
+    init_line = _load_init_adapter(model, run, init_adapter) if init_adapter else ""
     if settings.grad_ckpt:
         checkpoint_gradients(base)
     set_modes(model, family, roles)
     if settings.compile:
         family.compile_layers(model)
-    return model, started
+    return model, init_line
+
+
+def _load_init_adapter(model: Any, run: RunContext, init_adapter: InitAdapter) -> str:
+    num_tensors = load_init_adapter(model, run.family, init_adapter, run.stage.roles)
+    check_trainable(model, run.family, run.stage.roles)
+    frozen = [role for role in init_adapter.roles if role not in run.stage.roles]
+    line = f"LoRA starts from {init_adapter.folder}: {num_tensors} tensors of {', '.join(init_adapter.roles)}"
+    return line + (f"; frozen: {', '.join(frozen)}" if frozen else "")
 
 
 def checkpoint_gradients(model: Any) -> None:
-    """Let layers compute their activations again in the backward pass; ``set_modes`` has to follow."""
+    """Turn on activation checkpointing. ``set_modes`` has to be called afterwards."""
     base = unwrap_peft(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # The library makes input embeddings give gradients then, which only re-entrant checkpoints need. Of an audio
-    # encoder it takes the first convolution for one, and a frozen encoder would keep all its activations.
+    # transformers now makes the input embeddings require gradients, which only re-entrant checkpoints need. It treats
+    # the first convolution of an audio encoder as one, so a frozen encoder would keep all its activations.
     base.disable_input_require_grads()
 
 
 def set_modes(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str]) -> None:
-    """Training mode in the roles that train, and eval in the others.
+    """Set the roles that train to training mode and all others to eval mode.
 
-    Layers of a frozen part that gradients pass through (the language model behind a trained projector) still recompute
-    their activations if asked to, which transformers does in training mode only; what they are made of stays in eval.
+    transformers recomputes activations in training mode only. So the layers of a frozen role behind a trained one (the
+    language model behind a trained projector) are set to training mode, while their submodules stay in eval mode.
     """
     model.train()
     order = list(family.roles)
@@ -117,12 +117,14 @@ def set_modes(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str])
 
 
 def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, OptimizerState]:
-    """Load the weights of the run's newest checkpoint, if it has one, and say where the run stands.
+    """Load the weights of the run's newest checkpoint, if it has one.
 
+    Args:
+        start: Progress of a new run.
     Returns:
-        The progress, and the optimizer's moments.
+        The progress of the run, and the optimizer state; empty for a new run.
     Raises:
-        RunError: The training data, or the prompts, are not what the run started with, or the checkpoint is damaged.
+        RunError: Training data or prompts differ from those of the checkpoint, or the checkpoint is damaged.
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
@@ -131,11 +133,11 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Optimi
     progress = read_progress(newest)
     advice = "use --overwrite or another --output_dir"
     if progress.data != start.data:
-        raise RunError(f"{newest}: the training data is not what this run began with; {advice}")
+        raise RunError(f"{newest}: the training data has changed since this run started; {advice}")
     if progress.prompts != start.prompts:
-        raise RunError(f"{newest}: --prompts holds other prompts than this run began with; {advice}")
-    moments = read_optimizer_state(newest)
-    if moments and set(moments) != {name for name, _ in trainable_parameters(model)}:
-        raise RunError(f"{newest}: moments of other parameters than the model's")
+        raise RunError(f"{newest}: --prompts holds other prompts than when this run started; {advice}")
+    optimizer_state = read_optimizer_state(newest)
+    if optimizer_state and set(optimizer_state) != {name for name, _ in trainable_parameters(model)}:
+        raise RunError(f"{newest}: the optimizer state has other parameters than the model")
     load_adapter_weights(model, newest)
-    return progress, moments
+    return progress, optimizer_state

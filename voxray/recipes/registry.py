@@ -1,33 +1,93 @@
-"""Every training recipe by the class of its settings."""
+"""The context of a training run: settings, recipe, model family, remote copy, rank.
 
-from collections.abc import Callable
-from typing import Any
+``RunContext`` resolves these once per process; every function of a run takes them from it.
+"""
 
-from voxray.config.salmonn import SalmonnSettings
-from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from voxray.batches.rank import Worker
+from voxray.config.recipes import Recipe, find_recipe, load_object, recipes
+from voxray.config.train import TrainSettings
 from voxray.core.errors import SettingsError
+from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.registry import get_family
-from voxray.recipes import asr_adapter, multitask, salmonn, text, whisper
-
-RECIPES: dict[type[TrainSettings], Callable[..., dict[str, Any]]] = {
-    TextSettings: text.train,
-    AsrAdapterSettings: asr_adapter.train,
-    MultitaskSettings: multitask.train,
-    WhisperSettings: whisper.train,
-    SalmonnSettings: salmonn.train,
-}
-"""Every training job's recipe, by the class of its settings."""
+from voxray.recipes.stages import Stage
+from voxray.runs.remote_sync import RemoteSync
+from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 
-def refuse_other_family(settings: TrainSettings) -> None:
-    """Refuse a base that the job does not train.
+@dataclass(frozen=True)
+class RunContext:
+    """A training run, seen from one process.
+
+    Attributes:
+        settings: The run's settings.
+        recipe: Recipe of the settings.
+        family: Family of the base model.
+        remote: Copy of the run folder at a URL; does nothing for a local run.
+        run_dir: Local folder of the run.
+        worker: Rank and device of this process.
+        callbacks: Calls into the program around the loop, such as Ray Train.
+    """
+
+    settings: TrainSettings
+    recipe: Recipe
+    family: ModelFamily
+    remote: RemoteSync
+    run_dir: Path
+    worker: Worker = field(default_factory=Worker)
+    callbacks: Callbacks = NO_CALLBACKS
+
+    @classmethod
+    def create(
+        cls,
+        settings: TrainSettings,
+        *,
+        run_dir: Path | None = None,
+        worker: Worker | None = None,
+        callbacks: Callbacks = NO_CALLBACKS,
+    ) -> "RunContext":
+        """Resolve the settings of a run.
+
+        Args:
+            run_dir: Folder to use instead of ``--output_dir``, for tests and benchmarks.
+        Raises:
+            RunError: The base has no readable configuration.
+            SettingsError: The recipe trains another family, or no file system is known for a URL.
+        """
+        remote = RemoteSync.from_settings(settings)
+        recipe, family = find_recipe(settings), require_family(settings)
+        return cls(settings, recipe, family, remote, run_dir or remote.folder, worker or Worker(), callbacks)
+
+    @cached_property
+    def front_end(self) -> FrontEnd:
+        return self.family.front_end(self.settings.model_id)
+
+    @cached_property
+    def stage(self) -> Stage:
+        """Roles and tasks of the run."""
+        return load_object(self.recipe.stage)(self.settings)
+
+
+def require_family(settings: TrainSettings) -> ModelFamily:
+    """Find the family of the base, which has to be the one that the recipe trains.
 
     Raises:
-        SettingsError: With the job that does.
+        SettingsError: It is another family. The message names the job that trains it.
     """
-    found = get_family(settings.model_id)
-    if found.name != settings.family:
+    family, recipe = get_family(settings.model_id), find_recipe(settings)
+    if family.name != recipe.family:
+        job = next((other.job for other in recipes().values() if other.family == family.name), "")
+        advice = f"; jobs/{job}.py trains it" if job else ""
         raise SettingsError(
-            f"--model_id {settings.model_id}: a {found.name} model, and this job trains {settings.family}; "
-            f"jobs/{found.job}.py trains it"
+            f"--model_id {settings.model_id}: a {family.name} model, and this job trains {recipe.family}{advice}"
         )
+    return family
+
+
+def assemble_inputs(settings: TrainSettings) -> TrainSettings:
+    """Let the recipe build its base and manifests, if it does so (SALMONN from parts); returns the changed settings."""
+    recipe = find_recipe(settings)
+    return load_object(recipe.assemble)(settings) if recipe.assemble else settings

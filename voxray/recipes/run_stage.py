@@ -1,236 +1,148 @@
-"""What the stages of LoRA training share: rows, a trainee, the plan and the loop, for the roles and tasks of one stage.
+"""One training process from feature sets to adapter. Every worker calls ``train``."""
 
-A stage is told apart by data alone (``Stage``); its recipe says which it is and calls ``train_stage``.
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from voxray.audio.augment import SpecAugment
-from voxray.audio.logmel import HOP_SAMPLES
 from voxray.batches.collate import collate_training
-from voxray.batches.loader import Loader, Masking, PromptSampler
+from voxray.batches.loader import Loader, Masking
 from voxray.batches.packing import Batching
-from voxray.batches.plan import Phase, Plan, Variants
-from voxray.batches.rank import Worker
+from voxray.batches.plan import Plan, Variants
 from voxray.config.flag_groups import MaskFlags
 from voxray.config.train import TrainSettings
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
-from voxray.core.tasks import TASKS
 from voxray.features.featurize import write_ledger
 from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
 from voxray.models.adapters.lora import count_parameters
-from voxray.models.interface import IGNORED, FrontEnd, ModelFamily
-from voxray.models.registry import get_family
+from voxray.models.interface import IGNORED
 from voxray.recipes.build_model import build_model, resume
+from voxray.recipes.choose_rows import LostRow, choose_rows, count_lost
+from voxray.recipes.registry import RunContext
+from voxray.recipes.stages import Stage
 from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import checkpoint_folder
-from voxray.runs.remote_sync import RemoteSync
 from voxray.training.best_checkpoint import BestCheckpoint
-from voxray.training.callbacks import NO_CALLBACKS, Callbacks, planned_workers
+from voxray.training.callbacks import planned_workers
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter
 from voxray.training.engine import DataParallel, Engine, OptimizerState
-from voxray.training.loop import StopSignals, TrainState, fit
+from voxray.training.loop import Hooks, StopSignals, TrainState, fit
 from voxray.training.loss_scaling import LossScaler
 from voxray.training.previews import MAX_TOKENS, Previews, PreviewSettings
 from voxray.training.records import Monitor
 from voxray.training.resource_errors import explain_resource_errors
 from voxray.training.throughput import epoch_efficiency
-from voxray.training.validate import first_rows_per_task
+from voxray.training.validate import ValidationRows
 from voxray.training.validation_hook import ValidationSizes, Validator
 
-DEBUG_ROWS, DEBUG_STEPS, DEBUG_VALIDATION_ROWS = 8, 4, 4
+DEBUG_STEPS = 4
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What one stage of training does.
+def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
+    """Train one adapter, from the newest checkpoint of the run folder if there is one.
 
-    Attributes:
-        roles: Parts of the model that LoRA trains.
-        tasks: Tasks whose rows it trains on and validates with; rows of others are left out and listed.
-        task_weights: Relative shares of the rows drawn; None draws every row once per epoch.
-        per_task_bsz: Rows of a forward pass by task, for batches by length.
-        curriculum: Tasks and epochs of one phase after the other; empty draws all tasks for --epochs.
-        lora_targets: Names of the layers that LoRA adapts within the roles; empty takes the family's own.
-        redraw: Gives a row another prompt in every epoch; None leaves it the stored one.
-    """
-
-    roles: tuple[str, ...]
-    tasks: tuple[str, ...] = field(default_factory=lambda: tuple(TASKS))
-    task_weights: Mapping[str, float] | None = None
-    per_task_bsz: Mapping[str, int] | None = None
-    curriculum: tuple[Phase, ...] = ()
-    lora_targets: tuple[str, ...] = ()
-    redraw: PromptSampler | None = None
-
-
-Lost = tuple[Features, int, str, str]
-"""A row that is left out: (features, row number, reason, message)."""
-R = TypeVar("R", bound=RowLengths)
-
-
-def train_stage(
-    stage: Stage,
-    settings: TrainSettings,
-    run_dir: Path,
-    data: TrainingData,
-    worker: Worker,
-    host: Callbacks = NO_CALLBACKS,
-) -> dict[str, Any]:
-    """Train one adapter; every worker calls this.
-
-    Args:
-        run_dir: Run folder, seen by all workers; a checkpoint in it is where training goes on from.
-        host: What surrounds this worker.
     Returns:
-        {"steps", "finished", "adapter_step", metrics of the last validation}; with validation on rank 0 also {"best":
-        {metric: {"step", "value"}}} for every task's headline metric and the one that is watched.
+        {"steps", "finished", "adapter_step", metrics of the last validation}. On rank 0, with validation rows, also
+        {"best": {metric: {"step", "value"}}} for the headline metric of every task and --metric_for_best_model.
     """
-    with explain_resource_errors(settings):
-        return _train_stage(stage, settings, run_dir, data, worker, host)
+    with explain_resource_errors(run.settings):
+        torch.backends.cuda.matmul.allow_tf32 = run.settings.tf32
+        sampler = run.stage.prompt_sampler
+        features = Features(data.train, sampler.max_extra_prompt_tokens if sampler else None)
+        held_out = Features(data.validation)
+        rows, held_out_rows, lost = choose_rows(
+            run.stage, run.settings, features, held_out, run.front_end, data.divided
+        )
+        validation = ValidationRows(run.front_end, held_out, held_out_rows)
+        state, init_line = _build_state(run, features, rows, validation)
+        loader = _build_loader(run, features, rows, state.start.microbatches_per_step)
+        num_steps = _count_steps(run, loader.plan)
+        monitor = Monitor(run.run_dir, state.start.step, active=run.worker.is_first, publish=run.callbacks.publish)
+        if run.worker.is_first:
+            _write_start(run, data, lost, state.parameters)
+            for line in filter(None, (init_line, count_lost(run.stage, lost))):
+                monitor.say(line)
+            describe_run(monitor, state.parameters, loader, state.start.step, num_steps)
+        step = _fit(run, state, loader, num_steps, monitor, validation)
+        return _finish(run, state.best, step, num_steps, monitor)
 
 
-def _train_stage(
-    stage: Stage, settings: TrainSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks
-) -> dict[str, Any]:
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    family = get_family(settings.model_id)
-    front_end = family.front_end(settings.model_id)
-    redraw = stage.redraw
-    features, held_out = (
-        Features(data.train, redraw.max_extra_prompt_tokens if redraw else None),
-        Features(data.validation),
+def _build_state(
+    run: RunContext, features: Features, rows: np.ndarray, validation: ValidationRows
+) -> tuple[TrainState, str]:
+    """The model with all state of a checkpoint, and a log line on the adapter that it starts from."""
+    settings, stage = run.settings, run.stage
+    model, init_line = build_model(run, with_encoder=features.store != "encoder")
+    microbatches_per_step = planned_workers(settings.num_workers, run.worker) * settings.grad_accum
+    prompts = stage.prompt_sampler.fingerprint if stage.prompt_sampler else ""
+    start, optimizer_state = resume(
+        run.run_dir, model, Progress(0, microbatches_per_step, features.fingerprint(), prompts)
     )
-    rows, held_out_rows, lost = choose_rows(stage, settings, features, held_out, front_end, data.divided)
-    with_encoder = features.store != "encoder"
-    model, started = build_model(
-        stage.roles, settings, family, worker, with_encoder=with_encoder, lora_targets=stage.lora_targets
-    )
-    microbatches_per_step = planned_workers(settings.num_workers, worker) * settings.grad_accum
-    start = Progress(0, microbatches_per_step, features.fingerprint(), redraw.fingerprint if redraw else "")
-    start, moments = resume(run_dir, model, start)
-    counts = count_parameters(model, family)  # here: ZeRO leaves the model in parts
-    engine = build_engine(settings, model, family, worker, moments, with_audio=bool(features.num_windows[rows].any()))
-    trainee = TrainState(model, family, engine, worker, LossScaler.for_dtype(fp16=settings.fp16))
-    trainee.guard.load(start.guard)
-    selection = build_best_checkpoint(settings, held_out, held_out_rows)
-    selection.load(start.selection)
-    plan = build_plan(stage, settings, features, rows, start.microbatches_per_step, front_end.cross_attention_positions)
-    num_steps = settings.max_steps or plan.steps_in(plan.curriculum_epochs if stage.curriculum else settings.epochs)
-    num_steps = min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
-    pin_memory = settings.pin_memory and worker.device.type == "cuda"
-    masks = Masking(build_masks(settings), settings.seed)
-    loader = Loader(features, front_end, plan, worker, settings.loader_workers, masks, redraw, pin_memory=pin_memory)
-    monitor = Monitor(run_dir, start.step, active=worker.is_first, publish=host.publish)
-    if worker.is_first:
-        write_ledger(run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
-        write_json(run_dir / "parameters.json", counts)
-        for line in filter(None, (started, count_lost(stage, lost))):
-            monitor.say(line)
-        introduce(monitor, counts, loader, start.step, num_steps)
-    sizes = ValidationSizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
-    held = (front_end, held_out, held_out_rows)
-    validator = Validator(trainee, *held, sizes, monitor, settings.seed, num_steps, host.report)
-    if worker.is_first and len(held_out_rows):
-        validator.previews = build_previews(settings, run_dir, monitor)
-
-    upload = partial(RemoteSync.from_settings(settings).push_or, monitor.say)
-    writer = CheckpointWriter(run_dir, settings.save_total_limit, upload) if worker.is_first else None
-    watch = StopSignals(run_dir, host.is_leaving)
-    try:
-        step = fit(trainee, loader, settings, start, num_steps, monitor, validator, selection, writer, watch)
-    finally:
-        if writer:
-            writer.close()
-    finished = step >= num_steps or selection.should_stop
-    chosen = selection.best_step if settings.load_best_model_at_end and selection.best_step else step
-    if worker.is_first and finished:
-        publish_adapter(checkpoint_folder(run_dir, chosen), run_dir / "adapter")
-        for line in ending(selection, step, num_steps, chosen):
-            monitor.say(line)
-    found = {"steps": step, "finished": finished, "adapter_step": chosen, **selection.last}
-    best = _say_best(selection, monitor)
-    monitor.close()
-    return {**found, "best": best} if best else found
+    parameters = count_parameters(model, run.family)  # before the engine: ZeRO-3 shards the parameters
+    engine = build_engine(run, model, optimizer_state, with_audio=bool(features.num_windows[rows].any()))
+    scaler, best = LossScaler.for_dtype(fp16=settings.fp16), build_best_checkpoint(settings, validation)
+    scaler.load(start.loss_scaler)
+    best.load(start.best)
+    state = TrainState(model, run.family, engine, run.worker, start, scaler, best, parameters)
+    return state, init_line
 
 
-def _say_best(selection: BestCheckpoint, monitor: Monitor) -> dict[str, Any]:
-    """Say and return the best value of each metric with its step."""
-    best = monitor.best_steps()
-    if selection.best_step:
-        best[selection.metric] = {"step": selection.best_step, "value": selection.best_value}
-    for name, entry in best.items():
-        monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
-    return best
-
-
-def build_engine(
-    settings: TrainSettings,
-    model: Any,
-    family: ModelFamily,
-    worker: Worker,
-    moments: OptimizerState,
-    *,
-    with_audio: bool,
-) -> Engine:
-    """How the workers take a step together, as ``--strategy`` says.
+def build_engine(run: RunContext, model: Any, optimizer_state: OptimizerState, *, with_audio: bool) -> Engine:
+    """Create the engine of ``--strategy``.
 
     Args:
-        moments: To go on from.
-        with_audio: Whether any row to train on has audio.
+        optimizer_state: State of a checkpoint; empty for a new run.
+        with_audio: Whether any training row has audio.
     """
     engine: Engine
+    settings = run.settings
     rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.strategy == "ddp":
-        engine = DataParallel(model, family, worker, **rates)
+        engine = DataParallel(model, run.family, run.worker, **rates)
     else:
         from voxray.training.zero import Zero
 
-        engine = Zero(model, family, worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
-    engine.load_moments(moments)
+        engine = Zero(model, run.family, run.worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
+    engine.load_optimizer_state(optimizer_state)
     return engine
 
 
-def ending(selection: BestCheckpoint, step: int, num_steps: int, chosen: int) -> Iterator[str]:
-    """What is said at the end of a finished run: why it ended early, and whose weights the adapter has."""
-    if step < num_steps:
-        bad = selection.num_bad_validations
-        yield f"early stopping at step {step}: {bad} validations without a better {selection.metric}"
-    if chosen != step:
-        yield f"the adapter is that of step {chosen} (--load_best_model_at_end)"
-
-
-def build_best_checkpoint(settings: TrainSettings, held_out: Features, rows: np.ndarray) -> BestCheckpoint:
-    """Early stopping and the best checkpoint as the settings have them.
+def build_best_checkpoint(settings: TrainSettings, validation: ValidationRows) -> BestCheckpoint:
+    """Create the tracker of the best checkpoint and of early stopping, as the settings say.
 
     Raises:
-        SettingsError: Validating these rows never gives the metric.
+        SettingsError: The metric cannot be computed from the validation rows.
     """
-    metric, given = settings.metric_for_best_model, "metric_for_best_model" in settings.model_fields_set
-    tasks = [name for name, code in TASK_CODES.items() if code in held_out.task[rows]]
-    if tasks and given and metric not in (known := validation_metrics(tasks)):
+    metric, is_set = settings.metric_for_best_model, "metric_for_best_model" in settings.model_fields_set
+    codes = validation.features.task[validation.rows]
+    tasks = [name for name, code in TASK_CODES.items() if code in codes]
+    if tasks and is_set and metric not in (known := validation_metrics(tasks)):
         raise SettingsError(f"--metric_for_best_model {metric}: validation has {', '.join(known)}")
     return BestCheckpoint(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
 
 
-def build_previews(settings: TrainSettings, run_dir: Path, monitor: Monitor) -> Previews:
-    """The run's previews; its previews.yaml, once written, holds over the flags."""
-    tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
-    previews = Previews.of_run(run_dir, monitor.say, PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens))
-    rows = previews.settings.rows
-    if "preview_rows" in settings.model_fields_set and rows != settings.preview_rows:
-        monitor.say(f"previews: {previews.path} says rows: {rows}, which holds over --preview_rows")
-    return previews
+def _build_loader(run: RunContext, features: Features, rows: np.ndarray, microbatches_per_step: int) -> Loader:
+    settings, worker = run.settings, run.worker
+    positions = run.front_end.cross_attention_positions
+    plan = build_plan(run.stage, settings, features, rows, microbatches_per_step, positions)
+    masks = Masking(build_masks(settings), settings.seed)
+    pin_memory = settings.pin_memory and worker.device.type == "cuda"
+    return Loader(
+        features,
+        run.front_end,
+        plan,
+        worker,
+        settings.loader_workers,
+        masks,
+        run.stage.prompt_sampler,
+        pin_memory=pin_memory,
+    )
 
 
 def build_plan(
@@ -241,19 +153,19 @@ def build_plan(
     microbatches_per_step: int,
     cross_attention_positions: int = 0,
 ) -> Plan:
-    """The plan of a run over the rows that it may draw.
+    """Create the plan of a run.
 
     Args:
-        cross_attention_positions: Of one window, beside the tokens (see ``models.family.FrontEnd``).
+        rows: Row numbers to train on.
+        cross_attention_positions: Positions per window, in addition to the tokens (see ``models.interface.FrontEnd``).
     """
     variants = Variants(rows, features.sample[rows], settings.seed)
-    sizes = (settings.per_device_bsz, settings.pack_tokens, stage.per_task_bsz)
     return Plan(
         features.task[variants.first],
         variants.first,
         stage.task_weights,
         settings.seed,
-        Batching(settings.batching, *sizes),
+        Batching(settings.batching, settings.per_device_bsz, settings.pack_tokens, stage.per_task_bsz),
         microbatches_per_step,
         settings.drop_last,
         variants,
@@ -263,110 +175,106 @@ def build_plan(
 
 
 def build_masks(settings: TrainSettings) -> SpecAugment:
-    """SpecAugment as the settings have it; none for jobs without such flags."""
+    """Create SpecAugment as the settings say. Jobs without these flags use no masks."""
     names = MaskFlags.model_fields if isinstance(settings, MaskFlags) else ()
     return SpecAugment(**{name: getattr(settings, name) for name in names})
 
 
-def choose_rows(
-    stage: Stage,
-    settings: TrainSettings,
-    features: R,
-    held_out: R,
-    front_end: FrontEnd,
-    divided: frozenset[str] = frozenset(),
-) -> tuple[np.ndarray, np.ndarray, list[tuple[R, int, str, str]]]:
-    """Rows to train on, rows to validate on, and those that are left out.
-
-    Args:
-        divided: See ``TrainingData``.
-    Raises:
-        RunError: Nothing is left to train on.
-    """
-    lost: list[tuple[R, int, str, str]] = []
-    kept = []
-    max_len = min(settings.max_len, front_end.max_positions)
-    for part in (features, held_out):
-        rows, too_long = part.within(max_len)
-        of_stage = np.isin(part.task, [TASK_CODES[name] for name in stage.tasks])
-        limit = f"tokens, over --max_len {max_len}"
-        too_long = too_long[of_stage[too_long]]
-        lost += [(part, int(row), "too_long", f"{part.longest_tokens[row]} {limit}") for row in too_long]
-        others = np.flatnonzero(~of_stage)
-        others = others[np.unique(part.sample[others], return_index=True)[1]]  # not every variant of a clip
-        names = {code: name for name, code in TASK_CODES.items()}
-        message = f"this job trains on {', '.join(stage.tasks)} rows"
-        lost += [(part, int(row), "other_task", f"{names[int(part.task[row])]}: {message}") for row in others]
-        rows = rows[of_stage[rows]]
-        unfit = list(_unfit(part, rows, front_end, divided))
-        lost += [(part, row, reason, message) for row, reason, message in unfit if reason]
-        kept.append(rows[~np.isin(rows, [row for row, *_ in unfit])])
-    rows, held_out_rows = kept
-    limit_rows = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
-    held_out_rows = first_rows_per_task(held_out, held_out_rows, limit_rows)
-    if settings.debug:
-        rows = first_rows_per_task(features, rows, DEBUG_ROWS)
-    if not len(rows):
-        raise RunError(f"--train_jsonl: {_why_none(stage, settings, features)}")
-    return rows, held_out_rows, lost
+def _count_steps(run: RunContext, plan: Plan) -> int:
+    settings = run.settings
+    epochs = plan.curriculum_epochs if run.stage.curriculum else settings.epochs
+    num_steps = settings.max_steps or plan.total_steps(epochs)
+    return min(num_steps, DEBUG_STEPS) if settings.debug else num_steps
 
 
-def _unfit(
-    part: RowLengths, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
-) -> Iterator[tuple[int, str, str]]:
-    """Rows within the token limit that the family cannot be trained on, with reason and message.
-
-    Of a row that stands again in parts the reason is empty: nothing of it is lost.
-    """
-    window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
-    for row in rows[part.num_windows[rows] > (front_end.max_windows or np.inf)].tolist():
-        seconds = part.num_samples[row] / front_end.sample_rate_hz
-        message = (
-            f"{seconds:.1f} s, and the model is trained on {window_sec * (front_end.max_windows or 1):g} s at most;"
-        )
-        message += " give the row segments ({start, end, text}), at which it is divided"
-        yield row, "" if part.source(row) in divided else "audio_too_long", message
-    if front_end.needs_language:
-        for row in rows[~part.has_language[rows]].tolist():
-            yield row, "no_language", "the row names no language, which this model is told; give it one, or --language"
-
-
-def _why_none(stage: Stage, settings: TrainSettings, features: RowLengths) -> str:
-    if np.isin(features.task, [TASK_CODES[name] for name in stage.tasks]).any() or len(stage.tasks) == len(TASKS):
-        return f"no row is within --max_len {settings.max_len} tokens"
-    wanted = "; ".join(f"{name}: {', '.join(TASKS[name].keys)}" for name in stage.tasks)
-    return f"holds no row of the task that this job trains on ({wanted})"
-
-
-def count_lost(stage: Stage, lost: Sequence[Lost]) -> str:
-    """A line on the rows of other tasks; empty if there are none."""
-    others = sum(reason == "other_task" for _, _, reason, _ in lost)
-    wanted = ", ".join(stage.tasks)
-    return f"left out: {others} rows of other tasks than {wanted}, listed in quarantine.jsonl" if others else ""
-
-
-def introduce(
-    monitor: Monitor,
-    counts: dict[str, dict[str, int]],
-    loader: Loader,
-    step: int,
-    num_steps: int,
+def _write_start(
+    run: RunContext, data: TrainingData, lost: list[LostRow], parameters: dict[str, dict[str, int]]
 ) -> None:
-    """Say what is about to be trained on what: parameters per role, the plan, one decoded example per task."""
+    write_ledger(run.run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
+    write_json(run.run_dir / "parameters.json", parameters)
+
+
+def describe_run(
+    monitor: Monitor, parameters: Mapping[str, Mapping[str, int]], loader: Loader, step: int, num_steps: int
+) -> None:
+    """Log the parameters per role, the plan, and one decoded example per task."""
     features, front_end, plan = loader.features, loader.front_end, loader.plan
-    total, trainable = (sum(entry[key] for entry in counts.values()) for key in ("total", "trainable"))
-    roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in counts.items())
+    total, trainable = (sum(entry[key] for entry in parameters.values()) for key in ("total", "trainable"))
+    roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in parameters.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
-    kept = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_of_task.items())
-    packs = plan.epoch_packs(0)
-    size = len(packs.rows) / len(packs) * plan.microbatches_per_step
-    real = f"{epoch_efficiency(plan, features):.1%} of their tokens are no padding"
-    monitor.say(f"data: {kept} rows; {plan.steps_of(0)} steps of {size:.3g} rows per epoch; {real}")
-    monitor.say(f"{'going on from' if step else 'starting at'} step {step} of {num_steps}")
-    drawn = plan.epoch_rows(0)
-    for name in plan.rows_of_task:
-        of_task = features.task[drawn] == TASK_CODES[name]
+    rows = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_by_task.items())
+    microbatches = plan.epoch_microbatches(0)
+    rows_per_step = len(microbatches.rows) / len(microbatches) * plan.microbatches_per_step
+    steps = f"{plan.steps_in_epoch(0)} steps of {rows_per_step:.3g} rows per epoch"
+    monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
+    monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
+    first_epoch = plan.epoch_rows(0)
+    for name in plan.rows_by_task:
+        of_task = features.task[first_epoch] == TASK_CODES[name]
         if of_task.any():
-            batch = collate_training([loader.row(int(drawn[of_task.argmax()]), 0)], front_end)
-            ids, answer = batch["input_ids"][0], batch["labels"][0] != IGNORED
-            monitor.say(f"  {name}: {front_end.show(ids[~answer].tolist())} | {front_end.show(ids[answer].tolist())}")
+            batch = collate_training([loader.row(int(first_epoch[of_task.argmax()]), 0)], front_end)
+            ids, is_answer = batch["input_ids"][0], batch["labels"][0] != IGNORED
+            prompt, answer = (front_end.show(ids[part].tolist()) for part in (~is_answer, is_answer))
+            monitor.say(f"  {name}: {prompt} | {answer}")
+
+
+def _fit(
+    run: RunContext,
+    state: TrainState,
+    loader: Loader,
+    num_steps: int,
+    monitor: Monitor,
+    validation: ValidationRows,
+) -> int:
+    """Run the training loop with validation, previews and checkpoints; returns the number of steps done."""
+    settings, is_first = run.settings, run.worker.is_first
+    sizes = ValidationSizes(max(8, settings.per_device_bsz), settings.per_device_bsz, settings.eval_max_new_tokens)
+    validator = Validator(state, validation, sizes, monitor, settings.seed, num_steps, run.callbacks.report)
+    if is_first and len(validation.rows):
+        validator.previews = build_previews(run, monitor)
+    upload = partial(run.remote.try_push, monitor.say)
+    writer = CheckpointWriter(run.run_dir, settings.save_total_limit, upload) if is_first else None
+    hooks = Hooks(monitor, validator, writer, StopSignals(run.run_dir, run.callbacks.is_leaving))
+    try:
+        return fit(state, loader, settings, num_steps, hooks)
+    finally:
+        if writer:
+            writer.close()
+
+
+def build_previews(run: RunContext, monitor: Monitor) -> Previews:
+    """Create the previews of a run. An existing previews.yaml takes precedence over the flags."""
+    settings = run.settings
+    tokens = min(settings.eval_max_new_tokens, MAX_TOKENS)
+    defaults = PreviewSettings(rows=settings.preview_rows, max_new_tokens=tokens)
+    previews = Previews.of_run(run.run_dir, monitor.say, defaults)
+    rows = previews.settings.rows
+    if "preview_rows" in settings.model_fields_set and rows != settings.preview_rows:
+        monitor.say(f"previews: {previews.path} says rows: {rows}, which overrides --preview_rows")
+    return previews
+
+
+def _finish(run: RunContext, best: BestCheckpoint, step: int, num_steps: int, monitor: Monitor) -> dict[str, Any]:
+    """Publish the adapter of a finished run, and log and return its result."""
+    finished = step >= num_steps or best.should_stop
+    adapter_step = best.best_step if run.settings.load_best_model_at_end and best.best_step else step
+    if run.worker.is_first and finished:
+        publish_adapter(checkpoint_folder(run.run_dir, adapter_step), run.run_dir / "adapter")
+        for line in _last_lines(best, step, num_steps, adapter_step):
+            monitor.say(line)
+    result = {"steps": step, "finished": finished, "adapter_step": adapter_step, **best.last}
+    best_steps = monitor.best_steps()
+    if best.best_step:
+        best_steps[best.metric] = {"step": best.best_step, "value": best.best_value}
+    for name, entry in best_steps.items():
+        monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
+    monitor.close()
+    return {**result, "best": best_steps} if best_steps else result
+
+
+def _last_lines(best: BestCheckpoint, step: int, num_steps: int, adapter_step: int) -> Iterator[str]:
+    if step < num_steps:
+        num_bad = best.num_bad_validations
+        yield f"early stopping at step {step}: {num_bad} validations without a better {best.metric}"
+    if adapter_step != step:
+        yield f"the adapter is that of step {adapter_step} (--load_best_model_at_end)"

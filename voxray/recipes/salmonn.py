@@ -1,13 +1,11 @@
-"""SALMONN: what stands between the encoders and the language model, and LoRA on that; both stages train the same."""
+"""SALMONN's recipe: build its base from parts, read its annotation files, sample prompts."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from voxray.batches.rank import Worker
 from voxray.config.salmonn import SalmonnSettings
 from voxray.core.console import console
 from voxray.core.tasks import TASKS
@@ -17,19 +15,18 @@ from voxray.models.salmonn.assemble import assemble_salmonn
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
 from voxray.models.salmonn.prompts import read_prompts
-from voxray.recipes.run_stage import Stage, TrainingData, train_stage
+from voxray.recipes.stages import Stage
 from voxray.runs.run_folder import make_folder, resolve_output_dir
-from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 ROLES = ("projector", "llm")
 ANY_QUESTION = "What is it?"
 
 
 def assemble_inputs(settings: SalmonnSettings) -> SalmonnSettings:
-    """Put the base together and write manifests of annotation files, where the settings name parts and such files.
+    """Build the base from its parts, and manifests from annotation files, if the settings name such parts or files.
 
     Returns:
-        The settings with the base's folder and the manifests, all in the run folder.
+        The settings with the paths of the base and the manifests, which are in the run folder.
     Raises:
         RunError, SettingsError: A part or a file cannot be read, or the run folder cannot be written.
     """
@@ -47,24 +44,17 @@ def assemble_inputs(settings: SalmonnSettings) -> SalmonnSettings:
     return settings.model_copy(update=changed)
 
 
-def build_stage(settings: SalmonnSettings) -> Stage:
-    """What the settings ask to be trained."""
-    redraw = SampledPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
-    return Stage(ROLES, redraw=redraw)
-
-
-def train(
-    settings: SalmonnSettings, run_dir: Path, data: TrainingData, worker: Worker, host: Callbacks = NO_CALLBACKS
-) -> dict[str, Any]:
-    """Train one stage on rows of all tasks; every worker calls this (see ``train_stage``)."""
-    return train_stage(build_stage(settings), settings, run_dir, data, worker, host)
+def salmonn_stage(settings: SalmonnSettings) -> Stage:
+    """SALMONN stages 1 and 2: all weights between the encoders and the language model, and LoRA on the latter."""
+    sampler = SampledPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
+    return Stage(ROLES, prompt_sampler=sampler)
 
 
 class SampledPrompts:
-    """Gives every row one of its task's prompts, drawn by (seed, epoch, row); a ``data.loader.Redraw``.
+    """A ``PromptSampler`` that picks one of the task's prompts for every row, by (seed, epoch, row).
 
     Args:
-        path: File of prompts.
+        path: File with the prompts of every task.
     Raises:
         RunError: The file cannot be read.
     """
@@ -77,18 +67,18 @@ class SampledPrompts:
         )
 
     def __call__(self, row: FeatureRow, epoch: int) -> FeatureRow:
-        ids = self._front_end.drawn_prompt_ids(row, seed=self._seed, epoch=epoch)
+        ids = self._front_end.sampled_prompt_ids(row, seed=self._seed, epoch=epoch)
         if len(ids) > len(row.prompt_ids) + self.max_extra_prompt_tokens.get(row.task, 0):
-            return row  # where a question meets the words around it, there may be more tokens than was reckoned with
+            return row  # a question may merge with the words around it into other tokens than were counted
         return replace(row, prompt_ids=np.asarray(ids, np.int32))
 
 
-def _max_extra_prompt_tokens(stored: SalmonnFrontEnd, drawn: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
-    """By task, how many tokens the longest prompt that may be drawn has beyond the stored one."""
+def _max_extra_prompt_tokens(stored: SalmonnFrontEnd, sampled: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
+    """(task, tokens by which the longest prompt in the file exceeds the stored one), at least 0."""
     for task in (task for task in TASKS.values() if task.has_audio):
-        beyond = [0]
+        extra = [0]
         for question in (task.default_prompt, OTHER_CAPTION_REQUEST, ANY_QUESTION):
-            now = stored.ids_around(stored.prompts.fixed(task.name, question), question, 1)
-            choices = drawn.prompts.choices(task.name, question)
-            beyond += [len(drawn.ids_around(prompt, question, 1)) - len(now) for prompt in choices]
-        yield task.name, max(beyond)
+            ids = stored.render_ids(stored.prompts.default(task.name, question), question, 1)
+            choices = sampled.prompts.choices(task.name, question)
+            extra += [len(sampled.render_ids(prompt, question, 1)) - len(ids) for prompt in choices]
+        yield task.name, max(extra)

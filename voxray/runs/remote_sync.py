@@ -1,9 +1,9 @@
-"""A folder of results behind a URL: the job works on a copy on this machine's disk and keeps the URL up to date.
+"""Results behind a URL: the job works on a local copy of the folder and keeps the URL up to date.
 
-An object store has no files to append to and no folders to rename, so runs and evaluations are written to a working
-copy and uploaded from there: after every checkpoint, and at the end. A checkpoint counts at the URL once its last file,
-``progress.json``, is there; older ones go only then. So a kill in the middle of an upload loses nothing, and another
-machine goes on from the newest checkpoint that is whole.
+An object store cannot append to files or rename folders, so runs and evaluations are written to a working copy, which
+is uploaded after every checkpoint and at the end. A checkpoint at the URL is complete once its last file,
+``progress.json``, is there, and older checkpoints are deleted only then. So a kill in the middle of an upload loses
+nothing, and another machine resumes from the newest complete checkpoint.
 """
 
 import os
@@ -16,13 +16,13 @@ from pathlib import Path
 from voxray.config.flag_groups import OutputFlags
 from voxray.core.errors import RunError, one_line
 from voxray.core.storage import CacheLimits, RemotePath, move_into_place, remote_path
-from voxray.runs.layout import CHECKPOINTS_FOLDER, PROGRESS_FILE, list_checkpoints
+from voxray.runs.layout import CHECKPOINTS_FOLDER, PROGRESS_FILE, list_checkpoints, newest_step
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE, output_url, resolve_output_dir, working_copy
 
-STAYS_HERE = {"features", "ray", "model", "manifests", "error.json", STOP_FILE, GROW_FILE}
-"""What is not mirrored: shards have a place of their own at the URL, the rest matters to this machine only."""
+LOCAL_ONLY = {"features", "ray", "model", "manifests", "error.json", STOP_FILE, GROW_FILE}
+"""Names that are not mirrored. Shards have their own folder at the URL; the rest concerns this machine only."""
 SIGNALS = (STOP_FILE, GROW_FILE)
-LOOK_SEC = 3.0
+POLL_SEC = 3.0
 
 
 @dataclass
@@ -30,17 +30,17 @@ class RemoteSync:
     """A working copy and its URL; without a URL every call does nothing.
 
     Attributes:
-        folder: The working copy, on the same path on every machine.
-        place: The URL.
+        folder: The working copy, at the same path on every machine.
+        remote_dir: The folder at the URL; None without one.
     """
 
     folder: Path
-    place: RemotePath | None
+    remote_dir: RemotePath | None
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
 
     @classmethod
     def from_settings(cls, settings: OutputFlags) -> "RemoteSync":
-        """The place of a job's results, as its settings have it.
+        """Working copy and URL of a job's results, from its settings.
 
         Raises:
             SettingsError: No file system is known for the URL, or it carries a password.
@@ -54,149 +54,148 @@ class RemoteSync:
 
     @property
     def features_url(self) -> str:
-        """Where the feature shards of these results belong, if nothing else is said; "" without a URL."""
-        if self.place is None:
+        """Default URL of the run's feature shards, "" without a URL."""
+        if self.remote_dir is None:
             return ""
-        base, question, options = self.place.root.partition("?")
+        base, question, options = self.remote_dir.root.partition("?")
         return f"{base.rstrip('/')}/features{question}{options}"
 
     def fetch(self) -> None:
-        """Bring the working copy up to date, unless it is ahead: a killed job may not have uploaded its last steps.
+        """Download what the working copy lacks; if it has an older checkpoint than the URL, download everything.
+
+        A newer working copy is kept: a killed job may not have uploaded its last steps.
 
         Raises:
             RunError: The URL cannot be read.
         """
-        if self.place is None:
+        if self.remote_dir is None:
             return
         try:
-            there = {name for name in self.place.walk() if _is_mirrored(name)}
-            whole = _whole_checkpoints(there)
-            newest = max((int(name.rpartition("-")[2]) for name in whole), default=0)
-            is_behind = newest > self.newest_step() or not (self.folder / "settings.json").is_file()
-            for name in sorted(there, key=lambda name: name.endswith(PROGRESS_FILE)):
-                counts = _checkpoint_of(name) in {"", *whole}
-                if counts and (is_behind or not (self.folder / name).exists()):
-                    _download(self.place / name, self.folder / name)
+            names = {name for name in self.remote_dir.walk() if _is_mirrored(name)}
+            complete = _complete_checkpoints(names)
+            newest = max((int(name.rpartition("-")[2]) for name in complete), default=0)
+            is_behind = newest > newest_step(self.folder) or not (self.folder / "settings.json").is_file()
+            for name in sorted(names, key=lambda name: name.endswith(PROGRESS_FILE)):
+                is_complete = _checkpoint_name(name) in {"", *complete}
+                if is_complete and (is_behind or not (self.folder / name).exists()):
+                    _download(self.remote_dir / name, self.folder / name)
         except OSError as error:
-            raise RunError(f"{self.place}: cannot be read: {one_line(error, 300)}") from None
-
-    def newest_step(self) -> int:
-        """Step of the newest checkpoint of the working copy, 0 without one."""
-        return max((step for step, _ in list_checkpoints(self.folder)), default=0)
+            raise RunError(f"{self.remote_dir}: cannot be read: {one_line(error, 300)}") from None
 
     def push(self) -> None:
-        """Upload what is new in the working copy, then forget checkpoints that it no longer has.
+        """Upload new and changed files of the working copy, then delete checkpoints at the URL that it no longer has.
 
         Raises:
             OSError: The URL cannot be written; the next call tries again.
         """
-        if self.place is None:
+        if self.remote_dir is None:
             return
-        there = self.place.walk()
-        whole = _whole_checkpoints(there)
+        names = self.remote_dir.walk()
+        complete = _complete_checkpoints(names)
         for name, path in self._files():
             stat = path.stat()
-            now = (stat.st_mtime_ns, stat.st_size)
-            if self._sent.get(name) != now and not (_checkpoint_of(name) in whole and name not in self._sent):
+            version = (stat.st_mtime_ns, stat.st_size)
+            is_uploaded = _checkpoint_name(name) in complete and name not in self._sent  # by an earlier process
+            if self._sent.get(name) != version and not is_uploaded:
                 self._upload(name)
-            self._sent[name] = now
-        kept = {"", *(folder.name for _, folder in list_checkpoints(self.folder))}
-        self._delete(name for name in there if _checkpoint_of(name) not in kept)
+            self._sent[name] = version
+        local = {"", *(folder.name for _, folder in list_checkpoints(self.folder))}
+        self._delete(name for name in names if _checkpoint_name(name) not in local)
 
     def push_files(self, paths: Iterable[Path]) -> None:
-        """Upload some files of the working copy, those of them that there are."""
-        for path in paths if self.place else ():
+        """Upload those of the given files of the working copy that exist."""
+        for path in paths if self.remote_dir else ():
             if path.is_file():
                 self._upload(str(path.relative_to(self.folder)))
 
     def _upload(self, name: str) -> None:
-        assert self.place is not None
+        assert self.remote_dir is not None
         if (self.folder / name).stat().st_size:
-            move_into_place(self.folder / name, self.place / name)
+            move_into_place(self.folder / name, self.remote_dir / name)
         else:
-            (self.place / name).write_bytes(b"")
+            (self.remote_dir / name).write_bytes(b"")
 
     def forget(self, folder: str = "") -> None:
-        """Delete at the URL what the working copy does not have, of one of its folders or of all."""
-        if self.place is not None:
-            there = [name for name in self.place.walk() if _is_mirrored(name) and name.startswith(folder)]
-            self._delete(name for name in there if not (self.folder / name).exists())
+        """Delete files at the URL that the working copy does not have, in one of its folders or in all."""
+        if self.remote_dir is not None:
+            names = [name for name in self.remote_dir.walk() if _is_mirrored(name) and name.startswith(folder)]
+            self._delete(name for name in names if not (self.folder / name).exists())
 
     def _delete(self, names: Iterable[str]) -> None:
-        """Delete files at the URL, a checkpoint's last one first, so that none counts that is not whole."""
-        assert self.place is not None
+        """Delete files at the URL. ``progress.json`` goes first, so that no incomplete checkpoint seems complete."""
+        assert self.remote_dir is not None
         for name in sorted(names, key=lambda name: not name.endswith(PROGRESS_FILE)):
-            (self.place / name).unlink()
+            (self.remote_dir / name).unlink()
 
-    def push_or(self, say: Callable[[str], object]) -> None:
-        """``push``, and a line instead of an error: training goes on, and what is missing goes with the next one."""
+    def try_push(self, log: Callable[[str], object]) -> None:
+        """``push``, but log errors: training continues, and the next push uploads what is missing."""
         try:
             self.push()
         except OSError as error:
-            say(f"not uploaded yet: {one_line(error, 200)}")
+            log(f"not uploaded yet: {one_line(error, 200)}")
 
     def push_all(self) -> None:
         """``push`` at the end of a job.
 
         Raises:
-            RunError: The URL cannot be written; everything is still in the working copy.
+            RunError: The URL cannot be written to; everything is still in the working copy.
         """
         try:
             self.push()
         except OSError as error:
             reason = one_line(error, 200)
-            raise RunError(f"{self.place}: cannot be written: {reason}; all is in {self.folder}") from None
+            raise RunError(f"{self.remote_dir}: cannot be written: {reason}; all is in {self.folder}") from None
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        """What there is to upload, in an order in which nothing counts before it is whole."""
+        """Files to upload, ``progress.json`` last, so that no checkpoint seems complete before it is."""
         names = [str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file()]
         for name in sorted(filter(_is_mirrored, names), key=lambda name: (name.endswith(PROGRESS_FILE), name)):
             if (path := self.folder / name).is_file():
                 yield name, path
 
     def send_signals(self) -> None:
-        """Let workers on other machines know what this one's folder asks of them."""
-        for name in SIGNALS if self.place else ():
+        """Upload the STOP and GROW files of this machine's folder, for workers on other machines."""
+        for name in SIGNALS if self.remote_dir else ():
             if name not in self._sent and (self.folder / name).exists():
-                assert self.place is not None
-                (self.place / name).write_bytes(b"")
+                assert self.remote_dir is not None
+                (self.remote_dir / name).write_bytes(b"")
                 self._sent[name] = (0, 0)
 
-    def take_back_signals(self) -> None:
-        """Before workers start: what was asked of earlier ones is done."""
-        for name in SIGNALS if self.place else ():
-            assert self.place is not None
-            if self._sent.pop(name, None) or (self.place / name).is_file():
-                (self.place / name).unlink()
+    def clear_signals(self) -> None:
+        """Delete the signals at the URL before workers start; they were meant for earlier workers."""
+        for name in SIGNALS if self.remote_dir else ():
+            assert self.remote_dir is not None
+            if self._sent.pop(name, None) or (self.remote_dir / name).is_file():
+                (self.remote_dir / name).unlink()
 
-    def hear_signals(self) -> threading.Event:
-        """Touch this machine's files as the URL's say, in the background, until the returned event is set.
+    def watch_signals(self) -> threading.Event:
+        """Copy signals from the URL to this machine's folder in the background, until the returned event is set.
 
-        What an earlier run left here goes first.
+        Signals that an earlier run left in the folder are deleted first.
         """
         done = threading.Event()
 
-        def look() -> None:
+        def poll() -> None:
             for name in SIGNALS:
                 (self.folder / name).unlink(missing_ok=True)
             while True:
                 for name in SIGNALS:
                     with suppress(OSError):
-                        if self.place is not None and (self.place / name).is_file():
+                        if self.remote_dir is not None and (self.remote_dir / name).is_file():
                             (self.folder / name).touch()
-                if done.wait(LOOK_SEC):
+                if done.wait(POLL_SEC):
                     return
 
-        if self.place is not None:
-            threading.Thread(target=look, daemon=True).start()
+        if self.remote_dir is not None:
+            threading.Thread(target=poll, daemon=True).start()
         return done
 
 
-def fetched(url: str, flag: str) -> Path:
-    """A working copy of what an earlier job left behind a URL, an adapter say.
+def fetch_folder(url: str, flag: str) -> Path:
+    """Download the results of an earlier job from a URL, such as an adapter; returns the working copy.
 
     Raises:
-        SettingsError, RunError: The URL cannot be used, or read.
+        SettingsError, RunError: The URL is not usable or cannot be read.
     """
     folder = working_copy(url)
     RemoteSync(folder, remote_path(url, flag, CacheLimits(str(folder), 0))).fetch()
@@ -204,24 +203,26 @@ def fetched(url: str, flag: str) -> Path:
 
 
 def _is_mirrored(name: str) -> bool:
+    """Whether a file, by its path in the folder, is mirrored."""
     parts = name.split("/")
-    return parts[0] not in STAYS_HERE and not any(part.startswith(".") for part in parts)
+    return parts[0] not in LOCAL_ONLY and not any(part.startswith(".") for part in parts)
 
 
-def _checkpoint_of(name: str) -> str:
-    """Folder of the checkpoint that a file belongs to, "" if to none."""
+def _checkpoint_name(name: str) -> str:
+    """Folder name of the checkpoint that a file belongs to, "" if to none."""
     parts = name.split("/")
     return parts[1] if parts[0] == CHECKPOINTS_FOLDER and len(parts) > 2 else ""
 
 
-def _whole_checkpoints(names: Iterable[str]) -> set[str]:
+def _complete_checkpoints(names: Iterable[str]) -> set[str]:
+    """Folder names of the checkpoints that have a ``progress.json``."""
     return {
-        _checkpoint_of(name) for name in names if name.startswith(CHECKPOINTS_FOLDER) and name.endswith(PROGRESS_FILE)
+        _checkpoint_name(name) for name in names if name.startswith(CHECKPOINTS_FOLDER) and name.endswith(PROGRESS_FILE)
     }
 
 
 def _download(remote: RemotePath, target: Path) -> None:
-    """Copy a file so that nobody sees a part of it."""
+    """Download a file under a temporary name, then rename it, so that no process sees an incomplete file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

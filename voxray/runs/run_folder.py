@@ -1,4 +1,4 @@
-"""The run folder: where a job's output goes, and what a finished run says about how it came to be."""
+"""The run folder: path of a job's output, and provenance of a run."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ PACKAGES = (
     "tokenizers",
 )
 SETTINGS = "settings.json"
-MAY_CHANGE = {
+CHANGEABLE_SETTINGS = {
     *("num_workers", "loader_workers", "num_actors", "pin_memory", "output_dir", "storage_path", "features_dir"),
     *("save_steps", "eval_steps", "eval_max_rows", "log_steps", "max_steps", "epochs", "strict", "rows_per_shard"),
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
@@ -38,24 +38,24 @@ MAY_CHANGE = {
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
 }
-"""Settings that a run may go on with changed: they alter neither the model nor the order of the data."""
+"""Settings that may change when a run is resumed: they alter neither the model nor the order of the data."""
 
 STOP_FILE = "STOP"
-"""Its presence in the run folder asks the run to save itself and end after the current step."""
+"""If this file exists in the run folder, the run saves itself and ends after the current step."""
 GROW_FILE = "GROW"
-"""The same, because the cluster has got room for more workers."""
+"""The same, but to restart with more workers, because the cluster has free resources."""
 WORKING_COPIES = ".cache/voxray/runs"
 """Below the home folder."""
 
 
 def resolve_output_dir(path: str, storage_path: str, *, flag: str = "--output_dir", is_mirrored: bool = False) -> Path:
-    """Absolute place of an output folder.
+    """Absolute path of an output folder.
 
     A submitted job runs in a temporary copy of its working directory, so a relative folder needs ``storage_path``
     there.
 
     Args:
-        is_mirrored: The job keeps what it writes behind a URL (see ``mirror``); then this is its working copy here.
+        is_mirrored: Whether the job can write to a URL (see ``remote_sync``). Then the result is the working copy.
     Raises:
         SettingsError: A relative folder in a submitted job without ``storage_path``, or a relative ``storage_path``.
     """
@@ -78,7 +78,7 @@ def resolve_output_dir(path: str, storage_path: str, *, flag: str = "--output_di
 
 
 def output_url(path: str, storage_path: str) -> str:
-    """URL of an output folder, "" for one on this machine: one itself, or a relative one under such a storage path.
+    """URL of an output folder, "" for a local folder. It is ``path`` itself, or ``path`` below a URL ``storage_path``.
 
     Options stay at the end: ``runs/a`` under ``s3://bucket/x?region=eu-west-1`` is ``s3://bucket/x/runs/a?region=...``.
     """
@@ -91,7 +91,7 @@ def output_url(path: str, storage_path: str) -> str:
 
 
 def working_copy(url: str) -> Path:
-    """The folder of this machine in which a job works on what belongs to a URL; the same one every time."""
+    """Local folder in which jobs keep their working copy of a URL; always the same for a URL."""
     base = url.partition("?")[0].rstrip("/")
     return Path.home() / WORKING_COPIES / f"{base.rpartition('/')[2]}-{hashlib.sha256(base.encode()).hexdigest()[:8]}"
 
@@ -102,10 +102,10 @@ def is_submitted_job() -> bool:
 
 
 def make_folder(path: Path, flag: str = "--output_dir") -> None:
-    """Create an output folder and make sure that it can be written to.
+    """Create an output folder and make sure that it is writable.
 
     Raises:
-        RunError: It cannot.
+        RunError: It is not writable.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -117,17 +117,17 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
 
 
 def refuse_training_folder(folder: Path) -> None:
-    """Keep an evaluation from writing its settings and metrics over those of a training run.
+    """Keep an evaluation from overwriting the settings and metrics of a training run.
 
     Raises:
-        SettingsError: The folder is that of a run, a checkpoint or an adapter.
+        SettingsError: The folder holds a run, a checkpoint or an adapter.
     """
     if any((folder / name).exists() for name in ("checkpoints", "adapter", "metrics.jsonl", "adapter_config.json")):
         raise SettingsError(f"--output_dir {folder}: holds a training run or an adapter; give the evaluation its own")
 
 
 def open_run_folder(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
-    """Make the run folder ready: keep what is there if it is the same run, else refuse or start afresh.
+    """Prepare the run folder. A run with the same settings is resumed; another one is refused or overwritten.
 
     Raises:
         SettingsError: The folder holds a run with other settings and ``overwrite`` is off.
@@ -145,34 +145,35 @@ def open_run_folder(run_dir: Path, settings: Settings, *, overwrite: bool) -> No
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether a run was begun in a folder."""
+    """Whether a run was started in a folder."""
     return (run_dir / SETTINGS).is_file()
 
 
 def refuse_other_run(run_dir: Path, settings: Settings) -> None:
-    """Compare with the settings that the folder's run was started with.
+    """Compare settings with those of the run in the folder.
 
-    A run that is older than a field was as the field's default is now.
+    Settings that did not exist when the run was started count as their present default.
 
     Raises:
-        SettingsError: They differ in something that changes the result.
+        SettingsError: They differ in a setting that changes the result.
     """
-    path, now = run_dir / SETTINGS, json.loads(settings.model_dump_json())
+    path, current = run_dir / SETTINGS, json.loads(settings.model_dump_json())
     advice = "use --overwrite or another --output_dir"
     try:
-        before = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except ValueError:
         raise SettingsError(f"{path}: damaged, so this run cannot be told from others; {advice}") from None
     defaults = {name: field.default for name, field in type(settings).model_fields.items() if not field.is_required()}
-    before = {**json.loads(json.dumps(defaults)), **before}
-    changed = [name for name in now if name in before and name not in MAY_CHANGE and before[name] != now[name]]
+    previous = {**json.loads(json.dumps(defaults)), **stored}
+    fixed = [name for name in current if name in previous and name not in CHANGEABLE_SETTINGS]
+    changed = [name for name in fixed if previous[name] != current[name]]
     if changed:
-        shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
+        shown = ", ".join(f"--{name} (was {previous[name]}, now {current[name]})" for name in changed)
         raise SettingsError(f"{path.parent} holds a run with other settings: {shown}; {advice}")
 
 
 def _clear(run_dir: Path) -> None:
-    """Delete what a run wrote, and nothing else; the feature shards stay, they know themselves whether they fit."""
+    """Delete the files of a run and nothing else. Feature shards stay, since their fingerprint is checked anyway."""
     for name in ("checkpoints", "adapter", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     files = ("metrics.jsonl", "previews.jsonl", "previews.yaml", "train.log", "result.json")
@@ -180,14 +181,14 @@ def _clear(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def note_data(run_dir: Path, feature_sets: Iterable[AnyPath]) -> None:
-    """Add to provenance.json what the run's features were made of."""
+def add_data_provenance(run_dir: Path, feature_sets: Iterable[AnyPath]) -> None:
+    """Add the descriptions of the run's feature sets to provenance.json."""
     sets = [json.loads((folder / "set.json").read_text()) for folder in dict.fromkeys(feature_sets)]
     add_provenance(run_dir, data=sets)
 
 
 def add_provenance(run_dir: Path, **facts: Any) -> None:
-    """Add to provenance.json what became known after the run was opened."""
+    """Add facts to provenance.json that became known after the run was opened."""
     path = run_dir / "provenance.json"
     write_json(path, {**json.loads(path.read_text()), **facts})
 
@@ -204,7 +205,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout and whether it has changes; None outside one (a submitted job's copy, say)."""
+    """Commit of the checkout and whether it has changes; None outside a checkout, as in a submitted job's copy."""
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("status", "--porcelain"))}

@@ -1,4 +1,4 @@
-"""The folder of a sweep: made ready for a new one, or for one that goes on."""
+"""Prepares the folder of a sweep, for a new sweep or for one that resumes."""
 
 import json
 import math
@@ -9,27 +9,28 @@ from typing import Any
 from voxray.core.console import console
 from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
-from voxray.runs.run_folder import MAY_CHANGE, make_folder, provenance
+from voxray.runs.run_folder import CHANGEABLE_SETTINGS, make_folder, provenance
 from voxray.sweep.trials import FOLDER
 
 BEST, TABLE, REPORT = "best.yaml", "results.csv", "report.html"
-GOES_ON_WITH = {
+RESUMABLE_CHANGES = {
     *("num_trials", "max_concurrent_trials", "top_k", "seeds", "resume", "overwrite"),
-    *(MAY_CHANGE - {"num_workers", "max_steps", "epochs", "val_jsonl", "eval_steps", "eval_max_rows"}),
+    *(CHANGEABLE_SETTINGS - {"num_workers", "max_steps", "epochs", "val_jsonl", "eval_steps", "eval_max_rows"}),
 }
-"""Settings that a sweep may go on with changed: its trials can still be compared."""
+"""Settings that may change when a sweep resumes, because its trials can still be compared."""
 
 
 def open_sweep(output_dir: Path, settings: Any) -> None:
-    """Make the sweep's folder ready.
+    """Prepare the sweep's folder and write settings.json and provenance.json.
 
     Raises:
-        SettingsError: It holds something else than this sweep, or a sweep without ``--resume`` or ``--overwrite``.
+        SettingsError: The folder holds another run or sweep, or this sweep and neither ``--resume`` nor ``--overwrite``
+            is set.
     """
     make_folder(output_dir)
-    path, now = output_dir / "settings.json", settings.model_dump(mode="json")
-    before = _read_settings(path)
-    if before and "recipe" not in before:
+    path, current = output_dir / "settings.json", settings.model_dump(mode="json")
+    previous = _read_settings(path)
+    if previous and "recipe" not in previous:
         raise SettingsError(f"--output_dir {output_dir}: holds another run; give the sweep a folder of its own")
     if settings.overwrite:
         _clear(output_dir)
@@ -37,34 +38,35 @@ def open_sweep(output_dir: Path, settings: Any) -> None:
         if not settings.resume:
             advice = "--resume finishes it, --overwrite starts it afresh"
             raise SettingsError(f"--output_dir {output_dir}: holds a sweep; {advice}")
-        _refuse_other_sweep(output_dir, before, now)
-    write_json(path, now)
+        _refuse_other_sweep(output_dir, previous, current)
+    write_json(path, current)
     write_json(output_dir / "provenance.json", provenance())
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """{} if there are none, or they are damaged."""
+    """Content of a settings file; {} if it is missing or damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def _refuse_other_sweep(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if not before:
-        advice = "use --overwrite or another --output_dir"
-        raise SettingsError(
-            f"{output_dir / 'settings.json'}: damaged, so this sweep cannot be told from others; {advice}"
-        )
-    changed = [name for name in now if name not in GOES_ON_WITH and before.get(name, now[name]) != now[name]]
-    if changed:
-        shown = ", ".join(f"--{name} (was {before[name]}, now {now[name]})" for name in changed)
-        advice = "use --overwrite or another --output_dir"
-        raise SettingsError(f"{output_dir} holds a sweep with other settings: {shown}; {advice}")
+def _refuse_other_sweep(output_dir: Path, previous: dict[str, Any], current: dict[str, Any]) -> None:
+    advice = "use --overwrite or another --output_dir"
+    if not previous:
+        path = output_dir / "settings.json"
+        raise SettingsError(f"{path}: damaged, so this sweep cannot be told from others; {advice}")
+    changes = [
+        f"--{name} (was {previous[name]}, now {value})"
+        for name, value in current.items()
+        if name not in RESUMABLE_CHANGES and previous.get(name, value) != value
+    ]
+    if changes:
+        raise SettingsError(f"{output_dir} holds a sweep with other settings: {', '.join(changes)}; {advice}")
 
 
 def _clear(output_dir: Path) -> None:
-    """Delete what a sweep wrote, and nothing else; feature shards stay."""
+    """Delete the files of an earlier sweep, but not feature shards."""
     for name in (FOLDER, "ray"):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     for name in (BEST, TABLE, REPORT):
@@ -72,9 +74,9 @@ def _clear(output_dir: Path) -> None:
 
 
 def warn_of_few_validations(settings: Any) -> None:
-    """Say so where no trial can ever be stopped: a trial is judged at its validations, the last of which is its end."""
+    """Warn if the scheduler can never stop a trial: it decides at validations, and the last one ends the trial."""
     if settings.scheduler == "none" or bool(settings.eval_steps) != bool(settings.max_steps):
-        return  # or the steps of an epoch are not known yet
+        return  # in the second case the number of steps per epoch is not known yet
     if settings.max_steps:
         last = (settings.max_steps - 1) // settings.eval_steps * settings.eval_steps
     else:

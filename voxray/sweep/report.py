@@ -1,59 +1,60 @@
 """A sweep as one HTML page that opens from disk and fetches nothing."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray.config.search_space import Domain, described, shown
+from voxray.config.search_space import Domain, format_choice, format_value
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import TASKS
-from voxray.html.page import Cell, asset, escaped, page, table
+from voxray.html.charts import Chart
+from voxray.html.page import Cell, Table, render_page
 from voxray.metrics.names import headline, higher_is_better
 from voxray.sweep.importance import importance
-from voxray.sweep.plots import curves, flag_axis, intervals, metric_axis, parallel, ranks, scatter, shades
+from voxray.sweep.plots import curves, flag_axis, intervals, metric_axis, parallel, scatter, shades
 from voxray.sweep.results import SweepOutcome, front
 from voxray.sweep.trials import Trial
 
-PAGES = ("report", "sweep")
-"""Assets that all reports share, then those of this one."""
-LAST = 1e308  # to sort by
+ASSETS = ("report.css", "sweep.css", "report.js", "sweep.js")
+LAST = 1e308  # sorts a missing value behind all others
 
 
 def write_report(path: Path, settings: Any, outcome: SweepOutcome) -> None:
-    """Write report.html, whatever became of the trials."""
+    """Write report.html, also of a sweep without a finished trial."""
     domains = {name: domain for name, domain in settings.domains.items() if domain.size > 1}
     scored = [trial for trial in outcome.trials if trial.value(outcome.metric) is not None]
-    title = f"Sweep of train_{settings.recipe}"
-    parts = [
-        f"<h1>{escaped(title)}</h1>",
-        f'<p class="note">By {escaped(outcome.metric)} on the validation rows, of which '
-        f"{'less' if outcome.mode == 'min' else 'more'} is better; {escaped(_how(settings))}.</p>",
-        _list(lead(outcome)),
-        _cards(outcome),
-    ]
-    if scored:
-        parts += [
-            _parallel(outcome, scored, domains),
-            _influence(outcome, scored, domains),
-            *_trade_offs(outcome, scored),
-            _seeds(outcome),
-        ]
-    parts.append("<h2>Trials</h2>" + _trials(outcome, list(settings.domains)))
-    if outcome.repeats:
-        parts.append("<h2>Runs with other seeds</h2>" + _repeats(outcome))
-    style, script = ("".join(asset(f"{name}.{kind}") for name in PAGES) for kind in ("css", "js"))
-    write_atomically(path, page(f"voxray: {title}", "".join(parts), style=style, script=script))
+    heading = f"Sweep of train_{settings.recipe}"
+    page = render_page(
+        "sweep.html",
+        f"voxray: {heading}",
+        ASSETS,
+        heading=heading,
+        metric=outcome.metric,
+        mode=outcome.mode,
+        method=_method(settings),
+        lead=lead(outcome),
+        figures=_figures(outcome),
+        parallel=_parallel(outcome, scored, domains) if scored else None,
+        importances=_importances(outcome.metric, scored, domains) if scored else [],
+        metric_charts=_metric_charts(outcome, scored, domains) if scored else [],
+        trade_offs=_trade_offs(scored) if scored else [],
+        seed_intervals=intervals(outcome.metric, outcome.repeated) if outcome.repeated else None,
+        seeds=_seeds_table(outcome) if outcome.repeated else None,
+        trials=_trials_table(outcome, list(settings.domains)),
+        repeats=_repeats_table(outcome) if outcome.repeats else None,
+    )
+    write_atomically(path, page)
 
 
 def lead(outcome: SweepOutcome) -> list[str]:
-    """What there is to know, in sentences."""
+    """The results in sentences."""
     best, value = outcome.winner, outcome.winning_value
     lines = []
     if best is None or value is None:
         lines.append(f"No trial has {outcome.metric}: there is no winner.")
     else:
         mean = f", the mean of {len(outcome.repeated[0].values)} other seeds" if outcome.repeated else ""
-        lines.append(f"Best: {described(best.choice)} (trial {best.number}): {outcome.metric} {value:.4f}{mean}.")
+        lines.append(f"Best: {format_choice(best.choice)} (trial {best.number}): {outcome.metric} {value:.4f}{mean}.")
         if outcome.verdict():
             lines.append(f"Of the choices trained again, {outcome.verdict()}.")
         elif len(outcome.trials) > 1 and not outcome.repeated:
@@ -65,163 +66,134 @@ def lead(outcome: SweepOutcome) -> list[str]:
     ]
     if ended_better:
         lines.append(
-            f"When they were stopped, trials {', '.join(ended_better)} stood better than the best stands at its end; "
+            f"When they were stopped, trials {', '.join(ended_better)} were better than the best is at its end; "
             "they do not count, as they were not trained to theirs. A larger --grace_steps would let them."
         )
-    for state, what in (("stopped", "stopped early, as weaker than others"), ("failed", "failed; the table says why")):
+    for state, text in (("stopped", "stopped early, as weaker than others"), ("failed", "failed; the table says why")):
         if numbers := sorted(trial.number for trial in outcome.trials if trial.state == state):
-            lines.append(f"{len(numbers)} of {len(outcome.trials)} trials {what}: {', '.join(map(str, numbers))}.")
+            lines.append(f"{len(numbers)} of {len(outcome.trials)} trials {text}: {', '.join(map(str, numbers))}.")
     return lines
 
 
-def _how(settings: Any) -> str:
+def _method(settings: Any) -> str:
     stops = {
         "asha": "ASHA stops weak trials",
         "median": "the median rule stops weak trials",
         "none": "no trial is stopped",
     }
-    ways = {"grid": "every combination", "random": "drawn at random", "optuna": "proposed by Optuna's TPE"}
+    methods = {"grid": "every combination", "random": "drawn at random", "optuna": "proposed by Optuna's TPE"}
     after = f" from step {settings.grace_steps} on" if settings.scheduler != "none" else ""
-    return f"{ways[settings.method]}; {stops[settings.scheduler]}{after}"
+    return f"{methods[settings.method]}; {stops[settings.scheduler]}{after}"
 
 
-def _cards(outcome: SweepOutcome) -> str:
+def _figures(outcome: SweepOutcome) -> dict[str, str]:
+    """The figures at the top of the page."""
     value, trials = outcome.winning_value, (*outcome.trials, *outcome.repeats)
-    cards = {"trials": str(len(outcome.trials))}
-    cards |= {"runs with other seeds": str(len(outcome.repeats))} if outcome.repeats else {}
-    cards |= {f"best {outcome.metric}": f"{value:.4f}"} if value is not None else {}
-    cards["hours of trials"] = f"{sum(trial.sec for trial in trials) / 3600:.2f}"
-    shown_cards = "".join(
-        f'<div class="card"><b>{escaped(v)}</b><span>{escaped(k)}</span></div>' for k, v in cards.items()
-    )
-    return f'<div class="cards">{shown_cards}</div>'
+    figures = {"trials": str(len(outcome.trials))}
+    figures |= {"runs with other seeds": str(len(outcome.repeats))} if outcome.repeats else {}
+    figures |= {f"best {outcome.metric}": f"{value:.4f}"} if value is not None else {}
+    return figures | {"hours of trials": f"{sum(trial.sec for trial in trials) / 3600:.2f}"}
 
 
-def _parallel(outcome: SweepOutcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
-    kinds = shades(scored, outcome.metric, outcome.mode)
+def _parallel(outcome: SweepOutcome, scored: Sequence[Trial], domains: Mapping[str, Domain]) -> Chart:
     axes = [*(flag_axis(domain, scored) for domain in domains.values()), metric_axis(outcome.metric, scored)]
     winner = outcome.winner.number if outcome.winner else 0
-    key = "".join(
-        f'<span><svg viewBox="0 0 14 4"><rect class="p{at}" width="14" height="4"/></svg></span>' for at in range(5)
-    )
-    legend = f'<div class="legend"><span>best fifth</span>{key}<span>worst fifth</span></div>'
-    return f"<h2>Choices and what came of them</h2>{parallel(axes, scored, kinds, winner)}{legend}"
+    return parallel(axes, scored, shades(scored, outcome.metric, outcome.mode), winner)
 
 
-def _influence(outcome: SweepOutcome, scored: Sequence[Trial], domains: dict[str, Domain]) -> str:
-    figures = [trial.value(outcome.metric) or 0.0 for trial in scored]
-    kinds = shades(scored, outcome.metric, outcome.mode)
-    charts = []
-    if domains:
-        found = [
-            (name, importance(domain, [trial.choice[name] for trial in scored], figures))
-            for name, domain in domains.items()
-        ]
-        found.sort(key=lambda entry: -1.0 if entry[1] is None else entry[1], reverse=True)
-        charts.append(ranks("Importance of each flag", found))
-    charts.append(curves(outcome.metric, scored, kinds))
-    y, dots = metric_axis(outcome.metric, scored), [f"p{kind}" for kind in kinds]
-    charts += [
-        scatter(flag_axis(domain, scored), y, scored, dots, title=f"{outcome.metric} by {name}")
+def _importances(metric: str, scored: Sequence[Trial], domains: Mapping[str, Domain]) -> list[tuple[str, float | None]]:
+    """(flag, its importance or None), the most important first."""
+    values = [trial.value(metric) or 0.0 for trial in scored]
+    shares = [
+        (name, importance(domain, [trial.choice[name] for trial in scored], values)) for name, domain in domains.items()
+    ]
+    return sorted(shares, key=lambda entry: -1.0 if entry[1] is None else entry[1], reverse=True)
+
+
+def _metric_charts(outcome: SweepOutcome, scored: Sequence[Trial], domains: Mapping[str, Domain]) -> list[Chart]:
+    """The metric by step and by each flag."""
+    trial_shades = shades(scored, outcome.metric, outcome.mode)
+    y, kinds = metric_axis(outcome.metric, scored), [f"p{shade}" for shade in trial_shades]
+    by_step = curves(outcome.metric, scored, trial_shades)
+    by_flag = [
+        scatter(flag_axis(domain, scored), y, scored, kinds, title=f"{outcome.metric} by {name}")
         for name, domain in domains.items()
     ]
-    note = (
-        "Importance is the share of the metric's variance between trials that goes with a flag's values, less what "
-        "chance would give (epsilon squared); drawn numbers are cut into up to four groups of equal size. Flags are "
-        "looked at one by one. A trial that was stopped counts with its last validation."
-    )
-    return f'<h2>What matters</h2><div class="charts">{"".join(charts)}</div><p class="note">{note}</p>'
+    return [by_step, *by_flag] if by_step else by_flag
 
 
-def _trade_offs(outcome: SweepOutcome, scored: Sequence[Trial]) -> Iterable[str]:
-    """The front of transcription against every other task, where trials have both."""
+def _trade_offs(scored: Sequence[Trial]) -> list[Chart]:
+    """The Pareto front of transcription against every other task, for the trials that have both metrics."""
     charts = []
     first, *others = [f"{task}/{headline(task)}" for task in TASKS]
     for other in others:
-        both = [trial for trial in scored if None not in (trial.value(first), trial.value(other))]
-        if not both:
+        trials = [trial for trial in scored if None not in (trial.value(first), trial.value(other))]
+        if not trials:
             continue
-        points = [(trial.value(first) or 0.0, trial.value(other) or 0.0) for trial in both]
+        points = [(trial.value(first) or 0.0, trial.value(other) or 0.0) for trial in trials]
         line = front(points, first_up=higher_is_better(first), second_up=higher_is_better(other))
-        kinds = ["on-front" if at in line else "behind" for at in range(len(both))]
-        x, y = metric_axis(first, both), metric_axis(other, both)
-        chart = scatter(x, y, both, kinds, title=f"{first} against {other}", line=line)
-        names = [f"trial {both[at].number}: {points[at][0]:.3f}, {points[at][1]:.3f}" for at in line]
-        charts.append(chart.replace("</figure>", f'<p class="note">front: {escaped("; ".join(names))}</p></figure>'))
-    if charts:
-        yield "<h2>What one task costs another</h2>"
-        yield f'<div class="charts">{"".join(charts)}</div>'
-        yield '<p class="note">On the front are the trials that no other trial beats in both.</p>'
+        kinds = ["on-front" if index in line else "behind" for index in range(len(trials))]
+        x, y = metric_axis(first, trials), metric_axis(other, trials)
+        chart = scatter(x, y, trials, kinds, title=f"{first} against {other}", line=line)
+        names = [f"trial {trials[index].number}: {points[index][0]:.3f}, {points[index][1]:.3f}" for index in line]
+        chart.note = f"front: {'; '.join(names)}"
+        charts.append(chart)
+    return charts
 
 
-def _seeds(outcome: SweepOutcome) -> str:
-    if not outcome.repeated:
-        return ""
-    names = [f"trial {entry.first.number}" for entry in outcome.repeated]
+def _seeds_table(outcome: SweepOutcome) -> Table:
     rows = []
     for entry in outcome.repeated:
-        between = "" if entry.low is None or entry.high is None else f"{entry.low:.4f} - {entry.high:.4f}"
+        interval = "" if entry.low is None or entry.high is None else f"{entry.low:.4f} - {entry.high:.4f}"
         runs = ", ".join(f"{value:.4f}" for value in entry.values.values())
-        own = entry.first.value(outcome.metric)
-        head = (entry.first.number, described(entry.first.choice), f"{entry.mean:.4f}", between)
-        rows.append((*head, runs, "" if own is None else f"{own:.4f}", entry.missing))
-    heads = ("trial", "choice", "mean", "95 %", "runs", "in the search", "runs without")
-    note = (
-        "The interval is Student's t over seeds. The run of the search does not count: it was picked for being good, "
-        "and so for its luck as well."
-    )
-    chart = f'<div class="charts">{intervals(outcome.metric, outcome.repeated, names)}</div>'
-    return f'<h2>The best again, with other seeds</h2>{chart}{table(heads, rows)}<p class="note">{note}</p>'
+        value = entry.first.value(outcome.metric)
+        row = (entry.first.number, format_choice(entry.first.choice), f"{entry.mean:.4f}", interval, runs)
+        rows.append((*row, "" if value is None else f"{value:.4f}", entry.missing))
+    return Table(("trial", "choice", "mean", "95 %", "runs", "in the search", "runs without"), rows)
 
 
-def _trials(outcome: SweepOutcome, names: Sequence[str]) -> str:
-    figures = list(dict.fromkeys([outcome.metric, *_headlines(outcome.trials)]))
+def _trials_table(outcome: SweepOutcome, names: Sequence[str]) -> Table:
+    metrics = _shown_metrics(outcome.metric, outcome.trials)
     best = outcome.winner.number if outcome.winner else 0
     rows = [
         (
             Cell(str(trial.number), float(trial.number), "best" if trial.number == best else ""),
-            *_choice(trial, names),
-            *_figures(trial, figures),
-            _state(trial),
+            *(_choice_cell(trial.choice.get(name)) for name in names),
+            *_metric_cells(trial, metrics),
+            _state_cell(trial),
         )
         for trial in outcome.trials
     ]
-    return table(("trial", *names, "step", *figures, "state"), rows, "sortable", "trials")
+    return Table(("trial", *names, "step", *metrics, "state"), rows, "sortable", "trials")
 
 
-def _state(trial: Trial) -> Cell:
-    return Cell(trial.fate, kind="down" if trial.state == "failed" else "")
-
-
-def _repeats(outcome: SweepOutcome) -> str:
-    figures = list(dict.fromkeys([outcome.metric, *_headlines(outcome.repeats)]))
+def _repeats_table(outcome: SweepOutcome) -> Table:
+    metrics = _shown_metrics(outcome.metric, outcome.repeats)
     rows = [
-        (trial.number, trial.repeats, trial.choice["seed"], *_figures(trial, figures), _state(trial))
+        (trial.number, trial.repeats, trial.choice["seed"], *_metric_cells(trial, metrics), _state_cell(trial))
         for trial in outcome.repeats
     ]
-    return table(("run", "of trial", "seed", "step", *figures, "state"), rows, "sortable")
+    return Table(("run", "of trial", "seed", "step", *metrics, "state"), rows, "sortable")
 
 
-def _headlines(trials: Sequence[Trial]) -> list[str]:
-    """The headline metric of every task that any trial has."""
-    names = [f"{task}/{headline(task)}" for task in TASKS]
-    return [name for name in names if any(trial.value(name) is not None for trial in trials)]
+def _shown_metrics(metric: str, trials: Sequence[Trial]) -> list[str]:
+    """The metric of the sweep, and the headline metric of every task that any trial has."""
+    headlines = [f"{task}/{headline(task)}" for task in TASKS]
+    return list(dict.fromkeys([metric, *(n for n in headlines if any(t.value(n) is not None for t in trials))]))
 
 
-def _choice(trial: Trial, names: Sequence[str]) -> Iterable[Any]:
-    for name in names:
-        value = trial.choice.get(name)
-        yield Cell(
-            shown(value), None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
-        )
+def _choice_cell(value: Any) -> Cell:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return Cell(format_value(value), float(value) if is_number else None)
 
 
-def _figures(trial: Trial, figures: Sequence[str]) -> Iterable[Cell]:
-    """The step of a trial and its figures; one that is missing is sorted behind all others."""
-    for name, value in (("step", trial.metrics.get("step")), *((name, trial.value(name)) for name in figures)):
-        text = "" if value is None else str(value) if name == "step" else f"{value:.4f}"
-        yield Cell(text, LAST if value is None else float(value))
+def _metric_cells(trial: Trial, metrics: Sequence[str]) -> Iterable[Cell]:
+    """The step of a trial and its metrics; a missing one is sorted behind all others."""
+    step = trial.metrics.get("step")
+    yield Cell("" if step is None else str(step), LAST if step is None else float(step))
+    for value in map(trial.value, metrics):
+        yield Cell("" if value is None else f"{value:.4f}", LAST if value is None else float(value))
 
 
-def _list(lines: Sequence[str]) -> str:
-    return '<ul class="lead">' + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>"
+def _state_cell(trial: Trial) -> Cell:
+    return Cell(trial.status, kind="down" if trial.state == "failed" else "")

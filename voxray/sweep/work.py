@@ -1,6 +1,6 @@
-"""A sweep at work: which trials are to run, with which feature sets, and what is said when one ends.
+"""Runs a sweep: decides which trials to run, computes their features and reports each trial that ends.
 
-Whoever runs the trials (Ray Tune; a test) is handed a ``Queue`` and need not know why they are in it.
+The trials themselves are run by Ray Tune, or by a test, which takes them from a ``Queue``.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from voxray.config.flag_groups import SALMONN_PARTS, FeatureFlags, TrimFlags, VariantFlags
 from voxray.config.parse import with_absolute_inputs
-from voxray.config.search_space import Choice, choice_key, described
+from voxray.config.search_space import Choice, choice_key, format_choice
 from voxray.config.train import TrainSettings
 from voxray.config.tune import trial_values
 from voxray.core.console import console, progress_bar
@@ -23,51 +23,51 @@ from voxray.core.manifest import require_usable_row
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
-from voxray.recipes.registry import refuse_other_family
+from voxray.recipes.registry import RunContext, require_family
 from voxray.recipes.training_data import TrainingData, training_data
 from voxray.sweep.queue import Queue
 from voxray.sweep.results import ranked, top_trials
 from voxray.sweep.search import Search
 from voxray.sweep.trials import Trial, new_trial, read_trials, with_outcome
 
-OF_FEATURES = {
+FEATURE_FLAGS = {
     *(*FeatureFlags.model_fields, *VariantFlags.model_fields, *TrimFlags.model_fields),
     *("model_id", "train_jsonl", "bf16"),
 }
-"""Flags whose trials need feature shards of their own."""
+"""Flags that change the feature shards, so that trials with other values need other shards."""
 
 RunTrials = Callable[[Queue, Sequence[Trial] | None], None]
-"""Runs all trials of a queue. The second argument is trials whose validations weak ones are measured by besides those
-of the queue; None lets all run to their end."""
+"""Runs all trials of a queue. The second argument is earlier trials whose validations the scheduler also compares with;
+None turns early stopping off."""
 
 
 class Sweep:
     """A sweep and its trials.
 
     Args:
-        settings: Of the sweep; for SALMONN with the base put together.
-        output_dir: Its folder; trials in it are gone on with.
-        run: Who runs the trials.
+        settings: Settings of the sweep; for SALMONN with an assembled base.
+        output_dir: Folder of the sweep; trials in it are resumed.
+        run: Runs the trials of a queue.
     Raises:
-        RunError, SettingsError: The data cannot be used, or never gives the metric.
+        RunError, SettingsError: The data cannot be used, or validation on it does not compute the metric.
     """
 
     def __init__(self, settings: Any, output_dir: Path, run: RunTrials) -> None:
         self._settings, self._output_dir, self._run = settings, output_dir, run
         self._trials = {trial.number: trial for trial in read_trials(output_dir)}
-        self._swept_features = sorted(OF_FEATURES & set(settings.domains))
+        self._swept_features = sorted(FEATURE_FLAGS & set(settings.domains))
         self._data: dict[str, TrainingData] = {}
         self._make_features()
 
     def _make_features(self) -> None:
-        """Make what trials train on before they take the CPUs: for all choices of the flags that features depend on.
+        """Compute the features of all choices of feature flags, before the trials occupy the CPUs.
 
-        Where those are drawn from ranges, nobody knows yet what is needed; a choice that cannot be had is left to fail
-        as a trial.
+        Features of flags that are sampled from ranges are computed later, as the values are not known yet. An invalid
+        choice is skipped here; its trial fails later.
         """
         domains = [self._settings.domains[name] for name in self._swept_features]
         if not domains:
-            self._data_of(self._settings, use_ray=True)
+            self._training_data(self._settings, use_ray=True)
         elif math.prod(domain.size for domain in domains) <= (self._settings.num_trials or math.inf):
             for values in itertools.product(*(domain.all() for domain in domains)):
                 choice = dict(zip(self._swept_features, values, strict=True))
@@ -77,111 +77,118 @@ class Sweep:
             refuse_missing_metric(self._settings.metric, data)
 
     def search(self) -> None:
-        """Run the trials that the space asks for and that are not over."""
-        settings, mine = self._settings, self._of_search()
-        known = [(trial.choice, trial.value(settings.metric)) for trial in mine]
+        """Run all trials of the search that have not ended yet."""
+        settings, trials = self._settings, self._search_trials()
+        known = [(trial.choice, trial.value(settings.metric)) for trial in trials]
         search = Search(settings.domains, settings.method, seed=settings.seed, mode=settings.mode, known=known)
         size = math.prod(domain.size for domain in settings.domains.values())
-        total = max(len(mine), int(min(settings.num_trials or math.inf, size)))
+        total = max(len(trials), int(min(settings.num_trials or math.inf, size)))
 
-        def more() -> Trial | None:
-            choice = search.ask() if len(self._of_search()) < total else None
-            return self._new(choice) if choice is not None else None
+        def create() -> Trial | None:
+            choice = search.ask() if len(self._search_trials()) < total else None
+            return self._new_trial(choice) if choice is not None else None
 
-        waiting = [trial for trial in mine if trial.state in {"running", "failed"}]
-        over = [trial for trial in mine if trial not in waiting]
-        if mine:
-            console.print(f"going on: {len(over)} trial(s) are over, {len(waiting)} go on or are tried again")
-        self._work(
-            "trials", waiting, more, over, total, lambda trial: search.tell(trial.choice, trial.value(settings.metric))
+        pending = [trial for trial in trials if trial.state in {"running", "failed"}]
+        ended = [trial for trial in trials if trial not in pending]
+        if trials:
+            console.print(f"going on: {len(ended)} trial(s) are over, {len(pending)} go on or are tried again")
+        self._run_trials(
+            "trials",
+            pending,
+            create,
+            ended,
+            total,
+            lambda trial: search.tell(trial.choice, trial.value(settings.metric)),
         )
 
     def repeat(self) -> None:
-        """Train the best choices again with other seeds, every one of them to its end."""
-        settings, wanted = self._settings, list[Trial]()
-        ordered = ranked(self._of_search(), settings.metric, settings.mode)
+        """Train the best choices again with other seeds, without early stopping."""
+        settings, repeats = self._settings, list[Trial]()
+        ordered = ranked(self._search_trials(), settings.metric, settings.mode)
         known = {(trial.repeats, trial.choice["seed"]): trial for trial in self._trials.values() if trial.repeats}
         for seed in range(settings.seed + 1, settings.seed + settings.seeds + 1):
             for first in top_trials(ordered, settings.metric, settings.top_k):
-                mine = known.get((first.number, seed))
-                wanted.append(mine or self._new({**first.choice, "seed": seed}, first.number))
-        waiting = [trial for trial in wanted if trial.state in {"running", "failed"}]
-        self._work("repeats", waiting, lambda: None, None, len(wanted))
+                repeat = known.get((first.number, seed))
+                repeats.append(repeat or self._new_trial({**first.choice, "seed": seed}, first.number))
+        pending = [trial for trial in repeats if trial.state in {"running", "failed"}]
+        self._run_trials("repeats", pending, lambda: None, None, len(repeats))
 
-    def _work(
+    def _run_trials(
         self,
         title: str,
-        waiting: list[Trial],
-        more: Callable[[], Trial | None],
-        over: Sequence[Trial] | None,
+        pending: list[Trial],
+        create: Callable[[], Trial | None],
+        ended: Sequence[Trial] | None,
         total: int,
-        note: Callable[[Trial], Any] = lambda trial: None,
+        on_result: Callable[[Trial], Any] = lambda trial: None,
     ) -> None:
-        """Run trials, with a bar over all of the kind and a line for each that ends."""
-        left = {trial.number for trial in waiting}
+        """Run trials, with a progress bar over all trials of their kind and a line for each one that ends."""
+        open_numbers = {trial.number for trial in pending}
         with progress_bar(title) as bar:
 
             def on_end(trial: Trial) -> None:
                 trial = self._trials[trial.number] = with_outcome(trial)
-                note(trial)
-                left.discard(trial.number)
-                bar.say(told(trial, self._settings.metric))
-                same_kind = [each for each in self._trials.values() if bool(each.repeats) == bool(trial.repeats)]
-                bar.update(sum(each.state != "running" and each.number not in left for each in same_kind), total)
+                on_result(trial)
+                open_numbers.discard(trial.number)
+                bar.say(trial_line(trial, self._settings.metric))
+                same_kind = [other for other in self._trials.values() if bool(other.repeats) == bool(trial.repeats)]
+                num_ended = sum(other.state != "running" and other.number not in open_numbers for other in same_kind)
+                bar.update(num_ended, total)
 
-            self._run(Queue(waiting, more, self._prepare, on_end), over)
+            self._run(Queue(pending, create, self._prepare, on_end), ended)
 
-    def _of_search(self) -> list[Trial]:
+    def _search_trials(self) -> list[Trial]:
         return [trial for trial in self._trials.values() if not trial.repeats]
 
-    def _new(self, choice: Choice, repeats: int = 0) -> Trial:
+    def _new_trial(self, choice: Choice, repeats: int = 0) -> Trial:
         trial = new_trial(self._output_dir, max(self._trials, default=0) + 1, choice, repeats)
         self._trials[trial.number] = trial
         return trial
 
     def _prepare(self, trial: Trial, *, use_ray: bool = False) -> TrainingData:
-        """The trial's feature sets; a combination that cannot be trained is refused before any process starts.
+        """Check that a trial can be trained, and compute its features, before any process starts.
 
         Args:
-            use_ray: Make them by Ray Data, which has CPUs only as long as no trial runs; else in this process.
+            use_ray: Compute with Ray Data, which has CPUs only while no trial runs; else in this process.
         Raises:
-            RunError, SettingsError: Why.
+            RunError, SettingsError: The trial cannot be trained.
         """
         run = trial_settings(self._settings, trial.choice, trial.folder)
         if "train_jsonl" in trial.choice:
             require_usable_row(run.train_jsonl)
         if "model_id" in trial.choice:
-            refuse_other_family(run)
-        return self._data_of(run, use_ray=use_ray)
+            require_family(run)
+        return self._training_data(run, use_ray=use_ray)
 
-    def _data_of(self, run: Any, *, use_ray: bool) -> TrainingData:
-        """Feature sets of a trial, made once for all that need the same."""
+    def _training_data(self, run: Any, *, use_ray: bool) -> TrainingData:
+        """Training data of a trial's settings, computed once for all trials that need the same features."""
         key = choice_key({name: getattr(run, name) for name in self._swept_features})
         if key not in self._data:
             run = run.model_copy(update={"storage_path": self._settings.storage_path})
-            self._data[key] = training_data(run, self._output_dir, use_ray=use_ray)
+            self._data[key] = training_data(RunContext.create(run, run_dir=self._output_dir), use_ray=use_ray)
         return self._data[key]
 
 
 def refuse_missing_metric(metric: str, data: TrainingData) -> None:
-    """
+    """Check that validation computes a metric.
+
     Raises:
-        SettingsError: Validating these rows never gives the metric.
+        SettingsError: It does not, as the rows have other tasks.
     """
     codes = set(Features(data.validation).task.tolist())
-    known = validation_metrics([name for name, code in TASK_CODES.items() if code in codes])
-    if metric not in known:
-        raise SettingsError(f"--metric {metric}: validation has {', '.join(known)}")
+    metrics = validation_metrics([name for name, code in TASK_CODES.items() if code in codes])
+    if metric not in metrics:
+        raise SettingsError(f"--metric {metric}: validation has {', '.join(metrics)}")
 
 
 def trial_settings(settings: Any, choice: Choice, trial_dir: Path) -> TrainSettings:
     """Settings of the training run of one trial.
 
     Raises:
-        SettingsError: The training job refuses the combination.
+        SettingsError: The training job does not accept the combination.
     """
     values = trial_values(settings, choice)
-    if values.get("model_id"):  # a SALMONN that was put together is a folder by now
+    if values.get("model_id"):  # an assembled SALMONN base is a folder by now
         values = {name: value for name, value in values.items() if name not in {*SALMONN_PARTS, "end_sym"}}
     own = {"output_dir": str(trial_dir), "storage_path": "", "overwrite": True}
     try:
@@ -191,9 +198,9 @@ def trial_settings(settings: Any, choice: Choice, trial_dir: Path) -> TrainSetti
         raise SettingsError("; ".join(reasons)) from None
 
 
-def told(trial: Trial, metric: str) -> str:
-    """A line on a trial that is over."""
+def trial_line(trial: Trial, metric: str) -> str:
+    """The line that is printed when a trial ends."""
     value = trial.value(metric)
-    figure = f"no {metric}" if value is None else f"{metric} {value:.4f} at step {trial.metrics['step']}"
-    ending = "" if trial.state == "done" else f"; {trial.fate}"
-    return f"trial {trial.number}: {figure} with {described(trial.choice)}{ending}"
+    result = f"no {metric}" if value is None else f"{metric} {value:.4f} at step {trial.metrics['step']}"
+    status = "" if trial.state == "done" else f"; {trial.status}"
+    return f"trial {trial.number}: {result} with {format_choice(trial.choice)}{status}"

@@ -1,7 +1,7 @@
-"""Korean transcripts: the notation of KsponSpeech, AI-Hub and NIKL, taken off without touching what medical text means.
+"""Remove the transcription notation of KsponSpeech, AI-Hub and NIKL without changing the meaning of medical text.
 
-The public cleaners delete every ``/``, ``+`` and ``*``, so that 120/80 becomes 12080. Here each mark is taken off only
-in the place where the notation puts it.
+The public cleaners delete every ``/``, ``+`` and ``*``, so 120/80 becomes 12080. Here a mark is removed only at the
+positions where the notation puts it.
 """
 
 import re
@@ -27,12 +27,12 @@ class KoreanText:
     """A transcript without its notation.
 
     Attributes:
-        text: The reading that was asked for.
-        phonetic: What was said, sound by sound; equal to ``spelling`` where no dual notation was used.
-        spelling: What a reader would write.
-        notes: What a consumer may act on, sorted: ``unk`` (words that nobody understood, or an anonymised name: the
-            text is incomplete, so leave it out of scoring), ``unclear`` (words written down by guess), ``noise``,
-            ``unbalanced_brackets``, ``nested_brackets`` and ``number_pair`` (kept as they were).
+        text: The requested reading.
+        phonetic: The words as they are pronounced. Equal to ``spelling`` without dual notation.
+        spelling: The words in standard orthography.
+        notes: Sorted codes: ``unk`` (unintelligible words or an anonymised name: the text is incomplete, do not score
+            it), ``unclear`` (words that the transcriber guessed), ``noise``, and for notation that is left unchanged
+            ``unbalanced_brackets``, ``nested_brackets`` and ``number_pair``.
     """
 
     text: str
@@ -42,12 +42,13 @@ class KoreanText:
 
 
 def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:
-    """Take the transcription marks off one line; cleaning a clean line changes nothing, and no digit is ever lost.
+    """Remove the transcription marks of one line. Cleaning a clean line changes nothing, and no digit is ever lost.
 
-    ``(spelling)/(reading)`` comes first and gives both texts; two numbers, ``(120)/(80)``, are no such pair. Noise
-    tags ``b/ l/ n/ o/ u/`` go only at the beginning of a word, and not where they are a unit (``5 l/분``). The filler's
-    ``/`` and the repeat's ``+`` go only at the end of a word (``+`` before a Hangul word too, where typists misplace
-    it); ``Rh+``, ``ml/min``, ``120/80`` and ``1+1`` stay. Brackets that do not match are noted and kept.
+    ``(spelling)/(reading)`` is resolved first and gives both texts. Two numbers, ``(120)/(80)``, are not such a pair.
+    Noise tags ``b/ l/ n/ o/ u/`` are removed only at the start of a word, and not if they are a unit (``5 l/분``). The
+    ``/`` of fillers and the ``+`` of repetitions are removed only at the end of a word (``+`` also before a Hangul
+    word, where typists misplace it). ``Rh+``, ``ml/min``, ``120/80`` and ``1+1`` stay. Unbalanced brackets are noted
+    and stay.
     """
     notes: set[str] = set()
     spelling = _to_fixed_point(raw, 1, notes)
@@ -56,7 +57,7 @@ def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:
 
 
 def _to_fixed_point(text: str, side: int, notes: set[str]) -> str:
-    """Taking one mark off can bare another; ends because each round makes the text shorter or leaves it."""
+    """Clean until nothing changes: removing a mark can expose another. Each round shortens the text or is the last."""
     before = None
     while text != before:
         before, text = text, _clean_once(text, side, notes)
@@ -66,38 +67,38 @@ def _to_fixed_point(text: str, side: int, notes: set[str]) -> str:
 
 
 def _clean_once(text: str, side: int, notes: set[str]) -> str:
-    text = _take_reading(" ".join(unicodedata.normalize("NFC", text).split()), side, notes)
+    text = _resolve_pairs(" ".join(unicodedata.normalize("NFC", text).split()), side, notes)
 
-    def noted(note: str, replacement: str = " "):
+    def with_note(note: str, replacement: str = " "):
         def replace(match: re.Match[str]) -> str:
             notes.add("unk" if match.lastindex and not match[1].strip() else note)
             return match.expand(replacement)
 
         return replace
 
-    text = _GUESSED.sub(noted("unclear", r" \1 "), text)
-    text = _EVENT.sub(noted("noise"), text)
-    text = _ANONYMISED.sub(noted("unk"), text)
+    text = _GUESSED.sub(with_note("unclear", r" \1 "), text)
+    text = _EVENT.sub(with_note("noise"), text)
+    text = _ANONYMISED.sub(with_note("unk"), text)
     text = _CUT_OFF.sub(r"\1", text)
-    text = _TAGS.sub(lambda match: _take_tags(match, notes), text)
+    text = _TAGS.sub(lambda match: _remove_tags(match, notes), text)
     text = _MISPLACED_REPEAT.sub("", text)
     words: list[str] = []
     for word in text.split():
-        words.append(_take_end_marks(word, words[-1] if words else "", notes))
+        words.append(_remove_end_marks(word, words[-1] if words else "", notes))
     return " ".join(filter(None, words))
 
 
-def _take_reading(text: str, side: int, notes: set[str]) -> str:
-    """Replace each ``(spelling)/(reading)`` by one side; where that would make another pair, leave all as it is."""
+def _resolve_pairs(text: str, side: int, notes: set[str]) -> str:
+    """Replace each ``(spelling)/(reading)`` by one side. If that would create a new pair, change nothing."""
     number_pairs = [match[0] for match in _PAIR.finditer(text) if _is_number_pair(match)]
     if number_pairs:
         notes.add("number_pair")
-    taken = {number: _one_side(text, number) for number in (1, 2)}
-    # Both sides decide, whichever is asked for, or the two readings of one line would be cleaned by different rules.
-    if any([match[0] for match in _PAIR.finditer(found)] != number_pairs for found in taken.values()):
+    sides = {number: _one_side(text, number) for number in (1, 2)}
+    # Check both sides, so that the two readings of a line are cleaned by the same rules.
+    if any([match[0] for match in _PAIR.finditer(reading)] != number_pairs for reading in sides.values()):
         notes.add("nested_brackets")
         return text
-    return taken[side]
+    return sides[side]
 
 
 def _one_side(text: str, side: int) -> str:
@@ -108,17 +109,17 @@ def _is_number_pair(match: re.Match[str]) -> bool:
     return all(re.search(r"\d", part) and not re.search("[가-힣]", part) for part in match.groups())
 
 
-def _take_tags(match: re.Match[str], notes: set[str]) -> str:
-    """Drop noise tags, but not the unit in ``5 l/분``: a number before it, and the next word joined to it."""
-    follows = match.string[match.end() : match.end() + 1]
-    if re.search(r"\d\s*$", match.string[: match.start()]) and re.match("[가-힣]", follows):
+def _remove_tags(match: re.Match[str], notes: set[str]) -> str:
+    """Remove noise tags, but not the unit in ``5 l/분``: a number before it, a Hangul letter directly after it."""
+    next_char = match.string[match.end() : match.end() + 1]
+    if re.search(r"\d\s*$", match.string[: match.start()]) and re.match("[가-힣]", next_char):
         return match[0]
     notes.update("unk" if tag == "u" else "noise" for tag in match[1].replace("/", ""))
     return ""
 
 
-def _take_end_marks(word: str, previous: str, notes: set[str]) -> str:
-    """``아/`` and ``그+`` lose their mark, ``*`` goes anywhere at an end; ``5 ml/`` and ``3+`` keep theirs."""
+def _remove_end_marks(word: str, previous: str, notes: set[str]) -> str:
+    """Remove ``/`` and ``+`` of ``아/`` and ``그+`` but not of ``5 ml/`` and ``3+``, and ``*`` at any word's end."""
     if word.strip("*") == "":
         notes.add("unclear")
         return ""
@@ -126,14 +127,14 @@ def _take_end_marks(word: str, previous: str, notes: set[str]) -> str:
     if match is None:
         return word
     stem, marks, punctuation = match.groups()
-    kept = marks.replace("*", "")
-    if kept != marks:
+    suffix = marks.replace("*", "")
+    if suffix != marks:
         notes.add("unclear")
     is_unit = stem.isascii() and previous[-1:].isdigit()
-    is_blood_group = kept == "+" and _BLOOD_GROUP.fullmatch(stem)
+    is_blood_group = suffix == "+" and _BLOOD_GROUP.fullmatch(stem)
     if re.search("[가-힣A-Za-z)]$", stem) and not is_unit and not is_blood_group:
-        kept = ""
-    return stem + kept + punctuation
+        suffix = ""
+    return stem + suffix + punctuation
 
 
 def _unbalanced(text: str) -> bool:

@@ -1,7 +1,7 @@
-"""Text normalisation before scoring, versioned: results name the one used, because it moves error rates by points.
+"""Text normalisation before scoring. It changes error rates by points, so results name the version used.
 
-``ko-v1`` is voxray's own, for Korean and for everything that is no transcript. Transcripts in other languages are
-scored as Whisper's papers and leaderboards do, by the normalisers of transformers; ``get_normalizer`` chooses.
+``ko-v1`` is voxray's own normaliser, for Korean and for all texts other than transcripts. Transcripts in other
+languages use Whisper's normalisers from transformers, as its papers and leaderboards do. ``get_normalizer`` selects.
 """
 
 import json
@@ -25,34 +25,34 @@ _INVISIBLE = re.compile("[\u115f\u1160\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # H
 _INNER = re.compile(r"((?<=\d)[./:%-](?=\d))")
 
 
-class _Replacing(dict[int, int | str | None]):
-    """A table for ``str.translate`` that decides on a character when it first comes up: there are a million.
+class _TranslationTable(dict[int, int | str | None]):
+    """A table for ``str.translate`` that is filled as characters occur: Unicode has a million.
 
     Args:
-        taken: Whether a character is replaced.
-        by: What by; None takes it out.
+        matches: Whether to replace a character.
+        replacement: Its replacement; None removes it.
     """
 
-    def __init__(self, taken: Callable[[str], object], by: str | None) -> None:
+    def __init__(self, matches: Callable[[str], object], replacement: str | None) -> None:
         super().__init__()
-        self._taken, self._by = taken, by
+        self._matches, self._replacement = matches, replacement
 
     def __missing__(self, code: int) -> int | str | None:
-        self[code] = self._by if self._taken(chr(code)) else code
+        self[code] = self._replacement if self._matches(chr(code)) else code
         return self[code]
 
 
-_SHOWN = _Replacing(lambda char: unicodedata.category(char) == "Cf" or _INVISIBLE.match(char), None)
-_SPACED = _Replacing(lambda char: unicodedata.category(char)[0] in "PS", " ")
+_REMOVE_INVISIBLE = _TranslationTable(lambda char: unicodedata.category(char) == "Cf" or _INVISIBLE.match(char), None)
+_PUNCTUATION_TO_SPACE = _TranslationTable(lambda char: unicodedata.category(char)[0] in "PS", " ")
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """A normaliser and the name that results carry.
+    """A normaliser and its name in results.
 
     Attributes:
-        name: Its version; a rule that changes makes another one.
-        normalize: Text -> text whose words stand apart by one space each, with none around them.
+        name: Its version. Any change of a rule needs a new name.
+        normalize: Text -> text with single spaces between words and none at the ends.
     """
 
     name: str
@@ -60,37 +60,41 @@ class Normalizer:
 
 
 def normalize_ko_v1(text: str) -> str:
-    """Normalise Korean (and any other) text without losing what medical text means.
+    """Normalise Korean (and any other) text without changing the meaning of medical text.
 
-    NFKC and NFC, so that full-width and decomposed forms compare equal and Hangul stays whole; lower case; thousands
-    commas removed; ``. / : % -`` kept between digits (120/80, 36.5), every other punctuation mark or symbol a space;
-    invisible characters (zero width, fillers, the selector after an emoji) removed; runs of white space one space.
+    NFKC and NFC, so that full-width and decomposed forms compare equal and Hangul syllables stay composed. Lower case.
+    Thousands commas are removed. ``. / : % -`` stay between digits (120/80, 36.5); every other punctuation mark or
+    symbol becomes a space. Invisible characters (zero width, fillers, variation selectors) are removed. Runs of white
+    space become one space.
     """
     text = _without_invisible(unicodedata.normalize("NFKC", text).lower())
-    # Composed last: lower case and what an invisible character kept apart (two halves of a syllable) can compose anew.
+    # NFC comes last: lower-casing, or removing an invisible character between two halves of a syllable, can leave
+    # characters to compose.
     text = _THOUSANDS.sub("", unicodedata.normalize("NFC", text))
-    parts = _INNER.split(text)  # every other one is a mark to keep
-    parts[::2] = [part.translate(_SPACED) for part in parts[::2]]
+    parts = _INNER.split(text)  # every second part is a mark between digits, which stays
+    parts[::2] = [part.translate(_PUNCTUATION_TO_SPACE) for part in parts[::2]]
     return " ".join("".join(parts).split())
 
 
 def normalize_whisper_basic(text: str) -> str:
-    """Whisper's normaliser for any language: lower case, no brackets with what is in them, no punctuation.
+    """Whisper's normaliser for any language: lower case, without punctuation and without brackets and their content.
 
-    Never with its ``remove_diacritics``, which takes Hangul apart. Invisible characters, which Whisper's leaves in, go
-    first. Letters are not split for zh, ja, th, lo and my, as Whisper's WER does: take ``cer_nospace`` for those.
+    ``remove_diacritics`` is off, since it decomposes Hangul. Invisible characters, which Whisper's normaliser keeps,
+    are removed first. Letters of zh, ja, th, lo and my are not split as in Whisper's WER: use ``cer_nospace`` for
+    these languages.
     """
     return " ".join(_basic()(_without_invisible(text)).split())
 
 
 def normalize_whisper_en(text: str, rules: Callable[[str], str] | None = None) -> str:
-    """Whisper's normaliser for English: as the basic one, and contractions, titles and numbers written one way.
+    """Whisper's normaliser for English: the basic rules, and one form of contractions, titles and numbers.
 
-    It takes Hangul apart, which is put together again, and may leave a mark alone ("..." -> "."), which goes. What its
-    number rules cannot take (over 4,300 digits in a row) goes through the basic one.
+    Whisper's rules decompose Hangul, so the result is composed again. They can leave a lone punctuation mark
+    ("..." -> "."), which is removed. Text that their number rules cannot process (over 4,300 digits in a row) is
+    normalised by the basic rules.
 
     Args:
-        rules: Whisper's, with a table of spellings; without, none is spelled anew.
+        rules: Whisper's rules with a table of spellings. None leaves spellings unchanged.
     """
     text = _without_invisible(text)
     try:
@@ -109,8 +113,9 @@ def get_normalizer(language: str, english: Normalizer = ENGLISH) -> Normalizer:
     """The normaliser of transcripts in a language.
 
     Args:
-        language: Two-letter code; "" (unknown) and ``ko`` take ko-v1, ``en`` takes ``english``, others Whisper's basic.
-        english: Another than the one without spellings, see ``english_with``.
+        language: Two-letter code. "" (unknown) and ``ko`` use ko-v1, ``en`` uses ``english``, others Whisper's basic
+            rules.
+        english: Normaliser of English, see ``english_with``. The default has no table of spellings.
     """
     if language in ("", "ko"):
         return KOREAN
@@ -121,19 +126,19 @@ def english_with(spellings_path: str | Path) -> Normalizer:
     """Whisper's English normaliser with a table of spellings: the ``normalizer.json`` of any Whisper checkpoint.
 
     Raises:
-        RunError: The file cannot be read, or is no table of words.
+        RunError: The file cannot be read, or is not a table of words.
     """
     try:
-        found = json.loads(Path(spellings_path).read_text(encoding="utf-8"))
+        spellings = json.loads(Path(spellings_path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{spellings_path}: cannot read the table of spellings: {error}") from None
-    if not isinstance(found, dict) or not all(isinstance(word, str) for word in found.values()):
+    if not isinstance(spellings, dict) or not all(isinstance(word, str) for word in spellings.values()):
         raise RunError(f"{spellings_path}: no table of spellings; Whisper's checkpoints have one, normalizer.json")
-    return Normalizer(WHISPER_EN, partial(normalize_whisper_en, rules=_english_rules(found)))
+    return Normalizer(WHISPER_EN, partial(normalize_whisper_en, rules=_english_rules(spellings)))
 
 
 def _without_invisible(text: str) -> str:
-    return text if text.isascii() else text.translate(_SHOWN)
+    return text if text.isascii() else text.translate(_REMOVE_INVISIBLE)
 
 
 @cache

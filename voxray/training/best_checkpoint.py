@@ -1,8 +1,8 @@
-"""Which validation was the best so far, and whether it is time to stop: the state of early stopping."""
+"""The best validation of a run, and early stopping."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from voxray.metrics.names import higher_is_better
@@ -10,15 +10,15 @@ from voxray.metrics.names import higher_is_better
 
 @dataclass
 class BestCheckpoint:
-    """What a run's validations found; it goes into every checkpoint.
+    """The best validation so far. Its state goes into every checkpoint.
 
     Attributes:
-        metric: Name of the metric that is watched, such as ``asr/cer_nospace``.
-        patience: Stop after so many validations in a row without a better value; 0 never stops.
-        threshold: How much better counts as better.
-        best_step, best_value: Where the best value was; step 0 before the first validation.
-        num_bad_validations: Validations in a row without a better value.
-        last_step, last: The last validation.
+        metric: Name of the metric that decides, such as ``asr/cer_nospace``.
+        patience: Number of consecutive validations without an improvement after which the run stops; 0 never stops.
+        threshold: Smallest difference that counts as an improvement.
+        best_step, best_value: Step and value of the best validation; step 0 before the first validation.
+        num_bad_validations: Consecutive validations without an improvement.
+        last_step, last: Step and metrics of the last validation.
     """
 
     metric: str
@@ -31,10 +31,10 @@ class BestCheckpoint:
     last: dict[str, float] = field(default_factory=dict)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Note a validation.
+        """Record a validation.
 
         Returns:
-            Whether it is the best so far. A value that is no number, or is missing, never is.
+            Whether it is the best so far. A validation whose value is missing or not finite never is.
         """
         self.last_step, self.last = step, dict(metrics)
         if not metrics:
@@ -49,18 +49,22 @@ class BestCheckpoint:
 
     @property
     def should_stop(self) -> bool:
-        """Whether early stopping ends the run here."""
+        """Whether early stopping ends the run now."""
         return 0 < self.patience <= self.num_bad_validations
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint; ``None`` stands for no value yet, which JSON cannot say otherwise."""
-        values = asdict(self)
-        state = {name: values[name] for name in ("metric", "best_step", "last_step", "last")}
-        best_value = self.best_value if self.best_step else None
-        return {**state, "best_value": best_value, "waited": self.num_bad_validations}
+        """State for the checkpoint. ``best_value`` is None before the first validation, because JSON has no NaN."""
+        return {
+            "metric": self.metric,
+            "best_step": self.best_step,
+            "last_step": self.last_step,
+            "last": dict(self.last),
+            "best_value": self.best_value if self.best_step else None,
+            "waited": self.num_bad_validations,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; with another metric than its own the search for the best begins anew."""
+        """Restore the state from a checkpoint. The best value is dropped if the checkpoint used another metric."""
         if not state:
             return
         self.last_step, self.last = int(state["last_step"]), dict(state["last"])

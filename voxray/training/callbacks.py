@@ -1,4 +1,4 @@
-"""What the program around a training process offers it: Ray's workers do, a plain process has little to offer."""
+"""Calls from a training process into the program that runs it, such as a Ray Train worker."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from voxray.training.records import Publish
 
 @dataclass(frozen=True)
 class Callbacks:
-    """Calls into the program around the loop.
+    """Functions that the training loop calls. The defaults are for a process without Ray and do nothing.
 
     Attributes:
-        report: Takes each validation's metrics and the step; every worker calls it.
-        is_leaving: Whether the machine of any worker is about to be taken away; every worker calls it at the same step.
-        publish: Takes every figure that rank 0 records; None if nobody watches.
+        report: Receives the metrics and the step of each validation. Every worker calls it.
+        is_leaving: Whether the machine of any worker is about to be taken away. Every worker calls it at the same step.
+        publish: Receives every value that rank 0 records; None publishes nothing.
     """
 
     report: Callable[[dict[str, Any]], None] = lambda metrics: None
@@ -28,5 +28,5 @@ NO_CALLBACKS = Callbacks()
 
 
 def planned_workers(num_workers: str | int, worker: Worker) -> int:
-    """Processes that a step is planned for: the most of a range, else as many as there are."""
+    """Number of workers that a step is planned for: the maximum of an elastic range, else the actual number."""
     return as_range(num_workers)[1] if ":" in str(num_workers) else worker.world_size

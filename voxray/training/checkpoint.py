@@ -1,10 +1,11 @@
-"""Checkpoints: everything a run needs to go on, independent of the number of workers.
+"""Checkpoints hold everything that a run needs to resume, on any number of workers.
 
-A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (so it serves for inference as
-it is), the optimizer's moments and where the run stands. Since the data order and all randomness follow from (seed,
-step, pack), there is nothing else to keep. It is written under another name and renamed when complete, in the
-background while the next step is computed; only then does training wait for it, so that a kill costs at most
-``save_steps`` steps.
+A checkpoint is a folder ``checkpoints/step-000200`` with the adapter in PEFT's format (inference can load it as it is),
+the optimizer state, and the progress of the run. Nothing else needs to be stored, because the data order and all
+randomness follow from (seed, step, microbatch).
+
+A thread writes the folder under a temporary name while the next step is computed, and renames it when it is complete.
+Training waits for the thread after that step, so a kill costs at most ``save_steps`` steps.
 """
 
 import json
@@ -21,73 +22,73 @@ import torch
 from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.lora import save_adapter
 from voxray.runs.layout import CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE, checkpoint_folder, list_checkpoints
-from voxray.training.engine import CheckpointState
+from voxray.training.engine import CheckpointState, OptimizerState
 
-STORED_NAMES = {"microbatches_per_step": "packs_per_step"}
-"""Fields of ``Progress`` that have another name in ``progress.json``."""
+STORED_NAMES = {"microbatches_per_step": "packs_per_step", "loss_scaler": "guard", "best": "selection"}
+"""Fields of ``Progress`` with another name in ``progress.json``. All versions of the file have these names."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """Progress of a run, stored in ``progress.json``.
 
     Attributes:
         step: Optimizer steps done.
         microbatches_per_step: Forward passes per step over all workers, fixed when the run starts.
         data: Fingerprint of the training features.
-        prompts: That of the prompts that are drawn for them, "" without any.
-        guard: State of the ``Guard``: the loss scale and what was skipped.
-        selection: State of the ``Selection``: what the validations found.
+        prompts: Fingerprint of the prompts that are sampled for them; "" if prompts are not sampled.
+        loss_scaler: State of the ``LossScaler``.
+        best: State of the ``BestCheckpoint``.
     """
 
     step: int
     microbatches_per_step: int
     data: str
     prompts: str = ""
-    guard: dict[str, Any] = field(default_factory=dict)
-    selection: dict[str, Any] = field(default_factory=dict)
+    loss_scaler: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time, and drops old ones. Only rank 0 has one.
+    """Writes a run's checkpoints, one at a time, and deletes old ones. Only rank 0 has one.
 
     Args:
         run_dir: The run folder.
-        kept: How many of the newest checkpoints stay.
-        after: Called in the background after each of them.
+        keep_last: Number of the newest checkpoints to keep.
+        on_saved: Called in the background after each checkpoint.
     """
 
-    def __init__(self, run_dir: Path, kept: int, after: Callable[[], None] = lambda: None) -> None:
-        self._run_dir, self._kept, self._after = run_dir, kept, after
+    def __init__(self, run_dir: Path, keep_last: int, on_saved: Callable[[], None] = lambda: None) -> None:
+        self._run_dir, self._keep_last, self._on_saved = run_dir, keep_last, on_saved
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: Future[None] | None = None
+        self._pending: Future[None] | None = None
         for leftover in (run_dir / CHECKPOINTS_FOLDER).glob(".*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def write(self, model: Any, state: CheckpointState, progress: Progress, best_step: int | None) -> None:
-        """Begin to write a checkpoint, after the one before it is done.
+        """Start writing a checkpoint, once the previous one is complete.
 
         Args:
-            model: Gives the adapter's configuration.
-            best_step: Step of a checkpoint that stays however old it is.
+            model: Model with the configuration of the adapter.
+            best_step: Step of a checkpoint that is kept regardless of its age.
         Raises:
-            RunError: The one before it could not be written.
+            RunError: The previous checkpoint could not be written.
         """
         self.wait()
-        self._under_way = self._thread.submit(self._write, model, state, progress, best_step)
+        self._pending = self._thread.submit(self._write, model, state, progress, best_step)
 
     def wait(self) -> None:
-        """Wait until everything is on disk.
+        """Wait until the checkpoint is on disk.
 
         Raises:
             RunError: It could not be written.
         """
-        under_way, self._under_way = self._under_way, None
-        if under_way:
-            under_way.result()
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
     def close(self) -> None:
-        """Wait, and end the thread; an error that was not asked for yet is dropped, another one is on its way."""
+        """Wait for the thread and end it. An error of the thread is not raised, because another one is being raised."""
         self._thread.shutdown()
 
     def _write(self, model: Any, state: CheckpointState, progress: Progress, best_step: int | None) -> None:
@@ -96,44 +97,44 @@ class CheckpointWriter:
         try:
             shutil.rmtree(partial, ignore_errors=True)
             save_adapter(model, partial, state.tensors)
-            torch.save(state.moments, partial / OPTIMIZER_FILE)
+            torch.save(state.optimizer_state, partial / OPTIMIZER_FILE)
             write_progress(partial, progress)
             for path in partial.iterdir():
                 _flush_to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             _flush_to_disk(final.parent)
-        except Exception as error:  # a full disk has another type in safetensors, in PyTorch and in Python
+        except Exception as error:  # a full disk raises different types in safetensors, PyTorch and Python
             shutil.rmtree(partial, ignore_errors=True)
             reason = one_line(error, 200)
-            raise RunError(f"{final}: cannot write the checkpoint: {reason}; {_left(self._run_dir)}") from None
-        for step, old in list_checkpoints(self._run_dir)[: -self._kept]:
+            raise RunError(f"{final}: cannot write the checkpoint: {reason}; {_resume_hint(self._run_dir)}") from None
+        for step, folder in list_checkpoints(self._run_dir)[: -self._keep_last]:
             if step != best_step:
-                shutil.rmtree(old, ignore_errors=True)
-        self._after()
+                shutil.rmtree(folder, ignore_errors=True)
+        self._on_saved()
 
 
-def _left(run_dir: Path) -> str:
-    steps = [step for step, _ in list_checkpoints(run_dir)]
-    return f"the same command goes on from step {steps[-1]}" if steps else "there is no earlier one"
+def _resume_hint(run_dir: Path) -> str:
+    checkpoints = list_checkpoints(run_dir)
+    return f"the same command resumes from step {checkpoints[-1][0]}" if checkpoints else "there is no earlier one"
 
 
 def _flush_to_disk(path: Path) -> None:
-    number = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
-    """Write ``progress.json``, with the names that all versions of the file have."""
+    """Write ``progress.json``."""
     stored = {STORED_NAMES.get(name, name): value for name, value in asdict(progress).items()}
     (folder / PROGRESS_FILE).write_text(json.dumps(stored, indent=1))
 
 
 def read_progress(folder: Path) -> Progress:
-    """Read where a checkpoint stands.
+    """Read the ``progress.json`` of a checkpoint.
 
     Raises:
         RunError: The file is damaged.
@@ -143,23 +144,23 @@ def read_progress(folder: Path) -> Progress:
         names = {stored_name: name for name, stored_name in STORED_NAMES.items()}
         return Progress(**{names.get(name, name): value for name, value in stored.items()})
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder / PROGRESS_FILE}: damaged checkpoint ({error}); delete the folder to go on") from None
+        raise RunError(f"{folder / PROGRESS_FILE}: damaged checkpoint ({error}); delete its folder to resume") from None
 
 
-def read_optimizer_state(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Read the optimizer's moments of a checkpoint.
+def read_optimizer_state(folder: Path) -> OptimizerState:
+    """Read the optimizer state of a checkpoint.
 
     Raises:
         RunError: The file is missing or damaged.
     """
     try:
         return torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
-    except Exception:  # unpickling a damaged file raises almost anything, none of it fit for people
-        raise RunError(f"{folder}: damaged checkpoint ({OPTIMIZER_FILE}); delete the folder to go on") from None
+    except Exception:  # unpickling a damaged file can raise almost any type, with a message that helps nobody
+        raise RunError(f"{folder}: damaged checkpoint ({OPTIMIZER_FILE}); delete the folder to resume") from None
 
 
 def publish_adapter(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's adapter to where the run's result belongs, whole or not at all."""
+    """Copy a checkpoint's adapter to ``folder``, which is replaced atomically."""
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

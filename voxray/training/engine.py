@@ -1,9 +1,9 @@
-"""What a training process is, and how several of them add up their gradients.
+"""How workers compute an optimizer step together: the ``Engine`` protocol, and plain data parallelism.
 
-Only LoRA weights train, a few megabytes, so data parallelism is one all-reduce of one flat buffer per optimizer step.
-Unlike DistributedDataParallel it does not care which parts of the model a batch used (text-only packs leave the
-projector without gradients on some ranks), and its order of additions never changes, so runs are reproducible to the
-bit on any number of ranks.
+Only LoRA weights train, a few megabytes, so data parallelism is a single all-reduce of one flat buffer per optimizer
+step. Unlike DistributedDataParallel, this works whichever parts of the model a batch used: microbatches of text alone
+leave the projector without gradients on some ranks. The order of additions never changes, so runs are reproducible bit
+for bit on any number of ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,58 +19,58 @@ from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
 from voxray.models.interface import ModelFamily
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
-"""{parameter name: what the optimizer knows of it}."""
+"""{parameter name: {"step", "exp_avg", "exp_avg_sq"}}, as AdamW names them."""
 
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What training has changed, in memory of the CPU, the same for any number of workers.
+    """The tensors of a checkpoint, on the CPU. They do not depend on the number of workers.
 
     Attributes:
-        tensors: The adapter's tensors, by the names they have in its file.
-        moments: The optimizer's.
+        tensors: Tensors of the adapter, by their names in its file.
+        optimizer_state: State of the optimizer, by parameter.
     """
 
     tensors: dict[str, torch.Tensor]
-    moments: OptimizerState
+    optimizer_state: OptimizerState
 
 
 class Engine(Protocol):
-    """How several workers take a step together. Every worker makes the same calls, in the same order."""
+    """Computes optimizer steps on all workers together. Every worker makes the same calls, in the same order."""
 
     def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
-        """The forward pass, as the family's ``answer_logits`` does it."""
+        """Run the forward pass, as the family's ``answer_logits`` does."""
         ...
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of one forward pass to those of the step; ``last`` marks the step's last one."""
+        """Add the gradients of one microbatch to those of the step; ``last`` marks the last microbatch of the step."""
 
     def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
-        """Add up gradients and a few numbers over the workers, and clip.
+        """Sum gradients and scalars over the workers, and clip the gradients.
 
         Args:
-            scale: What the losses were multiplied with; gradients are divided by it.
-            max_norm: Largest norm of all gradients; 0 leaves them.
+            scale: Factor of the losses; gradients are divided by it.
+            max_norm: Maximum norm of all gradients together; 0 does not clip.
         Returns:
-            The sums, and the norm before clipping.
+            The sums of the scalars, and the gradient norm before clipping.
         """
         ...
 
     def apply(self, lr: float) -> None:
-        """Take the step with this learning rate and forget the gradients."""
+        """Apply the step with this learning rate and clear the gradients."""
 
     def drop(self) -> None:
-        """Forget the gradients without taking the step."""
+        """Clear the gradients without applying the step."""
 
-    def state(self) -> CheckpointState:
-        """A copy of what a checkpoint keeps; only rank 0 is sure to get it."""
+    def checkpoint_state(self) -> CheckpointState:
+        """Copy the tensors of a checkpoint. The result may be empty on other ranks than 0."""
         ...
 
-    def load_moments(self, moments: OptimizerState) -> None:
-        """Put the optimizer's moments back, those of all that trains or none; the weights are in the model already."""
+    def load_optimizer_state(self, optimizer_state: OptimizerState) -> None:
+        """Restore the optimizer state of all trainable parameters; empty for a new run."""
 
     def whole_model(self) -> AbstractContextManager[None]:
-        """Within it every worker has all weights, and may use the model as often as it likes, but not train."""
+        """Within this context every worker has all weights. It may run the model any number of times, but not train."""
         ...
 
 
@@ -78,15 +78,15 @@ class DataParallel:
     """Plain data parallelism: every worker holds the whole model and optimizer.
 
     Args:
-        model: On every worker with the same weights.
-        family: Makes the forward pass.
+        model: Model with the same weights on every worker.
+        family: Family whose ``answer_logits`` is the forward pass.
     """
 
     def __init__(self, model: Any, family: ModelFamily, worker: Worker, *, lr: float, weight_decay: float) -> None:
         self.model, self.worker, self._family = model, worker, family
         self._named, groups = parameter_groups(model, family)
         self._parameters = [parameter for _, parameter in self._named]
-        # fused gives other bits than foreach and plain, so one of them for good
+        # one implementation for all devices, because fused rounds differently from foreach and plain
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
 
     def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
@@ -113,13 +113,13 @@ class DataParallel:
     def drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> CheckpointState:
-        stored = self.optimizer.state_dict()["state"]
-        moments = {self._named[number][0]: copied(entry) for number, entry in stored.items()}
-        return CheckpointState(copied(adapter_tensors(self.model)), moments)
+    def checkpoint_state(self) -> CheckpointState:
+        by_index = self.optimizer.state_dict()["state"]
+        optimizer_state = {self._named[index][0]: copy_to_cpu(entry) for index, entry in by_index.items()}
+        return CheckpointState(copy_to_cpu(adapter_tensors(self.model)), optimizer_state)
 
-    def load_moments(self, moments: OptimizerState) -> None:
-        state = {number: moments[name] for number, (name, _) in enumerate(self._named) if moments}
+    def load_optimizer_state(self, optimizer_state: OptimizerState) -> None:
+        state = {index: optimizer_state[name] for index, (name, _) in enumerate(self._named) if optimizer_state}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def whole_model(self) -> AbstractContextManager[None]:
@@ -129,28 +129,30 @@ class DataParallel:
 def parameter_groups(
     model: Any, family: ModelFamily
 ) -> tuple[list[tuple[str, torch.nn.Parameter]], list[dict[str, Any]]]:
-    """What trains, in the optimizer's order, and its groups: what decays, then what the family lets decay pass by."""
-    named = trainable_parameters(model)
-    kept = [family.no_decay(name, parameter) for name, parameter in named]
-    decaying = [entry for entry, passed_by in zip(named, kept, strict=True) if not passed_by]
-    others = [entry for entry, passed_by in zip(named, kept, strict=True) if passed_by]
+    """Trainable parameters by name, in the optimizer's order, and the optimizer's parameter groups.
+
+    Parameters with weight decay come first, then those that the family excludes from it.
+    """
+    decaying, excluded = [], []
+    for name, parameter in trainable_parameters(model):
+        (excluded if family.no_decay(name, parameter) else decaying).append((name, parameter))
     groups: list[dict[str, Any]] = [{"params": [parameter for _, parameter in decaying]}] if decaying else []
-    if others:
-        groups.append({"params": [parameter for _, parameter in others], "weight_decay": 0.0})
-    return [*decaying, *others], groups
+    if excluded:
+        groups.append({"params": [parameter for _, parameter in excluded], "weight_decay": 0.0})
+    return [*decaying, *excluded], groups
 
 
-def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy that the next step does not change, on the CPU."""
+def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors to the CPU, also those that are there, because the next step changes them in place."""
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence[float], worker: Worker) -> list[float]:
-    """Add up the gradients of all workers in place, and a few numbers with them in the same message.
+    """Sum the gradients over the workers in place, and scalars in the same message.
 
     Args:
-        parameters: What trains; a parameter without gradient counts as zero and gets a zero gradient.
-        scalars: Numbers to add up over the workers.
+        parameters: The trainable parameters. One without a gradient gets a gradient of zeros.
+        scalars: Numbers to sum over the workers.
     Returns:
         The sums of the scalars.
     """
@@ -163,15 +165,15 @@ def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), numbers])
     dist.all_reduce(flat)
-    place = 0
+    offset = 0
     for grad in grads:
-        grad.copy_(flat[place : place + grad.numel()].view_as(grad))
-        place += grad.numel()
-    return flat[place:].tolist()
+        grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
+        offset += grad.numel()
+    return flat[offset:].tolist()
 
 
 def gather(value: object, worker: Worker) -> list[object]:
-    """Every worker's value, in the order of ranks, on every worker."""
+    """Gather the values of all workers on every worker, in the order of ranks."""
     if worker.world_size == 1:
         return [value]
     values: list[object] = [None] * worker.world_size

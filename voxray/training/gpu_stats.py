@@ -1,7 +1,8 @@
-"""What the machine says of itself while a run trains: memory, and the GPU's load and power where there is one."""
+"""Memory of a training process, and utilization, memory and power of its GPU."""
 
 import resource
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ SECONDS_BETWEEN_READINGS = 1.0
 
 
 class GpuStats:
-    """Readings for one training process and its device.
+    """Reads the statistics of one training process and its device.
 
-    The GPU's own figures come from NVML and are asked for once a second at most; in between, the last ones are given
-    again. Whatever NVML does not offer (no GPU, a part of one, an old driver) is absent, and never an error.
+    The GPU's values come from NVML, which is queried once a second at most. In between, the last values are returned
+    again. Values that NVML does not provide (no GPU, a MIG slice, an old driver) are left out and cause no error.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,16 +26,17 @@ class GpuStats:
         self._last_time = -float("inf")
 
     def read(self) -> dict[str, float]:
-        """The figures to record with a step.
+        """The values to record with a step.
 
         Returns:
-            peak_memory_gib: Most memory held so far, GiB: by torch on this process' GPU, or, on a CPU, resident in it.
-            gpu_util_percent: Share of the last moment in which the GPU was busy.
-            gpu_memory_gib: Memory in use on the GPU, by all processes, GiB.
-            gpu_power_w: Power drawn, watts.
+            peak_memory_gib: Peak memory so far, in GiB: allocated by torch on the GPU, or the resident memory of the
+                process on a CPU.
+            gpu_util_percent: Share of NVML's last sampling period in which the GPU was busy.
+            gpu_memory_gib: Memory in use on the GPU, by all processes, in GiB.
+            gpu_power_w: Power draw, in watts.
         """
         if self._handle is not None and time.monotonic() - self._last_time >= SECONDS_BETWEEN_READINGS:
-            self._last, self._last_time = self._gpu_figures(), time.monotonic()
+            self._last, self._last_time = self._query_gpu(), time.monotonic()
         return {"peak_memory_gib": self._peak_memory_gib(), **self._last}
 
     def _peak_memory_gib(self) -> float:
@@ -42,24 +44,22 @@ class GpuStats:
             return torch.cuda.max_memory_allocated(self._device) / GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
 
-    def _gpu_figures(self) -> dict[str, float]:
+    def _query_gpu(self) -> dict[str, float]:
         nvml, handle = self._nvml, self._handle
-        asked = {
+        queries = {
             "gpu_util_percent": lambda: float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu),
             "gpu_memory_gib": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB,
-            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,  # NVML gives milliwatts
+            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,  # NVML reports milliwatts
         }
-        found = {}
-        for name, ask in asked.items():
-            try:
-                found[name] = ask()
-            except nvml.NVMLError:
-                continue
-        return found
+        values = {}
+        for name, query in queries.items():
+            with suppress(nvml.NVMLError):
+                values[name] = query()
+        return values
 
 
 def _open_nvml(device: torch.device) -> tuple[Any, Any]:
-    """NVML and its handle of a GPU, or (None, None)."""
+    """NVML and its handle of the GPU, or (None, None)."""
     if device.type != "cuda":
         return None, None
     try:
@@ -68,7 +68,7 @@ def _open_nvml(device: torch.device) -> tuple[Any, Any]:
         return None, None
     try:
         pynvml.nvmlInit()
-        # by its identity: NVML numbers all GPUs of the machine, torch those that CUDA_VISIBLE_DEVICES leaves
+        # by UUID: NVML numbers all GPUs of the machine, torch only those in CUDA_VISIBLE_DEVICES
         uuid = torch.cuda.get_device_properties(device).uuid
         return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except pynvml.NVMLError:

@@ -1,6 +1,6 @@
-"""The training loop: forward, backward, add up, clip, step, validate, save.
+"""The training loop: forward, backward, reduce, clip, step, validate, save.
 
-Shape letters: B rows, L tokens, N answer positions of a batch, V vocabulary.
+Shape letters: B rows, L tokens, N answer positions of a batch, T tasks, V vocabulary.
 """
 
 import time
@@ -16,13 +16,11 @@ import torch
 from voxray.batches.loader import Loader
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
-from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
-from voxray.features.reader import Features
 from voxray.models.interface import Batch, ModelFamily
-from voxray.models.parts.losses import Logits, token_losses
+from voxray.models.parts.losses import LogitsFn, token_losses
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
 from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress
@@ -31,206 +29,211 @@ from voxray.training.loss_scaling import LossScaler
 from voxray.training.records import Monitor
 from voxray.training.throughput import Throughput, answer_tokens, step_rows
 
-ROWS_NAMED = 8
-LOOK_SEC = 5.0
-"""How often the workers look whether their machines are about to go; a look is a barrier of a few milliseconds."""
+MAX_ROWS_NAMED = 8
+LEAVING_CHECK_SEC = 5.0
+"""Seconds between checks whether a machine is about to leave. A check is a barrier and takes a few milliseconds."""
 
 
 @dataclass
 class TrainState:
-    """A model in training with what belongs to it."""
+    """A model in training and the state that goes into every checkpoint.
+
+    Attributes:
+        start: Progress at the start. Its ``microbatches_per_step`` and ``data`` go into every checkpoint.
+        best: Best validation so far, and early stopping.
+        parameters: Numbers of parameters by role: {role: {"total", "trainable"}}.
+    """
 
     model: Any
     family: ModelFamily
     engine: Engine
     worker: Worker
-    guard: LossScaler = field(default_factory=LossScaler)
+    start: Progress
+    loss_scaler: LossScaler = field(default_factory=LossScaler)
+    best: BestCheckpoint = field(default_factory=lambda: BestCheckpoint(""))
+    parameters: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass
 class StopSignals:
-    """What ends or saves a run between its steps.
+    """Reasons to stop or to save a run between two steps.
 
     Attributes:
-        run_dir: Where ``STOP_FILE`` or ``GROW_FILE`` may appear.
-        is_leaving: Whether the machine of any worker is about to go; every worker asks at the same step.
+        run_dir: Folder in which ``STOP_FILE`` or ``GROW_FILE`` may appear.
+        is_leaving: Whether the machine of any worker is about to leave. Every worker calls it at the same step.
     """
 
     run_dir: Path
     is_leaving: Callable[[], bool]
-    looked: float = field(default_factory=time.monotonic)
+    last_check: float = field(default_factory=time.monotonic)
 
     def local(self) -> list[float]:
-        """What this worker wants, to be added up over the workers: to stop, and to look."""
+        """This worker's votes, to sum over the workers: [whether to stop, whether to check for leaving machines]."""
         stop = any((self.run_dir / name).exists() for name in (STOP_FILE, GROW_FILE))
-        return [float(stop), float(time.monotonic() - self.looked > LOOK_SEC)]
+        return [float(stop), float(time.monotonic() - self.last_check > LEAVING_CHECK_SEC)]
 
-    def agreed(self, stop: float, look: float) -> tuple[bool, bool]:
-        """From the sums: whether the run stops, and whether a machine is about to go."""
+    def agreed(self, stop: float, check: float) -> tuple[bool, bool]:
+        """(whether the run stops, whether a machine is about to leave), from the sums of all workers' votes."""
         leaving = False
-        if look:
+        if check:
             leaving = self.is_leaving()
-            self.looked = time.monotonic()
+            self.last_check = time.monotonic()
         return stop > 0, leaving
 
 
-def fit(
-    trainee: TrainState,
-    loader: Loader,
-    settings: TrainSettings,
-    start: Progress,
-    num_steps: int,
-    monitor: Monitor,
-    validate: Callable[[int], dict[str, float]],
-    selection: BestCheckpoint,
-    writer: CheckpointWriter | None,
-    watch: StopSignals,
-) -> int:
-    """Train from ``start.step`` to ``num_steps``.
+@dataclass
+class Hooks:
+    """What ``fit`` calls between the steps.
 
-    Args:
-        start: Where the run stands; its ``microbatches_per_step`` and ``data`` go into every checkpoint.
-        validate: Called with the step on every worker, at the steps the settings ask for and at the end; gives the
-            same metrics to all.
-        selection: Keeps the best validation, and says when early stopping ends the run.
-        writer: On rank 0; its last checkpoint is on disk when this returns.
-        watch: What may end or save the run early.
-    Returns:
-        Steps done; fewer than ``num_steps`` if the run was asked to stop or early stopping ended it.
+    Attributes:
+        monitor: Writes records and log lines.
+        validate: Step -> metrics, the same on every worker. Every worker calls it at the same steps.
+        writer: Writes checkpoints; None on other ranks than 0.
+        signals: Reasons to stop or to save early.
     """
-    plan, step = loader.plan, start.step
-    is_due = partial(_validates_at, plan, settings.eval_steps, num_steps)
-    save = partial(_save, trainee, writer, start, selection)
-    if is_due(step) and selection.last_step < step:  # asked to stop before this validation
-        selection.update(step, validate(step))
-        save(step)
-    speed = Throughput(loader, trainee.worker.device)
-    for number, packs in speed.timed(loader.steps(step, 0 if selection.should_stop else num_steps)):
-        lr = learning_rate(settings, number, num_steps)
-        record, asked = train_step(trainee, settings, plan, loader.features, number, packs, lr, watch.local())
-        if writer:
-            writer.wait()
-        step = number + 1
-        stop, leaving = watch.agreed(*asked)
-        monitor.end_step(plan, loader.features, step, {**record, **speed.record(number), "lr": lr})
-        if trainee.guard.bad_steps >= settings.max_bad_steps:
-            raise RunError(_bad_steps(trainee, plan, loader.features, number))
+
+    monitor: Monitor
+    validate: Callable[[int], dict[str, float]]
+    writer: CheckpointWriter | None
+    signals: StopSignals
+
+
+def fit(state: TrainState, loader: Loader, settings: TrainSettings, num_steps: int, hooks: Hooks) -> int:
+    """Train from ``state.start.step`` to ``num_steps``.
+
+    The last checkpoint is on disk when this returns.
+
+    Returns:
+        Number of steps done. It is less than ``num_steps`` after a stop request or early stopping.
+    """
+    plan, step, best, monitor = loader.plan, state.start.step, state.best, hooks.monitor
+    is_due = partial(_is_validation_due, plan, settings.eval_steps, num_steps)
+    if is_due(step) and best.last_step < step:  # the run was stopped before this validation
+        best.update(step, hooks.validate(step))
+        _save(state, hooks.writer, step)
+    throughput = Throughput(loader, state.worker.device)
+    for index, microbatches in throughput.timed(loader.steps(step, 0 if best.should_stop else num_steps)):
+        lr = learning_rate(settings, index, num_steps)
+        record, votes = train_step(state, loader, settings, index, microbatches, lr, hooks.signals.local())
+        if hooks.writer:
+            hooks.writer.wait()
+        step = index + 1
+        stop, leaving = hooks.signals.agreed(*votes)
+        monitor.end_step(plan, loader.features, step, {**record, **throughput.record(index), "lr": lr})
+        if state.loss_scaler.bad_steps >= settings.max_bad_steps:
+            raise RunError(_bad_steps_message(state, loader, index))
         if step % settings.log_steps == 0 or step == num_steps:
             monitor.say(f"step {step}/{num_steps}  loss {record['loss']:.4f}  lr {lr:.2e}")
-        better = is_due(step) and not stop and selection.update(step, validate(step))
-        ends = stop or selection.should_stop or step == num_steps
-        if better or ends or leaving or step % settings.save_steps == 0:
-            save(step)
+        improved = is_due(step) and not stop and best.update(step, hooks.validate(step))
+        ends = stop or best.should_stop or step == num_steps
+        if improved or ends or leaving or step % settings.save_steps == 0:
+            _save(state, hooks.writer, step)
         if leaving:
-            monitor.say(f"a machine is about to go: saved at step {step}")
+            monitor.say(f"a machine is about to leave: saved at step {step}")
         if ends:
             break
-    if writer:
-        writer.wait()
+    if hooks.writer:
+        hooks.writer.wait()
     return step
 
 
-def _save(
-    trainee: TrainState, writer: CheckpointWriter | None, start: Progress, selection: BestCheckpoint, step: int
-) -> None:
-    """Write a checkpoint. Every worker calls it, because the engine may have to gather what it holds."""
-    state = trainee.engine.state()
+def _save(state: TrainState, writer: CheckpointWriter | None, step: int) -> None:
+    """Write a checkpoint. Every worker calls it, because the engine may have to gather sharded tensors."""
+    checkpoint_state = state.engine.checkpoint_state()
     if writer:
-        done = replace(start, step=step, guard=trainee.guard.state(), selection=selection.state())
-        writer.write(trainee.model, state, done, selection.best_step)
+        progress = replace(state.start, step=step, loss_scaler=state.loss_scaler.state(), best=state.best.state())
+        writer.write(state.model, checkpoint_state, progress, state.best.best_step)
 
 
-def _validates_at(plan: Plan, eval_steps: int, num_steps: int, step: int) -> bool:
-    """Whether a validation is due after so many steps: every ``eval_steps``, or every epoch with 0, and at the end."""
+def _is_validation_due(plan: Plan, eval_steps: int, num_steps: int, step: int) -> bool:
+    """Whether to validate after this many steps: every ``eval_steps`` (0: every epoch), and at the end."""
     epochs = plan.epochs_done(step)
     due = step % eval_steps == 0 if eval_steps else epochs == int(epochs)
     return step > 0 and (due or step == num_steps)
 
 
 def train_step(
-    trainee: TrainState,
+    state: TrainState,
+    loader: Loader,
     settings: TrainSettings,
-    plan: Plan,
-    features: Features,
     step: int,
-    packs: list[tuple[Microbatch, Batch]],
+    microbatches: list[tuple[Microbatch, Batch]],
     lr: float,
-    flags: Sequence[float] = (),
+    votes: Sequence[float] = (),
 ) -> tuple[dict[str, float], list[float]]:
-    """One optimizer step on this worker's packs.
+    """One optimizer step on this worker's microbatches.
 
-    The loss is the mean over the answer tokens of the whole step, on all workers, so it does not depend on how the rows
-    are divided. How many tokens those are is known from the plan.
+    The loss is the mean over all answer tokens of the step on all workers, so it does not depend on how the rows are
+    divided. The plan gives the number of these tokens in advance.
 
     Args:
-        flags: Numbers to add up over the workers in the same message as the losses.
+        votes: Numbers to sum over the workers, in the same message as the losses.
     Returns:
-        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the flags.
+        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the votes.
     """
-    tokens = answer_tokens(plan, features, step)
-    losses = torch.zeros(len(TASKS), device=trainee.worker.device)
-    loss_of_pack: list[tuple[Microbatch, torch.Tensor]] = []
-    for number, (pack, batch) in enumerate(packs, 1):
-        seed_pack(settings.seed, step, pack.number)
-        batch = {name: tensor.to(trainee.worker.device, non_blocking=True) for name, tensor in batch.items()}
-        loss_T = task_losses(trainee.engine.logits, batch, settings.label_smoothing)
-        weight = float(not pack.is_filler) / tokens.sum() * trainee.guard.scale
-        trainee.engine.backward(loss_T.sum() * weight, last=number == len(packs))
-        losses += loss_T.detach() * float(not pack.is_filler)
-        loss_of_pack.append((pack, loss_T.detach().sum()))
-    numbers, norm = trainee.engine.reduce(
-        [*losses.tolist(), *flags], scale=trainee.guard.scale, max_norm=settings.max_grad_norm
-    )
-    sums, asked = numbers[: len(TASKS)], numbers[len(TASKS) :]
-    record = {"loss": sum(sums) / float(tokens.sum()), "grad_norm": norm}
-    if trainee.guard.check_step(record["loss"], norm, fp16=settings.fp16):
-        trainee.engine.apply(lr)
+    worker, scaler = state.worker, state.loss_scaler
+    tokens_T = answer_tokens(loader.plan, loader.features, step)
+    losses_T = torch.zeros(len(TASKS), device=worker.device)
+    losses: list[tuple[Microbatch, torch.Tensor]] = []
+    for number, (microbatch, batch) in enumerate(microbatches, 1):
+        seed_microbatch(settings.seed, step, microbatch.number)
+        batch = {name: tensor.to(worker.device, non_blocking=True) for name, tensor in batch.items()}
+        loss_T = task_losses(state.engine.logits, batch, settings.label_smoothing)
+        is_counted = float(not microbatch.is_filler)
+        weight = is_counted / tokens_T.sum() * scaler.scale
+        state.engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
+        losses_T += loss_T.detach() * is_counted
+        losses.append((microbatch, loss_T.detach().sum()))
+    sums, norm = state.engine.reduce([*losses_T.tolist(), *votes], scale=scaler.scale, max_norm=settings.max_grad_norm)
+    loss_sums, vote_sums = sums[: len(TASKS)], sums[len(TASKS) :]
+    record = {"loss": sum(loss_sums) / float(tokens_T.sum()), "grad_norm": norm}
+    if scaler.check_step(record["loss"], norm, fp16=settings.fp16):
+        state.engine.apply(lr)
     else:
-        trainee.engine.drop()
-        trainee.guard.nonfinite_rows = [
-            row for pack, loss in loss_of_pack if not loss.isfinite() for row in pack.rows.tolist()
-        ]
-    record["skipped"] = trainee.guard.skipped
+        state.engine.drop()
+        scaler.nonfinite_rows = [row for each, loss in losses if not loss.isfinite() for row in each.rows.tolist()]
+    record["skipped"] = scaler.skipped
     if settings.fp16:
-        record["loss_scale"] = trainee.guard.scale
-    for name, total, count in zip(TASKS, sums, tokens, strict=True):
+        record["loss_scale"] = scaler.scale
+    for name, total, count in zip(TASKS, loss_sums, tokens_T, strict=True):
         if count:
             record[f"loss/{name}"] = total / float(count)
-    return record, asked
+    return record, vote_sums
 
 
 def answer_loss(model: Any, family: ModelFamily, batch: Batch, label_smoothing: float) -> torch.Tensor:
-    """``task_losses`` of a model outside training."""
+    """``task_losses`` of a model outside the training loop."""
     return task_losses(partial(family.answer_logits, model), batch, label_smoothing)
 
 
-def task_losses(logits: Logits, batch: Batch, label_smoothing: float) -> torch.Tensor:
+def task_losses(logits: LogitsFn, batch: Batch, label_smoothing: float) -> torch.Tensor:
     """Cross entropy summed per task, over answer tokens only.
 
     Args:
-        logits: The forward pass.
+        logits: The forward pass: batch, keep_BL -> logits_NV.
     Returns:
         float32, shape (number of tasks,).
     """
     loss_N, keep_BL = token_losses(logits, batch, label_smoothing)
     task = batch["task"]
-    task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # packed rows have a task per token
+    task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # a pack has a task per token
     return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_BL[keep_BL], loss_N)
 
 
-def seed_pack(seed: int, step: int, pack: int) -> None:
-    """Set the random state of one forward pass (dropout); it depends on nothing that came before."""
-    state = np.random.SeedSequence([seed, step, pack]).generate_state(1, np.uint64)[0]
+def seed_microbatch(seed: int, step: int, number: int) -> None:
+    """Set the random state of one forward pass (dropout). It does not depend on earlier passes."""
+    state = np.random.SeedSequence([seed, step, number]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state) % 2**63)
 
 
-def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
+def learning_rate(settings: Any, step: int, num_steps: int) -> float:
     """Learning rate of step ``step`` (from 0): linear warm-up, then the chosen shape down to 0 at the end.
 
-    ``cosine_from_start`` is SALMONN's: warm-up from ``warmup_start_lr``, then a cosine down to ``min_lr`` over all
-    steps, of which the warm-up has gone by already, so the rate falls a little where the cosine takes over.
+    ``cosine_from_start`` is the schedule of SALMONN's own trainer, for jobs with ``min_lr`` and ``warmup_start_lr``:
+    warm-up from ``warmup_start_lr``, then a cosine to ``min_lr`` that counts from step 0, so the rate drops slightly
+    where the cosine begins.
     """
-    if isinstance(settings, SalmonnSettings) and settings.lr_schedule == "cosine_from_start":
+    if settings.lr_schedule == "cosine_from_start":
         if step < settings.warmup_steps:
             return settings.warmup_start_lr + (settings.lr - settings.warmup_start_lr) * step / settings.warmup_steps
         share = step / max(1, num_steps)
@@ -243,12 +246,12 @@ def learning_rate(settings: TrainSettings, step: int, num_steps: int) -> float:
     return settings.lr * (1 - share) if settings.lr_schedule == "linear" else settings.lr
 
 
-def _bad_steps(trainee: TrainState, plan: Plan, features: Features, step: int) -> str:
-    """Why a run cannot go on, with the rows whose loss is no number, or else all of the step. Every worker calls it."""
-    found: list[Any] = gather(trainee.guard.nonfinite_rows, trainee.worker)
-    rows = sorted({row for part in found for row in part}) or sorted(set(step_rows(plan, step).tolist()))
-    names = ", ".join(features.ids(rows[:ROWS_NAMED])) + (
-        f" and {more} more" if (more := len(rows) - ROWS_NAMED) > 0 else ""
-    )
-    times = f"{trainee.guard.bad_steps} time(s) in a row (--max_bad_steps)"
-    return f"step {step + 1}: the loss or its gradients were no finite numbers, {times}; rows of this step: {names}"
+def _bad_steps_message(state: TrainState, loader: Loader, step: int) -> str:
+    """Error message with the rows whose loss is not finite, or else all rows of the step. Every worker calls it."""
+    gathered: list[Any] = gather(state.loss_scaler.nonfinite_rows, state.worker)
+    rows = sorted({row for part in gathered for row in part}) or sorted(set(step_rows(loader.plan, step).tolist()))
+    names = ", ".join(loader.features.ids(rows[:MAX_ROWS_NAMED]))
+    if (num_more := len(rows) - MAX_ROWS_NAMED) > 0:
+        names += f" and {num_more} more"
+    times = f"{state.loss_scaler.bad_steps} time(s) in a row (--max_bad_steps)"
+    return f"step {step + 1}: the loss or its gradients were not finite, {times}; rows of this step: {names}"

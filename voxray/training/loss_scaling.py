@@ -1,11 +1,11 @@
-"""What a run does about losses and gradients that are not finite numbers, and the loss scale of float16.
+"""Skips steps whose loss or gradients are not finite, and scales the loss of float16 runs.
 
-Such a step is skipped: weights and moments stay as they are, and the step is counted. The decision follows from the
-summed gradients and losses, which are the same on every worker.
+A skipped step changes neither weights nor optimizer state, and is counted. The decision follows from the summed losses
+and gradients, so every worker makes the same one.
 
-float16 holds nothing under 6e-8, where many gradients are, so its loss is multiplied before the backward pass and the
-summed gradients are divided again. The factor is a power of two, so dividing costs no precision; it is halved when
-gradients overflow and doubled after ``GROWTH_STEPS`` good steps, as in torch.amp.GradScaler.
+float16 has no values below 6e-8, where many gradients are. So the loss is multiplied by a scale before the backward
+pass, and the summed gradients are divided by it. The scale is a power of two, so dividing costs no precision. It is
+halved when gradients overflow and doubled after ``GROWTH_STEPS`` good steps, as in torch.amp.GradScaler.
 """
 
 import math
@@ -15,18 +15,19 @@ from typing import Any
 FIRST_SCALE = 2.0**16
 GROWTH_STEPS = 2000
 SAVED = ("scale", "good_steps", "skipped", "bad_steps")
+"""Attributes that go into every checkpoint."""
 
 
 @dataclass
 class LossScaler:
-    """State that goes into every checkpoint.
+    """Loss scale and counts of skipped steps.
 
     Attributes:
-        scale: What the loss is multiplied with before the backward pass; 1 unless float16 computes.
+        scale: Factor of the loss in the backward pass; 1 unless the run computes in float16.
         good_steps: Good steps since the scale last changed.
         skipped: Steps skipped so far.
-        bad_steps: Steps skipped in a row up to now, overflows that a smaller scale may mend not counted.
-        nonfinite_rows: Rows of this worker whose loss was not finite in the last skipped step; not part of the state.
+        bad_steps: Consecutive skipped steps, without overflows that a smaller scale may prevent.
+        nonfinite_rows: Rows of this worker whose loss was not finite in the last skipped step. Not saved.
     """
 
     scale: float = 1.0
@@ -40,10 +41,10 @@ class LossScaler:
         return cls(scale=FIRST_SCALE if fp16 else 1.0)
 
     def check_step(self, loss: float, norm: float, *, fp16: bool) -> bool:
-        """Whether the optimizer may step; takes note of it either way.
+        """Record a step and return whether the optimizer may apply it.
 
         Args:
-            loss: The step's loss, without the scale.
+            loss: Loss of the step, without the scale.
             norm: Norm of all gradients.
         """
         if math.isfinite(loss) and math.isfinite(norm):
@@ -63,6 +64,6 @@ class LossScaler:
         return {name: getattr(self, name) for name in SAVED}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint; what an older one does not have keeps its first value."""
+        """Restore the state from a checkpoint. Values that an older checkpoint lacks keep their defaults."""
         for name in SAVED:
             setattr(self, name, state.get(name, getattr(self, name)))

@@ -1,7 +1,7 @@
-"""A look at what the model says while it trains: a few validation rows as prompt, reference and generated answer.
+"""Previews of a run: prompt, reference and generated answer of a few validation rows.
 
-How they are generated stands in ``previews.yaml`` of the run folder, which is read again before each validation, so it
-may be edited while the run goes on. Nothing of it reaches the model: sampling leaves the random state as it was.
+``previews.yaml`` in the run folder holds the generation settings. It is read before each validation, so users may edit
+it while the run trains. Previews do not affect training, because sampling restores the random state.
 """
 
 from collections.abc import Callable
@@ -16,26 +16,31 @@ from pydantic import Field, ValidationError
 from voxray.batches.rank import Worker
 from voxray.config.parse import Settings, read_yaml
 from voxray.core.storage import write_atomically
-from voxray.features.reader import Features
 from voxray.generation.generate import generate_texts
-from voxray.models.interface import FrontEnd
 from voxray.training.engine import gather
 from voxray.training.loop import TrainState
-from voxray.training.validate import Validation, first_rows_per_task, gather_lists, in_eval_mode, shared_batches
+from voxray.training.validate import (
+    Validation,
+    ValidationRows,
+    first_rows_per_task,
+    gather_lists,
+    in_eval_mode,
+    shared_batches,
+)
 
 PREVIEWS_YAML = "previews.yaml"
 MAX_TOKENS = 8192
 _TEMPLATE = """\
-# How this run's previews are generated; read again before each validation, so edit it while the run goes on.
-temperature: {temperature}  # 0 takes the most likely token each time; above it tokens are drawn, up to 5
-top_p: {top_p}  # with a temperature: draw among the likeliest tokens that have this probability together, up to 1
-max_new_tokens: {max_new_tokens}  # longest answer, in tokens
-rows: {rows}  # validation rows shown of every task, the first ones; 0 shows none
+# Generation settings of this run's previews. Read before each validation, so you may edit it while the run trains.
+temperature: {temperature}  # 0 takes the most likely token each time; higher values, up to 5, sample
+top_p: {top_p}  # sample among the most likely tokens with this total probability, up to 1
+max_new_tokens: {max_new_tokens}  # maximum length of an answer, in tokens
+rows: {rows}  # first validation rows of every task to show; 0 shows none
 """
 
 
 class PreviewSettings(Settings):
-    """What ``previews.yaml`` holds."""
+    """Content of ``previews.yaml``."""
 
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -49,8 +54,8 @@ class Previews:
 
     Attributes:
         path: The run's previews.yaml.
-        say: Takes lines for people.
-        settings: What was last read without a fault.
+        say: Writes a log line.
+        settings: The last valid content of the file.
     """
 
     path: Path
@@ -59,32 +64,32 @@ class Previews:
     _last_fault: str = ""
 
     @classmethod
-    def of_run(cls, run_dir: Path, say: Callable[[str], None], first: PreviewSettings) -> "Previews":
-        """Write ``first`` to the run folder if there is no previews.yaml yet. Only rank 0 calls this."""
+    def of_run(cls, run_dir: Path, say: Callable[[str], None], defaults: PreviewSettings) -> "Previews":
+        """Write ``defaults`` to the run folder if it has no previews.yaml yet. Only rank 0 calls this."""
         path = run_dir / PREVIEWS_YAML
         if not path.exists():
-            write_atomically(path, _TEMPLATE.format(**first.model_dump()).encode())
-        found = cls(path, say, first)
-        found.read()
-        return found
+            write_atomically(path, _TEMPLATE.format(**defaults.model_dump()).encode())
+        previews = cls(path, say, defaults)
+        previews.read()
+        return previews
 
     def read(self) -> PreviewSettings:
-        """Read the file again; a fault is told once, in one line, and leaves the last good values."""
+        """Read the file again. An invalid file is reported once, and the last valid settings are used."""
         try:
             self.settings, fault = read_settings(self.path), ""
         except ValueError as error:
             fault = str(error)
         if fault and fault != self._last_fault:
-            self.say(f"warning: {self.path}: {fault}; previews go on with {shown(self.settings)}")
+            self.say(f"warning: {self.path}: {fault}; previews keep {format_settings(self.settings)}")
         self._last_fault = fault
         return self.settings
 
 
 def read_settings(path: Path) -> PreviewSettings:
-    """Read a previews.yaml; a key that is not there has its first value.
+    """Read a previews.yaml. Missing keys have default values.
 
     Raises:
-        ValueError: It cannot be read or holds something else; one line, with the key where there is one.
+        ValueError: The file cannot be read or is invalid. The message is one line and names the key.
     """
     try:
         loaded = read_yaml(path)
@@ -100,73 +105,69 @@ def read_settings(path: Path) -> PreviewSettings:
         raise ValueError("; ".join(faults)) from None
 
 
-def shown(settings: PreviewSettings) -> str:
+def format_settings(settings: PreviewSettings) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.model_dump().items())
 
 
-def agreed(previews: Previews | None, worker: Worker) -> PreviewSettings:
-    """What rank 0 reads in the file, on every worker.
+def read_on_all_workers(previews: Previews | None, worker: Worker) -> PreviewSettings:
+    """Read the file on rank 0 and send the settings to every worker.
 
     Args:
-        previews: On rank 0; None on the others.
+        previews: The run's previews on rank 0; None on other ranks.
     """
-    found: Any = gather(previews.read() if previews else None, worker)
-    return found[0]
+    gathered: Any = gather(previews.read() if previews else None, worker)
+    return gathered[0]
 
 
 def preview(
-    how: PreviewSettings,
-    trainee: TrainState,
-    front_end: FrontEnd,
-    features: Features,
-    rows: np.ndarray,
+    settings: PreviewSettings,
+    state: TrainState,
+    held_out: ValidationRows,
     validation: Validation,
     *,
-    step: int,
-    seed: int,
+    seeds: tuple[int, int],
     batch_size: int,
     max_new_tokens: int,
 ) -> list[dict[str, Any]]:
     """Show the first validation rows of every task. Every worker calls it.
 
     Args:
-        rows: The validation rows.
-        validation: What validating them gave, with answers of ``max_new_tokens`` at most; they are shown again where
-            ``how`` asks for the same.
-        seed: Of the run; with the step and the batch it decides what is drawn.
+        validation: Result whose answers, of at most ``max_new_tokens`` tokens, are shown if ``settings`` are the same.
+            Otherwise answers are generated again.
+        seeds: Seed of the run, and step. Together with the batch they determine the samples.
     Returns:
-        One entry per row on rank 0, none on others: task, id, prompt, reference, prediction, and how it was generated.
+        On rank 0, one entry per row: task, id, prompt, reference, prediction and generation settings. Empty on others.
     """
-    wanted = first_rows_per_task(features, rows, how.rows) if how.rows else rows[:0]
+    features = held_out.features
+    rows = first_rows_per_task(features, held_out.rows, settings.rows) if settings.rows else held_out.rows[:0]
     texts = validation.texts
-    if how.temperature > 0 or how.max_new_tokens != max_new_tokens:
-        mine = _generate(how, trainee, front_end, features, wanted, [seed, step], batch_size)
-        texts = {row: text for part in gather_lists(mine, trainee.worker) for row, text in part}
+    if settings.temperature > 0 or settings.max_new_tokens != max_new_tokens:
+        local = _generate(settings, state, held_out, rows, seeds, batch_size)
+        texts = {row: text for part in gather_lists(local, state.worker) for row, text in part}
     entries = []
-    for row in map(int, wanted if trainee.worker.is_first else ()):
-        stored = features.row(row)
-        shown = {"task": stored.task, "id": stored.id, "prompt": stored.prompt, "reference": stored.answer}
-        entries.append({**shown, "prediction": texts[row], **how.model_dump(exclude={"rows"})})
+    for number in map(int, rows if state.worker.is_first else ()):
+        row = features.row(number)
+        entry = {"task": row.task, "id": row.id, "prompt": row.prompt, "reference": row.answer}
+        entries.append({**entry, "prediction": texts[number], **settings.model_dump(exclude={"rows"})})
     return entries
 
 
 def _generate(
-    how: PreviewSettings,
-    trainee: TrainState,
-    front_end: FrontEnd,
-    features: Features,
+    settings: PreviewSettings,
+    state: TrainState,
+    held_out: ValidationRows,
     rows: np.ndarray,
-    seeds: list[int],
+    seeds: tuple[int, int],
     batch_size: int,
 ) -> list[tuple[int, str]]:
-    """(row number, answer) of this worker's share."""
-    worker, found = trainee.worker, []
-    options = how.model_dump(include={"temperature", "top_p", "max_new_tokens"})
+    """(row number, answer) of this worker's share of the rows."""
+    worker, answers = state.worker, []
+    options = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     devices = [worker.device] if worker.device.type == "cuda" else []
-    with in_eval_mode(trainee.model), torch.random.fork_rng(devices):
-        for batch in shared_batches(features, rows, batch_size, worker):
+    with in_eval_mode(state.model), torch.random.fork_rng(devices):
+        for batch in shared_batches(held_out.features, rows, batch_size, worker):
             seed = int(np.random.SeedSequence([*seeds, batch[0]]).generate_state(1)[0])
-            stored = [features.row(number) for number in batch]
-            texts = generate_texts(trainee.model, trainee.family, front_end, stored, seed=seed, **options)
-            found += zip(batch, texts, strict=True)
-    return found
+            batch_rows = [held_out.features.row(number) for number in batch]
+            texts = generate_texts(state.model, state.family, held_out.front_end, batch_rows, seed=seed, **options)
+            answers += zip(batch, texts, strict=True)
+    return answers

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, previews.jsonl, TensorBoard, and train.log with lines for people."""
+"""Records of a training run: metrics.jsonl, previews.jsonl, TensorBoard, and the log lines of train.log."""
 
 import json
 import math
@@ -16,18 +16,18 @@ from voxray.training.throughput import epoch_record
 METRICS, PREVIEWS, LOG = "metrics.jsonl", "previews.jsonl", "train.log"
 
 Publish = Callable[[str, str, float], None]
-"""Takes a figure's name, its task ("" for none) and its value, for somebody who watches from outside."""
+"""Receives a value to show outside the run: its name, its task ("" for none) and the value."""
 
 
 class Monitor:
-    """Writes a run's records; on other ranks than the first it does nothing.
+    """Writes the records of a run. On other ranks than 0 it does nothing.
 
     Args:
         run_dir: The run folder.
-        first_step: Steps done before; records of later ones, written by a run that was cut off, are dropped, and a
-            record of kind ``resume`` says how many steps those were.
+        first_step: Steps done so far. Records of later steps, which an interrupted run wrote, are deleted. A record of
+            kind ``resume`` then has the number of these steps.
         active: Whether this is rank 0.
-        publish: Is given every figure that is recorded.
+        publish: Receives every recorded value.
     """
 
     def __init__(self, run_dir: Path, first_step: int, *, active: bool, publish: Publish | None = None) -> None:
@@ -36,17 +36,17 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        before = _whole_lines(run_dir / METRICS)
-        self._metrics = _reopened(run_dir / METRICS, first_step)
-        self._previews = _reopened(run_dir / PREVIEWS, first_step)
+        earlier_lines = _complete_lines(run_dir / METRICS)
+        self._metrics = _reopen(run_dir / METRICS, first_step)
+        self._previews = _reopen(run_dir / PREVIEWS, first_step)
         self._log = open(run_dir / LOG, "a", encoding="utf-8")  # noqa: SIM115  # open for the life of the run
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        if before:
-            last = max(json.loads(line)["step"] for line in before)
+        if earlier_lines:
+            last = max(json.loads(line)["step"] for line in earlier_lines)
             self.record("resume", first_step, {"repeated_steps": last - first_step})
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Write one record: ``{"kind", "step", ...values}``; numbers that are not finite become null."""
+        """Write one record ``{"kind", "step", ...values}``. Values that are not finite become null."""
         if not self._active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -59,14 +59,14 @@ class Monitor:
                     self._publish(*published_name(kind, name), value)
 
     def end_step(self, plan: Plan, features: Features, step: int, values: Mapping[str, float]) -> None:
-        """Record a training step with the epochs done by then and, when it ends one, what that epoch came to."""
+        """Record a training step with the number of epochs done, and a summary of the epoch if the step ends one."""
         epochs = plan.epochs_done(step)
         self.record("train", step, {**values, "epoch": epochs})
         if epochs == int(epochs):
             self._end_epoch(plan, features, step)
 
     def _end_epoch(self, plan: Plan, features: Features, step: int) -> None:
-        """Record what the epoch that ends with ``step`` came to, and say it."""
+        """Record and log a summary of the epoch that ends with ``step``."""
         if not self._active:
             return
         record = epoch_record(read_metrics(self._run_dir, "train"), plan, features, step)
@@ -75,7 +75,7 @@ class Monitor:
         self.say(f"epoch {record['epoch']:g}: {record['sec']:.1f} s for {record['steps']:g} steps{loss}")
 
     def show_previews(self, step: int, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write generated answers, one line each, and show them in TensorBoard as prompt | reference | generated."""
+        """Write generated answers, one line each, and show them in TensorBoard as a table per task."""
         if not self._active or not entries:
             return
         for entry in entries:
@@ -85,27 +85,27 @@ class Monitor:
             lines = ["| prompt | reference | generated |", "| --- | --- | --- |"]
             for entry in entries:
                 if entry["task"] == task:
-                    lines.append("| " + " | ".join(map(_cell, _shown(entry))) + " |")
+                    lines.append("| " + " | ".join(map(_cell, _columns(entry))) + " |")
             self._board.add_text(f"previews/{task}", "\n".join(lines), step)
         self.say(f"step {step}: {len(entries)} previews in {self._run_dir / PREVIEWS} and TensorBoard's text page")
 
     def best_steps(self) -> dict[str, dict[str, float]]:
-        """The step with the best value of every task's headline metric so far, the first of equal ones.
+        """The step with the best value of every task's headline metric so far; the first one of equal values.
 
         Returns:
-            {"<task>/<metric>": {"step", "value"}}; empty on other ranks, and without validation.
+            {"<task>/<metric>": {"step", "value"}}; empty on other ranks than 0, and without validation.
         """
         records = read_metrics(self._run_dir, "validation") if self._active else []
-        found: dict[str, dict[str, float]] = {}
+        best_steps: dict[str, dict[str, float]] = {}
         for key in (f"{task}/{headline(task)}" for task in TASKS):
             scored = [record for record in records if record.get(key) is not None]
             if scored:
                 best = (max if higher_is_better(key) else min)(scored, key=lambda record: record[key])
-                found[key] = {"step": best["step"], "value": best[key]}
-        return found
+                best_steps[key] = {"step": best["step"], "value": best[key]}
+        return best_steps
 
     def say(self, text: str) -> None:
-        """A line for people, shown on the driver's terminal too."""
+        """Write a log line. The driver shows it on the terminal too."""
         if self._active:
             self._log.write(text + "\n")
             self._log.flush()
@@ -117,10 +117,10 @@ class Monitor:
 
 
 def published_name(kind: str, name: str) -> tuple[str, str]:
-    """A figure's name outside the run, and its task.
+    """Name and task under which a value is published.
 
-    ``loss/asr`` of a training step is ("loss", "asr"), ``asr/cer`` of a validation is ("validation_cer", "asr"), and
-    ``sec`` of an epoch is ("epoch_sec", "").
+    ``loss/asr`` of a training step becomes ("loss", "asr"), ``asr/cer`` of a validation ("validation_cer", "asr"), and
+    ``sec`` of an epoch ("epoch_sec", "").
     """
     parts = name.split("/")
     task = next((part for part in parts if part in TASKS), "")
@@ -128,24 +128,24 @@ def published_name(kind: str, name: str) -> tuple[str, str]:
     return "_".join(words if kind == "train" else [kind, *words]), task
 
 
-def _shown(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+def _columns(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     return entry["prompt"] or "(audio)", entry["reference"], entry["prediction"]
 
 
 def _cell(text: str) -> str:
-    """Text as a cell of a Markdown table, whatever is in it."""
+    """Escape any text for a cell of a Markdown table."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").split())
 
 
-def _reopened(path: Path, first_step: int) -> TextIO:
-    """A file of records, ready to go on after those of the steps that count."""
-    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= first_step]
-    write_atomically(path, "".join(line + "\n" for line in kept).encode())  # a kill here costs no earlier record
+def _reopen(path: Path, first_step: int) -> TextIO:
+    """Delete the records of later steps than ``first_step``, and open the file to append to it."""
+    lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())  # a kill here loses no earlier record
     return open(path, "a", encoding="utf-8")  # open for the life of the run
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file that were written to their end."""
+def _complete_lines(path: Path) -> list[str]:
+    """The complete lines of a file. A kill may have cut off the last one."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
@@ -161,6 +161,6 @@ def _is_json(line: str) -> bool:
 
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """All records of one kind, in the order of steps."""
-    records = [json.loads(line) for line in _whole_lines(run_dir / METRICS)]
+    """Read all records of one kind, in the order of steps."""
+    records = [json.loads(line) for line in _complete_lines(run_dir / METRICS)]
     return [record for record in records if record["kind"] == kind]

@@ -1,6 +1,6 @@
-"""Names the two ways in which a machine is too small for a run: memory and disk.
+"""Explains errors of a run that lacks memory or disk space.
 
-Both come up anywhere, in errors of many types; a run ends with one line that says which settings to lower.
+Such errors have many types and can be raised anywhere. They become one line that says which settings to lower.
 """
 
 import errno
@@ -14,12 +14,12 @@ from voxray.core.errors import RunError
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
-"""What PyTorch says: its CPU allocator, its CUDA allocator, and cuBLAS and oneDNN when they find no room to work in."""
+"""Texts in PyTorch's errors: of its CPU allocator, its CUDA allocator, cuBLAS without a workspace, and oneDNN."""
 
 
 @contextmanager
 def explain_resource_errors(settings: TrainSettings) -> Iterator[None]:
-    """Turn lack of memory or of disk into a ``RunError`` that says what to do."""
+    """Turn errors about missing memory or disk space into a ``RunError`` that says what to do."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -28,25 +28,28 @@ def explain_resource_errors(settings: TrainSettings) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in DISK_FULL:
-            where = f"{error.filename}: " if error.filename else f"{settings.output_dir}: "
-            raise RunError(f"{where}{error.strerror}; make room, the same command goes on") from error
+            path = error.filename or settings.output_dir
+            raise RunError(f"{path}: {error.strerror}; free some space, then run the same command again") from error
         raise
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the memory, of a GPU or of the machine, does not suffice."""
+    """Whether the memory of the GPU or of the machine was exhausted."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def memory_advice(settings: TrainSettings) -> str:
-    """Which settings make a run smaller, those that cost least first."""
+    """Settings that reduce memory, with the cheapest first."""
     if settings.batching == "packed":
-        ways = [f"lower --pack_tokens (now {settings.pack_tokens})"]
+        advice = [f"lower --pack_tokens (now {settings.pack_tokens})"]
     else:
-        ways = [f"lower --per_device_bsz (now {settings.per_device_bsz}) and raise --grad_accum"]
-    ways += [] if settings.grad_ckpt else ["add --grad_ckpt"]
-    ways += [] if settings.bf16 or settings.fp16 or settings.tuning == "full" else ["add --bf16"]
-    ways += ["--quantize 4bit"] if settings.quantize == "none" and settings.tuning != "full" else []
+        advice = [f"lower --per_device_bsz (now {settings.per_device_bsz}) and raise --grad_accum"]
+    if not settings.grad_ckpt:
+        advice.append("add --grad_ckpt")
+    if settings.tuning != "full" and not (settings.bf16 or settings.fp16):
+        advice.append("add --bf16")
+    if settings.tuning != "full" and settings.quantize == "none":
+        advice.append("--quantize 4bit")
     if settings.tuning == "full" and settings.zero_stage < 3:
-        ways.append("take several workers with --strategy deepspeed --zero_stage 3")
-    return "; ".join([*ways, f"or lower --max_len (now {settings.max_len})"])
+        advice.append("take several workers with --strategy deepspeed --zero_stage 3")
+    return "; ".join([*advice, f"or lower --max_len (now {settings.max_len})"])

@@ -1,4 +1,4 @@
-"""How fast a run goes: rows, tokens and seconds of audio a second, what is padding, and how long the data took."""
+"""Speed of training steps: rows, tokens and seconds of audio per second, padding, and time spent waiting for data."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,76 +17,81 @@ T = TypeVar("T")
 
 
 class Throughput:
-    """Times the steps of a run on this worker; rows, tokens and audio are counted over all workers.
+    """Times the steps of a run on this worker. Rows, tokens and audio are counted over all workers.
 
     Args:
-        loader: Whose steps are timed.
-        device: Where this worker's model is.
+        loader: Loader whose steps are timed.
+        device: Device of this worker's model.
     """
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._plan, self._features = loader.plan, loader.features
         self._rate_hz = loader.front_end.sample_rate_hz
-        self._hardware = GpuStats(device)
-        self._asked = self._given = time.perf_counter()
+        self._gpu_stats = GpuStats(device)
+        self._requested = self._received = time.perf_counter()
 
     def timed(self, steps: Iterable[T]) -> Iterator[T]:
-        """The same steps; a step's time begins when the next one is asked for."""
-        waiting = iter(steps)
+        """Yield the same steps. The time of a step starts when the loader is asked for it."""
+        iterator = iter(steps)
         while True:
-            self._asked = time.perf_counter()
+            self._requested = time.perf_counter()
             try:
-                step = next(waiting)
+                step = next(iterator)
             except StopIteration:
                 return
-            self._given = time.perf_counter()
+            self._received = time.perf_counter()
             yield step
 
     def record(self, step: int) -> dict[str, float]:
-        """Figures of a step that has just ended; step from 0.
+        """The values to record with a step that has just ended; steps count from 0.
 
         Returns:
-            sec: Seconds from asking the loader for the step to now; validation and saving are not in it.
-            data_wait: Share of them until the loader had given this worker its packs.
-            samples_per_sec, tokens_per_sec: Rows, and their tokens without padding.
-            audio_sec_per_sec: Seconds of audio of these rows: the clips' own length at the model's rate as stored in
-                the features' index (of a variant at another speed its own), without the padding of windows.
+            sec: Seconds since the loader was asked for the step, without validation and saving.
+            data_wait: Share of that time in which this worker waited for the loader.
+            samples_per_sec, tokens_per_sec: Rows, and their tokens without padding, per second.
+            audio_sec_per_sec: Seconds of audio of these rows per second: the clips' length at the model's sampling
+                rate, as stored in the index of the features (variants of another speed have their own length), without
+                the padding of windows.
             efficiency: See ``efficiency``.
-            And what ``GpuStats.read`` gives.
+            The values of ``GpuStats.read``.
         """
-        seconds, rows = time.perf_counter() - self._asked, step_rows(self._plan, step)
+        seconds, rows = time.perf_counter() - self._requested, step_rows(self._plan, step)
         return {
             "sec": seconds,
-            "data_wait": (self._given - self._asked) / seconds,
+            "data_wait": (self._received - self._requested) / seconds,
             "samples_per_sec": len(rows) / seconds,
             "tokens_per_sec": float(self._features.num_tokens[rows].sum()) / seconds,
             "audio_sec_per_sec": float(self._features.num_samples[rows].sum()) / self._rate_hz / seconds,
             "efficiency": efficiency(self._plan, self._features, step),
-            **self._hardware.read(),
+            **self._gpu_stats.read(),
         }
 
 
 def step_rows(plan: Plan, step: int) -> np.ndarray:
-    """Row numbers of a step, over all workers, fillers left out."""
-    return np.concatenate([pack.rows for pack in plan.step_packs(step) if not pack.is_filler])
+    """Row numbers of a step, over all workers, without filler microbatches."""
+    return np.concatenate(_microbatch_rows(plan, step))
+
+
+def _microbatch_rows(plan: Plan, step: int) -> list[np.ndarray]:
+    return [microbatch.rows for microbatch in plan.step_microbatches(step) if not microbatch.is_filler]
 
 
 def answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
-    """Answer tokens of each task in a step, over all workers."""
+    """Number of answer tokens of each task in a step, over all workers. Shape (number of tasks,)."""
     rows = step_rows(plan, step)
     return np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
 
 
 def efficiency(plan: Plan, features: Features, step: int) -> float:
-    """Share of a step's tokens that are no padding; packs count as their whole budget, which balances the ranks."""
-    packs = [pack.rows for pack in plan.step_packs(step) if not pack.is_filler]
-    return _efficiency(plan, features, np.concatenate(packs), np.cumsum([len(rows) for rows in packs]))
+    """Share of a step's tokens that are not padding. A pack counts as ``pack_tokens``, the same for every rank."""
+    microbatches = _microbatch_rows(plan, step)
+    return _efficiency(plan, features, np.concatenate(microbatches), np.cumsum([len(rows) for rows in microbatches]))
 
 
 def epoch_efficiency(plan: Plan, features: Features, epoch: int = 0) -> float:
-    """The same of a whole epoch."""
-    packs = plan.epoch_packs(epoch)
-    return _efficiency(plan, features, packs.rows, packs.ends)
+    """Share of an epoch's tokens that are not padding."""
+    microbatches = plan.epoch_microbatches(epoch)
+    return _efficiency(plan, features, microbatches.rows, microbatches.ends)
 
 
 def _efficiency(plan: Plan, features: Features, rows: np.ndarray, ends: np.ndarray) -> float:
@@ -97,30 +102,31 @@ def _efficiency(plan: Plan, features: Features, rows: np.ndarray, ends: np.ndarr
 
 
 def epoch_record(records: Iterable[Mapping[str, Any]], plan: Plan, features: Features, step: int) -> dict[str, float]:
-    """What an epoch came to.
+    """Summarize an epoch.
 
     Args:
-        records: The run's training records, those of earlier starts of it included.
-        step: Steps done, at the end of an epoch.
+        records: The run's training records, including those written before it was resumed.
+        step: Steps done at the end of the epoch.
     Returns:
-        epoch: Its number, from 1.
-        steps: How many steps it had.
-        sec: Sum of the time of its steps, each counted once however often the run was started again.
-        loss, loss/<task>: Means over the epoch's answer tokens, of the steps whose loss was a number.
+        epoch: Number of the epoch, from 1.
+        steps: Number of its steps.
+        sec: Total time of its steps in seconds. A step that a resumed run repeated counts once.
+        loss, loss/<task>: Means over the epoch's answer tokens, of the steps with a finite loss.
     """
     epoch, _ = plan.locate(step - 1)
-    first = plan.steps_in(epoch) if epoch else 0
-    mine = [record for record in records if first < record["step"] <= step]
+    first = plan.total_steps(epoch)
+    in_epoch = [record for record in records if first < record["step"] <= step]
     sums, counts = np.zeros(len(TASKS)), np.zeros(len(TASKS))
-    for record in mine:
+    for record in in_epoch:
         tokens = answer_tokens(plan, features, record["step"] - 1)
         for code, name in enumerate(TASKS):
             loss = record.get(f"loss/{name}")
             if loss is not None:
                 sums[code] += loss * tokens[code]
                 counts[code] += tokens[code]
-    found = {"epoch": epoch + 1, "steps": len(mine), "sec": sum(record.get("sec") or 0.0 for record in mine)}
+    seconds = sum(record.get("sec") or 0.0 for record in in_epoch)
+    summary = {"epoch": epoch + 1, "steps": len(in_epoch), "sec": seconds}
     if counts.any():
-        found["loss"] = float(sums.sum() / counts.sum())
+        summary["loss"] = float(sums.sum() / counts.sum())
     per_task = zip(TASKS, sums, counts, strict=True)
-    return found | {f"loss/{name}": float(total / count) for name, total, count in per_task if count}
+    return summary | {f"loss/{name}": float(total / count) for name, total, count in per_task if count}

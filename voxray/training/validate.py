@@ -1,8 +1,8 @@
-"""Validation during training: generate answers to the validation rows, score them, and weigh the reference answers.
+"""Validation during training: generate answers, score them, and compute the loss of the reference answers.
 
-Rows are put into batches first and the batches are then shared out over the workers, so a batch is computed alike by
-any number of them, and what is added up is added up in the order of rows: the figures are the same for any number of
-workers, and on each of them.
+Rows are batched first, and the batches are then divided among the workers. So a batch has the same rows with any number
+of workers. Sums are taken in the order of rows. Both make the metrics equal for any number of workers, and on each of
+them.
 """
 
 import math
@@ -29,11 +29,25 @@ from voxray.training.engine import gather
 
 
 @dataclass(frozen=True)
-class Validation:
-    """What a validation gave, the same on every worker.
+class ValidationRows:
+    """Rows to validate with.
 
     Attributes:
-        metrics: {"<task>/<metric>" or "overall/<figure>": value}; what is not finite or has no rows is absent.
+        features: The validation sets.
+        rows: Row numbers, the same on every worker; may be empty.
+    """
+
+    front_end: FrontEnd
+    features: Features
+    rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Result of a validation, the same on every worker.
+
+    Attributes:
+        metrics: {"<task>/<metric>" or "overall/<metric>": value}, without values that are not finite or have no rows.
         texts: {row number: generated answer} of all rows.
     """
 
@@ -45,59 +59,59 @@ def first_rows_per_task(features: RowLengths, rows: np.ndarray, limit: int) -> n
     """The first ``limit`` rows of every task, in order; all of them if ``limit`` is 0."""
     if not limit:
         return rows
-    kept = [rows[features.task[rows] == code][:limit] for code in range(len(TASKS))]
-    return np.sort(np.concatenate(kept))
+    first = [rows[features.task[rows] == code][:limit] for code in range(len(TASKS))]
+    return np.sort(np.concatenate(first))
 
 
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Dropout off meanwhile; after it every module is in the mode in which it was."""
+    """Put a model into eval mode within the block, and restore the mode of every module after it."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module in in_training:  # not model.train(), which would wake the frozen parts as well
+        for module in in_training:  # not model.train(), which would change the frozen modules too
             module.training = True
 
 
 def validate(
     model: Any,
     family: ModelFamily,
-    front_end: FrontEnd,
-    features: Features,
-    rows: np.ndarray,
+    held_out: ValidationRows,
     worker: Worker,
     *,
     batch_size: int,
     loss_batch_size: int,
     max_new_tokens: int,
 ) -> Validation:
-    """Score a model by what it generates, and by how likely it finds the reference answers. Every worker calls it.
+    """Score a model by its generated answers and by the likelihood of the reference answers. Every worker calls it.
+
+    ``overall/weighted`` weights the tasks by all rows of the validation sets, including those that are not used.
 
     Args:
-        features: The validation sets; ``overall/weighted`` counts all of their rows, used or not.
-        rows: Row numbers to validate on, the same on every worker.
-        batch_size: Rows generated together.
+        batch_size: Rows of a batch for generation.
         loss_batch_size: Rows of a forward pass over prompt and answer.
+        max_new_tokens: Maximum length of an answer, in tokens.
     """
-    mine: list[tuple[int, str, str, dict[str, int]]] = []
+    features = held_out.features
+    local: list[tuple[int, str, str, dict[str, int]]] = []
     with in_eval_mode(model):
-        for batch in shared_batches(features, rows, batch_size, worker):
-            stored = [features.row(number) for number in batch]
-            texts = generate_texts(model, family, front_end, stored, max_new_tokens=max_new_tokens)
-            for number, row, text in zip(batch, stored, texts, strict=True):
-                answered = {"task": row.task, "language": row.language, "reference": row.answer, "prediction": text}
-                mine.append((number, row.answer, text, as_row(count_row(answered))))
-        losses = answer_losses(model, family, front_end, features, rows, worker, batch_size=loss_batch_size)
-    scored = sorted((item for part in gather_lists(mine, worker) for item in part), key=lambda item: item[0])
+        for batch in shared_batches(features, held_out.rows, batch_size, worker):
+            rows = [features.row(number) for number in batch]
+            texts = generate_texts(model, family, held_out.front_end, rows, max_new_tokens=max_new_tokens)
+            for number, row, text in zip(batch, rows, texts, strict=True):
+                answer = {"task": row.task, "language": row.language, "reference": row.answer, "prediction": text}
+                local.append((number, row.answer, text, as_row(count_row(answer))))
+        losses = answer_losses(model, family, held_out, worker, batch_size=loss_batch_size)
+    scored = sorted((item for part in gather_lists(local, worker) for item in part), key=lambda item: item[0])
     metrics: dict[str, float] = {}
     for task, code in TASK_CODES.items():
         of_task = [item for item in scored if features.task[item[0]] == code]
         names = (*TASKS[task].metrics, *text_metric_names(task))
-        found = compute_metrics(task, [counts for *_, counts in of_task], names)
-        found |= text_metrics(task, [(reference, text) for _, reference, text, _ in of_task])
-        values = {name: float(entry["value"]) for name, entry in found.items()} | losses.get(task, {})
+        entries = compute_metrics(task, [counts for *_, counts in of_task], names)
+        entries |= text_metrics(task, [(reference, text) for _, reference, text, _ in of_task])
+        values = {name: float(entry["value"]) for name, entry in entries.items()} | losses.get(task, {})
         metrics |= {f"{task}/{name}": value for name, value in values.items()}
     sizes = {task: int((features.task == code).sum()) for task, code in TASK_CODES.items()}
     metrics |= overall_metrics(metrics, sizes)
@@ -106,39 +120,33 @@ def validate(
 
 
 def answer_losses(
-    model: Any,
-    family: ModelFamily,
-    front_end: FrontEnd,
-    features: Features,
-    rows: np.ndarray,
-    worker: Worker,
-    *,
-    batch_size: int,
+    model: Any, family: ModelFamily, held_out: ValidationRows, worker: Worker, *, batch_size: int
 ) -> dict[str, dict[str, float]]:
     """Loss and perplexity of the reference answers, by the forward pass of training without label smoothing.
 
     Args:
         model: In eval mode.
     Returns:
-        {task: {"loss", "perplexity"}} over all workers' rows.
+        {task: {"loss", "perplexity"}} over the rows of all workers.
     """
-    mine: list[tuple[int, float]] = []
+    features, rows = held_out.features, held_out.rows
+    local: list[tuple[int, float]] = []
     for batch in shared_batches(features, rows, batch_size, worker):
-        losses = reference_losses(model, family, front_end, [features.row(number) for number in batch])
-        mine += zip((int(features.task[number]) for number in batch), losses, strict=True)
-    found = [item for part in gather_lists(mine, worker) for item in part]
+        losses = reference_losses(model, family, held_out.front_end, [features.row(number) for number in batch])
+        local += zip((int(features.task[number]) for number in batch), losses, strict=True)
+    gathered = [item for part in gather_lists(local, worker) for item in part]
     tokens = np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
-    # fsum rounds once, so that the order in which workers come does not matter
-    nll = {code: math.fsum(loss for task, loss in found if task == code) for code in TASK_CODES.values()}
+    # fsum rounds once, so the order of the workers does not matter
+    nll = {code: math.fsum(loss for task, loss in gathered if task == code) for code in TASK_CODES.values()}
     return {task: likelihood_metrics(nll[code], int(tokens[code])) for task, code in TASK_CODES.items()}
 
 
 def shared_batches(features: Features, rows: np.ndarray, batch_size: int, worker: Worker) -> list[list[int]]:
-    """This worker's share of the batches of some rows."""
+    """Batch the rows and return this worker's share of the batches, as row numbers."""
     batches = list(length_batches(features, rows.tolist(), batch_size))
     return batches[worker.rank :: worker.world_size]
 
 
-def gather_lists(mine: list[Any], worker: Worker) -> list[list[Any]]:
-    """Every worker's list, on every worker."""
-    return list(gather(mine, worker))  # type: ignore[arg-type]
+def gather_lists(local: list[Any], worker: Worker) -> list[list[Any]]:
+    """Gather the lists of all workers on every worker."""
+    return list(gather(local, worker))  # type: ignore[arg-type]

@@ -1,15 +1,16 @@
-"""DeepSpeed's ZeRO: the optimizer's moments and the gradients, and at stage 3 the weights, divided over the workers.
+"""DeepSpeed's ZeRO: shards optimizer state and gradients over the workers, and at stage 3 also the weights.
 
-It computes what ``DataParallel`` does, and its checkpoints are the same files for any number of workers. Three things
-are done here and not by DeepSpeed. Gradients are added up, not averaged, because a loss is already divided by the
-tokens of all workers; so DeepSpeed's mean is multiplied by their number. Norm and clipping come before the step, which
-the guard may still refuse. And checkpoints hold whole tensors, where DeepSpeed's own can only be read by as many
-workers as wrote them.
+It computes the same as ``DataParallel``, and its checkpoints are the same files for any number of workers. It does
+three things itself instead of leaving them to DeepSpeed:
 
-Names of DeepSpeed's optimizers that are no documented interface: ``averaged_gradients``,
+- Gradients are summed, not averaged, because a loss is already divided by the tokens of all workers. So DeepSpeed's
+  mean is multiplied by the number of workers.
+- The gradient norm is computed and clipped before the step, which the ``LossScaler`` may still skip.
+- Checkpoints hold whole tensors. DeepSpeed's own can only be read by the number of workers that wrote them.
+
+These attributes of DeepSpeed's optimizers are not a documented interface: ``averaged_gradients``,
 ``single_partition_of_fp32_groups``, ``fp32_partitioned_groups_flat``, ``_lazy_init_hp_params_optimizer_state`` and
-``_hp_optimizer_states_linked``.
-``tests/training/test_zero.py`` fails where another version gives them another meaning.
+``_hp_optimizer_states_linked``. ``tests/training/test_zero.py`` fails if a new version changes their meaning.
 """
 
 import importlib.util
@@ -28,20 +29,20 @@ from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import adapter_tensors, find_role
 from voxray.models.interface import ModelFamily
-from voxray.training.engine import CheckpointState, OptimizerState, copied, parameter_groups
+from voxray.training.engine import CheckpointState, OptimizerState, copy_to_cpu, parameter_groups
 
-MOST_BUCKET_ELEMENTS = 100_000_000
-"""Gradients that travel in one message at most: 400 MB in float32, which are set aside for it."""
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+MAX_BUCKET_ELEMENTS = 100_000_000
+"""Maximum gradients in one message. DeepSpeed allocates a buffer of this size, 400 MB in float32."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Zero:
     """An ``Engine`` on top of DeepSpeed.
 
     Args:
-        model: On every worker with the same weights, on the worker's device.
-        family: Makes the forward pass.
-        stage: 2 divides gradients and moments, 3 the weights as well.
+        model: Model with the same weights on every worker, on the worker's device.
+        family: Family whose ``answer_logits`` is the forward pass.
+        stage: 2 shards gradients and optimizer state, 3 also the weights.
         with_audio: Whether any row of the run has audio.
     Raises:
         RunError: DeepSpeed is not installed.
@@ -60,14 +61,14 @@ class Zero:
     ) -> None:
         self.model, self.worker, self._stage = model, worker, stage
         self._named, groups = parameter_groups(model, family)
-        self._stored = adapter_tensors(model)
-        self._linked = False
+        self._adapter = adapter_tensors(model)
+        self._is_linked = False
         parameters = [parameter for _, parameter in self._named]
-        # the same choice as in DataParallel, so that runs can change between the two
+        # the same options as in DataParallel, so that a run can switch between the two
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
         self._deepspeed = _import_deepspeed(worker)
-        trained = {find_role(name, family) for name, _ in self._named}
-        roles_in_every_pass = set(family.roles) if stage == 3 and with_audio else trained
+        trained_roles = {find_role(name, family) for name, _ in self._named}
+        roles_in_every_pass = set(family.roles) if stage == 3 and with_audio else trained_roles
         self._engine, self._zero, *_ = self._deepspeed.initialize(
             model=_Forward(model, family, sorted(roles_in_every_pass)),
             model_parameters=parameters,
@@ -90,10 +91,10 @@ class Zero:
             numbers[-1] += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
         dist.all_reduce(numbers)
         *sums, square = numbers.tolist()
-        factor = self.worker.world_size / scale  # here and not on the loss, which could overflow in float16
+        factor = self.worker.world_size / scale  # not applied to the loss, which could overflow in float16
         norm = square**0.5 * factor
         if max_norm:
-            factor *= min(1.0, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+            factor *= min(1.0, max_norm / (norm + 1e-6))  # as in torch's clip_grad_norm_
         for grad in grads:
             grad.mul_(factor)
         return sums, norm
@@ -102,52 +103,52 @@ class Zero:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        if self._stage < 3 and not self._linked:
-            # DeepSpeed links moments to parameters after the first group's step, when the others have none yet
+        if self._stage < 3 and not self._is_linked:
+            # DeepSpeed links the state to parameters after the step of the first group, when other groups have none
             self._zero._hp_optimizer_states_linked = False
             self._zero._lazy_init_hp_params_optimizer_state()
-            self._linked = True
+            self._is_linked = True
 
     def drop(self) -> None:
-        """DeepSpeed has no call for this, but skips a step whose gradients are not finite and forgets them."""
+        """Clear the gradients by a step with NaN gradients, which DeepSpeed skips. It has no call to clear them."""
         for grad in self._gradients():
             grad.fill_(float("nan"))
         self._engine.step()
 
-    def state(self) -> CheckpointState:
-        """A copy of what a checkpoint keeps, on rank 0; the others take part and get nothing."""
+    def checkpoint_state(self) -> CheckpointState:
+        """Copy the tensors of a checkpoint to rank 0. The other ranks take part and get an empty result."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         tensors: dict[str, torch.Tensor] = {}
-        for name, tensor in self._stored.items():  # one by one: all together may not fit
+        for name, tensor in self._adapter.items():  # one by one, because all together may not fit in memory
             with self._deepspeed.zero.GatheredParameters([tensor], enabled=self._stage == 3):
                 if self.worker.is_first:
-                    tensors |= copied({name: tensor})
-        moments: OptimizerState = {}
-        taken = next(iter(self.optimizer.state.values()), {}).get("step")
-        for name, parameter in self._named if taken is not None else ():
-            entry: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in OPTIMIZER_STATES}
-            entry["step"] = taken
+                    tensors |= copy_to_cpu({name: tensor})
+        optimizer_state: OptimizerState = {}
+        num_steps = next(iter(self.optimizer.state.values()), {}).get("step")
+        for name, parameter in self._named if num_steps is not None else ():
+            entry: dict[str, Any] = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+            entry["step"] = num_steps
             if self.worker.is_first:
-                moments[name] = copied(entry)
-        return CheckpointState(tensors, moments)
+                optimizer_state[name] = copy_to_cpu(entry)
+        return CheckpointState(tensors, optimizer_state)
 
-    def load_moments(self, moments: OptimizerState) -> None:
+    def load_optimizer_state(self, optimizer_state: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        if not moments:
+        if not optimizer_state:
             return
-        step = next(iter(moments.values()))["step"]
+        num_steps = next(iter(optimizer_state.values()))["step"]
         zero = self._zero
         flats = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
-        for flat in flats:  # DeepSpeed makes them at the first step
-            zeros = {key: torch.zeros_like(flat) for key in OPTIMIZER_STATES}
-            self.optimizer.state[flat] = {"step": step.clone(), **zeros}
+        for flat in flats:  # DeepSpeed itself creates the state at the first step
+            zeros = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self.optimizer.state[flat] = {"step": num_steps.clone(), **zeros}
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._named:
-            for key in OPTIMIZER_STATES:
-                safe_set_full_optimizer_state(parameter, moments[name][key].to(self.worker.device), key)
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, optimizer_state[name][key].to(self.worker.device), key)
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -158,15 +159,15 @@ class Zero:
             yield
 
     def _gradients(self) -> list[torch.Tensor]:
-        """This worker's part of the step's gradients, added up over the workers."""
-        return [grad for part in self._zero.averaged_gradients.values() for grad in part]
+        """This worker's shard of the gradients of the step, averaged over the workers."""
+        return [grad for group in self._zero.averaged_gradients.values() for grad in group]
 
 
 class _Forward(torch.nn.Module):
-    """The forward pass as a module, which is what DeepSpeed takes.
+    """The forward pass as a module, because DeepSpeed wraps a module.
 
     Args:
-        roles_in_every_pass: Roles that take part in every pass, because all workers must use the same weights.
+        roles_in_every_pass: Roles that every forward pass uses, because all workers have to use the same weights.
     """
 
     def __init__(self, model: torch.nn.Module, family: ModelFamily, roles_in_every_pass: Sequence[str]) -> None:
@@ -177,19 +178,19 @@ class _Forward(torch.nn.Module):
         return self._family.answer_logits(self.model, batch, keep_BL, roles_in_every_pass=self._roles_in_every_pass)
 
 
-def _config(stage: int, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's settings; its float16 and bfloat16 modes stay off, as what trains is float32."""
+def _config(stage: int, num_trainable: int) -> dict[str, Any]:
+    """DeepSpeed's settings. Its float16 and bfloat16 modes stay off, because trainable weights are float32."""
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
-        "reduce_bucket_size": min(trainable, MOST_BUCKET_ELEMENTS),
+        "reduce_bucket_size": min(num_trainable, MAX_BUCKET_ELEMENTS),
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
     return {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, but used only to count samples
-        "gradient_accumulation_steps": 1,  # the loop says which backward pass is a step's last one
-        "gradient_clipping": 0.0,  # done by ``reduce``; left out, it would clip to a norm of 1
+        "train_micro_batch_size_per_gpu": 1,  # required, but DeepSpeed only counts samples with it
+        "gradient_accumulation_steps": 1,  # ``backward`` marks the last microbatch of a step
+        "gradient_clipping": 0.0,  # ``reduce`` clips; the default would clip to a norm of 1
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -197,7 +198,7 @@ def _config(stage: int, trainable: int) -> dict[str, Any]:
 
 
 def _import_deepspeed(worker: Worker) -> Any:
-    """Import DeepSpeed for the device the worker has, quietly, with a process group.
+    """Import DeepSpeed for the worker's device, quietly, and make sure there is a process group.
 
     Raises:
         RunError: It is not installed.
@@ -205,15 +206,17 @@ def _import_deepspeed(worker: Worker) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
         raise RunError("--strategy deepspeed: needs DeepSpeed, which is not installed (pip install deepspeed)")
     if worker.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else it takes what the installed torch was built for
-    os.environ["LOCAL_RANK"] = str(worker.device.index or 0)  # it computes on the device of this number
+        os.environ["DS_ACCELERATOR"] = "cpu"  # the default follows from the build of torch, which may be for CUDA
+    os.environ["LOCAL_RANK"] = str(worker.device.index or 0)  # DeepSpeed computes on the device with this index
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # calls it makes, every step
-    # it would compile its own messages between processes of one CPU machine, which needs a compiler and gains nothing
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # from DeepSpeed, at every step
+    # Otherwise DeepSpeed compiles its own communication for CPU machines, which needs a compiler and gains nothing.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    if not dist.is_initialized():  # one process by itself
+    if not dist.is_initialized():  # a single process
         backend = "nccl" if worker.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=worker.rank, world_size=worker.world_size)
     return deepspeed

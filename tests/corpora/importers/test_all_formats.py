@@ -1,4 +1,4 @@
-"""What holds for every importer: nothing is lost, memory stays flat, the format is found, nothing is written."""
+"""Properties of every importer: no line is lost, memory is constant, the format is detected, nothing is written."""
 
 import json
 import os
@@ -88,12 +88,12 @@ def test_every_importer_is_covered():
     assert {FORMATS.get(make.__name__, make.__name__) for make in CORPORA} == set(IMPORTERS)
 
 
-def damage(raw: bytes, chance: random.Random, in_array: bool) -> bytes:
-    """One of the ways in which lines break; inside a JSON array the brackets and quotes around it must hold."""
+def damage(raw: bytes, rng: random.Random, in_array: bool) -> bytes:
+    """Damage a line in a random way. Inside a JSON array the brackets and quotes around it stay intact."""
     comma = b"," if raw.endswith(b",") else b""
-    ways = [raw, b'{"a": 1}' + comma, raw.replace(b"\xeb", b"\xff"), b"3" + comma, b'{"a" 1}' + comma]
-    ways += [] if in_array else [raw[: len(raw) // 2], b"%%% \x00", b"\xff\xfe", b"[" * 5000, raw + raw, b"  "]
-    return chance.choice(ways)
+    variants = [raw, b'{"a": 1}' + comma, raw.replace(b"\xeb", b"\xff"), b"3" + comma, b'{"a" 1}' + comma]
+    variants += [] if in_array else [raw[: len(raw) // 2], b"%%% \x00", b"\xff\xfe", b"[" * 5000, raw + raw, b"  "]
+    return rng.choice(variants)
 
 
 @pytest.mark.parametrize("make", CORPORA)
@@ -103,29 +103,29 @@ def test_every_line_gives_a_row_or_a_fault(tmp_path, make, seed):
     name, before, blank = make.__name__, HEADERS.get(make.__name__, 0), 0
     if seed is not None and make is not parquet:
         all_lines = main.read_bytes().split(b"\n")[:-1]
-        chance = random.Random(seed)
+        rng = random.Random(seed)
         body = slice(before, before + NUM)
-        all_lines[body] = [damage(line, chance, make is salmonn) for line in all_lines[body]]
+        all_lines[body] = [damage(line, rng, make is salmonn) for line in all_lines[body]]
         blank = sum(not line.strip() for line in all_lines[body])
         main.write_bytes(b"\n".join(all_lines) + b"\n")
     rows, faults = read(FORMATS.get(name, name), path)
-    here = [item for item in [*rows, *faults] if item.source_file == str(main)]
-    assert len(here) == NUM - blank
-    assert len({item.line for item in here}) == len(here)
+    own = [item for item in [*rows, *faults] if item.source_file == str(main)]
+    assert len(own) == NUM - blank
+    assert len({item.line for item in own}) == len(own)
     others = [item for item in [*rows, *faults] if item.source_file != str(main)]
     assert all(fault in faults for fault in others)
-    if name.startswith("kaldi"):  # every line of text is in a row, in a fault of its line here, or in its own fault
+    if name.startswith("kaldi"):  # every line of text is in a row or in a fault
         assert {item.id for item in [*rows, *faults]} >= {f"u{number}" for number in range(NUM)}
     elif name != "parquet":
         assert not others
     if seed is None and make is not parquet:
         assert not faults
     elif seed is not None and make is not parquet:
-        assert rows and faults, "the damage is seen, and only where it is"
+        assert rows and faults, "damage is detected, and only where it is"
 
 
 @pytest.mark.parametrize("make", CORPORA)
-def test_the_format_is_found_and_the_rows_are_manifest_rows(tmp_path, make):
+def test_the_format_is_detected_and_rows_are_manifest_rows(tmp_path, make):
     path, main = make(tmp_path, clip(tmp_path / "가 나.wav"))
     before = sorted((file, file.stat().st_mtime_ns) for file in tmp_path.rglob("*"))
     assert detect(path) == detect(str(main)) == FORMATS.get(make.__name__, make.__name__)
@@ -151,7 +151,7 @@ def test_the_format_is_found_and_the_rows_are_manifest_rows(tmp_path, make):
         ("a.jsonl", [], None),
     ],
 )
-def test_looks(tmp_path, name, content, expected):
+def test_detect_files(tmp_path, name, content, expected):
     path = lines(tmp_path / name, *content, packed=name.endswith(".gz"))
     if expected is None:
         with pytest.raises(RunError, match="--format"):
@@ -160,7 +160,7 @@ def test_looks(tmp_path, name, content, expected):
         assert detect(path) == expected
 
 
-def test_looks_of_folders(tmp_path):
+def test_detect_folders(tmp_path):
     with pytest.raises(RunError, match="no such file"):
         detect(tmp_path / "gone")
     with pytest.raises(RunError, match="--format"):
@@ -171,7 +171,7 @@ def test_looks_of_folders(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "loop"])
-def test_what_is_no_file_is_missing_audio(tmp_path, kind):
+def test_a_path_that_is_not_a_file_is_missing_audio(tmp_path, kind):
     odd = tmp_path / "odd.wav"
     if kind == "folder":
         odd.mkdir()
@@ -183,9 +183,9 @@ def test_what_is_no_file_is_missing_audio(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["nemo", "salmonn", "jsonl", "commonvoice", "ksponspeech", "lhotse", "huggingface"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, name):
-    """5 MB of rows, streamed in a process that may take 4 MB more than for sixty rows; a list of lines takes 9.
+    """Streaming 5 MB of rows may take 4 MB more than sixty rows. A list of lines would take 9 MB.
 
-    VmHWM, since the maximum of getrusage is handed down by the parent process.
+    VmHWM is used, since the maximum of getrusage is inherited from the parent process.
     """
     make = next(make for make in CORPORA if make.__name__ == name)
     (tmp_path / "small").mkdir()
@@ -205,7 +205,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, name):
         file.write(b"]}\n" if name == "salmonn" else b"\n")
     code = (
         "import re, sys, pathlib; from voxray.corpora.importers import IMPORTERS;"
-        "count = lambda path: sum(1 for _ in IMPORTERS[sys.argv[1]].rows(pathlib.Path(path))); count(sys.argv[2]);"
+        "count = lambda path: sum(1 for _ in IMPORTERS[sys.argv[1]](pathlib.Path(path))); count(sys.argv[2]);"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]); before = peak();"
         "print(count(sys.argv[3]), peak() - before)"
     )

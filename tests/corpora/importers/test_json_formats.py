@@ -59,7 +59,7 @@ def test_nemo(tmp_path):
     ]
 
 
-def test_a_line_without_end_does_not_fill_the_memory(tmp_path, monkeypatch):
+def test_an_endless_line_does_not_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(lines_module, "MAX_LINE_BYTES", 1000)
     sound = clip(tmp_path / "a.wav")
     row = {"audio_filepath": sound, "text": "네"}
@@ -135,14 +135,14 @@ def test_lhotse(tmp_path):
     ]
 
 
-def test_a_truncated_gzip_file_gives_what_it_has_and_one_fault(tmp_path):
+def test_a_truncated_gzip_file_gives_its_rows_and_one_fault(tmp_path):
     sound = clip(tmp_path / "a.wav")
     rows = [cut(sound, [supervision(text=f"{number} {hash(str(number))}")]) for number in range(200)]
     path = lines(tmp_path / "cuts.jsonl.gz", *rows, packed=True)
     path.write_bytes(path.read_bytes()[:-200])
-    found, faults = read("lhotse", path)
-    assert 0 < len(found) < 200
-    assert reasons(faults) == [(len(found) + 1, "damaged_file")]
+    rows, faults = read("lhotse", path)
+    assert 0 < len(rows) < 200
+    assert reasons(faults) == [(len(rows) + 1, "damaged_file")]
     path.write_bytes(gzip.compress(b"{}\n")[:5])
     assert reasons(read("lhotse", path)[1]) == [(1, "damaged_file")]
 
@@ -170,7 +170,7 @@ SALMONN_FAULTS = ["unknown_task", "missing_key", "audio_missing", "several_audio
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_salmonn(tmp_path, monkeypatch, indent, chunk):
-    """However the file is laid out, and wherever a read ends."""
+    """For any layout of the file and any chunk boundaries."""
     original = lines_module.open_text
 
     class Slow:
@@ -291,8 +291,8 @@ def test_jsonl(tmp_path):
 
 
 @pytest.mark.parametrize("depth", [99, 101, *range(960, 1000, 3), 100_000])
-def test_what_is_read_can_be_written(tmp_path, depth):
-    """JSON just shallow enough to be read was too deep to be written, which ended the job."""
+def test_rows_that_can_be_read_can_be_written(tmp_path, depth):
+    """JSON that was just shallow enough to read was too deep to write, which ended the job."""
     from voxray.corpora.prepare.check_rows import spool
 
     text = '{"instruction": "i", "output": "o", "x": ' + "[" * depth + "]" * depth + "}"
@@ -303,7 +303,7 @@ def test_what_is_read_can_be_written(tmp_path, depth):
 
 @pytest.mark.parametrize("name", ["nemo", "lhotse", "salmonn", "huggingface"])
 @pytest.mark.parametrize("value", [["a"], {"a": 1}])
-def test_a_speaker_that_is_no_name_is_a_fault(tmp_path, name, value):
+def test_a_speaker_that_is_not_a_name_is_a_fault(tmp_path, name, value):
     sound = clip(tmp_path / "a.wav")
     row = {
         "nemo": {"audio_filepath": sound, "text": "네", "speaker": value},

@@ -1,4 +1,4 @@
-"""Kaldi folders: joined by id, nothing run, every line accounted for."""
+"""Kaldi folders: files are joined by id, nothing is run, every line is accounted for."""
 
 import pytest
 from helpers.corpora import clip, lines, read, reasons
@@ -17,7 +17,7 @@ def test_recordings_without_segments(tmp_path):
     first, second = clip(tmp_path / "a b" / "가.wav"), clip(tmp_path / "b.flac")
     data = folder(
         tmp_path,
-        [f"u1 {first}", "u2\tb.flac", "u3 data/train/../../b.flac"],  # u2, u3: from the recipe's root
+        [f"u1 {first}", "u2\tb.flac", "u3 data/train/../../b.flac"],  # u2, u3: relative to the recipe's root
         ["u3 셋", "u1 하나 둘", "u2"],
         utt2spk=["u1 s1", "u2 s1"],
         spk2gender=["s1 f"],
@@ -152,7 +152,7 @@ def guarded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("pipe", "channel"), GOOD_PIPES)
-def test_the_file_of_a_plain_pipe_is_taken(tmp_path, guarded, pipe, channel):
+def test_the_file_of_a_converting_pipe_is_used(tmp_path, guarded, pipe, channel):
     data = folder(tmp_path, [f"u1 {pipe.format(f=guarded)}"], ["u1 글"])
     rows, faults = read("kaldi", data)
     assert faults == []
@@ -170,7 +170,7 @@ def test_any_other_pipe_is_a_fault_and_never_run(tmp_path, guarded, pipe):
     assert {path.name for path in (tmp_path / "clips").iterdir()} == {"r.wav", "secret"}
 
 
-def test_an_archive_is_named_as_such_and_a_folder_without_text_is_refused(tmp_path):
+def test_archives_and_folders_without_text_are_refused(tmp_path):
     data = folder(tmp_path, ["u1 raw.ark:123"], ["u1 글"])
     _, faults = read("kaldi", data)
     assert "archive" in faults[0].message

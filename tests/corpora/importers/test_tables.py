@@ -95,7 +95,7 @@ def test_kspon_folders(tmp_path):
     ]
 
 
-def test_kspon_folders_that_are_links_are_named(tmp_path):
+def test_kspon_folders_that_are_links_are_faults(tmp_path):
     for folder in ("a", "elsewhere"):
         clip(tmp_path / folder / "x.pcm")
         lines(tmp_path / folder / "x.txt", "네")
@@ -109,7 +109,7 @@ def test_kspon_folders_that_are_links_are_named(tmp_path):
     ]
 
 
-def test_kspon_text_is_not_read_whole(tmp_path, monkeypatch):
+def test_kspon_text_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(ksponspeech, "MAX_TEXT_BYTES", 100)
     clip(tmp_path / "a.pcm")
     lines(tmp_path / "a.txt", "x" * 101)
@@ -216,8 +216,8 @@ def test_damaged_and_foreign_parquet(tmp_path):
     path = tmp_path / "b.parquet"
     pq.write_table(pa.table({"audio": clips, "text": texts}), path, row_group_size=2, use_dictionary=False)
     damaged = bytearray(path.read_bytes())
-    at = damaged.index("1 네".encode())
-    damaged[at - 60 : at + 60] = b"\xff" * 120
+    offset = damaged.index("1 네".encode())
+    damaged[offset - 60 : offset + 60] = b"\xff" * 120
     path.write_bytes(damaged)
     rows, faults = read("huggingface", path)
     assert [fault.reason for fault in faults] == ["damaged_file"] * 2
@@ -227,8 +227,8 @@ def test_damaged_and_foreign_parquet(tmp_path):
         read("huggingface", tmp_path / "c.parquet")
 
 
-def test_parquet_values_that_are_no_text_cost_their_row_alone(tmp_path):
-    """Arrow takes a column's word for what is in it; and a speaker may be anything."""
+def test_invalid_parquet_values_are_faults_of_their_row(tmp_path):
+    """Arrow does not validate text columns, and a speaker may have any type."""
     sound = clip(tmp_path / "a.wav")
     texts = pa.array([b"one", b"\xb3\xd7", b"three", b"four"], pa.binary()).view(pa.string())
     far = pa.array([0, 1, 2, 1 << 62], pa.int64()).view(pa.timestamp("us"))
@@ -244,7 +244,7 @@ def test_parquet_values_that_are_no_text_cost_their_row_alone(tmp_path):
         assert [fault.line for fault in faults] == [1, 2, 3, 4]
 
 
-def test_a_parquet_file_that_holds_fewer_rows_than_it_says(tmp_path, monkeypatch):
+def test_a_parquet_file_with_fewer_rows_than_in_its_metadata(tmp_path, monkeypatch):
     sound = clip(tmp_path / "a.wav")
     pq.write_table(pa.table({"file_name": [sound] * 4, "text": ["네"] * 4}), tmp_path / "a.parquet", row_group_size=2)
     whole = pq.ParquetFile.iter_batches

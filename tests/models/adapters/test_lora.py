@@ -1,4 +1,4 @@
-"""Contract 2: LoRA by role, on the tiny model and on the released model's full configuration."""
+"""LoRA by role, on the tiny model and on the released model's full configuration."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from voxray.core.errors import RunError
 from voxray.models.adapters.lora import (
     add_lora,
     base_of_adapter,
-    check_lora,
+    check_trainable,
     count_parameters,
     find_adapter,
     find_role,
@@ -62,12 +62,12 @@ def test_full_size_voxtral_gets_no_adapter_in_the_encoder():
     assert counts["projector"]["trainable"] == 16 * ((5120 + 3072) + (3072 + 3072))
 
 
-def test_the_usual_suffix_list_would_have_leaked():
-    """The mistake this guards against is real: bare names put LoRA into the Whisper encoder, and we would refuse it."""
+def test_lora_by_layer_names_alone_is_refused():
+    """Layer names alone put LoRA into the Whisper encoder."""
     leaked = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     assert any("audio_tower" in name and "lora" in name for name, _ in leaked.named_parameters())
     with pytest.raises(RunError, match=r"audio_tower.* would train, but only projector, llm should"):
-        check_lora(leaked, FAMILY, ("projector", "llm"))
+        check_trainable(leaked, FAMILY, ("projector", "llm"))
 
 
 @pytest.mark.parametrize("roles", [("encoder",), ("projector",), ("llm",), ("encoder", "projector", "llm")])
@@ -82,8 +82,8 @@ def test_a_role_without_matching_layers_is_an_error(monkeypatch):
         with_lora()
 
 
-def test_roles_hold_in_older_module_layouts():
-    """transformers moved the parts from the top of the model into ``model``; the names decide, not their depth."""
+def test_roles_work_in_older_module_layouts():
+    """transformers moved the parts from the top of the model into ``model``. Names determine roles, not depth."""
     pattern = target_pattern(FAMILY, ("projector", "llm"))
     for prefix in ("", "model.", "base_model.model.model."):
         assert re.fullmatch(pattern, f"{prefix}language_model.layers.0.self_attn.q_proj")
@@ -94,7 +94,7 @@ def test_roles_hold_in_older_module_layouts():
 
 
 def fill(model):
-    """Give the adapter an effect: LoRA starts as zero."""
+    """Give the adapter an effect; LoRA starts at zero."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -109,7 +109,7 @@ def logits(model):
 
 
 def test_adapter_round_trip(tmp_path):
-    """Contract 10: what is loaded computes what was saved, and says how many tensors that were."""
+    """A loaded adapter computes what the saved one did, and reports its number of tensors."""
     model = fill(with_lora())
     save_adapter(model, tmp_path)
     loaded, num_tensors = load_adapter(tiny(), tmp_path)
@@ -138,8 +138,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
         load_adapter(tiny(), tmp_path / "a")
 
 
-def generated(model):
-    """What a model continues four prompts with, and its logits."""
+def generate_and_score(model):
+    """A model's answers to four prompts, and its logits."""
     ids = torch.tensor([[1, 3, 500 + row, 600, 700, 4] for row in range(4)])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.inference_mode():
@@ -151,7 +151,7 @@ def quantized(kind):
 
 
 def trained(kind, quantize="none"):
-    """A tiny model tuned in one of the four ways until it says something else than the base."""
+    """A tiny model tuned in one of the four ways until it answers differently from the base."""
     base, roles = quantized(quantize), ("projector", "llm")
     torch.manual_seed(0)
     if kind == "full":
@@ -171,23 +171,23 @@ def trained(kind, quantize="none"):
     ("kind", "quantize"),
     [("lora", "none"), ("dora", "none"), ("rslora", "none"), ("full", "none"), ("lora", "4bit"), ("dora", "8bit")],
 )
-def test_what_was_trained_answers_the_same_when_it_is_loaded(tmp_path, kind, quantize):
+def test_a_loaded_model_answers_like_the_trained_one(tmp_path, kind, quantize):
     model, fresh = trained(kind, quantize), quantized(quantize)
     save_adapter(model, tmp_path)
-    _, before = generated(fresh)
+    _, before = generate_and_score(fresh)
     loaded, num_tensors = load_adapter(fresh, tmp_path)
-    texts, scores = generated(loaded)
-    wanted_texts, wanted_scores = generated(model)
-    assert torch.equal(texts, wanted_texts) and torch.equal(scores, wanted_scores)
+    texts, scores = generate_and_score(loaded)
+    expected_texts, expected_scores = generate_and_score(model)
+    assert torch.equal(texts, expected_texts) and torch.equal(scores, expected_scores)
     assert not torch.allclose(scores, before, atol=1e-2)
-    # two matrices for each of 2 x 7 + 2 layers, DoRA a length of every column as well
+    # two matrices for each of 2 x 7 + 2 layers, and with DoRA the norm of every column
     all_weights = sum(find_role(name, FAMILY) != "encoder" for name, _ in tiny().named_parameters())
     assert num_tensors == {"lora": 32, "dora": 48, "rslora": 32, "full": all_weights}[kind]
     assert base_of_adapter(tmp_path) == TINY and find_adapter(str(tmp_path)) == tmp_path
     assert roles_of_adapter(tmp_path, FAMILY) == {"projector", "llm"}
 
 
-def test_full_tuning_trains_all_of_the_roles_but_what_is_fixed():
+def test_full_tuning_trains_the_roles_except_always_frozen_modules():
     model = train_fully(tiny(), FAMILY, ("encoder", "llm"))
     idle = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert {find_role(name, FAMILY) for name in idle} == {"encoder", "projector"}

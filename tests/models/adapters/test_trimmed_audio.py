@@ -1,4 +1,4 @@
-"""Audio tokens of padding left out: how many stay, which outputs they take, and that nothing else changes."""
+"""Prompts without the audio tokens of padding: how many remain, which outputs they get, and equal results."""
 
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILY = get_family(TINY)
 CPU = torch.device("cpu")
 SECONDS = (0.3, 2.0, 3.99, 4.0, 4.0001, 9.5)
-POSITIONS = (4, 26, 50, 50, 51, 119)  # 100 frames a second, one or two more at the edge, eight to a position
+POSITIONS = (4, 26, 50, 50, 51, 119)  # 100 frames per second, one or two more at the end, eight per position
 WINDOWS = (1, 1, 1, 1, 2, 3)
 
 
@@ -36,7 +36,7 @@ def noise(seconds: float) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) -> str:
-    """A clip of every length, asked about, transcribed or described in turn, and two rows of text."""
+    """A clip of every length, with alternating tasks, and two rows of text."""
     folder = tmp_path_factory.mktemp("clips")
     rows: list[dict[str, str]] = []
     for number, seconds in enumerate(SECONDS):
@@ -47,8 +47,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) ->
     return write_rows(folder / "m.jsonl", [*rows[:3], *read_rows(small["tqa.train"])[:2], *rows[3:]])
 
 
-def rows_of(manifest: str, folder: Path, **storing: Any) -> list[FeatureRow]:
-    extractor = Extractor(TINY, FeatureSpec(**storing))
+def rows_of(manifest: str, folder: Path, **spec: Any) -> list[FeatureRow]:
+    extractor = Extractor(TINY, FeatureSpec(**spec))
     features = Features(featurize([manifest], extractor, folder, rows_per_shard=4, use_ray=False).folders)
     assert features.num_prompt_tokens.tolist() == [len(features.row(n).prompt_ids) for n in range(len(features))]
     return [features.row(number) for number in range(len(features))]
@@ -70,7 +70,7 @@ def model() -> Any:
     return wrapped
 
 
-# how many
+# number of audio tokens
 
 
 def test_a_clip_has_the_positions_that_its_frames_reach():
@@ -82,17 +82,17 @@ def test_a_clip_has_the_positions_that_its_frames_reach():
 
 
 @pytest.mark.parametrize("num_samples", [1, 161, 1_080, 1_082, 1_083, 31_999, 63_000, 63_959, 64_000])
-def test_the_last_position_is_the_last_that_hears_the_clip(num_samples: int):
-    """transformers' own padded features are one constant after the clip; its last two frames can be as faint."""
+def test_the_last_position_is_the_last_that_the_clip_reaches(num_samples: int):
+    """transformers' padded features are constant after the clip, whose last two frames can have that value too."""
     front_end = VoxtralFrontEnd(TINY, trim_audio=True)
     clip = np.random.default_rng(0).normal(0, 0.3, num_samples).astype(np.float32)
-    theirs = WhisperFeatureExtractor.from_pretrained(TINY)(
+    padded_FT = WhisperFeatureExtractor.from_pretrained(TINY)(
         clip, sampling_rate=16_000, padding="max_length", max_length=64_000, return_tensors="np"
     )["input_features"][0]
-    heard = 1 + np.flatnonzero((theirs != theirs[:, -1:]).any(axis=0)).max(initial=-1)
-    kept = front_end.num_positions(num_samples)
-    assert -(-heard // 8) <= kept <= -(-min(heard + 2, 400) // 8)
-    assert kept == -(-len(front_end.features(clip).mel_KF) // 8)
+    num_frames = 1 + np.flatnonzero((padded_FT != padded_FT[:, -1:]).any(axis=0)).max(initial=-1)
+    num_positions = front_end.num_positions(num_samples)
+    assert -(-num_frames // 8) <= num_positions <= -(-min(num_frames + 2, 400) // 8)
+    assert num_positions == -(-len(front_end.features(clip).mel_KF) // 8)
 
 
 def test_released_voxtral_keeps_57_of_375_positions_of_four_and_a_half_seconds(tmp_path: Path):
@@ -104,84 +104,86 @@ def test_released_voxtral_keeps_57_of_375_positions_of_four_and_a_half_seconds(t
     assert [full.num_positions(round(s * 16_000)) for s in seconds] == [1, 13, 57, 375, 375, 376, 813]
 
 
-def test_features_are_keyed_by_it_and_hold_the_same_audio(manifest: str, trimmed: list[FeatureRow], tmp_path: Path):
+def test_trimmed_features_have_their_own_fingerprint_and_the_same_audio(
+    manifest: str, trimmed: list[FeatureRow], tmp_path: Path
+):
     assert Extractor(TINY, FeatureSpec(trim_audio=True)).fingerprint != Extractor(TINY).fingerprint
     whole = rows_of(manifest, tmp_path)
-    for ours, theirs in zip(trimmed, whole, strict=True):
-        assert np.array_equal(ours.audio, theirs.audio) and ours.num_windows == theirs.num_windows
-        others = [[token for token in row.prompt_ids.tolist() if token != 24] for row in (ours, theirs)]
-        assert others[0] == others[1]
+    for short, full in zip(trimmed, whole, strict=True):
+        assert np.array_equal(short.audio, full.audio) and short.num_windows == full.num_windows
+        text_ids = [[token for token in row.prompt_ids.tolist() if token != 24] for row in (short, full)]
+        assert text_ids[0] == text_ids[1]
     counts = [int((row.prompt_ids == 24).sum()) for row in trimmed if row.num_windows]
     assert counts == list(POSITIONS)
 
 
-# which
+# outputs that they get
 
 
 def language_model_inputs(model: Any, call: Any) -> torch.Tensor:
-    """What the language model is given in its first call."""
-    seen: list[torch.Tensor] = []
+    """Embeddings that the language model gets in its first call."""
+    embeddings: list[torch.Tensor] = []
     inner = model.get_base_model().model.language_model
 
-    def look(_: Any, args: Any, given: dict[str, Any]) -> None:
-        seen.append(given["inputs_embeds"])
+    def record(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        embeddings.append(kwargs["inputs_embeds"])
 
-    with inner.register_forward_pre_hook(look, with_kwargs=True), torch.no_grad():
+    with inner.register_forward_pre_hook(record, with_kwargs=True), torch.no_grad():
         call()
-    return seen[0]
+    return embeddings[0]
 
 
 @pytest.mark.parametrize("store", ["mel", "pcm16", "encoder"])
-@pytest.mark.parametrize("how", ["padded", "packed", "prompts"])
+@pytest.mark.parametrize("layout", ["padded", "packed", "prompts"])
 def test_tokens_take_the_first_outputs_of_their_clip(
-    model: Any, manifest: str, tmp_path: Path, store: str, how: str, request: pytest.FixtureRequest
+    model: Any, manifest: str, tmp_path: Path, store: str, layout: str, request: pytest.FixtureRequest
 ):
-    """And the library's own get_audio_features, on each clip by itself, says what these are."""
+    """Against transformers' get_audio_features on each clip by itself."""
     rows = rows_of(manifest, tmp_path, trim_audio=True, store=store, dtype="float32")
     front_end, base = VoxtralFrontEnd(TINY, trim_audio=True), model.get_base_model()
     if store == "encoder":
         request.addfinalizer(partial(setattr, base.model, "audio_tower", base.model.audio_tower))
         FAMILY.skip_encoder(model)
-    collate = {"padded": collate_training, "packed": collate_packed, "prompts": collate_prompts}[how]
+    collate = {"padded": collate_training, "packed": collate_packed, "prompts": collate_prompts}[layout]
     batch = collate(rows, front_end)
-    if how == "prompts":
+    if layout == "prompts":
         options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": front_end.pad_id}
-        found = language_model_inputs(model, lambda: FAMILY.generate(model, batch, **options))
+        embeds_BLD = language_model_inputs(model, lambda: FAMILY.generate(model, batch, **options))
     else:
-        found = language_model_inputs(model, lambda: answer_loss(model, FAMILY, batch, 0.0))
+        embeds_BLD = language_model_inputs(model, lambda: answer_loss(model, FAMILY, batch, 0.0))
     embeddings = base.get_input_embeddings()(batch["input_ids"])
     is_audio = batch["input_ids"] == 24
-    assert torch.equal(found[~is_audio], embeddings[~is_audio])
-    wanted = []
+    assert torch.equal(embeds_BLD[~is_audio], embeddings[~is_audio])
+    expected = []
     with torch.no_grad():
         for row in rows:
             if row.num_windows:
                 clip = collate_prompts([row], front_end)["input_features"]
                 outputs = base.model.get_audio_features(clip, return_dict=True).pooler_output
                 assert outputs.shape[0] == 50 * row.num_windows
-                wanted.append(outputs[: int((row.prompt_ids == 24).sum())])
-    assert torch.allclose(found[is_audio], torch.cat(wanted), atol=1e-5)
+                expected.append(outputs[: int((row.prompt_ids == 24).sum())])
+    assert torch.allclose(embeds_BLD[is_audio], torch.cat(expected), atol=1e-5)
 
 
-def test_whole_windows_go_the_librarys_way(model: Any, manifest: str, tmp_path: Path):
-    """Without the flag a batch reaches the library untouched; clips that fill their windows do so with it."""
-    seen: list[set[str]] = []
+def test_whole_windows_use_transformers_own_path(model: Any, manifest: str, tmp_path: Path):
+    """Batches without the flag reach transformers unchanged, and so do clips that fill their windows."""
+    input_names: list[set[str]] = []
     outer = model.get_base_model().model
 
-    def look(_: Any, args: Any, given: dict[str, Any]) -> None:
-        seen.append(set(given))
+    def record(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        input_names.append(set(kwargs))
 
     batches = [collate_training(rows_of(manifest, tmp_path / "f"), VoxtralFrontEnd(TINY))]
     full = [row for row in rows_of(manifest, tmp_path / "t", trim_audio=True) if (row.prompt_ids == 24).sum() == 50]
     batches.append(collate_training(full, VoxtralFrontEnd(TINY, trim_audio=True)))
     for batch in batches:
-        with outer.register_forward_pre_hook(look, with_kwargs=True), torch.no_grad():
+        with outer.register_forward_pre_hook(record, with_kwargs=True), torch.no_grad():
             answer_loss(model, FAMILY, batch, 0.0)
-        assert {"input_ids", "input_features"} < seen[-1] and "inputs_embeds" not in seen[-1]
+        assert {"input_ids", "input_features"} < input_names[-1] and "inputs_embeds" not in input_names[-1]
     assert len(full) >= 1
 
 
-# the same numbers
+# equal results
 
 
 def test_packed_equals_padded(model: Any, trimmed: list[FeatureRow]):
@@ -201,25 +203,25 @@ def test_packed_equals_padded(model: Any, trimmed: list[FeatureRow]):
     packed, packed_grads = loss([collate_packed(trimmed, front_end)])
     assert (packed - padded).abs().max() / tokens < 1e-5 and (alone - padded).abs().max() / tokens < 1e-5
     assert (packed_grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
-    assert (packed > 0).all(), "all four tasks are in it"
+    assert (packed > 0).all(), "all four tasks are covered"
 
 
 def test_generation_equals_a_naive_loop_over_rows(model: Any, trimmed: list[FeatureRow]):
-    """Greedy, one row at a time, without a cache: embeddings put together by hand, the library's model after them."""
+    """Greedy, row by row, without a cache: embeddings are assembled here, and transformers' model runs on them."""
     front_end, base, steps = VoxtralFrontEnd(TINY, trim_audio=True), model.get_base_model(), 6
     options = {"max_new_tokens": steps, "do_sample": False, "pad_token_id": front_end.pad_id, "eos_token_id": 2}
     with torch.no_grad():
-        found = FAMILY.generate(model, collate_prompts(trimmed, front_end), **options).tolist()
-        for row, ids in zip(trimmed, found, strict=True):
+        answers = FAMILY.generate(model, collate_prompts(trimmed, front_end), **options).tolist()
+        for row, ids in zip(trimmed, answers, strict=True):
             inputs = base.get_input_embeddings()(torch.from_numpy(row.prompt_ids.astype(np.int64)))
             if row.num_windows:
                 clip = collate_prompts([row], front_end)["input_features"]
                 outputs = base.model.get_audio_features(clip, return_dict=True).pooler_output
-                place = torch.from_numpy(row.prompt_ids == 24)
-                inputs[place] = outputs[: int(place.sum())]
-            wanted: list[int] = []
-            while len(wanted) < steps and 2 not in wanted:
+                is_audio = torch.from_numpy(row.prompt_ids == 24)
+                inputs[is_audio] = outputs[: int(is_audio.sum())]
+            expected: list[int] = []
+            while len(expected) < steps and 2 not in expected:
                 logits = base(inputs_embeds=inputs[None], use_cache=False).logits[0, -1]
-                wanted.append(int(logits.argmax()))
-                inputs = torch.cat([inputs, base.get_input_embeddings()(torch.tensor(wanted[-1:]))])
-            assert ids[: len(wanted)] == wanted, row.id
+                expected.append(int(logits.argmax()))
+                inputs = torch.cat([inputs, base.get_input_embeddings()(torch.tensor(expected[-1:]))])
+            assert ids[: len(expected)] == expected, row.id

@@ -1,6 +1,6 @@
-"""jobs/compile.py: programs that hear what the model hears, made for what they are used for, and refused elsewhere.
+"""jobs/compile.py: programs compute what the model computes, and are refused for anything else.
 
-Compiling takes a while, so the quick tests share one program: the tiny Whisper's encoder for one window.
+Compiling is slow, so the quick tests share one program: the tiny Whisper's encoder for one window.
 """
 
 import json
@@ -31,7 +31,7 @@ from voxray.models.registry import get_family
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 FAMILY = get_family(WHISPER)
-FIGURES = {"compile_sec": 1.0, "difference": 0.0, "eager_sec": 1.0, "compiled_sec": 1.0}
+MEASUREMENTS = {"compile_sec": 1.0, "difference": 0.0, "eager_sec": 1.0, "compiled_sec": 1.0}
 
 
 def compile_job(*flags: str, **more: str) -> dict[str, Any]:
@@ -65,24 +65,24 @@ def speech(num_windows: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def test_a_program_hears_what_the_encoder_hears(folder: Path) -> None:
-    """Against transformers' model, on several windows; and on a recording that is heard window by window."""
+def test_a_program_computes_what_the_encoder_computes(folder: Path) -> None:
+    """Against transformers' model, on several windows, and on a recording transcribed window by window."""
     from transformers import WhisperForConditionalGeneration
 
-    theirs = WhisperForConditionalGeneration.from_pretrained(WHISPER, dtype=torch.float32).eval()
+    reference = WhisperForConditionalGeneration.from_pretrained(WHISPER, dtype=torch.float32).eval()
     model, mel_WFT = make_model(), speech(3)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     use(model, folder)
-    wanted = theirs.model.encoder(mel_WFT).last_hidden_state
-    found = model.model.encoder(mel_WFT, return_dict=True).last_hidden_state
-    assert found.shape == wanted.shape == (3, 200, 128)
-    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    expected = reference.model.encoder(mel_WFT).last_hidden_state
+    states = model.model.encoder(mel_WFT, return_dict=True).last_hidden_state
+    assert states.shape == expected.shape == (3, 200, 128)
+    assert float((states - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     freed = num_weights - sum(parameter.numel() for parameter in model.parameters())
     assert freed > 300_000, "the layers are not held twice"
     whole_1FT = torch.cat(list(mel_WFT), dim=-1)[None]
     options = {"return_timestamps": True, "language": "ko", "max_new_tokens": 20}
-    mine, library = (some.generate(input_features=whole_1FT, **options).tolist() for some in (model, theirs))
-    assert mine == library
+    answers = [each.generate(input_features=whole_1FT, **options).tolist() for each in (model, reference)]
+    assert answers[0] == answers[1]
 
     report = json.loads((folder / "compiled.json").read_text())
     assert (report["family"], report["dtype"], report["backend"]) == ("whisper", "float32", "aotinductor")
@@ -94,8 +94,8 @@ def test_a_program_hears_what_the_encoder_hears(folder: Path) -> None:
 
 
 @pytest.fixture
-def heard(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Windows of every call of a compiled audio path."""
+def window_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of windows in every call of a compiled audio path."""
     calls: list[int] = []
     real = CompiledAudio.__call__
 
@@ -108,7 +108,7 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_evaluate_and_efficiency_use_it(
-    folder: Path, heard: list[int], small: dict[str, str], tmp_path: Path, evaluation_here: None
+    folder: Path, window_counts: list[int], small: dict[str, str], tmp_path: Path, evaluation_here: None
 ) -> None:
     answers = []
     for name, compiled in (("plain", ""), ("compiled", str(folder))):
@@ -117,14 +117,14 @@ def test_evaluate_and_efficiency_use_it(
         job.run_evaluation(EvaluateSettings.model_validate(values))
         rows = read_predictions(tmp_path / name)
         answers.append([(row["id"], row["prediction"]) for row in rows])
-        assert (sum(heard) == 4) == bool(compiled)
+        assert (sum(window_counts) == 4) == bool(compiled)
     assert answers[0] == answers[1] and any(text for _, text in answers[0])
-    heard.clear()
+    window_counts.clear()
     flags = (
         f"--model_id {WHISPER} --compiled {folder} --batch_sizes 1 --clip_sec 3 --new_tokens 16 --warmup 1 --repeats 2"
     )
     report = run_efficiency(parse_only("efficiency", [*flags.split(), "--output_dir", str(tmp_path / "efficiency")]))
-    assert report["compiled"] == str(folder) and heard == [1, 1, 1]
+    assert report["compiled"] == str(folder) and window_counts == [1, 1, 1]
     with pytest.raises(RunError, match=r"--compiled .*: no compiled.json that can be read"):
         job.run_evaluation(EvaluateSettings.model_validate({**values, "compiled": str(tmp_path)}))
 
@@ -140,18 +140,18 @@ def test_evaluate_and_efficiency_use_it(
         ({"format": None}, "written by another version"),
     ],
 )
-def test_what_was_made_for_something_else_is_refused(
+def test_programs_for_something_else_are_refused(
     change: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     report = json.loads((copy / "compiled.json").read_text())
     (copy / "compiled.json").write_text(json.dumps({**report, **change}))
-    with pytest.raises(RunError, match=rf"--compiled {copy}: .*{message}") as told:
+    with pytest.raises(RunError, match=rf"--compiled {copy}: .*{message}") as error:
         use(make_model(), copy)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_damage_and_other_precision_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_damaged_files_and_other_precision_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="made for dtype float32, and this is bfloat16"):
         use(make_model(dtype=torch.bfloat16), folder, torch.bfloat16)
     copy = shutil.copytree(folder, tmp_path / "copy")
@@ -179,8 +179,8 @@ def adapter(folder: Path, *roles: str, alpha: float = 8) -> Path:
     return folder
 
 
-def test_an_adapter_counts_where_it_is_heard(folder: Path, tmp_path: Path) -> None:
-    """One in the decoder leaves the encoder what it was; one in the encoder does not, nor does its scale."""
+def test_only_adapters_in_the_audio_path_matter(folder: Path, tmp_path: Path) -> None:
+    """One in the decoder fits a program of the base. One in the encoder does not, and its scale matters too."""
     use(load_adapter(make_model(), adapter(tmp_path / "decoder", "decoder"))[0], folder)
     tuned, _ = load_adapter(make_model(), adapter(tmp_path / "encoder", "encoder"))
     with pytest.raises(RunError, match="made of other weights"):
@@ -202,37 +202,38 @@ def test_an_adapter_counts_where_it_is_heard(folder: Path, tmp_path: Path) -> No
         (3, [2, 8], [(0, 2, 2), (2, 1, 2)]),
     ],
 )
-def test_any_number_of_windows_is_heard_in_parts(
+def test_any_number_of_windows_is_split_into_parts(
     num_windows: int, sizes: list[int], parts: list[tuple[int, int, int]]
 ) -> None:
     assert list(split_windows(num_windows, sizes)) == parts
-    # every window gives two rows, as Voxtral's positions lie one after the other
-    asked = []
+    # Every window gives two rows, like Voxtral's positions.
+    sizes_called = []
 
     def program(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def run(mel_WFT: torch.Tensor) -> torch.Tensor:
-            asked.append(len(mel_WFT))
+            sizes_called.append(len(mel_WFT))
             assert len(mel_WFT) == size and mel_WFT.is_contiguous()
             return mel_WFT.reshape(2 * size, -1)
 
         return run
 
     mel_WFT = torch.randn(num_windows, 4, 6)
-    found = CompiledAudio({size: program(size) for size in sizes}, (4, 6), torch.float32)(mel_WFT)
-    assert torch.equal(found, mel_WFT.reshape(2 * num_windows, -1)) and asked == [size for *_, size in parts]
+    states = CompiledAudio({size: program(size) for size in sizes}, (4, 6), torch.float32)(mel_WFT)
+    assert torch.equal(states, mel_WFT.reshape(2 * num_windows, -1))
+    assert sizes_called == [size for *_, size in parts]
 
 
-def test_lengths_go_along_with_their_windows() -> None:
+def test_lengths_are_split_like_windows() -> None:
     def program(mel_WFT: torch.Tensor, lengths_W: torch.Tensor) -> torch.Tensor:
         assert len(mel_WFT) == len(lengths_W) == 2
         return mel_WFT[..., 0] * lengths_W[:, None]
 
     mel_WFT, lengths_W = torch.randn(5, 4, 6), torch.tensor([3, 0, 7, 1, 5])
-    found = CompiledAudio({2: program}, (4, 6), torch.float32)(mel_WFT, lengths_W)
-    assert torch.equal(found, mel_WFT[..., 0] * lengths_W[:, None])
+    states = CompiledAudio({2: program}, (4, 6), torch.float32)(mel_WFT, lengths_W)
+    assert torch.equal(states, mel_WFT[..., 0] * lengths_W[:, None])
 
 
-def test_a_program_is_checked_on_short_clips_too_where_lengths_count(salmonn: str) -> None:
+def test_programs_with_lengths_are_also_checked_on_short_clips(salmonn: str) -> None:
     whole, short = aot.noise_clips(get_family(salmonn).front_end(salmonn), 3, 0, torch.bfloat16, CPU)
     assert whole[0].shape == short[0].shape == (3, 80 + 128, 400) and whole[0].dtype == torch.bfloat16
     assert whole[1].tolist() == [64_000] * 3 and short[1].tolist() == [6_400] * 3
@@ -243,31 +244,33 @@ def test_a_program_is_checked_on_short_clips_too_where_lengths_count(salmonn: st
 def test_flags_reach_the_compiler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[tuple[torch.nn.Module, torch.Tensor, str]] = []
+    calls: list[tuple[torch.nn.Module, torch.Tensor, str]] = []
 
     def compiled(path: torch.nn.Module, clips: Any, file: Path, settings: Any) -> dict[str, Any]:
         ((mel_WFT,),) = clips
-        asked.append((path, mel_WFT, file.name))
-        return FIGURES
+        calls.append((path, mel_WFT, file.name))
+        return MEASUREMENTS
 
-    monkeypatch.setattr(aot, "compiled", compiled)
+    monkeypatch.setattr(aot, "compile_and_check", compiled)
     report = compile_job("--bf16", "--tf32", windows="3,1", output_dir=str(tmp_path / "a"))
-    assert [(len(mel), mel.dtype, file) for _, mel, file in asked] == [
+    assert [(len(mel), mel.dtype, file) for _, mel, file in calls] == [
         (1, torch.bfloat16, "audio_w1.pt2"),
         (3, torch.bfloat16, "audio_w3.pt2"),
     ]
     assert report["dtype"] == "bfloat16" and "--tf32 has no effect" in capsys.readouterr().out
-    first = asked[1][1]
+    first = calls[1][1]
     compile_job("--bf16", windows="3", seed="1", output_dir="own", storage_path=str(tmp_path))
-    assert not torch.equal(asked[-1][1], first) and (tmp_path / "own" / "compiled.json").is_file()
+    assert not torch.equal(calls[-1][1], first) and (tmp_path / "own" / "compiled.json").is_file()
     tuned = adapter(tmp_path / "tuned", "encoder")
     report = compile_job("--fp16", lora_dir=str(tuned), output_dir=str(tmp_path / "c"))
-    assert asked[-1][1].dtype == torch.float16 and report["adapter"] == str(tuned) and report["adapter_sha256"]
-    assert any("lora_A" in name for name, _ in asked[-1][0].named_parameters()), "it is compiled with the model"
+    assert calls[-1][1].dtype == torch.float16 and report["adapter"] == str(tuned) and report["adapter_sha256"]
+    assert any("lora_A" in name for name, _ in calls[-1][0].named_parameters()), (
+        "the adapter is compiled with the model"
+    )
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "compiled", lambda *args: FIGURES)
+def test_other_folders_are_not_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aot, "compile_and_check", lambda *args: MEASUREMENTS)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
     for flags in ([], ["--overwrite"]):
@@ -279,7 +282,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, monkeypatch
     assert compile_job("--overwrite", output_dir=str(tmp_path / "out"), windows="2")["windows"].keys() == {"2"}
 
 
-def test_what_cannot_be_compiled_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError, match="--quantize 8bit: holds the encoder of whisper in fewer bits"):
         compile_job(output_dir=str(tmp_path / "a"), quantize="8bit")
 
@@ -303,16 +306,16 @@ def test_what_cannot_be_compiled_is_said_in_a_line(tmp_path: Path, monkeypatch: 
 def test_tensorrt_is_an_extra_that_needs_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own calls are only looked at from here: there is neither GPU nor TensorRT."""
+    """Its calls are only recorded here, because there is neither GPU nor TensorRT."""
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     argv = ["--model_id", WHISPER, "--backend", "tensorrt", "--output_dir", str(tmp_path / "a")]
     with pytest.raises(SystemExit) as end:
         load_job("compile").main(argv)
     assert end.value.code == 1 and not (tmp_path / "a").exists()
-    wanted = (
+    expected = (
         "error: --backend tensorrt: needs torch_tensorrt, which is not installed (pip install 'voxray[tensorrt]')\n"
     )
-    assert capsys.readouterr().err == wanted
+    assert capsys.readouterr().err == expected
 
     fake: Any = ModuleType("torch_tensorrt")
     calls: list[dict[str, Any]] = []
@@ -328,7 +331,7 @@ def test_tensorrt_is_an_extra_that_needs_a_gpu(
     compile_job("--backend", "tensorrt", optimization_level="5", output_dir=str(tmp_path / "a"))
     assert calls[0]["optimization_level"] == 5 and calls[1]["output_format"] == "aot_inductor"
     monkeypatch.undo()
-    monkeypatch.setattr(aot, "compiled", lambda *args: FIGURES)
+    monkeypatch.setattr(aot, "compile_and_check", lambda *args: MEASUREMENTS)
     compile_job(optimization_level="5", output_dir=str(tmp_path / "b"))
     assert "--optimization_level has no effect: it is for --backend tensorrt" in capsys.readouterr().out
 
@@ -350,11 +353,11 @@ def test_voxtral_with_an_adapter_in_encoder_and_projector(tmp_path: Path) -> Non
     model, plain = (load_adapter(make_model(TINY), tmp_path / "adapter")[0] for _ in range(2))
     use_compiled(model, family, tmp_path / "compiled", dtype=torch.float32, device=CPU)
     mel_WFT = torch.from_numpy(np.random.default_rng(1).normal(0, 0.5, (5, 128, 400)).astype(np.float32))
-    wanted = plain.get_base_model().model.get_audio_features(mel_WFT, return_dict=True).pooler_output
-    found = model.get_base_model().model.get_audio_features(mel_WFT, return_dict=True).pooler_output
-    assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+    expected = plain.get_base_model().model.get_audio_features(mel_WFT, return_dict=True).pooler_output
+    states = model.get_base_model().model.get_audio_features(mel_WFT, return_dict=True).pooler_output
+    assert float((states - expected).abs().max()) < 1e-5 * float(expected.abs().max())
     base = make_model(TINY).model.get_audio_features(mel_WFT, return_dict=True).pooler_output
-    assert float((found - base).abs().max()) > 1e-2 * float(base.abs().max()), "the adapter is in it"
+    assert float((states - base).abs().max()) > 1e-2 * float(base.abs().max()), "the adapter is part of it"
     with pytest.raises(RunError, match=r"made of other weights, those of .* with .*adapter"):
         use_compiled(make_model(TINY), family, tmp_path / "compiled", dtype=torch.float32, device=CPU)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from voxray.models.parts import cpu_lm_head as few_rows
+from voxray.models.parts import cpu_lm_head
 from voxray.models.parts.cpu_lm_head import MAX_ROWS, MIN_OUTPUTS, few_rows_linear
 
 
@@ -20,12 +20,12 @@ def check(layer: torch.nn.Module, num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 8, MAX_ROWS, MAX_ROWS + 1])
-def test_outputs_are_those_of_the_layer(layer, num_rows) -> None:
+def test_outputs_equal_the_layers_outputs(layer, num_rows) -> None:
     check(layer, num_rows)
-    assert (layer in few_rows._laid_out) == (num_rows <= MAX_ROWS)
+    assert (layer in cpu_lm_head._reordered_weights) == (num_rows <= MAX_ROWS)
 
 
-def test_changed_weights_are_seen(layer) -> None:
+def test_changed_weights_are_noticed(layer) -> None:
     check(layer, 2)
     layer.weight.mul_(2)
     check(layer, 2)
@@ -33,8 +33,8 @@ def test_changed_weights_are_seen(layer) -> None:
     check(layer, 2)
 
 
-def test_what_is_no_plain_frozen_layer_is_called_as_it_is(layer) -> None:
-    """LoRA on it, training, half precision, weights that a hook fetches, a gradient that is asked for."""
+def test_other_layers_are_called_as_usual(layer) -> None:
+    """With LoRA, trainable, with a hook that fetches the weights, or with an input that requires gradients."""
     holder = torch.nn.ModuleDict({"lm_head": layer})
     adapted = inject_adapter_in_model(LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), holder)
     check(adapted["lm_head"], 2)
@@ -42,7 +42,7 @@ def test_what_is_no_plain_frozen_layer_is_called_as_it_is(layer) -> None:
     hooked = torch.nn.Linear(24, MIN_OUTPUTS).requires_grad_(False)
     hooked.register_forward_pre_hook(lambda *_: None)
     check(hooked, 2)
-    assert not {adapted["lm_head"], hooked, layer} & set(few_rows._laid_out)
+    assert not {adapted["lm_head"], hooked, layer} & set(cpu_lm_head._reordered_weights)
     hidden_BD = torch.randn(2, 24, requires_grad=True)
     few_rows_linear(layer, hidden_BD).sum().backward()
     assert hidden_BD.grad is not None

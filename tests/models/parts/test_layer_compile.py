@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def fresh() -> Any:
-    """No compiled code of other tests, and none left behind."""
+    """Remove compiled code of other tests before and after."""
     torch.compiler.reset()
     counters.clear()
     yield
@@ -32,7 +32,7 @@ def fresh() -> Any:
 
 @pytest.fixture
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured and differentiated as ever, and then run as they are, which takes seconds and no compiler."""
+    """Capture and differentiate graphs as usual, but run them eagerly, which takes seconds and needs no compiler."""
     real = torch.compile
 
     def captured(function: Any, *, dynamic: bool, options: Any = None) -> Any:
@@ -62,20 +62,20 @@ def loss(model: Any, batch: dict[str, torch.Tensor], seed: int) -> tuple[torch.T
     return losses.detach(), torch.cat(grads)
 
 
-def compare(small: dict[str, str], make_features: Any, folder: Path, how: str, **options: Any) -> None:
-    """Compiled and eager on batches of several shapes, dropout on; then saved, and asked to generate."""
+def compare(small: dict[str, str], make_features: Any, folder: Path, layout: str, **options: Any) -> None:
+    """Compare compiled and eager on batches of several shapes with dropout, then as saved, then in generation."""
     features = Features(make_features(*(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))))
-    front_end, collate = FAMILY.front_end(TINY), {"packed": collate_packed, "padded": collate_training}[how]
+    front_end, collate = FAMILY.front_end(TINY), {"packed": collate_packed, "padded": collate_training}[layout]
     eager, compiled = make_model(**options), make_model(**options)
     before = list(compiled.state_dict())
     FAMILY.compile_layers(compiled)
     num_graphs = []
     for seed, rows in enumerate([(0, 13, 30), (1, 2, 14, 15, 31), (3, 16, 32, 33), (4, 17, 5, 18, 6, 19, 34, 35)]):
         stored = [features.row(number) for number in rows]
-        wanted, wanted_grads = loss(eager, collate(stored, front_end), seed)
-        found, grads = loss(compiled, collate(stored, front_end), seed)
-        assert (found - wanted).abs().max() / sum(len(row.target_ids) for row in stored) < 1e-5
-        assert (grads - wanted_grads).abs().max() < 1e-4 * wanted_grads.abs().max()
+        expected, expected_grads = loss(eager, collate(stored, front_end), seed)
+        losses, grads = loss(compiled, collate(stored, front_end), seed)
+        assert (losses - expected).abs().max() / sum(len(row.target_ids) for row in stored) < 1e-5
+        assert (grads - expected_grads).abs().max() < 1e-4 * expected_grads.abs().max()
         num_graphs.append(counters["stats"]["unique_graphs"])
     assert num_graphs[0] >= 2, "the layers are compiled, not just the probe"
     assert num_graphs == num_graphs[:1] * 4, "another shape does not compile again"
@@ -85,30 +85,32 @@ def compare(small: dict[str, str], make_features: Any, folder: Path, how: str, *
     stored = [(folder / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert stored[0] == stored[1]
     prompts = collate_prompts([features.row(number) for number in (0, 13, 30)], front_end)
-    given = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": front_end.pad_id}
-    answers = [FAMILY.generate(model.eval(), prompts, **given).tolist() for model in (eager, compiled)]
-    assert answers[0] == answers[1] and counters["stats"]["unique_graphs"] == num_graphs[-1], "nothing new for it"
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": front_end.pad_id}
+    answers = [FAMILY.generate(model.eval(), prompts, **options).tolist() for model in (eager, compiled)]
+    assert answers[0] == answers[1] and counters["stats"]["unique_graphs"] == num_graphs[-1], (
+        "generation compiles nothing"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["padded", "packed"])
-def test_layers_are_captured_once(fresh, without_inductor, small, make_features, tmp_path, how):
-    compare(small, make_features, tmp_path, how, grad_ckpt=how == "packed")
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_layers_are_captured_once(fresh, without_inductor, small, make_features, tmp_path, layout):
+    compare(small, make_features, tmp_path, layout, grad_ckpt=layout == "packed")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "4bit"])
 @pytest.mark.parametrize("grad_ckpt", [False, True])
-@pytest.mark.parametrize("how", ["padded", "packed"])
-def test_compiled_layers_give_the_same_losses(fresh, small, make_features, tmp_path, how, grad_ckpt, quantize):
-    compare(small, make_features, tmp_path, how, grad_ckpt=grad_ckpt, quantize=quantize)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_compiled_layers_give_the_same_losses(fresh, small, make_features, tmp_path, layout, grad_ckpt, quantize):
+    compare(small, make_features, tmp_path, layout, grad_ckpt=grad_ckpt, quantize=quantize)
 
 
-def test_a_machine_without_a_compiler_is_told_in_one_line(fresh):
+def test_a_missing_compiler_is_reported_in_one_line(fresh):
     import torch._inductor.config as inductor
 
     base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU)
-    told = pytest.raises(RunError, match="--compile: nothing can be compiled on this machine: ")
-    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), told as error:
+    raises = pytest.raises(RunError, match="--compile: nothing can be compiled on this machine: ")
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), raises as error:
         FAMILY.compile_layers(base)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300

@@ -1,4 +1,4 @@
-"""Base weights in 16, 8 and 4 bits on the tiny Voxtral: really quantised, really trained, on the CPU."""
+"""Base weights in 16, 8 and 4 bits, and training on them, with the tiny Voxtral on the CPU."""
 
 import hashlib
 import importlib.util
@@ -49,28 +49,28 @@ def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "stored"), [("8bit", torch.int8), ("4bit", torch.uint8)])
-def test_the_language_models_layers_are_quantised_and_nothing_else(kind: str, stored: torch.dtype) -> None:
+def test_only_the_language_models_layers_are_quantized(kind: str, stored: torch.dtype) -> None:
     plain, model = load(), load(kind)
     linear = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
-    wanted = {name for name in linear if ".language_model." in name}
-    assert len(wanted) == 2 * 7 and len(linear) > len(wanted)
-    found = {name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes")}
-    assert found == wanted
+    expected = {name for name in linear if ".language_model." in name}
+    assert len(expected) == 2 * 7 and len(linear) > len(expected)
+    quantized = {name for name, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes")}
+    assert quantized == expected
     kinds = {
-        (name.removesuffix(".weight") in wanted, parameter.dtype, parameter.requires_grad)
+        (name.removesuffix(".weight") in expected, parameter.dtype, parameter.requires_grad)
         for name, parameter in model.named_parameters()
     }
     assert kinds == {(True, stored, False), (False, torch.float32, False)}
 
 
-def test_4_bits_are_nf4_quantised_twice_and_compute_in_the_type_asked_for() -> None:
+def test_4_bits_are_nf4_with_quantized_scales_and_the_requested_compute_dtype() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = load("4bit", dtype).model.language_model.layers[0].mlp.up_proj
         assert (layer.weight.quant_type, layer.weight.quant_state.nested) == ("nf4", True)
         assert layer.compute_dtype == dtype
 
 
-def test_quantised_weights_are_smaller_and_the_loss_is_close(batch: dict[str, torch.Tensor]) -> None:
+def test_quantized_weights_are_smaller_and_the_loss_is_close(batch: dict[str, torch.Tensor]) -> None:
     def num_bytes(model: Any) -> int:
         layers = model.model.language_model.layers
         return sum(parameter.nbytes for name, parameter in layers.named_parameters() if "norm" not in name)
@@ -79,10 +79,10 @@ def test_quantised_weights_are_smaller_and_the_loss_is_close(batch: dict[str, to
     full = num_bytes(load())
     for kind, share in (("8bit", 4), ("4bit", 8)):
         model = load(kind)
-        found = float(loss(model, batch))
-        print(f"{kind}: loss {found:.5f}, float32 {exact:.5f}")
+        quantized = float(loss(model, batch))
+        print(f"{kind}: loss {quantized:.5f}, float32 {exact:.5f}")
         assert num_bytes(model) * share == full
-        assert found != exact and found == pytest.approx(exact, rel=0.1)
+        assert quantized != exact and quantized == pytest.approx(exact, rel=0.1)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -133,9 +133,9 @@ def sha(run_dir: Path) -> str:
     ids=lambda flags: "-".join(map(str, flags.values())),
 )
 def test_runs_resume_exactly_and_learn(data: TrainingData, tmp_path: Path, flags: dict[str, Any]) -> None:
-    """Contract 4 for every kind of base and of tuning: 3 steps, a new start, 3 more = 6, to the last bit.
+    """3 steps, a restart and 3 more steps equal 6 steps bit for bit, for every kind of base and tuning.
 
-    The validation after step 2 must leave no trace: bitsandbytes would repack 4-bit weights when a CPU first infers.
+    The validation after step 2 must change nothing: bitsandbytes would repack 4-bit weights at the first inference.
     """
     straight = processes.run(settings(tmp_path / "a", **flags), data)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -156,7 +156,7 @@ def test_runs_resume_exactly_and_learn(data: TrainingData, tmp_path: Path, flags
     assert after < before
 
 
-def test_without_bitsandbytes_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="--quantize 4bit: needs bitsandbytes, which is not installed"):
         load("4bit")

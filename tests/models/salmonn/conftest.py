@@ -1,4 +1,4 @@
-"""The reference's files, and a SALMONN made of them."""
+"""The reference implementation's files, and a SALMONN loaded from them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,33 +20,33 @@ FILES = {
 
 @pytest.fixture(scope="session")
 def files() -> dict[str, Path]:
-    """What ``salmonn.load`` takes."""
+    """Arguments of ``salmonn.load``."""
     return dict(FILES)
 
 
 @pytest.fixture(scope="session")
 def expected() -> dict[str, Any]:
-    """What the reference computes."""
+    """Outputs of the reference implementation."""
     return torch.load(REFERENCE / "outputs.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def clips() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Name of a clip -> its log-mel (F, T), as the library's own extractor gives it, and its samples."""
+    """Name of a clip -> its log-mel (F, T) from transformers' extractor, and its samples."""
     from transformers import WhisperFeatureExtractor
 
     extract = WhisperFeatureExtractor.from_pretrained(FILES["whisper"])
     waves = torch.load(REFERENCE / "inputs.pt", weights_only=True)
-    found = {}
+    clips = {}
     for name, wave in waves.items():
         mel = extract(wave.numpy(), sampling_rate=16_000, return_tensors="pt").input_features[0]
-        found[name.removeprefix("wav.")] = (mel, wave)
-    return found
+        clips[name.removeprefix("wav.")] = (mel, wave)
+    return clips
 
 
 @pytest.fixture(scope="session")
 def model(files) -> Any:
-    """In eval mode; a test that changes it puts it back."""
+    """In eval mode. Tests that change it must restore it."""
     from voxray.models import salmonn
 
     return salmonn.load(**files)
@@ -70,7 +70,7 @@ def batch_of(clips):
 def rows_of(model, expected, batch_of):
     """Clips, prompts and answers -> a batch for ``forward``.
 
-    With ``reference_layout``, prompts are padded to the longest before the answers begin, as the reference does.
+    With ``reference_layout``, prompts are padded to the longest before the answers start, as in the reference.
     """
 
     def make(

@@ -1,4 +1,4 @@
-"""Official files: read, refused, written; the full-size ones by their names and shapes."""
+"""Official files: reading, writing and refusing them; full-size ones by names and shapes."""
 
 import json
 import re
@@ -14,17 +14,17 @@ from voxray.core.errors import RunError
 from voxray.models import salmonn
 from voxray.models.adapters.lora import add_lora
 from voxray.models.salmonn.beats import Beats
-from voxray.models.salmonn.checkpoint import (
-    NOT_NEEDED,
-    TABLE,
-    Trained,
+from voxray.models.salmonn.compat.checkpoint import (
+    IGNORED_TENSORS,
+    POSITION_TABLE,
+    SalmonnCheckpoint,
     beats_tensors,
     load_beats_weights,
-    load_trained,
+    load_checkpoint,
     official_name,
     official_tensors,
-    read_trained,
-    write_trained,
+    read_checkpoint,
+    write_checkpoint,
 )
 from voxray.models.salmonn.config import BeatsConfig
 from voxray.models.salmonn.loading import build_config, freeze, wrap_llm
@@ -51,45 +51,45 @@ def shapes(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("size", "num_trained"), [("7b", 30_186_240), ("13b", 33_332_992)])
-def test_a_full_checkpoint_is_understood_whole(size, num_trained):
-    trained = Trained("salmonn_v1.pth", shapes(f"salmonn_{size}"))
+def test_all_tensors_of_a_full_size_checkpoint_are_known(size, num_trained):
+    checkpoint = SalmonnCheckpoint("salmonn_v1.pth", shapes(f"salmonn_{size}"))
     with torch.device("meta"):
-        model = SalmonnForConditionalGeneration(build_config(trained, LARGE_V2, BeatsConfig(), VICUNA[size]))
+        model = SalmonnForConditionalGeneration(build_config(checkpoint, LARGE_V2, BeatsConfig(), VICUNA[size]))
         freeze(model)
-        wrap_llm(model, trained)
-    loaded = load_trained(model, trained)
+        wrap_llm(model, checkpoint)
+    loaded = load_checkpoint(model, checkpoint)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     assert sum(weight.numel() for weight in weights) == num_trained
     assert loaded.num_loaded == len(weights)
-    assert loaded.num_loaded + len(loaded.not_needed) == len(trained.tensors)
+    assert loaded.num_loaded + len(loaded.not_needed) == len(checkpoint.tensors)
     layers = VICUNA[size].num_hidden_layers
     assert len([name for name in loaded.not_needed if name.endswith("rotary_emb.inv_freq")]) == layers
-    assert len([name for name in loaded.not_needed if TABLE.fullmatch(name)]) == 11
+    assert len([name for name in loaded.not_needed if POSITION_TABLE.fullmatch(name)]) == 11
     assert len(loaded.not_needed) == layers + 11 + 1  # and position_ids
     assert sum(weight.numel() for weight in model.beats.parameters()) == 90_311_792
     assert sum(weight.numel() for weight in model.speech_Qformer.parameters()) == 22_837_248
     assert model.config.positions_per_clip == 88
 
 
-def test_a_full_beats_file_is_understood_whole():
+def test_all_tensors_of_a_full_size_beats_file_are_known():
     tensors = shapes("beats_full")
     for classes, num_parameters in ((True, 90_717_055), (False, 90_311_792)):
         settings = {"predictor_class": 527, "finetuned_model": True}
         config = BeatsConfig.of_file(settings, "BEATs.pt", classes=classes)
         with torch.device("meta"):
             beats = Beats(config)
-        kept = beats_tensors(tensors, "BEATs.pt", classes=classes)
-        load_beats_weights(beats, kept, "BEATs.pt")
+        loaded = beats_tensors(tensors, "BEATs.pt", classes=classes)
+        load_beats_weights(beats, loaded, "BEATs.pt")
         assert sum(weight.numel() for weight in beats.parameters()) == num_parameters
-        left_out = set(tensors) - set(kept) - {"predictor.weight", "predictor.bias"}
-        assert left_out == {name for name in tensors if re.search(r"layers\.(?!0\.).*relative_attention_bias", name)}
+        dropped = set(tensors) - set(loaded) - {"predictor.weight", "predictor.bias"}
+        assert dropped == {name for name in tensors if re.search(r"layers\.(?!0\.).*relative_attention_bias", name)}
 
 
-def test_exactly_what_salmonn_trains_requires_gradients(files, rows_of, model):
+def test_exactly_salmonns_trained_weights_require_gradients(files, rows_of, model):
     trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
-    stored = read_trained(files["checkpoint"]).tensors
+    stored = read_checkpoint(files["checkpoint"]).tensors
     assert {official_name(name) for name in trained} == {
-        name for name in stored if not (NOT_NEEDED.fullmatch(name) or TABLE.fullmatch(name))
+        name for name in stored if not (IGNORED_TENSORS.fullmatch(name) or POSITION_TABLE.fullmatch(name))
     }
     assert len(trained) == 73  # 34 with weight decay, 39 without
     model(**rows_of(["w3"], ["asr"], [0])).loss.backward()
@@ -97,7 +97,7 @@ def test_exactly_what_salmonn_trains_requires_gradients(files, rows_of, model):
     model.zero_grad()
 
 
-def test_towers_stay_in_eval_mode(model):
+def test_frozen_encoders_stay_in_eval_mode(model):
     model.train()
     modes = {name: module.training for name, module in model.named_children()}
     assert not modes.pop("speech_encoder") and not modes.pop("beats") and all(modes.values())
@@ -109,34 +109,34 @@ def test_towers_stay_in_eval_mode(model):
 
 
 @pytest.mark.parametrize("wrapped", ["llm", "whole"])
-def test_what_is_written_is_what_was_read(files, tmp_path, wrapped):
-    """Names are the official ones, whether PEFT stands around the language model or around the whole."""
-    read = read_trained(files["checkpoint"])
+def test_a_checkpoint_survives_loading_and_writing(files, tmp_path, wrapped):
+    """Names are official whether PEFT wraps the language model or the whole."""
+    stored = read_checkpoint(files["checkpoint"])
     model = salmonn.load(**files, lora=wrapped == "llm")
     if wrapped == "whole":
         model = add_lora(model, LORA_FAMILY, ["llm"], model_id="x", r=8, alpha=32, dropout=0.1)  # type: ignore[arg-type]
         freeze(model.get_base_model())
-        assert load_trained(model, read).num_loaded == 73
+        assert load_checkpoint(model, stored).num_loaded == 73
     weights = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    write_trained(official_tensors(weights), tmp_path / "new" / "checkpoint_0.pth", {"lora_alpha": 32})
-    again = read_trained(tmp_path / "new" / "checkpoint_0.pth")
+    write_checkpoint(official_tensors(weights), tmp_path / "new" / "checkpoint_0.pth", {"lora_alpha": 32})
+    again = read_checkpoint(tmp_path / "new" / "checkpoint_0.pth")
     assert again.settings == {"lora_alpha": 32}
     assert len(again.tensors) == 73
     for name, tensor in again.tensors.items():
-        assert torch.equal(tensor, read.tensors[name]), name
+        assert torch.equal(tensor, stored.tensors[name]), name
 
 
-def test_lora_around_the_whole_is_the_same_model(files, model, rows_of):
+def test_lora_around_the_whole_model_gives_the_same_logits(files, model, rows_of):
     whole = salmonn.load(**files, lora=False)
     whole = add_lora(whole, LORA_FAMILY, ["llm"], model_id="x", r=8, alpha=32, dropout=0.1)  # type: ignore[arg-type]
-    load_trained(whole, read_trained(files["checkpoint"]))
+    load_checkpoint(whole, read_checkpoint(files["checkpoint"]))
     batch = rows_of(["w3"], ["asr"], [0])
     with torch.no_grad():
         assert torch.equal(whole.eval()(**batch).logits, model(**batch).logits)
 
 
 def changed(files, tmp_path, change) -> dict:
-    """The files with another checkpoint."""
+    """The files with a changed checkpoint."""
     content = torch.load(files["checkpoint"], weights_only=True)
     change(content["model"])
     torch.save(content, tmp_path / "changed.pth")
@@ -167,8 +167,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(files, tmp_path, change, mess
         salmonn.load(**changed(files, tmp_path, change))
 
 
-def test_what_other_trainers_save_along_is_not_needed(files, tmp_path, model):
-    """A tied head, an embedding, and names of compiled modules."""
+def test_extra_tensors_of_other_trainers_are_ignored(files, tmp_path, model):
+    """A tied output layer, an embedding, and names of compiled modules."""
 
     def change(tensors):
         tensors[LM_HEAD] = torch.randn(3, 3)
@@ -178,11 +178,11 @@ def test_what_other_trainers_save_along_is_not_needed(files, tmp_path, model):
             tensors[".".join([parts[0], "_orig_mod", *parts[1:]])] = tensors.pop(name)
 
     again = salmonn.load(**changed(files, tmp_path, change))
-    for (name, ours), weight in zip(again.named_parameters(), model.parameters(), strict=True):
-        assert torch.equal(ours, weight), name
+    for (name, loaded), weight in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(loaded, weight), name
 
 
-def test_a_beats_file_of_another_kind_is_refused(files, tmp_path):
+def test_unsupported_beats_files_are_refused(files, tmp_path):
     content = torch.load(files["beats"], weights_only=True)
     for part, name, value, message in (
         ("cfg", "deep_norm", False, "BEATs with deep_norm False is not supported"),
@@ -195,14 +195,14 @@ def test_a_beats_file_of_another_kind_is_refused(files, tmp_path):
             salmonn.load_beats(tmp_path / "beats.pt")
 
 
-def test_files_that_are_none_are_refused_in_one_line(files, tmp_path):
+def test_other_files_are_refused_in_one_line(files, tmp_path):
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("no tensors")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"model": {"a": SimpleNamespace()}}, tmp_path / "code.pth")
     for name in ("none", "empty", "text", "list", "code"):
         with pytest.raises(RunError, match=f"{name}.pth") as caught:
-            read_trained(tmp_path / f"{name}.pth")
+            read_checkpoint(tmp_path / f"{name}.pth")
         assert "\n" not in str(caught.value)
     shutil.copytree(files["whisper"], tmp_path / "whisper")
     (tmp_path / "whisper" / "model.safetensors").unlink()
@@ -211,7 +211,7 @@ def test_files_that_are_none_are_refused_in_one_line(files, tmp_path):
             salmonn.load(**{**files, part: tmp_path / "whisper"})
 
 
-def test_a_vicuna_with_sentencepiece_alone_says_what_it_needs(files, tmp_path, monkeypatch):
+def test_a_tokenizer_that_needs_sentencepiece_is_refused_without_it(files, tmp_path, monkeypatch):
     """Vicuna 1.1 has no tokenizer.json."""
     shutil.copytree(files["llm"], tmp_path / "llm")
     (tmp_path / "llm" / "tokenizer.json").rename(tmp_path / "llm" / "tokenizer.model")
@@ -220,7 +220,7 @@ def test_a_vicuna_with_sentencepiece_alone_says_what_it_needs(files, tmp_path, m
         salmonn.load(**{**files, "llm": tmp_path / "llm"})
 
 
-def test_without_a_checkpoint_all_that_trains_is_new(files):
+def test_without_a_checkpoint_trained_weights_are_initialized(files):
     torch.manual_seed(0)
     model = salmonn.load(**{**files, "checkpoint": None})
     assert model.speech_Qformer.config.hidden_size == 768
@@ -230,7 +230,7 @@ def test_without_a_checkpoint_all_that_trains_is_new(files):
 
 
 def test_the_pad_row_is_the_same_every_time(files):
-    """The reference draws it at random."""
+    """In the reference it is random."""
     first, second = (salmonn.load(**{**files, "pad_rows": None}, lora=False).llama_model for _ in range(2))
     for layer, other in zip(
         (first.get_input_embeddings(), first.get_output_embeddings()),
@@ -241,21 +241,21 @@ def test_the_pad_row_is_the_same_every_time(files):
         assert torch.equal(layer.weight[-1], other.weight[-1])
 
 
-def test_pad_rows_may_come_as_a_file_or_its_content(files, tmp_path, model):
-    content, wanted = torch.load(files["pad_rows"], weights_only=True), model.get_output_embeddings().weight
-    assert torch.equal(salmonn.load(**{**files, "pad_rows": content}).get_output_embeddings().weight, wanted)
+def test_pad_rows_can_be_a_file_or_its_content(files, tmp_path, model):
+    content, expected = torch.load(files["pad_rows"], weights_only=True), model.get_output_embeddings().weight
+    assert torch.equal(salmonn.load(**{**files, "pad_rows": content}).get_output_embeddings().weight, expected)
     in_order = (files[name] for name in ("whisper", "beats", "llm", "checkpoint"))
     later = salmonn.load(*in_order)
-    assert not torch.equal(later.get_output_embeddings().weight, wanted)
+    assert not torch.equal(later.get_output_embeddings().weight, expected)
     salmonn.set_pad_rows(later, content["pad_rows"])
-    assert torch.equal(later.get_output_embeddings().weight, wanted)
+    assert torch.equal(later.get_output_embeddings().weight, expected)
     torch.save({"pad_rows": {"llama_model.lm_head.weight": torch.zeros(3)}}, tmp_path / "rows.pt")
     with pytest.raises(RunError, match="is no row of the language model"):
         salmonn.load(**{**files, "pad_rows": tmp_path / "rows.pt"})
 
 
-def test_a_saved_model_is_the_same_again(files, tmp_path, model, rows_of):
-    """As one folder, by the library's own means, with what trains in float32 also in a half-precision model."""
+def test_a_saved_model_gives_the_same_logits(files, tmp_path, model, rows_of):
+    """In one folder written by transformers. Trained weights stay float32 in a half-precision model."""
     plain = salmonn.load(**files, lora=False)
     plain.save_pretrained(tmp_path)
     again = SalmonnForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -271,7 +271,7 @@ def test_a_saved_model_is_the_same_again(files, tmp_path, model, rows_of):
         assert half(**batch).loss.item() == pytest.approx(plain(**batch).loss.item(), abs=0.1)
 
 
-def test_lora_of_peft_and_ours_have_one_name():
+def test_names_are_the_same_for_both_positions_of_the_peft_wrapper():
     inner = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert official_name(inner) == inner
     assert official_name("base_model.model.llama_model.model.layers.0.self_attn.q_proj.lora_A.default.weight") == inner

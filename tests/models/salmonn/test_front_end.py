@@ -1,4 +1,4 @@
-"""The front end against the reference's token ids and features, and the folder that it reads."""
+"""The front end against the reference's token ids and features, and its folder."""
 
 import json
 import pickle
@@ -45,20 +45,20 @@ def sample(task: str, prompt: str = "") -> Sample:
 
 
 @pytest.mark.parametrize(("official", "task"), [("asr", "asr"), ("audiocaption", "aac"), ("QA", "sqa")])
-def test_prompts_are_the_references(front_end, expected, official, task):
+def test_prompts_equal_the_references(front_end, expected, official, task):
     ids = front_end.prompt_ids(sample(task, QUESTIONS[official]), 80_000)
     audio = [front_end.audio_id] * 88
     assert ids == [expected["tok.bos"], *expected["tok.before"], *audio, *expected[f"tok.after_{official}"]]
-    assert front_end.prompts.fixed(task, QUESTIONS[official]) == OFFICIAL[official][0]
+    assert front_end.prompts.default(task, QUESTIONS[official]) == OFFICIAL[official][0]
 
 
-def test_one_piece_would_be_other_tokens(front_end, expected):
-    """Why the two halves are tokenized apart."""
+def test_tokenizing_in_one_piece_gives_other_tokens(front_end, expected):
+    """The reason why the texts around the audio are tokenized separately."""
     whole = front_end.template.replace("{}", OFFICIAL["asr"][0]).replace("<SpeechHere>", "")
     assert front_end._encode(whole, False) != expected["tok.before"] + expected["tok.after_asr"]
 
 
-def test_answers_are_the_references(front_end, expected):
+def test_answers_equal_the_references(front_end, expected):
     for text, ids in zip(TEXTS, expected["tok.text"], strict=True):
         assert front_end.target_ids(text) == ids
         assert front_end.decode([*ids, front_end.audio_id, front_end.pad_id]) == text
@@ -92,16 +92,16 @@ def test_marks_and_control_tokens_in_a_question_are_text(front_end):
         front_end.target_ids("a\ud800")
 
 
-def test_a_question_without_audio_has_no_marks_of_speech(front_end):
+def test_a_question_without_audio_has_no_speech_marks(front_end):
     assert "Speech" not in front_end.show(front_end.prompt_ids(sample("tqa", "What is it?"), 0))
 
 
-def test_a_row_with_a_question_of_its_own_is_asked_that(front_end):
+def test_a_rows_own_question_replaces_the_prompt(front_end):
     assert "How loud?" in front_end.show(front_end.prompt_ids(sample("aac", "How loud?"), 1))
 
 
-def test_drawn_prompts(folder, tmp_path):
-    """The same for a row, epoch and seed; over many rows all of them, evenly."""
+def test_sampled_prompts(folder, tmp_path):
+    """Deterministic by row, epoch and seed, and uniform over many rows."""
     path = tmp_path / "prompts.yaml"
     path.write_text(
         "asr: ['<Speech><SpeechHere></Speech> a', '<SpeechHere> b', no audio]\n"
@@ -112,19 +112,19 @@ def test_drawn_prompts(folder, tmp_path):
     prompts = read_prompts(path)
     assert prompts.by_task["asr"] == ("<Speech><SpeechHere></Speech> a", "<SpeechHere> b")
     assert prompts.by_task["aac"] == ("<SpeechHere> c",) and prompts.choices("aac", "How loud?") == (QUESTION,)
-    assert prompts.fixed("aac", OTHER_CAPTION_REQUEST) == "<SpeechHere> d"
+    assert prompts.default("aac", OTHER_CAPTION_REQUEST) == "<SpeechHere> d"
     other = path.with_name("others.yaml")
     other.write_text("asr: ['<SpeechHere> b']")
-    assert OTHER_CAPTION_REQUEST in read_prompts(other).fixed("aac", OTHER_CAPTION_REQUEST)
+    assert OTHER_CAPTION_REQUEST in read_prompts(other).default("aac", OTHER_CAPTION_REQUEST)
     assert len({prompts.fingerprint, read_prompts(path).fingerprint, read_prompts(other).fingerprint}) == 2
     assert prompts.left_out == ("asr: no audio", "task gender")
-    drawn = [[prompts.drawn("asr", "", f"row{n}", seed=1, epoch=e) for n in range(2_000)] for e in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert 900 < sum(prompt.endswith("a") for prompt in drawn[0]) < 1_100
-    assert prompts.drawn("asr", "", "row0", seed=1, epoch=0).endswith("b")  # a golden value: on every machine
+    sampled = [[prompts.sample("asr", "", f"row{n}", seed=1, epoch=e) for n in range(2_000)] for e in (0, 0, 1)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert 900 < sum(prompt.endswith("a") for prompt in sampled[0]) < 1_100
+    assert prompts.sample("asr", "", "row0", seed=1, epoch=0).endswith("b")  # the same on every machine
     front_end = SalmonnFrontEnd(folder, prompts=prompts)
     row = SimpleNamespace(id="row0", task="asr", prompt="", num_windows=2)
-    shown = front_end.show(front_end.drawn_prompt_ids(row, seed=1, epoch=0))
+    shown = front_end.show(front_end.sampled_prompt_ids(row, seed=1, epoch=0))
     assert shown == "<s> USER: <SpeechHere>x176b\nASSISTANT:"
     assert front_end.fingerprint != SalmonnFrontEnd(folder).fingerprint
 
@@ -141,63 +141,64 @@ def test_bad_prompt_files_are_refused(tmp_path, text, message):
 
 
 def batched(front_end, waves: list[torch.Tensor], dtype: type = np.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """What collating stored rows gives: windows of all clips, and the samples in each."""
+    """Stored rows as ``collate`` makes them: windows of all clips, and the samples in each."""
     windows, lengths = [], []
     for wave in waves:
-        found = front_end.features(wave.numpy())
-        windows.append(padded_windows(found.mel_KF.astype(dtype), found.fill, found.num_windows, front_end))
+        features = front_end.features(wave.numpy())
+        mel_KF = features.mel_KF.astype(dtype)
+        windows.append(padded_windows(mel_KF, features.fill, features.num_windows, front_end))
         lengths += window_lengths(len(wave), front_end.window_samples)
     return torch.from_numpy(np.concatenate(windows)), torch.tensor(lengths)
 
 
 @pytest.mark.parametrize("alone", [False, True])
 @torch.no_grad()
-def test_stored_features_give_the_embeddings_of_the_samples(model, front_end, clips, batch_of, alone):
+def test_stored_features_and_samples_give_the_same_embeddings(model, front_end, clips, batch_of, alone):
     ids = torch.full((2, 88), model.config.audio_token_id)
     features, lengths = batched(front_end, [clips["w10"][1], clips["w3"][1]])
     mel, wave, padding = batch_of("w10", "w3")
     model.config.alone = alone
     stored = model.embed(ids, features, num_samples=lengths)
-    heard = model.embed(ids, mel, wave, ~padding)
+    from_samples = model.embed(ids, mel, wave, ~padding)
     rounded = batched(front_end, [clips["w10"][1], clips["w3"][1]], np.float16)
     halves = model.embed(ids, rounded[0], num_samples=rounded[1])
     model.config.alone = False
-    torch.testing.assert_close(stored, heard, rtol=0, atol=2e-5)
-    torch.testing.assert_close(halves, heard, rtol=0, atol=5e-2)
+    torch.testing.assert_close(stored, from_samples, rtol=0, atol=2e-5)
+    torch.testing.assert_close(halves, from_samples, rtol=0, atol=5e-2)
 
 
 @torch.no_grad()
 def test_windows_of_a_long_recording_are_clips(model, front_end, clips):
-    """BEATs hears each window as a clip of its own; log-mel is of the whole recording, clamp included."""
+    """BEATs gets each window as a clip of its own. Log-mel is computed and clamped over the whole recording."""
     wave = torch.cat([clips["w10"][1]] * 4)[: WINDOW + 60_000]
     features, lengths = batched(front_end, [wave])
     assert lengths.tolist() == [WINDOW, 60_000]
     embeds = model.embed(torch.full((1, 176), model.config.audio_token_id), features, num_samples=lengths)
     parts = torch.nn.utils.rnn.pad_sequence([wave[:WINDOW], wave[WINDOW:]], batch_first=True)
     padding = torch.arange(WINDOW) >= lengths[:, None]
-    heard = model.audio_embeds(features[:, :80], parts, padding)
-    torch.testing.assert_close(embeds.view(2, 88, -1), heard, rtol=0, atol=2e-5)
+    from_samples = model.audio_embeds(features[:, :80], parts, padding)
+    torch.testing.assert_close(embeds.view(2, 88, -1), from_samples, rtol=0, atol=2e-5)
 
 
 @torch.no_grad()
 def test_a_clip_under_a_second_is_padded_to_one(model, front_end, clips):
-    """As SALMONN's own data set does."""
+    """As in SALMONN's own data set."""
     short = clips["w3"][1][:5_000]
     padded = torch.nn.functional.pad(short, (0, 11_000))
     ids = torch.full((1, 88), model.config.audio_token_id)
     features, lengths = batched(front_end, [short])
-    heard = model.audio_embeds(features[:, :80], padded[None])
-    torch.testing.assert_close(model.embed(ids, features, num_samples=lengths), heard, rtol=0, atol=2e-5)
+    from_samples = model.audio_embeds(features[:, :80], padded[None])
+    torch.testing.assert_close(model.embed(ids, features, num_samples=lengths), from_samples, rtol=0, atol=2e-5)
 
 
-def test_it_pickles(front_end):
+def test_front_end_survives_pickling(front_end):
     again = pickle.loads(pickle.dumps(front_end))
     assert again.prompt_ids(sample("asr"), 1) == front_end.prompt_ids(sample("asr"), 1)
     assert again.fingerprint == front_end.fingerprint
 
 
 @torch.no_grad()
-def test_a_folder_loads_what_it_names(folder, files, model, rows_of):
+def test_a_folder_loads_the_parts_that_it_names(folder, files, model, rows_of):
     from voxray.models.salmonn.loading import set_pad_rows
 
     again = load_folder(folder)
@@ -207,8 +208,8 @@ def test_a_folder_loads_what_it_names(folder, files, model, rows_of):
     assert again.name_or_path == folder
 
 
-def test_what_a_folder_says_holds_for_its_model(files, tmp_path):
-    """A clip's embeddings do not depend on its batch, unless the folder says so."""
+def test_a_folders_settings_apply_to_its_model(files, tmp_path):
+    """By default a clip's embeddings do not depend on its batch."""
     parts = {name: file for name, file in files.items() if name != "pad_rows"}
     write_folder(tmp_path, **parts, prompt_template="Q: {}\nA:")
     model, front_end = load_folder(str(tmp_path), lora=False), SalmonnFrontEnd(str(tmp_path))
@@ -217,7 +218,7 @@ def test_what_a_folder_says_holds_for_its_model(files, tmp_path):
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 
 
-def test_a_folder_may_hold_all_of_it(folder, files, tmp_path):
+def test_a_folder_can_hold_everything(folder, files, tmp_path):
     from voxray.models.salmonn.loading import load_tokenizer
 
     load_folder(folder, lora=False).save_pretrained(tmp_path)
@@ -231,18 +232,18 @@ def test_a_folder_may_hold_all_of_it(folder, files, tmp_path):
         assert whole.prompt_ids(sample(task, "x"), 1) == named.prompt_ids(sample(task, "x"), 1)
 
 
-def test_what_a_front_end_cannot_do_is_said(folder, files, tmp_path):
+def test_unsupported_settings_are_refused(folder, files, tmp_path):
     with pytest.raises(SettingsError, match="trim_audio_tokens"):
         SalmonnFrontEnd(folder, trim_audio=True)
     parts = {name: file for name, file in files.items() if name != "pad_rows"}
-    said = r"--end_sym '<\|end\|>': is \d+ tokens of this language model.* its own end of text is '</s>'"
-    with pytest.raises(SettingsError, match=said):
+    message = r"--end_sym '<\|end\|>': is \d+ tokens of this language model.* its own end of text is '</s>'"
+    with pytest.raises(SettingsError, match=message):
         write_folder(tmp_path / "end", **parts, end_sym="<|end|>")
     assert not (tmp_path / "end").exists()
     write_folder(tmp_path / "end", **parts)
     config = json.loads((tmp_path / "end" / "config.json").read_text())
     (tmp_path / "end" / "config.json").write_text(json.dumps({**config, "end_sym": "<|end|>"}))
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(SettingsError, match=message):
         SalmonnFrontEnd(str(tmp_path / "end"))
     with pytest.raises(RunError, match="model type 'whisper' is not salmonn"):
         SalmonnFrontEnd(str(files["whisper"]))

@@ -1,5 +1,5 @@
-"""Our SALMONN against another one, written from the official files by hand, on what the reference's folder has not:
-other clips, batches, losses, gradients, answers.
+"""Our SALMONN against an independent implementation, on inputs that the reference's outputs do not cover: other clips,
+batches, losses, gradients, answers.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from helpers.salmonn_oracle import Oracle
 from transformers import WhisperFeatureExtractor
 
-from voxray.models.salmonn.checkpoint import official_name
+from voxray.models.salmonn.compat.checkpoint import official_name
 
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,7 @@ def oracle(files) -> Oracle:
 
 @pytest.fixture(scope="module")
 def batch(files, clips, expected, model) -> dict[str, Any]:
-    """Three clips of 1 to 4 s with other prompts and answers: as one batch, and row by row."""
+    """Three clips of 1 to 4 s with different prompts and answers: as one batch, and row by row."""
     wave = clips["w10"][1]
     noise = torch.randn(16_000, generator=torch.Generator().manual_seed(1)) * 0.1
     waves = [wave[30_000:67_123], noise, wave[100_000:160_000] * 0.3]
@@ -43,14 +43,14 @@ def padded(rows: list[list[int]], fill: int, side: str) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 
-def heard(oracle: Oracle, batch: dict[str, Any]) -> list[torch.Tensor]:
+def oracle_embeds(oracle: Oracle, batch: dict[str, Any]) -> list[torch.Tensor]:
     audio = batch["audio"]
     return oracle.audio_embeds(audio["input_features"], audio["waveform"], ~audio["waveform_mask"])
 
 
 @torch.no_grad()
-def test_the_oracle_is_the_reference(oracle, batch_of, expected):
-    """Else it would prove nothing."""
+def test_the_oracle_equals_the_reference(oracle, batch_of, expected):
+    """Otherwise the other tests would prove nothing."""
     mel, wave, padding = batch_of("w10", "w3")
     for number, embeds in enumerate(oracle.audio_embeds(mel, wave, padding)):
         torch.testing.assert_close(embeds, expected["enc.w10_w3.embeds"][number], rtol=0, atol=TOLERANCE)
@@ -67,8 +67,8 @@ def test_embeddings(oracle, batch, model):
     padding = ~audio["waveform_mask"]
     beats = model.beats(audio["waveform"], padding)
     torch.testing.assert_close(beats, oracle.beats(audio["waveform"], padding), rtol=0, atol=TOLERANCE)
-    found = model.audio_embeds(audio["input_features"], audio["waveform"], padding)
-    torch.testing.assert_close(found, torch.stack(heard(oracle, batch)), rtol=0, atol=TOLERANCE)
+    embeds = model.audio_embeds(audio["input_features"], audio["waveform"], padding)
+    torch.testing.assert_close(embeds, torch.stack(oracle_embeds(oracle, batch)), rtol=0, atol=TOLERANCE)
 
 
 def test_loss_and_gradients(oracle, batch, model):
@@ -80,20 +80,20 @@ def test_loss_and_gradients(oracle, batch, model):
     }
     loss = model(**inputs, **batch["audio"]).loss
     loss.backward()
-    found = {official_name(name): weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    grads = {official_name(name): weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
     model.zero_grad()
-    parts = zip(heard(oracle, batch), batch["ends"], batch["answers"], strict=True)
+    parts = zip(oracle_embeds(oracle, batch), batch["ends"], batch["answers"], strict=True)
     sums = [oracle.loss_sum(oracle.inputs(batch["before"], audio, end), answer) for audio, end, answer in parts]
-    wanted = torch.stack(sums).sum() / sum(map(len, batch["answers"]))
-    torch.testing.assert_close(loss, wanted, rtol=0, atol=TOLERANCE)
-    gradients = dict(zip(oracle.trained, torch.autograd.grad(wanted, list(oracle.trained.values())), strict=True))
-    assert found.keys() == gradients.keys() and len(found) == 73
+    expected = torch.stack(sums).sum() / sum(map(len, batch["answers"]))
+    torch.testing.assert_close(loss, expected, rtol=0, atol=TOLERANCE)
+    gradients = dict(zip(oracle.trained, torch.autograd.grad(expected, list(oracle.trained.values())), strict=True))
+    assert grads.keys() == gradients.keys() and len(grads) == 73
     for name, gradient in gradients.items():
-        # one query weighs its one value by 1 whatever query and key are; what is added to all keys changes no weights
+        # A single query attends to itself with weight 1 whatever query and key are; a key bias changes no weights.
         is_zero = (".attention.self." in name and ".value." not in name) or name.endswith("key.bias")
         largest = float(gradient.abs().max())
         assert is_zero == (largest < 1e-6), name
-        assert float((found[name] - gradient).abs().max()) < TOLERANCE * (1 if is_zero else min(1, largest)), name
+        assert float((grads[name] - gradient).abs().max()) < TOLERANCE * (1 if is_zero else min(1, largest)), name
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -101,7 +101,7 @@ def test_loss_and_gradients(oracle, batch, model):
 def test_answers(oracle, batch, model, num_beams):
     options = {"max_new_tokens": 16, "do_sample": False, "num_beams": num_beams, "pad_token_id": 420}
     ids = padded(batch["prompts"], 420, "left")
-    found = model.generate(input_ids=ids, attention_mask=(ids != 420).long(), **batch["audio"], **options).tolist()
-    for row, (audio, end) in enumerate(zip(heard(oracle, batch), batch["ends"], strict=True)):
-        wanted = oracle.generate(oracle.inputs(batch["before"], audio, end), **options)
-        assert found[row][: len(wanted)] == wanted and set(found[row][len(wanted) :]) <= {420}
+    answers = model.generate(input_ids=ids, attention_mask=(ids != 420).long(), **batch["audio"], **options).tolist()
+    for row, (audio, end) in enumerate(zip(oracle_embeds(oracle, batch), batch["ends"], strict=True)):
+        expected = oracle.generate(oracle.inputs(batch["before"], audio, end), **options)
+        assert answers[row][: len(expected)] == expected and set(answers[row][len(expected) :]) <= {420}

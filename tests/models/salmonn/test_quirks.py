@@ -1,6 +1,6 @@
-"""What we do where the reference does something that nobody would want.
+"""Deviations from the reference where its behaviour is undesirable.
 
-In other files: pads in the middle of a batch and batches of one prompt (``test_parity``); the towers' eval mode, the
+In other files: pads in the middle of a batch and batches of one prompt (``test_parity``); the encoders' eval mode, the
 [PAD] row and SentencePiece (``test_checkpoint``); the filter bank under autocast (``tests/audio/test_fbank.py``);
 recordings over 30 s (``test_front_end``); a second clip (``test_json_formats``); files that cannot
 be read (``tests/jobs/test_salmonn_evaluation.py``); what is frozen in training, and answers to a batch of mixed prompts
@@ -16,22 +16,22 @@ NEW = 12
 
 @pytest.fixture
 def alone(model):
-    """The model, each clip of which is embedded as if it were by itself."""
+    """The model with embeddings that do not depend on the other clips of a batch."""
     model.config.alone = True
     yield model
     model.config.alone = False
 
 
 def prompts(batch: dict, expected: dict) -> list[dict]:
-    """Rows of a training batch -> the prompts alone, one batch each."""
-    found = []
+    """Rows of a training batch -> their prompts, one batch each."""
+    rows = []
     for number in range(len(batch["input_ids"])):
         length = int((batch["labels"][number] != -100).int().argmax())
         row = {name: tensor[number : number + 1] for name, tensor in batch.items() if name != "labels"}
         row["input_ids"], row["attention_mask"] = (row[key][:, :length] for key in ("input_ids", "attention_mask"))
         num_samples = int(row["waveform_mask"].sum())
-        found.append({**row, "waveform": row["waveform"][:, :num_samples], "waveform_mask": None})
-    return found
+        rows.append({**row, "waveform": row["waveform"][:, :num_samples], "waveform_mask": None})
+    return rows
 
 
 def padded_left(batch: dict, rows: list[dict], pad: int) -> dict:
@@ -45,8 +45,8 @@ def padded_left(batch: dict, rows: list[dict], pad: int) -> dict:
 
 
 @torch.no_grad()
-def test_each_row_of_a_batch_ends_by_itself(alone, rows_of, expected):
-    """The reference stops the whole batch when its first row has ended, and pads in the middle of mixed prompts."""
+def test_each_row_of_a_batch_ends_independently(alone, rows_of, expected):
+    """The reference stops the whole batch when its first row ends, and pads in the middle of mixed prompts."""
     batch = rows_of(["w10", "w3"], ["asr", "audiocaption"], [0, 1])
     rows = prompts(batch, expected)
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": expected["tok.pad"]}
@@ -61,7 +61,7 @@ def test_each_row_of_a_batch_ends_by_itself(alone, rows_of, expected):
 
 
 @torch.no_grad()
-def test_greedy_answers_are_the_likeliest_tokens(model, rows_of, expected):
+def test_greedy_answers_are_the_most_likely_tokens(model, rows_of, expected):
     batch = rows_of(["w5"], ["asr"], [0])
     row = prompts(batch, expected)[0]
     ids = model.generate(**row, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=420)[0]
@@ -73,8 +73,8 @@ def test_greedy_answers_are_the_likeliest_tokens(model, rows_of, expected):
 
 
 @torch.no_grad()
-def test_a_clip_alone_is_the_same_in_every_batch(alone, batch_of):
-    """In the reference a clip's embeddings hold what BEATs makes of the padding up to the batch's longest clip."""
+def test_embeddings_do_not_depend_on_the_batch(alone, batch_of):
+    """In the reference they include BEATs' outputs for the padding up to the longest clip of the batch."""
     mel, wave, padding = batch_of("w10", "w3")
     together = alone.audio_embeds(mel, wave, padding)
     for number, name in enumerate(("w10", "w3")):
@@ -85,7 +85,7 @@ def test_a_clip_alone_is_the_same_in_every_batch(alone, batch_of):
 
 
 @torch.no_grad()
-def test_a_clip_too_short_for_beats_is_silence_to_it(alone, batch_of):
+def test_a_clip_too_short_for_beats_has_finite_embeddings(alone, batch_of):
     mel, wave, padding = batch_of("w3", "w3")
     padding[1, 2_000:] = True
     embeds = alone.audio_embeds(mel, wave, padding)
@@ -95,7 +95,7 @@ def test_a_clip_too_short_for_beats_is_silence_to_it(alone, batch_of):
 
 @pytest.mark.parametrize(("num_samples", "fits"), [(100, False), (2_799, False), (2_800, True)])
 @torch.no_grad()
-def test_the_longest_clip_has_to_reach_beats(model, batch_of, num_samples, fits):
+def test_the_longest_clip_must_have_a_beats_token(model, batch_of, num_samples, fits):
     mel, wave, _ = batch_of("w3")
     if fits:
         assert model.audio_embeds(mel, wave[:, :num_samples]).isfinite().all()
@@ -106,32 +106,32 @@ def test_the_longest_clip_has_to_reach_beats(model, batch_of, num_samples, fits)
 
 @torch.no_grad()
 def test_samples_in_float64_are_rounded_to_float32(model, batch_of):
-    """The reference computes BEATs' features in the type of the samples, which differ by 5e-5."""
+    """The reference computes BEATs' features in the dtype of the samples, which changes them by 5e-5."""
     mel, wave, padding = batch_of("w3")
     assert torch.equal(model.audio_embeds(mel, wave.double(), padding), model.audio_embeds(mel, wave, padding))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_autocast_gives_numbers(model, batch_of, dtype):
-    """In the reference float16 makes all of it NaN when samples are float32."""
+def test_autocast_gives_finite_values(model, batch_of, dtype):
+    """In the reference float16 gives NaN if samples are float32."""
     mel, wave, padding = batch_of("w5", "w3")
     with torch.autocast("cpu", dtype=dtype):
         embeds = model.audio_embeds(mel, wave, padding)
     torch.testing.assert_close(embeds.float(), model.audio_embeds(mel, wave, padding), rtol=0, atol=0.3)
 
 
-@pytest.mark.parametrize(("change", "found"), [(-1, 87), (1, 89)])
-def test_audio_tokens_have_to_be_as_many_as_positions(model, rows_of, change, found):
+@pytest.mark.parametrize(("change", "num_tokens"), [(-1, 87), (1, 89)])
+def test_the_number_of_audio_tokens_must_match_the_positions(model, rows_of, change, num_tokens):
     batch = rows_of(["w3"], ["asr"], [0])
     ids = batch["input_ids"][0].tolist()
     ids[10 if change < 0 else 0] = 300 if change < 0 else model.config.audio_token_id
     batch["input_ids"] = torch.tensor([ids])
-    with pytest.raises(ValueError, match=f"{found} audio tokens for 1 clips, which have 88 positions"):
+    with pytest.raises(ValueError, match=f"{num_tokens} audio tokens for 1 clips, which have 88 positions"):
         model(**batch)
 
 
 @torch.no_grad()
-def test_text_alone_needs_no_audio(model, expected):
+def test_text_rows_need_no_audio(model, expected):
     ids = torch.tensor([[expected["tok.bos"], *expected["tok.text"][0]]])
     torch.testing.assert_close(model(ids).logits, model.llama_model(input_ids=ids).logits)

@@ -1,4 +1,4 @@
-"""Our prompts and features against VoxtralProcessor's, which nobody here wrote."""
+"""Our prompts and features against VoxtralProcessor's."""
 
 import pickle
 from pathlib import Path
@@ -49,27 +49,27 @@ def sample(task: str, prompt: str = "", language: str = "") -> Sample:
 def test_transcription_prompt(processor, front_end, language, num_windows):
     clip = noise((num_windows - 1) * WINDOW_SAMPLES + 9_000)
     request = {"audio": [clip], "format": ["wav"], "sampling_rate": 16_000, "model_id": "tiny"}
-    theirs = processor.apply_transcription_request(**request, language=language or None, **SHAPE)
-    assert front_end.prompt_ids(sample("asr", language=language), len(clip)) == theirs["input_ids"][0].tolist()
+    reference = processor.apply_transcription_request(**request, language=language or None, **SHAPE)
+    assert front_end.prompt_ids(sample("asr", language=language), len(clip)) == reference["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("question", ["마지막 숫자는 무엇입니까?", "How many numbers? ", "환자 120/80 😀\nnew line"])
 def test_spoken_question_prompt(processor, front_end, question):
     content = [{"type": "audio", "path": str(next((SPEECH / "val").glob("*.wav")))}, {"type": "text", "text": question}]
     kwargs = {**SHAPE, "return_tensors": "pt", "return_dict": True, "tokenize": True}
-    theirs = processor.apply_chat_template([{"role": "user", "content": content}], processor_kwargs=kwargs)
-    assert front_end.prompt_ids(sample("sqa", question), WINDOW_SAMPLES) == theirs["input_ids"][0].tolist()
+    reference = processor.apply_chat_template([{"role": "user", "content": content}], processor_kwargs=kwargs)
+    assert front_end.prompt_ids(sample("sqa", question), WINDOW_SAMPLES) == reference["input_ids"][0].tolist()
 
 
 def test_text_question_prompt(processor, front_end):
     text = TASKS["tqa"].prompt({"instruction": "다음 숫자는?", "input": "일 이 삼", "output": "사"})
     assert text == "다음 숫자는?\n일 이 삼"
-    theirs = processor.apply_chat_template([{"role": "user", "content": text}])
-    assert front_end.prompt_ids(sample("tqa", text), 0) == theirs["input_ids"][0].tolist()
+    reference = processor.apply_chat_template([{"role": "user", "content": text}])
+    assert front_end.prompt_ids(sample("tqa", text), 0) == reference["input_ids"][0].tolist()
 
 
 @pytest.mark.parametrize("text", ["혈압이 120/80 이고요", "plain English", "😀 emoji", "쀍 뷁"])
-def test_answer_ends_and_decodes_to_itself(processor, front_end, text):
+def test_answers_end_with_eos_and_decode_to_themselves(processor, front_end, text):
     ids = front_end.target_ids(text)
     assert ids[-1] == processor.tokenizer.eos_token_id == 2
     assert front_end.decode(ids) == text
@@ -90,7 +90,7 @@ def test_windows_follow_the_models_configuration(front_end):
 
 
 def test_released_voxtral_has_375_positions_in_30_seconds(tmp_path):
-    """The released model's figures come from its configuration by the same arithmetic."""
+    """The released model's numbers come from its configuration by the same arithmetic."""
     from transformers import VoxtralConfig, WhisperFeatureExtractor
 
     VoxtralConfig(audio_token_id=24).save_pretrained(tmp_path)
@@ -119,23 +119,23 @@ def test_shards_hold_the_processors_features(processor, front_end, tmp_path):
     for number in range(len(features)):
         row = features.row(number)
         request = {"audio": [noise(int(row.id))], "format": ["wav"], "sampling_rate": 16_000, "model_id": "tiny"}
-        theirs = processor.apply_transcription_request(**request, **SHAPE)
-        assert row.prompt_ids.tolist() == theirs["input_ids"][0].tolist()
-        wanted = theirs["input_features"].numpy()
+        reference = processor.apply_transcription_request(**request, **SHAPE)
+        assert row.prompt_ids.tolist() == reference["input_ids"][0].tolist()
+        expected = reference["input_features"].numpy()
         stored = padded_windows(row.audio, row.fill, row.num_windows, front_end)
-        assert stored.shape == wanted.shape
-        assert np.abs(stored - wanted).max() <= np.finfo(np.float16).eps, row.id
+        assert stored.shape == expected.shape
+        assert np.abs(stored - expected).max() <= np.finfo(np.float16).eps, row.id
         ours = front_end.features(noise(int(row.id)))
-        before = np.full((wanted.shape[0] * 400, 128), ours.fill, np.float32)
-        before[: len(ours.mel_KF)] = ours.mel_KF
-        theirs_KF = wanted.transpose(0, 2, 1).reshape(-1, 128)
+        unrounded_KF = np.full((expected.shape[0] * 400, 128), ours.fill, np.float32)
+        unrounded_KF[: len(ours.mel_KF)] = ours.mel_KF
+        reference_KF = expected.transpose(0, 2, 1).reshape(-1, 128)
         if int(row.id) > 8_000:
-            assert np.array_equal(before, theirs_KF), row.id
+            assert np.array_equal(unrounded_KF, reference_KF), row.id
         else:
-            assert torch.allclose(torch.tensor(before), torch.tensor(theirs_KF), atol=5e-7, rtol=0)
+            assert torch.allclose(torch.tensor(unrounded_KF), torch.tensor(reference_KF), atol=5e-7, rtol=0)
 
 
-def test_a_preprocessor_of_another_kind_is_refused(tmp_path):
+def test_other_preprocessors_are_refused(tmp_path):
     from transformers import VoxtralConfig, WhisperFeatureExtractor
 
     from voxray.core.errors import RunError

@@ -1,4 +1,4 @@
-"""Whisper's model side against transformers' own: losses, generation in batches that rows leave, long recordings."""
+"""Whisper's model side against transformers': losses, generation in changing batches, long recordings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,17 +29,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Speech of which every third row does not say its language, and one recording of several windows."""
-    found = [*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3]]
-    for row in found[::3]:
+    """Speech, every third row without language, and one recording of several windows."""
+    rows = [*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3]]
+    for row in rows[::3]:
         row.pop("language")
     folder = tmp_path_factory.mktemp("whisper")
     silence = np.zeros(8_000, np.float32)
     clips = [decode(row["audio_path"], 16_000) for row in read_rows(manifest("base.val")) if row["language"] == "en"]
     long = np.concatenate([part for clip in clips[:5] for part in (clip, silence)])
     soundfile.write(folder / "long.wav", long, 16_000)
-    found.append({"audio_path": str(folder / "long.wav"), "transcript": "a long recording", "language": "en"})
-    return found
+    rows.append({"audio_path": str(folder / "long.wav"), "transcript": "a long recording", "language": "en"})
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,8 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def theirs() -> Any:
+def reference() -> Any:
+    """transformers' own model."""
     from transformers import WhisperForConditionalGeneration
 
     return WhisperForConditionalGeneration.from_pretrained(WHISPER, dtype=torch.float32).eval()
@@ -64,22 +65,24 @@ def short(features: Features) -> list[FeatureRow]:
     return [features.row(number) for number in range(len(features) - 1)]
 
 
-def answered(model: Any, rows: list[FeatureRow], **search: Any) -> list[Completion]:
-    found = dict(generate(model, FAMILY, FRONT_END, rows, batch_size=3, search=SamplingParams(LIMIT, **search)))
-    return [found[place] for place in range(len(rows))]
+def completions(model: Any, rows: list[FeatureRow], **sampling: Any) -> list[Completion]:
+    results = dict(generate(model, FAMILY, FRONT_END, rows, batch_size=3, sampling=SamplingParams(LIMIT, **sampling)))
+    return [results[row] for row in range(len(rows))]
 
 
-def of_library(theirs: Any, row: FeatureRow, **options: Any) -> str:
-    """What transformers says of one row, its features made and its language found by itself."""
+def reference_text(reference: Any, row: FeatureRow, **options: Any) -> str:
+    """transformers' transcript of one row, with features and detected language of its own."""
     from transformers import WhisperProcessor
 
     processor = WhisperProcessor.from_pretrained(WHISPER)
     samples, long = decode(PATHS[row.id], 16_000), row.num_windows > 1
-    how: dict[str, Any] = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
-    inputs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="pt", **how)
+    options_long: dict[str, Any] = (
+        {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
+    )
+    inputs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="pt", **options_long)
     inputs["input_features"] = inputs["input_features"].half().float()  # as shards hold them
     language = row.language or None
-    ids = theirs.generate(**inputs, language=language, task="transcribe", max_new_tokens=LIMIT, **options)
+    ids = reference.generate(**inputs, language=language, task="transcribe", max_new_tokens=LIMIT, **options)
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
@@ -91,12 +94,12 @@ def _paths(rows: list[dict[str, Any]], features: Features) -> None:
     PATHS.update({features.row(number).id: row["audio_path"] for number, row in enumerate(rows)})
 
 
-def test_losses_are_the_librarys_padded_and_packed(model, theirs, features):
+def test_losses_equal_transformers_padded_and_packed(model, reference, features):
     rows = short(features)
     batch = collate_training(rows, FRONT_END)
     ours, keep_BL = token_losses(partial(FAMILY.answer_logits, model), batch)
     with torch.inference_mode():
-        logits = theirs(
+        logits = reference(
             input_features=batch["input_features"],
             decoder_input_ids=batch["input_ids"],
             decoder_attention_mask=batch["attention_mask"],
@@ -107,54 +110,55 @@ def test_losses_are_the_librarys_padded_and_packed(model, theirs, features):
     assert torch.allclose(packed, ours, atol=1e-5)
 
 
-def test_packed_gradients_are_those_of_padded_rows(features):
-    rows, found = short(features)[:4], []
+def test_packed_and_padded_rows_have_the_same_gradients(features):
+    rows, gradients_by_layout = short(features)[:4], []
     for collate in (collate_training, collate_packed):
         base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
         torch.manual_seed(0)
         wrapped = add_lora(base, FAMILY, ("encoder", "decoder"), model_id=WHISPER, r=4, alpha=8, dropout=0.0)
         token_losses(partial(FAMILY.answer_logits, wrapped), collate(rows, FRONT_END))[0].sum().backward()
         gradients = [parameter.grad for parameter in wrapped.parameters() if parameter.grad is not None]
-        found.append(torch.cat([gradient.flatten() for gradient in gradients]))
-    assert found[0].abs().max() > 0 and torch.allclose(*found, atol=1e-4, rtol=1e-4)
+        gradients_by_layout.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    assert gradients_by_layout[0].abs().max() > 0
+    assert torch.allclose(*gradients_by_layout, atol=1e-4, rtol=1e-4)
 
 
-def test_greedy_answers_are_the_librarys_whoever_is_beside_them(model, theirs, features):
-    """Rows leave and join, some say their language and of others it is found, and the tokens stay the library's."""
+def test_greedy_answers_equal_transformers_in_changing_batches(model, reference, features):
+    """Rows leave and join, and the language of some rows is detected."""
     rows = short(features)
-    assert [answer.text for answer in answered(model, rows)] == [of_library(theirs, row) for row in rows]
-    assert len({answer.num_new_tokens for answer in answered(model, rows)}) > 1, "they end at different times"
+    assert [answer.text for answer in completions(model, rows)] == [reference_text(reference, row) for row in rows]
+    assert len({answer.num_new_tokens for answer in completions(model, rows)}) > 1, "they end at different times"
 
 
-def test_beams_are_the_librarys(model, theirs, features):
+def test_beam_search_equals_transformers(model, reference, features):
     rows = short(features)[:4]
-    texts = [answer.text for answer in answered(model, rows, num_beams=3)]
-    assert texts == [of_library(theirs, row, num_beams=3) for row in rows]
-    limit = FRONT_END.max_positions  # more than there is room for, and one less where the language is found
-    found = list(
-        generate(model, FAMILY, FRONT_END, rows[:1], batch_size=1, search=SamplingParams(limit, temperature=0.5))
+    texts = [answer.text for answer in completions(model, rows, num_beams=3)]
+    assert texts == [reference_text(reference, row, num_beams=3) for row in rows]
+    limit = FRONT_END.max_positions  # more than fits after the prompt, and a detected language takes one position
+    results = list(
+        generate(model, FAMILY, FRONT_END, rows[:1], batch_size=1, sampling=SamplingParams(limit, temperature=0.5))
     )
-    assert found[0][1].text
+    assert results[0][1].text
 
 
-def test_a_long_recording_goes_through_whispers_own_algorithm(model, theirs, features):
+def test_long_recordings_go_through_whispers_own_algorithm(model, reference, features):
     long = features.row(len(features) - 1)
     assert long.num_windows > 2
-    [answer] = answered(model, [long])
-    assert answer.text == of_library(theirs, long, return_timestamps=True) and not answer.hit_max
-    said = [row["transcript"] for row in read_rows(manifest("base.val")) if row["language"] == "en"][:5]
-    words = [word for line in said for word in line.split()]
-    assert sum(word in answer.text.split() for word in words) > 0.8 * len(words), "it is all there"
+    [answer] = completions(model, [long])
+    assert answer.text == reference_text(reference, long, return_timestamps=True) and not answer.hit_max
+    transcripts = [row["transcript"] for row in read_rows(manifest("base.val")) if row["language"] == "en"][:5]
+    words = [word for line in transcripts for word in line.split()]
+    assert sum(word in answer.text.split() for word in words) > 0.8 * len(words), "the whole recording is transcribed"
 
 
-def test_rows_with_times_are_answered_with_times(model, theirs, features, make_features, tmp_path):
+def test_rows_with_times_get_transcripts_with_times(model, reference, features, make_features, tmp_path):
     row = read_rows(manifest("base.val"))[0]
     row |= {"segments": [{"start": 0.0, "end": 1.0, "text": row["transcript"]}]}
     timed = Features(make_features(write_rows(tmp_path / "t.jsonl", [row]), model_id=WHISPER, folder=tmp_path)).row(0)
     PATHS[timed.id] = row["audio_path"]
     assert FRONT_END.no_times_id not in timed.prompt_ids and "<|1.00|>" in FRONT_END.show(timed.target_ids)
-    [answer] = answered(model, [timed])
-    assert answer.text == of_library(theirs, timed, return_timestamps=True) and answer.text
+    [answer] = completions(model, [timed])
+    assert answer.text == reference_text(reference, timed, return_timestamps=True) and answer.text
 
 
 def test_full_size_trains_what_the_published_recipe_trains():
@@ -202,32 +206,32 @@ def test_encoder_and_decoder_are_quantised_and_the_output_layer_is_not(quantize,
     loss, _ = token_losses(partial(FAMILY.answer_logits, wrapped), collate_training(rows, FRONT_END))
     loss.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
-    assert all(answer.text for answer in answered(wrapped.eval(), rows))
+    assert all(answer.text for answer in completions(wrapped.eval(), rows))
 
 
-def test_stored_encoder_outputs_answer_and_weigh_alike(model, features, rows, make_features, tmp_path):
+def test_stored_encoder_outputs_give_the_same_answers_and_losses(model, features, rows, make_features, tmp_path):
     path = write_rows(tmp_path / "m.jsonl", rows[:5])
     stored = Features(make_features(path, model_id=WHISPER, folder=tmp_path, store="encoder", dtype="float32"))
     from_mel = short(features)[:5]
-    wanted, _ = token_losses(partial(FAMILY.answer_logits, model), collate_training(from_mel, FRONT_END))
+    expected, _ = token_losses(partial(FAMILY.answer_logits, model), collate_training(from_mel, FRONT_END))
     skipping = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
     FAMILY.skip_encoder(skipping)
     some = [stored.row(number) for number in range(5)]
-    found, _ = token_losses(partial(FAMILY.answer_logits, skipping), collate_training(some, FRONT_END))
-    assert torch.allclose(found, wanted, atol=1e-5)
-    assert [a.text for a in answered(skipping, some)] == [a.text for a in answered(model, from_mel)]
+    losses, _ = token_losses(partial(FAMILY.answer_logits, skipping), collate_training(some, FRONT_END))
+    assert torch.allclose(losses, expected, atol=1e-5)
+    assert [a.text for a in completions(skipping, some)] == [a.text for a in completions(model, from_mel)]
 
 
-def test_only_log_mel_can_be_heard_window_by_window(features, rows, make_features, tmp_path):
+def test_long_recordings_need_log_mel(features, rows, make_features, tmp_path):
     path = write_rows(tmp_path / "m.jsonl", rows[-1:])
     stored = Features(make_features(path, model_id=WHISPER, folder=tmp_path, store="encoder", dtype="float32"))
     skipping = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
     FAMILY.skip_encoder(skipping)
     with pytest.raises(ValueError, match="--store mel or pcm16"):
-        answered(skipping, [stored.row(0)])
+        completions(skipping, [stored.row(0)])
 
 
-def test_other_families_folders_are_told_apart(tmp_path: Path):
+def test_other_model_types_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Exception, match="model type 'bert' is not one of voxtral, whisper"):
         get_family(str(tmp_path))

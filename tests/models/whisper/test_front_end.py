@@ -18,7 +18,7 @@ from voxray.core.tasks import TASKS
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.whisper.front_end import WhisperFrontEnd
 
-SAID = Sample("a", TASKS["asr"], "", "환자는 어제부터 열이 납니다", str(SPEECH / "sample.wav"), "ko", "m:1")
+SPOKEN = Sample("a", TASKS["asr"], "", "환자는 어제부터 열이 납니다", str(SPEECH / "sample.wav"), "ko", "m:1")
 
 
 @pytest.fixture(scope="module")
@@ -35,62 +35,64 @@ def processor():
 
 @pytest.mark.parametrize("language", ["ko", "en"])
 @pytest.mark.parametrize("text", ["환자는 어제부터 열이 납니다", "120/80, 36.5 mmHg", "naïve 漢字 🙂", " a  b "])
-def test_prompt_and_target_are_the_processors_labels(front_end, processor, language, text):
+def test_prompt_and_target_equal_the_processors_labels(front_end, processor, language, text):
     processor.tokenizer.set_prefix_tokens(language=language, task="transcribe")
-    ours = front_end.prompt_ids(replace(SAID, language=language), 1) + front_end.target_ids(text)
+    ours = front_end.prompt_ids(replace(SPOKEN, language=language), 1) + front_end.target_ids(text)
     assert ours == processor.tokenizer(text).input_ids
     assert front_end.decode(front_end.target_ids(text)) == processor.tokenizer.decode(ours, skip_special_tokens=True)
 
 
-def test_features_are_the_processors(front_end, processor):
+def test_features_equal_the_processors(front_end, processor):
     for row in read_rows(manifest("asr.val"))[:6]:
         samples = decode(row["audio_path"], 16_000)
         features = front_end.features(samples)
         ours = padded_windows(features.mel_KF, features.fill, features.num_windows, front_end)
-        theirs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="np").input_features
-        assert np.array_equal(ours, theirs)
+        expected = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="np").input_features
+        assert np.array_equal(ours, expected)
 
 
-def test_long_recordings_are_clamped_over_all_of_them(front_end, processor):
+def test_long_recordings_are_clamped_relative_to_the_whole(front_end, processor):
     samples = np.concatenate([decode(row["audio_path"], 16_000) for row in read_rows(manifest("asr.val"))[:6]])
     features = front_end.features(samples)
     assert features.num_windows == 3
     options = {"sampling_rate": 16_000, "truncation": False, "return_tensors": "np"}
-    [theirs_FT] = processor.feature_extractor(samples, padding="longest", **options).input_features
-    # the library reflects the end of what it does not pad
-    assert np.abs(features.mel_KF[: theirs_FT.shape[1] - 3] - theirs_FT.T[:-3]).max() < 1e-6
+    [expected_FT] = processor.feature_extractor(samples, padding="longest", **options).input_features
+    # the processor reflects the end of a recording that it does not pad
+    assert np.abs(features.mel_KF[: expected_FT.shape[1] - 3] - expected_FT.T[:-3]).max() < 1e-6
 
 
 def test_languages(front_end):
-    assert front_end.show(front_end.prompt_ids(SAID, 1)) == "<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>"
-    unknown = front_end.prompt_ids(replace(SAID, language=""), 1)
+    assert (
+        front_end.show(front_end.prompt_ids(SPOKEN, 1)) == "<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>"
+    )
+    unknown = front_end.prompt_ids(replace(SPOKEN, language=""), 1)
     assert front_end.show(unknown) == "<|startoftranscript|><|transcribe|><|notimestamps|>"
     with pytest.raises(BadRow, match="language 'zz' is none of the 99 that this model has"):
-        front_end.prompt_ids(replace(SAID, language="zz"), 1)
+        front_end.prompt_ids(replace(SPOKEN, language="zz"), 1)
 
 
 def test_folders_without_a_generation_config(front_end, tmp_path):
-    """As old trainers left them; and English-only ones, whose prompts say neither language nor task."""
+    """Of older trainers; and English-only ones, whose prompts have neither language nor task."""
     shutil.copytree(WHISPER, tmp_path / "old")
     (tmp_path / "old" / "generation_config.json").unlink()
     old = WhisperFrontEnd(str(tmp_path / "old"))
-    assert old.prompt_ids(SAID, 1) == front_end.prompt_ids(SAID, 1) and old.language_ids == front_end.language_ids
+    assert old.prompt_ids(SPOKEN, 1) == front_end.prompt_ids(SPOKEN, 1) and old.language_ids == front_end.language_ids
     config = json.loads((Path(WHISPER) / "generation_config.json").read_text())
     (tmp_path / "old" / "generation_config.json").write_text(json.dumps({**config, "is_multilingual": False}))
     english = WhisperFrontEnd(str(tmp_path / "old"))
-    assert english.show(english.prompt_ids(SAID, 1)) == "<|startoftranscript|><|notimestamps|>"
+    assert english.show(english.prompt_ids(SPOKEN, 1)) == "<|startoftranscript|><|notimestamps|>"
     assert not english.needs_language and english.fingerprint != front_end.fingerprint
 
 
 def test_other_tasks_are_refused(front_end):
-    with pytest.raises(BadRow, match="a row of tqa") as refused:
+    with pytest.raises(BadRow, match="a row of tqa") as error:
         front_end.prompt_ids(Sample("a", TASKS["tqa"], "q", "a", "", "ko", "m:1"), 0)
-    assert refused.value.reason == "unsupported_task"
+    assert error.value.reason == "unsupported_task"
     with pytest.raises(SettingsError, match="--trim_audio_tokens: Whisper has no audio tokens"):
         WhisperFrontEnd(WHISPER, trim_audio=True)
 
 
-def test_rows_with_segments_are_written_with_times(front_end, processor):
+def test_rows_with_segments_are_transcribed_with_times(front_end, processor):
     line = (
         b'{"audio_path": "sample.wav", "transcript": "\xec\x97\xb4\xec\x9d\xb4 \xeb\x82\xa9\xeb\x8b\x88\xeb\x8b\xa4", '
     )
@@ -102,11 +104,11 @@ def test_rows_with_segments_are_written_with_times(front_end, processor):
     assert front_end.show(target) == "<|0.00|> 열이<|0.84|><|1.10|> 납니다<|2.50|><|endoftext|>"
     assert front_end.decode(target).strip() == "열이 납니다"
     offsets = processor.tokenizer.decode(target[:-1], output_offsets=True)["offsets"]
-    assert [entry["timestamp"] for entry in offsets] == [(0.0, 0.84), (1.1, 2.5)], "as the library reads them"
+    assert [entry["timestamp"] for entry in offsets] == [(0.0, 0.84), (1.1, 2.5)], "as the processor reads them"
     assert front_end.needs_sequential_generate(prompt, 1) and front_end.needs_sequential_generate(
-        front_end.prompt_ids(SAID, 1), 2
+        front_end.prompt_ids(SPOKEN, 1), 2
     )
-    assert not front_end.needs_sequential_generate(front_end.prompt_ids(SAID, 1), 1)
+    assert not front_end.needs_sequential_generate(front_end.prompt_ids(SPOKEN, 1), 1)
 
 
 @pytest.mark.parametrize(
@@ -117,16 +119,16 @@ def test_rows_with_segments_are_written_with_times(front_end, processor):
         ('[{"start": 0, "end": 2, "text": "a"}, {"start": 1, "end": 3, "text": "b"}]', "1 to 3 s does not follow"),
     ],
 )
-def test_segments_that_cannot_be_are_named(segments, message):
+def test_impossible_segments_are_refused(segments, message):
     line = f'{{"audio_path": "sample.wav", "transcript": "a b", "segments": {segments}}}'.encode()
-    with pytest.raises(BadRow, match=message) as refused:
+    with pytest.raises(BadRow, match=message) as error:
         parse_row(line, str(SPEECH / "m.jsonl"), 1)
-    assert refused.value.reason == "bad_segment"
+    assert error.value.reason == "bad_segment"
     other = b'{"audio_path": "sample.wav", "transcript": "a", "segments": ["x", 3]}'
-    assert parse_row(other, str(SPEECH / "m.jsonl"), 1).segments == (), "somebody else's word for something else"
+    assert parse_row(other, str(SPEECH / "m.jsonl"), 1).segments == (), "the same key with another meaning"
 
 
-def test_it_travels(front_end):
+def test_front_end_survives_pickling(front_end):
     copy = pickle.loads(pickle.dumps(front_end))
-    assert copy.prompt_ids(SAID, 1) == front_end.prompt_ids(SAID, 1) and copy.fingerprint == front_end.fingerprint
+    assert copy.prompt_ids(SPOKEN, 1) == front_end.prompt_ids(SPOKEN, 1) and copy.fingerprint == front_end.fingerprint
     assert torch.tensor(copy.target_ids("열")).equal(torch.tensor(front_end.target_ids("열")))

@@ -12,24 +12,26 @@ SPLITS = ("train", "dev", "test")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read one table, or of a folder its train, dev and test tables, else ``validated.tsv``.
+    """Read one table, or the train, dev and test tables of a folder, else its ``validated.tsv``.
 
-    ``validated.tsv`` holds the rows of the three once more; ``invalidated`` and ``other`` are read only when named.
+    ``validated.tsv`` repeats the rows of the three. ``invalidated`` and ``other`` are read only if ``path`` names them.
 
     Raises:
-        RunError: The folder holds none of these tables.
+        RunError: The folder has none of these tables.
     """
     tables = [path]
     if path.is_dir():
         tables = [table for split in SPLITS if (table := path / f"{split}.tsv").is_file()]
-        tables = tables or [table for table in (path / "validated.tsv",) if table.is_file()]
+        if not tables and (path / "validated.tsv").is_file():
+            tables = [path / "validated.tsv"]
     if not tables:
         raise RunError(f"{path}: no train.tsv, dev.tsv, test.tsv or validated.tsv")
     for table in tables:
-        yield from import_records(_named(table), _convert)
+        yield from import_records(_with_ids(table), _convert)
 
 
-def _named(table: Path) -> Iterator[Record | ImportFault]:
+def _with_ids(table: Path) -> Iterator[Record | ImportFault]:
+    """Records whose id is the name of the clip without suffix."""
     for record in tab_lines(table):
         if isinstance(record, Record) and record.values.get("path"):
             record.values["id"] = Path(record.values["path"]).stem
@@ -41,7 +43,7 @@ def _convert(record: Record) -> dict[str, Any]:
     clips = (table.parent / "clips", table.parent)
     try:
         audio_path = find_audio(file, *clips)
-    except BadRow as error:  # releases before 2020 leave the suffix out
+    except BadRow as error:  # releases before 2020 omit the suffix
         if error.reason != "audio_missing" or not file or Path(file).suffix:
             raise
         audio_path = find_audio(file + ".mp3", *clips)

@@ -1,4 +1,4 @@
-"""Which importer a path is for (``--format auto``)."""
+"""Detect the format of a corpus (``--format auto``)."""
 
 import itertools
 import os
@@ -16,21 +16,21 @@ _FOLDER_ENTRIES_TRIED = 100_000
 
 
 def detect(path: Path | str) -> str:
-    """The name of the format, from file names and the first lines.
+    """Detect the name of the format from file names and the first lines.
 
     Raises:
-        RunError: The path is missing, or looks like none; the message says to name the format.
+        RunError: The path does not exist, or matches no format. The message asks to name the format.
     """
     path = Path(path)
     if not path.exists():
         raise RunError(f"{path}: no such file or folder")
-    found = _folder(path) if path.is_dir() else _file(path)
-    if found is None:
+    name = _folder_format(path) if path.is_dir() else _file_format(path)
+    if name is None:
         raise RunError(f"{path}: of no format that is known by its looks; name it with --format")
-    return found
+    return name
 
 
-def _folder(path: Path) -> str | None:
+def _folder_format(path: Path) -> str | None:
     if (path / "wav.scp").is_file():
         return "kaldi"
     if any((path / f"{name}.tsv").is_file() for name in ("train", "dev", "test", "validated")):
@@ -46,7 +46,7 @@ def _folder(path: Path) -> str | None:
     return "ksponspeech" if ".txt" in suffixes and suffixes & {".pcm", ".wav", ".flac"} else None
 
 
-def _file(path: Path) -> str | None:
+def _file_format(path: Path) -> str | None:
     suffix = path.suffix.lower()
     by_suffix = {".trn": "ksponspeech", ".tsv": "commonvoice", ".parquet": "huggingface"}
     if path.name in ("wav.scp", "segments", "text", "utt2spk") and (path.parent / "wav.scp").is_file():
@@ -67,19 +67,18 @@ def _file(path: Path) -> str | None:
             continue
         try:
             row = parse_object(line.text)
-            found = _by_keys(set(row))
         except BadRow:
             continue
         try:
             refuse_old_cache(row)
         except BadRow:
-            found = "jsonl"  # which says of every row what to do instead
-        if found:
-            return found
+            return "jsonl"  # this importer explains for every row what to do instead
+        if name := _format_of_keys(set(row)):
+            return name
     return "salmonn" if head.lstrip().startswith(b"{") and b'"annotation"' in head else None
 
 
-def _by_keys(keys: set[str]) -> str | None:
+def _format_of_keys(keys: set[str]) -> str | None:
     if "annotation" in keys:
         return "salmonn"
     if "audio_filepath" in keys:

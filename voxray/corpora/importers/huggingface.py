@@ -1,9 +1,8 @@
-"""Hugging Face data sets on disk: an audiofolder (metadata.csv, .jsonl or .parquet with ``file_name``) and Parquet
-files with a column audio{bytes, path}, read by pyarrow alone.
+"""Hugging Face data sets on disk: audiofolders (metadata.csv, .jsonl or .parquet with ``file_name``), and Parquet files
+with a column audio{bytes, path}. Parquet is read with pyarrow; ``datasets`` is not needed.
 """
 
 import functools
-import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_COLUMNS = ("transcript", "transcription", "text", "sentence")
 FILE_COLUMNS = ("file_name", "audio_file_name")
-_KEPT = {
+_OPTIONAL = {
     "language": "language",
     "locale": "language",
     "speaker": "speaker",
@@ -26,7 +25,7 @@ _KEPT = {
     "gender": "gender",
     "split": "split",
 }
-_READ = {"id", "question", "answer", *TEXT_COLUMNS, *FILE_COLUMNS, *_KEPT}
+_COLUMNS = {"id", "question", "answer", *TEXT_COLUMNS, *FILE_COLUMNS, *_OPTIONAL}
 ROWS_PER_BATCH = 64
 MAX_CACHED_BYTES = 256 << 20
 
@@ -34,11 +33,11 @@ MAX_CACHED_BYTES = 256 << 20
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
     """Read a metadata or Parquet file, or a folder: all its metadata files at any depth, else all its Parquet files.
 
-    The text is the first that is there of transcript, transcription, text and sentence; ``question`` and ``answer``
-    make an sqa row.
+    The transcript is the first existing column of transcript, transcription, text and sentence. A row with ``question``
+    and ``answer`` is an sqa row.
 
     Raises:
-        RunError: There is no such file, or a Parquet file has neither ``file_name`` nor an audio column.
+        RunError: The folder has no such file, or a Parquet file has neither ``file_name`` nor an audio column.
     """
     for file in _files(path):
         if file.suffix == ".parquet":
@@ -51,8 +50,8 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
         return
-    by_depth = [Path(folder, name) for folder, _, names in os.walk(path) for name in names if name in METADATA]
-    files = sorted(by_depth) or sorted(path.rglob("*.parquet"))
+    metadata = [Path(folder, name) for folder, _, names in os.walk(path) for name in names if name in METADATA]
+    files = sorted(metadata) or sorted(path.rglob("*.parquet"))
     if not files:
         raise RunError(f"{path}: no {', '.join(METADATA)} and no Parquet file")
     yield from files
@@ -66,13 +65,13 @@ def _from_file(record: Record) -> dict[str, Any]:
 
 
 def _values(record: Record, audio: dict[str, Any]) -> dict[str, Any]:
-    kept = keep_keys(record, _KEPT)
+    optional = keep_keys(record, _OPTIONAL)
     if record.values.get("question") is not None and record.values.get("answer") is not None:
-        return audio | {"question": record.text("question"), "answer": record.text("answer")} | kept
+        return audio | {"question": record.text("question"), "answer": record.text("answer")} | optional
     column = next((key for key in TEXT_COLUMNS if record.values.get(key) is not None), None)
     if column is None:
         raise BadRow("missing_key", f"none of {', '.join(TEXT_COLUMNS)}")
-    return audio | {"transcript": record.text(column)} | kept
+    return audio | {"transcript": record.text(column)} | optional
 
 
 def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
@@ -94,32 +93,33 @@ def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
 
 
 def audio_column(schema: Any) -> str | None:
-    """The column that is a struct with ``bytes`` and ``path``, ``audio`` before others."""
+    """Name of the struct column with ``bytes`` and ``path``, preferably ``audio``; None if there is none."""
     import pyarrow as pa
 
-    fits = [
+    names = [
         field.name
         for field in schema
         if pa.types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type}
     ]
-    return "audio" if "audio" in fits else next(iter(fits), None)
+    return "audio" if "audio" in names else next(iter(names), None)
 
 
 def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[Record | ImportFault]:
-    """The rows without their audio: only whether there are bytes is looked up, in the statistics where they say."""
+    """The rows without their audio bytes. Whether a row has bytes follows from the file's statistics if possible."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     name, number = str(file.absolute()), 0
     with pq.ParquetFile(file) as parquet:
-        columns = [column for column in parquet.schema_arrow.names if column in _READ and column != audio]
+        columns = [column for column in parquet.schema_arrow.names if column in _COLUMNS and column != audio]
         for group in range(parquet.num_row_groups):
             has_bytes = _has_bytes(parquet.metadata.row_group(group), audio)
-            read = columns + ([] if audio is None else [f"{audio}.path"] if has_bytes is not None else [audio])
+            audio_columns = [] if audio is None else [f"{audio}.path"] if has_bytes is not None else [audio]
             first = number
             try:
-                for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=read):
-                    for values in map(_values_of, itertools.repeat(batch), range(batch.num_rows)):
+                for batch in parquet.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=columns + audio_columns):
+                    for index in range(batch.num_rows):
+                        values = _row_values(batch, index)
                         number += 1
                         if isinstance(values, str):
                             yield ImportFault(name, number, "", "bad_encoding", values)
@@ -139,8 +139,8 @@ def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[R
         yield ImportFault(name, number + 1, "", "damaged_file", message)
 
 
-def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
-    """One row of a batch; or, since Arrow does not check what a file claims to be text or a time, its fault."""
+def _row_values(batch: Any, row: int) -> dict[str, Any] | str:
+    """One row of a batch, or an error message: Arrow does not check whether text and times in a file are valid."""
     try:
         return {name: batch.column(name)[row].as_py() for name in batch.schema.names}
     except (ValueError, OverflowError) as error:
@@ -148,7 +148,7 @@ def _values_of(batch: Any, row: int) -> dict[str, Any] | str:
 
 
 def _has_bytes(group: Any, audio: str | None) -> bool | None:
-    """Whether all (True) or none (False) of a row group's clips are embedded; None where only reading them tells."""
+    """Whether all (True) or none (False) of a row group's clips are embedded; None if the statistics do not tell."""
     for index in range(group.num_columns):
         column = group.column(index)
         if column.path_in_schema == f"{audio}.bytes":
@@ -164,7 +164,7 @@ def _from_parquet(record: Record) -> dict[str, Any]:
         return _from_file(record)
     row, path = record.values["audio_in_file"], record.values["clip_path"]
     if row is not None:
-        name = {"audio_name": path} if path else {}  # its suffix says which decoder to try first
+        name = {"audio_name": path} if path else {}  # the suffix decides which decoder is tried first
         return _values(record, {"audio_path": "", "audio_bytes_from": {"file": record.file, "row": row} | name})
     if not path:
         raise BadRow("audio_missing", "neither bytes nor a path")
@@ -172,12 +172,12 @@ def _from_parquet(record: Record) -> dict[str, Any]:
 
 
 def embedded_audio(file: str, row: int) -> bytes:
-    """The bytes of the clip in one row (from 0) of a Parquet file.
+    """Read the bytes of the clip in one row (from 0) of a Parquet file.
 
-    A row group is kept for the next call if its clips are small, so rows in order cost one read each.
+    A row group of up to 256 MiB is cached for the next call, so reading rows in order reads each group once.
 
     Raises:
-        BadRow: There are no bytes in that row (``audio_missing``), or they cannot be read (``audio_unreadable``).
+        BadRow: The row has no bytes (``audio_missing``), or they cannot be read (``audio_unreadable``).
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -204,7 +204,7 @@ def embedded_audio(file: str, row: int) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _clips(file: str, group: int, mtime_ns: int, size: int) -> Any:
-    """The audio column of one row group; file time and size make sure that it is still the same file."""
+    """The audio column of one row group. Time and size of the file are cache keys, so a changed file is read anew."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as parquet:
@@ -213,6 +213,7 @@ def _clips(file: str, group: int, mtime_ns: int, size: int) -> Any:
 
 
 def _stream_to(parquet: Any, group: int, index: int) -> Any:
+    """The clip at an index of a row group that is too large to cache."""
     column = audio_column(parquet.schema_arrow)
     for batch in parquet.iter_batches(16, row_groups=[group], columns=[column]):
         if index < batch.num_rows:

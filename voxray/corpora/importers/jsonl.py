@@ -1,8 +1,9 @@
-"""JSON Lines: rows in voxray's own schemas (``voxray.tasks``), and chats with or without audio.
+"""JSON Lines: rows in voxray's own schemas (``core/tasks.py``), and chats with or without audio.
 
-A chat is one user message and one answer, after system messages or none. Its audio is ``<audio>`` in the text with an
-``audios`` list, or a part ``{"type": "audio", ...}``. Audio and no other text, or nothing but a plain request for a
-transcript, makes an asr row; audio and text sqa; text alone tqa. A system message stands before the user's text.
+A chat is one user message and one answer, optionally after system messages. Its audio is ``<audio>`` in the text with
+an ``audios`` list, or a part ``{"type": "audio", ...}``. Audio without text, or with only a request for a transcript,
+is an asr row. Audio with other text is an sqa row. Text alone is a tqa row. System messages come before the user's
+text in the prompt.
 """
 
 import re
@@ -25,7 +26,7 @@ _CLIP_KEYS = ("audio", "audio_url", "path", "url", "audio_path")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a file whose lines may mix chats and the seeds' three schemas."""
+    """Read a file whose lines are chats or rows in voxray's schemas, in any mixture."""
     return import_records(json_lines(path), _convert)
 
 
@@ -52,15 +53,15 @@ def _chat(record: Record) -> dict[str, Any]:
         raise BadRow("multi_turn", f"{roles.count('user')} user messages; only the last answer could be trained on")
     if [role for role in roles if role != "system"] != ["user", "assistant"] or roles[-1] != "assistant":
         raise BadRow("unsupported_chat", f"roles {roles}, not (system,) user, assistant"[:300])
-    listed, asked, clips = _listed_audios(record.values.get("audios")), [], []
+    listed, texts, clips = _listed_audios(record.values.get("audios")), [], []
     for message in messages:
-        text, own = _content(message.get("content"))
-        if (own or AUDIO_MARK in text) and message["role"] != "user":
+        text, parts = _content(message.get("content"))
+        if (parts or AUDIO_MARK in text) and message["role"] != "user":
             raise BadRow("unsupported_chat", f"audio in the {message['role']} message")
-        clips += own
-        asked.append(text)
-    *asked, answer = asked
-    question = "\n".join(text for text in asked if text)
+        clips += parts
+        texts.append(text)
+    *prompts, answer = texts
+    question = "\n".join(filter(None, prompts))
     num_marks = question.count(AUDIO_MARK)
     if num_marks and num_marks != len(listed):
         raise BadRow("audio_count", f"{num_marks} {AUDIO_MARK} marks and {len(listed)} audios")
@@ -86,19 +87,19 @@ def _listed_audios(value: Any) -> list[Any]:
 
 
 def _content(content: Any) -> tuple[str, list[Any]]:
-    """A message's text and the clips among its parts."""
+    """A message's text, and the clips in its parts."""
     if isinstance(content, str):
         return content.strip(), []
     if not isinstance(content, list):
         raise BadRow("bad_type", f"content is {type(content).__name__}, neither text nor a list of parts")
     texts, clips = [], []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
+        part_type = part.get("type") if isinstance(part, dict) else None
+        if part_type == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"].strip())
-        elif kind in ("audio", "audio_url"):
+        elif part_type in ("audio", "audio_url"):
             clip = next((part[key] for key in _CLIP_KEYS if part.get(key)), None)
             clips.append(clip.get("url", clip.get("path")) if isinstance(clip, dict) else clip)
         else:
-            raise BadRow("unsupported_chat", f"a part of type {kind!r}, neither text nor an audio file")
+            raise BadRow("unsupported_chat", f"a part of type {part_type!r}, neither text nor an audio file")
     return "\n".join(filter(None, texts)), clips

@@ -1,7 +1,7 @@
-"""Kaldi and ESPnet data folders: wav.scp, text, and where there are any segments, utt2spk, spk2gender and utt2lang.
+"""Kaldi and ESPnet data folders: wav.scp, text, and optionally segments, utt2spk, spk2gender and utt2lang.
 
-``text`` and ``wav.scp`` are joined through tables of short strings; audio is never touched. Nothing in ``wav.scp`` is
-run: of a pipe that only converts a file, the file is taken (``pipe_file``).
+``text`` and ``wav.scp`` are joined in memory as tables of short strings. Audio is not read. Commands in ``wav.scp`` are
+never run: if a pipe only converts a file, that file is used (``pipe_file``).
 """
 
 from collections.abc import Iterator
@@ -24,10 +24,10 @@ _Table = dict[str, _Entry | ImportFault]
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a data folder (or one of its files), in the order of ``segments``, else of ``wav.scp``.
+    """Read a data folder (or the folder of one of its files), in the order of ``segments``, else of ``wav.scp``.
 
-    Each utterance gives one row or fault: a line of ``segments`` (``wav.scp`` without it) together with its line of
-    ``text``. Lines of ``text`` that no audio has, recordings that no segment uses and ids met twice are faults as well.
+    Each utterance gives one row or fault. An utterance is a line of ``segments`` (else of ``wav.scp``) and its line of
+    ``text``. Lines of ``text`` without audio, recordings without segments and repeated ids are faults, too.
 
     Raises:
         RunError: ``wav.scp`` or ``text`` is missing.
@@ -42,35 +42,40 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
     yield from speakers.faults
     utterances = _segments(folder) if (folder / "segments").is_file() else _recordings(folder)
     seen: set[str] = set()
-    for found in utterances:
-        if isinstance(found, ImportFault) and found.reason == "unused_recording":
-            yield found
+    for row in utterances:
+        if isinstance(row, ImportFault) and row.reason == "unused_recording":
+            yield row
             continue
-        if found.id and found.id in seen:
-            yield ImportFault(found.source_file, found.line, found.id, "duplicate_id", f"a second line for {found.id}")
+        if row.id and row.id in seen:
+            yield ImportFault(row.source_file, row.line, row.id, "duplicate_id", f"a second line for {row.id}")
             continue
-        seen.add(found.id)
-        text = texts.pop(found.id, None)
-        if isinstance(found, ImportFault):
-            yield found
+        seen.add(row.id)
+        text = texts.pop(row.id, None)
+        if isinstance(row, ImportFault):
+            yield row
         elif text is None:
-            yield ImportFault(found.source_file, found.line, found.id, "missing_text", f"{found.id} is not in text")
+            yield ImportFault(row.source_file, row.line, row.id, "missing_text", f"{row.id} is not in text")
         elif isinstance(text, ImportFault):
             yield text
         else:
-            values = found.values | {"transcript": text.value} | speakers.of(found.id)
-            yield replace(found, values=values)
-    wanted = "segments" if (folder / "segments").is_file() else "wav.scp"
+            yield replace(row, values=row.values | {"transcript": text.value} | speakers.of(row.id))
+    list_name = "segments" if (folder / "segments").is_file() else "wav.scp"
     for utterance, text in texts.items():
         if isinstance(text, ImportFault):
             yield text
         else:
-            message = f"{utterance} is not in {wanted}"
+            message = f"{utterance} is not in {list_name}"
             yield ImportFault(str(folder / "text"), text.line, utterance, "missing_audio_entry", message)
 
 
+def _split_first(text: str) -> tuple[str, str]:
+    """The first word of a line, and the rest."""
+    key, _, value = text.strip().replace("\t", " ", 1).partition(" ")
+    return key, value.strip()
+
+
 def _table(file: Path) -> tuple[_Table, list[ImportFault]]:
-    """``id rest of the line`` -> {id: entry or the line's own fault}, and the faults that no id leads to."""
+    """Read lines of ``id value``. Returns {id: entry or fault}, and the faults of lines without a new id."""
     table: _Table = {}
     faults = []
     for line in text_lines(file):
@@ -80,16 +85,16 @@ def _table(file: Path) -> tuple[_Table, list[ImportFault]]:
             else:
                 table[line.id] = line
             continue
-        key, _, value = line.text.strip().replace("\t", " ", 1).partition(" ")
+        key, value = _split_first(line.text)
         if key in table:
             faults.append(ImportFault(str(file), line.number, key, "duplicate_id", f"a second line for {key}"))
         else:
-            table[key] = _Entry(line.number, value.strip())
+            table[key] = _Entry(line.number, value)
     return table, faults
 
 
 class _Speakers:
-    """Who speaks in an utterance, and in which language, from the files that are there."""
+    """Speaker, gender and language of utterances, from those of the three files that exist."""
 
     def __init__(self, folder: Path) -> None:
         self.tables: dict[str, _Table] = {}
@@ -103,12 +108,12 @@ class _Speakers:
 
     def of(self, utterance: str) -> dict[str, Any]:
         speaker = self._find("utt2spk", utterance)
-        found = {
+        values = {
             "speaker": speaker,
             "gender": self._find("spk2gender", speaker),
             "language": self._find("utt2lang", utterance),
         }
-        return {key: value for key, value in found.items() if value}
+        return {key: value for key, value in values.items() if value}
 
     def _find(self, name: str, key: str) -> str:
         entry = self.tables.get(name, {}).get(key)
@@ -116,25 +121,23 @@ class _Speakers:
 
 
 def _recordings(folder: Path) -> Iterator[ImportedRow | ImportFault]:
-    """wav.scp line by line, each with its audio."""
+    """The recordings of wav.scp, in order."""
     name = str(folder / "wav.scp")
     for line in text_lines(folder / "wav.scp"):
         if isinstance(line, ImportFault):
             yield line
             continue
-        key, _, value = line.text.strip().replace("\t", " ", 1).partition(" ")
-        yield _recording(name, line.number, key, value.strip(), folder)
+        yield _recording(name, line.number, *_split_first(line.text), folder)
 
 
 def _recording(name: str, line: int, key: str, value: str, folder: Path) -> ImportedRow | ImportFault:
-    """Paths begin at the recipe's root, from where the folder is data/train; else at the folder itself."""
+    """One recording. Paths are relative to the recipe's root (two levels above data/train), else to the folder."""
     bases = (folder.parent.parent, folder.parent, folder)
     try:
         if value.endswith("|"):
             audio_path, channel = pipe_file(value, *bases)
-            return ImportedRow(
-                name, line, key, {"audio_path": audio_path} | ({} if channel is None else {"channel": channel})
-            )
+            channels = {} if channel is None else {"channel": channel}
+            return ImportedRow(name, line, key, {"audio_path": audio_path} | channels)
         if value.startswith("|"):
             raise BadRow("kaldi_pipe", "a pipe to write to, not to read from")
         return ImportedRow(name, line, key, {"audio_path": find_audio(value, *bases)})
@@ -146,12 +149,12 @@ def _recording(name: str, line: int, key: str, value: str, folder: Path) -> Impo
 
 
 def _segments(folder: Path) -> Iterator[ImportedRow | ImportFault]:
-    """segments line by line: utterance, recording, start, end; an end of -1 is the recording's."""
+    """The utterances of segments, in order. Lines are utterance, recording, start, end; -1 is the recording's end."""
     name = str(folder / "segments")
     recordings, repeated = _table(folder / "wav.scp")
-    for fault in repeated:  # not of an utterance: they are reported under the recording
+    for fault in repeated:  # faults of recordings, not of utterances
         yield replace(fault, reason="unused_recording") if fault.reason == "duplicate_id" else fault
-    used: dict[str, None] = {}
+    used: set[str] = set()
     last: tuple[str, ImportedRow | ImportFault] | None = None
     for line in text_lines(folder / "segments"):
         if isinstance(line, ImportFault):
@@ -160,7 +163,7 @@ def _segments(folder: Path) -> Iterator[ImportedRow | ImportFault]:
         utterance, *fields = line.text.split()
         try:
             recording, start, duration = _times(fields)
-            used[recording] = None
+            used.add(recording)
             if last is None or last[0] != recording:
                 last = (recording, _find(recordings, recording, folder))
             if isinstance(last[1], ImportFault):
@@ -171,9 +174,8 @@ def _segments(folder: Path) -> Iterator[ImportedRow | ImportFault]:
             yield ImportFault(name, line.number, utterance, error.reason, error.message)
     for recording, entry in recordings.items():
         if recording not in used:
-            line_number = entry.line
             message = f"no segment of recording {recording}"
-            yield ImportFault(str(folder / "wav.scp"), line_number, recording, "unused_recording", message)
+            yield ImportFault(str(folder / "wav.scp"), entry.line, recording, "unused_recording", message)
 
 
 def _find(recordings: _Table, recording: str, folder: Path) -> ImportedRow | ImportFault:
@@ -184,10 +186,10 @@ def _find(recordings: _Table, recording: str, folder: Path) -> ImportedRow | Imp
 
 
 def _times(fields: list[str]) -> tuple[str, float, float]:
-    """Recording, start and duration (0: to the end) of a line of segments without its first word.
+    """Recording, start and duration (0: to the end) from the fields of a line of segments after the utterance.
 
     Raises:
-        BadRow: Not three fields, no numbers, or no time between start and end (``bad_segment``).
+        BadRow: ``bad_segment``: not three fields, times that are not numbers, or an end not after the start.
     """
     if len(fields) != 3:
         raise BadRow("bad_segment", f"{len(fields) + 1} fields, not utterance, recording, start, end")

@@ -1,4 +1,4 @@
-"""Pipes of wav.scp are read, never run: what a pipe that only converts would do is known from its words."""
+"""Parse pipes of wav.scp without running them, to find the file that a pure conversion reads."""
 
 import os
 import re
@@ -6,20 +6,18 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
+from voxray.audio.decode import AUDIO_SUFFIXES
 from voxray.core.errors import BadRow
 from voxray.corpora.importers.row import find_audio
 
-AUDIO_SUFFIXES = frozenset(
-    {".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".sph", ".wv1", ".wv2", ".aif", ".aiff", ".au", ".snd", ".caf"}
-    | {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".mka", ".w64", ".pcm", ".3gp"}
-)
+PIPE_SUFFIXES = AUDIO_SUFFIXES | {".wv1", ".wv2"}  # sph2pipe also reads these
 
 
 class _Program(NamedTuple):
-    """The words that change a clip's form (rate, container, loudness) but neither its words nor its times."""
+    """Command-line words that change a clip's format (rate, container, loudness) but neither speech nor times."""
 
-    plain: str
-    with_value: str
+    flags: str
+    options: str  # followed by a value
     channel_option: str = ""
 
 
@@ -36,13 +34,13 @@ _STANDARD_STREAMS = {"-", "pipe:", "pipe:0", "pipe:1", "/dev/stdin", "/dev/stdou
 
 
 def pipe_file(command: str, *folders: Path) -> tuple[str, int | None]:
-    """Find the one audio file that a pipe converts, and the channel it selects (from 0), if it does.
+    """Find the one audio file that a pipe converts, and the channel (from 0) that it selects, if any.
 
-    Known are cat, sph2pipe, flac, sox and ffmpeg, alone or one after the other. The path is taken as written: no
-    variable, pattern or substitution is expanded.
+    Known programs are cat, sph2pipe, flac, sox and ffmpeg, alone or in sequence. Variables, patterns and substitutions
+    in the path are not expanded.
 
     Raises:
-        BadRow: ``kaldi_pipe``: another program, a word that would change what is heard or when, any other shell syntax,
+        BadRow: ``kaldi_pipe``: another program, a word that would change the speech or its times, other shell syntax,
             or not exactly one existing audio file.
     """
     files: list[str] = []
@@ -53,17 +51,15 @@ def pipe_file(command: str, *folders: Path) -> tuple[str, int | None]:
             raise BadRow("kaldi_pipe", f"pipes are not run, and {words[0]!r} is no known converter"[:300])
         rest = words[1:]
         while rest:
-            word, following = rest.pop(0), rest[0] if rest else ""
-            if word in (program.channel_option, "remix") and word and following.isdecimal() and int(following) > 0:
+            word, value = rest.pop(0), rest[0] if rest else ""
+            if word in (program.channel_option, "remix") and word and value.isdecimal() and int(value) > 0:
                 if word == "remix" and words[0].rpartition("/")[2] != "sox":
                     raise BadRow("kaldi_pipe", f"pipes are not run, and {word!r} is no known word")
                 channel = int(rest.pop(0)) - 1
-            elif word in program.with_value.split():
-                if word == "-i":
-                    continue
-                if following:
+            elif word in program.options.split():
+                if value and word != "-i":  # the value of -i is the audio file
                     rest.pop(0)
-            elif word not in _STANDARD_STREAMS and word not in program.plain.split():
+            elif word not in _STANDARD_STREAMS and word not in program.flags.split():
                 files.append(_file(word, folders))
     if len(files) != 1:
         raise BadRow("kaldi_pipe", f"pipes are not run, and this one names {len(files)} audio files instead of one")
@@ -71,7 +67,7 @@ def pipe_file(command: str, *folders: Path) -> tuple[str, int | None]:
 
 
 def _stages(command: str) -> list[list[str]]:
-    """The words of each program in a pipe."""
+    """The command-line words of each program in a pipe."""
     command = re.sub(r"\s2>\s*/dev/null(?=\s*\|)", " ", command.strip())
     lexer = shlex.shlex(command, posix=True, punctuation_chars=";&<>()|")
     lexer.whitespace_split, lexer.commenters = True, ""
@@ -92,7 +88,7 @@ def _stages(command: str) -> list[list[str]]:
 
 
 def _file(word: str, folders: tuple[Path, ...]) -> str:
-    if Path(word).suffix.lower() in AUDIO_SUFFIXES:
+    if Path(word).suffix.lower() in PIPE_SUFFIXES:
         try:
             return find_audio(word, *folders)
         except BadRow as error:

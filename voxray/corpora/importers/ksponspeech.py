@@ -1,4 +1,4 @@
-"""KsponSpeech and corpora built like it: ``.trn`` lists of ``path :: text``, or clips beside a ``.txt`` each."""
+"""KsponSpeech and corpora with its layout: ``.trn`` lists of ``path :: text``, or a ``.txt`` file beside each clip."""
 
 import os
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ MAX_TEXT_BYTES = 1 << 20
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a ``.trn``, all ``.trn`` of a folder, or, if it has none, its clips and texts at any depth.
+    """Read a ``.trn`` file, all ``.trn`` files of a folder, or, if it has none, its clips and texts at any depth.
 
-    The transcript is the spelling; the reading stays in ``transcript_phonetic`` where it differs, the line as it was in
-    ``transcript_raw``, and what the cleaner noted (``unk``: not for scoring) in ``transcript_notes``.
+    The transcript is the spelling. ``transcript_phonetic`` has the phonetic reading if that differs,
+    ``transcript_raw`` the original line, and ``transcript_notes`` the cleaner's notes (``unk``: do not score).
 
     Raises:
         RunError: The path cannot be read.
@@ -35,9 +35,8 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
 
 
 def _list_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Paths in a list begin at the corpus' root, which is the list's folder or the one above."""
-    name = str(file.absolute())
-    folder = file.absolute().parent
+    """Paths in a list are relative to the root of the corpus, which is the list's folder or its parent."""
+    name, folder = str(file.absolute()), file.absolute().parent
     for line in text_lines(file, korean_code_page=True):
         if isinstance(line, ImportFault):
             yield line
@@ -54,17 +53,15 @@ def _list_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
 
 
 def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
-    """A row or a fault for each clip and for each text without one; one folder's names are in memory at a time."""
+    """A row or fault for each clip and each text without a clip. Holds the names of one folder at a time in memory."""
 
     def refuse(error: OSError) -> None:
         raise RunError(f"{error.filename}: cannot read it: {error.strerror}") from error
 
     for folder, subfolders, names in os.walk(root.absolute(), onerror=refuse):
         subfolders.sort()
-        for linked in (os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))):
-            yield ImportFault(
-                linked, 1, "", "linked_folder", "a link to a folder is not followed: name it with --input"
-            )
+        for path in filter(os.path.islink, (os.path.join(folder, name) for name in subfolders)):
+            yield ImportFault(path, 1, "", "linked_folder", "a link to a folder is not followed: name it with --input")
         texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)

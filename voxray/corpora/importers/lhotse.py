@@ -1,8 +1,8 @@
-"""lhotse cuts: JSON Lines, plain or gzipped, of ``MonoCut`` objects with their recording and supervisions inside.
+"""lhotse cuts: JSON Lines, plain or gzipped, of ``MonoCut`` objects that contain their recording and supervisions.
 
-A cut with one supervision is one row with the cut's times, as lhotse's own ASR data sets take it. A cut with several is
-one row per supervision, with the supervision's times. What would sound different once loaded (mixes, speed changes,
-commands, sources that are no file) is a fault.
+A cut with one supervision is one row with the cut's times, as in lhotse's own ASR data sets. A cut with several is one
+row per supervision, with the supervision's times. Cuts that lhotse would change on loading (mixes, speed changes,
+commands, sources other than files) are faults.
 """
 
 from collections.abc import Iterator
@@ -10,28 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow
+from voxray.core.source import check_number
 from voxray.corpora.importers.lines import json_lines
-from voxray.corpora.importers.row import (
-    ImportedRow,
-    ImportFault,
-    Record,
-    find_audio,
-    import_records,
-    keep_keys,
-    seconds,
-)
+from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
 
-_SAME_SOUND = {"Resample"}
+_HARMLESS_TRANSFORMS = {"Resample"}
 _TOLERANCE_SEC = 1e-3
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a cut set; every line gives one row or fault per supervision, and one fault if it has none."""
+    """Read a cut set. Every cut gives one row or fault per supervision, and one fault if it has none."""
     return import_records(_supervised(path), _convert)
 
 
 def _supervised(path: Path) -> Iterator[Record | ImportFault]:
-    """One record per supervision; ``id`` is the cut's, or the supervision's where a cut has several."""
+    """One record per supervision. Its ``id`` is the cut's, or the supervision's if the cut has several."""
     for record in json_lines(path):
         if isinstance(record, ImportFault):
             yield record
@@ -60,7 +53,7 @@ def _convert(record: Record) -> dict[str, Any]:
     if not isinstance(recording, dict):
         raise BadRow("missing_audio_entry", "the cut has no recording")
     audio_path, channel = _source(recording, cut.get("channel", 0), record.folder)
-    start, duration = seconds(cut.get("start"), "start"), seconds(cut.get("duration"), "duration")
+    start, duration = check_number(cut.get("start"), "start"), check_number(cut.get("duration"), "duration")
     if len(cut["supervisions"]) > 1:
         start, duration = _times(start, duration, supervision.values)
     values: dict[str, Any] = {"audio_path": audio_path, "transcript": supervision.text("text"), "duration": duration}
@@ -77,10 +70,10 @@ def _convert(record: Record) -> dict[str, Any]:
 
 
 def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str, int]:
-    """The recording's file, and the channel in it."""
+    """The recording's file, and the index of the channel in it."""
     for transform in recording.get("transforms") or []:
         name = transform.get("name") if isinstance(transform, dict) else transform
-        if name not in _SAME_SOUND:
+        if name not in _HARMLESS_TRANSFORMS:
             raise BadRow("unsupported_cut", f"the recording is to be transformed when it is loaded: {name}"[:300])
     if isinstance(channel, list) and len(channel) == 1:
         channel = channel[0]
@@ -99,8 +92,8 @@ def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str,
 
 
 def _times(cut_start: float, cut_duration: float, supervision: dict[str, Any]) -> tuple[float, float]:
-    """A supervision's place in the file; its start is counted from the cut's."""
-    start, duration = supervision.get("start"), seconds(supervision.get("duration"), "supervision duration")
+    """Start and duration of a supervision in the file. Its own start is relative to the cut's."""
+    start, duration = supervision.get("start"), check_number(supervision.get("duration"), "supervision duration")
     if isinstance(start, bool) or not isinstance(start, int | float):
         raise BadRow("bad_type", "supervision start is no number")
     if start < -_TOLERANCE_SEC or start + duration > cut_duration + _TOLERANCE_SEC or duration == 0:

@@ -1,4 +1,4 @@
-"""Lines and records of text files, plain or gzipped, one at a time, each fault with its line."""
+"""Read lines and records of text files, plain or gzipped, one at a time. Every fault has its line."""
 
 import codecs
 import contextlib
@@ -23,13 +23,13 @@ class Line(NamedTuple):
 
 
 def text_lines(path: Path, korean_code_page: bool = False) -> Iterator[Line | ImportFault]:
-    """Yield the lines of a file that are not blank, without their ends; a byte-order mark is passed over.
+    """Yield the non-blank lines of a file without line ends. A byte-order mark is skipped.
 
-    Lines that are not UTF-8, or too long, are faults; so is the place where a gzip file breaks off.
+    Lines that are not UTF-8 or too long are faults. The end of a truncated gzip file is a fault, too.
 
     Args:
-        path: The file; gzip is recognised by its first two bytes.
-        korean_code_page: Take a line that is not UTF-8 for cp949.
+        path: The file. gzip is detected by its first two bytes.
+        korean_code_page: Decode lines that are not UTF-8 as cp949.
     Raises:
         RunError: The file cannot be opened.
     """
@@ -60,7 +60,7 @@ def text_lines(path: Path, korean_code_page: bool = False) -> Iterator[Line | Im
 
 
 def open_text(path: Path) -> BinaryIO:
-    """Open a file for reading, through gzip if it is gzipped.
+    """Open a file for reading, decompressed if it is gzipped.
 
     Raises:
         RunError: It cannot be opened.
@@ -78,10 +78,12 @@ def open_text(path: Path) -> BinaryIO:
 
 
 def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
-    """Decode UTF-8, else cp949 if that is allowed; ``짙`` in cp949 is valid UTF-8 too, so Hangul decides.
+    """Decode UTF-8, else cp949 if allowed.
+
+    Some cp949 texts, such as ``짙``, are valid UTF-8 as well. cp949 is used if only it gives Hangul.
 
     Raises:
-        BadRow: Neither (``bad_encoding``).
+        BadRow: The bytes are neither (``bad_encoding``).
     """
     korean = None
     if korean_code_page and not raw.isascii():
@@ -98,7 +100,7 @@ def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
 
 
 def first_word(raw: bytes) -> str:
-    """What can be said of a line that cannot be decoded: its first word, if that is plain ASCII."""
+    """First word of a line that cannot be decoded, as its id: "" if it is not ASCII or begins JSON."""
     word = raw.split(maxsplit=1)[0][:200]
     return word.decode("ascii") if word.isascii() and not word.startswith((b"{", b"[")) else ""
 
@@ -107,17 +109,11 @@ def json_lines(path: Path) -> Iterator[Record | ImportFault]:
     """The objects of a JSON Lines file."""
     name = str(path.absolute())
     for line in text_lines(path):
-        if isinstance(line, ImportFault):
-            yield line
-            continue
-        try:
-            yield Record(name, line.number, parse_object(line.text))
-        except BadRow as error:
-            yield ImportFault(name, line.number, "", error.reason, error.message)
+        yield line if isinstance(line, ImportFault) else _json_record(name, line.number, line.text)
 
 
 def tab_lines(path: Path) -> Iterator[Record | ImportFault]:
-    """The rows of a tab-separated table with a header; quotes are plain characters, as Common Voice writes them."""
+    """The rows of a tab-separated table with a header. Quotes are ordinary characters, as in Common Voice."""
     name, header = str(path.absolute()), None
     for line in text_lines(path):
         if isinstance(line, ImportFault):
@@ -137,7 +133,7 @@ def tab_lines(path: Path) -> Iterator[Record | ImportFault]:
 def csv_records(path: Path) -> Iterator[Record | ImportFault]:
     """The rows of a comma-separated table with a header.
 
-    A quote that is never closed swallows the lines behind it; each of them is a fault of its own.
+    A quote that is never closed makes the following lines part of its field. Each of these lines becomes a fault.
     """
     name, faults, consumed = str(path.absolute()), list[ImportFault](), list[int]()
 
@@ -151,20 +147,20 @@ def csv_records(path: Path) -> Iterator[Record | ImportFault]:
 
     reader, header = csv.reader(lines(), strict=True), None
     while True:
-        fields, problem = [], ("bad_csv", "")
+        fields, reason, message = [], "bad_csv", ""
         try:
             fields = next(reader)
         except StopIteration:
             yield from faults
             return
         except csv.Error as error:
-            problem = ("bad_csv", str(error))
-        if header is None and (faults or problem[1]):
-            raise RunError(f"{path}:1: the header cannot be read: {problem[1] or faults[0].message}")
+            message = str(error)
+        if header is None and (faults or message):
+            raise RunError(f"{path}:1: the header cannot be read: {message or faults[0].message}")
         if fields and header and len(fields) != len(header):
-            problem = ("bad_row", f"{len(fields)} fields under {len(header)} headings")
-        if problem[1]:
-            yield from (ImportFault(name, number, "", *problem) for number in consumed)
+            reason, message = "bad_row", f"{len(fields)} fields under {len(header)} headings"
+        if message:
+            yield from (ImportFault(name, number, "", reason, message) for number in consumed)
         elif header is None:
             header = fields
         elif fields:
@@ -175,12 +171,12 @@ def csv_records(path: Path) -> Iterator[Record | ImportFault]:
 
 
 def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
-    """The objects of ``{"key": [{...}, ...]}``, one by one, however large the file.
+    """The objects of ``{"key": [{...}, ...]}``, one by one, so files may be of any size.
 
-    Each element is cut out by its brackets and parsed by itself, so that a broken one is one fault.
+    Each element is delimited by its brackets and parsed separately, so a broken element is one fault.
     """
     name, element, start, line = str(path.absolute()), list[str](), 0, 0
-    in_array, found, depth = False, False, 0
+    in_array, has_array, depth = False, False, 0
     for token in _json_tokens(path):
         if isinstance(token, ImportFault):
             yield token
@@ -190,14 +186,14 @@ def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
             element = [*element, text][-3:] if text.strip() else element
             depth += (text in "{[") - (text in "}]")
             if depth == 2 and [part.strip() for part in element] == [f'"{key}"', ":", "["]:
-                in_array, found, depth, element = True, True, 0, []
-            elif found and depth == 2 and element[-2:] == [",", "{"]:
+                in_array, has_array, depth, element = True, True, 0, []
+            elif has_array and depth == 2 and element[-2:] == [",", "{"]:
                 yield ImportFault(name, line, "", "damaged_file", f"an object behind the end of the list {key!r}")
                 return
             continue
         if depth == 0 and text in ",]":
             if "".join(element).strip():
-                yield _element(name, start, "".join(element))
+                yield _json_record(name, start, "".join(element))
             element, in_array, depth = [], text == ",", 0 if text == "," else 1
             continue
         start = start if element else line
@@ -207,11 +203,12 @@ def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
     if in_array:
         message = f"the file ends inside the list {key!r}, which is cut off"
         yield ImportFault(name, start if element else line, "", "damaged_file", message)
-    elif not found:
+    elif not has_array:
         yield ImportFault(name, 1, "", "bad_json", f'no {{"{key}": [...]}} in it')
 
 
-def _element(name: str, line: int, text: str) -> Record | ImportFault:
+def _json_record(name: str, line: int, text: str) -> Record | ImportFault:
+    """Parse one JSON object. Lone surrogates in the text stand for bytes that are not UTF-8."""
     try:
         text.encode("utf-8")
         return Record(name, line, parse_object(text))
@@ -225,7 +222,7 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|\s+|[^"{}\[\],:\s]+|"', re.DO
 
 
 def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
-    """Each string, bracket, comma, colon and what lies between them, with the line it begins on."""
+    """(line, token): each string, bracket, comma, colon and the text between them, with its first line."""
     number, rest = 1, ""
     for chunk in _chunks(path):
         if isinstance(chunk, ImportFault):
@@ -233,7 +230,7 @@ def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
             return
         tokens = _TOKEN.findall(rest + chunk)
         rest = ""
-        # What the next chunk may continue waits for it: a string that is still open, and the last token.
+        # Keep tokens that the next chunk may continue: a string that is still open, or the last token.
         cut = next((index for index, token in enumerate(tokens) if token == '"'), len(tokens) - 1)
         if chunk:
             tokens, rest = tokens[:cut], "".join(tokens[cut:])
@@ -246,7 +243,7 @@ def _json_tokens(path: Path) -> Iterator[tuple[int, str] | ImportFault]:
 
 
 def _chunks(path: Path) -> Iterator[str | ImportFault]:
-    """A file's text in pieces of 64 KiB, an empty one last; bytes that are not UTF-8 become lone surrogates."""
+    """A file's text in pieces of 64 KiB, the last one empty. Bytes that are not UTF-8 become lone surrogates."""
     decoder: Any = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     with open_text(path) as file:
         while True:
@@ -256,7 +253,7 @@ def _chunks(path: Path) -> Iterator[str | ImportFault]:
                 yield ImportFault(str(path.absolute()), 1, "", "damaged_file", f"reading stops: {error}")
                 return
             text = decoder.decode(raw, final=not raw)
-            if text or not raw:  # "" in the middle (half a character) would say that the file ends
+            if text or not raw:  # skip "" in the middle (half a character), since "" marks the end of the file
                 yield text
             if not raw:
                 return

@@ -5,22 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow
+from voxray.core.source import check_number
 from voxray.corpora.importers.lines import json_lines
-from voxray.corpora.importers.row import (
-    ImportedRow,
-    ImportFault,
-    Record,
-    find_audio,
-    import_records,
-    keep_keys,
-    seconds,
-)
+from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
 
-_KEPT = ("source_lang", "target_lang", "taskname", "pnc", "speaker", "gender", "split")
+_OPTIONAL_KEYS = ("source_lang", "target_lang", "taskname", "pnc", "speaker", "gender", "split")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a manifest; translations (``source_lang`` is not ``target_lang``) are no transcripts, so they are faults."""
+    """Read a manifest. Translations (``source_lang`` differs from ``target_lang``) are faults."""
     return import_records(json_lines(path), _convert, ("id", "utt_id"))
 
 
@@ -34,8 +27,9 @@ def _convert(record: Record) -> dict[str, Any]:
         "audio_path": find_audio(record.values["audio_filepath"], record.folder),
         "transcript": record.text("text"),
     }
-    for ours, theirs in (("start", "offset"), ("duration", "duration")):
-        if record.values.get(theirs) is not None:
-            values[ours] = seconds(record.values[theirs], theirs)
+    for key, nemo_key in (("start", "offset"), ("duration", "duration")):
+        if record.values.get(nemo_key) is not None:
+            values[key] = check_number(record.values[nemo_key], nemo_key)
     language = record.text("lang", "") or source
-    return values | ({"language": language} if language else {}) | keep_keys(record, {key: key for key in _KEPT})
+    optional = keep_keys(record, {key: key for key in _OPTIONAL_KEYS})
+    return values | ({"language": language} if language else {}) | optional

@@ -1,4 +1,4 @@
-"""What every importer yields, and how a record of a foreign corpus becomes it."""
+"""Types that importers yield, and helpers that convert records of other corpora."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from voxray.core.errors import BadRow
-from voxray.core.manifest import find_file
+from voxray.core.manifest import find_clip
 
-MAX_DEPTH = 100  # of objects and lists in each other; a row that Python can just read, it may not be able to write
+MAX_DEPTH = 100  # of nested objects and lists; Python can read deeper ones than it can write
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class ImportedRow:
 
     Attributes:
         source_file: Absolute path of the file that the row comes from.
-        line: Its line there, from 1; in Parquet its row, from 1.
+        line: Line in the file, from 1; in Parquet the row, from 1.
         id: The corpus' own id, else ``<file name>:<line>``.
-        values: A manifest row: the keys of its task (``voxray.tasks``) and, where the corpus says so, ``language``,
-            ``start`` and ``duration`` (seconds; only with ``start`` is the row a part of its file), ``channel``,
+        values: A manifest row: the keys of its task (``core/tasks.py``) and, if the corpus has them, ``language``,
+            ``start`` and ``duration`` (seconds; only a row with ``start`` is a part of its file), ``channel``,
             ``speaker``, ``session``, ``gender``, ``split``, ``transcript_raw``, ``transcript_phonetic``,
             ``transcript_notes``, ``sample_rate`` (claimed). A clip inside a Parquet file has an ``audio_path`` of ""
             and ``audio_bytes_from`` {"file", "row"} (from 0), which ``huggingface.embedded_audio`` reads.
@@ -36,14 +36,14 @@ class ImportedRow:
 
 @dataclass(frozen=True)
 class ImportFault:
-    """A line that gives no row, and why.
+    """A line that gives no row, and the reason.
 
     Attributes:
         source_file: Absolute path of the file.
-        line: Its line there, from 1.
-        id: The row's id as far as it is known, else "".
-        reason: Short code that summaries count by.
-        message: What is wrong, with the value that is.
+        line: Line in the file, from 1.
+        id: The row's id if it is known, else "".
+        reason: Short code. Summaries count rows by it.
+        message: What is wrong, with the wrong value.
     """
 
     source_file: str
@@ -54,7 +54,7 @@ class ImportFault:
 
 
 class Record(NamedTuple):
-    """One record as the corpus has it: a parsed JSON object or a row of a table."""
+    """One record of a corpus: a parsed JSON object or a row of a table."""
 
     file: str
     line: int
@@ -65,6 +65,7 @@ class Record(NamedTuple):
         return Path(self.file).parent
 
     def record_id(self, keys: tuple[str, ...] = ("id",)) -> str:
+        """The first usable value of the keys, else ``<file name>:<line>``."""
         for key in keys:
             value = self.values.get(key)
             if isinstance(value, str | int) and value not in ("", False, True):
@@ -72,10 +73,10 @@ class Record(NamedTuple):
         return f"{Path(self.file).name}:{self.line}"
 
     def text(self, key: str, default: str | None = None) -> str:
-        """A text that the record must have, or may have if there is a default for null and absence.
+        """The text at a key. With a default the key may be missing or null.
 
         Raises:
-            BadRow: It is missing (``missing_key``) or no text (``bad_type``).
+            BadRow: It is missing (``missing_key``) or not a text (``bad_type``).
         """
         value = self.values.get(key)
         if value is None:
@@ -92,7 +93,7 @@ def import_records(
     convert: Callable[[Record], dict[str, Any]],
     id_keys: tuple[str, ...] = ("id",),
 ) -> Iterator[ImportedRow | ImportFault]:
-    """Turn each record into a row, or into the fault that ``convert`` raised as a ``BadRow``."""
+    """Convert each record into a row. A ``BadRow`` raised by ``convert`` becomes a fault."""
     for record in records:
         if isinstance(record, ImportFault):
             yield record
@@ -108,8 +109,8 @@ def parse_object(text: str) -> dict[str, Any]:
     """Parse one JSON object.
 
     Raises:
-        BadRow: Broken JSON or over 100 levels of it (``bad_json``), no object (``bad_row``), or half a surrogate pair
-            in it (``bad_encoding``).
+        BadRow: It is not JSON or over 100 levels deep (``bad_json``), not an object (``bad_row``), or contains half a
+            surrogate pair (``bad_encoding``).
     """
     try:
         value = json.loads(text)
@@ -135,46 +136,29 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def find_audio(value: Any, *folders: Path) -> str:
-    """The absolute path of an audio file that exists, tried in each folder, then the current one; NFC or NFD.
+    """Absolute path of an existing audio file, relative to one of the folders or to the current one. NFC and NFD match.
 
     Raises:
-        BadRow: No text (``bad_type``), an address on a network (``remote_audio``) or no such file (``audio_missing``).
+        BadRow: The value is not a text (``bad_type``), is a URL (``remote_audio``), or no such file exists
+            (``audio_missing``).
     """
     if not isinstance(value, str):
         raise BadRow("bad_type", f"the audio path is {type(value).__name__}, not text")
     if "://" in value and not os.path.isfile(value):
         raise BadRow("remote_audio", f"download it first: {value}")
-    if value.strip():
-        bases = [folder.absolute() for folder in (*folders, Path.cwd())]
-        for base in bases:
-            if path := find_file(base, value):
-                return path
-        if any(os.path.exists(base / value) for base in bases):
-            raise BadRow("audio_missing", f"not an audio file: {value}")
-    raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}")
+    if not value.strip():
+        raise BadRow("audio_missing", f"audio file not found: {value or '(empty path)'}")
+    return find_clip(value, [folder.absolute() for folder in (*folders, Path.cwd())])
 
 
 def keep_keys(record: Record, names: dict[str, str]) -> dict[str, Any]:
-    """Take optional values over under voxray's names ({theirs: ours}); null and "" are left out.
+    """Copy optional values under voxray's names ({name in the corpus: voxray's name}). null and "" are left out.
 
     Raises:
-        BadRow: One is neither text nor a number (``bad_type``).
+        BadRow: A value is neither text nor a number (``bad_type``).
     """
-    found = {ours: record.values[theirs] for theirs, ours in names.items() if record.values.get(theirs) is not None}
-    for name, value in found.items():
+    values = {name: record.values[key] for key, name in names.items() if record.values.get(key) is not None}
+    for name, value in values.items():
         if not isinstance(value, str | int | float):
             raise BadRow("bad_type", f"{name} is {type(value).__name__}, neither text nor a number")
-    return {name: value for name, value in found.items() if value != ""}
-
-
-def seconds(value: Any, name: str) -> float:
-    """Check a time.
-
-    Raises:
-        BadRow: Not a number (``bad_type``), or negative, infinite or NaN (``bad_segment``).
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow("bad_type", f"{name} is {type(value).__name__}, not a number")
-    if not 0 <= value < 1e9:
-        raise BadRow("bad_segment", f"{name} is {value}")
-    return value
+    return {name: value for name, value in values.items() if value != ""}

@@ -1,20 +1,22 @@
-"""Raw corpora -> checked, cleaned, split manifests, with a ledger in which every lost row has its reason.
+"""Raw corpora -> checked, cleaned, split manifests, and a ledger with the reason of every row left out.
 
-Three passes, none of which holds the corpus in memory:
+There are three passes. None of them holds the corpus in memory:
 
 1. The driver reads the corpus' text files through an importer and spools its rows in chunks on disk.
-2. Ray Data actors take chunks: clean the texts, decode and measure the audio, and write the results beside the chunk.
-3. The driver reads the results in order: duplicates, split by group, leaks; then writes manifests, ledger and summary
-   (``prepare_outputs``).
+2. Ray Data actors process chunks: they clean the texts, decode and measure the audio, and write the results beside the
+   chunk.
+3. The driver reads the results in order, detects duplicates and leaks, splits by group, and writes manifests, ledger
+   and summary (``write_manifests.py``).
 
-A row is kept or in the ledger, and the summary adds up. The order of the output is that of the input, whatever the
-workers did. Ids are unique in what is written: evaluation names rows by them. A row with an id that an earlier one has,
-as where two corpora number from 1, is no worse for it, so it is kept as ``<id>#2``, the next as ``<id>#3``.
+Every row is either in a manifest or in the ledger, and the summary adds up. The output has the order of the input,
+independent of the workers. Ids in the manifests are unique, since evaluation identifies rows by them. A row with the id
+of an earlier row (two corpora may both number from 1) stays as ``<id>#2``, the next one as ``<id>#3``.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ import numpy as np
 from voxray.audio.decode import Part, decode_native
 from voxray.audio.flac import flac_bytes
 from voxray.audio.quality import QualityLimits, check, measure
-from voxray.cluster.actor_pool import run_workers
+from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
 from voxray.core.errors import BadRow
 from voxray.core.manifest import check_values
-from voxray.core.source import segment, segments
+from voxray.core.source import Source, segment, segments
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import Task
 from voxray.corpora.importers import ImportedRow, ImportFault
@@ -37,7 +39,7 @@ from voxray.text.korean import Reading, clean_transcript
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row must satisfy; see the settings of the same names."""
+    """Limits that a row must satisfy; see the settings of the same names."""
 
     quality: QualityLimits
     min_chars: int
@@ -59,9 +61,9 @@ class CheckedRow:
         reason, message: Why it is bad, else "".
         duration_sec: Length of its audio, 0 for text.
         audio_hash, text_hash: Hashes of the decoded samples and of the normalised texts.
-        leak_text: See ``identity.leak_text``.
-        group: What must stay on one side of the split: speaker, session, or the row's own text.
-        split: The side that the corpus itself puts the row on, if it says so.
+        leak_text: See ``fingerprints.leak_text``.
+        group: Speaker, session, or hash of the row's text. All rows of a group go to the same side of the split.
+        split: The corpus' own split of the row, "" if it has none.
     """
 
     source: str
@@ -78,35 +80,35 @@ class CheckedRow:
 
 
 @dataclass(frozen=True)
-class ClipPlaces:
-    """Where clips are written to.
+class ClipFolders:
+    """Folders that clips are written to.
 
     Attributes:
-        embedded: Folder of clips that come out of Parquet files.
-        copies: Folder of 16 kHz copies of all clips that are kept; None makes none.
-        named_from: Folder that the manifests stand in; they name copies below it relative to it, so that all of it can
-            be carried elsewhere.
+        embedded: Folder of clips extracted from Parquet files.
+        copies: Folder of 16 kHz copies of all usable clips; None writes no copies.
+        manifest_folder: Folder of the manifests. Paths of copies below it are relative to it, so that the folder can be
+            moved.
     """
 
     embedded: Path
     copies: Path | None = None
-    named_from: Path | None = None
+    manifest_folder: Path | None = None
 
 
-class RowChecker:
-    """Checks the rows of a spooled chunk; the unit of work of a Ray Data actor."""
+class RowChecker(PoolWorker):
+    """Checks the rows of spooled chunks in a Ray Data actor."""
 
-    def __init__(self, limits: Limits, places: ClipPlaces) -> None:
-        self.limits, self.places = limits, places
+    def __init__(self, limits: Limits, folders: ClipFolders) -> None:
+        self.limits, self.folders = limits, folders
 
     def work(self, item: str) -> dict[str, Any]:
-        """``check_chunk`` as ``run_workers`` calls it."""
+        """``check_chunk`` with the interface of ``run_workers``."""
         return {"rows": self.check_chunk(Path(item))}
 
     def check_chunk(self, path: Path) -> int:
-        """Check the rows of a chunk and write the results beside it; returns how many there are.
+        """Check the rows of a chunk and write the results beside it. Returns the number of rows.
 
-        Results that stand there already, since the job before this one was cut off, are kept.
+        Results of an earlier, interrupted job are used as they are.
         """
         if checked_path(path).is_file():
             return checked_path(path).read_bytes().count(b"\n")
@@ -115,32 +117,32 @@ class RowChecker:
         return len(results)
 
     def check_row(self, spooled: dict[str, Any]) -> CheckedRow:
-        """Clean and measure one row; a fault ends up in its ``reason`` and never as an exception."""
+        """Clean and measure one row. Faults are returned in ``reason``, not raised."""
         source, row_id = spooled["source"], spooled["id"]
         if spooled.get("reason"):
             return CheckedRow(source, row_id, reason=spooled["reason"], message=spooled["message"])
-        values, clip, heard = dict(spooled["values"]), None, ""
+        values, clip, clip_hash = dict(spooled["values"]), None, ""
         duration_sec = 0.0
         try:
-            _refuse_bad_names(source, values)
+            _check_encodable(source, values)
             task = check_values(values)
             if task.has_audio:
                 clip = self._check_audio(values)
-                duration_sec, heard = len(clip[0]) / clip[1], audio_hash(clip[0])
+                duration_sec, clip_hash = len(clip[0]) / clip[1], audio_hash(clip[0])
             text = self._check_text(values, task, duration_sec)
-            if clip and self.places.copies:
-                self._copy(values, *clip, name=heard)
+            if clip and self.folders.copies:
+                self._write_copy(values, *clip, name=clip_hash)
         except BadRow as error:
             return CheckedRow(source, row_id, reason=error.reason, message=error.message, duration_sec=duration_sec)
         split = str(values.pop("split", None) or "")
         group = speaker_key(values) or f"text:{short_hash(text)}"
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
-        hashes = (heard, short_hash(task.name + text), leak_text(task, text))
+        hashes = (clip_hash, short_hash(task.name + text), leak_text(task, text))
         return CheckedRow(source, row_id, values, "", "", duration_sec, *hashes, group, split)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
-        """Clean the answer in place and check its length; returns the normalised texts of the row."""
+        """Clean the answer in place and check its length. Returns the normalised texts of the row."""
         answer = values[task.answer_key]
         if task.template == "transcription":
             raw = values.pop("transcript_raw", answer)
@@ -175,7 +177,7 @@ class RowChecker:
         return row_text(task.prompt(values), answer)
 
     def _check_audio(self, values: dict[str, Any]) -> tuple[np.ndarray, int]:
-        """Decode and measure the clip; returns its samples and their rate in Hz."""
+        """Decode and measure the clip. Returns its samples and their rate in Hz."""
         embedded = values.pop("audio_bytes_from", None)
         claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
         if not isinstance(claimed_hz, int | float | None):
@@ -183,8 +185,8 @@ class RowChecker:
         raw = None
         if embedded:
             raw = embedded_audio(embedded["file"], embedded["row"])
-            values["audio_path"] = str(self.places.embedded / f"{short_hash(raw)[:20]}{_suffix(raw)}")
-            if not self.places.copies and not Path(values["audio_path"]).is_file():
+            values["audio_path"] = str(self.folders.embedded / f"{short_hash(raw)[:20]}{_suffix(raw)}")
+            if not self.folders.copies and not Path(values["audio_path"]).is_file():
                 write_atomically(Path(values["audio_path"]), raw)
         part, max_sec = Part(*segment(values)), self.limits.quality.max_sec
         try:
@@ -201,24 +203,23 @@ class RowChecker:
             raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
         return samples, rate_hz
 
-    def _copy(self, values: dict[str, Any], samples: np.ndarray, rate_hz: int, *, name: str) -> None:
-        """Write a 16 kHz copy of exactly what was heard and let the row name that instead.
+    def _write_copy(self, values: dict[str, Any], samples: np.ndarray, rate_hz: int, *, name: str) -> None:
+        """Write a 16 kHz copy of the decoded samples and set the row's ``audio_path`` to it.
 
-        Its name is the hash of the samples that it is made of, so the copy of a job that was cut off is a good one, and
-        256 folders hold them.
+        The name is the hash of the samples, so copies of an interrupted job are valid. There are 256 subfolders.
         """
-        assert self.places.copies is not None
-        path = self.places.copies / name[:2] / f"{name}.flac"
+        assert self.folders.copies is not None
+        path = self.folders.copies / name[:2] / f"{name}.flac"
         if not path.is_file():
             write_atomically(path, flac_bytes(samples, rate_hz))
-        base = self.places.named_from
+        base = self.folders.manifest_folder
         values["audio_path"] = str(path.relative_to(base) if base and path.is_relative_to(base) else path)
-        for key in ("start", "channel"):  # the copy is that part, and has that channel alone
+        for key in ("start", "channel"):  # the copy has only that part and channel
             values.pop(key, None)
 
 
-def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
-    """File names come as the disk has them; one in an old code page cannot stand in a manifest."""
+def _check_encodable(source: str, values: dict[str, Any]) -> None:
+    """Refuse file names that are not UTF-8: a manifest cannot contain them."""
     try:
         f"{source}{values.get('audio_path')}".encode()
     except UnicodeEncodeError:
@@ -226,9 +227,9 @@ def _refuse_bad_names(source: str, values: dict[str, Any]) -> None:
 
 
 def _suffix(raw: bytes) -> str:
-    """File name ending of embedded audio, by its first bytes; decoding does not depend on it."""
-    kinds = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
-    return next((suffix for start, suffix in kinds.items() if raw.startswith(start)), ".m4a")
+    """File suffix of embedded audio, from its first bytes. Decoding does not depend on it."""
+    suffixes = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3"}
+    return next((suffix for start, suffix in suffixes.items() if raw.startswith(start)), ".m4a")
 
 
 def _to_jsonl(rows: list[dict[str, Any]]) -> bytes:
@@ -236,27 +237,22 @@ def _to_jsonl(rows: list[dict[str, Any]]) -> bytes:
 
 
 def spool(rows: Iterator[ImportedRow | ImportFault], folder: Path, rows_per_chunk: int) -> list[Path]:
-    """First pass: write the importer's rows to disk in chunks; returns their paths in order."""
+    """First pass: write the importer's rows to disk in chunks. Returns the paths of the chunks in order."""
     paths: list[Path] = []
-    waiting: list[dict[str, Any]] = []
-
-    def write() -> None:
+    while chunk := [_spooled(row) for row in islice(rows, rows_per_chunk)]:
         paths.append(folder / f"{len(paths):06d}.jsonl")
-        write_atomically(paths[-1], _to_jsonl(waiting))
-        waiting.clear()
-
-    for row in rows:
-        fault = isinstance(row, ImportFault)
-        what = {"reason": row.reason, "message": row.message} if fault else {"values": row.values}
-        waiting.append({"source": f"{row.source_file}:{row.line}", "id": row.id, **what})
-        if len(waiting) == rows_per_chunk:
-            write()
-    if waiting:
-        write()
+        write_atomically(paths[-1], _to_jsonl(chunk))
     return paths
 
 
+def _spooled(row: ImportedRow | ImportFault) -> dict[str, Any]:
+    is_fault = isinstance(row, ImportFault)
+    content = {"reason": row.reason, "message": row.message} if is_fault else {"values": row.values}
+    return {"source": str(Source(row.source_file, row.line)), "id": row.id, **content}
+
+
 def checked_path(chunk: Path) -> Path:
+    """File of the second pass' results for a chunk."""
     return chunk.with_suffix(".checked.jsonl")
 
 
@@ -268,8 +264,9 @@ def run_checks(
     use_ray: bool,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Second pass: check every chunk, by Ray Data or in this process."""
-    arguments, items = (checker.limits, checker.places), list(map(str, paths))
-    results = run_workers(RowChecker, arguments, items, num_actors=num_actors, use_ray=use_ray)
+    """Second pass: check every chunk, with Ray Data or in this process."""
+    arguments, items = (checker.limits, checker.folders), list(map(str, paths))
+    pool = plan_pool(num_actors, len(items)) if use_ray else None
+    results = run_workers(RowChecker, arguments, items, pool)
     for done, _ in enumerate(results, 1):
         on_progress(done, len(paths))

@@ -1,4 +1,4 @@
-"""When two rows are the same, or of one speaker: what duplicates and leaks are found by, in prepare and in audit."""
+"""Hashes and keys by which prepare and audit detect duplicates, leaks and rows of the same speaker."""
 
 import hashlib
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ def short_hash(value: str | bytes) -> str:
 
 
 def audio_hash(samples: np.ndarray) -> str:
-    """Hash of decoded samples as 16-bit integers, so that a WAV file and its FLAC copy are the same.
+    """Hash of decoded samples as 16-bit integers, so that a WAV file and its FLAC copy have the same hash.
 
     Args:
         samples: float32, shape (num_samples,), full scale 1.
@@ -26,15 +26,15 @@ def audio_hash(samples: np.ndarray) -> str:
 
 
 def row_text(prompt: str, answer: str) -> str:
-    """A row's texts, normalised."""
+    """Normalised prompt and answer of a row."""
     return normalize_ko_v1(f"{prompt}\n{answer}")
 
 
 def leak_text(task: Task, text: str) -> str:
-    """Hash by which a row's normalised texts are a leak when another split has them too, or "".
+    """Hash of a row's normalised texts, which leak if another split has the same hash. "" if texts cannot leak.
 
-    One question with one answer rightly belongs to many clips, and so does the empty transcript of silence: what leaks
-    there is the audio.
+    Many clips may share one question and answer, or the empty transcript of silence. For these rows only the audio can
+    leak.
     """
     if task.has_audio and (task.prompt_keys or not text):
         return ""
@@ -42,14 +42,14 @@ def leak_text(task: Task, text: str) -> str:
 
 
 def duplicate_key(task: Task, audio: str, text: str) -> str:
-    """What two rows share if one of them is superfluous.
+    """Key that is equal for duplicate rows.
 
     Args:
         audio, text: Hashes of the decoded samples ("" without audio), and of the task and its texts.
     """
     if not audio:
         return text
-    # One clip may be asked many questions.
+    # One clip may have many questions.
     return f"{task.name}:{audio}{text if task.prompt_keys else ''}"
 
 

@@ -1,6 +1,6 @@
-"""Which checked rows go to training and which to validation, and what of one leaks into the other.
+"""Split checked rows into training and validation, and detect leaks between them.
 
-Works on hashes and group names only, a few dozen bytes per row, so a million rows fit easily.
+Uses only hashes and group names, a few dozen bytes per row, so a million rows fit into memory easily.
 """
 
 import random
@@ -15,7 +15,7 @@ TEST_NAMES = {"test", "testing"}
 
 
 class Splittable(Protocol):
-    """What a split looks at (see ``prepare.Checked``)."""
+    """Attributes of a row that a split needs (see ``CheckedRow``)."""
 
     reason: str
     audio_hash: str
@@ -26,7 +26,7 @@ class Splittable(Protocol):
 
 @dataclass
 class Leaks:
-    """How much of the validation side, and of the test side where there is one, is on the training side as well.
+    """Overlap of training with the held-out rows (validation, and test if there is one).
 
     Attributes:
         audio: Training rows whose decoded audio is also held out.
@@ -47,12 +47,12 @@ class Leaks:
 
 @dataclass
 class Split:
-    """The decision over all rows.
+    """Assignment of all rows to training, validation and test.
 
     Attributes:
-        groups: Groups on the validation side, where the split is ours.
-        by_corpus: Whether the corpus' own split was taken over.
-        with_test: Whether the corpus' own test rows are a side as well.
+        groups: Validation groups, if the corpus' own split is not used.
+        by_corpus: Whether the corpus' own split is used.
+        with_test: Whether the corpus' own test rows form a test set.
         audio, text, speakers: Hashes and groups of the held-out rows.
     """
 
@@ -64,7 +64,7 @@ class Split:
     speakers: set[str] = field(default_factory=set)
 
     def side(self, row: Splittable) -> str:
-        """``train``, ``val``, ``test``, or ``other`` for a side of the corpus that is none of those wanted."""
+        """``train``, ``val``, ``test``, or ``other`` for a split of the corpus that is not used."""
         name = row.split.lower()
         if self.with_test and name in TEST_NAMES:
             return "test"
@@ -74,7 +74,7 @@ class Split:
 
     @property
     def held_out(self) -> str:
-        """What the rows that do not train are called in messages."""
+        """Name of the held-out rows in messages."""
         return "validation or test" if self.with_test else "validation"
 
     def leak(self, row: Splittable) -> str:
@@ -86,14 +86,16 @@ class Split:
         return "speaker" if row.group in self.speakers else ""
 
 
-def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: bool, with_test: bool = False) -> Split:
-    """Choose the validation side: the corpus' own if every row names one, else whole groups drawn at random.
+def choose_split(
+    rows: Iterable[Splittable], val_share: float, seed: int, *, with_validation: bool, with_test: bool = False
+) -> Split:
+    """Choose the validation rows: the corpus' own split if every row has one, else whole groups drawn at random.
 
     Args:
-        rows: All usable rows, in order.
-        val_share: Share of the rows to validate on, filled with whole groups.
-        wanted: False if there is no validation output; then everything trains.
-        with_test: Leave rows that the corpus calls its test set out of both.
+        rows: All rows, in order.
+        val_share: Share of the rows for validation, filled with whole groups.
+        with_validation: False if there is no validation output. Then all rows are for training.
+        with_test: Put the corpus' own test rows into neither.
     """
     sizes: Counter[str] = Counter()
     names: Counter[str] = Counter()
@@ -101,23 +103,23 @@ def decide(rows: Iterable[Splittable], val_share: float, seed: int, *, wanted: b
         if not row.reason and not (with_test and row.split.lower() in TEST_NAMES):
             sizes[row.group] += 1
             names[row.split.lower()] += 1
-    if not wanted:
+    if not with_validation:
         return Split(with_test=with_test)
     if names and "" not in names and names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
         return Split(by_corpus=True, with_test=with_test)
-    target, chosen, count = val_share * sum(sizes.values()), set(), 0
+    target, groups, count = val_share * sum(sizes.values()), set(), 0
     order = sorted(sizes)
     random.Random(seed).shuffle(order)
     for group in order:
-        # Take a group if that brings the count nearer to the target; one large speaker must not take it all.
+        # Add a group if that brings the count closer to the target. One large speaker must not exceed it by far.
         if count < target and abs(count + sizes[group] - target) <= abs(count - target):
-            chosen.add(group)
+            groups.add(group)
             count += sizes[group]
-    return Split(groups=chosen, with_test=with_test)
+    return Split(groups=groups, with_test=with_test)
 
 
-def note_held_out(split: Split, rows: Iterable[Splittable]) -> None:
-    """Remember what is on the validation side and on the test side."""
+def record_held_out(split: Split, rows: Iterable[Splittable]) -> None:
+    """Add the hashes and groups of validation and test rows to the split."""
     for row in rows:
         if not row.reason and split.side(row) in {"val", "test"}:
             if row.leak_text:
@@ -129,7 +131,7 @@ def note_held_out(split: Split, rows: Iterable[Splittable]) -> None:
 
 
 def count_leaks(split: Split, rows: Iterable[Splittable]) -> Leaks:
-    """Count what is on both sides."""
+    """Count the overlap of training with the held-out rows."""
     leaks, speakers = Leaks(), set()
     for row in rows:
         if row.reason or split.side(row) != "train":

@@ -1,41 +1,43 @@
-"""What has been met before, of millions of rows: a few dozen bytes are kept of each."""
+"""Detect repeated ids and keys among millions of rows, with a few dozen bytes of memory per row."""
 
 import hashlib
 
+from voxray.core.source import Source
+
 
 class UniqueIds:
-    """Gives every row an id of its own: the second row called ``a`` becomes ``a#2``, the third ``a#3``."""
+    """Makes ids unique: the second row with id ``a`` becomes ``a#2``, the third ``a#3``."""
 
     def __init__(self) -> None:
-        self._taken: set[int] = set()
-        self._counts: dict[int, int] = {}  # of ids met more than once
+        self._used: set[int] = set()
+        self._counts: dict[int, int] = {}  # only of ids that occurred more than once
 
     def __call__(self, row_id: str) -> str:
-        own, found = _bits_of(row_id), row_id
-        while _bits_of(found) in self._taken:
-            self._counts[own] = self._counts.get(own, 1) + 1
-            found = f"{row_id}#{self._counts[own]}"
-        self._taken.add(_bits_of(found))
-        return found
+        key, unique_id = _hash60(row_id), row_id
+        while _hash60(unique_id) in self._used:
+            self._counts[key] = self._counts.get(key, 1) + 1
+            unique_id = f"{row_id}#{self._counts[key]}"
+        self._used.add(_hash60(unique_id))
+        return unique_id
 
 
 class FirstSeen:
-    """Where each key was met first."""
+    """Remembers the first row of each key."""
 
     def __init__(self) -> None:
-        self._first: dict[int, int] = {}  # hash of the key -> number of its file, times 2**40, plus the line
+        self._first: dict[int, int] = {}  # hash of the key -> index of its file, times 2**40, plus the line
         self._files: dict[str, int] = {}
 
     def __call__(self, key: str, source: str) -> str:
-        """``<file>:<line>`` of the row that had this key before this one at ``source``, "" if none had."""
-        file, _, line = source.rpartition(":")
-        first = self._first.get(_bits_of(key))
+        """``<file>:<line>`` of the first row with this key, "" if this one, at ``source``, is the first."""
+        first = self._first.get(_hash60(key))
         if first is None:
-            self._first[_bits_of(key)] = (self._files.setdefault(file, len(self._files)) << 40) + int(line)
+            file, line = Source.parse(source)
+            self._first[_hash60(key)] = (self._files.setdefault(file, len(self._files)) << 40) + line
             return ""
         return f"{list(self._files)[first >> 40]}:{first & (1 << 40) - 1}"
 
 
-def _bits_of(value: str) -> int:
-    """60 bits: of ten million texts, two share theirs once in 20,000 times."""
+def _hash60(value: str) -> int:
+    """60-bit hash. The probability of any collision among ten million texts is 1 in 20,000."""
     return int.from_bytes(hashlib.sha256(value.encode()).digest()[:8], "big") >> 4

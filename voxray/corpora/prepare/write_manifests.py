@@ -1,4 +1,4 @@
-"""The third pass of prepare: duplicates, split by group, leaks, and who is written where."""
+"""The third pass of prepare: drop duplicates, split by group, detect leaks, and write manifests and ledger."""
 
 import json
 from collections import Counter
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import quoted_line
+from voxray.core.source import Source
 from voxray.core.tasks import detect_task
 from voxray.corpora.prepare.check_rows import CheckedRow, checked_path
 from voxray.corpora.prepare.fingerprints import duplicate_key
-from voxray.corpora.prepare.split import Leaks, count_leaks, decide, note_held_out
+from voxray.corpora.prepare.split import Leaks, choose_split, count_leaks, record_held_out
 from voxray.corpora.prepare.unique import FirstSeen, UniqueIds
 
 
@@ -25,14 +26,14 @@ def read_checked(paths: list[Path]) -> Iterator[CheckedRow]:
 
 @dataclass
 class RowTally:
-    """Rows and hours by what became of them."""
+    """Rows and hours per outcome: train, val, test, or the reason why rows were left out."""
 
     rows: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, what: str, duration_sec: float) -> None:
-        self.rows[what] += 1
-        self.seconds[what] = self.seconds.get(what, 0.0) + duration_sec
+    def add(self, outcome: str, duration_sec: float) -> None:
+        self.rows[outcome] += 1
+        self.seconds[outcome] = self.seconds.get(outcome, 0.0) + duration_sec
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         return {
@@ -43,11 +44,11 @@ class RowTally:
 
 @dataclass
 class PrepareOutcome:
-    """What the third pass decides row by row.
+    """Result of the third pass.
 
     Attributes:
-        tally: Rows and hours of train, val, test and every reason of a loss.
-        leaks: What of the validation and test sides is in training.
+        tally: Rows and hours of train, val, test and every reason.
+        leaks: Overlap of training with validation and test.
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
     """
 
@@ -57,15 +58,15 @@ class PrepareOutcome:
 
 
 class OutputFiles:
-    """The files being written; they appear under their names together, when all is done."""
+    """The output files. All get their final names together, when everything is written."""
 
     def __init__(self, train: Path, val: Path | None, ledger: Path, test: Path | None = None) -> None:
-        named = {"train": train, "val": val, "test": test, "ledger": ledger}
-        self._final = {name: path for name, path in named.items() if path}
+        paths = {"train": train, "val": val, "test": test, "ledger": ledger}
+        self._final = {name: path for name, path in paths.items() if path}
         self._parts = {name: path.with_name(f".{path.name}.part") for name, path in self._final.items()}
         for path in self._final.values():
             path.parent.mkdir(parents=True, exist_ok=True)
-        # The ledger also names files whose names are not UTF-8: as \\udcNN, which JSON reads back as Python has them.
+        # The ledger escapes file names that are not UTF-8 as \\udcNN, which JSON decodes to Python's form of them.
         self._files = {
             name: open(path, "w", encoding="utf-8", errors="backslashreplace" if name == "ledger" else "strict")  # noqa: SIM115
             for name, path in self._parts.items()
@@ -75,7 +76,7 @@ class OutputFiles:
         self._files[name].write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def finish(self, *, keep: bool) -> None:
-        """Close the files and put them in place; or drop them, except the ledger."""
+        """Close the files. Rename them to their final names, or delete all but the ledger if ``keep`` is false."""
         for name, file in self._files.items():
             file.close()
             if keep or name == "ledger":
@@ -94,30 +95,26 @@ def write_manifests(
     duplicates: str,
     leak_policy: str,
 ) -> PrepareOutcome:
-    """Third pass: drop duplicates, split, look for leaks, write every row where it belongs.
+    """Third pass: drop duplicates, split, detect leaks, and write every row to a manifest or to the ledger.
 
     Args:
         val_share: Share of the rows for validation; None writes no validation manifest.
-        with_test: Write a manifest of what the corpus itself calls its test side.
+        with_test: Write a manifest of the corpus' own test split.
         duplicates: ``drop`` or ``keep``.
         leak_policy: ``refuse`` (write no manifest if there is a leak), ``drop`` (the training rows) or ``allow``.
     """
-    wanted = {"wanted": val_share is not None, "with_test": with_test}
-    split = decide(_unique(paths, duplicates), val_share or 0.0, seed, **wanted)
-    note_held_out(split, _unique(paths, duplicates))
+    sides = {"with_validation": val_share is not None, "with_test": with_test}
+    split = choose_split(_unique(paths, duplicates), val_share or 0.0, seed, **sides)
+    record_held_out(split, _unique(paths, duplicates))
     outcome = PrepareOutcome(RowTally(), count_leaks(split, _unique(paths, duplicates)))
     unique_id = UniqueIds()
     for row in _unique(paths, duplicates):
         side = split.side(row)
         if not row.reason and side == "other":
-            row.reason, row.message = (
-                "other_split",
-                f"the corpus puts it into {row.split!r}, neither train nor validation",
-            )
-        elif not row.reason and side == "train" and leak_policy == "drop":
-            kind = split.leak(row)
-            if kind:
-                row.reason, row.message = f"leak_{kind}", f"its {kind} is in the {split.held_out} rows as well"
+            row.reason = "other_split"
+            row.message = f"the corpus puts it into {row.split!r}, neither train nor validation"
+        elif not row.reason and side == "train" and leak_policy == "drop" and (leak := split.leak(row)):
+            row.reason, row.message = f"leak_{leak}", f"its {leak} is in the {split.held_out} rows as well"
         if row.reason:
             outputs.write("ledger", _ledger_entry(row))
             outcome.first_fault = outcome.first_fault or quoted_line(f"{row.source}: {row.message}")
@@ -128,7 +125,7 @@ def write_manifests(
 
 
 def _unique(paths: list[Path], duplicates: str) -> Iterator[CheckedRow]:
-    """All rows in order; a row that repeats an earlier one gets the reason ``duplicate``."""
+    """All rows in order. A row that repeats an earlier one gets the reason ``duplicate``."""
     first_seen = FirstSeen()
     for row in read_checked(paths):
         if not row.reason and duplicates == "drop":
@@ -139,6 +136,6 @@ def _unique(paths: list[Path], duplicates: str) -> Iterator[CheckedRow]:
 
 
 def _ledger_entry(row: CheckedRow) -> dict[str, Any]:
-    source_file, _, line = row.source.rpartition(":")
-    place = {"source_file": source_file, "line": int(line), "id": row.id}
-    return {**place, "reason": row.reason, "message": quoted_line(row.message)}
+    file, line = Source.parse(row.source)
+    reason = {"reason": row.reason, "message": quoted_line(row.message)}
+    return {"source_file": file, "line": line, "id": row.id, **reason}

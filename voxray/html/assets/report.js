@@ -1,4 +1,4 @@
-// Texts reach the page only through textContent and setAttribute, so a transcript that holds tags stays a text.
+// Texts are set only by textContent and setAttribute, so tags in a transcript are shown as text.
 "use strict";
 (() => {
   const PER_PAGE = 25;
@@ -21,7 +21,7 @@
     });
   };
   // The first click on a column of numbers shows the largest first, on a column of texts the first of the alphabet.
-  const turned = (head, heads, numeric) => {
+  const sortSign = (head, heads, numeric) => {
     const before = head.getAttribute("aria-sort");
     const first = numeric ? "descending" : "ascending";
     const other = numeric ? "ascending" : "descending";
@@ -36,12 +36,12 @@
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.querySelectorAll("th")];
-    heads.forEach((head, at) => clickable(head, () => {
+    heads.forEach((head, column) => clickable(head, () => {
       const body = table.tBodies[0];
       const rows = [...body.rows];
-      const numeric = rows.some((row) => number(row.cells[at]) !== null);
-      const sign = turned(head, heads, numeric);
-      const value = (row) => (numeric ? number(row.cells[at]) : row.cells[at].textContent);
+      const numeric = rows.some((row) => number(row.cells[column]) !== null);
+      const sign = sortSign(head, heads, numeric);
+      const value = (row) => (numeric ? number(row.cells[column]) : row.cells[column].textContent);
       rows.sort((one, other) => sign * byValue(value(one), value(other)));
       body.append(...rows);
     }));
@@ -61,26 +61,25 @@
   const slices = document.getElementById("slices");
   if (slices) {
     const rows = [...slices.tBodies[0].rows];
-    const filters = [0, 1].map((at) => {
-      const values = distinct(rows.map((row) => row.cells[at].textContent));
-      const made = select(at ? "slice by" : "task of slices", values, show);
-      return { at, ...made };
+    const filters = [0, 1].map((column) => {
+      const values = distinct(rows.map((row) => row.cells[column].textContent));
+      return { column, ...select(column ? "slice by" : "task of slices", values, show) };
     });
     const controls = make("div", "controls");
     controls.append(...filters.map((filter) => filter.box));
     slices.closest(".box").before(controls);
     function show() {
       for (const row of rows) {
-        row.hidden = filters.some(({ at, list }) => list.value && row.cells[at].textContent !== list.value);
+        row.hidden = filters.some(({ column, list }) => list.value && row.cells[column].textContent !== list.value);
       }
     }
   }
 
-  const place = document.getElementById("explorer");
-  if (!place) return;
+  const explorer = document.getElementById("explorer");
+  if (!explorer) return;
   const data = JSON.parse(document.getElementById("data").textContent);
   const runs = data.runs;
-  // Of several runs the one that is furthest from the first.
+  // The largest change of any run against the first.
   const largest = (row) => row.a.reduce((most, { e }) => {
     const change = e - row.a[0].e;
     return Math.abs(change) > Math.abs(most) ? change : most;
@@ -89,37 +88,37 @@
     ["task", (row) => row.t],
     ["id", (row) => row.i],
     ["sec", (row) => row.s || null],
-    ...runs.map((name, at) => [runs.length > 1 ? "error, " + name : "error", (row) => row.a[at].e]),
+    ...runs.map((name, run) => [runs.length > 1 ? "error, " + name : "error", (row) => row.a[run].e]),
     ...(runs.length > 1 ? [["change", largest]] : []),
   ].filter(([name, value]) => name !== "sec" || data.rows.some((row) => value(row) !== null));
   let order = data.rows;
   let page = 0;
 
-  const again = () => {
+  const restart = () => {
     page = 0;
     render();
   };
   const controls = make("div", "controls");
-  const task = select("task", distinct(data.rows.map((row) => row.t)), again);
+  const task = select("task", distinct(data.rows.map((row) => row.t)), restart);
   const kinds = { wrong: (row) => row.a.some((answer) => !answer.x), right: (row) => row.a.every((answer) => answer.x) };
-  runs.slice(1).forEach((name, at) => {
+  runs.slice(1).forEach((name, index) => {
     const suffix = runs.length > 2 ? " by " + name : "";
-    kinds["broken" + suffix] = (row) => row.a[0].x && !row.a[at + 1].x;
-    kinds["mended" + suffix] = (row) => !row.a[0].x && row.a[at + 1].x;
-    kinds["worse" + suffix] = (row) => row.a[at + 1].e > row.a[0].e;
-    kinds["better" + suffix] = (row) => row.a[at + 1].e < row.a[0].e;
+    kinds["broken" + suffix] = (row) => row.a[0].x && !row.a[index + 1].x;
+    kinds["mended" + suffix] = (row) => !row.a[0].x && row.a[index + 1].x;
+    kinds["worse" + suffix] = (row) => row.a[index + 1].e > row.a[0].e;
+    kinds["better" + suffix] = (row) => row.a[index + 1].e < row.a[0].e;
   });
-  const kind = select("rows", Object.keys(kinds), again);
+  const kind = select("rows", Object.keys(kinds), restart);
   const names = distinct(data.rows.flatMap((row) => Object.keys(row.d)));
   const dims = names
     .map((name) => ({ name, values: distinct(data.rows.filter((row) => name in row.d).map((row) => row.d[name])) }))
     .filter(({ values }) => values.length > 1 && values.length <= 500)
-    .map(({ name, values }) => ({ name, ...select(name, values, again) }));
+    .map(({ name, values }) => ({ name, ...select(name, values, restart) }));
   const search = make("label", "", "text, id or prompt contains");
   const input = make("input");
   input.type = "search";
   input.id = "filter-text";
-  input.addEventListener("input", again);
+  input.addEventListener("input", restart);
   search.append(input);
   controls.append(task.box, kind.box, ...dims.map((dim) => dim.box), search);
 
@@ -136,37 +135,37 @@
   for (const { head, value } of heads) {
     clickable(head, () => {
       const numeric = data.rows.some((row) => typeof value(row) === "number");
-      const sign = turned(head, heads.map((entry) => entry.head), numeric);
+      const sign = sortSign(head, heads.map((entry) => entry.head), numeric);
       order = [...data.rows].sort((one, other) => sign * byValue(value(one), value(other)));
-      again();
+      restart();
     });
   }
   const body = table.createTBody();
   const pagers = [make("div", "pager"), make("div", "pager")].map((pager) => {
     const back = make("button", "", "previous");
-    const on = make("button", "", "next");
-    const said = make("span", "note");
+    const forward = make("button", "", "next");
+    const status = make("span", "note");
     back.addEventListener("click", () => { page -= 1; render(); });
-    on.addEventListener("click", () => { page += 1; render(); });
-    pager.append(back, on, said);
-    return { pager, back, on, said };
+    forward.addEventListener("click", () => { page += 1; render(); });
+    pager.append(back, forward, status);
+    return { pager, back, forward, status };
   });
-  pagers[0].said.id = "shown";
+  pagers[0].status.id = "shown";
   const box = make("div", "box");
   box.append(table);
-  place.append(controls, pagers[0].pager, box, pagers[1].pager);
+  explorer.append(controls, pagers[0].pager, box, pagers[1].pager);
 
-  // What breaks across lines: equal text at its spaces; substitutes unit by unit, each below the one it stands for, for
-  // Hangul is wider than Latin; what is added or missing at its words.
+  // Parts that lines may break between: equal, inserted and deleted text at its spaces; substitutions unit by unit, each
+  // below the unit it replaces, because Hangul is wider than Latin.
   const divided = (mark, reference, answer, byWord) => {
     const words = (text) => text.match(/\s*\S+|\s+/g) || [];
     if (mark === "e") return (reference.match(/\S+\s*|\s+/g) || []).map((part) => [part, part]);
     if (mark === "i") return words(answer).map((part) => ["", part]);
     if (mark === "d") return words(reference).map((part) => [part, ""]);
     const [above, below] = [reference, answer].map((text) => (byWord ? text.split(" ") : [...text]));
-    return above.map((unit, at) => [unit, below[at]]);
+    return above.map((unit, index) => [unit, below[index]]);
   };
-  // In texts that are aligned by character a space that is wrong has to be seen.
+  // In texts that are aligned by character, wrong spaces are made visible.
   const aligned = (pieces, byWord) => {
     const line = make("div", byWord ? "aligned words" : "aligned");
     line.dir = "auto";
@@ -183,11 +182,11 @@
   };
   const texts = (row) => {
     const cell = make("td", "texts");
-    if (row.q) cell.append(make("div", "asked", row.q));
-    row.a.forEach((answer, at) => {
+    if (row.q) cell.append(make("div", "prompt", row.q));
+    row.a.forEach((answer, run) => {
       if (runs.length > 1) {
-        const who = make("div", "who", `${runs[at]}, error ${shown(answer.e)} `);
-        if (at && row.a[0].x !== answer.x) {
+        const who = make("div", "who", `${runs[run]}, error ${shown(answer.e)} `);
+        if (run && row.a[0].x !== answer.x) {
           const word = answer.x ? "mended" : "broken";
           who.append(make("span", "tag " + word, word));
         }
@@ -198,7 +197,7 @@
     const written = make("details");
     written.append(make("summary", "small", "as written"));
     written.append(make("div", "small", "reference: " + row.r));
-    row.a.forEach((answer, at) => written.append(make("div", "small", runs[at] + ": " + answer.p)));
+    row.a.forEach((answer, run) => written.append(make("div", "small", runs[run] + ": " + answer.p)));
     const about = [row.w, ...Object.entries(row.d).map((pair) => pair.join(" "))].join(" \u00b7 ");
     written.append(make("div", "small", about));
     const more = make("div", "more");
@@ -215,16 +214,16 @@
   };
   const shown = (value) => (typeof value === "number" ? value.toFixed(2) : value === null ? "" : value);
   function render() {
-    const wanted = input.value.trim().normalize("NFC").toLowerCase();
-    const has = (text) => text && text.normalize("NFC").toLowerCase().includes(wanted);
-    const found = order.filter((row) =>
+    const query = input.value.trim().normalize("NFC").toLowerCase();
+    const has = (text) => text && text.normalize("NFC").toLowerCase().includes(query);
+    const matches = order.filter((row) =>
       (!task.list.value || row.t === task.list.value) &&
       (!kind.list.value || kinds[kind.list.value](row)) &&
       dims.every(({ name, list }) => !list.value || row.d[name] === list.value) &&
-      (!wanted || has(row.i) || has(row.r) || has(row.q) || row.a.some((answer) => has(answer.p))));
-    const last = Math.max(0, Math.ceil(found.length / PER_PAGE) - 1);
+      (!query || has(row.i) || has(row.r) || has(row.q) || row.a.some((answer) => has(answer.p))));
+    const last = Math.max(0, Math.ceil(matches.length / PER_PAGE) - 1);
     page = Math.min(Math.max(page, 0), last);
-    const part = found.slice(page * PER_PAGE, (page + 1) * PER_PAGE);
+    const part = matches.slice(page * PER_PAGE, (page + 1) * PER_PAGE);
     body.replaceChildren(...part.map((row) => {
       const line = make("tr");
       for (const [name, value] of columns) {
@@ -233,12 +232,12 @@
       line.append(texts(row));
       return line;
     }));
-    const from = found.length ? page * PER_PAGE + 1 : 0;
+    const from = matches.length ? page * PER_PAGE + 1 : 0;
     const left = data.left ? `, ${data.left} further rows are not in this page` : "";
-    for (const { back, on, said } of pagers) {
+    for (const { back, forward, status } of pagers) {
       back.disabled = page === 0;
-      on.disabled = page === last;
-      said.textContent = `${from}-${from + part.length - (part.length ? 1 : 0)} of ${found.length} rows${left}`;
+      forward.disabled = page === last;
+      status.textContent = `${from}-${from + part.length - (part.length ? 1 : 0)} of ${matches.length} rows${left}`;
     }
   }
   render();

@@ -1,7 +1,6 @@
-"""Whether audio tokens that stand for padding are left out, and how it is remembered: a model must be asked as it was
-trained.
+"""Records whether a model was trained without the audio tokens of padding; it must be used as it was trained.
 
-An adapter's folder says it in ``voxray.json``, a model that was exported from such an adapter in its config.json.
+An adapter folder stores this in ``voxray.json``, a model exported from such an adapter in its config.json.
 """
 
 import json
@@ -15,23 +14,25 @@ RECORD, KEY = "voxray.json", "trim_audio_tokens"
 
 
 def trims_audio(model_id: str, flag: bool) -> bool:
-    """Whether prompts for a base leave those tokens out: if asked to, or if the base was trained that way."""
+    """Whether prompts for a base omit the audio tokens of padding: if ``flag`` is set or it was trained that way."""
     return flag or read_config(model_id).get(KEY) is True
 
 
-def note_trimming(model: Any, trimmed: bool | None) -> None:
-    """Let what is saved of a model say how it was trained; None if its training had no audio."""
+def set_trim_audio(model: Any, trimmed: bool | None) -> None:
+    """Store in a model's configuration how it is trained; None for training without audio."""
     setattr(model.config, KEY, trimmed)
 
 
-def write_record(model: Any, folder: Path) -> None:
-    """Write what ``note_trimming`` noted, if it did, beside an adapter."""
+def write_trim_record(model: Any, folder: Path) -> None:
+    """Write ``voxray.json`` into an adapter folder, if ``set_trim_audio`` was called for the model."""
     if hasattr(model.config, KEY):
         (folder / RECORD).write_text(json.dumps({KEY: getattr(model.config, KEY)}) + "\n")
 
 
-def read_record(folder: Path) -> bool | None:
-    """How an adapter was trained; None if without audio. One without a record is older than the choice.
+def read_trim_record(folder: Path) -> bool | None:
+    """Read how an adapter was trained; None if without audio.
+
+    An adapter without a record was trained by an older version, which never omitted audio tokens.
 
     Raises:
         RunError: The record cannot be read.

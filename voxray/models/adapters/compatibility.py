@@ -6,23 +6,23 @@ from voxray.core.errors import SettingsError
 from voxray.models.interface import ModelFamily
 
 
-def refuse_changed_outputs(family: ModelFamily, store: str, quantize: str, adapter: Path | None) -> None:
-    """Refuse stored outputs of an encoder that, as it would be used, has others.
+def check_encoder_unchanged(family: ModelFamily, store: str, quantize: str, adapter: Path | None) -> None:
+    """Refuse stored encoder outputs if the model would compute others.
 
     Args:
-        store: What feature shards hold.
-        quantize: How many bits the base is held in.
-        adapter: That is used, if any.
+        store: What feature shards hold (--store).
+        quantize: Storage of the base's weights (--quantize).
+        adapter: Folder of the adapter in use, if any.
     Raises:
-        SettingsError: With the reason.
+        SettingsError: The adapter or quantization changes the encoder.
     """
     from voxray.models.adapters.lora import roles_of_adapter
 
     if store != "encoder":
         return
-    if adapter and "encoder" in roles_of_adapter(adapter, family):
+    if adapter and family.encoder_role in roles_of_adapter(adapter, family):
         raise SettingsError(f"--store encoder: the adapter in {adapter} changes the encoder, so its outputs differ")
-    if quantize != "none" and "encoder" in family.quantized:
+    if quantize != "none" and family.encoder_role in family.quantized:
         raise SettingsError(
             f"--store encoder: --quantize {quantize} holds the encoder of {family.name} in fewer bits, so its outputs "
             "differ; leave one of the two out"

@@ -1,10 +1,8 @@
-"""Training that starts from an earlier adapter: what it has, whether it fits, and its tensors in the new LoRA.
+"""Training that starts from an earlier adapter (--init_adapter).
 
-The new adapter covers the earlier one's roles and those that train now, so it stands on the plain base by itself.
+The new adapter covers the roles of the earlier one and those that train now, so it needs only the base.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +11,31 @@ from typing import Any
 from peft import PeftModel
 
 from voxray.core.errors import RunError, SettingsError
-from voxray.models.adapters.audio_trim_record import read_record
-from voxray.models.adapters.lora import CONFIG, WEIGHTS, find_adapter, find_role, load_adapter_weights, roles_of_adapter
+from voxray.core.storage import checksum
+from voxray.models.adapters.audio_trim_record import read_trim_record
+from voxray.models.adapters.lora import (
+    WEIGHTS,
+    find_adapter,
+    find_role,
+    load_adapter_weights,
+    read_adapter_config,
+    roles_of_adapter,
+)
 from voxray.models.interface import InitAdapter, ModelFamily
 
-SHAPING = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
-"""Options of PEFT, beside rank and alpha, that decide what an adapter's tensors do."""
+PEFT_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
+"""Options of PEFT, beside rank and alpha, that determine what an adapter's tensors do."""
 
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter to start from.
+    """An adapter in PEFT's format to start training from (see ``InitAdapter``).
 
     Attributes:
-        folder: Where it is.
-        roles: Parts of the model that it changes, in the family's order.
-        base: The base it was trained on, as it names it.
-        trims_audio: Whether it was trained without the audio tokens of padding; None if without audio.
+        folder: Its folder.
+        roles: Roles of the model that it changes, in the family's order.
+        base: The base it was trained on, as its configuration names it.
+        trims_audio: Whether it was trained without the audio tokens of padding; None if trained without audio.
     """
 
     folder: Path
@@ -37,21 +43,25 @@ class PeftAdapter:
     base: str
     trims_audio: bool | None = None
 
-    def described(self) -> dict[str, Any]:
-        """What provenance.json says of it."""
-        digest = hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
+    @property
+    def weights_file(self) -> Path:
+        return self.folder / WEIGHTS
+
+    def provenance(self) -> dict[str, Any]:
+        """JSON values that identify the adapter in provenance.json."""
+        digest = checksum(self.weights_file)
         return {"folder": str(self.folder), "sha256": digest, "roles": list(self.roles), "base": self.base}
 
     def copy_into(self, model: PeftModel, family: ModelFamily) -> int:
-        """Copy it into LoRA that covers its roles and maybe more.
+        """Copy all tensors of the adapter into a model whose LoRA covers at least its roles.
 
         Returns:
-            Tensors copied, all that it has.
+            Number of tensors copied.
         Raises:
-            RunError: The model's LoRA over those roles is of another make.
+            RunError: The model's LoRA has other options.
         """
-        stored, config = _read_config(self.folder), model.peft_config["default"]
-        for name in SHAPING:
+        stored, config = read_adapter_config(self.folder), model.peft_config["default"]
+        for name in PEFT_OPTIONS:
             if (stored.get(name) or None) != (getattr(config, name) or None):
                 raise RunError(f"{self.folder}: the adapter has {name} {stored.get(name)}, not {getattr(config, name)}")
         return load_adapter_weights(model, self.folder, lambda name: find_role(name, family) in self.roles)
@@ -60,61 +70,61 @@ class PeftAdapter:
 def read_init_adapter(
     path: str, family: ModelFamily, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
 ) -> PeftAdapter | None:
-    """Find the adapter of ``--init_adapter`` and check that training can go on from it.
+    """Find the adapter of ``--init_adapter`` and check that training can start from it.
 
     Args:
-        path: A run, adapter or checkpoint folder; None comes back for "".
-        r, alpha: Rank and scale of the training to come.
+        path: A run, adapter or checkpoint folder; "" returns None.
+        r, alpha: LoRA rank and alpha of the new training.
         store: What its feature shards hold.
-        trims_audio: Whether it leaves out the audio tokens of padding; None if it has no audio.
+        trims_audio: Whether it omits the audio tokens of padding; None if it has no audio.
     Raises:
         RunError: There is no adapter, or it cannot be read.
-        SettingsError: It has another rank or alpha, changes an encoder whose outputs are stored, or was trained on
+        SettingsError: It has another rank or alpha, changes an encoder whose outputs are stored, or was trained with
             other audio tokens.
     """
     if not path:
         return None
     folder = find_adapter(path, "--init_adapter")
-    stored = _read_config(folder)
-    found = (stored.get("r"), float(stored.get("lora_alpha") or 0))
-    if found != (r, float(alpha)):
-        raise SettingsError(
-            f"--init_adapter {path}: its LoRA has rank {found[0]} and alpha {found[1]:g}, this run --lora_r {r} and "
-            f"--lora_alpha {alpha:g}; give --lora_r {found[0]} --lora_alpha {found[1]:g}, or train it with other ones"
-        )
+    config = read_adapter_config(folder)
+    check_rank_and_alpha(f"--init_adapter {path}", (config.get("r"), float(config.get("lora_alpha") or 0)), r, alpha)
     roles = roles_of_adapter(folder, family)
     if unknown := roles - set(family.roles):
         raise RunError(f"--init_adapter {path}: has tensors of no known part of {family.name} ({', '.join(unknown)})")
     if store == "encoder" and "encoder" in roles:
         raise SettingsError(f"--store encoder: --init_adapter {path} changes the encoder, so its outputs differ")
-    trained = read_record(folder)
-    if None not in (trained, trims_audio) and trained != trims_audio:
-        kind = "with it; give it here too" if trained else "without it"
-        raise SettingsError(f"--trim_audio_tokens: the adapter of --init_adapter {path} was trained {kind}")
+    was_trimmed = read_trim_record(folder)
+    if None not in (was_trimmed, trims_audio) and was_trimmed != trims_audio:
+        difference = "with it; give it here too" if was_trimmed else "without it"
+        raise SettingsError(f"--trim_audio_tokens: the adapter of --init_adapter {path} was trained {difference}")
     ordered = tuple(role for role in family.roles if role in roles)
-    return PeftAdapter(folder, ordered, str(stored.get("base_model_name_or_path") or ""), trained)
+    return PeftAdapter(folder, ordered, str(config.get("base_model_name_or_path") or ""), was_trimmed)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        stored = None
-    if not isinstance(stored, dict):
-        raise RunError(f"{folder / CONFIG}: cannot read the adapter's configuration")
-    return stored
+def check_rank_and_alpha(source: str, stored: tuple[int | None, float], r: int, alpha: float) -> None:
+    """Raise SettingsError if stored LoRA weights have another rank or alpha than the new training.
+
+    Args:
+        source: Flag and path of the weights.
+        stored: Their rank and alpha.
+    """
+    if stored != (r, float(alpha)):
+        flags = f"--lora_r {stored[0]} --lora_alpha {stored[1]:g}"
+        raise SettingsError(
+            f"{source}: its LoRA has rank {stored[0]} and alpha {stored[1]:g}, this run --lora_r {r} and "
+            f"--lora_alpha {alpha:g}; give {flags}, or train it again with these values"
+        )
 
 
-def load_init_adapter(model: PeftModel, family: ModelFamily, earlier: InitAdapter, roles: Sequence[str]) -> int:
-    """Copy an earlier adapter into LoRA that covers its roles and maybe more; what is outside ``roles`` is frozen.
+def load_init_adapter(model: PeftModel, family: ModelFamily, init_adapter: InitAdapter, roles: Sequence[str]) -> int:
+    """Copy an earlier adapter into LoRA that covers at least its roles, and freeze everything outside ``roles``.
 
     Returns:
-        Tensors copied.
+        Number of tensors copied.
     Raises:
         RunError: See ``InitAdapter.copy_into``.
     """
-    copied = earlier.copy_into(model, family)
+    num_tensors = init_adapter.copy_into(model, family)
     for name, parameter in model.named_parameters():
         if find_role(name, family) not in roles:
             parameter.requires_grad_(False)
-    return copied
+    return num_tensors

@@ -1,7 +1,6 @@
-"""What trains, by role: LoRA or the weights themselves, proof that nothing else does, and the result on disk.
+"""LoRA or full tuning of chosen roles, a check that nothing else trains, and adapters on disk.
 
-Layer names alone do not say where a layer is: ``q_proj`` stands in the Whisper encoder as well as in the language
-model.
+Layer names alone do not identify a role: Whisper's encoder and the language model both have a ``q_proj``.
 """
 
 import copy
@@ -18,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from voxray.core.errors import RunError
-from voxray.models.adapters.audio_trim_record import write_record
+from voxray.models.adapters.audio_trim_record import write_trim_record
+from voxray.models.hf_files import is_inside
 from voxray.models.interface import ModelFamily
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,23 +26,23 @@ FULL = "full"
 
 
 def target_pattern(family: ModelFamily, roles: Sequence[str], targets: Sequence[str] = ()) -> str:
-    """Regular expression over whole module names that matches the LoRA layers of some roles and nothing else.
+    """Regular expression that matches the full names of the layers that LoRA adapts in some roles, and nothing else.
 
     Args:
-        targets: Names of these layers; empty takes the family's own.
+        targets: Names of these layers; empty for the family's own.
     """
-    parts = []
+    patterns = []
     for role in roles:
-        words = (family.roles[role], targets or family.lora_targets[role])
-        within, names = ("|".join(map(re.escape, some)) for some in words)
-        parts.append(rf"(?:.*\.)?(?:{within})\.(?:.*\.)?(?:{names})")
-    return "|".join(parts)
+        modules = "|".join(map(re.escape, family.roles[role]))
+        layers = "|".join(map(re.escape, targets or family.lora_targets[role]))
+        patterns.append(rf"(?:.*\.)?(?:{modules})\.(?:.*\.)?(?:{layers})")
+    return "|".join(patterns)
 
 
 def find_role(name: str, family: ModelFamily) -> str:
-    """Role of a module or parameter name; "other" if it belongs to none."""
-    path = name.split(".")
-    return next((role for role, within in family.roles.items() if any(word in path for word in within)), "other")
+    """Role of a module or parameter; "other" if it belongs to none."""
+    path = set(name.split("."))
+    return next((role for role, modules in family.roles.items() if not path.isdisjoint(modules)), "other")
 
 
 def add_lora(
@@ -57,22 +57,23 @@ def add_lora(
     tuning: str = "lora",
     targets: Sequence[str] = (),
 ) -> PeftModel:
-    """Wrap a frozen base with LoRA on the given roles.
+    """Wrap a frozen base with LoRA on some roles.
 
     Args:
-        roles: Such as ("projector", "llm").
-        model_id: Name or folder of the base, kept in the adapter.
+        roles: Roles that train, such as ("projector", "llm").
+        model_id: Name or folder of the base, stored in the adapter.
+        r, alpha, dropout: LoRA's rank, alpha and dropout.
         tuning: ``lora``, ``dora`` or ``rslora``.
-        targets: Names of the layers to adapt within the roles; empty takes the family's own.
+        targets: Names of the layers to adapt in the roles; empty for the family's own.
     Returns:
-        The PEFT model; LoRA weights are float32 and the only ones that train, beside what the family trains whole.
+        The PEFT model. LoRA weights, in float32, and the roles' ``full_modules`` train, nothing else.
     Raises:
-        RunError: A role has no matching layer, or LoRA ended up outside the roles.
+        RunError: A role has no matching layer, or something outside the roles would train.
     """
     adapted = [role for role in roles if role in family.lora_targets]
     config = LoraConfig(
         r=r,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT scales by any number
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT accepts any number
         lora_dropout=dropout,
         target_modules=target_pattern(family, adapted, targets),
         use_dora=tuning == "dora",
@@ -85,20 +86,20 @@ def add_lora(
             raise RunError(f"LoRA: no layer of the {role} is called {', '.join(targets or family.lora_targets[role])}")
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
-        if find_role(name, family) in roles and any(f".{whole}." in f".{name}." for whole in family.full_modules):
+        if find_role(name, family) in roles and is_inside(name, family.full_modules):
             parameter.requires_grad_(True)
-    check_lora(wrapped, family, roles)
+    check_trainable(wrapped, family, roles)
     return wrapped
 
 
 def train_fully(model: Any, family: ModelFamily, roles: Sequence[str]) -> Any:
-    """Let all weights of the given roles train, without LoRA.
+    """Make all weights of some roles trainable, without LoRA, except ``always_frozen`` modules.
 
     Raises:
         RunError: A role has no weights.
     """
     for name, parameter in model.named_parameters():
-        if find_role(name, family) in roles and not any(f".{fixed}." in f".{name}." for fixed in family.always_frozen):
+        if find_role(name, family) in roles and not is_inside(name, family.always_frozen):
             parameter.requires_grad_(True)
     counts = count_parameters(model, family)
     for role in roles:
@@ -107,15 +108,15 @@ def train_fully(model: Any, family: ModelFamily, roles: Sequence[str]) -> Any:
     return model
 
 
-def check_lora(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str]) -> None:
-    """Refuse a model in which anything outside the roles trains."""
+def check_trainable(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str]) -> None:
+    """Raise RunError if anything outside the roles is trainable."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and find_role(name, family) not in roles:
             raise RunError(f"LoRA: {name} would train, but only {', '.join(roles)} should")
 
 
 def count_parameters(model: torch.nn.Module, family: ModelFamily) -> dict[str, dict[str, int]]:
-    """{role: {"total", "trainable"}} in parameters; ``total`` counts the LoRA weights as well."""
+    """{role: {"total": ..., "trainable": ...}} in parameters; ``total`` includes LoRA weights."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         entry = counts.setdefault(find_role(name, family), {"total": 0, "trainable": 0})
@@ -125,27 +126,27 @@ def count_parameters(model: torch.nn.Module, family: ModelFamily) -> dict[str, d
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Name and parameter of everything that trains, in the model's order."""
+    """(name, parameter) of everything trainable, in the model's order."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
-    """Write what trains: an adapter in PEFT's format, or fully tuned weights in the same two files.
+    """Write an adapter in PEFT's format, or fully tuned weights in two files of the same names.
 
-    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. What else is
-    needed to use them as they were trained stands in ``voxray.json`` (see ``trimming``).
+    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. ``voxray.json``
+    records how to build prompts for them (see ``audio_trim_record``).
 
     Args:
-        tensors: What ``adapter_tensors`` gave at some time; those of now if left out.
+        tensors: An earlier result of ``adapter_tensors``; the current tensors if None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stored = adapter_tensors(model) if tensors is None else tensors
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(stored.items())}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    write_record(model, folder)
+    write_trim_record(model, folder)
     if not isinstance(model, PeftModel):
-        described = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": list(stored)}
-        (folder / CONFIG).write_text(json.dumps(described, indent=1))
+        values = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": list(stored)}
+        (folder / CONFIG).write_text(json.dumps(values, indent=1))
         return
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
@@ -153,48 +154,50 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] |
 
 
 def adapter_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters of a model's adapter, or its fully tuned weights, by the names they have on disk."""
+    """{name on disk: parameter} of a model's adapter or its fully tuned weights."""
     if not isinstance(model, PeftModel):
         return dict(trainable_parameters(model))
-    own = model.state_dict(keep_vars=True)  # not copies of their data as it is now
-    return dict(get_peft_model_state_dict(model, state_dict=own, save_embedding_layers=False)) | whole_weights(model)
+    parameters = model.state_dict(keep_vars=True)  # parameters themselves, not detached tensors
+    return dict(
+        get_peft_model_state_dict(model, state_dict=parameters, save_embedding_layers=False)
+    ) | full_module_weights(model)
 
 
-def whole_weights(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Weights that train themselves, beside LoRA, in the model's order."""
-    return {name: parameter for name, parameter in trainable_parameters(model) if not is_lora(name)}
+def full_module_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """{name: parameter} of the trainable weights that are not LoRA's, in the model's order."""
+    return {name: parameter for name, parameter in trainable_parameters(model) if not is_lora_tensor(name)}
 
 
-def is_lora(name: str) -> bool:
-    """Whether a tensor of an adapter is one of LoRA's layers, and not one of the base's own weights."""
+def is_lora_tensor(name: str) -> bool:
+    """Whether a tensor of an adapter belongs to LoRA and is not one of the base's own weights."""
     return "lora_" in name
 
 
-def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool] = lambda name: True) -> int:
-    """Copy stored tensors into a model in which just these train: LoRA layers, or the weights themselves.
+def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool] = lambda name: True) -> int:
+    """Copy stored tensors into a model in which exactly these are trainable.
 
     Args:
-        within: Which of the model's tensors the adapter has to have.
+        select: Which of the model's trainable tensors, by name, the adapter must have.
     Returns:
-        Tensors copied.
+        Number of tensors copied.
     Raises:
-        RunError: The folder holds no readable adapter, or its tensors are not exactly the model's.
+        RunError: The adapter cannot be read, or its tensors are not exactly the selected ones.
     """
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own types for a damaged file
         raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
-    wanted = {name: tensor for name, tensor in adapter_tensors(model).items() if within(name)}
-    missing, extra = sorted(set(wanted) - set(tensors)), sorted(set(tensors) - set(wanted))
-    wrong = sorted(name for name in set(wanted) & set(tensors) if wanted[name].shape != tensors[name].shape)
-    for names, what in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):
+    expected = {name: tensor for name, tensor in adapter_tensors(model).items() if select(name)}
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
+    for names, verb in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):
         if names:
             raise RunError(
-                f"{folder}: the adapter does not fit the model: it {what} {len(names)} tensors, as {names[0]}"
+                f"{folder}: the adapter does not fit the model: it {verb} {len(names)} tensors, as {names[0]}"
             )
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
-        for name, parameter in whole_weights(model).items():
+        set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if is_lora_tensor(name)})
+        for name, parameter in full_module_weights(model).items():
             if name in tensors:
                 parameter.data.copy_(tensors[name])
     else:
@@ -204,16 +207,16 @@ def load_adapter_weights(model: Any, folder: Path, within: Callable[[str], bool]
 
 
 def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
-    """Wrap a base with a stored adapter, or put fully tuned weights in the place of its own, for inference.
+    """Add a stored adapter to a base, or replace its weights by fully tuned ones, for inference.
 
     Returns:
-        The model in eval mode and the number of tensors matched.
+        The model in eval mode, and the number of tensors loaded.
     Raises:
-        RunError: What is stored cannot be read or does not fit the base.
+        RunError: The adapter cannot be read or does not fit the base.
     """
-    described = _read_config(folder)
-    if described.get("tuning") == FULL:
-        names = set(described.get("tensors", ()))
+    stored = read_adapter_config(folder)
+    if stored.get("tuning") == FULL:
+        names = set(stored.get("tensors", ()))
         for name, parameter in model.named_parameters():
             if name in names and not parameter.is_floating_point():
                 raise RunError(
@@ -225,10 +228,10 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
     config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
-    if getattr(model, "trained_whole", ()):
-        whole = set(filterfalse(is_lora, tensor_names(folder)))
+    if getattr(model, "full_modules", ()):
+        full_names = set(filterfalse(is_lora_tensor, tensor_names(folder)))
         for name, parameter in wrapped.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or name in whole)
+            parameter.requires_grad_(parameter.requires_grad or name in full_names)
     num_tensors = load_adapter_weights(wrapped, folder)
     return wrapped.requires_grad_(False).eval(), num_tensors
 
@@ -236,9 +239,8 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
 def find_adapter(path: str, flag: str = "--lora_dir") -> Path:
     """Resolve an adapter, checkpoint or run folder to the folder that holds the adapter.
 
-    A run folder gives its final adapter, else its newest checkpoint; the older scripts' ``checkpoint-N`` folders and
-    their ``lora_stage1`` and ``lora_stage2_adapter`` names, which stand for a run's ``adapter`` folder, are
-    understood too.
+    In a run folder that is the final adapter, else the newest checkpoint. Older scripts' ``checkpoint-N`` folders work
+    too, and so do their names ``lora_stage1`` and ``lora_stage2_adapter`` for a run's ``adapter`` folder.
 
     Raises:
         RunError: There is no adapter.
@@ -250,12 +252,14 @@ def find_adapter(path: str, flag: str = "--lora_dir") -> Path:
         return folder
     if (folder / "adapter" / CONFIG).is_file():
         return folder / "adapter"
-    found = [*folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*")]
-    numbered = [(int(match[1]), item) for item in found if (match := re.search(r"-(\d+)$", item.name))]
-    usable = sorted((number, item) for number, item in numbered if (item / CONFIG).is_file())
-    if not usable:
+    checkpoints = [
+        (int(match[1]), path)
+        for path in (*folder.glob("checkpoints/step-*"), *folder.glob("checkpoint-*"))
+        if (match := re.search(r"-(\d+)$", path.name)) and (path / CONFIG).is_file()
+    ]
+    if not checkpoints:
         raise RunError(f"{flag} {path}: no adapter here (no {CONFIG}, adapter folder or checkpoint)")
-    return usable[-1][1]
+    return max(checkpoints)[1]
 
 
 def roles_of_adapter(folder: Path, family: ModelFamily) -> set[str]:
@@ -281,14 +285,24 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """The base model that an adapter was trained on, as its configuration names it."""
-    return str(_read_config(folder)["base_model_name_or_path"] or "")
+    """The base that an adapter was trained on, as its configuration names it.
+
+    Raises:
+        RunError: The configuration cannot be read.
+    """
+    return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read an adapter's configuration.
+
+    Raises:
+        RunError: It cannot be read.
+    """
     try:
-        described = json.loads((folder / CONFIG).read_text())
-        described["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{folder / CONFIG}: cannot read the adapter's configuration") from None
-    return described
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise RunError(f"{folder / CONFIG}: cannot read the adapter's configuration")
+    return config

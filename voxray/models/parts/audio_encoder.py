@@ -1,6 +1,6 @@
-"""A model's audio encoder by itself: which weights it has, loading it alone, what stands in its place, and when not.
+"""A model's audio encoder on its own: hash it, load it alone, run it, and replace it in the model.
 
-Shape letters: W windows, F mel bins, T mel frames of a window, P encoder frames of a window, D width.
+Shape letters: W windows, F mel bins, T mel frames of a window, P encoder positions of a window, D width.
 """
 
 import hashlib
@@ -10,12 +10,49 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, one_line
-from voxray.models.hf_files import weights_below
+from voxray.models.hf_files import module_weights, unwrap_peft
 from voxray.models.interface import AudioPath
 
 
+class EncoderMethods:
+    """The encoder methods of ``ModelFamily``, for families whose audio encoder is one module of transformers.
+
+    Attributes:
+        encoder_name: Name of the encoder in the base's ``model`` and in its weight files.
+    """
+
+    encoder_name: str
+
+    def encoder_class(self, model_id: str) -> tuple[Any, Any]:
+        """The encoder's class in transformers, and its configuration in a base."""
+        raise NotImplementedError
+
+    def encoder_fingerprint(self, model_id: str) -> str:
+        """Hash of the audio encoder's stored weights."""
+        return hash_tensors(module_weights(model_id, self.encoder_name)).hexdigest()
+
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the audio encoder alone, with the same weights that ``load_model`` gives it.
+
+        Raises:
+            RunError: Its weights are missing or do not fit the configuration.
+        """
+        encoder_class, config = self.encoder_class(model_id)
+        return load_module(encoder_class, config, model_id, self.encoder_name, dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Run the encoder on whole windows; returns states_WPD."""
+        return encoder(features_WFT, return_dict=True).last_hidden_state
+
+    def skip_encoder(self, model: Any) -> None:
+        """Make a model accept encoder outputs as ``input_features``, and free the encoder's memory."""
+        base = unwrap_peft(model)
+        setattr(base.model, self.encoder_name, PassThrough(base.dtype))
+
+
 class PassThrough(torch.nn.Module):
-    """Stands where the encoder was, and gives its stored outputs on."""
+    """Takes the encoder's place in a model and returns its stored outputs."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +65,7 @@ class PassThrough(torch.nn.Module):
 
 
 class EncoderOutputs(torch.nn.Module):
-    """An encoder of which only the outputs are taken, for compiling: mel_WFT -> states_WPD."""
+    """An encoder that returns a plain tensor, for compiling: mel_WFT -> states_WPD."""
 
     def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()
@@ -38,59 +75,50 @@ class EncoderOutputs(torch.nn.Module):
         return self.encoder(mel_WFT, return_dict=True).last_hidden_state
 
 
-def replace_audio_encoder(encoder: Any, run: AudioPath) -> None:
-    """Let an encoder's outputs come from elsewhere, and free the memory of its layers.
+def replace_audio_encoder(encoder: Any, module: Any, method: str, output: str, run: AudioPath) -> None:
+    """Make a method that runs the encoder call ``run`` instead, and free the memory of the encoder's layers.
 
-    The encoder itself stays: transformers reads the strides of its convolutions when it divides a long recording.
+    The encoder module itself stays: transformers reads its convolutions' strides when it splits a long recording.
+
+    Args:
+        encoder: The encoder.
+        module: Owner of the method.
+        method: Name of the method, which takes the features as ``input_features``.
+        output: Field of its result, a ``BaseModelOutputWithPooling``, that holds what ``run`` returns.
     """
-    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    def forward(input_features: torch.Tensor, *args: Any, **options: Any) -> Any:
-        return BaseModelOutput(last_hidden_state=run(input_features))  # type: ignore[arg-type]
+    def replacement(input_features: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return BaseModelOutputWithPooling(**{output: run(input_features)})  # type: ignore[arg-type]
 
-    encoder.forward = forward
+    setattr(module, method, replacement)
     encoder.layers = torch.nn.ModuleList()
 
 
-def weights_fingerprint(model_id: str, module: str) -> str:
-    """Hash of one module's weights as they are stored."""
-    return tensors_fingerprint(weights_below(model_id, module))
-
-
-def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of tensors and their names."""
-    found = hashlib.sha256()
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> Any:
+    """SHA-256 object (see ``hashlib``) over tensors and their names."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest
 
 
-def load_alone(
-    encoder_class: Any, config: Any, model_id: str, module: str, *, dtype: torch.dtype, device: torch.device
+def load_module(
+    module_class: Any, config: Any, model_id: str, module: str, *, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """Load one module of a model as the whole model's loading would.
+    """Load one module of a model as loading the whole model would, frozen and in eval mode.
 
     Args:
-        encoder_class: The module's class in transformers.
+        module_class: The module's class in transformers.
         config: Its configuration.
-        module: Its name within the model.
+        module: Its name in the model.
     Raises:
         RunError: Its weights are missing or do not fit the configuration.
     """
-    encoder: Any = encoder_class._from_config(config, dtype=dtype)
+    loaded: Any = module_class._from_config(config, dtype=dtype)
     try:
-        encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in weights_below(model_id, module).items()})
+        loaded.load_state_dict({name: tensor.to(dtype) for name, tensor in module_weights(model_id, module).items()})
     except RuntimeError as error:
         raise RunError(f"--model_id {model_id}: {one_line(error, 300)}") from None
-    return encoder.to(device).requires_grad_(False).eval()
-
-
-@torch.inference_mode()
-def encode(encoder: Any, mel_WFT: torch.Tensor) -> torch.Tensor:
-    """Outputs of an encoder for whole windows.
-
-    Returns:
-        states_WPD.
-    """
-    return encoder(mel_WFT, return_dict=True).last_hidden_state
+    return loaded.to(device).requires_grad_(False).eval()

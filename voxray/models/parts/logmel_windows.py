@@ -1,6 +1,6 @@
-"""Log-mel in whole windows: what the front ends of models with a Whisper-type encoder have in common.
+"""Log-mel in whole windows: the shared part of front ends for models with a Whisper-type encoder.
 
-Shape letters: K valid mel frames, F mel bins.
+Shape letters: K valid mel frames of a clip, W windows, T mel frames of a window, F mel bins.
 """
 
 import numpy as np
@@ -10,22 +10,22 @@ from voxray.core.errors import RunError, one_line
 from voxray.models.interface import AudioFeatures, FrontEnd
 
 FEATURES_VERSION = "logmel-1"
-ENCODER_STRIDE = 2  # the encoder's second convolution: 3,000 mel frames -> 1,500 encoder frames
+ENCODER_STRIDE = 2  # of the encoder's second convolution: 3,000 mel frames -> 1,500 encoder positions
 
 
 class WindowedLogMel:
-    """Features of clips that are padded up to whole windows.
+    """Log-mel features of clips that are padded to whole windows.
 
     Args:
-        model_id: Base model, for messages and its preprocessor.
-        num_mel_bins: Bins of one frame.
+        model_id: Base with a preprocessor_config.json.
+        num_mel_bins: Values of one frame.
         encoder_positions: Outputs of the encoder for one window.
     Raises:
-        RunError: The model's own preprocessor computes other features than ours.
+        RunError: The preprocessor cannot be read or computes other features than voxray.
     """
 
     sample_rate_hz = SAMPLE_RATE_HZ
-    counts_samples = False
+    needs_num_samples = False
 
     def __init__(self, model_id: str, num_mel_bins: int, encoder_positions: int) -> None:
         self.model_id, self.num_mel_bins = model_id, num_mel_bins
@@ -38,25 +38,24 @@ class WindowedLogMel:
         from transformers import WhisperFeatureExtractor
 
         try:
-            found = WhisperFeatureExtractor.from_pretrained(self.model_id)
+            preprocessor = WhisperFeatureExtractor.from_pretrained(self.model_id)
         except (OSError, ValueError) as error:
             reason = one_line(error, 200)
             raise RunError(f"--model_id {self.model_id}: no usable preprocessor_config.json: {reason}") from None
-        wanted = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
-        for name, value in {**wanted, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
-            if getattr(found, name) != value:
-                raise RunError(
-                    f"--model_id {self.model_id}: its preprocessor has {name} {getattr(found, name)}, not {value}"
-                )
+        required = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
+        for name, value in {**required, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
+            if getattr(preprocessor, name) != value:
+                stored = getattr(preprocessor, name)
+                raise RunError(f"--model_id {self.model_id}: its preprocessor has {name} {stored}, not {value}")
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_logmel"}
 
     def features(self, samples: np.ndarray) -> AudioFeatures:
-        """Log-mel of one clip; the clamp to 8 decades is over the whole recording, as in the processor.
+        """Log-mel of one clip, clamped to 8 decades below the maximum of the whole clip, as in the processor.
 
         Args:
-            samples: float32, shape (num_samples,), 16 kHz.
+            samples: float32, shape (num_samples,), at 16 kHz.
         """
         if not hasattr(self, "_logmel"):
             self._logmel = LogMel(self.num_mel_bins)
@@ -65,20 +64,20 @@ class WindowedLogMel:
         return AudioFeatures(mel_KF, fill, num_windows)
 
     def num_windows(self, num_samples: int) -> int:
-        """Whole windows that a clip of so many samples at 16 kHz fills; the last one is padded up."""
+        """Number of whole windows that a clip of ``num_samples`` at 16 kHz is padded to."""
         return -(-num_samples // self.window_samples)
 
 
 def window_lengths(num_samples: int, window_samples: int) -> list[int]:
-    """Samples of a clip in each of its windows."""
+    """Number of unpadded samples in each window of a clip."""
     return [min(window_samples, num_samples - start) for start in range(0, num_samples, window_samples)]
 
 
 def padded_windows(mel_KF: np.ndarray, fill: float, num_windows: int, front_end: FrontEnd) -> np.ndarray:
-    """A clip's log-mel as the model takes it: valid frames, then the fill, cut into windows.
+    """Pad a clip's log-mel with ``fill`` and split it into windows.
 
     Returns:
-        float32, shape (num_windows, num_mel_bins, window_frames).
+        mel_WFT, float32, shape (num_windows, num_mel_bins, window_frames).
     """
     padded_KF = np.full((num_windows * front_end.window_frames, front_end.num_mel_bins), fill, np.float32)
     padded_KF[: len(mel_KF)] = mel_KF

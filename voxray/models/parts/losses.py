@@ -1,4 +1,7 @@
-"""Cross entropy of the answers in a batch."""
+"""Cross entropy of the answers in a batch.
+
+Shape letters: B rows, L tokens, N answer tokens, V vocabulary.
+"""
 
 from collections.abc import Callable
 
@@ -7,17 +10,18 @@ import torch.nn.functional as F
 
 from voxray.models.interface import IGNORED, Batch
 
-Logits = Callable[[Batch, torch.Tensor], torch.Tensor]
-"""The forward pass: from a batch without labels and tasks, and where to predict, to logits_NV."""
+LogitsFn = Callable[[Batch, torch.Tensor], torch.Tensor]
+"""The forward pass: (batch without labels and tasks, keep_BL) -> logits_NV (see ``ModelFamily.answer_logits``)."""
 
 
-def token_losses(logits: Logits, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross entropy of every answer token, the end-of-text token included.
+def token_losses(logits: LogitsFn, batch: Batch, label_smoothing: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy of every answer token, including the end-of-text token.
 
     Args:
         batch: As ``collate_training`` or ``collate_packed`` makes it.
     Returns:
-        float32, shape (answer tokens,), and keep_BL: True where they are predicted, one place before each.
+        loss_N, float32, one value per answer token; and keep_BL, True at the positions that predict these tokens, one
+        before each.
     """
     inputs = {name: tensor for name, tensor in batch.items() if name not in {"labels", "task"}}
     next_BL = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)

@@ -1,12 +1,12 @@
-"""Attention for rows that several samples share: each sample sees itself alone.
+"""Attention for packed rows, which hold several samples: each sample attends to itself only.
 
-The library recognises packed rows by positions that start again, and then builds a dense mask of tokens by tokens,
-whose cost grows with the square of the pack. Here no mask exists, and a pack costs what its samples cost: one call of
-the flash kernel for several lengths where there is one (GPUs from Ampere on, half precision), else every sample goes
-through PyTorch's causal attention by itself.
+transformers recognises packed rows by position ids that start again, and then builds a dense mask of tokens by tokens,
+whose cost grows with the square of the row. Here there is no mask, and a packed row costs what its samples cost: one
+call of the variable-length flash kernel where available (GPUs from Ampere on, half precision), else one call of
+PyTorch's causal attention per sample.
 
-Rows without ``segments`` (padded batches, generation) take the library's way, mask included. On a GPU PyTorch itself
-chooses the kernel there: flash where no row is padded, else the memory-efficient one, since flash takes no mask.
+Rows without ``segments`` (padded batches, generation) use transformers' attention and mask. On a GPU PyTorch chooses
+the kernel for them: flash if no row is padded, else the memory-efficient one, because flash takes no mask.
 
 Shape letters: B rows, H heads, L tokens, D width of a head.
 """
@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 
-from voxray.models.parts.layer_compile import is_compiled, left_out
+from voxray.models.parts.layer_compile import exclude_from_compile, is_compiled
 
 PACKED = "voxray_packed"
-"""Name under which the attention is known to transformers."""
-MAX_HEAD_DIM = 256  # of the flash kernel, which also wants a multiple of 8
+"""Name under which the attention is registered with transformers."""
+MAX_HEAD_DIM = 256  # of the flash kernel, which also requires a multiple of 8
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the samples of a packed row are.
+    """Boundaries of the samples in a packed row.
 
     Attributes:
-        ends: Place after the last token of every sample.
+        ends: For every sample, the index after its last token.
         bounds: 0 and the ends, int32, on the model's device.
     """
 
@@ -46,11 +46,11 @@ class Segments:
 
 
 def use_packed_attention(language_model: Any) -> None:
-    """Let a language model of transformers take packed rows: ``segments`` among the arguments of its forward."""
+    """Make a transformers language model accept ``segments`` as an argument of ``forward``, for packed rows."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    attention = left_out(packed_attention) if is_compiled(language_model) else packed_attention
+    attention = exclude_from_compile(packed_attention) if is_compiled(language_model) else packed_attention
     AttentionInterface.register(PACKED, attention)
     AttentionMaskInterface.register(PACKED, _mask)
     language_model.config._attn_implementation = PACKED
@@ -72,7 +72,7 @@ def packed_attention(
     Args:
         segments: None for rows that are not packed.
     Returns:
-        Outputs, shape (B, L, H, D), and no weights.
+        Outputs, shape (B, L, H, D), and None in place of attention weights.
     """
     if segments is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -82,27 +82,33 @@ def packed_attention(
     assert query_BHLD.shape[0] == 1 and query_BHLD.shape[2] == segments.ends[-1] == key_BHLD.shape[2], "one packed row"
     options = {"scale": scaling, "enable_gqa": query_BHLD.shape[1] != key_BHLD.shape[1]}
     if takes_flash(query_BHLD.device, query_BHLD.dtype, query_BHLD.shape[-1], dropout):
-        from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler along, which others do without
+        from torch.nn.attention.varlen import varlen_attn  # imported here: it loads torch's compiler
 
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_BHLD, key_BHLD, value_BHLD))
         bounds, longest = segments.bounds, max(segments.lengths)
-        causal = (-1, 0)  # any token before, none after
-        found_LHD: Any = varlen_attn(query, key, value, bounds, bounds, longest, longest, window_size=causal, **options)
-        return found_LHD[None], None
-    # split, not slices: the gradient of each slice would be a tensor of the whole pack
-    each = zip(*(tensor.split(segments.lengths, dim=2) for tensor in (query_BHLD, key_BHLD, value_BHLD)), strict=True)
+        causal = (-1, 0)  # all tokens before, none after
+        output_LHD: Any = varlen_attn(
+            query, key, value, bounds, bounds, longest, longest, window_size=causal, **options
+        )
+        return output_LHD[None], None
+    # split, not slices: the gradient of each slice would be a tensor as long as the whole row
+    samples = zip(
+        *(tensor.split(segments.lengths, dim=2) for tensor in (query_BHLD, key_BHLD, value_BHLD)), strict=True
+    )
     attend = torch.nn.functional.scaled_dot_product_attention
-    parts = [attend(*one, dropout_p=dropout, is_causal=True, **options) for one in each]
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    outputs = [attend(*sample, dropout_p=dropout, is_causal=True, **options) for sample in samples]
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def takes_flash(device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float) -> bool:
-    """Whether PyTorch's flash kernel for rows of several lengths can be used; it knows no dropout."""
+    """Whether PyTorch's variable-length flash kernel can be used; it supports no dropout."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    fits = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and not dropout
-    built = torch.backends.cuda.is_flash_attention_available()
-    return fits and built and torch.cuda.get_device_capability(device) >= (8, 0)
+    supported = (
+        dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM and not dropout
+    )
+    available = torch.backends.cuda.is_flash_attention_available()
+    return supported and available and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _mask(
@@ -114,7 +120,7 @@ def _mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> torch.Tensor | None:
-    """No mask for a packed row, which is one without a padding mask whose positions start again; else the library's."""
+    """None for a packed row (no padding mask, and position ids that start again), else transformers' mask."""
     from transformers.masking_utils import sdpa_mask
 
     if attention_mask is None and not allow_is_causal_skip and q_length == kv_length > 1:

@@ -1,39 +1,44 @@
-"""A SALMONN out of its parts, in a folder that is named after them."""
+"""Write a SALMONN folder that names its parts, under a name derived from them."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from voxray.core.storage import checksum
 from voxray.models.salmonn.folder import write_folder
 from voxray.models.salmonn.prompts import read_prompts
 
 
 def assemble_salmonn(folder: Path, *, checkpoint: str = "", prompts: str = "", end_sym: str = "", **parts: str) -> str:
-    """Write a folder that names the parts (see ``folder.write_folder``) below another one.
+    """Write a folder that names the parts (see ``folder.write_folder``), below another folder.
 
-    Other parts, another checkpoint or other prompts make another folder: what was trained on a base, or answered by it,
-    never finds another one in its place.
+    Other parts, another checkpoint or other prompts give another folder name, so that adapters and answers of a base
+    are never used with a different one.
 
     Args:
-        parts: ``whisper``, ``beats`` and ``llm``.
+        folder: Folder in which the new folder is written.
+        checkpoint: Official checkpoint (.pth), if any.
+        prompts: File of prompts by task, if any.
+        end_sym: Text that ends an answer, if not the default.
+        parts: Paths of ``whisper``, ``beats`` and ``llm``.
     Returns:
         The folder, for ``--model_id``.
     Raises:
         RunError: A part cannot be read.
-        SettingsError: The text that ends an answer is several tokens.
+        SettingsError: ``end_sym`` is several tokens.
     """
-    given: dict[str, Any] = dict(parts)
-    read = []
+    options: dict[str, Any] = dict(parts)
+    contents = []
     if checkpoint:
-        given["checkpoint"] = checkpoint
-        read.append(hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest())
+        options["checkpoint"] = checkpoint
+        contents.append(checksum(Path(checkpoint)))
     if prompts:
-        given["prompts"] = prompts
-        read.append(read_prompts(prompts).fingerprint)
+        options["prompts"] = prompts
+        contents.append(read_prompts(prompts).fingerprint)
     if end_sym:
-        given["end_sym"] = end_sym
-    digest = hashlib.sha256(json.dumps([given, read]).encode()).hexdigest()
+        options["end_sym"] = end_sym
+    digest = hashlib.sha256(json.dumps([options, contents]).encode()).hexdigest()
     base = folder / f"model-{digest[:8]}"
-    write_folder(base, **given)
+    write_folder(base, **options)
     return str(base)

@@ -1,4 +1,4 @@
-"""Shapes of a SALMONN and of its BEATs encoder, as ``config.json`` holds them."""
+"""Configurations of SALMONN and of its BEATs encoder, as stored in ``config.json``."""
 
 from typing import Any, ClassVar
 
@@ -16,11 +16,11 @@ SUPPORTED = {
     "relative_position_embedding": True,
     "gru_rel_pos": True,
 }
-"""What every published BEATs file says; another one needs other code."""
+"""Options of every published BEATs file. Files with other values would need other code."""
 
 
 class BeatsConfig(PreTrainedConfig):
-    """BEATs, by the names of its own files; the defaults are BEATs iter3+."""
+    """Configuration of BEATs, with the names of its official files. The defaults are BEATs iter3+."""
 
     model_type = "beats"
 
@@ -35,18 +35,18 @@ class BeatsConfig(PreTrainedConfig):
     num_buckets: int = 320
     max_distance: int = 800
     predictor_class: int = 0
-    """Sounds that the classifier of a fine-tuned BEATs knows; 0 leaves it out, as SALMONN does."""
+    """Sound classes of a fine-tuned BEATs' classifier; 0 omits the classifier, as SALMONN does."""
 
     @classmethod
     def of_file(cls, settings: dict[str, Any], path: str, *, classes: bool = False) -> "BeatsConfig":
-        """Take the shapes out of a BEATs file's ``cfg``.
+        """Read the shapes in a BEATs file's ``cfg``.
 
         Args:
             settings: The ``cfg``.
-            path: Of the file, for messages.
+            path: Path of the file, for messages.
             classes: Keep the classifier.
         Raises:
-            RunError: The file is of another kind of BEATs than those published.
+            RunError: The file is of an unsupported kind of BEATs.
         """
         for name, value in SUPPORTED.items():
             if settings.get(name, value) != value:
@@ -58,17 +58,18 @@ class BeatsConfig(PreTrainedConfig):
 
 
 class SalmonnConfig(PreTrainedConfig):
-    """A SALMONN: Whisper's encoder and BEATs, a Q-Former that reads windows of both, a language model.
+    """Configuration of SALMONN: Whisper's encoder, BEATs, a Q-Former over windows of both, and a language model.
 
     Attributes:
-        num_query: LLM positions of one window.
-        seconds_per_window: Length of a window, and of a step to the next one (17 frames of 20 ms).
-        audio_token_id: Stands for one LLM position of audio in ``input_ids``; not one of the vocabulary's.
-        prompt_template: Around every prompt.
+        num_query: LLM positions of one Q-Former window.
+        seconds_per_window: Length of a Q-Former window (17 frames of 20 ms).
+        seconds_per_stride: Distance from one window to the next.
+        audio_token_id: Placeholder of one LLM position of audio in ``input_ids``; outside the vocabulary.
+        prompt_template: Template that every prompt is put into.
         end_sym: Text that ends an answer.
-        alone: Whether a clip's embeddings are those that it has by itself. The reference's depend on the longest clip
-            of the batch: what BEATs makes of the padding up to that length is passed on.
-        parts: {part: path} of the official files, in a folder that names them instead of holding weights.
+        alone: Whether a clip's embeddings are independent of the other clips in the batch. In the reference they
+            depend on the longest clip: BEATs' outputs for the padding up to its length are passed on.
+        parts: {part: path} of the official files, for a folder that names them instead of holding weights.
     """
 
     model_type = "salmonn"
@@ -100,26 +101,26 @@ class SalmonnConfig(PreTrainedConfig):
 
     @property
     def window_frames(self) -> int:
-        """Encoder frames of one window: round(50 x 0.333333) = 17."""
+        """Encoder frames of one Q-Former window: round(50 x 0.333333) = 17."""
         return round(WHISPER_FRAMES_PER_SEC * self.seconds_per_window)
 
     @property
     def stride_frames(self) -> int:
-        """Encoder frames from one window to the next."""
+        """Encoder frames from one Q-Former window to the next."""
         return round(WHISPER_FRAMES_PER_SEC * self.seconds_per_stride)
 
     @property
     def positions_per_clip(self) -> int:
-        """LLM positions of one clip, whatever its length: (1,500 - 17) // 17 + 1 = 88 windows of 30 s."""
+        """LLM positions of one 30 s window, however short its clip: (1,500 - 17) // 17 + 1 = 88."""
         speech: Any = self.speech_config
         return ((speech.max_source_positions - self.window_frames) // self.stride_frames + 1) * self.num_query
 
 
 def qformer_config(*, width: int, heads: int, ffn: int, layers: int, encoder_width: int) -> Blip2QFormerConfig:
-    """The Q-Former as BLIP-2's, with cross attention in every layer; all else is BERT's.
+    """Configuration of the Q-Former: BLIP-2's, with cross-attention in every layer and otherwise BERT's values.
 
     Args:
-        encoder_width: Of Whisper's and BEATs' frames together.
+        encoder_width: Width of Whisper's and BEATs' frames together.
     """
     return Blip2QFormerConfig(
         hidden_size=width,
@@ -132,4 +133,6 @@ def qformer_config(*, width: int, heads: int, ffn: int, layers: int, encoder_wid
     )
 
 
-AutoConfig.register(SalmonnConfig.model_type, SalmonnConfig, exist_ok=True)  # else the library warns of every folder
+AutoConfig.register(
+    SalmonnConfig.model_type, SalmonnConfig, exist_ok=True
+)  # else transformers warns about every folder

@@ -1,7 +1,7 @@
-"""A SALMONN as one folder, which ``--model_id`` names.
+"""SALMONN folders, which ``--model_id`` names.
 
-Either all of it lies there (``save_pretrained`` and the two front ends' files), or ``config.json`` says where the
-official parts are, so that 26 GB of a Vicuna need no second copy.
+A folder either holds everything (``save_pretrained`` and the files of both front ends), or its ``config.json`` names
+the paths of the official parts, so that 26 GB of a Vicuna need no second copy.
 """
 
 import shutil
@@ -12,13 +12,13 @@ import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from voxray.core.errors import RunError, one_line
-from voxray.models.hf_files import model_file, read_config, weights_below
-from voxray.models.parts.audio_encoder import load_alone, tensors_fingerprint, weights_fingerprint
+from voxray.models.hf_files import model_file, module_weights, read_config
+from voxray.models.parts.audio_encoder import hash_tensors, load_module
 from voxray.models.salmonn.audio_path import StoredEncoders
 from voxray.models.salmonn.beats import Beats
-from voxray.models.salmonn.checkpoint import load_beats_weights, read_beats, read_trained
+from voxray.models.salmonn.compat.checkpoint import load_beats_weights, read_beats, read_checkpoint
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig
-from voxray.models.salmonn.loading import build_config, end_token, load, load_tokenizer, load_whisper_encoder
+from voxray.models.salmonn.loading import build_config, end_token_id, load, load_tokenizer, load_whisper_encoder
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PARTS = ("whisper", "beats", "llm", "checkpoint", "prompts")
@@ -36,49 +36,53 @@ def write_folder(
     qformer_heads: int | None = None,
     **settings: Any,
 ) -> SalmonnConfig:
-    """Write a ``config.json`` that names official parts, after a look at their shapes.
+    """Write a ``config.json`` that names official parts, with the shapes read from them.
 
     Args:
+        whisper, beats, llm, checkpoint: Paths of the parts (see ``loading.load``).
         prompts: File of prompts by task (see ``prompts.read_prompts``).
         alone: See ``SalmonnConfig``.
-        settings: Others of its attributes, such as ``end_sym``.
+        qformer_heads: See ``loading.load``.
+        settings: Other attributes of ``SalmonnConfig``, such as ``end_sym``.
+    Returns:
+        The configuration that was written.
     Raises:
         RunError: A part cannot be read.
         SettingsError: ``end_sym`` is several tokens.
     """
     from transformers import AutoConfig
 
-    trained = None if checkpoint is None else read_trained(checkpoint)
-    found: dict[str, Any] = {}
+    stored = None if checkpoint is None else read_checkpoint(checkpoint)
+    configs: dict[str, Any] = {}
     for name, path in (("whisper", whisper), ("llm", llm)):
         try:
-            found[name] = AutoConfig.from_pretrained(path)
+            configs[name] = AutoConfig.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise RunError(f"{path}: no usable config.json: {one_line(error, 200)}") from None
     tokenizer = load_tokenizer(llm)
-    found["llm"].vocab_size = max(found["llm"].vocab_size, len(tokenizer))
-    config = build_config(trained, found["whisper"], read_beats(beats)[0], found["llm"], qformer_heads)
-    given = dict(zip(PARTS, (whisper, beats, llm, checkpoint, prompts), strict=True))
-    config.parts = {name: str(path) for name, path in given.items() if path is not None}
+    configs["llm"].vocab_size = max(configs["llm"].vocab_size, len(tokenizer))
+    config = build_config(stored, configs["whisper"], read_beats(beats)[0], configs["llm"], qformer_heads)
+    paths = dict(zip(PARTS, (whisper, beats, llm, checkpoint, prompts), strict=True))
+    config.parts = {name: str(path) for name, path in paths.items() if path is not None}
     config.alone = alone
     for name, value in settings.items():
         setattr(config, name, value)
-    end_token(tokenizer, config.end_sym)
+    end_token_id(tokenizer, config.end_sym)
     config.save_pretrained(folder)
     return config
 
 
 def read_folder(model_id: str) -> SalmonnConfig:
-    """A folder's configuration, with parts that lie in it as absolute paths.
+    """Read a folder's configuration. Relative paths of parts inside the folder get its path as prefix.
 
     Raises:
-        RunError: There is none, or it is no SALMONN's.
+        RunError: There is no configuration, or it is not SALMONN's.
     """
-    found = read_config(model_id)
-    if found.get("model_type") != SalmonnConfig.model_type:
-        raise RunError(f"--model_id {model_id}: model type {found.get('model_type')!r} is not salmonn")
+    values = read_config(model_id)
+    if values.get("model_type") != SalmonnConfig.model_type:
+        raise RunError(f"--model_id {model_id}: model type {values.get('model_type')!r} is not salmonn")
     try:
-        config = SalmonnConfig.from_dict(found)
+        config = SalmonnConfig.from_dict(values)
     except (TypeError, ValueError, KeyError) as error:
         raise RunError(f"--model_id {model_id}: no usable config.json: {one_line(error, 200)}") from None
     for name, path in (config.parts or {}).items():
@@ -89,10 +93,10 @@ def read_folder(model_id: str) -> SalmonnConfig:
 
 
 def copy_files(model_id: str, folder: Path) -> None:
-    """Make a folder to which the whole model was saved complete: tokenizer, Whisper's front end, prompts."""
+    """Copy tokenizer, Whisper's preprocessor and prompts into a folder to which the whole model was saved."""
     config = read_folder(model_id)
-    load_tokenizer(part(model_id, config, "llm")).save_pretrained(folder)
-    preprocessor = model_file(part(model_id, config, "whisper"), "preprocessor_config.json")
+    load_tokenizer(part_path(model_id, config, "llm")).save_pretrained(folder)
+    preprocessor = model_file(part_path(model_id, config, "whisper"), "preprocessor_config.json")
     shutil.copyfile(preprocessor, folder / "preprocessor_config.json")
     saved = read_folder(str(folder))
     saved.parts = None
@@ -102,19 +106,21 @@ def copy_files(model_id: str, folder: Path) -> None:
     saved.save_pretrained(folder)
 
 
-def part(model_id: str, config: SalmonnConfig, name: str) -> str:
-    """Where one of the parts is; the folder itself where all of it lies there."""
+def part_path(model_id: str, config: SalmonnConfig, name: str) -> str:
+    """Path of one of the parts; the folder itself if it holds everything."""
     return (config.parts or {}).get(name, model_id)
 
 
 def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool = True, **llm_options: Any) -> Any:
-    """Load what a folder holds or names, in eval mode (see ``loading.load``).
+    """Load the model that a folder holds or names, in eval mode.
 
+    Args:
+        dtype, lora, llm_options: See ``loading.load``. ``llm_options`` apply to the whole model if the folder holds it.
     Raises:
-        RunError: A part is missing, or does not fit.
+        RunError: A part is missing or does not fit.
     """
     config = read_folder(model_id)
-    if not _is_named(config):
+    if not _names_parts(config):
         try:
             return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
         except (OSError, ValueError) as error:
@@ -129,40 +135,42 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
     return model
 
 
-def load_towers(model_id: str, *, dtype: torch.dtype, device: torch.device) -> StoredEncoders:
-    """Both encoders alone, frozen.
+def load_encoders(model_id: str, *, dtype: torch.dtype, device: torch.device) -> StoredEncoders:
+    """Load both encoders alone, frozen and in eval mode.
 
     Raises:
         RunError: Their weights are missing or do not fit the configuration.
     """
     config = read_folder(model_id)
     speech: Any = config.speech_config
-    if _is_named(config):
-        encoder = load_whisper_encoder(part(model_id, config, "whisper"), dtype)
+    if _names_parts(config):
+        encoder = load_whisper_encoder(part_path(model_id, config, "whisper"), dtype)
     else:
-        encoder = load_alone(WhisperEncoder, speech, model_id, "speech_encoder", dtype=dtype, device=device)
-    beats_config, weights = _beats_of(model_id, config)
+        encoder = load_module(WhisperEncoder, speech, model_id, "speech_encoder", dtype=dtype, device=device)
+    beats_config, weights = _read_beats(model_id, config)
     beats = Beats(beats_config)
     load_beats_weights(beats, weights, model_id)
     return StoredEncoders(encoder, beats.to(dtype)).to(device).requires_grad_(False).eval()
 
 
-def towers_fingerprint(model_id: str) -> str:
-    """Hash of both encoders: their weights as they are stored, and how BEATs computes with its own."""
+def encoders_fingerprint(model_id: str) -> str:
+    """Hash of both encoders: their stored weights, and the options of BEATs."""
     config = read_folder(model_id)
-    place = (part(model_id, config, "whisper"), "encoder") if _is_named(config) else (model_id, "speech_encoder")
-    beats_config, weights = _beats_of(model_id, config)
-    numbers = [getattr(beats_config, name) for name in BeatsConfig.__annotations__]
-    return f"{weights_fingerprint(*place)} {tensors_fingerprint(weights)} {numbers}"
+    names_parts = _names_parts(config)
+    source = (part_path(model_id, config, "whisper"), "encoder") if names_parts else (model_id, "speech_encoder")
+    beats_config, beats_weights = _read_beats(model_id, config)
+    options = [getattr(beats_config, name) for name in BeatsConfig.__annotations__]
+    hashes = [hash_tensors(tensors).hexdigest() for tensors in (module_weights(*source), beats_weights)]
+    return f"{hashes[0]} {hashes[1]} {options}"
 
 
-def _beats_of(model_id: str, config: SalmonnConfig) -> tuple[BeatsConfig, dict[str, torch.Tensor]]:
-    if _is_named(config):
-        return read_beats(part(model_id, config, "beats"))
+def _read_beats(model_id: str, config: SalmonnConfig) -> tuple[BeatsConfig, dict[str, torch.Tensor]]:
+    if _names_parts(config):
+        return read_beats(part_path(model_id, config, "beats"))
     beats: Any = config.beats_config
-    return beats, weights_below(model_id, "beats")
+    return beats, module_weights(model_id, "beats")
 
 
-def _is_named(config: SalmonnConfig) -> bool:
-    """Whether the weights lie elsewhere."""
+def _names_parts(config: SalmonnConfig) -> bool:
+    """Whether the folder names the official parts instead of holding the weights."""
     return "whisper" in (config.parts or {})

@@ -1,4 +1,4 @@
-"""A SALMONN out of its official files."""
+"""Build SALMONN from its official files."""
 
 import copy
 import importlib.util
@@ -11,24 +11,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 
 from voxray.core.errors import RunError, SettingsError, one_line
-from voxray.models.salmonn.audio_path import TRAINED
+from voxray.models.salmonn.audio_path import TRAINED_MODULES
 from voxray.models.salmonn.beats import Beats
-from voxray.models.salmonn.checkpoint import (
-    Trained,
+from voxray.models.salmonn.compat.checkpoint import (
+    SalmonnCheckpoint,
     load_beats_weights,
-    load_trained,
+    load_checkpoint,
     official_name,
     read_beats,
+    read_checkpoint,
     read_tensors,
-    read_trained,
 )
 from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig, qformer_config
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 
 PAD_TOKEN = "[PAD]"
-LORA_RANK, LORA_ALPHA, LORA_DROPOUT = 8, 32, 0.1
-LORA_LAYERS = ("q_proj", "v_proj")
-BERT_WIDTH, BERT_HEADS, BERT_FFN, QFORMER_LAYERS = 768, 12, 3072, 2  # bert-base, of which two layers are built
+LORA_RANK, LORA_DROPOUT, LORA_LAYERS = 8, 0.1, ("q_proj", "v_proj")
+"""LoRA options that SALMONN's training starts with; for alpha see ``compat.checkpoint.LORA_ALPHA``."""
+BERT_WIDTH, BERT_HEADS, BERT_FFN, QFORMER_LAYERS = 768, 12, 3072, 2  # of bert-base, with two of its layers
 
 PadRows = Mapping[str, torch.Tensor]
 
@@ -45,49 +45,49 @@ def load(
     qformer_heads: int | None = None,
     **llm_options: Any,
 ) -> SalmonnForConditionalGeneration:
-    """Build a SALMONN in eval mode, in which exactly what SALMONN trains requires gradients.
+    """Build SALMONN in eval mode. Exactly the weights that SALMONN trains require gradients.
 
     Args:
-        whisper: Folder of a Whisper model; its encoder is taken.
+        whisper: Folder of a Whisper model, whose encoder is used.
         beats: A BEATs file.
         llm: Folder of a language model with its tokenizer.
-        checkpoint: What was trained; without one, all of it is new.
+        checkpoint: Checkpoint of the trained weights; without one they are initialized.
         pad_rows: The [PAD] rows of the language model (see ``set_pad_rows``).
-        dtype: Of the parts that do not train; what trains is float32.
-        lora: Put LoRA around the language model, as a checkpoint has it or else as SALMONN's training starts. Without,
-            a checkpoint's LoRA is left out.
-        qformer_heads: Attention heads of the Q-Former, which no file tells; bert-base's if left out.
-        llm_options: For ``from_pretrained`` of the language model.
+        dtype: Type of the weights that do not train; the others are float32.
+        lora: Add LoRA to the language model, with the checkpoint's options or else those that SALMONN's training
+            starts with. If False, a checkpoint's LoRA is ignored.
+        qformer_heads: Attention heads of the Q-Former, which no file states; see ``build_config`` for the default.
+        llm_options: Arguments of ``from_pretrained`` for the language model.
     Raises:
         RunError: Files are missing, damaged, or do not fit each other.
     """
     logging.disable_progress_bar()
-    trained = None if checkpoint is None else read_trained(checkpoint)
+    stored = None if checkpoint is None else read_checkpoint(checkpoint)
     beats_config, beats_weights = read_beats(beats)
     encoder = load_whisper_encoder(whisper, dtype)
     language_model = load_llm(llm, dtype, **llm_options)
-    config = build_config(trained, encoder.config, beats_config, language_model.config, qformer_heads)
+    config = build_config(stored, encoder.config, beats_config, language_model.config, qformer_heads)
     model = SalmonnForConditionalGeneration(config, encoder, language_model)
     load_beats_weights(model.beats, beats_weights, str(beats))
     model.beats.to(dtype)
     if pad_rows is not None:
         set_pad_rows(model, pad_rows)
     freeze(model)
-    if lora and (trained is None or trained.lora_rank):
-        wrap_llm(model, trained)
-    if trained is not None:
-        load_trained(model, trained if lora else trained.without_lora())
+    if lora and (stored is None or stored.lora_rank):
+        wrap_llm(model, stored)
+    if stored is not None:
+        load_checkpoint(model, stored if lora else stored.without_lora())
     return model.eval()
 
 
 def load_whisper_encoder(folder: str | Path, dtype: torch.dtype) -> Any:
-    """The encoder of a Whisper model.
+    """Load the encoder of a Whisper model.
 
     Raises:
-        RunError: It cannot be read.
+        RunError: The model cannot be read.
     """
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # a decoder's head is in some files, and has no place here
+    logging.set_verbosity_error()  # it warns about files that also hold the output layer
     try:
         model: Any = WhisperModel.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -98,7 +98,7 @@ def load_whisper_encoder(folder: str | Path, dtype: torch.dtype) -> Any:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with [PAD] after all its tokens.
+    """Load the tokenizer of a language model, and add [PAD] as its last token.
 
     Raises:
         RunError: It cannot be read.
@@ -114,11 +114,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def end_token(tokenizer: Any, end_sym: str) -> int:
-    """The token that ends an answer.
+def end_token_id(tokenizer: Any, end_sym: str) -> int:
+    """Id of the token that ends an answer.
 
     Raises:
-        SettingsError: The text is several tokens, which no answer would end with.
+        SettingsError: ``end_sym`` is not one token, so generation would not stop at it.
     """
     ids = tokenizer.encode(end_sym, add_special_tokens=False)
     if len(ids) != 1:
@@ -134,13 +134,13 @@ def _has_sentencepiece() -> bool:
 
 
 def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A language model with a row for [PAD].
+    """Load a language model, and add a row for [PAD] to its embeddings and output layer.
 
-    SALMONN draws that row at random and never stores it. No [PAD] is ever read here, but as an answer it is one more
-    choice, so the row is made the same every time: the mean of the others.
+    SALMONN initializes that row at random and never stores it. [PAD] is never a model input here, but it has a logit,
+    so the row must always be the same: the mean of the other rows.
 
     Raises:
-        RunError: It cannot be read.
+        RunError: The model cannot be read.
     """
     num_tokens = len(load_tokenizer(folder))
     try:
@@ -157,25 +157,33 @@ def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
 
 
 def build_config(
-    trained: Trained | None, speech: Any, beats: BeatsConfig, text: Any, qformer_heads: int | None = None
+    stored: SalmonnCheckpoint | None, speech: Any, beats: BeatsConfig, text: Any, qformer_heads: int | None = None
 ) -> SalmonnConfig:
-    """The shapes of a SALMONN, of which a checkpoint tells the Q-Former's."""
+    """Build the configuration from those of the parts. The Q-Former's shapes come from a checkpoint, or else BERT's.
+
+    Args:
+        stored: The checkpoint, if any.
+        speech, beats, text: Configurations of Whisper, BEATs and the language model.
+        qformer_heads: Attention heads of the Q-Former; if None bert-base's, or BEATs' if it is not as wide as BERT.
+    Raises:
+        RunError: The checkpoint lacks tensors of the Q-Former.
+    """
     width, ffn, layers, num_query, settings = BERT_WIDTH, BERT_FFN, QFORMER_LAYERS, 1, {}
-    if trained is not None:
-        settings = trained.settings
-        _, num_query, width = trained.shape("speech_query_tokens")
+    if stored is not None:
+        settings = stored.settings
+        _, num_query, width = stored.shape("speech_query_tokens")
         layer = "speech_Qformer.bert.encoder.layer.{}.intermediate_query.dense.weight"
-        ffn = trained.shape(layer.format(0))[0]
-        layers = sum(layer.format(number) in trained.tensors for number in range(len(trained.tensors)))
-    # Q-Former and BEATs are equally wide in every known SALMONN; another width than BERT's is cut as BEATs cuts it.
+        ffn = stored.shape(layer.format(0))[0]
+        layers = sum(layer.format(index) in stored.tensors for index in range(len(stored.tensors)))
+    # Q-Former and BEATs have the same width in every known SALMONN, so heads of another width are BEATs'.
     heads = qformer_heads or (BERT_HEADS if width == BERT_WIDTH else beats.encoder_attention_heads)
     seconds = float(settings.get("second_per_window", 0.333333))
     qformer = qformer_config(
         width=width, heads=heads, ffn=ffn, layers=layers, encoder_width=speech.d_model + beats.encoder_embed_dim
     )
     return SalmonnConfig(
-        # Copies: a configuration of parts sets theirs back, and a language model that lost its kind of attention there
-        # would see what comes after.
+        # Copies, because SalmonnConfig resets the attention implementation of its parts. The language model shares its
+        # configuration object, and without its implementation it would attend to later tokens.
         speech_config=copy.deepcopy(speech),
         beats_config=beats,
         qformer_config=qformer,
@@ -189,39 +197,37 @@ def build_config(
 
 
 def freeze(model: SalmonnForConditionalGeneration) -> None:
-    """Let only what SALMONN trains require gradients: LoRA, wherever there is some, and all between the towers and the
-    language model.
-    """
+    """Let only what SALMONN trains require gradients: LoRA, and everything between encoders and language model."""
     for name, weight in model.named_parameters():
-        weight.requires_grad_(name.split(".")[0] in TRAINED or ".lora_" in name)
+        weight.requires_grad_(name.split(".")[0] in TRAINED_MODULES or ".lora_" in name)
 
 
-def wrap_llm(model: SalmonnForConditionalGeneration, trained: Trained | None = None) -> None:
-    """Put LoRA around the language model: a checkpoint's shapes and scale, or those that SALMONN starts with."""
+def wrap_llm(model: SalmonnForConditionalGeneration, stored: SalmonnCheckpoint | None = None) -> None:
+    """Add LoRA to the language model, with a checkpoint's options or those that SALMONN's training starts with."""
     from peft import LoraConfig, get_peft_model
 
-    settings = trained.settings if trained is not None else {}
+    stored = stored or SalmonnCheckpoint("", {})
     config = LoraConfig(
-        r=(trained.lora_rank if trained is not None else 0) or LORA_RANK,
-        lora_alpha=int(settings.get("lora_alpha", LORA_ALPHA)),
-        lora_dropout=float(settings.get("lora_dropout", LORA_DROPOUT)),
-        target_modules=(trained.lora_layers if trained is not None else []) or list(LORA_LAYERS),
+        r=stored.lora_rank or LORA_RANK,
+        lora_alpha=int(stored.lora_alpha),
+        lora_dropout=float(stored.settings.get("lora_dropout", LORA_DROPOUT)),
+        target_modules=stored.lora_layers or list(LORA_LAYERS),
     )
     model.llama_model = get_peft_model(model.llama_model, config)
 
 
 def set_pad_rows(model: SalmonnForConditionalGeneration, rows: str | Path | PadRows) -> None:
-    """Set the [PAD] rows of the language model's embedding and head.
+    """Set the [PAD] rows of the language model's embeddings and output layer.
 
     Args:
-        rows: {name of a weight: row}, or a file that holds that as its ``pad_rows``, or its content.
+        rows: {official name of a weight: row}, the same under the key ``pad_rows``, or a file of the latter.
     Raises:
-        RunError: The file cannot be read, or the rows are not the two.
+        RunError: The file cannot be read, or a row does not fit.
     """
     path = "pad_rows" if isinstance(rows, Mapping) else str(rows)
-    found: Any = rows.get("pad_rows", rows) if isinstance(rows, Mapping) else read_tensors(rows, "pad_rows")
+    new_rows: Any = rows.get("pad_rows", rows) if isinstance(rows, Mapping) else read_tensors(rows, "pad_rows")
     weights = {official_name(name): weight for name, weight in model.named_parameters()}
-    for name, row in found.items():
+    for name, row in new_rows.items():
         if name not in weights or weights[name].shape[1:] != row.shape:
             raise RunError(f"{path}: {name} is no row of the language model")
         with torch.no_grad():
@@ -229,12 +235,12 @@ def set_pad_rows(model: SalmonnForConditionalGeneration, rows: str | Path | PadR
 
 
 def load_beats(path: str | Path, *, classes: bool = False) -> Beats:
-    """BEATs alone, in float32 and eval mode.
+    """Load BEATs alone, frozen, in float32 and eval mode.
 
     Args:
         classes: Keep the classifier of a fine-tuned file, for ``Beats.probabilities``.
     Raises:
-        RunError: See ``checkpoint.read_beats``.
+        RunError: See ``compat.checkpoint.read_beats``.
     """
     config, weights = read_beats(path, classes=classes)
     beats = Beats(config)

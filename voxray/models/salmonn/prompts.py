@@ -1,4 +1,4 @@
-"""What SALMONN is asked: prompts of every task, one of which is drawn for each row and epoch."""
+"""SALMONN's prompts: several per task, one of which is sampled for each row and epoch."""
 
 import hashlib
 import json
@@ -30,9 +30,10 @@ class Prompts:
     """Prompts by task.
 
     Attributes:
-        by_task: {task: prompts}, with audiocaption_v2 beside voxray's tasks; in every prompt a mark says where the
-            audio goes, and maybe another where the row's question goes.
-        left_out: What a file holds beside them, for a message: prompts without audio, tasks that voxray has not.
+        by_task: {task: prompts}, for voxray's tasks and audiocaption_v2. Every prompt contains ``AUDIO_MARK`` where the
+            audio goes, and may contain ``QUESTION_MARK`` where the row's question goes.
+        left_out: Entries of a file that are not used, for a message: prompts without audio, and tasks that voxray does
+            not have.
     """
 
     by_task: Mapping[str, tuple[str, ...]]
@@ -40,39 +41,38 @@ class Prompts:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all of them."""
-        found = {task: list(prompts) for task, prompts in self.by_task.items()}
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        """Hash of all prompts."""
+        prompts_by_task = {task: list(prompts) for task, prompts in self.by_task.items()}
+        return hashlib.sha256(json.dumps(prompts_by_task, sort_keys=True).encode()).hexdigest()
 
     def choices(self, task: str, question: str) -> tuple[str, ...]:
-        """The prompts that a row may have."""
+        """The prompts that a row with this question may get."""
         if not TASKS[task].has_audio:
             return (QUESTION_MARK,)
         if question == OTHER_CAPTION_REQUEST:
             return self.by_task[OTHER_CAPTIONS]
-        # A row that asks something of its own is asked just that.
-        asks = bool(question) and question != TASKS[task].default_prompt
+        has_own_question = bool(question) and question != TASKS[task].default_prompt
         prompts = self.by_task.get(task, (QUESTION,))
-        return tuple(QUESTION if asks and QUESTION_MARK not in prompt else prompt for prompt in prompts)
+        return tuple(QUESTION if has_own_question and QUESTION_MARK not in prompt else prompt for prompt in prompts)
 
-    def fixed(self, task: str, question: str) -> str:
-        """The prompt that evaluation uses: the first."""
+    def default(self, task: str, question: str) -> str:
+        """The prompt that evaluation uses: the first choice."""
         return self.choices(task, question)[0]
 
-    def drawn(self, task: str, question: str, row_id: str, *, seed: int, epoch: int) -> str:
-        """The prompt of a row in one epoch: the same whenever it is asked for, on every machine."""
-        drawn = hashlib.sha256(f"{seed} {epoch} {row_id}".encode(errors="surrogatepass")).digest()
+    def sample(self, task: str, question: str, row_id: str, *, seed: int, epoch: int) -> str:
+        """The prompt of a row in one epoch. It depends on the arguments only, on every machine."""
+        digest = hashlib.sha256(f"{seed} {epoch} {row_id}".encode(errors="surrogatepass")).digest()
         choices = self.choices(task, question)
-        return choices[int.from_bytes(drawn[:8], "big") % len(choices)]
+        return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 
 
 def read_prompts(path: str | Path) -> Prompts:
     """Read ``{task: prompt}`` or ``{task: [prompts]}`` from YAML or JSON, under voxray's or SALMONN's task names.
 
-    Tasks that the file does not have keep their default.
+    Tasks that are not in the file keep their defaults.
 
     Raises:
-        RunError: It cannot be read or holds something else.
+        RunError: The file cannot be read or has another structure.
     """
     by_task: dict[str, tuple[str, ...]] = {}
     left_out = []
@@ -96,11 +96,11 @@ def _read(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"{path}: cannot read the prompts: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: no YAML: {one_line(error, 200)}") from None
-    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise RunError(f"{path}: needs {{task: prompts}}")
-    return found
+    return content

@@ -1,9 +1,9 @@
-"""Features as they are stored and batched: BEATs' filter bank beside Whisper's log-mel, both in frames of 10 ms.
+"""SALMONN's stored and batched features: BEATs' filter bank beside Whisper's log-mel, both in frames of 10 ms.
 
-Both begin a frame every 160 samples, so a clip's two spectrograms go into one array of frames and through everything
-that handles log-mel. Whatever fills a padded frame there, BEATs gets the features of silence.
+Both start a frame every 160 samples, so a clip's two spectrograms fit into one array, which is stored and batched like
+log-mel. Padded frames hold the log-mel's fill value; BEATs gets the features of silence instead.
 
-Shape letters: K frames of a clip, W windows of all clips one after the other, T frames, F log-mel bins, M = 128 bins of
+Shape letters: K frames of a clip, W windows of all clips in order, T mel frames of a window, F bins, M = 128 bins of
 the filter bank.
 """
 
@@ -17,29 +17,29 @@ MIN_SAMPLES = SAMPLE_RATE_HZ  # SALMONN pads shorter clips with zeros to 1 s
 
 
 @torch.no_grad()
-def beside(mel_KF: np.ndarray, samples: np.ndarray) -> np.ndarray:
-    """Put BEATs' features of a clip beside its log-mel.
+def stack_features(mel_KF: np.ndarray, samples: np.ndarray) -> np.ndarray:
+    """Append BEATs' features of a clip to its log-mel.
 
     Args:
-        mel_KF: At least as many frames as there are steps of 160 samples.
-        samples: float32, shape (num_samples,), 16 kHz.
+        mel_KF: Log-mel with at least one frame per 160 samples.
+        samples: float32, shape (num_samples,), at 16 kHz.
     Returns:
         float32, shape (K, F + 128).
     """
-    heard = np.zeros((len(mel_KF) - 1) * HOP_SAMPLES + FRAME_SAMPLES, np.float32)
-    heard[: len(samples)] = samples[: len(heard)]
-    return np.concatenate([mel_KF, beats_fbank(torch.from_numpy(heard)[None])[0].numpy()], axis=1)
+    padded = np.zeros((len(mel_KF) - 1) * HOP_SAMPLES + FRAME_SAMPLES, np.float32)
+    padded[: len(samples)] = samples[: len(padded)]
+    return np.concatenate([mel_KF, beats_fbank(torch.from_numpy(padded)[None])[0].numpy()], axis=1)
 
 
-def apart(
+def split_features(
     features_WFT: torch.Tensor, num_samples_W: torch.Tensor, num_frames: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take the two apart again.
+    """Split stacked features into the log-mel and BEATs' features.
 
     Args:
-        features_WFT: Whole windows, F + 128 bins.
-        num_samples_W: Samples of every window that are no padding.
-        num_frames: Frames that BEATs gets of each.
+        features_WFT: Whole windows; the last 128 bins are BEATs'.
+        num_samples_W: Unpadded samples of every window.
+        num_frames: Frames of each window that BEATs gets.
     Returns:
         Whisper's mel_WFT and BEATs' fbank_WTM.
     """

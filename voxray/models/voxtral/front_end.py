@@ -18,19 +18,19 @@ from voxray.models.hf_files import model_file
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
 TEMPLATE_VERSION = "voxtral-v7-1"
-MAX_AUDIO_SEC = 30 * 60.0  # Mistral's own limit for transcription; longer clips do not fit the context anyway
+MAX_AUDIO_SEC = 30 * 60.0  # Mistral's limit for transcription; longer clips do not fit the context anyway
 
 
 class VoxtralFrontEnd(WindowedLogMel):
-    """Voxtral's features and prompts, equal to ``VoxtralProcessor``'s (tests hold the two against each other).
+    """Voxtral's features and prompts, equal to ``VoxtralProcessor``'s (tests compare the two).
 
-    The prompts are built from token ids directly: the processor encodes every clip as a WAV file in base64 to count its
-    windows, which costs more than the features themselves.
+    Prompts are built from token ids directly, because the processor encodes every clip as a base64 WAV file to count
+    its windows, which costs more than the features.
 
     Args:
         model_id: Base model.
-        trim_audio: Give a clip only the audio tokens that its own frames reach. The encoder still hears whole windows;
-            what it and the projector make of the padding has no place in the language model then (see ``Voxtral``).
+        trim_audio: Give a clip only the audio tokens that its valid frames reach. The encoder still gets whole windows,
+            but the projector's outputs for padding do not enter the language model (see ``embed_trimmed_audio``).
     """
 
     max_audio_sec = MAX_AUDIO_SEC
@@ -47,7 +47,7 @@ class VoxtralFrontEnd(WindowedLogMel):
         self.trims_audio = trims_audio(model_id, trim_audio)
         self.encoder_dim: int = audio.hidden_size
         self.max_positions: int = config.text_config.max_position_embeddings
-        # Voxtral reshapes (frames, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375 positions.
+        # Voxtral reshapes (encoder positions, hidden) to (positions, intermediate): 1,500 x 1,280 / 5,120 = 375.
         self.positions_per_window: int = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
         self.frames_per_position = self.window_frames // self.positions_per_window  # 3,000 / 375 = 8
         self._load_tokenizer()
@@ -80,7 +80,7 @@ class VoxtralFrontEnd(WindowedLogMel):
         self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The tokenizer is read again where the front end arrives: its Rust core does not pickle."""
+        """State without the tokenizer, whose Rust core cannot be pickled; ``__setstate__`` loads it again."""
         return {key: value for key, value in super().__getstate__().items() if key != "_tekken"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,23 +88,23 @@ class VoxtralFrontEnd(WindowedLogMel):
         self._load_tokenizer()
 
     def num_positions(self, num_samples: int) -> int:
-        """Audio tokens of a clip: those of whole windows, or, trimmed, those that its frames reach.
+        """Number of audio tokens of a clip: those of whole windows, or, if trimmed, those that its frames reach.
 
-        A position holds eight mel frames: the encoder's stride of two, four of whose frames the projector takes.
+        A position covers eight mel frames: the encoder has stride 2, and the projector joins four of its outputs.
         """
-        padded = self.num_windows(num_samples)
+        num_windows = self.num_windows(num_samples)
         if not self.trims_audio:
-            return padded * self.positions_per_window
-        return -(-num_valid_frames(num_samples, padded * self.window_samples) // self.frames_per_position)
+            return num_windows * self.positions_per_window
+        return -(-num_valid_frames(num_samples, num_windows * self.window_samples) // self.frames_per_position)
 
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
-        """Token ids up to where the answer starts.
+        """Token ids up to the answer.
 
         Args:
-            num_samples: Length of the clip at 16 kHz; 0 leaves out its tokens.
+            num_samples: Length of the clip at 16 kHz; 0 omits its audio tokens.
 
         A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
-        the language is unknown), a chat is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
+        the language is unknown). A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
 
         Source: mistral-common, ``InstructTokenizerV7``.
         """
@@ -127,7 +127,7 @@ class VoxtralFrontEnd(WindowedLogMel):
             raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
 
     def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Never: all windows of a clip stand in one prompt."""
+        """Never: one prompt holds all windows of a clip."""
         return False
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -135,7 +135,7 @@ class VoxtralFrontEnd(WindowedLogMel):
         return self._decode(ids, "IGNORE")
 
     def show(self, ids: Sequence[int]) -> str:
-        """Text of token ids for people: control tokens kept, runs of audio positions as ``[AUDIO]x375``."""
+        """Text of token ids for people: with control tokens, and runs of audio tokens as ``[AUDIO]x375``."""
         text = self._decode(ids, "KEEP")
         return re.sub(r"(?:\[AUDIO\])+", lambda run: f"[AUDIO]x{run[0].count('[AUDIO]')}", text)
 

@@ -1,8 +1,8 @@
-"""The smallest Voxtral that is still a Voxtral: for tests, the demo and debug configs.
+"""A tiny Voxtral for tests, the demo and debug configs.
 
-Every part of the 3B model is there (Whisper-style encoder, four-frame projector, Llama with grouped
-queries, untied head), each a few thousand times smaller, so code that works on this one meets no new
-shape on the real one. Only the window differs: 4 s instead of 30 s, which keeps a CPU step short.
+It has every part of the 3B model (Whisper-type encoder, four-frame projector, Llama with grouped queries, untied output
+layer), each a few thousand times smaller, so code that works on it also fits the shapes of the real one. Windows are
+4 s instead of 30 s, which keeps a CPU step short.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ WINDOW_SEC = 4
 WINDOW_SAMPLES = WINDOW_SEC * 16_000  # 64,000
 WINDOW_FRAMES = WINDOW_SAMPLES // 160  # 400 mel frames, 10 ms hop
 WINDOW_POSITIONS = WINDOW_FRAMES // 2  # 200 encoder positions, the second convolution has stride 2
-WINDOW_TOKENS = WINDOW_POSITIONS // 4  # 50 LLM positions, the projector takes four at a time
+WINDOW_TOKENS = WINDOW_POSITIONS // 4  # 50 LLM positions, the projector joins four encoder positions
 
 HIDDEN_SIZE = 128
 AUDIO_TOKEN_ID = 24  # [AUDIO], as in the published models
@@ -23,13 +23,13 @@ BOS_TOKEN_ID, EOS_TOKEN_ID, PAD_TOKEN_ID = 1, 2, 11
 def tiny_voxtral_config(vocab_size: int) -> VoxtralConfig:
     """Build the configuration of a Voxtral with about two million parameters (vocabulary of 4,096).
 
-    The encoder's ``intermediate_size`` is not free: the model reshapes ``(B, 200, hidden)`` to
-    ``(B * 50, intermediate_size)`` before the projector, so it must be four times ``hidden_size``.
+    The encoder's ``intermediate_size`` must be four times ``hidden_size``, because the model reshapes
+    ``(B, 200, hidden_size)`` to ``(B * 50, intermediate_size)`` before the projector.
 
     Args:
-        vocab_size: Number of token ids, special ones included; the tokenizer's, not one of our choice.
+        vocab_size: Number of token ids of the tokenizer, special ones included.
     Raises:
-        ValueError: ``vocab_size`` has no room for the audio token.
+        ValueError: ``vocab_size`` does not include the audio token.
     Source: transformers ``models/voxtral`` (the reshape in ``get_audio_features``).
     """
     if vocab_size <= AUDIO_TOKEN_ID:

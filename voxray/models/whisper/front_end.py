@@ -14,20 +14,20 @@ from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.hf_files import model_file
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
-from voxray.models.whisper.family import Whisper
 
+TASKS = ("asr",)
 TEMPLATE_VERSION = "whisper-1"
-MAX_AUDIO_SEC = 2 * 3600.0  # of one recording; 230 MB of log-mel
-ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have one more at least
-TIME_STEP_SEC = 0.02  # of Whisper's time tokens: two mel frames
+MAX_AUDIO_SEC = 2 * 3600.0  # of one recording, which has 230 MB of log-mel
+ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have at least one more
+TIME_STEP_SEC = 0.02  # step of Whisper's time tokens: two mel frames
 
 
 class WhisperFrontEnd(WindowedLogMel):
-    """Whisper's features and prompts, equal to ``WhisperProcessor``'s (tests hold the two against each other).
+    """Whisper's features and prompts, equal to ``WhisperProcessor``'s (tests compare the two).
 
     Args:
         model_id: Base model.
-        trim_audio: Not possible: a clip has no tokens in the prompt.
+        trim_audio: Not supported, because prompts have no audio tokens.
     """
 
     max_audio_sec = MAX_AUDIO_SEC
@@ -52,44 +52,43 @@ class WhisperFrontEnd(WindowedLogMel):
         try:
             generation: Any = GenerationConfig.from_pretrained(model_id)
         except OSError:
-            generation = None  # checkpoints of old trainers have none
+            generation = None  # older checkpoints have none
         self.eos_id = self.pad_id = self._id("<|endoftext|>")
         self.start_id = self._id("<|startoftranscript|>")
         self.no_times_id = self._id("<|notimestamps|>")
-        # English-only checkpoints have neither language nor task in their prompts
+        # Prompts of English-only checkpoints have neither language nor task.
         self.is_multilingual = bool(getattr(generation, "is_multilingual", config.vocab_size != ENGLISH_VOCABULARY))
         self.needs_language = self.is_multilingual
-        known = {f"<|{code}|>": self._tokenizer.convert_tokens_to_ids(f"<|{code}|>") for code in LANGUAGES}
-        known = {token: number for token, number in known.items() if number != self.eos_id}
-        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", known) if self.is_multilingual else {}
-        how = [FEATURES_VERSION, TEMPLATE_VERSION, self.num_mel_bins, self.window_frames, self.is_multilingual]
-        self.fingerprint = hashlib.sha256(json.dumps([*how, self._tokenizer_hash()]).encode()).hexdigest()
+        ids = {f"<|{code}|>": self._tokenizer.convert_tokens_to_ids(f"<|{code}|>") for code in LANGUAGES}
+        ids = {token: token_id for token, token_id in ids.items() if token_id != self.eos_id}  # unknown ones are eos
+        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", ids) if self.is_multilingual else {}
+        options = [FEATURES_VERSION, TEMPLATE_VERSION, self.num_mel_bins, self.window_frames, self.is_multilingual]
+        self.fingerprint = hashlib.sha256(json.dumps([*options, self._tokenizer_hash()]).encode()).hexdigest()
 
     def _id(self, token: str) -> int:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        if self._tokenizer.convert_ids_to_tokens(found) != token:  # what it does not know is <|endoftext|> to it
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        if self._tokenizer.convert_ids_to_tokens(token_id) != token:  # unknown tokens become <|endoftext|>
             raise RunError(f"--model_id {self.model_id}: its tokenizer has no {token}")
-        return found
+        return token_id
 
     def _tokenizer_hash(self) -> str:
-        names = ("tokenizer.json",)
         try:
-            paths = [model_file(self.model_id, name) for name in names]
+            paths = [model_file(self.model_id, "tokenizer.json")]
         except RunError:  # older checkpoints have the vocabulary in two files
             paths = [model_file(self.model_id, name) for name in ("vocab.json", "merges.txt")]
         return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
-        """Token ids up to where the answer starts: ``<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>``.
+        """Token ids up to the answer: ``<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>``.
 
-        A row that names no language has no token of one; the model finds it out before it answers. A row that says when
-        its parts are said is written with times, so ``<|notimestamps|>`` is left out.
+        Rows without a language get no language token; the model detects the language before it answers. Rows with
+        segments are transcribed with times, so ``<|notimestamps|>`` is omitted.
 
         Raises:
-            BadRow: Whisper does not answer such a row, or does not know the language.
+            BadRow: The row is not a transcription, or its language is unknown.
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
-        if sample.task.name not in Whisper.tasks:
+        if sample.task.name not in TASKS:
             raise BadRow(
                 "unsupported_task", f"Whisper transcribes and does nothing else; this is a row of {sample.task.name}"
             )
@@ -109,7 +108,7 @@ class WhisperFrontEnd(WindowedLogMel):
         return self.language_ids[token]
 
     def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
-        """Token ids of the transcript, with the times of its segments if it has any, and the end of text."""
+        """Token ids of the transcript and the end of text, with the times of its segments if it has any."""
         ids: list[int] = []
         if not segments:
             ids = self._encode(text)
@@ -128,17 +127,17 @@ class WhisperFrontEnd(WindowedLogMel):
             raise BadRow("bad_text", "the text holds half of a surrogate pair, which has no UTF-8 form") from None
 
     def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Recordings of several windows and rows with times: what is written next depends on the times before it."""
+        """True for recordings of several windows and rows with times: each token depends on the times before it."""
         return num_windows > 1 or self.no_times_id not in prompt_ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without control tokens and times, which all come after the tokens of text."""
+        """Text of token ids without control and time tokens, whose ids are all greater than those of text."""
         return self._tokenizer.decode([int(token) for token in ids if token < self.eos_id])
 
     def show(self, ids: Sequence[int]) -> str:
-        """Text of token ids for people, control tokens and times kept."""
-        runs = itertools.groupby((int(token) for token in ids), lambda token: token < self.eos_id)
-        convert = self._tokenizer.convert_ids_to_tokens
-        return "".join(
-            self.decode(run) if text else "".join(convert(run)) for text, run in ((t, list(r)) for t, r in runs)
-        )
+        """Text of token ids for people, with control and time tokens."""
+        parts = []
+        for is_text, run in itertools.groupby(map(int, ids), lambda token: token < self.eos_id):
+            tokens = list(run)
+            parts.append(self.decode(tokens) if is_text else "".join(self._tokenizer.convert_ids_to_tokens(tokens)))
+        return "".join(parts)

@@ -1,4 +1,4 @@
-"""SALMONN's annotation files, given where manifests are."""
+"""SALMONN's annotation files in place of manifests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,25 +10,28 @@ from voxray.core.storage import to_jsonl, write_atomically
 from voxray.corpora.importers import ImportFault, detect, salmonn
 
 MANIFESTS = "manifests"
-"""Folder of the manifests within a job's output."""
+"""Folder in a job's output that the manifests are written to."""
 
 
 def as_manifests(paths: Sequence[str], folder: Path, prefix: str = "", *, needs_text: bool = True) -> tuple[str, ...]:
-    """Write a manifest for each ``{"annotation": [...]}`` file; other paths stay as they are.
+    """Write a manifest for each ``{"annotation": [...]}`` file.
 
-    Rows that cannot be read stand in the ledger beside it (see ``ledger_path``).
+    Rows that cannot be read are listed in a file beside the manifest (see ``ledger_path``).
 
     Args:
-        folder: Where manifests are written.
-        prefix: Folder below which the audio stands, however the file names it.
-        needs_text: See ``salmonn.rows``.
+        paths: Annotation files and manifests.
+        folder: Folder that manifests are written to.
+        prefix: Folder that the audio paths in the files are relative to, even absolute ones.
+        needs_text: Whether rows without text are faults (see ``corpora.importers.salmonn.rows``).
+    Returns:
+        The paths, with manifests in place of annotation files.
     Raises:
         RunError: A file cannot be read, or has no usable row.
     """
     manifests: dict[str, Path] = {}
     for number, path in enumerate(dict.fromkeys(filter(is_annotation, paths))):
         manifests[path] = folder / f"{Path(path).stem}.jsonl"
-        if manifests[path] in list(manifests.values())[:-1]:  # train/a.json and valid/a.json are two
+        if manifests[path] in list(manifests.values())[:-1]:  # train/a.json and valid/a.json have the same stem
             manifests[path] = folder / str(number) / manifests[path].name
         _write(Path(path), manifests[path], prefix, needs_text)
     return tuple(str(manifests.get(path, path)) for path in paths)
@@ -40,7 +43,7 @@ def is_annotation(path: str) -> bool:
 
 
 def ledger_path(manifest: str | Path) -> Path:
-    """Where the rows are listed that an annotation file has and its manifest has not."""
+    """File that lists the rows of an annotation file that its manifest omits, with the reasons."""
     return Path(manifest).with_suffix(".quarantine.jsonl")
 
 

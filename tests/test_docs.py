@@ -1,0 +1,62 @@
+"""The documentation names files, classes and functions that exist, and the tree in docs/architecture.md is complete."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md")
+FILE = r"(?:[a-z_]+/)+[a-z0-9_]+\.(?:py|md|yaml|toml)"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def find(path: str) -> Path | None:
+    """The file that a page means: relative to the repository, or to voxray/."""
+    return next((folder / path for folder in (ROOT, ROOT / "voxray") if (folder / path).is_file()), None)
+
+
+def listed_files(tree: str) -> set[str]:
+    """Python files of a tree that is drawn by indentation; a line may name several."""
+    folders: list[tuple[int, str]] = []
+    files = set()
+    for line in tree.splitlines():
+        indent = len(line) - len(line.lstrip())
+        folders = [folder for folder in folders if folder[0] < indent]
+        if match := re.match(r" *([a-z_]+/)", line):
+            folders.append((indent, match[1]))
+        files |= {"".join(name for _, name in folders) + name for name in re.findall(r"[a-z0-9_]+\.py", line)}
+    return files
+
+
+def test_the_tree_lists_every_module() -> None:
+    [tree] = re.findall(r"```\n(jobs/.*?)```", read("docs/architecture.md"), re.DOTALL)
+    modules = [path for path in (ROOT / "voxray").rglob("*.py") if path.name != "__init__.py"]
+    missing = {str(path.relative_to(ROOT)) for path in modules} - listed_files(tree)
+    assert not missing, f"docs/architecture.md does not list {sorted(missing)}"
+    names = {path.name for path in modules}
+    gone = set(re.findall(r"^ {4,}([a-z0-9_]+\.py)", tree, re.MULTILINE)) - names
+    assert not gone, f"docs/architecture.md lists {sorted(gone)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page: str) -> None:
+    text = re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)  # not the commands, whose files are the user's
+    missing = [path for path in re.findall(rf"`({FILE})[`:]", text) if not find(path)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_exist(page: str) -> None:
+    """``path.py: name`` and, in tables, ```path.py`: `name``."""
+    references = re.findall(rf"`({FILE}):? ?`?:? ?`?([A-Za-z_]+)(?:\.[a-z_]+)?`", read(page))
+    missing = []
+    for path, name in references:
+        file = find(path)
+        source = file.read_text(encoding="utf-8") if file else ""
+        if not re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE):
+            missing.append(f"{path}: {name}")
+    assert not missing

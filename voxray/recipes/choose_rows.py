@@ -1,0 +1,111 @@
+"""Chooses the rows that a run trains on and validates with, and explains why others are left out."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from voxray.audio.logmel import HOP_SAMPLES
+from voxray.config.train import TrainSettings
+from voxray.core.errors import RunError
+from voxray.core.tasks import TASKS
+from voxray.features.reader import Features, RowLengths
+from voxray.features.shards import TASK_CODES
+from voxray.models.interface import FrontEnd
+from voxray.recipes.stages import Stage
+from voxray.training.validate import first_rows_per_task
+
+DEBUG_ROWS, DEBUG_VALIDATION_ROWS = 8, 4
+
+LostRow = tuple[Features, int, str, str]
+"""A row that is left out: (features, row number, reason, message)."""
+RowsT = TypeVar("RowsT", bound=RowLengths)
+
+
+def choose_rows(
+    stage: Stage,
+    settings: TrainSettings,
+    features: RowsT,
+    held_out: RowsT,
+    front_end: FrontEnd,
+    divided: frozenset[str] = frozenset(),
+) -> tuple[np.ndarray, np.ndarray, list[tuple[RowsT, int, str, str]]]:
+    """Choose rows by task, by length and by the requirements of the family.
+
+    Args:
+        features: Training rows.
+        held_out: Validation rows.
+        divided: Sources of rows that were divided (see ``TrainingData``).
+    Returns:
+        Row numbers for training, row numbers for validation, and the rows that are left out.
+    Raises:
+        RunError: No row is left to train on.
+    """
+    lost: list[tuple[RowsT, int, str, str]] = []
+    chosen = []
+    for part in (features, held_out):
+        rows, lost_of_part = _usable_rows(stage, settings, part, front_end, divided)
+        chosen.append(rows)
+        lost += lost_of_part
+    rows, held_out_rows = chosen
+    limit = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
+    held_out_rows = first_rows_per_task(held_out, held_out_rows, limit)
+    if settings.debug:
+        rows = first_rows_per_task(features, rows, DEBUG_ROWS)
+    if not len(rows):
+        raise RunError(f"--train_jsonl: {_why_no_row(stage, settings, features)}")
+    return rows, held_out_rows, lost
+
+
+def _usable_rows(
+    stage: Stage, settings: TrainSettings, part: RowsT, front_end: FrontEnd, divided: frozenset[str]
+) -> tuple[np.ndarray, list[tuple[RowsT, int, str, str]]]:
+    max_len = min(settings.max_len, front_end.max_positions)
+    rows, too_long = part.within(max_len)
+    of_stage = np.isin(part.task, [TASK_CODES[name] for name in stage.tasks])
+    too_long = too_long[of_stage[too_long]]
+    limit = f"tokens, over --max_len {max_len}"
+    lost = [(part, int(row), "too_long", f"{part.longest_tokens[row]} {limit}") for row in too_long]
+    others = np.flatnonzero(~of_stage)
+    others = others[np.unique(part.sample[others], return_index=True)[1]]  # one variant of every clip
+    names = {code: name for name, code in TASK_CODES.items()}
+    message = f"this job trains on {', '.join(stage.tasks)} rows"
+    lost += [(part, int(row), "other_task", f"{names[int(part.task[row])]}: {message}") for row in others]
+    rows = rows[of_stage[rows]]
+    unfit = list(_unfit_rows(part, rows, front_end, divided))
+    lost += [(part, row, reason, message) for row, reason, message in unfit if reason]
+    return rows[~np.isin(rows, [row for row, *_ in unfit])], lost
+
+
+def _unfit_rows(
+    part: RowLengths, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
+) -> Iterator[tuple[int, str, str]]:
+    """Rows within the token limit that the family cannot be trained on, as (row, reason, message).
+
+    The reason is empty for a row whose parts are rows of another set, because nothing of it is lost.
+    """
+    window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
+    for row in rows[part.num_windows[rows] > (front_end.max_windows or np.inf)].tolist():
+        seconds = part.num_samples[row] / front_end.sample_rate_hz
+        message = (
+            f"{seconds:.1f} s, and the model is trained on {window_sec * (front_end.max_windows or 1):g} s at most;"
+            " give the row segments ({start, end, text}) at which to divide it"
+        )
+        yield row, "" if part.source(row) in divided else "audio_too_long", message
+    if front_end.needs_language:
+        for row in rows[~part.has_language[rows]].tolist():
+            yield row, "no_language", "the row names no language, which this model needs; give it one, or --language"
+
+
+def _why_no_row(stage: Stage, settings: TrainSettings, features: RowLengths) -> str:
+    if np.isin(features.task, [TASK_CODES[name] for name in stage.tasks]).any() or len(stage.tasks) == len(TASKS):
+        return f"no row is within --max_len {settings.max_len} tokens"
+    keys = "; ".join(f"{name}: {', '.join(TASKS[name].keys)}" for name in stage.tasks)
+    return f"holds no row of the task that this job trains on ({keys})"
+
+
+def count_lost(stage: Stage, lost: Sequence[LostRow]) -> str:
+    """A log line on the rows of other tasks that are left out; "" if there are none."""
+    num_others = sum(reason == "other_task" for _, _, reason, _ in lost)
+    tasks = ", ".join(stage.tasks)
+    return f"left out: {num_others} rows of other tasks than {tasks}, listed in quarantine.jsonl" if num_others else ""
