@@ -1,4 +1,4 @@
-"""SALMONN from the demo recipe to the demo, through two workers of Ray, and after kill -9; all of it takes long."""
+"""Slow tests of SALMONN: from the demo recipe to the demo job, on two Ray workers, and after SIGKILL."""
 
 import csv
 import hashlib
@@ -43,16 +43,16 @@ def annotation(path: Path, task: str, *, with_text: bool) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("one_thread", "evaluation_here")
-def test_the_demo_recipe_from_training_to_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_recipe_from_training_to_the_demo_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    first, second, plain = (tmp_path / name for name in ("first", "second", "dry"))
+    first, second, untrained = (tmp_path / name for name in ("first", "second", "untrained"))
     train = ["--config", RECIPE, "--num_workers", "0", "--features_dir", str(tmp_path / "features")]
     load_job("train_salmonn").main([*train, "--output_dir", str(first)])
     assert losses(first)[-1] < losses(first)[0] and len(losses(first)) == 60
     stage_2 = ["--stage", "2", "--ckpt", str(first), "--dryrun", "--output_dir", str(second)]
     load_job("train_salmonn").main([*train, *stage_2])
-    load_job("train_salmonn").main([*train, "--dryrun", "--output_dir", str(plain)])
-    assert len(losses(second)) == len(losses(plain)) == 4 and losses(second)[0] < losses(plain)[0]
+    load_job("train_salmonn").main([*train, "--dryrun", "--output_dir", str(untrained)])
+    assert len(losses(second)) == len(losses(untrained)) == 4 and losses(second)[0] < losses(untrained)[0]
     answers: dict[str, dict[str, str]] = {}
     for mode in ("submission_asr", "submission_aac", "valid_asr", "valid_aac"):
         kind, _, task = mode.partition("_")
@@ -68,27 +68,29 @@ def test_the_demo_recipe_from_training_to_the_demo(tmp_path: Path, monkeypatch: 
         assert set(metrics) == {"unlabelled"} if kind == "submission" else metrics[task]["exact_match"]["n"] == 4
     assert answers["submission_asr"] == answers["valid_asr"] != answers["submission_aac"] == answers["valid_aac"]
 
-    def inferred(**flags: str) -> str:
+    def answer(**flags: str) -> str:
         settings = InferSettings.model_validate({"audio_path": SAMPLE, "max_new_tokens": 8, **flags})
         return run_inference(settings, "")[0]["prediction"]
 
-    said = inferred(lora_dir=str(second))
+    prediction = answer(lora_dir=str(second))
     demo, _ = open_model(DemoSettings(lora_dir=str(second), max_new_tokens=8))
     [tuned] = demo.answers(DemoRequest(SAMPLE, compare=True))
-    assert (tuned.is_base, tuned.text) == (False, said)
+    assert (tuned.is_base, tuned.text) == (False, prediction)
     load_job("export").main(["--lora_dir", str(second), "--output_dir", str(tmp_path / "whole")])
-    assert inferred(model_id=str(tmp_path / "whole")) == said
+    assert answer(model_id=str(tmp_path / "whole")) == prediction
     official = ["--lora_dir", str(second), "--output_dir", str(tmp_path / "official"), "--format", "official"]
     load_job("export").main(official)
-    old = {"model": {**PARTS, "ckpt": str(tmp_path / "official" / "salmonn_v1.pth"), "end_sym": "</s>"}}
-    old |= {"datasets": {"test_ann_path_asr": str(tmp_path / "submission_asr.json")}}
-    (tmp_path / "eval.yaml").write_text(json.dumps(old))
+    config = {"model": {**PARTS, "ckpt": str(tmp_path / "official" / "salmonn_v1.pth"), "end_sym": "</s>"}}
+    config |= {"datasets": {"test_ann_path_asr": str(tmp_path / "submission_asr.json")}}
+    (tmp_path / "eval.yaml").write_text(json.dumps(config))
     flags = ["--mode", "submission_asr", "--cfg-path", str(tmp_path / "eval.yaml"), "--gen_max_new_tokens", "8"]
     load_job("evaluate").main([*flags, "--output_dir", str(tmp_path / "again")])
-    both = [{row["id"]: row["prediction"] for row in read_predictions(tmp_path / name)} for name in ("again", mode)]
-    assert set(both[0]) == set(both[1])
-    first_run = {row["id"]: row["prediction"] for row in read_predictions(tmp_path / "submission_asr")}
-    assert both[0] == first_run, "the checkpoint in the official format says what the adapter says"
+    assert predictions(tmp_path / "again") == predictions(tmp_path / "submission_asr"), "the same weights"
+    assert set(predictions(tmp_path / "again")) == set(predictions(tmp_path / mode))
+
+
+def predictions(folder: Path) -> dict[str, str]:
+    return {row["id"]: row["prediction"] for row in read_predictions(folder)}
 
 
 def command(salmonn: str, data: str, folder: Path, num_workers: int, **more: Any) -> list[str]:
@@ -101,7 +103,7 @@ def command(salmonn: str, data: str, folder: Path, num_workers: int, **more: Any
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_two_workers_of_ray_do_what_one_process_does(
+def test_two_ray_workers_equal_one_process(
     local_ray: None, salmonn: str, small: dict[str, str], tmp_path: Path
 ) -> None:
     data = small["asr.train"]
@@ -113,10 +115,8 @@ def test_two_workers_of_ray_do_what_one_process_does(
 @pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
-def test_killed_and_started_again_it_ends_as_the_uninterrupted_run(
-    salmonn: str, small: dict[str, str], tmp_path: Path
-) -> None:
-    """kill -9 of a worker, of the driver, and of everything, with prompts that are drawn."""
+def test_a_killed_run_equals_the_uninterrupted_run(salmonn: str, small: dict[str, str], tmp_path: Path) -> None:
+    """SIGKILL of a worker, of the driver, and of everything, with sampled prompts."""
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps({"asr": [f"<SpeechHere> {word} it." for word in ("Write", "Say", "Hear")]}))
     steps, saved = 24, 2

@@ -1,4 +1,4 @@
-"""The first two stages of Voxtral as jobs, and adapters that go from stage to stage."""
+"""The first two stages of Voxtral as jobs, and adapters that pass from stage to stage."""
 
 import json
 import pickle
@@ -12,16 +12,16 @@ from conftest import TINY, write_rows
 from helpers.running import load_job, parse_only
 from safetensors.torch import load_file
 
-from voxray.commands import train as launch
+from voxray.commands import train as command
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings
 from voxray.core.errors import RunError, SettingsError
-from voxray.recipes import run_stage as stage
+from voxray.recipes import run_stage
 from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROLE = {"train_text": "llm", "train_asr_adapter": "projector"}
-"""What LoRA goes to."""
+"""The role with LoRA."""
 SETTINGS = {"train_text": TextSettings, "train_asr_adapter": AsrAdapterSettings}
 TASK = {"train_text": "tqa", "train_asr_adapter": "asr"}
 SAME_LORA = ("--lora_r", "4", "--lora_alpha", "8")
@@ -34,11 +34,11 @@ def run(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Call
 
     def run(name: str, *flags: str, into: str = "", **more: str) -> Path:
         out = folder / (into or f"run{len(list(folder.iterdir()))}")
-        usual = {"model_id": TINY, "num_workers": "0", "features_dir": str(folder / "features"), "max_steps": "2"}
-        usual |= {"train_jsonl": ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa")), "lr": "1e-2"}
-        usual |= {"per_device_bsz": "2", "grad_accum": "1", "rows_per_shard": "8", "output_dir": str(out), **more}
-        argv = [word for key, value in usual.items() for word in (f"--{key}", value)]
-        launch.run_training(parse_only(name, [*argv, *flags]))
+        values = {"model_id": TINY, "num_workers": "0", "features_dir": str(folder / "features"), "max_steps": "2"}
+        values |= {"train_jsonl": ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa")), "lr": "1e-2"}
+        values |= {"per_device_bsz": "2", "grad_accum": "1", "rows_per_shard": "8", "output_dir": str(out), **more}
+        argv = [word for key, value in values.items() for word in (f"--{key}", value)]
+        command.run_training(parse_only(name, [*argv, *flags]))
         return out
 
     return run
@@ -53,8 +53,8 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(run_dir / "adapter" / "adapter_model.safetensors")
 
 
-def part(found: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in found.items() if module in name}
+def part(weights: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in weights.items() if module in name}
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -65,12 +65,12 @@ def ledger(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "quarantine.jsonl").read_text().splitlines()]
 
 
-# what a stage is
+# one stage
 
 
 def test_defaults_of_the_stages_are_the_published_ones() -> None:
-    need = ["--train_jsonl", "t.jsonl", "--output_dir", "o"]
-    text, adapter = parse_only("train_text", need), parse_only("train_asr_adapter", need)
+    required = ["--train_jsonl", "t.jsonl", "--output_dir", "o"]
+    text, adapter = parse_only("train_text", required), parse_only("train_asr_adapter", required)
     names = ("lora_r", "lora_alpha", "lr", "epochs")
     assert [getattr(text, name) for name in names] == [16, 32, 2e-4, 3]
     assert [getattr(adapter, name) for name in names] == [8, 16, 1e-4, 2]
@@ -81,15 +81,15 @@ def test_defaults_of_the_stages_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("name", ROLE)
-def test_a_stage_trains_its_part_on_its_rows(name: str, run: Callable[..., Path], small: dict[str, str]) -> None:
+def test_a_stage_trains_its_role_on_its_task(name: str, run: Callable[..., Path], small: dict[str, str]) -> None:
     held_out = ",".join(small[f"{task}.val"] for task in ("asr", "tqa"))
     out = run(name, "--eval_max_new_tokens", "4", "--lora_r", "4", val_jsonl=held_out)
     counts = json.loads((out / "parameters.json").read_text())
     assert {role for role, entry in counts.items() if entry["trainable"]} == {ROLE[name]}
     module = {"llm": "language_model", "projector": "multi_modal_projector"}[ROLE[name]]
-    found = tensors(out)
-    assert found and all(module in key for key in found)
-    assert any(tensor.abs().sum() > 0 for key, tensor in found.items() if "lora_B" in key)
+    weights = tensors(out)
+    assert weights and all(module in key for key in weights)
+    assert any(tensor.abs().sum() > 0 for key, tensor in weights.items() if "lora_B" in key)
     records = read_metrics(out, "train")
     assert {key for record in records for key in record if key.startswith("loss/")} == {f"loss/{TASK[name]}"}
     groups = {key.partition("/")[0] for key in read_metrics(out, "validation")[-1] if "/" in key}
@@ -101,7 +101,9 @@ def test_a_stage_trains_its_part_on_its_rows(name: str, run: Callable[..., Path]
 
 
 @pytest.mark.parametrize("name", ROLE)
-def test_rows_of_other_tasks_alone_are_refused(name: str, run: Callable[..., Path], small: dict[str, str]) -> None:
+def test_manifests_without_rows_of_the_task_are_refused(
+    name: str, run: Callable[..., Path], small: dict[str, str]
+) -> None:
     keys = {"train_text": "tqa: instruction, output", "train_asr_adapter": "asr: audio_path, transcript"}[name]
     with pytest.raises(RunError, match=rf"^--train_jsonl: holds no row of the task .*\({keys}\)$"):
         run(name, train_jsonl=small["sqa.train"])
@@ -111,25 +113,25 @@ def test_rows_of_other_tasks_alone_are_refused(name: str, run: Callable[..., Pat
 
 @pytest.mark.parametrize("name", ROLE)
 def test_flags_reach_the_recipe(name: str, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
-    given: list[Any] = []
+    """Their effect is the same code for all recipes, which test_training_flags.py tests."""
+    received: list[Any] = []
 
-    def recipe(run: Any, data: Any) -> dict[str, Any]:
-        given.append(run.settings)
+    def fake_train(run: Any, data: Any) -> dict[str, Any]:
+        received.append(run.settings)
         return {"steps": 2, "finished": True}
 
-    monkeypatch.setattr(launch, "train", recipe)
+    monkeypatch.setattr(command, "train", fake_train)
     flags = "--lora_dropout 0.3 --weight_decay 0.1 --eval_steps 7 --seed 3 --debug --grad_ckpt --store pcm16"
     out = run(name, *flags.split())
-    (settings,) = given
+    (settings,) = received
     assert (settings.lora_dropout, settings.weight_decay, settings.eval_steps, settings.seed) == (0.3, 0.1, 7, 3)
     assert settings.debug and settings.grad_ckpt and settings.store == "pcm16"
     assert json.loads((out / "settings.json").read_text()) == json.loads(settings.model_dump_json())
-    sent = pickle.loads(pickle.dumps(settings))
-    assert type(sent) is SETTINGS[name] and sent == settings, "as Ray Train's workers find their recipe"
+    unpickled = pickle.loads(pickle.dumps(settings))
+    assert type(unpickled) is SETTINGS[name] and unpickled == settings, "as sent to Ray Train's workers"
 
 
-def test_stored_encoder_outputs_give_the_adapter_the_same_losses(run: Callable[..., Path]) -> None:
+def test_stored_encoder_outputs_give_the_same_losses(run: Callable[..., Path]) -> None:
     mel = run("train_asr_adapter")
     stored = run("train_asr_adapter", "--store", "encoder", "--cache_dtype", "float32")
     assert losses(mel) == losses(stored)
@@ -137,16 +139,16 @@ def test_stored_encoder_outputs_give_the_adapter_the_same_losses(run: Callable[.
         run("train_asr_adapter", "--store", "encoder", "--time_masks", "1")
     masked = run("train_asr_adapter", "--time_masks", "2", "--time_mask_share", "0.5")
     assert losses(masked) != losses(mel)
-    assert "encoder" not in json.loads((stored / "parameters.json").read_text()), "its weights are not kept in memory"
+    assert "encoder" not in json.loads((stored / "parameters.json").read_text()), "its weights are not loaded"
 
 
-def test_a_frozen_language_model_recomputes_and_stays_in_eval(
+def test_a_frozen_language_model_is_recomputed_in_eval_mode(
     run: Callable[..., Path], small: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gradients pass through it to the projector: --grad_ckpt saves memory there, and no dropout wakes up."""
-    calls, modes, fit = [0], [], stage.fit
+    """Gradients pass through it to the projector, so --grad_ckpt saves its activations. Its dropout stays off."""
+    calls, modes, fit = [0], [], run_stage.fit
 
-    def watched(state: Any, *args: Any) -> int:
+    def recording_fit(state: Any, *args: Any) -> int:
         named = dict(state.model.named_modules())
         layer = next(named[name] for name in named if name.endswith("language_model.layers.0.self_attn"))
 
@@ -158,22 +160,20 @@ def test_a_frozen_language_model_recomputes_and_stays_in_eval(
         modes.append({name: module.training for name, module in named.items()})
         return step
 
-    monkeypatch.setattr(stage, "fit", watched)
-    usual = ("train_asr_adapter", "--eval_max_new_tokens", "2", "--eval_max_rows", "1")
-    plain = run(*usual, val_jsonl=small["asr.val"])
-    once, calls[0] = calls[0], 0
-    saving = run(*usual, "--grad_ckpt", val_jsonl=small["asr.val"])
-    assert calls[0] == 2 * once > 0
-    assert losses(plain) == losses(saving)
-    for found in modes:
-        frozen = {
-            on for name, on in found.items() if "language_model" in name and name.endswith(("_proj", "self_attn"))
-        }
-        assert frozen == {False}, "not even after a validation"
-        assert all(on for name, on in found.items() if "multi_modal_projector" in name)
+    monkeypatch.setattr(run_stage, "fit", recording_fit)
+    args = ("train_asr_adapter", "--eval_max_new_tokens", "2", "--eval_max_rows", "1")
+    plain = run(*args, val_jsonl=small["asr.val"])
+    plain_calls, calls[0] = calls[0], 0
+    recomputed = run(*args, "--grad_ckpt", val_jsonl=small["asr.val"])
+    assert calls[0] == 2 * plain_calls > 0
+    assert losses(plain) == losses(recomputed)
+    for of_run in modes:
+        layers = [name for name in of_run if "language_model" in name and name.endswith(("_proj", "self_attn"))]
+        assert layers and not any(of_run[name] for name in layers), "also after a validation"
+        assert all(training for name, training in of_run.items() if "multi_modal_projector" in name)
 
 
-def test_rows_of_an_old_cache_are_refused_in_one_line(run: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_manifest_of_an_old_cache_is_refused(run: Callable[..., Path], tmp_path: Path) -> None:
     row = {"input_features": "cache/000.pt", "labels": "cache/000.labels.pt", "transcript": "x"}
     with pytest.raises(RunError, match=r"train_data\.cached\.jsonl.*jobs/featurize\.py --manifest"):
         run("train_asr_adapter", train_jsonl=write_rows(tmp_path / "train_data.cached.jsonl", [row]))
@@ -182,8 +182,8 @@ def test_rows_of_an_old_cache_are_refused_in_one_line(run: Callable[..., Path], 
 # from stage to stage
 
 
-def test_init_adapter_is_loaded_kept_and_noted(run: Callable[..., Path], first_stage: Path) -> None:
-    """The result stands on the plain base: the earlier stage's tensors to the last bit, and the new ones."""
+def test_init_adapter_is_loaded_frozen_and_recorded(run: Callable[..., Path], first_stage: Path) -> None:
+    """The result has the tensors of the earlier stage, bit for bit, and the new ones, all on the plain base."""
     out = run("train_asr_adapter", *SAME_LORA, "--lora_dropout", "0.3", init_adapter=str(first_stage))
     before, after = tensors(first_stage), tensors(out)
     assert set(part(after, "language_model")) == set(before)
@@ -193,31 +193,31 @@ def test_init_adapter_is_loaded_kept_and_noted(run: Callable[..., Path], first_s
     assert any(tensor.abs().sum() > 0 for name, tensor in trained.items() if "lora_B" in name)
     counts = json.loads((out / "parameters.json").read_text())
     assert counts["llm"]["trainable"] == 0 < counts["projector"]["trainable"]
-    noted = json.loads((out / "provenance.json").read_text())["init_adapter"]
-    assert (noted["folder"], noted["roles"], noted["base"]) == (str(first_stage / "adapter"), ["llm"], TINY)
-    assert len(noted["sha256"]) == 64
-    said = (out / "train.log").read_text()
-    assert f"starts from {first_stage / 'adapter'}: {len(before)} tensors of llm; frozen: llm" in said
+    recorded = json.loads((out / "provenance.json").read_text())["init_adapter"]
+    assert (recorded["folder"], recorded["roles"], recorded["base"]) == (str(first_stage / "adapter"), ["llm"], TINY)
+    assert len(recorded["sha256"]) == 64
+    log = (out / "train.log").read_text()
+    assert f"starts from {first_stage / 'adapter'}: {len(before)} tensors of llm; frozen: llm" in log
     assert losses(out)[0] != losses(run("train_asr_adapter", *SAME_LORA))[0]
 
 
-def test_init_adapter_trains_on_from_where_it_was(run: Callable[..., Path], first_stage: Path) -> None:
-    """With steps too small to change a float32, the result is the adapter that it began with."""
+def test_init_adapter_continues_to_train(run: Callable[..., Path], first_stage: Path) -> None:
+    """With steps too small to change a float32, the result equals the initial adapter."""
     out = run("train_text", *SAME_LORA, init_adapter=str(first_stage / "checkpoints" / "step-000002"), lr="1e-30")
     before, after = tensors(first_stage), tensors(out)
     assert set(before) == set(after) and all(torch.equal(after[name], before[name]) for name in before)
-    on = tensors(run("train_text", *SAME_LORA, init_adapter=str(first_stage)))
-    assert any(not torch.equal(on[name], before[name]) for name in before)
+    trained = tensors(run("train_text", *SAME_LORA, init_adapter=str(first_stage)))
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
 
 
 def test_resuming_a_run_with_init_adapter_is_exact(run: Callable[..., Path], first_stage: Path) -> None:
-    given = (*SAME_LORA, "--lora_dropout", "0.2", "--lr_schedule", "constant", "--init_adapter", str(first_stage))
-    straight = run("train_multitask", *given, max_steps="4")
-    run("train_multitask", *given, into="resumed", max_steps="2")
-    resumed = run("train_multitask", *given, into="resumed", max_steps="4")
+    flags = (*SAME_LORA, "--lora_dropout", "0.2", "--lr_schedule", "constant", "--init_adapter", str(first_stage))
+    straight = run("train_multitask", *flags, max_steps="4")
+    run("train_multitask", *flags, into="resumed", max_steps="2")
+    resumed = run("train_multitask", *flags, into="resumed", max_steps="4")
     assert losses(resumed) == losses(straight) and len(losses(resumed)) == 4
-    one, other = tensors(straight), tensors(resumed)
-    assert all(torch.equal(one[name], other[name]) for name in one) and set(one) == set(other)
+    expected, weights = tensors(straight), tensors(resumed)
+    assert set(weights) == set(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], first_stage: Path, tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], fir
     (adapter / "adapter_config.json").write_text("[")
     with pytest.raises(RunError, match="cannot read the adapter's configuration"):
         run("train_text", init_adapter=str(tmp_path))
-    stored = json.loads((first_stage / "adapter" / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**stored, "use_rslora": True}))
+    config = json.loads((first_stage / "adapter" / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "use_rslora": True}))
     (adapter / "adapter_model.safetensors").write_bytes(
         (first_stage / "adapter" / "adapter_model.safetensors").read_bytes()
     )
@@ -241,9 +241,9 @@ def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], fir
     (adapter / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(RunError, match="cannot read the adapter"):
         run("train_text", *SAME_LORA, init_adapter=str(tmp_path))
-    whole = run("train_multitask", *SAME_LORA, "--no_freeze_whisper")
+    with_encoder = run("train_multitask", *SAME_LORA, "--no_freeze_whisper")
     with pytest.raises(SettingsError, match=r"--store encoder: --init_adapter .* changes the encoder"):
-        run("train_asr_adapter", *SAME_LORA, "--store", "encoder", init_adapter=str(whole))
+        run("train_asr_adapter", *SAME_LORA, "--store", "encoder", init_adapter=str(with_encoder))
 
 
 def test_the_three_stages_in_a_row(
@@ -255,27 +255,27 @@ def test_the_three_stages_in_a_row(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """train_text -> train_asr_adapter -> train_multitask -> evaluate -> infer, all with their own jobs."""
+    """train_text -> train_asr_adapter -> train_multitask -> evaluate -> infer, each with its job."""
     second = run("train_asr_adapter", *SAME_LORA, init_adapter=str(first_stage))
     third = run("train_multitask", *SAME_LORA, init_adapter=str(second))
     assert set(tensors(third)) == set(tensors(second)) > set(tensors(first_stage))
     monkeypatch.chdir(tmp_path)
     held_out = ",".join(small[f"{task}.val"] for task in ("asr", "tqa"))
-    evaluated = ["--lora_dir", str(third), "--val_jsonl", held_out, "--gen_max_new_tokens", "8", "--output_dir", "e"]
-    load_job("evaluate").main(evaluated)
-    found = json.loads((tmp_path / "e" / "metrics.json").read_text())
-    assert found["asr"]["cer"]["n"] == found["tqa"]["rouge_l"]["n"] == 4 and "sqa" not in found
+    flags = ["--lora_dir", str(third), "--val_jsonl", held_out, "--gen_max_new_tokens", "8", "--output_dir", "e"]
+    load_job("evaluate").main(flags)
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert metrics["asr"]["cer"]["n"] == metrics["tqa"]["rouge_l"]["n"] == 4 and "sqa" not in metrics
     capsys.readouterr()
     load_job("infer").main(["--lora_dir", str(third), "--jsonl", small["tqa.val"], "--max_new_tokens", "4"])
-    said = capsys.readouterr()
-    assert f" {len(tensors(third))} tensors" in said.err and len(said.out.splitlines()) >= 4
+    output = capsys.readouterr()
+    assert f" {len(tensors(third))} tensors" in output.err and len(output.out.splitlines()) >= 4
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ROLE)
 def test_a_stage_runs_in_two_processes(local_ray: None, name: str, run: Callable[..., Path]) -> None:
-    """Losses do not depend on how a step is divided, so the same rows in one process give the same."""
+    """Losses do not depend on how a step is divided, so one process gives the same losses."""
     two = run(name, num_workers="2", lora_dropout="0", per_device_bsz="1")
     one = run(name, lora_dropout="0")
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)

@@ -1,4 +1,4 @@
-"""The jobs on the second model family: training, resuming, evaluating, exporting and sweeping Whisper."""
+"""All jobs with Whisper: training, resuming, evaluating, exporting and sweeps."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ from helpers.running import parse_only
 from test_stages import ledger, losses, tensors
 
 from voxray.audio.decode import decode
-from voxray.commands import evaluate as job
-from voxray.commands import train as launch
+from voxray.commands import evaluate as evaluate_command
+from voxray.commands import train as command
 from voxray.commands.export import run_export
 from voxray.commands.infer import run_inference
 from voxray.config.evaluate import EvaluateSettings, InferSettings
@@ -40,11 +40,11 @@ def run(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Call
 
     def run(*flags: str, into: str = "", **more: str) -> Path:
         out = folder / (into or f"run{len(list(folder.iterdir()))}")
-        usual = {"model_id": WHISPER, "num_workers": "0", "features_dir": str(folder / "features"), "max_steps": "2"}
-        usual |= {"train_jsonl": small["asr.train"], "max_len": "120", "lr": "1e-2", "warmup_steps": "0"}
-        usual |= {"per_device_bsz": "4", "rows_per_shard": "8", "output_dir": str(out), **more}
-        argv = [word for key, value in usual.items() for word in (f"--{key}", value)]
-        launch.run_training(parse_only("train_whisper", [*argv, *flags]))
+        values = {"model_id": WHISPER, "num_workers": "0", "features_dir": str(folder / "features"), "max_steps": "2"}
+        values |= {"train_jsonl": small["asr.train"], "max_len": "120", "lr": "1e-2", "warmup_steps": "0"}
+        values |= {"per_device_bsz": "4", "rows_per_shard": "8", "output_dir": str(out), **more}
+        argv = [word for key, value in values.items() for word in (f"--{key}", value)]
+        command.run_training(parse_only("train_whisper", [*argv, *flags]))
         return out
 
     return run
@@ -55,7 +55,7 @@ def tuned(run: Callable[..., Path]) -> Path:
     return run(into="tuned", max_steps="6")
 
 
-def said(**flags: Any) -> str:
+def transcribe(**flags: Any) -> str:
     values = {"audio_path": CLIP, "language": "ko", "max_new_tokens": 24, **flags}
     [answer] = run_inference(InferSettings.model_validate(values), "")
     return answer["prediction"]
@@ -70,41 +70,41 @@ def test_defaults_are_the_published_ones() -> None:
 
 
 def test_flags_reach_the_recipe(run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the flags then do is one code path for all stages, which test_training_flags.py looks at."""
-    given: list[Any] = []
+    """Their effect is the same code for all recipes, which test_training_flags.py tests."""
+    received: list[Any] = []
 
-    def recipe(run: Any, data: Any) -> dict[str, Any]:
-        given.append(run.settings)
+    def fake_train(run: Any, data: Any) -> dict[str, Any]:
+        received.append(run.settings)
         return {"steps": 2, "finished": True}
 
-    monkeypatch.setattr(launch, "train", recipe)
+    monkeypatch.setattr(command, "train", fake_train)
     flags = "--lora_dropout 0.3 --weight_decay 0.1 --eval_steps 7 --seed 3 --debug --grad_ckpt --store pcm16"
     run(*flags.split())
-    (settings,) = given
+    (settings,) = received
     assert (settings.lora_dropout, settings.weight_decay, settings.eval_steps, settings.seed) == (0.3, 0.1, 7, 3)
     assert settings.debug and settings.grad_ckpt and settings.store == "pcm16"
 
 
-def test_what_trains(run: Callable[..., Path], tuned: Path) -> None:
-    both = tensors(tuned)
-    assert {"encoder" if ".encoder." in name else "decoder" for name in both} == {"encoder", "decoder"}
-    assert all(".q_proj." in name or ".v_proj." in name for name in both)
+def test_the_flags_choose_what_trains(run: Callable[..., Path], tuned: Path) -> None:
+    weights = tensors(tuned)
+    assert {"encoder" if ".encoder." in name else "decoder" for name in weights} == {"encoder", "decoder"}
+    assert all(".q_proj." in name or ".v_proj." in name for name in weights)
     decoder = run("--freeze_encoder", "--lora_targets", "fc1,out_proj")
     assert all(".decoder." in name and (".fc1." in name or ".out_proj." in name) for name in tensors(decoder))
     counts = json.loads((decoder / "parameters.json").read_text())
     assert counts["encoder"]["trainable"] == 0 < counts["decoder"]["trainable"]
 
 
-def test_grad_ckpt_gives_the_same_losses_and_packs_count_what_the_encoder_holds(run: Callable[..., Path]) -> None:
+def test_grad_ckpt_keeps_the_losses_and_packs_count_encoder_positions(run: Callable[..., Path]) -> None:
     plain = losses(run("--lora_dropout", "0"))
     assert losses(run("--lora_dropout", "0", "--grad_ckpt")) == pytest.approx(plain, abs=1e-5)
     packed = run("--lora_dropout", "0", "--batching", "packed", "--pack_tokens", "850")
-    assert np.isfinite(losses(packed)).all() and losses(packed) != plain, "packs of other rows"
+    assert np.isfinite(losses(packed)).all() and losses(packed) != plain, "packs have other rows"
     with pytest.raises(SettingsError, match=r"--pack_tokens 200: a row of 2[01][0-9] tokens does not fit"):
         run("--batching", "packed", "--pack_tokens", "200")
 
 
-def test_stored_encoder_outputs_are_for_a_frozen_encoder(
+def test_stored_encoder_outputs_need_a_frozen_encoder(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str], tuned: Path, small: dict[str, str], tmp_path: Path
 ) -> None:
     flags = ("--freeze_encoder", "--lora_dropout", "0")
@@ -117,11 +117,13 @@ def test_stored_encoder_outputs_are_for_a_frozen_encoder(
         run("--store", "encoder", "--freeze_encoder", "--quantize", "8bit")
     values = {"val_jsonl": small["asr.val"], "output_dir": str(tmp_path), "store": "encoder", "lora_dir": str(tuned)}
     with pytest.raises(SettingsError, match=r"--store encoder: the adapter in .* changes the encoder"):
-        job.run_evaluation(EvaluateSettings.model_validate(values))
+        evaluate_command.run_evaluation(EvaluateSettings.model_validate(values))
 
 
-def test_old_settings_train(small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The settings of the old scripts, by their names, in a YAML file."""
+def test_settings_of_older_scripts_train(
+    small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A YAML file with the names and values of the older scripts."""
     rows = [{**row, "language": None} for row in read_rows(small["asr.train"])]
     data = write_rows(tmp_path / "train.jsonl", rows)
     (tmp_path / "old.yaml").write_text(
@@ -133,10 +135,9 @@ def test_old_settings_train(small: dict[str, str], tmp_path: Path, capsys: pytes
     settings = parse_only("train_whisper", ["--config", str(tmp_path / "old.yaml")])
     assert (settings.language, settings.lr, settings.per_device_bsz, settings.epochs) == ("ko", 1e-3, 4, 1)
     assert "--task has no effect" in capsys.readouterr().err
-    launch.run_training(settings)
+    command.run_training(settings)
     assert len(losses(tmp_path / "run")) == 3 and not ledger(tmp_path / "run")
-    log = (tmp_path / "run" / "settings.json").read_text()
-    assert '"language": "ko"' in log
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["language"] == "ko"
     with pytest.raises(SystemExit):
         parse_only("train_whisper", ["--config", str(tmp_path / "old.yaml"), "--language_abbr", "xxx"])
     (tmp_path / "two.yaml").write_text("language: Korean\nlanguage_abbr: en\ntrain_jsonl: a\noutput_dir: o\n")
@@ -150,7 +151,7 @@ def test_a_base_of_another_family_is_refused(run: Callable[..., Path], small: di
         run(model_id=TINY)
     flags = ["--model_id", WHISPER, "--train_jsonl", small["asr.train"], "--output_dir", str(tmp_path / "r")]
     with pytest.raises(SettingsError, match=r"a whisper model, and this job trains voxtral; jobs/train_whisper.py"):
-        launch.run_training(parse_only("train_multitask", flags))
+        command.run_training(parse_only("train_multitask", flags))
 
 
 def test_rows_of_other_tasks_are_refused(run: Callable[..., Path], small: dict[str, str]) -> None:
@@ -187,34 +188,32 @@ def test_resume_is_exact_and_workers_divide_the_same_step(data: TrainingData, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_trains_alike(data: TrainingData, tmp_path: Path, stage: int) -> None:
+def test_deepspeed_gives_the_same_losses(data: TrainingData, tmp_path: Path, stage: int) -> None:
     plain = trained(tmp_path / "a", data, 2, lora_dropout=0.0, per_device_bsz=2)
     divided = {"strategy": "deepspeed", "zero_stage": stage, "lora_dropout": 0.0, "per_device_bsz": 2}
     assert trained(tmp_path / "b", data, 2, **divided) == pytest.approx(plain, abs=1e-4)
 
 
-def test_an_exported_model_says_the_same_in_transformers_pipeline(tuned: Path, tmp_path: Path) -> None:
+def test_an_exported_model_transcribes_alike_in_the_transformers_pipeline(tuned: Path, tmp_path: Path) -> None:
     from transformers import pipeline
 
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "e"), dtype="float32"))
     assert report["layers_merged"] == 12 and report["difference_on_disk"] < 1e-4
-    theirs = pipeline("automatic-speech-recognition", str(tmp_path / "e"))
-    how = {"language": "ko", "task": "transcribe", "max_new_tokens": 24}
+    reference = pipeline("automatic-speech-recognition", str(tmp_path / "e"))
+    options = {"language": "ko", "task": "transcribe", "max_new_tokens": 24}
     rows = read_rows(manifest("asr.val"))[:4]
     for row in rows:
         samples = decode(row["audio_path"], 16_000)
-        found = theirs({"raw": samples, "sampling_rate": 16_000}, generate_kwargs=how)["text"].strip()
+        text = reference({"raw": samples, "sampling_rate": 16_000}, generate_kwargs=options)["text"].strip()
         flags = {"audio_path": row["audio_path"]}
-        assert found == said(lora_dir=str(tuned), **flags) == said(model_id=str(tmp_path / "e"), **flags)
-    assert said(lora_dir=str(tuned)) != said(model_id=WHISPER), "the adapter says something else than the base"
+        assert text == transcribe(lora_dir=str(tuned), **flags) == transcribe(model_id=str(tmp_path / "e"), **flags)
+    assert transcribe(lora_dir=str(tuned)) != transcribe(model_id=WHISPER), "the adapter has an effect"
     with pytest.raises(SettingsError, match="--merge projector: a whisper model has no projector"):
         run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "f"), merge="projector"))
 
 
-def test_evaluation_takes_it_unchanged(
-    tuned: Path, small: dict[str, str], tmp_path: Path, evaluation_here: None
-) -> None:
-    """Short rows, a recording of several windows, and rows of tasks that Whisper does not answer."""
+def test_evaluation_of_whisper(tuned: Path, small: dict[str, str], tmp_path: Path, evaluation_here: None) -> None:
+    """Short rows, a recording of several windows, and a row of a task that Whisper does not support."""
     clips = [decode(row["audio_path"], 16_000) for row in read_rows(manifest("base.val"))[:5]]
     soundfile.write(tmp_path / "long.wav", np.concatenate(clips), 16_000)
     rows = read_rows(small["asr.val"])
@@ -222,12 +221,13 @@ def test_evaluation_takes_it_unchanged(
     rows.append(read_rows(small["sqa.val"])[0])
     values = {"val_jsonl": write_rows(tmp_path / "m.jsonl", rows), "lora_dir": str(tuned)}
     values |= {"gen_max_new_tokens": 24, "perplexity": "all"}
-    found = job.run_evaluation(EvaluateSettings.model_validate({**values, "output_dir": str(tmp_path / "e")}))
-    assert found.metrics["asr"]["cer_nospace"]["n"] == 5 and found.metrics["asr"]["perplexity"]["value"] > 1
-    [long] = [row for row in job.read_predictions(tmp_path / "e") if row["reference"] == "a b c"]
+    settings = EvaluateSettings.model_validate({**values, "output_dir": str(tmp_path / "e")})
+    metrics = evaluate_command.run_evaluation(settings).metrics["asr"]
+    assert metrics["cer_nospace"]["n"] == 5 and metrics["perplexity"]["value"] > 1
+    [long] = [row for row in evaluate_command.read_predictions(tmp_path / "e") if row["reference"] == "a b c"]
     assert long["prediction"] and long["num_samples"] == sum(map(len, clips)) and not long["chunk_of"]
     assert [line["reason"] for line in ledger(tmp_path / "e")] == ["unsupported_task"]
-    alone = said(lora_dir=str(tuned), audio_path=str(tmp_path / "long.wav"), language="en")
+    alone = transcribe(lora_dir=str(tuned), audio_path=str(tmp_path / "long.wav"), language="en")
     assert long["prediction"] == alone
 
 
@@ -251,33 +251,37 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any attempt to reach another machine fails the test."""
 
     def connect(self: socket.socket, address: Any) -> None:
-        raise AssertionError(f"reached out to {address}")
+        raise AssertionError(f"connects to {address}")
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: connect(None, args))  # type: ignore[arg-type]
 
 
-def test_nothing_reaches_out(run: Callable[..., Path], no_network: None, small: dict[str, str], tmp_path: Path) -> None:
+def test_jobs_work_without_a_network(
+    run: Callable[..., Path], no_network: None, small: dict[str, str], tmp_path: Path
+) -> None:
     out = run(val_jsonl=small["asr.val"], eval_max_new_tokens="4")
-    assert said(lora_dir=str(out)) is not None
+    assert transcribe(lora_dir=str(out)) is not None
     run_export(ExportSettings(lora_dir=str(out), output_dir=str(tmp_path / "e")))
 
 
-def gain(argv: Sequence[str]) -> tuple[float, float]:
-    """CER without spaces on held-out clips, before and after the demo recipe."""
+def errors_before_and_after(argv: Sequence[str]) -> tuple[float, float]:
+    """CER without spaces on held-out clips, before and after training."""
     settings = parse_only("train_whisper", argv)
-    launch.run_training(settings)
+    command.run_training(settings)
     values = {"val_jsonl": manifest("asr.val"), "gen_max_new_tokens": 60, "perplexity": "none"}
-    run_dir, found = Path(settings.output_dir), []
+    run_dir, rates = Path(settings.output_dir), []
     for adapter in ("", str(run_dir)):
         flags = {**values, "model_id": WHISPER, "lora_dir": adapter, "output_dir": str(run_dir / f"e{bool(adapter)}")}
-        scored = job.run_evaluation(EvaluateSettings.model_validate(flags)).metrics["asr"]
-        found.append(scored["cer_nospace"]["value"])
-    return found[0], found[1]
+        metrics = evaluate_command.run_evaluation(EvaluateSettings.model_validate(flags)).metrics["asr"]
+        rates.append(metrics["cer_nospace"]["value"])
+    return rates[0], rates[1]
 
 
 @pytest.mark.slow
 def test_the_demo_recipe_halves_the_errors(tmp_path: Path, evaluation_here: None) -> None:
     config = Path(__file__).parents[2] / "jobs" / "configs" / "demo_train_whisper.yaml"
-    before, after = gain(["--config", str(config), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"])
+    before, after = errors_before_and_after(
+        ["--config", str(config), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    )
     assert after < before / 2
