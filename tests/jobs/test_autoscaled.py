@@ -100,7 +100,7 @@ def test_nodes_start_for_each_job_and_stop_after_it(
     assert max_nodes(cluster, "train") == 2, "two workers, a GPU each"
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1, 2, 3, 4, 5]
     output = job("train_text", *flags, "--output_dir", str(tmp_path / "refused"), status=1, script=SCRIPT)
-    assert "Ray counts a GPU there, and torch" in output.splitlines()[-1] and "starting again" not in output
+    assert "Ray reports a GPU on this node, but torch" in output.splitlines()[-1] and "starting again" not in output
 
 
 def test_more_than_the_limits_allow_is_refused_at_once(

@@ -85,7 +85,7 @@ def test_killed_and_restarted_every_row_is_answered_once(
         if number == signal.SIGTERM:
             first.process.terminate()
             assert first.process.wait(60) == 130
-            assert job.log.read_text().splitlines()[-1].startswith("stopped; the same command goes on from there")
+            assert job.log.read_text().splitlines()[-1].startswith("stopped; run the same command again to resume")
             assert not list(job.folder.glob("predictions/.attempts-*")), "no row is blamed for it"
         else:
             first.kill()

@@ -138,7 +138,7 @@ def test_retry_failed(
         fail_at(patch, lambda row: row.id == "tqa.val.jsonl:2")
         _, rows = evaluate(output_dir="e")
     output = capsys.readouterr().out
-    assert len(rows) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed tries" in output
+    assert len(rows) == 3 and "1 row(s) left out in all, listed in quarantine.jsonl; --retry_failed retries" in output
     ledger = tmp_path / "e" / "quarantine.jsonl"
     assert len(evaluate(output_dir="e")[1]) == 3 and '"line": 2' in ledger.read_text()
     assert len(evaluate(output_dir="e", retry_failed=True)[1]) == 4 and ledger.read_text() == ""

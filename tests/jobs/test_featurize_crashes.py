@@ -88,9 +88,7 @@ def test_killed_and_restarted_every_row_is_stored_once(speech: str, tmp_path: Pa
     features = Features([folder])
     assert sorted(features.ids(range(len(features)))) == sorted(Features([whole]).ids(range(ROWS - 1)))
     same = [path for path, written in survivors.items() if path.stat().st_mtime_ns == written]
-    assert len(same) >= len(survivors) - 1, (
-        "only unfinished shards, and the one with the missing clip, were made again"
-    )
+    assert len(same) >= len(survivors) - 1, "only unfinished shards, and the one with the missing clip, were made again"
     ledger = [json.loads(line) for line in (job.folder / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in ledger] == [(18, "audio_missing")]
 

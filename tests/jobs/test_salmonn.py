@@ -171,9 +171,9 @@ def test_invalid_settings_are_parse_error(capsys: pytest.CaptureFixture[str], ru
     assert "--min_lr 1e-05 is over --lr 1e-06" in parse_error(capsys, *base, "--lr", "1e-6")
     epochs = parse_only("train_salmonn", ["--train_jsonl", "t", "--output_dir", "o", *base, "--epochs", "2"])
     assert (epochs.epochs, epochs.max_steps) == (2, 0)
-    with pytest.raises(SettingsError, match=r"a whisper model, and this job trains salmonn; jobs/train_whisper.py"):
+    with pytest.raises(SettingsError, match=r"a whisper model, and this job trains salmonn; train_whisper trains it"):
         run(model_id=WHISPER)
-    with pytest.raises(SettingsError, match=r"a voxtral model, and this job trains salmonn; jobs/train_multitask.py"):
+    with pytest.raises(SettingsError, match=r"a voxtral model, and this job trains salmonn; train_multitask trains it"):
         run(model_id=TINY)
 
 

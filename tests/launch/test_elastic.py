@@ -220,7 +220,7 @@ def test_the_first_signal_saves_and_the_same_command_resumes(small, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on from there" in output, output
+    assert process.returncode == 130 and "run the same command again to resume" in output, output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = int(checkpoint.name[5:])
     resumed = subprocess.run([*command, "--max_steps", str(step + 2)], cwd=tmp_path, capture_output=True, text=True)

@@ -38,7 +38,7 @@ TEXT = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 30,
 class Positions:
     """The attributes of Voxtral Mini's front end that the memory model uses."""
 
-    encoder_positions, encoder_dim = 1500, 1280
+    encoder_positions, encoder_dim, cross_attention_positions = 1500, 1280, 0
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,7 @@ def test_a_sweep_whose_driver_ends_is_finished_by_resume(start: Callable[..., Dr
     left_behind = driver.processes()
     os.kill(driver.process.pid, signal.SIGINT)
     assert driver.process.wait(120) == 130, log.read_text()
-    assert "stopped; the same command with --resume goes on from there" in log.read_text()
+    assert "stopped; run the same command with --resume to continue" in log.read_text()
     wait_for_end(left_behind)
 
     assert start("killed", f"{line} --resume").process.wait(WAIT_SEC) == 0, log.read_text()

@@ -28,12 +28,13 @@ def _stream(code: int) -> int:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The rows of one forward pass.
+    """The rows of one forward and backward pass of one worker.
 
     Attributes:
         number: Position within its step.
         rows: Row numbers.
-        is_filler: Computed only so that every rank has the same number of forward passes; its loss has weight 0.
+        is_filler: Whether its loss has weight 0. Fillers complete the last step of an epoch, and give every rank the
+            same number of passes.
     """
 
     number: int

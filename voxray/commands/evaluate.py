@@ -109,7 +109,7 @@ def _report_interrupt(output_dir: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         delete_crash_logs(output_dir)
-        raise Stopped(f"stopped; the same command goes on from there; what is answered stays in {output_dir}") from None
+        raise Stopped(f"stopped; run the same command again to resume; finished answers are in {output_dir}") from None
 
 
 def _answer_and_score(

@@ -338,9 +338,7 @@ def _print_next_command(settings: PrefetchSettings, folder: Path, lock: LockFile
     flags += [word for name in sorted(changed) for word in (f"--{name}", str(getattr(settings, name)))]
     flags += ["--bf16"] if settings.bf16 else []
     console.print(f"all of it is in {folder}, as {lock.path.name} says; next, with the network off:", markup=False)
-    console.print(
-        f"  python jobs/{_transcript_job(str(model_type))}.py {shlex.join(flags)}", markup=False
-    )
+    console.print(f"  python jobs/{_transcript_job(str(model_type))}.py {shlex.join(flags)}", markup=False)
 
 
 def _transcript_job(model_type: str) -> str:

@@ -51,7 +51,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     run.remote.push_all()
     if not result["finished"]:
         raise Stopped(
-            f"stopped at step {result['steps']}; the same command goes on from there; run folder {run.run_dir}"
+            f"stopped at step {result['steps']}; run the same command again to resume; run folder {run.run_dir}"
         )
     adapter = run.run_dir / "adapter"
     console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)

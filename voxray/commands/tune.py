@@ -63,9 +63,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
             if settings.top_k:
                 sweep.repeat()
         except KeyboardInterrupt:
-            raise Stopped(
-                f"stopped; the same command with --resume goes on from there; sweep in {output_dir}"
-            ) from None
+            raise Stopped(f"stopped; run the same command with --resume to continue; sweep in {output_dir}") from None
     return conclude(settings, output_dir)
 
 

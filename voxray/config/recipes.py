@@ -33,7 +33,8 @@ class Recipe:
         name: Value of ``--recipe`` in preflight and tune.
         settings: Path of the settings class, a subclass of ``TrainSettings``.
         stage: Path of the function that turns the settings into a ``recipes.stages.Stage``.
-        job: Name of the job's script, without ``.py``.
+        job: Name of the script in jobs/, without ``.py``; for a recipe of another package the module that
+            ``python -m`` runs.
         tasks: Tasks whose rows it trains on and validates with.
         family: Model type of the bases that it trains.
         assemble: Path of a function settings -> settings that the driver calls before a run. It may build the base or

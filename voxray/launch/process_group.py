@@ -43,4 +43,4 @@ def _device_fault() -> str:
     if ray.train.torch.get_device().type == "cpu" or torch.cuda.is_available():
         return ""
     node = ray.util.get_node_ip_address()
-    return f"node {node}: Ray counts a GPU there, and torch {torch.__version__} can use none"
+    return f"node {node}: Ray reports a GPU on this node, but torch {torch.__version__} cannot use it"

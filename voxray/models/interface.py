@@ -7,8 +7,9 @@ A family has two sides:
 * a ``ModelFamily`` names the parts of the model, loads the weights, and runs training and generation passes.
 
 Code outside ``models/`` uses only these two protocols. To add a family, write both classes in ``models/<family>/``,
-inherit from ``family_defaults.FamilyDefaults``, and add one entry to ``registry.FAMILIES``. Another package can add a
-family through the entry point group ``voxray.families``.
+inherit from ``family_defaults.FamilyDefaults``, and add one entry to ``registry.FAMILIES``. This is enough to evaluate
+its models. To train them, a recipe is needed too (``config/recipes.py``). Another package can add both through the
+entry point groups ``voxray.families`` and ``voxray.recipes``; ``tests/assets/toy-family`` is an example.
 
 Shape letters: B rows, L tokens, N predicted positions, V vocabulary, W windows of all clips in a batch, F mel bins, T
 mel frames of a window, K valid mel frames of a clip, P encoder positions of a window, D width.

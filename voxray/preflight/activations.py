@@ -21,19 +21,7 @@ from voxray.models.parts.logmel_windows import ENCODER_STRIDE
 from voxray.preflight.shapes import ComputeConfig, PackShape
 
 FLOAT32 = 4
-SHARED_INPUTS = (
-    {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention"}
-    | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
-    | dict.fromkeys(("query", "key", "value"), "attention")
-)
-"""Layers that read the same input tensor: layer name -> name of the group."""
-ATTENTION_OUTPUTS = ("o_proj", "out_proj")
-"""Layers whose input is the output of attention, which attention saves itself."""
-ENCODER_NORMS = ("ln_speech", "ln_audio")
-"""SALMONN's norms of the encoder outputs, which belong to the projector role."""
 OUTPUT_LAYERS = ("lm_head", "proj_out")
-MLPS = (("gate_proj", "down_proj", 3), ("fc1", "fc2", 2), ("linear_1", "linear_2", 2))
-"""First and last layer of an MLP, and how many gradients of its inner width exist at the same time."""
 LAYER = re.compile(r"(.*\.layers?\.\d+)\.")
 
 
@@ -66,10 +54,11 @@ class ActivationCounter:
         trained = {find_role(name, family) for name, weight in model.named_parameters() if weight.requires_grad}
         first = min((order.index(role) for role in trained), default=len(order))
         self._roles_with_gradient = set(order[first:])  # gradients flow through all roles after the first trained one
-        base = unwrap_peft(model)
-        # SALMONN only: outputs of its Q-Former per audio window, and the encoder frames that each of them reads
-        self._queries = getattr(base.config, "positions_per_clip", 0)
-        self._frames_per_query = base.config.window_frames if self._queries else 0
+        self._names = family.layer_names
+        self._shared = {name: group for group in self._names.shared_inputs for name in group}
+        base_config = unwrap_peft(model).config
+        self._projector_positions = family.projector_positions(base_config, front_end)
+        self._cross_attention_frames = family.cross_attention_frames(base_config, front_end)
         self._modules = [(name, module) for name, module in model.named_modules() if ".lora_" not in name]
         self._checkpointed = {
             name: module
@@ -97,9 +86,9 @@ class ActivationCounter:
         return by_role
 
     def _size(self, name: str) -> int:
-        """Bytes per number in a module. SALMONN's projector, which is trained in full, stays float32."""
-        is_full = self._queries and find_role(name, self._family) == "projector"
-        return FLOAT32 if is_full else self._config.dtype.itemsize
+        """Bytes per number in a module."""
+        is_float32 = find_role(name, self._family) in self._family.float32_roles
+        return FLOAT32 if is_float32 else self._config.dtype.itemsize
 
     def _positions(self, name: str, role: str, shape: PackShape) -> int:
         """Number of positions that a module processes."""
@@ -107,9 +96,9 @@ class ActivationCounter:
             return shape.num_windows * self._front_end.encoder_positions
         if role != self._family.projector_role:
             return shape.num_tokens
-        if name.endswith(ENCODER_NORMS):
+        if name.endswith(self._names.encoder_norms):
             return shape.num_windows * self._front_end.encoder_positions
-        return shape.num_windows * (self._queries or audio_positions(self._model, self._front_end))
+        return shape.num_windows * self._projector_positions
 
     def _saved_bytes(self, name: str, module: Any, role: str, shape: PackShape, counted: set[tuple[str, str]]) -> int:
         """Bytes that a module saves itself, without its submodules."""
@@ -153,7 +142,8 @@ class ActivationCounter:
         """
         positions = self._positions(name, role, shape)
         first, last, factors = next(
-            (names for names in MLPS if hasattr(module, names[0]) and hasattr(module, names[1])), ("", "", 0)
+            (names for names in self._names.mlps if hasattr(module, names[0]) and hasattr(module, names[1])),
+            ("", "", 0),
         )
         if not first:
             return 0
@@ -169,11 +159,12 @@ class ActivationCounter:
 
     def _input_positions(self, name: str, positions: int, shape: PackShape) -> int:
         """Number of positions that a layer reads; keys and values of cross-attention read the encoder's outputs."""
-        if not _reads_encoder(name):
-            return positions
-        if self._queries:
-            return positions * self._frames_per_query
-        return shape.num_windows * self._front_end.encoder_positions
+        return shape.num_windows * self._cross_attention_frames if self._reads_encoder(name) else positions
+
+    def _reads_encoder(self, name: str) -> bool:
+        """Whether a layer computes keys or values of cross-attention."""
+        last = name.rpartition(".")[2]
+        return any(f"{module}." in name and last in (key, value) for module, key, value in self._names.cross_attention)
 
     def _lora(self, name: str, layer: Any, positions: int, counted: set[tuple[str, str]]) -> int:
         """A LoRA branch saves the inputs of A (after dropout, in float32) and of B."""
@@ -194,11 +185,11 @@ class ActivationCounter:
     def _input(self, name: str, layer: Any, positions: int, counted: set[tuple[str, str]]) -> int:
         """The input of a layer; 0 if the same tensor is counted already."""
         parent, _, last = name.rpartition(".")
-        if last in ATTENTION_OUTPUTS:
+        if last in self._names.attention_outputs:
             return 0
-        if _reads_encoder(name):
+        if self._reads_encoder(name):
             parent = ""  # all layers read the same encoder outputs
-        key = (parent, f"{SHARED_INPUTS.get(last, last)} {positions}")
+        key = (parent, f"{self._shared.get(last, last)} {positions}")
         if key in counted:
             return 0
         counted.add(key)
@@ -206,7 +197,7 @@ class ActivationCounter:
 
     def _attention(self, name: str, module: Any, positions: int, role: str, shape: PackShape) -> int:
         """Queries and outputs, keys and values, one number per head and position, and the mask as numbers."""
-        is_cross = "encoder_attn" in name
+        is_cross = any(module in name for module, *_ in self._names.cross_attention)
         inputs = self._input_positions(f"{name}.k_proj", positions, shape)
         masked = shape.masked and role != self._family.encoder_role and not is_cross
         width, kv_width = module.q_proj.out_features, module.k_proj.out_features
@@ -215,22 +206,6 @@ class ActivationCounter:
         saved = (2 * positions * width + 2 * inputs * kv_width) * self._size(name)
         saved += positions * _num_heads(module) * FLOAT32
         return saved + (shape.num_rows * shape.longest**2 * self._size(name) if masked else 0)
-
-
-def audio_positions(model: Any, front_end: FrontEnd) -> int:
-    """Positions per window that the projector processes."""
-    first = next((module for name, module in model.named_modules() if name.endswith("linear_1")), None)
-    if first is None:
-        return front_end.encoder_positions
-    return front_end.encoder_positions * front_end.encoder_dim // first.in_features
-
-
-def _reads_encoder(name: str) -> bool:
-    """Whether a layer computes keys or values of cross-attention."""
-    last = name.rpartition(".")[2]
-    return ("encoder_attn." in name and last in ("k_proj", "v_proj")) or (
-        "crossattention." in name and last in ("key", "value")
-    )
 
 
 def _num_heads(module: Any) -> int:

@@ -65,7 +65,8 @@ def write_launch_file(path: Path, job: str, values: dict[str, Any], changes: lis
 
 def launch_command(job: str, config: Path) -> list[str]:
     """The command that starts the training run."""
-    return [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), "--config", str(config)]
+    script = REPOSITORY / "jobs" / f"{job}.py"
+    return [sys.executable, *([str(script)] if script.is_file() else ["-m", job]), "--config", str(config)]
 
 
 def format_command(command: list[str]) -> str:

@@ -79,8 +79,8 @@ def require_family(settings: TrainSettings) -> ModelFamily:
     """
     family, recipe = get_family(settings.model_id), find_recipe(settings)
     if family.name != recipe.family:
-        job = next((other.job for other in recipes().values() if other.family == family.name), "")
-        advice = f"; jobs/{job}.py trains it" if job else ""
+        others = [other.job for other in recipes().values() if other.family == family.name]
+        advice = f"; {others[0]} trains it" if others else ""
         raise SettingsError(
             f"--model_id {settings.model_id}: a {family.name} model, and this job trains {recipe.family}{advice}"
         )

@@ -206,7 +206,7 @@ def describe_run(
     microbatches = plan.epoch_microbatches(0)
     rows_per_step = len(microbatches.rows) / len(microbatches) * plan.microbatches_per_step
     steps = f"{plan.steps_in_epoch(0)} steps of {rows_per_step:.3g} rows per epoch"
-    monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
+    monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are no padding")
     monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
     first_epoch = plan.epoch_rows(0)
     for name in plan.rows_by_task:

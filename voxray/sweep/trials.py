@@ -60,7 +60,7 @@ class Trial:
 
     def value(self, metric: str) -> float | None:
         """A metric of the validation that counts; None if it is missing or not finite."""
-        value = self.metrics.get(metric)
+        value: Any = self.metrics.get(metric)
         return float(value) if _is_finite(value) else None
 
     @property

@@ -1,9 +1,9 @@
 """How workers compute an optimizer step together: the ``Engine`` protocol, and plain data parallelism.
 
-Only LoRA weights train, a few megabytes, so data parallelism is a single all-reduce of one flat buffer per optimizer
-step. Unlike DistributedDataParallel, this works whichever parts of the model a batch used: microbatches of text alone
-leave the projector without gradients on some ranks. The order of additions never changes, so runs are reproducible bit
-for bit on any number of ranks.
+With LoRA a few megabytes train, so data parallelism is a single all-reduce of one flat buffer per optimizer step.
+Unlike DistributedDataParallel, this works whichever parts of the model a batch used: microbatches of text alone leave
+the projector without gradients on some ranks. The order of additions never changes, so runs are reproducible bit for
+bit on any number of ranks.
 """
 
 from collections.abc import Mapping, Sequence
