@@ -40,14 +40,14 @@ TRAIN = {
     "quantize": "training_flags::quantize",
     "tuning": "training_flags::tuning",
     "max_bad_steps": "training_flags::max_bad_steps",
-    "tf32": "training_flags::tf32 training_flags::idle_flags_warn_without_a_gpu",
+    "tf32": "training_flags::tf32 training_flags::unused_flags_warn_without_a_gpu",
     "val_jsonl": "training_flags::val_jsonl_and_eval_steps",
     "max_len": "training_flags::max_len",
     "lora_r": "training_flags::lora_r_and_alpha",
     "lora_alpha": "training_flags::lora_r_and_alpha",
     "lora_dropout": "training_flags::lora_dropout",
     "freeze_whisper": "training_flags::freeze_whisper",
-    "lr": "training_flags::lr_is_the_size_of_a_step training_flags::lr_schedule_and_warmup_steps",
+    "lr": "training_flags::lr_scales_the_first_step training_flags::lr_schedule_and_warmup_steps",
     "lr_schedule": "training_flags::lr_schedule_and_warmup_steps",
     "warmup_steps": "training_flags::lr_schedule_and_warmup_steps",
     "weight_decay": "training_flags::weight_decay",
@@ -62,7 +62,7 @@ TRAIN = {
     "seed": "training_flags::seed",
     "num_workers": "training_flags::num_workers submit::submitted_run_succeeds",
     "loader_workers": "training_flags::loader_workers",
-    "pin_memory": "training_flags::pin_memory training_flags::idle_flags_warn_without_a_gpu",
+    "pin_memory": "training_flags::pin_memory training_flags::unused_flags_warn_without_a_gpu",
     "drop_last": "training_flags::drop_last",
     "cuda_visible_devices": WARNS,
     **dict.fromkeys(("strategy", "zero_stage"), "training_flags::strategy_and_zero_stage"),
@@ -77,19 +77,19 @@ TRAIN = {
         ("metric_for_best_model", "load_best_model_at_end"), "best_checkpoint::the_best_becomes_the_adapter"
     ),
     **dict.fromkeys(
-        ("early_stopping_patience", "early_stopping_threshold"), "best_checkpoint::early_stopping_ends_a_run_and_stays"
+        ("early_stopping_patience", "early_stopping_threshold"), "best_checkpoint::early_stopping_finishes_a_run"
     ),
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
-    "init_adapter": "stages::init_adapter_is_loaded_kept_and_noted stages::init_adapter_trains_on_from_where_it_was",
+    "init_adapter": "stages::init_adapter_is_loaded_frozen_and_recorded stages::init_adapter_continues_to_train",
     **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib", "variants"), FEATURES_TRAINED),
     **CACHE,
     **VARIANTS,
     **dict.fromkeys(MASKS, "feature_flags::masks"),
     **dict.fromkeys(("batching", "pack_tokens", "per_task_bsz"), "training_flags::batching"),
     "curriculum": "training_flags::curriculum",
-    "trim_audio_tokens": f"{TRIM}::it_trains_on_shorter_rows_and_is_remembered {TRIM}::stages_agree_on_it",
+    "trim_audio_tokens": f"{TRIM}::training_uses_shorter_rows_and_records_it {TRIM}::stages_must_agree",
 }
 PUBLISHED = {
     flag: f"{TRAIN[flag]} stages::defaults_of_the_stages_are_the_published_ones"
@@ -102,13 +102,13 @@ NOT_SALMONN = {*NOT_WHISPER, *MASKS}
 SALMONN = "salmonn"
 SALMONN_REACHES = f"{SALMONN}::flags_reach_the_recipe"
 OF_SALMONN = f"{SALMONN}::defaults_are_the_published_ones"
-SALMONN_RATES = f"{SALMONN}::rates_are_the_trainers {SALMONN}::settings_that_do_not_fit"
-SALMONN_FILES = f"{SALMONN}::the_trainers_own_files_run {SALMONN}::settings_that_do_not_fit"
+SALMONN_RATES = f"{SALMONN}::learning_rates_equal_salmonns_trainer {SALMONN}::invalid_settings_are_parse_error"
+SALMONN_FILES = f"{SALMONN}::files_of_salmonns_trainer_run {SALMONN}::invalid_settings_are_parse_error"
 SALMONN_PARTS = ("whisper_path", "beats_path", "llama_path", "end_sym", "prompts")
 SALMONN_BASES = "salmonn_evaluation::a_base_is_named_after_what_it_is_made_of"
 SALMONN_SETS = "salmonn_evaluation::a_submission_from_the_evaluators_file"
 ONLY_AUDIO = {"variants", "trim_audio_tokens", *VARIANTS, *MASKS}
-OF_STAGE = "stages::a_stage_trains_its_part_on_its_rows"
+OF_STAGE = "stages::a_stage_trains_its_role_on_its_task"
 FEATURIZE_FLAGS = "other_flags::featurize_flags"
 EVALUATE_FOLDERS, EVALUATE_ROWS = "other_flags::evaluate_folders", "other_flags::evaluate_rows"
 EVALUATE_BATCHES = "other_flags::evaluate_batches_and_precision"
@@ -135,7 +135,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "language": LANGUAGE,
         **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
         "verify": "feature_flags::verify",
-        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_as_training_does",
+        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_tokens_as_training_does",
         "variants": "feature_flags::variants",
         **CACHE,
         **VARIANTS,
@@ -150,10 +150,10 @@ SEEN_BY: dict[str, dict[str, str]] = {
     "train_asr_adapter": {
         **{flag: f"{line} {REACHES}" for flag, line in TRAIN.items() if flag not in ONLY_MULTITASK},
         **dict.fromkeys(("train_jsonl", "val_jsonl"), OF_STAGE),
-        **dict.fromkeys(("store", "cache_dtype"), "stages::stored_encoder_outputs_give_the_adapter_the_same_losses"),
-        **dict.fromkeys(MASKS, "feature_flags::masks stages::stored_encoder_outputs_give_the_adapter_the_same_losses"),
+        **dict.fromkeys(("store", "cache_dtype"), "stages::stored_encoder_outputs_give_the_same_losses"),
+        **dict.fromkeys(MASKS, "feature_flags::masks stages::stored_encoder_outputs_give_the_same_losses"),
         **PUBLISHED,
-        "grad_ckpt": "stages::a_frozen_language_model_recomputes_and_stays_in_eval",
+        "grad_ckpt": "stages::a_frozen_language_model_is_recomputed_in_eval_mode",
         "cuda_visible_devices": WARNS,
     },
     "train_multitask": TRAIN,
@@ -161,9 +161,9 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **{flag: f"{line} whisper::flags_reach_the_recipe" for flag, line in TRAIN.items() if flag not in NOT_WHISPER},
         **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lr", "warmup_steps"), OF_WHISPER),
         **dict.fromkeys(("per_device_bsz", "max_len", "eval_max_new_tokens", "pack_tokens"), OF_WHISPER),
-        **dict.fromkeys(("freeze_encoder", "lora_targets"), "whisper::what_trains"),
-        "store": "whisper::stored_encoder_outputs_are_for_a_frozen_encoder",
-        "language": "whisper::old_settings_train",
+        **dict.fromkeys(("freeze_encoder", "lora_targets"), "whisper::the_flags_choose_what_trains"),
+        "store": "whisper::stored_encoder_outputs_need_a_frozen_encoder",
+        "language": "whisper::settings_of_older_scripts_train",
         "cuda_visible_devices": WARNS,
         "task": WARNS,
     },
@@ -175,12 +175,12 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("max_grad_norm", "max_steps", "eval_steps", "save_steps", "seed"), OF_SALMONN),
         **dict.fromkeys(("grad_accum", "eval_max_new_tokens"), OF_SALMONN),
         **dict.fromkeys(("lr", "lr_schedule", "warmup_steps", "min_lr", "warmup_start_lr"), SALMONN_RATES),
-        **dict.fromkeys(("stage", "init_adapter"), f"{SALMONN}::stage_2_needs_a_stage_1_and_takes_it"),
+        **dict.fromkeys(("stage", "init_adapter"), f"{SALMONN}::stage_2_starts_from_stage_1"),
         **dict.fromkeys(
             ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
         ),
-        "prompts": f"{SALMONN}::prompts_are_drawn_by_seed_epoch_and_row {SALMONN}::packs_have_room_for_drawn_prompts",
-        **dict.fromkeys(("store", "cache_dtype"), "salmonn_audio_path::stored_outputs_train_and_answer_alike"),
+        "prompts": f"{SALMONN}::prompts_are_sampled_by_seed_epoch_and_row {SALMONN}::packs_reserve_tokens_for_sampled_prompts",
+        **dict.fromkeys(("store", "cache_dtype"), "salmonn_audio_path::stored_outputs_give_the_same_losses_and_answers"),
         "quantize": f"{SALMONN}::quantised_language_models_train",
         "cuda_visible_devices": WARNS,
     },
@@ -203,7 +203,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
             ("terms", "english_spelling", "caption_jars"), "evaluation_flags::terms_spelling_and_jars score::terms"
         ),
         "max_len": "other_flags::evaluate_max_len",
-        "trim_audio_tokens": f"{TRIM}::evaluation_asks_as_the_adapter_was_trained",
+        "trim_audio_tokens": f"{TRIM}::evaluation_builds_prompts_as_in_training",
         "strict": "other_flags::evaluate_strict",
         "language": LANGUAGE,
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), "feature_flags::feature_flags_reach_evaluation"),
@@ -220,7 +220,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
-        "trim_audio_tokens": f"{TRIM}::infer_asks_as_the_adapter_was_trained",
+        "trim_audio_tokens": f"{TRIM}::infer_builds_prompts_as_in_training",
     },
     "demo": {
         "model_id": "answers::base_and_tuned_answers_equal_infer",
@@ -239,7 +239,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("lora_dir", "model_id"), "export::runs_checkpoints_and_bases_are_found"),
         **dict.fromkeys(("output_dir", "overwrite"), "export::folders_that_hold_something_are_left_alone"),
         "storage_path": "export::a_relative_output_stands_under_the_storage_path",
-        "format": f"{SALMONN}::stage_2_needs_a_stage_1_and_takes_it",
+        "format": f"{SALMONN}::stage_2_starts_from_stage_1",
         "merge": "export::only_the_projector_can_be_merged",
         "dtype": "export::dtype",
     },
@@ -281,17 +281,17 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("min_high_band_db", "max_duration_error_sec"), AUDIT_LIMITS),
         **dict.fromkeys(("input", "output_dir", "storage_path", "model_id", "fix"), AUDIT_FILES),
         "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
-        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_as_training_does",
+        "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_tokens_as_training_does",
         "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
     },
     "compile": {
-        **dict.fromkeys(("model_id", "output_dir"), "compiled_audio::a_program_hears_what_the_encoder_hears"),
+        **dict.fromkeys(("model_id", "output_dir"), "compiled_audio::a_program_computes_what_the_encoder_computes"),
         **dict.fromkeys(("windows", "bf16", "fp16", "tf32", "lora_dir", "seed", "storage_path"), COMPILED),
         **dict.fromkeys(("backend", "optimization_level"), "compiled_audio::tensorrt_is_an_extra_that_needs_a_gpu"),
-        "quantize": "compiled_audio::what_cannot_be_compiled_is_said_in_a_line",
-        "overwrite": "compiled_audio::a_folder_that_holds_something_is_left_alone",
+        "quantize": "compiled_audio::compile_errors_are_one_line",
+        "overwrite": "compiled_audio::other_folders_are_not_overwritten",
         "tensorrt_device": WARNS,
         **dict.fromkeys(SALMONN_PARTS[:-1], SALMONN_BASES),
     },
