@@ -104,9 +104,9 @@ def test_what_the_cluster_can_never_hold_is_refused(
     warn_about_idle_gpus(2)
     assert not capsys.readouterr().out
     warn_about_idle_gpus(3)
-    assert "--num_workers 3: trains on CPUs, because the cluster has 2 GPU(s) only" in capsys.readouterr().out
+    assert "--num_workers 3: trains on CPUs, because the cluster has only 2 GPU(s)" in capsys.readouterr().out
     set_resources(monkeypatch, GPU=2)
-    with pytest.raises(SettingsError, match="no CPU to make features with"):
+    with pytest.raises(SettingsError, match="no CPU to compute features with"):
         require_capacity(2)
 
 

@@ -168,7 +168,7 @@ def test_refusals_are_one_line(answering: DemoModel, tmp_path: Path, monkeypatch
     playlist = file("list.m3u8", f"#EXTM3U\n#EXTINF:2,\n{SAMPLE}\n#EXT-X-ENDLIST\n".encode())
     assert refusal(answering, audio_path=playlist).startswith("Cannot decode list.m3u8: ")
     assert refusal(answering, audio_path=file("none.mp3", b"")).startswith("Cannot decode none.mp3: ")
-    assert refusal(answering, audio_path=str(tmp_path / "empty.wav")) == "empty.wav holds no sample."
+    assert refusal(answering, audio_path=str(tmp_path / "empty.wav")) == "empty.wav has no samples."
     assert len(answers(answering, audio_path=str(tmp_path / "silence.wav"))) == 1, "silence is a valid clip"
     message = refusal(answering, audio_path=str(tmp_path / "hour.flac"))
     assert message == "hour.flac is too long: clips may last 600 s."

@@ -179,8 +179,11 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix", "debug"), SALMONN_FILES
         ),
-        "prompts": f"{SALMONN}::prompts_are_sampled_by_seed_epoch_and_row {SALMONN}::packs_reserve_tokens_for_sampled_prompts",
-        **dict.fromkeys(("store", "cache_dtype"), "salmonn_audio_path::stored_outputs_give_the_same_losses_and_answers"),
+        "prompts": f"{SALMONN}::prompts_are_sampled_by_seed_epoch_and_row"
+        f" {SALMONN}::packs_reserve_tokens_for_sampled_prompts",
+        **dict.fromkeys(
+            ("store", "cache_dtype"), "salmonn_audio_path::stored_outputs_give_the_same_losses_and_answers"
+        ),
         "quantize": f"{SALMONN}::quantised_language_models_train",
         "cuda_visible_devices": WARNS,
     },

@@ -182,6 +182,7 @@ def test_autorun_becomes_the_command_that_was_printed(preflight: Run, monkeypatc
         (["--train_jsonl", "{tqa}", "--recipe", "multitask"], "multitask"),
         (["--train_jsonl", "{asr}", "--model_id", WHISPER], "whisper"),
         (["--train_jsonl", "{asr}", "--base_model", "openai/whisper-small"], "whisper"),
+        (["--train_jsonl", "{asr}", "--model_name_or_path", "openai/whisper-small"], "whisper"),
         (["--train_jsonl", "{asr}", "--whisper_path", "w"], "salmonn"),
         (["--train_jsonl", "nothing.jsonl"], "multitask"),
         (["--config", "{config}"], "text"),

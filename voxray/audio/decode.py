@@ -116,11 +116,11 @@ def decode_native(
     else:
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
     if len(samples_NC) == 0:
-        raise BadRow("audio_empty", f"{path} holds no sample" + (" in this segment" if part != WHOLE else ""))
+        raise BadRow("audio_empty", f"{path} has no samples" + (" in this segment" if part != WHOLE else ""))
     if len(samples_NC) / rate_hz > max_sec:
         raise BadRow(
             "audio_too_long",
-            f"{path} lasts longer than {max_sec:g} s, which only evaluate and infer take, to transcribe it",
+            f"{path} is longer than {max_sec:g} s; only evaluate and infer accept this, for transcription",
         )
     if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
         ends_sec = part.start_sec + len(samples_NC) / rate_hz

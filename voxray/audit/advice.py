@@ -12,7 +12,7 @@ FAULTS = {
     "bad_text": ("the text cannot be encoded", "write it again from its source"),
     "audio_missing": ("the clip is not there", "check audio_path: it is relative to the manifest's folder"),
     "audio_unreadable": ("the clip cannot be decoded", "fetch or convert it again"),
-    "audio_empty": ("the clip holds no sample", "fetch it again, or correct start and duration"),
+    "audio_empty": ("the clip has no samples", "fetch it again, or correct start and duration"),
     "audio_not_finite": ("the clip holds NaN or infinite samples", "export it again as 16-bit audio"),
     "audio_channel": ("the clip lacks the channel", "correct or leave out channel"),
     "audio_truncated": ("the clip is shorter than its header says", "copy it again; the transfer broke off"),

@@ -35,15 +35,17 @@ def require_capacity(fewest: int) -> None:
     """
     cpus = max_resource("CPU")
     if worker_resource(fewest) == "CPU" and fewest > cpus:
-        raise SettingsError(f"--num_workers {fewest}: the cluster has {cpus} CPU(s), those it may still start counted")
+        raise SettingsError(
+            f"--num_workers {fewest}: the cluster has {cpus} CPU(s), including those it can still start"
+        )
     if not cpus:
-        raise SettingsError("the cluster has no CPU to make features with, and may start none: give a node some")
+        raise SettingsError("the cluster has no CPU to compute features with, and cannot start any: give a node one")
 
 
 def warn_about_idle_gpus(fewest: int) -> None:
     """Warn if training uses CPUs because the cluster has fewer GPUs than workers."""
     if (gpus := max_resource("GPU")) and worker_resource(fewest) == "CPU":
-        console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has {gpus} GPU(s) only")
+        console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has only {gpus} GPU(s)")
 
 
 def wait_for_workers(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:

@@ -105,7 +105,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
         values, errors = _read_yaml(CONFIGS / demo, model, {})
-        values = {name: _from_repository(model, name, value) for name, value in values.items()}
+        values = {name: _relative_to_repository(model, name, value) for name, value in values.items()}
         if SUBMITTED_JOB_VARIABLE in os.environ and "storage_path" in model.model_fields:
             values["storage_path"] = str(Path.home() / "voxray")  # Ray deletes the current directory after the job
             print(f"{job}: in a submitted job its output goes to {values['storage_path']}", flush=True)
@@ -325,7 +325,7 @@ def _absolute_model(value: str) -> str:
     return str(folder.absolute()) if folder.is_dir() else value
 
 
-def _from_repository(model: type[Settings], name: str, value: Any) -> Any:
+def _relative_to_repository(model: type[Settings], name: str, value: Any) -> Any:
     """Resolve paths of a demo recipe against the repository, so that it works from any current directory."""
     if flag_metadata(model.model_fields[name]).path not in {"input", "model"} or not value:
         return value

@@ -15,6 +15,7 @@ from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, 
 from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS, detect_task
 
+MODEL_ID_FLAGS = ("model_id", "base_model", "model_name_or_path")
 MAX_ROWS_READ = 200
 """Rows of every manifest that are read to choose a recipe."""
 MAX_LINE_BYTES = 1 << 20
@@ -77,10 +78,11 @@ def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
     if parts:
         return "salmonn", f"--{parts[0]} is given"
     is_salmonn_file = "cfg_path" in values or isinstance(values.get("model"), dict)  # of SALMONN's own trainer
-    model_id = str(values.get("model_id", values.get("base_model", "")) or VOXTRAL)
+    model_id = next((str(values[name]) for name in MODEL_ID_FLAGS if values.get(name)), VOXTRAL)
     family = "salmonn" if is_salmonn_file else _guess_family(model_id)
-    if family in ("whisper", "salmonn"):
-        return family, f"the model is a {family} model"
+    for recipe in recipes().values():
+        if recipe.family == family != "voxtral":
+            return recipe.name, f"the model is a {family} model"
     tasks = _read_tasks(values.get("train_jsonl") or "")
     if not tasks:
         return "multitask", "no row could be read to choose a recipe by"

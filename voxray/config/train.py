@@ -93,7 +93,7 @@ class TrainSettings(
     @model_validator(mode="after")
     def _compile_limits(self) -> "TrainSettings":
         if self.compile and self.tuning == "dora":
-            raise ValueError("--compile: DoRA's layers fall into too many pieces; leave it out, or use --tuning lora")
+            raise ValueError("--compile: cannot compile DoRA layers; leave it out, or use --tuning lora")
         if self.compile and self.zero_stage == 3:
             raise ValueError("--compile: layers whose weights --zero_stage 3 shards are not compiled; leave one out")
         return self

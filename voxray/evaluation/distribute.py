@@ -64,7 +64,7 @@ def plan_model_pool(models: ModelCount, num_gpus: int, num_cpus: int, num_parts:
     min_size = min(low, max_size)
     if num_gpus and min_size * models.gpus_each > num_gpus:
         flags = f"--num_models {min_size} with --gpus_per_model {models.gpus_each:g}"
-        raise SettingsError(f"{flags}: the cluster has {num_gpus} GPU(s), those it may still start counted")
+        raise SettingsError(f"{flags}: the cluster has {num_gpus} GPU(s), including those it can still start")
     if num_gpus:
         pool = ActorPool(min_size, max_size, models.gpus_each or min(1.0, num_gpus / max_size), None)
     else:

@@ -45,7 +45,7 @@ class FamilyDefaults:
         return None
 
     def write_official(self, model: Any, folder: Path, model_id: str) -> tuple[Path, int]:
-        raise SettingsError(f"--format official: is for SALMONN's code, and this is a {self.name} model")
+        raise SettingsError(f"--format official: SALMONN models only, and this is a {self.name} model")
 
     def load_official(self, base: Any, path: Path) -> Any:
         raise AssertionError("write_official wrote nothing")

@@ -121,7 +121,7 @@ class Lengths(RowLengths):
             speed = 1.0 if seconds / speed > limit else speed
             num_samples = int(seconds / speed * front_end.sample_rate_hz + 0.5)
             if sample.task.has_audio and not num_samples:
-                raise BadRow("audio_empty", f"{sample.audio_path} holds no sample")
+                raise BadRow("audio_empty", f"{sample.audio_path} has no samples")
             columns.num_prompt_tokens.append(len(front_end.prompt_ids(sample, num_samples)))
             columns.num_windows.append(front_end.num_windows(num_samples) if num_samples else 0)
             columns.num_target_tokens.append(num_target_tokens)

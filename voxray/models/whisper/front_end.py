@@ -89,9 +89,7 @@ class WhisperFrontEnd(WindowedLogMel):
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
         if sample.task.name not in TASKS:
-            raise BadRow(
-                "unsupported_task", f"Whisper transcribes and does nothing else; this is a row of {sample.task.name}"
-            )
+            raise BadRow("unsupported_task", f"Whisper only transcribes; this row's task is {sample.task.name}")
         ids = [self.start_id]
         if self.is_multilingual:
             if sample.language:

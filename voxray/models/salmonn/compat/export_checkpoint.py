@@ -36,7 +36,7 @@ def write_official(model: Any, folder: Path, base: SalmonnConfig) -> tuple[Path,
     """
     config: Any = model.peft_config["default"] if isinstance(model, PeftModel) else None
     if config is None or config.use_dora or config.use_rslora:
-        raise SettingsError("--format official: SALMONN's code knows plain LoRA alone (--tuning lora)")
+        raise SettingsError("--format official: SALMONN's own code reads plain LoRA only (--tuning lora)")
     checkpoint = (base.parts or {}).get("checkpoint")
     if checkpoint and read_checkpoint(checkpoint).lora_rank:
         raise RunError(
