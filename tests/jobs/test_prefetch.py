@@ -96,8 +96,8 @@ def check(output: Path, num_rows: dict[str, int] = ROWS) -> None:
             assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
             sentence, sound = original[f"{row['id']}.mp3"]
             assert (row["transcript"], row["language"]) == (sentence, "ko")
-            ours, original = decode(str(clip), 16_000), decode("x.mp3", 16_000, sound)
-            assert len(ours) == len(original) and np.abs(ours - original).max() <= 0.5 / 32_768 + 1e-7
+            copied, source = decode(str(clip), 16_000), decode("x.mp3", 16_000, sound)
+            assert len(copied) == len(source) and np.abs(copied - source).max() <= 0.5 / 32_768 + 1e-7
     sets = [path.parent for path in (output / "features").glob("*/set.json")]
     assert sum(len(Features([folder])) for folder in sets) == sum(num_rows.values())
 

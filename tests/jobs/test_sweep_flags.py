@@ -221,7 +221,7 @@ def test_ctrl_c_says_how_to_go_on(sweep: Callable[..., Swept]) -> None:
             raise KeyboardInterrupt
         return validation(trial)
 
-    with pytest.raises(Stopped, match="stopped; the same command with --resume goes on"):
+    with pytest.raises(Stopped, match="stopped; run the same command with --resume to continue"):
         sweep("--lora_r 4,8,16", outcome=interrupt)
     assert sweep("--lora_r 4,8,16 --resume").ran == [2, 3]
 
