@@ -1,6 +1,6 @@
 """Jobs on a cluster whose nodes die, are taken away, or are added: what is lost, and how long recovery takes.
 
-Each test prints a line of the table in README's operating guide: what was killed, the repeated steps or rows, and the
+Each test prints a line of the table in README's section "A cluster": what was killed, the repeated steps or rows, and the
 seconds until the job made progress again.
 """
 
