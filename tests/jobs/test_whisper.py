@@ -155,7 +155,7 @@ def test_a_base_of_another_family_is_refused(run: Callable[..., Path], small: di
 
 
 def test_rows_of_other_tasks_are_refused(run: Callable[..., Path], small: dict[str, str]) -> None:
-    with pytest.raises(RunError, match="no usable row in this manifest; the first fault: Whisper transcribes"):
+    with pytest.raises(RunError, match="no usable row in this manifest; the first fault: Whisper only transcribes"):
         run(train_jsonl=small["tqa.train"])
 
 

@@ -85,7 +85,7 @@ def test_folders_without_a_generation_config(front_end, tmp_path):
 
 
 def test_other_tasks_are_refused(front_end):
-    with pytest.raises(BadRow, match="a row of tqa") as error:
+    with pytest.raises(BadRow, match="this row's task is tqa") as error:
         front_end.prompt_ids(Sample("a", TASKS["tqa"], "q", "a", "", "ko", "m:1"), 0)
     assert error.value.reason == "unsupported_task"
     with pytest.raises(SettingsError, match="--trim_audio_tokens: Whisper has no audio tokens"):
