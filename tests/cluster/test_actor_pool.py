@@ -1,12 +1,11 @@
 """run_workers: results and errors of workers, on Ray and in one process."""
 
 import json
-import pickle
 from typing import Any
 
 import pytest
 
-from voxray.cluster.actor_pool import ActorPool, PoolWorker, run_workers
+from voxray.cluster.actor_pool import ActorPool, PoolWorker, _Item, run_workers
 from voxray.core.errors import RunError
 
 
@@ -33,7 +32,7 @@ def test_results_and_errors_in_this_process():
 
 
 def test_an_actor_returns_errors_as_values():
-    [outcome] = Divider(6)({"item": [pickle.dumps({"divisor": 0})]})["outcome"]
+    [outcome] = Divider(6)({"item": [_Item({"divisor": 0})]})["outcome"]
     assert json.loads(outcome) == {"error": "no zero"}
 
 

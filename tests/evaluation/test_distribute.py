@@ -1,7 +1,6 @@
 """Answers compared with transformers' own generate, and interrupted evaluations."""
 
 import json
-import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from transformers import VoxtralForConditionalGeneration, VoxtralProcessor
 
 from voxray.audio.decode import decode
 from voxray.batches.collate import collate_training
-from voxray.cluster.actor_pool import ActorPool
+from voxray.cluster.actor_pool import ActorPool, _Item
 from voxray.config.flag_groups import ScoreFlags
 from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation import distribute, prediction_actor
@@ -265,7 +264,7 @@ def test_reference_losses_are_those_of_transformers(folders, tmp_path, monkeypat
 
 def test_without_a_model_the_job_ends_in_one_line(folders, tmp_path, monkeypatch):
     """Also on Ray, which retries an actor whose constructor raises and then prints a traceback."""
-    batch = {"item": [pickle.dumps({"part": 0, "rows": [0]})]}
+    batch = {"item": [_Item({"part": 0, "rows": [0]})]}
     damaged = replace(CONFIG, adapter=str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("[")
     [outcome] = PredictionActor(damaged, folders, tmp_path / "p", 1)(batch)["outcome"]
