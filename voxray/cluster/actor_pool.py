@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,13 @@ class ActorPool:
     num_cpus: float | None = 1
 
 
+@dataclass(frozen=True)
+class _Item:
+    """Wraps an item so that Ray Data pickles it as it is; a bare dict would become Arrow columns."""
+
+    value: Any
+
+
 class PoolWorker:
     """Base class of the workers of ``run_workers``. Large results go to files, not through Ray."""
 
@@ -50,7 +56,7 @@ class PoolWorker:
         An error is returned as a value, because Ray would retry an actor that raises and print its traceback.
         """
         try:
-            outcome = {"result": self.work(pickle.loads(batch["item"][0]))}
+            outcome = {"result": self.work(batch["item"][0].value)}
         except (RunError, OSError) as error:
             outcome = {"error": one_line(error)}
         return {"outcome": [json.dumps(outcome)]}
@@ -81,7 +87,7 @@ def run_workers(
         return
     import ray
 
-    rows = [{"item": pickle.dumps(item)} for item in items]  # bytes, because a dict would become Arrow columns
+    rows = [{"item": _Item(item)} for item in items]
     outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
         worker_class,
         fn_constructor_args=arguments,
