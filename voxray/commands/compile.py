@@ -5,8 +5,6 @@ an adapter's weights. Its shapes do not depend on the prompt or the answer. The 
 shapes change with every token.
 """
 
-import hashlib
-import shutil
 import statistics
 import time
 import warnings
@@ -39,7 +37,7 @@ from voxray.models.parts.compiled_audio import (
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
-from voxray.runs.run_folder import make_folder, provenance, resolve_output_dir
+from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest allowed difference as a share of the model's largest output, by data type: the size of its rounding error."""
@@ -64,7 +62,9 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
         SettingsError: The settings do not fit the model.
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
-    _check_output_dir(output_dir, overwrite=settings.overwrite)
+    require_replaceable(
+        output_dir, REPORT, overwrite=settings.overwrite, earlier="an earlier one", other="it holds something else"
+    )
     settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     family = get_family(model_id)
@@ -81,17 +81,14 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     front_end, audio_path = family.front_end(model_id), family.audio_path(model).eval()
     report = {"format": FORMAT, "model_id": model_id, "adapter": str(adapter or ""), "adapter_sha256": ""}
     if adapter:
-        report["adapter_sha256"] = hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()
+        report["adapter_sha256"] = checksum(adapter / WEIGHTS)
     report |= {**compile_environment(family, dtype, device), "weights": weights_hash(audio_path)}
     report |= {
         "backend": settings.backend,
         "mel_shape": [front_end.num_mel_bins, front_end.window_frames],
         "windows": {},
     }
-    partial = output_dir.with_name(f".{output_dir.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with replaced_on_success(output_dir) as partial:
         for number in settings.windows:
             clips = noise_clips(front_end, number, settings.seed, dtype, device)
             file = partial / f"audio_w{number}.pt2"
@@ -102,20 +99,8 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
                 f"of the largest number; {entry['eager_sec'] * 1e3:.1f} -> {entry['compiled_sec'] * 1e3:.1f} ms"
             )
         write_json(partial / REPORT, {**report, **provenance()})
-        shutil.rmtree(output_dir, ignore_errors=True)
-        partial.replace(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     console.print(f"--compiled {output_dir} uses it", markup=False)
     return report
-
-
-def _check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not (overwrite and (output_dir / REPORT).is_file()):
-        kind = "--overwrite replaces an earlier one" if (output_dir / REPORT).is_file() else "it holds something else"
-        raise RunError(f"--output_dir {output_dir}: is not empty; {kind}")
 
 
 def _check_backend(settings: CompileSettings) -> None:

@@ -4,8 +4,6 @@ Every step is verified: each tensor of the adapter must match a layer, the merge
 unmerged one, and so must the model read back from disk.
 """
 
-import hashlib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from voxray.config.export import ExportSettings
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.manifest import Sample
-from voxray.core.storage import write_json
+from voxray.core.storage import checksum, write_json
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.audio_trim_record import read_trim_record, set_trim_audio, trims_audio, write_trim_record
@@ -37,7 +35,7 @@ from voxray.models.adapters.lora import (
 from voxray.models.hf_files import read_config, unwrap_peft
 from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.registry import get_family
-from voxray.runs.run_folder import make_folder, provenance, resolve_output_dir
+from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
 REPORT = "export.json"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -60,7 +58,9 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     model_id = settings.model_id or base_of_adapter(adapter)
     if not model_id:
         raise RunError(f"{adapter / CONFIG}: names no base model; give one with --model_id")
-    _check_output_dir(output_dir, overwrite=settings.overwrite)
+    require_replaceable(
+        output_dir, REPORT, overwrite=settings.overwrite, earlier="an earlier export", other="it is no export"
+    )
     family = get_family(model_id)
     trimmed = trims_audio(model_id, bool(read_trim_record(adapter)))
     front_end = family.front_end(model_id, trim_audio=trimmed)
@@ -79,12 +79,9 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
     difference = _difference(probe_logits(model, family, front_end), expected)
     _check(difference, torch.float32, "the merged model")
-    partial = output_dir.with_name(f".{output_dir.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with replaced_on_success(output_dir) as partial:
         report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
-        report |= {"adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()}
+        report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
         dtype = _dtype(settings.dtype, model_id)
         _write(model, family, partial, model_id, dtype, output_dir)
         difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
@@ -93,10 +90,6 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         report |= {"dtype": str(dtype).removeprefix("torch.")}
         report |= {"difference_merged": difference, "difference_on_disk": difference_on_disk, **provenance()}
         write_json(partial / REPORT, report)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        partial.replace(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     console.print(
         f"{num_merged} layers merged; logits differ by {difference:.1e} of the largest, "
         f"{difference_on_disk:.1e} on disk"
@@ -134,33 +127,18 @@ def _export_official(
     if unused := {"merge", "dtype"} & settings.model_fields_set:
         raise SettingsError(f"--format official: the weights are written as they are; leave out --{min(unused)}")
     model_id = settings.model_id or base_of_adapter(adapter)
-    partial = output_dir.with_name(f".{output_dir.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with replaced_on_success(output_dir) as partial:
         path, num_tensors = family.write_official(model, partial, model_id)
         base = family.load_model(model_id, dtype=torch.float32, device=CPU)
         logits = probe_logits(family.load_official(base, path), family, family.front_end(model_id))
         difference = _difference(logits, expected)
         _check(difference, torch.float32, "the checkpoint on disk")
         report = {"base": model_id, "adapter": str(adapter), "format": settings.format, "tensors": num_tensors}
-        report |= {"adapter_sha256": hashlib.sha256((adapter / WEIGHTS).read_bytes()).hexdigest()}
+        report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
         report |= {"difference_on_disk": difference, **provenance()}
         write_json(partial / REPORT, report)
-        shutil.rmtree(output_dir, ignore_errors=True)
-        partial.replace(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     console.print(f"{num_tensors} tensors under their official names in {output_dir / path.name}", markup=False)
     return report
-
-
-def _check_output_dir(output_dir: Path, *, overwrite: bool) -> None:
-    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
-        return
-    if not (overwrite and (output_dir / REPORT).is_file()):
-        hint = "--overwrite replaces an earlier export" if (output_dir / REPORT).is_file() else "it is no export"
-        raise RunError(f"--output_dir {output_dir}: is not empty; {hint}")
 
 
 def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ few methods of ``Path`` that feature sets need, so the same code serves both.
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -290,6 +291,12 @@ def move_into_place(partial: Path, target: AnyPath) -> None:
             target.write_bytes(source.read_buffer())
     else:
         os.replace(partial, target)
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free disk space at a path that need not exist yet."""
+    existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def checksum(path: Path) -> str:

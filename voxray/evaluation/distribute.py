@@ -20,7 +20,7 @@ from voxray.cluster.session import max_gpus
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import AnyPath, write_json
+from voxray.core.storage import AnyPath, checksum, write_json
 from voxray.evaluation.prediction_actor import PredictionActor, failed_path
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
 from voxray.features.reader import Features
@@ -170,7 +170,7 @@ def check_invariance(
 def _key(config: InferenceConfig, features: Features, parts: Sequence[Sequence[int]]) -> str:
     """Hash of everything that determines the contents of the parts; of the adapter the bytes are hashed."""
     weights = Path(config.adapter) / WEIGHTS if config.adapter else None
-    adapter = hashlib.sha256(weights.read_bytes()).hexdigest() if weights else ""
+    adapter = checksum(weights) if weights else ""
     stored = {STORED_NAMES.get(name, name): value for name, value in asdict(config).items()}
     described = {**stored, "adapter": adapter, "data": features.fingerprint(), "parts": parts}
     return hashlib.sha256(json.dumps({**described, "format": PREDICTION_SCHEMA.names}).encode()).hexdigest()

@@ -5,7 +5,6 @@ estimates what it will write, from the clips' headers alone, and gives every sha
 stay within the budget, whatever a header claims.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 from voxray.audio.decode import header_seconds
 from voxray.core.errors import RunError
 from voxray.core.manifest import Sample, read_chunk
-from voxray.core.storage import AnyPath, num_bytes
+from voxray.core.storage import AnyPath, free_disk_bytes, num_bytes
 from voxray.core.units import GIB
 from voxray.features.extract import Extractor
 from voxray.features.shards import shard_path
@@ -93,5 +92,4 @@ def _existing_bytes(item: "WorkItem") -> int:
 def _free_bytes(features_dir: AnyPath) -> float:
     if not isinstance(features_dir, Path):
         return float("inf")
-    existing = next(folder for folder in (features_dir, *features_dir.parents) if folder.is_dir())
-    return shutil.disk_usage(existing).free
+    return free_disk_bytes(features_dir)

@@ -1,7 +1,6 @@
 """The plan of a prefetch: files to fetch and the disk space needed, without fetching anything."""
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from voxray.audio.decode import header_seconds
 from voxray.config.prefetch import PrefetchSettings
 from voxray.core.console import clock, console
 from voxray.core.errors import RunError
+from voxray.core.storage import free_disk_bytes
 from voxray.core.units import format_bytes
 from voxray.corpora.fetch import CorpusSource, find_source, importer_inputs, num_corpus_bytes
 from voxray.corpora.hub import RepoFile, model_files, open_repository
@@ -38,17 +38,11 @@ def refuse_full_disk(folder: Path, num_bytes: float, what: str) -> None:
     Raises:
         RunError: It has less than ``num_bytes``.
     """
-    free = free_bytes(folder)
+    free = free_disk_bytes(folder)
     if num_bytes > free:
         raise RunError(
             f"--output_dir {folder}: {what} needs {format_bytes(num_bytes)}, and the disk has {format_bytes(free)} left"
         )
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
 
 
 def show_plan(settings: PrefetchSettings, folder: Path, lock: LockFile) -> None:
@@ -75,7 +69,7 @@ def show_plan(settings: PrefetchSettings, folder: Path, lock: LockFile) -> None:
         table.add_row(label, "", format_bytes(size), "all" if is_done else "", format_bytes(missing))
         need += missing
     console.print(table)
-    free = free_bytes(folder)
+    free = free_disk_bytes(folder)
     enough = "enough" if need < free else "NOT enough"
     speech = f"about {clock(seconds)} h of speech"
     console.print(f"to come: about {format_bytes(need)}, {speech}; the disk has {format_bytes(free)} left: {enough}")

@@ -11,7 +11,7 @@ from voxray.cluster.session import cluster_resources, stderr_to
 from voxray.config.preflight import PreflightFlags
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
-from voxray.core.storage import require_writable
+from voxray.core.storage import free_disk_bytes, require_writable
 from voxray.core.units import format_bytes
 from voxray.features.from_settings import open_features_dir
 from voxray.models.adapters.compatibility import check_encoder_unchanged
@@ -25,7 +25,6 @@ from voxray.preflight.machine import (
     check_libraries,
     check_ports,
     check_shared_memory,
-    free_disk_bytes,
 )
 from voxray.preflight.meta_model import build_meta_model, report_parameters
 from voxray.preflight.rows import RunRows, check_manifests, read_rows

@@ -186,9 +186,3 @@ def _container_free_bytes() -> Iterator[int]:
             yield max(0, int(limit.read_text()) - int(used.read_text()))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-
-
-def free_disk_bytes(path: Path) -> int:
-    """Free disk space at a path that need not exist yet."""
-    existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    return shutil.disk_usage(existing).free

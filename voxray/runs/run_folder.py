@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,45 @@ def make_folder(path: Path, flag: str = "--output_dir") -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"{flag} {path}: cannot write there: {error.strerror}") from None
+
+
+def require_replaceable(output_dir: Path, report: str, *, overwrite: bool, earlier: str, other: str) -> None:
+    """Refuse an output folder that is not empty, unless it is an earlier result that may be replaced.
+
+    Args:
+        report: File name that marks an earlier result of the job.
+        overwrite: Whether an earlier result may be replaced.
+        earlier: What the message calls an earlier result.
+        other: What the message says of any other folder.
+    Raises:
+        RunError: The folder may not be replaced.
+    """
+    if not output_dir.exists() or (output_dir.is_dir() and not any(output_dir.iterdir())):
+        return
+    is_earlier = (output_dir / report).is_file()
+    if not (overwrite and is_earlier):
+        hint = f"--overwrite replaces {earlier}" if is_earlier else other
+        raise RunError(f"--output_dir {output_dir}: is not empty; {hint}")
+
+
+@contextmanager
+def replaced_on_success(output_dir: Path) -> Iterator[Path]:
+    """An empty folder beside ``output_dir`` to write to.
+
+    It becomes ``output_dir`` if the block ends without an error; otherwise it is deleted and ``output_dir`` stays.
+
+    Raises:
+        RunError: The place is not writable.
+    """
+    partial = output_dir.with_name(f".{output_dir.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    try:
+        yield partial
+        shutil.rmtree(output_dir, ignore_errors=True)
+        partial.replace(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def refuse_training_folder(folder: Path) -> None:
