@@ -84,6 +84,7 @@ def test_shards_json_is_a_manifest_with_checksums(speech, tmp_path):
     assert len(shards) == 3
     for number, shard in enumerate(shards):
         path = folder / "shards" / f"{number:05d}.arrow"
+        assert [end for end, _ in shard.pop("parts")][-1] == path.stat().st_size
         assert shard == {"rows": 8, "bytes": path.stat().st_size, "sha256": checksum(path)}
     damaged = folder / "shards" / "00000.arrow"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")

@@ -16,7 +16,15 @@ from voxray.core.errors import RunError
 from voxray.core.storage import write_atomically, write_json
 from voxray.features import reader as features_module
 from voxray.features.reader import FeatureRow, Features
-from voxray.features.shards import index_part, set_folder, shard_bytes, shard_path, shard_schema, write_index
+from voxray.features.shards import (
+    ROWS_PER_BATCH,
+    index_part,
+    set_folder,
+    shard_bytes,
+    shard_path,
+    shard_schema,
+    write_index,
+)
 
 NUM_BINS = 8
 
@@ -49,10 +57,10 @@ def make_rows(start: int, count: int) -> list[dict[str, Any]]:
 
 def write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
     """A shard of log-mel and what its report says for the index."""
-    data = shard_bytes(rows, "mel", torch.float16, [NUM_BINS])
+    data, parts = shard_bytes(rows, "mel", torch.float16, [NUM_BINS])
     write_atomically(path, data)
     index = index_part(rows, int(path.stem) if path.stem.isdigit() else 0)
-    sums = {"rows": len(rows), "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+    sums = {"rows": len(rows), "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest(), "parts": parts}
     write_json(path.with_suffix(".json"), {**sums, "index": index})
 
 
@@ -62,7 +70,7 @@ def make_set(folder: Path, *parts: list[dict[str, Any]]) -> Path:
     index = write_index(folder, len(parts))
     assert index["rows"] == sum(map(len, parts))
     assert index["index_sha256"] == hashlib.sha256((folder / "index.arrow").read_bytes()).hexdigest()
-    write_json(folder / "set.json", {"content": folder.name, "store": "mel"})
+    write_json(folder / "set.json", {"content": folder.name, "fingerprint": "f", "store": "mel", **index})
     return folder
 
 
@@ -221,3 +229,31 @@ def test_json_keeps_hangul(tmp_path: Path):
     write_json(tmp_path / "a.json", {"이름": "값"})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert "이름" in text and json.loads(text) == {"이름": "값"}
+
+
+def test_every_changed_byte_of_a_shard_is_noticed(tmp_path: Path) -> None:
+    """A flipped bit anywhere, other than in padding that no reader looks at, stops the read with the file's name."""
+    folder = make_set(tmp_path / "set", make_rows(0, ROWS_PER_BATCH + 3))
+    path = shard_path(folder, 0)
+    intact = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for position in generator.choice(len(intact), 200, replace=False):
+        damaged = bytearray(intact)
+        damaged[position] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        features = Features([folder])
+        with pytest.raises(RunError, match=f"{path}: damaged"):
+            for number in range(len(features)):
+                features.row(number)
+    path.write_bytes(intact)
+    assert not path.with_suffix(".json").is_file(), "the next run makes the shard again"
+
+
+@pytest.mark.parametrize("name", ["set.json", "index.arrow", "shards.json"])
+def test_a_damaged_description_is_one_line(tmp_path: Path, name: str) -> None:
+    folder = make_set(tmp_path / "set", make_rows(0, 3))
+    data = (folder / name).read_bytes()
+    for damaged in (data[: len(data) // 2], b"", b"[1]", b"\xff" * len(data)):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(RunError, match=f"{folder / name}"):
+            Features([folder]).row(0)

@@ -58,7 +58,12 @@ class Head:
         """Submit a job as in the README, without waiting for it."""
         name = f"{name}-{uuid.uuid4().hex[:8]}"
         options = ["--address", self.address, "--submission-id", name, "--runtime-env", "runtime_env.yaml", "--no-wait"]
-        process = self.ray("submit", *options, "--", sys.executable, f"jobs/{job}.py", *arguments)
+        deadline = time.monotonic() + WAIT_SEC
+        while True:
+            process = self.ray("submit", *options, "--", sys.executable, f"jobs/{job}.py", *arguments)
+            if "No available agent" not in process.stderr or time.monotonic() > deadline:
+                break
+            time.sleep(2)
         assert process.returncode == 0, process.stdout + process.stderr
         self.submitted.append(name)
         return name

@@ -245,13 +245,11 @@ def test_a_wrong_library_is_no_reason_to_stop_early(
 
 def test_a_lost_cluster_is_one_line(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(log_path: Path) -> None:
-        raise RunError("Ray could not be started or reached: no such address")
+        raise RunError("RAY_ADDRESS 127.0.0.1:9: no cluster answers there")
 
     monkeypatch.setattr(preflight_job, "cluster_resources", lost)
     status, report = preflight("--no_tune")
-    assert status == 1 and of_level(report, "fix") == [
-        "resources: Ray could not be started or reached: no such address"
-    ]
+    assert status == 1 and of_level(report, "fix") == ["resources: RAY_ADDRESS 127.0.0.1:9: no cluster answers there"]
 
 
 def test_settings_of_the_training_are_the_training_jobs() -> None:

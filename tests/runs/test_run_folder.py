@@ -201,8 +201,8 @@ def test_starting_afresh_deletes_what_a_run_wrote_and_nothing_else(here: Path):
     open_run_folder(run, settings(seed=9), overwrite=True)
     assert [name for name in written if (run / name).exists()] == []
     assert [name for name in others if (run / name).read_text() != name] == []
-    left = {path.name for path in run.iterdir()}
-    assert left == {"settings.json", "provenance.json", "notes.txt", "features", "data", "checkpoints.txt", "other"}
+    left = {path.name for path in run.iterdir()} - {"settings.json", "inputs.json", "provenance.json"}
+    assert left == {"notes.txt", "features", "data", "checkpoints.txt", "other"}
     assert json.loads((run / "settings.json").read_text())["seed"] == 9
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from voxray.batches.rank import Worker
+from voxray.core.content_hash import CHECKSUMS
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import CONFIG, WEIGHTS
 from voxray.models.voxtral.family import Voxtral
@@ -121,5 +122,5 @@ def test_the_published_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
     publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter")
-    assert sorted(os.listdir(tmp_path / "adapter")) == sorted([CONFIG, WEIGHTS])
+    assert sorted(os.listdir(tmp_path / "adapter")) == sorted([CONFIG, WEIGHTS, CHECKSUMS])
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["tuning"] == "full"

@@ -3,8 +3,10 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from voxray.core.console import console
 from voxray.core.errors import RunError, one_line
 
 RAY_SETTINGS = {
@@ -26,6 +29,12 @@ RAY_SETTINGS = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep like every other job
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first validation
 }
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+CONNECT_SEC = 20.0
+RETRY_AFTER_SEC = (5.0, 20.0, 60.0)
+"""Waits between the attempts to start Ray on a machine that is busy. Ray itself gives up after 30 s."""
 
 
 @contextmanager
@@ -46,14 +55,10 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", num_cpus=max(os.cpu_count() or 1, num_processes + 1), **quiet)
-    except Exception as error:  # Ray raises many types here, none of them because of a setting
-        raise RunError(f"Ray could not be started or reached: {one_line(error, 300)}") from error
+    if os.environ.get("RAY_ADDRESS"):
+        _connect()
+    else:
+        _start(max(os.cpu_count() or 1, num_processes + 1))
     _quiet_loggers(log_path)
     try:
         with stderr_to(log_path), term_is_interrupt():
@@ -61,6 +66,47 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
             ray.shutdown()
     finally:
         ray.shutdown()
+
+
+def _connect() -> None:
+    """Connect to the cluster at RAY_ADDRESS."""
+    import ray
+
+    address = os.environ["RAY_ADDRESS"]
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdecimal():  # else it is a word such as "auto"
+            socket.create_connection((host, int(port)), timeout=CONNECT_SEC).close()
+        ray.init(**QUIET)
+    except OSError as error:
+        raise RunError(f"RAY_ADDRESS {address}: no cluster answers there: {one_line(error, 200)}") from None
+    except Exception as error:  # Ray raises many types here, none of them because of a setting
+        raise RunError(f"RAY_ADDRESS {address}: Ray could not be reached: {one_line(error, 300)}") from error
+
+
+def _start(num_cpus: int) -> None:
+    """Start Ray on this machine. A start that takes too long, because the machine is busy, is tried again."""
+    import ray
+
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, exist_ok=True)
+    for wait_sec in (*RETRY_AFTER_SEC, 0.0):
+        try:
+            ray.init(address="local", num_cpus=num_cpus, **QUIET)
+            break
+        except Exception as error:  # as above
+            message = one_line(error, 300)
+            if "AF_UNIX path" in message:
+                flag = "RAY_TMPDIR" if os.environ.get("RAY_TMPDIR") else "TMPDIR"
+                folder = os.environ.get(flag, "")
+                raise RunError(f"{flag} {folder}: too long for Ray's sockets; set {flag} to a short path") from None
+            if "timed out during startup" not in message or not wait_sec:
+                raise RunError(f"Ray could not be started: {message}") from error
+            console.print(f"Ray did not start in time: this machine is busy; next attempt in {wait_sec:.0f} s")
+            ray.shutdown()
+            time.sleep(wait_sec)
+    if token.is_file() and token.stat().st_uid == os.getuid():
+        token.chmod(0o600)  # whoever can read it can run code on the cluster
 
 
 @contextmanager

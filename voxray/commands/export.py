@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from voxray.batches.collate import collate_training
 from voxray.config.export import ExportSettings
 from voxray.core.console import console
+from voxray.core.content_hash import write_checksums
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.storage import checksum, write_json
@@ -90,6 +91,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         report |= {"dtype": str(dtype).removeprefix("torch.")}
         report |= {"difference_merged": difference, "difference_on_disk": difference_on_disk, **provenance()}
         write_json(partial / REPORT, report)
+        write_checksums(partial)
     console.print(
         f"{num_merged} layers merged; logits differ by {difference:.1e} of the largest, "
         f"{difference_on_disk:.1e} on disk"
@@ -137,6 +139,7 @@ def _export_official(
         report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
         report |= {"difference_on_disk": difference, **provenance()}
         write_json(partial / REPORT, report)
+        write_checksums(partial)
     console.print(f"{num_tensors} tensors under their official names in {output_dir / path.name}", markup=False)
     return report
 

@@ -44,10 +44,16 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
     runtime_env = yaml.safe_load((REPOSITORY / "runtime_env.yaml").read_text(encoding="utf-8"))
     runtime_env["working_dir"] = str(REPOSITORY)
     entrypoint = f"python jobs/{job}.py {shlex.join(flags)}".rstrip()
-    try:
-        client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
-    except Exception as error:  # the client raises whatever its HTTP library does
-        raise RunError(f"--address {settings.address}: {one_line(error, 300)}") from None
+    deadline = time.monotonic() + LOST_SEC
+    while True:
+        try:
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
+            break
+        except Exception as error:  # the client raises whatever its HTTP library does
+            is_starting = "No available agent" in str(error)  # a head that has just been started, on a busy machine
+            if not is_starting or time.monotonic() > deadline:
+                raise RunError(f"--address {settings.address}: {one_line(error, 300)}") from None
+            time.sleep(2.0)
     print(f"submitted {name}: {entrypoint}", flush=True)
     return _follow(client, name) if settings.wait else 0
 

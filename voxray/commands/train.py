@@ -22,6 +22,7 @@ from voxray.recipes.build_model import find_init_adapter
 from voxray.recipes.registry import RunContext, assemble_inputs
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import training_data
+from voxray.runs.inputs import input_hashes
 from voxray.runs.layout import ERROR_FILE, RESULT_FILE
 from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder
 
@@ -64,7 +65,7 @@ def _open(run: RunContext) -> None:
     init_adapter = find_init_adapter(run) if settings.init_adapter else None
     if not settings.overwrite:
         remote.fetch()
-    open_run_folder(run_dir, settings, overwrite=settings.overwrite)
+    open_run_folder(run_dir, settings, overwrite=settings.overwrite, inputs=input_hashes(settings))
     if settings.overwrite:
         remote.forget()
     remote.push_all()  # before anything is computed: the URL may not be writable, and workers elsewhere read from it

@@ -16,6 +16,7 @@ from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
 from voxray.recipes.registry import assemble_inputs, require_family
+from voxray.runs.inputs import input_hashes
 from voxray.runs.run_folder import resolve_output_dir
 from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
 from voxray.sweep.queue import Queue
@@ -42,7 +43,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
     base: Any = assemble_inputs(settings)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
     require_family(base)
-    open_sweep(output_dir, settings)
+    open_sweep(output_dir, settings, input_hashes(base, "train_jsonl", "val_jsonl"))
     warn_about_unused_flags(settings)
     warn_of_few_validations(settings)
     num_workers = max(1, count_workers(settings.num_workers)[1])

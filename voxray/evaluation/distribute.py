@@ -4,7 +4,6 @@ Rows are sorted by expected length and split into parts; each part becomes one P
 restarted evaluation answers only the parts that have no file yet.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,15 +18,17 @@ from voxray.cluster.actor_pool import ActorPool, present_cpus, run_workers
 from voxray.cluster.session import max_gpus
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
+from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.storage import AnyPath, checksum, write_json
+from voxray.core.storage import AnyPath, write_json
 from voxray.evaluation.prediction_actor import PredictionActor, failed_path
 from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
 from voxray.features.reader import Features
 from voxray.generation.generate import sort_by_expected_length
-from voxray.generation.model import STORED_NAMES, InferenceConfig
-from voxray.models.adapters.lora import WEIGHTS
+from voxray.generation.model import InferenceConfig
+from voxray.models.registry import get_family
 from voxray.runs.remote_sync import RemoteSync
+from voxray.text.normalize import BASIC, ENGLISH, KOREAN
 
 BATCHES_PER_PART = 8
 """Longer parts waste less time on the last rows of each part; shorter parts lose less work when a run is killed."""
@@ -99,7 +100,7 @@ def answer_rows(
     features, predictions = Features(folders), output_dir / "predictions"
     order, size = sort_by_expected_length(features, rows), BATCHES_PER_PART * config.batch_size
     parts = [order[start : start + size] for start in range(0, len(order), size)]
-    _set_aside_other_evaluation(predictions, _key(config, features, parts))
+    _set_aside_other_evaluation(predictions, answer_key(config, features, parts))
     for number in range(len(parts)) if retry_failed else ():
         if failed_path(predictions, number).is_file():
             part_path(predictions, number).unlink(missing_ok=True)
@@ -167,13 +168,19 @@ def check_invariance(
     return {"n": len(alone), "differing": len(differing), "ids": differing}
 
 
-def _key(config: InferenceConfig, features: Features, parts: Sequence[Sequence[int]]) -> str:
-    """Hash of everything that determines the contents of the parts; of the adapter the bytes are hashed."""
-    weights = Path(config.adapter) / WEIGHTS if config.adapter else None
-    adapter = checksum(weights) if weights else ""
-    stored = {STORED_NAMES.get(name, name): value for name, value in asdict(config).items()}
-    described = {**stored, "adapter": adapter, "data": features.fingerprint(), "parts": parts}
-    return hashlib.sha256(json.dumps({**described, "format": PREDICTION_SCHEMA.names}).encode()).hexdigest()
+def answer_key(config: InferenceConfig, features: Features, parts: Sequence[Sequence[int]]) -> str:
+    """Hash of everything that decides the content of the parts. Answers with another key are not used again.
+
+    Of base, adapter and compiled programs the content counts, not the path.
+
+    Raises:
+        RunError: A file of the base, the adapter or the compiled programs cannot be read.
+    """
+    values: dict[str, Any] = {**asdict(config), "model_id": get_family(config.model_id).content_hash(config.model_id)}
+    for name in ("adapter", "compiled"):
+        values[name] = path_hash(Path(getattr(config, name))) if getattr(config, name) else ""
+    stored_counts = [PREDICTION_SCHEMA.names, sorted(normalizer.name for normalizer in (KOREAN, BASIC, ENGLISH))]
+    return combined_hash([values, features.fingerprint(), parts, stored_counts])
 
 
 def _set_aside_other_evaluation(predictions: Path, key: str) -> None:

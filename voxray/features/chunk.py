@@ -92,7 +92,7 @@ class ChunkFeaturizer(PoolWorker):
                         clips.append({**file_state(sample.audio_path), "sha256": ""})
             self.extractor.encode(rows)
         spec = self.extractor.spec
-        data = shard_bytes(rows, spec.store, spec.torch_dtype, self.extractor.frame_shape)
+        data, parts = shard_bytes(rows, spec.store, spec.torch_dtype, self.extractor.frame_shape)
         if data.size > item.max_bytes:
             raise RunError(f"{path}: {data.size:,} bytes, but its clips seemed to need {item.max_bytes:,.0f} at most")
         write_atomically(path, data)
@@ -105,6 +105,7 @@ class ChunkFeaturizer(PoolWorker):
             "rows": len(rows),
             "bytes": data.size,
             "sha256": hashlib.sha256(data).hexdigest(),
+            "parts": parts,
             "content": hashlib.sha256(raw + clip_keys.encode()).hexdigest(),
             "bad": bad,
             "clips": clips,
@@ -135,7 +136,7 @@ def start_sample(sample: Sample, crash_log: CrashLog) -> None:
 
 
 def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
-    """The stored report if the shard was made from these very lines and clips, else None."""
+    """The stored report if it is undamaged and the shard was made from these very lines and clips, else None."""
     path = shard_path(item.folder, item.chunk.number)
     try:
         report = json.loads(path.with_suffix(".json").read_text())
@@ -143,13 +144,13 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             return None
         if item.verify and sha256_hex(path.read_bytes()) != report["sha256"]:
             return None
-    except (OSError, ValueError, KeyError):
+        if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
+            return None
+        if any(line["reason"].startswith("audio_") for line in report["bad"]):
+            return None  # the clip may have been fixed since
+        return report if all(map(_clip_unchanged, report["clips"])) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
-        return None
-    if any(line["reason"].startswith("audio_") for line in report["bad"]):
-        return None  # the clip may have been fixed since
-    return report if all(map(_clip_unchanged, report["clips"])) else None
 
 
 def _clip_unchanged(clip: dict[str, Any]) -> bool:

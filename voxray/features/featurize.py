@@ -9,13 +9,14 @@ repeats only unfinished chunks.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from voxray.cluster.actor_pool import plan_pool, run_workers
 from voxray.core.errors import RunError
 from voxray.core.manifest import chunks, sha256_hex
 from voxray.core.source import Source
-from voxray.core.storage import AnyPath, children, to_jsonl, write_atomically, write_json
+from voxray.core.storage import AnyPath, checksum, children, num_bytes, to_jsonl, write_atomically, write_json
 from voxray.features.chunk import ChunkFeaturizer, WorkItem
 from voxray.features.disk_estimate import with_byte_limits
 from voxray.features.extract import Extractor
@@ -177,12 +178,17 @@ def _finish_set(done: _Set, store: str) -> None:
 
 
 def _is_finished(folder: AnyPath, content: str) -> bool:
-    """Whether the set's index and description exist already for this very content."""
+    """Whether the set's index and description exist already, undamaged, for this very content."""
     try:
-        return (
-            json.loads((folder / "set.json").read_text())["content"] == content and (folder / "index.arrow").is_file()
+        description = json.loads((folder / "set.json").read_text())
+        index, shards = folder / "index.arrow", json.loads((folder / "shards.json").read_text())
+        undamaged = (
+            checksum(index) == description["index_sha256"]
+            if isinstance(index, Path)
+            else num_bytes(index) == description["index_bytes"]
         )
-    except (OSError, ValueError, KeyError):
+        return undamaged and description["content"] == content and len(shards) == description["shards"]
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from voxray.core.errors import RunError
-from voxray.core.storage import AnyPath, RemotePath
+from voxray.core.content_hash import combined_hash
+from voxray.core.errors import RunError, one_line
+from voxray.core.storage import AnyPath, RemotePath, checksum
 from voxray.features.shard_cache import fetch
 from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
 
@@ -56,16 +58,40 @@ class FeatureRow:
         return cls(**{**values, **ids, "store": "mel", "audio": row["audio"].astype(np.float16)})
 
 
-class _Shard:
-    """An open shard with the metadata of its audio."""
+class DamagedShard(Exception):
+    """A part of a shard does not have its checksum."""
 
-    def __init__(self, path: Path) -> None:
-        self.reader = pa.ipc.open_file(pa.memory_map(str(path)))
+
+class _Shard:
+    """An open shard with the metadata of its audio.
+
+    Args:
+        path: The local file.
+        parts: (end, CRC-32) of its parts, as ``shards.shard_bytes`` returns them. Each is checked when it is first
+            read. Empty for shards of earlier versions, which are not checked.
+    Raises:
+        DamagedShard: The end of the file, which says where the record batches are, has changed.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[Sequence[int]]) -> None:
+        self._data, self._parts = pa.memory_map(str(path)).read_buffer(), parts
+        self._unchecked = set(range(len(parts)))
+        self._check(len(parts) - 1)
+        self.reader = pa.ipc.open_file(self._data)
         metadata = self.reader.schema.metadata
         self.store: str = metadata[b"store"].decode()
         self.frame_shape: list[int] = json.loads(metadata[b"frame_shape"])
 
+    def _check(self, part: int) -> None:
+        if part not in self._unchecked:
+            return
+        (end, crc), start = self._parts[part], self._parts[part - 1][0] if part else 0
+        if end > self._data.size or zlib.crc32(self._data.slice(start, end - start)) != crc:
+            raise DamagedShard
+        self._unchecked.discard(part)
+
     def row(self, index: int) -> FeatureRow:
+        self._check(index // ROWS_PER_BATCH)
         batch, index = self.reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
         values = {name: batch.column(name)[index].as_py() for name in SCALARS}
         audio = batch.column(AUDIO_COLUMN)[index].values.to_numpy()
@@ -157,7 +183,7 @@ class Features(RowLengths):
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
         self._max_open = OPEN_SHARDS if all(isinstance(f, Path) for f in self.folders) else OPEN_REMOTE_SHARDS
-        self._shard_lists: dict[int, list[dict[str, Any]]] = {}  # shards.json of remote sets
+        self._shard_lists: dict[int, list[dict[str, Any]]] = {}  # content of shards.json
 
     def __len__(self) -> int:
         return len(self._row)
@@ -173,8 +199,20 @@ class Features(RowLengths):
         return self._index["source"][int(number)].as_py()
 
     def row(self, number: int) -> FeatureRow:
-        """Read one row from its mapped shard; no copy of the features is made."""
-        return self._get_shard(int(self._set[number]), int(self._shard[number])).row(int(self._row[number]))
+        """Read one row from its mapped shard; no copy of the features is made.
+
+        Raises:
+            RunError: The shard is damaged. The next run makes it again.
+        """
+        set_number, shard = int(self._set[number]), int(self._shard[number])
+        try:
+            return self._get_shard(set_number, shard).row(int(self._row[number]))
+        except (DamagedShard, pa.ArrowInvalid, OSError) as error:
+            path = shard_path(self.folders[set_number], shard)
+            if isinstance(path, Path):
+                path.with_suffix(".json").unlink(missing_ok=True)  # so the next run makes the shard again
+            reason = f" ({one_line(error, 200)})" if str(error) else ""
+            raise RunError(f"{path}: damaged{reason}; run the same command again, which makes it anew") from None
 
     def _get_shard(self, set_number: int, shard: int) -> _Shard:
         key = (set_number, shard)
@@ -188,31 +226,58 @@ class Features(RowLengths):
 
     def _open_shard(self, set_number: int, shard: int) -> _Shard:
         path = shard_path(self.folders[set_number], shard)
-        if isinstance(path, Path):
-            return _Shard(path)
         if set_number not in self._shard_lists:
-            self._shard_lists[set_number] = json.loads((self.folders[set_number] / "shards.json").read_text())
+            self._shard_lists[set_number] = _read_shard_list(self.folders[set_number])
         entry = self._shard_lists[set_number][shard]
+        parts = entry.get("parts", ())
+        if isinstance(path, Path):
+            return _Shard(path, parts)
         while True:
             try:
-                return _Shard(fetch(path, entry["sha256"], entry["bytes"]))
+                return _Shard(fetch(path, entry["sha256"], entry["bytes"]), parts)
             except FileNotFoundError:
                 continue  # another process evicted the copy before it was opened
 
     def fingerprint(self) -> str:
-        """Hash of the content of all sets. A run can only resume with the same content."""
+        """Hash of everything that decides the rows: lines and clips of all sets, and how they became features."""
+        return combined_hash([each["content"], each["fingerprint"]] for each in self._descriptions)
+
+    def content_fingerprint(self) -> str:
+        """Hash of the lines and clips alone, which checkpoints of version 1 hold."""
         return hashlib.sha256("\n".join(each["content"] for each in self._descriptions).encode()).hexdigest()
 
 
 def _read_description(folder: AnyPath) -> dict[str, Any]:
+    advice = "run featurize on its manifest"
     try:
-        return json.loads((folder / "set.json").read_text())
+        description = json.loads((folder / "set.json").read_text())
+        if all(isinstance(description[name], str) for name in ("content", "fingerprint", "store")):
+            return description
     except OSError:
-        raise RunError(f"{folder}: not a finished feature set; run featurize on its manifest") from None
+        raise RunError(f"{folder}: not a finished feature set; {advice}") from None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise RunError(f"{folder / 'set.json'}: damaged; {advice}")
+
+
+def _read_shard_list(folder: AnyPath) -> list[dict[str, Any]]:
+    try:
+        shards = json.loads((folder / "shards.json").read_text())
+        if all(isinstance(shard["sha256"], str) and isinstance(shard["bytes"], int) for shard in shards):
+            return list(shards)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise RunError(f"{folder / 'shards.json'}: damaged; run featurize on its manifest")
 
 
 def _read_index(folder: AnyPath, description: dict[str, Any]) -> pa.Table:
     path = folder / "index.arrow"
-    if isinstance(path, RemotePath):
-        path = fetch(path, description["index_sha256"], description["index_bytes"])
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    try:
+        if isinstance(path, RemotePath):
+            path = fetch(path, description["index_sha256"], description["index_bytes"])
+        elif checksum(path) != description["index_sha256"]:
+            raise ValueError("it is not what set.json says")
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    except (OSError, ValueError, KeyError) as error:
+        reason = one_line(error, 200)
+        raise RunError(f"{folder / 'index.arrow'}: damaged ({reason}); run featurize on its manifest") from None

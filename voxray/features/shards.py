@@ -5,7 +5,7 @@ A feature set belongs to one manifest, one front end and one kind of stored audi
     <features_dir>/<manifest stem>-<key>/
       set.json           manifest, fingerprint and counts of the set
       index.arrow        one line per usable row: lengths, task, shard and row number
-      shards.json        rows, bytes and checksum of every shard
+      shards.json        rows, bytes and checksums of every shard
       quarantine.jsonl   unusable rows
       shards/00000.arrow rows of one manifest chunk; uncompressed Arrow IPC, memory-mapped when read
       shards/00000.json  the chunk's hash, clips, bad rows and part of the index; decides whether the shard is still
@@ -17,6 +17,7 @@ random row 3 to 40 times slower, so shards are not compressed.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -107,11 +108,13 @@ def shard_path(folder: AnyPath, number: int) -> AnyPath:
 
 def shard_bytes(
     rows: Sequence[dict[str, Any]], store: str, dtype: torch.dtype, frame_shape: Sequence[int]
-) -> pa.Buffer:
+) -> tuple[pa.Buffer, list[tuple[int, int]]]:
     """Serialize rows as one uncompressed Arrow file.
 
     Args:
         rows: Values by column name; ``audio`` is an array of any shape.
+    Returns:
+        The file, and (end, CRC-32) of its parts: one for each record batch, and one for what follows them.
     """
     schema = shard_schema(store, dtype, frame_shape)
     lengths = np.array([0, *(row[AUDIO_COLUMN].size for row in rows)], dtype=np.int64).cumsum()
@@ -123,9 +126,17 @@ def shard_bytes(
     audio = pa.LargeListArray.from_arrays(pa.array(lengths), pa.array(bits.numpy()))
     arrays = [pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS]
     sink = pa.BufferOutputStream()
+    ends = []
     with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_table(pa.Table.from_arrays([*arrays, audio], schema=schema), max_chunksize=ROWS_PER_BATCH)
-    return sink.getvalue()
+        table = pa.Table.from_arrays([*arrays, audio], schema=schema)
+        for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
+            writer.write_batch(batch)
+            ends.append(sink.tell())
+    data = sink.getvalue()
+    ends.append(data.size)
+    return data, [
+        (end, zlib.crc32(data.slice(start, end - start))) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+    ]
 
 
 def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any]]:
@@ -154,7 +165,7 @@ def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
             for number in range(num_shards):
                 report = json.loads(shard_path(folder, number).with_suffix(".json").read_text())
-                shards.append({name: report[name] for name in ("rows", "bytes", "sha256")})
+                shards.append({name: report[name] for name in ("rows", "bytes", "sha256", "parts") if name in report})
                 if report["rows"]:
                     writer.write_batch(pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA))
         index = {"index_bytes": partial.stat().st_size, "index_sha256": checksum(partial)}

@@ -53,10 +53,6 @@ class InferenceConfig:
     perplexity: str = "none"
 
 
-STORED_NAMES = {"sampling": "search"}
-"""{field of InferenceConfig: its name on disk}. Stored predictions belong to a hash over the fields and these names."""
-
-
 def inference_config(
     settings: EvaluateSettings | InferSettings | DemoSettings,
     model_id: str,

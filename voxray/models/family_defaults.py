@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from voxray.core.errors import SettingsError
+from voxray.models.hf_files import base_hash
 from voxray.models.interface import FrontEnd, InitAdapter
 from voxray.models.layer_names import LayerNames
 
@@ -31,6 +32,9 @@ class FamilyDefaults:
 
     def no_decay(self, name: str, parameter: torch.nn.Parameter) -> bool:
         return False
+
+    def content_hash(self, model_id: str) -> str:
+        return base_hash(model_id)
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Copy ``files`` and README.md, as far as the base has them and the folder does not."""

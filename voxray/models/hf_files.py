@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from voxray.core.content_hash import folder_hash
 from voxray.core.errors import RunError, one_line
 
 
@@ -62,6 +63,21 @@ def model_file(model_id: str, name: str) -> str:
         raise RunError(f"--model_id {model_id}: {name} is missing: {one_line(error, 200)}") from None
     assert path is not None
     return path
+
+
+def base_hash(model_id: str) -> str:
+    """Hash of a base: of the contents of all files in its folder, or the commit of the hub's snapshot.
+
+    Raises:
+        RunError: The base has no config.json, or a file cannot be read.
+    """
+    path = Path(model_id)
+    if not path.is_dir():
+        return Path(model_file(model_id, "config.json")).parent.name
+    try:
+        return folder_hash(path)
+    except OSError as error:
+        raise RunError(f"--model_id {model_id}: cannot read {error.filename}: {error.strerror}") from None
 
 
 def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:

@@ -295,8 +295,19 @@ class ModelFamily(Protocol):
         """Load what ``write_official`` wrote into a base without adapter; returns the model in eval mode."""
         ...
 
+    def content_hash(self, model_id: str) -> str:
+        """Hash of the contents of all files of a base. It changes if the base is changed in place.
+
+        Raises:
+            RunError: A file of the base cannot be read.
+        """
+        ...
+
     def encoder_fingerprint(self, model_id: str) -> str:
-        """Hash of the audio encoder's stored weights. It identifies the encoder outputs of --store encoder."""
+        """Hash of the audio encoder's stored weights and its configuration.
+
+        It identifies the encoder outputs of --store encoder.
+        """
         ...
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,6 +1,7 @@
 """The model of a training run: its base, the trainable weights, and the checkpoint or adapter it starts from."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from voxray.config.flag_groups import TrimFlags
 from voxray.config.train import TrainSettings
+from voxray.core.content_hash import damaged_files
 from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.audio_trim_record import set_trim_audio, trims_audio
 from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
@@ -116,11 +118,12 @@ def set_modes(model: torch.nn.Module, family: ModelFamily, roles: Sequence[str])
                         layer.training = True
 
 
-def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, OptimizerState]:
+def resume(run_dir: Path, model: Any, start: Progress, earlier_data: str = "") -> tuple[Progress, OptimizerState]:
     """Load the weights of the run's newest checkpoint, if it has one.
 
     Args:
         start: Progress of a new run.
+        earlier_data: The fingerprint of the same data in checkpoints of earlier versions.
     Returns:
         The progress of the run, and the optimizer state; empty for a new run.
     Raises:
@@ -130,9 +133,11 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Optimi
     if not checkpoints:
         return start, {}
     _, newest = checkpoints[-1]
+    if damaged := damaged_files(newest):
+        raise RunError(f"{newest}: damaged checkpoint ({', '.join(damaged)}); delete the folder to resume")
     progress = read_progress(newest)
     advice = "use --overwrite or another --output_dir"
-    if progress.data != start.data:
+    if progress.data not in (start.data, earlier_data):
         raise RunError(f"{newest}: the training data has changed since this run started; {advice}")
     if progress.prompts != start.prompts:
         raise RunError(f"{newest}: --prompts holds other prompts than when this run started; {advice}")
@@ -140,4 +145,4 @@ def resume(run_dir: Path, model: Any, start: Progress) -> tuple[Progress, Optimi
     if optimizer_state and set(optimizer_state) != {name for name, _ in trainable_parameters(model)}:
         raise RunError(f"{newest}: the optimizer state has other parameters than the model")
     load_adapter_weights(model, newest)
-    return progress, optimizer_state
+    return replace(progress, data=start.data), optimizer_state

@@ -81,9 +81,8 @@ def _build_state(
     model, init_line = build_model(run, with_encoder=features.store != "encoder")
     microbatches_per_step = planned_workers(settings.num_workers, run.worker) * settings.grad_accum
     prompts = stage.prompt_sampler.fingerprint if stage.prompt_sampler else ""
-    start, optimizer_state = resume(
-        run.run_dir, model, Progress(0, microbatches_per_step, features.fingerprint(), prompts)
-    )
+    start = Progress(0, microbatches_per_step, features.fingerprint(), prompts)
+    start, optimizer_state = resume(run.run_dir, model, start, features.content_fingerprint())
     parameters = count_parameters(model, run.family)  # before the engine: ZeRO-3 shards the parameters
     engine = build_engine(run, model, optimizer_state, with_audio=bool(features.num_windows[rows].any()))
     scaler, best = LossScaler.for_dtype(fp16=settings.fp16), build_best_checkpoint(settings, validation)

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import AnyPath, write_json
 from voxray.core.version import __version__
+from voxray.runs.inputs import refuse_changed_inputs, write_inputs
 
 PACKAGES = (
     "ray",
@@ -166,11 +167,15 @@ def refuse_training_folder(folder: Path) -> None:
         raise SettingsError(f"--output_dir {folder}: holds a training run or an adapter; give the evaluation its own")
 
 
-def open_run_folder(run_dir: Path, settings: Settings, *, overwrite: bool) -> None:
-    """Prepare the run folder. A run with the same settings is resumed; another one is refused or overwritten.
+def open_run_folder(
+    run_dir: Path, settings: Settings, *, overwrite: bool, inputs: Mapping[str, str] | None = None
+) -> None:
+    """Prepare the run folder. A run with the same settings and inputs is resumed; another is refused or overwritten.
 
+    Args:
+        inputs: Result of ``inputs.input_hashes``.
     Raises:
-        SettingsError: The folder holds a run with other settings and ``overwrite`` is off.
+        SettingsError: The folder holds a run with other settings or inputs, and ``overwrite`` is off.
     """
     make_folder(run_dir)
     if holds_run(run_dir):
@@ -178,6 +183,8 @@ def open_run_folder(run_dir: Path, settings: Settings, *, overwrite: bool) -> No
             _clear(run_dir)
         else:
             refuse_other_run(run_dir, settings)
+            refuse_changed_inputs(run_dir, inputs or {}, "a run")
+    write_inputs(run_dir, inputs or {})
     for name in (STOP_FILE, GROW_FILE):
         (run_dir / name).unlink(missing_ok=True)
     write_json(run_dir / SETTINGS, json.loads(settings.model_dump_json()))

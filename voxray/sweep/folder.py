@@ -3,12 +3,14 @@
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from voxray.core.console import console
 from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
+from voxray.runs.inputs import refuse_changed_inputs, write_inputs
 from voxray.runs.run_folder import CHANGEABLE_SETTINGS, make_folder, provenance
 from voxray.sweep.trials import FOLDER
 
@@ -20,9 +22,11 @@ RESUMABLE_CHANGES = {
 """Settings that may change when a sweep resumes, because its trials can still be compared."""
 
 
-def open_sweep(output_dir: Path, settings: Any) -> None:
-    """Prepare the sweep's folder and write settings.json and provenance.json.
+def open_sweep(output_dir: Path, settings: Any, inputs: Mapping[str, str]) -> None:
+    """Prepare the sweep's folder and write settings.json, inputs.json and provenance.json.
 
+    Args:
+        inputs: Result of ``runs.inputs.input_hashes``.
     Raises:
         SettingsError: The folder holds another run or sweep, or this sweep and neither ``--resume`` nor ``--overwrite``
             is set.
@@ -39,6 +43,8 @@ def open_sweep(output_dir: Path, settings: Any) -> None:
             advice = "--resume finishes it, --overwrite starts it afresh"
             raise SettingsError(f"--output_dir {output_dir}: holds a sweep; {advice}")
         _refuse_other_sweep(output_dir, previous, current)
+        refuse_changed_inputs(output_dir, inputs, "a sweep")
+    write_inputs(output_dir, inputs)
     write_json(path, current)
     write_json(output_dir / "provenance.json", provenance())
 

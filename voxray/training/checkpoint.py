@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from voxray.core.content_hash import CHECKSUMS, write_checksums
 from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.lora import save_adapter
 from voxray.runs.layout import CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE, checkpoint_folder, list_checkpoints
@@ -99,6 +100,7 @@ class CheckpointWriter:
             save_adapter(model, partial, state.tensors)
             torch.save(state.optimizer_state, partial / OPTIMIZER_FILE)
             write_progress(partial, progress)
+            write_checksums(partial)
             for path in partial.iterdir():
                 _flush_to_disk(path)
             shutil.rmtree(final, ignore_errors=True)
@@ -165,8 +167,9 @@ def publish_adapter(checkpoint: Path, folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in checkpoint.iterdir():
-        if path.name not in {OPTIMIZER_FILE, PROGRESS_FILE}:
+        if path.name not in {OPTIMIZER_FILE, PROGRESS_FILE, CHECKSUMS}:
             shutil.copyfile(path, partial / path.name)
             _flush_to_disk(partial / path.name)
+    write_checksums(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

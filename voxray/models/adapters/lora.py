@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from voxray.core.content_hash import CHECKSUMS, damaged_files
 from voxray.core.errors import RunError
 from voxray.models.adapters.audio_trim_record import write_trim_record
 from voxray.models.hf_files import is_inside
@@ -183,6 +184,8 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
     Raises:
         RunError: The adapter cannot be read, or its tensors are not exactly the selected ones.
     """
+    if damaged_files(folder, [WEIGHTS]):
+        raise RunError(f"{folder / WEIGHTS}: damaged: its content is not what {CHECKSUMS} says")
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own types for a damaged file

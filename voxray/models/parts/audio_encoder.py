@@ -4,14 +4,19 @@ Shape letters: W windows, F mel bins, T mel frames of a window, P encoder positi
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, one_line
 from voxray.models.hf_files import module_weights, unwrap_peft
 from voxray.models.interface import AudioPath
+
+NAMES_WITHOUT_EFFECT = ("transformers_version", "_name_or_path", "architectures", "dtype")
+"""Entries of a configuration that change no output."""
 
 
 class EncoderMethods:
@@ -28,8 +33,9 @@ class EncoderMethods:
         raise NotImplementedError
 
     def encoder_fingerprint(self, model_id: str) -> str:
-        """Hash of the audio encoder's stored weights."""
-        return hash_tensors(module_weights(model_id, self.encoder_name)).hexdigest()
+        """Hash of the audio encoder's stored weights and its configuration."""
+        weights = hash_tensors(module_weights(model_id, self.encoder_name)).hexdigest()
+        return combined_hash([weights, config_hash(self.encoder_class(model_id)[1])])
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the audio encoder alone, with the same weights that ``load_model`` gives it.
@@ -93,6 +99,12 @@ def replace_audio_encoder(encoder: Any, module: Any, method: str, output: str, r
 
     setattr(module, method, replacement)
     encoder.layers = torch.nn.ModuleList()
+
+
+def config_hash(config: Any) -> str:
+    """Hash of the values of a configuration that differ from its class's defaults."""
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in NAMES_WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -20,7 +20,7 @@ from voxray.models.interface import AudioPath, ModelFamily
 from voxray.models.parts.audio_encoder import hash_tensors
 
 REPORT = "compiled.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class CompiledAudio:
@@ -157,11 +157,12 @@ def _processor() -> str:
 
 
 def weights_hash(path: torch.nn.Module) -> str:
-    """Hash of everything that an audio path computes with: tensors, including an adapter's, and scales."""
+    """Hash of everything that an audio path computes with: tensors, including an adapter's, scales and options."""
     digest = hash_tensors(path.state_dict())
     for name, module in path.named_modules():
-        if hasattr(module, "scaling"):  # attention and LoRA
-            digest.update(f"{name} {module.scaling}".encode())
+        # extra_repr has the options of torch's layers. Attention and LoRA keep a scale, attention its heads as well.
+        values = [getattr(module, option, None) for option in ("scaling", "num_heads")]
+        digest.update(f"{name} {type(module).__name__} {module.extra_repr()} {values}".encode())
     return digest.hexdigest()
 
 

@@ -29,7 +29,14 @@ from voxray.models.parts.quantize import quantization_config, stabilize_quantize
 from voxray.models.parts.zero_audio_gradients import zero_audio_gradients
 from voxray.models.salmonn.audio_path import ENCODERS, TRAINED_MODULES, StoredEncoders, WindowPath
 from voxray.models.salmonn.compat.checkpoint import official_name
-from voxray.models.salmonn.folder import copy_files, encoders_fingerprint, load_encoders, load_folder, read_folder
+from voxray.models.salmonn.folder import (
+    content_hash,
+    copy_files,
+    encoders_fingerprint,
+    load_encoders,
+    load_folder,
+    read_folder,
+)
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
 from voxray.models.salmonn.model import SalmonnForConditionalGeneration
 from voxray.models.salmonn.stacked_features import MIN_SAMPLES
@@ -99,6 +106,9 @@ class Salmonn(FamilyDefaults):
         """Build the base on the meta device."""
         config = read_folder(model_id)
         return build_on_meta(lambda: SalmonnForConditionalGeneration._from_config(config, dtype=dtype), model_id)
+
+    def content_hash(self, model_id: str) -> str:
+        return content_hash(model_id)
 
     def copy_files(self, model_id: str, folder: Path) -> None:
         """Copy tokenizer, Whisper's preprocessor and prompts."""

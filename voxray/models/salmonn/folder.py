@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from voxray.core.content_hash import combined_hash, file_hash
 from voxray.core.errors import RunError, one_line
-from voxray.models.hf_files import model_file, module_weights, read_config
-from voxray.models.parts.audio_encoder import hash_tensors, load_module
+from voxray.models.hf_files import base_hash, model_file, module_weights, read_config
+from voxray.models.parts.audio_encoder import config_hash, hash_tensors, load_module
 from voxray.models.salmonn.audio_path import StoredEncoders
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.compat.checkpoint import load_beats_weights, read_beats, read_checkpoint
@@ -106,6 +107,18 @@ def copy_files(model_id: str, folder: Path) -> None:
     saved.save_pretrained(folder)
 
 
+def content_hash(model_id: str) -> str:
+    """Hash of the folder, and of the parts that it names.
+
+    Raises:
+        RunError: A file cannot be read.
+    """
+    hashes = [base_hash(model_id)]
+    for path in (read_folder(model_id).parts or {}).values():
+        hashes.append(file_hash(Path(path)) if Path(path).is_file() else base_hash(path))
+    return combined_hash(hashes)
+
+
 def part_path(model_id: str, config: SalmonnConfig, name: str) -> str:
     """Path of one of the parts; the folder itself if it holds everything."""
     return (config.parts or {}).get(name, model_id)
@@ -160,6 +173,7 @@ def encoders_fingerprint(model_id: str) -> str:
     source = (part_path(model_id, config, "whisper"), "encoder") if names_parts else (model_id, "speech_encoder")
     beats_config, beats_weights = _read_beats(model_id, config)
     options = [getattr(beats_config, name) for name in BeatsConfig.__annotations__]
+    options.append(config_hash(config.speech_config))
     hashes = [hash_tensors(tensors).hexdigest() for tensors in (module_weights(*source), beats_weights)]
     return f"{hashes[0]} {hashes[1]} {options}"
 

@@ -1,0 +1,112 @@
+"""Hashes by content: what changes them, when they are remembered, and checksums of folders."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from voxray.core import content_hash
+from voxray.core.content_hash import CHECKSUMS, damaged_files, file_hash, folder_hash, write_checksums
+from voxray.core.storage import checksum
+
+LARGE = 1 << 20
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """The files that are read in full."""
+    paths: list[Path] = []
+
+    def count(path: Path) -> str:
+        paths.append(path)
+        return checksum(path)
+
+    monkeypatch.setattr(content_hash, "checksum", count)
+    monkeypatch.setattr(content_hash, "HASHES", tmp_path / "hashes")
+    return paths
+
+
+def settle(path: Path) -> None:
+    """Give a file a time long ago."""
+    os.utime(path, (1, 1))
+
+
+def test_a_settled_file_is_read_once(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * LARGE)
+    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
+    assert file_hash(path) == file_hash(path) == checksum(path)
+    assert len(reads) == 1
+    path.write_bytes(b"b" * LARGE)
+    assert file_hash(path) == checksum(path)
+    assert len(reads) == 2
+
+
+def test_the_same_size_and_time_do_not_hide_a_change(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * LARGE)
+    settle(path)
+    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
+    file_hash(path)
+    time.sleep(0.05)
+    path.write_bytes(b"b" * LARGE)
+    settle(path)
+    assert file_hash(path) == checksum(path)
+
+
+def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path, reads: list[Path]) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * LARGE)
+    file_hash(path)
+    file_hash(path)
+    assert len(reads) == 2
+
+
+def test_a_cache_that_cannot_be_used_changes_nothing(
+    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * LARGE)
+    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
+    (tmp_path / "hashes").write_text("not a folder")
+    assert file_hash(path) == checksum(path)
+    (tmp_path / "hashes").unlink()
+    file_hash(path)
+    [stored] = (tmp_path / "hashes").iterdir()
+    for damaged in ("", "[]", "{}", "nonsense"):
+        stored.write_text(damaged)
+        assert file_hash(path) == checksum(path)
+
+
+def test_names_and_contents_decide_a_folders_hash(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    (folder / "sub").mkdir(parents=True)
+    hashes = [folder_hash(folder)]
+    for name, text in (("a", "1"), ("a", "2"), ("sub/b", "2")):
+        (folder / name).write_text(text)
+        hashes.append(folder_hash(folder))
+    (folder / "a").rename(folder / "c")
+    hashes.append(folder_hash(folder))
+    assert len(set(hashes)) == len(hashes)
+    for name in (".lock", "README.md", ".git/config"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    assert folder_hash(folder) == hashes[-1]
+
+
+def test_checksums_name_the_damaged_files(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    assert damaged_files(tmp_path) == []
+    write_checksums(tmp_path)
+    assert damaged_files(tmp_path) == []
+    (tmp_path / "a").write_text("x")
+    (tmp_path / "c").unlink()
+    assert damaged_files(tmp_path) == ["a", "c"]
+    assert damaged_files(tmp_path, ["b"]) == []
+    for damaged in ("", "[]", "nonsense"):
+        (tmp_path / CHECKSUMS).write_text(damaged)
+        assert damaged_files(tmp_path) == [CHECKSUMS]
