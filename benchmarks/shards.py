@@ -55,11 +55,13 @@ def write_set(folder: Path, store: str, num_rows: int) -> Path:
     for shard in range(num_shards):
         numbers = range(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
         rows = [make_row(number, frames, shape, dtype) for number in numbers]
-        data, path = shard_bytes(rows, store, dtype, shape), shard_path(folder, shard)
+        (data, parts), path = shard_bytes(rows, store, dtype, shape), shard_path(folder, shard)
         write_atomically(path, data)
-        report = {"rows": len(rows), "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest()}
+        report = {"rows": len(rows), "bytes": data.size, "sha256": hashlib.sha256(data).hexdigest(), "parts": parts}
         write_json(path.with_suffix(".json"), {**report, "index": index_part(rows, shard)})
-    write_json(folder / "set.json", {"content": store, "store": store, **write_index(folder, num_shards)})
+    write_json(
+        folder / "set.json", {"content": store, "fingerprint": store, "store": store, **write_index(folder, num_shards)}
+    )
     return folder
 
 

@@ -21,6 +21,7 @@ from voxray.core.errors import RunError
 from voxray.core.storage import write_json
 from voxray.models.interface import FrontEnd
 from voxray.models.registry import get_family
+from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 SHOWN_FAULTS = 12
@@ -47,26 +48,26 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     front_end = get_family(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None
     if not front_end and "max_len" in settings.model_fields_set:
         console.print("--max_len is not checked: tokens can be counted only with --model_id", markup=False)
-    make_folder(output_dir)
-    if fix:
-        make_folder(fix.parent, "--fix")
-    work = Path(tempfile.mkdtemp(prefix=".audit-", dir=output_dir))
-    try:
-        measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)
-        length = "num_tokens" if front_end else "num_chars"
-        splits = assign_splits(settings.input, settings.compare)
-        audit = Audit(measurements, splits, length=length, spread=settings.outlier_spread)
-        summary = write_findings(audit, output_dir, settings.max_examples)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    has_clean_rows = sum(audit.rows.values()) > summary.num_bad
-    fixed = write_clean(settings.input, summary.bad_lines, fix) if fix and has_clean_rows else None
-    figures = audit_figures(settings, audit, summary, fixed)
-    write_json(output_dir / "audit.json", figures)
-    write_report(output_dir, figures, audit.numbers, summary.examples)
-    _print_summary(figures, summary, output_dir)
-    _print_result(figures, summary, fix, fixed, output_dir)
-    return figures
+    with folder_lease(output_dir):
+        if fix:
+            make_folder(fix.parent, "--fix")
+        work = Path(tempfile.mkdtemp(prefix=".audit-", dir=output_dir))
+        try:
+            measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)
+            length = "num_tokens" if front_end else "num_chars"
+            splits = assign_splits(settings.input, settings.compare)
+            audit = Audit(measurements, splits, length=length, spread=settings.outlier_spread)
+            summary = write_findings(audit, output_dir, settings.max_examples)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        has_clean_rows = sum(audit.rows.values()) > summary.num_bad
+        fixed = write_clean(settings.input, summary.bad_lines, fix) if fix and has_clean_rows else None
+        figures = audit_figures(settings, audit, summary, fixed)
+        write_json(output_dir / "audit.json", figures)
+        write_report(output_dir, figures, audit.numbers, summary.examples)
+        _print_summary(figures, summary, output_dir)
+        _print_result(figures, summary, fix, fixed, output_dir)
+        return figures
 
 
 def _measure(

@@ -25,7 +25,8 @@ from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
 from voxray.core.tasks import TASKS
 from voxray.metrics.names import headline, is_transcript
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.lease import folder_lease
+from voxray.runs.run_folder import resolve_output_dir
 
 SHOWN_ROWS = 3
 SHOWN_ERRORS = 8
@@ -51,35 +52,35 @@ def run_compare(settings: CompareSettings) -> dict[str, Any]:
     output_dir = resolve_output_dir(settings.output_dir or "runs/compare", settings.storage_path)
     runs = read_evaluations(settings.runs)
     matched = match_rows(runs)
-    make_folder(output_dir)
-    resampling = {"seed": settings.seed, "num_resamples": settings.num_resamples}
-    tasks = compare_tasks(matched, **resampling)
-    slices = compare_slices(tasks, **resampling)
-    shared = {"differing_settings": differing_settings(runs), **resampling}
-    result = {**as_json(runs, matched, tasks, slices, top=settings.top), **shared}
-    write_json(output_dir / "comparison.json", result)
-    limits = {"max_rows": settings.max_rows, "embed_audio_mib": settings.embed_audio_mib}
-    write_comparison(output_dir / "comparison.html", runs, matched, tasks, slices, **limits)
-    _print_comparison(runs, tasks, result)
-    console.print(f"comparison.html and comparison.json in {output_dir}", markup=False)
-    return result
+    with folder_lease(output_dir):
+        resampling = {"seed": settings.seed, "num_resamples": settings.num_resamples}
+        tasks = compare_tasks(matched, **resampling)
+        slices = compare_slices(tasks, **resampling)
+        shared = {"differing_settings": differing_settings(runs), **resampling}
+        result = {**as_json(runs, matched, tasks, slices, top=settings.top), **shared}
+        write_json(output_dir / "comparison.json", result)
+        limits = {"max_rows": settings.max_rows, "embed_audio_mib": settings.embed_audio_mib}
+        write_comparison(output_dir / "comparison.html", runs, matched, tasks, slices, **limits)
+        _print_comparison(runs, tasks, result)
+        console.print(f"comparison.html and comparison.json in {output_dir}", markup=False)
+        return result
 
 
 def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path) if settings.output_dir else folder
     run = read_evaluation(folder)  # before a folder is made, so that an error leaves none
-    make_folder(output_dir)
-    names = ("seed", "num_resamples", "top", "max_rows", "embed_audio_mib")
-    errors = report_evaluation(run, output_dir, **{name: getattr(settings, name) for name in names})
-    for task, task_errors in errors.items():
-        for unit, entry in task_errors["units"].items():
-            console.print(_errors_table(f"{run.label}, {task}, by {unit}", entry))
-    worst = sorted((row for row in run.rows if not row.exact), key=lambda row: -row.error)[:SHOWN_ROWS]
-    for row in worst:
-        console.print(f"{row.task} {row.values.get('id') or ''}, error {row.error:.2f}", markup=False)
-        console.print(aligned(row), markup=False)
-    console.print(f"report.html and errors.json in {output_dir}", markup=False)
-    return errors
+    with folder_lease(output_dir):
+        names = ("seed", "num_resamples", "top", "max_rows", "embed_audio_mib")
+        errors = report_evaluation(run, output_dir, **{name: getattr(settings, name) for name in names})
+        for task, task_errors in errors.items():
+            for unit, entry in task_errors["units"].items():
+                console.print(_errors_table(f"{run.label}, {task}, by {unit}", entry))
+        worst = sorted((row for row in run.rows if not row.exact), key=lambda row: -row.error)[:SHOWN_ROWS]
+        for row in worst:
+            console.print(f"{row.task} {row.values.get('id') or ''}, error {row.error:.2f}", markup=False)
+            console.print(aligned(row), markup=False)
+        console.print(f"report.html and errors.json in {output_dir}", markup=False)
+        return errors
 
 
 def aligned(row: ScoredRow) -> str:

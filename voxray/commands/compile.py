@@ -37,6 +37,7 @@ from voxray.models.parts.compiled_audio import (
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
+from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
@@ -88,7 +89,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
         "mel_shape": [front_end.num_mel_bins, front_end.window_frames],
         "windows": {},
     }
-    with replaced_on_success(output_dir) as partial:
+    with output_lease(output_dir), replaced_on_success(output_dir) as partial:
         for number in settings.windows:
             clips = noise_clips(front_end, number, settings.seed, dtype, device)
             file = partial / f"audio_w{number}.pt2"

@@ -32,6 +32,7 @@ from voxray.generation.salmonn_base import assemble_base
 from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.compiled_audio import device_name, read_report
 from voxray.models.registry import get_family
+from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import make_folder, provenance, refuse_training_folder, resolve_output_dir
 
 REPORT, PICTURE, CLIP = "efficiency.json", "efficiency.png", "clip.wav"
@@ -56,22 +57,22 @@ def run_efficiency(settings: EfficiencySettings) -> dict[str, Any]:
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
-    make_folder(output_dir)
-    if settings.compare:
-        variants = {name: _measure_in_subprocess(name, settings, output_dir) for name in settings.compare}
-        report = {"variants": variants, **provenance()}
-    else:
-        warn_about_unused_flags(settings)
-        report = {**_measure(settings, output_dir), **provenance()}
-        variants = {variant_name(report): report}
-    write_json(output_dir / REPORT, report)
-    write_atomically(output_dir / PICTURE, plot(variants))
-    console.print(_table(variants))
-    for name, variant in variants.items():
-        for line in old_lines(variant):
-            console.print(f"{name}: {line}", markup=False)
-    console.print(f"{REPORT} and {PICTURE} in {output_dir}", markup=False)
-    return report
+    with folder_lease(output_dir):
+        if settings.compare:
+            variants = {name: _measure_in_subprocess(name, settings, output_dir) for name in settings.compare}
+            report = {"variants": variants, **provenance()}
+        else:
+            warn_about_unused_flags(settings)
+            report = {**_measure(settings, output_dir), **provenance()}
+            variants = {variant_name(report): report}
+        write_json(output_dir / REPORT, report)
+        write_atomically(output_dir / PICTURE, plot(variants))
+        console.print(_table(variants))
+        for name, variant in variants.items():
+            for line in old_lines(variant):
+                console.print(f"{name}: {line}", markup=False)
+        console.print(f"{REPORT} and {PICTURE} in {output_dir}", markup=False)
+        return report
 
 
 def variant_name(report: Mapping[str, Any]) -> str:

@@ -35,8 +35,9 @@ from voxray.models.adapters.compatibility import check_encoder_unchanged
 from voxray.models.parts.compiled_audio import read_report
 from voxray.models.registry import get_family
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_path
+from voxray.runs.lease import folder_lease
 from voxray.runs.remote_sync import RemoteSync
-from voxray.runs.run_folder import make_folder, provenance, refuse_training_folder
+from voxray.runs.run_folder import provenance, refuse_training_folder
 
 
 @dataclass(frozen=True)
@@ -71,35 +72,37 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     settings = match_training_prompts(settings, model_id, adapter)
     if settings.compiled:
         read_report(Path(settings.compiled))
-    make_folder(output_dir)
-    warn_about_unused_flags(settings)
-    write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
-    write_json(output_dir / "provenance.json", provenance())
-    remote.push_all()
-    features_path = settings.features_dir or remote.features_url or str(output_dir / "features")
-    features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")
-    check_encoder_unchanged(get_family(model_id), settings.store, settings.quantize, adapter)
-    config = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
-    config = replace(config, perplexity=settings.perplexity)
-    _, max_models = as_range(settings.num_models)
-    num_cpus = max(MIN_ACTORS, settings.num_actors, max_models)
-    with _report_interrupt(output_dir), ray_session(output_dir / "ray.log", num_cpus):
-        metrics, notes = _answer_and_score(settings, config, features_dir, remote)
-    write_json(output_dir / "metrics.json", metrics)
-    written = ["predictions", "metrics.json"]
-    if settings.mode:
-        notes += write_submission(output_dir, settings.mode, paths)
-        written.append(f"{settings.mode.partition('_')[0]}.csv")
-    if has_metrics := bool(TASKS.keys() & metrics.keys()):
-        write_report(output_dir)
-        written.append("report.html")
-    remote.push_all()
-    if has_metrics:
-        console.print(metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics))
-    for note in notes:
-        console.print(note, markup=False)
-    console.print(f"{', '.join(written[:-1])} and {written[-1]} in {output_dir}", markup=False)
-    return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
+    with folder_lease(output_dir, remote.remote_dir):
+        warn_about_unused_flags(settings)
+        write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
+        write_json(output_dir / "provenance.json", provenance())
+        remote.push_all()
+        features_path = settings.features_dir or remote.features_url or str(output_dir / "features")
+        features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")
+        check_encoder_unchanged(get_family(model_id), settings.store, settings.quantize, adapter)
+        config = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
+        config = replace(config, perplexity=settings.perplexity)
+        _, max_models = as_range(settings.num_models)
+        num_cpus = max(MIN_ACTORS, settings.num_actors, max_models)
+        with _report_interrupt(output_dir), ray_session(output_dir / "ray.log", num_cpus):
+            metrics, notes = _answer_and_score(settings, config, features_dir, remote)
+        write_json(output_dir / "metrics.json", metrics)
+        written = ["predictions", "metrics.json"]
+        if settings.mode:
+            notes += write_submission(output_dir, settings.mode, paths)
+            written.append(f"{settings.mode.partition('_')[0]}.csv")
+        if has_metrics := bool(TASKS.keys() & metrics.keys()):
+            write_report(output_dir)
+            written.append("report.html")
+        remote.push_all()
+        if has_metrics:
+            console.print(
+                metrics_table(f"{Path(model_id).name}{f' + {adapter}' if adapter else ', no adapter'}", metrics)
+            )
+        for note in notes:
+            console.print(note, markup=False)
+        console.print(f"{', '.join(written[:-1])} and {written[-1]} in {output_dir}", markup=False)
+        return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 
 @contextmanager

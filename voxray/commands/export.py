@@ -36,6 +36,7 @@ from voxray.models.adapters.lora import (
 from voxray.models.hf_files import read_config, unwrap_peft
 from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.registry import get_family
+from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
 REPORT = "export.json"
@@ -80,7 +81,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
     difference = _difference(probe_logits(model, family, front_end), expected)
     _check(difference, torch.float32, "the merged model")
-    with replaced_on_success(output_dir) as partial:
+    with output_lease(output_dir), replaced_on_success(output_dir) as partial:
         report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
         report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
         dtype = _dtype(settings.dtype, model_id)
@@ -129,7 +130,7 @@ def _export_official(
     if unused := {"merge", "dtype"} & settings.model_fields_set:
         raise SettingsError(f"--format official: the weights are written as they are; leave out --{min(unused)}")
     model_id = settings.model_id or base_of_adapter(adapter)
-    with replaced_on_success(output_dir) as partial:
+    with output_lease(output_dir), replaced_on_success(output_dir) as partial:
         path, num_tensors = family.write_official(model, partial, model_id)
         base = family.load_model(model_id, dtype=torch.float32, device=CPU)
         logits = probe_logits(family.load_official(base, path), family, family.front_end(model_id))

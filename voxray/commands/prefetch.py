@@ -32,7 +32,8 @@ from voxray.features.from_settings import make_features
 from voxray.models.registry import get_family
 from voxray.prefetch.lock_file import LockFile, changed_source, damaged, describe_file, refuse_changes, summarize_files
 from voxray.prefetch.plan import refuse_full_disk, show_plan
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.lease import folder_lease
+from voxray.runs.run_folder import resolve_output_dir
 
 MODEL_SETTINGS = ("model_id", "model_revision", "hub")
 CORPUS_SETTINGS = ("dataset", "dataset_revision", "hub", "language", "splits")
@@ -57,22 +58,22 @@ def run_prefetch(settings: PrefetchSettings) -> dict[str, Any]:
         return {}
     if not lock.path.is_file() and (foreign := [name for name in FOLDERS if (folder / name).exists()]):
         raise SettingsError(f"--output_dir {folder}: holds a folder {foreign[0]} that is not of this job; name another")
-    make_folder(folder)
-    _fetch_model(settings, folder, lock)
-    if settings.features:
-        get_family(str(folder / "model"))  # raises for an unsupported model, before the long steps
-    # one Ray session for both steps, and none if both are done
-    inputs = _fetch_corpus(settings, folder, lock)
-    has_work = bool(inputs) or (settings.features and not _has_features(settings, folder, lock))
-    with ray_session(folder / "ray.log", max(MIN_ACTORS, settings.num_actors)) if has_work else nullcontext():
-        if inputs:
-            _make_data(settings, folder, lock, inputs)
-        if settings.features and has_work:
-            _make_features(settings, folder, lock)
-    if not settings.keep_raw:
-        shutil.rmtree(folder / "raw", ignore_errors=True)
-    _print_next_command(settings, folder, lock)
-    return {name: lock.step(name) for name in ("model", "corpus", "data", "features")}
+    with folder_lease(folder):
+        _fetch_model(settings, folder, lock)
+        if settings.features:
+            get_family(str(folder / "model"))  # raises for an unsupported model, before the long steps
+        # one Ray session for both steps, and none if both are done
+        inputs = _fetch_corpus(settings, folder, lock)
+        has_work = bool(inputs) or (settings.features and not _has_features(settings, folder, lock))
+        with ray_session(folder / "ray.log", max(MIN_ACTORS, settings.num_actors)) if has_work else nullcontext():
+            if inputs:
+                _make_data(settings, folder, lock, inputs)
+            if settings.features and has_work:
+                _make_features(settings, folder, lock)
+        if not settings.keep_raw:
+            shutil.rmtree(folder / "raw", ignore_errors=True)
+        _print_next_command(settings, folder, lock)
+        return {name: lock.step(name) for name in ("model", "corpus", "data", "features")}
 
 
 def _values(settings: PrefetchSettings, names: tuple[str, ...]) -> dict[str, Any]:

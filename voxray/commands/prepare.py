@@ -21,6 +21,7 @@ from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
 from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, run_checks, spool
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
 from voxray.corpora.select import RowStream
+from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 
@@ -48,8 +49,23 @@ def run_prepare_job(
         for name in names
         if (path := getattr(settings, name))
     }
-    train, audio = outputs["train_output"], outputs.pop("audio_output", None)
+    train = outputs["train_output"]
     ledger = outputs.get("quarantine", train.with_name("quarantine.jsonl"))
+    with output_lease(train, "--train_output"):
+        return _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
+
+
+def _prepare(
+    settings: PrepareSettings,
+    outputs: dict[str, Path],
+    ledger: Path,
+    select: Callable[[RowStream], RowStream],
+    work_dir: Path | None,
+    *,
+    use_ray: bool,
+) -> PrepareOutcome:
+    """``run_prepare_job`` with absolute output paths."""
+    train, audio = outputs["train_output"], outputs.pop("audio_output", None)
     for path in (*outputs.values(), ledger):
         make_folder(path.parent)
     rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))

@@ -13,7 +13,8 @@ from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.storage import to_jsonl, write_atomically, write_json
 from voxray.evaluation.predictions import BadPrediction, part_bytes, part_path, read_folder_or_jsonl, score_predictions
-from voxray.runs.run_folder import make_folder, refuse_training_folder, resolve_output_dir
+from voxray.runs.lease import folder_lease
+from voxray.runs.run_folder import refuse_training_folder, resolve_output_dir
 
 BAD_LINES_SHOWN = 20
 
@@ -52,17 +53,17 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
         first = f"; {bad[0][0]}:{bad[0][1]}: {bad[0][2]}" if bad else ""
         raise RunError(f"--score_only {settings.score_only}: no {task + ' ' if task else ''}row to score{first}")
     metrics = score_predictions(rows, settings)
-    make_folder(output_dir)
-    if Path(settings.score_only).resolve() in {output_dir.resolve(), (output_dir / "predictions").resolve()}:
-        _update_scoring_settings(output_dir / "settings.json", settings)
-    else:
-        _write_rows(output_dir, rows, bad, settings)
-    write_json(output_dir / "metrics.json", metrics)
-    write_report(output_dir)
-    console.print(metrics_table(settings.score_only, metrics))
-    left_out = f", {len(bad)} bad line(s) left out, listed in quarantine.jsonl" if bad else ""
-    console.print(f"{len(rows)} rows scored{left_out}; metrics.json and report.html in {output_dir}", markup=False)
-    return metrics
+    with folder_lease(output_dir):
+        if Path(settings.score_only).resolve() in {output_dir.resolve(), (output_dir / "predictions").resolve()}:
+            _update_scoring_settings(output_dir / "settings.json", settings)
+        else:
+            _write_rows(output_dir, rows, bad, settings)
+        write_json(output_dir / "metrics.json", metrics)
+        write_report(output_dir)
+        console.print(metrics_table(settings.score_only, metrics))
+        left_out = f", {len(bad)} bad line(s) left out, listed in quarantine.jsonl" if bad else ""
+        console.print(f"{len(rows)} rows scored{left_out}; metrics.json and report.html in {output_dir}", markup=False)
+        return metrics
 
 
 def _update_scoring_settings(path: Path, settings: EvaluateSettings) -> None:

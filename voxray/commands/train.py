@@ -24,6 +24,7 @@ from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import training_data
 from voxray.runs.inputs import input_hashes
 from voxray.runs.layout import ERROR_FILE, RESULT_FILE
+from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder
 
 
@@ -38,25 +39,26 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
-    _open(run)
-    warn_about_unused_flags(settings)
-    num_workers = count_workers(settings.num_workers)
-    use_ray = num_workers[1] > 0
-    if use_ray:
-        with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
-            require_capacity(num_workers[0])
-            warn_about_idle_gpus(num_workers[0])
+    with folder_lease(run.run_dir, run.remote.remote_dir):
+        _open(run)
+        warn_about_unused_flags(settings)
+        num_workers = count_workers(settings.num_workers)
+        use_ray = num_workers[1] > 0
+        if use_ray:
+            with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
+                require_capacity(num_workers[0])
+                warn_about_idle_gpus(num_workers[0])
+                result = _train(run, num_workers)
+        else:
             result = _train(run, num_workers)
-    else:
-        result = _train(run, num_workers)
-    run.remote.push_all()
-    if not result["finished"]:
-        raise Stopped(
-            f"stopped at step {result['steps']}; run the same command again to resume; run folder {run.run_dir}"
-        )
-    adapter = run.run_dir / "adapter"
-    console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
-    return result
+        run.remote.push_all()
+        if not result["finished"]:
+            raise Stopped(
+                f"stopped at step {result['steps']}; run the same command again to resume; run folder {run.run_dir}"
+            )
+        adapter = run.run_dir / "adapter"
+        console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
+        return result
 
 
 def _open(run: RunContext) -> None:

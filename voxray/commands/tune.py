@@ -17,6 +17,7 @@ from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
 from voxray.recipes.registry import assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
+from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import resolve_output_dir
 from voxray.sweep.folder import BEST, REPORT, TABLE, open_sweep, warn_of_few_validations
 from voxray.sweep.queue import Queue
@@ -43,29 +44,32 @@ def run_sweep(settings: Any) -> SweepOutcome:
     base: Any = assemble_inputs(settings)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
     require_family(base)
-    open_sweep(output_dir, settings, input_hashes(base, "train_jsonl", "val_jsonl"))
-    warn_about_unused_flags(settings)
-    warn_of_few_validations(settings)
-    num_workers = max(1, count_workers(settings.num_workers)[1])
-    num_processes = num_workers * max(1, settings.max_concurrent_trials)
-    with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
-        concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
+    with folder_lease(output_dir):
+        open_sweep(output_dir, settings, input_hashes(base, "train_jsonl", "val_jsonl"))
+        warn_about_unused_flags(settings)
+        warn_of_few_validations(settings)
+        num_workers = max(1, count_workers(settings.num_workers)[1])
+        num_processes = num_workers * max(1, settings.max_concurrent_trials)
+        with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
+            concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
 
-        def train(config: dict[str, Any]) -> None:
-            train_trial(base, num_workers, config)
+            def train(config: dict[str, Any]) -> None:
+                train_trial(base, num_workers, config)
 
-        def run(queue: Queue, earlier: Sequence[Trial] | None) -> None:
-            scheduler = None if earlier is None else build_scheduler(settings, earlier)
-            run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
+            def run(queue: Queue, earlier: Sequence[Trial] | None) -> None:
+                scheduler = None if earlier is None else build_scheduler(settings, earlier)
+                run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
 
-        try:
-            sweep = Sweep(base, output_dir, run)
-            sweep.search()
-            if settings.top_k:
-                sweep.repeat()
-        except KeyboardInterrupt:
-            raise Stopped(f"stopped; run the same command with --resume to continue; sweep in {output_dir}") from None
-    return conclude(settings, output_dir)
+            try:
+                sweep = Sweep(base, output_dir, run)
+                sweep.search()
+                if settings.top_k:
+                    sweep.repeat()
+            except KeyboardInterrupt:
+                raise Stopped(
+                    f"stopped; run the same command with --resume to continue; sweep in {output_dir}"
+                ) from None
+        return conclude(settings, output_dir)
 
 
 def conclude(settings: Any, output_dir: Path) -> SweepOutcome:

@@ -296,18 +296,11 @@ class ModelFamily(Protocol):
         ...
 
     def content_hash(self, model_id: str) -> str:
-        """Hash of the contents of all files of a base. It changes if the base is changed in place.
-
-        Raises:
-            RunError: A file of the base cannot be read.
-        """
+        """Hash of the contents of all files of a base; RunError if one cannot be read."""
         ...
 
     def encoder_fingerprint(self, model_id: str) -> str:
-        """Hash of the audio encoder's stored weights and its configuration.
-
-        It identifies the encoder outputs of --store encoder.
-        """
+        """Hash of the audio encoder's stored weights and configuration. It identifies stored encoder outputs."""
         ...
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
