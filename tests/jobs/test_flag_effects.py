@@ -82,6 +82,7 @@ TRAIN = {
     "log_steps": "training_flags::log_steps",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
+    "deterministic": "training_flags::deterministic",
     "init_adapter": "stages::init_adapter_is_loaded_frozen_and_recorded stages::init_adapter_continues_to_train",
     **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib", "variants"), FEATURES_TRAINED),
     **CACHE,

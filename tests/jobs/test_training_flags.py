@@ -206,7 +206,23 @@ def test_max_bad_steps(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tf32(train: Train) -> None:
     for enabled in (True, False):
         train(tf32=enabled)
-        assert torch.backends.cuda.matmul.allow_tf32 == enabled
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == enabled
+
+
+@pytest.mark.parametrize("batching", ["length", "packed"])
+def test_deterministic(train: Train, monkeypatch: pytest.MonkeyPatch, batching: str) -> None:
+    """Every operation of a step has a deterministic kernel, and the losses are those of a run without the flag."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+    losses = [
+        train(deterministic=enabled, batching=batching, freeze_whisper=False).column("loss")
+        for enabled in (True, False)
+    ]
+    assert losses[0] == losses[1]
+    assert not torch.are_deterministic_algorithms_enabled()
+    train(deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
 
 
 def test_unused_flags_warn_without_a_gpu(

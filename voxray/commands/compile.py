@@ -24,7 +24,7 @@ from voxray.core.storage import checksum, write_json
 from voxray.generation.generate import SamplingParams
 from voxray.generation.model import InferenceConfig, base_and_adapter, load_model
 from voxray.generation.salmonn_base import assemble_base
-from voxray.models.adapters.lora import WEIGHTS
+from voxray.models.adapters.lora import weights_file
 from voxray.models.interface import AudioPath, FrontEnd
 from voxray.models.parts.compiled_audio import (
     FORMAT,
@@ -82,7 +82,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     front_end, audio_path = family.front_end(model_id), family.audio_path(model).eval()
     report = {"format": FORMAT, "model_id": model_id, "adapter": str(adapter or ""), "adapter_sha256": ""}
     if adapter:
-        report["adapter_sha256"] = checksum(adapter / WEIGHTS)
+        report["adapter_sha256"] = checksum(weights_file(adapter))
     report |= {**compile_environment(family, dtype, device), "weights": weights_hash(audio_path)}
     report |= {
         "backend": settings.backend,

@@ -32,6 +32,7 @@ from voxray.models.adapters.lora import (
     find_role,
     load_adapter,
     target_pattern,
+    weights_file,
 )
 from voxray.models.hf_files import read_config, unwrap_peft
 from voxray.models.interface import FrontEnd, ModelFamily
@@ -83,7 +84,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     _check(difference, torch.float32, "the merged model")
     with output_lease(output_dir), replaced_on_success(output_dir) as partial:
         report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
-        report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
+        report |= {"adapter_sha256": checksum(weights_file(adapter))}
         dtype = _dtype(settings.dtype, model_id)
         _write(model, family, partial, model_id, dtype, output_dir)
         difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
@@ -137,7 +138,7 @@ def _export_official(
         difference = _difference(logits, expected)
         _check(difference, torch.float32, "the checkpoint on disk")
         report = {"base": model_id, "adapter": str(adapter), "format": settings.format, "tensors": num_tensors}
-        report |= {"adapter_sha256": checksum(adapter / WEIGHTS)}
+        report |= {"adapter_sha256": checksum(weights_file(adapter))}
         report |= {"difference_on_disk": difference, **provenance()}
         write_json(partial / REPORT, report)
         write_checksums(partial)

@@ -80,6 +80,9 @@ class TrainSettings(
     """Optimizer steps between log lines; metrics.jsonl has every step."""
     overwrite: bool = False
     """If --output_dir holds a run with other settings, delete that run and start anew."""
+    deterministic: bool = False
+    """Use only GPU kernels whose results are equal in every run, which is slower. Then a resumed run equals an
+    uninterrupted one to the bit on the same GPUs, as it does on CPUs without this flag."""
     debug: bool = False
     """Quick trial run: at most 8 training rows and 4 validation rows per task, and 4 steps."""
 

@@ -13,6 +13,7 @@ from voxray.core.errors import SettingsError
 from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
+from voxray.models.parts.arithmetic import set_tf32
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
@@ -104,7 +105,7 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[
     Raises:
         RunError: Base, adapter or compiled audio path cannot be read, or do not fit each other.
     """
-    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+    set_tf32(config.tf32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
     model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)

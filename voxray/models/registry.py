@@ -14,6 +14,7 @@ from voxray.config.recipes import load_object
 from voxray.core.errors import SettingsError
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
+from voxray.models.library_log import log_library_messages
 
 ENTRY_POINTS = "voxray.families"
 FAMILIES = {
@@ -38,6 +39,7 @@ def get_family(model_id: str) -> ModelFamily:
         RunError: The model has no readable configuration.
         SettingsError: No family is registered for its model type.
     """
+    log_library_messages()
     model_type = str(read_config(model_id).get("model_type"))
     if model_type not in families():
         raise SettingsError(f"--model_id {model_id}: model type {model_type!r} is not one of {', '.join(families())}")

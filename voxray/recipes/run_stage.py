@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from voxray.audio.augment import SpecAugment
 from voxray.batches.collate import collate_training
@@ -22,6 +21,7 @@ from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
 from voxray.models.adapters.lora import count_parameters
 from voxray.models.interface import IGNORED
+from voxray.models.parts.arithmetic import set_deterministic, set_tf32
 from voxray.recipes.build_model import build_model, resume
 from voxray.recipes.choose_rows import LostRow, choose_rows, count_lost
 from voxray.recipes.registry import RunContext
@@ -52,7 +52,8 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
         {"best": {metric: {"step", "value"}}} for the headline metric of every task and --metric_for_best_model.
     """
     with explain_resource_errors(run.settings):
-        torch.backends.cuda.matmul.allow_tf32 = run.settings.tf32
+        set_tf32(run.settings.tf32)
+        set_deterministic(run.settings.deterministic)
         sampler = run.stage.prompt_sampler
         features = Features(data.train, sampler.max_extra_prompt_tokens if sampler else None)
         held_out = Features(data.validation)

@@ -217,7 +217,9 @@ def task_losses(logits: LogitsFn, batch: Batch, label_smoothing: float) -> torch
     loss_N, keep_BL = token_losses(logits, batch, label_smoothing)
     task = batch["task"]
     task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # a pack has a task per token
-    return torch.zeros(len(TASKS), device=loss_N.device).index_add(0, task_BL[keep_BL], loss_N)
+    # not index_add, whose sums on a GPU depend on the order in which threads add
+    of_task_TN = task_BL[keep_BL] == torch.arange(len(TASKS), device=loss_N.device)[:, None]
+    return torch.where(of_task_TN, loss_N, 0.0).sum(1)
 
 
 def seed_microbatch(seed: int, step: int, number: int) -> None:

@@ -14,12 +14,12 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import checksum
 from voxray.models.adapters.audio_trim_record import read_trim_record
 from voxray.models.adapters.lora import (
-    WEIGHTS,
     find_adapter,
     find_role,
     load_adapter_weights,
     read_adapter_config,
     roles_of_adapter,
+    weights_file,
 )
 from voxray.models.interface import InitAdapter, ModelFamily
 
@@ -45,7 +45,7 @@ class PeftAdapter:
 
     @property
     def weights_file(self) -> Path:
-        return self.folder / WEIGHTS
+        return weights_file(self.folder)
 
     def provenance(self) -> dict[str, Any]:
         """JSON values that identify the adapter in provenance.json."""

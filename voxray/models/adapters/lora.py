@@ -6,7 +6,7 @@ Layer names alone do not identify a role: Whisper's encoder and the language mod
 import copy
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from voxray.core.content_hash import CHECKSUMS, damaged_files
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.audio_trim_record import write_trim_record
-from voxray.models.hf_files import is_inside
+from voxray.models.hf_files import is_inside, unwrap_peft
 from voxray.models.interface import ModelFamily
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PICKLED_WEIGHTS = "adapter_model.bin"
 FULL = "full"
 
 
@@ -184,13 +185,10 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
     Raises:
         RunError: The adapter cannot be read, or its tensors are not exactly the selected ones.
     """
-    if damaged_files(folder, [WEIGHTS]):
-        raise RunError(f"{folder / WEIGHTS}: damaged: its content is not what {CHECKSUMS} says")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:  # safetensors raises its own types for a damaged file
-        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
     expected = {name: tensor for name, tensor in adapter_tensors(model).items() if select(name)}
+    stored = read_tensors(folder)
+    names = present_names(stored, model)
+    tensors = {names[name]: tensor for name, tensor in stored.items()}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
     for names, verb in ((missing, "lacks"), (extra, "has, unknown to the model,"), (wrong, "has in another shape")):
@@ -207,6 +205,33 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
         for name, parameter in trainable_parameters(model):
             parameter.data.copy_(tensors[name])
     return len(tensors)
+
+
+OLD_PREFIXES = (
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("audio_tower.", "model.audio_tower."),
+)
+"""How modules were called in models of transformers 4, and how they are called now."""
+PEFT_PREFIX = "base_model.model."
+
+
+def present_names(names: Iterable[str], model: Any) -> dict[str, str]:
+    """{name of an adapter's tensor: its name in the model}. They differ for adapters of transformers 4."""
+    modules = {name for name, _ in unwrap_peft(model).named_modules()}
+    moved = [pair for pair in OLD_PREFIXES if pair[0].rstrip(".") not in modules and pair[1].rstrip(".") in modules]
+    present = {}
+    for name in names:
+        prefixes = (pair for pair in moved if name.startswith(PEFT_PREFIX + pair[0]))
+        old, new = next(prefixes, ("", ""))
+        present[name] = PEFT_PREFIX + new + name.removeprefix(PEFT_PREFIX + old) if old else name
+    return present
+
+
+def _adapted_layer(name: str) -> str:
+    """Name in the base of the layer to which a tensor of LoRA belongs."""
+    return name.removeprefix(PEFT_PREFIX).partition(".lora_")[0]
 
 
 def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
@@ -228,13 +253,23 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
             parameter.requires_grad_(name in names)
         num_tensors = load_adapter_weights(model, folder)
         return model.requires_grad_(False).eval(), num_tensors
-    config = LoraConfig.from_pretrained(str(folder))
-    config.inference_mode = True
-    wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
-    if getattr(model, "full_modules", ()):
-        full_names = set(filterfalse(is_lora_tensor, tensor_names(folder)))
-        for name, parameter in wrapped.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad or name in full_names)
+    names = present_names(tensor_names(folder), model)
+    try:
+        config: Any = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        # Whole modules that were saved beside LoRA are copied into the base's own parameters.
+        config.modules_to_save = None
+        if any(old != new for old, new in names.items()):  # the configuration's patterns are for the old names, too
+            layers = {_adapted_layer(name) for name in names.values() if is_lora_tensor(name)}
+            config.target_modules, config.exclude_modules = sorted(layers), None
+        wrapped = get_peft_model(model, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RunError(f"{folder}: the adapter does not fit the model: {one_line(error, 300)}") from None
+    full_names = set(filterfalse(is_lora_tensor, names.values()))
+    for name, parameter in wrapped.named_parameters():
+        if name in full_names and not parameter.is_floating_point():
+            raise RunError(f"{folder}: holds {name} as a whole, which no quantised base takes; leave out --quantize")
+        parameter.requires_grad_(parameter.requires_grad or name in full_names)
     num_tensors = load_adapter_weights(wrapped, folder)
     return wrapped.requires_grad_(False).eval(), num_tensors
 
@@ -274,17 +309,49 @@ def roles_of_adapter(folder: Path, family: ModelFamily) -> set[str]:
     return {find_role(name, family) for name in tensor_names(folder)}
 
 
+def weights_file(folder: Path) -> Path:
+    """The file of an adapter's weights: ``adapter_model.safetensors``, or PyTorch's file of older versions of PEFT.
+
+    Raises:
+        RunError: There is none.
+    """
+    for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if (folder / name).is_file():
+            return folder / name
+    raise RunError(f"{folder / WEIGHTS}: is missing, so this is not a complete adapter")
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors to the CPU.
+
+    Raises:
+        RunError: They cannot be read, or are damaged according to the folder's checksums.
+    """
+    path = weights_file(folder)
+    if damaged_files(folder, [path.name]):
+        raise RunError(f"{path}: damaged: its content is not what {CHECKSUMS} says")
+    try:
+        if path.name == WEIGHTS:
+            return load_file(path)
+        return dict(torch.load(path, weights_only=True, map_location="cpu"))
+    except Exception as error:  # safetensors and PyTorch raise their own types for a damaged file
+        raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
+
+
 def tensor_names(folder: Path) -> list[str]:
     """Names of an adapter's tensors.
 
     Raises:
         RunError: It cannot be read.
     """
+    path = weights_file(folder)
+    if path.name != WEIGHTS:
+        return list(read_tensors(folder))
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
             return list(file.keys())
     except Exception as error:  # safetensors raises its own types for a damaged file
-        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
+        raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
 
 
 def base_of_adapter(folder: Path) -> str:
