@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from voxray.config.evaluate import SalmonnBaseFlags
 from voxray.config.flag_groups import CommaCounts, OutputFlags
-from voxray.config.parse import Flag
+from voxray.config.parse import Flag, convert
 from voxray.config.salmonn_yaml import compiler_flags
 
 
@@ -24,7 +24,7 @@ class CompileSettings(OutputFlags, SalmonnBaseFlags):
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     """How long TensorRT searches for faster kernels, from 0 to 5 (longest). For --backend tensorrt."""
     tensorrt_device: Annotated[
-        str, Flag(no_effect="the model is compiled on the GPU that it is loaded on"), BeforeValidator(str)
+        str, Flag(no_effect="the model is compiled on the GPU that it is loaded on"), convert(str)
     ] = ""
     """GPU to compile on; from older scripts."""
     seed: Annotated[int, Field(ge=0)] = 0

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.evaluate import SalmonnPromptFlags
 from voxray.config.flag_groups import CommaCounts, CompiledFlags, OutputFlags
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import CommaStrings, Flag, convert
 from voxray.config.salmonn_yaml import efficiency_flags
 from voxray.core.manifest import language_code
 from voxray.core.tasks import TASKS
@@ -52,7 +52,7 @@ class EfficiencySettings(OutputFlags, SalmonnPromptFlags, CompiledFlags):
     in its own process, so that memory is measured separately."""
     optimization_level: Annotated[int, Flag(no_effect=_COMPILES)] = 3
     """From older scripts."""
-    tensorrt_device: Annotated[str, Flag(no_effect=_COMPILES), BeforeValidator(str)] = ""
+    tensorrt_device: Annotated[str, Flag(no_effect=_COMPILES), convert(str)] = ""
     """From older scripts."""
 
     @classmethod

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.flag_groups import (
     SALMONN_PARTS,
@@ -19,7 +19,7 @@ from voxray.config.flag_groups import (
     TrimFlags,
     parse_range,
 )
-from voxray.config.parse import DEMO_ASSETS, Flag, Settings
+from voxray.config.parse import DEMO_ASSETS, Flag, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
 from voxray.core.tasks import TASKS
 
@@ -114,7 +114,7 @@ class EvaluateSettings(
     """Rows that one model generates together."""
     gen_max_new_tokens: Annotated[int, Flag(("max_new_tokens", "eval_max_new_tokens")), Field(ge=1)] = 256
     """Maximum length of an answer in tokens."""
-    num_models: Annotated[int | str, Flag(("num_workers",)), BeforeValidator(_parse_num_models)] = 0
+    num_models: Annotated[int | str, Flag(("num_workers",)), convert(_parse_num_models)] = 0
     """Ray Data actors, each with its own model: a number, or a range lowest:highest such as 1:4; 0 uses one per GPU, or
     one per two CPUs."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.parse import CommaStrings, Flag, Settings, split_commas
+from voxray.config.parse import CommaStrings, Flag, Settings, convert, split_commas
 from voxray.core.manifest import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
@@ -20,8 +20,8 @@ def _auto_or_count(value: Any) -> Any:
     return int(value)
 
 
-TaskSizes = Annotated[dict[str, int], BeforeValidator(parse_task_sizes)]
-TaskWeights = Annotated[dict[str, float], BeforeValidator(parse_task_weights)]
+TaskSizes = Annotated[dict[str, int], convert(parse_task_sizes)]
+TaskWeights = Annotated[dict[str, float], convert(parse_task_weights)]
 
 
 def _workers(value: Any) -> Any:
@@ -50,13 +50,13 @@ def as_range(value: str | int) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-Workers = Annotated[Literal["auto"] | int | str, BeforeValidator(_workers)]
+Workers = Annotated[Literal["auto"] | int | str, convert(_workers)]
 """``auto``, a number, or lowest:highest."""
 
 
 class PlacementFlags(Settings):
     cuda_visible_devices: Annotated[
-        str, Flag(no_effect="Ray places the workers; --num_workers says how many"), BeforeValidator(str)
+        str, Flag(no_effect="Ray places the workers; --num_workers says how many"), convert(str)
     ] = ""
     """GPUs to use, as older scripts named them."""
 
@@ -120,7 +120,7 @@ class OutputFlags(Settings):
     paths need it. Training, evaluate and featurize also accept a URL (s3://bucket/voxray, gs://bucket/voxray)."""
 
 
-CommaNumbers = Annotated[tuple[float, ...], BeforeValidator(split_commas)]
+CommaNumbers = Annotated[tuple[float, ...], convert(split_commas)]
 """``0.9,1.1`` on the command line; a list or the same string in YAML."""
 
 
@@ -130,7 +130,7 @@ def _split_counts(value: Any) -> Any:
 
 CommaCounts = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1024)], ...],
-    BeforeValidator(_split_counts),
+    convert(_split_counts),
     AfterValidator(lambda counts: tuple(sorted(set(counts)))),
     Field(min_length=1),
 ]
@@ -212,9 +212,10 @@ class VariantFlags(Settings):
     variants: Annotated[int, Field(ge=1, le=100)] = 1
     """Number of fixed augmented variants of every training clip, computed with the features; the first is the original
     clip. Each epoch draws one variant per row."""
-    speeds: Annotated[
-        tuple[Annotated[float, Field(ge=0.5, le=2)], ...], BeforeValidator(split_commas), Field(min_length=1)
-    ] = (0.9, 1.1)
+    speeds: Annotated[tuple[Annotated[float, Field(ge=0.5, le=2)], ...], convert(split_commas), Field(min_length=1)] = (
+        0.9,
+        1.1,
+    )
     """Speed factors (tempo and pitch) that the augmented variants use in turn; 1 leaves the speed unchanged."""
     noise_snr: Annotated[CommaNumbers, Field(max_length=2)] = ()
     """Lowest and highest signal-to-noise ratio of added noise, in dB, such as 10,20; empty adds no noise."""
@@ -312,7 +313,7 @@ class TaskBatchingFlags(BatchingFlags):
     per_task_bsz: TaskSizes | None = None
     """Rows per forward pass by task, such as asr=4,sqa=2,tqa=8, with --batching length; each batch then holds a single
     task."""
-    curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], BeforeValidator(parse_curriculum)] = ()
+    curriculum: Annotated[tuple[tuple[tuple[str, ...], int], ...], convert(parse_curriculum)] = ()
     """Training phases in order, each as tasks:epochs, such as tqa:1,tqa+asr:1,tqa+asr+sqa:3; replaces --epochs."""
 
     @model_validator(mode="after")

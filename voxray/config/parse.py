@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from voxray.core.errors import one_line
+from voxray.core.errors import MAX_VALUE_CHARS, one_line, quoted_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
@@ -55,7 +55,24 @@ def split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-CommaStrings = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
+def convert(function: Callable[[Any], Any]) -> BeforeValidator:
+    """Validator that converts a raw value from the command line or YAML.
+
+    Args:
+        function: Raises ValueError for a value that it cannot convert. Errors of other types, because YAML gave a value
+            of a type that it does not expect, become a ValueError.
+    """
+
+    def checked(value: Any) -> Any:
+        try:
+            return function(value)
+        except (TypeError, AttributeError, LookupError, ArithmeticError):
+            raise ValueError("has the wrong type") from None
+
+    return BeforeValidator(checked)
+
+
+CommaStrings = Annotated[tuple[str, ...], convert(split_commas)]
 """``a,b,c`` on the command line; a list or the same string in YAML."""
 
 
@@ -286,7 +303,11 @@ def _validated(
             name = str(item["loc"][0]) if item["loc"] else ""
             where = f"--{name}" if name in flags or name not in values else f"{config_path}: {name}"
             messages = item["msg"].removeprefix("Value error, ").split("\n")  # a validator may report several errors
-            got = f" (got {item['input']!r})" if name and item["type"] != "missing" and len(messages) == 1 else ""
+            got = (
+                f" (got {shortened(item['input'])})"
+                if name and item["type"] != "missing" and len(messages) == 1
+                else ""
+            )
             errors += [f"{where}: {message}{got}" if name else message for message in messages]
     if settings is None or errors:
         _exit_with(job, errors)
@@ -297,9 +318,15 @@ def _validated(
     return with_absolute_inputs(settings)
 
 
+def shortened(value: Any) -> str:
+    """A value as messages show it."""
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}…"
+
+
 def _exit_with(job: str, errors: list[str]) -> NoReturn:
     for line in dict.fromkeys(errors):
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {quoted_line(line)}", file=sys.stderr)
     print(f"{job}: {len(set(errors))} bad setting(s); --help lists them all", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -322,14 +349,16 @@ def _absolute_input(value: str) -> str:
 
 def _absolute_model(value: str) -> str:
     folder = Path(os.path.expanduser(value))
-    return str(folder.absolute()) if folder.is_dir() else value
+    return str(folder.absolute()) if os.path.isdir(folder) else value
 
 
 def _relative_to_repository(model: type[Settings], name: str, value: Any) -> Any:
     """Resolve paths of a demo recipe against the repository, so that it works from any current directory."""
     if flag_metadata(model.model_fields[name]).path not in {"input", "model"} or not value:
         return value
-    return ",".join(str(REPOSITORY / part) if (REPOSITORY / part).exists() else part for part in split_commas(value))
+    return ",".join(
+        str(REPOSITORY / part) if os.path.exists(REPOSITORY / part) else part for part in split_commas(value)
+    )
 
 
 def _suggestion(key: str, names: dict[str, str]) -> str:

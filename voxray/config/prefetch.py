@@ -3,10 +3,10 @@
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
-from voxray.config.parse import Flag, split_commas
+from voxray.config.parse import Flag, convert, split_commas
 
 WHISPER = "openai/whisper-small"
 SPLITS = ("train", "validation", "test")
@@ -35,7 +35,7 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     """Branch, tag or commit of the dataset on the hub; by default the main branch."""
     language: Annotated[str, Flag(("language_abbr",)), Field(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*$")] = "ko"
     """Language to use, as the dataset writes it (Common Voice: ko, zh-CN). Rows of other languages are left out."""
-    splits: Annotated[tuple[str, ...], BeforeValidator(_splits)] = SPLITS
+    splits: Annotated[tuple[str, ...], convert(_splits)] = SPLITS
     """Splits to use, comma separated: train, validation (or dev), test. If the corpus has no validation split, whole
     speakers are moved from its training rows to validation."""
     max_rows: Annotated[int, Field(ge=0)] = 0

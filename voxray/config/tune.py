@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from voxray.config.flag_groups import TaskWeights
-from voxray.config.parse import Flag, Settings, flag_metadata
+from voxray.config.parse import Flag, Settings, convert, flag_metadata
 from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes, with_default
 from voxray.config.search_space import Choice, Domain, parse_space
 from voxray.config.train import TrainSettings, known_metric
@@ -33,7 +33,7 @@ def _comma_choices(value: Any) -> Any:
     return _choices(value.replace(",", ";") if isinstance(value, str) else value)
 
 
-Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], BeforeValidator(_comma_choices)]
+Ranks = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], convert(_comma_choices)]
 
 
 class SweepFlags(Settings):
@@ -173,7 +173,7 @@ class TaskWeightChoices(Settings):
     """Choices of task weights, for training jobs with that flag."""
 
     task_weights: Annotated[
-        tuple[TaskWeights, ...], Flag(("task_sampling",)), BeforeValidator(_choices), Field(min_length=1)
+        tuple[TaskWeights, ...], Flag(("task_sampling",)), convert(_choices), Field(min_length=1)
     ] = ({"asr": 1.0, "sqa": 1.0, "tqa": 1.0},)
     """Choices of task weights, separated by semicolons: "1,1,1;2,1,1"."""
 

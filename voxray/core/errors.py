@@ -4,11 +4,16 @@
 usable row, a damaged checkpoint) are ``RunError``: one line on the terminal, exit status 1.
 """
 
+import errno
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-MAX_MESSAGE_CHARS = 1000
+MAX_MESSAGE_CHARS, MAX_VALUE_CHARS = 1000, 200
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
+"""Texts in PyTorch's errors: of its CPU allocator, its CUDA allocator, cuBLAS without a workspace, and oneDNN."""
 
 
 class RunError(Exception):
@@ -55,6 +60,29 @@ def quoted_line(message: str) -> str:
     return "\\n".join(short.splitlines())
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the GPU or of the machine was exhausted."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here, since that takes seconds
+    return is_torchs or isinstance(error, MemoryError) or any(text in str(error) for text in NO_MEMORY)
+
+
+@contextmanager
+def library_errors(what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a user's file into a ``RunError``; lack of memory stays as it is.
+
+    Args:
+        what: Beginning of the message: the flag or file, and what cannot be done with it.
+    """
+    try:
+        yield
+    except (RunError, SettingsError, BadRow):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise RunError(f"{what}: {one_line(error, 300) or type(error).__name__}") from error
+
+
 def job(main: Callable[..., None]) -> Callable[..., None]:
     """Wrap a job's ``main``: a user's mistake ends in a one-line message and an exit status, not in a traceback."""
 
@@ -71,6 +99,17 @@ def job(main: Callable[..., None]) -> Callable[..., None]:
             sys.exit(130)
         except KeyboardInterrupt:
             sys.exit(_print_error("stopped", 130))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = "take smaller batches, --bf16 or --quantize as far as the job has them, or a larger machine"
+            sys.exit(_print_error(f"out of memory: {advice}; {one_line(error, 200)}", 1))
+        except OSError as error:
+            if error.filename is None and error.errno not in DISK_FULL:
+                raise
+            advice = "; free some space" if error.errno in DISK_FULL else ""
+            path = one_line(error.filename or "the disk", MAX_VALUE_CHARS)
+            sys.exit(_print_error(f"{path}: {error.strerror}{advice}", 1))
 
     return wrapped
 

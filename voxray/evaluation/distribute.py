@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from voxray.cluster.session import max_gpus
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.content_hash import combined_hash, path_hash
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.core.storage import AnyPath, write_json
 from voxray.evaluation.prediction_actor import PredictionActor, failed_path
-from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_predictions
+from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_part, read_predictions
 from voxray.features.reader import Features
 from voxray.generation.generate import sort_by_expected_length
 from voxray.generation.model import InferenceConfig
@@ -101,10 +102,10 @@ def answer_rows(
     order, size = sort_by_expected_length(features, rows), BATCHES_PER_PART * config.batch_size
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     _set_aside_other_evaluation(predictions, answer_key(config, features, parts))
-    for number in range(len(parts)) if retry_failed else ():
-        if failed_path(predictions, number).is_file():
+    for number in range(len(parts)):
+        if _is_damaged(predictions, number) or (retry_failed and failed_path(predictions, number).is_file()):
             part_path(predictions, number).unlink(missing_ok=True)
-            failed_path(predictions, number).unlink()
+            failed_path(predictions, number).unlink(missing_ok=True)
     if remote:
         remote.forget("predictions/")
         remote.push_files([predictions / MADE_BY])  # without it the parts are not recognised
@@ -126,10 +127,29 @@ def answer_rows(
         raise RunError(f"not one row could be answered; {features.source(failed[0][0])}: {failed[0][2]}")
 
 
+def _is_damaged(predictions: Path, number: int) -> bool:
+    """Whether the files of a finished part cannot be read, so that it has to be answered again."""
+    try:
+        if part_path(predictions, number).is_file():
+            read_part(part_path(predictions, number))
+        if failed_path(predictions, number).is_file():
+            _read_failed_rows(failed_path(predictions, number))
+    except RunError as error:
+        console.print(f"{error}; answered again", markup=False)
+        return True
+    return False
+
+
 def read_failed(output_dir: Path) -> list[tuple[int, str, str]]:
     """(row number, reason, message) of the rows that an evaluation could not answer."""
     files = sorted((output_dir / "predictions").glob("part-*.failed.json"))
-    return [tuple(entry) for file in files for entry in json.loads(file.read_text())]
+    return [row for file in files for row in _read_failed_rows(file)]
+
+
+def _read_failed_rows(file: Path) -> list[tuple[int, str, str]]:
+    with library_errors(f"{file}: damaged"):
+        rows = [(int(number), str(reason), str(message)) for number, reason, message in json.loads(file.read_bytes())]
+    return rows
 
 
 def delete_crash_logs(output_dir: Path) -> None:
@@ -186,8 +206,9 @@ def answer_key(config: InferenceConfig, features: Features, parts: Sequence[Sequ
 def _set_aside_other_evaluation(predictions: Path, key: str) -> None:
     """Keep finished parts and crash logs only if they belong to this very evaluation; else move the parts aside."""
     made_by = predictions / MADE_BY
-    if made_by.is_file() and json.loads(made_by.read_text()).get("key") == key:
-        return
+    with suppress(OSError, ValueError, AttributeError):
+        if json.loads(made_by.read_bytes()).get("key") == key:
+            return
     if any(predictions.glob("part-*.parquet")):
         earlier = predictions.with_name("predictions-earlier")
         shutil.rmtree(earlier, ignore_errors=True)

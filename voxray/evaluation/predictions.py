@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from voxray.config.flag_groups import ScoreFlags
-from voxray.core.errors import BadRow, RunError, one_line
+from voxray.core.errors import BadRow, RunError, library_errors
 from voxray.core.manifest import chunks
 from voxray.core.source import Source
 from voxray.core.tasks import TASKS
@@ -89,7 +89,9 @@ def part_path(predictions: Path, part: int) -> Path:
 def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Prediction rows as a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA), sink)
+    pq.write_table(
+        pa.Table.from_pylist([dict(row) for row in rows], schema=PREDICTION_SCHEMA), sink, write_page_checksum=True
+    )
     return sink.getvalue().to_pybytes()
 
 
@@ -102,7 +104,17 @@ def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
 
 
 def _read_parts(files: Iterable[Path]) -> list[dict[str, Any]]:
-    return [row for file in files for row in pq.read_table(file).to_pylist()]
+    return [row for file in files for row in read_part(file)]
+
+
+def read_part(file: Path) -> list[dict[str, Any]]:
+    """Rows of one prediction file.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    with library_errors(f"{file}: not the predictions of an evaluation, or damaged"):
+        return pq.read_table(file, page_checksum_verification=True).to_pylist()
 
 
 def read_folder_or_jsonl(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadPrediction]]:
@@ -124,10 +136,7 @@ def read_folder_or_jsonl(path: str, flag: str) -> tuple[list[dict[str, Any]], li
     files = sorted(folder.glob("predictions/part-*.parquet")) or sorted(folder.glob("part-*.parquet"))
     if not files:
         raise RunError(f"{flag} {path}: no predictions/part-*.parquet and no part-*.parquet in this folder")
-    try:
-        rows = _read_parts(files)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(f"{flag} {path}: not the predictions of an evaluation: {one_line(error)}") from None
+    rows = _read_parts(files)
     for number, row in enumerate(rows, start=1):
         check_row(row, f"{flag} {path}: row {number} ({row.get('id') or row.get('source') or 'no id'})")
         if not Source.parse(row.setdefault("source", "") or "").line:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from voxray.cluster.actor_pool import PoolWorker
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
@@ -15,7 +17,7 @@ from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
 from voxray.features.crash_log import CrashLog, open_crash_log
 from voxray.features.extract import Extractor, file_state
-from voxray.features.shards import index_part, shard_bytes, shard_path
+from voxray.features.shards import INDEX_SCHEMA, index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
@@ -115,6 +117,10 @@ class ChunkFeaturizer(PoolWorker):
         return report
 
 
+REPORT_TYPES = {"samples": int, "rows": int, "sha256": str, "content": str, "bad": list, "clips": list, "index": dict}
+"""Types of the values of a shard's report that later steps rely on."""
+
+
 def crash_log_path(item: WorkItem, raw: bytes) -> Path:
     """Crash log of a chunk: beside its shard, or on the local disk for a remote feature set."""
     if isinstance(item.folder, Path):
@@ -146,11 +152,19 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             return None
         if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
             return None
+        if not (all(isinstance(report[name], kind) for name, kind in REPORT_TYPES.items()) and _has_index(report)):
+            return None
         if any(line["reason"].startswith("audio_") for line in report["bad"]):
             return None  # the clip may have been fixed since
         return report if all(map(_clip_unchanged, report["clips"])) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, pa.ArrowException):
         return None
+
+
+def _has_index(report: dict[str, Any]) -> bool:
+    """Whether a report's part of the index has all columns, with a value for each row."""
+    batch = pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA)
+    return batch.num_rows == report["rows"] and not any(column.null_count for column in batch.columns)
 
 
 def _clip_unchanged(clip: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings
 from voxray.core.errors import SettingsError
 from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
+from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
 from voxray.models.parts.arithmetic import set_tf32
 from voxray.models.parts.compiled_audio import use_compiled
@@ -76,11 +77,12 @@ def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_
         lora_dir = str(fetch_folder(lora_dir, flag))
     adapter = find_adapter(lora_dir, flag)
     base = base_of_adapter(adapter)
-    if "model_id" in settings.model_fields_set:
-        if base and Path(base).name != Path(settings.model_id).name:
-            print(f"warning: {adapter} was trained on {base}, not {settings.model_id}", file=sys.stderr, flush=True)
-        return settings.model_id, adapter
-    return base or settings.model_id, adapter
+    is_set = "model_id" in settings.model_fields_set
+    model_id = settings.model_id if is_set else base or settings.model_id
+    check_adapter_family(get_family(model_id), adapter, model_id, flag)
+    if is_set and base and Path(base).name != Path(model_id).name:
+        print(f"warning: {adapter} was trained on {base}, not {model_id}", file=sys.stderr, flush=True)
+    return model_id, adapter
 
 
 def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path | None) -> AdapterFlagsT:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from voxray.core.content_hash import folder_hash
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, library_errors, one_line
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -24,7 +24,7 @@ def is_inside(name: str, modules: Iterable[str]) -> bool:
 
 def build_on_meta(build: Callable[[], Any], model_id: str) -> Any:
     """Build a frozen model on PyTorch's meta device (see ``ModelFamily.build_on_meta``)."""
-    with torch.device("meta"):
+    with library_errors(f"--model_id {model_id}: its configuration cannot be used"), torch.device("meta"):
         model = build()
     model.config.name_or_path = model.name_or_path = model_id
     float32_modules = model._keep_in_fp32_modules_strict or ()  # from_pretrained leaves them in float32 too
@@ -42,11 +42,8 @@ def read_config(model_id: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
-    try:
-        return PreTrainedConfig.get_config_dict(model_id)[0]
-    except (OSError, ValueError) as error:
-        reason = one_line(error, 200)
-        raise RunError(f"--model_id {model_id}: no usable config.json in this folder or on the hub: {reason}") from None
+    with library_errors(f"--model_id {model_id}: no usable config.json in this folder or on the hub"):
+        return dict(PreTrainedConfig.get_config_dict(model_id)[0])
 
 
 def model_file(model_id: str, name: str) -> str:
@@ -94,7 +91,7 @@ def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:
 
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(model_id, module):
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+        with library_errors(f"{path}: cannot be read"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
             for name in file.keys():  # noqa: SIM118  # not a dict
                 _, separator, name_in_module = f".{name}".partition(f".{module}.")
                 if separator:
@@ -110,5 +107,6 @@ def _weight_files(model_id: str, module: str) -> list[str]:
         index = json.loads(Path(model_file(model_id, "model.safetensors.index.json")).read_text())
     except RunError:
         return [model_file(model_id, "model.safetensors")]
-    files = {file for name, file in index["weight_map"].items() if is_inside(name, [module])}
+    with library_errors(f"--model_id {model_id}: model.safetensors.index.json is damaged"):
+        files = {file for name, file in index["weight_map"].items() if is_inside(name, [module])}
     return [model_file(model_id, file) for file in sorted(files)]

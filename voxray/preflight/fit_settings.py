@@ -16,6 +16,7 @@ import torch
 
 from voxray.config.flag_groups import as_range
 from voxray.config.train import TrainSettings
+from voxray.core.errors import is_out_of_memory
 from voxray.core.units import format_bytes
 from voxray.models.parts.quantize import base_dtype
 from voxray.preflight.budget import CPU_SHARE, Budget, worker_budget
@@ -36,7 +37,7 @@ from voxray.preflight.pack_sizes import (
 from voxray.preflight.rows import RunRows
 from voxray.preflight.shapes import ComputeConfig
 from voxray.preflight.trial_steps import GenerationCost, StepCost, TrialRunner
-from voxray.training.resource_errors import is_out_of_memory, memory_advice
+from voxray.training.resource_errors import memory_advice
 
 SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
 """Predictions below and above these shares of the budget are trusted; in between a size is tried."""

@@ -10,6 +10,7 @@ import torch
 from voxray.batches.collate import collate_packed, collate_prompts, collate_training
 from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
+from voxray.core.errors import is_out_of_memory
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.lora import trainable_parameters
 from voxray.models.interface import Batch
@@ -18,7 +19,6 @@ from voxray.preflight.rows import RunRows
 from voxray.recipes.build_model import build_model, checkpoint_gradients, set_modes
 from voxray.training.engine import DataParallel
 from voxray.training.loop import seed_microbatch, task_losses
-from voxray.training.resource_errors import is_out_of_memory
 from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8

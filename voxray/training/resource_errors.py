@@ -3,18 +3,13 @@
 Such errors have many types and can be raised anywhere. They become one line that says which settings to lower.
 """
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from voxray.config.train import TrainSettings
-from voxray.core.errors import RunError
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
-NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive")
-"""Texts in PyTorch's errors: of its CPU allocator, its CUDA allocator, cuBLAS without a workspace, and oneDNN."""
+from voxray.core.errors import DISK_FULL, RunError, is_out_of_memory
 
 
 @contextmanager
@@ -31,11 +26,6 @@ def explain_resource_errors(settings: TrainSettings) -> Iterator[None]:
             path = error.filename or settings.output_dir
             raise RunError(f"{path}: {error.strerror}; free some space, then run the same command again") from error
         raise
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of the GPU or of the machine was exhausted."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in NO_MEMORY)
 
 
 def memory_advice(settings: TrainSettings) -> str:

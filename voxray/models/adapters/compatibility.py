@@ -1,8 +1,8 @@
-"""Combinations of adapter, quantization and stored features that would give wrong results."""
+"""Combinations of adapter, quantization and stored features that would give wrong results or none."""
 
 from pathlib import Path
 
-from voxray.core.errors import SettingsError
+from voxray.core.errors import RunError, SettingsError
 from voxray.models.interface import ModelFamily
 
 
@@ -27,3 +27,16 @@ def check_encoder_unchanged(family: ModelFamily, store: str, quantize: str, adap
             f"--store encoder: --quantize {quantize} holds the encoder of {family.name} in fewer bits, so its outputs "
             "differ; leave one of the two out"
         )
+
+
+def check_adapter_family(family: ModelFamily, adapter: Path | None, model_id: str, flag: str = "--lora_dir") -> None:
+    """Refuse an adapter that was trained on another family, before anything is computed.
+
+    Raises:
+        RunError: No part of the family has the layers of one of its tensors, or it cannot be read.
+    """
+    from voxray.models.adapters.lora import find_role, is_lora_tensor, tensor_names
+
+    for name in tensor_names(adapter) if adapter else ():
+        if is_lora_tensor(name) and find_role(name, family) not in family.roles:
+            raise RunError(f"{flag} {adapter}: was trained on another model: {model_id} has nothing for {name}")

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from voxray.core.content_hash import CHECKSUMS, damaged_files
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, library_errors, one_line
 from voxray.models.adapters.audio_trim_record import write_trim_record
 from voxray.models.hf_files import is_inside, unwrap_peft
 from voxray.models.interface import ModelFamily
@@ -254,7 +254,7 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
         num_tensors = load_adapter_weights(model, folder)
         return model.requires_grad_(False).eval(), num_tensors
     names = present_names(tensor_names(folder), model)
-    try:
+    with library_errors(f"{folder}: the adapter does not fit the model"):
         config: Any = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
         # Whole modules that were saved beside LoRA are copied into the base's own parameters.
@@ -263,8 +263,6 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
             layers = {_adapted_layer(name) for name in names.values() if is_lora_tensor(name)}
             config.target_modules, config.exclude_modules = sorted(layers), None
         wrapped = get_peft_model(model, config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{folder}: the adapter does not fit the model: {one_line(error, 300)}") from None
     full_names = set(filterfalse(is_lora_tensor, names.values()))
     for name, parameter in wrapped.named_parameters():
         if name in full_names and not parameter.is_floating_point():

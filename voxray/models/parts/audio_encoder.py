@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from voxray.core.content_hash import combined_hash
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import library_errors
 from voxray.models.hf_files import module_weights, unwrap_peft
 from voxray.models.interface import AudioPath
 
@@ -128,9 +128,7 @@ def load_module(
     Raises:
         RunError: Its weights are missing or do not fit the configuration.
     """
-    loaded: Any = module_class._from_config(config, dtype=dtype)
-    try:
+    with library_errors(f"--model_id {model_id}: cannot load its {module}"):
+        loaded: Any = module_class._from_config(config, dtype=dtype)
         loaded.load_state_dict({name: tensor.to(dtype) for name, tensor in module_weights(model_id, module).items()})
-    except RuntimeError as error:
-        raise RunError(f"--model_id {model_id}: {one_line(error, 300)}") from None
     return loaded.to(device).requires_grad_(False).eval()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, library_errors
 
 QUANTIZED = ("8bit", "4bit")
 
@@ -70,10 +70,8 @@ def load_frozen(
     logging.disable_progress_bar()
     config = quantization_config(quantize, dtype, keep)
     options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
-    try:
+    with library_errors(f"--model_id {model_id}: cannot load the model"):
         model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise RunError(f"--model_id {model_id}: cannot load the weights: {one_line(error)}") from None
     stabilize_quantized_layers(model)
     return model.to(device).requires_grad_(False).eval()
 

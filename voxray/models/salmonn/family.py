@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from voxray.core.errors import SettingsError
+from voxray.core.errors import SettingsError, library_errors
 from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.hf_files import build_on_meta, unwrap_peft
@@ -65,7 +65,8 @@ class Salmonn(FamilyDefaults):
     )
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> SalmonnFrontEnd:
-        return SalmonnFrontEnd(model_id, trim_audio=trim_audio)
+        with library_errors(f"--model_id {model_id}: its configuration or tokenizer cannot be used"):
+            return SalmonnFrontEnd(model_id, trim_audio=trim_audio)
 
     def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
         return config.positions_per_clip

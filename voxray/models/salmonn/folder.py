@@ -12,7 +12,7 @@ import torch
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from voxray.core.content_hash import combined_hash, file_hash
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, library_errors
 from voxray.models.hf_files import base_hash, model_file, module_weights, read_config
 from voxray.models.parts.audio_encoder import config_hash, hash_tensors, load_module
 from voxray.models.salmonn.audio_path import StoredEncoders
@@ -56,10 +56,8 @@ def write_folder(
     stored = None if checkpoint is None else read_checkpoint(checkpoint)
     configs: dict[str, Any] = {}
     for name, path in (("whisper", whisper), ("llm", llm)):
-        try:
+        with library_errors(f"{path}: no usable config.json"):
             configs[name] = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path}: no usable config.json: {one_line(error, 200)}") from None
     tokenizer = load_tokenizer(llm)
     configs["llm"].vocab_size = max(configs["llm"].vocab_size, len(tokenizer))
     config = build_config(stored, configs["whisper"], read_beats(beats)[0], configs["llm"], qformer_heads)
@@ -82,10 +80,8 @@ def read_folder(model_id: str) -> SalmonnConfig:
     values = read_config(model_id)
     if values.get("model_type") != SalmonnConfig.model_type:
         raise RunError(f"--model_id {model_id}: model type {values.get('model_type')!r} is not salmonn")
-    try:
+    with library_errors(f"--model_id {model_id}: no usable config.json"):
         config = SalmonnConfig.from_dict(values)
-    except (TypeError, ValueError, KeyError) as error:
-        raise RunError(f"--model_id {model_id}: no usable config.json: {one_line(error, 200)}") from None
     for name, path in (config.parts or {}).items():
         inside = Path(model_id) / path
         if config.parts is not None and inside.exists():
@@ -134,10 +130,8 @@ def load_folder(model_id: str, *, dtype: torch.dtype = torch.float32, lora: bool
     """
     config = read_folder(model_id)
     if not _names_parts(config):
-        try:
+        with library_errors(f"--model_id {model_id}: cannot load the model"):
             return SalmonnForConditionalGeneration.from_pretrained(model_id, dtype=dtype, **llm_options).eval()
-        except (OSError, ValueError) as error:
-            raise RunError(f"--model_id {model_id}: cannot load the weights: {one_line(error)}") from None
     qformer: Any = config.qformer_config
     parts = {name: path for name, path in (config.parts or {}).items() if name != "prompts"}
     heads = qformer.num_attention_heads

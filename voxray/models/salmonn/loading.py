@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
 from transformers.utils import logging
 
-from voxray.core.errors import RunError, SettingsError, one_line
+from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.models.salmonn.audio_path import TRAINED_MODULES
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.compat.checkpoint import (
@@ -89,9 +89,8 @@ def load_whisper_encoder(folder: str | Path, dtype: torch.dtype) -> Any:
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns about files that also hold the output layer
     try:
-        model: Any = WhisperModel.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: cannot load Whisper: {one_line(error, 200)}") from None
+        with library_errors(f"{folder}: cannot load Whisper"):
+            model: Any = WhisperModel.from_pretrained(folder, dtype=dtype)
     finally:
         logging.set_verbosity(before)
     return model.encoder
@@ -106,10 +105,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     files = Path(folder)
     if (files / "tokenizer.model").is_file() and not (files / "tokenizer.json").is_file() and not _has_sentencepiece():
         raise RunError(f"{folder}: its only tokenizer is tokenizer.model, which needs: pip install sentencepiece")
-    try:
+    with library_errors(f"{folder}: cannot load the tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise RunError(f"{folder}: cannot load the tokenizer: {one_line(error, 200)}") from None
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
@@ -143,10 +140,8 @@ def load_llm(folder: str | Path, dtype: torch.dtype, **options: Any) -> Any:
         RunError: The model cannot be read.
     """
     num_tokens = len(load_tokenizer(folder))
-    try:
+    with library_errors(f"{folder}: cannot load the language model"):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: cannot load the language model: {one_line(error, 200)}") from None
     num_rows = model.get_input_embeddings().weight.shape[0]
     if num_tokens > num_rows:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from voxray.core.errors import library_errors
 from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.hf_files import build_on_meta, unwrap_peft
@@ -52,7 +53,8 @@ class Voxtral(EncoderMethods, FamilyDefaults):
     encoder_name = ENCODER
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> VoxtralFrontEnd:
-        return VoxtralFrontEnd(model_id, trim_audio=trim_audio)
+        with library_errors(f"--model_id {model_id}: its configuration or tokenizer cannot be used"):
+            return VoxtralFrontEnd(model_id, trim_audio=trim_audio)
 
     def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
         audio = config.audio_config

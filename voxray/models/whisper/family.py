@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from voxray.audio.logmel import HOP_SAMPLES
+from voxray.core.errors import library_errors
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.hf_files import build_on_meta, unwrap_peft
 from voxray.models.interface import AudioPath, Batch
@@ -45,7 +46,8 @@ class Whisper(EncoderMethods, FamilyDefaults):
     encoder_name = ENCODER
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> WhisperFrontEnd:
-        return WhisperFrontEnd(model_id, trim_audio=trim_audio)
+        with library_errors(f"--model_id {model_id}: its configuration or tokenizer cannot be used"):
+            return WhisperFrontEnd(model_id, trim_audio=trim_audio)
 
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """Load the base; ``quantize`` applies to the layers of encoder and decoder."""
