@@ -16,6 +16,7 @@ from voxray.core.content_hash import CHECKSUMS
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import CONFIG, WEIGHTS
 from voxray.models.voxtral.family import Voxtral
+from voxray.recipes.build_model import resume
 from voxray.runs.layout import checkpoint_folder, list_checkpoints
 from voxray.training import checkpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter, read_optimizer_state, read_progress
@@ -124,3 +125,28 @@ def test_the_published_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
     publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter")
     assert sorted(os.listdir(tmp_path / "adapter")) == sorted([CONFIG, WEIGHTS, CHECKSUMS])
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["tuning"] == "full"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "optimizer.pt", "progress.json", CONFIG])
+def test_a_flipped_bit_stops_the_resume(tmp_path: Path, name: str) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=3)
+    write(writer, 1)
+    writer.wait()
+    path = checkpoint_folder(tmp_path, 1) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=rf"step-000001: damaged checkpoint \({name}\); delete the folder to resume"):
+        resume(tmp_path, Model(2, 2), Progress(0, 1, "data"))
+
+
+def test_the_data_of_an_earlier_version_is_recognised(tmp_path: Path) -> None:
+    """Its checkpoints hold a fingerprint of lines and clips alone. The run goes on with the present one."""
+    writer = CheckpointWriter(tmp_path, keep_last=3)
+    write(writer, 1)
+    writer.wait()
+    start = Progress(0, 1, "lines, clips and front end")
+    with pytest.raises(RunError, match="the training data has changed"):
+        resume(tmp_path, Model(2, 2), start)
+    progress, _ = resume(tmp_path, Model(2, 2), start, "data")
+    assert (progress.step, progress.data) == (1, start.data)
