@@ -205,6 +205,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("terms", "english_spelling", "caption_jars"), "evaluation_flags::terms_spelling_and_jars score::terms"
         ),
+        "normalizer": "evaluation_flags::normalizer",
         "max_len": "other_flags::evaluate_max_len",
         "trim_audio_tokens": f"{TRIM}::evaluation_builds_prompts_as_in_training",
         "strict": "other_flags::evaluate_strict",

@@ -360,6 +360,9 @@ class ScoreFlags(Settings):
     english_spelling: Annotated[str, Flag(path="input")] = ""
     """Whisper's table of British and American spellings, for English transcripts: the normalizer.json of a Whisper
     checkpoint."""
+    normalizer: Literal["basic-v2", "whisper-basic-v1"] = "basic-v2"
+    """Rules by which transcripts in languages other than Korean and English are normalised before scoring: basic-v2
+    keeps vowel signs and other marks, whisper-basic-v1 replaces them by spaces, as Whisper's leaderboards do."""
     caption_jars: Annotated[str, Flag(path="input")] = ""
     """Folder with the two jars of Stanford CoreNLP 3.6.0; with it METEOR, SPICE and SPIDEr of captions are computed too
     (needs Java)."""
