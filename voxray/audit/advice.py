@@ -7,7 +7,10 @@ FAULTS = {
     "unknown_task": ("the keys are those of no task", "rename the keys, or let jobs/prepare.py read the raw corpus"),
     "bad_type": ("a value is of the wrong kind", "write texts as strings and times as numbers"),
     "bad_segment": ("start, duration or channel is impossible", "correct it, or leave it out"),
-    "bad_language": ("the language is no two-letter code", "write ko, en and so on, or leave it out"),
+    "bad_language": (
+        "the language is not known, or the model does not have it",
+        "write ko, en and so on, or leave it out",
+    ),
     "empty_text": ("a text that must be there is empty", "fill it in or drop the row"),
     "bad_text": ("the text cannot be encoded", "write it again from its source"),
     "audio_missing": ("the clip is not there", "check audio_path: it is relative to the manifest's folder"),

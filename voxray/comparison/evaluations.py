@@ -20,7 +20,7 @@ from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
-from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalizers_from
+from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
 
 IGNORED_SETTINGS = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
@@ -248,7 +248,7 @@ def match_rows(runs: Sequence[Evaluation]) -> MatchedEvaluations:
     """
     tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda entry: len(_common(entry[0])))
     common = _common(tables)
-    matched = [entry for entry in common if len({_references(table[entry], runs[0].rules) for table in tables}) == 1]
+    matched = [entry for entry in common if len({_references(table[entry]) for table in tables}) == 1]
     if not matched:
         names = ", ".join(run.label for run in runs)
         tasks = "; ".join(f"{run.label} has {' and '.join(_tasks(run))}" for run in runs)
@@ -266,9 +266,12 @@ def match_rows(runs: Sequence[Evaluation]) -> MatchedEvaluations:
     )
 
 
-def _references(row: ScoredRow, rules: ScoringRules) -> frozenset[str]:
-    """All normalised references of a row; ``ScoredRow.reference`` is only the closest one to this run's answer."""
-    return frozenset(map(row_normalizer(row.values, rules.normalizers).normalize, row_references(row.values)))
+def _references(row: ScoredRow) -> frozenset[str]:
+    """All references of a row, normalised; ``ScoredRow.reference`` is only the closest one to this run's answer.
+
+    All rows by ko-v1: two runs may have detected other languages in the same clip.
+    """
+    return frozenset(map(normalize_ko_v1, row_references(row.values)))
 
 
 def _tasks(run: Evaluation) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from voxray.config.parse import CommaStrings, Flag, Settings, split_commas
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
@@ -154,7 +154,8 @@ class FeatureFlags(Settings):
     """Maximum disk space for the shards of --store encoder, in GiB. The job estimates it first and stops if it is
     exceeded."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of audio rows that name none, as a two-letter code; empty leaves their language out of the prompt."""
+    """Language of audio rows that name none, as a code such as ko or as an English name; empty leaves their language
+    out of the prompt."""
     features_cache_dir: Annotated[str, Flag(path="output")] = "~/.cache/voxray/shards"
     """Folder for local copies of shards that are read from a URL."""
     features_cache_gib: Annotated[float, Field(gt=0)] = 50.0

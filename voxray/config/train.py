@@ -21,7 +21,7 @@ from voxray.config.flag_groups import (
     WorkerFlags,
 )
 from voxray.config.parse import CommaStrings, Flag
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.metrics.names import validation_metrics
 
 
@@ -150,7 +150,8 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = WHISPER
     """Base model: a folder on disk or a hub id."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of rows that name none, as a two-letter code. Rows without a language are left out."""
+    """Language of rows that name none, as a code such as ko or as an English name. Rows without a language are left
+    out."""
     task: Annotated[Literal["transcribe"], Flag(no_effect="there is only one")] = "transcribe"
     """Task of the model: transcribe, in the spoken language."""
     freeze_encoder: Annotated[bool, Flag(("freeze_whisper",))] = False

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from voxray.core.errors import BadRow, RunError
+from voxray.core.languages import language_code
 from voxray.core.source import Segment, Source, segment, segments
 from voxray.core.tasks import TASKS, Task, detect_task
 
@@ -24,7 +25,6 @@ MAX_LINE_BYTES = 64 << 20
 """Longest line accepted. Without a limit, a file without line ends would fill the memory."""
 UNLABELLED = "unlabelled"
 """Key of a row without a reference: the model answers it, but the answer is not scored."""
-LANGUAGE_ALIASES = {"korean": "ko", "kor": "ko", "english": "en", "eng": "en"}
 OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
@@ -38,7 +38,7 @@ class Sample:
         prompt: The user's text; empty for a transcription request.
         answer: The text that the model is to produce.
         audio_path: Absolute path of the clip, or "" for text tasks.
-        language: Two-letter code, or "" if the row has none.
+        language: Code of the language (``core/languages.py``), or "" if the row has none.
         source: ``<manifest>:<line>``.
         start_sec: Start of the clip in the file.
         duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
@@ -291,19 +291,6 @@ def find_file(base: Path, value: str) -> str:
             return ""
         path = existing
     return str(path) if os.path.isfile(path) else ""
-
-
-def language_code(value: str | None) -> str:
-    """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> "".
-
-    Raises:
-        BadRow: It is not a two-letter code (``bad_language``).
-    """
-    text = (value or "").strip().lower().replace("_", "-").split("-")[0]
-    text = "" if text == "auto" else LANGUAGE_ALIASES.get(text, text)
-    if text and not (len(text) == 2 and text.isascii() and text.isalpha()):
-        raise BadRow("bad_language", f"language {value!r} is not a two-letter code")
-    return text
 
 
 def require_usable_row(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:

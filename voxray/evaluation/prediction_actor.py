@@ -135,6 +135,7 @@ class PredictionActor(PoolWorker):
         if entry.pop(UNLABELLED, False):
             reference = None
         entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
+        entry["language"] = row.language or answer.language
         entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
         if isinstance(loss, float) and math.isfinite(loss):
             entry |= {"nll": loss, "num_tokens": len(row.target_ids)}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 from voxray.metrics.counts import Counts, count
 from voxray.metrics.names import is_caption, is_transcript
@@ -63,7 +63,7 @@ def row_normalizer(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMAL
         return KOREAN
     try:
         language = language_code(row.get("language"))
-    except BadRow:  # no two-letter code, so neither Korean nor English
+    except BadRow:  # an unknown language, so neither Korean nor English
         language = str(row["language"])
     return normalizers.select(language)
 

@@ -142,7 +142,7 @@ class Normalizers:
     basic: Normalizer = BASIC
 
     def select(self, language: str) -> Normalizer:
-        """The normaliser of a language's code. "" (unknown) and ``ko`` use ko-v1."""
+        """The normaliser of a language's code (``core/languages.py``). "" (unknown) and ``ko`` use ko-v1."""
         if language in ("", "ko"):
             return KOREAN
         return self.english if language == "en" else self.basic
