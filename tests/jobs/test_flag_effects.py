@@ -35,6 +35,7 @@ TRAIN = {
     "num_actors": "other_flags::numbers_of_ray_actors",
     "language": LANGUAGE,
     "strict": "training_flags::strict",
+    "allow_empty": "training_flags::allow_empty",
     "bf16": "training_flags::bf16",
     "fp16": "training_flags::fp16",
     "quantize": "training_flags::quantize",

@@ -159,6 +159,16 @@ def test_a_base_of_another_family_is_refused(run: Callable[..., Path], small: di
         command.run_training(parse_only("train_multitask", flags))
 
 
+def test_why_no_row_is_left_and_what_validation_shares(
+    run: Callable[..., Path], small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "language": ""} for row in read_rows(small["asr.train"])]
+    path = write_rows(tmp_path / "m.jsonl", rows)
+    with pytest.raises(RunError, match=rf"no row is left \(no_language {len(rows)}\): the row names no language"):
+        run(train_jsonl=path, val_jsonl=path)
+    assert f"warning: --val_jsonl {path}: also in --train_jsonl" in capsys.readouterr().out
+
+
 def test_rows_of_other_tasks_are_refused(run: Callable[..., Path], small: dict[str, str]) -> None:
     with pytest.raises(RunError, match="no usable row in this manifest; the first fault: Whisper only transcribes"):
         run(train_jsonl=small["tqa.train"])

@@ -41,6 +41,7 @@ WARNINGS = {
     "narrow_band": ("nothing above 4.2 kHz", "recorded at 8 kHz and saved at a higher rate"),
     "duration_mismatch": ("the row states another duration", "correct the row, or check that it is the right clip"),
     "speaking_rate": ("too many or few characters per second", "listen: transcript and clip may not belong together"),
+    "empty_transcript": ("the transcript is empty", "fill it in; training leaves it out without --allow_empty"),
     "damaged_text": ("characters were lost (U+FFFD)", "read the source again in its own encoding"),
     "not_nfc": ("the text is decomposed (NFD)", "jobs/prepare.py composes it; so does unicodedata.normalize"),
     "duration_outlier": ("a duration far from the others of its task", "listen to a few"),

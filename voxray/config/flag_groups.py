@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from voxray.config.parse import CommaStrings, Flag, Settings, split_commas
+from voxray.config.parse import Flag, InputFiles, Settings, split_commas
 from voxray.core.languages import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
@@ -370,7 +370,7 @@ class ScoreFlags(Settings):
 
 
 class EvaluationDataFlags(Settings):
-    val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
+    val_jsonl: Annotated[InputFiles, Flag(("jsonl", "test_jsonl"), path="input")] = ()
     """Manifests to evaluate on, comma separated."""
     max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 1280
     """Maximum length of a row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from voxray.config.input_files import pointer_errors, unique_files
 from voxray.core.errors import one_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,6 +58,10 @@ def split_commas(value: Any) -> Any:
 
 CommaStrings = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 """``a,b,c`` on the command line; a list or the same string in YAML."""
+
+
+InputFiles = Annotated[CommaStrings, AfterValidator(unique_files)]
+"""``CommaStrings`` of files; each file counts once, whatever its names."""
 
 
 class Settings(BaseModel):
@@ -288,6 +293,9 @@ def _validated(
             messages = item["msg"].removeprefix("Value error, ").split("\n")  # a validator may report several errors
             got = f" (got {item['input']!r})" if name and item["type"] != "missing" and len(messages) == 1 else ""
             errors += [f"{where}: {message}{got}" if name else message for message in messages]
+    if settings is not None:
+        paths = [name for name, field in model.model_fields.items() if flag_metadata(field).path in {"input", "model"}]
+        errors += pointer_errors({name: getattr(settings, name) for name in paths})
     if settings is None or errors:
         _exit_with(job, errors)
     for name in settings.model_fields_set:

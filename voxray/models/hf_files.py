@@ -8,6 +8,13 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, one_line
+from voxray.core.lfs import POINTER, find_pointer
+
+OTHER_LAYOUTS = {
+    ("model.bin", "vocabulary.*"): "a CTranslate2 model (as faster-whisper uses)",
+    ("params.json", "consolidated*"): "a model in Mistral's own layout (params.json, consolidated weights)",
+}
+"""{patterns of files in a folder: what the folder is}."""
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -41,6 +48,11 @@ def read_config(model_id: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    if pointer := find_pointer(model_id):
+        raise RunError(f"--model_id {pointer}: {POINTER}")
+    for files, layout in OTHER_LAYOUTS.items():
+        if all(any(Path(model_id).glob(file)) for file in files) and not any(Path(model_id).glob("model*.safetensors")):
+            raise RunError(f"--model_id {model_id}: {layout}; voxray reads models in the layout of transformers")
     try:
         return PreTrainedConfig.get_config_dict(model_id)[0]
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from voxray.core.errors import RunError
+from voxray.core.lfs import POINTER, find_pointer
 from voxray.models.adapters.audio_trim_record import write_trim_record
 from voxray.models.hf_files import is_inside
 from voxray.models.interface import ModelFamily
@@ -186,7 +187,8 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises its own types for a damaged file
-        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
+        reason = POINTER if find_pointer(folder / WEIGHTS) else error
+        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {reason}") from None
     expected = {name: tensor for name, tensor in adapter_tensors(model).items() if select(name)}
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape)
@@ -281,7 +283,8 @@ def tensor_names(folder: Path) -> list[str]:
         with safe_open(folder / WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
             return list(file.keys())
     except Exception as error:  # safetensors raises its own types for a damaged file
-        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {error}") from None
+        reason = POINTER if find_pointer(folder / WEIGHTS) else error
+        raise RunError(f"{folder / WEIGHTS}: cannot read the adapter: {reason}") from None
 
 
 def base_of_adapter(folder: Path) -> str:
