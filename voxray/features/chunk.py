@@ -19,6 +19,8 @@ from voxray.features.shards import index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
+EARLIER_REFUSAL = "is not a two-letter code"
+"""End of the message with which earlier versions refused languages such as yue."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
         return None
     if report["lines"] != sha256_hex(raw) or report["first_line"] != item.chunk.first_line:
         return None
-    if any(line["reason"].startswith("audio_") for line in report["bad"]):
-        return None  # the clip may have been fixed since
+    # The clip may have been fixed since, and earlier versions knew codes of two letters only.
+    if any(line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]):
+        return None
     return report if all(map(_clip_unchanged, report["clips"])) else None
 
 
