@@ -278,6 +278,15 @@ def test_outliers_and_damaged_texts_are_warnings(tmp_path):
     assert set(figures["warnings"]) <= set(WARNINGS)
 
 
+def test_a_clip_with_an_empty_transcript_is_a_warning(tmp_path):
+    rows = [
+        {"audio_path": clip(tmp_path / f"{n}.wav", n), "transcript": text} for n, text in enumerate(("", "네 네 네 네"))
+    ]
+    audit(tmp_path, write_rows(tmp_path / "m.jsonl", [*rows, {**rows[0], "unlabelled": True}]))
+    warnings = [line for _, line, reason in findings(tmp_path, "warnings") if reason == "empty_transcript"]
+    assert warnings == [1]
+
+
 @pytest.mark.parametrize(
     ("names", "compare", "expected"),
     [

@@ -315,3 +315,12 @@ def test_errors_are_one_line(pair, tmp_path):
             compare(tmp_path, *runs)
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists(), "no folder is created for runs that cannot be compared"
+
+
+def test_rows_match_although_another_language_was_detected(tmp_path):
+    references, languages = ["twenty colours", "네 맞아요"], ("en", "ja")
+    runs = [
+        write_evaluation(tmp_path / language, rows(references, references[::-1], language=language))
+        for language in languages
+    ]
+    assert compare(tmp_path, *runs)["num_matched"] == 2

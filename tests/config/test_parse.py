@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from voxray.config.audit import AuditSettings
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
@@ -15,6 +16,8 @@ from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.config.tune import TuneMultitaskSettings
 
+LISTS = {"--train_jsonl": MultitaskSettings, "--manifest": FeaturizeSettings, "--val_jsonl": EvaluateSettings}
+LISTS |= {"--input": AuditSettings}
 NEEDED = ["--output_dir", "out", "--train_jsonl", "a.jsonl"]
 JOBS = [
     (TextSettings, "demo_train_text.yaml"),
@@ -389,3 +392,22 @@ def test_positional_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         CompareSettings, job="compare", about="", demo="", positional="runs"
     )
     assert "stray: not a flag" in refused(["stray", *NEEDED], capsys)
+
+
+@pytest.mark.parametrize("flag", LISTS)
+def test_a_file_counts_once_whatever_its_names(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "m.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "m.jsonl")
+    names = f"{tmp_path}/a/../m.jsonl,{tmp_path}/m.jsonl,{tmp_path}/link.jsonl,{tmp_path}/n.jsonl"
+    settings = read([flag, names, "--output_dir", "o"], LISTS[flag])
+    kept_files = getattr(settings, flag.removeprefix("--"))
+    assert [Path(path).resolve().name for path in kept_files] == ["m.jsonl", "n.jsonl"]
+
+
+def test_validation_manifests_that_the_run_trains_on(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "m.jsonl")
+    flags = ["--output_dir", "o", "--train_jsonl", str(tmp_path / "m.jsonl"), "--val_jsonl"]
+    assert read([*flags, f"{tmp_path}/link.jsonl,other.jsonl"]).shared_manifests == (str(tmp_path / "link.jsonl"),)
+    assert read([*flags, "other.jsonl"]).shared_manifests == ()

@@ -214,6 +214,23 @@ def test_composed_and_decomposed_names_match(tmp_path: Path, on_disk: str, in_ma
     assert Path(parse(row, str(tmp_path / "m.jsonl")).audio_path).samefile(path)
 
 
+def test_backslashes_separate_folders(tmp_path: Path):
+    """As lists from Windows write them; a file whose name has a backslash comes first."""
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.wav").touch()
+    row, manifest = {"audio_path": "clips\\a.wav", "transcript": ""}, str(tmp_path / "m.jsonl")
+    assert parse(row, manifest).audio_path == str(tmp_path / "clips" / "a.wav")
+    (tmp_path / "clips\\a.wav").touch()
+    assert parse(row, manifest).audio_path == str(tmp_path / "clips\\a.wav")
+
+
+def test_audio_within_the_row_and_long_paths_are_cut_in_messages():
+    for path in (f"data:audio/wav;base64,{'A' * 5000}", "a" * 5000):
+        reason, text = refusal({"audio_path": path, "transcript": "a"})
+        assert reason == "audio_missing" and len(text) < 400 and text.endswith("…")
+    assert "write it to a file" in refusal({"audio_path": "data:audio/wav;base64,AAAA", "transcript": "a"})[1]
+
+
 def test_the_manifests_folder_comes_before_the_current_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("data/both.wav", "here/both.wav", "here/only.wav"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ from helpers.running import environment
 
 from voxray.core.errors import RunError, SettingsError
 from voxray.corpora.hub import model_files, open_repository
+from voxray.corpora.select import same_language
 
 NEEDED = {path.name for path in Path(TINY).iterdir()}
 WEIGHTS = "model.safetensors"
@@ -158,3 +159,8 @@ def test_a_hub_cache_is_a_hub(tmp_path):
         repository = open_repository(MODEL, "model", revision, str(tmp_path))
         assert (repository.commit, {file.path for file in repository.files}) == (COMMIT, NEEDED)
     json.loads((snapshot / "config.json").read_text())
+
+
+def test_rows_of_a_language_are_selected_however_it_is_written():
+    assert all(same_language(*pair) for pair in (("ko", "ko-KR"), ("kor", "Korean"), ("nb", "no"), ("jw", "jv")))
+    assert not same_language("zh-CN", "zh-TW") and not same_language("yue", "zh")

@@ -107,6 +107,14 @@ def test_the_corpus_own_split_is_used(tmp_path, corpus):
     assert {line["reason"] for line in ledger} == {"other_split"}
 
 
+def test_notes_on_transcripts_are_counted(tmp_path, corpus):
+    corpus[0]["transcript"], corpus[1]["transcript"] = "b/ (CT)(흉부) 촬영할게요", "/(noise) 그 + 그 사람이 왔어요"
+    train, val, _, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
+    texts = {row["transcript"] for row in (*train, *val)}
+    assert summary["transcript_notes"] == {"noise": 2, "odd_pair": 1}
+    assert {"(CT)(흉부) 촬영할게요", "그 그 사람이 왔어요"} <= texts
+
+
 def test_dual_notation_gives_both_readings(tmp_path, corpus):
     corpus[0]["transcript"] = "b/ (70%)/(칠십 퍼센트) 확률로 120/80 이고요"
     manifest = write_rows(tmp_path / "m.jsonl", corpus)

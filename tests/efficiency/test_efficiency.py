@@ -234,7 +234,7 @@ def test_an_adapter_names_its_base(job: Job, recorded: dict[str, Any], tmp_path:
         ({"model_id": WHISPER, "new_tokens": "128"}, SettingsError, "--new_tokens 128: 132 tokens with the prompt"),
         ({"clip_sec": "", "audio_path": "no.wav"}, RunError, "--audio_path .*no.wav: no such file"),
         ({"clip_sec": "", "audio_path": __file__}, RunError, "--audio_path: "),
-        ({"model_id": WHISPER, "language": "zz"}, RunError, "language 'zz' is none of"),
+        ({"model_id": WHISPER, "language": "ga"}, SettingsError, "--language: language 'ga' is none of the 99"),
         ({"compiled": "nowhere"}, RunError, "--compiled .*nowhere: no compiled.json that can be read"),
     ],
 )

@@ -21,7 +21,7 @@ from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
 from voxray.evaluation.score import by_task, read_terms, score
 from voxray.metrics.names import evaluation_metrics, higher_is_better
-from voxray.text.normalize import normalize_ko_v1
+from voxray.text.normalize import normalize_ko_v1, normalizers_from
 
 Rows = list[dict[str, Any]]
 WORDS = ["혈압이", "높습니다", "오늘은", "흉부", "엑스레이를", "찍어", "봅시다", "120/80", "mg", "네"]
@@ -66,7 +66,7 @@ def test_layout():
             assert entry["low"] is None or entry["low"] <= entry["value"] + 1e-12, name
             assert entry["high"] is None or entry["value"] <= entry["high"] + 1e-12, name
     assert list(result["overall"]) == ["macro", "weighted", "balance"]
-    assert result["normalizer"] == {"ko-v1": 44, "whisper-en-v1-nospelling": 1, "whisper-basic-v1": 1}
+    assert result["normalizer"] == {"ko-v1": 44, "whisper-en-v1-nospelling": 1, "basic-v2": 1}
     assert json.loads(json.dumps(result, allow_nan=False)) == result, "plain JSON without NaN"
     assert set(result["not_available"]["aac"]) == {"meteor", "spice", "spider"}
     assert not set(result["aac"]) & {"meteor", "spice", "spider"}, "no substitutes"
@@ -81,7 +81,7 @@ def test_languages_are_normalised_as_in_manifests():
         assert list(score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"]) == [
             "whisper-en-v1-nospelling"
         ]
-    for language, name in ((None, "ko-v1"), ("", "ko-v1"), ("Korean", "ko-v1"), ("cmn", "whisper-basic-v1")):
+    for language, name in ((None, "ko-v1"), ("", "ko-v1"), ("Korean", "ko-v1"), ("cmn", "basic-v2")):
         assert score([{**MIXED[40], "language": language}], num_resamples=0)["normalizer"] == {name: 1}
     question = {"task": "tqa", "language": "en", "reference": "twenty", "prediction": "20"}
     assert score([question], num_resamples=0)["normalizer"] == {"ko-v1": 1}, "answers are not transcripts"
@@ -241,7 +241,7 @@ def test_english_spelling(tmp_path: Path):
     table = tmp_path / "normalizer.json"
     table.write_text('{"colours": "colors"}', encoding="utf-8")
     assert score(MIXED[40:41], num_resamples=0)["asr"]["wer"]["value"] == 0.25
-    spelled = score(MIXED[40:41], num_resamples=0, english_spelling=str(table))
+    spelled = score(MIXED[40:41], num_resamples=0, normalizers=normalizers_from(spellings_path=str(table)))
     assert spelled["asr"]["wer"]["value"] == 0 and spelled["normalizer"] == {"whisper-en-v1": 1}
 
 
@@ -290,6 +290,7 @@ def test_table_shows_intervals_and_overall_metrics():
         console.print(metrics_table("title", score(MIXED, num_resamples=50)))
     text = shown.get()
     assert "95 %" in text and "overall" in text and "cer_nospace" in text and "normalizer" not in text
+    assert "normalised by ko-v1, basic-v2, whisper-en-v1-nospelling" in text
     with console.capture() as shown:
         console.print(metrics_table("title", {"asr": {"cer": {"value": 0.25, "n": 3}}}))
     assert "0.2500" in shown.get() and "95 %" not in shown.get()

@@ -239,3 +239,15 @@ def test_chunk_bytes_counts_variants(rows):
     one, many = (chunk_bytes(WorkItem(chunk, Path("f")), extractor) for extractor in (plain, three))
     assert 2.5 * one < many < 4 * one
     assert chunk_bytes(WorkItem(chunk, Path("f"), augmented=False), three) == one
+
+
+def test_languages_that_an_earlier_version_refused_are_read_again(tmp_path: Path):
+    row = {"instruction": "i", "output": "o", "language": "yue"}
+    path, options = write_rows(tmp_path / "m.jsonl", [row, row]), {"rows_per_shard": 8, "use_ray": False}
+    assert featurize([path], Extractor(TINY), tmp_path / "f", **options).num_rows == 2
+    [report] = (tmp_path / "f").glob("*/shards/*.json")
+    refused = {"manifest": path, "line": 2, "id": "", "reason": "bad_language"}
+    for message, num_made in (("language 'yue' is not a two-letter code", 2), ("language 'xx' is not known", 0)):
+        stored = json.loads(report.read_text())
+        report.write_text(json.dumps({**stored, "bad": [{**refused, "message": message}]}))
+        assert featurize([path], Extractor(TINY), tmp_path / "f", **options).num_made == num_made

@@ -18,7 +18,7 @@ import torch
 from conftest import ASSETS, TINY, manifest, read_rows, write_rows
 from helpers.mutate import mutate
 
-from voxray.config.parse import read_yaml
+from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
 from voxray.core.tasks import TASKS

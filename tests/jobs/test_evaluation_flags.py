@@ -19,6 +19,8 @@ from helpers.running import ROOT, environment, load_job, parse_only
 
 from voxray.commands import evaluate as job
 from voxray.commands import infer
+from voxray.commands.compare import run_compare
+from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.core.errors import RunError
 from voxray.evaluation.predictions import read_predictions
@@ -309,6 +311,30 @@ def test_terms_spelling_and_jars(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as end:
         score(path, tmp_path / "d", "--terms", str(tmp_path / "nowhere"))
     assert end.value.code == 1 and "nowhere: cannot read the list of terms" in capsys.readouterr().err
+
+
+def test_normalizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rules of a leaderboard are chosen by name; metrics.json, the table, the report and a comparison name them.
+
+    Rows that an earlier version counted by other rules are counted again.
+    """
+    line = {"id": "a", "task": "asr", "reference": "पानी में", "prediction": "पाना मे", "language": "hi"}
+    path = write_rows(tmp_path / "x.jsonl", [line])
+    for name, wer in (("basic-v2", 1.0), ("whisper-basic-v1", 0.0)):
+        flags = [] if name == "basic-v2" else ["--normalizer", name]
+        metrics = score(path, tmp_path / name, *flags)
+        assert metrics["normalizer"] == {name: 1} and metrics["asr"]["wer"]["value"] == wer
+        assert f"normalised by {name}" in capsys.readouterr().out
+        assert f"<td>{name}</td>" in (tmp_path / name / "report.html").read_text()
+        [row] = read_predictions(tmp_path / name)
+        assert (row["normalizer"], row["word_edits"]) == ("basic-v2", 2)
+    runs = tuple(str(tmp_path / name) for name in ("whisper-basic-v1", "basic-v2"))
+    result = run_compare(CompareSettings(runs=runs, output_dir=str(tmp_path / "c"), num_resamples=100))
+    assert result["normalizer"] == "whisper-basic-v1" and "normalised by whisper-basic-v1" in capsys.readouterr().out
+    assert "basic-v2: its metrics.json was normalised by basic-v2, here by whisper-basic-v1; all figures" in str(result)
+    [part] = (tmp_path / "basic-v2" / "predictions").glob("*.parquet")
+    pq.write_table(pa.Table.from_pylist([{**row, "normalizer": "whisper-basic-v1", "word_edits": 0}]), part)
+    assert [row["word_edits"] for row in read_predictions(tmp_path / "basic-v2")] == [2]
 
 
 def test_score_only_imports_neither_torch_nor_ray(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ TRAIN = {
     "num_actors": "other_flags::numbers_of_ray_actors",
     "language": LANGUAGE,
     "strict": "training_flags::strict",
+    "allow_empty": "training_flags::allow_empty",
     "bf16": "training_flags::bf16",
     "fp16": "training_flags::fp16",
     "quantize": "training_flags::quantize",
@@ -206,6 +207,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("terms", "english_spelling", "caption_jars"), "evaluation_flags::terms_spelling_and_jars score::terms"
         ),
+        "normalizer": "evaluation_flags::normalizer",
         "max_len": "other_flags::evaluate_max_len",
         "trim_audio_tokens": f"{TRIM}::evaluation_builds_prompts_as_in_training",
         "strict": "other_flags::evaluate_strict",

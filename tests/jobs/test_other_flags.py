@@ -21,7 +21,7 @@ from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.flag_groups import FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError
 from voxray.evaluation import distribute as batch
 from voxray.evaluation import prediction_actor as answerer
 from voxray.evaluation.predictions import read_predictions
@@ -256,7 +256,7 @@ def test_infer_clip(answered: list[dict[str, Any]], monkeypatch: pytest.MonkeyPa
     assert prompts[3].endswith("무슨 번호입니까?[/INST]")
     with pytest.raises(RunError, match=r"--audio_path /no\.wav: no such file"):
         answer(audio_path="/no.wav")
-    with pytest.raises(SettingsError, match="--language: language 'Klingon' is not a two-letter code"):
+    with pytest.raises(ValueError, match="language 'Klingon' is not known"):
         answer(audio_path=clip, language="Klingon")
 
 

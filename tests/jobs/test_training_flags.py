@@ -69,13 +69,17 @@ Train = Callable[..., Run]
 
 @pytest.fixture(scope="module")
 def data(small: dict[str, str], make_features: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Feature sets by name: ``text`` has 8 rows, ``speech`` and ``val`` a few of every task."""
+    """Feature sets by name: ``text`` has 8 rows, ``speech`` and ``val`` a few of every task.
+
+    ``empty`` has four clips, the second with an empty transcript.
+    """
     folder = tmp_path_factory.mktemp("rows")
     text = write_rows(folder / "text.jsonl", read_rows(small["tqa.train"])[:ROWS])
     mixed = [row for task in ("asr", "sqa", "tqa") for row in read_rows(small[f"{task}.train"])[:4]]
     speech = write_rows(folder / "speech.jsonl", mixed)
     val = write_rows(folder / "val.jsonl", [row for task in ("asr", "tqa") for row in read_rows(small[f"{task}.val"])])
-    paths = {"text": text, "speech": speech, "val": val}
+    empty = write_rows(folder / "empty.jsonl", [mixed[0], {**mixed[1], "transcript": ""}, *mixed[2:4]])
+    paths = {"text": text, "speech": speech, "val": val, "empty": empty}
     return {name: (path, make_features(path)) for name, path in paths.items()}
 
 
@@ -393,6 +397,16 @@ def test_task_weights(train: Train) -> None:
     assert {name: len(rows) for name, rows in run.loader.plan.rows_by_task.items()} == {"asr": 4, "sqa": 4, "tqa": 4}
     tasks = run.loader.features.task[run.loader.plan.epoch_rows(0)].tolist()
     assert (tasks.count(0), tasks.count(2)) == (4, 8)
+
+
+def test_allow_empty(train: Train) -> None:
+    """A clip with an empty transcript is left out of the training, unless it is meant as silence."""
+    for flags, lost in (({}, [(2, "empty_text")]), ({"allow_empty": True}, [])):
+        run = train("empty", **flags)
+        path = run.run_dir / "quarantine.jsonl"
+        ledger = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        assert [(line["line"], line["reason"]) for line in ledger] == lost
+        assert len(run.loader.plan.rows) == 4 - len(lost)
 
 
 def test_max_len(train: Train, data: dict[str, Any]) -> None:

@@ -18,13 +18,18 @@ from test_stages import ledger, losses, tensors
 from voxray.audio.decode import decode
 from voxray.commands import evaluate as evaluate_command
 from voxray.commands import train as command
+from voxray.commands.efficiency import run_efficiency
 from voxray.commands.export import run_export
 from voxray.commands.infer import run_inference
+from voxray.config.demo import DemoSettings
+from voxray.config.efficiency import EfficiencySettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.config.train import WhisperSettings
 from voxray.config.tune import TuneWhisperSettings
 from voxray.core.errors import RunError, SettingsError
+from voxray.demo.answers import open_model
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.recipes.training_data import TrainingData
 from voxray.sweep.results import write_best
 from voxray.sweep.work import trial_settings
@@ -154,6 +159,16 @@ def test_a_base_of_another_family_is_refused(run: Callable[..., Path], small: di
         command.run_training(parse_only("train_multitask", flags))
 
 
+def test_why_no_row_is_left_and_what_validation_shares(
+    run: Callable[..., Path], small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "language": ""} for row in read_rows(small["asr.train"])]
+    path = write_rows(tmp_path / "m.jsonl", rows)
+    with pytest.raises(RunError, match=rf"no row is left \(no_language {len(rows)}\): the row names no language"):
+        run(train_jsonl=path, val_jsonl=path)
+    assert f"warning: --val_jsonl {path}: also in --train_jsonl" in capsys.readouterr().out
+
+
 def test_rows_of_other_tasks_are_refused(run: Callable[..., Path], small: dict[str, str]) -> None:
     with pytest.raises(RunError, match="no usable row in this manifest; the first fault: Whisper only transcribes"):
         run(train_jsonl=small["tqa.train"])
@@ -229,6 +244,57 @@ def test_evaluation_of_whisper(tuned: Path, small: dict[str, str], tmp_path: Pat
     assert [line["reason"] for line in ledger(tmp_path / "e")] == ["unsupported_task"]
     alone = transcribe(lora_dir=str(tuned), audio_path=str(tmp_path / "long.wav"), language="en")
     assert long["prediction"] == alone
+
+
+def test_a_detected_language_chooses_the_normaliser(
+    small: dict[str, str], tmp_path: Path, evaluation_here: None
+) -> None:
+    rows = [{**row, "language": ""} for row in read_rows(manifest("base.val")) if row["language"] == "en"][:2]
+    values = {"val_jsonl": write_rows(tmp_path / "m.jsonl", rows), "model_id": WHISPER, "gen_max_new_tokens": 24}
+    settings = EvaluateSettings.model_validate({**values, "output_dir": str(tmp_path / "e")})
+    evaluate_command.run_evaluation(settings)
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    stored = evaluate_command.read_predictions(tmp_path / "e")
+    assert [row["language"] for row in stored] == ["en", "en"] and next(iter(metrics["asr"])) == "cer_nospace"
+    assert {row["normalizer"] for row in stored} == set(metrics["normalizer"]) == {"whisper-en-v1-nospelling"}
+    [answer] = run_inference(
+        InferSettings.model_validate({"model_id": WHISPER, "jsonl": values["val_jsonl"], "preview_rows": 1}), ""
+    )
+    assert answer["language"] == "en"
+
+
+@pytest.fixture
+def english_only(tmp_path: Path) -> str:
+    folder = Path(shutil.copytree(WHISPER, tmp_path / "tiny.en"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "is_multilingual": False}))
+    return str(folder)
+
+
+def test_an_english_only_base_refuses_other_languages_in_every_job(
+    english_only: str, small: dict[str, str], tmp_path: Path, evaluation_here: None
+) -> None:
+    """--language is an error of the settings, and a row of another language is left out."""
+    shared = {"model_id": english_only, "language": "fr", "output_dir": str(tmp_path / "o")}
+    data = {"storage_path": str(tmp_path), "features_dir": "f", "output_dir": "o"}
+    train = {**shared, "train_jsonl": small["asr.train"], "num_workers": 0}
+    clip = {"model_id": english_only, "language": "fr", "audio_path": CLIP}
+    jobs: list[Callable[[], object]] = [
+        lambda: Extractor(english_only, FeatureSpec(language="fr")),  # featurize and preflight
+        lambda: command.run_training(WhisperSettings.model_validate(train)),
+        lambda: evaluate_command.run_evaluation(
+            EvaluateSettings.model_validate({**shared, **data, "val_jsonl": small["asr.val"]})
+        ),
+        lambda: run_inference(InferSettings.model_validate(clip), ""),
+        lambda: open_model(DemoSettings.model_validate({"model_id": english_only, "language": "fr"})),
+        lambda: run_efficiency(EfficiencySettings.model_validate({**shared, "audio_path": CLIP})),
+    ]
+    for job in jobs:
+        with pytest.raises(SettingsError, match=r"--language: language 'fr' is none of the 1 that .*tiny\.en has: en"):
+            job()
+    settings = EvaluateSettings.model_validate({"model_id": english_only, **data, "val_jsonl": small["asr.val"]})
+    with pytest.raises(RunError, match=r"language 'ko' is none of the 1 that .*tiny\.en has: en"):
+        evaluate_command.run_evaluation(settings)
 
 
 def test_a_sweep_over_ranks(tmp_path: Path, small: dict[str, str]) -> None:

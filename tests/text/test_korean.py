@@ -27,6 +27,27 @@ LINES = [  # raw, spelling, phonetic (None: the same), notes
     ("(웃음) 네", "(웃음) 네", None, ()),
     ("(3) b/ / (삼) 네", "3 네", "삼 네", ("noise",)),
     ("이거) 하나(만", "이거) 하나(만", None, ("unbalanced_brackets",)),
+    # Mistyped pairs: a number and its reading, however they are typed; other brackets stay, with a note
+    ("진짜 (100%)(백 프로)가 왜", "진짜 100%가 왜", "진짜 백 프로가 왜", ()),
+    ("(70%):(칠십 퍼센트) 확률", "70% 확률", "칠십 퍼센트 확률", ()),
+    ("(3)?(세) 개 주세요", "3 개 주세요", "세 개 주세요", ()),
+    ("(3)/+(세) 개", "3 개", "세 개", ()),
+    ("(1/하나) 번 (36.5도/삼십육 점 오 도)", "1 번 36.5도", "하나 번 삼십육 점 오 도", ()),
+    ("아 ((3시)/(세 시))에 봐", "아 3시에 봐", "아 세 시에 봐", ()),
+    ("（2개）/（두 개） 주세요", "2개 주세요", "두 개 주세요", ()),
+    ("(1,250원)(천이백오십 원) (20 살) (스무 살)", "1,250원 20 살", "천이백오십 원 스무 살", ()),
+    ("(010)(공일공) (16만)(십육만)", "010 16만", "공일공 십육만", ()),
+    ("(5)(오늘) (T12)(척추)", "(5)(오늘) (T12)(척추)", None, ("odd_pair",)),
+    ("(CT) (흉부) (웃음)(박수)", "(CT) (흉부) (웃음)(박수)", None, ()),
+    ("하루 (1/일) (3회/식후) (120/80)", "하루 (1/일) (3회/식후) (120/80)", None, ()),
+    ("(x)/((1)(일))", "(x)/1", "(x)/일", ()),
+    ("(x)/((1)(일) 네)", "(x)/((1)(일) 네)", None, ("nested_brackets",)),
+    # Marks of other AI-Hub corpora
+    ("네 /(noise) 그래요/(bgm) @웃음", "네 그래요", None, ("noise",)),
+    ("어~/ 그 3~5 네~", "어 그 3~5 네~", None, ()),
+    ("그 + 그 사람 아+아+ 뭐", "그 그 사람 아 아 뭐", None, ()),
+    ("@이름1 /(what) 네", "@이름1 /(what) 네", None, ("unknown_mark",)),
+    ("혈압약 + 당뇨약 1 + 1", "혈압약 + 당뇨약 1 + 1", None, ("unknown_mark",)),
     # Noise tags
     ("b/ 아/ 모+ 몬 소리야 n/", "아 모 몬 소리야", None, ("noise",)),
     ("o/ l/ b/n/ 네", "네", None, ("noise",)),
@@ -69,8 +90,10 @@ def test_decomposed_hangul_is_cleaned_too():
     assert clean_transcript(unicodedata.normalize("NFD", "아/ 그+ 그거")).text == "아 그 그거"
 
 
-MARKS = "()/+*{} .,?!bnlou0159가네mR-&"
-PIECES = st.sampled_from([*MARKS, " (", ")/(", "120/80", "ml/", "(3)/(삼)", " +", "u/", "그/ "])
+MARKS = "()/+*{} .,?!bnlou0159가네mR-&@~:（）오일"
+PIECES = st.sampled_from(
+    [*MARKS, " (", ")/(", ")(", "120/80", "ml/", "(3)/(삼)", "(3)(삼", "(1/일", "((5)", " +", "u/", "그/ ", "/(noise)"]
+)
 MARKED = st.lists(PIECES, max_size=25).map("".join)
 
 
@@ -80,6 +103,8 @@ MARKED = st.lists(PIECES, max_size=25).map("".join)
 @example("(1) u/ / (2)")
 @example("((1)/(2))/(3)")
 @example("((3)/(삼))/(120/80)")
+@example("((1)(일))/(2)")
+@example("(1/일)(일)/(5)")
 def test_cleaning_twice_changes_nothing(raw):
     cleaned = clean_transcript(raw)
     for text in (cleaned.spelling, cleaned.phonetic):
@@ -90,6 +115,8 @@ def test_cleaning_twice_changes_nothing(raw):
 @given(MARKED)
 @example("((1)/(2))/(3)")
 @example("(1)/(2) 3")
+@example("(가)/((1)(일))")
+@example("(1(1)(일)/일")
 def test_no_digit_is_lost(raw):
     """Each digit is in one of the two readings (the number of an anonymised name is not spoken)."""
     raw = raw.replace("&", "")

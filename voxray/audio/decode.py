@@ -15,6 +15,7 @@ import soundfile
 import soxr
 
 from voxray.core.errors import BadRow, one_line
+from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.manifest import open_regular
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
@@ -171,7 +172,7 @@ def _open_ffmpeg(file: Any) -> Any:
 
 
 def _check_readable(path: str, raw: bytes | None) -> None:
-    """Refuse a path that is not a regular file, and a file that starts with 64 KiB of zeros, before decoding it.
+    """Refuse a path that is not a regular file, a Git LFS pointer, and a file that starts with 64 KiB of zeros.
 
     Raises:
         BadRow: ``audio_unreadable``.
@@ -187,6 +188,8 @@ def _check_readable(path: str, raw: bytes | None) -> None:
             raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
     else:
         head = raw[:ZEROS_BYTES]
+    if head.startswith(POINTER_START):
+        raise BadRow("audio_unreadable", f"{path} is {POINTER}")
     if len(head) == ZEROS_BYTES and not any(head) and Path(path).suffix.lower() != ".pcm":
         raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {ZEROS_BYTES >> 10} KiB of zeros")
 

@@ -17,7 +17,7 @@ from voxray.audio.logmel import HOP_SAMPLES
 from voxray.audio.quality import QualityLimits, faults, measure
 from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
 from voxray.core.errors import BadRow
-from voxray.core.manifest import Chunk, Sample, chunks, read_chunk
+from voxray.core.manifest import UNLABELLED, Chunk, Sample, chunks, read_chunk
 from voxray.core.source import Source
 from voxray.core.storage import write_atomically
 from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_key
@@ -113,6 +113,8 @@ class RowMeasurer(PoolWorker):
         texts = (sample.prompt, sample.answer)
         row.num_chars, row.num_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
         row.warnings += _text_warnings("".join(texts))
+        if not sample.answer and sample.task.allows_empty_answer and values.get(UNLABELLED) is not True:
+            row.warnings.append(("empty_transcript", "the transcript is empty"))
         try:
             num_samples = self._measure_audio(sample, values, row) if sample.audio_path else 0
             if self.front_end:

@@ -125,6 +125,7 @@ def _print_comparison(runs: Sequence[Evaluation], tasks: Sequence[TaskComparison
             table.add_row(escape(run.label), *(_metric_text(task, name, index, best[name]) for name in names))
         console.print(table)
     console.print("* the best, and those not shown to differ from it, if any is; intervals are 95 %", markup=False)
+    console.print(f"normalised by {result['normalizer']}", markup=False)
     for sentence in (*result["summaries"], *result["verdicts"], *result["slice_verdicts"], *interference(runs, tasks)):
         console.print(sentence, markup=False)
     for task in tasks:

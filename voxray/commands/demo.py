@@ -16,8 +16,7 @@ from typing import Any
 from voxray.cluster.session import term_is_interrupt
 from voxray.config.demo import DemoSettings
 from voxray.config.unused_flags import warn_about_unused_flags
-from voxray.core.errors import BadRow, RunError, SettingsError
-from voxray.core.manifest import language_code
+from voxray.core.errors import RunError
 
 CLOSING_SEC = 1
 """How long the server waits for the connections of open pages when it stops."""
@@ -31,10 +30,6 @@ def run_demo(settings: DemoSettings, example: str) -> None:
     Raises:
         RunError, SettingsError: The user has to fix an input or a setting.
     """
-    try:
-        language_code(settings.language)
-    except BadRow as error:
-        raise SettingsError(f"--language: {error}") from None
     warn_about_unused_flags(settings)
     with term_is_interrupt(), _uploads(), _listener(settings.host, settings.port) as listener:
         try:

@@ -13,8 +13,8 @@ from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, metrics_table
-from voxray.core.errors import BadRow, RunError, SettingsError
-from voxray.core.manifest import Sample, chunks, language_code, read_chunk, require_usable_row
+from voxray.core.errors import BadRow, RunError
+from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
@@ -61,6 +61,9 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     settings = match_training_prompts(settings, model_id, adapter)
     _warn_about_unused_flags(settings, manifest, log)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
+    extractor = Extractor(
+        model_id, FeatureSpec(trim_audio=config.trim_audio, language="" if manifest else settings.language)
+    )
     model, num_tensors = load_model(config)
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
@@ -68,7 +71,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     num_failed, num_cut, keys = 0, 0, ManifestKeys() if manifest else None
     # line buffered, so that finished answers are on disk if the job is killed
     with open(output_path, "w", encoding="utf-8", buffering=1) as output:
-        for request, answers in _answer(samples, model, config, settings):
+        for request, answers in _answer(samples, model, config, extractor, settings):
             error = next((answer for answer in answers if isinstance(answer, Exception)), None)
             if error:
                 num_failed += 1
@@ -76,7 +79,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 continue
             completions = [answer for answer in answers if not isinstance(answer, Exception)]
             num_cut += any(completion.hit_max for completion in completions)
-            entries.append(_entry(request, request.text(completions), keys))
+            entries.append(_entry(request, request.text(completions), completions[0].language, keys))
             _print_answer(entries[-1], settings)
             output.write(json.dumps(entries[-1], ensure_ascii=False) + "\n")
     if num_cut:
@@ -118,22 +121,30 @@ def _prepare_output_path(path: str) -> Path:
 
 
 def _answer(
-    samples: Iterator[Sample], model: Any, config: InferenceConfig, settings: InferSettings
+    samples: Iterator[Sample], model: Any, config: InferenceConfig, extractor: Extractor, settings: InferSettings
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer the samples; yields each request with the completions or errors of its rows."""
-    extractor = Extractor(config.model_id, FeatureSpec(trim_audio=config.trim_audio))
     for requests in _request_groups(samples, extractor, settings):
         yield from answer_requests(requests, model, extractor.front_end, config)
 
 
-def _entry(request: AnswerRequest, text: str, keys: ManifestKeys | None) -> dict[str, Any]:
-    """The output entry of an answer; ``keys`` adds the row's metadata, reference and counts."""
+def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys | None) -> dict[str, Any]:
+    """The output entry of an answer; ``keys`` adds the row's metadata, reference and counts.
+
+    Args:
+        language: The language that the model detected, for a row that names none.
+    """
     row = request.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}
     if keys is None:
         return entry
     metadata = {name: value for name, value in keys.of(row.source).items() if value is not None}
-    own = {"language": row.language, "source": row.source, "reference": row.answer, "num_samples": request.num_samples}
+    own = {
+        "language": row.language or language,
+        "source": row.source,
+        "reference": row.answer,
+        "num_samples": request.num_samples,
+    }
     return with_counts({**entry, **own, **metadata})
 
 
@@ -150,7 +161,7 @@ def _clips_or_question(settings: InferSettings) -> Iterator[Sample]:
     """The file at --audio_path, or all audio files below that folder; without --audio_path, the text question.
 
     Raises:
-        RunError, SettingsError: There is no such file, no audio in the folder, or no such language.
+        RunError: There is no such file, or no audio in the folder.
     """
     if not settings.audio_path:
         return iter([make_sample(QUESTION_ID, settings.question)])
@@ -164,12 +175,10 @@ def _clips_or_question(settings: InferSettings) -> Iterator[Sample]:
         clips = {path.name: str(path)}
     else:
         raise RunError(f"--audio_path {path}: no such file")
-    try:
-        language = language_code(settings.language)
-    except BadRow as error:
-        raise SettingsError(f"--language: {error}") from None
     sources = {name: clip if path.is_dir() else "--audio_path" for name, clip in clips.items()}
-    return (make_sample(name, settings.question, clip, language, sources[name]) for name, clip in clips.items())
+    return (
+        make_sample(name, settings.question, clip, settings.language, sources[name]) for name, clip in clips.items()
+    )
 
 
 def _manifest_rows(manifest: str, limit: int) -> Iterator[Sample]:

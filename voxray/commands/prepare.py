@@ -144,6 +144,7 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     names = ("train", "val", *(["test"] if settings.test_output else []))
     splits = {name: dropped.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
     summary: dict[str, Any] = {"input": total, **splits, "quarantined": dropped, "leaks": vars(outcome.leaks)}
+    summary["transcript_notes"] = dict(outcome.notes.most_common())
     write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
     table = Table(title="prepare", title_justify="left")
     table.add_column("")
@@ -155,6 +156,9 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     console.print(table)
     if outcome.leaks:
         console.print(f"leaks between the splits: {outcome.leaks}")
+    if outcome.notes:
+        counts = ", ".join(f"{note} {num_rows}" for note, num_rows in outcome.notes.most_common())
+        console.print(f"rows with transcript_notes: {counts}", markup=False)
     console.print(f"every row left out is in {ledger}", markup=False)
 
 

@@ -9,7 +9,7 @@ from voxray.batches.rank import Worker
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.placement import require_capacity, warn_about_idle_gpus
 from voxray.cluster.session import ray_session
-from voxray.config.train import TrainSettings
+from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
 from voxray.core.errors import Stopped
@@ -41,6 +41,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
     with folder_lease(run.run_dir, run.remote.remote_dir):
         _open(run)
+        _warn_about_shared_rows(settings)
         warn_about_unused_flags(settings)
         num_workers = count_workers(settings.num_workers)
         use_ray = num_workers[1] > 0
@@ -59,6 +60,11 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
         adapter = run.run_dir / "adapter"
         console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
         return result
+
+
+def _warn_about_shared_rows(settings: TrainSettings) -> None:
+    for path in settings.shared_manifests:
+        console.print(f"warning: --val_jsonl {path}: {SHARED_ROWS}", markup=False)
 
 
 def _open(run: RunContext) -> None:

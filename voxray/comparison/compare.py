@@ -319,6 +319,7 @@ def as_json(
         "warnings": list(matched.warnings),
         "num_matched": len(matched.rows[0]),
         "matched_by": matched.key,
+        "normalizer": runs[0].normalizer,
         "runs": [{"label": run.label, "folder": str(run.folder), "num_rows": len(run.rows)} for run in runs],
         "overall": {name: dict(zip(labels, values, strict=True)) for name, values in overall(comparisons).items()},
         "tasks": tasks,

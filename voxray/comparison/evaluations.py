@@ -20,7 +20,7 @@ from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
-from voxray.text.normalize import ENGLISH, Normalizer, english_with
+from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
 
 IGNORED_SETTINGS = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
@@ -32,9 +32,9 @@ IGNORED_SETTINGS = {
 
 @dataclass(frozen=True)
 class ScoringRules:
-    """How answers are scored: ``--english_spelling`` and ``--terms`` of the evaluation."""
+    """How answers are scored: ``--normalizer``, ``--english_spelling`` and ``--terms`` of the evaluation."""
 
-    english: Normalizer = ENGLISH
+    normalizers: Normalizers = DEFAULT_NORMALIZERS
     terms: tuple[str, ...] = ()
 
 
@@ -86,9 +86,8 @@ class Evaluation:
 
     @property
     def normalizer(self) -> str:
-        """Names of the normalisers that its metrics.json was made with; "" if unknown."""
-        names = self.metrics.get("normalizer") or ""
-        return ", ".join(names) if isinstance(names, dict) else str(names)
+        """Names of the normalisers by which its rows are scored."""
+        return ", ".join(sorted({row_normalizer(row.values, self.rules.normalizers).name for row in self.rows}))
 
 
 @dataclass(frozen=True)
@@ -175,10 +174,10 @@ def _advice(folder: Path) -> str:
 
 def scoring_rules(settings: Mapping[str, Any]) -> ScoringRules:
     """The scoring rules of an evaluation. Files that no longer exist are ignored; the values then differ."""
-    rules = ScoringRules()
+    name = settings.get("normalizer") or BASIC_V2
+    rules = ScoringRules(normalizers_from(name))
     with suppress(RunError):
-        if settings.get("english_spelling"):
-            rules = replace(rules, english=english_with(settings["english_spelling"]))
+        rules = replace(rules, normalizers=normalizers_from(name, settings.get("english_spelling") or ""))
     with suppress(RunError):
         if settings.get("terms"):
             rules = replace(rules, terms=read_terms(settings["terms"]))
@@ -214,13 +213,13 @@ def score_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list
         of_task = [values for values in stored if values["task"] == task]
         if not of_task:
             continue
-        texts = [_normal_texts(values, rules.english) for values in of_task]
+        texts = [_normal_texts(values, rules.normalizers) for values in of_task]
         slices: list[dict[str, str]] = [{} for _ in of_task]
         for name, parts in {**slice_rows(of_task), **length_slices([reference for reference, _ in texts])}.items():
             for label, indices in parts.items():
                 for index in indices:
                     slices[index][name] = label
-        counts = [as_row(count_row(values, rules.english)) for values in of_task]
+        counts = [as_row(count_row(values, rules.normalizers)) for values in of_task]
         errors = row_errors(task, as_columns(counts))
         for values, (reference, prediction), numbers, error, labels in zip(
             of_task, texts, counts, errors, slices, strict=True
@@ -229,9 +228,9 @@ def score_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list
     return rows
 
 
-def _normal_texts(values: Mapping[str, Any], english: Normalizer) -> tuple[str, str]:
+def _normal_texts(values: Mapping[str, Any], normalizers: Normalizers) -> tuple[str, str]:
     """Normalised reference and prediction for display; of several references, the closest one."""
-    normalize = row_normalizer(values, english).normalize
+    normalize = row_normalizer(values, normalizers).normalize
     references = row_references(values)
     if len(references) == 1 and is_transcript(values["task"]):
         references = row_readings(values)[:1]
@@ -249,7 +248,7 @@ def match_rows(runs: Sequence[Evaluation]) -> MatchedEvaluations:
     """
     tables, key = max(((_keyed(runs, key), key) for key in ("source", "id")), key=lambda entry: len(_common(entry[0])))
     common = _common(tables)
-    matched = [entry for entry in common if len({_references(table[entry], runs[0].rules) for table in tables}) == 1]
+    matched = [entry for entry in common if len({_references(table[entry]) for table in tables}) == 1]
     if not matched:
         names = ", ".join(run.label for run in runs)
         tasks = "; ".join(f"{run.label} has {' and '.join(_tasks(run))}" for run in runs)
@@ -267,9 +266,12 @@ def match_rows(runs: Sequence[Evaluation]) -> MatchedEvaluations:
     )
 
 
-def _references(row: ScoredRow, rules: ScoringRules) -> frozenset[str]:
-    """All normalised references of a row; ``ScoredRow.reference`` is only the closest one to this run's answer."""
-    return frozenset(map(row_normalizer(row.values, rules.english).normalize, row_references(row.values)))
+def _references(row: ScoredRow) -> frozenset[str]:
+    """All references of a row, normalised; ``ScoredRow.reference`` is only the closest one to this run's answer.
+
+    All rows by ko-v1: two runs may have detected other languages in the same clip.
+    """
+    return frozenset(map(normalize_ko_v1, row_references(row.values)))
 
 
 def _tasks(run: Evaluation) -> list[str]:
@@ -317,9 +319,8 @@ def _setting_warnings(runs: Sequence[Evaluation]) -> Iterator[str]:
     """Differences between runs in anything but the model."""
     for run in runs:
         stored = run.metrics.get("normalizer")
-        current = {row_normalizer(row.values, run.rules.english).name for row in run.rows}
-        if stored and isinstance(stored, dict) and set(stored) != current:
-            used = f"normalised by {' and '.join(sorted(stored))}, here by {' and '.join(sorted(current))}"
+        if stored and isinstance(stored, dict) and ", ".join(sorted(stored)) != run.normalizer:
+            used = f"normalised by {', '.join(sorted(stored))}, here by {run.normalizer}"
             yield f"{run.label}: its metrics.json was {used}; all figures here are counted anew"
     for name, values in differing_settings(runs).items():
         shown = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
@@ -375,7 +376,7 @@ def metric_contributions(
     ratios = []
     for rows in runs:
         values, counts = [row.values for row in rows], [row.counts for row in rows]
-        ratios.append(count_rows(task, values, terms=rules.terms, english=rules.english, counts=counts).ratios)
+        ratios.append(count_rows(task, values, terms=rules.terms, normalizers=rules.normalizers, counts=counts).ratios)
     names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
     parts = [
         (

@@ -23,7 +23,7 @@ def about_table(runs: Sequence[Evaluation]) -> Table:
         adapter = settings.get("lora_dir") or "none"
         decoding = ", ".join(f"{name} {settings[name]}" for name in DECODING if settings.get(name))
         model, label = settings.get("model_id") or "not known", Cell(run.label, kind="name")
-        rows.append([label, model, adapter, decoding, run.normalizer or "not known", run.folder])
+        rows.append([label, model, adapter, decoding, run.normalizer, run.folder])
     return Table(["run", "model", "adapter", "decoding", "normaliser", "folder"], rows)
 
 

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, OutputFlags, TrimFlags, check_pairs
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import Flag, InputFiles
 
 
 class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags):
-    input: Annotated[CommaStrings, Flag(("jsonl", "train_jsonl"), path="input"), Field(min_length=1)]
+    input: Annotated[InputFiles, Flag(("jsonl", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to audit, comma separated; also checked for leaks between them."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/audit"
     """Folder for report.html, the histograms, audit.json, faults.jsonl and warnings.jsonl."""

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, Field
 
 from voxray.config.evaluate import AdapterFlags, SamplingFlags
 from voxray.config.parse import Flag
+from voxray.core.languages import language_code
 
 
 def _address(value: str) -> str:
@@ -24,8 +25,9 @@ class DemoSettings(AdapterFlags, SamplingFlags):
     use the demo, which has no password."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     """Port to listen on; 0 picks a free one and prints it."""
-    language: str = ""
-    """Language selected when the page opens, as a two-letter code; empty lets the model detect it."""
+    language: Annotated[str, AfterValidator(language_code)] = ""
+    """Language selected when the page opens, as a code such as ko or as an English name; empty lets the model detect
+    it."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
     """Maximum length of an answer in tokens; the page says if an output was cut off there."""
     max_upload_mib: Annotated[float, Field(gt=0)] = 50.0

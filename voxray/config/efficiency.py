@@ -10,7 +10,7 @@ from voxray.config.evaluate import SalmonnPromptFlags
 from voxray.config.flag_groups import CommaCounts, CompiledFlags, OutputFlags
 from voxray.config.parse import CommaStrings, Flag, convert
 from voxray.config.salmonn_yaml import efficiency_flags
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
 Variant = Literal["eager", "compiled", "8bit", "4bit"]
@@ -38,7 +38,7 @@ class EfficiencySettings(OutputFlags, SalmonnPromptFlags, CompiledFlags):
     question: str = ""
     """Question about the clip, for --task sqa and aac."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = "ko"
-    """Language named in transcription prompts, as a two-letter code."""
+    """Language named in transcription prompts, as a code such as ko or as an English name."""
     new_tokens: Annotated[int, Flag(("max_new_tokens",)), Field(ge=16)] = 64
     """Tokens generated per answer, regardless of end-of-text tokens; the time per token is the mean over them."""
     warmup: Annotated[int, Flag(("num_warmup",)), Field(ge=0)] = 3

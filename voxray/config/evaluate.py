@@ -21,6 +21,7 @@ from voxray.config.flag_groups import (
 )
 from voxray.config.parse import DEMO_ASSETS, Flag, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
+from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
 
@@ -186,8 +187,8 @@ class InferSettings(AdapterFlags, SamplingFlags):
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""
     """Question about the audio; without it the audio is transcribed. Without audio it is a text question."""
-    language: Annotated[str, Flag(("language_abbr",))] = ""
-    """Language of the audio as a two-letter code; empty lets the model detect it."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
+    """Language of the audio, as a code such as ko or as an English name; empty lets the model detect it."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""

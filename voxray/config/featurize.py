@@ -5,11 +5,11 @@ from typing import Annotated
 from pydantic import Field
 
 from voxray.config.flag_groups import BaseModelFlags, FeatureFlags, OutputFlags, TrimFlags, VariantFlags
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import Flag, InputFiles
 
 
 class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
-    manifest: Annotated[CommaStrings, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
+    manifest: Annotated[InputFiles, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to compute feature shards for, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"
     """Folder or URL for the feature shards; pass it to a training job as --features_dir."""

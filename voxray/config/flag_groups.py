@@ -4,8 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.parse import CommaStrings, Flag, Settings, convert, split_commas
-from voxray.core.manifest import language_code
+from voxray.config.parse import Flag, InputFiles, Settings, convert, split_commas
+from voxray.core.languages import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
@@ -154,7 +154,8 @@ class FeatureFlags(Settings):
     """Maximum disk space for the shards of --store encoder, in GiB. The job estimates it first and stops if it is
     exceeded."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of audio rows that name none, as a two-letter code; empty leaves their language out of the prompt."""
+    """Language of audio rows that name none, as a code such as ko or as an English name; empty leaves their language
+    out of the prompt."""
     features_cache_dir: Annotated[str, Flag(path="output")] = "~/.cache/voxray/shards"
     """Folder for local copies of shards that are read from a URL."""
     features_cache_gib: Annotated[float, Field(gt=0)] = 50.0
@@ -361,13 +362,16 @@ class ScoreFlags(Settings):
     english_spelling: Annotated[str, Flag(path="input")] = ""
     """Whisper's table of British and American spellings, for English transcripts: the normalizer.json of a Whisper
     checkpoint."""
+    normalizer: Literal["basic-v2", "whisper-basic-v1"] = "basic-v2"
+    """Rules by which transcripts in languages other than Korean and English are normalised before scoring: basic-v2
+    keeps vowel signs and other marks, whisper-basic-v1 replaces them by spaces, as Whisper's leaderboards do."""
     caption_jars: Annotated[str, Flag(path="input")] = ""
     """Folder with the two jars of Stanford CoreNLP 3.6.0; with it METEOR, SPICE and SPIDEr of captions are computed too
     (needs Java)."""
 
 
 class EvaluationDataFlags(Settings):
-    val_jsonl: Annotated[CommaStrings, Flag(("jsonl", "test_jsonl"), path="input")] = ()
+    val_jsonl: Annotated[InputFiles, Flag(("jsonl", "test_jsonl"), path="input")] = ()
     """Manifests to evaluate on, comma separated."""
     max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 1280
     """Maximum length of a row in tokens (prompt, audio and answer); longer rows are listed in quarantine.jsonl, never

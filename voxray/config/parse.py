@@ -11,7 +11,6 @@ each loses something this module guarantees: every bad setting reported in one r
 
 import difflib
 import os
-import re
 import sys
 import textwrap
 import types
@@ -21,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from voxray.core.errors import MAX_VALUE_CHARS, one_line, quoted_line
+from voxray.config.input_files import pointer_errors, unique_files
+from voxray.config.yaml_file import read_yaml
+from voxray.core.errors import MAX_VALUE_CHARS, quoted_line
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
@@ -74,6 +74,10 @@ def convert(function: Callable[[Any], Any]) -> BeforeValidator:
 
 CommaStrings = Annotated[tuple[str, ...], convert(split_commas)]
 """``a,b,c`` on the command line; a list or the same string in YAML."""
+
+
+InputFiles = Annotated[CommaStrings, AfterValidator(unique_files)]
+"""``CommaStrings`` of files; each file counts once, whatever its names."""
 
 
 class Settings(BaseModel):
@@ -221,52 +225,6 @@ def field_adapter(field: FieldInfo) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
 
 
-def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
-    """The pattern of a YAML number, changed to reject colons; other patterns unchanged."""
-    if tag.rpartition(":")[2] not in {"int", "float"}:
-        return pattern
-    return re.compile(rf"(?!.*:)(?:{pattern.pattern})", pattern.flags)
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """YAML without base-60 numbers: ``num_workers: 1:4`` is a range, not 64."""
-
-
-_SafeLoader.yaml_implicit_resolvers = {
-    first: [(tag, _without_base_60(tag, pattern)) for tag, pattern in resolvers]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """Read a YAML file that holds a mapping.
-
-    Raises:
-        ValueError: The file cannot be read or holds something else. The message is one line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(one_line(error)) from None
-    loaded = yaml_value(text)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"holds a {type(loaded).__name__}, not keys and values")
-    return loaded
-
-
-def yaml_value(text: str) -> Any:
-    """Parse a YAML document.
-
-    Raises:
-        ValueError: The text is not valid YAML. The message is one line.
-    """
-    try:
-        return _SafeLoader(text).get_single_data()
-    # PyYAML raises the last four for dates that do not exist, wrong tags and very deep nesting.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        raise ValueError(one_line(error)) from None
-
-
 def _read_yaml(path: Path, model: type[Settings], flags: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Read {field: raw value} from a YAML file, and one line per error; ``flags`` are those of the command line."""
     try:
@@ -309,6 +267,9 @@ def _validated(
                 else ""
             )
             errors += [f"{where}: {message}{got}" if name else message for message in messages]
+    if settings is not None:
+        paths = [name for name, field in model.model_fields.items() if flag_metadata(field).path in {"input", "model"}]
+        errors += pointer_errors({name: getattr(settings, name) for name in paths})
     if settings is None or errors:
         _exit_with(job, errors)
     for name in settings.model_fields_set:

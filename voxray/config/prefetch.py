@@ -3,10 +3,11 @@
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
 from voxray.config.parse import Flag, convert, split_commas
+from voxray.core.languages import language_code
 
 WHISPER = "openai/whisper-small"
 SPLITS = ("train", "validation", "test")
@@ -23,6 +24,11 @@ def _splits(value: Any) -> Any:
     return tuple(name for name in SPLITS if name in names)
 
 
+def _check_language(value: str) -> str:
+    language_code(value)
+    return value
+
+
 class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     model_id: Annotated[str, Flag(("model_name_or_path", "base_model"), path="model")] = WHISPER
     """Model to download: a hub id, or a folder on disk to copy."""
@@ -33,7 +39,12 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     job prepare."""
     dataset_revision: str = ""
     """Branch, tag or commit of the dataset on the hub; by default the main branch."""
-    language: Annotated[str, Flag(("language_abbr",)), Field(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*$")] = "ko"
+    language: Annotated[
+        str,
+        Flag(("language_abbr",)),
+        Field(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]+)*$"),
+        AfterValidator(_check_language),
+    ] = "ko"
     """Language to use, as the dataset writes it (Common Voice: ko, zh-CN). Rows of other languages are left out."""
     splits: Annotated[tuple[str, ...], convert(_splits)] = SPLITS
     """Splits to use, comma separated: train, validation (or dev), test. If the corpus has no validation split, whole

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, check_pairs
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import Flag, InputFiles
 
 
 class PrepareSettings(ClipLimitFlags):
-    input: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
+    input: Annotated[InputFiles, Flag(path="input"), Field(min_length=1)]
     """Corpora to read: files or folders, comma separated."""
     format: Literal[
         "auto", "kaldi", "nemo", "ksponspeech", "commonvoice", "huggingface", "lhotse", "salmonn", "jsonl"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.parse import Flag, InputFiles
 from voxray.config.train import MultitaskSettings
 
 
@@ -13,7 +13,7 @@ class QuickstartSettings(MultitaskSettings):
     """Training processes."""
     overwrite: Annotated[bool, Flag(no_effect="this job always starts afresh")] = False
     """Start afresh."""
-    base_val_jsonl: Annotated[CommaStrings, Flag(path="input")] = ()
+    base_val_jsonl: Annotated[InputFiles, Flag(path="input")] = ()
     """Held-out rows in the voices the base model was trained on, reported separately."""
     eval_bsz: Annotated[int, Field(ge=1)] = 16
     """Rows generated together in the evaluations before and after."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from voxray.config.parse import read_yaml
+from voxray.config.yaml_file import read_yaml
 from voxray.core.tasks import TASKS
 
 ENTRY_POINTS = "voxray.recipes"

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from voxray.config.parse import Settings, field_adapter, flag_metadata, flag_names, yaml_value
+from voxray.config.parse import Settings, field_adapter, flag_metadata, flag_names
+from voxray.config.yaml_file import yaml_value
 
 DIGITS = 4
 """Significant digits of sampled numbers, so that people can read and retype them."""

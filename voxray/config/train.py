@@ -1,5 +1,6 @@
 """Settings of the training jobs."""
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -20,8 +21,8 @@ from voxray.config.flag_groups import (
     VariantFlags,
     WorkerFlags,
 )
-from voxray.config.parse import CommaStrings, Flag
-from voxray.core.manifest import language_code
+from voxray.config.parse import CommaStrings, Flag, InputFiles
+from voxray.core.languages import language_code
 from voxray.metrics.names import validation_metrics
 
 
@@ -32,6 +33,8 @@ def known_metric(value: str) -> str:
 
 
 WHISPER = "openai/whisper-small"
+
+SHARED_ROWS = "also in --train_jsonl; scores on rows of the training tell nothing about other rows"
 
 
 class TrainSettings(
@@ -49,8 +52,11 @@ class TrainSettings(
 
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
     """Folder of the run. A relative path is below --storage_path, or else the current directory."""
-    train_jsonl: Annotated[CommaStrings, Flag(path="input"), Field(min_length=1)]
+    train_jsonl: Annotated[InputFiles, Flag(path="input"), Field(min_length=1)]
     """Training manifests, comma separated. Rows of different tasks may be in one file."""
+    allow_empty: bool = False
+    """Also train on clips with an empty transcript, as silence. By default they are left out and listed in
+    quarantine.jsonl, because a transcript is more often missing than empty."""
     init_adapter: Annotated[str, Flag(path="input")] = ""
     """Start from the LoRA weights of an earlier run or stage: a run, adapter or checkpoint folder with the same rank
     and alpha. LoRA weights that this job does not train stay unchanged and are saved with the result."""
@@ -92,6 +98,12 @@ class TrainSettings(
             if getattr(self, name) and not self.val_jsonl:
                 raise ValueError(f"--{name}: needs validation rows, --val_jsonl")
         return self
+
+    @property
+    def shared_manifests(self) -> tuple[str, ...]:
+        """Validation manifests that are training manifests too."""
+        training = set(map(os.path.realpath, self.train_jsonl))
+        return tuple(path for path in self.val_jsonl if os.path.realpath(path) in training)
 
     @model_validator(mode="after")
     def _compile_limits(self) -> "TrainSettings":
@@ -153,7 +165,8 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = WHISPER
     """Base model: a folder on disk or a hub id."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of rows that name none, as a two-letter code. Rows without a language are left out."""
+    """Language of rows that name none, as a code such as ko or as an English name. Rows without a language are left
+    out."""
     task: Annotated[Literal["transcribe"], Flag(no_effect="there is only one")] = "transcribe"
     """Task of the model: transcribe, in the spoken language."""
     freeze_encoder: Annotated[bool, Flag(("freeze_whisper",))] = False

@@ -63,11 +63,13 @@ def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, An
     """Show {task: {metric: {"value", "n"}}} as a table, with the 95 % interval where there is one.
 
     Args:
-        metrics: May be the content of a metrics.json. Only its tasks and its ``overall`` entry are shown.
+        metrics: May be the content of a metrics.json. Its tasks, its ``overall`` entry and the names of its
+            normalisers are shown.
     """
     rows = [(task, name, entry) for task in (*TASKS, "overall") for name, entry in metrics.get(task, {}).items()]
     intervals = any(entry.get("low") is not None for *_, entry in rows)
-    table = Table(title=title, title_justify="left")
+    names = ", ".join(metrics.get("normalizer", {}))
+    table = Table(title=title, title_justify="left", caption=names and f"normalised by {names}", caption_justify="left")
     for name in ("task", "metric", "value", *(["95 %"] if intervals else []), "n"):
         table.add_column(name, justify="left" if name in {"task", "metric"} else "right")
     for task, name, entry in rows:

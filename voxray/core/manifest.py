@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from voxray.core.errors import BadRow, RunError
+from voxray.core.languages import language_code
+from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.source import Segment, Source, segment, segments
 from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line accepted. Without a limit, a file without line ends would fill the memory."""
+MAX_SHOWN_PATH = 300
+"""Characters of a row's audio path that a message shows."""
 UNLABELLED = "unlabelled"
 """Key of a row without a reference: the model answers it, but the answer is not scored."""
-LANGUAGE_ALIASES = {"korean": "ko", "kor": "ko", "english": "en", "eng": "en"}
 OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
@@ -38,7 +41,7 @@ class Sample:
         prompt: The user's text; empty for a transcription request.
         answer: The text that the model is to produce.
         audio_path: Absolute path of the clip, or "" for text tasks.
-        language: Two-letter code, or "" if the row has none.
+        language: Code of the language (``core/languages.py``), or "" if the row has none.
         source: ``<manifest>:<line>``.
         start_sec: Start of the clip in the file.
         duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
@@ -97,13 +100,16 @@ def chunks(manifest: str, lines_per_chunk: int) -> Iterator[Chunk]:
     """Cut a manifest into runs of lines. Reads it once, in constant memory.
 
     Raises:
-        RunError: The file is missing, is not a regular file, cannot be read, is empty, or has a line of over 64 MiB.
+        RunError: The file is missing, is not a regular file, cannot be read, is empty, is a Git LFS pointer, or has a
+            line of over 64 MiB.
     """
     number, start, position, first_line, line = 0, 0, 0, 1, 0
     try:
         manifest.encode("utf-8")
         with open_regular(manifest) as file:
             while raw := file.readline(MAX_LINE_BYTES + 1):
+                if position == 0 and raw.startswith(POINTER_START):
+                    raise RunError(f"{manifest}: {POINTER}")
                 position += len(raw)
                 line += 1
                 if len(raw) > MAX_LINE_BYTES:
@@ -260,17 +266,20 @@ def _audio_path(value: str, manifest: str) -> str:
 
 
 def find_clip(value: str, folders: Iterable[Path]) -> str:
-    """Path of a clip in the first of the folders that has it. NFC and NFD names both match.
+    """Path of a clip in the first of the folders that has it. NFC and NFD names both match, and so do backslashes.
 
     Raises:
         BadRow: ``audio_missing``: no folder has it, or it is not a regular file.
     """
-    folders = tuple(folders)
-    for folder in folders:
-        if path := find_file(folder, value):
-            return path
+    folders, shown = tuple(folders), value if len(value) <= MAX_SHOWN_PATH else f"{value[:MAX_SHOWN_PATH]}…"
+    if value.startswith("data:"):
+        raise BadRow("audio_missing", f"the audio is in the row itself; write it to a file: {value[:40]}…")
+    for name in dict.fromkeys((value, value.replace("\\", "/"))):
+        for folder in folders:
+            if path := find_file(folder, name):
+                return path
     kind = "not an audio file" if any(os.path.exists(folder / value) for folder in folders) else "audio file not found"
-    raise BadRow("audio_missing", f"{kind}: {value}")
+    raise BadRow("audio_missing", f"{kind}: {shown}")
 
 
 def find_file(base: Path, value: str) -> str:
@@ -291,19 +300,6 @@ def find_file(base: Path, value: str) -> str:
             return ""
         path = existing
     return str(path) if os.path.isfile(path) else ""
-
-
-def language_code(value: str | None) -> str:
-    """``ko``, ``ko-KR``, ``Korean`` -> ``ko``; None and "" -> "".
-
-    Raises:
-        BadRow: It is not a two-letter code (``bad_language``).
-    """
-    text = (value or "").strip().lower().replace("_", "-").split("-")[0]
-    text = "" if text == "auto" else LANGUAGE_ALIASES.get(text, text)
-    if text and not (len(text) == 2 and text.isascii() and text.isalpha()):
-        raise BadRow("bad_language", f"language {value!r} is not a two-letter code")
-    return text
 
 
 def require_usable_row(manifests: tuple[str, ...], lines_per_chunk: int = 64) -> None:

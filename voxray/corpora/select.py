@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from voxray.core.errors import RunError
-from voxray.core.manifest import LANGUAGE_ALIASES
+from voxray.core.languages import find_code
 from voxray.corpora.hub import RepoFile
 from voxray.corpora.importers import ImportedRow, ImportFault
 from voxray.corpora.prepare.split import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
@@ -186,7 +186,7 @@ class RowFilter:
 
     Attributes:
         root: Folder of the corpus. Names of folders above it are not searched for a split.
-        language: Two-letter code; also the language of rows that do not have one.
+        language: Code, with a region if the corpus has several; also the language of rows that do not have one.
         splits: Splits to select.
         max_rows: Most rows of each split, 0 for all.
         others: Number of rows that were not selected, by split.
@@ -228,5 +228,5 @@ def same_language(one: str, other: str) -> bool:
     """Whether two codes are the same language: ``ko`` and ``ko-KR`` are, ``zh-CN`` and ``zh-TW`` are not."""
     first, second = (re.split("[-_]", code.strip().lower()) for code in (one, other))
     for parts in (first, second):
-        parts[0] = LANGUAGE_ALIASES.get(parts[0], parts[0])
+        parts[0] = find_code(parts[0]) or parts[0]
     return all(a == b for a, b in zip(first, second, strict=False))

@@ -14,7 +14,7 @@ from peft import PeftModel
 from voxray.audio.decode import decode_native, header_seconds
 from voxray.config.demo import DemoSettings
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, with_counts
 from voxray.features.extract import Extractor, FeatureSpec
@@ -27,7 +27,7 @@ from voxray.generation.model import (
     match_training_prompts,
 )
 from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
-from voxray.models.registry import get_family
+from voxray.models.registry import get_family, require_language
 
 
 class AnswerError(Exception):
@@ -145,7 +145,7 @@ class DemoModel:
                 num_tokens=sum(completion.num_new_tokens for completion in completions),
                 hit_max=any(completion.hit_max for completion in completions),
                 num_chunks=len(answer_request.rows),
-                metrics=_metrics(task, language, request.reference, text),
+                metrics=_metrics(task, language or completions[0].language, request.reference, text),
             )
 
     def stop(self) -> None:
@@ -243,6 +243,8 @@ def open_model(settings: DemoSettings) -> tuple[DemoModel, int]:
     """
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
     settings = match_training_prompts(settings, model_id, adapter)
+    if settings.language:
+        require_language(get_family(model_id).front_end(model_id), settings.language, model_id)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
     model, num_tensors = load_model(config)
     return DemoModel(model, config, max_audio_sec=settings.max_audio_sec, max_len=settings.max_len), num_tensors

@@ -26,7 +26,7 @@ LANGUAGES = {
     "pt": "Portuguese",
     "es": "Spanish",
 }
-"""Choices of the list on the page, which also accepts any other two-letter code."""
+"""Choices of the list on the page, which also accepts any other code or name."""
 MAX_CHECK_SEC = 60
 """Longest time between two deletions of expired clips."""
 BUTTON_CAPTION_JS = "question => (question || '').trim() ? 'Ask' : 'Transcribe'"
@@ -109,7 +109,7 @@ def _inputs(answering: DemoModel, settings: DemoSettings, example: str) -> tuple
         [(f"{name} ({code})" if code else name, code) for code, name in LANGUAGES.items()],
         value=settings.language,
         label="Language of the clip",
-        info="Any other two-letter code can be typed in",
+        info="Any other code or English name can be typed in",
         allow_custom_value=True,
         elem_id="language",
     )

@@ -17,6 +17,7 @@ from voxray.features.crash_log import open_crash_log
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, Result, bisect_failures, failure_reason, generate
 from voxray.generation.likelihood import reference_losses
+from voxray.generation.long_audio import CHUNK_MANIFEST
 from voxray.generation.model import InferenceConfig, load_model
 from voxray.metrics.names import is_transcript
 from voxray.models.registry import get_family
@@ -46,7 +47,9 @@ class PredictionActor(PoolWorker):
         remote: RemoteSync | None = None,
     ) -> None:
         self.config, self.predictions, self.remote = config, predictions, remote
-        self.features, self.keys = Features(folders), ManifestKeys()
+        # the check of batch invariance has a folder of its own within that of the evaluation
+        chunk_manifests = [folder / CHUNK_MANIFEST for folder in (predictions.parent, predictions.parent.parent)]
+        self.features, self.keys = Features(folders), ManifestKeys(chunk_manifests)
         if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
         self.family = get_family(config.model_id)
@@ -135,6 +138,7 @@ class PredictionActor(PoolWorker):
         if entry.pop(UNLABELLED, False):
             reference = None
         entry |= {"reference": reference, "prediction": answer.text, "sec": answer.sec}
+        entry["language"] = row.language or answer.language
         entry |= {"num_new_tokens": answer.num_new_tokens, "hit_max": answer.hit_max}
         if isinstance(loss, float) and math.isfinite(loss):
             entry |= {"nll": loss, "num_tokens": len(row.target_ids)}

@@ -23,6 +23,7 @@ from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.generation.join_chunks import join_chunk_rows
 from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics
 from voxray.metrics.rows import check_row, count_row, row_normalizer
+from voxray.text.normalize import normalizers_from
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
 METADATA_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
@@ -45,7 +46,8 @@ PREDICTION_SCHEMA = pa.schema(
     ],
 )
 """Speaker, domain, references and noise level are null if the manifest has none. ``sec`` is the row's share of the
-time that its batches took. ``hit_max`` marks an answer that was cut off. ``nll`` is -ln p of the reference over
+time that its batches took. ``normalizer`` is the one of the row's counts; metrics.json names the one of its rates.
+``hit_max`` marks an answer that was cut off. ``nll`` is -ln p of the reference over
 ``num_tokens`` tokens, null if it was not computed. The columns from ``chunk_of`` to ``overlap_share`` are null except
 for chunks of recordings that are too long for the model (see ``long_audio``)."""
 LINES_PER_CHUNK = 256
@@ -57,7 +59,8 @@ BadPrediction = tuple[str, int, BadRow]
 def score_predictions(rows: Sequence[dict[str, Any]], flags: ScoreFlags) -> dict[str, Any]:
     """Score rows with the options of the settings; returns the content of metrics.json."""
     terms = read_terms(flags.terms) if flags.terms else ()
-    return score(rows, terms=terms, english_spelling=flags.english_spelling, caption_jars=flags.caption_jars)
+    normalizers = normalizers_from(flags.normalizer, flags.english_spelling)
+    return score(rows, terms=terms, normalizers=normalizers, caption_jars=flags.caption_jars)
 
 
 def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -76,7 +79,10 @@ def is_labelled(row: Mapping[str, Any]) -> bool:
 
 
 def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row with its counts added; a row without a reference is returned unchanged."""
+    """A prediction row with its counts added, by the default normaliser of its language, which the row names.
+
+    A row without a reference is returned unchanged.
+    """
     if not is_labelled(row):
         return dict(row)
     return {**row, "normalizer": row_normalizer(row).name, **as_row(count_row(row))}
@@ -96,11 +102,18 @@ def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
-    """All prediction rows of an evaluation, ordered by manifest and line; a long recording is one row."""
+    """All prediction rows of an evaluation, ordered by manifest and line; a long recording is one row.
+
+    All counts are by the default normalisers: rows that another version counted by others are counted again.
+    """
     files = sorted((output_dir / "predictions").glob("part-*.parquet"))
     rows = join_chunk_rows(_read_parts(files))
-    rows = [with_counts(row) if row.get("chunk_of") else row for row in rows]
+    rows = [with_counts(row) if row.get("chunk_of") or _has_other_counts(row) else row for row in rows]
     return sorted(rows, key=lambda row: Source.parse(row["source"]))
+
+
+def _has_other_counts(row: Mapping[str, Any]) -> bool:
+    return row.get("normalizer") not in (None, row_normalizer(row).name)
 
 
 def _read_parts(files: Iterable[Path]) -> list[dict[str, Any]]:

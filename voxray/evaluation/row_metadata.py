@@ -4,6 +4,7 @@ It is read from the manifest, so that shards written before these keys existed r
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ CHUNK_KEYS = ("chunk_of", "chunk", "num_chunks", "whole_samples", "whole_referen
 
 
 class ManifestKeys:
-    """Metadata from manifests. Each manifest is read once, at the first lookup of one of its rows."""
+    """Metadata from manifests. Each manifest is read once, at the first lookup of one of its rows.
 
-    def __init__(self) -> None:
+    Args:
+        chunk_manifests: Manifests that ``long_audio`` wrote. In other manifests ``CHUNK_KEYS`` have no meaning.
+    """
+
+    def __init__(self, chunk_manifests: Sequence[Path] = ()) -> None:
         self._files: dict[str, dict[int, dict[str, Any]]] = {}
+        self._chunk_manifests = {str(path) for path in chunk_manifests}
 
     def of(self, source: str) -> dict[str, Any]:
         """Metadata of the row at ``<manifest>:<line>``.
@@ -31,7 +37,7 @@ class ManifestKeys:
         """
         manifest, line = Source.parse(source)
         if manifest not in self._files:
-            self._files[manifest] = _read(manifest)
+            self._files[manifest] = _read(manifest, of_chunks=manifest in self._chunk_manifests)
         metadata = self._files[manifest].get(line, {})
         if "chunk_of" in metadata:
             return self.of(metadata["chunk_of"]) | metadata
@@ -39,7 +45,7 @@ class ManifestKeys:
         return {**missing, "dataset": Path(manifest).stem, **metadata}
 
 
-def _read(manifest: str) -> dict[int, dict[str, Any]]:
+def _read(manifest: str, *, of_chunks: bool) -> dict[int, dict[str, Any]]:
     """{line: metadata}; empty if the manifest no longer exists."""
     by_line: dict[int, dict[str, Any]] = {}
     try:
@@ -50,15 +56,14 @@ def _read(manifest: str) -> dict[int, dict[str, Any]]:
                 except (ValueError, RecursionError):
                     continue  # not a row; the ledger of featurize lists it
                 if isinstance(row, dict):
-                    by_line[line] = _metadata(row, manifest)
+                    keys = {name: row[name] for name in CHUNK_KEYS} if of_chunks else _metadata(row, manifest)
+                    by_line[line] = keys
     except OSError:
         return {}
     return by_line
 
 
 def _metadata(row: dict[str, Any], manifest: str) -> dict[str, Any]:
-    if "chunk_of" in row:
-        return {name: row[name] for name in CHUNK_KEYS}
     metadata: dict[str, Any] = {name: text_or_none(row.get(name)) for name in ("speaker", "domain", "dataset")}
     metadata["reference_phonetic"] = text_or_none(row.get("transcript_phonetic"))
     metadata["snr_db"] = number_or_none(row.get("snr_db"))

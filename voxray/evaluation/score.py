@@ -34,7 +34,7 @@ from voxray.metrics.overall import aggregate_tasks, headline_score, likelihood_m
 from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.metrics.terms import Terms
 from voxray.metrics.texts import score_texts
-from voxray.text.normalize import ENGLISH, Normalizer, english_with
+from voxray.text.normalize import DEFAULT_NORMALIZERS, Normalizers
 
 SLICE_RESAMPLES = 1_000
 MAX_LISTED_SPEAKERS = 5
@@ -68,7 +68,7 @@ def score(
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
     terms: Sequence[str] = (),
-    english_spelling: str = "",
+    normalizers: Normalizers = DEFAULT_NORMALIZERS,
     caption_jars: str = "",
 ) -> dict[str, Any]:
     """Score predictions.
@@ -78,7 +78,7 @@ def score(
         seed: Of the bootstrap.
         num_resamples: Draws of the bootstrap for whole tasks; slices use at most 1,000. 0 computes no intervals.
         terms: Terms whose recall in transcripts is measured.
-        english_spelling: File with Whisper's table of spellings, for English transcripts.
+        normalizers: Of transcripts, by language.
         caption_jars: Folder with the jars that METEOR and SPICE need, see ``metrics.meteor_spice``.
     Returns:
         {task: {metric: {"value", "low", "high", "n"}}}, and next to the tasks: ``overall`` (macro, weighted, balance,
@@ -93,10 +93,9 @@ def score(
     if not rows:
         raise RunError("no prediction to score")
     rows.sort(key=_sort_key)  # the bootstrap draws row indices; sorted, rows in any order have the same intervals
-    english = english_with(english_spelling) if english_spelling else ENGLISH
     rows_by_task = {task: [row for row in rows if row["task"] == task] for task in TASKS}
     counted = {
-        task: count_rows(task, task_rows, terms=terms, english=english)
+        task: count_rows(task, task_rows, terms=terms, normalizers=normalizers)
         for task, task_rows in rows_by_task.items()
         if task_rows
     }
@@ -111,7 +110,7 @@ def score(
             details[name] |= {task: value} if value else {}
     metrics["overall"] = _overall(metrics, {task: len(data.rows) for task, data in counted.items()}, headline_samples)
     metrics["slices"] = {task: _slices(data, seed, num_resamples) for task, data in counted.items()}
-    metrics["normalizer"] = dict(Counter(row_normalizer(row, english).name for row in rows).most_common())
+    metrics["normalizer"] = dict(Counter(row_normalizer(row, normalizers).name for row in rows).most_common())
     metrics["counts"] = {task: _counts(data) for task, data in counted.items()}
     if terms:
         metrics["terms"] = _terms([pair for data in counted.values() for pair in data.terms], len(set(terms)))
@@ -132,20 +131,22 @@ def count_rows(
     rows: Sequence[PredictionRow],
     *,
     terms: Sequence[str] = (),
-    english: Normalizer = ENGLISH,
+    normalizers: Normalizers = DEFAULT_NORMALIZERS,
     counts: Sequence[Mapping[str, int]] | None = None,
 ) -> CountedRows:
     """Count the rows of one task.
 
     Args:
+        normalizers: Of transcripts, by language.
         counts: Counts of each row, if this version has computed them already.
     """
-    columns = as_columns([as_row(count_row(row, english)) for row in rows] if counts is None else counts)
+    columns = as_columns([as_row(count_row(row, normalizers)) for row in rows] if counts is None else counts)
     row_terms: list[tuple[Counter[str], Counter[str]]] = []
     if terms and is_transcript(task):
-        lists = {normalizer: Terms(terms, normalizer) for normalizer in {row_normalizer(row, english) for row in rows}}
-        for row in rows:
-            term_list, references = lists[row_normalizer(row, english)], row_references(row)
+        of_rows = [row_normalizer(row, normalizers) for row in rows]
+        lists = {normalizer: Terms(terms, normalizer) for normalizer in set(of_rows)}
+        for row, normalizer in zip(rows, of_rows, strict=True):
+            term_list, references = lists[normalizer], row_references(row)
             in_reference = term_list.count(row_readings(row)[0] if len(references) == 1 else references[0])
             row_terms.append((in_reference, in_reference & term_list.count(row["prediction"])))
         columns["terms_ref"] = np.array([in_reference.total() for in_reference, _ in row_terms])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.source import Source
 from voxray.metrics.rows import PredictionRow
 

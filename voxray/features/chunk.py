@@ -21,6 +21,8 @@ from voxray.features.shards import INDEX_SCHEMA, index_part, shard_bytes, shard_
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
+EARLIER_REFUSAL = "is not a two-letter code"
+"""End of the message with which earlier versions refused languages such as yue."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,11 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             return None
         if not (all(isinstance(report[name], kind) for name, kind in REPORT_TYPES.items()) and _has_index(report)):
             return None
-        if any(line["reason"].startswith("audio_") for line in report["bad"]):
-            return None  # the clip may have been fixed since
+        # The clip may have been fixed since, and earlier versions knew codes of two letters only.
+        if any(
+            line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]
+        ):
+            return None
         return report if all(map(_clip_unchanged, report["clips"])) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, pa.ArrowException):
         return None

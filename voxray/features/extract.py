@@ -21,7 +21,7 @@ from voxray.core.manifest import Sample, sha256_hex
 from voxray.features.shards import LAYOUT
 from voxray.models.interface import FrontEnd, ModelFamily
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
-from voxray.models.registry import get_family
+from voxray.models.registry import get_family, require_language
 
 FeatureValues = dict[str, Any]
 """The columns of one row (see ``shards``)."""
@@ -39,7 +39,7 @@ class FeatureSpec:
         bf16: Whether the encoder computes in bfloat16, as a training run with --bf16 does.
         waveform: Variants of every clip.
         trim_audio: Leave the audio tokens of padding out of prompts; the stored audio is the same.
-        language: Two-letter language code for rows that name no language, "" if unknown.
+        language: Code of the language of rows that name none, "" if unknown.
     """
 
     store: Literal["mel", "pcm16", "encoder"] = "mel"
@@ -64,11 +64,14 @@ class Extractor:
     Attributes:
         fingerprint: Hash of everything that determines what is stored of a row.
         plain_fingerprint: The same without variants.
+    Raises:
+        SettingsError: The base does not have the language of the spec (``--language``).
     """
 
     def __init__(self, model_id: str, spec: FeatureSpec | None = None) -> None:
         self.model_id, self.spec = model_id, spec or FeatureSpec()
         self.front_end: FrontEnd = get_family(model_id).front_end(model_id, trim_audio=self.spec.trim_audio)
+        require_language(self.front_end, self.spec.language, model_id)
         inputs: list[Any] = [LAYOUT, self.front_end.fingerprint, self.spec.store, *filter(None, [self.spec.language])]
         if self.spec.store == "encoder":
             weights = get_family(model_id).encoder_fingerprint(model_id)

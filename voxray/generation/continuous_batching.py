@@ -29,6 +29,7 @@ class PartialCompletion:
         limit: Longest answer, in tokens.
         ids: Token ids, without the end-of-text token.
         sec: The row's share of the time that its batches took.
+        language: See ``prompt_languages``.
     """
 
     index: int
@@ -36,6 +37,7 @@ class PartialCompletion:
     ids: list[int] = field(default_factory=list)
     sec: float = 0.0
     is_done: bool = False
+    language: str = ""
 
     def append(self, token: int, eos_id: int) -> None:
         """Add the next token; the end-of-text token or the limit finishes the answer."""
@@ -44,6 +46,12 @@ class PartialCompletion:
         else:
             self.ids.append(token)
             self.is_done = len(self.ids) >= self.limit
+
+
+def prompt_languages(front_end: FrontEnd, ids_BL: torch.Tensor) -> list[str]:
+    """Code of the language in each prompt, which the row named or the model detected; "" if the family has none."""
+    find = getattr(front_end, "prompt_language", None)
+    return [find(prompt_L) for prompt_L in ids_BL.tolist()] if find else [""] * len(ids_BL)
 
 
 class _Batch:
@@ -72,6 +80,9 @@ class _Batch:
         batch = {name: tensor.to(self.device) for name, tensor in collate_prompts(rows, self.front_end).items()}
         state, logits_BV = self.family.prefill(self.model, batch)
         self._append_tokens(completions, logits_BV)
+        languages = prompt_languages(self.front_end, batch["input_ids"])
+        for completion, language in zip(completions, languages, strict=True):
+            completion.language = language
         if self.state is None:
             self.state = state
         else:

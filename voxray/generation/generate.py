@@ -14,7 +14,7 @@ from voxray.core.errors import RunError, one_line, quoted_line
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow, Features
 from voxray.features.shards import TASK_CODES
-from voxray.generation.continuous_batching import generate_greedy
+from voxray.generation.continuous_batching import generate_greedy, prompt_languages
 from voxray.models.interface import FrontEnd, ModelFamily
 
 Result = TypeVar("Result")
@@ -53,12 +53,14 @@ class Completion:
         num_new_tokens: Tokens, without the end-of-text token.
         hit_max: Whether it was cut off at ``max_new_tokens``.
         sec: The row's share of the time that its batches took, prefill included.
+        language: Language of the prompt, which the row named or the model detected; "" if the family does not say.
     """
 
     text: str
     num_new_tokens: int
     hit_max: bool
     sec: float
+    language: str = ""
 
 
 def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
@@ -102,17 +104,19 @@ def generate(
         batched_rows = [rows[index] for index in together]
         for completion in generate_greedy(model, family, front_end, batched_rows, **options):
             index = together[completion.index]
-            yield index, _completion(completion.ids, front_end, limits[index], completion.sec)
+            yield index, _completion(completion.ids, front_end, limits[index], completion.sec, completion.language)
     else:
         batches += [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
     for batch in batches:
         start_sec, limit = time.perf_counter(), min(limits[index] for index in batch)
-        ids_per_row = _library_ids(model, family, front_end, [rows[index] for index in batch], sampling, limit)
+        ids_per_row, languages = _library_ids(
+            model, family, front_end, [rows[index] for index in batch], sampling, limit
+        )
         sec = (time.perf_counter() - start_sec) / len(batch)
-        for index, ids in zip(batch, ids_per_row, strict=True):
+        for index, ids, language in zip(batch, ids_per_row, languages, strict=True):
             # a row that is generated window by window may reach the limit in each window
             longest = limit * rows[index].num_windows if is_alone[index] else limit
-            yield index, _completion(ids, front_end, longest, sec)
+            yield index, _completion(ids, front_end, longest, sec, language)
 
 
 def bisect_failures(
@@ -179,8 +183,8 @@ def _library_ids(
     rows: Sequence[FeatureRow],
     sampling: SamplingParams,
     limit: int,
-) -> list[list[int]]:
-    """Token ids of the answers by transformers' ``generate``, without the end-of-text token.
+) -> tuple[list[list[int]], list[str]]:
+    """Token ids of the answers by transformers' ``generate``, without the end-of-text token, and ``prompt_languages``.
 
     Args:
         limit: Longest answer, in tokens.
@@ -196,11 +200,12 @@ def _library_ids(
     special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}
     num_samples = [row.num_samples for row in rows]
     ids_BL = family.generate(model, batch, num_samples=num_samples, max_new_tokens=limit, **special, **options)
-    return [_before_eos(ids, front_end.eos_id) for ids in ids_BL.tolist()]
+    answers = [_before_eos(ids, front_end.eos_id) for ids in ids_BL.tolist()]
+    return answers, prompt_languages(front_end, batch["input_ids"])
 
 
-def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float) -> Completion:
-    return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec)
+def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float, language: str) -> Completion:
+    return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec, language)
 
 
 def _before_eos(ids: list[int], eos_id: int) -> list[int]:

@@ -43,7 +43,7 @@ def make_sample(
 
     Args:
         name: Id of the row.
-        language: Language of the clip, as a two-letter code or "".
+        language: Language of the clip, as a code or "".
         source: Name of the sample in messages; ``name`` if empty.
         duration_sec: Length of the clip, needed only if the file's header does not state it.
     """

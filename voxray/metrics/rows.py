@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import language_code
+from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 from voxray.metrics.counts import Counts, count
 from voxray.metrics.names import is_caption, is_transcript
 from voxray.text.korean import clean_transcript
-from voxray.text.normalize import ENGLISH, KOREAN, Normalizer, get_normalizer
+from voxray.text.normalize import DEFAULT_NORMALIZERS, KOREAN, Normalizer, Normalizers
 
 PredictionRow = Mapping[str, Any]
 PHONETIC_KEYS = ("reference_phonetic", "transcript_phonetic")
@@ -57,27 +57,27 @@ def row_readings(row: PredictionRow) -> tuple[str, str]:
     return reference, second
 
 
-def row_normalizer(row: PredictionRow, english: Normalizer = ENGLISH) -> Normalizer:
+def row_normalizer(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMALIZERS) -> Normalizer:
     """The normaliser of a row: that of the language for transcripts, ko-v1 for answers and captions."""
     if not is_transcript(row["task"]):
         return KOREAN
     try:
         language = language_code(row.get("language"))
-    except BadRow:  # no two-letter code, so neither Korean nor English
+    except BadRow:  # an unknown language, so neither Korean nor English
         language = str(row["language"])
-    return get_normalizer(language, english)
+    return normalizers.select(language)
 
 
-def count_row(row: PredictionRow, english: Normalizer = ENGLISH) -> Counts:
+def count_row(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMALIZERS) -> Counts:
     """Counts of a prediction row.
 
     With several references, the counts are those of the closest one: the lowest character error rate for transcripts,
     the highest ROUGE-L for answers. For captions see ``counts.Counts``.
 
     Args:
-        english: Normaliser of English transcripts.
+        normalizers: Of transcripts, by language.
     """
-    references, prediction, normalizer = row_references(row), row["prediction"], row_normalizer(row, english)
+    references, prediction, normalizer = row_references(row), row["prediction"], row_normalizer(row, normalizers)
     if is_caption(row["task"]):
         return _merge_caption_counts([count(text, prediction, normalizer, units=str.split) for text in references])
     if len(references) == 1 and is_transcript(row["task"]):

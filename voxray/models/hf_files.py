@@ -9,6 +9,13 @@ import torch
 
 from voxray.core.content_hash import folder_hash
 from voxray.core.errors import RunError, library_errors, one_line
+from voxray.core.lfs import POINTER, find_pointer
+
+OTHER_LAYOUTS = {
+    ("model.bin", "vocabulary.*"): "a CTranslate2 model (as faster-whisper uses)",
+    ("params.json", "consolidated*"): "a model in Mistral's own layout (params.json, consolidated weights)",
+}
+"""{patterns of files in a folder: what the folder is}."""
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -42,6 +49,11 @@ def read_config(model_id: str) -> dict[str, Any]:
     """
     from transformers import PreTrainedConfig
 
+    if pointer := find_pointer(model_id):
+        raise RunError(f"--model_id {pointer}: {POINTER}")
+    for files, layout in OTHER_LAYOUTS.items():
+        if all(any(Path(model_id).glob(file)) for file in files) and not any(Path(model_id).glob("model*.safetensors")):
+            raise RunError(f"--model_id {model_id}: {layout}; voxray reads models in the layout of transformers")
     with library_errors(f"--model_id {model_id}: no usable config.json in this folder or on the hub"):
         return dict(PreTrainedConfig.get_config_dict(model_id)[0])
 

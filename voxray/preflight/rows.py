@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from voxray.batches.plan import Plan
-from voxray.config.train import TrainSettings
+from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.core.console import progress_bar
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import require_usable_row, samples_at
@@ -112,6 +112,8 @@ def check_manifests(settings: TrainSettings, findings: Findings) -> bool:
         except RunError as error:
             good = False
             findings.add("fix", "data", f"{flag} {error}")
+    for path in settings.shared_manifests:
+        findings.add("warning", "data", f"--val_jsonl {path}: {SHARED_ROWS}")
     return good
 
 

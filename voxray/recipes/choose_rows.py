@@ -1,5 +1,6 @@
 """Chooses the rows that a run trains on and validates with, and explains why others are left out."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from voxray.models.interface import FrontEnd
 from voxray.recipes.stages import Stage
 from voxray.training.validate import first_rows_per_task
 
+EMPTY = "the transcript is empty; --allow_empty trains on such clips as silence"
 DEBUG_ROWS, DEBUG_VALIDATION_ROWS = 8, 4
 
 LostRow = tuple[Features, int, str, str]
@@ -45,6 +47,9 @@ def choose_rows(
     chosen = []
     for part in (features, held_out):
         rows, lost_of_part = _usable_rows(stage, settings, part, front_end, divided)
+        if part is features and not settings.allow_empty:
+            rows, empty = _split_off_empty(part, rows, front_end)
+            lost_of_part += [(part, row, "empty_text", EMPTY) for row in empty]
         chosen.append(rows)
         lost += lost_of_part
     rows, held_out_rows = chosen
@@ -53,7 +58,8 @@ def choose_rows(
     if settings.debug:
         rows = first_rows_per_task(features, rows, DEBUG_ROWS)
     if not len(rows):
-        raise RunError(f"--train_jsonl: {_why_no_row(stage, settings, features)}")
+        reasons = [(reason, message) for part, _, reason, message in lost if part is features]
+        raise RunError(f"--train_jsonl: {_why_no_row(stage, settings, features, reasons)}")
     return rows, held_out_rows, lost
 
 
@@ -77,6 +83,16 @@ def _usable_rows(
     return rows[~np.isin(rows, [row for row, *_ in unfit])], lost
 
 
+def _split_off_empty(part: RowLengths, rows: np.ndarray, front_end: FrontEnd) -> tuple[np.ndarray, list[int]]:
+    """Divide rows into those with an answer, and one row of every clip with an empty transcript."""
+    may_be_empty = np.isin(
+        part.task[rows], [TASK_CODES[name] for name, task in TASKS.items() if task.allows_empty_answer]
+    )
+    is_empty = may_be_empty & (part.num_target_tokens[rows] <= len(front_end.target_ids("")))
+    empty = rows[is_empty]
+    return rows[~is_empty], empty[np.unique(part.sample[empty], return_index=True)[1]].tolist()
+
+
 def _unfit_rows(
     part: RowLengths, rows: np.ndarray, front_end: FrontEnd, divided: frozenset[str]
 ) -> Iterator[tuple[int, str, str]]:
@@ -97,7 +113,17 @@ def _unfit_rows(
             yield row, "no_language", "the row names no language, which this model needs; give it one, or --language"
 
 
-def _why_no_row(stage: Stage, settings: TrainSettings, features: RowLengths) -> str:
+def _why_no_row(stage: Stage, settings: TrainSettings, features: RowLengths, lost: Sequence[tuple[str, str]]) -> str:
+    """Why there is no row to train on.
+
+    Args:
+        lost: (reason, message) of every training row that is left out.
+    """
+    counts = Counter(reason for reason, _ in lost if reason != "other_task")
+    if set(counts) - {"too_long"}:
+        [(worst, _)] = counts.most_common(1)
+        numbers = ", ".join(f"{reason} {num_rows}" for reason, num_rows in counts.most_common())
+        return f"no row is left ({numbers}): {next(message for reason, message in lost if reason == worst)}"
     if np.isin(features.task, [TASK_CODES[name] for name in stage.tasks]).any() or len(stage.tasks) == len(TASKS):
         return f"no row is within --max_len {settings.max_len} tokens"
     keys = "; ".join(f"{name}: {', '.join(TASKS[name].keys)}" for name in stage.tasks)

@@ -9,15 +9,32 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
+from voxray.text.korean_numbers import is_reading
+
 Reading = Literal["spelling", "phonetic"]
 
-_PAIR = re.compile(r"\(([^()]*)\)\s*/\s*\(([^()]*)\)")
+_PAIR = re.compile(
+    r"(?P<outer>\()?[(（](?P<spelling>[^()（）]*)[)）]\s*[/／]\s*[(（](?P<reading>[^()（）]*)[)）](?(outer)\)(?!\s*/))"
+)
+_MISTYPED_PAIR = re.compile(  # another mark than "/" between the brackets, or none
+    r"(?P<outer>\()?[(（](?P<spelling>[0-9０-９A-Za-z][^()（）]*)[)）](?P<mark>\s*(?![/／]\s*[(（])[/／?:;|\\+.,~-]{0,2}\s*)"
+    r"[(（](?P<reading>[가-힣][^()（）]*)[)）](?(outer)\)(?!\s*/))"
+)
+_PAIR_IN_ONE_BRACKET = re.compile(
+    r"[(（](?P<spelling>[0-9０-９][^()（）/]*)/(?P<reading>(?!일[)）])[가-힣][^()（）/]*)[)）]"
+)
+_PAIRS = (_PAIR, _MISTYPED_PAIR, _PAIR_IN_ONE_BRACKET)
 _TAGS = re.compile(r"(?<!\S)((?:[bnlou]/)+)(?=$|[\s가-힣(){*+.,?!])")
-_EVENT = re.compile(r"\{[A-Za-z _-]+\}")  # NIKL: {laughing}
+_EVENT = re.compile(  # NIKL: {laughing}; AI-Hub: /(noise), @웃음
+    r"\{[A-Za-z _-]+\}|(?<![^\s가-힣.,?!])/\((?:noise|bgm|music|laugh|cough|sing|applause|breath)[a-z]*\)"
+    r"|(?<!\S)@(?:웃음|박수|노래|목청|숨|잡음|기침)[가-힣]*"
+)
 _ANONYMISED = re.compile(r"&[a-z-]+\d*&")  # NIKL: &name1&
 _GUESSED = re.compile(r"\(\(([^()]*)\)\)")  # NIKL: ((guessed words))
 _CUT_OFF = re.compile(r"(?<!\S)-([가-힣]+)-(?!\S)")  # NIKL: -word-, broken off
 _MISPLACED_REPEAT = re.compile(r"(?<!\S)\++(?=[가-힣])")
+_REPEAT = re.compile(r"(?<!\S)([가-힣]+) ?\+ ?(?=\1)")  # 그 + 그 사람, 아+아+
+_UNKNOWN_MARK = re.compile(r"(?<!\S)(?:@[가-힣]|/\([A-Za-z])|(?<=[가-힣])(?: \+ |\+)(?=[가-힣])")
 _MARKED = re.compile(r"([^/+*]|.*[^/+*])([/+*]+)([.,?!]*)")
 _BLOOD_GROUP = re.compile(r"(?:Rh|A|B|AB|O)")
 
@@ -32,7 +49,8 @@ class KoreanText:
         spelling: The words in standard orthography.
         notes: Sorted codes: ``unk`` (unintelligible words or an anonymised name: the text is incomplete, do not score
             it), ``unclear`` (words that the transcriber guessed), ``noise``, and for notation that is left unchanged
-            ``unbalanced_brackets``, ``nested_brackets`` and ``number_pair``.
+            ``unbalanced_brackets``, ``nested_brackets``, ``number_pair``, ``odd_pair`` (two brackets that may be a
+            mistyped pair) and ``unknown_mark``.
     """
 
     text: str
@@ -45,10 +63,11 @@ def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:
     """Remove the transcription marks of one line. Cleaning a clean line changes nothing, and no digit is ever lost.
 
     ``(spelling)/(reading)`` is resolved first and gives both texts. Two numbers, ``(120)/(80)``, are not such a pair.
+    A number and its reading are a pair however they are typed: ``(3)?(세)``, ``(100%)(백 프로)``, ``(1/하나)``.
     Noise tags ``b/ l/ n/ o/ u/`` are removed only at the start of a word, and not if they are a unit (``5 l/분``). The
     ``/`` of fillers and the ``+`` of repetitions are removed only at the end of a word (``+`` also before a Hangul
-    word, where typists misplace it). ``Rh+``, ``ml/min``, ``120/80`` and ``1+1`` stay. Unbalanced brackets are noted
-    and stay.
+    word, where typists misplace it, and before a word that repeats the one before it). ``Rh+``, ``ml/min``, ``120/80``
+    and ``1+1`` stay. Unbalanced brackets are noted and stay.
     """
     notes: set[str] = set()
     spelling = _to_fixed_point(raw, 1, notes)
@@ -63,6 +82,8 @@ def _to_fixed_point(text: str, side: int, notes: set[str]) -> str:
         before, text = text, _clean_once(text, side, notes)
     if _unbalanced(text):
         notes.add("unbalanced_brackets")
+    if _UNKNOWN_MARK.search(text):
+        notes.add("unknown_mark")
     return text
 
 
@@ -80,6 +101,7 @@ def _clean_once(text: str, side: int, notes: set[str]) -> str:
     text = _EVENT.sub(with_note("noise"), text)
     text = _ANONYMISED.sub(with_note("unk"), text)
     text = _CUT_OFF.sub(r"\1", text)
+    text = _REPEAT.sub(r"\1 ", text)
     text = _TAGS.sub(lambda match: _remove_tags(match, notes), text)
     text = _MISPLACED_REPEAT.sub("", text)
     words: list[str] = []
@@ -90,23 +112,37 @@ def _clean_once(text: str, side: int, notes: set[str]) -> str:
 
 def _resolve_pairs(text: str, side: int, notes: set[str]) -> str:
     """Replace each ``(spelling)/(reading)`` by one side. If that would create a new pair, change nothing."""
-    number_pairs = [match[0] for match in _PAIR.finditer(text) if _is_number_pair(match)]
-    if number_pairs:
-        notes.add("number_pair")
-    sides = {number: _one_side(text, number) for number in (1, 2)}
+    no_pairs = [match for match in _bracket_matches(text) if not _is_pair(match)]
+    for match in no_pairs:
+        if match.re is _PAIR:
+            notes.add("number_pair")
+        elif match.re is _MISTYPED_PAIR and not match["mark"].isspace():
+            notes.add("odd_pair")
+    sides = {name: _one_side(text, name) for name in ("spelling", "reading")}
     # Check both sides, so that the two readings of a line are cleaned by the same rules.
-    if any([match[0] for match in _PAIR.finditer(reading)] != number_pairs for reading in sides.values()):
+    unchanged = [match[0] for match in no_pairs]
+    if any([match[0] for match in _bracket_matches(reading)] != unchanged for reading in sides.values()):
         notes.add("nested_brackets")
         return text
-    return sides[side]
+    return sides["spelling" if side == 1 else "reading"]
 
 
-def _one_side(text: str, side: int) -> str:
-    return _PAIR.sub(lambda match: match[0] if _is_number_pair(match) else match[side].strip(), text)
+def _bracket_matches(text: str) -> list[re.Match[str]]:
+    return [match for pattern in _PAIRS for match in pattern.finditer(text)]
 
 
-def _is_number_pair(match: re.Match[str]) -> bool:
-    return all(re.search(r"\d", part) and not re.search("[가-힣]", part) for part in match.groups())
+def _one_side(text: str, name: str) -> str:
+    for pattern in _PAIRS:
+        text = pattern.sub(lambda match: match[name].strip() if _is_pair(match) else match[0], text)
+    return text
+
+
+def _is_pair(match: re.Match[str]) -> bool:
+    """Whether brackets are one: ``(A)/(B)`` unless both are numbers; typed otherwise, a number and its reading."""
+    spelling, reading = match["spelling"], match["reading"]
+    if match.re is _PAIR:
+        return not all(re.search(r"\d", part) and not re.search("[가-힣]", part) for part in (spelling, reading))
+    return is_reading(spelling.strip(), reading)
 
 
 def _remove_tags(match: re.Match[str], notes: set[str]) -> str:
@@ -132,6 +168,8 @@ def _remove_end_marks(word: str, previous: str, notes: set[str]) -> str:
         notes.add("unclear")
     is_unit = stem.isascii() and previous[-1:].isdigit()
     is_blood_group = suffix == "+" and _BLOOD_GROUP.fullmatch(stem)
+    if "/" in suffix and re.search("[가-힣]~+$", stem):  # 어~/, a long filler
+        stem = stem.rstrip("~")
     if re.search("[가-힣A-Za-z)]$", stem) and not is_unit and not is_blood_group:
         suffix = ""
     return stem + suffix + punctuation

@@ -1,7 +1,11 @@
 """Text normalisation before scoring. It changes error rates by points, so results name the version used.
 
-``ko-v1`` is voxray's own normaliser, for Korean and for all texts other than transcripts. Transcripts in other
-languages use Whisper's normalisers from transformers, as its papers and leaderboards do. ``get_normalizer`` selects.
+``ko-v1`` is for Korean and for all texts other than transcripts. English transcripts use Whisper's English normaliser
+from transformers, as its papers and leaderboards do. Transcripts in other languages use ``basic-v2``, or on request
+``whisper-basic-v1``, which Whisper's papers and leaderboards use. ``Normalizers`` selects by language.
+
+The two differ on combining marks only. Whisper's rules replace them by spaces, which deletes the vowels of Hindi, Tamil
+or Thai and cuts their words. A text without such marks is the same by both rules, so no list of scripts is needed.
 """
 
 import json
@@ -15,6 +19,7 @@ from pathlib import Path
 from voxray.core.errors import RunError
 
 KO_V1 = "ko-v1"
+BASIC_V2 = "basic-v2"
 WHISPER_BASIC = "whisper-basic-v1"
 WHISPER_EN = "whisper-en-v1"
 WHISPER_EN_PLAIN = "whisper-en-v1-nospelling"
@@ -22,6 +27,7 @@ WHISPER_EN_PLAIN = "whisper-en-v1-nospelling"
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _INVISIBLE = re.compile("[\u115f\u1160\ufe00-\ufe0f\U000e0100-\U000e01ef]")  # Hangul fillers, variation selectors
+_BRACKETED, _IN_PARENTHESES = re.compile(r"[<\[][^>\]]*[>\]]"), re.compile(r"\([^)]+\)")
 _INNER = re.compile(r"((?<=\d)[./:%-](?=\d))")
 
 
@@ -76,8 +82,21 @@ def normalize_ko_v1(text: str) -> str:
     return " ".join("".join(parts).split())
 
 
+def normalize_basic_v2(text: str) -> str:
+    """Normalise text of any language: ``normalize_whisper_basic`` with combining marks (vowel signs, tones) kept.
+
+    Lower case, without brackets and their content, NFKC. Every punctuation mark or symbol becomes a space. Invisible
+    characters are removed. The vowel signs of Arabic and Hebrew, which most texts leave out, count as characters.
+    """
+    text = _IN_PARENTHESES.sub("", _BRACKETED.sub("", _without_invisible(text).lower()))
+    text = _without_invisible(unicodedata.normalize("NFKC", text).lower()).translate(_PUNCTUATION_TO_SPACE)
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def normalize_whisper_basic(text: str) -> str:
     """Whisper's normaliser for any language: lower case, without punctuation and without brackets and their content.
+
+    Combining marks that do not merge with their letter become spaces as well.
 
     ``remove_diacritics`` is off, since it decomposes Hangul. Invisible characters, which Whisper's normaliser keeps,
     are removed first. Letters of zh, ja, th, lo and my are not split as in Whisper's WER: use ``cer_nospace`` for
@@ -105,21 +124,44 @@ def normalize_whisper_en(text: str, rules: Callable[[str], str] | None = None) -
 
 
 KOREAN = Normalizer(KO_V1, normalize_ko_v1)
-BASIC = Normalizer(WHISPER_BASIC, normalize_whisper_basic)
+BASIC = Normalizer(BASIC_V2, normalize_basic_v2)
+BASIC_OF_WHISPER = Normalizer(WHISPER_BASIC, normalize_whisper_basic)
 ENGLISH = Normalizer(WHISPER_EN_PLAIN, normalize_whisper_en)
 
 
-def get_normalizer(language: str, english: Normalizer = ENGLISH) -> Normalizer:
-    """The normaliser of transcripts in a language.
+@dataclass(frozen=True)
+class Normalizers:
+    """The normalisers of transcripts.
+
+    Attributes:
+        english: Normaliser of English, see ``english_with``. The default has no table of spellings.
+        basic: Normaliser of languages other than Korean and English.
+    """
+
+    english: Normalizer = ENGLISH
+    basic: Normalizer = BASIC
+
+    def select(self, language: str) -> Normalizer:
+        """The normaliser of a language's code (``core/languages.py``). "" (unknown) and ``ko`` use ko-v1."""
+        if language in ("", "ko"):
+            return KOREAN
+        return self.english if language == "en" else self.basic
+
+
+DEFAULT_NORMALIZERS = Normalizers()
+
+
+def normalizers_from(name: str = BASIC_V2, spellings_path: str = "") -> Normalizers:
+    """The normalisers that the settings of an evaluation name.
 
     Args:
-        language: Two-letter code. "" (unknown) and ``ko`` use ko-v1, ``en`` uses ``english``, others Whisper's basic
-            rules.
-        english: Normaliser of English, see ``english_with``. The default has no table of spellings.
+        name: ``basic-v2`` or ``whisper-basic-v1``, for languages other than Korean and English.
+        spellings_path: Whisper's table of English spellings, see ``english_with``; "" uses none.
+    Raises:
+        RunError: The table cannot be used.
     """
-    if language in ("", "ko"):
-        return KOREAN
-    return english if language == "en" else BASIC
+    english = english_with(spellings_path) if spellings_path else ENGLISH
+    return Normalizers(english, BASIC_OF_WHISPER if name == WHISPER_BASIC else BASIC)
 
 
 def english_with(spellings_path: str | Path) -> Normalizer:

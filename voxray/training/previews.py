@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, ValidationError
 
 from voxray.batches.rank import Worker
-from voxray.config.parse import Settings, read_yaml
+from voxray.config.parse import Settings
+from voxray.config.yaml_file import read_yaml
 from voxray.core.storage import write_atomically
 from voxray.generation.generate import generate_texts
 from voxray.training.engine import gather

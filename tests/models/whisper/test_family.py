@@ -1,6 +1,9 @@
 """Whisper's model side against transformers': losses, generation in changing batches, long recordings."""
 
+import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,31 @@ def test_greedy_answers_equal_transformers_in_changing_batches(model, reference,
     rows = short(features)
     assert [answer.text for answer in completions(model, rows)] == [reference_text(reference, row) for row in rows]
     assert len({answer.num_new_tokens for answer in completions(model, rows)}) > 1, "they end at different times"
+
+
+def test_an_old_generation_config_is_completed(model, features, tmp_path):
+    """Fine-tunes of 2022 and 2023 have no ids of languages and times there; the tokenizer has them."""
+    folder = Path(shutil.copytree(WHISPER, tmp_path / "old"))
+    config = json.loads((folder / "generation_config.json").read_text())
+    for name in ("lang_to_id", "task_to_id", "no_timestamps_token_id", "is_multilingual"):
+        del config[name]
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    old = FAMILY.load_model(str(folder), dtype=torch.float32, device=CPU)
+    rows = short(features)[:4]
+    for options in ({}, {"num_beams": 2}):
+        answers = completions(old, rows, **options)
+        assert [answer.text for answer in answers] == [answer.text for answer in completions(model, rows, **options)]
+    long = features.row(len(features) - 1)
+    assert completions(old, [long])[0].text == completions(model, [long])[0].text
+
+
+def test_the_detected_language_is_known(model, features):
+    spoken = [row["language"] for row in (*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3])]
+    for options in ({}, {"num_beams": 2}):
+        assert [answer.language for answer in completions(model, short(features), **options)] == spoken
+    long = features.row(len(features) - 1)
+    [answer] = completions(model, [replace(long, prompt_ids=np.delete(long.prompt_ids, 1))])
+    assert answer.language == "en" and answer.text == completions(model, [long])[0].text
 
 
 def test_beam_search_equals_transformers(model, reference, features):

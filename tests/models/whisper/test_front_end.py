@@ -67,8 +67,11 @@ def test_languages(front_end):
     )
     unknown = front_end.prompt_ids(replace(SPOKEN, language=""), 1)
     assert front_end.show(unknown) == "<|startoftranscript|><|transcribe|><|notimestamps|>"
-    with pytest.raises(BadRow, match="language 'zz' is none of the 99 that this model has"):
+    with pytest.raises(BadRow, match=r"language 'zz' is none of the 99 that .*whisper-tiny has: af, am, ar"):
         front_end.prompt_ids(replace(SPOKEN, language="zz"), 1)
+    javanese = front_end.show(front_end.prompt_ids(replace(SPOKEN, language="jv"), 1))
+    assert "<|jw|>" in javanese, "Whisper's own code"
+    assert "yue" not in front_end.languages and front_end.prompt_language(unknown) == ""
 
 
 def test_folders_without_a_generation_config(front_end, tmp_path):
@@ -80,7 +83,12 @@ def test_folders_without_a_generation_config(front_end, tmp_path):
     config = json.loads((Path(WHISPER) / "generation_config.json").read_text())
     (tmp_path / "old" / "generation_config.json").write_text(json.dumps({**config, "is_multilingual": False}))
     english = WhisperFrontEnd(str(tmp_path / "old"))
-    assert english.show(english.prompt_ids(SPOKEN, 1)) == "<|startoftranscript|><|notimestamps|>"
+    for language in ("", "en"):
+        ids = english.prompt_ids(replace(SPOKEN, language=language), 1)
+        assert english.show(ids) == "<|startoftranscript|><|notimestamps|>" and english.prompt_language(ids) == "en"
+    with pytest.raises(BadRow, match=r"language 'ko' is none of the 1 that .*old has: en") as error:
+        english.prompt_ids(SPOKEN, 1)
+    assert error.value.reason == "bad_language"
     assert not english.needs_language and english.fingerprint != front_end.fingerprint
 
 

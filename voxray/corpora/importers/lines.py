@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from voxray.core.errors import BadRow, RunError
+from voxray.core.lfs import POINTER, find_pointer
 from voxray.core.manifest import MAX_LINE_BYTES, open_regular
 from voxray.corpora.importers.row import ImportFault, Record, parse_object
 
@@ -66,6 +67,8 @@ def open_text(path: Path) -> BinaryIO:
         RunError: It cannot be opened.
     """
     try:
+        if find_pointer(path):
+            raise RunError(f"{path}: {POINTER}")
         file = open_regular(path)  # the caller closes it
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)

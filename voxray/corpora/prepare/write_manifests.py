@@ -50,11 +50,13 @@ class PrepareOutcome:
         tally: Rows and hours of train, val, test and every reason.
         leaks: Overlap of training with validation and test.
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
+        notes: {note: rows of the manifests that have it in ``transcript_notes``}.
     """
 
     tally: RowTally
     leaks: Leaks
     first_fault: str = ""
+    notes: Counter[str] = field(default_factory=Counter)
 
 
 class OutputFiles:
@@ -120,6 +122,8 @@ def write_manifests(
             outcome.first_fault = outcome.first_fault or quoted_line(f"{row.source}: {row.message}")
         else:
             outputs.write(side, {"id": unique_id(row.id), **row.values})
+            if isinstance(notes := row.values.get("transcript_notes"), list):
+                outcome.notes.update(map(str, notes))
         outcome.tally.add(row.reason or side, row.duration_sec)
     return outcome
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from voxray.core.content_hash import CHECKSUMS, damaged_files
 from voxray.core.errors import RunError, library_errors, one_line
+from voxray.core.lfs import POINTER, find_pointer
 from voxray.models.adapters.audio_trim_record import write_trim_record
 from voxray.models.hf_files import is_inside, unwrap_peft
 from voxray.models.interface import ModelFamily
@@ -314,6 +315,8 @@ def weights_file(folder: Path) -> Path:
         RunError: There is none.
     """
     for name in (WEIGHTS, PICKLED_WEIGHTS):
+        if find_pointer(folder / name):
+            raise RunError(f"{folder / name}: {POINTER}")
         if (folder / name).is_file():
             return folder / name
     raise RunError(f"{folder / WEIGHTS}: is missing, so this is not a complete adapter")

@@ -25,6 +25,7 @@ class WindowedLogMel:
     """
 
     sample_rate_hz = SAMPLE_RATE_HZ
+    languages: frozenset[str] | None = None  # codes of the languages that the base has; None for any
     needs_num_samples = False
 
     def __init__(self, model_id: str, num_mel_bins: int, encoder_positions: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from voxray.audio.logmel import num_valid_frames
 from voxray.core.errors import BadRow, RunError, one_line
+from voxray.core.languages import LANGUAGE_CODES, check_language
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.adapters.audio_trim_record import trims_audio
@@ -37,6 +38,7 @@ class VoxtralFrontEnd(WindowedLogMel):
     max_windows: int | None = None
     cross_attention_positions = 0
     needs_language = False
+    languages = frozenset(code for code in LANGUAGE_CODES if len(code) == 2)  # as mistral-common requires
 
     def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
         from transformers import VoxtralConfig
@@ -106,12 +108,15 @@ class VoxtralFrontEnd(WindowedLogMel):
         A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
         the language is unknown). A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
 
+        Raises:
+            BadRow: The base does not have the row's language.
         Source: mistral-common, ``InstructTokenizerV7``.
         """
         ids = [self.bos_id, self.begin_inst_id]
         if sample.audio_path:
             ids += [self.begin_audio_id] + [self.audio_id] * (self.num_positions(num_samples) if num_samples else 0)
         if sample.task.template == "transcription":
+            check_language(sample.language, self.languages, self.model_id)
             language = self._encode(f"lang:{sample.language}") if sample.language else []
             return [*ids, self.end_inst_id, *language, self.transcribe_id]
         return [*ids, *self._encode(sample.prompt), self.end_inst_id]

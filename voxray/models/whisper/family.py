@@ -56,6 +56,7 @@ class Whisper(EncoderMethods, FamilyDefaults):
         options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "keep": ("proj_out",)}
         model = load_frozen(WhisperForConditionalGeneration, model_id, **options)
         model.generation_config.forced_decoder_ids = None  # our prompts contain language and task
+        _set_token_ids(model.generation_config, self.front_end(model_id))
         return model
 
     def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
@@ -111,6 +112,7 @@ class Whisper(EncoderMethods, FamilyDefaults):
     def prefill(self, model: Any, batch: Batch) -> tuple[CrossDecodeState, torch.Tensor]:
         """Run left-padded prompts; returns their state and logits_BV of the first new token.
 
+        Prompts without a language get the language that the model detects, in ``batch`` as well.
         Tokens that generation_config.json suppresses, always or at the first position, get logits of minus infinity.
         """
         base = unwrap_peft(model)
@@ -130,23 +132,20 @@ class Whisper(EncoderMethods, FamilyDefaults):
 
         with eager_mode(base.model.decoder):
             states_BPD = _encode(base, batch["input_features"])
-        ids_BL, mask_BL = self._add_languages(base, batch["input_ids"], batch["attention_mask"], states_BPD)
+        ids_BL, mask_BL = self._add_languages(base, batch, states_BPD)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "encoder_hidden_states": states_BPD}
         state, logits_BV = CrossDecodeState.prefill(forward, inputs)
         logits_BV[:, suppressed_first] = -torch.inf
         return state, logits_BV
 
-    def _add_languages(
-        self, base: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor, states_BPD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Insert the language that the model detects into left-padded prompts that have no language token.
+    def _add_languages(self, base: Any, batch: Batch, states_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Insert the language that the model detects into prompts of the batch that have no language token.
 
         Returns:
-            ids_BL and mask_BL, left-padded; one token longer if a prompt lacked a language.
+            ids_BL and mask_BL, left-padded; one token longer if a prompt lacked a language. The batch holds them too.
         """
-        languages = torch.tensor(
-            sorted(getattr(base.generation_config, "lang_to_id", {}).values()), device=ids_BL.device
-        )
+        ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
+        languages = torch.tensor(sorted(_language_ids(base).values()), device=ids_BL.device)
         prompts = [ids[mask.bool()] for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         rows = [row for row, ids in enumerate(prompts) if len(languages) and not torch.isin(ids, languages).any()]
         if not rows:
@@ -159,11 +158,14 @@ class Whisper(EncoderMethods, FamilyDefaults):
         detected_R = languages[base.proj_out(hidden_R1D[:, -1])[:, languages].argmax(-1)]
         for row, language in zip(rows, detected_R, strict=True):
             prompts[row] = torch.cat([prompts[row][:1], language[None], prompts[row][1:]])
-        return _pad_rows(prompts, "left")
+        batch["input_ids"], batch["attention_mask"] = ids_BL, mask_BL = _pad_rows(prompts, "left")
+        return ids_BL, mask_BL
 
     @torch.no_grad()
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
         """Generate transcripts; a recording of several windows goes through transformers' sequential algorithm.
+
+        Prompts without a language get the language that the model detects, in ``batch`` as well.
 
         Returns:
             ids_BL of the new tokens, padded on the right, with time tokens if the prompt asks for them.
@@ -173,17 +175,18 @@ class Whisper(EncoderMethods, FamilyDefaults):
         from transformers.modeling_outputs import BaseModelOutput
 
         base, features = unwrap_peft(model), batch["input_features"]
-        ids_BL, mask_BL, config = batch["input_ids"], batch["attention_mask"], base.generation_config
-        with_times = config.no_timestamps_token_id not in ids_BL[0]
-        if (with_times or len(features) > len(ids_BL)) and isinstance(base.model.encoder, PassThrough):
+        with_times = base.generation_config.no_timestamps_token_id not in batch["input_ids"][0]
+        is_long = len(features) > len(batch["input_ids"])
+        if (with_times or is_long) and isinstance(base.model.encoder, PassThrough):
             raise ValueError(
                 "long recordings and rows with times are transcribed window by window, which needs --store mel or pcm16"
             )
         with eager_mode(base.model.decoder):
-            if len(features) > len(ids_BL):
+            if is_long:
+                ids_BL, _ = self._add_languages(base, batch, _encode(base, features[:1]))
                 return self._generate_long(base, ids_BL[0], features, num_samples[0], options)
             states_BPD = _encode(base, features)
-            ids_BL, mask_BL = self._add_languages(base, ids_BL, mask_BL, states_BPD)
+            ids_BL, mask_BL = self._add_languages(base, batch, states_BPD)
             free_positions = base.config.max_target_positions - ids_BL.shape[1]  # a detected language takes one
             options["max_new_tokens"] = min(options["max_new_tokens"], free_positions)
             # With times transformers may run the encoder again on the audio after the last time token.
@@ -193,7 +196,7 @@ class Whisper(EncoderMethods, FamilyDefaults):
                 decoder_input_ids=ids_BL,  # replaces the prompt that generate would build from the language below
                 decoder_attention_mask=mask_BL,
                 return_timestamps=with_times,
-                **({"language": "en", "task": "transcribe"} if getattr(config, "lang_to_id", None) else {}),
+                **({"language": "en", "task": "transcribe"} if _language_ids(base) else {}),
                 **options,
             )
 
@@ -201,12 +204,24 @@ class Whisper(EncoderMethods, FamilyDefaults):
         self, base: Any, prompt_L: torch.Tensor, mel_WFT: torch.Tensor, num_samples: int, options: dict[str, Any]
     ) -> torch.Tensor:
         """Transcribe one recording of several windows; each begins at the end time written for the previous one."""
-        language_ids = getattr(base.generation_config, "lang_to_id", None) or {}
+        language_ids = _language_ids(base)
         languages = {token.strip("<|>") for token, token_id in language_ids.items() if token_id in prompt_L.tolist()}
         task = {"language": next(iter(languages), None), "task": "transcribe"} if language_ids else {}
         num_frames = num_samples // HOP_SAMPLES
         mel_1FT = torch.cat(list(mel_WFT), dim=-1)[None, :, :num_frames].to(base.dtype)
         return base.generate(input_features=mel_1FT, return_timestamps=True, **task, **options)
+
+
+def _language_ids(base: Any) -> dict[str, int]:
+    """{language token: id}; empty for English-only models."""
+    return getattr(base.generation_config, "lang_to_id", None) or {}
+
+
+def _set_token_ids(config: Any, front_end: WhisperFrontEnd) -> None:
+    """Set the ids of control tokens in a generation config. Those of 2022 and early 2023 lack them."""
+    config.no_timestamps_token_id, config.is_multilingual = front_end.no_times_id, front_end.is_multilingual
+    if front_end.is_multilingual:
+        config.lang_to_id, config.task_to_id = front_end.lang_to_id, front_end.task_to_id
 
 
 def _encode(base: Any, features: torch.Tensor) -> torch.Tensor:

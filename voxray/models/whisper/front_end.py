@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from voxray.core.errors import BadRow, RunError, SettingsError, one_line
+from voxray.core.languages import check_language, find_code
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.hf_files import model_file
@@ -17,6 +18,7 @@ from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
 TASKS = ("asr",)
 TEMPLATE_VERSION = "whisper-1"
+ENGLISH_TEMPLATE_VERSION = "whisper-en-2"  # rows of other languages are refused
 MAX_AUDIO_SEC = 2 * 3600.0  # of one recording, which has 230 MB of log-mel
 ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have at least one more
 TIME_STEP_SEC = 0.02  # step of Whisper's time tokens: two mel frames
@@ -57,12 +59,17 @@ class WhisperFrontEnd(WindowedLogMel):
         self.start_id = self._id("<|startoftranscript|>")
         self.no_times_id = self._id("<|notimestamps|>")
         # Prompts of English-only checkpoints have neither language nor task.
-        self.is_multilingual = bool(getattr(generation, "is_multilingual", config.vocab_size != ENGLISH_VOCABULARY))
+        stored = getattr(generation, "is_multilingual", None)
+        self.is_multilingual = config.vocab_size != ENGLISH_VOCABULARY if stored is None else bool(stored)
         self.needs_language = self.is_multilingual
         ids = {f"<|{code}|>": self._tokenizer.convert_tokens_to_ids(f"<|{code}|>") for code in LANGUAGES}
         ids = {token: token_id for token, token_id in ids.items() if token_id != self.eos_id}  # unknown ones are eos
-        self.language_ids: dict[str, int] = getattr(generation, "lang_to_id", ids) if self.is_multilingual else {}
-        options = [FEATURES_VERSION, TEMPLATE_VERSION, self.num_mel_bins, self.window_frames, self.is_multilingual]
+        ids = getattr(generation, "lang_to_id", None) or ids if self.is_multilingual else {}
+        self.lang_to_id: dict[str, int] = ids
+        self.language_ids = {_code(token): token_id for token, token_id in ids.items()}
+        self.languages = frozenset(self.language_ids) if self.is_multilingual else frozenset({"en"})
+        template = TEMPLATE_VERSION if self.is_multilingual else ENGLISH_TEMPLATE_VERSION
+        options = [FEATURES_VERSION, template, self.num_mel_bins, self.window_frames, self.is_multilingual]
         self.fingerprint = hashlib.sha256(json.dumps([*options, self._tokenizer_hash()]).encode()).hexdigest()
 
     def _id(self, token: str) -> int:
@@ -85,25 +92,29 @@ class WhisperFrontEnd(WindowedLogMel):
         segments are transcribed with times, so ``<|notimestamps|>`` is omitted.
 
         Raises:
-            BadRow: The row is not a transcription, or its language is unknown.
+            BadRow: The row is not a transcription, or the base does not have its language.
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
         if sample.task.name not in TASKS:
             raise BadRow("unsupported_task", f"Whisper only transcribes; this row's task is {sample.task.name}")
+        check_language(sample.language, self.languages, self.model_id)
         ids = [self.start_id]
         if self.is_multilingual:
             if sample.language:
-                ids.append(self._language_id(sample.language))
+                ids.append(self.language_ids[sample.language])
             ids.append(self._id("<|transcribe|>"))
         return ids if sample.segments else [*ids, self.no_times_id]
 
-    def _language_id(self, language: str) -> int:
-        token = f"<|{language}|>"
-        if token not in self.language_ids:
-            raise BadRow(
-                "bad_language", f"language {language!r} is none of the {len(self.language_ids)} that this model has"
-            )
-        return self.language_ids[token]
+    def prompt_language(self, prompt_ids: Sequence[int]) -> str:
+        """Code of the language in a prompt; "" if the prompt has none, "en" for English-only models."""
+        if not self.is_multilingual:
+            return "en"
+        return next((code for code, token_id in self.language_ids.items() if token_id in prompt_ids), "")
+
+    @property
+    def task_to_id(self) -> dict[str, int]:
+        """Ids of the task tokens that generation uses."""
+        return {"transcribe": self._id("<|transcribe|>"), "translate": self._id("<|translate|>")}
 
     def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
         """Token ids of the transcript and the end of text, with the times of its segments if it has any."""
@@ -139,3 +150,8 @@ class WhisperFrontEnd(WindowedLogMel):
             tokens = list(run)
             parts.append(self.decode(tokens) if is_text else "".join(self._tokenizer.convert_ids_to_tokens(tokens)))
         return "".join(parts)
+
+
+def _code(token: str) -> str:
+    """Code of a language token: ``<|ko|>`` -> ``ko``, ``<|jw|>`` -> ``jv``."""
+    return find_code(token.strip("<|>")) or token.strip("<|>")
