@@ -55,7 +55,7 @@ CHANGES["cache_dtype"] = "float32"
 NO_EFFECT = {
     *("output_dir", "storage_path", "features_dir", "features_cache_dir", "features_cache_gib", "cache_budget_gib"),
     *("num_actors", "num_models", "gpus_per_model", "cuda_visible_devices", "strict", "retry_failed", "score_only"),
-    *("check_batch_invariance", "terms", "english_spelling", "caption_jars"),
+    *("check_batch_invariance", "normalizer", "terms", "english_spelling", "caption_jars"),
 }
 """Flags that decide where and how the job computes, or what is done with the answers."""
 ELSEWHERE = {

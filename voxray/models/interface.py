@@ -73,8 +73,7 @@ class FrontEnd(Protocol):
         eos_id: Token id that ends an answer.
         needs_language: Whether training rows must have a ``language``.
         trims_audio: Whether prompts omit the audio tokens that stand for padding only.
-        needs_num_samples: Whether the model needs the number of unpadded samples of each window (``num_samples`` in
-            batches).
+        needs_num_samples: Whether batches need ``num_samples``, the unpadded samples of each window.
     """
 
     fingerprint: str
