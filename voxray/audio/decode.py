@@ -6,14 +6,15 @@ mp4. All resampling uses soxr's HQ setting, whose filter keeps 7 kHz unchanged a
 
 import io
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
+from voxray.audio.cut_off import HEAD_BYTES, MAX_CUT_SEC, AudioFile, missing_share
 from voxray.core.errors import BadRow, one_line
 from voxray.core.manifest import open_regular
 
@@ -23,8 +24,7 @@ AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {".wav", ".flac", ".mp3", ".ogg", ".oga", ".a
 AUDIO_SUFFIXES |= {".w64", ".sph", ".pcm"}
 PCM_RATE_HZ = 16_000
 PCM_SCALE = 32_768  # of 16-bit samples
-ZEROS_BYTES = 1 << 16
-"""A file that starts with this many zeros is no audio file, but a failed download. Decoders would scan all of it."""
+NO_SAMPLES = "no samples"
 MAX_MISSING_SEC = 0.5
 """How much earlier than the requested segment a file may end. The times in corpora are rounded."""
 
@@ -99,13 +99,14 @@ def decode_native(
         Samples, float32, shape (num_samples,), and their rate in Hz.
     Raises:
         BadRow: The file cannot be decoded (``audio_unreadable``), has no sample in that part (``audio_empty``), is
-            too long (``audio_too_long``), ends before the part does (``audio_too_short``), lacks the channel
-            (``audio_channel``) or has NaN or infinite samples (``audio_not_finite``).
+            too long (``audio_too_long``), ends before the part does (``audio_too_short``; ``audio_cut_off`` if its
+            header states that there is more), lacks the channel (``audio_channel``) or has NaN or infinite samples
+            (``audio_not_finite``).
         FileNotFoundError: The file is missing.
     """
-    _check_readable(path, raw)
+    audio_file = _open_audio(path, raw)
     faults = []
-    for decoder in _decoders(path):
+    for decoder in _decoders(audio_file.suffix):
         try:
             samples_NC, rate_hz = decoder(path if raw is None else io.BytesIO(raw), part, max_sec)
             break
@@ -114,22 +115,53 @@ def decode_native(
             message = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
             faults.append(one_line(message) or type(error).__name__)
     else:
+        if faults[0] == NO_SAMPLES:
+            raise BadRow("audio_empty", f"{path} has no samples")
+        _check_whole(audio_file, float("inf"))
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
-    if len(samples_NC) == 0:
-        raise BadRow("audio_empty", f"{path} has no samples" + (" in this segment" if part != WHOLE else ""))
-    if len(samples_NC) / rate_hz > max_sec:
-        raise BadRow(
-            "audio_too_long",
-            f"{path} is longer than {max_sec:g} s; only evaluate and infer accept this, for transcription",
-        )
-    if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
-        ends_sec = part.start_sec + len(samples_NC) / rate_hz
-        segment = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
-        raise BadRow("audio_too_short", f"{path} ends at {ends_sec:.2f} s, within {segment}")
+    _check_length(audio_file, part, len(samples_NC) / rate_hz, max_sec)
     samples = _one_channel(samples_NC, part.channel, path)
     if not np.isfinite(samples).all():
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
     return samples, rate_hz
+
+
+def _check_length(file: AudioFile, part: Part, sec: float, max_sec: float) -> None:
+    """Check the length of a decoded part in seconds against the part, the file's header and the limit.
+
+    Raises:
+        BadRow: See ``decode_native``.
+    """
+    path = file.path
+    if not sec and not part.start_sec:
+        raise BadRow("audio_empty", f"{path} has no samples")
+    short_sec, end_sec = part.duration_sec - sec, part.start_sec + sec
+    if not part.duration_sec or short_sec > MAX_CUT_SEC:
+        _check_whole(file, end_sec, end_sec if sec <= max_sec else float("inf"))
+    if sec > max_sec:
+        raise BadRow(
+            "audio_too_long",
+            f"{path} is longer than {max_sec:g} s; only evaluate and infer accept this, for transcription",
+        )
+    if not sec:
+        raise BadRow("audio_empty", f"{path} has no samples in this segment")
+    if short_sec > MAX_MISSING_SEC:
+        segment = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
+        raise BadRow("audio_too_short", f"{path} ends at {end_sec:.2f} s, within {segment}")
+
+
+def _check_whole(file: AudioFile, at_least_sec: float, end_sec: float = float("inf")) -> None:
+    """Refuse a file that lacks the end of its audio.
+
+    Args:
+        at_least_sec: The file holds this many seconds or more.
+        end_sec: The seconds that were decoded if all were; infinity otherwise.
+    Raises:
+        BadRow: ``audio_cut_off``.
+    """
+    share = missing_share(file, end_sec) if file.suffix != ".pcm" else 0.0
+    if share and share * at_least_sec > MAX_CUT_SEC:
+        raise BadRow("audio_cut_off", f"{file.path} is cut off: the file ends before its audio does")
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
@@ -141,25 +173,35 @@ def header_seconds(path: str) -> float:
     """Length of a file in seconds according to its header. The audio is not decoded.
 
     Raises:
+        BadRow: The file is known to be cut off (``audio_cut_off``).
         OSError, ValueError: The file cannot be read, or its header has no length.
     """
-    _check_readable(path, None)
-    if Path(path).suffix.lower() == ".pcm":
-        return Path(path).stat().st_size / 2 / PCM_RATE_HZ
-    try:
-        return soundfile.info(path).duration
-    except soundfile.LibsndfileError:
-        import av
-        from av.error import FFmpegError
+    audio_file = _open_audio(path, None)
+    if audio_file.suffix == ".pcm":
+        return audio_file.size / 2 / PCM_RATE_HZ
+    seconds = _header_seconds(path)
+    _check_whole(audio_file, seconds)
+    return seconds
 
-        try:
-            with _open_ffmpeg(path) as container:
-                seconds = (container.duration or 0) / av.time_base
-        except FFmpegError as error:
-            raise ValueError(str(error)) from None
-        if not seconds:
-            raise ValueError(f"{path} does not say how long it is") from None
+
+def _header_seconds(path: str) -> float:
+    seconds: float | None = None
+    with suppress(soundfile.LibsndfileError):
+        seconds = soundfile.info(path).duration
+    if seconds:
         return seconds
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with _open_ffmpeg(path) as container:
+            seconds = (container.duration or 0) / av.time_base or seconds
+    except FFmpegError as error:
+        if seconds is None:
+            raise ValueError(str(error)) from None
+    if seconds is None:
+        raise ValueError(f"{path} does not say how long it is")
+    return seconds
 
 
 def _open_ffmpeg(file: Any) -> Any:
@@ -170,29 +212,25 @@ def _open_ffmpeg(file: Any) -> Any:
     return av.open(file, mode="r", options={"protocol_whitelist": protocols})
 
 
-def _check_readable(path: str, raw: bytes | None) -> None:
-    """Refuse a path that is not a regular file, and a file that starts with 64 KiB of zeros, before decoding it.
+def _open_audio(path: str, raw: bytes | None) -> AudioFile:
+    """Open a file. One that starts with 64 KiB of zeros is a failed download, which decoders would scan to its end.
 
     Raises:
         BadRow: ``audio_unreadable``.
         FileNotFoundError: The file is missing.
     """
-    if raw is None:
-        try:
-            with open_regular(path) as file:
-                head = file.read(ZEROS_BYTES)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
-    else:
-        head = raw[:ZEROS_BYTES]
-    if len(head) == ZEROS_BYTES and not any(head) and Path(path).suffix.lower() != ".pcm":
-        raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {ZEROS_BYTES >> 10} KiB of zeros")
+    try:
+        file = AudioFile(path, raw)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
+    if len(file.head) == HEAD_BYTES and not any(file.head) and file.suffix != ".pcm":
+        raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {HEAD_BYTES >> 10} KiB of zeros")
+    return file
 
 
-def _decoders(path: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
-    suffix = Path(path).suffix.lower()
+def _decoders(suffix: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
     if suffix == ".pcm":
         return [_decode_pcm]
     return [_decode_ffmpeg, _decode_soundfile] if suffix in FFMPEG_SUFFIXES else [_decode_soundfile, _decode_ffmpeg]
@@ -211,6 +249,8 @@ def _decode_soundfile(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray
     """Seeks to the part. Reads at most one second more than ``max_sec``, enough to detect that a clip is too long."""
     with soundfile.SoundFile(file) as sound:
         rate_hz = sound.samplerate
+        if not sound.frames:
+            raise ValueError(NO_SAMPLES)  # or a WAV of unknown length, which FFmpeg reads to its end
         start = min(round(part.start_sec * rate_hz), sound.frames)
         if sound.format == "MP3":
             sound.read(start, dtype="float32")  # seeking in MP3 is not sample-accurate
