@@ -10,37 +10,12 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from helpers.audio_files import by_ffmpeg, by_soundfile, sound
 
 from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode, resampled_length
 from voxray.core.errors import BadRow
 
 RATE_HZ = 16_000
-
-
-def sound(rate_hz: int, seconds: float = 1.0) -> np.ndarray:
-    """A chord with fade-in and fade-out that every codec preserves, float32."""
-    time = np.arange(round(rate_hz * seconds)) / rate_hz
-    chord = sum(np.sin(2 * np.pi * hz * time) for hz in (220, 440, 1000)) / 3
-    return (0.5 * chord * np.hanning(len(time))).astype(np.float32)
-
-
-def by_soundfile(samples: np.ndarray, rate_hz: int, kind: str, subtype: str | None = None) -> bytes:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate_hz, format=kind, subtype=subtype)
-    return file.getvalue()
-
-
-def by_ffmpeg(samples: np.ndarray, rate_hz: int, container: str, codec: str) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        stream = output.add_stream(codec, rate=rate_hz)
-        stream.layout = "stereo" if samples.ndim == 2 else "mono"
-        planes = np.atleast_2d(samples.T)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(planes), format="fltp", layout=stream.layout.name)
-        frame.sample_rate, frame.pts = rate_hz, 0
-        for part in (frame, None):
-            output.mux(stream.encode(part))
-    return file.getvalue()
 
 
 def best_correlation(result: np.ndarray, expected: np.ndarray, max_delay: int = 0) -> float:
@@ -189,7 +164,7 @@ def test_a_missing_file_raises_file_not_found(tmp_path: Path):
 
 
 def test_a_header_with_too_many_samples():
-    """A truncated download is decoded up to its end. A FLAC header of 2^36 samples must not allocate 256 GiB."""
+    """A file whose length was unknown is decoded up to its end. 2^36 samples of FLAC must not allocate 256 GiB."""
     assert len(decode("a.wav", RATE_HZ, wav(size=(40, struct.pack("<I", 2**31 - 1))))) == 16_000
     flac = bytearray(by_soundfile(sound(RATE_HZ), RATE_HZ, "FLAC"))
     flac[21] |= 0x0F

@@ -113,7 +113,7 @@ EXPECTED = [
     (4, "audio_unreadable"),
     (5, "audio_not_finite"),
     (6, "audio_empty"),
-    (7, "audio_truncated"),
+    (7, "audio_cut_off"),
     (8, "duplicate"),
     (10, "duplicate"),
     (11, "duplicate_id"),

@@ -3,6 +3,7 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,53 @@ def test_a_damaged_archive_is_one_line(tmp_path, damage):
     with pytest.raises(RunError, match=r"a\.tar\.gz: damaged, so nothing of it is taken: ."):
         unpack(tmp_path / "a.tar.gz", tmp_path / "out", release_member_path("ko", set()))
     assert everything(tmp_path) == {"a.tar.gz"}
+
+
+def named(kind: bytes, size: int, count: int = 1) -> bytes:
+    """Members of a kind that hold the name of the next one, and that one."""
+    head = tarfile.TarInfo("././@LongLink")
+    head.size, head.type = size, kind
+    name = head.tobuf(tarfile.GNU_FORMAT) + b"a" * (size + -size % 512)
+    return name * count + tarfile.TarInfo("cv/ko/clips/a.mp3").tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g", b"X"])
+def test_a_name_of_many_bytes_is_refused_before_it_is_read(tmp_path, kind):
+    """tarfile reads names into memory as a whole: 1 GiB of them compresses to 1 MiB."""
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(named(kind, 40 << 20), 1))
+    tracemalloc.start()
+    with pytest.raises(RunError, match=r"a\.tar\.gz: damaged, so nothing of it is taken: a name of 40 MiB"):
+        unpack(path, tmp_path / "out", clip_member_path)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 4 << 20
+
+
+def test_headers_count_as_unpacked_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking, "SLACK_BYTES", 1 << 20)
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(named(b"L", 100_000, count=20)))
+    with pytest.raises(RunError, match="refused, over 1 MiB come out of 0 MiB"):
+        unpack(path, tmp_path / "out", clip_member_path)
+
+
+def test_a_name_within_a_name_without_end_is_one_line(tmp_path):
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(named(b"L", 0, count=5000)))
+    with pytest.raises(RunError, match=r"a\.tar\.gz: damaged"):
+        unpack(path, tmp_path / "out", clip_member_path)
+
+
+def test_two_members_for_one_file_are_refused(tmp_path):
+    """Otherwise the second is taken for a copy that is there already, and two rows have one clip."""
+    train, test = ("x/train/a.mp3", b"sound"), ("x/test/a.mp3", b"other")
+    with pytest.raises(RunError, match=r"a\.tar\.gz:x/train/a\.mp3 and a\.tar\.gz:x/test/a\.mp3 are two files"):
+        unpack(packed(tmp_path / "a.tar.gz", train, test), tmp_path / "out", clip_member_path)
+    archives = [packed(tmp_path / "b.tar.gz", train), packed(tmp_path / "c.tar.gz", test)]
+    shared: dict[str, str] = {}
+    unpack(archives[0], tmp_path / "two", clip_member_path, members_by_target=shared)
+    with pytest.raises(RunError, match=r"b\.tar\.gz:x/train/a\.mp3 and c\.tar\.gz:x/test/a\.mp3 are two files"):
+        unpack(archives[1], tmp_path / "two", clip_member_path, members_by_target=shared)
+    repeated = packed(tmp_path / "d.tar.gz", train, train)
+    assert unpack(repeated, tmp_path / "three", clip_member_path) == 2

@@ -75,6 +75,9 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
     whole = Path(noise(root / "whole.flac", 2.0)).read_bytes()
     (root / "truncated.flac").write_bytes(whole[: len(whole) // 2])
     (root / "cut_in_header.flac").write_bytes(whole[:30])
+    for suffix in ("wav", "mp3", "ogg"):
+        raw = Path(noise(root / f"whole.{suffix}", 2.0)).read_bytes()
+        (root / f"cut_off.{suffix}").write_bytes(raw[: len(raw) // 2])
     (root / "text.wav").write_text("이것은 소리가 아니라 글입니다.\n" * 100, encoding="utf-8")
     (root / "random.mp3").write_bytes(np.random.default_rng(1).bytes(20_000))
     session = "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=audio 5004 RTP/AVP 0\n"
@@ -114,6 +117,9 @@ def _audio_files(root: Path) -> dict[str, tuple[str, str]]:
         "cut_header.wav": unreadable,
         "truncated.flac": unreadable,
         "cut_in_header.flac": unreadable,
+        "cut_off.wav": ("audio_cut_off",) * 2,
+        "cut_off.mp3": ("audio_cut_off",) * 2,
+        "cut_off.ogg": ("audio_cut_off",) * 2,
         "text.wav": unreadable,
         "random.mp3": unreadable,
         "session.wav": unreadable,

@@ -5,15 +5,19 @@ mp4. All resampling uses soxr's HQ setting, whose filter keeps 7 kHz unchanged a
 """
 
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 
+from voxray.audio.cut_off import HEAD_BYTES, MAX_CUT_SEC, AudioFile, missing_share
+from voxray.audio.mix import BLOCK_VALUES, Mixer
 from voxray.core.errors import BadRow, one_line
 from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.manifest import open_regular
@@ -24,8 +28,9 @@ AUDIO_SUFFIXES = FFMPEG_SUFFIXES | {".wav", ".flac", ".mp3", ".ogg", ".oga", ".a
 AUDIO_SUFFIXES |= {".w64", ".sph", ".pcm"}
 PCM_RATE_HZ = 16_000
 PCM_SCALE = 32_768  # of 16-bit samples
-ZEROS_BYTES = 1 << 16
-"""A file that starts with this many zeros is no audio file, but a failed download. Decoders would scan all of it."""
+NO_SAMPLES = "no samples"
+MAX_PLANES = 8
+"""PyAV crashes on frames with a plane for each of this many channels. Interleaving them is slower."""
 MAX_MISSING_SEC = 0.5
 """How much earlier than the requested segment a file may end. The times in corpora are rounded."""
 
@@ -100,37 +105,72 @@ def decode_native(
         Samples, float32, shape (num_samples,), and their rate in Hz.
     Raises:
         BadRow: The file cannot be decoded (``audio_unreadable``), has no sample in that part (``audio_empty``), is
-            too long (``audio_too_long``), ends before the part does (``audio_too_short``), lacks the channel
-            (``audio_channel``) or has NaN or infinite samples (``audio_not_finite``).
+            too long (``audio_too_long``), ends before the part does (``audio_too_short``; ``audio_cut_off`` if its
+            header states that there is more), lacks the channel (``audio_channel``) or has NaN or infinite samples
+            (``audio_not_finite``).
         FileNotFoundError: The file is missing.
     """
-    _check_readable(path, raw)
+    audio_file = _open_audio(path, raw)
     faults = []
-    for decoder in _decoders(path):
+    for decoder in _decoders(audio_file.suffix):
+        mixer = Mixer(path, part.channel)
         try:
-            samples_NC, rate_hz = decoder(path if raw is None else io.BytesIO(raw), part, max_sec)
+            rate_hz = decoder(path if raw is None else io.BytesIO(raw), part, max_sec, mixer)
             break
+        except BadRow:
+            raise
         # MemoryError: a damaged header can promise terabytes
         except (soundfile.LibsndfileError, OSError, ValueError, RuntimeError, MemoryError) as error:
             message = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
             faults.append(one_line(message) or type(error).__name__)
     else:
+        if faults[0] == NO_SAMPLES:
+            raise BadRow("audio_empty", f"{path} has no samples")
+        _check_whole(audio_file, float("inf"))
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
-    if len(samples_NC) == 0:
-        raise BadRow("audio_empty", f"{path} has no samples" + (" in this segment" if part != WHOLE else ""))
-    if len(samples_NC) / rate_hz > max_sec:
+    samples = mixer.samples()
+    _check_length(audio_file, part, len(samples) / rate_hz, max_sec)
+    if not np.isfinite(samples).all():
+        raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
+    return samples, rate_hz
+
+
+def _check_length(file: AudioFile, part: Part, sec: float, max_sec: float) -> None:
+    """Check the length of a decoded part in seconds against the part, the file's header and the limit.
+
+    Raises:
+        BadRow: See ``decode_native``.
+    """
+    path = file.path
+    if not sec and not part.start_sec:
+        raise BadRow("audio_empty", f"{path} has no samples")
+    short_sec, end_sec = part.duration_sec - sec, part.start_sec + sec
+    if not part.duration_sec or short_sec > MAX_CUT_SEC:
+        _check_whole(file, end_sec, end_sec if sec <= max_sec else float("inf"))
+    if sec > max_sec:
         raise BadRow(
             "audio_too_long",
             f"{path} is longer than {max_sec:g} s; only evaluate and infer accept this, for transcription",
         )
-    if part.duration_sec - len(samples_NC) / rate_hz > MAX_MISSING_SEC:
-        ends_sec = part.start_sec + len(samples_NC) / rate_hz
+    if not sec:
+        raise BadRow("audio_empty", f"{path} has no samples in this segment")
+    if short_sec > MAX_MISSING_SEC:
         segment = f"the segment from {part.start_sec:g} s for {part.duration_sec:g} s"
-        raise BadRow("audio_too_short", f"{path} ends at {ends_sec:.2f} s, within {segment}")
-    samples = _one_channel(samples_NC, part.channel, path)
-    if not np.isfinite(samples).all():
-        raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
-    return samples, rate_hz
+        raise BadRow("audio_too_short", f"{path} ends at {end_sec:.2f} s, within {segment}")
+
+
+def _check_whole(file: AudioFile, at_least_sec: float, end_sec: float = float("inf")) -> None:
+    """Refuse a file that lacks the end of its audio.
+
+    Args:
+        at_least_sec: The file holds this many seconds or more.
+        end_sec: The seconds that were decoded if all were; infinity otherwise.
+    Raises:
+        BadRow: ``audio_cut_off``.
+    """
+    share = missing_share(file, end_sec) if file.suffix != ".pcm" else 0.0
+    if share and share * at_least_sec > MAX_CUT_SEC:
+        raise BadRow("audio_cut_off", f"{file.path} is cut off: the file ends before its audio does")
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
@@ -142,25 +182,35 @@ def header_seconds(path: str) -> float:
     """Length of a file in seconds according to its header. The audio is not decoded.
 
     Raises:
+        BadRow: The file is known to be cut off (``audio_cut_off``).
         OSError, ValueError: The file cannot be read, or its header has no length.
     """
-    _check_readable(path, None)
-    if Path(path).suffix.lower() == ".pcm":
-        return Path(path).stat().st_size / 2 / PCM_RATE_HZ
-    try:
-        return soundfile.info(path).duration
-    except soundfile.LibsndfileError:
-        import av
-        from av.error import FFmpegError
+    audio_file = _open_audio(path, None)
+    if audio_file.suffix == ".pcm":
+        return audio_file.size / 2 / PCM_RATE_HZ
+    seconds = _header_seconds(path)
+    _check_whole(audio_file, seconds)
+    return seconds
 
-        try:
-            with _open_ffmpeg(path) as container:
-                seconds = (container.duration or 0) / av.time_base
-        except FFmpegError as error:
-            raise ValueError(str(error)) from None
-        if not seconds:
-            raise ValueError(f"{path} does not say how long it is") from None
+
+def _header_seconds(path: str) -> float:
+    seconds: float | None = None
+    with suppress(soundfile.LibsndfileError):
+        seconds = soundfile.info(path).duration
+    if seconds:
         return seconds
+    import av
+    from av.error import FFmpegError
+
+    try:
+        with _open_ffmpeg(path) as container:
+            seconds = (container.duration or 0) / av.time_base or seconds
+    except FFmpegError as error:
+        if seconds is None:
+            raise ValueError(str(error)) from None
+    if seconds is None:
+        raise ValueError(f"{path} does not say how long it is")
+    return seconds
 
 
 def _open_ffmpeg(file: Any) -> Any:
@@ -171,60 +221,72 @@ def _open_ffmpeg(file: Any) -> Any:
     return av.open(file, mode="r", options={"protocol_whitelist": protocols})
 
 
-def _check_readable(path: str, raw: bytes | None) -> None:
-    """Refuse a path that is not a regular file, a Git LFS pointer, and a file that starts with 64 KiB of zeros.
+def _open_audio(path: str, raw: bytes | None) -> AudioFile:
+    """Open a file. One that starts with 64 KiB of zeros is a failed download, which decoders would scan to its end.
+
+    A Git LFS pointer is refused, too.
 
     Raises:
         BadRow: ``audio_unreadable``.
         FileNotFoundError: The file is missing.
     """
-    if raw is None:
-        try:
-            with open_regular(path) as file:
-                head = file.read(ZEROS_BYTES)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
-    else:
-        head = raw[:ZEROS_BYTES]
-    if head.startswith(POINTER_START):
+    try:
+        file = AudioFile(path, raw)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise BadRow("audio_unreadable", f"cannot read {path}: {error.strerror}") from None
+    if file.head.startswith(POINTER_START):
         raise BadRow("audio_unreadable", f"{path} is {POINTER}")
-    if len(head) == ZEROS_BYTES and not any(head) and Path(path).suffix.lower() != ".pcm":
-        raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {ZEROS_BYTES >> 10} KiB of zeros")
+    if len(file.head) == HEAD_BYTES and not any(file.head) and file.suffix != ".pcm":
+        raise BadRow("audio_unreadable", f"cannot decode {path}: it begins with {HEAD_BYTES >> 10} KiB of zeros")
+    return file
 
 
-def _decoders(path: str) -> list[Callable[[Any, Part, float], tuple[np.ndarray, int]]]:
-    suffix = Path(path).suffix.lower()
+def _decoders(suffix: str) -> list[Callable[[Any, Part, float, Mixer], int]]:
     if suffix == ".pcm":
         return [_decode_pcm]
     return [_decode_ffmpeg, _decode_soundfile] if suffix in FFMPEG_SUFFIXES else [_decode_soundfile, _decode_ffmpeg]
 
 
-def _one_channel(samples_NC: np.ndarray, channel: int, path: str) -> np.ndarray:
-    num_channels = samples_NC.shape[1]
-    if channel >= num_channels:
-        raise BadRow("audio_channel", f"{path} has {num_channels} channel(s), so there is no channel {channel}")
-    if channel >= 0:
-        return samples_NC[:, channel]
-    return samples_NC.mean(axis=1, dtype=np.float32) if num_channels > 1 else samples_NC[:, 0]
+class _Sound(soundfile.SoundFile):
+    """A file that is read on from where the last read ended. soundfile seeks after every read, which harms MP3."""
+
+    def seekable(self) -> bool:
+        return False
 
 
-def _decode_soundfile(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
+def _decode_soundfile(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
     """Seeks to the part. Reads at most one second more than ``max_sec``, enough to detect that a clip is too long."""
-    with soundfile.SoundFile(file) as sound:
+    with _Sound(file) as sound:
         rate_hz = sound.samplerate
+        if not sound.frames:
+            raise ValueError(NO_SAMPLES)  # or a WAV of unknown length, which FFmpeg reads to its end
         start = min(round(part.start_sec * rate_hz), sound.frames)
-        if sound.format == "MP3":
-            sound.read(start, dtype="float32")  # seeking in MP3 is not sample-accurate
-        elif start:
-            sound.seek(start)
+        is_mp3 = sound.format == "MP3"  # only its beginning can be sought exactly
+        if start or is_mp3:
+            sound.seek(0 if is_mp3 else start)
+        for _ in _blocks(sound, start if is_mp3 else 0):
+            pass
         length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
-        num_samples = round(length_sec * rate_hz) if length_sec < float("inf") else -1
-        return sound.read(num_samples, dtype="float32", always_2d=True), rate_hz
+        num_samples = sound.frames - start
+        if length_sec < float("inf"):
+            num_samples = min(num_samples, round(length_sec * rate_hz))
+        for block_NC in _blocks(sound, num_samples):
+            mixer.add(block_NC)
+        return rate_hz
 
 
-def _decode_pcm(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
+def _blocks(sound: _Sound, num_samples: int) -> Iterator[np.ndarray]:
+    """Read the next samples in blocks, up to the end of the file."""
+    block_samples = BLOCK_VALUES // sound.channels
+    while num_samples > 0:
+        block_NC = sound.read(min(num_samples, block_samples), dtype="float32", always_2d=True)
+        yield block_NC
+        num_samples = num_samples - block_samples if len(block_NC) == block_samples else 0
+
+
+def _decode_pcm(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
     """Headerless 16-bit little-endian mono at 16 kHz, as KsponSpeech stores it. An odd last byte is ignored."""
     start = 2 * round(part.start_sec * PCM_RATE_HZ)
     stream: Any = file if isinstance(file, io.BytesIO) else open_regular(file)
@@ -235,41 +297,62 @@ def _decode_pcm(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]
             num_bytes = min(num_bytes, 2 * round(length_sec * PCM_RATE_HZ))
         stream.seek(start)
         samples = np.frombuffer(stream.read(num_bytes // 2 * 2), "<i2")
-    return (samples.astype(np.float32) / PCM_SCALE)[:, None], PCM_RATE_HZ
+    mixer.add((samples.astype(np.float32) / PCM_SCALE)[:, None])
+    return PCM_RATE_HZ
 
 
-def _decode_ffmpeg(file: Any, part: Part, max_sec: float) -> tuple[np.ndarray, int]:
+def _decode_ffmpeg(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
     """Seeks to the key frame before the part and stops decoding after it. As exact as the container's times (1 ms)."""
     import av  # imported only where needed, since it loads all of FFmpeg
     from av.error import FFmpegError
 
-    blocks: list[np.ndarray] = []
     try:
         with _open_ffmpeg(file) as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise ValueError("no audio stream that FFmpeg can decode")
             stream = container.streams.audio[0]
-            rate_hz, first_sec, decoded = stream.rate, None, 0
-            if not rate_hz:
+            if not stream.rate:
                 raise ValueError("a sample rate of 0")
-            length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
             if part.start_sec:
                 container.seek(int(part.start_sec * av.time_base))
-            resampler = av.AudioResampler(format="fltp", rate=rate_hz)
-            for frame in container.decode(stream):
-                first_sec = (frame.time or 0.0) if first_sec is None else first_sec
-                blocks += [block.to_ndarray() for block in resampler.resample(frame)]
-                decoded += frame.samples
-                if first_sec + decoded / rate_hz > part.start_sec + length_sec:
-                    break
-            blocks += [block.to_ndarray() for block in resampler.resample(None)]
+            frames, rate_hz = container.decode(stream), stream.rate
+            if (first := next(frames, None)) is None:
+                raise ValueError("no audio frame")
+            lead_sec = part.start_sec - (first.time or 0.0)
+            start = max(0, round(lead_sec * rate_hz)) if part != WHOLE else 0
+            end = start + round(part.duration_sec * rate_hz) if part.duration_sec else sys.maxsize
+            enough = (lead_sec + min(part.duration_sec or float("inf"), max_sec + 1)) * rate_hz
+            at = 0
+            for block_NC in _ffmpeg_blocks(chain([first], frames), first.layout.nb_channels, rate_hz, enough):
+                mixer.add(block_NC[max(0, start - at) : max(0, end - at)])
+                at += len(block_NC)
+            return rate_hz
     except FFmpegError as error:  # some subclasses are neither OSError nor ValueError
         raise ValueError(str(error)) from error
-    if not blocks:
-        raise ValueError("no audio frame")
-    samples_NC = np.concatenate(blocks, axis=1).T
-    if part == WHOLE:
-        return samples_NC, rate_hz
-    start = max(0, round((part.start_sec - (first_sec or 0.0)) * rate_hz))
-    end = start + round(part.duration_sec * rate_hz) if part.duration_sec else None
-    return samples_NC[start:end], rate_hz
+
+
+def _ffmpeg_blocks(frames: Iterable[Any], num_channels: int, rate_hz: int, enough: float) -> Iterator[np.ndarray]:
+    """Samples of decoded frames in blocks of shape (num_samples, num_channels), until there are ``enough``."""
+    import av
+
+    is_planar = num_channels < MAX_PLANES
+    resampler = av.AudioResampler(format="fltp" if is_planar else "flt", rate=rate_hz)
+    arrays: list[np.ndarray] = []
+    waiting = decoded = 0
+
+    def block_NC() -> np.ndarray:
+        values = np.concatenate(arrays, axis=1)
+        return values.T if is_planar else values.reshape(-1, num_channels)
+
+    for frame in frames:
+        arrays += [part.to_ndarray() for part in resampler.resample(frame)]
+        waiting += frame.samples
+        if arrays and waiting * num_channels >= BLOCK_VALUES:
+            yield block_NC()
+            arrays, waiting = [], 0
+        decoded += frame.samples
+        if decoded > enough:
+            break
+    arrays += [part.to_ndarray() for part in resampler.resample(None)]
+    if arrays:
+        yield block_NC()

@@ -18,7 +18,7 @@ FAULTS = {
     "audio_empty": ("the clip has no samples", "fetch it again, or correct start and duration"),
     "audio_not_finite": ("the clip holds NaN or infinite samples", "export it again as 16-bit audio"),
     "audio_channel": ("the clip lacks the channel", "correct or leave out channel"),
-    "audio_truncated": ("the clip is shorter than its header says", "copy it again; the transfer broke off"),
+    "audio_cut_off": ("the file has less audio than its header says", "copy it again; the transfer broke off"),
     "audio_too_short": ("the file ends before the segment does", "correct start and duration"),
     "old_cache": ("the row points to a cached feature file", "featurize the manifest that names the audio"),
     "audio_too_long": ("the clip is longer than the model takes", "cut it at pauses, or give the row segments"),

@@ -5,7 +5,6 @@ A chunk's measurements go to a file, so neither the workers nor the driver hold 
 """
 
 import json
-import os
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from voxray.models.interface import FrontEnd
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer, but a damaged header may say so and exhaust the memory
 EXCERPT_CHARS = 60
-STREAMED_BYTES = 0x7FFF_0000  # programs that do not know the size yet write sizes from here on
 
 
 @dataclass(frozen=True)
@@ -134,12 +132,9 @@ class RowMeasurer(PoolWorker):
         part, limits = Part(sample.start_sec, sample.duration_sec, sample.channel), self.limits
         max_sec = self.front_end.max_audio_sec if self.front_end else MAX_DECODED_SEC
         try:
-            missing = missing_bytes(Path(sample.audio_path))
             samples, rate_hz = decode_native(sample.audio_path, part=part, max_sec=max_sec)
         except OSError as error:
             raise BadRow("audio_missing", f"cannot read {sample.audio_path}: {error.strerror}") from None
-        if missing:
-            raise BadRow("audio_truncated", f"{sample.audio_path} lacks {missing} of the bytes that its header says")
         quality = measure(samples, rate_hz)
         row.duration_sec, row.audio = quality.duration_sec, audio_hash(samples)
         row.warnings += faults(quality, limits.quality)
@@ -194,16 +189,6 @@ def over_limit(
     if total - num_audio > total - max_len:
         advice += f", or shorten its texts by {total - max_len} tokens"
     return f"{sizes}: {fate}. To keep it, {advice}"
-
-
-def missing_bytes(path: Path) -> int:
-    """Number of bytes that a WAV file lacks according to its header. A truncated copy decodes without an error."""
-    with open(path, "rb") as file:
-        head, size = file.read(12), os.fstat(file.fileno()).st_size
-    stated = int.from_bytes(head[4:8], "little")
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE" or stated >= STREAMED_BYTES:
-        return 0
-    return max(0, stated + 8 - size - 1)  # some programs count a padding byte but do not write it
 
 
 def _text_warnings(text: str) -> Iterator[tuple[str, str]]:

@@ -98,12 +98,12 @@ def download_and_unpack(
                 source.repository.fetch(file, target, on_bytes)
     if not source.is_packed:
         return tuple(importer_inputs(source, base))
-    corpus, languages = raw / "corpus", set[str]()
+    corpus, languages, members_by_target = raw / "corpus", set[str](), dict[str, str]()
     for file in source.files:
         path = base / file.path
         if is_archive(path.name):
             target_path = release_member_path(language, languages) if source.form == "archives" else clip_member_path
-            unpack(path, corpus, target_path, on_progress)
+            unpack(path, corpus, target_path, on_progress, members_by_target)
         else:
             copy_file(path, corpus / path.name)
     if not any(corpus.glob("*.tsv")):

@@ -24,6 +24,15 @@ MAX_GROWTH = 20
 """Most unpacked bytes per byte of the archive. Speech is already compressed; tables compress to a quarter."""
 SLACK_BYTES = 64 << 20
 """Unpacked bytes allowed in addition, for small archives."""
+MAX_HEADER_BYTES = 1 << 20
+"""Longest name and other properties of a member."""
+HEADER_TYPES = {
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+}
 MIN_FREE_BYTES = 256 << 20
 COPY_BYTES = 1 << 20
 
@@ -38,6 +47,7 @@ def unpack(
     folder: Path,
     target_path: Callable[[str], str],
     on_progress: Callable[[float, float], None] = lambda done, total: None,
+    members_by_target: dict[str, str] | None = None,
 ) -> int:
     """Unpack selected members of an archive.
 
@@ -46,36 +56,35 @@ def unpack(
         folder: Target folder.
         target_path: From a member's name to its path below the folder, or "" if the member is not to be unpacked.
         on_progress: Called with (bytes of the archive read, size of the archive) every 100 files and at the end.
+        members_by_target: The member that each file in the folder is from. Archives of one corpus share it.
     Returns:
         Number of files of the archive that are now in the folder.
     Raises:
-        RunError: The archive is damaged, would write outside the folder or expands too much, or the disk is full.
+        RunError: The archive is damaged, would write outside the folder, has two members for one file or expands too
+            much, or the disk is full.
     """
-    size, num_unpacked, count = archive.stat().st_size, 0, 0
-    limit, written = MAX_GROWTH * size + SLACK_BYTES, list[Path]()
-
-    def check_growth(num_bytes: int) -> None:
-        nonlocal num_unpacked
-        num_unpacked += num_bytes
-        if num_unpacked > limit:
-            raise RunError(f"{archive}: refused, over {limit >> 20} MiB come out of {size >> 20} MiB")
-
+    size, count, written = archive.stat().st_size, 0, list[Path]()
+    members_by_target = {} if members_by_target is None else members_by_target
     try:
-        with open(archive, "rb") as raw, _decompressed(raw) as stream:
-            with tarfile.open(fileobj=stream, mode="r|") as members:
+        with open(archive, "rb") as raw, _decompressed(raw) as decompressed:
+            stream: Any = _LimitedStream(decompressed, archive)
+            with tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as members:
                 for member in members:
-                    check_growth(member.size)
+                    stream.check(member.size)
                     target = "" if member.isdir() else target_path(member.name)
                     if not target:
                         continue
                     _check_member(archive, folder, member)
+                    name = f"{archive.name}:{member.name}"
+                    if (other := members_by_target.setdefault(target, name)) != name:
+                        raise RunError(f"{archive}: refused, {other} and {name} are two files for {target}")
                     count += 1
                     written += _extract(members, member, folder / target, free=folder)
                     if count % 100 == 0:
                         on_progress(raw.tell(), size)
-            while rest := stream.read(COPY_BYTES):  # read to the end, where the checksum is
-                check_growth(len(rest))
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            while stream.read(COPY_BYTES):  # read to the end, where the checksum is
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError, RecursionError) as error:
         reason = one_line(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno:
             raise RunError(f"{archive}: cannot unpack it into {folder}: {error.strerror}") from None
@@ -84,6 +93,37 @@ def unpack(
         raise RunError(f"{archive}: damaged, so nothing of it is taken: {reason}") from None
     on_progress(size, size)
     return count
+
+
+class _LimitedStream:
+    """A decompressed archive that ends with an error if far more comes out of it than its size allows."""
+
+    def __init__(self, stream: BinaryIO, archive: Path) -> None:
+        self._stream, self._archive, self._num_bytes = stream, archive, 0
+        self._size = archive.stat().st_size
+
+    def read(self, num_bytes: int) -> bytes:
+        """As a file's ``read``. Raises RunError beyond the limit."""
+        content = self._stream.read(num_bytes)
+        self._num_bytes += len(content)
+        self.check(0)
+        return content
+
+    def check(self, num_bytes: int) -> None:
+        """Refuse an archive from which so many more bytes are about to be read. Raises RunError."""
+        limit = MAX_GROWTH * self._size + SLACK_BYTES
+        if self._num_bytes + num_bytes > limit:
+            sizes = f"over {limit >> 20} MiB come out of {self._size >> 20} MiB"
+            raise RunError(f"{self._archive}: refused, {sizes}")
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive. Long names are in members of their own, which tarfile reads into memory as a whole."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> Any:  # the method that tarfile documents for subclasses
+        if self.type in HEADER_TYPES and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a name of {self.size >> 20} MiB")
+        return super()._proc_member(archive)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _decompressed(raw: BinaryIO) -> Any:

@@ -33,10 +33,12 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     Args:
         max_len: Longest prompt in tokens, for chunks too.
     Raises:
-        BadRow: The length of the recording is unknown, or not even a short chunk fits.
+        BadRow: The length of the recording is unknown, its file is cut off, or not even a short chunk fits.
     """
     try:
         total_sec = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
+    except BadRow:
+        raise
     except (OSError, ValueError) as error:
         raise BadRow("audio_unreadable", f"{sample.audio_path}: does not say how long it is: {error}") from None
     chunk_sec = front_end.max_audio_sec

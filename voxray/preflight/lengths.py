@@ -140,7 +140,9 @@ def _clip_seconds(sample: Sample) -> "float | BadRow":
         return 0.0
     try:
         return sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
+    except BadRow as error:
+        return error
     except OSError as error:
         return BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error.strerror or error}")
-    except (ValueError, BadRow) as error:
+    except ValueError as error:
         return BadRow("audio_unreadable", f"cannot read {sample.audio_path}: {error}")
