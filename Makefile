@@ -2,7 +2,7 @@
 #   make setup   .venv with the versions of constraints.txt      make check   lint, then test
 #   make demo    the smallest full run, on a CPU                 make lint    ruff (rules, format) and basedpyright
 #   make test    the tests, on the CPU and without network       make chaos   long tests and tests that kill processes
-#   make clean   remove .venv and caches
+#   make real    tests on real Whisper weights, REAL=FOLDER      make clean   remove .venv and caches
 # PYTHON=python3.12 selects an interpreter; VOXRAY_TORCH_INDEX=URL adds a pip index for torch (see tools/setup.py).
 
 # Each candidate is run, because a version manager's stub can be on PATH without a Python behind it.
@@ -20,7 +20,7 @@ WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 TEST_ENV := env -u RAY_ADDRESS $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-.PHONY: setup demo test check lint chaos clean
+.PHONY: setup demo test check lint chaos real clean
 
 setup: $(STAMP)
 	@echo ".venv is ready"
@@ -44,6 +44,10 @@ check: lint test
 
 chaos: $(STAMP)
 	@$(TEST_ENV) .venv/bin/python -m pytest -m "slow or chaos" --timeout 1800
+
+real: $(STAMP)
+	@test -d "$(REAL)" || { echo "REAL=FOLDER must name a folder of real Whisper weights and clips; see tests/real" >&2; exit 1; }
+	@VOXRAY_REAL="$(abspath $(REAL))" $(TEST_ENV) .venv/bin/python -m pytest -m real
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
