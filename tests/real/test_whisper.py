@@ -1,6 +1,7 @@
 """Real Whisper weights: the texts of voxray's jobs are those of transformers, however the clips arrive.
 
-Run with ``make real REAL=FOLDER``. The folder holds ``whisper-base``, ``whisper-tiny.en`` and ``clips`` with clips.jsonl.
+Run with ``make real REAL=FOLDER``. The folder holds ``whisper-base``, ``whisper-tiny.en`` and ``clips`` with its
+manifest clips.jsonl.
 """
 
 import json
