@@ -63,6 +63,7 @@ TRAIN = {
     "seed": "training_flags::seed",
     "num_workers": "training_flags::num_workers submit::submitted_run_succeeds",
     "loader_workers": "training_flags::loader_workers",
+    "worker_timeout_sec": "kill::a_worker_that_stands_still",
     "pin_memory": "training_flags::pin_memory training_flags::unused_flags_warn_without_a_gpu",
     "drop_last": "training_flags::drop_last",
     "cuda_visible_devices": WARNS,

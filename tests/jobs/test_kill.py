@@ -25,16 +25,23 @@ KINDS = ("worker", "driver", "everything")
 
 
 @pytest.fixture
-def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[[str, int], Driver]]:
+def start(tmp_path: Path, small: dict[str, str]) -> Iterator[Callable[..., Driver]]:
     """Start the same training in a folder of this name; all of its processes are killed after the test."""
     drivers: list[Driver] = []
 
-    def start_driver(name: str, num_workers: int) -> Driver:
+    def start_driver(name: str, num_workers: int, flags: str = "") -> Driver:
         line = f"--model_id {TINY} --output_dir {tmp_path / name} --features_dir {tmp_path / 'features'}"
         line += f" --num_workers {num_workers} --max_steps {STEPS} --save_steps {SAVE_STEPS} --seed 3"
         line += " --batching packed --pack_tokens 256 --grad_accum 2 --lora_dropout 0.05 --freq_masks 1 --time_masks 1"
         train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
-        command = [sys.executable, str(ROOT / "jobs/train_multitask.py"), *line.split(), "--train_jsonl", train]
+        command = [
+            sys.executable,
+            str(ROOT / "jobs/train_multitask.py"),
+            *line.split(),
+            *flags.split(),
+            "--train_jsonl",
+            train,
+        ]
         drivers.append(Driver(command, tmp_path / f"{name}.log"))
         return drivers[-1]
 
@@ -79,7 +86,7 @@ def training_processes(driver: Driver) -> list[int]:
 
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_a_run_killed_ten_times_equals_the_uninterrupted_run(
-    start: Callable[[str, int], Driver], tmp_path: Path, num_workers: int
+    start: Callable[..., Driver], tmp_path: Path, num_workers: int
 ) -> None:
     whole, run, rng = tmp_path / "whole", tmp_path / "killed", random.Random(num_workers)
     wait(start("whole", num_workers), tmp_path / "whole.log")
@@ -115,3 +122,19 @@ def test_a_run_killed_ten_times_equals_the_uninterrupted_run(
     while alive(left_behind):
         assert time.monotonic() < deadline, f"still running: {alive(left_behind)}"
         time.sleep(0.5)
+
+
+def test_a_worker_that_stands_still(start: Callable[..., Driver], tmp_path: Path) -> None:
+    """SIGSTOP. Ray notices after the time limit, and training starts again from the last checkpoint."""
+    driver, deadline = start("stopped", 2, "--worker_timeout_sec 15"), time.monotonic() + WAIT_SEC
+    while last_step(tmp_path / "stopped") < 4:
+        assert driver.process.poll() is None, (tmp_path / "stopped.log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "stopped.log").read_text()
+        time.sleep(0.05)
+    stopped = training_processes(driver)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    wait(driver, tmp_path / "stopped.log")
+    log = (tmp_path / "stopped.log").read_text()
+    assert "a worker failed (it did not respond for 15 s (--worker_timeout_sec)); starting again from step" in log
+    assert "Traceback" not in log and not alive({stopped})
+    assert [record["step"] for record in records(tmp_path / "stopped", "train")] == list(range(1, STEPS + 1))

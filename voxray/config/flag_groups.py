@@ -329,6 +329,9 @@ class WorkerFlags(PlacementFlags):
     """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray; 1:4 is
     elastic, as many between 1 and 4 as fit on the cluster. Elastic steps are planned for the highest number, so each
     step has the same rows with any number of workers."""
+    worker_timeout_sec: Annotated[int, Field(ge=10)] = 600
+    """Time in which a training process must respond to Ray. One that stands still for longer is killed, and training
+    starts again from the last checkpoint."""
     loader_workers: Annotated[int, Field(ge=0)] = 1
     """Threads that read and collate batches in advance; 0 does it in the training thread."""
     pin_memory: bool = True

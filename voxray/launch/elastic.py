@@ -7,6 +7,7 @@ the user has to correct.
 """
 
 import json
+import os
 import threading
 import traceback
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from voxray.training.records import METRICS
 from voxray.training.resource_errors import memory_advice
 
 MAX_RESTARTS = 3
+TIMEOUT_VARIABLE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 def train_on_workers(
@@ -78,6 +80,8 @@ def train_on_workers(
         _append_traceback(log, error)
         out_of_memory = "low on memory" in str(error)
         reason = f"out of memory: {memory_advice(run.settings)}" if out_of_memory else _last_line(error)
+        if "WorkerHealthCheckTimeout" in "".join(traceback.format_exception(error)):
+            reason = f"it did not respond for {run.settings.worker_timeout_sec} s (--worker_timeout_sec)"
         failures = 1 if step > before else failures + 1
         if failures > MAX_RESTARTS:
             raise RunError(f"training failed {failures} times at step {step}, last with: {reason}; Ray's log: {log}")
@@ -125,6 +129,7 @@ def _fit_once(
 
     from voxray.launch.process_group import ProcessGroup
 
+    os.environ[TIMEOUT_VARIABLE] = str(run.settings.worker_timeout_sec)
     name = f"{run.run_dir.name}-{uuid4().hex[:8]}"
     trainer = TorchTrainer(
         train_worker,
