@@ -24,12 +24,15 @@ class DemoSettings(AdapterFlags, SamplingFlags):
     use the demo, which has no password."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     """Port to listen on; 0 picks a free one and prints it."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which browsers reach the demo, such as that of a proxy in front of it. Requests by its addresses, by
+    localhost and by the name of this machine are always answered."""
     language: str = ""
     """Language selected when the page opens, as a two-letter code; empty lets the model detect it."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
     """Maximum length of an answer in tokens; the page says if an output was cut off there."""
     max_upload_mib: Annotated[float, Field(gt=0)] = 50.0
-    """Maximum size of an uploaded file, in MiB."""
+    """Maximum size of an uploaded file, and of all files of a request together, in MiB."""
     max_audio_sec: Annotated[float, Field(gt=0)] = 600.0
     """Maximum length of a clip, in seconds."""
     max_len: Annotated[int, Field(ge=1)] = 16_384
