@@ -124,9 +124,9 @@ def decode_native(
             message = error.error_string if isinstance(error, soundfile.LibsndfileError) else error
             faults.append(one_line(message) or type(error).__name__)
     else:
+        _check_whole(audio_file, float("inf"))
         if faults[0] == NO_SAMPLES:
             raise BadRow("audio_empty", f"{path} has no samples")
-        _check_whole(audio_file, float("inf"))
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
     samples = mixer.samples()
     _check_length(audio_file, part, len(samples) / rate_hz, max_sec)

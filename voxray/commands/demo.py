@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +48,10 @@ def run_demo(settings: DemoSettings, example: str) -> None:
 @contextmanager
 def _uploads() -> Iterator[None]:
     """A temporary folder for Gradio's files. Gradio reads its path from the environment when it is imported."""
-    with tempfile.TemporaryDirectory(prefix="voxray-demo-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    from voxray.demo.guard import clips_folder
+
+    with clips_folder() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         yield
 
 
@@ -60,8 +61,10 @@ def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
     from fastapi import FastAPI
     from gradio import processing_utils
 
+    from voxray.demo.guard import RequestGuard
     from voxray.demo.page import build_page, theme_options
 
+    max_bytes = int(settings.max_upload_mib * (1 << 20))
     page = build_page(answering, settings, example)
     no_docs: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
     app = gradio.mount_gradio_app(
@@ -72,7 +75,8 @@ def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
         footer_links=[],
         run_history=False,
         allowed_paths=[example] if example else [],
-        max_file_size=int(settings.max_upload_mib * (1 << 20)),
+        max_file_size=max_bytes,
+        show_error=False,  # messages of unexpected errors name files of this machine
         ssr_mode=False,
         enable_monitoring=False,
         pwa=False,
@@ -83,7 +87,7 @@ def _app(answering: Any, settings: DemoSettings, example: str) -> Any:
     # has_launched is set, which mounting the page does not do, and it would fetch URLs.
     page.has_launched = True
     processing_utils.async_ssrf_protected_get = _fetch_nothing
-    return app
+    return RequestGuard(app, settings.allowed_hosts, max_bytes)
 
 
 async def _fetch_nothing(url: str) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from voxray.config.evaluate import AdapterFlags, SamplingFlags
-from voxray.config.parse import Flag
+from voxray.config.parse import CommaStrings, Flag
 from voxray.core.languages import language_code
 
 
@@ -25,13 +25,16 @@ class DemoSettings(AdapterFlags, SamplingFlags):
     use the demo, which has no password."""
     port: Annotated[int, Field(ge=0, le=65535)] = 7860
     """Port to listen on; 0 picks a free one and prints it."""
+    allowed_hosts: CommaStrings = ()
+    """Names by which browsers reach the demo, comma separated, such as that of a proxy in front of it. Requests by its
+    addresses, by localhost and by the name of this machine are always answered."""
     language: Annotated[str, AfterValidator(language_code)] = ""
     """Language selected when the page opens, as a code such as ko or as an English name; empty lets the model detect
     it."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
     """Maximum length of an answer in tokens; the page says if an output was cut off there."""
     max_upload_mib: Annotated[float, Field(gt=0)] = 50.0
-    """Maximum size of an uploaded file, in MiB."""
+    """Maximum size of an uploaded file, and of all files of a request together, in MiB."""
     max_audio_sec: Annotated[float, Field(gt=0)] = 600.0
     """Maximum length of a clip, in seconds."""
     max_len: Annotated[int, Field(ge=1)] = 16_384

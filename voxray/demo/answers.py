@@ -1,5 +1,7 @@
 """Answer the requests of the demo's page: a clip or a question, by the tuned model and by its base."""
 
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from voxray.audio.decode import decode_native, header_seconds
+from voxray.audio.isolated import IsolatedDecoder
 from voxray.config.demo import DemoSettings
 from voxray.core.errors import BadRow, RunError
 from voxray.core.languages import language_code
@@ -107,6 +109,7 @@ class DemoModel:
         self.has_base = isinstance(model, PeftModel) and not family.full_modules
         self._model = model
         self._extractor = Extractor(config.model_id, FeatureSpec(trim_audio=config.trim_audio))
+        self._decoder = IsolatedDecoder()
         self._lock = threading.Lock()  # disabling the adapter affects all users of the model
         self._is_stopping = False
         for module in model.modules():
@@ -151,6 +154,7 @@ class DemoModel:
     def stop(self) -> None:
         """Abort the current answer and refuse further ones."""
         self._is_stopping = True
+        self._decoder.close()
 
     def _raise_if_stopping(self, *_: Any) -> None:
         if self._is_stopping:
@@ -163,15 +167,18 @@ class DemoModel:
         name = Path(path).name or "question"
         if path and not Path(path).is_file():
             raise AnswerError(f"{name} was deleted meanwhile: choose it once more.")
-        try:
-            language = language_code(request.language)
-            duration_sec = self._missing_duration_sec(path) if path else 0.0
-            sample = make_sample(name, question, path, language, duration_sec=duration_sec)
-            answer_request = make_request(sample, self._extractor, self.max_len)
-            self._check_length(answer_request.num_samples / self._extractor.front_end.sample_rate_hz)
-        except BadRow as error:
-            raise AnswerError(self._message(error, path, name)) from None
-        return answer_request, language
+        front_end = self._extractor.front_end
+        with tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR") or None) as folder:
+            decoded = Path(folder) / "clip.wav"
+            try:
+                language = language_code(request.language)
+                if path:
+                    self._decoder.decode(path, front_end.sample_rate_hz, decoded, max_sec=self.max_audio_sec)
+                sample = make_sample(name, question, str(decoded) if path else "", language)
+                return make_request(sample, self._extractor, self.max_len), language
+            except BadRow as error:
+                error.message = error.message.replace(str(decoded), path)
+                raise AnswerError(self._message(error, path, name)) from None
 
     def _check_task(self, path: str, question: str) -> None:
         task = "tqa" if not path else "sqa" if question else "asr"
@@ -182,24 +189,6 @@ class DemoModel:
         if task == "asr":
             raise AnswerError("Write a question about the clip.")
         raise AnswerError(f"Record or upload a clip first{', or write a question' if 'tqa' in self.tasks else ''}.")
-
-    def _missing_duration_sec(self, path: str) -> float:
-        """Seconds of a clip whose header has no length, as some browsers record them; 0 for all others.
-
-        Raises:
-            BadRow: The clip is too long or cannot be decoded.
-        """
-        try:
-            audio_sec, missing_sec = header_seconds(path), 0.0
-        except (OSError, ValueError):
-            samples, rate_hz = decode_native(path, max_sec=self.max_audio_sec)
-            audio_sec = missing_sec = len(samples) / rate_hz
-        self._check_length(audio_sec)
-        return missing_sec
-
-    def _check_length(self, audio_sec: float) -> None:
-        if audio_sec > self.max_audio_sec:
-            raise BadRow("audio_too_long", f"over --max_audio_sec {self.max_audio_sec:g}")
 
     def _message(self, error: BadRow, path: str, name: str) -> str:
         """The page's message for a refused clip, with the name of the upload instead of its path on this machine."""

@@ -36,19 +36,16 @@ class AnswerRequest:
         return join_texts((completion.text for completion in completions), self.overlap_share)
 
 
-def make_sample(
-    name: str, question: str, audio_path: str = "", language: str = "", source: str = "", duration_sec: float = 0.0
-) -> Sample:
+def make_sample(name: str, question: str, audio_path: str = "", language: str = "", source: str = "") -> Sample:
     """A sample for a text question, for a question about a clip or, without a question, for the clip's transcript.
 
     Args:
         name: Id of the row.
         language: Language of the clip, as a code or "".
         source: Name of the sample in messages; ``name`` if empty.
-        duration_sec: Length of the clip, needed only if the file's header does not state it.
     """
     task = TASKS["tqa" if not audio_path else "sqa" if question else "asr"]
-    return Sample(name, task, question, "", audio_path, language, source or name, duration_sec=duration_sec)
+    return Sample(name, task, question, "", audio_path, language, source or name)
 
 
 def make_request(sample: Sample, extractor: Extractor, max_len: int) -> AnswerRequest:
