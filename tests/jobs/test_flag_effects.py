@@ -239,6 +239,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "host": "serve::errors_at_the_start_are_one_line serve::address_and_warning",
         "port": "serve::errors_at_the_start_are_one_line",
         **dict.fromkeys(("max_upload_mib", "max_audio_sec"), "page::limits_of_length_and_size"),
+        "allowed_hosts": "guard::own_names_are_answered",
         **dict.fromkeys(("language", "concurrency", "keep_sec"), "serve::flags_reach_the_page"),
         "queue_size": "serve::flags_reach_the_page page::a_full_queue_is_reported",
     },

@@ -161,6 +161,8 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]
         ):
             return None
+        if "parts" not in report and any(map(_is_mp3_segment, report["clips"])):
+            return None
         return report if all(map(_clip_unchanged, report["clips"])) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, pa.ArrowException):
         return None
@@ -170,6 +172,11 @@ def _has_index(report: dict[str, Any]) -> bool:
     """Whether a report's part of the index has all columns, with a value for each row."""
     batch = pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA)
     return batch.num_rows == report["rows"] and not any(column.null_count for column in batch.columns)
+
+
+def _is_mp3_segment(clip: dict[str, Any]) -> bool:
+    """Whether a clip is a part of an MP3 file, whose beginning earlier versions decoded wrongly."""
+    return not clip["sha256"] and clip["path"].lower().endswith(".mp3")
 
 
 def _clip_unchanged(clip: dict[str, Any]) -> bool:
