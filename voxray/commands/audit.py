@@ -51,6 +51,8 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     with folder_lease(output_dir):
         if fix:
             make_folder(fix.parent, "--fix")
+        for leftover in output_dir.glob(".audit-*"):  # of a killed job, since this one holds the lease
+            shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=".audit-", dir=output_dir))
         try:
             measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)

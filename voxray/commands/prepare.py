@@ -1,5 +1,6 @@
 """The prepare job: turns a corpus into manifests, with a ledger of dropped rows and a summary."""
 
+import glob
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -69,7 +70,10 @@ def _prepare(
     for path in (*outputs.values(), ledger):
         make_folder(path.parent)
     rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))
-    work = work_dir or Path(tempfile.mkdtemp(prefix=".prepare-", dir=train.parent))
+    prefix = f".prepare-{train.name}-"
+    for leftover in train.parent.glob(f"{glob.escape(prefix)}*"):  # of a killed job, since this one holds the lease
+        shutil.rmtree(leftover, ignore_errors=True)
+    work = work_dir or Path(tempfile.mkdtemp(prefix=prefix, dir=train.parent))
     finished = False
     try:
         with progress_bar("reading"):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import resource
 import threading
 import zlib
 from collections import OrderedDict
@@ -182,7 +183,10 @@ class Features(RowLengths):
         self.has_language = self._numbers("language") != ""
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
-        self._max_open = OPEN_SHARDS if all(isinstance(f, Path) for f in self.folders) else OPEN_REMOTE_SHARDS
+        self._max_open = OPEN_REMOTE_SHARDS
+        if all(isinstance(folder, Path) for folder in self.folders):
+            num_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # each memory map holds a file open
+            self._max_open = OPEN_SHARDS if num_files < 0 else min(OPEN_SHARDS, num_files // 4)
         self._shard_lists: dict[int, list[dict[str, Any]]] = {}  # content of shards.json
 
     def __len__(self) -> int:
