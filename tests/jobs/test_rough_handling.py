@@ -65,7 +65,7 @@ def test_prepare(tmp_path: Path, corpus: str) -> None:
             str(folder / "t.jsonl"),
             "--val_output",
             str(folder / "v.jsonl"),
-            "--val_ratio",
+            "--val_share",
             "0.1",
         ]
         return ["--input", corpus, "--min_sec", "0.3", "--duplicates", "keep", "--rows_per_chunk", "8", *output]
