@@ -296,7 +296,7 @@ def test_errors_are_one_line(pair, tmp_path):
         ((one, f"{cut}/settings.json"), RunError, "are scored first: jobs/evaluate.py --score_only .*settings.json"),
         ((one, str(tmp_path / "demo" / "base")), RunError, "`make demo` makes runs/demo/base"),
         ((one, cut), RunError, "cut: this evaluation has not finished"),
-        ((one, torn), RunError, "torn/predictions: damaged: "),
+        ((one, torn), RunError, r"torn/predictions/part-00000\.parquet: .* damaged: "),
         ((one, broken), RunError, "settings.json: damaged: "),
         (
             (one, begun),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
@@ -183,6 +183,9 @@ def post(url: str, body: bytes, content_type: str) -> int:
             return response.status
     except HTTPError as error:
         return error.code
+    except URLError as error:  # the server refused the request by its length and closed the connection
+        assert isinstance(error.reason, BrokenPipeError | ConnectionResetError), error
+        return 413
 
 
 def test_enter_submits_a_question(page: Page, demo: Demo) -> None:

@@ -26,6 +26,7 @@ from voxray.efficiency import measure as efficiency
 from voxray.efficiency.measure import LoadedModel, measure
 from voxray.efficiency.peak_memory import RESIDENT, PeakMemory
 from voxray.models.adapters.lora import add_lora, save_adapter
+from voxray.models.parts.compiled_audio import FORMAT
 from voxray.models.registry import get_family
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -245,7 +246,7 @@ def test_errors_are_one_line(flags: dict[str, str], error: type[Exception], mess
 
 
 def test_batch_sizes_must_match_the_compiled_path(job: Job, tmp_path: Path) -> None:
-    (tmp_path / "compiled.json").write_text(json.dumps({"format": 1, "windows": {"1": {}, "4": {}}}))
+    (tmp_path / "compiled.json").write_text(json.dumps({"format": FORMAT, "windows": {"1": {}, "4": {}}}))
     with pytest.raises(SettingsError, match=r"--batch_sizes 3: has 3 window\(s\), and .* is compiled for 1, 4"):
         job(compiled=str(tmp_path), batch_sizes="1,3")
     with pytest.raises(SettingsError, match=r"--batch_sizes 1: has 2 window\(s\)"):

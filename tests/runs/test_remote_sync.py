@@ -253,7 +253,7 @@ def test_urls_that_cannot_be_used(small: dict[str, str], s3: str, bucket: str, m
     with pytest.raises(SettingsError, match="--storage_path: take the credentials out of the URL"):
         run_training(settings(small, storage_path="s3://key:secret@bucket"))
     gone = f"s3://no-such-bucket/x?endpoint_override={s3}&scheme=http&region=us-east-1"
-    with pytest.raises(RunError, match=r"^s3://no-such-bucket/x/runs/a: cannot be "):
+    with pytest.raises(RunError, match=r"s3://no-such-bucket/x/runs/a: cannot be "):
         run_training(settings(small, storage_path=gone))
     preflight = Preflight(PreflightTextSettings.model_validate(dict(settings(small, storage_path=gone))))
     preflight.check()

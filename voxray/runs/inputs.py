@@ -11,8 +11,6 @@ from typing import Any
 from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
-from voxray.models.adapters.lora import find_adapter
-from voxray.models.registry import get_family
 
 INPUTS = "inputs.json"
 INPUT_FLAGS = ("model_id", "init_adapter", "prompts")
@@ -28,6 +26,10 @@ def input_hashes(settings: Any, *flags: str) -> dict[str, str]:
     Raises:
         RunError: A file cannot be read.
     """
+    # not at the top: they import torch, which jobs that only score do not need
+    from voxray.models.adapters.lora import find_adapter
+    from voxray.models.registry import get_family
+
     hashes = {}
     for name in (*INPUT_FLAGS, *flags):
         value = getattr(settings, name, "")

@@ -103,7 +103,10 @@ def _heartbeat(path: AnyPath, shown: str, *, is_locked: bool) -> Iterator[None]:
     other = _read(path)
     if other and not (is_locked and machine.items() <= other.items()):
         _require_dead(path, shown, other)
-    write_json(path, {**own, "beat": 0})
+    try:
+        write_json(path, {**own, "beat": 0})
+    except OSError as error:
+        raise RunError(f"{shown}: cannot be written: {one_line(error, 300)}") from None
     if other or not isinstance(path, Path):
         time.sleep(SETTLE_SEC)
     if (winner := _read(path)).get("token") != own["token"]:
