@@ -102,7 +102,7 @@ def test_few_file_descriptors(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 
-    rows = [{"question": f"{number} 더하기 1은?", "answer": str(number + 1)} for number in range(300)]
+    rows = [{"instruction": f"{number} 더하기 1은?", "output": str(number + 1)} for number in range(300)]
     train = write_rows(tmp_path / "t.jsonl", rows)
     flags = ["--model_id", TINY, "--train_jsonl", train, "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
     flags += ["--rows_per_shard", "1", "--max_steps", "20", "--per_device_bsz", "16"]
@@ -128,7 +128,7 @@ def test_many_files_in_one_folder(tmp_path: Path) -> None:
 
 def test_many_rows(tmp_path: Path) -> None:
     """20,000 rows are featurized and trained on."""
-    rows = [{"question": f"{number} 더하기 1은?", "answer": str(number + 1)} for number in range(20_000)]
+    rows = [{"instruction": f"{number} 더하기 1은?", "output": str(number + 1)} for number in range(20_000)]
     train = write_rows(tmp_path / "t.jsonl", rows)
     flags = ["--model_id", TINY, "--train_jsonl", train, "--output_dir", str(tmp_path / "run"), "--max_steps", "3"]
     process = run("train_text", *flags, "--num_workers", "2", "--rows_per_shard", "512")

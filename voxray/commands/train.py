@@ -25,7 +25,7 @@ from voxray.recipes.training_data import training_data
 from voxray.runs.inputs import input_hashes
 from voxray.runs.layout import ERROR_FILE, RESULT_FILE
 from voxray.runs.lease import folder_lease
-from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder
+from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder, resolve_output_dir
 
 
 def run_training(settings: TrainSettings) -> dict[str, Any]:
@@ -35,6 +35,7 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
         RunError, SettingsError: The user has to correct something.
         Stopped: The run was asked to stop. It wrote a checkpoint first.
     """
+    resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)  # refuse a bad path first
     settings = assemble_inputs(settings)
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))

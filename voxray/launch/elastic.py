@@ -80,7 +80,7 @@ def train_on_workers(
         _append_traceback(log, error)
         out_of_memory = "low on memory" in str(error)
         reason = f"out of memory: {memory_advice(run.settings)}" if out_of_memory else _last_line(error)
-        if "WorkerHealthCheckTimeout" in "".join(traceback.format_exception(error)):
+        if TIMEOUT_VARIABLE in str(error):  # Ray's message names it
             reason = f"it did not respond for {run.settings.worker_timeout_sec} s (--worker_timeout_sec)"
         failures = 1 if step > before else failures + 1
         if failures > MAX_RESTARTS:
