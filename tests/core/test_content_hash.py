@@ -27,58 +27,59 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A file large enough for its hash to be stored."""
+    path = tmp_path / "weights"
+    path.write_bytes(b"a" * LARGE)
+    return path
+
+
+@pytest.fixture
+def any_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashes are stored however young the file is."""
+    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
+
+
 def settle(path: Path) -> None:
     """Give a file a time long ago."""
     os.utime(path, (1, 1))
 
 
-def test_a_settled_file_is_read_once(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"a" * LARGE)
-    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
-    assert file_hash(path) == file_hash(path) == checksum(path)
+def test_a_settled_file_is_read_once(weights: Path, reads: list[Path], any_age: None) -> None:
+    assert file_hash(weights) == file_hash(weights) == checksum(weights)
     assert len(reads) == 1
-    path.write_bytes(b"b" * LARGE)
-    assert file_hash(path) == checksum(path)
+    weights.write_bytes(b"b" * LARGE)
+    assert file_hash(weights) == checksum(weights)
     assert len(reads) == 2
 
 
-def test_the_same_size_and_time_do_not_hide_a_change(
-    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"a" * LARGE)
-    settle(path)
-    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
-    file_hash(path)
+def test_the_same_size_and_time_do_not_hide_a_change(weights: Path, reads: list[Path], any_age: None) -> None:
+    settle(weights)
+    file_hash(weights)
     time.sleep(0.05)
-    path.write_bytes(b"b" * LARGE)
-    settle(path)
-    assert file_hash(path) == checksum(path)
+    weights.write_bytes(b"b" * LARGE)
+    settle(weights)
+    assert file_hash(weights) == checksum(weights)
 
 
-def test_a_file_that_changed_just_now_is_read_again(tmp_path: Path, reads: list[Path]) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"a" * LARGE)
-    file_hash(path)
-    file_hash(path)
+def test_a_file_that_changed_just_now_is_read_again(weights: Path, reads: list[Path]) -> None:
+    file_hash(weights)
+    file_hash(weights)
     assert len(reads) == 2
 
 
 def test_a_cache_that_cannot_be_used_changes_nothing(
-    tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, weights: Path, any_age: None, reads: list[Path]
 ) -> None:
-    path = tmp_path / "weights"
-    path.write_bytes(b"a" * LARGE)
-    monkeypatch.setattr(content_hash, "SETTLED_SEC", -1.0)
     (tmp_path / "hashes").write_text("not a folder")
-    assert file_hash(path) == checksum(path)
+    assert file_hash(weights) == checksum(weights)
     (tmp_path / "hashes").unlink()
-    file_hash(path)
+    file_hash(weights)
     [stored] = (tmp_path / "hashes").iterdir()
     for damaged in ("", "[]", "{}", "nonsense"):
         stored.write_text(damaged)
-        assert file_hash(path) == checksum(path)
+        assert file_hash(weights) == checksum(weights)
 
 
 def test_names_and_contents_decide_a_folders_hash(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """Extracts from manifest rows everything that a shard stores."""
 
 import errno
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import torch
 from voxray.audio.augment import NO_AUGMENTATION, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
 from voxray.audio.logmel import HOP_SAMPLES
+from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, sha256_hex
 from voxray.features.shards import LAYOUT
@@ -76,10 +75,10 @@ class Extractor:
         if self.spec.store == "encoder":
             weights = get_family(model_id).encoder_fingerprint(model_id)
             inputs += [self.spec.dtype, "bf16" if self.spec.bf16 else "fp32", weights]
-        self.plain_fingerprint = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        self.plain_fingerprint = combined_hash(inputs)
         variants = self.spec.waveform.fingerprint
         inputs += [variants, self.front_end.max_audio_sec]  # the longest that a variant may get
-        with_variants = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        with_variants = combined_hash(inputs)
         self.fingerprint = with_variants if variants else self.plain_fingerprint
         self._encoder: Any = None
 

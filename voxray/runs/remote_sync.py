@@ -17,10 +17,10 @@ from voxray.config.flag_groups import OutputFlags
 from voxray.core.errors import RunError, one_line
 from voxray.core.storage import CacheLimits, RemotePath, move_into_place, remote_path
 from voxray.runs.layout import CHECKPOINTS_FOLDER, PROGRESS_FILE, list_checkpoints, newest_step
+from voxray.runs.lease import FILE as LEASE
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE, output_url, resolve_output_dir, working_copy
 
-LOCAL_ONLY = {"features", "ray", "model", "manifests", "error.json", "lease.json", ".lease.json.lock"}
-LOCAL_ONLY |= {STOP_FILE, GROW_FILE}
+LOCAL_ONLY = {"features", "ray", "model", "manifests", "error.json", LEASE, STOP_FILE, GROW_FILE}
 """Names that are not mirrored. Shards have their own folder at the URL, which also has a lease of its own. The rest
 concerns this machine only."""
 SIGNALS = (STOP_FILE, GROW_FILE)

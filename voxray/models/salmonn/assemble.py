@@ -1,10 +1,9 @@
 """Write a SALMONN folder that names its parts, under a name derived from them."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
+from voxray.core.content_hash import combined_hash
 from voxray.core.storage import checksum
 from voxray.models.salmonn.folder import write_folder
 from voxray.models.salmonn.prompts import read_prompts
@@ -38,7 +37,7 @@ def assemble_salmonn(folder: Path, *, checkpoint: str = "", prompts: str = "", e
         contents.append(read_prompts(prompts).fingerprint)
     if end_sym:
         options["end_sym"] = end_sym
-    digest = hashlib.sha256(json.dumps([options, contents]).encode()).hexdigest()
+    digest = combined_hash([options, contents])
     base = folder / f"model-{digest[:8]}"
     write_folder(base, **options)
     return str(base)

@@ -3,8 +3,6 @@
 Shape letters: K valid frames of a clip, F log-mel bins.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from voxray.audio.fbank import NUM_MEL_BINS
 from voxray.audio.logmel import LogMel
+from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
@@ -66,7 +65,7 @@ class SalmonnFrontEnd(WindowedLogMel):
         bos_id: int | None = self._tokenizer.bos_token_id
         self._start_ids: list[int] = [] if bos_id is None else [bos_id]
         self.eos_id: int = end_token_id(self._tokenizer, config.end_sym)
-        self.fingerprint = hashlib.sha256(json.dumps(self._fingerprint_values()).encode()).hexdigest()
+        self.fingerprint = combined_hash(self._fingerprint_values())
 
     def _read_shapes(self, config: SalmonnConfig) -> None:
         speech, beats, text = (getattr(config, f"{name}_config") for name in ("speech", "beats", "text"))

@@ -2,13 +2,13 @@
 
 import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow, RunError, SettingsError, one_line
 from voxray.core.languages import check_language, find_code
 from voxray.core.manifest import Sample
@@ -70,7 +70,7 @@ class WhisperFrontEnd(WindowedLogMel):
         self.languages = frozenset(self.language_ids) if self.is_multilingual else frozenset({"en"})
         template = TEMPLATE_VERSION if self.is_multilingual else ENGLISH_TEMPLATE_VERSION
         options = [FEATURES_VERSION, template, self.num_mel_bins, self.window_frames, self.is_multilingual]
-        self.fingerprint = hashlib.sha256(json.dumps([*options, self._tokenizer_hash()]).encode()).hexdigest()
+        self.fingerprint = combined_hash([*options, self._tokenizer_hash()])
 
     def _id(self, token: str) -> int:
         token_id = self._tokenizer.convert_tokens_to_ids(token)
