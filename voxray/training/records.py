@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,14 +37,13 @@ class Monitor:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        earlier_lines = _complete_lines(run_dir / METRICS)
+        steps = [record["step"] for _, record in _records(run_dir / METRICS)]
         self._metrics = _reopen(run_dir / METRICS, first_step)
         self._previews = _reopen(run_dir / PREVIEWS, first_step)
         self._log = open(run_dir / LOG, "a", encoding="utf-8")  # noqa: SIM115  # open for the life of the run
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
-        if earlier_lines:
-            last = max(json.loads(line)["step"] for line in earlier_lines)
-            self.record("resume", first_step, {"repeated_steps": last - first_step})
+        if steps:
+            self.record("resume", first_step, {"repeated_steps": max(steps) - first_step})
 
     def record(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Write one record ``{"kind", "step", ...values}``. Values that are not finite become null."""
@@ -139,28 +139,29 @@ def _cell(text: str) -> str:
 
 def _reopen(path: Path, first_step: int) -> TextIO:
     """Delete the records of later steps than ``first_step``, and open the file to append to it."""
-    lines = [line for line in _complete_lines(path) if json.loads(line)["step"] <= first_step]
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())  # a kill here loses no earlier record
+    lines = [line + b"\n" for line, record in _records(path) if record["step"] <= first_step]
+    write_atomically(path, b"".join(lines))  # a kill here loses no earlier record
     return open(path, "a", encoding="utf-8")  # open for the life of the run
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The complete lines of a file. A kill may have cut off the last one."""
+def _records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines of a file that are records, and what they hold. A kill may have cut off the last line."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [line for line in lines if _is_json(line)]
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+    records = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                records.append((line, record))
+    return records
 
 
 def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Read all records of one kind, in the order of steps."""
-    records = [json.loads(line) for line in _complete_lines(run_dir / METRICS)]
-    return [record for record in records if record["kind"] == kind]
+    """Read all records of one kind, in the order of steps. Damaged lines are left out."""
+    records = [record for _, record in _records(run_dir / METRICS) if record.get("kind") == kind]
+    return [record for record in records if all(map(_is_value, (record | {"kind": None}).values()))]
+
+
+def _is_value(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
