@@ -13,7 +13,7 @@ from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
 from voxray.generation.join_chunks import join_chunk_rows, join_texts
 from voxray.generation.long_audio import MAX_CHUNKS, OVERLAP_SEC, overlap_share, split_into_chunks
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 from voxray.models.registry import get_family
 
 

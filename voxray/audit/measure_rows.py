@@ -20,7 +20,7 @@ from voxray.core.manifest import UNLABELLED, Chunk, Sample, chunks, read_chunk
 from voxray.core.source import Source
 from voxray.core.storage import write_atomically
 from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_key
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer, but a damaged header may say so and exhaust the memory
 EXCERPT_CHARS = 60

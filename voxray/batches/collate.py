@@ -12,7 +12,8 @@ from voxray.audio.decode import PCM_SCALE
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.features.reader import FeatureRow
 from voxray.features.shards import TASK_CODES
-from voxray.models.interface import IGNORED, Batch, FrontEnd
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import IGNORED, Batch
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
 
 Masks = Callable[[np.ndarray], np.ndarray] | None

@@ -13,7 +13,8 @@ from voxray.batches.collate import Masks, collate_packed, collate_training
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features
-from voxray.models.interface import Batch, FrontEnd
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import Batch
 
 STEPS_AHEAD = 2
 SPEC_AUGMENT_STREAM = 1  # separates the random numbers of a microbatch's masks from those of its dropout

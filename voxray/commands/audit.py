@@ -19,7 +19,7 @@ from voxray.config.audit import AuditSettings
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError
 from voxray.core.storage import write_json
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 from voxray.models.registry import get_family
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import make_folder, resolve_output_dir

@@ -29,9 +29,10 @@ from voxray.efficiency.plot import plot
 from voxray.generation.generate import SamplingParams
 from voxray.generation.model import InferenceConfig, base_and_adapter, load_model, match_training_prompts
 from voxray.generation.salmonn_base import assemble_base
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 from voxray.models.parts.compiled_audio import device_name, read_report
-from voxray.models.registry import get_family, known_languages, require_language
+from voxray.models.registry import get_family, require_language
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import make_folder, provenance, refuse_training_folder, resolve_output_dir
 
@@ -106,7 +107,7 @@ def _measure(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
     settings = match_training_prompts(settings, model_id, adapter)
     family = get_family(model_id)
     front_end = family.front_end(model_id, trim_audio=settings.trim_audio_tokens)
-    if "language" not in settings.model_fields_set and known_languages(front_end) == {"en"}:
+    if "language" not in settings.model_fields_set and front_end.languages == {"en"}:
         settings = settings.model_copy(update={"language": "en"})
     require_language(front_end, settings.language, model_id)
     sample = _sample(settings, output_dir)

@@ -34,8 +34,9 @@ from voxray.models.adapters.lora import (
     target_pattern,
     weights_file,
 )
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config, unwrap_peft
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.interface import ModelFamily
 from voxray.models.registry import get_family
 from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir

@@ -19,7 +19,8 @@ from voxray.batches.collate import collate_prompts
 from voxray.core.manifest import Sample
 from voxray.efficiency.peak_memory import PeakMemory
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 
 
 @dataclass(frozen=True)

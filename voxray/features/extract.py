@@ -18,7 +18,8 @@ from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, sha256_hex
 from voxray.features.shards import LAYOUT
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
 from voxray.models.registry import get_family, require_language
 

@@ -14,7 +14,7 @@ from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Segment
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.features.reader import Features
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 
 
 def write_parts(folders: Iterable[AnyPath], front_end: FrontEnd, path: Path) -> frozenset[str]:

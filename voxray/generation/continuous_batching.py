@@ -14,7 +14,8 @@ import torch
 
 from voxray.batches.collate import collate_prompts
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import DecodeState, FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import DecodeState, ModelFamily
 
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
@@ -29,7 +30,7 @@ class PartialCompletion:
         limit: Longest answer, in tokens.
         ids: Token ids, without the end-of-text token.
         sec: The row's share of the time that its batches took.
-        language: See ``prompt_languages``.
+        language: See ``FrontEnd.prompt_language``.
     """
 
     index: int
@@ -46,12 +47,6 @@ class PartialCompletion:
         else:
             self.ids.append(token)
             self.is_done = len(self.ids) >= self.limit
-
-
-def prompt_languages(front_end: FrontEnd, ids_BL: torch.Tensor) -> list[str]:
-    """Code of the language in each prompt, which the row named or the model detected; "" if the family has none."""
-    find = getattr(front_end, "prompt_language", None)
-    return [find(prompt_L) for prompt_L in ids_BL.tolist()] if find else [""] * len(ids_BL)
 
 
 class _Batch:
@@ -80,7 +75,7 @@ class _Batch:
         batch = {name: tensor.to(self.device) for name, tensor in collate_prompts(rows, self.front_end).items()}
         state, logits_BV = self.family.prefill(self.model, batch)
         self._append_tokens(completions, logits_BV)
-        languages = prompt_languages(self.front_end, batch["input_ids"])
+        languages = map(self.front_end.prompt_language, batch["input_ids"].tolist())
         for completion, language in zip(completions, languages, strict=True):
             completion.language = language
         if self.state is None:

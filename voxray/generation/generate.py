@@ -14,8 +14,9 @@ from voxray.core.errors import RunError, one_line, quoted_line
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow, Features
 from voxray.features.shards import TASK_CODES
-from voxray.generation.continuous_batching import generate_greedy, prompt_languages
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.generation.continuous_batching import generate_greedy
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 
 Result = TypeVar("Result")
 _TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
@@ -184,7 +185,7 @@ def _library_ids(
     sampling: SamplingParams,
     limit: int,
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the answers by transformers' ``generate``, without the end-of-text token, and ``prompt_languages``.
+    """Token ids of the answers by transformers' ``generate``, without the end of text, and the languages of the prompts.
 
     Args:
         limit: Longest answer, in tokens.
@@ -201,7 +202,7 @@ def _library_ids(
     num_samples = [row.num_samples for row in rows]
     ids_BL = family.generate(model, batch, num_samples=num_samples, max_new_tokens=limit, **special, **options)
     answers = [_before_eos(ids, front_end.eos_id) for ids in ids_BL.tolist()]
-    return answers, prompt_languages(front_end, batch["input_ids"])
+    return answers, list(map(front_end.prompt_language, batch["input_ids"].tolist()))
 
 
 def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float, language: str) -> Completion:

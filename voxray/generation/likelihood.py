@@ -8,7 +8,8 @@ import torch
 
 from voxray.batches.collate import collate_training
 from voxray.features.reader import FeatureRow
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 from voxray.models.parts.losses import token_losses
 
 

@@ -15,7 +15,7 @@ from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 
 OVERLAP_SEC = 5.0
 MAX_CHUNKS = 1000  # a damaged header may claim years

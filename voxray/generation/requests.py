@@ -13,7 +13,7 @@ from voxray.generation.generate import Completion, bisect_failures, generate
 from voxray.generation.join_chunks import join_texts
 from voxray.generation.long_audio import can_answer_in_chunks, overlap_share, recording_num_samples, split_into_chunks
 from voxray.generation.model import InferenceConfig
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 from voxray.models.registry import get_family
 
 

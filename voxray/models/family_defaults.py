@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from voxray.core.errors import SettingsError
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import base_hash
-from voxray.models.interface import FrontEnd, InitAdapter
+from voxray.models.interface import InitAdapter
 from voxray.models.layer_names import LayerNames
 
 

@@ -2,8 +2,8 @@
 
 A family has two sides:
 
-* a ``FrontEnd`` turns rows into features and token ids. It needs no weights, is picklable, and is all that featurize
-  workers load;
+* a ``FrontEnd`` (``front_end.py``) turns rows into features and token ids. It needs no weights, is picklable, and is
+  all that featurize workers load;
 * a ``ModelFamily`` names the parts of the model, loads the weights, and runs training and generation passes.
 
 Code outside ``models/`` uses only these two protocols. To add a family, write both classes in ``models/<family>/``,
@@ -12,19 +12,16 @@ its models. To train them, a recipe is needed too (``config/recipes.py``). Anoth
 entry point groups ``voxray.families`` and ``voxray.recipes``; ``tests/assets/toy-family`` is an example.
 
 Shape letters: B rows, L tokens, N predicted positions, V vocabulary, W windows of all clips in a batch, F mel bins, T
-mel frames of a window, K valid mel frames of a clip, P encoder positions of a window, D width.
+mel frames of a window, P encoder positions of a window, D width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from voxray.core.manifest import Sample
-from voxray.core.source import Segment
+from voxray.models.front_end import FrontEnd
 from voxray.models.layer_names import LayerNames
 
 IGNORED = -100  # the label that PyTorch's cross entropy ignores
@@ -37,107 +34,6 @@ AudioPath = Callable[..., torch.Tensor]
 
 Called with features_WFT, and with num_samples_W as well if the front end has ``needs_num_samples``.
 """
-
-
-@dataclass(frozen=True)
-class AudioFeatures:
-    """Features of one clip without its padding.
-
-    Attributes:
-        mel_KF: float32, shape (valid frames, ``num_mel_bins``).
-        fill: Value of every padded frame after them.
-        num_windows: Whole model windows that the padded clip fills.
-    """
-
-    mel_KF: np.ndarray
-    fill: float
-    num_windows: int
-
-
-class FrontEnd(Protocol):
-    """Turns rows into features and token ids. Picklable, without weights.
-
-    Attributes:
-        fingerprint: Hash of everything that determines the output. Shards with another fingerprint are stale.
-        sample_rate_hz: Rate that clips are resampled to.
-        max_audio_sec: Longest clip that the family accepts, in seconds.
-        max_windows: Longest clip that the family trains on, in windows; None for no limit.
-        max_positions: Longest prompt and answer together, in tokens.
-        cross_attention_positions: Encoder positions per window that the decoder cross-attends to. They cost memory but
-            are not prompt tokens (Whisper: 1,500, others: 0).
-        window_frames: Mel frames of one model window.
-        num_mel_bins: Values of one frame.
-        encoder_positions: Outputs of the audio encoder for one window.
-        encoder_dim: Width of each encoder output.
-        pad_id: Token id of padding.
-        eos_id: Token id that ends an answer.
-        needs_language: Whether training rows must have a ``language``.
-        trims_audio: Whether prompts omit the audio tokens that stand for padding only.
-        needs_num_samples: Whether batches need ``num_samples``, the unpadded samples of each window.
-    """
-
-    fingerprint: str
-    sample_rate_hz: int
-    max_audio_sec: float
-    max_windows: int | None
-    max_positions: int
-    cross_attention_positions: int
-    window_frames: int
-    num_mel_bins: int
-    encoder_positions: int
-    encoder_dim: int
-    pad_id: int
-    eos_id: int
-    needs_language: bool
-    trims_audio: bool
-    needs_num_samples: bool
-
-    def features(self, samples: np.ndarray) -> AudioFeatures:
-        """Compute the features of one clip, once per clip in featurize workers or while batches load.
-
-        Args:
-            samples: float32, shape (num_samples,), at ``sample_rate_hz``.
-        """
-        ...
-
-    def num_windows(self, num_samples: int) -> int:
-        """Number of whole windows that a clip of ``num_samples`` samples is padded to."""
-        ...
-
-    def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
-        """Token ids from the start of the text up to the first token of the answer, audio tokens included.
-
-        Args:
-            num_samples: Length of the row's clip at ``sample_rate_hz``; 0 without audio.
-        Raises:
-            BadRow: The family cannot answer this row.
-        """
-        ...
-
-    def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
-        """Token ids of an answer, including the token that ends it.
-
-        Args:
-            segments: Times of the parts of the answer. Families without time tokens ignore them.
-        Raises:
-            BadRow: The text cannot be tokenized.
-        """
-        ...
-
-    def needs_sequential_generate(self, prompt_ids: Sequence[int] | np.ndarray, num_windows: int) -> bool:
-        """Whether a row must be generated by itself through ``ModelFamily.generate``.
-
-        All other rows are generated in batches through ``ModelFamily.prefill``.
-        """
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids without control tokens, as it is scored."""
-        ...
-
-    def show(self, ids: Sequence[int]) -> str:
-        """Text of token ids for people: with control tokens, runs of audio tokens shortened."""
-        ...
 
 
 class DecodeState(Protocol):

@@ -13,8 +13,9 @@ from typing import Any
 from voxray.config.recipes import load_object
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.languages import check_language
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.interface import ModelFamily
 from voxray.models.library_log import log_library_messages
 
 ENTRY_POINTS = "voxray.families"
@@ -47,11 +48,6 @@ def get_family(model_id: str) -> ModelFamily:
     return families()[model_type]()()
 
 
-def known_languages(front_end: FrontEnd) -> frozenset[str] | None:
-    """Codes of the languages that a base has; None if it takes any, as families of other packages do by default."""
-    return getattr(front_end, "languages", None)
-
-
 def require_language(front_end: FrontEnd, language: str, model_id: str) -> None:
     """Check ``--language`` against the languages of a base.
 
@@ -59,6 +55,6 @@ def require_language(front_end: FrontEnd, language: str, model_id: str) -> None:
         SettingsError: The base does not have it. The message lists those that it has.
     """
     try:
-        check_language(language, known_languages(front_end), model_id)
+        check_language(language, front_end.languages, model_id)
     except BadRow as error:
         raise SettingsError(f"--language: {error}") from None

@@ -15,8 +15,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from voxray.models.adapters.lora import find_role
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.interface import ModelFamily
 from voxray.models.parts.logmel_windows import ENCODER_STRIDE
 from voxray.preflight.shapes import ComputeConfig, PackShape
 

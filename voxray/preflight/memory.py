@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from voxray.models.adapters.lora import find_role
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.interface import ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter

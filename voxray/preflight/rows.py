@@ -17,7 +17,7 @@ from voxray.features.extract import Extractor
 from voxray.features.from_settings import feature_spec
 from voxray.features.reader import FeatureRow
 from voxray.features.shards import TASK_CODES
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 from voxray.preflight.findings import Findings
 from voxray.preflight.lengths import BadManifestLine, Lengths
 from voxray.preflight.shapes import PackShape, pack_shape

@@ -12,7 +12,7 @@ from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
-from voxray.models.interface import FrontEnd
+from voxray.models.front_end import FrontEnd
 from voxray.recipes.stages import Stage
 from voxray.training.validate import first_rows_per_task
 

@@ -11,7 +11,8 @@ from voxray.batches.rank import Worker
 from voxray.config.recipes import Recipe, find_recipe, load_object, recipes
 from voxray.config.train import TrainSettings
 from voxray.core.errors import SettingsError
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 from voxray.models.registry import get_family
 from voxray.recipes.stages import Stage
 from voxray.runs.remote_sync import RemoteSync

@@ -24,7 +24,8 @@ from voxray.metrics.names import text_metric_names
 from voxray.metrics.overall import likelihood_metrics, overall_metrics
 from voxray.metrics.rows import count_row
 from voxray.metrics.texts import text_metrics
-from voxray.models.interface import FrontEnd, ModelFamily
+from voxray.models.front_end import FrontEnd
+from voxray.models.interface import ModelFamily
 from voxray.training.engine import gather
 
 

@@ -26,8 +26,8 @@ from voxray.config.recipes import Recipe
 from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
+from voxray.models.front_end import AudioFeatures
 from voxray.models.hf_files import build_on_meta, read_config, unwrap_peft
-from voxray.models.interface import AudioFeatures
 from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.parts.packed_attention import Segments, use_packed_attention
 from voxray.models.parts.quantize import load_frozen
@@ -117,6 +117,7 @@ class ToyFrontEnd:
     encoder_positions = POSITIONS
     pad_id, eos_id = PAD, EOS
     needs_language = False
+    languages: frozenset[str] | None = None
     trims_audio = False
     needs_num_samples = False
 
@@ -139,6 +140,9 @@ class ToyFrontEnd:
     def prompt_ids(self, sample: Any, num_samples: int) -> list[int]:
         audio = [AUDIO] * (self.num_windows(num_samples) * POSITIONS) if sample.audio_path else []
         return [BOS, *audio, *sample.prompt.encode(), ASK]
+
+    def prompt_language(self, prompt_ids: Sequence[int]) -> str:
+        return ""
 
     def target_ids(self, text: str, segments: Sequence[Any] = ()) -> list[int]:
         return [*text.encode(), EOS]

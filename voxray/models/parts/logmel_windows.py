@@ -3,11 +3,13 @@
 Shape letters: K valid mel frames of a clip, W windows, T mel frames of a window, F mel bins.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ, LogMel
 from voxray.core.errors import RunError, one_line
-from voxray.models.interface import AudioFeatures, FrontEnd
+from voxray.models.front_end import AudioFeatures, FrontEnd
 
 FEATURES_VERSION = "logmel-1"
 ENCODER_STRIDE = 2  # of the encoder's second convolution: 3,000 mel frames -> 1,500 encoder positions
@@ -51,6 +53,9 @@ class WindowedLogMel:
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_logmel"}
+
+    def prompt_language(self, prompt_ids: Sequence[int]) -> str:
+        return ""
 
     def features(self, samples: np.ndarray) -> AudioFeatures:
         """Log-mel of one clip, clamped to 8 decades below the maximum of the whole clip, as in the processor.

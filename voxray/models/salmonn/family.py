@@ -16,8 +16,9 @@ from transformers.utils import logging
 from voxray.core.errors import SettingsError, library_errors
 from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, unwrap_peft
-from voxray.models.interface import AudioPath, Batch, FrontEnd, InitAdapter
+from voxray.models.interface import AudioPath, Batch, InitAdapter
 from voxray.models.layer_names import LayerNames
 from voxray.models.parts.audio_encoder import PassThrough
 from voxray.models.parts.cpu_lm_head import few_rows_linear

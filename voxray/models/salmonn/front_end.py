@@ -15,7 +15,7 @@ from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
-from voxray.models.interface import AudioFeatures
+from voxray.models.front_end import AudioFeatures
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 from voxray.models.salmonn.config import SalmonnConfig
 from voxray.models.salmonn.folder import part_path, read_folder

@@ -17,8 +17,9 @@ import torch
 from voxray.core.errors import library_errors
 from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
+from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, unwrap_peft
-from voxray.models.interface import AudioPath, Batch, FrontEnd
+from voxray.models.interface import AudioPath, Batch
 from voxray.models.parts.audio_encoder import EncoderMethods, replace_audio_encoder
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.kv_cache import CausalDecodeState
