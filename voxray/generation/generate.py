@@ -185,7 +185,7 @@ def _library_ids(
     sampling: SamplingParams,
     limit: int,
 ) -> tuple[list[list[int]], list[str]]:
-    """Token ids of the answers by transformers' ``generate``, without the end of text, and the languages of the prompts.
+    """Token ids of the answers by transformers' ``generate`` without the end of text, and languages of the prompts.
 
     Args:
         limit: Longest answer, in tokens.
