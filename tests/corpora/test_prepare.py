@@ -1,16 +1,14 @@
 """prepare: every row is accounted for, texts are clean, leaks are detected, and workers do not change the order."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import write_rows
+from helpers.corpora import prepare
 
 from voxray.audio.quality import QualityLimits, check, measure
-from voxray.commands.prepare import run_prepare_job
-from voxray.config.prepare import PrepareSettings
 from voxray.core.errors import BadRow, RunError
 
 RATE = 16_000
@@ -21,25 +19,6 @@ def tone(path: Path, sec: float = 4.0, level: float = 0.3, seed: int = 0) -> str
     noise = np.random.default_rng(seed).normal(0, level / 4, round(sec * RATE)).clip(-0.9, 0.9)
     soundfile.write(path, noise, RATE)
     return path.name
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def prepare(
-    folder: Path, manifest: str, use_ray: bool = False, **changes
-) -> tuple[list[dict], list[dict], list[dict], dict]:
-    """Run the job. Returns training rows, validation rows, ledger and summary."""
-    values = {"input": manifest, "train_output": str(folder / "out" / "train.jsonl"), "rows_per_chunk": 3}
-    values |= {"val_output": str(folder / "out" / "val.jsonl"), "num_actors": 2, "val_share": 0.25}
-    try:
-        run_prepare_job(PrepareSettings(**{**values, **changes}), use_ray=use_ray)
-    finally:
-        out = folder / "out"
-        manifests = [read(out / name) if (out / name).is_file() else [] for name in ("train.jsonl", "val.jsonl")]
-    summary = json.loads((out / "prepare_summary.json").read_text())
-    return *manifests, read(out / "quarantine.jsonl"), summary
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from voxray.commands.prepare import run_prepare_job
+from voxray.config.prepare import PrepareSettings
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault
 
 
@@ -52,3 +54,23 @@ def read(name: str, path: Path) -> tuple[list[ImportedRow], list[ImportFault]]:
 
 def reasons(faults: list[ImportFault]) -> list[tuple[int, str]]:
     return [(fault.line, fault.reason) for fault in faults]
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def prepare(
+    folder: Path, manifest: str, use_ray: bool = False, **changes
+) -> tuple[list[dict], list[dict], list[dict], dict]:
+    """Run the job. Returns training rows, validation rows, ledger and summary."""
+    values = {"input": manifest, "train_output": str(folder / "out" / "train.jsonl"), "rows_per_chunk": 3}
+    values |= {"val_output": str(folder / "out" / "val.jsonl"), "num_actors": 2, "val_share": 0.25}
+    try:
+        run_prepare_job(PrepareSettings(**{**values, **changes}), use_ray=use_ray)
+    finally:
+        out = folder / "out"
+        paths = [out / name for name in ("train.jsonl", "val.jsonl")]
+        manifests = [read_json_lines(path) if path.is_file() else [] for path in paths]
+    summary = json.loads((out / "prepare_summary.json").read_text())
+    return *manifests, read_json_lines(out / "quarantine.jsonl"), summary

@@ -149,6 +149,7 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     splits = {name: dropped.pop(name, {"rows": 0, "hours": 0.0}) for name in names}
     summary: dict[str, Any] = {"input": total, **splits, "quarantined": dropped, "leaks": vars(outcome.leaks)}
     summary["transcript_notes"] = dict(outcome.notes.most_common())
+    summary["mixed_channels"] = outcome.num_mixed
     write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
     table = Table(title="prepare", title_justify="left")
     table.add_column("")
@@ -163,6 +164,11 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     if outcome.notes:
         counts = ", ".join(f"{note} {num_rows}" for note, num_rows in outcome.notes.most_common())
         console.print(f"rows with transcript_notes: {counts}", markup=False)
+    if outcome.num_mixed:
+        console.print(
+            f"{outcome.num_mixed} row(s) average the channels of a recording of which other rows take one channel; if "
+            "its channels are different speakers, give these rows a channel"
+        )
     console.print(f"every row left out is in {ledger}", markup=False)
 
 

@@ -51,12 +51,14 @@ class PrepareOutcome:
         leaks: Overlap of training with validation and test.
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
         notes: {note: rows of the manifests that have it in ``transcript_notes``}.
+        num_mixed: Rows that average the channels of a recording of which other rows take one channel.
     """
 
     tally: RowTally
     leaks: Leaks
     first_fault: str = ""
     notes: Counter[str] = field(default_factory=Counter)
+    num_mixed: int = 0
 
 
 class OutputFiles:
@@ -106,7 +108,8 @@ def write_manifests(
         leak_policy: ``refuse`` (write no manifest if there is a leak), ``drop`` (the training rows) or ``allow``.
     """
     sides = {"with_validation": val_share is not None, "with_test": with_test}
-    split = choose_split(_unique(paths, duplicates), val_share or 0.0, seed, **sides)
+    by_channel: set[str] = set()
+    split = choose_split(_note_channels(_unique(paths, duplicates), by_channel), val_share or 0.0, seed, **sides)
     record_held_out(split, _unique(paths, duplicates))
     outcome = PrepareOutcome(RowTally(), count_leaks(split, _unique(paths, duplicates)))
     unique_id = UniqueIds()
@@ -124,6 +127,7 @@ def write_manifests(
             outputs.write(side, {"id": unique_id(row.id), **row.values})
             if isinstance(notes := row.values.get("transcript_notes"), list):
                 outcome.notes.update(map(str, notes))
+            outcome.num_mixed += row.values.get("channel") is None and row.values.get("audio_path") in by_channel
         outcome.tally.add(row.reason or side, row.duration_sec)
     return outcome
 
@@ -136,6 +140,14 @@ def _unique(paths: list[Path], duplicates: str) -> Iterator[CheckedRow]:
             first = first_seen(duplicate_key(detect_task(row.values), row.audio_hash, row.text_hash), row.source)
             if first:
                 row.reason, row.message = "duplicate", f"the same as {first}"
+        yield row
+
+
+def _note_channels(rows: Iterator[CheckedRow], by_channel: set[str]) -> Iterator[CheckedRow]:
+    """Pass rows on. The recordings of which they take one channel are added to ``by_channel``."""
+    for row in rows:
+        if not row.reason and row.values.get("channel") is not None:
+            by_channel.add(row.values["audio_path"])
         yield row
 
 
