@@ -49,7 +49,7 @@ from voxray.models.adapters.lora import add_lora
 from voxray.models.interface import IGNORED
 from voxray.models.registry import get_family
 from voxray.models.voxtral.tiny import AUDIO_TOKEN_ID
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss

@@ -26,7 +26,7 @@ from train import BATCH_ROWS, make_features, write_model, write_rows
 from voxray.batches.rank import Worker
 from voxray.commands.train import run_training
 from voxray.config.train import MultitaskSettings
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import TrainingData
 from voxray.training.records import read_metrics

@@ -60,7 +60,7 @@ def test_choices_and_ranges_of_any_flag() -> None:
         ("{batching: {range: [1, 2]}}", "batching: range is for numbers; give a list of choices"),
         ("{batching: [packed, tight]}", "batching: 'tight': Input should be 'fixed', 'length' or 'packed'"),
         ("{grad_ckpt: {range: [0, 1]}}", "grad_ckpt: range is for numbers"),
-        ("{lora_r: [true]}", "lora_r: True: is no switch"),
+        ("{lora_r: [true]}", "lora_r: True: is not true or false"),
         ("{lora_r: {range: [1, 2.5]}}", "lora_r: 2.5: Input should be a valid integer"),
         ("{task_weights: [{asr: 1, xxx: 2}]}", "unknown task 'xxx'"),
         ("{cuda_visible_devices: [0]}", "cuda_visible_devices: cannot be swept: "),

@@ -19,7 +19,7 @@ from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.features.reader import FeatureRow, Features
 from voxray.recipes import run_stage
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.training import loss_scaling
 from voxray.training.loop import StopSignals, TrainState

@@ -6,7 +6,7 @@ from typing import Any
 from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.recipes import run_stage
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 

@@ -23,7 +23,7 @@ from voxray.core.errors import RunError
 from voxray.core.storage import CacheLimits, RemotePath
 from voxray.features import from_settings as feature_sets
 from voxray.features.reader import Features
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import training_data
 from voxray.training.records import read_metrics
 

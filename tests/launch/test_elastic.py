@@ -21,7 +21,7 @@ from voxray.core.errors import RunError, Stopped
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.launch import elastic
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.training.records import read_metrics
 

@@ -15,7 +15,7 @@ from ray.train import WorkerGroupError
 from voxray.config.train import TextSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.launch import elastic
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 
 DIED = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR and so on"

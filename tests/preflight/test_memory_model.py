@@ -26,7 +26,7 @@ from voxray.preflight.rows import read_rows
 from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.trial_steps import TrialRunner, stored_tensors
 from voxray.preflight.weights import quantized_layers, weight_bytes
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 0.2

@@ -90,8 +90,8 @@ def test_libraries_that_are_not_as_known_to_work(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(machine, "version", version)
     findings = Findings()
     check_libraries(findings)
-    assert [finding.message for finding in findings.to_fix] == ["soxr is not installed; needed is soxr<2,>=1.1"]
-    assert any(f.level == "warning" and f.message.startswith("peft 1.0: known to work is") for f in findings.all)
+    assert [finding.message for finding in findings.to_fix] == ["soxr is not installed; soxr<2,>=1.1 is required"]
+    assert any(f.level == "warning" and f.message.startswith("peft 1.0: tested with") for f in findings.all)
 
 
 def test_a_flag_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_a_good_run_is_ready(preflight: Run, tmp_path: Path, capsys: pytest.Capt
     status, report = preflight("--per_device_bsz", "4", "--price_per_hour", "36", "--no_tune")
     output = capsys.readouterr().out
     assert status == 0 and report["ready"] and of_level(report, "fix") == []
-    assert any(line.startswith("gpu: no GPU in reach") for line in of_level(report, "unchecked"))
+    assert any(line.startswith("gpu: this process sees no GPU") for line in of_level(report, "unchecked"))
     assert report["memory"]["measured_bytes"] == pytest.approx(report["memory"]["predicted_bytes"], rel=0.2)
     assert report["time"]["num_steps"] == 9 and report["time"]["num_validations"] == 3
     seconds = report["time"]["training_sec"] + report["time"]["validation_sec"]

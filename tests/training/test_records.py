@@ -104,7 +104,7 @@ def test_epoch_summaries_count_repeated_steps_once(data, tmp_path):
         assert all(min(s.get(f"loss/{t}", 99) for s in in_epoch) < record[f"loss/{t}"] for t in TASKS)
     log = (tmp_path / "train.log").read_text()
     assert f"epoch 2: {epochs[1]['sec']:.1f} s for 9 steps  loss {epochs[1]['loss']:.4f}" in log
-    assert " of their tokens are no padding" in log
+    assert " of their tokens are not padding" in log
 
 
 def test_recorded_values_are_published(data, tmp_path):

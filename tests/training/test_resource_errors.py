@@ -58,7 +58,7 @@ import resource, sys
 from pathlib import Path
 from voxray.config.train import MultitaskSettings
 from voxray.recipes import run_stage
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.training import loop
 import transformers.models.llama.modeling_llama, transformers.models.voxtral.modeling_voxtral

@@ -107,8 +107,8 @@ class WaveformAugmentation:
 
     def speed(self, variant: int) -> float:
         """Speed of a variant. ``augment`` does not apply it to a clip that it would make too long."""
-        others = sorted(self.speeds, key=lambda speed: speed == 1)
-        return others[(variant - 1) % len(others)] if variant else 1.0
+        ordered_speeds = sorted(self.speeds, key=lambda speed: speed == 1)  # 1 last, since variant 0 has it already
+        return ordered_speeds[(variant - 1) % len(ordered_speeds)] if variant else 1.0
 
 
 NO_AUGMENTATION = WaveformAugmentation()
@@ -168,13 +168,13 @@ def list_audio(folder: str) -> tuple[str, ...]:
     """
     if not Path(folder).is_dir():
         raise RunError(f"{folder}: no such folder")
-    base = Path(os.path.abspath(folder))
+    absolute = Path(os.path.abspath(folder))
     paths = sorted(
         path
-        for path in base.rglob("*")
+        for path in absolute.rglob("*")
         if path.suffix.lower() in AUDIO_SUFFIXES
         and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(base).parts)
+        and not any(part.startswith(".") for part in path.relative_to(absolute).parts)
     )
     if not paths:
         raise RunError(f"{folder}: no audio file in this folder ({' '.join(sorted(AUDIO_SUFFIXES))})")

@@ -164,7 +164,7 @@ def _check_whole(file: AudioFile, at_least_sec: float, end_sec: float = float("i
 
     Args:
         at_least_sec: The file holds this many seconds or more.
-        end_sec: The seconds that were decoded if all were; infinity otherwise.
+        end_sec: Where the decoded audio ends, if the file was decoded to its end; infinity otherwise.
     Raises:
         BadRow: ``audio_cut_off``.
     """

@@ -1,9 +1,9 @@
 """Meaning of each finding of an audit, and what to do about it: {reason: (meaning, advice)}."""
 
 FAULTS = {
-    "bad_json": ("the line is no JSON", "write one JSON object per line"),
-    "bad_utf8": ("the line is no UTF-8 text", "save the file as UTF-8; CP949 is a frequent culprit"),
-    "bad_row": ("the line is JSON, but no object", "write one JSON object per line"),
+    "bad_json": ("the line is not valid JSON", "write one JSON object per line"),
+    "bad_utf8": ("the line is not UTF-8 text", "save the file as UTF-8; CP949 is a frequent culprit"),
+    "bad_row": ("the line is JSON, but not an object", "write one JSON object per line"),
     "unknown_task": ("the keys are those of no task", "rename the keys, or let jobs/prepare.py read the raw corpus"),
     "bad_type": ("a value is of the wrong kind", "write texts as strings and times as numbers"),
     "bad_segment": ("start, duration or channel is impossible", "correct it, or leave it out"),

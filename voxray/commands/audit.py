@@ -63,12 +63,12 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
         finally:
             shutil.rmtree(work, ignore_errors=True)
         has_clean_rows = sum(audit.rows.values()) > summary.num_bad
-        fixed = write_clean(settings.input, summary.bad_lines, fix) if fix and has_clean_rows else None
-        figures = audit_figures(settings, audit, summary, fixed)
+        fix_summary = write_clean(settings.input, summary.bad_lines, fix) if fix and has_clean_rows else None
+        figures = audit_figures(settings, audit, summary, fix_summary)
         write_json(output_dir / "audit.json", figures)
         write_report(output_dir, figures, audit.numbers, summary.examples)
         _print_summary(figures, summary, output_dir)
-        _print_result(figures, summary, fix, fixed, output_dir)
+        _print_result(figures, summary, fix, fix_summary, output_dir)
         return figures
 
 
@@ -91,7 +91,7 @@ def _measure(
 
 
 def audit_figures(
-    settings: AuditSettings, audit: Audit, summary: AuditSummary, fixed: FixSummary | None
+    settings: AuditSettings, audit: Audit, summary: AuditSummary, fix_summary: FixSummary | None
 ) -> dict[str, Any]:
     """The content of audit.json.
 
@@ -126,7 +126,7 @@ def audit_figures(
         "all": {name: all_numbers.summary(name) for name in names},
         "faults": dict(summary.faults.most_common()),
         "warnings": dict(summary.warnings.most_common()),
-        "fixed": vars(fixed) if fixed else None,
+        "fixed": vars(fix_summary) if fix_summary else None,
         "settings": settings.model_dump(mode="json"),
     }
 
@@ -196,7 +196,7 @@ def _print_faults(figures: dict[str, Any], summary: AuditSummary, output_dir: Pa
 
 
 def _print_result(
-    figures: dict[str, Any], summary: AuditSummary, fix: Path | None, fixed: FixSummary | None, output_dir: Path
+    figures: dict[str, Any], summary: AuditSummary, fix: Path | None, fix_summary: FixSummary | None, output_dir: Path
 ) -> None:
     """Print what ``--fix`` wrote.
 
@@ -204,12 +204,16 @@ def _print_result(
         RunError: There are faults and ``--fix`` is not set, or it has no row left to write.
     """
     count = f"{sum(figures['faults'].values())} fault(s) in {figures['rows_with_faults']} of {figures['rows']} row(s)"
-    if fix and not fixed:
+    if fix and not fix_summary:
         raise RunError(f"--fix {fix}: {count}, none is left to write; they are listed in {output_dir / 'faults.jsonl'}")
-    if fixed:
-        message = f"{fix}: {fixed.num_rows} row(s) written, {figures['rows_with_faults']} with faults left out"
-        message += f"; {fixed.num_moved} audio path(s) made absolute" if fixed.num_moved else ""
-        message += f"; {fixed.num_renamed} id(s) that another input has as well renamed" if fixed.num_renamed else ""
+    if fix_summary:
+        message = f"{fix}: {fix_summary.num_rows} row(s) written, {figures['rows_with_faults']} with faults left out"
+        message += f"; {fix_summary.num_moved} audio path(s) made absolute" if fix_summary.num_moved else ""
+        message += (
+            f"; {fix_summary.num_renamed} id(s) that another input has as well renamed"
+            if fix_summary.num_renamed
+            else ""
+        )
         console.print(message, markup=False)
     elif summary.faults:
         raise RunError(f"{count}, listed in {output_dir / 'faults.jsonl'}; --fix writes the rest")

@@ -124,7 +124,8 @@ def _print_comparison(runs: Sequence[Evaluation], tasks: Sequence[TaskComparison
         for index, run in enumerate(runs):
             table.add_row(escape(run.label), *(_metric_text(task, name, index, best[name]) for name in names))
         console.print(table)
-    console.print("* the best, and those not shown to differ from it, if any is; intervals are 95 %", markup=False)
+    marked = "* the best run and those that do not differ significantly from it; no mark if all are alike"
+    console.print(f"{marked}; intervals are 95 %", markup=False)
     console.print(f"normalised by {result['normalizer']}", markup=False)
     for sentence in (*result["summaries"], *result["verdicts"], *result["slice_verdicts"], *interference(runs, tasks)):
         console.print(sentence, markup=False)

@@ -56,8 +56,8 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
         require_usable_row((manifest,))
     samples = _manifest_rows(manifest, limit) if manifest else _clips_or_question(settings)
     output_path = _prepare_output_path(settings.output_path)
-    folder = (settings.lora_dir, "--lora_dir") if settings.lora_dir else (settings.output_dir, "--output_dir")
-    model_id, adapter = base_and_adapter(settings, *folder)
+    flag = "lora_dir" if settings.lora_dir else "output_dir"
+    model_id, adapter = base_and_adapter(settings, getattr(settings, flag), f"--{flag}")
     settings = match_training_prompts(settings, model_id, adapter)
     _warn_about_unused_flags(settings, manifest, log)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)

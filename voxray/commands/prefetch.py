@@ -255,7 +255,7 @@ def _delete_empty(manifests: list[Path]) -> list[Path]:
     empty = [path for path in manifests if not path.stat().st_size]
     for path in empty:
         path.unlink()
-        console.print(f"data: no row for {path.name}, so there is none", markup=False)
+        console.print(f"data: {path.name} would have no rows, so it is not written", markup=False)
     return [path for path in manifests if path not in empty]
 
 
@@ -300,7 +300,7 @@ def _has_features(settings: PrefetchSettings, folder: Path, lock: LockFile) -> b
         return False
     if damaged(step["files"], folder, verify=False):
         return False
-    console.print("features: there already", markup=False)
+    console.print("features: already up to date", markup=False)
     return True
 
 
@@ -338,7 +338,9 @@ def _print_next_command(settings: PrefetchSettings, folder: Path, lock: LockFile
     changed = settings.model_fields_set & {"store", "cache_dtype", "rows_per_shard"}
     flags += [word for name in sorted(changed) for word in (f"--{name}", str(getattr(settings, name)))]
     flags += ["--bf16"] if settings.bf16 else []
-    console.print(f"all of it is in {folder}, as {lock.path.name} says; next, with the network off:", markup=False)
+    console.print(
+        f"all files are in {folder}, and {lock.path.name} lists them; the next command needs no network:", markup=False
+    )
     console.print(f"  python jobs/{_transcript_job(str(model_type))}.py {shlex.join(flags)}", markup=False)
 
 

@@ -19,7 +19,7 @@ from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
 from voxray.recipes.build_model import find_init_adapter
-from voxray.recipes.registry import RunContext, assemble_inputs
+from voxray.recipes.run_context import RunContext, assemble_inputs
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import training_data
 from voxray.runs.inputs import input_hashes

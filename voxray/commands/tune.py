@@ -15,7 +15,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
-from voxray.recipes.registry import assemble_inputs, require_family
+from voxray.recipes.run_context import assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import resolve_output_dir

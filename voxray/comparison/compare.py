@@ -54,7 +54,7 @@ class TaskComparison:
         return direction(metric, self.pairs[0, run][metric].difference, self.differs((0, run), metric))
 
     def best(self, metric: str) -> list[int]:
-        """The best run by a metric, and the runs that are not shown to differ from it."""
+        """The best run by a metric, and the runs that do not differ significantly from it."""
         values = [value for value, _ in self.values[metric]]
         first = values.index((max if higher_is_better(metric) else min)(values))
         pairs = {other: (min(first, other), max(first, other)) for other in range(len(values)) if other != first}

@@ -180,12 +180,12 @@ def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.n
     if num_units <= MAX_EXACT_UNITS:
         signs = 1.0 - 2.0 * ((np.arange(1 << num_units)[:, None] >> np.arange(num_units)) & 1)
         return (size(signs @ moves) >= limit).mean(axis=0)
-    num_resamples = resamples_for(num_units, num_resamples)
+    num_exchanges = resamples_for(num_units, num_resamples)
     rng, reached = np.random.default_rng(seed), np.zeros(len(limit))
-    for num_draws in _chunks(num_resamples, num_units):
+    for num_draws in _chunks(num_exchanges, num_units):
         signs = rng.integers(0, 2, (num_draws, num_units), dtype=np.int8).astype(np.float64) * 2 - 1
         reached += (size(signs @ moves) >= limit).sum(axis=0)
-    return (reached + 1) / (num_resamples + 1)
+    return (reached + 1) / (num_exchanges + 1)
 
 
 def _interval(values: np.ndarray, num_units: int) -> tuple[float, float] | None:

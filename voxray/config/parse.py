@@ -238,7 +238,9 @@ def _read_yaml(path: Path, model: type[Settings], flags: Mapping[str, Any]) -> t
         if name is None:
             errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names)}")
         elif isinstance(value, bool) and not _is_bool(model.model_fields[name]):
-            errors.append(f"{path}: {key}: is no switch, but YAML reads this value as {value}; quote it if it is text")
+            errors.append(
+                f"{path}: {key}: is not true or false, but YAML reads this value as {value}; quote it if it is text"
+            )
         else:
             _set(model, values, name, value, f"{path}: {key}", errors)
     return values, errors

@@ -102,7 +102,7 @@ def _guess_family(model_id: str) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
     name = model_id.lower().rpartition("/")[2]
-    return next((family for family in ("whisper", "salmonn") if family in name), "voxtral")
+    return next((recipe.family for recipe in recipes().values() if recipe.family in name), "voxtral")
 
 
 def _read_tasks(manifests: Any) -> set[str]:

@@ -175,7 +175,7 @@ def _validate(name: str, value: Any, trains: type[Settings]) -> Any:
     """
     field = trains.model_fields[name]
     if isinstance(value, bool) and field.annotation is not bool:
-        raise ValueError(f"{value!r}: is no switch")
+        raise ValueError(f"{value!r}: is not true or false")
     adapter = field_adapter(field)
     try:
         validated = adapter.validate_python(value)

@@ -112,7 +112,7 @@ def make_features(
             on_estimate=lambda total: bar.say(f"encoder outputs will take {total / GIB:.3g} GiB at most"),
             on_progress=bar.update,
         )
-    new = f", {report.num_made} of them made now" if report.num_made else ", all of them there already"
+    new = f", {report.num_made} of them made now" if report.num_made else ", all of them already stored"
     console.print(f"features: {report.num_rows + report.num_bad} rows{new}, by {report.num_processes} process(es)")
     if report.num_bad:
         ledgers = [folder / "quarantine.jsonl" for folder in dict.fromkeys(report.folders)]

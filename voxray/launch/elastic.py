@@ -28,7 +28,7 @@ from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.launch.worker import train_worker
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import ERROR_FILE, newest_step
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE

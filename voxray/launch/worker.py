@@ -10,7 +10,7 @@ import torch
 from voxray.batches.rank import Worker
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import train
 from voxray.runs.layout import ERROR_FILE
 from voxray.training.callbacks import Callbacks

@@ -52,7 +52,7 @@ def show_plan(settings: PrefetchSettings, folder: Path, lock: LockFile) -> None:
         RunError, SettingsError: The job would fail, as far as that can be known beforehand.
     """
     table = Table(title=f"prefetch into {folder} (dry run: nothing is written)", title_justify="left")
-    for name in ("", "files", "size", "there already", "to come"):
+    for name in ("", "files", "size", "here already", "to download"):
         table.add_column(name, justify="left" if not name else "right")
     commit = lock.step("model").get("commit") or settings.model_revision
     repository = open_repository(settings.model_id, "model", commit, settings.hub)

@@ -29,7 +29,7 @@ from voxray.preflight.machine import (
 from voxray.preflight.meta_model import build_meta_model, report_parameters
 from voxray.preflight.rows import RunRows, check_manifests, read_rows
 from voxray.recipes.build_model import find_init_adapter
-from voxray.recipes.registry import RunContext, assemble_inputs
+from voxray.recipes.run_context import RunContext, assemble_inputs
 from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import holds_run, make_folder, refuse_other_run
 

@@ -41,17 +41,17 @@ def check_libraries(findings: Findings) -> None:
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
-            findings.add("fix", "libraries", f"{requirement.name} is not installed; needed is {requirement}")
+            findings.add("fix", "libraries", f"{requirement.name} is not installed; {requirement} is required")
             num_others += 1
             continue
         if requirement.specifier.contains(installed, prereleases=True):
             good.append(f"{requirement.name} {installed}")
         else:
             num_others += 1
-            expected = f"known to work is {requirement.specifier} (pyproject.toml)"
+            expected = f"tested with {requirement.specifier} (pyproject.toml)"
             findings.add("warning", "libraries", f"{requirement.name} {installed}: {expected}")
     main = ", ".join(entry for entry in good if entry.split()[0] in ("torch", "transformers", "peft", "ray"))
-    findings.add("ok", "libraries", f"{len(good)} of {len(good) + num_others} as known to work: {main}")
+    findings.add("ok", "libraries", f"{len(good)} of {len(good) + num_others} as tested: {main}")
 
 
 def check_gpu(settings: TrainSettings, findings: Findings) -> None:
@@ -59,7 +59,7 @@ def check_gpu(settings: TrainSettings, findings: Findings) -> None:
     if not torch.cuda.is_available():
         build = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         findings.add(
-            "unchecked", "gpu", f"no GPU in reach of this process ({build}): driver, bf16 and flash attention on a GPU"
+            "unchecked", "gpu", f"this process sees no GPU ({build}): driver, bf16 and flash attention on a GPU"
         )
         return
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)

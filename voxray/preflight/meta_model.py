@@ -12,7 +12,7 @@ from voxray.models.adapters.lora import count_parameters, find_role
 from voxray.models.interface import ModelFamily
 from voxray.preflight.findings import Findings
 from voxray.recipes.build_model import build_model
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 
 
 class _MetaFamily:

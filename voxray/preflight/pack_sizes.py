@@ -97,19 +97,19 @@ def largest_pack(rows: RunRows, settings: TrainSettings, plan: Plan, memory: Mem
     epochs = plan.curriculum_epochs if rows.run.stage.curriculum else settings.epochs
     validation = validation_shape(rows, settings)
     for epoch in range(min(epochs, max(EPOCHS_CHECKED, len(rows.run.stage.curriculum)))):
-        packs = plan.epoch_microbatches(epoch)
-        for index in sorted(set(_extremes(rows, packs, packed=packed))):
-            shape = rows.shape(packs[index], packed=packed)
+        microbatches = plan.epoch_microbatches(epoch)
+        for index in sorted(set(_extremes(rows, microbatches, packed=packed))):
+            shape = rows.shape(microbatches[index], packed=packed)
             need = memory.need(shape, validation, settings.eval_max_new_tokens)
-            candidates.append(PlannedPack(packs[index], shape, need))
+            candidates.append(PlannedPack(microbatches[index], shape, need))
     return max(candidates, key=lambda pack: pack.need.peak_bytes)
 
 
 def average_pack(rows: RunRows, plan: Plan) -> np.ndarray:
     """Rows of the pack whose number of tokens is closest to the mean."""
-    packs = plan.epoch_microbatches(0)
-    tokens = np.add.reduceat(rows.train.num_tokens[packs.rows], _starts(packs))
-    return packs[int(np.abs(tokens - tokens.mean()).argmin())]
+    microbatches = plan.epoch_microbatches(0)
+    tokens = np.add.reduceat(rows.train.num_tokens[microbatches.rows], _starts(microbatches))
+    return microbatches[int(np.abs(tokens - tokens.mean()).argmin())]
 
 
 def validation_shape(rows: RunRows, settings: TrainSettings) -> PackShape | None:

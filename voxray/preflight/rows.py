@@ -22,7 +22,7 @@ from voxray.preflight.findings import Findings
 from voxray.preflight.lengths import BadManifestLine, Lengths
 from voxray.preflight.shapes import PackShape, pack_shape
 from voxray.recipes.choose_rows import choose_rows
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_plan
 
 TASK_OF_CODE = {code: name for name, code in TASK_CODES.items()}

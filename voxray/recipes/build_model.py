@@ -23,7 +23,7 @@ from voxray.models.adapters.lora import (
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.runs.layout import list_checkpoints
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState

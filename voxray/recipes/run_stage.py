@@ -24,7 +24,7 @@ from voxray.models.interface import IGNORED
 from voxray.models.parts.arithmetic import set_deterministic, set_tf32
 from voxray.recipes.build_model import build_model, resume
 from voxray.recipes.choose_rows import LostRow, choose_rows, count_lost
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.recipes.stages import Stage
 from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import checkpoint_folder
@@ -157,7 +157,7 @@ def build_plan(
 
     Args:
         rows: Row numbers to train on.
-        cross_attention_positions: Positions per window, in addition to the tokens (see ``models.interface.FrontEnd``).
+        cross_attention_positions: Positions per window, in addition to the tokens (see ``models.front_end.FrontEnd``).
     """
     variants = Variants(rows, features.sample[rows], settings.seed)
     return Plan(
@@ -206,7 +206,7 @@ def describe_run(
     microbatches = plan.epoch_microbatches(0)
     rows_per_step = len(microbatches.rows) / len(microbatches) * plan.microbatches_per_step
     steps = f"{plan.steps_in_epoch(0)} steps of {rows_per_step:.3g} rows per epoch"
-    monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are no padding")
+    monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
     monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
     first_epoch = plan.epoch_rows(0)
     for name in plan.rows_by_task:

@@ -7,7 +7,7 @@ from voxray.core.console import console
 from voxray.core.storage import AnyPath
 from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.split_long_rows import write_parts
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 
 
 @dataclass(frozen=True)

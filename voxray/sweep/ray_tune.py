@@ -12,7 +12,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.launch.elastic import train_on_workers
-from voxray.recipes.registry import RunContext
+from voxray.recipes.run_context import RunContext
 from voxray.sweep.queue import Queue
 from voxray.sweep.trials import ERROR_FILE, RESULT_FILE, Trial, scheduler_record, with_outcome
 from voxray.sweep.work import trial_settings

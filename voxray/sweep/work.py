@@ -23,7 +23,7 @@ from voxray.core.manifest import require_usable_row
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
-from voxray.recipes.registry import RunContext, require_family
+from voxray.recipes.run_context import RunContext, require_family
 from voxray.recipes.training_data import TrainingData, training_data
 from voxray.sweep.queue import Queue
 from voxray.sweep.results import ranked, top_trials

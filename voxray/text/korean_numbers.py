@@ -15,7 +15,7 @@ _LARGEST = 10**8 - 1
 def is_reading(written: str, spoken: str) -> bool:
     """Whether ``spoken`` is the reading of ``written``, which begins with a number: ``70%`` and ``칠십 퍼센트``.
 
-    After a number alone nothing else may follow: ``5`` is no ``오늘``.
+    After a number alone nothing else may follow: ``5`` does not match ``오늘``.
     """
     number = _NUMBER.match(written)
     if number is None:

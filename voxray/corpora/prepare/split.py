@@ -95,7 +95,7 @@ def choose_split(
         rows: All rows, in order.
         val_share: Share of the rows for validation, filled with whole groups.
         with_validation: False if there is no validation output. Then all rows are for training.
-        with_test: Put the corpus' own test rows into neither.
+        with_test: Keep the corpus' own test rows out of both, as a test set.
     """
     sizes: Counter[str] = Counter()
     names: Counter[str] = Counter()

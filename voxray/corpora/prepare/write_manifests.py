@@ -81,8 +81,8 @@ class OutputFiles:
 
     def finish(self, *, keep: bool) -> None:
         """Close the files. Rename them to their final names, or delete all but the ledger if ``keep`` is false."""
-        for name, file in self._files.items():
-            file.close()
+        for name, part in self._files.items():
+            part.close()
             if keep or name == "ledger":
                 self._parts[name].replace(self._final[name])
             else:

@@ -1,11 +1,11 @@
-"""Attention for packed rows, which hold several samples: each sample attends to itself only.
+"""Attention for packs: each of the rows in a pack attends to itself only.
 
-transformers recognises packed rows by position ids that start again, and then builds a dense mask of tokens by tokens,
-whose cost grows with the square of the row. Here there is no mask, and a packed row costs what its samples cost: one
-call of the variable-length flash kernel where available (GPUs from Ampere on, half precision), else one call of
-PyTorch's causal attention per sample.
+transformers recognises packs by position ids that start again, and then builds a dense mask of tokens by tokens, whose
+cost grows with the square of the pack. Here there is no mask, and a pack costs what its rows cost: one call of the
+variable-length flash kernel where available (GPUs from Ampere on, half precision), else one call of PyTorch's causal
+attention per row.
 
-Rows without ``segments`` (padded batches, generation) use transformers' attention and mask. On a GPU PyTorch chooses
+Batches without ``segments`` (padded batches, generation) use transformers' attention and mask. On a GPU PyTorch chooses
 the kernel for them: flash if no row is padded, else the memory-efficient one, because flash takes no mask.
 
 Shape letters: B rows, H heads, L tokens, D width of a head.
@@ -25,10 +25,10 @@ MAX_HEAD_DIM = 256  # of the flash kernel, which also requires a multiple of 8
 
 @dataclass(frozen=True)
 class Segments:
-    """Boundaries of the samples in a packed row.
+    """Boundaries of the rows in a pack.
 
     Attributes:
-        ends: For every sample, the index after its last token.
+        ends: For every row, the index after its last token.
         bounds: 0 and the ends, int32, on the model's device.
     """
 
