@@ -11,6 +11,7 @@ import pytest
 from helpers.running import JOBS, ROOT, parse_only
 
 from voxray.config.parse import Settings, flag_metadata
+from voxray.config.prepare import TableFlags
 
 WARNS = "other_flags::flags_that_warn"
 """For flags marked ``no_effect``: parse says so whenever one is given."""
@@ -262,6 +263,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "audio_output": "prepare_flags::test_output_and_audio_output",
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
+        **dict.fromkeys(TableFlags.model_fields, "own_tables::the_flags_of_prepare"),
     },
     "prefetch": {
         **dict.fromkeys(("model_id", "dataset", "hub", "output_dir"), "prefetch::a_hub_in_a_folder"),

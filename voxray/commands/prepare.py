@@ -14,11 +14,14 @@ from rich.table import Table
 from voxray.audio.quality import QualityLimits
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
-from voxray.config.prepare import PrepareSettings
+from voxray.config.prepare import PrepareSettings, TableFlags
 from voxray.core.console import console, progress_bar
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
+from voxray.corpora.importers.table import CorpusTable, TableOptions
+from voxray.corpora.importers.table_columns import HEADINGS
+from voxray.corpora.importers.table_file import SUFFIXES
 from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, run_checks, spool
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
 from voxray.corpora.select import RowStream
@@ -69,7 +72,7 @@ def _prepare(
     train, audio = outputs["train_output"], outputs.pop("audio_output", None)
     for path in (*outputs.values(), ledger):
         make_folder(path.parent)
-    rows = select(chain.from_iterable(_rows(Path(item), settings.format) for item in settings.input))
+    rows = select(chain.from_iterable(_rows(Path(item), settings) for item in settings.input))
     prefix = f".prepare-{train.name}-"
     for leftover in train.parent.glob(f"{glob.escape(prefix)}*"):  # of a killed job, since this one holds the lease
         shutil.rmtree(leftover, ignore_errors=True)
@@ -101,18 +104,37 @@ def _prepare(
     return outcome
 
 
-def _rows(path: Path, name: str) -> Iterator[ImportedRow | ImportFault]:
-    """Import the rows of one input.
+def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | ImportFault]:
+    """Import the rows of one input. What was guessed about a table is printed first.
 
     Raises:
         RunError: The input is missing, or its format is unknown or cannot be read.
+        SettingsError: A flag for tables is given, and the input is not a table.
     """
     if not path.exists():
         raise RunError(f"--input {path}: no such file or folder")
+    options = _table_options(settings)
     try:
-        yield from IMPORTERS[detect(path) if name == "auto" else name](path)
+        name = settings.format
+        if name == "auto":
+            name = "table" if options.any_set and path.suffix.lower() in SUFFIXES else detect(path)
+        if name == "table":
+            table = CorpusTable(path, options)
+            console.print(table.description, markup=False)
+            yield from table.rows()
+            return
+        if not options.any_set:
+            yield from IMPORTERS[name](path)
+            return
     except (OSError, ValueError) as error:
         raise RunError(f"--input {path}: {error}") from None
+    flags = " ".join(f"--{flag}" for flag in TableFlags.model_fields if getattr(settings, flag))
+    raise SettingsError(f"{flags}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
+
+
+def _table_options(settings: PrepareSettings) -> TableOptions:
+    columns = {kind: getattr(settings, f"{kind}_column") for kind in HEADINGS}
+    return TableOptions(columns, settings.encoding, settings.sheet, settings.audio_dir)
 
 
 def _limits(settings: PrepareSettings) -> Limits:

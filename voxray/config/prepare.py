@@ -5,14 +5,54 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, check_pairs
-from voxray.config.parse import Flag, InputFiles
+from voxray.config.parse import Flag, InputFiles, Settings
 
 
-class PrepareSettings(ClipLimitFlags):
+class TableFlags(Settings):
+    """How to read CSV, TSV and Excel files. What is not given is guessed and printed."""
+
+    audio_column: str = ""
+    """Heading of the column that names the clips, or its number in a table without headings; by default the column
+    whose cells are audio files."""
+    text_column: str = ""
+    """Heading or number of the column of transcripts."""
+    speaker_column: str = ""
+    """Heading or number of the column of speakers; rows of one speaker stay on one side of the split."""
+    language_column: str = ""
+    """Heading or number of the column of language codes."""
+    start_column: str = ""
+    """Heading or number of the column with the start of a row's part of its clip, in seconds or h:mm:ss."""
+    end_column: str = ""
+    """Heading or number of the column with the end of that part."""
+    duration_column: str = ""
+    """Heading or number of the column with the length of that part, or of the clip."""
+    channel_column: str = ""
+    """Heading or number of the column with the channel to read, from 0."""
+    split_column: str = ""
+    """Heading or number of the column with the corpus's own split."""
+    audio_dir: Annotated[str, Flag(path="input")] = ""
+    """Folder of the clips that a table names; they may be at any depth below it. By default the table's folder."""
+    encoding: str = ""
+    """Encoding of a table, such as cp949; by default from its byte-order mark, else UTF-8, else cp949."""
+    sheet: str = ""
+    """Sheet of an Excel file; by default the first one with rows."""
+
+
+class PrepareSettings(TableFlags, ClipLimitFlags):
     input: Annotated[InputFiles, Flag(path="input"), Field(min_length=1)]
     """Corpora to read: files or folders, comma separated."""
     format: Literal[
-        "auto", "kaldi", "nemo", "ksponspeech", "commonvoice", "huggingface", "lhotse", "salmonn", "jsonl"
+        "auto",
+        "kaldi",
+        "nemo",
+        "ksponspeech",
+        "librispeech",
+        "commonvoice",
+        "huggingface",
+        "lhotse",
+        "salmonn",
+        "jsonl",
+        "table",
     ] = "auto"
     """Format of the corpora; auto detects it from the files."""
     train_output: Annotated[str, Flag(("out_train",), path="output"), Field(min_length=1)]

@@ -79,9 +79,21 @@ def parquet(root: Path, sound: str) -> tuple[Path, Path]:
     return root, root / "train.parquet"
 
 
+def table(root: Path, sound: str) -> tuple[Path, Path]:
+    path = lines(root / "전사.csv", "파일명;전사;번호", *[f"{sound};네, 그래요;{number}" for number in range(NUM)])
+    return root, path
+
+
+def librispeech(root: Path, sound: str) -> tuple[Path, Path]:
+    name = Path(sound).stem.replace(" ", "_")
+    clip(root / f"{name}.wav")
+    return root, lines(root / "84.trans.txt", *[f"{name} 네 그래요"] * NUM)
+
+
 CORPORA = [kaldi, kaldi_segments, nemo, ksponspeech, commonvoice, huggingface, lhotse, salmonn, jsonl, parquet]
+CORPORA += [table, librispeech]
 FORMATS = {"kaldi_segments": "kaldi", "parquet": "huggingface"}
-HEADERS = {"commonvoice": 1, "huggingface": 1, "salmonn": 1}
+HEADERS = {"commonvoice": 1, "huggingface": 1, "salmonn": 1, "table": 1}
 
 
 def test_every_importer_is_covered():
@@ -146,15 +158,15 @@ def test_the_format_is_detected_and_rows_are_manifest_rows(tmp_path, make):
         ("a.json", ["{", '  "annotation": ['], "salmonn"),
         ("metadata.jsonl", ['{"file_name": "x", "text": "y"}'], "huggingface"),
         ("a.jsonl", ['{"other": 1}'], None),
-        ("a.csv", ["a,b"], None),
-        ("a.txt", ["just text"], None),
+        ("a.csv", ["a,b"], "table"),
+        ("a.txt", ["just text"], "table"),
         ("a.jsonl", [], None),
     ],
 )
 def test_detect_files(tmp_path, name, content, expected):
     path = lines(tmp_path / name, *content, packed=name.endswith(".gz"))
     if expected is None:
-        with pytest.raises(RunError, match="--format"):
+        with pytest.raises(RunError, match=r"rename them|is empty"):
             detect(path)
     else:
         assert detect(path) == expected
@@ -163,7 +175,7 @@ def test_detect_files(tmp_path, name, content, expected):
 def test_detect_folders(tmp_path):
     with pytest.raises(RunError, match="no such file"):
         detect(tmp_path / "gone")
-    with pytest.raises(RunError, match="--format"):
+    with pytest.raises(RunError, match="the folder has no files"):
         detect(tmp_path)
     clip(tmp_path / "a" / "b" / "x.pcm")
     lines(tmp_path / "a" / "b" / "x.txt", "네")
@@ -181,7 +193,9 @@ def test_a_path_that_is_not_a_file_is_missing_audio(tmp_path, kind):
     assert [fault.reason for fault in faults] == ["audio_missing"]
 
 
-@pytest.mark.parametrize("name", ["nemo", "salmonn", "jsonl", "commonvoice", "ksponspeech", "lhotse", "huggingface"])
+@pytest.mark.parametrize(
+    "name", ["nemo", "salmonn", "jsonl", "commonvoice", "ksponspeech", "lhotse", "huggingface", "table"]
+)
 def test_memory_does_not_grow_with_the_corpus(tmp_path, name):
     """Streaming 5 MB of rows may take 4 MB more than sixty rows. A list of lines would take 9 MB.
 

@@ -9,8 +9,8 @@ from helpers.corpora import clip, lines, read, reasons
 
 from voxray.audio.decode import decode
 from voxray.core.errors import BadRow, RunError
-from voxray.corpora.importers import huggingface, ksponspeech
-from voxray.corpora.importers.huggingface import embedded_audio
+from voxray.corpora.importers import embedded, ksponspeech
+from voxray.corpora.importers.embedded import embedded_audio
 
 CV_HEADER = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccents\tlocale\tsegment"
 
@@ -188,12 +188,16 @@ def test_parquet_with_audio_inside(tmp_path, statistics, monkeypatch):
     }
     assert rows[4].values == {"audio_path": str(tmp_path / "x.wav"), "transcript": "오"}
     assert reasons(faults) == [(5, "missing_key"), (7, "audio_missing"), (8, "audio_missing")]
-    for limit in (huggingface.MAX_CACHED_BYTES, 0):
-        monkeypatch.setattr(huggingface, "MAX_CACHED_BYTES", limit)
-        assert [embedded_audio(str(path), row) for row in (3, 0, 2)] == [raw + b"\3", raw + b"\0", raw + b"\2"]
+    for limit in (embedded.MAX_CACHED_BYTES, 0):
+        monkeypatch.setattr(embedded, "MAX_CACHED_BYTES", limit)
+        assert [embedded_audio({"file": str(path), "row": row}) for row in (3, 0, 2)] == [
+            raw + b"\3",
+            raw + b"\0",
+            raw + b"\2",
+        ]
         for row in (5, 7, 8, -1):
             with pytest.raises(BadRow, match=r"no audio bytes|no row"):
-                embedded_audio(str(path), row)
+                embedded_audio({"file": str(path), "row": row})
     assert len(decode("1.wav", 16_000, raw)) == 1600
 
 
@@ -201,14 +205,14 @@ def test_a_replaced_parquet_file_is_read_anew(tmp_path):
     path = tmp_path / "a.parquet"
     for content in (b"one", b"three"):
         pq.write_table(pa.table({"audio": pa.array([{"bytes": content, "path": "a"}], AUDIO), "text": ["네"]}), path)
-        assert embedded_audio(str(path), 0) == content
+        assert embedded_audio({"file": str(path), "row": 0}) == content
 
 
 def test_damaged_and_foreign_parquet(tmp_path):
     lines(tmp_path / "a.parquet", "PAR1 no")
     assert reasons(read("huggingface", tmp_path / "a.parquet")[1]) == [(1, "damaged_file")]
     with pytest.raises(BadRow) as error:
-        embedded_audio(str(tmp_path / "a.parquet"), 0)
+        embedded_audio({"file": str(tmp_path / "a.parquet"), "row": 0})
     assert error.value.reason == "audio_unreadable"
     raw = bytes(range(256)) * 40
     clips = pa.array([{"bytes": raw, "path": "a"}] * 4, AUDIO)

@@ -7,9 +7,14 @@ from pathlib import Path
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import refuse_old_cache
 from voxray.core.tasks import TASKS
-from voxray.corpora.importers.huggingface import FILE_COLUMNS, METADATA
-from voxray.corpora.importers.lines import open_text, text_lines
-from voxray.corpora.importers.row import ImportFault, parse_object
+from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES
+from voxray.corpora.importers.huggingface import FILE_COLUMNS, METADATA, SAVED
+from voxray.corpora.importers.lhotse import SHAR_CUTS
+from voxray.corpora.importers.librispeech import LISTS
+from voxray.corpora.importers.lines import array_objects, open_text, text_lines
+from voxray.corpora.importers.row import ImportFault, Record, parse_object
+from voxray.corpora.importers.table_file import SUFFIXES, find_table
+from voxray.corpora.importers.unknown import describe_unknown
 
 _LINES_TRIED = 100
 _FOLDER_ENTRIES_TRIED = 100_000
@@ -19,14 +24,14 @@ def detect(path: Path | str) -> str:
     """Detect the name of the format from file names and the first lines.
 
     Raises:
-        RunError: The path does not exist, or matches no format. The message asks to name the format.
+        RunError: The path does not exist, or matches no format. The message says what was seen and what to do.
     """
     path = Path(path)
     if not path.exists():
         raise RunError(f"{path}: no such file or folder")
     name = _folder_format(path) if path.is_dir() else _file_format(path)
     if name is None:
-        raise RunError(f"{path}: of no format that is known by its looks; name it with --format")
+        raise RunError(f"{path}: {describe_unknown(path)}")
     return name
 
 
@@ -37,26 +42,40 @@ def _folder_format(path: Path) -> str | None:
         return "commonvoice"
     if next(path.glob("*.trn"), None):
         return "ksponspeech"
+    if next(path.glob(SHAR_CUTS), None):
+        return "lhotse"
+    table = find_table(path)
+    if table and table.name in METADATA:
+        return _file_format(table)
     entries = ((folder, name) for folder, _, names in os.walk(path) for name in sorted(names))
     suffixes = set()
     for _, name in itertools.islice(entries, _FOLDER_ENTRIES_TRIED):
-        if name in METADATA or name.endswith(".parquet"):
+        if name in METADATA or name == SAVED or name.endswith(".parquet"):
             return "huggingface"
+        if name.endswith(LISTS.removeprefix("*")):
+            return "librispeech"
         suffixes.add(Path(name).suffix.lower())
-    return "ksponspeech" if ".txt" in suffixes and suffixes & {".pcm", ".wav", ".flac"} else None
+    if table:
+        return "table"
+    return "ksponspeech" if ".txt" in suffixes and suffixes & AUDIO_SUFFIXES else None
 
 
 def _file_format(path: Path) -> str | None:
     suffix = path.suffix.lower()
-    by_suffix = {".trn": "ksponspeech", ".tsv": "commonvoice", ".parquet": "huggingface"}
+    by_suffix = {".trn": "ksponspeech", ".tsv": "commonvoice", ".csv": "huggingface", ".parquet": "huggingface"}
     if path.name in ("wav.scp", "segments", "text", "utt2spk") and (path.parent / "wav.scp").is_file():
         return "kaldi"
+    if suffix in (".csv", ".tsv"):
+        line = next(text_lines(path), None)
+        header = "" if isinstance(line, ImportFault | None) else line.text
+        is_known = {"client_id", "path"} <= set(header.split("\t")) or any(name in header for name in FILE_COLUMNS)
+        return by_suffix[suffix] if is_known else "table"
     if suffix in by_suffix:
         return by_suffix[suffix]
-    if suffix == ".csv":
-        header = next(text_lines(path), None)
-        is_metadata = not isinstance(header, ImportFault | None) and any(name in header.text for name in FILE_COLUMNS)
-        return "huggingface" if is_metadata else None
+    if path.name.endswith(LISTS.removeprefix("*")):
+        return "librispeech"
+    if suffix in SUFFIXES:
+        return "table"
     with open_text(path) as file:
         try:
             head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
@@ -75,6 +94,9 @@ def _file_format(path: Path) -> str | None:
             return "jsonl"  # this importer explains for every row what to do instead
         if name := _format_of_keys(set(row)):
             return name
+    if head.lstrip().startswith(b"["):
+        first = next(array_objects(path), None)
+        return "lhotse" if isinstance(first, Record) and _format_of_keys(set(first.values)) == "lhotse" else None
     return "salmonn" if head.lstrip().startswith(b"{") and b'"annotation"' in head else None
 
 

@@ -1,8 +1,10 @@
-"""Hugging Face data sets on disk: audiofolders (metadata.csv, .jsonl or .parquet with ``file_name``), and Parquet files
-with a column audio{bytes, path}. Parquet is read with pyarrow; ``datasets`` is not needed.
+"""Hugging Face data sets on disk: audiofolders (metadata.csv, .jsonl or .parquet with ``file_name``), Parquet files
+with a column audio{bytes, path}, and what ``save_to_disk`` writes.
+
+They are read with pyarrow; ``datasets`` is not needed.
 """
 
-import functools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,11 @@ from typing import Any
 
 from voxray.core.errors import BadRow, RunError, one_line
 from voxray.core.manifest import open_regular
+from voxray.corpora.importers.embedded import audio_column
 from voxray.corpora.importers.lines import csv_records, json_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
 
+SAVED = "state.json"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 TEXT_COLUMNS = ("transcript", "transcription", "text", "sentence")
 FILE_COLUMNS = ("file_name", "audio_file_name")
@@ -27,11 +31,11 @@ _OPTIONAL = {
 }
 _COLUMNS = {"id", "question", "answer", *TEXT_COLUMNS, *FILE_COLUMNS, *_OPTIONAL}
 ROWS_PER_BATCH = 64
-MAX_CACHED_BYTES = 256 << 20
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a metadata or Parquet file, or a folder: all its metadata files at any depth, else all its Parquet files.
+    """Read a metadata or Parquet file, or a folder: what ``save_to_disk`` wrote, else all its metadata files at any
+    depth, else all its Parquet files.
 
     The transcript is the first existing column of transcript, transcription, text and sentence. A row with ``question``
     and ``answer`` is an sqa row.
@@ -40,7 +44,9 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
         RunError: The folder has no such file, or a Parquet file has neither ``file_name`` nor an audio column.
     """
     for file in _files(path):
-        if file.suffix == ".parquet":
+        if file.name == SAVED:
+            yield from _saved_rows(file)
+        elif file.suffix == ".parquet":
             yield from _parquet_rows(file)
         else:
             yield from import_records(csv_records(file) if file.suffix == ".csv" else json_lines(file), _from_file)
@@ -49,6 +55,9 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
 def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path
+        return
+    if saved := sorted(path.rglob(SAVED)):
+        yield from saved  # one for each split
         return
     metadata = [Path(folder, name) for folder, _, names in os.walk(path) for name in names if name in METADATA]
     files = sorted(metadata) or sorted(path.rglob("*.parquet"))
@@ -92,16 +101,52 @@ def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
     yield from import_records(_parquet_records(file, audio, num_rows), _from_parquet)
 
 
-def audio_column(schema: Any) -> str | None:
-    """Name of the struct column with ``bytes`` and ``path``, preferably ``audio``; None if there is none."""
+def _saved_rows(state: Path) -> Iterator[ImportedRow | ImportFault]:
+    """The rows of the Arrow files that a ``state.json`` lists. The folder's name is the split, if it is one."""
     import pyarrow as pa
 
-    names = [
-        field.name
-        for field in schema
-        if pa.types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type}
-    ]
-    return "audio" if "audio" in names else next(iter(names), None)
+    name = str(state.absolute())
+    try:
+        files = [state.parent / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield ImportFault(name, 1, "", "damaged_file", f"not what save_to_disk writes: {one_line(error, 200)}")
+        return
+    for file in files:
+        try:
+            open_regular(file).close()
+            yield from import_records(_arrow_records(file), _from_parquet)
+        except (pa.ArrowException, OSError) as error:
+            yield ImportFault(str(file.absolute()), 1, "", "damaged_file", one_line(error, 300))
+
+
+def _arrow_records(file: Path) -> Iterator[Record | ImportFault]:
+    """The rows of an Arrow file without their audio bytes.
+
+    Raises:
+        RunError: It has no audio column.
+    """
+    import pyarrow as pa
+
+    name, number = str(file.absolute()), 0
+    with pa.memory_map(str(file)) as source, pa.ipc.open_stream(source) as stream:
+        audio = audio_column(stream.schema)
+        if audio is None and not any(column in stream.schema.names for column in FILE_COLUMNS):
+            raise RunError(f"{file}: neither a column file_name nor an audio column with bytes and path")
+        columns = [column for column in stream.schema.names if column in _COLUMNS and column != audio]
+        for batch in stream:
+            texts = batch.select(columns)
+            for index in range(batch.num_rows):
+                number += 1
+                values = _row_values(texts, index)
+                if isinstance(values, str):
+                    yield ImportFault(name, number, "", "bad_encoding", values)
+                    continue
+                if audio:
+                    clips = batch.column(audio)  # a clip that is null has empty fields in Arrow
+                    is_embedded = clips[index].is_valid and clips.field("bytes")[index].is_valid
+                    path = clips.field("path")[index].as_py() if clips[index].is_valid else None
+                    values |= {"audio_in_file": number - 1 if is_embedded else None, "clip_path": path}
+                yield Record(name, number, values)
 
 
 def _parquet_records(file: Path, audio: str | None, num_rows: int) -> Iterator[Record | ImportFault]:
@@ -169,54 +214,3 @@ def _from_parquet(record: Record) -> dict[str, Any]:
     if not path:
         raise BadRow("audio_missing", "neither bytes nor a path")
     return _values(record, {"audio_path": find_audio(path, record.folder)})
-
-
-def embedded_audio(file: str, row: int) -> bytes:
-    """Read the bytes of the clip in one row (from 0) of a Parquet file.
-
-    A row group of up to 256 MiB is cached for the next call, so reading rows in order reads each group once.
-
-    Raises:
-        BadRow: The row has no bytes (``audio_missing``), or they cannot be read (``audio_unreadable``).
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        stat = os.stat(file)
-        with pq.ParquetFile(file) as parquet:
-            metadata, first, group = parquet.metadata, 0, 0
-            if not 0 <= row < metadata.num_rows:
-                raise BadRow("audio_missing", f"{file} has {metadata.num_rows} rows, so there is no row {row}")
-            while row - first >= metadata.row_group(group).num_rows:
-                first += metadata.row_group(group).num_rows
-                group += 1
-            if metadata.row_group(group).total_byte_size <= MAX_CACHED_BYTES:
-                clip = _clips(file, group, stat.st_mtime_ns, stat.st_size)[row - first].as_py()
-            else:
-                clip = _stream_to(parquet, group, row - first)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadRow("audio_unreadable", f"{file}: {one_line(error, 300)}") from None
-    if not clip or clip.get("bytes") is None:
-        raise BadRow("audio_missing", f"{file} has no audio bytes in row {row}")
-    return clip["bytes"]
-
-
-@functools.lru_cache(maxsize=1)
-def _clips(file: str, group: int, mtime_ns: int, size: int) -> Any:
-    """The audio column of one row group. Time and size of the file are cache keys, so a changed file is read anew."""
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(file) as parquet:
-        column = audio_column(parquet.schema_arrow)
-        return parquet.read_row_group(group, columns=[column]).column(0)
-
-
-def _stream_to(parquet: Any, group: int, index: int) -> Any:
-    """The clip at an index of a row group that is too large to cache."""
-    column = audio_column(parquet.schema_arrow)
-    for batch in parquet.iter_batches(16, row_groups=[group], columns=[column]):
-        if index < batch.num_rows:
-            return batch.column(0)[index].as_py()
-        index -= batch.num_rows
-    return None

@@ -1,19 +1,24 @@
-"""KsponSpeech and corpora with its layout: ``.trn`` lists of ``path :: text``, or a ``.txt`` file beside each clip."""
+"""KsponSpeech and corpora with its layout: ``.trn`` lists of ``path :: text``, or a ``.txt`` file beside each clip.
+
+Texts without Hangul, of corpora in other languages, get no language.
+"""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import open_regular
+from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES
 from voxray.corpora.importers.lines import decode_text, text_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, find_audio
 from voxray.text.korean import clean_transcript
 
-AUDIO_SUFFIXES = (".pcm", ".wav", ".flac")
 PCM_RATE_HZ = 16_000
 MAX_TEXT_BYTES = 1 << 20
+_HANGUL = re.compile("[가-힣]")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
@@ -94,7 +99,9 @@ def _pair(clip: Path, text: Path) -> ImportedRow | ImportFault:
 
 def _values(audio_path: str, raw: str) -> dict[str, Any]:
     cleaned = clean_transcript(raw)
-    values: dict[str, Any] = {"audio_path": audio_path, "transcript": cleaned.text, "language": "ko"}
+    values: dict[str, Any] = {"audio_path": audio_path, "transcript": cleaned.text}
+    if _HANGUL.search(raw) or audio_path.lower().endswith(".pcm"):
+        values["language"] = "ko"
     values["transcript_raw"] = raw
     if cleaned.phonetic != cleaned.text:
         values["transcript_phonetic"] = cleaned.phonetic

@@ -1,38 +1,69 @@
-"""lhotse cuts: JSON Lines, plain or gzipped, of ``MonoCut`` objects that contain their recording and supervisions.
+"""lhotse cuts: JSON Lines or a JSON list, plain or gzipped, of cuts that contain their recording and supervisions; and
+Shar folders, whose clips are in tar files.
 
 A cut with one supervision is one row with the cut's times, as in lhotse's own ASR data sets. A cut with several is one
-row per supervision, with the supervision's times. Cuts that lhotse would change on loading (mixes, speed changes,
-commands, sources other than files) are faults.
+row per supervision, with the supervision's times. A ``MultiCut`` is one row per supervision if each names one channel.
+Cuts that lhotse would change on loading (mixes, speed changes, commands, sources other than files) are faults.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import BadRow
+from voxray.core.errors import BadRow, RunError
 from voxray.core.source import check_number
-from voxray.corpora.importers.lines import json_lines
+from voxray.corpora.importers.embedded import TarIndex
+from voxray.corpora.importers.lines import array_objects, json_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
 
+SHAR_CUTS, SHAR_RECORDINGS = "cuts.*.jsonl*", "recording"
 _HARMLESS_TRANSFORMS = {"Resample"}
 _TOLERANCE_SEC = 1e-3
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
-    """Read a cut set. Every cut gives one row or fault per supervision, and one fault if it has none."""
-    return import_records(_supervised(path), _convert)
+    """Read a cut set or a Shar folder. Every cut gives one row or fault per supervision, and one fault if it has none.
+
+    Raises:
+        RunError: A folder is not a Shar folder, or a file of it is missing or cannot be read.
+    """
+    if path.is_dir():
+        yield from _shar_rows(path)
+    else:
+        yield from import_records(_supervised(_cuts(path)), _convert)
 
 
-def _supervised(path: Path) -> Iterator[Record | ImportFault]:
+def _cuts(path: Path) -> Iterator[Record | ImportFault]:
+    is_list = path.name.removesuffix(".gz").endswith(".json")
+    return array_objects(path) if is_list else json_lines(path)
+
+
+def _shar_rows(folder: Path) -> Iterator[ImportedRow | ImportFault]:
+    """Each ``cuts.N.jsonl.gz`` has a ``recording.N.tar``, whose clips are the cuts' audio and have the cuts' names."""
+    files = sorted(folder.glob(SHAR_CUTS))
+    if not files:
+        raise RunError(f"{folder}: no {SHAR_CUTS} in it, so it is not a Shar folder of lhotse")
+    for file in files:
+        number = file.name.split(".")[1]
+        clips = TarIndex(folder / f"{SHAR_RECORDINGS}.{number}.tar")
+
+        def convert(record: Record, clips: TarIndex = clips) -> dict[str, Any]:
+            return _convert(record, clips.find(str(record.values["cut"].get("id"))))
+
+        yield from import_records(_supervised(_cuts(file)), convert)
+
+
+def _supervised(cuts: Iterator[Record | ImportFault]) -> Iterator[Record | ImportFault]:
     """One record per supervision. Its ``id`` is the cut's, or the supervision's if the cut has several."""
-    for record in json_lines(path):
+    for record in cuts:
         if isinstance(record, ImportFault):
             yield record
             continue
         cut, cut_id = record.values, record.record_id()
         supervisions = cut.get("supervisions")
-        if cut.get("type", "MonoCut") != "MonoCut":
-            message = f"a {cut['type']}; only MonoCut is one stretch of one file"
+        is_multi = cut.get("type", "MonoCut") == "MultiCut"
+        if not is_multi and cut.get("type", "MonoCut") != "MonoCut":
+            message = f"a {cut['type']}; only MonoCut and MultiCut are one stretch of one file"
             yield ImportFault(record.file, record.line, cut_id, "unsupported_cut", message)
         elif not isinstance(supervisions, list) or not supervisions:
             yield ImportFault(record.file, record.line, cut_id, "missing_text", "a cut without supervisions")
@@ -47,20 +78,31 @@ def _supervised(path: Path) -> Iterator[Record | ImportFault]:
                 yield Record(record.file, record.line, {"id": row_id, "cut": cut, "supervision": supervision})
 
 
-def _convert(record: Record) -> dict[str, Any]:
+def _convert(record: Record, clip: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The row of one supervision.
+
+    Args:
+        clip: Keys of a clip in an archive; None for the recording's file.
+    """
     cut, supervision = record.values["cut"], Record(record.file, record.line, record.values["supervision"])
     recording = cut.get("recording")
     if not isinstance(recording, dict):
         raise BadRow("missing_audio_entry", "the cut has no recording")
-    audio_path, channel = _source(recording, cut.get("channel", 0), record.folder)
+    is_multi = cut.get("type") == "MultiCut"
+    channel = supervision.values.get("channel") if is_multi else cut.get("channel", 0)
+    if clip is None:
+        audio_path, channel = _source(recording, channel, record.folder)
+        clip = {"audio_path": audio_path}
+    elif is_multi and isinstance(channel, int):
+        clip = {**clip, "channel": channel}
     start, duration = check_number(cut.get("start"), "start"), check_number(cut.get("duration"), "duration")
-    if len(cut["supervisions"]) > 1:
+    if len(cut["supervisions"]) > 1 or is_multi:
         start, duration = _times(start, duration, supervision.values)
-    values: dict[str, Any] = {"audio_path": audio_path, "transcript": supervision.text("text"), "duration": duration}
+    values: dict[str, Any] = {**clip, "transcript": supervision.text("text"), "duration": duration}
     whole = recording.get("duration")
     if start > 0 or not isinstance(whole, int | float) or abs(whole - duration) > _TOLERANCE_SEC:
         values["start"] = start
-    if len(recording["sources"][0].get("channels") or []) > 1:
+    if clip["audio_path"] and len(recording["sources"][0].get("channels") or []) > 1:
         values["channel"] = channel
     if recording.get("id"):
         values["session"] = str(recording["id"])

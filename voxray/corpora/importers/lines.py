@@ -6,7 +6,7 @@ import csv
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -133,24 +133,38 @@ def tab_lines(path: Path) -> Iterator[Record | ImportFault]:
             yield Record(name, line.number, dict(zip(header, fields, strict=True)))
 
 
-def csv_records(path: Path) -> Iterator[Record | ImportFault]:
-    """The rows of a comma-separated table with a header.
+class Cells(NamedTuple):
+    """A record of a separated table: the lines that it is on, and its fields."""
+
+    lines: list[int]
+    fields: list[str]
+
+
+def csv_cells(
+    name: str, lines: Iterable[Line | ImportFault], separator: str = ",", *, quoted: bool = True
+) -> Iterator[Cells | ImportFault]:
+    """The records of a table's lines.
 
     A quote that is never closed makes the following lines part of its field. Each of these lines becomes a fault.
-    """
-    name, faults, consumed = str(path.absolute()), list[ImportFault](), list[int]()
 
-    def lines() -> Iterator[str]:
-        for line in text_lines(path):
+    Args:
+        name: The file in faults.
+        quoted: Whether quotes enclose fields; otherwise they are ordinary characters.
+    """
+    faults, consumed = list[ImportFault](), list[int]()
+
+    def texts() -> Iterator[str]:
+        for line in lines:
             if isinstance(line, ImportFault):
                 faults.append(line)
             else:
                 consumed.append(line.number)
                 yield line.text + "\n"
 
-    reader, header = csv.reader(lines(), strict=True), None
+    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(texts(), delimiter=separator, quoting=quoting, strict=True)
     while True:
-        fields, reason, message = [], "bad_csv", ""
+        fields, message = [], ""
         try:
             fields = next(reader)
         except StopIteration:
@@ -158,26 +172,39 @@ def csv_records(path: Path) -> Iterator[Record | ImportFault]:
             return
         except csv.Error as error:
             message = str(error)
-        if header is None and (faults or message):
-            raise RunError(f"{path}:1: the header cannot be read: {message or faults[0].message}")
-        if fields and header and len(fields) != len(header):
-            reason, message = "bad_row", f"{len(fields)} fields under {len(header)} headings"
-        if message:
-            yield from (ImportFault(name, number, "", reason, message) for number in consumed)
-        elif header is None:
-            header = fields
-        elif fields:
-            yield Record(name, consumed[0], dict(zip(header, fields, strict=True)))
         yield from faults
+        if message:
+            yield from (ImportFault(name, number, "", "bad_csv", message) for number in consumed)
+        elif fields:
+            yield Cells(list(consumed), fields)
         faults.clear()
         consumed.clear()
 
 
-def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
-    """The objects of ``{"key": [{...}, ...]}``, one by one, so files may be of any size.
+def csv_records(path: Path) -> Iterator[Record | ImportFault]:
+    """The rows of a comma-separated table with a header."""
+    name, header = str(path.absolute()), None
+    for item in csv_cells(name, text_lines(path)):
+        if isinstance(item, ImportFault):
+            if header is None:
+                raise RunError(f"{path}:1: the header cannot be read: {item.message}")
+            yield item
+        elif header is None:
+            header = item.fields
+        elif len(item.fields) != len(header):
+            message = f"{len(item.fields)} fields under {len(header)} headings"
+            yield from (ImportFault(name, number, "", "bad_row", message) for number in item.lines)
+        else:
+            yield Record(name, item.lines[0], dict(zip(header, item.fields, strict=True)))
+
+
+def array_objects(path: Path, key: str = "") -> Iterator[Record | ImportFault]:
+    """The objects of ``{"key": [{...}, ...]}``, or without a key of ``[{...}, ...]``, so files may be of any size.
 
     Each element is delimited by its brackets and parsed separately, so a broken element is one fault.
     """
+    where, opening = (f"the list {key!r}", [f'"{key}"', ":", "["]) if key else ("the list", ["["])
+    level = 2 if key else 1  # brackets that are open inside the list
     name, element, start, line = str(path.absolute()), list[str](), 0, 0
     in_array, has_array, depth = False, False, 0
     for token in _json_tokens(path):
@@ -188,26 +215,26 @@ def array_objects(path: Path, key: str) -> Iterator[Record | ImportFault]:
         if not in_array:
             element = [*element, text][-3:] if text.strip() else element
             depth += (text in "{[") - (text in "}]")
-            if depth == 2 and [part.strip() for part in element] == [f'"{key}"', ":", "["]:
+            if depth == level and [part.strip() for part in element] == opening:
                 in_array, has_array, depth, element = True, True, 0, []
-            elif has_array and depth == 2 and element[-2:] == [",", "{"]:
-                yield ImportFault(name, line, "", "damaged_file", f"an object behind the end of the list {key!r}")
+            elif has_array and depth == level and element[-2:] == [",", "{"]:
+                yield ImportFault(name, line, "", "damaged_file", f"an object behind the end of {where}")
                 return
             continue
         if depth == 0 and text in ",]":
             if "".join(element).strip():
                 yield _json_record(name, start, "".join(element))
-            element, in_array, depth = [], text == ",", 0 if text == "," else 1
+            element, in_array, depth = [], text == ",", 0 if text == "," else level - 1
             continue
         start = start if element else line
         depth = max(0, depth + (text in "{[") - (text in "}]"))
         if text.strip() or element:
             element.append(text)
     if in_array:
-        message = f"the file ends inside the list {key!r}, which is cut off"
+        message = f"the file ends inside {where}, which is cut off"
         yield ImportFault(name, start if element else line, "", "damaged_file", message)
     elif not has_array:
-        yield ImportFault(name, 1, "", "bad_json", f'no {{"{key}": [...]}} in it')
+        yield ImportFault(name, 1, "", "bad_json", f'no {{"{key}": [...]}} in it' if key else "no list in it")
 
 
 def _json_record(name: str, line: int, text: str) -> Record | ImportFault:

@@ -24,8 +24,9 @@ class ImportedRow:
         values: A manifest row: the keys of its task (``core/tasks.py``) and, if the corpus has them, ``language``,
             ``start`` and ``duration`` (seconds; only a row with ``start`` is a part of its file), ``channel``,
             ``speaker``, ``session``, ``gender``, ``split``, ``transcript_raw``, ``transcript_phonetic``,
-            ``transcript_notes``, ``sample_rate`` (claimed). A clip inside a Parquet file has an ``audio_path`` of ""
-            and ``audio_bytes_from`` {"file", "row"} (from 0), which ``huggingface.embedded_audio`` reads.
+            ``transcript_notes``, ``sample_rate`` (claimed). A clip inside another file has an ``audio_path`` of "" and
+            ``audio_bytes_from``, which ``embedded.embedded_audio`` reads: {"file", "row"} (from 0) in Parquet and Arrow
+            files, {"file", "offset", "size"} in tar files.
     """
 
     source_file: str

@@ -32,7 +32,7 @@ from voxray.core.source import Source, segment, segments
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import Task
 from voxray.corpora.importers import ImportedRow, ImportFault
-from voxray.corpora.importers.huggingface import embedded_audio
+from voxray.corpora.importers.embedded import embedded_audio
 from voxray.corpora.prepare.fingerprints import audio_hash, leak_text, row_text, short_hash, speaker_key
 from voxray.text.korean import Reading, clean_transcript
 
@@ -184,7 +184,7 @@ class RowChecker(PoolWorker):
             raise BadRow("bad_type", f"sample_rate is {type(claimed_hz).__name__}, not a number")
         raw = None
         if embedded:
-            raw = embedded_audio(embedded["file"], embedded["row"])
+            raw = embedded_audio(embedded)
             values["audio_path"] = str(self.folders.embedded / f"{short_hash(raw)[:20]}{_suffix(raw)}")
             if not self.folders.copies and not Path(values["audio_path"]).is_file():
                 write_atomically(Path(values["audio_path"]), raw)
