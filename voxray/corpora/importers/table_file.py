@@ -174,7 +174,7 @@ def _find_separator(lines: list[str]) -> str:
             continue
         widths = Counter(len(row) for row in rows if len(row) > 1)
         width, count = max(widths.items(), key=lambda item: (item[1], item[0]), default=(1, 0))
-        starts_so = bool(rows) and len(rows[0]) == width  # the first line has the headings
+        starts_so = width > 1 and len(rows[0]) == width  # the first line has the headings
         score = (starts_so, round(count / max(1, len(rows)), 1), width)
         if score > best_score:
             best, best_score = separator, score
