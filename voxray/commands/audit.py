@@ -19,6 +19,7 @@ from voxray.config.audit import AuditSettings
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError
 from voxray.core.storage import write_json
+from voxray.core.units import format_duration
 from voxray.models.front_end import FrontEnd
 from voxray.models.registry import get_family
 from voxray.runs.lease import folder_lease
@@ -159,13 +160,13 @@ def _split(splits: Splits, number: int) -> str:
 def _print_summary(figures: dict[str, Any], summary: AuditSummary, output_dir: Path) -> None:
     table = Table(title="audit", title_justify="left")
     length = "num_tokens" if figures["model_id"] else "num_chars"
-    for name in ("task", "rows", "hours", f"{UNITS[length]} p50", "p95", "max", "sec p50", "max"):
+    for name in ("task", "rows", "audio", f"{UNITS[length]} p50", "p95", "max", "sec p50", "max"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for task, entry in figures["tasks"].items():
         lengths, seconds = entry.get(length, {}), entry.get("duration_sec", {})
         values = [lengths.get(name) for name in ("p50", "p95", "max")] + [seconds.get(name) for name in ("p50", "max")]
         cells = ["" if value is None else f"{value:g}" for value in values]
-        table.add_row(task, str(entry["rows"]), f"{entry['hours']:.3f}", *cells)
+        table.add_row(task, str(entry["rows"]), format_duration(entry["hours"] * 3600), *cells)
     console.print(table)
     if not figures["model_id"]:
         console.print("lengths are in characters (bytes in the report): no --model_id, so no tokens were counted")

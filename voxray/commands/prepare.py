@@ -18,10 +18,12 @@ from voxray.config.prepare import PrepareSettings, TableFlags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
+from voxray.core.units import format_duration
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
 from voxray.corpora.importers.table import CorpusTable, TableOptions
 from voxray.corpora.importers.table_columns import HEADINGS
 from voxray.corpora.importers.table_file import SUFFIXES
+from voxray.corpora.prepare.advice import advice
 from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, run_checks, spool
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
 from voxray.corpora.select import RowStream
@@ -175,12 +177,17 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     write_json(train.with_name("prepare_summary.json"), {**summary, "settings": settings.model_dump(mode="json")})
     table = Table(title="prepare", title_justify="left")
     table.add_column("")
-    for name in ("rows", "hours"):
+    for name in ("rows", "audio"):
         table.add_column(name, justify="right")
-    reasons = {f"left out: {reason}": entry for reason, entry in dropped.items()}
-    for name, entry in {"input": total, **splits, **reasons}.items():
-        table.add_row(name, str(entry["rows"]), f"{entry['hours']:.3f}")
+    seconds = outcome.tally.seconds
+    table.add_row("input", str(total["rows"]), format_duration(sum(seconds.values())))
+    for outcome_name in (*splits, *dropped):
+        shown = outcome_name if outcome_name in splits else f"left out: {outcome_name}"
+        row_count = outcome.tally.rows[outcome_name]
+        table.add_row(shown, str(row_count), format_duration(seconds.get(outcome_name, 0.0)))
     console.print(table)
+    for sentence in advice(dropped, total["rows"], outcome.short_secs, settings.min_sec):
+        console.print(sentence, markup=False)
     if outcome.leaks:
         console.print(f"leaks between the splits: {outcome.leaks}")
     if outcome.notes:
@@ -196,5 +203,5 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
 
 def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:
     if settings.leaks == "refuse" and outcome.leaks:
-        advice = "--leaks drop leaves those training rows out, --leaks allow keeps them"
-        raise RunError(f"the validation rows leak into training ({outcome.leaks}); {advice}")
+        flags = "--leaks drop leaves those training rows out, --leaks allow keeps them"
+        raise RunError(f"the validation rows leak into training ({outcome.leaks}); {flags}")

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Typ
 from pydantic.fields import FieldInfo
 
 from voxray.config.input_files import pointer_errors, unique_files
+from voxray.config.other_names import find_other_name
 from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import MAX_VALUE_CHARS, quoted_line
 
@@ -325,7 +326,8 @@ def _relative_to_repository(model: type[Settings], name: str, value: Any) -> Any
 
 
 def _suggestion(key: str, names: dict[str, str]) -> str:
-    close = difflib.get_close_matches(key, [*names, "config"], n=1)
+    close = [find_other_name(key, names)] if find_other_name(key, names) else []
+    close = close or difflib.get_close_matches(key, [*names, "config"], n=1)
     return f"; did you mean --{close[0]}?" if close else ""
 
 

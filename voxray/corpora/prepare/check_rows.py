@@ -127,8 +127,10 @@ class RowChecker(PoolWorker):
             _check_encodable(source, values)
             task = check_values(values)
             if task.has_audio:
-                clip = self._check_audio(values)
+                stated_sec = values.get("duration")
+                clip = self._decode(values)
                 duration_sec, clip_hash = len(clip[0]) / clip[1], audio_hash(clip[0])
+                self._check_quality(*clip, stated_sec)
             text = self._check_text(values, task, duration_sec)
             if clip and self.folders.copies:
                 self._write_copy(values, *clip, name=clip_hash)
@@ -176,10 +178,9 @@ class RowChecker(PoolWorker):
                 raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
         return row_text(task.prompt(values), answer)
 
-    def _check_audio(self, values: dict[str, Any]) -> tuple[np.ndarray, int]:
-        """Decode and measure the clip. Returns its samples and their rate in Hz."""
-        embedded = values.pop("audio_bytes_from", None)
-        claimed_hz, stated_sec = values.pop("sample_rate", None), values.get("duration")
+    def _decode(self, values: dict[str, Any]) -> tuple[np.ndarray, int]:
+        """Decode the clip. Returns its samples and their rate in Hz."""
+        embedded, claimed_hz = values.pop("audio_bytes_from", None), values.pop("sample_rate", None)
         if not isinstance(claimed_hz, int | float | None):
             raise BadRow("bad_type", f"sample_rate is {type(claimed_hz).__name__}, not a number")
         raw = None
@@ -197,11 +198,14 @@ class RowChecker(PoolWorker):
             raise BadRow("too_long", error.message) if error.reason == "audio_too_long" else error from None
         if claimed_hz and claimed_hz != rate_hz:
             raise BadRow("wrong_rate", f"{rate_hz} Hz, but the corpus says {claimed_hz}")
+        return samples, rate_hz
+
+    def _check_quality(self, samples: np.ndarray, rate_hz: int, stated_sec: float | None) -> None:
+        """Measure a clip. ``stated_sec`` is the duration that its row states."""
         quality = measure(samples, rate_hz)
         check(quality, self.limits.quality)
         if stated_sec and abs(stated_sec - quality.duration_sec) > self.limits.max_duration_error_sec:
             raise BadRow("duration_mismatch", f"{quality.duration_sec:.2f} s, but the corpus says {stated_sec:g} s")
-        return samples, rate_hz
 
     def _write_copy(self, values: dict[str, Any], samples: np.ndarray, rate_hz: int, *, name: str) -> None:
         """Write a 16 kHz copy of the decoded samples and set the row's ``audio_path`` to it.

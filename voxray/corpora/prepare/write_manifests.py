@@ -51,6 +51,7 @@ class PrepareOutcome:
         leaks: Overlap of training with validation and test.
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
         notes: {note: rows of the manifests that have it in ``transcript_notes``}.
+        short_secs: Durations of the rows that are ``too_short``, in seconds.
         num_mixed: Rows that average the channels of a recording of which other rows take one channel.
     """
 
@@ -58,6 +59,7 @@ class PrepareOutcome:
     leaks: Leaks
     first_fault: str = ""
     notes: Counter[str] = field(default_factory=Counter)
+    short_secs: list[float] = field(default_factory=list)
     num_mixed: int = 0
 
 
@@ -122,6 +124,7 @@ def write_manifests(
             row.reason, row.message = f"leak_{leak}", f"its {leak} is in the {split.held_out} rows as well"
         if row.reason:
             outputs.write("ledger", _ledger_entry(row))
+            outcome.short_secs += [row.duration_sec] if row.reason == "too_short" else []
             outcome.first_fault = outcome.first_fault or quoted_line(f"{row.source}: {row.message}")
         else:
             outputs.write(side, {"id": unique_id(row.id), **row.values})
