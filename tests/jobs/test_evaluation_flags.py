@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from conftest import SPEECH, TINY, manifest, read_rows, write_rows
+from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from helpers.running import ROOT, environment, load_job, parse_only
 
 from voxray.commands import evaluate as job
@@ -478,3 +478,19 @@ def test_long_recordings_are_answered_in_chunks(
     reason = {"reason": "not_answered", "message": "chunk 2 of 3: RuntimeError: no such expert"}
     assert line == {"manifest": path, "line": 1, "id": "long", **reason}, "the recording, not a chunk"
     assert "2 row(s) left out in all, listed in quarantine.jsonl; --retry_failed" in capsys.readouterr().out
+
+
+def test_infer_prints_each_answer_when_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 clips in batches of 2, the first is printed after the first batch, and all in the order of the manifest."""
+    num_rows, printed = [], list[tuple[int, str]]()
+    collate = continuous_batching.collate_prompts
+
+    def count(rows: Any, front_end: Any) -> Any:
+        num_rows.append(len(rows))
+        return collate(rows, front_end)
+
+    monkeypatch.setattr(continuous_batching, "collate_prompts", count)
+    monkeypatch.setattr(infer, "_print_answer", lambda entry, settings: printed.append((sum(num_rows), entry["id"])))
+    entries = infer_rows(model_id=WHISPER, jsonl=manifest("asr.val"), preview_rows=8, batch_size=2)
+    assert [entry["id"] for entry in entries] == [row_id for _, row_id in printed] and len(entries) == 8
+    assert printed[0][0] <= 3 and printed[-1][0] == 8

@@ -1,5 +1,6 @@
 """Answer requests without feature shards: a row, or the chunks of a recording that is too long for the model."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,8 @@ def answer_requests(
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer requests together; yields each with its rows' completions, or the exception of a row that has none.
 
+    They are yielded in their order, each as soon as it and all before it are answered.
+
     Raises:
         RunError: The device has failed.
     """
@@ -91,7 +94,11 @@ def answer_requests(
         return generate(model, family, front_end, batch, batch_size=batch_size, sampling=config.sampling)
 
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].prompt_ids))
-    by_row = dict(bisect_failures(order, config.batch_size, generate_rows))
-    completions = iter([by_row[number] for number in range(len(rows))])
-    for request in requests:
-        yield request, [next(completions) for _ in request.rows]
+    waiting, first = deque(requests), 0
+    completions: dict[int, Completion | Exception] = {}
+    for number, completion in bisect_failures(order, config.batch_size, generate_rows):
+        completions[number] = completion
+        while waiting and all(first + index in completions for index in range(len(waiting[0].rows))):
+            request = waiting.popleft()
+            yield request, [completions.pop(first + index) for index in range(len(request.rows))]
+            first += len(request.rows)
