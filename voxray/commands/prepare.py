@@ -14,6 +14,7 @@ from rich.table import Table
 from voxray.audio.quality import QualityLimits
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
+from voxray.commands.next_steps import after_prepare
 from voxray.config.prepare import PrepareSettings, TableFlags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
@@ -37,6 +38,7 @@ def run_prepare_job(
     select: Callable[[RowStream], RowStream] = lambda rows: rows,
     work_dir: Path | None = None,
     use_ray: bool = True,
+    show_next: bool = True,
 ) -> PrepareOutcome:
     """Read, check, split and write a corpus.
 
@@ -45,6 +47,7 @@ def run_prepare_job(
         work_dir: Folder for checked rows. An interrupted job leaves it to the next job with the same corpus, limits and
             ``select``. By default a temporary folder.
         use_ray: Whether to check in Ray Data processes; False checks in this process.
+        show_next: Print the commands that use the manifests.
     Raises:
         RunError: The corpus cannot be read, it has no usable row, or (``--leaks refuse``) the split leaks.
         SettingsError: An output path cannot be used.
@@ -58,7 +61,10 @@ def run_prepare_job(
     train = outputs["train_output"]
     ledger = outputs.get("quarantine", train.with_name("quarantine.jsonl"))
     with output_lease(train, "--train_output"):
-        return _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
+        outcome = _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
+    for line in after_prepare(settings, train) if show_next else ():
+        console.print(line, markup=False)
+    return outcome
 
 
 def _prepare(

@@ -69,7 +69,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
         with _timed(seconds, "evaluate base"):
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "base")))
         with _timed(seconds, "train"):
-            run_training(train)
+            run_training(train, show_next=False)
         with _timed(seconds, "evaluate tuned"):
             adapter = str(output_dir / "train")
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "tuned"), lora_dir=adapter))

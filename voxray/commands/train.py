@@ -9,6 +9,7 @@ from voxray.batches.rank import Worker
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.placement import require_capacity, warn_about_idle_gpus
 from voxray.cluster.session import ray_session
+from voxray.commands.next_steps import after_training
 from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
@@ -28,9 +29,11 @@ from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder, resolve_output_dir
 
 
-def run_training(settings: TrainSettings) -> dict[str, Any]:
+def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str, Any]:
     """Run a training job.
 
+    Args:
+        show_next: Print the commands that use the adapter.
     Raises:
         RunError, SettingsError: The user has to correct something.
         Stopped: The run was asked to stop. It wrote a checkpoint first.
@@ -60,6 +63,8 @@ def run_training(settings: TrainSettings) -> dict[str, Any]:
             )
         adapter = run.run_dir / "adapter"
         console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
+        for line in after_training(settings, run.run_dir, result) if show_next else ():
+            console.print(line, markup=False)
         return result
 
 

@@ -1,0 +1,49 @@
+"""The commands that jobs print at their end are commands of this repository, with flags that parse."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import TINY, manifest, write_rows
+from helpers.bad_input import noise
+from helpers.corpora import prepare
+from helpers.running import parse_only
+
+from voxray.commands.next_steps import after_training
+from voxray.commands.train import run_training
+
+
+def check_commands(lines: list[str]) -> set[str]:
+    """Parse every job command; returns the names of the jobs."""
+    jobs = set()
+    for line in lines:
+        words = shlex.split(line)
+        if words[:1] == ["python"]:
+            job = Path(words[1]).stem
+            parse_only(job, words[2:])
+            jobs.add(job)
+    return jobs
+
+
+def test_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model_id", TINY, "--train_jsonl", manifest("tqa.val"), "--val_jsonl", manifest("tqa.val")]
+    argv += ["--output_dir", str(tmp_path / "a run"), "--features_cache_dir", str(tmp_path / "f"), "--num_workers", "0"]
+    settings = parse_only("train_text", [*argv, "--max_steps", "1", "--eval_max_rows", "1"])
+    result = run_training(settings)
+    output = capsys.readouterr().out
+    lines = output[output.index("next:") :].splitlines()
+    assert check_commands(lines) == {"evaluate", "infer"}
+    evaluate = parse_only("evaluate", shlex.split(lines[1])[2:])
+    assert evaluate.lora_dir == str(tmp_path / "a run") and evaluate.val_jsonl == settings.val_jsonl
+    result = {**result, "adapter_step": 52, "best": {"asr/cer": {"step": 24, "value": 0.25}}}
+    [better, *_] = after_training(settings, tmp_path, result)
+    assert better.startswith(
+        "adapter/ holds step 52; the best step by asr/cer was 24 (0.2500); --load_best_model_at_end"
+    )
+
+
+def test_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"audio_path": noise(tmp_path / f"{n}.wav", 4.0), "transcript": f"글 {n}"} for n in range(4)]
+    prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), min_chars_per_sec=0)
+    output = capsys.readouterr().out
+    assert check_commands(output[output.index("next:") :].splitlines()) == {"audit", "train_asr_adapter"}

@@ -1,0 +1,48 @@
+"""What a job prints at its end: the commands that use what it wrote."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from voxray.config.prepare import PrepareSettings
+from voxray.config.train import TrainSettings
+
+
+def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, Any]) -> list[str]:
+    """Lines about a finished run: a better step than the adapter's, and the commands that evaluate and show it.
+
+    Args:
+        result: What the run returned: ``adapter_step``, and ``best`` {metric: {"step", "value"}} if it was validated.
+    """
+    lines = []
+    for name, best in result.get("best", {}).items():
+        if best["step"] != result["adapter_step"]:
+            lines.append(
+                f"adapter/ holds step {result['adapter_step']:g}; the best step by {name} was {best['step']:g} "
+                f"({best['value']:.4f}); --load_best_model_at_end keeps the best one"
+            )
+            break
+    run = settings.output_dir if "://" in settings.output_dir else str(run_dir)
+    rows = ["--val_jsonl", ",".join(settings.val_jsonl)] if settings.val_jsonl else ["--val_jsonl", "test.jsonl"]
+    return [
+        *lines,
+        "next:",
+        f"  {_job('evaluate', '--lora_dir', run, *rows)}",
+        f"  {_job('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
+        f"  tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
+    ]
+
+
+def after_prepare(settings: PrepareSettings, train: Path) -> list[str]:
+    """Lines about new manifests: the commands that check them and train on them."""
+    val = ["--val_jsonl", settings.val_output] if settings.val_output else []
+    return [
+        "next:",
+        f"  {_job('audit', '--input', str(train), '--output_dir', str(train.with_suffix('.audit')))}",
+        f"  {_job('train_asr_adapter', '--train_jsonl', str(train), *val, '--output_dir', 'runs/asr')}",
+    ]
+
+
+def _job(name: str, *flags: str) -> str:
+    return f"python jobs/{name}.py {shlex.join(flags)}"
