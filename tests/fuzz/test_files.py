@@ -7,21 +7,28 @@ import copy
 import json
 import resource
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openpyxl
+import pyarrow as pa
 import pytest
 import torch
 from conftest import ASSETS, TINY, manifest, read_rows, write_rows
+from helpers.corpora import clip, lines
 from helpers.mutate import mutate
 
 from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
 from voxray.core.tasks import TASKS
+from voxray.corpora.importers import IMPORTERS, ImportFault
+from voxray.corpora.importers.embedded import embedded_audio
+from voxray.corpora.importers.table import CorpusTable
 from voxray.evaluation.distribute import answer_rows, read_failed
 from voxray.evaluation.predictions import read_folder_or_jsonl, read_predictions
 from voxray.features.extract import Extractor
@@ -34,6 +41,7 @@ from voxray.models.registry import get_family
 from voxray.runs.inputs import refuse_changed_inputs, write_inputs
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress, write_progress
 
+AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 CLEAR = (RunError, SettingsError, BadRow)
 SECONDS, GIB = 10.0, 1 << 30
 CPU = torch.device("cpu")
@@ -188,7 +196,64 @@ def bases(folder: Path, make_features: Any) -> Kind:
     return Kind([folder / name for name in ("config.json", "generation_config.json", "model.safetensors")], read)
 
 
+def tables(folder: Path, make_features: Any) -> Kind:
+    rows = [("파일명", "전사", "화자", "시작"), *((f"{n}.wav", f"환자 {n}번, 열", "가", "0:01") for n in range(4))]
+    for number in range(4):
+        clip(folder / "clips" / f"{number}.wav")
+    (folder / "a.csv").write_bytes("\n".join(";".join(row) for row in rows).encode("cp949"))
+    (folder / "b.tsv").write_bytes("\n".join("\t".join(row) for row in rows).encode("utf-16"))
+    book = openpyxl.Workbook()
+    for row in rows:
+        book.worksheets[0].append(row)
+    book.save(folder / "c.xlsx")
+    paths = [folder / name for name in ("a.csv", "b.tsv", "c.xlsx")]
+
+    def read() -> None:
+        errors = []
+        for path in paths:
+            try:
+                list(CorpusTable(path).rows())
+            except RunError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    return Kind(paths, read)
+
+
+def archives(folder: Path, make_features: Any) -> Kind:
+    """A tarred NeMo set, a Shar folder, and what save_to_disk writes. Damaged lines and clips are faults."""
+    sound = Path(clip(folder / "utt0.wav"))
+    with tarfile.open(folder / "audio_0.tar", "w") as archive:
+        archive.add(sound, "utt0.wav")
+    lines(folder / "nemo.json", {"audio_filepath": "utt0.wav", "text": "글", "shard_id": 0})
+    recording = {"id": "r", "sources": [{"type": "shar", "channels": [0], "source": ""}], "duration": 0.1}
+    supervision = {"id": "s", "start": 0.0, "duration": 0.1, "text": "글"}
+    cut = {"id": "utt0", "type": "MonoCut", "start": 0, "duration": 0.1, "channel": 0, "recording": recording}
+    lines(folder / "cuts.0.jsonl", {**cut, "supervisions": [supervision]})
+    shutil.copyfile(folder / "audio_0.tar", folder / "recording.0.tar")
+    audio = pa.array([{"bytes": sound.read_bytes(), "path": "a.wav"}], AUDIO)
+    table = pa.table({"audio": audio, "text": ["글"]})
+    with pa.OSFile(str(folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+
+    def read() -> None:
+        items = [*IMPORTERS["nemo"](folder / "nemo.json"), *IMPORTERS["lhotse"](folder)]
+        items += IMPORTERS["huggingface"](folder)
+        for item in items:
+            if isinstance(item, ImportFault):
+                raise BadRow(item.reason, item.message)
+            if "audio_bytes_from" in item.values:  # else the damage left out the row's archive
+                embedded_audio(item.values["audio_bytes_from"])
+
+    names = ("nemo.json", "audio_0.tar", "cuts.0.jsonl", "recording.0.tar", "data.arrow", "state.json")
+    return Kind([folder / name for name in names], read)
+
+
 KINDS: dict[str, Callable[[Path, Any], Kind]] = {
+    "tables": tables,
+    "archives": archives,
     "manifests": manifests,
     "yaml": yaml_files,
     "feature sets": feature_sets,

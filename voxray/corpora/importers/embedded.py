@@ -53,7 +53,7 @@ class TarIndex:
                             members.setdefault(name, place)
         except FileNotFoundError:
             raise BadRow("audio_missing", f"archive of clips not found: {self._path}") from None
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError) as error:
             raise BadRow("audio_unreadable", f"{self._path}: {one_line(error, 300)}") from None
         return members
 
@@ -146,6 +146,7 @@ def _arrow_clips(file: str, mtime_ns: int) -> Any:
 
     with pa.ipc.open_stream(pa.memory_map(file)) as stream:
         table = stream.read_all()
+    table.validate(full=True)  # else damaged offsets end the process
     return table.column(audio_column(table.schema))
 
 

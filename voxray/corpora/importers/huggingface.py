@@ -4,7 +4,6 @@ with a column audio{bytes, path}, and what ``save_to_disk`` writes.
 They are read with pyarrow; ``datasets`` is not needed.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,15 @@ from voxray.core.errors import BadRow, RunError, one_line
 from voxray.core.manifest import open_regular
 from voxray.corpora.importers.embedded import audio_column
 from voxray.corpora.importers.lines import csv_records, json_lines
-from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records, keep_keys
+from voxray.corpora.importers.row import (
+    ImportedRow,
+    ImportFault,
+    Record,
+    find_audio,
+    import_records,
+    keep_keys,
+    parse_object,
+)
 
 SAVED = "state.json"
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -107,7 +114,8 @@ def _saved_rows(state: Path) -> Iterator[ImportedRow | ImportFault]:
 
     name = str(state.absolute())
     try:
-        files = [state.parent / entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+        content = parse_object(state.read_text(encoding="utf-8"))
+        files = [state.parent / entry["filename"] for entry in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield ImportFault(name, 1, "", "damaged_file", f"not what save_to_disk writes: {one_line(error, 200)}")
         return
@@ -115,7 +123,7 @@ def _saved_rows(state: Path) -> Iterator[ImportedRow | ImportFault]:
         try:
             open_regular(file).close()
             yield from import_records(_arrow_records(file), _from_parquet)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             yield ImportFault(str(file.absolute()), 1, "", "damaged_file", one_line(error, 300))
 
 
@@ -134,6 +142,7 @@ def _arrow_records(file: Path) -> Iterator[Record | ImportFault]:
             raise RunError(f"{file}: neither a column file_name nor an audio column with bytes and path")
         columns = [column for column in stream.schema.names if column in _COLUMNS and column != audio]
         for batch in stream:
+            batch.validate(full=True)  # else damaged offsets end the process
             texts = batch.select(columns)
             for index in range(batch.num_rows):
                 number += 1
