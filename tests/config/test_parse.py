@@ -11,7 +11,8 @@ from voxray.config.audit import AuditSettings
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
-from voxray.config.parse import REPOSITORY, Settings, flag_metadata, flag_names, help_text, parse
+from voxray.config.flags import flag_metadata
+from voxray.config.parse import REPOSITORY, Settings, flag_names, parse
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.config.tune import TuneMultitaskSettings
@@ -275,31 +276,6 @@ def test_environment_variables_change_nothing(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("model", "demo"), JOBS)
-def test_help_lists_every_field_with_its_text(model, demo: str, capsys: pytest.CaptureFixture[str]):
-    for spelling in ("--help", "-h"):
-        with pytest.raises(SystemExit) as stop:
-            read([spelling, "--no-such-flag"], model, demo)
-        assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    words = " ".join(shown.split())
-    assert demo in shown and "About it." in shown
-    for name, field in model.model_fields.items():
-        assert f"  --{name} " in shown
-        assert field.description, f"{name} has no docstring"
-        assert " ".join(field.description.split()) in words
-        for alias in flag_metadata(field).aliases:
-            assert f"--{alias}" in words
-
-
-def test_help_shows_types_and_defaults():
-    text = help_text(MultitaskSettings, job="train_multitask", about="", demo="demo.yaml")
-    assert "--lr_schedule cosine|linear|constant  (default cosine)" in text
-    assert "--num_workers auto|N|TEXT  (default auto)" in text
-    assert "--train_jsonl TEXT,...  (required)" in text
-    assert "--pin_memory / --no_pin_memory  (default True)" in text
-
-
-@pytest.mark.parametrize(("model", "demo"), JOBS)
 def test_no_flags_run_the_demo_recipe_and_say_so_first(
     model, demo: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -388,9 +364,6 @@ def test_positional_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         with pytest.raises(SystemExit):
             words(*argv)
         assert message in capsys.readouterr().err
-    assert "compare.py [RUNS ...] [--config" in help_text(
-        CompareSettings, job="compare", about="", demo="", positional="runs"
-    )
     assert "stray: not a flag" in refused(["stray", *NEEDED], capsys)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.running import parse_only
 
-from voxray.config.parse import flag_metadata
+from voxray.config.flags import flag_metadata
 from voxray.config.recipes import recipes
 from voxray.config.search_space import FIXED, Domain, format_choice, format_value, parse_space
 from voxray.config.train import MultitaskSettings

@@ -66,7 +66,7 @@ def test_help_and_refusals_come_before_heavy_imports(job: str) -> None:
 
 
 def test_help_shows_every_flag_with_its_text() -> None:
-    shown = start("train_multitask", ["--help"]).stdout
+    shown = start("train_multitask", ["--help-all"]).stdout
     settings = parse_only("train_multitask", [])
     for name, field in type(settings).model_fields.items():
         assert f"--{name} " in shown

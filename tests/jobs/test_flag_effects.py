@@ -10,7 +10,8 @@ from functools import cache
 import pytest
 from helpers.running import JOBS, ROOT, parse_only
 
-from voxray.config.parse import Settings, flag_metadata
+from voxray.config.flags import flag_metadata
+from voxray.config.parse import Settings
 from voxray.config.prepare import TableFlags
 
 WARNS = "other_flags::flags_that_warn"

@@ -6,15 +6,18 @@ mark in their environment, by which the teardown finds exactly these processes.
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,16 @@ class Head:
         self.submitted.append(name)
         return name
 
+    def answers(self) -> bool:
+        """Whether the dashboard answers, if only to ask for a token."""
+        try:
+            self.get("")
+        except urllib.error.HTTPError:
+            return True
+        except OSError:
+            return False
+        return True
+
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(f"{self.address}/api/jobs/{path}", timeout=30) as answer:
             return json.load(answer)
@@ -81,29 +94,28 @@ class Head:
         return {**details, "logs": self.get(f"{name}/logs")["logs"]}
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+@contextmanager
+def start_head(**variables: str) -> Iterator[Head]:
+    """A head with its own ports and home folder, which ends with the block. A job runs the code that it brings."""
     folder, mark = tempfile.mkdtemp(prefix="vx", dir="/tmp"), uuid.uuid4().hex  # short: Ray makes sockets in it
     names = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
     names += ("metrics-export-port", "ray-client-server-port", "runtime-env-agent-port")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    env = {**environment(), "RAY_AUTH_MODE": "disabled", "VOXRAY_TEST_HEAD": mark, "HOME": folder}
-    del env["PYTHONPATH"]  # a job runs the code that it brings
+    env = {**environment(), **variables, "VOXRAY_TEST_HEAD": mark, "HOME": folder}
+    del env["PYTHONPATH"]
     command = [RAY, "start", "--head", "--num-cpus=4", "--dashboard-host=127.0.0.1", "--disable-usage-stats", "--block"]
     command += [f"--temp-dir={folder}", *(f"--{name}={port}" for name, port in ports.items())]
+    if not variables:  # as on a machine where Ray ran before: it then has a token, and a head asks for it
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=60)
     with open(Path(folder) / "start.log", "w") as log:
         starter = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     head = Head(f"http://127.0.0.1:{ports['dashboard-port']}", env)
     try:
         deadline = time.monotonic() + 90
-        while True:
-            try:
-                head.get("")
-                break
-            except OSError:
-                assert starter.poll() is None, (Path(folder) / "start.log").read_text()
-                assert time.monotonic() < deadline, "the head does not answer"
-                time.sleep(0.5)
+        while not head.answers():
+            assert starter.poll() is None, (Path(folder) / "start.log").read_text()
+            assert time.monotonic() < deadline, "the head does not answer"
+            time.sleep(0.5)
         yield head
     finally:
         pids = {starter.pid} | processes_of(mark, folder)
@@ -112,6 +124,12 @@ def head() -> Iterator[Head]:
         end_processes(processes_of(mark, folder))
         assert not processes_of(mark, folder) and not alive(pids)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with start_head(RAY_AUTH_MODE="disabled") as started:
+        yield started
 
 
 def arguments(train_jsonl: str, storage: Path | None, *more: str) -> list[str]:
@@ -199,6 +217,28 @@ def test_without_flags_the_demo_recipe_runs_and_its_output_stays(head: Head) -> 
     assert "train_multitask: no flags given, so this runs the demo recipe" in details["logs"]
     run = Path(head.env["HOME"]) / "voxray" / "runs" / "demo" / "train"
     assert f"run folder {run}" in details["logs"] and (run / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.chaos
+def test_the_readmes_command_on_a_head_with_rays_defaults(small: dict[str, str], tmp_path: Path) -> None:
+    """Ray's command line sends the token only if RAY_AUTH_MODE says so, as in the README."""
+    [line] = [line for line in (ROOT / "README.md").read_text().splitlines() if " ray job submit " in f" {line}"]
+    variable, *words = shlex.split(line)
+    assert variable == "RAY_AUTH_MODE=token" and words[0] == "ray"
+    script = next(index for index, word in enumerate(words) if word.startswith("jobs/")) + 1
+    flags = arguments(small["tqa.train"], tmp_path, "--max_steps", "2")
+    with start_head() as head:
+        command = [RAY, *words[1:3], "--address", head.address, *words[3:script], *flags]
+        path = f"{Path(sys.executable).parent}:{head.env['PATH']}"
+        without, with_token = (
+            subprocess.run(
+                command, env={**head.env, **mode, "PATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=300
+            )
+            for mode in ({}, {"RAY_AUTH_MODE": "token"})
+        )
+    assert without.returncode != 0 and "authentication token" in without.stdout + without.stderr
+    assert with_token.returncode == 0, with_token.stdout + with_token.stderr
+    assert (tmp_path / "runs" / "mt" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.chaos

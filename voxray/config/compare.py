@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from voxray.config.flag_groups import OutputFlags
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.flags import Flag
+from voxray.config.parse import CommaStrings
 
 
 class CompareSettings(OutputFlags):

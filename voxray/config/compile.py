@@ -8,7 +8,8 @@ from pydantic import Field
 
 from voxray.config.evaluate import SalmonnBaseFlags
 from voxray.config.flag_groups import CommaCounts, OutputFlags
-from voxray.config.parse import Flag, convert
+from voxray.config.flags import Flag
+from voxray.config.parse import convert
 from voxray.config.salmonn_yaml import compiler_flags
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from voxray.config.evaluate import AdapterFlags, SamplingFlags
-from voxray.config.parse import CommaStrings, Flag
+from voxray.config.flags import Flag
+from voxray.config.parse import CommaStrings
 from voxray.core.languages import language_code
 
 

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.evaluate import SalmonnPromptFlags
 from voxray.config.flag_groups import CommaCounts, CompiledFlags, OutputFlags
-from voxray.config.parse import CommaStrings, Flag, convert
+from voxray.config.flags import Flag
+from voxray.config.parse import CommaStrings, convert
 from voxray.config.salmonn_yaml import efficiency_flags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS

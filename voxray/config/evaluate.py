@@ -19,7 +19,8 @@ from voxray.config.flag_groups import (
     TrimFlags,
     parse_range,
 )
-from voxray.config.parse import DEMO_ASSETS, Flag, Settings, convert
+from voxray.config.flags import Flag
+from voxray.config.parse import DEMO_ASSETS, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from voxray.config.parse import Flag, Settings
+from voxray.config.flags import Flag
+from voxray.config.parse import Settings
 
 
 class ExportSettings(Settings):

@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from voxray.config.flag_groups import BaseModelFlags, FeatureFlags, OutputFlags, TrimFlags, VariantFlags
-from voxray.config.parse import Flag, InputFiles
+from voxray.config.flags import Flag
+from voxray.config.parse import InputFiles
 
 
 class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):

@@ -4,7 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.parse import Flag, InputFiles, Settings, convert, split_commas
+from voxray.config.flags import Flag
+from voxray.config.parse import InputFiles, Settings, convert, split_commas
 from voxray.core.languages import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
 

@@ -12,17 +12,15 @@ each loses something this module guarantees: every bad setting reported in one r
 import difflib
 import os
 import sys
-import textwrap
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
+from voxray.config.flags import flag_metadata, is_switch
+from voxray.config.help import help_text
 from voxray.config.input_files import pointer_errors, unique_files
 from voxray.config.other_names import find_other_name
 from voxray.config.yaml_file import read_yaml
@@ -31,24 +29,9 @@ from voxray.core.errors import MAX_VALUE_CHARS, quoted_line
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
 DEMO_ASSETS = REPOSITORY / "tests" / "assets"
+HELP = {"--help", "-h", "--help-all", "--help_all"}
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this environment variable in the processes that ``ray job submit`` starts."""
-
-
-@dataclass(frozen=True)
-class Flag:
-    """Metadata of a settings field beside its type.
-
-    Attributes:
-        aliases: Older names accepted for the flag and the YAML key.
-        path: ``input`` is made absolute against the current directory. ``model`` likewise if it is a folder on disk;
-            otherwise it is a hub id. ``output`` stays relative: the job resolves it, since it knows where it runs.
-        no_effect: Why the flag has no effect. It is accepted so that old commands run; setting it prints this reason.
-    """
-
-    aliases: tuple[str, ...] = ()
-    path: Literal["input", "model", "output"] | None = None
-    no_effect: str = ""
 
 
 def split_commas(value: Any) -> Any:
@@ -121,8 +104,9 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         SystemExit: Status 0 after ``--help``. Status 2 after printing one line for every bad setting.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in argv or "-h" in argv:
-        print(help_text(model, job=job, about=about, demo=demo, positional=positional))
+    if HELP & set(argv):
+        everything = bool({"--help-all", "--help_all"} & set(argv))
+        print(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
         raise SystemExit(0)
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
@@ -153,11 +137,6 @@ def flag_names(model: type[Settings]) -> dict[str, str]:
     return names
 
 
-def flag_metadata(field: FieldInfo) -> Flag:
-    """The field's ``Flag``, or an empty one."""
-    return next((item for item in field.metadata if isinstance(item, Flag)), Flag())
-
-
 def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str | None, list[str]]:
     """Split argv into {field: raw value}, the --config path and one line per error."""
     names, values, errors, config_path = flag_names(model), {}, [], None
@@ -172,12 +151,12 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
         name, negated = names.get(key), False
         if name is None and key.startswith("no_") and key[3:] in names:
             name, negated = names[key[3:]], True
-            if not _is_bool(model.model_fields[name]):
+            if not is_switch(model.model_fields[name]):
                 errors.append(f"--{flag}: only switches have a --no_ form")
                 continue
         if name is None and key not in ("config", *model.config_aliases):
             errors.append(f"--{flag}: unknown flag{_suggestion(key, names)}")
-        elif name is None or not _is_bool(model.model_fields[name]):
+        elif name is None or not is_switch(model.model_fields[name]):
             if not has_value:
                 if not tokens or tokens[0].startswith("--"):
                     errors.append(f"--{flag}: needs a value")
@@ -222,7 +201,7 @@ def field_adapter(field: FieldInfo) -> TypeAdapter[Any]:
     """A ``TypeAdapter`` that validates one value of the field on its own."""
     annotation: Any = field.annotation
     if field.metadata:
-        annotation = typing.Annotated.__class_getitem__((annotation, *field.metadata))  # type: ignore[attr-defined]
+        annotation = Annotated.__class_getitem__((annotation, *field.metadata))  # type: ignore[attr-defined]
     return TypeAdapter(annotation)
 
 
@@ -238,7 +217,7 @@ def _read_yaml(path: Path, model: type[Settings], flags: Mapping[str, Any]) -> t
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names)}")
-        elif isinstance(value, bool) and not _is_bool(model.model_fields[name]):
+        elif isinstance(value, bool) and not is_switch(model.model_fields[name]):
             errors.append(
                 f"{path}: {key}: is not true or false, but YAML reads this value as {value}; quote it if it is text"
             )
@@ -291,7 +270,7 @@ def shortened(value: Any) -> str:
 def _exit_with(job: str, errors: list[str]) -> NoReturn:
     for line in dict.fromkeys(errors):
         print(f"error: {quoted_line(line)}", file=sys.stderr)
-    print(f"{job}: {len(set(errors))} bad setting(s); --help lists them all", file=sys.stderr, flush=True)
+    print(f"{job}: {len(set(errors))} bad setting(s); --help-all lists them all", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -329,46 +308,3 @@ def _suggestion(key: str, names: dict[str, str]) -> str:
     close = [find_other_name(key, names)] if find_other_name(key, names) else []
     close = close or difflib.get_close_matches(key, [*names, "config"], n=1)
     return f"; did you mean --{close[0]}?" if close else ""
-
-
-def _is_bool(field: FieldInfo) -> bool:
-    return field.annotation is bool
-
-
-def help_text(model: type[Settings], *, job: str, about: str, demo: str, positional: str = "") -> str:
-    """The text of ``--help``: each field with its type, default, docstring and aliases."""
-    arguments = f" [{positional.upper()} ...]" if positional else ""
-    lines = [f"python jobs/{job}.py{arguments} [--config FILE.yaml] [flags]", "", about.strip(), ""]
-    lines += [f"Defaults < YAML < flags. With no flags at all it runs the demo recipe, jobs/configs/{demo}.", ""]
-    for name, field in model.model_fields.items():
-        usage = f"--{name} / --no_{name}" if _is_bool(field) else f"--{name} {_type_name(field.annotation)}"
-        default = "required" if field.is_required() else f"default {_default_text(field.default)}"
-        flag = flag_metadata(field)
-        lines.append(f"  {usage}  ({default})")
-        text = " ".join((field.description or "").split())
-        if flag.aliases:
-            text += f" Also: {', '.join('--' + alias for alias in flag.aliases)}."
-        if flag.no_effect:
-            text += f" Accepted, no effect: {flag.no_effect}."
-        indent = " " * 6
-        lines += textwrap.wrap(text, 112, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(lines)
-
-
-def _type_name(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
-    if origin in {typing.Union, types.UnionType}:
-        return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
-    if origin is tuple:
-        return f"{_type_name(typing.get_args(annotation)[0])},..."
-    if origin is Annotated:
-        return _type_name(typing.get_args(annotation)[0])
-    return {"int": "N", "float": "X", "str": "TEXT"}.get(getattr(annotation, "__name__", ""), "VALUE")
-
-
-def _default_text(value: Any) -> str:
-    if value is None or value in ("", (), {}):
-        return "none"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

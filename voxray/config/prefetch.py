@@ -6,7 +6,8 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
-from voxray.config.parse import Flag, convert, split_commas
+from voxray.config.flags import Flag
+from voxray.config.parse import convert, split_commas
 from voxray.core.languages import language_code
 
 WHISPER = "openai/whisper-small"

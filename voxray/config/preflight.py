@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
-from voxray.config.parse import Settings
+from voxray.config.parse import HELP, Settings
 from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes
 from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS, detect_task
@@ -62,7 +62,7 @@ def preflight_settings(argv: Sequence[str]) -> tuple[type[Any], str]:
     Returns:
         The class, and the reason for the choice to show to users; "" if the recipe was set.
     """
-    if not argv or {"--help", "-h"} & set(argv):
+    if not argv or HELP & set(argv):
         return derive_preflight(recipes()["multitask"]), ""
     values = peek_values(argv)
     recipe = str(values.get("recipe", ""))

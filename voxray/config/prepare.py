@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, check_pairs
-from voxray.config.parse import Flag, InputFiles, Settings
+from voxray.config.flags import Flag
+from voxray.config.parse import InputFiles, Settings
 
 
 class TableFlags(Settings):

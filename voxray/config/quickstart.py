@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from voxray.config.parse import Flag, InputFiles
+from voxray.config.flags import Flag
+from voxray.config.parse import InputFiles
 from voxray.config.train import MultitaskSettings
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import SALMONN_PARTS, SalmonnPartsFlags, VariantFlags
-from voxray.config.parse import Flag
+from voxray.config.flags import Flag
 from voxray.config.salmonn_yaml import trainer_flags
 from voxray.config.train import TrainSettings
 

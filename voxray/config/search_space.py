@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from voxray.config.parse import Settings, field_adapter, flag_metadata, flag_names
+from voxray.config.flags import flag_metadata
+from voxray.config.parse import Settings, field_adapter, flag_names
 from voxray.config.yaml_file import yaml_value
 
 DIGITS = 4

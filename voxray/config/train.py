@@ -21,7 +21,8 @@ from voxray.config.flag_groups import (
     VariantFlags,
     WorkerFlags,
 )
-from voxray.config.parse import CommaStrings, Flag, InputFiles
+from voxray.config.flags import Flag
+from voxray.config.parse import CommaStrings, InputFiles
 from voxray.core.languages import language_code
 from voxray.metrics.names import validation_metrics
 

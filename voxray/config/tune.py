@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from voxray.config.flag_groups import TaskWeights
-from voxray.config.parse import Flag, Settings, convert, flag_metadata
+from voxray.config.flags import Flag, flag_metadata
+from voxray.config.parse import Settings, convert
 from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes, with_default
 from voxray.config.search_space import Choice, Domain, parse_space
 from voxray.config.train import TrainSettings, known_metric

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from rich.table import Table
 
-from voxray.config.parse import REPOSITORY, flag_metadata
+from voxray.config.flags import flag_metadata
+from voxray.config.parse import REPOSITORY
 from voxray.config.train import TrainSettings
 from voxray.core.console import console
 from voxray.core.storage import write_atomically

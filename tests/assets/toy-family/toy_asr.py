@@ -21,7 +21,7 @@ from torch import nn
 from transformers import GenerationMixin, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from voxray.config.parse import Flag
+from voxray.config.flags import Flag
 from voxray.config.recipes import Recipe
 from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS
