@@ -108,6 +108,15 @@ def test_same_side_files_are_not_compared_unless_asked(tmp_path: Path, capsys: p
     assert "leaks were looked for between a.train.jsonl: a.train.jsonl | b.train.jsonl" in capsys.readouterr().out
 
 
+def test_equal_texts_of_a_script_are_no_leaks(tmp_path: Path) -> None:
+    row = {**TEXT, "output": "둘"}
+    files = ",".join(write_rows(tmp_path / f"{name}.jsonl", [row]) for name in ("train", "val"))
+    with pytest.raises(Exception, match="fault"):
+        run(tmp_path, f"--input {files}")
+    assert reasons(tmp_path / "out", "faults") == ["leak_text"]
+    assert run(tmp_path, f"--input {files} --leaks scripted")["faults"] == {}
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_actors_and_chunks(

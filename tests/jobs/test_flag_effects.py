@@ -293,6 +293,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("input", "output_dir", "storage_path", "model_id", "fix"), AUDIT_FILES),
         "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
         "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_tokens_as_training_does",
+        "leaks": "audit_flags::equal_texts_of_a_script_are_no_leaks",
         "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),

@@ -110,19 +110,23 @@ class Audit:
         rows, usable, seconds: Rows, usable rows and seconds of audio, by (file, task).
     """
 
-    def __init__(self, measurements: Measurements, splits: Splits, *, length: str, spread: float) -> None:
+    def __init__(
+        self, measurements: Measurements, splits: Splits, *, length: str, spread: float, scripted: bool = False
+    ) -> None:
         """First pass: collect the values with which rows are compared.
 
         Args:
             length: ``num_tokens`` or ``num_chars``, the measure of length outliers.
             spread: See ``AuditSettings.outlier_spread``.
+            scripted: Whether equal texts are no leaks.
         """
         self.measurements, self.splits = measurements, splits
         self.numbers: dict[str, RowStatistics] = defaultdict(RowStatistics)
         self.rows: Counter[tuple[int, str]] = Counter()
         self.usable: Counter[tuple[int, str]] = Counter()
         self.seconds: dict[tuple[int, str], float] = defaultdict(float)
-        self._locations: dict[str, dict[bytes, RowLocation]] = {"audio": {}, "text": {}, "speaker": {}}
+        kinds = ("audio", "speaker") if scripted else ("audio", "text", "speaker")
+        self._locations: dict[str, dict[bytes, RowLocation]] = {kind: {} for kind in kinds}
         first_split = min(splits.by_file)
         for row in measurements:
             cell = row.file, row.task

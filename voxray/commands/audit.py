@@ -59,7 +59,8 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
             measurements = _measure(settings, front_end, work, output_dir, use_ray=use_ray)
             length = "num_tokens" if front_end else "num_chars"
             splits = assign_splits(settings.input, settings.compare)
-            audit = Audit(measurements, splits, length=length, spread=settings.outlier_spread)
+            is_scripted = settings.leaks == "scripted"
+            audit = Audit(measurements, splits, length=length, spread=settings.outlier_spread, scripted=is_scripted)
             summary = write_findings(audit, output_dir, settings.max_examples)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -31,6 +31,9 @@ from voxray.corpora.select import RowStream
 from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import make_folder, resolve_output_dir
 
+REFUSING = ("refuse", "scripted")
+"""Values of --leaks with which leaks end the job."""
+
 
 def run_prepare_job(
     settings: PrepareSettings,
@@ -165,7 +168,7 @@ def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -
             duplicates=settings.duplicates,
             leak_policy=settings.leaks,
         )
-        keep = not (settings.leaks == "refuse" and outcome.leaks) and bool(outcome.tally.rows["train"])
+        keep = not (settings.leaks in REFUSING and outcome.leaks) and bool(outcome.tally.rows["train"])
     finally:
         outputs.finish(keep=keep)
     return outcome
@@ -208,6 +211,9 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
 
 
 def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:
-    if settings.leaks == "refuse" and outcome.leaks:
+    leaks = outcome.leaks
+    if settings.leaks in REFUSING and leaks:
         flags = "--leaks drop leaves those training rows out, --leaks allow keeps them"
+        if leaks.text and not leaks.audio and not leaks.speaker:
+            flags += ", and --leaks scripted is for a corpus in which several speakers read the same sentences"
         raise RunError(f"the validation rows leak into training ({outcome.leaks}); {flags}")

@@ -26,6 +26,8 @@ class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags):
     compare: Literal["auto", "files", "none"] = "auto"
     """What to check for leaks: auto assigns files with train, val, dev or test in their names to these splits (all
     other files to training), or compares every pair of files if no name says so; files always compares files."""
+    leaks: Literal["all", "scripted"] = "all"
+    """Which leaks are faults: all, or all but equal texts in a corpus whose speakers read the same sentences."""
     min_sec: Annotated[float, Field(ge=0)] = 0.3
     """Shortest acceptable clip, in seconds; shorter ones get a warning."""
     max_sec: Annotated[float, Field(gt=0)] = 30.0

@@ -65,7 +65,7 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     """Maximum length of a transcript, in characters without spaces."""
     duplicates: Literal["drop", "keep"] = "drop"
     """Drop or keep rows whose decoded audio equals that of an earlier row."""
-    leaks: Annotated[Literal["refuse", "drop", "allow"], Flag()] = "drop"
+    leaks: Annotated[Literal["refuse", "scripted", "drop", "allow"], Flag()] = "drop"
     """What to do if audio, text or a speaker of validation or test rows is also in training: drop these training rows,
     refuse to continue, or allow it. The counts are always printed."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1

@@ -86,9 +86,10 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     texts)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of the rows that goes to validation."""
-    leaks: Annotated[Literal["refuse", "drop", "allow"], Flag()] = "refuse"
+    leaks: Annotated[Literal["refuse", "scripted", "drop", "allow"], Flag()] = "refuse"
     """What to do if audio, text or a speaker of the validation rows also occurs in training: refuse to write, drop
-    those training rows, or allow it. The counts are always printed."""
+    those training rows, or allow it. scripted refuses too, but equal texts do not count: several speakers read the same
+    sentences. The counts are always printed."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the split."""
     num_actors: Annotated[int, Field(ge=0)] = 0

@@ -107,12 +107,13 @@ def write_manifests(
         val_share: Share of the rows for validation; None writes no validation manifest.
         with_test: Write a manifest of the corpus' own test split.
         duplicates: ``drop`` or ``keep``.
-        leak_policy: ``refuse`` (write no manifest if there is a leak), ``drop`` (the training rows) or ``allow``.
+        leak_policy: ``refuse`` (write no manifest if there is a leak), ``scripted`` (the same, but equal texts are no
+            leaks), ``drop`` (the training rows) or ``allow``.
     """
     sides = {"with_validation": val_share is not None, "with_test": with_test}
     by_channel: set[str] = set()
     split = choose_split(_note_channels(_unique(paths, duplicates), by_channel), val_share or 0.0, seed, **sides)
-    record_held_out(split, _unique(paths, duplicates))
+    record_held_out(split, _unique(paths, duplicates), texts=leak_policy != "scripted")
     outcome = PrepareOutcome(RowTally(), count_leaks(split, _unique(paths, duplicates)))
     unique_id = UniqueIds()
     for row in _unique(paths, duplicates):
