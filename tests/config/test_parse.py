@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.running import load_job
 
 from voxray.config.audit import AuditSettings
 from voxray.config.compare import CompareSettings
@@ -290,6 +291,21 @@ def test_no_flags_run_the_demo_recipe_and_say_so_first(
             for path in [value] if isinstance(value, str) else value:
                 assert Path(path).is_absolute()
                 assert not (REPOSITORY / "tests" / "assets").is_dir() or path.startswith(str(REPOSITORY))
+
+
+def test_flags_can_be_checked_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, status in ((NEEDED, 0), ([*NEEDED, "--lora_rr", "2"], 2)):
+        with pytest.raises(SystemExit) as end:
+            read([*argv, "--check-flags"])
+        assert end.value.code == status
+    shown = capsys.readouterr()
+    assert shown.out == "a_job: the flags are valid\n" and "--lora_rr: unknown flag" in shown.err
+
+
+def test_submit_checks_the_jobs_flags_before_it_connects(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_job("submit").main(["--address", "http://127.0.0.1:9", "--", "train_text", "--lora_rr", "2"])
+    assert end.value.code == 2 and "--lora_rr: unknown flag; did you mean --lora_r?" in capfd.readouterr().err
 
 
 def test_fields_set_are_those_that_the_user_set(yaml):

@@ -7,6 +7,7 @@ anyone can read a submission's environment on the dashboard; credentials for sto
 import asyncio
 import os
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -38,7 +39,9 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
         The job's exit status; 130 if it was stopped, 0 with ``--no_wait``.
     Raises:
         RunError: No cluster answers, it rejects the job, or the connection is lost.
+        SystemExit: Status 2 if the job's flags are invalid. One line for each is printed before anything is uploaded.
     """
+    _check_flags(job, flags)
     client = _client(settings)
     name = f"{settings.name or job}-{uuid4().hex[:8]}"
     runtime_env = yaml.safe_load((REPOSITORY / "runtime_env.yaml").read_text(encoding="utf-8"))
@@ -56,6 +59,13 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
             time.sleep(2.0)
     print(f"submitted {name}: {entrypoint}", flush=True)
     return _follow(client, name) if settings.wait else 0
+
+
+def _check_flags(job: str, flags: Sequence[str]) -> None:
+    """Let the job's own script check its flags on this machine, from the folder whose copy the job will run in."""
+    command = [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *flags, "--check_flags"]
+    if flags and subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode == 2:
+        raise SystemExit(2)
 
 
 def _client(settings: SubmitSettings) -> Any:

@@ -68,6 +68,7 @@ def help_text(
     for title, names in sections.items():
         if names:
             lines += [f"{title}:", *(line for name in names for line in _flag_lines(name, fields[name])), ""]
+    lines.append("--check_flags checks the flags and ends.")
     if hidden := len(fields) - len(required) - len(shown):
         lines.append(f"--help-all shows {hidden} more flags.")
     return "\n".join(lines).rstrip()

@@ -29,6 +29,7 @@ from voxray.core.errors import MAX_VALUE_CHARS, quoted_line
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "jobs" / "configs"
 DEMO_ASSETS = REPOSITORY / "tests" / "assets"
+CHECK = {"--check_flags", "--check-flags"}
 HELP = {"--help", "-h", "--help-all", "--help_all"}
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this environment variable in the processes that ``ray job submit`` starts."""
@@ -101,9 +102,16 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         demo: File in ``jobs/configs`` that is used when there are no arguments at all.
         positional: Field that takes the arguments before the first flag; "" for none.
     Raises:
-        SystemExit: Status 0 after ``--help``. Status 2 after printing one line for every bad setting.
+        SystemExit: Status 0 after ``--help``, and after ``--check_flags`` if all is valid. Status 2 after printing one
+            line for every bad setting.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if CHECK & set(argv):
+        parse(
+            model, [word for word in argv if word not in CHECK], job=job, about=about, demo=demo, positional=positional
+        )
+        print(f"{job}: the flags are valid", flush=True)
+        raise SystemExit(0)
     if HELP & set(argv):
         everything = bool({"--help-all", "--help_all"} & set(argv))
         print(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
