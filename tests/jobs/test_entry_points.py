@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from helpers.running import JOBS, ROOT, commands, environment, load_job, parse_only, start
 
-README = ROOT / "README.md"
+PAGES = ("README.md", "README.ko.md")
+PAGES += tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster"))
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
-MIN_README_COMMANDS = 5
 SAMPLE_PAGE = r"""
 Run `python jobs/nothing.py` in the text counts for nothing, and neither does this:
     python jobs/nothing.py
@@ -170,10 +170,16 @@ def test_commands_are_found_in_a_page() -> None:
         parse_only(job, argv)
 
 
-def test_every_command_of_the_readme_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_of_a_page_parses(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    readme_commands = commands(README.read_text(encoding="utf-8"))
-    assert len(readme_commands) >= MIN_README_COMMANDS
-    for job, argv in readme_commands:
-        assert job in JOBS, f"README.md runs jobs/{job}.py, which does not exist"
+    page_commands = commands((ROOT / page).read_text(encoding="utf-8"))
+    assert page_commands, f"{page} has no command of a job"
+    for job, argv in page_commands:
+        assert job in JOBS, f"{page} runs jobs/{job}.py, which does not exist"
         assert parse_only(job, argv), (job, argv)
+
+
+def test_both_readmes_have_the_same_commands() -> None:
+    english, korean = (commands((ROOT / page).read_text(encoding="utf-8")) for page in ("README.md", "README.ko.md"))
+    assert english == korean and len(english) >= 5

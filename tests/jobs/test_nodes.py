@@ -1,7 +1,7 @@
 """Jobs on a cluster whose nodes die, are taken away, or are added: what is lost, and how long recovery takes.
 
-Each test prints a line of the table in the section "A cluster" of the README: what was killed, the repeated steps or
-rows, and the seconds until the job made progress again.
+Each test prints a line of the table in the section "An autoscaled cluster" of docs/cluster.md: what was killed, the
+repeated steps or rows, and the seconds until the job made progress again.
 """
 
 import json
