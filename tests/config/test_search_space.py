@@ -183,3 +183,30 @@ def test_settings_of_a_sweep_travel_to_other_processes(name: str) -> None:
     line = {"train_jsonl": ["t"], "output_dir": "o", "val_jsonl": ["v"], "model_id": "m"}
     settings = derive_sweep(recipes()[name]).model_validate(line)
     assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_several_numbers_for_a_flag_are_choices() -> None:
+    settings = parse_only("tune", [*FLAGS, "--lr", "1e-3,3e-3", "--grad_accum", "1;2"])
+    assert {name: domain.values for name, domain in settings.domains.items()} == {
+        "lr": (1e-3, 3e-3),
+        "grad_accum": (1, 2),
+    }
+    assert settings.lr == 1e-3 and parse_only("tune", [*FLAGS, "--lr", "1e-3"]).domains.keys() == {"lora_r"}
+    settings = parse_only(
+        "tune", [*FLAGS, "--lr", "1e-3,3e-3", "--space", "{lora_dropout: {range: [0, 0.1]}}", "--num_trials", "3"]
+    )
+    assert settings.domains["lora_dropout"].kind == "range" and settings.domains["lr"].values == (1e-3, 3e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "1e-3,x"], "lr: "),
+        (["--lr", "1e-3,2e-3", "--space", "{lr: [1e-4]}"], "--lr: given by itself and in --space"),
+        (["--num_workers", "1,2"], "num_workers"),
+    ],
+)
+def test_wrong_choices_are_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_only("tune", [*FLAGS, *flags])
+    assert end.value.code == 2 and message in capsys.readouterr().err

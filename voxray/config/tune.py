@@ -18,7 +18,7 @@ from voxray.core.tasks import TASKS
 from voxray.metrics.names import higher_is_better, validation_metrics
 
 CHOICE_FLAGS = ("task_weights", "lora_r")
-"""Flags that accept several choices on the command line. ``--space`` accepts choices of any flag."""
+"""Flags whose type holds several choices. Other numbers take them too (``--lr 1e-3,3e-3``), ``--space`` any flag."""
 MAX_COMBINATIONS = 1000
 """Combinations of choices that are validated to find one that the training job accepts."""
 
@@ -94,6 +94,7 @@ class SweepFlags(Settings):
         """Set swept flags to the first choice that the training job accepts, for validators that see several flags."""
         if not isinstance(values, dict):
             return values
+        values = _move_lists_to_space(cls.trains, values)
         try:
             space = parse_space(values.get("space") or {}, cls.trains)
         except ValueError:
@@ -154,6 +155,29 @@ class SweepFlags(Settings):
         if self.metric_mode != "auto":
             return self.metric_mode
         return "max" if higher_is_better(self.metric) else "min"
+
+
+def _move_lists_to_space(trains: type[TrainSettings], values: dict[str, Any]) -> dict[str, Any]:
+    """Move ``--lr 1e-3,3e-3``, several values for a flag of one number, to the search space."""
+    lists = {}
+    for name, field in trains.model_fields.items():
+        value = values.get(name)
+        if name in CHOICE_FLAGS or field.annotation not in (int, float):
+            continue
+        if isinstance(value, str) and ("," in value or ";" in value):
+            lists[name] = [part.strip() for part in value.replace(";", ",").split(",") if part.strip()]
+        elif isinstance(value, list | tuple):
+            lists[name] = list(value)
+    if not lists:
+        return values
+    try:
+        space = parse_space(values.get("space") or {}, trains)
+    except ValueError:
+        return values  # the validator of the field reports the error
+    if duplicates := sorted(set(space) & set(lists)):
+        raise ValueError("\n".join(f"--{name}: given by itself and in --space" for name in duplicates))
+    written = {name: {domain.kind: list(domain.values)} for name, domain in space.items()}
+    return {name: value for name, value in values.items() if name not in lists} | {"space": written | lists}
 
 
 def _is_accepted(trains: type[TrainSettings], values: Mapping[str, Any]) -> bool:
