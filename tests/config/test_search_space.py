@@ -187,14 +187,12 @@ def test_settings_of_a_sweep_travel_to_other_processes(name: str) -> None:
 
 def test_several_numbers_for_a_flag_are_choices() -> None:
     settings = parse_only("tune", [*FLAGS, "--lr", "1e-3,3e-3", "--grad_accum", "1;2"])
-    assert {name: domain.values for name, domain in settings.domains.items()} == {
-        "lr": (1e-3, 3e-3),
-        "grad_accum": (1, 2),
-    }
-    assert settings.lr == 1e-3 and parse_only("tune", [*FLAGS, "--lr", "1e-3"]).domains.keys() == {"lora_r"}
-    settings = parse_only(
-        "tune", [*FLAGS, "--lr", "1e-3,3e-3", "--space", "{lora_dropout: {range: [0, 0.1]}}", "--num_trials", "3"]
-    )
+    values = {name: domain.values for name, domain in settings.domains.items()}
+    assert values.keys() == {"task_weights", "lr", "grad_accum"}
+    assert (values["lr"], values["grad_accum"], settings.lr) == ((1e-3, 3e-3), (1, 2), 1e-3)
+    assert "lr" not in parse_only("tune", [*FLAGS, "--lr", "1e-3"]).domains
+    ranges = ["--space", "{lora_dropout: {range: [0, 0.1]}}", "--num_trials", "3"]
+    settings = parse_only("tune", [*FLAGS, "--lr", "1e-3,3e-3", *ranges])
     assert settings.domains["lora_dropout"].kind == "range" and settings.domains["lr"].values == (1e-3, 3e-3)
 
 
