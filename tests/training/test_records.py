@@ -17,6 +17,7 @@ import soundfile
 import torch
 from conftest import TINY, read_rows
 from helpers.training import train as train_here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from voxray.batches.collate import collate_training
 from voxray.batches.rank import Worker
@@ -105,6 +106,8 @@ def test_epoch_summaries_count_repeated_steps_once(data, tmp_path):
     log = (tmp_path / "train.log").read_text()
     assert f"epoch 2: {epochs[1]['sec']:.1f} s for 9 steps  loss {epochs[1]['loss']:.4f}" in log
     assert " of their tokens are not padding" in log
+    charts = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
+    assert "epoch/sec" in charts and "epoch/epoch" not in charts
 
 
 def test_recorded_values_are_published(data, tmp_path):
@@ -258,8 +261,6 @@ def test_the_best_steps_are_in_the_result(data, tmp_path, monkeypatch):
 
 
 def test_previews_are_shown_at_every_validation(data, small, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     train(tmp_path, data, eval_steps=1)
     entries = read_previews(tmp_path)
     expected = [(step, task) for step in (1, 2) for task in TASKS for _ in range(2)]

@@ -53,7 +53,7 @@ class Monitor:
         self._metrics.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
         self._metrics.flush()
         for name, value in finite.items():
-            if value is not None:
+            if value is not None and name != kind:  # the number of an epoch is not a chart
                 self._board.add_scalar(f"{kind}/{name}", value, step)
                 if self._publish:
                     self._publish(*published_name(kind, name), value)
