@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from voxray.core.errors import SettingsError
 from voxray.core.manifest import parse_row
 from voxray.core.storage import atomic_writer
 
@@ -28,17 +27,6 @@ class FixSummary:
     num_rows: int = 0
     num_moved: int = 0
     num_renamed: int = 0
-
-
-def check_fix_path(path: Path, manifests: Sequence[str]) -> None:
-    """Refuse to overwrite an input.
-
-    Raises:
-        SettingsError: The path is one of the inputs, also under another name.
-    """
-    for manifest in manifests:
-        if os.path.realpath(path) == os.path.realpath(manifest) or (path.exists() and path.samefile(manifest)):
-            raise SettingsError(f"--fix {path}: that is an input; give another file")
 
 
 def write_clean(manifests: Sequence[str], bad_lines: Mapping[int, set[int]], path: Path) -> FixSummary:

@@ -136,7 +136,7 @@ class RowMeasurer(PoolWorker):
         except OSError as error:
             raise BadRow("audio_missing", f"cannot read {sample.audio_path}: {error.strerror}") from None
         quality = measure(samples, rate_hz)
-        row.duration_sec, row.audio = quality.duration_sec, audio_hash(samples)
+        row.duration_sec, row.audio = quality.duration_sec, audio_hash(samples, rate_hz)
         row.warnings += faults(quality, limits.quality)
         stated_sec = values.get("duration")
         if stated_sec and abs(stated_sec - row.duration_sec) > limits.max_duration_error_sec:

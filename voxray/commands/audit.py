@@ -10,7 +10,7 @@ from rich.table import Table
 
 from voxray.audio.quality import QualityLimits
 from voxray.audit.findings import UNITS, Audit, AuditSummary, RowStatistics, Splits, assign_splits, write_findings
-from voxray.audit.fix import FixSummary, check_fix_path, write_clean
+from voxray.audit.fix import FixSummary, write_clean
 from voxray.audit.measure_rows import AuditLimits, Measurements, measure_manifests, plan_chunks
 from voxray.audit.report import write_report
 from voxray.cluster.actor_pool import MIN_ACTORS
@@ -23,7 +23,7 @@ from voxray.core.units import format_duration
 from voxray.models.front_end import FrontEnd
 from voxray.models.registry import get_family
 from voxray.runs.lease import folder_lease
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.run_folder import check_output_files, make_folder, resolve_output_dir
 
 SHOWN_FAULTS = 12
 
@@ -43,7 +43,7 @@ def run_audit_job(settings: AuditSettings, *, use_ray: bool = True) -> dict[str,
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     fix = resolve_output_dir(settings.fix, settings.storage_path, flag="--fix") if settings.fix else None
     if fix:
-        check_fix_path(fix, settings.input)
+        check_output_files({"--fix": fix}, settings.input)
     plan_chunks(settings.input, output_dir, settings.rows_per_chunk)  # report missing files before making a folder
     model_id, trim_audio = settings.model_id, settings.trim_audio_tokens
     front_end = get_family(model_id).front_end(model_id, trim_audio=trim_audio) if model_id else None

@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from voxray.generation.model import (
     match_training_prompts,
 )
 from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.run_folder import check_output_files, make_folder, resolve_output_dir
 
 DEMO_ROWS = 4
 QUESTION_ID = "--question"
@@ -55,7 +55,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if manifest:
         require_usable_row((manifest,))
     samples = _manifest_rows(manifest, limit) if manifest else _clips_or_question(settings)
-    output_path = _prepare_output_path(settings.output_path)
+    output_path = _prepare_output_path(settings.output_path, [manifest, settings.audio_path])
     flag = "lora_dir" if settings.lora_dir else "output_dir"
     model_id, adapter = base_and_adapter(settings, getattr(settings, flag), f"--{flag}")
     settings = match_training_prompts(settings, model_id, adapter)
@@ -105,17 +105,18 @@ def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Consol
             log.print(f"warning: --{name} has no effect: {reason}", markup=False)
 
 
-def _prepare_output_path(path: str) -> Path:
+def _prepare_output_path(path: str, inputs: Sequence[str]) -> Path:
     """Resolve --output_path and make its folder, before anything is answered.
 
     Raises:
-        RunError: The path is a folder.
+        SettingsError: The path is a folder or one of the inputs.
     """
     if not path:
         return Path(os.devnull)
     file = resolve_output_dir(path, "", flag="--output_path")
-    if file.is_dir():
-        raise RunError(f"--output_path {file}: a folder; name a file")
+    folders = [path for path in inputs if os.path.isdir(path)]
+    clips = [str(clip) for folder in folders for clip in Path(folder).rglob(file.name)]
+    check_output_files({"--output_path": file}, [*filter(None, inputs), *clips])
     make_folder(file.parent, "--output_path")
     return file
 

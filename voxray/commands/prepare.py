@@ -21,6 +21,7 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.core.units import format_duration
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
+from voxray.corpora.importers.lines import is_utf8_text
 from voxray.corpora.importers.table import CorpusTable, TableOptions
 from voxray.corpora.importers.table_columns import HEADINGS
 from voxray.corpora.importers.table_file import SUFFIXES
@@ -29,7 +30,7 @@ from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, r
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
 from voxray.corpora.select import RowStream
 from voxray.runs.lease import output_lease
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.run_folder import check_output_files, make_folder, resolve_output_dir
 
 REFUSING = ("refuse", "scripted")
 """Values of --leaks with which leaks end the job."""
@@ -63,7 +64,9 @@ def run_prepare_job(
     }
     train = outputs["train_output"]
     ledger = outputs.get("quarantine", train.with_name("quarantine.jsonl"))
-    with output_lease(train, "--train_output"):
+    files = {f"--{name}": path for name, path in outputs.items() if name != "audio_output"} | {"--quarantine": ledger}
+    check_output_files(files, settings.input)
+    with output_lease(train, "--train_output"), output_lease(ledger, "--quarantine"):
         outcome = _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
     for line in after_prepare(settings, train) if show_next else ():
         console.print(line, markup=False)
@@ -122,6 +125,8 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
         RunError: The input is missing, or its format is unknown or cannot be read.
         SettingsError: A flag for tables is given, and the input is not a table.
     """
+    if not is_utf8_text(str(path)):
+        raise RunError(f"--input {str(path)!a}: its name is not UTF-8; rename it, with convmv for one")
     if not path.exists():
         raise RunError(f"--input {path}: no such file or folder")
     options = _table_options(settings)

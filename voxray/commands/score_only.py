@@ -12,7 +12,14 @@ from voxray.config.flag_groups import ScoreFlags
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.storage import to_jsonl, write_atomically, write_json
-from voxray.evaluation.predictions import BadPrediction, part_bytes, part_path, read_folder_or_jsonl, score_predictions
+from voxray.evaluation.predictions import (
+    BadPrediction,
+    part_bytes,
+    part_path,
+    read_folder_or_jsonl,
+    score_predictions,
+    set_aside_predictions,
+)
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import refuse_training_folder, resolve_output_dir
 
@@ -75,11 +82,22 @@ def _update_scoring_settings(path: Path, settings: EvaluateSettings) -> None:
     write_json(path, {**current, **previous, **{name: current[name] for name in ScoreFlags.model_fields}})
 
 
+def _has_other_rows(predictions: Path, source: str) -> bool:
+    """Whether a folder holds answers that do not come from the file that is scored."""
+    try:
+        previous = json.loads((predictions.parent / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(previous, dict) or previous.get("score_only") != source
+
+
 def _write_rows(
     output_dir: Path, rows: Sequence[Mapping[str, Any]], bad: Sequence[BadPrediction], settings: EvaluateSettings
 ) -> None:
-    """Write the rows as an evaluation that jobs/compare.py can read; replaces an earlier evaluation in the folder."""
+    """Write the rows as an evaluation that jobs/compare.py can read. Another one in the folder is moved aside."""
     predictions = output_dir / "predictions"
+    if _has_other_rows(predictions, settings.score_only):
+        set_aside_predictions(predictions)
     for pattern in ("part-*.parquet", "part-*.failed.json", "made_by.json", ".attempts-*"):
         for path in predictions.glob(pattern):  # else the earlier evaluation, run again, would count these as its own
             path.unlink()

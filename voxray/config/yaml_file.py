@@ -8,6 +8,18 @@ import yaml
 
 from voxray.core.errors import one_line
 
+MAX_BYTES, MAX_VALUES = 16 << 20, 100_000
+
+
+def _num_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Number of values below a node. An alias counts each time, since messages and checks walk through all of them."""
+    if id(node) not in counts:
+        counts[id(node)] = 0  # a node that contains itself
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        counts[id(node)] = 1 + sum(_num_values(part, counts) for part in parts)
+    return counts[id(node)]
+
 
 def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
     """The pattern of a YAML number, changed to reject colons; other patterns unchanged."""
@@ -33,6 +45,10 @@ def read_yaml(path: Path) -> dict[Any, Any]:
         ValueError: The file cannot be read or holds something else. The message is one line.
     """
     try:
+        if not path.is_dir() and not path.is_file() and path.exists():
+            raise ValueError("not a regular file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"over {MAX_BYTES >> 20} MiB, which is no file of settings")
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ValueError(one_line(error)) from None
@@ -49,7 +65,11 @@ def yaml_value(text: str) -> Any:
         ValueError: The text is not valid YAML. The message is one line.
     """
     try:
-        return _SafeLoader(text).get_single_data()
+        loader = _SafeLoader(text)
+        node = loader.get_single_node()
+        if node is not None and _num_values(node, {}) > MAX_VALUES:
+            raise ValueError(f"over {MAX_VALUES:,} values, counting what aliases repeat")
+        return None if node is None else loader.construct_document(node)
     # PyYAML raises the last four for dates that do not exist, wrong tags and very deep nesting.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         raise ValueError(one_line(error)) from None

@@ -6,7 +6,6 @@ restarted evaluation answers only the parts that have no file yet.
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,13 @@ from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.core.storage import AnyPath, write_json
 from voxray.evaluation.prediction_actor import PredictionActor, failed_path
-from voxray.evaluation.predictions import PREDICTION_SCHEMA, part_path, read_part, read_predictions
+from voxray.evaluation.predictions import (
+    PREDICTION_SCHEMA,
+    part_path,
+    read_part,
+    read_predictions,
+    set_aside_predictions,
+)
 from voxray.features.reader import Features
 from voxray.generation.generate import sort_by_expected_length
 from voxray.generation.model import InferenceConfig
@@ -209,16 +214,5 @@ def _set_aside_other_evaluation(predictions: Path, key: str) -> None:
     with suppress(OSError, ValueError, AttributeError):
         if json.loads(made_by.read_bytes()).get("key") == key:
             return
-    if any(predictions.glob("part-*.parquet")):
-        earlier = predictions.with_name("predictions-earlier")
-        shutil.rmtree(earlier, ignore_errors=True)
-        predictions.rename(earlier)
-        console.print(
-            f"{predictions.parent} holds answers to other rows or settings; these are in {earlier.name} now",
-            markup=False,
-        )
-    for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
-        path.unlink()
-    for name in ("metrics.json", "report.html", "errors.json", "submission.csv", "valid.csv"):
-        (predictions.parent / name).unlink(missing_ok=True)
+    set_aside_predictions(predictions)
     write_json(made_by, {"key": key})

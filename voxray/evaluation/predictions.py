@@ -5,6 +5,7 @@ JSON Lines of ``{id, task, reference or references, prediction}`` and optional k
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from voxray.config.flag_groups import ScoreFlags
+from voxray.core.console import console
 from voxray.core.errors import BadRow, RunError, library_errors
 from voxray.core.manifest import chunks
 from voxray.core.source import Source
@@ -255,3 +257,19 @@ def number_or_none(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return None
     return float(value)
+
+
+def set_aside_predictions(predictions: Path) -> None:
+    """Move the parts of another evaluation to ``predictions-earlier``, and delete what was computed from them."""
+    if any(predictions.glob("part-*.parquet")):
+        earlier = predictions.with_name("predictions-earlier")
+        shutil.rmtree(earlier, ignore_errors=True)
+        predictions.rename(earlier)
+        console.print(
+            f"{predictions.parent} holds answers to other rows or settings; these are in {earlier.name} now",
+            markup=False,
+        )
+    for path in (*predictions.glob("part-*"), *predictions.glob(".attempts-*")):
+        path.unlink()
+    for name in ("metrics.json", "report.html", "errors.json", "submission.csv", "valid.csv"):
+        (predictions.parent / name).unlink(missing_ok=True)

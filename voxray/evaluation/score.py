@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from voxray.core.errors import RunError
+from voxray.core.manifest import open_regular
 from voxray.core.tasks import TASKS
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.bootstrap import (
@@ -337,7 +338,8 @@ def read_terms(path: str | Path) -> tuple[str, ...]:
         RunError: The file cannot be read or has no term.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: cannot read the list of terms: {error}") from None
     terms = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))

@@ -163,6 +163,9 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             return None
         if "parts" not in report and any(map(_is_mp3_segment, report["clips"])):
             return None
+        paths = {sample.audio_path for sample in read_chunk(item.chunk, raw).samples}
+        if {clip["path"] for clip in report["clips"]} - paths:
+            return None  # a relative path names another file now, because the folders have changed
         return report if all(map(_clip_unchanged, report["clips"])) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, pa.ArrowException):
         return None

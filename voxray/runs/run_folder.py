@@ -88,6 +88,33 @@ def resolve_output_dir(path: str, storage_path: str, *, flag: str = "--output_di
     return folder.absolute()
 
 
+def check_output_files(outputs: Mapping[str, Path], inputs: Iterable[str]) -> None:
+    """Refuse output files that would overwrite an input or each other, before anything is read.
+
+    Args:
+        outputs: {flag: file}.
+        inputs: Files that the job reads. Folders are ignored.
+    Raises:
+        SettingsError: An output is an input under any name, another output, or a folder.
+    """
+    first: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path.is_dir():
+            raise SettingsError(f"{flag} {path}: a folder; name a file")
+        real = os.path.realpath(path)
+        for name in inputs:
+            is_input = os.path.isfile(name) and (real == os.path.realpath(name) or _same_file(path, name))
+            if is_input:
+                raise SettingsError(f"{flag} {path}: that is an input; give another file")
+        if other := first.get(real):
+            raise SettingsError(f"{flag} {path}: that is the file of {other} too; give another one")
+        first[real] = flag
+
+
+def _same_file(path: Path, other: str) -> bool:
+    return path.exists() and path.samefile(other)
+
+
 def output_url(path: str, storage_path: str) -> str:
     """URL of an output folder, "" for a local folder. It is ``path`` itself, or ``path`` below a URL ``storage_path``.
 

@@ -36,7 +36,6 @@ _MISPLACED_REPEAT = re.compile(r"(?<!\S)\++(?=[가-힣])")
 _REPEAT = re.compile(r"(?<!\S)([가-힣]+) ?\+ ?(?=\1)")  # 그 + 그 사람, 아+아+
 _UNKNOWN_MARK = re.compile(r"(?<!\S)(?:@[가-힣]|/\([A-Za-z])|(?<=[가-힣])(?: \+ |\+)(?=[가-힣])")
 _MARKED = re.compile(r"([^/+*]|.*[^/+*])([/+*]+)([.,?!]*)")
-_BLOOD_GROUP = re.compile(r"(?:Rh|A|B|AB|O)")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:
     A number and its reading are a pair however they are typed: ``(3)?(세)``, ``(100%)(백 프로)``, ``(1/하나)``.
     Noise tags ``b/ l/ n/ o/ u/`` are removed only at the start of a word, and not if they are a unit (``5 l/분``). The
     ``/`` of fillers and the ``+`` of repetitions are removed only at the end of a word (``+`` also before a Hangul
-    word, where typists misplace it, and before a word that repeats the one before it). ``Rh+``, ``ml/min``, ``120/80``
-    and ``1+1`` stay. Unbalanced brackets are noted and stay.
+    word, where typists misplace it, and before a word that repeats the one before it). ``Rh+``, ``ER+``, ``ml/min``,
+    ``120/80`` and ``1+1`` stay. Unbalanced brackets are noted and stay.
     """
     notes: set[str] = set()
     spelling = _to_fixed_point(raw, 1, notes)
@@ -167,10 +166,10 @@ def _remove_end_marks(word: str, previous: str, notes: set[str]) -> str:
     if suffix != marks:
         notes.add("unclear")
     is_unit = stem.isascii() and previous[-1:].isdigit()
-    is_blood_group = suffix == "+" and _BLOOD_GROUP.fullmatch(stem)
+    is_name = "/" not in suffix and re.search("[A-Z][A-Za-z]*$", stem)  # Rh+, ER+, Na+, C++
     if "/" in suffix and re.search("[가-힣]~+$", stem):  # 어~/, a long filler
         stem = stem.rstrip("~")
-    if re.search("[가-힣A-Za-z)]$", stem) and not is_unit and not is_blood_group:
+    if re.search("[가-힣A-Za-z)]$", stem) and not is_unit and not is_name:
         suffix = ""
     return stem + suffix + punctuation
 

@@ -17,6 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from voxray.core.errors import RunError
+from voxray.core.manifest import open_regular
 
 KO_V1 = "ko-v1"
 BASIC_V2 = "basic-v2"
@@ -171,7 +172,8 @@ def english_with(spellings_path: str | Path) -> Normalizer:
         RunError: The file cannot be read, or is not a table of words.
     """
     try:
-        spellings = json.loads(Path(spellings_path).read_text(encoding="utf-8"))
+        with open_regular(spellings_path) as file:
+            spellings = json.loads(file.read())
     except (OSError, ValueError) as error:
         raise RunError(f"{spellings_path}: cannot read the table of spellings: {error}") from None
     if not isinstance(spellings, dict) or not all(isinstance(word, str) for word in spellings.values()):

@@ -119,7 +119,7 @@ def test_save_to_disk(tmp_path: Path) -> None:
     assert detect(tmp_path / "saved") == "huggingface"
     rows, faults = read("huggingface", tmp_path / "saved")
     assert embedded_audio(rows[0].values["audio_bytes_from"]) == Path(paths[0]).read_bytes()
-    assert rows[1].values == {"audio_path": paths[1], "transcript": "일"}
+    assert rows[1].values == {"audio_path": paths[1], "transcript": "일", "split": "train"}
     assert [fault.reason for fault in faults] == ["audio_missing"]
     [state] = (tmp_path / "saved").rglob("state.json")
     state.write_text(json.dumps({"_data_files": [{}]}))

@@ -134,9 +134,9 @@ def test_audiofolder_csv(tmp_path):
     )
     rows, faults = read("huggingface", tmp_path)
     assert [(row.line, row.values) for row in rows] == [
-        (2, {"audio_path": first, "transcript": '네, "그래요"\n둘', "speaker": "s1"}),
-        (4, {"audio_path": first, "transcript": "하나"}),
-        (9, {"audio_path": first, "transcript": "셋", "speaker": "s3"}),
+        (2, {"split": "train", "audio_path": first, "transcript": '네, "그래요"\n둘', "speaker": "s1"}),
+        (4, {"split": "train", "audio_path": first, "transcript": "하나"}),
+        (9, {"split": "train", "audio_path": first, "transcript": "셋", "speaker": "s3"}),
     ]
     assert sorted(reasons(faults)) == [
         (5, "audio_missing"),
@@ -182,11 +182,12 @@ def test_parquet_with_audio_inside(tmp_path, statistics, monkeypatch):
     rows, faults = read("huggingface", tmp_path)
     assert [row.line for row in rows] == [1, 2, 3, 4, 6]
     assert rows[1].values == {
+        "split": "train",
         "audio_path": "",
         "transcript": "일",
         "audio_bytes_from": {"file": str(path), "row": 1, "audio_name": "1.wav"},
     }
-    assert rows[4].values == {"audio_path": str(tmp_path / "x.wav"), "transcript": "오"}
+    assert rows[4].values == {"split": "train", "audio_path": str(tmp_path / "x.wav"), "transcript": "오"}
     assert reasons(faults) == [(5, "missing_key"), (7, "audio_missing"), (8, "audio_missing")]
     for limit in (embedded.MAX_CACHED_BYTES, 0):
         monkeypatch.setattr(embedded, "MAX_CACHED_BYTES", limit)

@@ -3,11 +3,10 @@
 import os
 import unicodedata
 from collections import Counter, defaultdict
-from contextlib import suppress
 from pathlib import Path
 
 from voxray.core.errors import BadRow, RunError
-from voxray.corpora.importers.row import find_audio
+from voxray.core.manifest import find_file
 
 AUDIO_SUFFIXES = frozenset(
     [
@@ -53,24 +52,28 @@ class ClipIndex:
         """Absolute path of a clip.
 
         Args:
-            cell: A path relative to the folder or absolute, a file name, or a name without suffix. Of a path that does
-                not exist, the file name counts.
+            cell: A path relative to the folder or absolute, a file name, or a name without suffix. Of a path of
+                another machine (absolute, or with a drive) the file name counts; of ``spk1/001.wav`` the folder too.
         Raises:
             BadRow: No file has this name (``audio_missing``), or several have (``audio_ambiguous``).
         """
-        path = ""
-        with suppress(BadRow):
-            path = find_audio(cell, self.folder)
+        if "://" in cell:
+            raise BadRow("remote_audio", f"download it first: {cell[:200]}")
+        name = cell.replace("\\", "/").strip()
+        path = find_file(self.folder, name) if name and "\0" not in name else ""
         if not path:
-            path = self._find_by_name(cell)
+            path = self._find_by_name(name)
         self.folders[os.path.dirname(path)] += 1
         return path
 
     def _find_by_name(self, cell: str) -> str:
-        name = _key(cell.replace("\\", "/").rstrip("/").rpartition("/")[2])
+        folder, _, name = _key(cell.rstrip("/")).rpartition("/")
         if self._by_name is None:
             self._by_name = self._read_names()
         paths = self._by_name.get(name, []) if name else []
+        if folder and not folder.startswith("/") and ":" not in folder:
+            end = f"/{folder.removeprefix('./')}"
+            paths = [path for path in paths if _key(os.path.dirname(path)).endswith(end)]
         if not paths:
             raise BadRow("audio_missing", f"audio file not found: {cell[:200] or '(empty)'}")
         if len(paths) > 1:

@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 from voxray.core.errors import BadRow, RunError
@@ -48,14 +50,16 @@ def _folder_format(path: Path) -> str | None:
     if table and table.name in METADATA:
         return _file_format(table)
     entries = ((folder, name) for folder, _, names in os.walk(path) for name in sorted(names))
-    suffixes = set()
+    suffixes, stems = set(), defaultdict(set)
     for _, name in itertools.islice(entries, _FOLDER_ENTRIES_TRIED):
         if name in METADATA or name == SAVED or name.endswith(".parquet"):
             return "huggingface"
         if name.endswith(LISTS.removeprefix("*")):
             return "librispeech"
         suffixes.add(Path(name).suffix.lower())
-    if table:
+        stems[Path(name).stem].add(Path(name).suffix.lower())
+    has_pairs = any(".txt" in kinds and kinds & AUDIO_SUFFIXES for kinds in stems.values())
+    if table and not has_pairs:
         return "table"
     return "ksponspeech" if ".txt" in suffixes and suffixes & AUDIO_SUFFIXES else None
 
@@ -68,7 +72,8 @@ def _file_format(path: Path) -> str | None:
     if suffix in (".csv", ".tsv"):
         line = next(text_lines(path), None)
         header = "" if isinstance(line, ImportFault | None) else line.text
-        is_known = {"client_id", "path"} <= set(header.split("\t")) or any(name in header for name in FILE_COLUMNS)
+        names = {name.strip(' "') for name in header.split("\t" if suffix == ".tsv" else ",")}
+        is_known = {"client_id", "path"} <= names if suffix == ".tsv" else bool(names & set(FILE_COLUMNS))
         return by_suffix[suffix] if is_known else "table"
     if suffix in by_suffix:
         return by_suffix[suffix]
@@ -79,7 +84,7 @@ def _file_format(path: Path) -> str | None:
     with open_text(path) as file:
         try:
             head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf")
-        except (OSError, EOFError):
+        except (OSError, EOFError, zlib.error):
             return None
     for line in itertools.islice(text_lines(path), _LINES_TRIED):
         if isinstance(line, ImportFault):

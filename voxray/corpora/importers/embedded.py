@@ -23,7 +23,7 @@ class TarIndex:
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()
-        self._members: dict[str, tuple[int, int, str]] | None = None
+        self._members: dict[str, list[tuple[int, int, str]]] | None = None
 
     def find(self, name: str) -> dict[str, Any]:
         """Keys of a row whose clip is a member: ``audio_path`` "" and ``audio_bytes_from``.
@@ -37,20 +37,23 @@ class TarIndex:
             self._members = self._read()
         if name not in self._members:
             raise BadRow("audio_missing", f"{self._path} has no audio file {name[:200]}")
-        offset, size, member = self._members[name]
-        place = {"file": str(self._path), "offset": offset, "size": size, "audio_name": member}
+        places = [place for place in self._members[name] if place[2] == name] or self._members[name]
+        if len(places) > 1:
+            raise BadRow("audio_ambiguous", f"{self._path} has {places[0][2]} and {places[1][2]} for {name[:200]}")
+        offset, size, member = places[0]
+        place = {"file": str(self._path), "offset": offset, "size": size, "audio_name": PurePosixPath(member).name}
         return {"audio_path": "", "audio_bytes_from": place}
 
-    def _read(self) -> dict[str, tuple[int, int, str]]:
-        members: dict[str, tuple[int, int, str]] = {}
+    def _read(self) -> dict[str, list[tuple[int, int, str]]]:
+        members: dict[str, list[tuple[int, int, str]]] = {}
         try:
-            with tarfile.open(self._path, "r:") as archive:
+            with open_regular(self._path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 for member in archive:
                     path = PurePosixPath(member.name)
                     if member.isfile() and path.suffix.lower() in AUDIO_SUFFIXES:
-                        place = (member.offset_data, member.size, path.name)
-                        for name in (member.name, path.name, str(path.with_suffix("")), path.stem):
-                            members.setdefault(name, place)
+                        place = (member.offset_data, member.size, member.name)
+                        for name in {member.name, path.name, str(path.with_suffix("")), path.stem}:
+                            members.setdefault(name, []).append(place)
         except FileNotFoundError:
             raise BadRow("audio_missing", f"archive of clips not found: {self._path}") from None
         except (tarfile.TarError, OSError, EOFError, ValueError) as error:

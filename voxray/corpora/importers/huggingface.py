@@ -6,11 +6,12 @@ They are read with pyarrow; ``datasets`` is not needed.
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow, RunError, one_line
-from voxray.core.manifest import open_regular
+from voxray.core.manifest import MAX_LINE_BYTES, open_regular
 from voxray.corpora.importers.embedded import audio_column
 from voxray.corpora.importers.lines import csv_records, json_lines
 from voxray.corpora.importers.row import (
@@ -21,6 +22,7 @@ from voxray.corpora.importers.row import (
     import_records,
     keep_keys,
     parse_object,
+    split_by_path,
 )
 
 SAVED = "state.json"
@@ -50,13 +52,22 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
     Raises:
         RunError: The folder has no such file, or a Parquet file has neither ``file_name`` nor an audio column.
     """
+    root = path if path.is_dir() else path.parent
     for file in _files(path):
-        if file.name == SAVED:
-            yield from _saved_rows(file)
-        elif file.suffix == ".parquet":
-            yield from _parquet_rows(file)
-        else:
-            yield from import_records(csv_records(file) if file.suffix == ".csv" else json_lines(file), _from_file)
+        split = split_by_path(file, root)
+        for item in _rows_of_file(file):
+            if isinstance(item, ImportedRow):
+                item = replace(item, values=split | item.values)  # a column of the row comes first
+            yield item
+
+
+def _rows_of_file(file: Path) -> Iterator[ImportedRow | ImportFault]:
+    if file.name == SAVED:
+        yield from _saved_rows(file)
+    elif file.suffix == ".parquet":
+        yield from _parquet_rows(file)
+    else:
+        yield from import_records(csv_records(file) if file.suffix == ".csv" else json_lines(file), _from_file)
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -109,12 +120,13 @@ def _parquet_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
 
 
 def _saved_rows(state: Path) -> Iterator[ImportedRow | ImportFault]:
-    """The rows of the Arrow files that a ``state.json`` lists. The folder's name is the split, if it is one."""
+    """The rows of the Arrow files that a ``state.json`` lists."""
     import pyarrow as pa
 
     name = str(state.absolute())
     try:
-        content = parse_object(state.read_text(encoding="utf-8"))
+        with open_regular(state) as file:
+            content = parse_object(file.read(MAX_LINE_BYTES).decode())
         files = [state.parent / entry["filename"] for entry in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield ImportFault(name, 1, "", "damaged_file", f"not what save_to_disk writes: {one_line(error, 200)}")

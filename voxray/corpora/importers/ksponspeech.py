@@ -67,18 +67,17 @@ def _folder_rows(root: Path) -> Iterator[ImportedRow | ImportFault]:
         subfolders.sort()
         for path in filter(os.path.islink, (os.path.join(folder, name) for name in subfolders)):
             yield ImportFault(path, 1, "", "linked_folder", "a link to a folder is not followed: name it with --input")
-        texts = {name[:-4] for name in names if name.lower().endswith(".txt")}
+        texts = {name[:-4]: name for name in names if name.lower().endswith(".txt")}
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
             path = os.path.join(folder, name)
             if suffix.lower() in AUDIO_SUFFIXES:
                 if stem in texts:
-                    texts.remove(stem)
-                    yield _pair(Path(path), Path(folder, stem + ".txt"))
+                    yield _pair(Path(path), Path(folder, texts.pop(stem)))
                 else:
                     yield ImportFault(path, 1, stem, "missing_text", f"no {stem}.txt beside the clip")
         for stem in sorted(texts):
-            path = os.path.join(folder, stem + ".txt")
+            path = os.path.join(folder, texts[stem])
             yield ImportFault(path, 1, stem, "missing_audio_entry", "no clip beside the text")
 
 

@@ -6,6 +6,7 @@ row per supervision, with the supervision's times. A ``MultiCut`` is one row per
 Cuts that lhotse would change on loading (mixes, speed changes, commands, sources other than files) are faults.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ def _shar_rows(folder: Path) -> Iterator[ImportedRow | ImportFault]:
     if not files:
         raise RunError(f"{folder}: no {SHAR_CUTS} in it, so it is not a Shar folder of lhotse")
     for file in files:
-        number = file.name.split(".")[1]
-        clips = TarIndex(folder / f"{SHAR_RECORDINGS}.{number}.tar")
+        archive = folder / f"{SHAR_RECORDINGS}.{file.name.split('.')[1]}.tar"
+        if not any(folder.glob(f"{SHAR_RECORDINGS}.*.tar")):  # parts of a cut set, as ``lhotse split`` writes them
+            yield from import_records(_supervised(_cuts(file)), _convert)
+            continue
+        clips = TarIndex(archive)
 
         def convert(record: Record, clips: TarIndex = clips) -> dict[str, Any]:
             return _convert(record, clips.find(str(record.values["cut"].get("id"))))
@@ -93,8 +97,8 @@ def _convert(record: Record, clip: dict[str, Any] | None = None) -> dict[str, An
     if clip is None:
         audio_path, channel = _source(recording, channel, record.folder)
         clip = {"audio_path": audio_path}
-    elif is_multi and isinstance(channel, int):
-        clip = {**clip, "channel": channel}
+    elif is_multi:
+        clip = {**clip, "channel": _channel_index(channel, cut.get("channel"))}
     start, duration = check_number(cut.get("start"), "start"), check_number(cut.get("duration"), "duration")
     if len(cut["supervisions"]) > 1 or is_multi:
         start, duration = _times(start, duration, supervision.values)
@@ -117,8 +121,6 @@ def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str,
         name = transform.get("name") if isinstance(transform, dict) else transform
         if name not in _HARMLESS_TRANSFORMS:
             raise BadRow("unsupported_cut", f"the recording is to be transformed when it is loaded: {name}"[:300])
-    if isinstance(channel, list) and len(channel) == 1:
-        channel = channel[0]
     sources = recording.get("sources")
     if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], dict):
         raise BadRow("unsupported_source", "the recording is not one file")
@@ -127,17 +129,24 @@ def _source(recording: dict[str, Any], channel: Any, folder: Path) -> tuple[str,
         raise BadRow(
             "unsupported_source", f"a source of type {source.get('type')!r}: only files are read, nothing is run"
         )
-    channels = source.get("channels") or [0]
+    index = _channel_index(channel, source.get("channels") or [0])
+    return find_audio(source.get("source"), folder), index
+
+
+def _channel_index(channel: Any, channels: Any) -> int:
+    """Position of a channel, a number or a list of one, among the channels of a clip."""
+    if isinstance(channel, list) and len(channel) == 1:
+        channel = channel[0]
     if not isinstance(channel, int) or not isinstance(channels, list) or channel not in channels:
-        raise BadRow("audio_channel", f"channel {channel} is none of the file's, {channels}"[:300])
-    return find_audio(source.get("source"), folder), channels.index(channel)
+        raise BadRow("audio_channel", f"channel {channel} is none of the clip's, {channels}"[:300])
+    return channels.index(channel)
 
 
 def _times(cut_start: float, cut_duration: float, supervision: dict[str, Any]) -> tuple[float, float]:
     """Start and duration of a supervision in the file. Its own start is relative to the cut's."""
     start, duration = supervision.get("start"), check_number(supervision.get("duration"), "supervision duration")
-    if isinstance(start, bool) or not isinstance(start, int | float):
-        raise BadRow("bad_type", "supervision start is no number")
+    if isinstance(start, bool) or not isinstance(start, int | float) or not math.isfinite(start):
+        raise BadRow("bad_type", "supervision start is not a number")
     if start < -_TOLERANCE_SEC or start + duration > cut_duration + _TOLERANCE_SEC or duration == 0:
         raise BadRow("bad_segment", f"supervision from {start} for {duration} s in a cut of {cut_duration} s")
     return round(cut_start + max(start, 0.0), 6), duration

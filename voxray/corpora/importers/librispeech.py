@@ -9,7 +9,7 @@ from typing import Any
 from voxray.core.errors import BadRow, RunError
 from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES
 from voxray.corpora.importers.lines import text_lines
-from voxray.corpora.importers.row import ImportedRow, ImportFault
+from voxray.corpora.importers.row import ImportedRow, ImportFault, split_by_path
 
 LISTS = "*.trans.txt"
 SUFFIXES = (".flac", ".wav", *sorted(AUDIO_SUFFIXES - {".flac", ".wav"}))
@@ -26,18 +26,19 @@ def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
     if not lists:
         raise RunError(f"{path}: no {LISTS} in it")
     for file in lists:
-        yield from _list_rows(file)
+        yield from _list_rows(file, path if path.is_dir() else file.parent)
 
 
-def _list_rows(file: Path) -> Iterator[ImportedRow | ImportFault]:
+def _list_rows(file: Path, root: Path) -> Iterator[ImportedRow | ImportFault]:
     name = str(file.absolute())
     for line in text_lines(file, korean_code_page=True):
         if isinstance(line, ImportFault):
             yield line
             continue
-        clip_id, _, text = line.text.strip().partition(" ")
+        clip_id, *rest = line.text.split(maxsplit=1)
         try:
-            yield ImportedRow(name, line.number, clip_id, _values(file.absolute().parent, clip_id, text.strip()))
+            values = _values(file.absolute().parent, clip_id, rest[0].strip() if rest else "")
+            yield ImportedRow(name, line.number, clip_id, values | split_by_path(file, root))
         except BadRow as error:
             yield ImportFault(name, line.number, clip_id, error.reason, error.message)
 

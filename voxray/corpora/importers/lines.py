@@ -83,7 +83,9 @@ def open_text(path: Path) -> BinaryIO:
 def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
     """Decode UTF-8, else cp949 if allowed.
 
-    Some cp949 texts, such as ``짙``, are valid UTF-8 as well. cp949 is used if only it gives Hangul.
+    A single syllable of cp949, such as ``짙``, may be valid UTF-8 as well (``£``). It is read as cp949 if nothing else
+    in the text is beyond ASCII and it is no part of a Latin word, as ``é`` is in ``café``. Two and more are never valid
+    by accident.
 
     Raises:
         BadRow: The bytes are neither (``bad_encoding``).
@@ -99,7 +101,21 @@ def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
             return korean
         encodings = "UTF-8 nor cp949" if korean_code_page else "UTF-8"
         raise BadRow("bad_encoding", f"not {encodings} ({error.reason} at byte {error.start})") from None
-    return korean if korean and _HANGUL.search(korean) and not re.search("[ᄀ-ᇿ가-힣]", text) else text
+    if korean and _HANGUL.fullmatch("".join(char for char in korean if not char.isascii())):
+        beyond_ascii = [index for index, char in enumerate(text) if not char.isascii()]
+        around = text[max(0, beyond_ascii[0] - 1) : beyond_ascii[0]] + text[beyond_ascii[0] + 1 : beyond_ascii[0] + 2]
+        if len(beyond_ascii) == 1 and not _HANGUL.search(text) and not re.search("[A-Za-z]", around):
+            return korean
+    return text
+
+
+def is_utf8_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def first_word(raw: bytes) -> str:
@@ -131,6 +147,13 @@ def tab_lines(path: Path) -> Iterator[Record | ImportFault]:
             yield ImportFault(name, line.number, "", "bad_row", f"{len(fields)} fields under {len(header)} headings")
         else:
             yield Record(name, line.number, dict(zip(header, fields, strict=True)))
+
+
+CSV_MESSAGES = {
+    "field larger than field limit": "a quote that is opened here is never closed, or a field is over 1 MB",
+    "unexpected end of data": "a quote that is opened here is never closed",
+}
+csv.field_size_limit(1 << 20)
 
 
 class Cells(NamedTuple):
@@ -171,7 +194,7 @@ def csv_cells(
             yield from faults
             return
         except csv.Error as error:
-            message = str(error)
+            message = CSV_MESSAGES.get(str(error).partition(" (")[0], str(error))
         yield from faults
         if message:
             yield from (ImportFault(name, number, "", "bad_csv", message) for number in consumed)

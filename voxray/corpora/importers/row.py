@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +135,19 @@ def parse_object(text: str) -> dict[str, Any]:
     if level:
         raise BadRow("bad_json", f"objects and lists nested over {MAX_DEPTH} deep")
     return value
+
+
+_SPLIT = re.compile(r"(train|training|dev|val|valid|validation|test|testing|eval)(?![a-z])", re.IGNORECASE)
+
+
+def split_by_path(file: Path, root: Path) -> dict[str, str]:
+    """{"split"} by the names of a file and of its folders below ``root``: ``train-clean-100``, ``test-00000-of-00001``.
+
+    {} if no name says so.
+    """
+    names = reversed(file.absolute().relative_to(root.absolute()).parts)
+    match = next(filter(None, map(_SPLIT.match, names)), None)
+    return {"split": match[1].lower()} if match else {}
 
 
 def find_audio(value: Any, *folders: Path) -> str:

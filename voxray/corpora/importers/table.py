@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.errors import BadRow, RunError
-from voxray.corpora.importers.clip_index import ClipIndex
+from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES, ClipIndex
 from voxray.corpora.importers.lines import Cells
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, import_records
 from voxray.corpora.importers.table_columns import TIMES, TableColumns, guess_columns, is_heading
@@ -54,6 +54,8 @@ class CorpusTable:
 
     def __init__(self, path: Path, options: TableOptions | None = None) -> None:
         options, path = options or TableOptions(), find_table(path) or path
+        if options.audio_dir and not Path(options.audio_dir).is_dir():
+            raise RunError(f"--audio_dir {options.audio_dir}: no such folder")
         self._file = open_table(path, options.encoding, options.sheet)
         self._index = ClipIndex(Path(options.audio_dir) if options.audio_dir else path.absolute().parent)
         first = [row for row in itertools.islice(self._file.rows(), ROWS_TRIED) if isinstance(row, Cells)]
@@ -77,7 +79,8 @@ class CorpusTable:
         """One line: the file, how it is written, its columns, and where its first clips are."""
         folders = [os.path.relpath(folder, self._index.folder) for folder, _ in self._index.folders.most_common(2)]
         clips = f"; clips in {folders[0]}{' and other folders' if len(folders) > 1 else ''}" if folders else ""
-        return f"{self._file.path} ({self._file}): {self.columns}{clips.replace('in .', 'beside it')}"
+        clips = "; clips beside it" if folders == ["."] else clips
+        return f"{self._file.path} ({self._file}): {self.columns}{clips}"
 
     def rows(self) -> Iterator[ImportedRow | ImportFault]:
         """A row or fault for each line of the table but the headings."""
@@ -159,7 +162,10 @@ def _number(text: str, name: str) -> float:
 
 
 def _has_headings(cells: list[str], index: ClipIndex, options: TableOptions) -> bool:
-    """Whether the first row has headings. It has none if one of its cells names a clip."""
+    """Whether the first row has headings. It has none if one of its cells names a clip, existing or not."""
+    for cell in filter(None, cells):
+        if Path(cell.strip()).suffix.lower() in AUDIO_SUFFIXES:
+            return False
     if any(map(is_heading, cells)) or any(cell in options.columns.values() for cell in cells if cell):
         return True
     for cell in filter(None, cells):

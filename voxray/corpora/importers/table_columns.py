@@ -16,17 +16,17 @@ HEADINGS: Mapping[str, tuple[str, ...]] = {
             "파일이름 파일경로 파일 음성 오디오 녹음 음원 경로"
         ),
         "text": (
-            "transcript transcription text sentence utterance normalized_text label script content 전사 전사문 "
-            "전사텍스트 전사내용 텍스트 문장 발화 발화문 발화내용 정답 대본 대사 스크립트 내용 받아쓰기"
+            "transcript transcription text sentence utterance normalized_text content 전사 전사문 "
+            "전사텍스트 전사내용 텍스트 문장 발화 발화문 발화내용 정답 대사 내용 받아쓰기 label script 대본 스크립트"
         ),
         "speaker": (
             "speaker speaker_id spk spk_id client_id talker speaker_name 화자 화자id 화자번호 화자명 발화자 발화자id "
             "녹음자"
         ),
         "language": "language lang locale 언어",
-        "start": "start start_time begin onset 시작 시작시간 시작시각 시작점",
-        "end": "end end_time stop 끝 종료 종료시간 종료시각 끝시간 끝점",
-        "duration": "duration length dur 길이 재생시간 녹음시간 발화길이",
+        "start": "start start_time begin onset from 시작 시작시간 시작시각 시작점",
+        "end": "end end_time stop to until 끝 종료 종료시간 종료시각 끝시간 끝점",
+        "duration": "duration dur 길이 재생시간 녹음시간 발화길이",
         "channel": "channel 채널",
         "split": "split subset partition 구분 분할",
     }.items()
@@ -35,6 +35,7 @@ HEADINGS: Mapping[str, tuple[str, ...]] = {
 UNITS = {"ms": 1e-3, "밀리초": 1e-3, "milliseconds": 1e-3, "min": 60.0, "분": 60.0}
 TIMES = ("start", "end", "duration")
 _UNIT = re.compile(r"[(\[_ ](ms|밀리초|milliseconds|min|분|sec|seconds|secs|s|초)[)\]]?$")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # startMs -> start Ms
 _SCRIPTS = {"ko": re.compile("[가-힣]"), "ja": re.compile("[ぁ-ヿ]"), "th": re.compile("[\u0e01-\u0e5b]")}
 _LETTER = re.compile(r"[^\W\d_]")
 MIN_LETTERS = 2  # on average, of a column of transcripts
@@ -59,7 +60,9 @@ class TableColumns:
 
     def __str__(self) -> str:
         named = ", ".join(f"{kind} = {self.names[position]}" for kind, position in self.positions.items())
-        return named + (f", language {self.language} (by the script of the texts)" if self.language else "")
+        others = [name for position, name in enumerate(self.names) if position not in self.positions.values()]
+        unused = f"; not used: {', '.join(others)}" if others else ""
+        return named + (f", language {self.language} (by the script of the texts)" if self.language else "") + unused
 
 
 def guess_columns(
@@ -77,6 +80,8 @@ def guess_columns(
             headings and the flags to give.
     """
     positions = {kind: _position(names, heading, kind) for kind, heading in chosen.items() if heading}
+    if "audio" in positions and positions["audio"] == positions.get("text"):
+        raise RunError(f"{flag('audio')} and {flag('text')} name the same column, {names[positions['audio']]}")
     for kind in HEADINGS:
         if kind not in ("audio", "text", *positions):
             named = _named(names, kind, positions)
@@ -101,21 +106,25 @@ def flag(kind: str) -> str:
     return f"--{kind}_column"
 
 
+def _readable(name: str) -> str:
+    return _CAMEL.sub(" ", unicodedata.normalize("NFC", name).strip()).casefold()
+
+
 def _plain(name: str) -> str:
     """A heading without case, unit, spaces and punctuation."""
-    text = unicodedata.normalize("NFC", name).strip().casefold()
+    text = _readable(name)
     return re.sub(r"[\W_]", "", _UNIT.sub("", text))
 
 
 def _scale(name: str) -> float:
-    unit = _UNIT.search(unicodedata.normalize("NFC", name).strip().casefold())
+    unit = _UNIT.search(_readable(name))
     return UNITS.get(unit[1], 1.0) if unit else 1.0
 
 
 def _position(names: Sequence[str], heading: str, kind: str) -> int:
     for form in (str.strip, _plain):
         matching = [position for position, name in enumerate(names) if form(name) == form(heading)]
-        if matching:
+        if matching and form(heading) and not (heading.startswith("-") and form is _plain):
             return matching[0]
     raise RunError(f"{flag(kind)} {heading}: the table has the columns {', '.join(names)}")
 

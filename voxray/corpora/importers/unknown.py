@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,12 @@ def _describe_file(path: Path) -> str:
     try:
         with open_text(path) as file:
             head = file.read(HEAD_BYTES)
-    except (OSError, EOFError):
-        return "the file cannot be read"
+    except (OSError, EOFError, zlib.error):
+        return "the file cannot be read, it is damaged or not a file"
     if not head.strip():
         return "the file is empty"
+    if head.startswith(b"\xd0\xcf\x11\xe0"):
+        return "an Excel file of before 2007 (.xls); save it as .xlsx or CSV"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:200]:
         return f"UTF-16 or binary data; convert text with: iconv -f UTF-16 -t UTF-8 {path.name} > rows.jsonl"
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").lstrip()
@@ -60,6 +63,8 @@ def _describe_file(path: Path) -> str:
             return "the first line is not a whole JSON object"
         if {"recording_id", "text"} <= set(values) or {"sources", "sampling_rate"} <= set(values):
             return f"supervisions or recordings of lhotse, and the cuts made of both are needed: {CUTS}"
+        if not values:
+            return "an empty JSON object"
         if not _object(first):
             return f"a JSON object over several lines; one object a line is read: jq -c . {path.name} > rows.jsonl"
         keys = ", ".join(map(str, list(values)[:8]))

@@ -27,6 +27,7 @@ from voxray.audio.flac import flac_bytes
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
 from voxray.core.errors import BadRow
+from voxray.core.languages import language_code
 from voxray.core.manifest import check_values
 from voxray.core.source import Source, segment, segments
 from voxray.core.storage import write_atomically
@@ -34,7 +35,7 @@ from voxray.core.tasks import Task
 from voxray.corpora.importers import ImportedRow, ImportFault
 from voxray.corpora.importers.embedded import embedded_audio
 from voxray.corpora.prepare.fingerprints import audio_hash, leak_text, row_text, short_hash, speaker_key
-from voxray.text.korean import Reading, clean_transcript
+from voxray.text.korean import KoreanText, Reading, clean_transcript
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class CheckedRow:
         leak_text: See ``fingerprints.leak_text``.
         group: Speaker, session, or hash of the row's text. All rows of a group go to the same side of the split.
         split: The corpus' own split of the row, "" if it has none.
+        recording, channel: The file and the channel that the row names, before a copy was written.
     """
 
     source: str
@@ -77,6 +79,8 @@ class CheckedRow:
     leak_text: str = ""
     group: str = ""
     split: str = ""
+    recording: str = ""
+    channel: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,14 +126,14 @@ class RowChecker(PoolWorker):
         if spooled.get("reason"):
             return CheckedRow(source, row_id, reason=spooled["reason"], message=spooled["message"])
         values, clip, clip_hash = dict(spooled["values"]), None, ""
-        duration_sec = 0.0
+        duration_sec, recording, channel = 0.0, str(values.get("audio_path")), values.get("channel")
         try:
             _check_encodable(source, values)
             task = check_values(values)
             if task.has_audio:
                 stated_sec = values.get("duration")
                 clip = self._decode(values)
-                duration_sec, clip_hash = len(clip[0]) / clip[1], audio_hash(clip[0])
+                duration_sec, clip_hash = len(clip[0]) / clip[1], audio_hash(*clip)
                 self._check_quality(*clip, stated_sec)
             text = self._check_text(values, task, duration_sec)
             if clip and self.folders.copies:
@@ -141,7 +145,7 @@ class RowChecker(PoolWorker):
         if task.has_audio:
             values["duration"] = round(duration_sec, 3)
         hashes = (clip_hash, short_hash(task.name + text), leak_text(task, text))
-        return CheckedRow(source, row_id, values, "", "", duration_sec, *hashes, group, split)
+        return CheckedRow(source, row_id, values, "", "", duration_sec, *hashes, group, split, recording, channel)
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
         """Clean the answer in place and check its length. Returns the normalised texts of the row."""
@@ -151,7 +155,8 @@ class RowChecker(PoolWorker):
             if not isinstance(raw, str):
                 raise BadRow("bad_type", f"transcript_raw is {type(raw).__name__}, not text")
             reading = self.limits.reading
-            cleaned = clean_transcript(raw, reading)
+            is_korean = language_code(values.get("language")) in ("", "ko")
+            cleaned = clean_transcript(raw, reading) if is_korean else KoreanText(raw, raw, raw)
             if cleaned.text != answer:
                 values["transcript_raw"] = answer
             if cleaned.phonetic != cleaned.text:
@@ -160,8 +165,10 @@ class RowChecker(PoolWorker):
                 values["transcript_notes"] = list(cleaned.notes)
             answer = cleaned.text
             if segments(values):
-                parts = [{**part, "text": clean_transcript(part["text"], reading).text} for part in values["segments"]]
-                values["segments"] = parts
+                parts = values["segments"]
+                cleaned_parts = [clean_transcript(part["text"], reading).text for part in parts] if is_korean else []
+                pairs = zip(parts, cleaned_parts, strict=True) if is_korean else ()
+                values["segments"] = [{**part, "text": text} for part, text in pairs] or parts
         values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
         num_chars = len("".join(answer.split()))
         limits = self.limits

@@ -16,13 +16,14 @@ def short_hash(value: str | bytes) -> str:
     return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:32]
 
 
-def audio_hash(samples: np.ndarray) -> str:
+def audio_hash(samples: np.ndarray, rate_hz: int) -> str:
     """Hash of decoded samples as 16-bit integers, so that a WAV file and its FLAC copy have the same hash.
 
     Args:
         samples: float32, shape (num_samples,), full scale 1.
+        rate_hz: Their rate: the same samples at another rate are another sound.
     """
-    return short_hash(to_pcm16(samples).tobytes())
+    return short_hash(f"{rate_hz}:".encode() + to_pcm16(samples).tobytes())
 
 
 def row_text(prompt: str, answer: str) -> str:

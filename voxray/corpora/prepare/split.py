@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-TRAIN_NAMES = {"train", "training"}
-VALIDATION_NAMES = {"dev", "val", "valid", "validation", "eval"}
-TEST_NAMES = {"test", "testing"}
+TRAIN_NAMES = {"train", "training", "학습", "훈련"}
+VALIDATION_NAMES = {"dev", "val", "valid", "validation", "eval", "검증", "개발"}
+TEST_NAMES = {"test", "testing", "시험", "테스트", "평가"}
 
 
 class Splittable(Protocol):
@@ -64,13 +64,16 @@ class Split:
     speakers: set[str] = field(default_factory=set)
 
     def side(self, row: Splittable) -> str:
-        """``train``, ``val``, ``test``, or ``other`` for a split of the corpus that is not used."""
+        """``train``, ``val``, ``test``, or ``other`` for a split of the corpus that is not used.
+
+        A row without a split is for training if the other rows have one.
+        """
         name = row.split.lower()
         if self.with_test and name in TEST_NAMES:
             return "test"
         if not self.by_corpus:
             return "val" if row.group in self.groups else "train"
-        return "train" if name in TRAIN_NAMES else "val" if name in VALIDATION_NAMES else "other"
+        return "train" if name in TRAIN_NAMES or not name else "val" if name in VALIDATION_NAMES else "other"
 
     @property
     def held_out(self) -> str:
@@ -89,7 +92,7 @@ class Split:
 def choose_split(
     rows: Iterable[Splittable], val_share: float, seed: int, *, with_validation: bool, with_test: bool = False
 ) -> Split:
-    """Choose the validation rows: the corpus' own split if every row has one, else whole groups drawn at random.
+    """Choose the validation rows: the corpus' own split if it has one, else whole groups drawn at random.
 
     Args:
         rows: All rows, in order.
@@ -105,7 +108,7 @@ def choose_split(
             names[row.split.lower()] += 1
     if not with_validation:
         return Split(with_test=with_test)
-    if names and "" not in names and names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
+    if names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
         return Split(by_corpus=True, with_test=with_test)
     target, groups, count = val_share * sum(sizes.values()), set(), 0
     order = sorted(sizes)

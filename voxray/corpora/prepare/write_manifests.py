@@ -111,7 +111,7 @@ def write_manifests(
             leaks), ``drop`` (the training rows) or ``allow``.
     """
     sides = {"with_validation": val_share is not None, "with_test": with_test}
-    by_channel: set[str] = set()
+    by_channel: dict[str, set[float]] = {}
     split = choose_split(_note_channels(_unique(paths, duplicates), by_channel), val_share or 0.0, seed, **sides)
     record_held_out(split, _unique(paths, duplicates), texts=leak_policy != "scripted")
     outcome = PrepareOutcome(RowTally(), count_leaks(split, _unique(paths, duplicates)))
@@ -131,7 +131,7 @@ def write_manifests(
             outputs.write(side, {"id": unique_id(row.id), **row.values})
             if isinstance(notes := row.values.get("transcript_notes"), list):
                 outcome.notes.update(map(str, notes))
-            outcome.num_mixed += row.values.get("channel") is None and row.values.get("audio_path") in by_channel
+            outcome.num_mixed += row.channel is None and len(by_channel.get(row.recording, ())) > 1
         outcome.tally.add(row.reason or side, row.duration_sec)
     return outcome
 
@@ -147,11 +147,11 @@ def _unique(paths: list[Path], duplicates: str) -> Iterator[CheckedRow]:
         yield row
 
 
-def _note_channels(rows: Iterator[CheckedRow], by_channel: set[str]) -> Iterator[CheckedRow]:
-    """Pass rows on. The recordings of which they take one channel are added to ``by_channel``."""
+def _note_channels(rows: Iterator[CheckedRow], by_channel: dict[str, set[float]]) -> Iterator[CheckedRow]:
+    """Pass rows on. The channels that they take of a recording are added to ``by_channel``."""
     for row in rows:
-        if not row.reason and row.values.get("channel") is not None:
-            by_channel.add(row.values["audio_path"])
+        if not row.reason and row.channel is not None:
+            by_channel.setdefault(row.recording, set()).add(row.channel)
         yield row
 
 
