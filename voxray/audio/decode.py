@@ -355,8 +355,8 @@ def _decode_ffmpeg(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) ->
 
 
 def _has_times(file: AudioFile, container: Any) -> bool:
-    """Whether FFmpeg can seek a time in the file. Otherwise it would guess, or each file in one starts at 0."""
-    return container.format.name not in NO_LENGTH and not (file.head.startswith(OGG) and file.ogg.num_streams > 1)
+    """Whether FFmpeg can seek a time in the file. It guesses in MP3, and in Ogg each of several files starts at 0."""
+    return container.format.name != "mp3" and not (file.head.startswith(OGG) and file.ogg.num_streams > 1)
 
 
 def _ffmpeg_blocks(frames: Iterable[Any], num_channels: int, rate_hz: int, enough: float) -> Iterator[np.ndarray]:
