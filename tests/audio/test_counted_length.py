@@ -75,6 +75,14 @@ def test_segments_after_the_estimated_length(name: str, tmp_path: Path) -> None:
         assert np.corrcoef(segment[1024:5024], reference)[0, 1] > 0.97, (start_sec, delay)
 
 
+def test_an_estimate_may_be_too_long(tmp_path: Path) -> None:
+    """Silence at the start takes few bytes, so an estimate from it is longer than the audio."""
+    path = tmp_path / "a.mp3"
+    path.write_bytes(vbr_mp3(np.roll(noise_then_silence(), 10 * RATE_HZ)))
+    assert soundfile.info(path).duration > 1.2 * SEC
+    assert header_seconds(str(path)) == pytest.approx(len(decode(str(path), RATE_HZ)) / RATE_HZ, abs=0.1)
+
+
 def test_an_mp3_that_libsndfile_reads_to_its_end_stays_with_it() -> None:
     """Its decoder has another delay than FFmpeg's, and features of such files exist."""
     samples = np.random.default_rng(0).normal(0, 0.1, 4 * RATE_HZ).astype(np.float32)

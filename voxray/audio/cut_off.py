@@ -130,22 +130,20 @@ def damaged_seconds(file: AudioFile, end_sec: float) -> float:
         return stated_sec - end_sec if is_damaged(opened) else 0.0
 
 
-def counts_all_samples(file: AudioFile, length_sec: float) -> bool:
-    """Whether a length that libsndfile states covers the whole of an MP3 or Ogg file.
+def seconds_by_packets(file: AudioFile) -> float:
+    """Length in seconds of an MP3 or Ogg file of which libsndfile only estimates the length, or counts only a part.
 
     It estimates the length of an MP3 whose first frame does not state it. Of several files in one it counts the first.
 
-    Args:
-        length_sec: The length in seconds.
+    Returns:
+        0 if libsndfile counts all samples, or if FFmpeg cannot read the file.
     """
-    if file.head.startswith(OGG):
-        return file.ogg.num_streams < 2
-    if _mp3_states_all(file):
-        return True
+    if file.ogg.num_streams < 2 if file.head.startswith(OGG) else _mp3_states_all(file):
+        return 0.0
     try:
-        return packet_seconds(file.source) <= length_sec + MAX_CUT_SEC
+        return packet_seconds(file.source)
     except ValueError:
-        return True  # libsndfile reads what it can
+        return 0.0
 
 
 def _is_unknown(size: float) -> bool:

@@ -21,9 +21,9 @@ from voxray.audio.cut_off import (
     MAX_CUT_SEC,
     OGG,
     AudioFile,
-    counts_all_samples,
     damaged_seconds,
     missing_share,
+    seconds_by_packets,
 )
 from voxray.audio.ffmpeg import NO_LENGTH, decoded_frames, open_ffmpeg, packet_seconds
 from voxray.audio.mix import BLOCK_VALUES, Mixer
@@ -212,8 +212,8 @@ def _header_seconds(file: AudioFile) -> float:
     with suppress(soundfile.LibsndfileError):
         info = soundfile.info(file.path)
         seconds = info.duration
-        if info.format in COUNTED and not counts_all_samples(file, seconds):
-            return packet_seconds(file.path)
+        if info.format in COUNTED:
+            seconds = seconds_by_packets(file) or seconds
     if seconds:
         return seconds
     import av
@@ -281,7 +281,7 @@ def _decode_soundfile(file: AudioFile, part: Part, max_sec: float, mixer: Mixer)
         length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
         counted_sec = sound.frames / rate_hz
         needs_end = sound.format in COUNTED and part.start_sec + length_sec > counted_sec
-        if needs_end and not counts_all_samples(file, counted_sec):
+        if needs_end and seconds_by_packets(file) > counted_sec + MAX_CUT_SEC:
             raise ValueError(f"libsndfile reads only {counted_sec:.2f} s of it")
         start = min(round(part.start_sec * rate_hz), sound.frames)
         is_mp3 = sound.format == "MP3"  # only its beginning can be sought exactly
