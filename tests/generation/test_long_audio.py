@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import TINY
+from helpers.audio_files import by_ffmpeg
 
+from voxray.audio.decode import Part, decode
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
@@ -52,6 +54,32 @@ def test_segments_and_token_limits(tmp_path: Path, front_end: FrontEnd) -> None:
         split_into_chunks(sample, front_end, 20)
     with pytest.raises(BadRow, match=f"over {MAX_CHUNKS} chunks"):
         split_into_chunks(replace(sample, duration_sec=1e8), front_end, 10_000)
+
+
+def test_chunks_of_a_recording_whose_header_states_no_length(tmp_path: Path, front_end: FrontEnd) -> None:
+    """FFmpeg estimates the length of ADTS AAC from its first frames, where noise takes more bytes than silence."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 8 * 16_000)
+    samples = np.concatenate([noise, np.zeros(100 * 16_000), noise]).astype(np.float32)
+    path = tmp_path / "a.aac"
+    path.write_bytes(by_ffmpeg(samples, 16_000, "adts", "aac"))
+    sample = replace(recording(tmp_path, 1), audio_path=str(path))
+    parts = split_into_chunks(sample, front_end, 10_000)
+    assert len(parts) == 4 and parts[-1].start_sec + parts[-1].duration_sec == pytest.approx(116, abs=0.3)
+    last = decode(str(path), 16_000, part=Part(parts[-1].start_sec, parts[-1].duration_sec))
+    assert len(last) == 40 * 16_000 and np.abs(last[-4 * 16_000 :]).max() > 0.1
+
+
+@pytest.mark.parametrize("sec", [39.0, 40.0, 40.0001])
+def test_chunks_never_start_at_the_same_time(tmp_path: Path, front_end: FrontEnd, sec: float) -> None:
+    """A header may state less audio than the file holds. The row was refused because the audio is too long."""
+    sample = recording(tmp_path, 1)
+    if sec > 40:
+        parts = split_into_chunks(replace(sample, duration_sec=sec), front_end, 10_000)
+        assert [part.start_sec for part in parts] == [0, 0.01]
+        return
+    with pytest.raises(BadRow, match=f"longer than 40 s, but its header states {sec:.2f} s") as error:
+        split_into_chunks(replace(sample, duration_sec=sec), front_end, 10_000)
+    assert error.value.reason == "audio_too_long"
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,18 @@ def by_soundfile(samples: np.ndarray, rate_hz: int, kind: str, subtype: str | No
     return file.getvalue()
 
 
-def by_ffmpeg(samples: np.ndarray, rate_hz: int, container: str, codec: str, **options: str) -> bytes:
-    """Write a file with the options of FFmpeg's container."""
+def by_ffmpeg(
+    samples: np.ndarray,
+    rate_hz: int,
+    container: str,
+    codec: str,
+    codec_options: dict[str, str] | None = None,
+    **options: str,
+) -> bytes:
+    """Write a file with the options of FFmpeg's container, and those of its codec."""
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=options) as output:
-        stream = output.add_stream(codec, rate=rate_hz)
+        stream = output.add_stream(codec, rate=rate_hz, options=codec_options)
         stream.layout = "stereo" if samples.ndim == 2 else "mono"
         planes = np.atleast_2d(samples.T)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(planes), format="fltp", layout=stream.layout.name)

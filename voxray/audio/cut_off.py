@@ -5,11 +5,16 @@ error, and the row would keep the transcript of the whole. Containers of chunks 
 and MP3 with a Xing, Info or VBRI header, state a number of samples. Ogg marks its last page.
 """
 
+import io
 import os
 import re
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Any, BinaryIO, Literal, NamedTuple
 
+from voxray.audio.ffmpeg import packet_seconds
+from voxray.audio.matroska import is_damaged, matroska_seconds
+from voxray.audio.ogg import OggPages, read_ogg
 from voxray.core.manifest import open_regular
 
 MAX_CUT_SEC = 0.1
@@ -18,6 +23,11 @@ HEAD_BYTES = 1 << 16
 TAIL_BYTES = 1 << 17  # a page of Ogg has at most 65,307 bytes
 MAX_CHUNKS = 10_000  # a hostile file may have millions
 MAX_TAGS = 8
+MAX_TAG_BYTES = 2048
+"""Most bytes of tags after the audio of an MP3 that states its length. With more, all of its frames are counted."""
+MAX_DAMAGED_SHARE = 0.005
+"""How much less than its positions state a damaged file may hold."""
+OGG, MATROSKA = b"OggS", b"\x1a\x45\xdf\xa3"
 STREAMED_BYTES = 1 << 40
 """No file has as much audio. Programs that do not know the size yet write one like 2^63 - 1."""
 FLAC_UNKNOWN = (1 << 36) - 1
@@ -42,7 +52,7 @@ class AudioFile:
         if raw is not None:
             self.size, self.head = len(raw), raw[:HEAD_BYTES]
             return
-        with open_regular(path) as file:
+        with self.open() as file:
             self.head = file.read(HEAD_BYTES)
             self.size = len(self.head) if len(self.head) < HEAD_BYTES else file.seek(0, 2)
 
@@ -52,9 +62,24 @@ class AudioFile:
             return self.head[start : start + num_bytes]
         if self._raw is not None:
             return self._raw[start : start + num_bytes]
-        with open_regular(self.path) as file:
+        with self.open() as file:
             file.seek(start)
             return file.read(num_bytes)
+
+    @property
+    def source(self) -> Any:
+        """What decoders open: the path, or the bytes as a file."""
+        return self.path if self._raw is None else io.BytesIO(self._raw)
+
+    def open(self) -> BinaryIO:
+        """Open the file at its start."""
+        return open_regular(self.path) if self._raw is None else io.BytesIO(self._raw)
+
+    @cached_property
+    def ogg(self) -> OggPages:
+        """What the pages of an Ogg file state. They are read once."""
+        with self.open() as file:
+            return read_ogg(file)
 
     def integer(self, start: int, num_bytes: int, byte_order: Literal["big", "little"] = "big") -> int:
         """An unsigned integer in the file."""
@@ -77,6 +102,48 @@ def missing_share(file: AudioFile, end_sec: float) -> float:
     else:
         stated, present = _mp3(file, end_sec)
     return 0.0 if stated <= present or _is_unknown(stated) else 1 - max(0, present) / stated
+
+
+def damaged_seconds(file: AudioFile, end_sec: float) -> float:
+    """Seconds that damage in the middle of an Ogg or Matroska file took away.
+
+    Decoders go on after the damage without an error. Positions in the file tell how long it was before. A file whose
+    positions leap but whose structure is whole was recorded with gaps, so nothing is missing.
+
+    Args:
+        end_sec: Length of the audio that was decoded, in seconds; infinity if it is unknown.
+    Returns:
+        0 if no more than MAX_CUT_SEC and a share of MAX_DAMAGED_SHARE are missing.
+    """
+    stated_sec = 0.0
+    if end_sec < float("inf"):
+        if file.head.startswith(OGG):
+            stated_sec = file.ogg.seconds
+        elif file.head.startswith(MATROSKA):
+            with file.open() as opened:
+                stated_sec = matroska_seconds(opened)
+    if stated_sec - end_sec <= MAX_CUT_SEC + MAX_DAMAGED_SHARE * stated_sec:
+        return 0.0
+    if file.head.startswith(OGG):
+        return stated_sec - end_sec if file.ogg.is_damaged else 0.0
+    with file.open() as opened:
+        return stated_sec - end_sec if is_damaged(opened) else 0.0
+
+
+def seconds_by_packets(file: AudioFile) -> float:
+    """Length in seconds of an MP3 or Ogg file of which libsndfile only estimates the length, or counts only a part.
+
+    It estimates the length of an MP3 whose first frame does not state it. Of several files in one it counts the first.
+
+    Returns:
+        0 if libsndfile counts all samples, or if FFmpeg cannot read the file.
+    """
+    if file.ogg.num_streams < 2 if file.head.startswith(OGG) else _mp3_states_all(file):
+        return 0.0
+    try:
+        return packet_seconds(file.source)
+    except ValueError:
+        return 0.0
 
 
 def _is_unknown(size: float) -> bool:
@@ -187,43 +254,90 @@ def _flac(file: AudioFile, end_sec: float) -> _Lengths:
     return (0 if num_samples == FLAC_UNKNOWN else num_samples), end_sec * rate_hz
 
 
-def _mp3(file: AudioFile, end_sec: float) -> _Lengths:
-    """The first frame may be one without sound that states the number of frames."""
+class _Mp3Frame(NamedTuple):
+    """The first frame of an MP3.
+
+    Attributes:
+        at: Where it starts.
+        data: Its first bytes; empty if the file does not start with a frame.
+        tag: Where the Xing or Info header starts in it, if there is one.
+    """
+
+    at: int
+    data: bytes
+    tag: int
+
+    @property
+    def is_version_1(self) -> bool:
+        return self.data[1] & 0x18 == 0x18
+
+    @property
+    def has_xing(self) -> bool:
+        return self.data[self.tag : self.tag + 4] in (b"Xing", b"Info")
+
+    @property
+    def has_vbri(self) -> bool:
+        return self.data[36:40] == b"VBRI"
+
+    def integer(self, start: int, num_bytes: int) -> int:
+        return int.from_bytes(self.data[start : start + num_bytes], "big")
+
+
+def _mp3_frame(file: AudioFile) -> _Mp3Frame:
     at = 0
     for _ in range(MAX_TAGS):
         if file.read(at, 3) != b"ID3":
             break
         a, b, c, d = file.read(at, 10)[6:].ljust(4, b"\0")  # 7 bits of the size each
         at += 10 + (a << 21 | b << 14 | c << 7 | d)
-    frame = file.read(at, 192)
-    if len(frame) < 192 or frame[0] != 0xFF or frame[1] & 0xE6 != 0xE2 or frame[2] & 12 == 12:  # layer III
+    data = file.read(at, 192)
+    if len(data) < 192 or data[0] != 0xFF or data[1] & 0xE6 != 0xE2 or data[2] & 12 == 12:  # layer III
+        return _Mp3Frame(at, b"", 0)
+    is_version_1, is_mono = data[1] & 0x18 == 0x18, data[3] >> 6 == 3
+    return _Mp3Frame(at, data, 4 + ((17 if is_mono else 32) if is_version_1 else (9 if is_mono else 17)))
+
+
+def _mp3_states_all(file: AudioFile) -> bool:
+    """Whether the first frame of an MP3 states how many frames there are, and that no others follow."""
+    frame = _mp3_frame(file)
+    num_bytes = 0
+    if frame.data and frame.has_xing and frame.data[frame.tag + 7] & 3 == 3:  # both frames and bytes are stated
+        num_bytes = frame.integer(frame.tag + 12, 4)
+    elif frame.data and frame.has_vbri:
+        num_bytes = frame.integer(46, 4)
+    return num_bytes > 0 and file.size - frame.at - num_bytes <= MAX_TAG_BYTES
+
+
+def _mp3(file: AudioFile, end_sec: float) -> _Lengths:
+    """The first frame may be one without sound that states the number of frames."""
+    frame = _mp3_frame(file)
+    if not frame.data:
         return 0, 0
-    is_version_1, is_mono = frame[1] & 0x18 == 0x18, frame[3] >> 6 == 3
-    divisor = {0x18: 1, 0x10: 2}.get(frame[1] & 0x18, 4)  # of MPEG 1, 2 and 2.5
-    rate_hz = (44_100, 48_000, 32_000)[frame[2] >> 2 & 3] / divisor
-    tag = 4 + ((17 if is_mono else 32) if is_version_1 else (9 if is_mono else 17))
+    data, tag = frame.data, frame.tag
+    divisor = {0x18: 1, 0x10: 2}.get(data[1] & 0x18, 4)  # of MPEG 1, 2 and 2.5
+    rate_hz = (44_100, 48_000, 32_000)[data[2] >> 2 & 3] / divisor
     num_frames = silence = 0
-    if frame[tag : tag + 4] in (b"Xing", b"Info") and frame[tag + 7] & 1:
-        num_frames = int.from_bytes(frame[tag + 8 : tag + 12], "big")
-        if frame[tag + 7] & 15 == 15 and frame[tag + 120 : tag + 124] in (b"LAME", b"Lavc", b"Lavf"):
-            delays = int.from_bytes(frame[tag + 141 : tag + 144], "big")
+    if frame.has_xing and data[tag + 7] & 1:
+        num_frames = frame.integer(tag + 8, 4)
+        if data[tag + 7] & 15 == 15 and data[tag + 120 : tag + 124] in (b"LAME", b"Lavc", b"Lavf"):
+            delays = frame.integer(tag + 141, 3)
             silence = (delays >> 12) + (delays & 0xFFF)
-    elif frame[36:40] == b"VBRI":
-        num_frames = int.from_bytes(frame[50:54], "big")
+    elif frame.has_vbri:
+        num_frames = frame.integer(50, 4)
     # a decoder may leave out its own delay and the first frame
-    return (num_frames - 2) * (1152 if is_version_1 else 576) - silence, end_sec * rate_hz
+    return (num_frames - 2) * (1152 if frame.is_version_1 else 576) - silence, end_sec * rate_hz
 
 
 _RIFF = _Chunked(12, 4, 4, "little", 2, b"data")
 _FORMATS: tuple[tuple[int, bytes, Callable[[AudioFile, float], _Lengths]], ...] = (
     (0, b"RIFF", _RIFF),
     (0, b"fLaC", _flac),
-    (0, b"OggS", _ogg),
+    (0, OGG, _ogg),
     (4, b"ftyp", _mp4),
     (4, b"moov", _mp4),
     (4, b"mdat", _mp4),
     (4, b"wide", _mp4),
-    (0, b"\x1a\x45\xdf\xa3", _matroska),
+    (0, MATROSKA, _matroska),
     (0, b"RF64", _RIFF),
     (0, b"BW64", _RIFF),
     (0, b"RIFX", _RIFF._replace(byte_order="big")),

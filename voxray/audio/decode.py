@@ -16,11 +16,19 @@ import numpy as np
 import soundfile
 import soxr
 
-from voxray.audio.cut_off import HEAD_BYTES, MAX_CUT_SEC, AudioFile, missing_share
+from voxray.audio.cut_off import (
+    HEAD_BYTES,
+    MAX_CUT_SEC,
+    OGG,
+    AudioFile,
+    damaged_seconds,
+    missing_share,
+    seconds_by_packets,
+)
+from voxray.audio.ffmpeg import NO_LENGTH, decoded_frames, open_ffmpeg, packet_seconds
 from voxray.audio.mix import BLOCK_VALUES, Mixer
 from voxray.core.errors import BadRow, one_line
 from voxray.core.lfs import POINTER, POINTER_START
-from voxray.core.manifest import open_regular
 
 FFMPEG_SUFFIXES = {".m4a", ".aac", ".mp4", ".webm", ".wma", ".mov", ".3gp", ".mka", ".opus"}
 """FFmpeg is tried first for these. libsndfile reads only Opus of them, at half of FFmpeg's speed."""
@@ -29,6 +37,8 @@ AUDIO_SUFFIXES |= {".w64", ".sph", ".pcm"}
 PCM_RATE_HZ = 16_000
 PCM_SCALE = 32_768  # of 16-bit samples
 NO_SAMPLES = "no samples"
+COUNTED = ("MP3", "OGG")
+"""Formats of which libsndfile may count only some of the samples."""
 MAX_PLANES = 8
 """PyAV crashes on frames with a plane for each of this many channels. Interleaving them is slower."""
 MAX_MISSING_SEC = 0.5
@@ -106,8 +116,8 @@ def decode_native(
     Raises:
         BadRow: The file cannot be decoded (``audio_unreadable``), has no sample in that part (``audio_empty``), is
             too long (``audio_too_long``), ends before the part does (``audio_too_short``; ``audio_cut_off`` if its
-            header states that there is more), lacks the channel (``audio_channel``) or has NaN or infinite samples
-            (``audio_not_finite``).
+            header states that there is more), lacks a part that damage took away (``audio_cut_off``), lacks the
+            channel (``audio_channel``) or has NaN or infinite samples (``audio_not_finite``).
         FileNotFoundError: The file is missing.
     """
     audio_file = _open_audio(path, raw)
@@ -115,7 +125,7 @@ def decode_native(
     for decoder in _decoders(audio_file.suffix):
         mixer = Mixer(path, part.channel)
         try:
-            rate_hz = decoder(path if raw is None else io.BytesIO(raw), part, max_sec, mixer)
+            rate_hz = decoder(audio_file, part, max_sec, mixer)
             break
         except BadRow:
             raise
@@ -160,7 +170,7 @@ def _check_length(file: AudioFile, part: Part, sec: float, max_sec: float) -> No
 
 
 def _check_whole(file: AudioFile, at_least_sec: float, end_sec: float = float("inf")) -> None:
-    """Refuse a file that lacks the end of its audio.
+    """Refuse a file that lacks the end of its audio, or a part in the middle.
 
     Args:
         at_least_sec: The file holds this many seconds or more.
@@ -171,6 +181,8 @@ def _check_whole(file: AudioFile, at_least_sec: float, end_sec: float = float("i
     share = missing_share(file, end_sec) if file.suffix != ".pcm" else 0.0
     if share and share * at_least_sec > MAX_CUT_SEC:
         raise BadRow("audio_cut_off", f"{file.path} is cut off: the file ends before its audio does")
+    if lost_sec := damaged_seconds(file, end_sec):
+        raise BadRow("audio_cut_off", f"{file.path} is damaged: {lost_sec:.1f} s of its audio are missing")
 
 
 def to_pcm16(samples: np.ndarray) -> np.ndarray:
@@ -181,6 +193,8 @@ def to_pcm16(samples: np.ndarray) -> np.ndarray:
 def header_seconds(path: str) -> float:
     """Length of a file in seconds according to its header. The audio is not decoded.
 
+    If the header does not state it (ADTS AAC, MP3 without a Xing header, several files in one), packets are counted.
+
     Raises:
         BadRow: The file is known to be cut off (``audio_cut_off``).
         OSError, ValueError: The file cannot be read, or its header has no length.
@@ -188,37 +202,36 @@ def header_seconds(path: str) -> float:
     audio_file = _open_audio(path, None)
     if audio_file.suffix == ".pcm":
         return audio_file.size / 2 / PCM_RATE_HZ
-    seconds = _header_seconds(path)
+    seconds = _header_seconds(audio_file)
     _check_whole(audio_file, seconds)
     return seconds
 
 
-def _header_seconds(path: str) -> float:
+def _header_seconds(file: AudioFile) -> float:
     seconds: float | None = None
     with suppress(soundfile.LibsndfileError):
-        seconds = soundfile.info(path).duration
+        info = soundfile.info(file.path)
+        seconds = info.duration
+        if info.format in COUNTED:
+            seconds = seconds_by_packets(file) or seconds
     if seconds:
         return seconds
     import av
     from av.error import FFmpegError
 
     try:
-        with _open_ffmpeg(path) as container:
+        with open_ffmpeg(file.path) as container:
+            has_length = container.format.name not in NO_LENGTH
             seconds = (container.duration or 0) / av.time_base or seconds
     except FFmpegError as error:
         if seconds is None:
             raise ValueError(str(error)) from None
+        return seconds
+    if not has_length:
+        return packet_seconds(file.path)
     if seconds is None:
-        raise ValueError(f"{path} does not say how long it is")
+        raise ValueError(f"{file.path} does not say how long it is")
     return seconds
-
-
-def _open_ffmpeg(file: Any) -> Any:
-    """Open an audio file with FFmpeg. A playlist or session description in it can open no other file and no network."""
-    import av
-
-    protocols = "file" if isinstance(file, str) else "none"
-    return av.open(file, mode="r", options={"protocol_whitelist": protocols})
 
 
 def _open_audio(path: str, raw: bytes | None) -> AudioFile:
@@ -243,7 +256,7 @@ def _open_audio(path: str, raw: bytes | None) -> AudioFile:
     return file
 
 
-def _decoders(suffix: str) -> list[Callable[[Any, Part, float, Mixer], int]]:
+def _decoders(suffix: str) -> list[Callable[[AudioFile, Part, float, Mixer], int]]:
     if suffix == ".pcm":
         return [_decode_pcm]
     return [_decode_ffmpeg, _decode_soundfile] if suffix in FFMPEG_SUFFIXES else [_decode_soundfile, _decode_ffmpeg]
@@ -256,19 +269,26 @@ class _Sound(soundfile.SoundFile):
         return False
 
 
-def _decode_soundfile(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
-    """Seeks to the part. Reads at most one second more than ``max_sec``, enough to detect that a clip is too long."""
-    with _Sound(file) as sound:
+def _decode_soundfile(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) -> int:
+    """Seeks to the part. Reads at most one second more than ``max_sec``, enough to detect that a clip is too long.
+
+    Leaves a file to FFmpeg if the part ends after the samples that libsndfile counted, and there are more.
+    """
+    with _Sound(file.source) as sound:
         rate_hz = sound.samplerate
         if not sound.frames:
             raise ValueError(NO_SAMPLES)  # or a WAV of unknown length, which FFmpeg reads to its end
+        length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
+        counted_sec = sound.frames / rate_hz
+        needs_end = sound.format in COUNTED and part.start_sec + length_sec > counted_sec
+        if needs_end and seconds_by_packets(file) > counted_sec + MAX_CUT_SEC:
+            raise ValueError(f"libsndfile reads only {counted_sec:.2f} s of it")
         start = min(round(part.start_sec * rate_hz), sound.frames)
         is_mp3 = sound.format == "MP3"  # only its beginning can be sought exactly
         if start or is_mp3:
             sound.seek(0 if is_mp3 else start)
         for _ in _blocks(sound, start if is_mp3 else 0):
             pass
-        length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
         num_samples = sound.frames - start
         if length_sec < float("inf"):
             num_samples = min(num_samples, round(length_sec * rate_hz))
@@ -286,11 +306,10 @@ def _blocks(sound: _Sound, num_samples: int) -> Iterator[np.ndarray]:
         num_samples = num_samples - block_samples if len(block_NC) == block_samples else 0
 
 
-def _decode_pcm(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
+def _decode_pcm(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) -> int:
     """Headerless 16-bit little-endian mono at 16 kHz, as KsponSpeech stores it. An odd last byte is ignored."""
     start = 2 * round(part.start_sec * PCM_RATE_HZ)
-    stream: Any = file if isinstance(file, io.BytesIO) else open_regular(file)
-    with stream:
+    with file.open() as stream:
         num_bytes = max(0, stream.seek(0, io.SEEK_END) - start)
         length_sec = min(part.duration_sec or float("inf"), max_sec + 1)
         if length_sec < float("inf"):
@@ -301,24 +320,28 @@ def _decode_pcm(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
     return PCM_RATE_HZ
 
 
-def _decode_ffmpeg(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
-    """Seeks to the key frame before the part and stops decoding after it. As exact as the container's times (1 ms)."""
+def _decode_ffmpeg(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) -> int:
+    """Seeks to the key frame before the part and stops decoding after it. As exact as the container's times (1 ms).
+
+    A container without times is decoded from its start.
+    """
     import av  # imported only where needed, since it loads all of FFmpeg
     from av.error import FFmpegError
 
     try:
-        with _open_ffmpeg(file) as container:
+        with open_ffmpeg(file.source) as container:
             if not container.streams.audio or container.streams.audio[0].codec_context is None:
                 raise ValueError("no audio stream that FFmpeg can decode")
             stream = container.streams.audio[0]
             if not stream.rate:
                 raise ValueError("a sample rate of 0")
-            if part.start_sec:
+            has_times = _has_times(file, container)
+            if part.start_sec and has_times:
                 container.seek(int(part.start_sec * av.time_base))
-            frames, rate_hz = container.decode(stream), stream.rate
+            frames, rate_hz = decoded_frames(container, stream), stream.rate
             if (first := next(frames, None)) is None:
                 raise ValueError("no audio frame")
-            lead_sec = part.start_sec - (first.time or 0.0)
+            lead_sec = part.start_sec - (first.time or 0.0 if has_times else 0.0)
             start = max(0, round(lead_sec * rate_hz)) if part != WHOLE else 0
             end = start + round(part.duration_sec * rate_hz) if part.duration_sec else sys.maxsize
             enough = (lead_sec + min(part.duration_sec or float("inf"), max_sec + 1)) * rate_hz
@@ -329,6 +352,11 @@ def _decode_ffmpeg(file: Any, part: Part, max_sec: float, mixer: Mixer) -> int:
             return rate_hz
     except FFmpegError as error:  # some subclasses are neither OSError nor ValueError
         raise ValueError(str(error)) from error
+
+
+def _has_times(file: AudioFile, container: Any) -> bool:
+    """Whether FFmpeg can seek a time in the file. It guesses in MP3, and in Ogg each of several files starts at 0."""
+    return container.format.name != "mp3" and not (file.head.startswith(OGG) and file.ogg.num_streams > 1)
 
 
 def _ffmpeg_blocks(frames: Iterable[Any], num_channels: int, rate_hz: int, enough: float) -> Iterator[np.ndarray]:

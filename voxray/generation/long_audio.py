@@ -18,6 +18,7 @@ from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.models.front_end import FrontEnd
 
 OVERLAP_SEC = 5.0
+MIN_STEP_SEC = 0.01
 MAX_CHUNKS = 1000  # a damaged header may claim years
 CHUNK_MANIFEST = "long_audio.jsonl"
 
@@ -33,7 +34,8 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     Args:
         max_len: Longest prompt in tokens, for chunks too.
     Raises:
-        BadRow: The length of the recording is unknown, its file is cut off, or not even a short chunk fits.
+        BadRow: The length of the recording is unknown, its file is cut off, its header states a length that the model
+            takes in one piece, or not even a short chunk fits.
     """
     try:
         total_sec = sample.duration_sec or header_seconds(sample.audio_path) - sample.start_sec
@@ -42,6 +44,9 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     except (OSError, ValueError) as error:
         raise BadRow("audio_unreadable", f"{sample.audio_path}: does not say how long it is: {error}") from None
     chunk_sec = front_end.max_audio_sec
+    if total_sec <= chunk_sec:
+        message = f"is longer than {chunk_sec:g} s, but its header states {total_sec:.2f} s: encode it again"
+        raise BadRow("audio_too_long", f"{sample.audio_path} {message}")
     while len(front_end.prompt_ids(sample, int(chunk_sec * front_end.sample_rate_hz))) > max_len:
         chunk_sec /= 2
         if chunk_sec < 2:
@@ -50,7 +55,7 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     num_chunks = max(2, math.ceil((total_sec - overlap_sec) / (chunk_sec - overlap_sec)))
     if num_chunks > MAX_CHUNKS:
         raise BadRow("audio_too_long", f"{sample.audio_path} lasts {total_sec:.0f} s, over {MAX_CHUNKS} chunks")
-    step_sec = (total_sec - chunk_sec) / (num_chunks - 1)
+    step_sec = max(MIN_STEP_SEC, (total_sec - chunk_sec) / (num_chunks - 1))
     starts = [round(sample.start_sec + chunk * step_sec, 3) for chunk in range(num_chunks)]
     return [replace(sample, start_sec=start, duration_sec=chunk_sec) for start in starts]
 
