@@ -25,15 +25,14 @@ from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.audio_trim_record import read_trim_record, set_trim_audio, trims_audio, write_trim_record
 from voxray.models.adapters.lora import (
-    CONFIG,
-    WEIGHTS,
     base_of_adapter,
     find_adapter,
     find_role,
     load_adapter,
     target_pattern,
-    weights_file,
 )
+from voxray.models.adapters.read_files import CONFIG, WEIGHTS, weights_file
+from voxray.models.adapters.tied_weights import untie
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config, unwrap_peft
 from voxray.models.interface import ModelFamily
@@ -156,6 +155,7 @@ def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> 
     base = model.get_base_model()
     layers = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
     merged = [name for name in layers if find_role(name, family) in roles]
+    untie(base, {f"{name}.base_layer.weight" for name in merged})
     for name in merged:
         layer: Any = base.get_submodule(name)
         layer.merge(safe_merge=True, adapter_names=["default"])
