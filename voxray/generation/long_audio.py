@@ -42,6 +42,7 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     except (OSError, ValueError) as error:
         raise BadRow("audio_unreadable", f"{sample.audio_path}: does not say how long it is: {error}") from None
     chunk_sec = front_end.max_audio_sec
+    sample = replace(sample, segments=())  # their times are those of the whole recording
     while len(front_end.prompt_ids(sample, int(chunk_sec * front_end.sample_rate_hz))) > max_len:
         chunk_sec /= 2
         if chunk_sec < 2:
