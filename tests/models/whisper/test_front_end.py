@@ -143,7 +143,7 @@ def test_segments_have_to_fit_transcript_and_clip(front_end):
     segments = ((0.0, 1.0, "열이,"), (1.0, 2.5, "납니다"))
     sample = Sample("a", TASKS["asr"], "", "열이 납니다.", "a.wav", "ko", "m:1", segments=segments)
     front_end.prompt_ids(sample, round(2.45 * 16_000))
-    with pytest.raises(BadRow, match="segments end at 2.5 s, and the clip lasts 2.00 s") as error:
+    with pytest.raises(BadRow, match=r"segments end at 2\.5 s, and the clip lasts 2\.00 s") as error:
         front_end.prompt_ids(sample, 2 * 16_000)
     assert error.value.reason == "bad_segment"
     assert front_end.target_ids(sample.answer, segments)
