@@ -73,7 +73,7 @@ def test_an_audit_finds_what_cannot_be_divided(rows: list[dict[str, Any]], tmp_p
     limits = AuditLimits(QualityLimits(), 0.0, 100.0, 1.0, 448)
     measured = RowMeasurer(limits, FRONT_END).measure_chunk(chunk, 0)
     reasons = [[reason for reason, _ in row.faults] for row in measured]
-    assert reasons == [[], ["audio_too_long"], [], [], ["unsupported_task"]]
+    assert reasons == [[], ["audio_too_long"], ["segments_differ"], [], ["unsupported_task"]]
 
 
 def test_training_takes_the_parts_and_lists_what_it_cannot_divide(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_training_takes_the_parts_and_lists_what_it_cannot_divide(rows: list[dic
     run_training(WhisperSettings.model_validate(values))
     ledger = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     of_train = sorted((line["line"], line["reason"]) for line in ledger)
-    assert of_train == [(2, "audio_too_long")] * 2 + [(3, "audio_too_long")] * 2 + [(5, "no_language")] * 2
+    assert of_train == [(2, "audio_too_long")] * 2 + [(3, "segments_differ")] + [(5, "no_language")] * 2
     assert "trained on 4 s at most" in next(line["message"] for line in ledger if line["line"] == 2)
     parts = len(read_rows(str(tmp_path / "run" / "divided.train.jsonl")))
     [record] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][:1]

@@ -1,6 +1,9 @@
 """Exported models answer like base and adapter, transformers can load them, and a wrong one is never written."""
 
 import json
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,27 @@ def test_a_merge_that_goes_wrong_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="the merged model answers differently"):
         run(make_adapter(tmp_path / "a"), tmp_path / "e")
     assert not (tmp_path / "e").exists() and not list(tmp_path.glob(".e*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk, tmp_path):
+    """With parts left unmerged, too, which are written by another call."""
+    adapter = make_adapter(tmp_path / "a")
+    for changes in ({}, {"merge": "projector"}):
+        with pytest.raises(RunError, match=rf"^{small_disk / 'e'}: cannot write the model: .*No space left") as caught:
+            run(adapter, small_disk / "e", **changes)
+        assert "\n" not in str(caught.value) and not [path for path in small_disk.iterdir() if path.is_dir()]
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tmp_path):

@@ -46,11 +46,21 @@ def test_the_state_survives_json() -> None:
     used.update(4, {LOSS: 0.7})
     for best in (fresh, used):
         loaded = BestCheckpoint(LOSS, patience=3)
-        loaded.load(json.loads(json.dumps(best.state(), allow_nan=False)))
+        assert not loaded.load(json.loads(json.dumps(best.state(), allow_nan=False)), 4)
         assert loaded.state() == best.state()
     other = BestCheckpoint("asr/wer")
-    other.load(used.state())
+    other.load(used.state(), 4)
     assert (other.best_step, other.last_step) == (0, 4), "the best value of another metric is dropped"
+
+
+def test_values_on_other_rows_are_dropped() -> None:
+    used = BestCheckpoint(LOSS, rows="a")
+    used.update(2, {LOSS: 0.5})
+    other = BestCheckpoint(LOSS, rows="b")
+    assert other.load(used.state(), 3)
+    assert (other.best_step, other.last_step, other.first_step) == (0, 0, 3)
+    earlier_version = {name: value for name, value in used.state().items() if name not in ("rows", "first_step")}
+    assert not other.load(earlier_version, 3) and other.best_step == 2
 
 
 def test_metrics_that_validation_lacks_are_refused() -> None:
@@ -73,7 +83,7 @@ def run(
 ) -> Iterator[Callable[..., dict[str, Any]]]:
     """Train on text rows with a validation after each of 6 steps; ``values`` are the losses of the validations."""
 
-    def train(values: list[float], name: str = "run", **flags: Any) -> dict[str, Any]:
+    def train(values: list[float], name: str = "run", data: TrainingData = data, **flags: Any) -> dict[str, Any]:
         losses = iter(values)
         monkeypatch.setattr(validation_hook, "validate", lambda *args, **options: Validation({LOSS: next(losses)}, {}))
         defaults = {"model_id": TINY, "train_jsonl": "unused", "val_jsonl": "unused", "num_workers": 0}
@@ -139,3 +149,18 @@ def test_a_resumed_run_first_does_a_missed_validation(run: Callable[..., dict[st
     (tmp_path / "run" / "STOP").unlink()
     result = run([0.1, 0.4, 0.4, 0.4, 0.4, 0.4])
     assert (result["best"][LOSS]["step"], result["finished"]) == (1, True)
+
+
+@pytest.mark.parametrize("change", ["manifest", "eval_max_rows"])
+def test_a_run_that_continues_with_other_validation_rows_chooses_the_best_anew(
+    run: Callable[..., dict[str, Any]], data: TrainingData, tmp_path: Path, change: str
+) -> None:
+    """Else the run would compare values of different rows. The checkpoint that it continues from is validated again."""
+    assert run([0.5, 0.1, 0.2], max_steps=3)["best"][LOSS]["step"] == 2
+    flags = {"data": TrainingData(data.train, data.train)} if change == "manifest" else {"eval_max_rows": 1}
+    result = run([0.9, 0.8, 0.7, 0.75], load_best_model_at_end=True, max_steps=6, **flags)
+    assert (result["best"][LOSS], result["adapter_step"]) == ({"step": 5, "value": 0.7}, 5)
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "the validation rows are others than before, so the best checkpoint is chosen anew" in log
+    assert run([], load_best_model_at_end=True, max_steps=6, **flags) == result
+    assert (tmp_path / "run" / "train.log").read_text().count("chosen anew") == 1

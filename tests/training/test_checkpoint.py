@@ -152,3 +152,9 @@ def test_the_data_of_an_earlier_version_is_recognised(tmp_path: Path) -> None:
     model.bias.requires_grad_(False)
     progress, _ = resume(tmp_path, model, start, "data")
     assert (progress.step, progress.data) == (1, start.data)
+
+
+def test_an_optimizer_state_that_is_not_finite_stops_the_resume(tmp_path: Path) -> None:
+    torch.save({"weight": {"exp_avg": torch.tensor([1.0, float("nan")])}}, tmp_path / "optimizer.pt")
+    with pytest.raises(RunError, match=r"optimizer.pt: weight \(exp_avg\) has values that are infinite"):
+        read_optimizer_state(tmp_path)

@@ -6,7 +6,8 @@ FAULTS = {
     "bad_row": ("the line is JSON, but not an object", "write one JSON object per line"),
     "unknown_task": ("the keys are those of no task", "rename the keys, or let jobs/prepare.py read the raw corpus"),
     "bad_type": ("a value is of the wrong kind", "write texts as strings and times as numbers"),
-    "bad_segment": ("start, duration or channel is impossible", "correct it, or leave it out"),
+    "bad_segment": ("start, duration, channel or segments are impossible", "correct them, or leave them out"),
+    "segments_differ": ("the segments say something else than the transcript", "correct one of the two"),
     "bad_language": (
         "the language is not known, or the model does not have it",
         "write ko, en and so on, or leave it out",

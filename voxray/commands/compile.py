@@ -24,7 +24,7 @@ from voxray.core.storage import checksum, write_json
 from voxray.generation.generate import SamplingParams
 from voxray.generation.model import InferenceConfig, base_and_adapter, load_model
 from voxray.generation.salmonn_base import assemble_base
-from voxray.models.adapters.lora import weights_file
+from voxray.models.adapters.read_files import weights_file
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import AudioPath
 from voxray.models.parts.compiled_audio import (

@@ -18,22 +18,21 @@ from voxray.batches.collate import collate_training
 from voxray.config.export import ExportSettings
 from voxray.core.console import console
 from voxray.core.content_hash import write_checksums
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.core.manifest import Sample
 from voxray.core.storage import checksum, write_json
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.audio_trim_record import read_trim_record, set_trim_audio, trims_audio, write_trim_record
 from voxray.models.adapters.lora import (
-    CONFIG,
-    WEIGHTS,
     base_of_adapter,
     find_adapter,
     find_role,
     load_adapter,
     target_pattern,
-    weights_file,
 )
+from voxray.models.adapters.read_files import CONFIG, WEIGHTS, weights_file
+from voxray.models.adapters.tied_weights import untie
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config, unwrap_peft
 from voxray.models.interface import ModelFamily
@@ -87,7 +86,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
         report |= {"adapter_sha256": checksum(weights_file(adapter))}
         dtype = _dtype(settings.dtype, model_id)
-        _write(model, family, partial, model_id, dtype, output_dir)
+        with library_errors(f"{output_dir}: cannot write the model"):  # safetensors has its own error for a full disk
+            _write(model, family, partial, model_id, dtype, output_dir)
         difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
         _check(difference_on_disk, dtype, "the model on disk")
         report |= {"trim_audio_tokens": trimmed, "layers_merged": num_merged}
@@ -133,7 +133,8 @@ def _export_official(
         raise SettingsError(f"--format official: the weights are written as they are; leave out --{min(unused)}")
     model_id = settings.model_id or base_of_adapter(adapter)
     with output_lease(output_dir), replaced_on_success(output_dir) as partial:
-        path, num_tensors = family.write_official(model, partial, model_id)
+        with library_errors(f"{output_dir}: cannot write the checkpoint"):  # so does PyTorch
+            path, num_tensors = family.write_official(model, partial, model_id)
         base = family.load_model(model_id, dtype=torch.float32, device=CPU)
         logits = probe_logits(family.load_official(base, path), family, family.front_end(model_id))
         difference = _difference(logits, expected)
@@ -156,6 +157,7 @@ def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> 
     base = model.get_base_model()
     layers = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
     merged = [name for name in layers if find_role(name, family) in roles]
+    untie(base, {f"{name}.base_layer.weight" for name in merged})
     for name in merged:
         layer: Any = base.get_submodule(name)
         layer.merge(safe_merge=True, adapter_names=["default"])

@@ -1,5 +1,7 @@
 """The manifest line that a row comes from, and the part of the audio file that it covers."""
 
+import unicodedata
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from voxray.core.errors import BadRow
@@ -86,3 +88,17 @@ def segments(row: dict[str, Any]) -> tuple[Segment, ...]:
         if text.strip():
             result.append((float(start), float(end), text.strip()))
     return tuple(result)
+
+
+def stretch(parts: Sequence[Segment], factor: float) -> tuple[Segment, ...]:
+    """Segments of a clip whose length is multiplied by ``factor``."""
+    return tuple((start * factor, end * factor, text) for start, end, text in parts)
+
+
+def text_matches(parts: Sequence[Segment], text: str) -> bool:
+    """Whether the texts of segments say what ``text`` says. Only letters and digits count, regardless of case."""
+    return _letters(" ".join(part for *_, part in parts)) == _letters(text)
+
+
+def _letters(text: str) -> str:
+    return "".join(char for char in unicodedata.normalize("NFKC", text).casefold() if char.isalnum())

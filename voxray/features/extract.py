@@ -17,6 +17,7 @@ from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, sha256_hex
+from voxray.core.source import stretch
 from voxray.features.shards import LAYOUT
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
@@ -117,8 +118,12 @@ class Extractor:
         for variant in range(waveform.num_variants if augmented else 1):
             signal = augment(samples, rate_hz, variant, key, waveform, max_sec=limit) if variant else samples
             audio = self._pcm(signal) if self.spec.store == "pcm16" else self._mel(signal)
-            prompt_ids = self.front_end.prompt_ids(sample, len(signal))
-            rows.append({**shared, **audio, "num_samples": len(signal), "variant": variant, "prompt_ids": prompt_ids})
+            timed = replace(sample, segments=stretch(sample.segments, len(signal) / len(samples)))
+            row = {**shared, **audio, "num_samples": len(signal), "variant": variant}
+            row["prompt_ids"] = self.front_end.prompt_ids(timed, len(signal))
+            if variant and timed.segments:  # its times are those of the faster or slower clip
+                row["target_ids"] = self.front_end.target_ids(timed.answer, timed.segments)
+            rows.append(row)
         return rows, clip
 
     def _read(self, sample: Sample) -> tuple[np.ndarray, dict[str, Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.manifest import Sample, samples_at
-from voxray.core.source import Segment
+from voxray.core.source import Segment, text_matches
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
 from voxray.features.reader import Features
 from voxray.models.front_end import FrontEnd
@@ -36,7 +36,7 @@ def write_parts(folders: Iterable[AnyPath], front_end: FrontEnd, path: Path) -> 
     rows: list[dict[str, Any]] = []
     split_sources = set()
     for sample in samples_at({features.source(int(row)) for row in long_rows}):
-        if sample.segments and _letters(" ".join(text for *_, text in sample.segments)) == _letters(sample.answer):
+        if sample.segments and text_matches(sample.segments, sample.answer):
             rows += split_at_segments(sample, longest_sec)
             split_sources.add(sample.source)
     if rows:
@@ -63,8 +63,3 @@ def _row(sample: Sample, number: int, group: Sequence[Segment]) -> dict[str, Any
     row |= {"channel": sample.channel} if sample.channel >= 0 else {}
     shifted = [{"start": round(s - begin, 3), "end": round(e - begin, 3), "text": text} for s, e, text in group]
     return {**row, "segments": shifted}
-
-
-def _letters(text: str) -> str:
-    """Letters and digits of a text in lower case, to compare texts regardless of spelling."""
-    return "".join(char for char in text.casefold() if char.isalnum())

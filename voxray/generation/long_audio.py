@@ -47,6 +47,7 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
     if total_sec <= chunk_sec:
         message = f"is longer than {chunk_sec:g} s, but its header states {total_sec:.2f} s: encode it again"
         raise BadRow("audio_too_long", f"{sample.audio_path} {message}")
+    sample = replace(sample, segments=())  # their times are those of the whole recording
     while len(front_end.prompt_ids(sample, int(chunk_sec * front_end.sample_rate_hz))) > max_len:
         chunk_sec /= 2
         if chunk_sec < 2:

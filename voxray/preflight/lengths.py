@@ -14,7 +14,7 @@ from voxray.audio.decode import header_seconds
 from voxray.core.console import Bar
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, chunks, read_chunk
-from voxray.core.source import Source
+from voxray.core.source import Source, stretch
 from voxray.features.extract import Extractor
 from voxray.features.reader import RowLengths
 from voxray.features.shards import TASK_CODES
@@ -122,7 +122,8 @@ class Lengths(RowLengths):
             num_samples = int(seconds / speed * front_end.sample_rate_hz + 0.5)
             if sample.task.has_audio and not num_samples:
                 raise BadRow("audio_empty", f"{sample.audio_path} has no samples")
-            columns.num_prompt_tokens.append(len(front_end.prompt_ids(sample, num_samples)))
+            timed = replace(sample, segments=stretch(sample.segments, 1 / speed))
+            columns.num_prompt_tokens.append(len(front_end.prompt_ids(timed, num_samples)))
             columns.num_windows.append(front_end.num_windows(num_samples) if num_samples else 0)
             columns.num_target_tokens.append(num_target_tokens)
             columns.num_samples.append(num_samples)

@@ -61,13 +61,13 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
             run.stage, run.settings, features, held_out, run.front_end, data.divided
         )
         validation = ValidationRows(run.front_end, held_out, held_out_rows)
-        state, init_line = _build_state(run, features, rows, validation)
+        state, lines = _build_state(run, features, rows, validation)
         loader = _build_loader(run, features, rows, state.start.microbatches_per_step)
         num_steps = _count_steps(run, loader.plan)
         monitor = Monitor(run.run_dir, state.start.step, active=run.worker.is_first, publish=run.callbacks.publish)
         if run.worker.is_first:
             _write_start(run, data, lost, state.parameters)
-            for line in filter(None, (init_line, count_lost(run.stage, lost))):
+            for line in filter(None, (*lines, count_lost(run.stage, lost))):
                 monitor.say(line)
             describe_run(monitor, state.parameters, loader, state.start.step, num_steps)
         step = _fit(run, state, loader, num_steps, monitor, validation)
@@ -76,8 +76,8 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
 
 def _build_state(
     run: RunContext, features: Features, rows: np.ndarray, validation: ValidationRows
-) -> tuple[TrainState, str]:
-    """The model with all state of a checkpoint, and a log line on the adapter that it starts from."""
+) -> tuple[TrainState, tuple[str, ...]]:
+    """The model with all state of a checkpoint, and log lines on what it starts from; empty ones say nothing."""
     settings, stage = run.settings, run.stage
     model, init_line = build_model(run, with_encoder=features.store != "encoder")
     microbatches_per_step = planned_workers(settings.num_workers, run.worker) * settings.grad_accum
@@ -88,9 +88,10 @@ def _build_state(
     engine = build_engine(run, model, optimizer_state, with_audio=bool(features.num_windows[rows].any()))
     scaler, best = LossScaler.for_dtype(fp16=settings.fp16), build_best_checkpoint(settings, validation)
     scaler.load(start.loss_scaler)
-    best.load(start.best)
+    dropped = best.load(start.best, start.step)
     state = TrainState(model, run.family, engine, run.worker, start, scaler, best, parameters)
-    return state, init_line
+    line = "the validation rows are others than before, so the best checkpoint is chosen anew" if dropped else ""
+    return state, (init_line, line)
 
 
 def build_engine(run: RunContext, model: Any, optimizer_state: OptimizerState, *, with_audio: bool) -> Engine:
@@ -124,7 +125,8 @@ def build_best_checkpoint(settings: TrainSettings, validation: ValidationRows) -
     tasks = [name for name, code in TASK_CODES.items() if code in codes]
     if tasks and is_set and metric not in (known := validation_metrics(tasks)):
         raise SettingsError(f"--metric_for_best_model {metric}: validation has {', '.join(known)}")
-    return BestCheckpoint(metric, settings.early_stopping_patience, settings.early_stopping_threshold)
+    fingerprint = validation.fingerprint(settings.eval_max_new_tokens)
+    return BestCheckpoint(metric, settings.early_stopping_patience, settings.early_stopping_threshold, rows=fingerprint)
 
 
 def _build_loader(run: RunContext, features: Features, rows: np.ndarray, microbatches_per_step: int) -> Loader:
@@ -263,7 +265,7 @@ def _finish(run: RunContext, best: BestCheckpoint, step: int, num_steps: int, mo
         for line in _last_lines(best, step, num_steps, adapter_step):
             monitor.say(line)
     result = {"steps": step, "finished": finished, "adapter_step": adapter_step, **best.last}
-    best_steps = monitor.best_steps()
+    best_steps = monitor.best_steps(best.first_step)
     if best.best_step:
         best_steps[best.metric] = {"step": best.best_step, "value": best.best_value}
     for name, entry in best_steps.items():

@@ -19,6 +19,9 @@ class BestCheckpoint:
         best_step, best_value: Step and value of the best validation; step 0 before the first validation.
         num_bad_validations: Consecutive validations without an improvement.
         last_step, last: Step and metrics of the last validation.
+        rows: Fingerprint of the validation rows and of how they are answered (see ``ValidationRows.fingerprint``).
+            Values on other rows cannot be compared.
+        first_step: Earlier validations were on other rows.
     """
 
     metric: str
@@ -29,6 +32,8 @@ class BestCheckpoint:
     num_bad_validations: int = 0
     last_step: int = 0
     last: dict[str, float] = field(default_factory=dict)
+    rows: str = ""
+    first_step: int = 0
 
     def update(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Record a validation.
@@ -61,13 +66,29 @@ class BestCheckpoint:
             "last": dict(self.last),
             "best_value": self.best_value if self.best_step else None,
             "waited": self.num_bad_validations,
+            "rows": self.rows,
+            "first_step": self.first_step,
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restore the state from a checkpoint. The best value is dropped if the checkpoint used another metric."""
+    def load(self, state: Mapping[str, Any], step: int) -> bool:
+        """Restore the state from a checkpoint. The best value is dropped if the checkpoint used another metric.
+
+        Nothing is restored if the checkpoint's validations were on other rows. Checkpoints of earlier versions do not
+        say which rows they used; theirs count as the same.
+
+        Args:
+            step: Step of the checkpoint.
+        Returns:
+            Whether validations were dropped, because they were on other rows.
+        """
         if not state:
-            return
+            return False
+        if state.get("rows", self.rows) != self.rows:
+            self.first_step = step
+            return bool(state["last_step"])
+        self.first_step = int(state.get("first_step", 0))
         self.last_step, self.last = int(state["last_step"]), dict(state["last"])
         if state["metric"] == self.metric and state["best_value"] is not None:
             self.best_step, self.best_value = int(state["best_step"]), float(state["best_value"])
             self.num_bad_validations = int(state["waited"])
+        return False

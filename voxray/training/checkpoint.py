@@ -22,6 +22,7 @@ import torch
 from voxray.core.content_hash import CHECKSUMS, write_checksums
 from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.lora import save_adapter
+from voxray.models.adapters.read_files import check_finite
 from voxray.runs.layout import CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE, checkpoint_folder, list_checkpoints
 from voxray.training.engine import CheckpointState, OptimizerState
 
@@ -153,12 +154,15 @@ def read_optimizer_state(folder: Path) -> OptimizerState:
     """Read the optimizer state of a checkpoint.
 
     Raises:
-        RunError: The file is missing or damaged.
+        RunError: The file is missing or damaged, or has values that are not finite.
     """
     try:
-        return torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
+        state: OptimizerState = torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
     except Exception:  # unpickling a damaged file can raise almost any type, with a message that helps nobody
         raise RunError(f"{folder}: damaged checkpoint ({OPTIMIZER_FILE}); delete the folder to resume") from None
+    for name, tensors in state.items():
+        check_finite({f"{name} ({part})": tensor for part, tensor in tensors.items()}, folder / OPTIMIZER_FILE)
+    return state
 
 
 def publish_adapter(checkpoint: Path, folder: Path) -> None:

@@ -89,13 +89,17 @@ class Monitor:
             self._board.add_text(f"previews/{task}", "\n".join(lines), step)
         self.say(f"step {step}: {len(entries)} previews in {self._run_dir / PREVIEWS} and TensorBoard's text page")
 
-    def best_steps(self) -> dict[str, dict[str, float]]:
+    def best_steps(self, first_step: int = 0) -> dict[str, dict[str, float]]:
         """The step with the best value of every task's headline metric so far; the first one of equal values.
 
+        Args:
+            first_step: Validations before this step were on other rows and do not count.
         Returns:
             {"<task>/<metric>": {"step", "value"}}; empty on other ranks than 0, and without validation.
         """
-        records = read_metrics(self._run_dir, "validation") if self._active else []
+        every = read_metrics(self._run_dir, "validation") if self._active else []
+        # the last one of a step, which a resumed run with other validation rows repeats
+        records = list({record["step"]: record for record in every if record["step"] >= first_step}.values())
         best_steps: dict[str, dict[str, float]] = {}
         for key in (f"{task}/{headline(task)}" for task in TASKS):
             scored = [record for record in records if record.get(key) is not None]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from voxray.batches.rank import Worker
+from voxray.core.content_hash import combined_hash
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
@@ -41,6 +42,14 @@ class ValidationRows:
     front_end: FrontEnd
     features: Features
     rows: np.ndarray
+
+    def fingerprint(self, max_new_tokens: int) -> str:
+        """Hash of everything, apart from the model, that decides the metrics of a validation.
+
+        Args:
+            max_new_tokens: Maximum length of an answer, in tokens.
+        """
+        return combined_hash([self.features.content_fingerprint(), self.rows.tolist(), max_new_tokens])
 
 
 @dataclass(frozen=True)

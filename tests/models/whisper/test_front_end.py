@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import SPEECH, WHISPER, manifest, read_rows
 
+from voxray.audio.augment import WaveformAugmentation
 from voxray.audio.decode import decode
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.manifest import Sample, parse_row
 from voxray.core.tasks import TASKS
+from voxray.features.extract import Extractor, FeatureSpec
 from voxray.models.parts.logmel_windows import padded_windows
 from voxray.models.whisper.front_end import WhisperFrontEnd
 
@@ -107,7 +110,7 @@ def test_rows_with_segments_are_transcribed_with_times(front_end, processor):
     line += b'"language": "ko", "segments": [{"start": 0, "end": 0.84, "text": "\xec\x97\xb4\xec\x9d\xb4"}, '
     line += b'{"start": 1.1, "end": 2.5, "text": "\xeb\x82\xa9\xeb\x8b\x88\xeb\x8b\xa4"}]}'
     sample = parse_row(line, str(SPEECH / "m.jsonl"), 1)
-    prompt, target = front_end.prompt_ids(sample, 1), front_end.target_ids(sample.answer, sample.segments)
+    prompt, target = front_end.prompt_ids(sample, 3 * 16_000), front_end.target_ids(sample.answer, sample.segments)
     assert front_end.show(prompt) == "<|startoftranscript|><|ko|><|transcribe|>"
     assert front_end.show(target) == "<|0.00|> 열이<|0.84|><|1.10|> 납니다<|2.50|><|endoftext|>"
     assert front_end.decode(target).strip() == "열이 납니다"
@@ -134,6 +137,30 @@ def test_impossible_segments_are_refused(segments, message):
     assert error.value.reason == "bad_segment"
     other = b'{"audio_path": "sample.wav", "transcript": "a", "segments": ["x", 3]}'
     assert parse_row(other, str(SPEECH / "m.jsonl"), 1).segments == (), "the same key with another meaning"
+
+
+def test_segments_have_to_fit_transcript_and_clip(front_end):
+    segments = ((0.0, 1.0, "열이,"), (1.0, 2.5, "납니다"))
+    sample = Sample("a", TASKS["asr"], "", "열이 납니다.", "a.wav", "ko", "m:1", segments=segments)
+    front_end.prompt_ids(sample, round(2.45 * 16_000))
+    with pytest.raises(BadRow, match=r"segments end at 2\.5 s, and the clip lasts 2\.00 s") as error:
+        front_end.prompt_ids(sample, 2 * 16_000)
+    assert error.value.reason == "bad_segment"
+    assert front_end.target_ids(sample.answer, segments)
+    with pytest.raises(BadRow, match="the segments say '열이, 납니다', and the transcript '열이 없다'") as error:
+        front_end.target_ids("열이 없다", segments)
+    assert error.value.reason == "segments_differ"
+
+
+def test_times_of_a_faster_clip_are_those_of_its_audio(tmp_path):
+    segments = [{"start": 0, "end": 0.4, "text": "열이"}, {"start": 0.4, "end": 1.0, "text": "납니다"}]
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 16_000), 16_000)
+    row = {"audio_path": "a.wav", "transcript": "열이 납니다", "language": "ko", "segments": segments}
+    sample = parse_row(json.dumps(row).encode(), str(tmp_path / "m.jsonl"), 1)
+    extractor = Extractor(WHISPER, FeatureSpec(waveform=WaveformAugmentation(num_variants=2, speeds=(1.25,))))
+    (_, faster), _ = extractor.sample_rows(sample)
+    shown = extractor.front_end.show(faster["target_ids"])
+    assert shown == "<|0.00|> 열이<|0.32|><|0.32|> 납니다<|0.80|><|endoftext|>"
 
 
 def test_front_end_survives_pickling(front_end):

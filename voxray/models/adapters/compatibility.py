@@ -33,10 +33,15 @@ def check_adapter_family(family: ModelFamily, adapter: Path | None, model_id: st
     """Refuse an adapter that was trained on another family, before anything is computed.
 
     Raises:
-        RunError: No part of the family has the layers of one of its tensors, or it cannot be read.
+        RunError: It is of another kind than LoRA, no part of the family has the layers of one of its tensors, or it
+            cannot be read.
     """
-    from voxray.models.adapters.lora import find_role, is_lora_tensor, tensor_names
+    from voxray.models.adapters.lora import find_role, is_lora_tensor
+    from voxray.models.adapters.read_files import read_adapter_config, tensor_names
 
-    for name in tensor_names(adapter) if adapter else ():
+    if adapter is None:
+        return
+    read_adapter_config(adapter)
+    for name in tensor_names(adapter):
         if is_lora_tensor(name) and find_role(name, family) not in family.roles:
             raise RunError(f"{flag} {adapter}: was trained on another model: {model_id} has nothing for {name}")

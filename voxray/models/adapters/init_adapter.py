@@ -17,10 +17,9 @@ from voxray.models.adapters.lora import (
     find_adapter,
     find_role,
     load_adapter_weights,
-    read_adapter_config,
     roles_of_adapter,
-    weights_file,
 )
+from voxray.models.adapters.read_files import read_adapter_config, weights_file
 from voxray.models.interface import InitAdapter, ModelFamily
 
 PEFT_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")

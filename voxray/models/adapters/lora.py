@@ -13,19 +13,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from voxray.core.content_hash import CHECKSUMS, damaged_files
-from voxray.core.errors import RunError, library_errors, one_line
-from voxray.core.lfs import POINTER, find_pointer
+from voxray.core.errors import RunError, library_errors
 from voxray.models.adapters.audio_trim_record import write_trim_record
+from voxray.models.adapters.read_files import CONFIG, FULL, WEIGHTS, read_adapter_config, read_tensors, tensor_names
+from voxray.models.adapters.tied_weights import untie
 from voxray.models.hf_files import is_inside, unwrap_peft
 from voxray.models.interface import ModelFamily
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PICKLED_WEIGHTS = "adapter_model.bin"
-FULL = "full"
 
 
 def target_pattern(family: ModelFamily, roles: Sequence[str], targets: Sequence[str] = ()) -> str:
@@ -199,13 +194,20 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
             )
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if is_lora_tensor(name)})
-        for name, parameter in full_module_weights(model).items():
-            if name in tensors:
-                parameter.data.copy_(tensors[name])
-    else:
-        for name, parameter in trainable_parameters(model):
+    whole = full_module_weights(model) if isinstance(model, PeftModel) else dict(trainable_parameters(model))
+    for name, parameter in whole.items():
+        if name in tensors:
             parameter.data.copy_(tensors[name])
+    _check_loaded(tensors, model, folder)
     return len(tensors)
+
+
+def _check_loaded(tensors: Mapping[str, torch.Tensor], model: Any, folder: Path) -> None:
+    """Raise RunError if a tensor of an adapter is not in the model now."""
+    loaded = adapter_tensors(model)
+    for name, tensor in tensors.items():
+        if not torch.equal(loaded[name].detach(), tensor.to(loaded[name])):
+            raise RunError(f"{folder}: the adapter does not fit the model: {name} would not be used")
 
 
 OLD_PREFIXES = (
@@ -241,7 +243,7 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
     Returns:
         The model in eval mode, and the number of tensors loaded.
     Raises:
-        RunError: The adapter cannot be read or does not fit the base.
+        RunError: The adapter cannot be read, is of another kind than LoRA, or does not fit the base.
     """
     stored = read_adapter_config(folder)
     if stored.get("tuning") == FULL:
@@ -265,6 +267,7 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
             config.target_modules, config.exclude_modules = sorted(layers), None
         wrapped = get_peft_model(model, config)
     full_names = set(filterfalse(is_lora_tensor, names.values()))
+    untie(wrapped, full_names, unless_all=bool(stored.get("ensure_weight_tying")))
     for name, parameter in wrapped.named_parameters():
         if name in full_names and not parameter.is_floating_point():
             raise RunError(f"{folder}: holds {name} as a whole, which no quantised base takes; leave out --quantize")
@@ -308,53 +311,6 @@ def roles_of_adapter(folder: Path, family: ModelFamily) -> set[str]:
     return {find_role(name, family) for name in tensor_names(folder)}
 
 
-def weights_file(folder: Path) -> Path:
-    """The file of an adapter's weights: ``adapter_model.safetensors``, or PyTorch's file of older versions of PEFT.
-
-    Raises:
-        RunError: There is none.
-    """
-    for name in (WEIGHTS, PICKLED_WEIGHTS):
-        if find_pointer(folder / name):
-            raise RunError(f"{folder / name}: {POINTER}")
-        if (folder / name).is_file():
-            return folder / name
-    raise RunError(f"{folder / WEIGHTS}: is missing, so this is not a complete adapter")
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read an adapter's tensors to the CPU.
-
-    Raises:
-        RunError: They cannot be read, or are damaged according to the folder's checksums.
-    """
-    path = weights_file(folder)
-    if damaged_files(folder, [path.name]):
-        raise RunError(f"{path}: damaged: its content is not what {CHECKSUMS} says")
-    try:
-        if path.name == WEIGHTS:
-            return load_file(path)
-        return dict(torch.load(path, weights_only=True, map_location="cpu"))
-    except Exception as error:  # safetensors and PyTorch raise their own types for a damaged file
-        raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
-
-
-def tensor_names(folder: Path) -> list[str]:
-    """Names of an adapter's tensors.
-
-    Raises:
-        RunError: It cannot be read.
-    """
-    path = weights_file(folder)
-    if path.name != WEIGHTS:
-        return list(read_tensors(folder))
-    try:
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            return list(file.keys())
-    except Exception as error:  # safetensors raises its own types for a damaged file
-        raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
-
-
 def base_of_adapter(folder: Path) -> str:
     """The base that an adapter was trained on, as its configuration names it.
 
@@ -362,18 +318,3 @@ def base_of_adapter(folder: Path) -> str:
         RunError: The configuration cannot be read.
     """
     return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's configuration.
-
-    Raises:
-        RunError: It cannot be read.
-    """
-    try:
-        config = json.loads((folder / CONFIG).read_text())
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        raise RunError(f"{folder / CONFIG}: cannot read the adapter's configuration")
-    return config

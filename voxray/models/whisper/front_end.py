@@ -12,7 +12,7 @@ from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow, RunError, SettingsError, one_line
 from voxray.core.languages import check_language, find_code
 from voxray.core.manifest import Sample
-from voxray.core.source import Segment
+from voxray.core.source import Segment, text_matches
 from voxray.models.hf_files import model_file
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
@@ -22,6 +22,7 @@ ENGLISH_TEMPLATE_VERSION = "whisper-en-2"  # rows of other languages are refused
 MAX_AUDIO_SEC = 2 * 3600.0  # of one recording, which has 230 MB of log-mel
 ENGLISH_VOCABULARY = 51_864  # tokens of the English-only checkpoints; the others have at least one more
 TIME_STEP_SEC = 0.02  # step of Whisper's time tokens: two mel frames
+END_TOLERANCE_SEC = 0.1  # by which segments may end after the clip, whose length some formats state inexactly
 
 
 class WhisperFrontEnd(WindowedLogMel):
@@ -92,12 +93,17 @@ class WhisperFrontEnd(WindowedLogMel):
         segments are transcribed with times, so ``<|notimestamps|>`` is omitted.
 
         Raises:
-            BadRow: The row is not a transcription, or the base does not have its language.
+            BadRow: The row is not a transcription, the base does not have its language, or its segments end after the
+                clip.
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
         if sample.task.name not in TASKS:
             raise BadRow("unsupported_task", f"Whisper only transcribes; this row's task is {sample.task.name}")
         check_language(sample.language, self.languages, self.model_id)
+        if sample.segments and num_samples:
+            end_sec, clip_sec = sample.segments[-1][1], num_samples / self.sample_rate_hz
+            if end_sec > clip_sec + END_TOLERANCE_SEC:
+                raise BadRow("bad_segment", f"segments end at {end_sec:g} s, and the clip lasts {clip_sec:.2f} s")
         ids = [self.start_id]
         if self.is_multilingual:
             if sample.language:
@@ -117,7 +123,16 @@ class WhisperFrontEnd(WindowedLogMel):
         return {"transcribe": self._id("<|transcribe|>"), "translate": self._id("<|translate|>")}
 
     def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
-        """Token ids of the transcript and the end of text, with the times of its segments if it has any."""
+        """Token ids of the transcript and the end of text, with the times of its segments if it has any.
+
+        Times after the window become its end. Rows that are longer than the window are divided before they train.
+
+        Raises:
+            BadRow: The text cannot be encoded, or the segments say something else.
+        """
+        if segments and not text_matches(segments, text):
+            parts = " ".join(part for *_, part in segments)
+            raise BadRow("segments_differ", f"the segments say {parts[:80]!r}, and the transcript {text[:80]!r}")
         ids: list[int] = []
         if not segments:
             ids = self._encode(text)

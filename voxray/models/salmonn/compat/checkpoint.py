@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, one_line
+from voxray.models.adapters.read_files import check_finite
 from voxray.models.salmonn.audio_path import TRAINED_MODULES
 from voxray.models.salmonn.config import BeatsConfig
 
@@ -110,12 +111,14 @@ def read_checkpoint(path: str | Path) -> SalmonnCheckpoint:
     """Read a checkpoint: a released one, or one written by SALMONN's trainer or ``write_checkpoint``.
 
     Raises:
-        RunError: The file is missing, contains objects other than plain data, or has no model.
+        RunError: The file is missing, contains objects other than plain data, has no model, or has weights that are not
+            finite.
     """
     content = _read(path)
     tensors, config = _tensors(content, "model", path), content.get("config")
     settings = config.get("model", {}) if isinstance(config, dict) else {}
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    check_finite(tensors, path)
     return SalmonnCheckpoint(str(path), tensors, settings if isinstance(settings, dict) else {})
 
 
