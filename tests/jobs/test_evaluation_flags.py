@@ -22,7 +22,7 @@ from voxray.commands import infer
 from voxray.commands.compare import run_compare
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation.predictions import read_predictions
 from voxray.generation import continuous_batching
 from voxray.models.voxtral.front_end import VoxtralFrontEnd
@@ -408,7 +408,7 @@ def test_infer_continues_after_failed_rows(
         infer_rows(jsonl=small["asr.val"])
     with pytest.raises(RunError, match=r"--output_dir .*: no adapter here"):
         infer_rows(jsonl=small["asr.val"], output_dir=str(tmp_path))
-    with pytest.raises(RunError, match=r"--output_path .*made: a folder; name a file"):
+    with pytest.raises(SettingsError, match=r"--output_path .*made: a folder; name a file"):
         infer_rows(jsonl=small["asr.val"], output_path=str(out.parent))
 
 

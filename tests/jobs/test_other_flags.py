@@ -361,7 +361,7 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     split: list[Any] = []
     monkeypatch.setattr(quickstart, "ray_session", lambda log, processes: split.append(processes) or nullcontext())
     monkeypatch.setattr(quickstart, "make_features", featurized)
-    monkeypatch.setattr(quickstart, "run_training", lambda settings: calls.append(("train", dict(settings))))
+    monkeypatch.setattr(quickstart, "run_training", lambda settings, **_: calls.append(("train", dict(settings))))
     monkeypatch.setattr(quickstart, "run_evaluation", lambda settings: calls.append(("evaluate", dict(settings))))
     monkeypatch.setattr(quickstart, "read_predictions", lambda folder: [])
     monkeypatch.setattr(quickstart, "_split", lambda rows, own: split.append(own) or ({}, {}))

@@ -56,6 +56,7 @@ def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*ends: Details | BaseException, argv: str = "-- train_text --train_jsonl a") -> tuple[Client, Any, str]:
         client = Client(*ends)
         monkeypatch.setattr(submit, "_client", lambda settings: client)
+        monkeypatch.setattr(submit, "_check_flags", lambda job, flags: None)  # tests/config/test_parse.py has a test
         status: Any = 0
         try:
             load_job("submit").main(argv.split())
