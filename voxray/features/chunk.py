@@ -17,7 +17,7 @@ from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
 from voxray.features.crash_log import CrashLog, open_crash_log
 from voxray.features.extract import Extractor, file_state
-from voxray.features.shards import INDEX_SCHEMA, index_part, shard_bytes, shard_path
+from voxray.features.shards import INDEX_SCHEMA, are_parts, index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
@@ -156,6 +156,9 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
             return None
         if not (all(isinstance(report[name], kind) for name, kind in REPORT_TYPES.items()) and _has_index(report)):
             return None
+        if not are_parts(report.get("parts", [])):
+            return None
+        json.dumps(report, ensure_ascii=False).encode()  # raises if a text holds half a surrogate pair
         # The clip may have been fixed since, and earlier versions knew codes of two letters only.
         if any(
             line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]

@@ -19,7 +19,7 @@ from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, one_line
 from voxray.core.storage import AnyPath, RemotePath, checksum
 from voxray.features.shard_cache import fetch
-from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, shard_path
+from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, are_parts, shard_path
 
 OPEN_SHARDS = 256  # memory maps kept open at a time
 OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
@@ -87,7 +87,7 @@ class _Shard:
         if part not in self._unchecked:
             return
         (end, crc), start = self._parts[part], self._parts[part - 1][0] if part else 0
-        if end > self._data.size or zlib.crc32(self._data.slice(start, end - start)) != crc:
+        if not start <= end <= self._data.size or zlib.crc32(self._data.slice(start, end - start)) != crc:
             raise DamagedShard
         self._unchecked.discard(part)
 
@@ -267,9 +267,10 @@ def _read_description(folder: AnyPath) -> dict[str, Any]:
 def _read_shard_list(folder: AnyPath) -> list[dict[str, Any]]:
     try:
         shards = json.loads((folder / "shards.json").read_text())
-        if all(isinstance(shard["sha256"], str) and isinstance(shard["bytes"], int) for shard in shards):
+        is_complete = (isinstance(shard["sha256"], str) and isinstance(shard["bytes"], int) for shard in shards)
+        if all(is_complete) and all(are_parts(shard.get("parts", [])) for shard in shards):
             return list(shards)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise RunError(f"{folder / 'shards.json'}: damaged; run featurize on its manifest")
 

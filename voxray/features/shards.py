@@ -172,3 +172,10 @@ def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
         move_into_place(partial, folder / "index.arrow")
     write_json(folder / "shards.json", shards)
     return {"rows": sum(shard["rows"] for shard in shards), **index}
+
+
+def are_parts(parts: Any) -> bool:
+    """Whether a report's or list's ``parts`` are pairs of whole numbers, as ``shards.shard_bytes`` returns them."""
+    return isinstance(parts, list) and all(
+        isinstance(part, list) and [type(number) for number in part] == [int, int] for part in parts
+    )
