@@ -156,6 +156,15 @@ def test_outputs_never_replace_inputs(tmp_path: Path) -> None:
     assert path.read_bytes() == before and (tmp_path / "a.wav").stat().st_size > 1000
 
 
+def test_answers_in_the_folder_of_the_clips_are_replaced(tmp_path: Path) -> None:
+    """Only clips are inputs there, so the same command runs twice."""
+    noise(tmp_path / "a.wav", 1.0)
+    (tmp_path / "answers.jsonl").write_text("earlier")
+    flags = ["--audio_path", str(tmp_path), "--output_path", str(tmp_path / "answers.jsonl"), "--max_new_tokens", "2"]
+    run_inference(parse_only("infer", ["--model_id", TINY, *flags]), "")
+    assert [row["id"] for row in read_json_lines(tmp_path / "answers.jsonl")] == ["a.wav"]
+
+
 def test_features_of_another_clip_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path that is not beside the manifest is one of the current folder, which may differ in the next run."""
     manifest = write_rows(tmp_path / "data" / "m.jsonl", [{"audio_path": "a.wav", "transcript": "네"}])

@@ -114,8 +114,7 @@ def _prepare_output_path(path: str, inputs: Sequence[str]) -> Path:
     if not path:
         return Path(os.devnull)
     file = resolve_output_dir(path, "", flag="--output_path")
-    folders = [path for path in inputs if os.path.isdir(path)]
-    clips = [str(clip) for folder in folders for clip in Path(folder).rglob(file.name)]
+    clips = [clip for folder in inputs if os.path.isdir(folder) for clip in list_audio(folder)]
     check_output_files({"--output_path": file}, [*filter(None, inputs), *clips])
     make_folder(file.parent, "--output_path")
     return file

@@ -221,4 +221,4 @@ def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:
         flags = "--leaks drop leaves those training rows out, --leaks allow keeps them"
         if leaks.text and not leaks.audio and not leaks.speaker:
             flags += ", and --leaks scripted is for a corpus in which several speakers read the same sentences"
-        raise RunError(f"the validation rows leak into training ({outcome.leaks}); {flags}")
+        raise RunError(f"the validation rows leak into training ({leaks}); {flags}")

@@ -4,7 +4,6 @@ Texts without Hangul, of corpora in other languages, get no language.
 """
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import open_regular
 from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES
-from voxray.corpora.importers.lines import decode_text, text_lines
+from voxray.corpora.importers.lines import HANGUL, decode_text, text_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, find_audio
 from voxray.text.korean import clean_transcript
 
 PCM_RATE_HZ = 16_000
 MAX_TEXT_BYTES = 1 << 20
-_HANGUL = re.compile("[가-힣]")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
@@ -99,7 +97,7 @@ def _pair(clip: Path, text: Path) -> ImportedRow | ImportFault:
 def _values(audio_path: str, raw: str) -> dict[str, Any]:
     cleaned = clean_transcript(raw)
     values: dict[str, Any] = {"audio_path": audio_path, "transcript": cleaned.text}
-    if _HANGUL.search(raw) or audio_path.lower().endswith(".pcm"):
+    if HANGUL.search(raw) or audio_path.lower().endswith(".pcm"):
         values["language"] = "ko"
     values["transcript_raw"] = raw
     if cleaned.phonetic != cleaned.text:

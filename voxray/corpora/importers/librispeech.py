@@ -8,12 +8,11 @@ from typing import Any
 
 from voxray.core.errors import BadRow, RunError
 from voxray.corpora.importers.clip_index import AUDIO_SUFFIXES
-from voxray.corpora.importers.lines import text_lines
+from voxray.corpora.importers.lines import HANGUL, text_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, split_by_path
 
 LISTS = "*.trans.txt"
 SUFFIXES = (".flac", ".wav", *sorted(AUDIO_SUFFIXES - {".flac", ".wav"}))
-_HANGUL = re.compile("[가-힣]")
 
 
 def rows(path: Path) -> Iterator[ImportedRow | ImportFault]:
@@ -49,5 +48,5 @@ def _values(folder: Path, clip_id: str, text: str) -> dict[str, Any]:
         raise BadRow("audio_missing", f"no clip {clip_id[:200]}{SUFFIXES[0]} beside the list")
     speaker = re.split("[-_]", clip_id)[0]
     return {"audio_path": str(path), "transcript": text, "speaker": speaker} | (
-        {"language": "ko"} if _HANGUL.search(text) else {}
+        {"language": "ko"} if HANGUL.search(text) else {}
     )

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import csv
 import gzip
+import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from voxray.core.lfs import POINTER, find_pointer
 from voxray.core.manifest import MAX_LINE_BYTES, open_regular
 from voxray.corpora.importers.row import ImportFault, Record, parse_object
 
-_HANGUL = re.compile("[가-힣]")
+HANGUL = re.compile("[가-힣]")
 
 
 class Line(NamedTuple):
@@ -34,23 +35,13 @@ def text_lines(path: Path, korean_code_page: bool = False) -> Iterator[Line | Im
     Raises:
         RunError: The file cannot be opened.
     """
-    name, number = str(path.absolute()), 0
+    name = str(path.absolute())
     with open_text(path) as file:
-        while True:
-            number += 1
-            try:
-                raw = file.readline(MAX_LINE_BYTES + 1)
-                too_long = len(raw) > MAX_LINE_BYTES
-                while too_long and raw and not raw.endswith(b"\n"):
-                    raw = file.readline(1 << 20)
-            except (OSError, EOFError, zlib.error) as error:
-                yield ImportFault(name, number, "", "damaged_file", f"reading stops here: {error}")
-                return
-            if too_long:
-                yield ImportFault(name, number, "", "line_too_long", f"over {MAX_LINE_BYTES >> 20} MiB")
+        for item in bounded_lines(name, file):
+            if isinstance(item, ImportFault):
+                yield item
                 continue
-            if not raw:
-                return
+            number, raw = item
             if number == 1:
                 raw = raw.removeprefix(b"\xef\xbb\xbf")
             if raw.strip():
@@ -58,6 +49,30 @@ def text_lines(path: Path, korean_code_page: bool = False) -> Iterator[Line | Im
                     yield Line(number, decode_text(raw, korean_code_page).rstrip("\r\n"))
                 except BadRow as error:
                     yield ImportFault(name, number, first_word(raw), error.reason, error.message)
+
+
+def bounded_lines(name: str, file: Any) -> Iterator[tuple[int, Any] | ImportFault]:
+    """The lines of an open file with their numbers from 1. One that is too long is a fault, and so is a damaged end.
+
+    Args:
+        name: The file in faults.
+        file: A file of bytes or of text; the lines are of the same type.
+    """
+    for number in itertools.count(1):
+        try:
+            line = file.readline(MAX_LINE_BYTES + 1)
+            too_long = len(line) > MAX_LINE_BYTES
+            while too_long and line and line[-1:] not in ("\n", b"\n"):
+                line = file.readline(1 << 20)
+        except (OSError, EOFError, zlib.error) as error:
+            yield ImportFault(name, number, "", "damaged_file", f"reading stops here: {error}")
+            return
+        if too_long:
+            yield ImportFault(name, number, "", "line_too_long", f"over {MAX_LINE_BYTES >> 20} MiB")
+        elif line:
+            yield number, line
+        else:
+            return
 
 
 def open_text(path: Path) -> BinaryIO:
@@ -101,10 +116,10 @@ def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
             return korean
         encodings = "UTF-8 nor cp949" if korean_code_page else "UTF-8"
         raise BadRow("bad_encoding", f"not {encodings} ({error.reason} at byte {error.start})") from None
-    if korean and _HANGUL.fullmatch("".join(char for char in korean if not char.isascii())):
+    if korean and HANGUL.fullmatch("".join(char for char in korean if not char.isascii())):
         beyond_ascii = [index for index, char in enumerate(text) if not char.isascii()]
         around = text[max(0, beyond_ascii[0] - 1) : beyond_ascii[0]] + text[beyond_ascii[0] + 1 : beyond_ascii[0] + 2]
-        if len(beyond_ascii) == 1 and not _HANGUL.search(text) and not re.search("[A-Za-z]", around):
+        if len(beyond_ascii) == 1 and not HANGUL.search(text) and not re.search("[A-Za-z]", around):
             return korean
     return text
 

@@ -97,9 +97,8 @@ class CorpusTable:
                 skip_headings = False
                 continue
             fields = item.fields
-            if len(fields) != len(names) and any(cell.strip() for cell in fields[len(names) :]) | (
-                len(fields) < len(names) and not self._file.sheet
-            ):
+            has_more = any(cell.strip() for cell in fields[len(names) :])
+            if has_more or (len(fields) < len(names) and not self._file.sheet):
                 message = f"{len(fields)} fields under {len(names)} headings"
                 yield from (ImportFault(name, number, "", "bad_row", message) for number in item.lines)
                 continue

@@ -16,7 +16,7 @@ from typing import Any
 
 from voxray.core.errors import RunError, library_errors
 from voxray.core.manifest import MAX_LINE_BYTES, open_regular
-from voxray.corpora.importers.lines import Cells, Line, csv_cells, is_utf8_text, open_text
+from voxray.corpora.importers.lines import Cells, Line, bounded_lines, csv_cells, is_utf8_text, open_text
 from voxray.corpora.importers.row import ImportFault
 
 EXCEL = ".xlsx"
@@ -188,31 +188,21 @@ def _lines(path: Path, encoding: str) -> Iterator[Line | ImportFault]:
         raw.seek(0)
         has_returns = b"\r" in head and b"\n" not in head  # line ends of old Macs
         file: Any = io.TextIOWrapper(raw, encoding) if is_wide or has_returns else raw
-        for number in itertools.count(1):
-            try:
-                line = file.readline(MAX_LINE_BYTES + 1)
-                too_long = len(line) > MAX_LINE_BYTES
-                while too_long and line and line[-1:] not in ("\n", b"\n"):
-                    line = file.readline(1 << 20)
-            except UnicodeDecodeError as error:
-                raise RunError(f"{path}: not {encoding} ({error}); name its encoding with --encoding") from None
-            except (OSError, EOFError, zlib.error) as error:
-                yield ImportFault(name, number, "", "damaged_file", f"reading stops here: {error}")
-                return
-            if too_long:
-                yield ImportFault(name, number, "", "line_too_long", f"over {MAX_LINE_BYTES >> 20} MiB")
-                continue
-            if not line:
-                return
-            try:
-                text = line if isinstance(line, str) else line.decode(encoding)
-            except UnicodeDecodeError as error:
-                yield ImportFault(name, number, "", "bad_encoding", f"not {encoding} (at byte {error.start})")
-                continue
-            if not is_utf8_text(text):
-                yield ImportFault(name, number, "", "bad_encoding", f"half a character in {encoding}")
-                continue
-            yield Line(number, text.lstrip("\ufeff").rstrip("\r\n").replace("\0", ""))
+        try:
+            for item in bounded_lines(name, file):
+                yield item if isinstance(item, ImportFault) else _decoded(name, *item, encoding)
+        except UnicodeDecodeError as error:
+            raise RunError(f"{path}: not {encoding} ({error}); name its encoding with --encoding") from None
+
+
+def _decoded(name: str, number: int, line: str | bytes, encoding: str) -> Line | ImportFault:
+    try:
+        text = line if isinstance(line, str) else line.decode(encoding)
+    except UnicodeDecodeError as error:
+        return ImportFault(name, number, "", "bad_encoding", f"not {encoding} (at byte {error.start})")
+    if not is_utf8_text(text):
+        return ImportFault(name, number, "", "bad_encoding", f"half a character in {encoding}")
+    return Line(number, text.lstrip("\ufeff").rstrip("\r\n").replace("\0", ""))
 
 
 def _find_separator(lines: list[str]) -> str:
