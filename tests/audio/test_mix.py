@@ -8,11 +8,12 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from helpers.audio_files import by_ffmpeg, by_soundfile
 
 from voxray.audio import decode as decoding
 from voxray.audio import mix
-from voxray.audio.decode import Part, decode_native
+from voxray.audio.decode import Part, decode, decode_native
 from voxray.core.errors import BadRow
 
 RATE_HZ = 16_000
@@ -85,6 +86,18 @@ def test_blocks_are_mixed_as_the_whole_is(name: str, monkeypatch: pytest.MonkeyP
             assert np.array_equal(decode_native(name, raw, part=part)[0], at_once), part
 
 
+@pytest.mark.parametrize("num_channels", [1, 2])
+@pytest.mark.parametrize(("rate_hz", "to_hz"), [(8_000, 16_000), (44_100, 16_000), (655_350, 16_000), (17_000, 24_000)])
+def test_blocks_are_resampled_as_the_whole_is(
+    rate_hz: int, to_hz: int, num_channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples_NC = noise(num_channels, 50_000)
+    raw = by_soundfile(samples_NC, rate_hz, "WAV", "FLOAT")
+    mono = samples_NC.mean(axis=1, dtype=np.float32) if num_channels > 1 else samples_NC[:, 0]
+    small_blocks(monkeypatch, 3000)
+    assert np.array_equal(decode("a.wav", to_hz, raw), soxr.resample(mono, rate_hz, to_hz, quality="HQ"))
+
+
 @pytest.mark.parametrize("suffix", [".flac", ".mka"])
 def test_memory_is_that_of_one_channel(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small file with eight channels at the highest rate of FLAC, read by either decoder."""
@@ -99,6 +112,12 @@ def test_memory_is_that_of_one_channel(suffix: str, tmp_path: Path, monkeypatch:
     tracemalloc.stop()
     assert len(samples) == num_sec * rate_hz
     assert peak_bytes < 1.6 * samples.nbytes + 12 * mix.BLOCK_VALUES, "8 times the samples if all channels were kept"
+    tracemalloc.start()
+    samples = decode(str(path), RATE_HZ)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(samples) == num_sec * RATE_HZ
+    assert peak_bytes < 3 * samples.nbytes + 12 * mix.BLOCK_VALUES, "40 times the samples before they are resampled"
 
 
 def test_the_part_before_a_segment_of_an_mp3_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

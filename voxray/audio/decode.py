@@ -1,7 +1,7 @@
 """Any audio file -> mono float32 samples at the model's rate.
 
 libsndfile (soundfile) decodes wav, flac, mp3, ogg, opus, aiff and more. FFmpeg (PyAV) decodes the rest: m4a, aac, webm,
-mp4. All resampling uses soxr's HQ setting, whose filter keeps 7 kHz unchanged and leaves no alias.
+mp4.
 """
 
 import io
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import soxr
 
 from voxray.audio.cut_off import (
     HEAD_BYTES,
@@ -81,9 +80,7 @@ def decode(
     Raises:
         BadRow: See ``decode_native``; or the clip is shorter than one sample at that rate (``audio_empty``).
     """
-    samples, rate_hz = decode_native(path, raw, part=part, max_sec=max_sec)
-    if rate_hz != sample_rate_hz:
-        samples = soxr.resample(samples, rate_hz, sample_rate_hz, quality="HQ")
+    samples, _ = _decode(path, raw, part, max_sec, sample_rate_hz)
     if len(samples) == 0:
         raise BadRow("audio_empty", f"{path} is shorter than one sample at {sample_rate_hz} Hz")
     return np.ascontiguousarray(samples, dtype=np.float32)
@@ -120,10 +117,15 @@ def decode_native(
             channel (``audio_channel``) or has NaN or infinite samples (``audio_not_finite``).
         FileNotFoundError: The file is missing.
     """
+    return _decode(path, raw, part, max_sec, 0)
+
+
+def _decode(path: str, raw: bytes | None, part: Part, max_sec: float, sample_rate_hz: int) -> tuple[np.ndarray, int]:
+    """Decode a clip at ``sample_rate_hz``, or at its own rate if that is 0; returns the file's rate, too."""
     audio_file = _open_audio(path, raw)
     faults = []
     for decoder in _decoders(audio_file.suffix):
-        mixer = Mixer(path, part.channel)
+        mixer = Mixer(path, part.channel, sample_rate_hz)
         try:
             rate_hz = decoder(audio_file, part, max_sec, mixer)
             break
@@ -138,11 +140,10 @@ def decode_native(
         if faults[0] == NO_SAMPLES:
             raise BadRow("audio_empty", f"{path} has no samples")
         raise BadRow("audio_unreadable", f"cannot decode {path}: {faults[0]}")
-    samples = mixer.samples()
-    _check_length(audio_file, part, len(samples) / rate_hz, max_sec)
-    if not np.isfinite(samples).all():
+    _check_length(audio_file, part, mixer.num_samples / rate_hz, max_sec)
+    if not mixer.is_finite:
         raise BadRow("audio_not_finite", f"{path} holds NaN or infinite samples")
-    return samples, rate_hz
+    return mixer.samples(), rate_hz
 
 
 def _check_length(file: AudioFile, part: Part, sec: float, max_sec: float) -> None:
@@ -293,7 +294,7 @@ def _decode_soundfile(file: AudioFile, part: Part, max_sec: float, mixer: Mixer)
         if length_sec < float("inf"):
             num_samples = min(num_samples, round(length_sec * rate_hz))
         for block_NC in _blocks(sound, num_samples):
-            mixer.add(block_NC)
+            mixer.add(block_NC, rate_hz)
         return rate_hz
 
 
@@ -316,7 +317,7 @@ def _decode_pcm(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) -> in
             num_bytes = min(num_bytes, 2 * round(length_sec * PCM_RATE_HZ))
         stream.seek(start)
         samples = np.frombuffer(stream.read(num_bytes // 2 * 2), "<i2")
-    mixer.add((samples.astype(np.float32) / PCM_SCALE)[:, None])
+    mixer.add((samples.astype(np.float32) / PCM_SCALE)[:, None], PCM_RATE_HZ)
     return PCM_RATE_HZ
 
 
@@ -347,7 +348,7 @@ def _decode_ffmpeg(file: AudioFile, part: Part, max_sec: float, mixer: Mixer) ->
             enough = (lead_sec + min(part.duration_sec or float("inf"), max_sec + 1)) * rate_hz
             at = 0
             for block_NC in _ffmpeg_blocks(chain([first], frames), first.layout.nb_channels, rate_hz, enough):
-                mixer.add(block_NC[max(0, start - at) : max(0, end - at)])
+                mixer.add(block_NC[max(0, start - at) : max(0, end - at)], rate_hz)
                 at += len(block_NC)
             return rate_hz
     except FFmpegError as error:  # some subclasses are neither OSError nor ValueError

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 import soundfile
-import soxr
 
 from voxray.audio.decode import PCM_RATE_HZ, to_pcm16
+from voxray.audio.mix import resample
 from voxray.core.errors import BadRow
 
 
@@ -20,7 +20,7 @@ def flac_bytes(samples: np.ndarray, rate_hz: int) -> bytes:
         BadRow: The clip is shorter than one sample at 16 kHz (``audio_empty``).
     """
     if rate_hz != PCM_RATE_HZ:
-        samples = soxr.resample(samples, rate_hz, PCM_RATE_HZ, quality="HQ")
+        samples = resample(samples, rate_hz, PCM_RATE_HZ)
     if len(samples) == 0:
         raise BadRow("audio_empty", f"the clip is shorter than one sample at {PCM_RATE_HZ} Hz")
     file = io.BytesIO()
