@@ -6,7 +6,7 @@ Example:
 """
 
 from voxray.config.demo import DemoSettings
-from voxray.config.parse import REPOSITORY, parse
+from voxray.config.parse import DEMO_ASSETS, parse
 from voxray.core.errors import job
 
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(DemoSettings, argv, job="demo", about=__doc__ or "", demo="demo_demo.yaml")
     from voxray.commands.demo import run_demo
 
-    run_demo(settings, example=str(REPOSITORY / "tests/assets/speech/sample.wav"))
+    run_demo(settings, example=str(DEMO_ASSETS / "speech/sample.wav"))
 
 
 if __name__ == "__main__":

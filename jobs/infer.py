@@ -6,7 +6,7 @@ Example:
 """
 
 from voxray.config.evaluate import InferSettings
-from voxray.config.parse import REPOSITORY, parse
+from voxray.config.parse import DEMO_ASSETS, parse
 from voxray.core.errors import job
 
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = parse(InferSettings, argv, job="infer", about=__doc__ or "", demo="demo_infer.yaml")
     from voxray.commands.infer import run_inference
 
-    run_inference(settings, demo_jsonl=str(REPOSITORY / "tests/assets/speech/asr.val.jsonl"))
+    run_inference(settings, demo_jsonl=str(DEMO_ASSETS / "speech/asr.val.jsonl"))
 
 
 if __name__ == "__main__":

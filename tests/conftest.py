@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -22,10 +23,19 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # programs that tests start and interrupt would inherit it
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules that start Ray take longest: they come first, so that two test processes end at the same time."""
+SHARED_RAY = pytest.StashKey[set[Path]]()
+"""The modules with tests that use ``local_ray``."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Modules that start Ray take longest: they come first, so that two test processes end at the same time.
+
+    Those that use ``local_ray`` come before the others, so that they share one Ray.
+    """
     with_ray = {item.path for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: item.path not in with_ray)
+    shared = {item.path for item in items if "local_ray" in getattr(item, "fixturenames", ())}
+    config.stash[SHARED_RAY] = shared
+    items.sort(key=lambda item: (item.path not in shared, item.path not in with_ray))
 
 
 def manifest(name: str) -> str:
@@ -103,17 +113,24 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A Ray of this module's own, stopped after it."""
+def local_ray() -> None:
+    """A Ray of this test process. The modules that use it share it, because Ray takes seconds to start and to stop."""
     from voxray.cluster.session import RAY_SETTINGS
 
     os.environ.update(RAY_SETTINGS)
     import ray
 
-    often = {"metrics_report_interval_ms": 1000}  # the default is 10 s
-    ray.init(address="local", num_cpus=4, log_to_driver=False, _system_config=often)
-    yield
-    ray.shutdown()
+    if not ray.is_initialized():
+        often = {"metrics_report_interval_ms": 1000}  # the default is 10 s
+        ray.init(address="local", num_cpus=4, log_to_driver=False, _system_config=often)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_shared_ray_elsewhere(request: pytest.FixtureRequest) -> None:
+    """Stop the shared Ray before a module that does not use it: some code behaves differently while Ray runs."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized() and request.path not in request.config.stash[SHARED_RAY]:
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.featurize import FeaturizeSettings
 from voxray.config.flags import flag_metadata
-from voxray.config.parse import REPOSITORY, Settings, flag_names, parse
+from voxray.config.parse import Settings, flag_names, parse
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings
 from voxray.config.tune import TuneMultitaskSettings
+from voxray.core.project_files import PROJECT_FILES
 
 LISTS = {"--train_jsonl": MultitaskSettings, "--manifest": FeaturizeSettings, "--val_jsonl": EvaluateSettings}
 LISTS |= {"--input": AuditSettings}
@@ -290,7 +291,7 @@ def test_no_flags_run_the_demo_recipe_and_say_so_first(
         if flag_metadata(field).path == "input" and name in settings.model_fields_set:
             for path in [value] if isinstance(value, str) else value:
                 assert Path(path).is_absolute()
-                assert not (REPOSITORY / "tests" / "assets").is_dir() or path.startswith(str(REPOSITORY))
+                assert not (PROJECT_FILES / "tests" / "assets").is_dir() or path.startswith(str(PROJECT_FILES))
 
 
 def test_flags_can_be_checked_alone(capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,13 +354,16 @@ for path in pathlib.Path(voxray.config.__path__[0]).glob("*.py"):
     importlib.import_module(f"voxray.config.{path.stem}")
 from voxray.config.parse import parse
 from voxray.config.train import MultitaskSettings
+from voxray.core.project_files import PROJECT_FILES
 try:
     parse(MultitaskSettings, ["--lr", "x"], job="a", about="", demo="demo.yaml")
 except SystemExit as stop:
     heavy = [name for name in ("torch", "ray", "transformers", "pyarrow", "numpy") if name in sys.modules]
     print(stop.code, heavy)
 """
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT_FILES, timeout=60
+    )
     assert process.stdout == "2 []\n", process.stdout + process.stderr
 
 

@@ -223,7 +223,7 @@ def test_starting_afresh_follows_no_link(here: Path):
 
 
 def test_outside_a_checkout_there_is_no_commit(here: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(run_folder, "REPOSITORY", here)
+    monkeypatch.setattr(run_folder, "PROJECT_FILES", here)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(here.parent))
     assert provenance()["git"] is None
     monkeypatch.setenv("PATH", "")

@@ -21,7 +21,7 @@ MEMORY_BYTES = 4 << 30
 """Address space of the process. 10 min of two channels at 48 kHz take a tenth."""
 DECODE_SEC = 60.0
 """Longest time that decoding may take, start of the process included."""
-REPOSITORY = Path(__file__).parents[2]
+IMPORT_FOLDER = Path(__file__).parents[2]
 
 
 class IsolatedDecoder:
@@ -71,7 +71,7 @@ class IsolatedDecoder:
 
 
 def _start() -> "subprocess.Popen[str]":
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(IMPORT_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-m", "voxray.audio.isolated"],
         stdin=subprocess.PIPE,

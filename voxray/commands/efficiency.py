@@ -16,11 +16,11 @@ from rich.table import Table
 
 from voxray.audio.decode import decode
 from voxray.config.efficiency import EfficiencySettings
-from voxray.config.parse import REPOSITORY
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample
+from voxray.core.project_files import job_script
 from voxray.core.storage import write_atomically, write_json
 from voxray.core.tasks import TASKS
 from voxray.efficiency.measure import LoadedModel, measure, prompt_row
@@ -91,7 +91,7 @@ def _measure_in_subprocess(name: str, settings: EfficiencySettings, output_dir: 
     values |= {"output_dir": str(folder), **VARIANTS[name]}
     write_atomically(folder / "settings.yaml", yaml.safe_dump(values, allow_unicode=True).encode())
     console.print(f"measuring {name} ...")
-    command = [sys.executable, str(REPOSITORY / "jobs" / "efficiency.py"), "--config", str(folder / "settings.yaml")]
+    command = [sys.executable, str(job_script("efficiency")), "--config", str(folder / "settings.yaml")]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]

@@ -7,6 +7,7 @@ from typing import Any
 
 from voxray.config.prepare import PrepareSettings
 from voxray.config.train import TrainSettings
+from voxray.core.project_files import typed_command
 
 
 def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, Any]) -> list[str]:
@@ -28,8 +29,8 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
     return [
         *lines,
         "next:",
-        f"  {_job('evaluate', '--lora_dir', run, *rows)}",
-        f"  {_job('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
+        f"  {typed_command('evaluate', '--lora_dir', run, *rows)}",
+        f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
         f"  tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
     ]
 
@@ -39,10 +40,6 @@ def after_prepare(settings: PrepareSettings, train: Path) -> list[str]:
     val = ["--val_jsonl", settings.val_output] if settings.val_output else []
     return [
         "next:",
-        f"  {_job('audit', '--input', str(train), '--output_dir', str(train.with_suffix('.audit')))}",
-        f"  {_job('train_asr_adapter', '--train_jsonl', str(train), *val, '--output_dir', 'runs/asr')}",
+        f"  {typed_command('audit', '--input', str(train), '--output_dir', str(train.with_suffix('.audit')))}",
+        f"  {typed_command('train_asr_adapter', '--train_jsonl', str(train), *val, '--output_dir', 'runs/asr')}",
     ]
-
-
-def _job(name: str, *flags: str) -> str:
-    return f"python jobs/{name}.py {shlex.join(flags)}"

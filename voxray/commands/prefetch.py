@@ -7,7 +7,6 @@ moment, and the same command resumes it.
 
 import filecmp
 import json
-import shlex
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from voxray.config.prepare import PrepareSettings
 from voxray.config.recipes import recipes
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
+from voxray.core.project_files import typed_command
 from voxray.core.storage import write_atomically
 from voxray.corpora.fetch import CorpusSource, download_and_unpack, find_source
 from voxray.corpora.hub import is_intact, model_files, open_repository, walk
@@ -341,7 +341,7 @@ def _print_next_command(settings: PrefetchSettings, folder: Path, lock: LockFile
     console.print(
         f"all files are in {folder}, and {lock.path.name} lists them; the next command needs no network:", markup=False
     )
-    console.print(f"  python jobs/{_transcript_job(str(model_type))}.py {shlex.join(flags)}", markup=False)
+    console.print(f"  {typed_command(_transcript_job(str(model_type)), *flags)}", markup=False)
 
 
 def _transcript_job(model_type: str) -> str:

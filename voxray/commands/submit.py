@@ -19,9 +19,9 @@ from uuid import uuid4
 
 import yaml
 
-from voxray.config.parse import REPOSITORY
 from voxray.config.submit import SubmitSettings
 from voxray.core.errors import RunError, one_line
+from voxray.core.project_files import IN_WHEEL, PACKAGE, PROJECT_FILES, job_script
 
 DONE = {"SUCCEEDED", "FAILED", "STOPPED"}
 STOPPED_STATUS = 130
@@ -44,8 +44,10 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
     _check_flags(job, flags)
     client = _client(settings)
     name = f"{settings.name or job}-{uuid4().hex[:8]}"
-    runtime_env = yaml.safe_load((REPOSITORY / "runtime_env.yaml").read_text(encoding="utf-8"))
-    runtime_env["working_dir"] = str(REPOSITORY)
+    runtime_env = yaml.safe_load((PROJECT_FILES / "runtime_env.yaml").read_text(encoding="utf-8"))
+    runtime_env["working_dir"] = str(PROJECT_FILES)
+    if PROJECT_FILES == IN_WHEEL:
+        runtime_env["py_modules"] = [str(PACKAGE)]
     entrypoint = f"python jobs/{job}.py {shlex.join(flags)}".rstrip()
     deadline = time.monotonic() + LOST_SEC
     while True:
@@ -63,8 +65,8 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
 
 def _check_flags(job: str, flags: Sequence[str]) -> None:
     """Let the job's own script check its flags on this machine, from the folder whose copy the job will run in."""
-    command = [sys.executable, str(REPOSITORY / "jobs" / f"{job}.py"), *flags, "--check_flags"]
-    if flags and subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode == 2:
+    command = [sys.executable, str(job_script(job)), *flags, "--check_flags"]
+    if flags and subprocess.run(command, cwd=PROJECT_FILES, stdout=subprocess.DEVNULL, check=False).returncode == 2:
         raise SystemExit(2)
 
 

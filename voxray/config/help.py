@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from voxray.config.flags import flag_metadata, is_switch
+from voxray.core.project_files import typed_command
 
 WIDTH = 80
 GROUPS = {
@@ -54,8 +55,14 @@ def help_text(
         positional: Field that takes the arguments before the first flag; "" for none.
         everything: Show all flags, not only those that are required or common.
     """
+    command = typed_command(job)
     arguments = f" [{positional.upper()} ...]" if positional else ""
-    lines = [f"python jobs/{job}.py{arguments} [--config FILE.yaml] [flags]", "", *_wrapped(about), ""]
+    lines = [
+        f"{command}{arguments} [--config FILE.yaml] [flags]",
+        "",
+        *_wrapped(about.replace(f"python jobs/{job}.py", command)),
+        "",
+    ]
     note = f"Defaults < YAML < flags. With no flags at all it runs the demo recipe, jobs/configs/{demo}."
     lines += [*textwrap.wrap(note, WIDTH), ""]
     fields = model.model_fields

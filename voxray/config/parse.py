@@ -10,6 +10,7 @@ each loses something this module guarantees: every bad setting reported in one r
 """
 
 import difflib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,14 +24,16 @@ from voxray.config.flags import flag_metadata, is_switch
 from voxray.config.help import help_text
 from voxray.config.input_files import pointer_errors, unique_files
 from voxray.config.other_names import find_other_name
+from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
-from voxray.core.errors import MAX_VALUE_CHARS, quoted_line
+from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, quoted_line
+from voxray.core.project_files import PROJECT_FILES
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = REPOSITORY / "jobs" / "configs"
-DEMO_ASSETS = REPOSITORY / "tests" / "assets"
+CONFIGS = PROJECT_FILES / "jobs" / "configs"
+DEMO_ASSETS = PROJECT_FILES / "tests" / "assets"
 CHECK = {"--check_flags", "--check-flags"}
 HELP = {"--help", "-h", "--help-all", "--help_all"}
+SCHEMA = "--schema"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this environment variable in the processes that ``ray job submit`` starts."""
 
@@ -102,8 +105,8 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         demo: File in ``jobs/configs`` that is used when there are no arguments at all.
         positional: Field that takes the arguments before the first flag; "" for none.
     Raises:
-        SystemExit: Status 0 after ``--help``, and after ``--check_flags`` if all is valid. Status 2 after printing one
-            line for every bad setting.
+        SystemExit: Status 0 after ``--help`` and ``--schema``, and after ``--check_flags`` if all is valid. Status 2
+            after printing one line for every bad setting.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if CHECK & set(argv):
@@ -112,6 +115,9 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         )
         print(f"{job}: the flags are valid", flush=True)
         raise SystemExit(0)
+    if argv == [SCHEMA]:
+        print(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
+        raise SystemExit(0)
     if HELP & set(argv):
         everything = bool({"--help-all", "--help_all"} & set(argv))
         print(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
@@ -119,7 +125,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
         values, errors = _read_yaml(CONFIGS / demo, model, {})
-        values = {name: _relative_to_repository(model, name, value) for name, value in values.items()}
+        values = {name: _relative_to_project(model, name, value) for name, value in values.items()}
         if SUBMITTED_JOB_VARIABLE in os.environ and "storage_path" in model.model_fields:
             values["storage_path"] = str(Path.home() / "voxray")  # Ray deletes the current directory after the job
             print(f"{job}: in a submitted job its output goes to {values['storage_path']}", flush=True)
@@ -243,7 +249,35 @@ def _validated(
     config_path: str | None = None,
 ) -> S:
     """Validate the merged values, where flags win over the file's; print every error and exit with status 2 if any."""
-    settings = None
+    settings, faults = _validate(model, values, flags, config_path)
+    if settings is None or faults or errors:
+        _exit_with(job, [*errors, *faults])
+    return _ready(settings)
+
+
+def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
+    """Settings from Python values, with the checks of the command line.
+
+    Args:
+        values: {field or one of its older names: value}.
+    Raises:
+        SettingsError: A name or a value is wrong. One line has all errors.
+    """
+    names = flag_names(model)
+    errors = [f"{name}: unknown setting{_suggestion(name, names)}" for name in values if name not in names]
+    fields = {names[name]: value for name, value in values.items() if name in names}
+    settings, faults = _validate(model, fields, fields, None)
+    if settings is None or faults or errors:
+        raise SettingsError("; ".join(dict.fromkeys(map(quoted_line, [*errors, *faults]))))
+    return _ready(settings)
+
+
+def _validate(
+    model: type[S], values: dict[str, Any], flags: dict[str, Any], config_path: str | None
+) -> tuple[S | None, list[str]]:
+    """The settings, or None if they are invalid, and one line per error."""
+    settings: S | None = None
+    errors: list[str] = []
     try:
         settings = model.model_validate({**values, **flags})
     except ValidationError as error:
@@ -260,10 +294,13 @@ def _validated(
     if settings is not None:
         paths = [name for name, field in model.model_fields.items() if flag_metadata(field).path in {"input", "model"}]
         errors += pointer_errors({name: getattr(settings, name) for name in paths})
-    if settings is None or errors:
-        _exit_with(job, errors)
+    return settings, errors
+
+
+def _ready(settings: S) -> S:
+    """Warn about settings without effect; return the settings with absolute paths."""
     for name in settings.model_fields_set:
-        reason = flag_metadata(model.model_fields[name]).no_effect
+        reason = flag_metadata(type(settings).model_fields[name]).no_effect
         if reason:
             print(f"warning: --{name} has no effect: {reason}", file=sys.stderr, flush=True)
     return with_absolute_inputs(settings)
@@ -303,12 +340,12 @@ def _absolute_model(value: str) -> str:
     return str(folder.absolute()) if os.path.isdir(folder) else value
 
 
-def _relative_to_repository(model: type[Settings], name: str, value: Any) -> Any:
-    """Resolve paths of a demo recipe against the repository, so that it works from any current directory."""
+def _relative_to_project(model: type[Settings], name: str, value: Any) -> Any:
+    """Resolve paths of a demo recipe against the project's files, so that it works from any current directory."""
     if flag_metadata(model.model_fields[name]).path not in {"input", "model"} or not value:
         return value
     return ",".join(
-        str(REPOSITORY / part) if os.path.exists(REPOSITORY / part) else part for part in split_commas(value)
+        str(PROJECT_FILES / part) if os.path.exists(PROJECT_FILES / part) else part for part in split_commas(value)
     )
 
 

@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from voxray.config.parse import REPOSITORY, Settings
+from voxray.config.parse import Settings
 from voxray.core.errors import SettingsError
+from voxray.core.project_files import job_names
 
 
 class SubmitSettings(Settings):
@@ -33,7 +34,7 @@ def job_and_flags(argv: list[str]) -> tuple[list[str], str, list[str]]:
     """
     separator = argv.index("--") if "--" in argv else len(argv)
     job, *flags = argv[separator + 1 :] or ["quickstart"]
-    known = sorted(path.stem for path in (REPOSITORY / "jobs").glob("*.py") if path.stem != "submit")
+    known = [name for name in job_names() if name != "submit"]
     if job not in known:
         raise SettingsError(f"-- {job}: not one of the jobs {', '.join(known)}")
     return argv[:separator], job, flags

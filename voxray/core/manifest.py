@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 from voxray.core.errors import BadRow, RunError
 from voxray.core.languages import language_code
 from voxray.core.lfs import POINTER, POINTER_START
+from voxray.core.project_files import typed_command
 from voxray.core.source import Segment, Source, segment, segments
 from voxray.core.tasks import TASKS, Task, detect_task
 
@@ -252,7 +253,7 @@ def refuse_old_cache(row: dict[str, Any]) -> None:
             raise BadRow(
                 "old_cache",
                 f"{value[-200:]} is of an old feature cache, which is not read; make features of the audio: "
-                "python jobs/featurize.py --manifest <the JSONL with audio_path>",
+                f"{typed_command('featurize')} --manifest <the JSONL with audio_path>",
             )
 
 

@@ -13,8 +13,8 @@ import torch
 from packaging.requirements import Requirement
 
 from voxray.config.flag_groups import as_range
-from voxray.config.parse import REPOSITORY
 from voxray.config.train import TrainSettings
+from voxray.core.project_files import PROJECT_FILES
 from voxray.core.units import GIB
 from voxray.models.parts.packed_attention import takes_flash
 from voxray.models.parts.quantize import base_dtype
@@ -35,7 +35,7 @@ MEMINFO, CGROUPS = (
 
 def check_libraries(findings: Findings) -> None:
     """Compare the installed versions with the ranges in pyproject.toml, which are those that the tests run with."""
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((PROJECT_FILES / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     good, num_others = [], 0
     for requirement in map(Requirement, project["dependencies"]):
         try:

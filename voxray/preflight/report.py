@@ -9,9 +9,9 @@ import yaml
 from rich.table import Table
 
 from voxray.config.flags import flag_metadata
-from voxray.config.parse import REPOSITORY
 from voxray.config.train import TrainSettings
 from voxray.core.console import console
+from voxray.core.project_files import job_script
 from voxray.core.storage import write_atomically
 from voxray.core.units import MIB
 from voxray.preflight.findings import Findings
@@ -66,7 +66,7 @@ def write_launch_file(path: Path, job: str, values: dict[str, Any], changes: lis
 
 def launch_command(job: str, config: Path) -> list[str]:
     """The command that starts the training run."""
-    script = REPOSITORY / "jobs" / f"{job}.py"
+    script = job_script(job)
     return [sys.executable, *([str(script)] if script.is_file() else ["-m", job]), "--config", str(config)]
 
 

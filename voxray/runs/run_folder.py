@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from voxray.config.parse import REPOSITORY, SUBMITTED_JOB_VARIABLE, Settings
+from voxray.config.parse import SUBMITTED_JOB_VARIABLE, Settings
 from voxray.core.errors import RunError, SettingsError
+from voxray.core.project_files import IN_WHEEL, PROJECT_FILES
 from voxray.core.storage import AnyPath, write_json
 from voxray.core.version import __version__
 from voxray.runs.inputs import refuse_changed_inputs, write_inputs
@@ -289,6 +290,8 @@ def provenance() -> dict[str, Any]:
 
 def _git_state() -> dict[str, Any] | None:
     """Commit of the checkout and whether it has changes; None outside a checkout, as in a submitted job's copy."""
+    if PROJECT_FILES == IN_WHEEL:
+        return None  # the environment may be inside a checkout of something else
     try:
         commit = _git("rev-parse", "HEAD")
         return {"commit": commit, "changed": bool(_git("status", "--porcelain"))}
@@ -297,5 +300,5 @@ def _git_state() -> dict[str, Any] | None:
 
 
 def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(REPOSITORY), *arguments]
+    command = ["git", "-C", str(PROJECT_FILES), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
