@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUBJECTS = tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster"))
+SUBJECTS = tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python"))
 PAGES = ("README.md", "README.ko.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", *SUBJECTS)
 FILE = r"(?:[a-z_]+/)+[a-z0-9_]+\.(?:py|md|yaml|toml)"
 
