@@ -11,8 +11,9 @@ import pytest
 from helpers.running import JOBS, ROOT, parse_only
 
 from voxray.config.flags import flag_metadata
+from voxray.config.new import NewSettings
 from voxray.config.parse import Settings
-from voxray.config.prepare import TableFlags
+from voxray.config.prepare import PrepareSettings, TableFlags
 
 WARNS = "other_flags::flags_that_warn"
 """For flags marked ``no_effect``: parse says so whenever one is given."""
@@ -265,6 +266,17 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
         **dict.fromkeys(TableFlags.model_fields, "own_tables::the_flags_of_prepare"),
+    },
+    "new": {
+        **dict.fromkeys(("project", "memory_gib"), "new::the_folder_is_the_word_after_new"),
+        **dict.fromkeys(
+            ("input", "model_id", "train_output", "val_output", "leaks"), "new::data_settings_and_commands"
+        ),
+        # The rest are those of prepare, whose tests see them at work.
+        **dict.fromkeys(
+            PrepareSettings.model_fields.keys() - NewSettings.__annotations__.keys() - {"leaks"}, PREPARE_RUN
+        ),
+        **dict.fromkeys(("min_sec", "max_sec"), PREPARE_LIMITS),
     },
     "prefetch": {
         **dict.fromkeys(("model_id", "dataset", "hub", "output_dir"), "prefetch::a_hub_in_a_folder"),

@@ -1,0 +1,95 @@
+"""`voxray new`: a table of clips becomes manifests, settings and commands, and the settings train."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import WHISPER, manifest, read_rows
+from helpers.running import load_job, parse_only
+
+from voxray.commands import prepare
+from voxray.commands.new import run_new
+from voxray.config.new import NewSettings
+from voxray.core.errors import RunError, SettingsError
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A CP949 table of Korean clips, in the current folder. Rows are checked in this process."""
+    lines = ["파일명,전사,화자"]
+    for row in read_rows(manifest("asr.train"))[:24]:
+        lines.append(f'{row["audio_path"]},"{row["transcript"]}",{row["speaker"]}')
+    path = tmp_path / "전사.csv"
+    path.write_text("\n".join(lines), encoding="cp949")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "ray_session", pytest.fail)
+    original = prepare.run_prepare_job
+    monkeypatch.setattr("voxray.commands.new.run_prepare_job", lambda *args, **kw: original(*args, use_ray=False, **kw))
+    return path
+
+
+def new(table: Path, **changes: str) -> list[str]:
+    return run_new(
+        NewSettings.model_validate({"project": "my project", "data": str(table), "model_id": WHISPER, **changes})
+    )
+
+
+def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = new(table, leaks="scripted")
+    folder = table.parent / "my project"
+    num_rows = [len((folder / "data" / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "val")]
+    assert sum(num_rows) == 24 and min(num_rows) > 0
+    text = (folder / "train.yaml").read_text()
+    assert text.startswith("".join(f"# {command}\n" for command in commands))
+    values = yaml.safe_load(text)
+    assert values["model_id"] == WHISPER and values["output_dir"] == str(folder / "run")
+    assert "per_device_bsz" in values, "what preflight fitted"
+    train, evaluate, infer = (shlex.split(command)[1:] for command in commands)
+    assert train[0] == "jobs/train_whisper.py" and Path(train[2]) == Path("my project/train.yaml")
+    parse_only("train_whisper", train[1:])
+    assert parse_only("evaluate", evaluate[1:]).val_jsonl == (str(folder / "data" / "val.jsonl"),)
+    parse_only("infer", infer[1:])
+    assert all(command in capsys.readouterr().out for command in commands[:1])
+    with pytest.raises(SettingsError, match="--project my project: holds files already"):
+        new(table)
+
+
+def test_a_base_that_is_not_here_gets_settings_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = new(table, model_id=str(table.parent / "absent-whisper"), leaks="scripted", memory_gib="24")
+    assert "train.yaml are not fitted to a machine" in capsys.readouterr().out
+    values = yaml.safe_load((table.parent / "my project" / "train.yaml").read_text())
+    assert values["model_id"].endswith("absent-whisper") and len(commands) == 3
+
+
+def test_data_that_cannot_be_used_leaves_no_folder(table: Path) -> None:
+    with pytest.raises(RunError, match="no row in it"):
+        (table.parent / "empty.jsonl").write_text("")
+        new(table.parent / "empty.jsonl")
+    assert not (table.parent / "my project").exists()
+
+
+def test_the_folder_is_the_word_after_new() -> None:
+    settings = parse_only("new", ["my-project", "--data", "a.csv", "--memory_gib", "80"])
+    assert (settings.project, settings.memory_gib, settings.val_output) == (
+        "my-project",
+        80,
+        "my-project/data/val.jsonl",
+    )
+    for words in (["--data", "a.csv"], ["a", "b", "--data", "a.csv"]):
+        with pytest.raises(SystemExit) as end:
+            parse_only("new", words)
+        assert end.value.code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_three_commands_run(table: Path, evaluation_here: None) -> None:
+    train, evaluate, infer = (shlex.split(command)[2:] for command in new(table, leaks="scripted"))
+    load_job("train_whisper").main([*train, "--num_workers", "0", "--max_steps", "2"])
+    load_job("evaluate").main([*evaluate, "--gen_max_new_tokens", "4"])
+    clip = read_rows(manifest("asr.train"))[0]["audio_path"]
+    load_job("infer").main([clip if word == "clip.wav" else word for word in infer])
+    metrics = json.loads((table.parent / "runs" / "evaluate" / "metrics.json").read_text())
+    assert "cer_nospace" in metrics["asr"]
