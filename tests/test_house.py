@@ -5,7 +5,10 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,45 +31,44 @@ UNSAFE_CALLS = {
 }
 
 
-def calls(path: Path) -> list[tuple[str, ast.Call]]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def keywords(call: ast.Call) -> dict[str, str]:
-    return {keyword.arg or "**": ast.unparse(keyword.value) for keyword in call.keywords}
+def nodes(kind: Any) -> Iterator[tuple[Path, Any]]:
+    """Each syntax node of a kind in the product's files, with its file."""
+    return ((path, node) for path in CODE for node in ast.walk(tree(path)) if isinstance(node, kind))
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_nothing_executes_what_it_reads(path):
-    for name, call in calls(path):
-        given = keywords(call)
-        assert name not in UNSAFE_CALLS, f"{path}:{call.lineno}: {name}"
-        assert name != "torch.load" or given.get("weights_only") == "True", f"{path}:{call.lineno}"
-        assert given.get("trust_remote_code", "False") == "False", f"{path}:{call.lineno}"
-        assert given.get("shell", "False") == "False", f"{path}:{call.lineno}"
+def test_nothing_executes_what_it_reads():
+    for path, node in nodes(ast.Call):
+        name, values = ast.unparse(node.func), {keyword.arg or "**": keyword.value for keyword in node.keywords}
+        texts = {name: ast.unparse(value) for name, value in values.items()}
+        assert name not in UNSAFE_CALLS, f"{path}:{node.lineno}: {name}"
+        assert name != "torch.load" or texts.get("weights_only") == "True", f"{path}:{node.lineno}"
+        assert texts.get("trust_remote_code", "False") == "False", f"{path}:{node.lineno}"
+        assert texts.get("shell", "False") == "False", f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_ray_stays_at_the_edges_and_files_stay_short(path):
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 400
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            if any(name.partition(".")[0] == "ray" for name in names):
-                inside = path.relative_to(REPOSITORY / "voxray")
-                assert inside.parts[0] in RAY_FOLDERS or str(inside) in RAY_FILES, f"{path}:{node.lineno}: imports Ray"
+def test_files_stay_short():
+    assert not [path for path in CODE if path.read_text(encoding="utf-8").count("\n") > 400]
+
+
+def test_ray_stays_at_the_edges():
+    for path, node in nodes(ast.Import | ast.ImportFrom):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        if any(name.partition(".")[0] == "ray" for name in names):
+            inside = path.relative_to(REPOSITORY / "voxray")
+            assert inside.parts[0] in RAY_FOLDERS or str(inside) in RAY_FILES, f"{path}:{node.lineno}: imports Ray"
 
 
 MEANINGLESS = {"found", "told", "said", "asked", "kept", "given", "made", "heard"}
 
 
-@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_names_say_what_a_thing_is(path):
+def test_names_say_what_a_thing_is():
     """No variable is named by what happened to it, and no public function "<something>_of"."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, node in nodes(ast.Name | ast.arg | ast.FunctionDef):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             assert node.id not in MEANINGLESS, f"{path}:{node.lineno}: {node.id}: name what it is"
         if isinstance(node, ast.arg):
@@ -78,7 +80,7 @@ def test_names_say_what_a_thing_is(path):
 def test_a_type_name_means_one_thing():
     places: dict[str, list[str]] = {}
     for path in REPOSITORY.glob("voxray/**/*.py"):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree(path).body:
             targets = node.targets if isinstance(node, ast.Assign) else []
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             if isinstance(node, ast.ClassDef):

@@ -1,12 +1,12 @@
 """Jobs on Ray that fine-tune and evaluate audio language models."""
 
-from voxray.api import Evaluation, Model, TrainingResult, evaluate, infer, load_model, train
+from voxray.api import EvaluationResult, Model, TrainingResult, evaluate, infer, load_model, train
 from voxray.core.errors import BadRow, RunError, SettingsError, Stopped
 from voxray.core.version import __version__
 
 __all__ = [
     "BadRow",
-    "Evaluation",
+    "EvaluationResult",
     "Model",
     "RunError",
     "SettingsError",

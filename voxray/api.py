@@ -13,6 +13,8 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
+from voxray.evaluation.result import EvaluationResult
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -38,19 +40,6 @@ class TrainingResult:
     adapter_dir: Path
     steps: int
     metrics: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """An evaluation on disk.
-
-    Attributes:
-        output_dir: Folder of the predictions, metrics.json and report.html.
-        metrics: {task: {metric: {"value", "n", ...}}}.
-    """
-
-    output_dir: Path
-    metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 def train(recipe: str = "", **settings: Any) -> TrainingResult:
@@ -83,7 +72,7 @@ def train(recipe: str = "", **settings: Any) -> TrainingResult:
     return TrainingResult(run_dir, run_dir / "adapter", result["steps"], metrics)
 
 
-def evaluate(**settings: Any) -> Evaluation:
+def evaluate(**settings: Any) -> EvaluationResult:
     """Answer and score the rows of manifests, or score existing predictions (``score_only``).
 
     Args:
@@ -100,11 +89,10 @@ def evaluate(**settings: Any) -> Evaluation:
         from voxray.commands.score_only import score_only
 
         metrics = score_only(checked)
-        return Evaluation(resolve_output_dir(checked.output_dir, checked.storage_path), metrics)
+        return EvaluationResult(metrics, resolve_output_dir(checked.output_dir, checked.storage_path))
     from voxray.commands.evaluate import run_evaluation
 
-    result = run_evaluation(checked)
-    return Evaluation(result.output_dir, result.metrics)
+    return run_evaluation(checked)
 
 
 def infer(**settings: Any) -> list[dict[str, Any]]:
@@ -183,11 +171,15 @@ class Model:
         """
         import numpy as np
 
+        from voxray.core.errors import BadRow, SettingsError
         from voxray.core.languages import language_code
         from voxray.models.registry import require_language
 
         is_one = isinstance(audio, (str, PathLike, np.ndarray))
-        code = language_code(language)
+        try:
+            code = language_code(language)
+        except BadRow as error:
+            raise SettingsError(f"language: {error}") from None
         if code:
             require_language(self._extractor.front_end, code, self._config.model_id)
         with _files([audio] if is_one else audio, sample_rate_hz) as paths:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -24,7 +25,8 @@ from helpers.running import ROOT, Driver
 from voxray.commands.infer import run_inference
 from voxray.config.evaluate import InferSettings
 
-pytest.importorskip("gradio", reason="needs the extra `demo`")
+if not find_spec("gradio"):  # importing it takes seconds
+    pytest.skip("needs the extra `demo`", allow_module_level=True)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 
 SAMPLE = SPEECH / "sample.wav"

@@ -130,6 +130,7 @@ class Poisoned(Extractor):
         return super()._read(sample)
 
 
+@pytest.mark.chaos
 @pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_ray_continues_after_a_row_that_kills_its_process(local_ray, by_value, tmp_path: Path) -> None:

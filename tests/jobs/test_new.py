@@ -12,6 +12,7 @@ from helpers.running import load_job, parse_only
 from voxray.commands import prepare
 from voxray.commands.new import run_new
 from voxray.config.new import NewSettings
+from voxray.config.parse import settings_from
 from voxray.core.errors import RunError, SettingsError
 
 
@@ -20,20 +21,18 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A CP949 table of Korean clips, in the current folder. Rows are checked in this process."""
     lines = ["파일명,전사,화자"]
     for row in read_rows(manifest("asr.train"))[:24]:
-        lines.append(f'{row["audio_path"]},"{row["transcript"]}",{row["speaker"]}')
+        lines.append(f'{row["audio_path"]},"{row["transcript"]}",{Path(row["audio_path"]).stem.rpartition("-")[2]}')
     path = tmp_path / "전사.csv"
     path.write_text("\n".join(lines), encoding="cp949")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prepare, "ray_session", pytest.fail)
     original = prepare.run_prepare_job
     monkeypatch.setattr("voxray.commands.new.run_prepare_job", lambda *args, **kw: original(*args, use_ray=False, **kw))
     return path
 
 
 def new(table: Path, **changes: str) -> list[str]:
-    return run_new(
-        NewSettings.model_validate({"project": "my project", "data": str(table), "model_id": WHISPER, **changes})
-    )
+    settings = {"project": "my project", "data": str(table), "model_id": WHISPER, **changes}
+    return run_new(settings_from(NewSettings, settings))
 
 
 def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +63,7 @@ def test_a_base_that_is_not_here_gets_settings_too(table: Path, capsys: pytest.C
 
 
 def test_data_that_cannot_be_used_leaves_no_folder(table: Path) -> None:
-    with pytest.raises(RunError, match="no row in it"):
+    with pytest.raises(RunError, match="the file is empty"):
         (table.parent / "empty.jsonl").write_text("")
         new(table.parent / "empty.jsonl")
     assert not (table.parent / "my project").exists()

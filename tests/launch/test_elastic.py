@@ -33,37 +33,43 @@ def text_rows(count: int) -> list[dict]:
     return [{"instruction": f"number {n}", "input": "", "output": str(n % 10)} for n in range(count)]
 
 
-def test_features_from_ray_equal_those_of_one_process(local_ray, small, tmp_path):
-    """Two or more processes take part. The result depends neither on them nor on their order."""
-    manifests = [small["asr.train"], small["tqa.train"]]
+@pytest.fixture(scope="module")
+def damaged(small, tmp_path_factory) -> str:
+    """A manifest of four good rows and three that cannot be used."""
+    folder = tmp_path_factory.mktemp("damaged")
+    rows = [json.loads(line) for line in Path(small["asr.train"]).read_text(encoding="utf-8").splitlines()][:4]
+    (folder / "noise.wav").write_text("not audio")
+    rows += [{"audio_path": "noise.wav", "transcript": "x"}, {"audio_path": "absent.wav", "transcript": "x"}, {"a": 1}]
+    return write_rows(folder / "m.jsonl", rows)
+
+
+def test_features_from_ray_equal_those_of_one_process(local_ray, small, damaged, tmp_path):
+    """Two or more processes take part. Features and ledgers depend neither on them nor on their order."""
+    manifests = [small["asr.train"], small["tqa.train"], damaged]
     for attempt in range(3):  # on busy cores one process may finish before the other has started
         by_ray = featurize(manifests, Extractor(TINY), tmp_path / f"a{attempt}", rows_per_shard=3, num_actors=2)
         if by_ray.num_processes >= 2:
             break
     reference = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
-    assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 24
+    assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 28 and by_ray.num_bad == 3
     for folder, expected in zip(by_ray.folders, reference.folders, strict=True):
-        for path in sorted(expected.rglob("*.arrow")):
+        for path in [*sorted(expected.rglob("*.arrow")), expected / "quarantine.jsonl"]:
             assert (folder / path.relative_to(expected)).read_bytes() == path.read_bytes()
 
 
-def test_only_missing_shards_are_computed(local_ray, small, tmp_path):
-    first = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
+def test_only_missing_shards_are_computed(small, tmp_path):
+    first = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3, use_ray=False)
     shards = first.folders[0] / "shards"
     before = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
     (shards / "00002.arrow").unlink()
-    second = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3)
+    second = featurize([small["asr.train"]], Extractor(TINY), tmp_path, rows_per_shard=3, use_ray=False)
     after = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.arrow")}
     assert second.num_made == 3 and second.num_rows == 12
     assert {name for name in before if before[name] != after[name]} == {"00002.arrow"}
 
 
-def test_bad_rows_are_listed_and_others_are_used(local_ray, small, tmp_path):
-    rows = [json.loads(line) for line in Path(small["asr.train"]).read_text(encoding="utf-8").splitlines()][:4]
-    (tmp_path / "noise.wav").write_text("not audio")
-    rows += [{"audio_path": "noise.wav", "transcript": "x"}, {"audio_path": "absent.wav", "transcript": "x"}, {"a": 1}]
-    manifest = write_rows(tmp_path / "m.jsonl", rows)
-    report = featurize([manifest], Extractor(TINY), tmp_path / "f", rows_per_shard=2)
+def test_bad_rows_are_listed_and_others_are_used(damaged, tmp_path):
+    report = featurize([damaged], Extractor(TINY), tmp_path / "f", rows_per_shard=2, use_ray=False)
     assert (report.num_rows, report.num_bad) == (4, 3)
     ledger = [json.loads(line) for line in (report.folders[0] / "quarantine.jsonl").read_text().splitlines()]
     assert [(line["line"], line["reason"]) for line in ledger] == [
@@ -72,20 +78,28 @@ def test_bad_rows_are_listed_and_others_are_used(local_ray, small, tmp_path):
         (7, "unknown_task"),
     ]
     with pytest.raises(RunError, match=r"m\.jsonl:\d: .*\(--strict\)"):
-        featurize([manifest], Extractor(TINY), tmp_path / "g", rows_per_shard=2, strict=True)
+        featurize([damaged], Extractor(TINY), tmp_path / "g", rows_per_shard=2, strict=True, use_ray=False)
 
 
 def settings(small, output_dir: Path, **changes) -> MultitaskSettings:
     values = {f"{part}_jsonl": [small[f"{task}.{part}"] for task in ("asr", "sqa", "tqa")] for part in ("train", "val")}
     values |= {"model_id": TINY, "num_workers": 2, "max_steps": 3, "eval_max_new_tokens": 4}
-    values |= {"output_dir": str(output_dir)}
+    values |= {"output_dir": str(output_dir), "rows_per_shard": 8}
     return MultitaskSettings(**{**values, **changes})
 
 
-def test_the_records_of_a_run_are_complete(local_ray, small, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made(small, tmp_path_factory) -> str:
+    """Folder of the features of all rows, so that runs need no process to make them."""
+    folder = tmp_path_factory.mktemp("made")
+    featurize(list(small.values()), Extractor(TINY), folder, rows_per_shard=8, use_ray=False)
+    return str(folder)
+
+
+def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch):
     """Contract 12, on a run of two Ray Train processes. No file has a secret from the environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
-    result = run_training(settings(small, tmp_path))
+    result = run_training(settings(small, tmp_path, features_dir=made))
     assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"settings.json", "metrics.jsonl", "adapter", "checkpoints", "tensorboard", "quarantine.jsonl"}
@@ -136,9 +150,9 @@ def gauges(run: str, name: str) -> dict[str, float]:
     raise AssertionError(f"no gauge {name} of {run}")
 
 
-def test_a_workers_run_error_is_one_line_and_not_retried(local_ray, small, tmp_path, capsys):
+def test_a_workers_run_error_is_one_line_and_not_retried(local_ray, small, made, tmp_path, capsys):
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
-        run_training(settings(small, tmp_path, max_len=2))
+        run_training(settings(small, tmp_path, max_len=2, features_dir=made, num_workers=1))
     assert "starting again" not in capsys.readouterr().out
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from voxray.core.storage import AnyPath, to_jsonl, write_atomically, write_json
 from voxray.core.tasks import TASKS
 from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, delete_crash_logs, read_failed
 from voxray.evaluation.predictions import labelled_rows, read_predictions, score_predictions
+from voxray.evaluation.result import EvaluationResult
 from voxray.evaluation.submission import write_submission
 from voxray.features.featurize import write_ledger
 from voxray.features.from_settings import make_features, open_features_dir
@@ -38,19 +39,6 @@ from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, le
 from voxray.runs.lease import folder_lease
 from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import provenance, refuse_training_folder
-
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Metrics of an evaluation.
-
-    Attributes:
-        metrics: {task: {metric: {"value", "n"}}}; metrics.json has more details.
-        output_dir: Folder of the predictions and metrics.json.
-    """
-
-    metrics: dict[str, dict[str, dict[str, Any]]]
-    output_dir: Path
 
 
 def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:

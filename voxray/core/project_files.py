@@ -23,5 +23,6 @@ def job_names() -> list[str]:
 
 def typed_command(job: str, *flags: str) -> str:
     """The command that starts a job, as the user of this process types it: ``voxray JOB`` or ``python jobs/JOB.py``."""
-    by_script = PROJECT_FILES != IN_WHEEL and Path(sys.argv[0]).name not in ("voxray", "__main__.py")
+    program = Path(sys.argv[0])
+    by_script = PROJECT_FILES != IN_WHEEL and program.name != "voxray" and program.parent.name != "voxray"
     return " ".join([f"python jobs/{job}.py" if by_script else f"voxray {job}", *map(shlex.quote, flags)])
