@@ -17,7 +17,7 @@ STAMP := .venv/.setup-done
 WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 # Hide the machine's GPUs, the network and any running Ray cluster from the tests.
-TEST_ENV := env -u RAY_ADDRESS $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
+TEST_ENV := env -u RAY_ADDRESS -u PYTHONDONTWRITEBYTECODE $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
 .PHONY: setup demo test check lint chaos real clean
