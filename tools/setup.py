@@ -238,7 +238,7 @@ def set_up(extras: list[str], package: bool) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Create .venv and install into it.", allow_abbrev=False)
-    extras = ["demo", "dev", "optuna"]
+    extras = ["demo", "dev", "mlflow", "optuna", "wandb"]
     about = f"extras to install with it (default: {' '.join(extras)})"
     parser.add_argument("--extras", nargs="*", default=extras, help=about)
     parser.add_argument("--no-package", action="store_true", help="do not install voxray: on a cluster, jobs bring it")

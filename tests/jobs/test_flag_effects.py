@@ -85,6 +85,7 @@ TRAIN = {
         ("early_stopping_patience", "early_stopping_threshold"), "best_checkpoint::early_stopping_finishes_a_run"
     ),
     "log_steps": "training_flags::log_steps",
+    "report_to": "trackers::mlflow_holds_the_records trackers::none_writes_no_events",
     "overwrite": "training_flags::overwrite",
     "debug": "training_flags::debug",
     "deterministic": "training_flags::deterministic",

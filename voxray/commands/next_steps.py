@@ -26,12 +26,13 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
             break
     run = settings.output_dir if "://" in settings.output_dir else str(run_dir)
     rows = ["--val_jsonl", ",".join(settings.val_jsonl)] if settings.val_jsonl else ["--val_jsonl", "test.jsonl"]
+    board = f"{run_dir.name}:{run_dir / 'tensorboard'}"  # with the name of the run
     return [
         *lines,
         "next:",
         f"  {typed_command('evaluate', '--lora_dir', run, *rows)}",
         f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
-        f"  tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}",
+        *([f"  tensorboard --logdir_spec {shlex.quote(board)}"] if "tensorboard" in settings.report_to else []),
     ]
 
 

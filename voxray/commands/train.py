@@ -1,5 +1,6 @@
 """A training job from checked settings to its summary line: features, training processes, adapter."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from voxray.commands.next_steps import after_training
 from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
-from voxray.core.errors import Stopped
+from voxray.core.errors import SettingsError, Stopped
 from voxray.core.manifest import require_usable_row, sha256_hex
 from voxray.core.storage import write_json
 from voxray.launch.elastic import count_workers, train_on_workers
@@ -43,6 +44,7 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
+    _require_trackers(settings)
     with folder_lease(run.run_dir, run.remote.remote_dir):
         _open(run)
         _warn_about_shared_rows(settings)
@@ -66,6 +68,12 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
         for line in after_training(settings, run.run_dir, result) if show_next else ():
             console.print(line, markup=False)
         return result
+
+
+def _require_trackers(settings: TrainSettings) -> None:
+    for name in settings.report_to:
+        if not find_spec(name):
+            raise SettingsError(f"--report_to {name}: needs {name}, which is not installed: pip install voxray[{name}]")
 
 
 def _warn_about_shared_rows(settings: TrainSettings) -> None:

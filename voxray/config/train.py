@@ -33,6 +33,14 @@ def known_metric(value: str) -> str:
     return value
 
 
+def _check_trackers(value: tuple[str, ...]) -> tuple[str, ...]:
+    names = () if value == ("none",) else tuple(dict.fromkeys(value))
+    if wrong := [name for name in names if name not in TRACKERS]:
+        raise ValueError(f"{', '.join(wrong)}: must be none, or some of {', '.join(TRACKERS)}")
+    return names
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 WHISPER = "openai/whisper-small"
 
 SHARED_ROWS = "also in --train_jsonl; scores on rows of the training tell nothing about other rows"
@@ -85,6 +93,9 @@ class TrainSettings(
     """Smallest change of --metric_for_best_model that counts as an improvement."""
     log_steps: Annotated[int, Flag(("logging_steps",)), Field(ge=1)] = 10
     """Optimizer steps between log lines; metrics.jsonl has every step."""
+    report_to: Annotated[CommaStrings, AfterValidator(_check_trackers)] = ("tensorboard",)
+    """Programs that show the records: tensorboard, wandb and mlflow, comma separated, or none. wandb and mlflow are
+    extras of the package; they read their own environment variables, such as WANDB_MODE and MLFLOW_TRACKING_URI."""
     overwrite: bool = False
     """If --output_dir holds a run with other settings, delete that run and start anew."""
     deterministic: bool = False

@@ -95,6 +95,8 @@ def check_flags_need(settings: TrainSettings, findings: Findings) -> None:
     """Check the libraries and compilers that single flags need."""
     needs = {"bitsandbytes": settings.quantize != "none", "deepspeed": settings.strategy == "deepspeed"}
     flags = {"bitsandbytes": f"--quantize {settings.quantize}", "deepspeed": "--strategy deepspeed"}
+    for name in settings.report_to:
+        needs[name], flags[name] = True, f"--report_to {name}"
     for name, needed in needs.items():
         if needed and importlib.util.find_spec(name) is None:
             findings.add("fix", "libraries", f"{flags[name]}: needs {name}, which is not installed")

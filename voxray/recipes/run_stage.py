@@ -64,7 +64,14 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
         state, lines = _build_state(run, features, rows, validation)
         loader = _build_loader(run, features, rows, state.start.microbatches_per_step)
         num_steps = _count_steps(run, loader.plan)
-        monitor = Monitor(run.run_dir, state.start.step, active=run.worker.is_first, publish=run.callbacks.publish)
+        monitor = Monitor(
+            run.run_dir,
+            state.start.step,
+            active=run.worker.is_first,
+            trackers=run.settings.report_to,
+            settings=run.settings.model_dump(mode="json"),
+            publish=run.callbacks.publish,
+        )
         if run.worker.is_first:
             _write_start(run, data, lost, state.parameters)
             for line in filter(None, (*lines, count_lost(run.stage, lost))):

@@ -1,4 +1,4 @@
-"""Records of a training run: metrics.jsonl, previews.jsonl, TensorBoard, and the log lines of train.log."""
+"""Records of a training run: metrics.jsonl, previews.jsonl, trackers, and the log lines of train.log."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from voxray.core.tasks import TASKS
 from voxray.features.reader import Features
 from voxray.metrics.names import headline, higher_is_better
 from voxray.training.throughput import epoch_record
+from voxray.training.trackers import open_trackers
 
 METRICS, PREVIEWS, LOG = "metrics.jsonl", "previews.jsonl", "train.log"
 
@@ -28,20 +29,29 @@ class Monitor:
         first_step: Steps done so far. Records of later steps, which an interrupted run wrote, are deleted. A record of
             kind ``resume`` then has the number of these steps.
         active: Whether this is rank 0.
+        trackers: Programs that show the records, by name (``--report_to``).
+        settings: Settings of the run, for these programs.
         publish: Receives every recorded value.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, *, active: bool, publish: Publish | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        first_step: int,
+        *,
+        active: bool,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
+        publish: Publish | None = None,
+    ) -> None:
         self._active, self._run_dir, self._publish = active, run_dir, publish
         if not active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         steps = [record["step"] for _, record in _records(run_dir / METRICS)]
         self._metrics = _reopen(run_dir / METRICS, first_step)
         self._previews = _reopen(run_dir / PREVIEWS, first_step)
         self._log = open(run_dir / LOG, "a", encoding="utf-8")  # noqa: SIM115  # open for the life of the run
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._trackers = open_trackers(trackers, run_dir, settings or {}, first_step)
         if steps:
             self.record("resume", first_step, {"repeated_steps": max(steps) - first_step})
 
@@ -52,11 +62,12 @@ class Monitor:
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._metrics.write(json.dumps({"kind": kind, "step": step, **finite}) + "\n")
         self._metrics.flush()
-        for name, value in finite.items():
-            if value is not None and name != kind:  # the number of an epoch is not a chart
-                self._board.add_scalar(f"{kind}/{name}", value, step)
-                if self._publish:
-                    self._publish(*published_name(kind, name), value)
+        # the number of an epoch is not a chart
+        charts = {name: value for name, value in finite.items() if value is not None and name != kind}
+        for tracker in self._trackers if charts else ():
+            tracker.log({f"{kind}/{name}": value for name, value in charts.items()}, step)
+        for name, value in charts.items() if self._publish else ():
+            self._publish(*published_name(kind, name), value)
 
     def end_step(self, plan: Plan, features: Features, step: int, values: Mapping[str, float]) -> None:
         """Record a training step with the number of epochs done, and a summary of the epoch if the step ends one."""
@@ -75,7 +86,7 @@ class Monitor:
         self.say(f"epoch {record['epoch']:g}: {record['sec']:.1f} s for {record['steps']:g} steps{loss}")
 
     def show_previews(self, step: int, entries: Sequence[Mapping[str, Any]]) -> None:
-        """Write generated answers, one line each, and show them in TensorBoard as a table per task."""
+        """Write generated answers, one line each, and show them as a table per task."""
         if not self._active or not entries:
             return
         for entry in entries:
@@ -86,8 +97,9 @@ class Monitor:
             for entry in entries:
                 if entry["task"] == task:
                     lines.append("| " + " | ".join(map(_cell, _columns(entry))) + " |")
-            self._board.add_text(f"previews/{task}", "\n".join(lines), step)
-        self.say(f"step {step}: {len(entries)} previews in {self._run_dir / PREVIEWS} and TensorBoard's text page")
+            for tracker in self._trackers:
+                tracker.log_text(f"previews/{task}", "\n".join(lines), step)
+        self.say(f"step {step}: {len(entries)} previews in {self._run_dir / PREVIEWS}")
 
     def best_steps(self, first_step: int = 0) -> dict[str, dict[str, float]]:
         """The step with the best value of every task's headline metric so far; the first one of equal values.
@@ -116,8 +128,8 @@ class Monitor:
 
     def close(self) -> None:
         if self._active:
-            for file in (self._metrics, self._previews, self._log, self._board):
-                file.close()
+            for opened in (self._metrics, self._previews, self._log, *self._trackers):
+                opened.close()
 
 
 def published_name(kind: str, name: str) -> tuple[str, str]:
