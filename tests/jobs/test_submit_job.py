@@ -56,6 +56,7 @@ def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     def run(*ends: Details | BaseException, argv: str = "-- train_text --train_jsonl a") -> tuple[Client, Any, str]:
         client = Client(*ends)
         monkeypatch.setattr(submit, "_client", lambda settings: client)
+        monkeypatch.setattr(submit, "_confirmed_address", lambda job: submit.LOCAL_ADDRESS)
         monkeypatch.setattr(submit, "_check_flags", lambda job, flags: None)  # tests/config/test_parse.py has a test
         status: Any = 0
         try:
@@ -147,7 +148,7 @@ def test_how_the_cluster_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         monkeypatch.setenv("RAY_AUTH_MODE", "x")
         monkeypatch.delenv("RAY_AUTH_MODE")
         with pytest.raises(submit.RunError) as refused:
-            submit._client(SubmitSettings.model_validate(flags))
+            submit._client(SubmitSettings.model_validate({"address": submit.LOCAL_ADDRESS, **flags}))
         return str(refused.value)
 
     assert refusal() == "--address http://127.0.0.1:8265: no cluster answers there: nobody there"
@@ -156,7 +157,27 @@ def test_how_the_cluster_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     (tmp_path / ".ray" / "auth_token").write_text("t")
     for flags in ({"address": "http://10.0.0.1:1"}, {"auth": "token"}, {"auth": "disabled"}):
         refusal(**flags)
-    default = "http://127.0.0.1:8265"
+    default = submit.LOCAL_ADDRESS
     assert requests == [f"{default} disabled", "http://10.0.0.1:1 token", f"{default} token", f"{default} disabled"]
     with pytest.raises(ValueError, match="address"):
         SubmitSettings.model_validate({"address": "http://user:secret@host"})
+
+
+def test_without_an_address_it_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A Ray that runs on this machine may be somebody else's."""
+    questions: list[str] = []
+    answers = iter(["y", "", "no"])
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or next(answers))
+    monkeypatch.setattr(submit.sys.stdin, "isatty", lambda: True)
+    assert submit._confirmed_address("train_text") == submit.LOCAL_ADDRESS
+    for _ in range(2):
+        with pytest.raises(submit.SettingsError, match="--address: name the cluster"):
+            submit._confirmed_address("train_text")
+    assert questions == [f"submit train_text to {submit.LOCAL_ADDRESS}? [y/N] "] * 3
+    monkeypatch.setattr(submit.sys.stdin, "isatty", lambda: False)
+    with pytest.raises(submit.SettingsError, match="--address: name the cluster"):
+        submit._confirmed_address("train_text")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.1.1.1:8265")
+    assert submit._confirmed_address("train_text") == "http://10.1.1.1:8265"
+    assert "submitting train_text to http://10.1.1.1:8265" in capsys.readouterr().out

@@ -20,11 +20,12 @@ from uuid import uuid4
 import yaml
 
 from voxray.config.submit import SubmitSettings
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, SettingsError, one_line
 from voxray.core.project_files import IN_WHEEL, PACKAGE, PROJECT_FILES, job_script
 
 DONE = {"SUCCEEDED", "FAILED", "STOPPED"}
 STOPPED_STATUS = 130
+LOCAL_ADDRESS = "http://127.0.0.1:8265"
 LOST_SEC = 120.0
 """How long the dashboard may be unreachable, as while port forwarding restarts, before submit gives up on the job."""
 
@@ -39,9 +40,11 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
         The job's exit status; 130 if it was stopped, 0 with ``--no_wait``.
     Raises:
         RunError: No cluster answers, it rejects the job, or the connection is lost.
+        SettingsError: There is no address.
         SystemExit: Status 2 if the job's flags are invalid. One line for each is printed before anything is uploaded.
     """
     _check_flags(job, flags)
+    settings = settings.model_copy(update={"address": settings.address or _confirmed_address(job)})
     client = _client(settings)
     name = f"{settings.name or job}-{uuid4().hex[:8]}"
     runtime_env = yaml.safe_load((PROJECT_FILES / "runtime_env.yaml").read_text(encoding="utf-8"))
@@ -68,6 +71,20 @@ def _check_flags(job: str, flags: Sequence[str]) -> None:
     command = [sys.executable, str(job_script(job)), *flags, "--check_flags"]
     if flags and subprocess.run(command, cwd=PROJECT_FILES, stdout=subprocess.DEVNULL, check=False).returncode == 2:
         raise SystemExit(2)
+
+
+def _confirmed_address(job: str) -> str:
+    """The address to use without ``--address``. A Ray on this machine may be another user's.
+
+    Raises:
+        SettingsError: There is nobody to ask, or the answer is no.
+    """
+    if address := os.environ.get("RAY_API_SERVER_ADDRESS"):
+        print(f"submitting {job} to {address} (RAY_API_SERVER_ADDRESS)", flush=True)
+        return address
+    if sys.stdin.isatty() and input(f"submit {job} to {LOCAL_ADDRESS}? [y/N] ").strip().lower() in ("y", "yes"):
+        return LOCAL_ADDRESS
+    raise SettingsError(f"--address: name the cluster, such as --address {LOCAL_ADDRESS}")
 
 
 def _client(settings: SubmitSettings) -> Any:

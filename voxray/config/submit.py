@@ -12,8 +12,9 @@ from voxray.core.project_files import job_names
 class SubmitSettings(Settings):
     """Flags of submit itself; the submitted job and its flags follow after ``--``."""
 
-    address: str = Field(default="http://127.0.0.1:8265", pattern=r"^https?://[^/@]+/?$")
-    """Address of the cluster's dashboard, as forwarded by `ray dashboard cluster.yaml` or `kubectl port-forward`."""
+    address: str = Field(default="", pattern=r"^(https?://[^/@]+/?)?$")
+    """Address of the cluster's dashboard, as forwarded by `ray dashboard cluster.yaml` or `kubectl port-forward`; by
+    default that of RAY_API_SERVER_ADDRESS, else the one at http://127.0.0.1:8265, if you confirm it."""
     auth: Literal["auto", "token", "disabled"] = "auto"
     """Authentication: token uses this machine's token (~/.ray/auth_token), disabled uses none, auto uses the token if
     the file exists."""

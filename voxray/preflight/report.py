@@ -18,12 +18,14 @@ from voxray.preflight.findings import Findings
 from voxray.preflight.memory import MemoryNeed
 from voxray.runs.run_folder import resolve_output_dir
 
-MARKS = {"ok": "ok", "warning": "warning", "fix": "must be fixed", "unchecked": "not checked"}
+MARKS = {"ok": "ok", "warning": "warning", "unchecked": "not checked"}
 
 
 def show_findings(findings: Findings) -> None:
-    """Print the findings, one line each."""
+    """Print the findings, one line each, but for those to fix, which follow as errors."""
     for finding in findings.all:
+        if finding.level == "fix":
+            continue
         console.print(f"{MARKS[finding.level]:>13}  {finding.about}: {finding.message}", markup=False)
 
 

@@ -31,7 +31,7 @@ def write_report(path: Path, settings: Any, outcome: SweepOutcome) -> None:
         heading=heading,
         metric=outcome.metric,
         mode=outcome.mode,
-        method=_method(settings),
+        method=_method(settings, outcome),
         lead=lead(outcome),
         figures=_figures(outcome),
         parallel=_parallel(outcome, scored, domains) if scored else None,
@@ -59,6 +59,8 @@ def lead(outcome: SweepOutcome) -> list[str]:
             lines.append(f"Of the choices trained again, {outcome.verdict()}.")
         elif len(outcome.trials) > 1 and not outcome.repeated:
             lines.append("Every choice was trained once: a small lead may be chance (--top_k trains the best again).")
+    if ties := [str(trial.number) for trial in outcome.ties]:
+        lines.append(f"Trials {', '.join(ties)} have the same value: the figures do not tell them apart.")
     ended_better = [
         str(trial.number)
         for trial in outcome.trials
@@ -75,15 +77,13 @@ def lead(outcome: SweepOutcome) -> list[str]:
     return lines
 
 
-def _method(settings: Any) -> str:
-    stops = {
-        "asha": "ASHA stops weak trials",
-        "median": "the median rule stops weak trials",
-        "none": "no trial is stopped",
-    }
+def _method(settings: Any, outcome: SweepOutcome) -> str:
+    """How the choices were made, and by which rule trials were stopped, if any was."""
+    rules = {"asha": "ASHA", "median": "the median rule"}
     methods = {"grid": "every combination", "random": "drawn at random", "optuna": "proposed by Optuna's TPE"}
-    after = f" from step {settings.grace_steps} on" if settings.scheduler != "none" else ""
-    return f"{methods[settings.method]}; {stops[settings.scheduler]}{after}"
+    stopped = any(trial.state == "stopped" for trial in outcome.trials)
+    stops = f"{rules[settings.scheduler]} stopped weak trials from step {settings.grace_steps} on" if stopped else ""
+    return f"{methods[settings.method]}; {stops or 'no trial was stopped'}"
 
 
 def _figures(outcome: SweepOutcome) -> dict[str, str]:

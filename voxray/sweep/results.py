@@ -76,6 +76,15 @@ class SweepOutcome:
             return self.repeated[0].mean
         return self.winner.value(self.metric) if self.winner else None
 
+    @property
+    def ties(self) -> list[Trial]:
+        """Other finished trials whose value equals that of the winner, if choices were trained once."""
+        if self.repeated or self.winner is None:
+            return []
+        value = self.winner.value(self.metric)
+        others = (trial for trial in self.trials if trial is not self.winner and trial.state == "done")
+        return [trial for trial in others if trial.value(self.metric) == value]
+
     def is_better(self, one: Trial, other: Trial) -> bool:
         """Whether ``one`` has the better value; False if either has none."""
         values = (one.value(self.metric), other.value(self.metric))
