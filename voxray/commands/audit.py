@@ -15,6 +15,7 @@ from voxray.audit.measure_rows import AuditLimits, Measurements, measure_manifes
 from voxray.audit.report import write_report
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
+from voxray.commands.next_steps import page_line
 from voxray.config.audit import AuditSettings
 from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError
@@ -183,7 +184,7 @@ def _print_summary(figures: dict[str, Any], summary: AuditSummary, output_dir: P
         counts = ", ".join(f"{reason} {count}" for reason, count in figures[kind].items())
         console.print(f"{kind}: {counts or 'none'}", markup=False)
     _print_faults(figures, summary, output_dir)
-    console.print(f"report: {output_dir / 'report.html'}", markup=False)
+    console.print(page_line(output_dir / "report.html"), markup=False, soft_wrap=True)
 
 
 def _print_faults(figures: dict[str, Any], summary: AuditSummary, output_dir: Path) -> None:

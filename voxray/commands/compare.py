@@ -8,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from voxray.commands.next_steps import page_line
 from voxray.comparison.alignments import aligned_lines
 from voxray.comparison.compare import TaskComparison, as_json, compare_slices, compare_tasks, interference
 from voxray.comparison.evaluations import (
@@ -63,6 +64,7 @@ def run_compare(settings: CompareSettings) -> dict[str, Any]:
         write_comparison(output_dir / "comparison.html", runs, matched, tasks, slices, **limits)
         _print_comparison(runs, tasks, result)
         console.print(f"comparison.html and comparison.json in {output_dir}", markup=False)
+        console.print(page_line(output_dir / "comparison.html"), markup=False, soft_wrap=True)
         return result
 
 
@@ -80,6 +82,7 @@ def _report(settings: CompareSettings, folder: Path) -> dict[str, Any]:
             console.print(f"{row.task} {row.values.get('id') or ''}, error {row.error:.2f}", markup=False)
             console.print(aligned(row), markup=False)
         console.print(f"report.html and errors.json in {output_dir}", markup=False)
+        console.print(page_line(output_dir / "report.html"), markup=False, soft_wrap=True)
         return errors
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
+from voxray.commands.next_steps import after_evaluation
 from voxray.comparison.report import write_report
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.flag_groups import as_range
@@ -90,6 +91,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         for note in notes:
             console.print(note, markup=False)
         console.print(f"{', '.join(written[:-1])} and {written[-1]} in {output_dir}", markup=False)
+        for line in after_evaluation(output_dir, has_page=has_metrics):
+            console.print(line, markup=False, soft_wrap=True)
         return EvaluationResult({task: metrics[task] for task in TASKS if task in metrics}, output_dir)
 
 

@@ -20,6 +20,7 @@ from voxray.core.console import console
 from voxray.core.content_hash import write_checksums
 from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.core.manifest import Sample
+from voxray.core.project_files import typed_command
 from voxray.core.storage import checksum, write_json
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow
@@ -100,6 +101,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         f"{difference_on_disk:.1e} on disk"
     )
     console.print(f"model in {output_dir}", markup=False)
+    use = typed_command("infer", "--model_id", str(output_dir), "--audio_path", "clip.wav")
+    console.print(f"next:\n  {use}", markup=False, soft_wrap=True)
     return report
 
 

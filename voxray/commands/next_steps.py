@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.config.prepare import PrepareSettings
+from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
 from voxray.core.project_files import typed_command
 
@@ -34,6 +35,23 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
         f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
         *([f"  tensorboard --logdir_spec {shlex.quote(board)}"] if "tensorboard" in settings.report_to else []),
     ]
+
+
+def page_line(page: Path) -> str:
+    """How to open an HTML report."""
+    return f"open {page.absolute().as_uri()}"
+
+
+def after_evaluation(output_dir: Path, *, has_page: bool = True) -> list[str]:
+    """Lines about a finished evaluation: its page, and the command that compares it with another."""
+    compare = typed_command("compare", "OTHER-EVALUATION", str(output_dir))
+    return [*([page_line(output_dir / "report.html")] if has_page else []), "next:", f"  {compare}"]
+
+
+def after_sweep(settings: Any, output_dir: Path) -> list[str]:
+    """Lines about a finished sweep: its page, and the command that trains with the best choice."""
+    train = typed_command(find_recipe(settings).job, "--config", str(output_dir / "best.yaml"))
+    return [page_line(output_dir / "report.html"), "next:", f"  {train}"]
 
 
 def after_prepare(settings: PrepareSettings, train: Path) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from voxray.commands.next_steps import after_evaluation
 from voxray.comparison.report import write_report
 from voxray.config.evaluate import EvaluateSettings
 from voxray.config.flag_groups import ScoreFlags
@@ -70,6 +71,8 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
         console.print(metrics_table(settings.score_only, metrics))
         left_out = f", {len(bad)} bad line(s) left out, listed in quarantine.jsonl" if bad else ""
         console.print(f"{len(rows)} rows scored{left_out}; metrics.json and report.html in {output_dir}", markup=False)
+        for line in after_evaluation(output_dir):
+            console.print(line, markup=False, soft_wrap=True)
         return metrics
 
 

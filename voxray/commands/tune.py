@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.cluster.session import ray_session
+from voxray.commands.next_steps import after_sweep
 from voxray.config.search_space import format_choice
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
@@ -95,7 +96,8 @@ def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
         f"  {format_choice(best.choice)}",
         *([f"  {outcome.verdict()}"] if outcome.verdict() else []),
         f"{TABLE}, {REPORT} and {BEST} in {output_dir}",
+        *after_sweep(settings, output_dir),
     ]
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
     return outcome

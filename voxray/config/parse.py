@@ -137,9 +137,14 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         _set(model, flags, positional, tuple(argv[:num_positional]), f"--{positional}", errors)
     values = {}
     if config_path is not None:
-        values, yaml_errors = _read_yaml(Path(config_path), model, flags)
+        values, yaml_errors = _read_yaml(_recipe(config_path), model, flags)
         errors += yaml_errors
     return _validated(model, values, flags, errors, job, config_path)
+
+
+def _recipe(path: str) -> Path:
+    """The file of --config; a name such as jobs/configs/tune.yaml is also found from other folders than the project's."""
+    return PROJECT_FILES / path if not os.path.exists(path) and (PROJECT_FILES / path).is_file() else Path(path)
 
 
 def flag_names(model: type[Settings]) -> dict[str, str]:
