@@ -143,7 +143,7 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
 
 
 def _recipe(path: str) -> Path:
-    """The file of --config; a name such as jobs/configs/tune.yaml is also found from other folders than the project's."""
+    """The file of --config. A name such as jobs/configs/tune.yaml means the project's recipe in any folder."""
     return PROJECT_FILES / path if not os.path.exists(path) and (PROJECT_FILES / path).is_file() else Path(path)
 
 
