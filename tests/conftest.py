@@ -1,5 +1,6 @@
 """What many tests need: the tiny assets, small feature sets made of them, and a Ray of their own."""
 
+import gc
 import json
 import os
 import signal
@@ -57,6 +58,12 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def pytest_collection_finish() -> None:
+    """Take the imported libraries out of the garbage collector's sight, which would look at them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

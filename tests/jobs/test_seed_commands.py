@@ -215,8 +215,7 @@ def test_infer_command_runs(line: str, in_seed_folder: Path, capsys: pytest.Capt
         assert len(rows) == 4 and all(row["reference"] and "prediction" in row for row in rows)
 
 
-@pytest.mark.ray
-def test_evaluate_command_runs(local_ray: None, in_seed_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_command_runs(evaluation_here: None, in_seed_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_job("evaluate").main(next(line for job, line in SEED_COMMANDS if job == "evaluate").split())
     found = json.loads((in_seed_folder / "runs/evaluate/metrics.json").read_text())
     for task in ("asr", "sqa", "tqa"):
@@ -296,6 +295,7 @@ def test_infer_without_flags(run_without_flags: Callable[[str], Path], capsys: p
     assert len([line for line in out.splitlines() if "\t" in line]) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_prefetch_without_flags(local_ray: None, run_without_flags: Callable[[str], Path]) -> None:
     folder = run_without_flags("prefetch") / "prefetch"

@@ -137,40 +137,10 @@ def arguments(train_jsonl: str, storage: Path | None, *more: str) -> list[str]:
     return line if storage is None else [*line, "--storage_path", str(storage)]
 
 
-@dataclass(frozen=True)
-class Submitted:
-    """The jobs of this module, submitted together so that their start-up times overlap."""
-
-    storage: Path
-    names: dict[str, str]
-    expected: dict[str, tuple[int, str]]
-
-
-@pytest.fixture(scope="module")
-def submitted(head: Head, small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Submitted:
-    storage = tmp_path_factory.mktemp("storage")
-    missing = str(storage / "in" / "missing.jsonl")
-    train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
-    val = ["--val_jsonl", ",".join(small[f"{task}.val"] for task in ("asr", "sqa", "tqa"))]
-    jobs = {
-        "good": arguments(train, storage, "--debug", "--eval_max_new_tokens", "8", *val),
-        "missing": arguments(missing, storage),
-        "relative": arguments(train, None),
-    }
-    expected = {
-        "missing": (1, f"error: {missing}: cannot read the manifest: No such file or directory"),
-        "relative": (
-            2,
-            "error: --output_dir runs/mt: a submitted job runs in a temporary copy; make it absolute, or add",
-        ),
-    }
-    names = {name: head.submit(name, "train_multitask", line) for name, line in jobs.items()}
-    return Submitted(storage, names, expected)
-
-
-@pytest.mark.parametrize("name", ["missing", "relative"])
-def test_refused_job_says_why_in_one_line(head: Head, submitted: Submitted, name: str) -> None:
-    assert_refused(head, submitted.names[name], *submitted.expected[name])
+def test_refused_job_says_why_in_one_line(head: Head, small: dict[str, str]) -> None:
+    name = head.submit("relative", "train_multitask", arguments(small["asr.train"], None))
+    reason = "error: --output_dir runs/mt: a submitted job runs in a temporary copy; make it absolute, or add"
+    assert_refused(head, name, 2, reason)
 
 
 @pytest.mark.chaos
@@ -178,11 +148,13 @@ def test_jobs_without_a_usable_row_say_why_in_one_line(head: Head, small: dict[s
     keyless = write_rows(tmp_path / "keyless.jsonl", [{"text": "no task has this"}, {"audio_path": "x.wav"}])
     rows = [{**row, "audio_path": f"/gone/{number}.wav"} for number, row in enumerate(read_rows(small["asr.train"]))]
     gone = write_rows(tmp_path / "gone.jsonl", rows)
-    faults = {keyless: "keys text match no task", gone: "audio file not found: /gone/0"}
+    missing = str(tmp_path / "missing.jsonl")
+    no_row = ":1: no usable row in this manifest; the first fault: "
+    faults = {keyless: f"{no_row}keys text match no task", gone: f"{no_row}audio file not found: /gone/0"}
+    faults[missing] = ": cannot read the manifest: No such file or directory"
     names = {path: head.submit("unusable", "train_multitask", arguments(path, tmp_path)) for path in faults}
     for path, fault in faults.items():
-        reason = f"error: {path}:1: no usable row in this manifest; the first fault: {fault}"
-        assert_refused(head, names[path], 1, reason)
+        assert_refused(head, names[path], 1, f"error: {path}{fault}")
 
 
 def assert_refused(head: Head, name: str, status: int, reason: str) -> None:
@@ -193,10 +165,14 @@ def assert_refused(head: Head, name: str, status: int, reason: str) -> None:
     assert len(lines) == 1 and lines[0].startswith(reason), details["logs"]
 
 
-def test_submitted_run_succeeds(head: Head, submitted: Submitted) -> None:
-    details = head.wait(submitted.names["good"])
+@pytest.mark.slow
+def test_submitted_run_succeeds(head: Head, small: dict[str, str], tmp_path: Path) -> None:
+    train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
+    val = ["--val_jsonl", ",".join(small[f"{task}.val"] for task in ("asr", "sqa", "tqa"))]
+    line = arguments(train, tmp_path, "--debug", "--eval_max_new_tokens", "8", *val)
+    details = head.wait(head.submit("good", "train_multitask", line))
     assert (details["status"], details["driver_exit_code"]) == ("SUCCEEDED", 0), details["logs"]
-    run = submitted.storage / "runs" / "mt"
+    run = tmp_path / "runs" / "mt"
     assert f"run folder {run}" in details["logs"]
     settings = json.loads((run / "settings.json").read_text())
     assert settings["output_dir"] == "runs/mt" and settings["num_workers"] == 2
@@ -265,7 +241,7 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
 
 
 @pytest.mark.chaos
-def test_submit_follows_a_job_and_exits_as_it_did(head: Head, submitted: Submitted, tmp_path: Path) -> None:
+def test_submit_follows_a_job_and_exits_as_it_did(head: Head, tmp_path: Path) -> None:
     env = {**head.env, "PATH": f"{Path(sys.executable).parent}:{head.env['PATH']}", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "jobs/submit.py"), "--address", head.address, "--", "train_multitask"]
     refused = arguments("a.jsonl", None)

@@ -103,7 +103,9 @@ def test_words_of_a_job_stay_what_they_are(end: Any) -> None:
     client = Client(Details("SUCCEEDED", 0))
     submit._client, before = (lambda settings: client), submit._client
     try:
-        load_job("submit").main(["--", "infer", "--question", "where; rm -rf $HOME?"])
+        load_job("submit").main(
+            ["--address", submit.LOCAL_ADDRESS, "--", "infer", "--question", "where; rm -rf $HOME?"]
+        )
     finally:
         submit._client = before
     assert client.submitted["entrypoint"] == "python jobs/infer.py --question 'where; rm -rf $HOME?'"

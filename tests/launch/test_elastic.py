@@ -51,7 +51,7 @@ def test_features_from_ray_equal_those_of_one_process(local_ray, small, damaged,
         if by_ray.num_processes >= 2:
             break
     reference = featurize(manifests, Extractor(TINY), tmp_path / "b", rows_per_shard=3, use_ray=False)
-    assert by_ray.num_processes >= 2 and by_ray.num_made == by_ray.num_rows == 28 and by_ray.num_bad == 3
+    assert by_ray.num_processes >= 2 and (by_ray.num_made, by_ray.num_rows, by_ray.num_bad) == (31, 28, 3)
     for folder, expected in zip(by_ray.folders, reference.folders, strict=True):
         for path in [*sorted(expected.rglob("*.arrow")), expected / "quarantine.jsonl"]:
             assert (folder / path.relative_to(expected)).read_bytes() == path.read_bytes()
@@ -150,6 +150,7 @@ def gauges(run: str, name: str) -> dict[str, float]:
     raise AssertionError(f"no gauge {name} of {run}")
 
 
+@pytest.mark.slow
 def test_a_workers_run_error_is_one_line_and_not_retried(local_ray, small, made, tmp_path, capsys):
     with pytest.raises(RunError, match="no row is within --max_len 2 tokens"):
         run_training(settings(small, tmp_path, max_len=2, features_dir=made, num_workers=1))
@@ -222,6 +223,7 @@ def test_elastic_workers_train_on_the_same_batches(small, tmp_path):
     assert progress["packs_per_step"] == 3
 
 
+@pytest.mark.chaos
 def test_the_first_signal_saves_and_the_same_command_resumes(small, tmp_path):
     script = str(REPOSITORY / "jobs" / "train_multitask.py")
     command = [sys.executable, script, "--model_id", TINY, "--num_workers", "0"]

@@ -24,7 +24,7 @@ def run(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", PROGRAM], env=variables, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("home", ["home", "not-a-folder"])
+@pytest.mark.parametrize("home", ["home", pytest.param("not-a-folder", marks=pytest.mark.slow)])
 def test_messages_go_to_the_file(tmp_path: Path, home: str) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "not-a-folder").touch()

@@ -1,7 +1,8 @@
 """Weights & Biases and MLflow for real, without network: they hold what metrics.jsonl holds, also after a resume."""
 
 import json
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,16 +74,30 @@ def test_wandb_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatch
 def history(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that W&B writes offline."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows = DataStore(), []
-    store.open_for_scan(str(path))
-    while (content := store.scan_data()) is not None:
+    rows = []
+    for content in leveldb_log(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(content)
         if record.WhichOneof("record_type") == "history":
             rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
     return rows
+
+
+def leveldb_log(content: bytes) -> Iterator[bytes]:
+    """Records of a file in LevelDB's log format: parts of records in blocks of 32 KiB, after a header of 7 bytes."""
+    at, parts = 7, b""
+    while at + 7 <= len(content):
+        left = 32_768 - at % 32_768
+        if left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        parts += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
 
 
 def test_none_writes_no_events(tmp_path: Path, data: TrainingData) -> None:

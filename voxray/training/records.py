@@ -66,8 +66,9 @@ class Monitor:
         charts = {name: value for name, value in finite.items() if value is not None and name != kind}
         for tracker in self._trackers if charts else ():
             tracker.log({f"{kind}/{name}": value for name, value in charts.items()}, step)
-        for name, value in charts.items() if self._publish else ():
-            self._publish(*published_name(kind, name), value)
+        if self._publish:
+            for name, value in charts.items():
+                self._publish(*published_name(kind, name), value)
 
     def end_step(self, plan: Plan, features: Features, step: int, values: Mapping[str, float]) -> None:
         """Record a training step with the number of epochs done, and a summary of the epoch if the step ends one."""

@@ -6,7 +6,8 @@ Only rank 0 opens them. metrics.jsonl is written in any case and is the record t
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,8 +59,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases, in the project of WANDB_PROJECT or ``voxray``. WANDB_MODE=offline needs no network."""
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], first_step: int) -> None:
-        import wandb
-
+        wandb: Any = import_module("wandb")
         known = _read(run_dir / WANDB_FILE)
         with library_errors("--report_to wandb"):
             self._run = wandb.init(
@@ -80,8 +80,7 @@ class WeightsAndBiases:
         self._run.log({**values, "step": step})
 
     def log_text(self, name: str, markdown: str, step: int) -> None:
-        import wandb
-
+        wandb: Any = import_module("wandb")
         header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
         self._run.log({name: wandb.Table(columns=header, data=rows), "step": step})
 
@@ -93,12 +92,11 @@ class MlFlow:
     """A run of MLflow, at MLFLOW_TRACKING_URI or in ``mlflow.db`` of the run folder."""
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], first_step: int) -> None:
-        from mlflow import MlflowClient
-
+        mlflow: Any = import_module("mlflow")
         uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir / 'mlflow.db'}"
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "voxray")
         with library_errors("--report_to mlflow"):
-            self._client = MlflowClient(uri)
+            self._client = mlflow.MlflowClient(uri)
             known = _read(run_dir / MLFLOW_FILE)
             if known.get("uri") == uri:
                 self._run_id = known["id"]
@@ -112,10 +110,9 @@ class MlFlow:
         write_atomically(run_dir / MLFLOW_FILE, json.dumps({"id": self._run_id, "uri": uri}).encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
+        entities: Any = import_module("mlflow.entities")
         now_ms = time.time_ns() // 1_000_000
-        metrics = [Metric(name, value, now_ms, step) for name, value in values.items()]
+        metrics = [entities.Metric(name, value, now_ms, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 
     def log_text(self, name: str, markdown: str, step: int) -> None:
@@ -125,7 +122,11 @@ class MlFlow:
         self._client.set_terminated(self._run_id)
 
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MlFlow}
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MlFlow,
+}
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any], first_step: int) -> list[Tracker]:

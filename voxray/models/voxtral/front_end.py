@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,14 @@ from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
 TEMPLATE_VERSION = "voxtral-v7-1"
 MAX_AUDIO_SEC = 30 * 60.0  # Mistral's limit for transcription; longer clips do not fit the context anyway
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(path: str, mtime_ns: int, size: int) -> Any:
+    """Read tekken.json. Jobs need it several times, and decoding its 131,072 tokens takes a while."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return MistralTokenizer.from_file(path).instruct_tokenizer.tokenizer
 
 
 class VoxtralFrontEnd(WindowedLogMel):
@@ -68,12 +78,11 @@ class VoxtralFrontEnd(WindowedLogMel):
         ).hexdigest()
 
     def _load_tokenizer(self) -> None:
-        from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
         self._tokenizer_path = model_file(self.model_id, "tekken.json")
         names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
         try:
-            self._tekken: Any = MistralTokenizer.from_file(self._tokenizer_path).instruct_tokenizer.tokenizer
+            status = os.stat(self._tokenizer_path)
+            self._tekken = _read_tokenizer(self._tokenizer_path, status.st_mtime_ns, status.st_size)
             ids = [self._tekken.get_special_token(name) for name in names]
         except Exception as error:
             reason = one_line(error, 200)
