@@ -96,11 +96,12 @@ def made(small, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch):
+def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch, capsys):
     """Contract 12, on a run of two Ray Train processes. No file has a secret from the environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
     result = run_training(settings(small, tmp_path, features_dir=made))
     assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
+    assert "Ray's dashboard: http://127.0.0.1:" in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"settings.json", "metrics.jsonl", "adapter", "checkpoints", "tensorboard", "quarantine.jsonl"}
     assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 3

@@ -10,7 +10,7 @@ import numpy as np
 from voxray.audit.advice import FAULTS, WARNINGS
 from voxray.audit.findings import UNITS, RowStatistics
 from voxray.core.storage import write_atomically
-from voxray.html.page import Table, data_uri, render_page
+from voxray.html.page import Table, data_uri, path_cell, render_page
 
 MAX_BINS, DPI = 60, 150
 MAX_OPEN = 40  # findings; with more of them the examples of every reason are collapsed
@@ -121,7 +121,13 @@ def _files_table(files: Sequence[Mapping[str, Any]], is_compared: bool) -> Table
     """Rows, faults and hours of every file, and its side if sides are compared."""
     names = ["file", *(["side"] if is_compared else []), "rows", "with faults", "hours"]
     rows = [
-        [file["path"], *([file["side"]] if is_compared else []), file["rows"], file["bad"], f"{file['hours']:.3f}"]
+        [
+            path_cell(file["path"]),
+            *([file["side"]] if is_compared else []),
+            file["rows"],
+            file["bad"],
+            f"{file['hours']:.3f}",
+        ]
         for file in files
     ]
     return Table(names, rows)

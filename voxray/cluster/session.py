@@ -68,6 +68,15 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         ray.shutdown()
 
 
+def dashboard_line() -> str:
+    """Where the dashboard of this Ray is and how to log in; "" if it has none."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    login = "; it asks for the token in ~/.ray/auth_token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"Ray's dashboard: http://{url}{login}" if url else ""
+
+
 def _connect() -> None:
     """Connect to the cluster at RAY_ADDRESS."""
     import ray

@@ -9,7 +9,7 @@ import torch
 from voxray.batches.rank import Worker
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.placement import require_capacity, warn_about_idle_gpus
-from voxray.cluster.session import ray_session
+from voxray.cluster.session import dashboard_line, ray_session
 from voxray.commands.next_steps import after_training
 from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.config.unused_flags import warn_about_unused_flags
@@ -55,6 +55,7 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
             with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
                 require_capacity(num_workers[0])
                 warn_about_idle_gpus(num_workers[0])
+                console.print(dashboard_line(), markup=False)
                 result = _train(run, num_workers)
         else:
             result = _train(run, num_workers)

@@ -23,11 +23,13 @@ class Cell:
         text: The text shown.
         order: Number to sort by.
         kind: CSS class.
+        title: Text that the browser shows above the cell.
     """
 
     text: str
     order: float | None = None
     kind: str = ""
+    title: str = ""
 
     @property
     def is_number(self) -> bool:
@@ -54,6 +56,14 @@ class Table:
             for row in cells
         ]
         self.kind, self.id = kind, id
+
+
+def path_cell(path: str, max_chars: int = 60) -> Cell:
+    """A path, cut in the middle if it is long; the browser shows all of it above the cell."""
+    if len(path) <= max_chars:
+        return Cell(path)
+    end = max_chars * 2 // 3
+    return Cell(f"{path[: max_chars - end - 1]}\N{HORIZONTAL ELLIPSIS}{path[-end:]}", title=path)
 
 
 def with_commas(value: Any) -> str:

@@ -20,6 +20,8 @@ TRANSCRIPT_METRICS = ("cer_phonetic", "cer_best", "term_recall", "silence_halluc
 """Of transcripts, in evaluation, if there are second readings, terms, or clips without speech."""
 FAULTS = ("repetition", "hallucination")
 """Of all tasks, in evaluation."""
+OUT_OF_100 = frozenset(("bleu", "chrf"))
+"""Metrics from 0 to 100, as sacrebleu reports them. Rates and the other scores start at 0 and are 1 at their best."""
 OVERALL = ("macro", "weighted", "balance")
 _LOWER_IS_BETTER = {
     *("cer_nospace", "cer", "wer", "swer", "cer_phonetic", "cer_best", "loss", "perplexity"),
