@@ -12,7 +12,7 @@ import soundfile
 import soxr
 from helpers.audio_files import by_ffmpeg, by_soundfile, sound
 
-from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode, resampled_length
+from voxray.audio.decode import FFMPEG_SUFFIXES, Part, decode, header_seconds, resampled_length
 from voxray.core.errors import BadRow
 
 RATE_HZ = 16_000
@@ -237,3 +237,14 @@ def test_resampled_length_agrees_with_decode(rate_hz: int) -> None:
                 resampled_length(count, rate_hz, RATE_HZ)
         else:
             assert resampled_length(count, rate_hz, RATE_HZ) == expected
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC"])
+def test_a_container_that_is_called_pcm_is_read_as_what_it_is(kind: str, tmp_path: Path) -> None:
+    """Headerless samples have no rate; a WAV at 8 kHz called .pcm would be read twice as fast, after a click."""
+    samples = np.sin(np.arange(8_000) / 7).astype(np.float32) / 2
+    raw = by_soundfile(samples, 8_000, kind)
+    path = tmp_path / "a.pcm"
+    path.write_bytes(raw)
+    assert np.array_equal(decode(str(path), RATE_HZ), decode(f"a.{kind.lower()}", RATE_HZ, raw))
+    assert header_seconds(str(path)) == 1.0

@@ -247,6 +247,8 @@ def test_a_flag_repeated_with_the_same_value_is_fine():
         ("lr: !!timestamp abc", "--config"),
         ("[" * 5000, "--config"),
         ("lr: \x01", "--config"),
+        ("lr: 1\nlr: 2", "line 2: the key lr is there twice"),
+        ("task_weights: {asr: 1, asr: 2}", "line 1: the key asr is there twice"),
     ],
 )
 def test_faulty_yaml(yaml, text: str, message: str, capsys: pytest.CaptureFixture[str]):

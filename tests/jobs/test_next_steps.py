@@ -9,7 +9,7 @@ from helpers.bad_input import noise
 from helpers.corpora import prepare
 from helpers.running import parse_only
 
-from voxray.commands.next_steps import after_training
+from voxray.commands.next_steps import after_evaluation, after_sweep, after_training
 from voxray.commands.train import run_training
 
 
@@ -47,3 +47,12 @@ def test_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), min_chars_per_sec=0)
     output = capsys.readouterr().out
     assert check_commands(output[output.index("next:") :].splitlines()) == {"audit", "train_asr_adapter"}
+
+
+def test_after_evaluation_and_sweep(tmp_path: Path) -> None:
+    lines = after_evaluation(tmp_path / "an evaluation")
+    assert check_commands([line for line in lines if line.startswith(" ")]) == {"compare"}
+    assert lines[0] == f"open file://{tmp_path}/an%20evaluation/report.html"
+    (tmp_path / "best.yaml").write_text("lr: 1e-3\ntrain_jsonl: a.jsonl\n")
+    lines = after_sweep(parse_only("tune", ["--recipe", "whisper", "--train_jsonl", "a", "--val_jsonl", "b"]), tmp_path)
+    assert check_commands([line for line in lines if line.startswith(" ")]) == {"train_whisper"}

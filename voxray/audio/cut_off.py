@@ -31,6 +31,8 @@ OGG, MATROSKA = b"OggS", b"\x1a\x45\xdf\xa3"
 STREAMED_BYTES = 1 << 40
 """No file has as much audio. Programs that do not know the size yet write one like 2^63 - 1."""
 FLAC_UNKNOWN = (1 << 36) - 1
+CONTAINERS = (b"RIFF", b"fLaC", b"OggS")
+"""Headers of containers that people also call .pcm."""
 
 
 class AudioFile:
@@ -40,7 +42,7 @@ class AudioFile:
         path: The file.
         raw: Its bytes, if they are in memory.
     Attributes:
-        suffix: In lower case.
+        suffix: In lower case; "" if the file is called .pcm but has the header of a container.
         size: Size of the file in bytes.
         head: Its first 64 KiB.
     Raises:
@@ -51,10 +53,12 @@ class AudioFile:
         self.path, self.suffix, self._raw = path, os.path.splitext(path)[1].lower(), raw
         if raw is not None:
             self.size, self.head = len(raw), raw[:HEAD_BYTES]
-            return
-        with self.open() as file:
-            self.head = file.read(HEAD_BYTES)
-            self.size = len(self.head) if len(self.head) < HEAD_BYTES else file.seek(0, 2)
+        else:
+            with self.open() as file:
+                self.head = file.read(HEAD_BYTES)
+                self.size = len(self.head) if len(self.head) < HEAD_BYTES else file.seek(0, 2)
+        if self.suffix == ".pcm" and self.head.startswith(CONTAINERS):
+            self.suffix = ""
 
     def read(self, start: int, num_bytes: int) -> bytes:
         """Bytes from ``start``, fewer at the end of the file."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from voxray.config.prepare import PrepareSettings
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
 from voxray.core.project_files import typed_command
@@ -54,9 +53,9 @@ def after_sweep(settings: Any, output_dir: Path) -> list[str]:
     return [page_line(output_dir / "report.html"), "next:", f"  {train}"]
 
 
-def after_prepare(settings: PrepareSettings, train: Path) -> list[str]:
+def after_prepare(train: Path, val_manifest: Path | None) -> list[str]:
     """Lines about new manifests: the commands that check them and train on them."""
-    val = ["--val_jsonl", settings.val_output] if settings.val_output else []
+    val = ["--val_jsonl", str(val_manifest)] if val_manifest and val_manifest.is_file() else []
     return [
         "next:",
         f"  {typed_command('audit', '--input', str(train), '--output_dir', str(train.with_suffix('.audit')))}",

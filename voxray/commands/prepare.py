@@ -68,7 +68,7 @@ def run_prepare_job(
     check_output_files(files, settings.input)
     with output_lease(train, "--train_output"), output_lease(ledger, "--quarantine"):
         outcome = _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
-    for line in after_prepare(settings, train) if show_next else ():
+    for line in after_prepare(train, outputs.get("val_output")) if show_next else ():
         console.print(line, markup=False)
     return outcome
 

@@ -21,6 +21,27 @@ def _num_values(node: yaml.Node, counts: dict[int, int]) -> int:
     return counts[id(node)]
 
 
+def _refuse_repeated_keys(node: yaml.Node, visited: set[int]) -> None:
+    """Refuse a mapping with a key twice, of which PyYAML takes the last one without a word.
+
+    Raises:
+        ValueError: The message names the line and the key.
+    """
+    if id(node) in visited or not isinstance(node, yaml.CollectionNode):
+        return
+    visited.add(id(node))
+    keys: set[tuple[str, str]] = set()
+    for child in node.value:
+        pair = child if isinstance(child, tuple) else (child,)
+        if isinstance(child, tuple) and isinstance(child[0], yaml.ScalarNode) and child[0].value != "<<":
+            key = (child[0].tag, child[0].value)
+            if key in keys:
+                raise ValueError(f"line {child[0].start_mark.line + 1}: the key {child[0].value} is there twice")
+            keys.add(key)
+        for part in pair:
+            _refuse_repeated_keys(part, visited)
+
+
 def _without_base_60(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
     """The pattern of a YAML number, changed to reject colons; other patterns unchanged."""
     if tag.rpartition(":")[2] not in {"int", "float"}:
@@ -69,6 +90,8 @@ def yaml_value(text: str) -> Any:
         node = loader.get_single_node()
         if node is not None and _num_values(node, {}) > MAX_VALUES:
             raise ValueError(f"over {MAX_VALUES:,} values, counting what aliases repeat")
+        if node is not None:
+            _refuse_repeated_keys(node, set())
         return None if node is None else loader.construct_document(node)
     # PyYAML raises the last four for dates that do not exist, wrong tags and very deep nesting.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
