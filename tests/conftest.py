@@ -128,8 +128,7 @@ def local_ray() -> None:
     import ray
 
     if not ray.is_initialized():
-        often = {"metrics_report_interval_ms": 1000}  # the default is 10 s
-        ray.init(address="local", num_cpus=4, log_to_driver=False, _system_config=often)
+        ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -330,7 +330,8 @@ def test_rows_of_an_old_cache_are_refused(tmp_path, name):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("name", ["key", pytest.param("audio", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["audio", "key"])
 def test_an_old_cache_ends_every_job_with_one_line(local_ray, tmp_path, name, monkeypatch, capsys):
     import torch
 

@@ -82,6 +82,7 @@ def test_smaller_encoder_outputs_train_nearly_alike(rows, from_mel, tmp_path, dt
     assert 0 < difference.mean() < on_average and (difference < each).all(), difference
 
 
+@pytest.mark.slow
 def test_a_bfloat16_run_trains_the_same_from_its_own_outputs(rows, tmp_path, monkeypatch):
     """--bf16 computes the encoder in bfloat16, so bfloat16 outputs are what it would have computed, but for the size of
     its batches, which bfloat16 products show (by how much depends on the processor)."""

@@ -53,6 +53,9 @@ def test_after_evaluation_and_sweep(tmp_path: Path) -> None:
     lines = after_evaluation(tmp_path / "an evaluation")
     assert check_commands([line for line in lines if line.startswith(" ")]) == {"compare"}
     assert lines[0] == f"open file://{tmp_path}/an%20evaluation/report.html"
-    (tmp_path / "best.yaml").write_text("lr: 1e-3\ntrain_jsonl: a.jsonl\n")
-    lines = after_sweep(parse_only("tune", ["--recipe", "whisper", "--train_jsonl", "a", "--val_jsonl", "b"]), tmp_path)
+    (tmp_path / "best.yaml").write_text("lr: 1e-3\ntrain_jsonl: a.jsonl\noutput_dir: o\n")
+    lines = after_sweep(
+        parse_only("tune", ["--recipe", "whisper", "--train_jsonl", "a", "--val_jsonl", "b", "--output_dir", "o"]),
+        tmp_path,
+    )
     assert check_commands([line for line in lines if line.startswith(" ")]) == {"train_whisper"}

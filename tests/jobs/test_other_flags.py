@@ -337,7 +337,14 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
     special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "rslora"}
     special |= {"strategy": "deepspeed", "zero_stage": 2, "metric_for_best_model": "asr/cer"}
-    special |= {"store": "pcm16", "cache_dtype": "float32", "speeds": (0.8,), "noise_snr": (3.0, 4.0), "language": "en"}
+    special |= {
+        "report_to": ("mlflow",),
+        "store": "pcm16",
+        "cache_dtype": "float32",
+        "speeds": (0.8,),
+        "noise_snr": (3.0, 4.0),
+        "language": "en",
+    }
     values = {}
     for name, info in model.model_fields.items():
         kind, default = info.annotation, info.default

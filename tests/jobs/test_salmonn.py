@@ -325,6 +325,7 @@ def test_files_of_salmonns_trainer_run(
     assert parse_only("train_salmonn", ["--cfg-path", "train_stage2.yaml"]).stage == 2
 
 
+@pytest.mark.slow
 def test_all_jobs_use_the_adapter(
     run: Run, tuned: Path, salmonn: str, small: dict[str, str], tmp_path: Path, evaluation_here: None
 ) -> None:

@@ -8,11 +8,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import SPEECH, TASKS, TINY, WHISPER
 from helpers.running import JOBS, load_job, parse_only
+
+from voxray.commands import audit
 
 VOXTRAL = "mistralai/Voxtral-Mini-3B-2507"
 MULTITASK = (
@@ -66,7 +69,7 @@ SALMONN_MODES = [
 ]
 AUDITS = ["--input data/raw_medqa.jsonl", "--input data/text_medqa.train.jsonl"]
 TRAINING = ("train_text", "train_asr_adapter", "train_multitask")
-QUICK = ["--num_workers", "0", "--debug"]
+QUICK = ["--num_workers", "0", "--debug", "--eval_max_rows", "1"]
 """Added to run a command fast: no Ray Train for one process, a few rows."""
 
 TRAINS = "--train_jsonl data/ASR.jsonl --output_dir out"
@@ -238,15 +241,14 @@ def test_submission_modes_run(local_ray: None, in_seed_folder: Path, capsys: pyt
     assert "no aac row to evaluate" in capsys.readouterr().err
 
 
-@pytest.mark.ray
 def test_audit_commands_run(
-    local_ray: None,
     small: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Lengths, faults and long rows of the raw file and of the clean one; the three old scripts in one."""
+    monkeypatch.setattr(audit, "run_audit_job", partial(audit.run_audit_job, use_ray=False))
     raw, clean = AUDITS
     rows = Path(small["tqa.train"]).read_bytes()
     (tmp_path / "data").mkdir()

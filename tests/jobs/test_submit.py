@@ -26,7 +26,7 @@ import pytest
 from conftest import TINY, read_rows, write_rows
 from helpers.running import ROOT, alive, end_processes, environment, processes_of
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 RAY = str(Path(sys.executable).with_name("ray"))
 WAIT_SEC = 240
 
@@ -165,7 +165,6 @@ def assert_refused(head: Head, name: str, status: int, reason: str) -> None:
     assert len(lines) == 1 and lines[0].startswith(reason), details["logs"]
 
 
-@pytest.mark.slow
 def test_submitted_run_succeeds(head: Head, small: dict[str, str], tmp_path: Path) -> None:
     train = ",".join(small[f"{task}.train"] for task in ("asr", "sqa", "tqa"))
     val = ["--val_jsonl", ",".join(small[f"{task}.val"] for task in ("asr", "sqa", "tqa"))]

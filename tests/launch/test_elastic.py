@@ -96,12 +96,11 @@ def made(small, tmp_path_factory) -> str:
     return str(folder)
 
 
-def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch, capsys):
-    """Contract 12, on a run of two Ray Train processes. No file has a secret from the environment."""
+def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch):
+    """Contract 12, on a run of a Ray Train process. No file has a secret from the environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")
-    result = run_training(settings(small, tmp_path, features_dir=made))
+    result = run_training(settings(small, tmp_path, features_dir=made, num_workers=1))
     assert result["finished"] and result["steps"] == 3 and "asr/cer_nospace" in result
-    assert "Ray's dashboard: http://127.0.0.1:" in capsys.readouterr().out
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"settings.json", "metrics.jsonl", "adapter", "checkpoints", "tensorboard", "quarantine.jsonl"}
     assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 3
@@ -136,12 +135,12 @@ def dashboard_runs() -> list[Any]:
 
 
 def gauges(run: str, name: str) -> dict[str, float]:
-    """{task: value} of a gauge at the node's Prometheus endpoint, which may lag by a second."""
+    """{task: value} of a gauge at the node's Prometheus endpoint, which may lag by ten seconds."""
     import ray
 
     [node] = ray.nodes()
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    for _ in range(100):
+    for _ in range(200):
         with urllib.request.urlopen(address, timeout=5) as page:
             families = text_string_to_metric_families(page.read().decode())
         samples = [sample for family in families for sample in family.samples if sample.name == name]

@@ -99,10 +99,11 @@ def test_a_flag_whose_library_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     findings = Findings()
-    check_flags_need(settings(quantize="4bit", strategy="deepspeed"), findings)
+    check_flags_need(settings(quantize="4bit", strategy="deepspeed", report_to="wandb"), findings)
     assert [finding.message.partition(":")[0] for finding in findings.to_fix] == [
         "--quantize 4bit",
         "--strategy deepspeed",
+        "--report_to wandb",
     ]
 
 

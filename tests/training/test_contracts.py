@@ -130,6 +130,7 @@ def _forget_after(run_dir: Path, step: int) -> None:
     shutil.rmtree(run_dir / "adapter")
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_sees_the_same_batches(data, tmp_path):
     """2, then 1, then 3, then 2 workers equal 2 workers throughout, to 1e-5, with packs, dropout and SpecAugment."""
     common = {"per_device_bsz": 1, "save_steps": 2, "batching": "packed", "pack_tokens": 200, "lora_dropout": 0.05}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -285,20 +286,24 @@ def provenance() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {"versions": versions, "git": _git_state(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+    return {"versions": versions, "git": _git_state(PROJECT_FILES), "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 
-def _git_state() -> dict[str, Any] | None:
-    """Commit of the checkout and whether it has changes; None outside a checkout, as in a submitted job's copy."""
-    if PROJECT_FILES == IN_WHEEL:
+@cache
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout and whether it had changes when this process first asked, since its code was read then.
+
+    None outside a checkout, as in a submitted job's copy.
+    """
+    if folder == IN_WHEEL:
         return None  # the environment may be inside a checkout of something else
     try:
-        commit = _git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git("status", "--porcelain"))}
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git(folder, "status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(PROJECT_FILES), *arguments]
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
