@@ -86,3 +86,20 @@ def test_a_folder_too_long_for_sockets_is_one_line(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RunError, match=message), ray_session(tmp_path / "ray.log"):
         pass
     assert os.environ["RAY_TMPDIR"] == str(long)
+
+
+def test_the_dashboard_is_named_with_its_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert session.dashboard_line() == "", "no Ray runs"
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    for url, mode, line in (
+        (
+            "127.0.0.1:8265",
+            "token",
+            "Ray's dashboard: http://127.0.0.1:8265; it asks for the token in ~/.ray/auth_token",
+        ),
+        ("127.0.0.1:8265", "disabled", "Ray's dashboard: http://127.0.0.1:8265"),
+        ("", "token", ""),
+    ):
+        monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda url=url: url)
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        assert session.dashboard_line() == line

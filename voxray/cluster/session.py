@@ -70,9 +70,10 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
 
 def dashboard_line() -> str:
     """Where the dashboard of this Ray is and how to log in; "" if it has none."""
+    import ray
     from ray._private.worker import get_dashboard_url
 
-    url = get_dashboard_url()
+    url = get_dashboard_url() if ray.is_initialized() else ""
     login = "; it asks for the token in ~/.ray/auth_token" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
     return f"Ray's dashboard: http://{url}{login}" if url else ""
 

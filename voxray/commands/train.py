@@ -55,7 +55,8 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
             with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
                 require_capacity(num_workers[0])
                 warn_about_idle_gpus(num_workers[0])
-                console.print(dashboard_line(), markup=False)
+                if line := dashboard_line():
+                    console.print(line, markup=False)
                 result = _train(run, num_workers)
         else:
             result = _train(run, num_workers)
