@@ -372,4 +372,4 @@ def test_report_opens_in_a_browser(planted, tmp_path):
     assert dom.count("<img") == 2 and dom.count("data:image/png;base64,") == 2
     assert f"{len(EXPECTED)} fault(s)" in dom and f"{train}:13" in dom
     assert f"<b>{figures['rows']}</b>" in dom and f"<b>{figures['clean_rows']}</b>" in dom
-    assert "<td>새는 소리 &lt;script&gt;" in dom and "<script" not in dom
+    assert ">새는 소리 &lt;script&gt;" in dom and "<script" not in dom

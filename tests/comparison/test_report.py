@@ -215,7 +215,7 @@ def test_a_comparison_opens_sorts_and_filters(folder, page):
     assert changes == sorted(changes, reverse=True) and changes[0] > 0 > changes[-1]
     assert page.read("document.querySelectorAll('.lead li').length") == 5, "verdicts, the slices of one task, changes"
     glance = page.read("document.getElementById('overview').innerText")
-    assert glance.startswith("run\tmacro\tweighted\tbalance\tasr cer_nospace\ttqa rouge_l")
+    assert glance.startswith("run\tmacro\tweighted\tbalance\tasr cer_nospace ↓\ttqa rouge_l ↑")
     assert page.read("document.querySelectorAll('svg').length") >= 3
     visible = "[...document.querySelectorAll('#slices tbody tr')].filter(row => !row.hidden).map(row => row.innerText)"
     assert len(page.read(visible)) > 2

@@ -29,6 +29,7 @@ from voxray.comparison.report_tables import (
     about_table,
     difference_charts,
     difference_table,
+    metric_label,
     metric_tables,
     overview_table,
     slice_table,
@@ -38,7 +39,7 @@ from voxray.core.tasks import TASKS
 from voxray.html.charts import Chart, Value, bars
 from voxray.html.page import Cell, Table, render_page
 from voxray.metrics.bootstrap import NUM_RESAMPLES
-from voxray.metrics.names import OUT_OF_100, headline, higher_is_better, is_transcript
+from voxray.metrics.names import headline, is_transcript
 
 ASSETS = ("report.css", "report.js")
 ERROR_EDGES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
@@ -218,18 +219,8 @@ def _metrics_table(run: Evaluation, comparisons: Sequence[TaskComparison]) -> tu
         elif entry.get("low") is not None:
             bounds = entry["low"], entry["high"]
         interval = f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
-        rows.append([task, _name_and_scale(task, name), Cell(f"{value:.4f}", value), interval, entry.get("n", "")])
+        rows.append([task, metric_label(f"{task}/{name}"), Cell(f"{value:.4f}", value), interval, entry.get("n", "")])
     return Table(["task", "metric", "value", "95 % interval", "n"], rows, "sortable", "metrics"), outdated
-
-
-def _name_and_scale(task: str, metric: str) -> str:
-    """A metric with an arrow to its better values, and with its scale if that is not 0 to 1."""
-    try:
-        arrow = "\N{UPWARDS ARROW}" if higher_is_better(f"{task}/{metric}") else "\N{DOWNWARDS ARROW}"
-    except ValueError:  # a metric of another version
-        arrow = ""
-    scale = " (0 to 100)" if metric in OUT_OF_100 else ""
-    return f"{metric}{scale} {arrow}".rstrip()
 
 
 def _charts(

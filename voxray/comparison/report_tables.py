@@ -8,11 +8,25 @@ from voxray.comparison.evaluations import Evaluation
 from voxray.core.tasks import TASKS
 from voxray.html.charts import Chart, IntervalRow, Value, differences
 from voxray.html.page import Cell, Table
-from voxray.metrics.names import headline, higher_is_better
+from voxray.metrics.names import OUT_OF_100, headline, higher_is_better
 
 DECODING = ("gen_max_new_tokens", "num_beams", "temperature", "top_p", "bf16", "fp16", "quantize", "max_len")
 VERDICTS = {1: ("better", "up"), -1: ("worse", "down"), 0: ("unsure", "")}
 """CSS classes in charts and in tables, by the sign of a difference that is shown."""
+
+
+def metric_label(metric: str) -> str:
+    """A metric with an arrow to its better values, and with its scale if that is not 0 to 1.
+
+    Args:
+        metric: A key such as ``asr/cer``, or only the metric's name.
+    """
+    name = metric.rpartition("/")[2]
+    try:
+        arrow = "\N{UPWARDS ARROW}" if higher_is_better(metric) else "\N{DOWNWARDS ARROW}"
+    except ValueError:  # a metric of another version
+        arrow = ""
+    return f"{name}{' (0 to 100)' if name in OUT_OF_100 else ''} {arrow}".rstrip()
 
 
 def about_table(runs: Sequence[Evaluation]) -> Table:
@@ -44,7 +58,7 @@ def overview_table(
             name = headline(task.task)
             row.append(_number(task.values[name][index][0], "best" if index in task.highlighted(name) else ""))
         rows.append([*row, *(values[index] for values in trained.values())])
-    heads = ["run", *means, *(f"{task.task} {headline(task.task)}" for task in tasks), *trained]
+    heads = ["run", *means, *(f"{task.task} {metric_label(headline(task.task))}" for task in tasks), *trained]
     return Table(heads, rows, "sortable runs", "overview")
 
 
@@ -62,7 +76,8 @@ def metric_tables(runs: Sequence[Evaluation], comparisons: Sequence[TaskComparis
                 text = f"{value:.3f}" + (f" [{bounds[0]:.3f},\u00a0{bounds[1]:.3f}]" if bounds else "")
                 row.append(Cell(text, value, "best" if index in best[name] else ""))
             rows.append([*row, *(_number(values[index]) for values in stored.values())])
-        tables[task.task] = Table(["run", *task.values, *stored], rows, "sortable runs", f"runs-{task.task}")
+        heads = ["run", *map(metric_label, (*task.values, *stored))]
+        tables[task.task] = Table(heads, rows, "sortable runs", f"runs-{task.task}")
     return tables
 
 
@@ -101,7 +116,7 @@ def difference_table(runs: Sequence[Evaluation], comparisons: Sequence[TaskCompa
                 low, high = entry.interval or (entry.difference, entry.difference)
                 rows.append(
                     [
-                        *(Cell(runs[run].label, kind="name"), task.task, name),
+                        *(Cell(runs[run].label, kind="name"), task.task, metric_label(name)),
                         *(_number(entry.first), _number(entry.second)),
                         *(_difference(entry.difference, task.direction(run, name)), f"{signed(low)} to {signed(high)}"),
                         *(_p_value(task.adjusted[0, run][name]), entry.num_rows),
@@ -121,7 +136,7 @@ def slice_table(runs: Sequence[Evaluation], slices: Sequence[SliceComparison]) -
     rows = []
     for entry in slices:
         result = entry.difference
-        row: list[Any] = [entry.task, entry.slice, entry.value, result.num_rows, headline(entry.task)]
+        row: list[Any] = [entry.task, entry.slice, entry.value, result.num_rows, metric_label(headline(entry.task))]
         if len(runs) == 1:
             bounds = result.first_interval
             row += [_number(result.first), f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""]

@@ -55,7 +55,8 @@ class Table:
             [replace(cell, kind=f"{kind} {cell.kind}".strip()) for cell, kind in zip(row, kinds, strict=True)]
             for row in cells
         ]
-        self.kind, self.id = kind, id
+        # on a narrow screen the cells of a wide table are below each other, with the column's name above each
+        self.kind, self.id = f"{kind} stacks".strip() if len(heads) > 3 else kind, id
 
 
 def path_cell(path: str, max_chars: int = 60) -> Cell:
