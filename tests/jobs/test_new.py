@@ -47,19 +47,28 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     output = capsys.readouterr().out
     assert "memory of one worker" in output and "not fitted" not in output and commands[0] in output
     train, evaluate, infer = (shlex.split(command)[1:] for command in commands)
-    assert train[0] == "jobs/train_whisper.py" and Path(train[2]) == Path("my project/train.yaml")
+    assert Path(train[0]).name == "train_whisper.py" and Path(train[2]) == Path("my project/train.yaml")
     parse_only("train_whisper", train[1:])
     assert parse_only("evaluate", evaluate[1:]).val_jsonl == (str(folder / "data" / "val.jsonl"),)
     parse_only("infer", infer[1:])
-    with pytest.raises(SettingsError, match="--project my project: holds files already"):
+    (folder / "run" / "settings.json").write_text("{}")
+    (folder / "run" / "checkpoints").mkdir()
+    with pytest.raises(SettingsError, match="--project my project: holds a run or other files"):
         new(table)
 
 
-def test_a_base_that_is_not_here_gets_settings_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    commands = new(table, model_id=str(table.parent / "absent-whisper"), leaks="scripted", memory_gib="24")
-    assert "train.yaml are not fitted to a machine" in capsys.readouterr().out
-    values = yaml.safe_load((table.parent / "my project" / "train.yaml").read_text())
-    assert values["model_id"].endswith("absent-whisper") and len(commands) == 3
+def test_settings_that_do_not_fit_are_written_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = new(table, leaks="scripted", memory_gib="0.001")
+    assert "train.yaml are not fitted to a machine" in capsys.readouterr().out and len(commands) == 3
+    assert new(table, leaks="scripted") == commands, "what the first call left is replaced"
+    assert "not fitted" not in capsys.readouterr().out
+
+
+def test_a_base_that_is_not_there_ends_it_before_the_clips_are_read(table: Path) -> None:
+    absent = table.parent / "absent-whisper"
+    with pytest.raises(RunError, match=f"--model_id {absent}: no such folder"):
+        new(table, model_id=str(absent))
+    assert not (table.parent / "my project").exists()
 
 
 def test_data_that_cannot_be_used_leaves_no_folder(table: Path) -> None:

@@ -46,7 +46,7 @@ def test_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     rows = [{"audio_path": noise(tmp_path / f"{n}.wav", 4.0), "transcript": f"글 {n}"} for n in range(4)]
     prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), min_chars_per_sec=0)
     output = capsys.readouterr().out
-    assert check_commands(output[output.index("next:") :].splitlines()) == {"audit", "train_asr_adapter"}
+    assert check_commands(output[output.index("next:") :].splitlines()) == {"audit", "preflight"}
 
 
 def test_after_evaluation_and_sweep(tmp_path: Path) -> None:

@@ -187,3 +187,19 @@ def test_rows_like_those_of_the_test_set_do_not_train(tmp_path: Path) -> None:
     assert leaks == {number for number in (0, 1) if sides[number] == "train"}
     assert count_leaks(split, rows).text == len(leaks) > 0
     assert "test" not in {choose_split(rows, 0.3, 0, with_validation=True).side(row) for row in rows}
+
+
+def test_few_large_speakers_still_give_validation_rows() -> None:
+    """Four speakers of 20 to 25 rows: a tenth of all rows is less than any of them."""
+    from voxray.corpora.prepare.split import choose_split
+
+    sizes = {"a": 25, "b": 20, "c": 22, "d": 23}
+    rows = [
+        SimpleNamespace(reason="", audio_hash="", leak_text="", group=group, split="")
+        for group, size in sizes.items()
+        for _ in range(size)
+    ]
+    for seed in range(5):
+        assert choose_split(rows, 0.1, seed, with_validation=True).groups == {"b"}
+    one_speaker = [row for row in rows if row.group == "a"]
+    assert not choose_split(one_speaker, 0.1, 0, with_validation=True).groups

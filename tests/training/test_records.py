@@ -31,6 +31,7 @@ from voxray.recipes.training_data import TrainingData
 from voxray.training import gpu_stats, validate, validation_hook
 from voxray.training.callbacks import Callbacks
 from voxray.training.gpu_stats import GpuStats
+from voxray.training.loop import warmup_warning
 from voxray.training.previews import PREVIEWS_YAML, PreviewSettings, preview, read_settings
 from voxray.training.records import published_name, read_metrics
 
@@ -383,3 +384,11 @@ def test_an_existing_previews_yaml_overrides_the_flag(data, tmp_path):
     assert "overrides" not in (tmp_path / "train.log").read_text() and len(read_previews(tmp_path)) == 3
     train(tmp_path, data, max_steps=2, preview_rows=5)
     assert "says rows: 1, which overrides --preview_rows" in (tmp_path / "train.log").read_text()
+
+
+def test_a_warm_up_that_outlasts_the_run_is_named() -> None:
+    settings = MultitaskSettings(train_jsonl="a", output_dir="b", warmup_steps=50)
+    assert warmup_warning(settings, 27).startswith(
+        "warning: --warmup_steps 50 of 27 steps: the rate never reaches --lr"
+    )
+    assert "--warmup_steps 2 is a tenth" in warmup_warning(settings, 27) and not warmup_warning(settings, 51)

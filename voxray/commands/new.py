@@ -1,9 +1,11 @@
 """The new job: one's own data to a project folder with manifests, settings that fit, and the commands to run."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from voxray.commands.next_steps import has_rows
 from voxray.commands.preflight import report_preflight
 from voxray.commands.prepare import run_prepare_job
 from voxray.config.new import NewSettings
@@ -13,11 +15,14 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.project_files import typed_command
 from voxray.core.storage import write_atomically
+from voxray.models.registry import get_family
 from voxray.preflight.check_run import Preflight
 from voxray.preflight.report import launch_values, write_launch_file
-from voxray.runs.run_folder import make_folder, resolve_output_dir
+from voxray.runs.run_folder import holds_run, make_folder, resolve_output_dir
 
 SETTINGS_FILE = "train.yaml"
+OWN = {"data", "run", SETTINGS_FILE}
+"""What an earlier call with the same folder left, which this one replaces."""
 
 
 def run_new(settings: NewSettings) -> list[str]:
@@ -26,12 +31,14 @@ def run_new(settings: NewSettings) -> list[str]:
     Returns:
         The commands that train, evaluate and transcribe.
     Raises:
-        RunError: The data has no usable row or leaks between training and validation.
-        SettingsError: The folder holds files already.
+        RunError: The base cannot be read, or the data has no usable row or leaks between training and validation.
+        SettingsError: The folder holds a run, or files of something else.
     """
+    get_family(settings.model_id)  # before all clips are read
     folder = resolve_output_dir(settings.project, settings.storage_path, flag="--project")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--project {settings.project}: holds files already; name a new folder")
+    is_new = folder.is_dir() and {path.name for path in folder.iterdir()} <= OWN and not holds_run(folder / "run")
+    if folder.exists() and not is_new:
+        raise SettingsError(f"--project {settings.project}: holds a run or other files; name a new folder")
     make_folder(folder, "--project")
     try:
         run_prepare_job(settings, show_next=False)
@@ -42,14 +49,18 @@ def run_new(settings: NewSettings) -> list[str]:
     train, val = (
         resolve_output_dir(path, settings.storage_path) for path in (settings.train_output, settings.val_output)
     )
-    rows = {"train_jsonl": str(train)} | ({"val_jsonl": str(val)} if val.is_file() and val.stat().st_size else {})
-    job = _write_settings(settings, folder, {**rows, "output_dir": str(folder / "run")})
+    values: dict[str, Any] = {"train_jsonl": str(train), "output_dir": str(folder / "run")}
+    if has_rows(val):
+        values |= {"val_jsonl": str(val), "load_best_model_at_end": True}
+    job = _write_settings(settings, folder, values)
     shown = Path(settings.project)
-    rows_to_score = str(shown / val.relative_to(folder)) if "val_jsonl" in rows and val.is_relative_to(folder) else ""
+    run, evaluation = str(shown / "run"), str(shown / "evaluation")
+    rows = str(shown / val.relative_to(folder)) if val.is_relative_to(folder) else str(val)
+    rows = rows if has_rows(val) else "YOUR-TEST-ROWS.jsonl"
     commands = [
         typed_command(job, "--config", str(shown / SETTINGS_FILE)),
-        typed_command("evaluate", "--lora_dir", str(shown / "run"), "--val_jsonl", rows_to_score or "test.jsonl"),
-        typed_command("infer", "--lora_dir", str(shown / "run"), "--audio_path", "clip.wav"),
+        typed_command("evaluate", "--lora_dir", run, "--val_jsonl", rows, "--output_dir", evaluation),
+        typed_command("infer", "--lora_dir", run, "--audio_path", "clip.wav", *_language(train)),
     ]
     file = folder / SETTINGS_FILE
     write_atomically(file, "".join(f"# {line}\n" for line in commands).encode() + file.read_bytes())
@@ -59,10 +70,17 @@ def run_new(settings: NewSettings) -> list[str]:
     return commands
 
 
+def _language(manifest: Path) -> list[str]:
+    """The flag for the language of the rows, if their first one names it."""
+    with open(manifest, encoding="utf-8") as file:
+        language = json.loads(file.readline()).get("language", "")
+    return ["--language", language] if language else []
+
+
 def _write_settings(settings: NewSettings, folder: Path, values: dict[str, Any]) -> str:
     """Write the training settings that a preflight fits to this machine; returns the training job.
 
-    A base that is not on this machine cannot be checked here, so its settings are those that the user would give.
+    If something has to be fixed first, the settings are those that the user would give.
     """
     values = {"model_id": settings.model_id, **values}
     kind, why = preflight_settings([word for name, value in values.items() for word in (f"--{name}", str(value))])
@@ -71,7 +89,7 @@ def _write_settings(settings: NewSettings, folder: Path, values: dict[str, Any])
         preflight.findings.add("ok", "recipe", why)
     preflight.check()
     try:
-        report_preflight(preflight)
+        report_preflight(preflight, show_command=False)
         shutil.copy(folder / "run" / "preflight" / f"{preflight.job}.yaml", folder / SETTINGS_FILE)
     except RunError as error:
         console.print(f"{error}; the settings in {SETTINGS_FILE} are not fitted to a machine", markup=False)

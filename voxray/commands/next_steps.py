@@ -25,7 +25,7 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
             )
             break
     run = settings.output_dir if "://" in settings.output_dir else str(run_dir)
-    rows = ["--val_jsonl", ",".join(settings.val_jsonl)] if settings.val_jsonl else ["--val_jsonl", "test.jsonl"]
+    rows = ["--val_jsonl", ",".join(settings.val_jsonl) or "YOUR-TEST-ROWS.jsonl"]
     board = f"{run_dir.name}:{run_dir / 'tensorboard'}"  # with the name of the run
     return [
         *lines,
@@ -54,10 +54,18 @@ def after_sweep(settings: Any, output_dir: Path) -> list[str]:
 
 
 def after_prepare(train: Path, val_manifest: Path | None) -> list[str]:
-    """Lines about new manifests: the commands that check them and train on them."""
-    val = ["--val_jsonl", str(val_manifest)] if val_manifest and val_manifest.is_file() else []
+    """Lines about new manifests: the commands that check them and choose settings to train on them."""
+    manifests = [str(train), *([str(val_manifest)] if val_manifest and has_rows(val_manifest) else [])]
+    rows = [
+        word for flag, path in zip(("--train_jsonl", "--val_jsonl"), manifests, strict=False) for word in (flag, path)
+    ]
     return [
         "next:",
-        f"  {typed_command('audit', '--input', str(train), '--output_dir', str(train.with_suffix('.audit')))}",
-        f"  {typed_command('train_asr_adapter', '--train_jsonl', str(train), *val, '--output_dir', 'runs/asr')}",
+        f"  {typed_command('audit', '--input', ','.join(manifests), '--output_dir', str(train.with_suffix('.audit')))}",
+        f"  {typed_command('preflight', '--model_id', 'MODEL', *rows, '--output_dir', 'runs/first')}",
     ]
+
+
+def has_rows(manifest: Path) -> bool:
+    """Whether a manifest exists and is not empty."""
+    return manifest.is_file() and manifest.stat().st_size > 0

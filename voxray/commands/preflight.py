@@ -21,6 +21,7 @@ from voxray.preflight.report import (
     write_launch_file,
 )
 from voxray.runs.run_folder import provenance
+from voxray.training.loop import warmup_warning
 
 CHANGED = ("per_device_bsz", "pack_tokens", "grad_accum", "grad_ckpt", "num_workers", "loader_workers")
 """Settings that a preflight may change."""
@@ -45,9 +46,11 @@ def run_preflight(settings: Any, why: str = "") -> None:
         os.execv(command[0], command)  # so its exit status is ours, and it receives our signals
 
 
-def report_preflight(preflight: Preflight) -> list[str]:
+def report_preflight(preflight: Preflight, *, show_command: bool = True) -> list[str]:
     """Print the findings and write preflight.json and the launch file.
 
+    Args:
+        show_command: Print the command that starts the training.
     Returns:
         The command that starts the training.
     Raises:
@@ -71,6 +74,8 @@ def report_preflight(preflight: Preflight) -> list[str]:
             print(f"error: {finding.about}: {finding.message}", file=sys.stderr, flush=True)
         where = f"; all that was found is in {folder / 'preflight.json'}" if folder else ""
         raise RunError(f"{len(to_fix)} thing(s) must be fixed first{where}")
+    if not show_command:
+        return command
     console.print(f"preflight.json and {preflight.job}.yaml in {folder}", markup=False)
     console.print(f"start it with: {format_command(command)}", markup=False)
     return command
@@ -98,7 +103,12 @@ def _time_lines(preflight: Preflight) -> list[str]:
         each = "not measured" if time.validation_sec is None else f"about {_clock(time.validation_sec)}"
         line += f", {time.num_validations} validation(s) in {each}"
     price = preflight.price()
-    return [line, *([f"cost: about {price:.2f} at {preflight.flags.price_per_hour:g} an hour"] if price else [])]
+    warning = warmup_warning(preflight.settings, time.num_steps)
+    return [
+        line,
+        *([warning] if warning else []),
+        *([f"cost: about {price:.2f} at {preflight.flags.price_per_hour:g} an hour"] if price else []),
+    ]
 
 
 def _clock(seconds: float) -> str:

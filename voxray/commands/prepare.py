@@ -202,6 +202,8 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
     console.print(table)
     for sentence in advice(dropped, total["rows"], outcome.short_secs, settings.min_sec):
         console.print(sentence, markup=False)
+    if settings.val_output and splits["train"]["rows"] and not splits["val"]["rows"]:
+        console.print("no row is left for validation: all rows are of one speaker or session, which stays on one side")
     if outcome.leaks:
         console.print(f"leaks between the splits: {outcome.leaks}")
     if outcome.notes:
@@ -212,7 +214,8 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
             f"{outcome.num_mixed} row(s) average the channels of a recording of which other rows take one channel; if "
             "its channels are different speakers, give these rows a channel"
         )
-    console.print(f"every row left out is in {ledger}", markup=False)
+    if dropped:
+        console.print(f"every row left out is in {ledger}", markup=False)
 
 
 def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:

@@ -1,6 +1,7 @@
 """Where the job scripts, their recipes and the demo's assets are, and how a user starts a job."""
 
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,7 +23,14 @@ def job_names() -> list[str]:
 
 
 def typed_command(job: str, *flags: str) -> str:
-    """The command that starts a job, as the user of this process types it: ``voxray JOB`` or ``python jobs/JOB.py``."""
+    """The command that starts a job, as the user of this process types it: ``voxray JOB`` or ``python jobs/JOB.py``.
+
+    Where a shell would not find it, it has the full path.
+    """
     program = Path(sys.argv[0])
-    by_script = PROJECT_FILES != IN_WHEEL and program.name != "voxray" and program.parent.name != "voxray"
-    return " ".join([f"python jobs/{job}.py" if by_script else f"voxray {job}", *map(shlex.quote, flags)])
+    if PROJECT_FILES != IN_WHEEL and program.name != "voxray" and program.parent.name != "voxray":
+        script = Path("jobs") / f"{job}.py"
+        words = ["python", str(script if script.is_file() else job_script(job))]
+    else:
+        words = [str(program.absolute()) if program.name == "voxray" and not shutil.which("voxray") else "voxray", job]
+    return shlex.join([*words, *flags])

@@ -54,6 +54,9 @@ def read_config(model_id: str) -> dict[str, Any]:
     for files, layout in OTHER_LAYOUTS.items():
         if all(any(Path(model_id).glob(file)) for file in files) and not any(Path(model_id).glob("model*.safetensors")):
             raise RunError(f"--model_id {model_id}: {layout}; voxray reads models in the layout of transformers")
+    is_path = model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1
+    if is_path and not Path(model_id).is_dir():
+        raise RunError(f"--model_id {model_id}: no such folder")
     with library_errors(f"--model_id {model_id}: no usable config.json in this folder or on the hub"):
         return dict(PreTrainedConfig.get_config_dict(model_id)[0])
 

@@ -32,7 +32,7 @@ from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.callbacks import planned_workers
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter
 from voxray.training.engine import DataParallel, Engine, OptimizerState
-from voxray.training.loop import Hooks, StopSignals, TrainState, fit
+from voxray.training.loop import Hooks, StopSignals, TrainState, fit, warmup_warning
 from voxray.training.loss_scaling import LossScaler
 from voxray.training.previews import MAX_TOKENS, Previews, PreviewSettings
 from voxray.training.records import Monitor
@@ -77,6 +77,8 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
             for line in filter(None, (*lines, count_lost(run.stage, lost))):
                 monitor.say(line)
             describe_run(monitor, state.parameters, loader, state.start.step, num_steps)
+            if (warning := warmup_warning(run.settings, num_steps)) and not run.settings.debug:
+                monitor.say(warning)
         step = _fit(run, state, loader, num_steps, monitor, validation)
         return _finish(run, state.best, step, num_steps, monitor)
 

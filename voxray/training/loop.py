@@ -228,6 +228,14 @@ def seed_microbatch(seed: int, step: int, number: int) -> None:
     torch.manual_seed(int(state) % 2**63)
 
 
+def warmup_warning(settings: TrainSettings, num_steps: int) -> str:
+    """A warning if the warm-up lasts as long as the run; "" otherwise."""
+    if settings.warmup_steps < num_steps:
+        return ""
+    all_of_it = f"--warmup_steps {settings.warmup_steps} of {num_steps} steps: the rate never reaches --lr"
+    return f"warning: {all_of_it}; --warmup_steps {max(1, num_steps // 10)} is a tenth of the steps"
+
+
 def learning_rate(settings: Any, step: int, num_steps: int) -> float:
     """Learning rate of step ``step`` (from 0): linear warm-up, then the chosen shape down to 0 at the end.
 

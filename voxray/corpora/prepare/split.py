@@ -118,6 +118,8 @@ def choose_split(
         if count < target and abs(count + sizes[group] - target) <= abs(count - target):
             groups.add(group)
             count += sizes[group]
+    if not groups and len(order) > 1:  # the share is smaller than every group
+        groups.add(min(order, key=lambda group: sizes[group]))
     return Split(groups=groups, with_test=with_test)
 
 
