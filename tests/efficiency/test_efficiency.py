@@ -152,6 +152,7 @@ def job(tmp_path: Path) -> Job:
     return run
 
 
+@pytest.mark.slow
 def test_report_of_every_family(job: Job, salmonn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model_id in (TINY, WHISPER, salmonn):
         report = job(model_id=model_id, batch_sizes="2,1")

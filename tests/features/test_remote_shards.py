@@ -173,6 +173,7 @@ def test_many_threads_share_a_small_cache(memory, speech, tmp_path):
     assert not faults and 0 < peak[0] <= 3 * max(sizes) + 20_000
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache(tmp_path):
     """Two processes fetch the same files at the same time; both get them, and one copy stays."""
     source = tmp_path / "there"

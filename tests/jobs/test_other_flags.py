@@ -204,6 +204,7 @@ def test_numbers_of_ray_actors(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_featurize_flags(
     local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

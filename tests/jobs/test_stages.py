@@ -246,6 +246,7 @@ def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], fir
         run("train_asr_adapter", *SAME_LORA, "--store", "encoder", init_adapter=str(with_encoder))
 
 
+@pytest.mark.slow
 def test_the_three_stages_in_a_row(
     run: Callable[..., Path],
     first_stage: Path,

@@ -258,6 +258,7 @@ def test_settings_of_the_training_are_the_training_jobs() -> None:
     assert type(training) is TextSettings and training.model_fields_set == {"train_jsonl", "output_dir", "lora_r"}
 
 
+@pytest.mark.slow
 def test_salmonn_is_put_together_in_the_preflights_own_folder(
     salmonn_parts: dict[str, str], small: dict[str, str], tmp_path: Path
 ) -> None:

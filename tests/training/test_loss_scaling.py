@@ -106,6 +106,7 @@ def test_a_bad_step_changes_nothing_and_is_counted(data: TrainingData, tmp_path:
     assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
 
 
+@pytest.mark.slow
 def test_all_workers_skip_and_stop_alike(data: TrainingData, tmp_path: Path) -> None:
     """The first steps overflow. Steps 5 and 6 have a bad row on one of two workers, so the run stops and names the rows
     of that forward pass. One process with the same microbatches does the same."""

@@ -258,6 +258,7 @@ def test_packed_training_resumes_exactly(data, tmp_path):
     assert all(0 < record["efficiency"] <= 1 for record in cosine)
 
 
+@pytest.mark.slow
 def test_two_workers_train_packs_like_one(data, tmp_path):
     """Dropout is seeded per microbatch. Losses agree to 1e-5."""
     one = processes.run(settings(tmp_path / "a", grad_accum=4), data)

@@ -80,6 +80,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 def test_out_of_memory_advises_which_settings_to_lower(
     tmp_path: Path, small: dict[str, str], make_features: Callable
 ) -> None:

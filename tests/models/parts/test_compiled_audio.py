@@ -28,7 +28,7 @@ from voxray.models.adapters.lora import add_lora, load_adapter, save_adapter
 from voxray.models.parts.compiled_audio import CompiledAudio, split_windows, use_compiled, weights_hash
 from voxray.models.registry import get_family
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 CPU = torch.device("cpu")
 FAMILY = get_family(WHISPER)
 MEASUREMENTS = {"compile_sec": 1.0, "difference": 0.0, "eager_sec": 1.0, "compiled_sec": 1.0}
