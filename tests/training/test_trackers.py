@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def test_mlflow_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatc
         history = client.get_metric_history(run.info.run_id, f"{kind}/{name}")
         assert {metric.step: metric.value for metric in history} == pytest.approx(recorded(run_dir, kind, name))
     assert not (run_dir / "tensorboard").exists()
+    assert len(list((run_dir / "mlflow").rglob("step-00000*.md"))) == 2, "a page of previews for each validation"
+    assert not list(Path.cwd().glob("mlruns")), "nothing is left where the job was started"
 
 
 def test_wandb_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,20 +68,28 @@ def test_wandb_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatch
     ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
     assert ids == {json.loads((run_dir / "wandb.json").read_text())["id"]}, "a resumed run continues its run"
     losses: dict[int, float] = {}
-    for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
-        losses |= {int(row["step"]): row["train/loss"] for row in history(path) if "train/loss" in row}
+    for _ in range(100):  # W&B's own process writes the file
+        for path in sorted((run_dir / "wandb").glob("offline-run-*/*.wandb")):
+            losses |= {int(row["step"]): row["train/loss"] for row in history(path) if "train/loss" in row}
+        if len(losses) == 4:
+            break
+        time.sleep(0.1)
     assert losses == pytest.approx(recorded(run_dir, "train", "loss")) and set(losses) == {1, 2, 3, 4}
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
 
 
 def history(path: Path) -> list[dict[str, Any]]:
     """Rows of a file that W&B writes offline."""
+    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     rows = []
     for content in leveldb_log(path.read_bytes()):
         record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
+        try:
+            record.ParseFromString(content)
+        except DecodeError:  # not whole yet
+            continue
         if record.WhichOneof("record_type") == "history":
             rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
     return rows

@@ -89,11 +89,13 @@ class WeightsAndBiases:
 
 
 class MlFlow:
-    """A run of MLflow, at MLFLOW_TRACKING_URI or in ``mlflow.db`` of the run folder."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI or in ``mlflow.db`` and ``mlflow/`` of the run folder."""
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], first_step: int) -> None:
         mlflow: Any = import_module("mlflow")
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir / 'mlflow.db'}"
+        uri, texts = os.environ.get("MLFLOW_TRACKING_URI", ""), None
+        if not uri:
+            uri, texts = f"sqlite:///{run_dir / 'mlflow.db'}", (run_dir / "mlflow").as_uri()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "voxray")
         with library_errors("--report_to mlflow"):
             self._client = mlflow.MlflowClient(uri)
@@ -103,7 +105,7 @@ class MlFlow:
                 self._client.update_run(self._run_id, status="RUNNING")
             else:
                 experiment = self._client.get_experiment_by_name(name)
-                experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+                experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name, texts)
                 self._run_id = self._client.create_run(experiment_id, run_name=run_dir.name).info.run_id
                 for key, value in settings.items():
                     self._client.log_param(self._run_id, key, value)
