@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from voxray.cli import main as voxray
+from voxray.core.project_files import job_names
+
 ROOT = Path(__file__).parents[1]
 SUBJECTS = tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python"))
+REFERENCE = tuple(f"docs/reference/{job}.md" for job in job_names())
+LINKED = ("CHANGELOG.md", "benchmarks/README.md", "tests/assets/README.md", *REFERENCE)
 PAGES = ("README.md", "README.ko.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", *SUBJECTS)
 FILE = r"(?:[a-z_]+/)+[a-z0-9_]+\.(?:py|md|yaml|toml)"
 
@@ -61,3 +66,30 @@ def test_names_exist(page: str) -> None:
         if not re.search(rf"^\s*(?:def|class) {name}\b|^{name}\b", source, re.MULTILINE):
             missing.append(f"{path}: {name}")
     assert not missing
+
+
+@pytest.mark.parametrize("page", [*PAGES, *LINKED])
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    """Links to other sites are not followed."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", read(page), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        if not re.match(r"https?://", link) and not (target.exists() and (not heading or heading in headings(target))):
+            broken.append(link)
+    assert not broken
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("job", job_names())
+def test_the_reference_pages_are_those_of_the_settings(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        voxray(["reference", job])
+    page = read(f"docs/reference/{job}.md")
+    assert capsys.readouterr().out == page, "run python tools/write_reference.py"

@@ -1,4 +1,4 @@
-"""The command ``voxray``: every job by its name, and the version and the settings of the jobs."""
+"""The command ``voxray``: every job by its name, the version, and the settings of the jobs."""
 
 import importlib.util
 import sys
@@ -12,6 +12,7 @@ ALIASES = {"train": "train_multitask"}
 USAGE = """voxray JOB [flags]              run a job; voxray JOB --help explains its flags
 voxray JOB                      run the job's small demo
 voxray schema JOB               print the JSON schema of the job's settings, for editors
+voxray reference JOB            print all flags of the job in Markdown
 voxray --version
 
 jobs: """
@@ -28,10 +29,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"voxray {__version__}")
     elif command in ("--help", "-h", "help"):
         print(USAGE + ", ".join(job_names()))
-    elif command == "schema":
+    elif command in ("schema", "reference"):
         if len(rest) != 1:
-            _refuse("schema takes the name of one job")
-        _load(rest[0]).main(["--schema"])
+            _refuse(f"{command} takes the name of one job")
+        _load(rest[0]).main([f"--{command}"])
     else:
         _load(command).main(rest)
 

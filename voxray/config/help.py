@@ -66,19 +66,44 @@ def help_text(
     note = f"Defaults < YAML < flags. With no flags at all it runs the demo recipe, jobs/configs/{demo}."
     lines += [*textwrap.wrap(note, WIDTH), ""]
     fields = model.model_fields
-    required = [name for name, field in fields.items() if field.is_required()]
     common = {*fields} if everything else {*COMMON.split(), positional}
-    shown = [name for name in fields if name in common and name not in required]
-    sections = {"required": required} | {
-        group: [name for name in shown if group_of_flag(model, name) == group] for group in (*GROUPS, JOB_GROUP)
-    }
-    for title, names in sections.items():
-        if names:
-            lines += [f"{title}:", *(line for name in names for line in _flag_lines(name, fields[name])), ""]
+    groups = flags_in_groups(model, common)
+    for title, names in groups.items():
+        lines += [f"{title}:", *(line for name in names for line in _flag_lines(name, fields[name])), ""]
     lines.append("--check_flags checks the flags and ends.")
-    if hidden := len(fields) - len(required) - len(shown):
+    if hidden := len(fields) - sum(map(len, groups.values())):
         lines.append(f"--help-all shows {hidden} more flags.")
     return "\n".join(lines).rstrip()
+
+
+def reference_page(model: type[BaseModel], *, job: str, about: str) -> str:
+    """The page of ``docs/reference`` about a job: its script's docstring and all of its flags, in Markdown."""
+    lines = [
+        f"# {job}",
+        "",
+        *about.strip().splitlines(),
+        "",
+        "Flags override the YAML file of `--config`, and the file overrides the defaults.",
+        "Its keys are the names of the flags.",
+    ]
+    for title, names in flags_in_groups(model, {*model.model_fields}).items():
+        lines += ["", f"## {title}", "", "| flag | default | meaning |", "| --- | --- | --- |"]
+        for name in names:
+            field = model.model_fields[name]
+            default = "" if field.is_required() else f"`{_default_text(field.default)}`"
+            cells = f"`{_usage(name, field)}`", default, _explanation(field).replace("``", "`")
+            lines.append(" | ".join(("", *(cell.replace("|", r"\|") for cell in cells), "")).strip())
+    return "\n".join(lines) + "\n"
+
+
+def flags_in_groups(model: type[BaseModel], shown: set[str]) -> dict[str, list[str]]:
+    """{group: flags}: the required flags, then the shown ones by group. Empty groups are left out."""
+    required = [name for name, field in model.model_fields.items() if field.is_required()]
+    others = [name for name in model.model_fields if name in shown and name not in required]
+    groups = {"required": required} | {
+        group: [name for name in others if group_of_flag(model, name) == group] for group in (*GROUPS, JOB_GROUP)
+    }
+    return {group: names for group, names in groups.items() if names}
 
 
 def _wrapped(about: str) -> list[str]:
@@ -118,18 +143,28 @@ def group_of_flag(model: type[BaseModel], name: str) -> str:
 
 
 def _flag_lines(name: str, field: FieldInfo) -> list[str]:
-    usage = f"--{name} / --no_{name}" if is_switch(field) else f"--{name} {_type_name(field.annotation)}"
+    usage = _usage(name, field)
     default = "required" if field.is_required() else f"default {_default_text(field.default)}"
+    head = f"  {usage}  ({default})"
+    lines = [head] if len(head) <= WIDTH else [f"  {usage}", f"      ({default})"]
+    indent = " " * 6
+    text = _explanation(field)
+    return lines + textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def _usage(name: str, field: FieldInfo) -> str:
+    return f"--{name} / --no_{name}" if is_switch(field) else f"--{name} {_type_name(field.annotation)}"
+
+
+def _explanation(field: FieldInfo) -> str:
+    """A flag's docstring, its older names, and why it has no effect."""
     flag = flag_metadata(field)
     text = " ".join((field.description or "").split())
     if flag.aliases:
         text += f" Also: {', '.join('--' + alias for alias in flag.aliases)}."
     if flag.no_effect:
         text += f" Accepted, no effect: {flag.no_effect}."
-    head = f"  {usage}  ({default})"
-    lines = [head] if len(head) <= WIDTH else [f"  {usage}", f"      ({default})"]
-    indent = " " * 6
-    return lines + textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return text
 
 
 def _type_name(annotation: Any) -> str:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Typ
 from pydantic.fields import FieldInfo
 
 from voxray.config.flags import flag_metadata, is_switch
-from voxray.config.help import help_text
+from voxray.config.help import help_text, reference_page
 from voxray.config.input_files import pointer_errors, unique_files
 from voxray.config.other_names import find_other_name
 from voxray.config.schema import yaml_schema
@@ -34,6 +34,7 @@ DEMO_ASSETS = PROJECT_FILES / "tests" / "assets"
 CHECK = {"--check_flags", "--check-flags"}
 HELP = {"--help", "-h", "--help-all", "--help_all"}
 SCHEMA = "--schema"
+REFERENCE = "--reference"
 SUBMITTED_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets this environment variable in the processes that ``ray job submit`` starts."""
 
@@ -105,8 +106,8 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         demo: File in ``jobs/configs`` that is used when there are no arguments at all.
         positional: Field that takes the arguments before the first flag; "" for none.
     Raises:
-        SystemExit: Status 0 after ``--help`` and ``--schema``, and after ``--check_flags`` if all is valid. Status 2
-            after printing one line for every bad setting.
+        SystemExit: Status 0 after ``--help``, ``--schema`` and ``--reference``, and after ``--check_flags`` if all is
+            valid. Status 2 after printing one line for every bad setting.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if CHECK & set(argv):
@@ -117,6 +118,9 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         raise SystemExit(0)
     if argv == [SCHEMA]:
         print(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
+        raise SystemExit(0)
+    if argv == [REFERENCE]:
+        print(reference_page(model, job=job, about=about), end="")
         raise SystemExit(0)
     if HELP & set(argv):
         everything = bool({"--help-all", "--help_all"} & set(argv))
