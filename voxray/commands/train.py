@@ -1,5 +1,6 @@
 """A training job from checked settings to its summary line: features, training processes, adapter."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from voxray.commands.next_steps import after_training
 from voxray.config.train import SHARED_ROWS, TrainSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console
+from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import SettingsError, Stopped
 from voxray.core.manifest import require_usable_row, sha256_hex
 from voxray.core.storage import write_json
@@ -28,6 +30,9 @@ from voxray.runs.inputs import input_hashes
 from voxray.runs.layout import ERROR_FILE, RESULT_FILE
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder, resolve_output_dir
+
+STARTED_FROM = "started_from"
+"""Key of result.json with the hash of what the run was started with."""
 
 
 def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str, Any]:
@@ -46,6 +51,9 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
     _require_trackers(settings)
     with folder_lease(run.run_dir, run.remote.remote_dir):
+        if result := _fetch_result(run):
+            console.print(f"this run is finished; --overwrite trains anew: {run.run_dir}", markup=False)
+            return _report(run, result, show_next=show_next)
         _open(run)
         _warn_about_shared_rows(settings)
         warn_about_unused_flags(settings)
@@ -65,11 +73,38 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
             raise Stopped(
                 f"stopped at step {result['steps']}; run the same command again to resume; run folder {run.run_dir}"
             )
-        adapter = run.run_dir / "adapter"
-        console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
-        for line in after_training(settings, run.run_dir, result) if show_next else ():
-            console.print(line, markup=False)
-        return result
+        return _report(run, result, show_next=show_next)
+
+
+def _report(run: RunContext, result: dict[str, Any], *, show_next: bool) -> dict[str, Any]:
+    """Print where the adapter of a finished run is and, if asked, the commands that use it; returns the result."""
+    adapter = run.run_dir / "adapter"
+    console.print(f"trained: {result['steps']} steps; adapter in {adapter}; run folder {run.run_dir}", markup=False)
+    for line in after_training(run.settings, run.run_dir, result) if show_next else ():
+        console.print(line, markup=False)
+    return result
+
+
+def _fetch_result(run: RunContext) -> dict[str, Any] | None:
+    """The result of the run folder if the same command finished there; fetches the folder from its URL first."""
+    if run.settings.overwrite:
+        return None
+    run.remote.fetch()
+    if any("://" in path for path in (*run.settings.train_jsonl, *run.settings.val_jsonl)):
+        return None  # their contents are not known yet
+    try:
+        result = json.loads((run.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
+        is_finished = result["finished"] and result.pop(STARTED_FROM) == _starting_point(run.settings)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return result if is_finished and (run.run_dir / "adapter" / "adapter_config.json").is_file() else None
+
+
+def _starting_point(settings: TrainSettings) -> str:
+    """Hash of the settings, the models and the manifests of a run. Of a feature set, its description counts."""
+    manifests = [Path(path) for path in (*settings.train_jsonl, *settings.val_jsonl)]
+    data = [path_hash(path / "set.json" if path.is_dir() else path) for path in manifests]
+    return combined_hash([settings.model_dump_json(), input_hashes(settings), data])
 
 
 def _require_trackers(settings: TrainSettings) -> None:
@@ -84,11 +119,9 @@ def _warn_about_shared_rows(settings: TrainSettings) -> None:
 
 
 def _open(run: RunContext) -> None:
-    """Open the run folder, or fetch it from its URL to continue, and record where the run starts from."""
+    """Open the run folder, which has been fetched from its URL, and record where the run starts from."""
     settings, run_dir, remote = run.settings, run.run_dir, run.remote
     init_adapter = find_init_adapter(run) if settings.init_adapter else None
-    if not settings.overwrite:
-        remote.fetch()
     open_run_folder(run_dir, settings, overwrite=settings.overwrite, inputs=input_hashes(settings))
     if settings.overwrite:
         remote.forget()
@@ -107,7 +140,7 @@ def _train(run: RunContext, num_workers: tuple[int, int]) -> dict[str, Any]:
     add_data_provenance(run.run_dir, (*data.train, *data.validation))
     with stop_on_signal(run.run_dir), show_progress(run.run_dir):
         result = train_on_workers(run, data, num_workers) if use_ray else train(run, data)
-    write_json(run.run_dir / RESULT_FILE, result)
+    write_json(run.run_dir / RESULT_FILE, {**result, STARTED_FROM: _starting_point(run.settings)})
     return result
 
 
