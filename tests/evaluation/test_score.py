@@ -294,6 +294,9 @@ def test_table_shows_intervals_and_overall_metrics():
     with console.capture() as shown:
         console.print(metrics_table("title", {"asr": {"cer": {"value": 0.25, "n": 3}}}))
     assert "0.2500" in shown.get() and "95 %" not in shown.get()
+    with console.capture() as shown:
+        console.print(metrics_table("title", score(transcripts(4), num_resamples=50)))
+    assert "cer_nospace" in shown.get() and "overall" not in shown.get(), "of one task they repeat its scores"
 
 
 def test_scoring_does_not_import_torch():

@@ -46,10 +46,14 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     assert values["model_id"] == WHISPER and values["output_dir"] == str(folder / "run")
     output = capsys.readouterr().out
     assert "memory of one worker" in output and "not fitted" not in output and commands[0] in output
-    train, evaluate, infer = (shlex.split(command)[1:] for command in commands)
+    train, evaluate_base, evaluate, compare, infer = (shlex.split(command)[1:] for command in commands)
     assert Path(train[0]).name == "train_whisper.py" and Path(train[2]) == Path("my project/train.yaml")
     parse_only("train_whisper", train[1:])
-    assert parse_only("evaluate", evaluate[1:]).val_jsonl == (str(folder / "data" / "val.jsonl"),)
+    before, after = parse_only("evaluate", evaluate_base[1:]), parse_only("evaluate", evaluate[1:])
+    assert before.val_jsonl == after.val_jsonl == (str(folder / "data" / "val.jsonl"),)
+    assert (before.model_id, after.lora_dir) == (WHISPER, str(folder / "run"))
+    compared = parse_only("compare", compare[1:])
+    assert compared.runs == (before.output_dir, after.output_dir)
     parse_only("infer", infer[1:])
     (folder / "run" / "settings.json").write_text("{}")
     (folder / "run" / "checkpoints").mkdir()
@@ -59,7 +63,7 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
 
 def test_settings_that_do_not_fit_are_written_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     commands = new(table, leaks="scripted", memory_gib="0.001")
-    assert "train.yaml are not fitted to a machine" in capsys.readouterr().out and len(commands) == 3
+    assert "train.yaml are not fitted to a machine" in capsys.readouterr().out and len(commands) == 5
     assert new(table, leaks="scripted") == commands, "what the first call left is replaced"
     assert "not fitted" not in capsys.readouterr().out
 

@@ -47,6 +47,7 @@ def test_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), min_chars_per_sec=0)
     output = capsys.readouterr().out
     assert check_commands(output[output.index("next:") :].splitlines()) == {"audit", "preflight"}
+    assert "leaks between the splits: none" in output
 
 
 def test_after_evaluation_and_sweep(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def run_new(settings: NewSettings) -> list[str]:
     """Prepare the data, check the machine, and write ``train.yaml`` into the new folder.
 
     Returns:
-        The commands that train, evaluate and transcribe.
+        The commands that train, evaluate base and adapter, compare the two and transcribe.
     Raises:
         RunError: The base cannot be read, or the data has no usable row or leaks between training and validation.
         SettingsError: The folder holds a run, or files of something else.
@@ -54,12 +54,14 @@ def run_new(settings: NewSettings) -> list[str]:
         values |= {"val_jsonl": str(val), "load_best_model_at_end": True}
     job = _write_settings(settings, folder, values)
     shown = Path(settings.project)
-    run, evaluation = str(shown / "run"), str(shown / "evaluation")
+    run, before, after = (str(shown / name) for name in ("run", "evaluation-base", "evaluation"))
     rows = str(shown / val.relative_to(folder)) if val.is_relative_to(folder) else str(val)
     rows = rows if has_rows(val) else "YOUR-TEST-ROWS.jsonl"
     commands = [
         typed_command(job, "--config", str(shown / SETTINGS_FILE)),
-        typed_command("evaluate", "--lora_dir", run, "--val_jsonl", rows, "--output_dir", evaluation),
+        typed_command("evaluate", "--model_id", settings.model_id, "--val_jsonl", rows, "--output_dir", before),
+        typed_command("evaluate", "--lora_dir", run, "--val_jsonl", rows, "--output_dir", after),
+        typed_command("compare", before, after, "--output_dir", str(shown / "comparison")),
         typed_command("infer", "--lora_dir", run, "--audio_path", "clip.wav", *_language(train)),
     ]
     file = folder / SETTINGS_FILE

@@ -204,8 +204,8 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
         console.print(sentence, markup=False)
     if settings.val_output and splits["train"]["rows"] and not splits["val"]["rows"]:
         console.print("no row is left for validation: all rows are of one speaker or session, which stays on one side")
-    if outcome.leaks:
-        console.print(f"leaks between the splits: {outcome.leaks}")
+    if splits["train"]["rows"] and sum(split["rows"] for split in splits.values()) > splits["train"]["rows"]:
+        console.print(f"leaks between the splits: {outcome.leaks if outcome.leaks else 'none'}")
     if outcome.notes:
         counts = ", ".join(f"{note} {num_rows}" for note, num_rows in outcome.notes.most_common())
         console.print(f"rows with transcript_notes: {counts}", markup=False)

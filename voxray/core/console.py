@@ -63,10 +63,12 @@ def metrics_table(title: str, metrics: Mapping[str, Mapping[str, Mapping[str, An
     """Show {task: {metric: {"value", "n"}}} as a table, with the 95 % interval where there is one.
 
     Args:
-        metrics: May be the content of a metrics.json. Its tasks, its ``overall`` entry and the names of its
-            normalisers are shown.
+        metrics: May be the content of a metrics.json. Its tasks, the names of its normalisers and, for several tasks,
+            its ``overall`` entry are shown.
     """
-    rows = [(task, name, entry) for task in (*TASKS, "overall") for name, entry in metrics.get(task, {}).items()]
+    tasks = [task for task in TASKS if task in metrics]
+    shown = [*tasks, "overall"] if len(tasks) > 1 else tasks
+    rows = [(task, name, entry) for task in shown for name, entry in metrics.get(task, {}).items()]
     intervals = any(entry.get("low") is not None for *_, entry in rows)
     names = ", ".join(metrics.get("normalizer", {}))
     table = Table(title=title, title_justify="left", caption=names and f"normalised by {names}", caption_justify="left")
