@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from voxray.cluster.actor_pool import ActorPool, PoolWorker, _Item, run_workers
+from voxray.cluster import actor_pool
+from voxray.cluster.actor_pool import ActorPool, PoolWorker, _Item, plan_pool, run_workers
 from voxray.core.errors import RunError
 
 
@@ -43,3 +44,37 @@ def test_results_and_errors_on_ray(local_ray, by_value):
     assert sorted(quotients) == [2, 3, 6]
     with pytest.raises(RunError, match=r"^no zero$"):
         list(run_workers(Divider, (6,), [{"divisor": 0}], pool))
+
+
+@pytest.mark.parametrize(
+    ("present", "maximum", "kuberay", "flags", "expected"),
+    [
+        ({"CPU": 4}, {}, False, {}, (4, 4, None)),
+        ({"CPU": 4}, {"CPU": 128}, False, {}, (4, 128, None)),
+        ({"CPU": 0}, {"CPU": 0}, False, {}, (2, 64, None)),
+        ({"CPU": 24}, {}, True, {}, (24, 64, None)),
+        ({"CPU": 24}, {}, True, {"num_actors": 100}, (100, 100, None)),
+        ({"CPU": 4, "GPU": 2}, {}, False, {"use_gpus": True}, (2, 2, 1)),
+        ({"CPU": 4, "GPU": 0}, {"GPU": 8}, False, {"use_gpus": True}, (1, 8, 1)),
+        ({"CPU": 4, "GPU": 2}, {"GPU": 8}, False, {"use_gpus": True, "num_actors": 4}, (2, 4, 1)),
+        ({"CPU": 4, "GPU": 2}, {}, False, {"use_gpus": True, "num_actors": 9}, (2, 2, 1)),
+        ({"CPU": 4, "GPU": 0}, {}, False, {"use_gpus": True}, (4, 4, None)),
+    ],
+)
+def test_size_of_a_pool(
+    monkeypatch: pytest.MonkeyPatch,
+    present: dict[str, int],
+    maximum: dict[str, int],
+    kuberay: bool,
+    flags: dict[str, Any],
+    expected: tuple[int, int, int | None],
+) -> None:
+    """A pool begins with what is there and grows to what the cluster can start."""
+    largest = {resource: max(present.get(resource, 0), maximum.get(resource, 0)) for resource in ("CPU", "GPU")}
+    monkeypatch.setattr(actor_pool, "present_resource", lambda resource: present.get(resource, 0))
+    monkeypatch.setattr(actor_pool, "cpus_for_data", lambda: largest["CPU"])
+    monkeypatch.setattr(actor_pool, "max_gpus", lambda: largest["GPU"])
+    monkeypatch.setattr(actor_pool, "maximum_hint", lambda: "set a variable" if kuberay else "")
+    pool = plan_pool(num_items=1000, **{"num_actors": 0, **flags})
+    assert (pool.min_size, pool.max_size, pool.num_gpus) == expected
+    assert plan_pool(0, 3).max_size == 1, "no more actors than there is work for"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from voxray.cluster import placement, session
-from voxray.cluster.placement import ScaleUpWatcher, require_capacity, wait_for_workers, warn_about_idle_gpus
+from voxray.cluster.placement import ScaleUpWatcher, require_capacity, wait_for_workers, warn_about_cpus
 from voxray.core.errors import RunError, SettingsError
 
 
@@ -43,14 +43,13 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     for name in ("request", "is_granted", "remove"):
         monkeypatch.setattr(placement, f"_{name}", getattr(fake, name))
     monkeypatch.setattr(placement, "time", fake)
-    monkeypatch.setattr(placement, "max_resource", lambda resource: {"CPU": 8, "GPU": 0}[resource])
     return fake
 
 
 def test_as_many_workers_as_fit_between_minimum_and_maximum(cluster: FakeCluster) -> None:
     for free, expected in ((1, 1), (2, 2), (3, 3), (9, 3)):
         cluster.free = free
-        assert wait_for_workers(1, 3) == expected and not cluster.held, "the workers get all resources back"
+        assert wait_for_workers(1, 3, "CPU") == expected and not cluster.held, "the workers get all resources back"
     assert cluster.now < 3 * placement.SETTLE_SEC
 
 
@@ -59,15 +58,15 @@ def test_waiting_for_the_minimum_is_reported(cluster: FakeCluster, capsys: pytes
         cluster.free = 2 if cluster.now > 130 else 1
 
     cluster.on_sleep = add_node_after_130_sec
-    assert wait_for_workers(2, 2) == 2 and 130 < cluster.now < 131
+    assert wait_for_workers(2, 2, "CPU") == 2 and 130 < cluster.now < 131
     message = "waiting until 2 worker(s) with one CPU each fit into the cluster"
     assert capsys.readouterr().out.splitlines() == [message] * 3
 
 
 def test_waiting_ends_after_half_an_hour_or_when_stopped(cluster: FakeCluster) -> None:
     with pytest.raises(RunError, match="2 worker\\(s\\) with one CPU each did not fit into the cluster in 30 minutes"):
-        wait_for_workers(2, 2)
-    assert wait_for_workers(2, 2, lambda: cluster.now > placement.WAIT_SEC + 60) == 0
+        wait_for_workers(2, 2, "CPU")
+    assert wait_for_workers(2, 2, "CPU", lambda: cluster.now > placement.WAIT_SEC + 60) == 0
     assert cluster.now < placement.WAIT_SEC + 100 and not cluster.held
 
 
@@ -98,13 +97,9 @@ def test_what_the_cluster_can_never_hold_is_refused(
     with pytest.raises(SettingsError, match=r"^--num_workers 5: the cluster has 4 CPU"):
         require_capacity(5)
     set_resources(monkeypatch, CPU=8, GPU=2)
-    assert (placement.worker_resource(2), placement.worker_resource(3)) == ("GPU", "CPU")
-    for fewest in (2, 3):
-        require_capacity(fewest)
-    warn_about_idle_gpus(2)
-    assert not capsys.readouterr().out
-    warn_about_idle_gpus(3)
-    assert "--num_workers 3: trains on CPUs, because the cluster has only 2 GPU(s)" in capsys.readouterr().out
+    require_capacity(2)
+    with pytest.raises(SettingsError, match=r"^--num_workers 3: the cluster has 2 GPU\(s\), including those it can"):
+        require_capacity(3)  # rather than training on CPUs beside idle GPUs
     set_resources(monkeypatch, GPU=2)
     with pytest.raises(SettingsError, match="no CPU to compute features with"):
         require_capacity(2)
@@ -124,3 +119,19 @@ def test_nodes_that_the_autoscaler_may_start_count(monkeypatch: pytest.MonkeyPat
     assert (session._autoscaled("GPU"), session._autoscaled("CPU")) == (4, 48)
     monkeypatch.delenv("RAY_ADDRESS")
     assert session._autoscaled("GPU") == 0, "a Ray that was started here has no autoscaler"
+
+
+def test_kuberay_does_not_tell_its_maximum(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    set_resources(monkeypatch, CPU=4)
+    warn_about_cpus()
+    assert not capsys.readouterr().out
+    monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
+    hint = "; set VOXRAY_MAX_CPUS and VOXRAY_MAX_GPUS to what all groups have at maxReplicas"
+    warn_about_cpus()
+    assert hint in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SettingsError, match=f"5: the cluster has 4 CPU.*{hint}"):
+        require_capacity(5)
+    for name in ("VOXRAY_MAX_CPUS", "VOXRAY_MAX_GPUS"):
+        monkeypatch.setenv(name, "8")
+    warn_about_cpus()
+    assert not capsys.readouterr().out

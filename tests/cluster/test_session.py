@@ -11,7 +11,7 @@ import ray
 
 from voxray.cluster import session
 from voxray.cluster.session import ray_session
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 
 TIMEOUT = "The current node timed out during startup. This could happen because the raylet failed to start."
 
@@ -103,3 +103,25 @@ def test_the_dashboard_is_named_with_its_login(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("ray._private.worker.get_dashboard_url", lambda url=url: url)
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         assert session.dashboard_line() == line
+
+
+def test_ray_prints_nothing_about_dead_workers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ray's driver prints such lines itself; they belong to the log."""
+    from ray._private import worker
+
+    session._quiet_loggers(tmp_path / "ray.log")
+    line = {"lines": ["A worker died or was killed"], "pid": "raylet", "is_err": False}
+    worker.print_to_stdstream(line, ignore_prefix=False)  # type: ignore[no-untyped-call]
+    assert capsys.readouterr() == ("", "") and "A worker died" in (tmp_path / "ray.log").read_text()
+
+
+def test_a_cluster_may_state_its_maximum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 24.0, "GPU": 2.0})
+    monkeypatch.setattr("ray._private.state.state.get_max_resources_from_cluster_config", lambda: None)
+    assert (session.max_gpus(), session.max_resource("CPU"), session.cpus_for_data()) == (2, 24, 24)
+    monkeypatch.setenv("VOXRAY_MAX_GPUS", "4")
+    monkeypatch.setenv("VOXRAY_MAX_CPUS", "128")
+    assert (session.max_gpus(), session.max_resource("CPU"), session.cpus_for_data()) == (4, 128, 128)
+    monkeypatch.setenv("VOXRAY_MAX_GPUS", "four")
+    with pytest.raises(SettingsError, match="VOXRAY_MAX_GPUS four: must be a whole number"):
+        session.max_gpus()

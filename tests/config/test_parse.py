@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.running import load_job
+from helpers.running import load_job, parse_only
 
 from voxray.config.audit import AuditSettings
 from voxray.config.compare import CompareSettings
@@ -321,13 +321,12 @@ def test_relative_inputs_become_absolute_and_outputs_do_not(tmp_path: Path, monk
     monkeypatch.setenv("HOME", "/home/someone")
     for name in ("base", "out"):
         (tmp_path / name).mkdir()
-    argv = ["--train_jsonl", "a,~/b,/c,s3://d/e,~no-such-user/f", "--output_dir", "out", "--model_id"]
+    argv = ["--train_jsonl", "a,~/b,/c,~no-such-user/f", "--output_dir", "out", "--model_id"]
     settings = read([*argv, "base"])
     assert settings.train_jsonl == (
         f"{tmp_path}/a",
         "/home/someone/b",
         "/c",
-        "s3://d/e",
         f"{tmp_path}/~no-such-user/f",
     )
     assert (settings.output_dir, settings.model_id) == ("out", f"{tmp_path}/base")
@@ -406,3 +405,46 @@ def test_validation_manifests_that_the_run_trains_on(tmp_path: Path) -> None:
     flags = ["--output_dir", "o", "--train_jsonl", str(tmp_path / "m.jsonl"), "--val_jsonl"]
     assert read([*flags, f"{tmp_path}/link.jsonl,other.jsonl"]).shared_manifests == (str(tmp_path / "link.jsonl"),)
     assert read([*flags, "other.jsonl"]).shared_manifests == ()
+
+
+@pytest.mark.parametrize(
+    ("job", "flag", "value"),
+    [
+        ("train_text", "--train_jsonl", "s3://b/rows.jsonl"),
+        ("train_whisper", "--model_id", "s3://b/models/whisper"),
+        ("train_text", "--init_adapter", "gs://b/run"),
+        ("featurize", "--manifest", "s3://b/rows.jsonl"),
+        ("prepare", "--input", "s3://b/corpus"),
+        ("prepare", "--train_output", "s3://b/train.jsonl"),
+        ("export", "--output_dir", "s3://b/model"),
+        ("audit", "--output_dir", "s3://b/audit"),
+        ("tune", "--storage_path", "s3://b/x"),
+        ("tune", "--output_dir", "s3://b/x"),
+    ],
+)
+def test_urls_where_only_paths_work(job: str, flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    required = {
+        "train_text": {"--train_jsonl": "a", "--output_dir": "b"},
+        "train_whisper": {"--train_jsonl": "a", "--output_dir": "b"},
+        "tune": {"--train_jsonl": "a", "--val_jsonl": "b", "--output_dir": "c"},
+        "featurize": {"--manifest": "a"},
+        "prepare": {"--input": "a", "--train_output": "b"},
+        "export": {"--lora_dir": "a"},
+        "audit": {"--input": "a"},
+    }
+    argv = [word for pair in {**required[job], flag: value}.items() for word in pair]
+    with pytest.raises(SystemExit, match="2"):
+        parse_only(job, argv)
+    assert f"error: {flag} {value}: takes a path on a file system that every node mounts" in capsys.readouterr().err
+
+
+def test_urls_where_they_work() -> None:
+    argv = ["--train_jsonl", "a", "--output_dir", "s3://b/run", "--features_dir", "s3://b/features"]
+    assert parse_only("train_text", argv).output_dir == "s3://b/run"
+    assert parse_only("evaluate", ["--lora_dir", "s3://b/run", "--val_jsonl", "a"]).lora_dir == "s3://b/run"
+
+
+def test_storage_path_is_absolute(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse_only("train_text", ["--train_jsonl", "a", "--output_dir", "b", "--storage_path", "mnt/shared"])
+    assert "--storage_path: must be absolute" in capsys.readouterr().err

@@ -147,9 +147,7 @@ def test_trials_at_a_time(sweep: Callable[..., Swept], capsys: pytest.CaptureFix
     capsys.readouterr()
     assert sweep("--max_concurrent_trials 30 --overwrite").ray_call["concurrent"] == 8
     assert "warning: --max_concurrent_trials 30: the cluster has room for 8" in capsys.readouterr().out
-    with pytest.raises(
-        SettingsError, match=r"--num_workers 9: a trial needs as many CPUs or GPUs.* has 9 CPUs and 0 G"
-    ):
+    with pytest.raises(SettingsError, match=r"--num_workers 9: a trial needs as many GPUs or.* has 9 CPUs and 0 G"):
         sweep("--num_workers 9 --overwrite")
 
 

@@ -24,6 +24,7 @@ from voxray.batches.rank import Worker
 from voxray.commands import train as command
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError, SettingsError
+from voxray.launch import elastic
 from voxray.models.voxtral.family import Voxtral
 from voxray.recipes import choose_rows, run_stage
 from voxray.recipes.training_data import TrainingData
@@ -537,14 +538,18 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(command, "train_on_workers", fake_train_on_workers)
     monkeypatch.setattr(command, "ray_session", lambda *args: nullcontext())
-    for check in ("require_capacity", "warn_about_idle_gpus"):
-        monkeypatch.setattr(command, check, lambda fewest: None)
+    monkeypatch.setattr(command, "require_capacity", lambda fewest: None)
+    monkeypatch.setattr(command, "warn_about_cpus", lambda: None)
+    monkeypatch.setattr(elastic, "is_connected", lambda: False)
     monkeypatch.setattr(command, "training_data", lambda *args, **kwargs: TrainingData((), ()))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
     for value in ("3", "auto", "1:4"):
         line = f"--model_id {TINY} --train_jsonl {data['text'][0]} --output_dir {tmp_path} --num_workers {value}"
         command.run_training(parse_only("train_multitask", line.split()))
     assert requested == [(3, 3), (5, 5), (1, 4)], "auto is one per GPU"
+    monkeypatch.setattr(elastic, "is_connected", lambda: True)
+    monkeypatch.setattr(elastic, "max_gpus", lambda: 8)
+    assert elastic.count_workers("auto") == (8, 8), "of the whole cluster, once Ray is connected"
 
 
 def test_strategy_and_zero_stage(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

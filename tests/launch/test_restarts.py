@@ -31,7 +31,8 @@ DONE = {"steps": 9, "finished": True}
 @pytest.fixture
 def large_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster on which the maximum number of workers fits."""
-    monkeypatch.setattr(elastic, "wait_for_workers", lambda fewest, most, is_stopped: most)
+    monkeypatch.setattr(elastic, "wait_for_workers", lambda fewest, most, resource, is_stopped: most)
+    monkeypatch.setattr(elastic, "worker_resource", lambda: "CPU")
 
 
 def text_run(run_dir: Path) -> RunContext:
@@ -52,7 +53,9 @@ def attempts(large_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run_attempts(*ends: tuple[Exception, int]) -> Any:
         remaining = iter(ends)
 
-        def fit_once(run: RunContext, data: Any, number: int, callbacks: Any, outcome: dict[str, Any]) -> None:
+        def fit_once(
+            run: RunContext, data: Any, number: int, resource: str, callbacks: Any, outcome: dict[str, Any]
+        ) -> None:
             error, step = next(remaining, (None, 0))
             if error is None:
                 outcome["result"] = DONE
@@ -118,7 +121,9 @@ def test_a_run_grows_on_a_larger_cluster_and_stops_on_request(
     """The first attempt ends because of GROW, the second because of GROW and STOP, which ends the run."""
     sizes, num_workers = [], iter([1, 2, 3])
 
-    def fit_once(run: RunContext, data: Any, number: int, callbacks: Any, outcome: dict[str, Any]) -> None:
+    def fit_once(
+        run: RunContext, data: Any, number: int, resource: str, callbacks: Any, outcome: dict[str, Any]
+    ) -> None:
         assert not (run.run_dir / "GROW").exists()
         sizes.append(number)
         save(run.run_dir, number)
@@ -128,7 +133,7 @@ def test_a_run_grows_on_a_larger_cluster_and_stops_on_request(
         outcome["result"] = {"steps": number, "finished": False}
 
     monkeypatch.setattr(elastic, "_fit_once", fit_once)
-    monkeypatch.setattr(elastic, "wait_for_workers", lambda fewest, most, is_stopped: next(num_workers))
+    monkeypatch.setattr(elastic, "wait_for_workers", lambda fewest, most, resource, is_stopped: next(num_workers))
     assert elastic.train_on_workers(text_run(tmp_path), TrainingData((), ()), (1, 3)) == {"steps": 2, "finished": False}
     assert sizes == [1, 2]
     assert "more than 1 worker(s) fit into the cluster: starting again from step 1" in capsys.readouterr().out

@@ -60,17 +60,17 @@ def test_shapes_of_padded_and_packed_rows() -> None:
 @pytest.mark.parametrize(
     ("workers", "resources", "level"),
     [
-        (2, {"CPU": 3.0}, "ok"),
-        (2, {"CPU": 2.0}, "fix"),
-        (2, {"CPU": 8.0, "GPU": 1.0}, "fix"),
-        (2, {"CPU": 8.0, "GPU": 2.0}, "ok"),
+        (2, {"CPU": 3, "GPU": 0}, "ok"),
+        (2, {"CPU": 2, "GPU": 0}, "fix"),
+        (2, {"CPU": 8, "GPU": 1}, "fix"),
+        (2, {"CPU": 8, "GPU": 2}, "ok"),
         (0, {}, "ok"),
-        ("2:4", {"CPU": 3.0}, "ok"),
+        ("2:4", {"CPU": 3, "GPU": 0}, "ok"),
         (1, None, "ok"),
         (4096, None, "warning"),
     ],
 )
-def test_ray_needs_a_cpu_to_spare(workers: object, resources: dict[str, float] | None, level: str) -> None:
+def test_ray_needs_a_cpu_to_spare(workers: object, resources: dict[str, int] | None, level: str) -> None:
     findings = Findings()
     check_cpus(settings(num_workers=workers), resources, findings)
     assert level in {finding.level for finding in findings.all}

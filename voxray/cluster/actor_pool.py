@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from voxray.cluster.session import cpus_for_data
+from voxray.cluster.session import cpus_for_data, max_gpus, maximum_hint
 from voxray.core.errors import RunError, one_line
 
 MIN_ACTORS = 2
@@ -108,26 +108,34 @@ def run_workers(
 def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> ActorPool:
     """Size of a pool of single-CPU actors, never more actors than there is work for.
 
-    Where the autoscaler may start more nodes without GPUs, the pool begins with the CPUs that are there and grows with
-    the cluster. A cluster that starts from zero nodes and does not report its limit shows no CPU yet.
+    Where the autoscaler may start more nodes, the pool begins with the CPUs or GPUs that are there and grows with the
+    cluster. A cluster that starts from zero nodes and does not report its limit shows no CPU yet.
 
     Args:
         num_actors: Requested actors; 0 means one per CPU of the cluster.
-        use_gpus: Give each actor a GPU if the cluster has any; then there are no more actors than GPUs.
+        use_gpus: Give each actor a GPU if the cluster has or can start any; then there are no more actors than GPUs.
     """
-    import ray
-
-    num_gpus = int(ray.cluster_resources().get("GPU", 0)) if use_gpus else 0
+    num_gpus = max_gpus() if use_gpus else 0
+    useful = max(1, num_items if num_actors else math.ceil(num_items / ITEMS_PER_ACTOR))
     if num_gpus:
-        num_actors = min(num_actors or num_gpus, num_gpus)
-    useful = num_items if num_actors else math.ceil(num_items / ITEMS_PER_ACTOR)
-    min_size = max(1, min(num_actors or max(MIN_ACTORS, present_cpus()), useful))
-    max_size = max(min_size, min(num_actors or cpus_for_data() or MAX_AUTOSCALED_ACTORS, useful))
-    return ActorPool(min_size, max_size, num_gpus=1 if num_gpus else None)
+        low, high = max(1, present_resource("GPU")), num_actors or num_gpus
+        high = min(high, num_gpus)
+    elif num_actors:
+        low = high = num_actors
+    else:
+        low, high = max(MIN_ACTORS, present_cpus()), cpus_for_data() or MAX_AUTOSCALED_ACTORS
+        high = max(low, high, MAX_AUTOSCALED_ACTORS if maximum_hint() else 0)
+    high = min(high, useful)
+    return ActorPool(min(low, high), high, num_gpus=1 if num_gpus else None)
 
 
 def present_cpus() -> int:
     """CPUs that the cluster has now, at least 1."""
+    return max(1, present_resource("CPU"))
+
+
+def present_resource(resource: str) -> int:
+    """CPUs or GPUs that the cluster has now."""
     import ray
 
-    return max(1, int(ray.cluster_resources().get("CPU", 0)))
+    return int(ray.cluster_resources().get(resource, 0))

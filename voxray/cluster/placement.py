@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from voxray.cluster.session import max_resource
+from voxray.cluster.session import max_resource, maximum_hint
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 
@@ -22,43 +22,45 @@ GATHER_SEC = 20.0
 """Time to wait for further nodes before a run grows, because nodes arrive one by one and a restart costs seconds."""
 
 
-def worker_resource(fewest: int) -> str:
-    """The resource that each worker gets one of: GPU if the cluster has enough of them or can start them, else CPU."""
-    return "GPU" if 0 < fewest <= max_resource("GPU") else "CPU"
+def worker_resource() -> str:
+    """The resource that each worker gets one of: GPU if the cluster has any or can start any, else CPU."""
+    return "GPU" if max_resource("GPU") else "CPU"
 
 
 def require_capacity(fewest: int) -> None:
     """Refuse a number of workers that the cluster can never hold, before features are computed.
 
     Raises:
-        SettingsError: There are too few CPUs, or none for Ray Data, even when all nodes have started.
+        SettingsError: There are too few GPUs or, in a cluster without any, CPUs, or no CPU for Ray Data, even when all
+            nodes have started.
     """
-    cpus = max_resource("CPU")
-    if worker_resource(fewest) == "CPU" and fewest > cpus:
-        raise SettingsError(
-            f"--num_workers {fewest}: the cluster has {cpus} CPU(s), including those it can still start"
-        )
-    if not cpus:
-        raise SettingsError("the cluster has no CPU to compute features with, and cannot start any: give a node one")
+    resource = worker_resource()
+    if fewest > (available := max_resource(resource)):
+        number = f"{available} {resource}(s), including those it can still start"
+        raise SettingsError(f"--num_workers {fewest}: the cluster has {number}{maximum_hint()}")
+    if not max_resource("CPU"):
+        message = "the cluster has no CPU to compute features with, and cannot start any: give a node one"
+        raise SettingsError(message + maximum_hint())
 
 
-def warn_about_idle_gpus(fewest: int) -> None:
-    """Warn if training uses CPUs because the cluster has fewer GPUs than workers."""
-    if (gpus := max_resource("GPU")) and worker_resource(fewest) == "CPU":
-        console.print(f"warning: --num_workers {fewest}: trains on CPUs, because the cluster has only {gpus} GPU(s)")
+def warn_about_cpus() -> None:
+    """Warn if training uses CPUs on a cluster that may have GPUs which it does not tell of."""
+    if worker_resource() == "CPU" and (hint := maximum_hint()):
+        console.print(f"warning: training uses CPUs, because the cluster has no GPU now{hint}")
 
 
-def wait_for_workers(fewest: int, most: int, is_stopped: Callable[[], bool] = lambda: False) -> int:
+def wait_for_workers(fewest: int, most: int, resource: str, is_stopped: Callable[[], bool] = lambda: False) -> int:
     """Wait until the minimum number of workers fits into the cluster.
 
     Args:
+        resource: CPU or GPU, one for each worker.
         is_stopped: Whether the run was asked to stop while it waits.
     Returns:
         Number of workers that fit now, at most ``most``; 0 if the run was asked to stop.
     Raises:
         RunError: The minimum did not fit within half an hour.
     """
-    resource, began, last_message = worker_resource(fewest), time.monotonic(), 0.0
+    began, last_message = time.monotonic(), 0.0
     groups = [_request(fewest, resource)]
     try:
         while not _is_granted(groups[0]):

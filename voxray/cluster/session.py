@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from voxray.core.console import console
-from voxray.core.errors import RunError, one_line
+from voxray.core.errors import RunError, SettingsError, one_line
 
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray fetches reports at this interval; the default is 2 s
@@ -32,6 +32,9 @@ RAY_SETTINGS = {
 
 
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+MAXIMUM = {"CPU": "VOXRAY_MAX_CPUS", "GPU": "VOXRAY_MAX_GPUS"}
+"""Environment variables for a cluster whose autoscaler does not tell drivers its limits, as that of KubeRay: CPUs of
+all nodes without GPUs, and GPUs, when the cluster is at its largest."""
 CONNECT_SEC = 20.0
 RETRY_AFTER_SEC = (5.0, 20.0, 60.0)
 """Waits between the attempts to start Ray on a machine that is busy. Ray itself gives up after 30 s."""
@@ -66,6 +69,13 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
             ray.shutdown()
     finally:
         ray.shutdown()
+
+
+def is_connected() -> bool:
+    """Whether this process is connected to Ray, on this machine or on a cluster."""
+    import ray
+
+    return ray.is_initialized()
 
 
 def dashboard_line() -> str:
@@ -151,8 +161,13 @@ def term_is_interrupt() -> Iterator[None]:
 
 
 def _quiet_loggers(log_path: Path) -> None:
-    """Redirect the log messages of Ray's Python code from the terminal to a file."""
+    """Redirect the messages of Ray's Python code from the terminal to a file.
+
+    Ray prints errors of other processes, such as a worker that was killed, even without ``log_to_driver``, and has no
+    setting for them. The jobs say by themselves what failed.
+    """
     import ray
+    from ray._private import worker
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -166,6 +181,7 @@ def _quiet_loggers(log_path: Path) -> None:
                 logger.removeHandler(existing)
     logger = logging.getLogger("ray")
     logger.addHandler(handler)
+    worker.print_to_stdstream = lambda data, ignore_prefix: [logger.info(line) for line in data["lines"]]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -181,7 +197,26 @@ def max_resource(resource: str) -> int:
 
     present = ray.cluster_resources().get(resource, 0)
     reported = state.get_max_resources_from_cluster_config() or {}  # Anyscale reports them, open-source Ray does not
-    return int(max(present, reported.get(resource, 0), _autoscaled(resource)))
+    return int(max(present, reported.get(resource, 0), _autoscaled(resource), _stated(resource)))
+
+
+def _stated(resource: str) -> int:
+    """The maximum that the environment states; 0 if it does not.
+
+    Raises:
+        SettingsError: The variable is not a whole number.
+    """
+    value = os.environ.get(MAXIMUM[resource], "0")
+    if not value.isdecimal():
+        raise SettingsError(f"{MAXIMUM[resource]} {value}: must be a whole number")
+    return int(value)
+
+
+def maximum_hint() -> str:
+    """End of a message on KubeRay, which may start more nodes but does not tell how many; "" elsewhere."""
+    missing = [name for name in MAXIMUM.values() if name not in os.environ]
+    is_kuberay = os.environ.get("RAY_USAGE_STATS_KUBERAY_IN_USE") == "1"
+    return f"; set {' and '.join(missing)} to what all groups have at maxReplicas" if is_kuberay and missing else ""
 
 
 def max_gpus() -> int:
@@ -196,11 +231,11 @@ def cpus_for_data() -> int:
     """
     import ray
 
-    return int(max(ray.cluster_resources().get("CPU", 0), _autoscaled("CPU", gpu_nodes=False)))
+    return int(max(ray.cluster_resources().get("CPU", 0), _autoscaled("CPU", gpu_nodes=False), _stated("CPU")))
 
 
-def cluster_resources(log_path: Path) -> dict[str, float] | None:
-    """Resources of the cluster at RAY_ADDRESS, as Ray reports them; None if RAY_ADDRESS is not set.
+def cluster_resources(log_path: Path) -> dict[str, int] | None:
+    """CPUs and GPUs of the cluster at RAY_ADDRESS, with those that it can still start; None without RAY_ADDRESS.
 
     Raises:
         RunError: The cluster cannot be reached.
@@ -208,9 +243,7 @@ def cluster_resources(log_path: Path) -> dict[str, float] | None:
     if not os.environ.get("RAY_ADDRESS"):
         return None
     with ray_session(log_path):
-        import ray
-
-        return dict(ray.cluster_resources())
+        return {resource: max_resource(resource) for resource in MAXIMUM}
 
 
 def _autoscaled(resource: str, *, gpu_nodes: bool = True) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from voxray.batches.rank import Worker
 from voxray.cluster.actor_pool import MIN_ACTORS
-from voxray.cluster.placement import require_capacity, warn_about_idle_gpus
+from voxray.cluster.placement import require_capacity, warn_about_cpus
 from voxray.cluster.session import dashboard_line, ray_session
 from voxray.commands.next_steps import after_training
 from voxray.config.train import SHARED_ROWS, TrainSettings
@@ -61,8 +61,9 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
         use_ray = num_workers[1] > 0
         if use_ray:
             with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
+                num_workers = count_workers(settings.num_workers)  # again: the cluster may have other GPUs
                 require_capacity(num_workers[0])
-                warn_about_idle_gpus(num_workers[0])
+                warn_about_cpus()
                 if line := dashboard_line():
                     console.print(line, markup=False)
                 result = _train(run, num_workers)

@@ -52,6 +52,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
         num_workers = max(1, count_workers(settings.num_workers)[1])
         num_processes = num_workers * max(1, settings.max_concurrent_trials)
         with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
+            num_workers = max(1, count_workers(settings.num_workers)[1])  # again: the cluster may have other GPUs
             concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
 
             def train(config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
@@ -105,6 +105,7 @@ class EvaluateSettings(
     SharedFeatureFlags,
     PlacementFlags,
 ):
+    url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score existing predictions without loading a model: an evaluation folder, or a JSONL file with id, task,
     reference or references, and prediction per row (optionally language, speaker and other metadata)."""

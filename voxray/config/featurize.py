@@ -1,6 +1,6 @@
 """Settings of jobs/featurize.py."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,6 +10,7 @@ from voxray.config.parse import InputFiles
 
 
 class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
+    url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     manifest: Annotated[InputFiles, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to compute feature shards for, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"

@@ -113,10 +113,16 @@ class CompiledFlags(Settings):
     contains machine code, so use only folders you trust."""
 
 
+def _absolute(path: str) -> str:
+    if path and not path.startswith("/") and "://" not in path:
+        raise ValueError("must be absolute")
+    return path
+
+
 class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
     """Folder for everything the job writes. A relative path is below --storage_path, or else the current directory."""
-    storage_path: str = ""
+    storage_path: Annotated[str, AfterValidator(_absolute)] = ""
     """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
     paths need it. Training, evaluate and featurize also accept a URL (s3://bucket/voxray, gs://bucket/voxray)."""
 
@@ -327,9 +333,9 @@ class TaskBatchingFlags(BatchingFlags):
 
 class WorkerFlags(PlacementFlags):
     num_workers: Annotated[Workers, Flag(("nproc",))] = "auto"
-    """Training processes: auto is one per GPU (one on a CPU machine); 0 trains in this process, without Ray; 1:4 is
-    elastic, as many between 1 and 4 as fit on the cluster. Elastic steps are planned for the highest number, so each
-    step has the same rows with any number of workers."""
+    """Training processes: auto is one per GPU, one without GPUs (on a cluster, of all GPUs that it has or can start); 0
+    trains in this process, without Ray; 1:4 is elastic, as many between 1 and 4 as fit. Elastic steps are planned for
+    the highest number, so each step has the same rows with any number of workers."""
     worker_timeout_sec: Annotated[int, Field(ge=10)] = 600
     """Time in which a training process must respond to Ray. One that stands still for longer is killed, and training
     starts again from the last checkpoint."""

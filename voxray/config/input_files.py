@@ -1,8 +1,12 @@
-"""Files that settings name: each counts once, and none may be a Git LFS pointer."""
+"""Paths that settings name: each file counts once, none may be a Git LFS pointer, and few may be URLs."""
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
+from pydantic import BaseModel
+
+from voxray.config.flags import flag_metadata
 from voxray.core.lfs import POINTER, find_pointer
 
 
@@ -22,3 +26,19 @@ def pointer_errors(inputs: Mapping[str, str | tuple[str, ...]]) -> list[str]:
     """
     named = [(name, path) for name, value in inputs.items() for path in ((value,) if isinstance(value, str) else value)]
     return [f"--{name}: {pointer}: {POINTER}" for name, path in named if path and (pointer := find_pointer(path))]
+
+
+def url_errors(settings: BaseModel, accepted: Collection[str]) -> list[str]:
+    """One line for each path that is a URL although its flag takes paths only.
+
+    Args:
+        accepted: Flags that take URLs.
+    """
+    errors = []
+    for name, field in type(settings).model_fields.items():
+        takes_paths = flag_metadata(field).path in {"input", "output"} or name in {"model_id", "storage_path"}
+        value = getattr(settings, name) if takes_paths and name not in accepted else ""
+        for path in (value,) if isinstance(value, str) else value:
+            if re.match(r"[a-z0-9+]+://", path):
+                errors.append(f"--{name} {path}: takes a path on a file system that every node mounts, not a URL")
+    return errors

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from voxray.config.flags import flag_metadata, is_switch
 from voxray.config.help import help_text, reference_page
-from voxray.config.input_files import pointer_errors, unique_files
+from voxray.config.input_files import pointer_errors, unique_files, url_errors
 from voxray.config.other_names import find_other_name
 from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
@@ -75,6 +75,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     config_aliases: ClassVar[tuple[str, ...]] = ()
     """Older names of --config."""
+    url_flags: ClassVar[tuple[str, ...]] = ("features_dir",)
+    """Flags for paths that also take a URL, such as s3://bucket/voxray."""
 
     @classmethod
     def translate_yaml(
@@ -303,6 +305,7 @@ def _validate(
     if settings is not None:
         paths = [name for name, field in model.model_fields.items() if flag_metadata(field).path in {"input", "model"}]
         errors += pointer_errors({name: getattr(settings, name) for name in paths})
+        errors += url_errors(settings, model.url_flags)
     return settings, errors
 
 

@@ -1,7 +1,7 @@
 """Settings of the training jobs."""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -59,6 +59,7 @@ class TrainSettings(
 ):
     """Flags of every training job."""
 
+    url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)]  # type: ignore[misc]
     """Folder of the run. A relative path is below --storage_path, or else the current directory."""
     train_jsonl: Annotated[InputFiles, Flag(path="input"), Field(min_length=1)]

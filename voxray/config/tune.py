@@ -47,6 +47,7 @@ class SweepFlags(Settings):
 
     trains: ClassVar[type[TrainSettings]]
     tasks: ClassVar[tuple[str, ...]] = tuple(TASKS)
+    url_flags: ClassVar[tuple[str, ...]] = ("features_dir",)
     recipe: str = "multitask"
     """Training job whose runs are the trials; the sweep accepts its flags."""
     lora_r: Annotated[Ranks, Field(min_length=1)] = (8, 16)

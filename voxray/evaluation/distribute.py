@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from voxray.cluster.actor_pool import ActorPool, present_cpus, run_workers
-from voxray.cluster.session import max_gpus
+from voxray.cluster.session import max_gpus, maximum_hint
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.content_hash import combined_hash, path_hash
@@ -71,7 +71,8 @@ def plan_model_pool(models: ModelCount, num_gpus: int, num_cpus: int, num_parts:
     min_size = min(low, max_size)
     if num_gpus and min_size * models.gpus_each > num_gpus:
         flags = f"--num_models {min_size} with --gpus_per_model {models.gpus_each:g}"
-        raise SettingsError(f"{flags}: the cluster has {num_gpus} GPU(s), including those it can still start")
+        number = f"{num_gpus} GPU(s), including those it can still start"
+        raise SettingsError(f"{flags}: the cluster has {number}{maximum_hint()}")
     if num_gpus:
         pool = ActorPool(min_size, max_size, models.gpus_each or min(1.0, num_gpus / max_size), None)
     else:

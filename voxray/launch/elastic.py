@@ -24,6 +24,7 @@ from voxray.cluster.placement import (
     wait_for_workers,
     worker_resource,
 )
+from voxray.cluster.session import is_connected, max_gpus
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
@@ -57,13 +58,14 @@ def train_on_workers(
     """
     run_dir = run.run_dir
     (fewest, most), failures, step = num_workers, 0, newest_step(run_dir)
+    resource = worker_resource()  # once: a run whose GPU nodes died waits for others
     while True:
         (run_dir / GROW_FILE).unlink(missing_ok=True)
         run.remote.clear_signals()
-        number = wait_for_workers(fewest, most, (run_dir / STOP_FILE).exists)
+        number = wait_for_workers(fewest, most, resource, (run_dir / STOP_FILE).exists)
         if not number:
             return {"steps": step, "finished": False}
-        outcome = _attempt(run, data, number, most, callbacks)
+        outcome = _attempt(run, data, number, most, resource, callbacks)
         run.remote.fetch()  # rank 0 may have been on another machine
         before, step = step, newest_step(run_dir)
         if "result" in outcome:
@@ -88,7 +90,9 @@ def train_on_workers(
         console.print(f"a worker failed ({reason}); starting again from step {step}", markup=False)
 
 
-def _attempt(run: RunContext, data: TrainingData, number: int, most: int, callbacks: Sequence[Any]) -> dict[str, Any]:
+def _attempt(
+    run: RunContext, data: TrainingData, number: int, most: int, resource: str, callbacks: Sequence[Any]
+) -> dict[str, Any]:
     """Train with ``number`` processes until they end, or until they stop because more of them fit into the cluster.
 
     Ray Train runs in a thread, because the main thread has to receive signals.
@@ -98,7 +102,7 @@ def _attempt(run: RunContext, data: TrainingData, number: int, most: int, callba
     """
     outcome: dict[str, Any] = {}
     metrics = run.run_dir / METRICS
-    thread = threading.Thread(target=_fit_once, args=(run, data, number, callbacks, outcome), daemon=True)
+    thread = threading.Thread(target=_fit_once, args=(run, data, number, resource, callbacks, outcome), daemon=True)
     watcher, before = None, _modified_ns(metrics)
     thread.start()
     try:
@@ -106,7 +110,7 @@ def _attempt(run: RunContext, data: TrainingData, number: int, most: int, callba
             thread.join(0.3)  # Python handles signals between these short waits
             # Only after the first step, because the watcher must not take the resources of the run's own workers.
             if watcher is None and number < most and _modified_ns(metrics) != before:
-                watcher = ScaleUpWatcher(most - number, worker_resource(number))
+                watcher = ScaleUpWatcher(most - number, resource)
             if watcher and watcher.is_ready():
                 (run.run_dir / GROW_FILE).touch()
             run.remote.send_signals()
@@ -121,7 +125,12 @@ def _modified_ns(path: Path) -> int:
 
 
 def _fit_once(
-    run: RunContext, data: TrainingData, number: int, callbacks: Sequence[Any], outcome: dict[str, Any]
+    run: RunContext,
+    data: TrainingData,
+    number: int,
+    resource: str,
+    callbacks: Sequence[Any],
+    outcome: dict[str, Any],
 ) -> None:
     """Run Ray Train once and put its result or its error into ``outcome``."""
     import ray.train
@@ -135,7 +144,7 @@ def _fit_once(
         train_worker,
         train_loop_config={"settings": run.settings, "run_dir": str(run.run_dir), "data": data},
         torch_config=ProcessGroup(run=name),
-        scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=worker_resource(number) == "GPU"),
+        scaling_config=ray.train.ScalingConfig(num_workers=number, use_gpu=resource == "GPU"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=str(run.run_dir / "ray"),
@@ -165,9 +174,13 @@ def raise_refusal(error: Exception, run_dir: Path) -> None:
 
 
 def count_workers(num_workers: str | int) -> tuple[int, int]:
-    """Minimum and maximum number of processes of ``2`` or ``1:4``; ``auto`` is one per GPU of this machine, or one."""
+    """Minimum and maximum number of processes of ``2`` or ``1:4``; for ``auto`` one per GPU, at least one.
+
+    Once this process is connected to Ray, the GPUs of the whole cluster count, with those that it can still start;
+    before that, those of this machine.
+    """
     if num_workers == "auto":
-        num_workers = max(1, torch.cuda.device_count())
+        num_workers = max(1, max_gpus() if is_connected() else torch.cuda.device_count())
     return as_range(num_workers)
 
 

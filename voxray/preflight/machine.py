@@ -133,14 +133,14 @@ def check_ports(findings: Findings) -> None:
         findings.add("ok", "ports", "free")
 
 
-def check_cpus(settings: TrainSettings, resources: dict[str, float] | None, findings: Findings) -> None:
+def check_cpus(settings: TrainSettings, resources: dict[str, int] | None, findings: Findings) -> None:
     """Check for CPUs and GPUs for the workers, and one more CPU: Ray Data hangs if training holds every CPU.
 
     Args:
-        resources: Resources of the cluster at RAY_ADDRESS; None if the job starts Ray itself.
+        resources: CPUs and GPUs of the cluster at RAY_ADDRESS; None if the job starts Ray itself.
     """
     if settings.num_workers == "auto":
-        workers = max(1, torch.cuda.device_count())
+        workers = max(1, resources["GPU"] if resources else torch.cuda.device_count())
     else:
         workers = as_range(settings.num_workers)[0]
     if not workers:
@@ -152,14 +152,13 @@ def check_cpus(settings: TrainSettings, resources: dict[str, float] | None, find
             message = f"--num_workers {settings.num_workers}: {cpus} CPUs, so that workers wait for each other"
             findings.add("warning", "resources", message)
     else:
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        cluster = f"cluster: {cpus} CPUs, {gpus} GPUs"
-        if cpus < workers + 1:
+        cpus, gpus = resources["CPU"], resources["GPU"]
+        cluster = f"the cluster has or can start {cpus} CPUs and {gpus} GPUs"
+        if not gpus and cpus < workers + 1:
             need = f"--num_workers {settings.num_workers} and one CPU to spare for Ray Data need {workers + 1} CPUs"
             findings.add("fix", "resources", f"{need}; {cluster}")
         elif gpus and gpus < workers:
-            message = f"{cluster}: so few GPUs for --num_workers {settings.num_workers} that all would train on CPUs"
-            findings.add("fix", "resources", message)
+            findings.add("fix", "resources", f"--num_workers {settings.num_workers} needs {workers} GPUs; {cluster}")
         else:
             findings.add("ok", "resources", cluster)
 

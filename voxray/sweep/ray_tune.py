@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.cluster.session import max_gpus, max_resource
+from voxray.cluster.session import max_gpus, max_resource, maximum_hint
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
@@ -31,11 +31,11 @@ def concurrent_trials(num_workers: int, limit: int) -> int:
         SettingsError: The cluster is too small for a single trial.
     """
     gpus, cpus = max_gpus(), max_resource("CPU") - 1
-    capacity = (gpus if gpus >= num_workers else cpus) // num_workers
+    capacity = (gpus or cpus) // num_workers
     if capacity < 1:
         raise SettingsError(
-            f"--num_workers {num_workers}: a trial needs as many CPUs or GPUs, and one CPU is kept for Ray Data; the "
-            f"cluster has {cpus + 1} CPUs and {gpus} GPUs"
+            f"--num_workers {num_workers}: a trial needs as many GPUs or, on a cluster without any, CPUs, and one CPU "
+            f"is kept for Ray Data; the cluster has {cpus + 1} CPUs and {gpus} GPUs{maximum_hint()}"
         )
     if limit > capacity:
         message = f"the cluster has room for {capacity}, which is what runs"
