@@ -1,6 +1,6 @@
 """Submit a job to a running Ray cluster, print its output, and exit with its status.
 
-The job and its flags follow after --.
+The job and its flags follow after --. The file of --config may be anywhere on this machine; it is sent with the job.
 
 Example:
 
@@ -9,7 +9,7 @@ Example:
 
 import sys
 
-from voxray.config.parse import parse
+from voxray.config.parse import CHECK, parse
 from voxray.config.submit import SubmitSettings, job_and_flags
 from voxray.core.errors import job
 
@@ -17,9 +17,11 @@ from voxray.core.errors import job
 @job
 def main(argv: list[str] | None = None) -> None:
     own, name, flags = job_and_flags(sys.argv[1:] if argv is None else argv)
-    settings = parse(SubmitSettings, own, job="submit", about=__doc__ or "", demo="demo_submit.yaml")
-    from voxray.commands.submit import run_submit
+    from voxray.commands.submit import check_flags, run_submit
 
+    if CHECK & set(own):
+        check_flags(name, flags)
+    settings = parse(SubmitSettings, own, job="submit", about=__doc__ or "", demo="demo_submit.yaml")
     if status := run_submit(settings, name, flags):
         sys.exit(status)
 

@@ -1,13 +1,14 @@
 """jobs/submit.py with a fake of Ray's client; test_submit.py uses a real head."""
 
 import os
+import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.running import load_job
+from helpers.running import ROOT, load_job
 
 from voxray.commands import submit
 from voxray.config.submit import SubmitSettings
@@ -57,7 +58,7 @@ def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         client = Client(*ends)
         monkeypatch.setattr(submit, "_client", lambda settings: client)
         monkeypatch.setattr(submit, "_confirmed_address", lambda job: submit.LOCAL_ADDRESS)
-        monkeypatch.setattr(submit, "_check_flags", lambda job, flags: None)  # tests/config/test_parse.py has a test
+        monkeypatch.setattr(submit, "check_flags", lambda job, flags: None)  # tests/config/test_parse.py has a test
         status: Any = 0
         try:
             load_job("submit").main(argv.split())
@@ -111,6 +112,45 @@ def test_words_of_a_job_stay_what_they_are(end: Any) -> None:
     assert client.submitted["entrypoint"] == "python jobs/infer.py --question 'where; rm -rf $HOME?'"
 
 
+def test_the_settings_file_is_sent_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file outside the uploaded folder, with a name relative to where the user is."""
+    monkeypatch.chdir(tmp_path)
+    text = "train_jsonl: a b.jsonl # $HOME 'quoted'\noutput_dir: runs/x\n"
+    (tmp_path / "my settings.yaml").write_text(text)
+    client = Client(Details("SUCCEEDED", 0))
+    monkeypatch.setattr(submit, "_client", lambda settings: client)
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    words = [
+        "--address",
+        "https://ray.example/team",
+        "--",
+        "train_text",
+        "--config",
+        "my settings.yaml",
+        "--lr",
+        "1e-3",
+    ]
+    load_job("submit").main(words)
+    subprocess.run(client.submitted["entrypoint"].replace("exec python", "echo"), shell=True, check=True)
+    assert (tmp_path / "submitted.yaml").read_text() == text + "\n", "the shell leaves it as it is"
+    assert "jobs/train_text.py --config submitted.yaml --lr 1e-3" in capfd.readouterr().out
+    (tmp_path / "my settings.yaml").write_text("train_jsonl: a\noutput_dir: b\nbogus: 1\n")
+    for argv in (words, ["--check_flags", *words[2:]]):
+        with pytest.raises(SystemExit, match="2"):
+            load_job("submit").main(argv)
+        assert "bogus" in capfd.readouterr().err
+    recipe = str(ROOT / "jobs" / "configs" / "train_text.yaml")
+    load_job("submit").main([*words[:4], f"--config={recipe}"])
+    assert client.submitted["entrypoint"] == "python jobs/train_text.py --config=jobs/configs/train_text.yaml"
+
+
+def test_resources_of_the_jobs_own_process(end: Any) -> None:
+    client, _, _ = end(Details("SUCCEEDED", 0), argv="--entrypoint_num_gpus 1 -- export --lora_dir /r")
+    assert client.submitted["entrypoint_num_gpus"] == 1 and "entrypoint_num_cpus" not in client.submitted
+
+
 def test_ctrl_c_stops_the_job_and_waits_for_it(end: Any) -> None:
     client, status, output = end(KeyboardInterrupt(), Details("RUNNING", None), Details("STOPPED", None))
     assert (client.stops, status) == (1, 130) and "stopping the job, which saves itself first" in output
@@ -157,6 +197,12 @@ def test_how_the_cluster_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert "has none" in refusal(auth="token")
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("t")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    assert "has none" in refusal(auth="token")
+    (tmp_path / "elsewhere").write_text("t")
+    refusal()
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    assert requests.pop() == f"{submit.LOCAL_ADDRESS} token"
     for flags in ({"address": "http://10.0.0.1:1"}, {"auth": "token"}, {"auth": "disabled"}):
         refusal(**flags)
     default = submit.LOCAL_ADDRESS

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from voxray.core.project_files import IN_WHEEL, PACKAGE, PROJECT_FILES, job_scri
 
 DONE = {"SUCCEEDED", "FAILED", "STOPPED"}
 STOPPED_STATUS = 130
+ENTRYPOINT = ("entrypoint_num_cpus", "entrypoint_num_gpus")
+CONFIG_FLAGS = {"--config", "--cfg-path", "--cfg_path"}
+SENT_CONFIG = "submitted.yaml"
+"""Name that the user's settings file gets in the job's folder on the cluster."""
 LOCAL_ADDRESS = "http://127.0.0.1:8265"
 LOST_SEC = 120.0
 """How long the dashboard may be unreachable, as while port forwarding restarts, before submit gives up on the job."""
@@ -43,7 +47,7 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
         SettingsError: There is no address.
         SystemExit: Status 2 if the job's flags are invalid. One line for each is printed before anything is uploaded.
     """
-    _check_flags(job, flags)
+    check_flags(job, flags)
     settings = settings.model_copy(update={"address": settings.address or _confirmed_address(job)})
     client = _client(settings)
     name = f"{settings.name or job}-{uuid4().hex[:8]}"
@@ -51,26 +55,68 @@ def run_submit(settings: SubmitSettings, job: str, flags: Sequence[str]) -> int:
     runtime_env["working_dir"] = str(PROJECT_FILES)
     if PROJECT_FILES == IN_WHEEL:
         runtime_env["py_modules"] = [str(PACKAGE)]
-    entrypoint = f"python jobs/{job}.py {shlex.join(flags)}".rstrip()
+    flags, file = _pack_config(flags)
+    command = f"python jobs/{job}.py {shlex.join(flags)}".rstrip()
+    entrypoint = f"cat > {SENT_CONFIG} <<'END-OF-{name}'\n{file}\nEND-OF-{name}\nexec {command}" if file else command
+    options = {key: value for key in ENTRYPOINT if (value := getattr(settings, key))}
     deadline = time.monotonic() + LOST_SEC
     while True:
         try:
-            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env)
+            client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env, **options)
             break
         except Exception as error:  # the client raises whatever its HTTP library does
             is_starting = "No available agent" in str(error)  # a head that has just been started, on a busy machine
             if not is_starting or time.monotonic() > deadline:
                 raise RunError(f"--address {settings.address}: {one_line(error, 300)}") from None
             time.sleep(2.0)
-    print(f"submitted {name}: {entrypoint}", flush=True)
+    print(f"submitted {name}: {command}", flush=True)
     return _follow(client, name) if settings.wait else 0
 
 
-def _check_flags(job: str, flags: Sequence[str]) -> None:
-    """Let the job's own script check its flags on this machine, from the folder whose copy the job will run in."""
-    command = [sys.executable, str(job_script(job)), *flags, "--check_flags"]
+def check_flags(job: str, flags: Sequence[str]) -> None:
+    """Let the job's own script check its flags on this machine, from the folder whose copy the job will run in.
+
+    Raises:
+        SystemExit: Status 2 after it printed one line for each invalid setting.
+    """
+    words = list(flags)
+    for index, path in _config(flags):
+        words[index] = words[index].removesuffix(path) + os.path.abspath(path)
+    command = [sys.executable, str(job_script(job)), *words, "--check_flags"]
     if flags and subprocess.run(command, cwd=PROJECT_FILES, stdout=subprocess.DEVNULL, check=False).returncode == 2:
         raise SystemExit(2)
+
+
+def _config(flags: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(index of the word that holds it, path) of each file of --config that is on this machine, seen from here."""
+    for index, word in enumerate(flags):
+        name, is_one_word, value = word.partition("=")
+        if name in CONFIG_FLAGS and (is_one_word or index + 1 < len(flags)):
+            path = value if is_one_word else flags[index + 1]
+            if os.path.isfile(path):
+                yield (index if is_one_word else index + 1), path
+
+
+def _pack_config(flags: Sequence[str]) -> tuple[list[str], str]:
+    """The flags for the cluster, and the text of a settings file that is not among the uploaded files; "" without one.
+
+    Raises:
+        SettingsError: The file cannot be read.
+    """
+    words = list(flags)
+    for index, path in _config(flags):
+        absolute = Path(path).resolve()
+        prefix = words[index].removesuffix(path)
+        if absolute.is_relative_to(PROJECT_FILES / "jobs"):
+            words[index] = prefix + str(absolute.relative_to(PROJECT_FILES))
+            continue
+        try:
+            text = absolute.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"--config {path}: {one_line(error)}") from None
+        words[index] = prefix + SENT_CONFIG
+        return words, text
+    return words, ""
 
 
 def _confirmed_address(job: str) -> str:
@@ -89,7 +135,8 @@ def _confirmed_address(job: str) -> str:
 
 def _client(settings: SubmitSettings) -> Any:
     """Ray's client. Ray reads RAY_AUTH_MODE from the environment once, when it is imported."""
-    has_token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    has_token = "RAY_AUTH_TOKEN" in os.environ or Path(file).is_file()
     if settings.auth != "auto" or "RAY_AUTH_MODE" not in os.environ:
         use_token = settings.auth == "token" or (settings.auth == "auto" and has_token)
         os.environ["RAY_AUTH_MODE"] = "token" if use_token else "disabled"

@@ -12,12 +12,17 @@ from voxray.core.project_files import job_names
 class SubmitSettings(Settings):
     """Flags of submit itself; the submitted job and its flags follow after ``--``."""
 
-    address: str = Field(default="", pattern=r"^(https?://[^/@]+/?)?$")
+    address: str = Field(default="", pattern=r"^(https?://[^/@]+(/.*)?)?$")
     """Address of the cluster's dashboard, as forwarded by `ray dashboard cluster.yaml` or `kubectl port-forward`; by
     default that of RAY_API_SERVER_ADDRESS, else the one at http://127.0.0.1:8265, if you confirm it."""
     auth: Literal["auto", "token", "disabled"] = "auto"
-    """Authentication: token uses this machine's token (~/.ray/auth_token), disabled uses none, auto uses the token if
-    the file exists."""
+    """Authentication: token uses this machine's token (RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, or
+    ~/.ray/auth_token), disabled uses none, auto uses the token if there is one."""
+    entrypoint_num_cpus: float = Field(default=0, ge=0)
+    """CPUs of the node on which the job's own process runs. A job that computes in its own process, such as export,
+    runs on the head otherwise."""
+    entrypoint_num_gpus: float = Field(default=0, ge=0)
+    """GPUs that the job's own process uses, such as 1 for infer, export or efficiency."""
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$", max_length=60)
     """Prefix of the submission's id, to which a unique suffix is added; by default the job's name."""
     wait: bool = True
@@ -28,7 +33,7 @@ class SubmitSettings(Settings):
 def job_and_flags(argv: list[str]) -> tuple[list[str], str, list[str]]:
     """Split ``--address X -- train_text --config a.yaml`` into submit's own flags, the job and the job's flags.
 
-    The default job is quickstart.
+    The default job is quickstart. If only a job is given, submit's own flags are its defaults.
 
     Raises:
         SettingsError: There is no such job.
@@ -38,4 +43,4 @@ def job_and_flags(argv: list[str]) -> tuple[list[str], str, list[str]]:
     known = [name for name in job_names() if name != "submit"]
     if job not in known:
         raise SettingsError(f"-- {job}: not one of the jobs {', '.join(known)}")
-    return argv[:separator], job, flags
+    return argv[:separator] or (["--wait"] if argv else []), job, flags
