@@ -29,8 +29,9 @@ from voxray.evaluation.distribute import answer_rows
 from voxray.evaluation.predictions import read_predictions
 from voxray.generation.generate import SamplingParams
 from voxray.generation.model import InferenceConfig
+from voxray.launch.progress_view import show_progress
 from voxray.preflight.check_run import Preflight
-from voxray.runs.remote_sync import RemoteSync
+from voxray.runs.remote_sync import COPIES, RemoteSync
 from voxray.training.records import read_metrics
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
@@ -193,6 +194,37 @@ def test_signals_reach_other_machines(bucket: str, machine: Machine, monkeypatch
     done.set()
     driver.clear_signals()
     assert not names(bucket)
+
+
+def test_the_driver_shows_the_log_of_another_machine(
+    bucket: str, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 writes there; without copies the driver shows nothing, and an elastic run never grows."""
+    monkeypatch.setattr("voxray.runs.remote_sync.POLL_SEC", 0.05)
+    monkeypatch.setattr("voxray.runs.remote_sync.COPY_SEC", 0.1)
+    job_settings = TextSettings.model_validate({"train_jsonl": "x", "output_dir": "r", "storage_path": bucket})
+    sides = []
+    for name in ("driver", "worker"):
+        machine(name)
+        sides.append(RemoteSync.from_settings(job_settings))
+        sides[-1].folder.mkdir(parents=True)
+        (sides[-1].folder / "train.log").write_text("an earlier start\n")
+    driver, worker = sides
+    worker.push_files([worker.folder / "train.log"])
+    with driver.copy_files(["train.log", "metrics.jsonl"]), show_progress(driver.folder):
+        time.sleep(0.5)
+        assert not (driver.folder / COPIES).exists(), "nothing new yet"
+        done = worker.watch_signals(["train.log", "metrics.jsonl"])
+        with open(worker.folder / "train.log", "a") as log:
+            log.write("starting at step 0 of 4\n")
+        deadline = time.monotonic() + 20
+        while not (driver.folder / COPIES / "train.log").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        done.set()
+    printed = capsys.readouterr().out
+    assert "starting at step 0 of 4" in printed and "an earlier start" not in printed
+    assert not any(COPIES in name for name in names(bucket))
 
 
 def test_an_evaluation_resumes_on_another_machine(

@@ -30,6 +30,7 @@ from voxray.runs.inputs import input_hashes
 from voxray.runs.layout import ERROR_FILE, RESULT_FILE
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import add_data_provenance, add_provenance, open_run_folder, resolve_output_dir
+from voxray.training.records import LOG, METRICS
 
 STARTED_FROM = "started_from"
 """Key of result.json with the hash of what the run was started with."""
@@ -139,7 +140,7 @@ def _train(run: RunContext, num_workers: tuple[int, int]) -> dict[str, Any]:
     use_ray = num_workers[1] > 0
     data = training_data(run, use_ray=use_ray)
     add_data_provenance(run.run_dir, (*data.train, *data.validation))
-    with stop_on_signal(run.run_dir), show_progress(run.run_dir):
+    with stop_on_signal(run.run_dir), run.remote.copy_files([LOG, METRICS]), show_progress(run.run_dir):
         result = train_on_workers(run, data, num_workers) if use_ray else train(run, data)
     write_json(run.run_dir / RESULT_FILE, {**result, STARTED_FROM: _starting_point(run.settings)})
     return result

@@ -28,10 +28,12 @@ from voxray.cluster.session import is_connected, max_gpus
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
+from voxray.launch.progress_view import modified_ns
 from voxray.launch.worker import train_worker
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.training_data import TrainingData
 from voxray.runs.layout import ERROR_FILE, newest_step
+from voxray.runs.remote_sync import COPIES
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
 from voxray.training.records import METRICS
 from voxray.training.resource_errors import memory_advice
@@ -101,15 +103,15 @@ def _attempt(
         {"result"} or {"error"}.
     """
     outcome: dict[str, Any] = {}
-    metrics = run.run_dir / METRICS
+    metrics = (run.run_dir / METRICS, run.run_dir / COPIES / METRICS)
     thread = threading.Thread(target=_fit_once, args=(run, data, number, resource, callbacks, outcome), daemon=True)
-    watcher, before = None, _modified_ns(metrics)
+    watcher, before = None, [*map(modified_ns, metrics)]
     thread.start()
     try:
         while thread.is_alive():
             thread.join(0.3)  # Python handles signals between these short waits
             # Only after the first step, because the watcher must not take the resources of the run's own workers.
-            if watcher is None and number < most and _modified_ns(metrics) != before:
+            if watcher is None and number < most and [*map(modified_ns, metrics)] != before:
                 watcher = ScaleUpWatcher(most - number, resource)
             if watcher and watcher.is_ready():
                 (run.run_dir / GROW_FILE).touch()
@@ -118,10 +120,6 @@ def _attempt(
         if watcher:
             watcher.close()
     return outcome
-
-
-def _modified_ns(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def _fit_once(

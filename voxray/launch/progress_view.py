@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.core.console import Bar, clock, console, progress_bar
+from voxray.runs.remote_sync import COPIES
 from voxray.runs.run_folder import STOP_FILE
 from voxray.training.records import LOG, METRICS
 
@@ -42,8 +43,11 @@ def stop_on_signal(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def show_progress(run_dir: Path) -> Iterator[None]:
-    """Show the log lines of rank 0 within the block, and a progress bar from its metrics."""
-    log, metrics, pace = _Tail(run_dir / LOG), _Tail(run_dir / METRICS), Pace()
+    """Show the log lines of rank 0 within the block, and a progress bar from its metrics.
+
+    If rank 0 is on another machine, they come from the copies that ``RemoteSync.copy_files`` makes.
+    """
+    log, metrics, pace = _Tail(run_dir, LOG), _Tail(run_dir, METRICS), Pace()
     done = threading.Event()
 
     def show(bar: Bar) -> None:
@@ -117,14 +121,22 @@ class Pace:
         return loss + ("" if left is None else f"{clock(left)} left")
 
 
-class _Tail:
-    """Reads the lines that were appended to a file since the last call."""
+def modified_ns(path: Path) -> int:
+    """Time of a file's last change; 0 without the file."""
+    return path.stat().st_mtime_ns if path.exists() else 0
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.is_file() else 0
+
+class _Tail:
+    """Reads the lines that were appended to a file of the run folder, or to its copy, since the last call."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self._path, self._copy = run_dir / name, run_dir / COPIES / name
+        self._before = modified_ns(self._path)
+        self._offset = self._path.stat().st_size if self._before else 0
 
     def new_lines(self) -> list[str]:
+        if modified_ns(self._path) == self._before and self._copy.is_file():
+            self._path = self._copy  # this machine's file has not changed, so another machine writes it
         if not self._path.is_file():
             return []
         size = self._path.stat().st_size

@@ -14,7 +14,7 @@ from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import train
 from voxray.runs.layout import ERROR_FILE
 from voxray.training.callbacks import Callbacks
-from voxray.training.records import Publish
+from voxray.training.records import LOG, METRICS, Publish
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     try:
         run = RunContext.create(config["settings"], run_dir=run_dir, worker=worker, callbacks=callbacks)
         run.remote.fetch()
-        stop_listening = run.remote.watch_signals()
+        stop_listening = run.remote.watch_signals([LOG, METRICS] if worker.is_first else [])
         result = train(run, config["data"])
         if worker.is_first:
             run.remote.try_push(print)

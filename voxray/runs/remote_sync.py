@@ -7,9 +7,11 @@ nothing, and another machine resumes from the newest complete checkpoint.
 """
 
 import os
+import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +27,10 @@ LOCAL_ONLY = {"features", "ray", "model", "manifests", "error.json", LEASE, STOP
 concerns this machine only."""
 SIGNALS = (STOP_FILE, GROW_FILE)
 POLL_SEC = 3.0
+COPY_SEC = 10.0
+"""How often logs are uploaded by the machine that writes them, and downloaded by the driver's."""
+COPIES = ".remote"
+"""Folder of the working copy for files that another machine writes during a run. It is not mirrored."""
 
 
 @dataclass
@@ -170,14 +176,53 @@ class RemoteSync:
             if self._sent.pop(name, None) or (self.remote_dir / name).is_file():
                 (self.remote_dir / name).unlink()
 
-    def watch_signals(self) -> threading.Event:
+    @contextmanager
+    def copy_files(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block, keep copies of files at the URL in the folder ``COPIES``.
+
+        Rank 0 of a run may be on another machine than the driver and write its logs there.
+        """
+        done, sizes = threading.Event(), dict.fromkeys(names, 0)
+        shutil.rmtree(self.folder / COPIES, ignore_errors=True)
+
+        def poll(remote_dir: RemotePath) -> None:
+            is_first = True  # what an earlier start left does not count
+            while True:
+                for name, size in sizes.items():
+                    with suppress(OSError):
+                        sizes[name] = (remote_dir / name).num_bytes()
+                        if sizes[name] != size and not is_first:
+                            _download(remote_dir / name, self.folder / COPIES / name)
+                is_first = False
+                if done.wait(COPY_SEC):
+                    return
+
+        if self.remote_dir is not None:
+            threading.Thread(target=poll, args=(self.remote_dir,), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+
+    def watch_signals(self, logs: Sequence[str] = ()) -> threading.Event:
         """Copy signals from the URL to this machine's folder in the background, until the returned event is set.
 
         Signals that an earlier run left in the folder are deleted first.
+
+        Args:
+            logs: Files of the folder to upload meanwhile, whenever they have grown.
         """
-        done = threading.Event()
+        done, sizes = threading.Event(), dict.fromkeys(logs, 0)
+
+        def upload_logs() -> None:
+            for name, size in sizes.items():
+                path = self.folder / name
+                if path.is_file() and path.stat().st_size != size:
+                    sizes[name] = path.stat().st_size
+                    self.push_files([path])
 
         def poll() -> None:
+            uploaded = time.monotonic()
             for name in SIGNALS:
                 (self.folder / name).unlink(missing_ok=True)
             while True:
@@ -185,6 +230,10 @@ class RemoteSync:
                     with suppress(OSError):
                         if self.remote_dir is not None and (self.remote_dir / name).is_file():
                             (self.folder / name).touch()
+                if time.monotonic() - uploaded > COPY_SEC:
+                    uploaded = time.monotonic()
+                    with suppress(OSError):
+                        upload_logs()
                 if done.wait(POLL_SEC):
                     return
 
