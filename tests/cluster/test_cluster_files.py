@@ -52,8 +52,6 @@ def scaling_problems(cluster: dict[str, Any]) -> list[str]:
         spot = group["node_config"].get("InstanceMarketOptions") == {"MarketType": "spot"}
         if spot == ("GPU" in group["resources"]):
             problems.append(f"{name}: {'spot' if spot else 'on demand'}")
-    if len({group["labels"]["voxray-role"] for group in cluster["available_node_types"].values()}) != 3:
-        problems.append("labels")
     return problems
 
 
@@ -233,7 +231,7 @@ def test_the_cluster_on_google_cloud(cluster: dict[str, Any], gcp: dict[str, Any
     validate_config(prepare_config(copy.deepcopy(gcp)))
     assert gcp_problems(gcp) == [] and secret_problems(gcp) == []
     for name, group in cluster["available_node_types"].items():
-        for key in ("resources", "labels", "min_workers", "max_workers"):
+        for key in ("resources", "min_workers", "max_workers"):
             assert group.get(key) == gcp["available_node_types"][name].get(key)
     assert all((ROOT / path).is_file() for path in gcp["file_mounts"].values() if not path.startswith("~"))
 
@@ -261,7 +259,14 @@ JOB_KEYS = {
     *("submitterConfig", "runtimeEnvYAML", "rayClusterSpec", "activeDeadlineSeconds", "metadata", "suspend"),
 }
 """Relevant fields of KubeRay's RayJobSpec. The constants below are those of its parts."""
-CLUSTER_KEYS = {"rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec", "workerGroupSpecs"}
+CLUSTER_KEYS = {
+    "rayVersion",
+    "authOptions",
+    "enableInTreeAutoscaling",
+    "autoscalerOptions",
+    "headGroupSpec",
+    "workerGroupSpecs",
+}
 HEAD_KEYS = {"serviceType", "rayStartParams", "template"}
 WORKER_KEYS = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
 POD_KEYS = {"containers", "volumes", "tolerations", "terminationGracePeriodSeconds", "serviceAccountName"}
@@ -283,6 +288,8 @@ def rayjob_problems(job: dict[str, Any]) -> list[str]:
         problems.append("kind")
     if cluster["headGroupSpec"]["serviceType"] != "ClusterIP":
         problems.append("the head is reachable from outside")
+    if cluster.get("authOptions") != {"mode": "token"}:
+        problems.append("the head is open to all pods")
     if cluster["headGroupSpec"]["rayStartParams"].get("num-cpus") != "0":
         problems.append("the head runs work")
     for group in group_specs:
@@ -311,16 +318,22 @@ def test_the_job_on_kubernetes(rayjob: dict[str, Any], runtime_env: dict[str, An
     assert rayjob_problems(rayjob) == []
     assert SECRETS.findall(yaml.safe_dump(rayjob)) == []
     spec = rayjob["spec"]
-    assert yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"] == runtime_env["env_vars"]
+    variables = yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]
+    assert {name: variables.pop(name) for name in runtime_env["env_vars"]} == runtime_env["env_vars"]
     RuntimeEnv(**yaml.safe_load(spec["runtimeEnvYAML"]))
-    python, script, *flags = spec["entrypoint"].split()
-    assert (python, script) == ("python", "/voxray/jobs/train_multitask.py")
-    local_flags = [flag.replace("/voxray/jobs", str(ROOT / "jobs")) for flag in flags]
-    settings = parse_only("train_multitask", local_flags)
-    assert settings.num_workers == "1:4" and settings.storage_path == "/mnt/shared"
-    train = next(group for group in spec["rayClusterSpec"]["workerGroupSpecs"] if group["groupName"] == "train")
-    [container] = train["template"]["spec"]["containers"]
-    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) * train["maxReplicas"] == 4
+    program, job, *flags = spec["entrypoint"].split()
+    assert (program, job) == ("voxray", "train_multitask")
+    settings = parse_only(job, flags)
+    assert settings.num_workers == "1:4" and settings.output_dir.startswith("/mnt/shared/")
+    largest = {}
+    for group, name, resource in zip(
+        spec["rayClusterSpec"]["workerGroupSpecs"], ("CPUS", "GPUS"), ("cpu", "nvidia.com/gpu"), strict=True
+    ):
+        [container] = group["template"]["spec"]["containers"]
+        largest[f"VOXRAY_MAX_{name}"] = str(int(container["resources"]["limits"][resource]) * group["maxReplicas"])
+    assert variables == largest
+    image = (ROOT / "cluster" / "Dockerfile").read_text()
+    assert f"FROM rayproject/ray:{spec['rayClusterSpec']['rayVersion']}-py312-gpu" in image
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned and spec["rayClusterSpec"]["rayVersion"] == pinned[1]
 
