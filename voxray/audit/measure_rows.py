@@ -251,6 +251,7 @@ def measure_manifests(
         on_progress: Called with (lines done, lines in total).
     """
     done, total = 0, sum(item["chunk"]["num_lines"] for item in items)
+    on_progress(done, total)
     pool = plan_pool(num_actors, len(items)) if use_ray else None
     for result in run_workers(RowMeasurer, (limits, front_end), items, pool):
         done += result["lines"]

@@ -142,6 +142,7 @@ def measure(
     memory.reset()
     memory_before_gib = memory.current_gib()
     runs = []
+    on_progress(0, warmup + repeats)
     for number in range(warmup + repeats):
         run = answer_once(loaded, sample, batch_size, new_tokens)
         runs += [run] if number >= warmup else []

@@ -121,6 +121,7 @@ def answer_rows(
         if not part_path(predictions, number).is_file()
     ]
     done, total = len(rows) - sum(len(item["rows"]) for item in items), len(rows)
+    on_progress(done, total)
     pool, num_threads = None, os.cpu_count() or 1
     if use_ray and items:
         pool, num_threads = plan_model_pool(models or ModelCount(), max_gpus(), present_cpus(), len(items))

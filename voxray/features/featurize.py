@@ -89,6 +89,7 @@ def featurize(
     num_lines = {(str(item.folder), item.chunk.number): item.chunk.num_lines for item in work}
     total = sum(num_lines.values())
     done, num_made, pids = 0, 0, set()
+    on_progress(done, total)
     pool = plan_pool(num_actors, len(work), use_gpus=encodes) if use_ray else None
     for result in run_workers(ChunkFeaturizer, (extractor,), work, pool):
         sets[result["folder"]].add(result)

@@ -278,6 +278,7 @@ def run_checks(
     """Second pass: check every chunk, with Ray Data or in this process."""
     arguments, items = (checker.limits, checker.folders), list(map(str, paths))
     pool = plan_pool(num_actors, len(items)) if use_ray else None
+    on_progress(0, len(paths))
     results = run_workers(RowChecker, arguments, items, pool)
     for done, _ in enumerate(results, 1):
         on_progress(done, len(paths))
