@@ -174,9 +174,9 @@ def move_extensions(lib: Path) -> list[str]:
 def repair_torchaudio(python: Path) -> None:
     """Make torchaudio import on a torch without CUDA.
 
-    Its wheel on PyPI is linked to CUDA libraries. Without them `import torchaudio` fails, and so do transformers' audio
-    models. torchaudio works without its compiled files, and voxray uses only its Python part (Kaldi features,
-    SpecAugment). Where it imports, as on a GPU box, nothing is changed.
+    The tests compare filter banks and masks with it. Its wheel on PyPI is linked to CUDA libraries. Without them
+    `import torchaudio` fails, and so do transformers' audio models, which import it where it is installed. It works
+    without its compiled files. Where it imports, as on a GPU box, nothing is changed.
     """
     if import_error(python, "import torchaudio") is None:
         return
