@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import write_rows
-from helpers.corpora import prepare
+from helpers.corpora import prepare, save_to_disk
 
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.core.errors import BadRow, RunError
@@ -84,6 +84,53 @@ def test_the_corpus_own_split_is_used(tmp_path, corpus):
     train, val, ledger, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
     assert [len(train), len(val), len(ledger)] == [4, 4, 4]
     assert {line["reason"] for line in ledger} == {"other_split"}
+
+
+SPLITS = {"train": 4, "validation": 3, "test": 2}
+
+
+@pytest.mark.parametrize("own", [("train", "test"), ("train", "validation"), ("train", "validation", "test")])
+@pytest.mark.parametrize("outputs", [(), ("val",), ("test",), ("val", "test")])
+def test_held_out_rows_never_train(tmp_path, capsys, own, outputs):
+    """Rows of the corpus's validation and test splits go to their manifest or into the ledger."""
+    rows = {
+        split: [
+            {"audio": str(tmp_path / tone(tmp_path / f"{split}{n}.wav", seed=10 * at + n)), "text": f"{split} {n}"}
+            for n in range(SPLITS[split])
+        ]
+        for at, split in enumerate(own)
+    }
+    corpus = save_to_disk(tmp_path / "saved", rows)
+    paths = {f"{name}_output": str(tmp_path / "out" / f"{name}.jsonl") for name in outputs}
+    train, val, ledger, summary = prepare(tmp_path, str(corpus), **{"val_output": "", **paths})
+    text = capsys.readouterr().out
+    assert {row["transcript"].split()[0] for row in train} == {"train"}
+    assert summary.get("test", {}).get("rows", 0) == ("test" in own and "test" in outputs) * SPLITS["test"]
+    if "val" in outputs:
+        from_corpus = "validation" in own
+        assert {row["transcript"].split()[0] for row in val} == {"validation" if from_corpus else "train"}
+        assert len(val) == (SPLITS["validation"] if from_corpus else 1)
+    left_out = {name for name, output in (("validation", "val"), ("test", "test")) if output not in outputs} & set(own)
+    assert {line["source_file"].split("/")[-2] for line in ledger} == left_out
+    assert {line["reason"] for line in ledger} <= {"other_split"}
+    for split in ("validation", "test"):
+        flag = {"validation": "--val_output", "test": "--test_output"}[split]
+        sentence = f"{SPLITS[split]} rows of the corpus's {split} split are left out; {flag} FILE writes them"
+        assert (sentence in text) == (split in left_out)
+
+
+def test_rows_of_unknown_splits_do_not_train_and_a_test_set_alone_is_written(tmp_path, corpus, capsys):
+    for row, split in zip(corpus, (*["holdout"] * 2, *["train_dev"] * 2, *[""] * 8), strict=True):
+        row |= {"split": split}
+    train, val, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus), leaks="allow")
+    assert (len(train), len(val)) == (8, 2)
+    assert "2 rows are left out because the corpus puts them into other splits: holdout" in capsys.readouterr().out
+    test = write_rows(tmp_path / "t.jsonl", [{**row, "split": "test"} for row in corpus])
+    with pytest.raises(RunError, match="no usable row"):
+        prepare(tmp_path, test)
+    assert "12 rows of the corpus's test split" in capsys.readouterr().out
+    _, _, ledger, summary = prepare(tmp_path, test, test_output=str(tmp_path / "out" / "test.jsonl"))
+    assert summary["test"]["rows"] == 12 and not ledger and "next:" not in capsys.readouterr().out
 
 
 def test_notes_on_transcripts_are_counted(tmp_path, corpus):

@@ -273,6 +273,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("input", "model_id", "train_output", "val_output", "leaks"), "new::data_settings_and_commands"
         ),
+        "test_output": "new::rows_of_the_corpuss_test_split_are_what_evaluate_answers",
         # The rest are those of prepare, whose tests see them at work.
         **dict.fromkeys(
             PrepareSettings.model_fields.keys() - NewSettings.__annotations__.keys() - {"leaks"}, PREPARE_RUN

@@ -39,7 +39,7 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     commands = new(table, leaks="scripted")
     folder = table.parent / "my project"
     num_rows = [len((folder / "data" / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "val")]
-    assert sum(num_rows) == 24 and min(num_rows) > 0
+    assert sum(num_rows) == 24 and min(num_rows) > 0 and not (folder / "data" / "test.jsonl").exists()
     text = (folder / "train.yaml").read_text()
     assert text.startswith("".join(f"# {command}\n" for command in commands))
     values = yaml.safe_load(text)
@@ -59,6 +59,18 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     (folder / "run" / "checkpoints").mkdir()
     with pytest.raises(SettingsError, match="--project my project: holds a run or other files"):
         new(table)
+
+
+def test_rows_of_the_corpuss_test_split_are_what_evaluate_answers(table: Path) -> None:
+    lines = table.read_text(encoding="cp949").splitlines()
+    cells = ["split", "test", "test", *["train"] * (len(lines) - 3)]
+    table.write_text("\n".join(map(",".join, zip(lines, cells, strict=True))), encoding="cp949")
+    commands = new(table, leaks="allow")
+    data = table.parent / "my project" / "data"
+    num_rows = [len(read_rows(str(data / f"{name}.jsonl"))) for name in ("train", "val", "test")]
+    assert num_rows[2] == 2 and sum(num_rows) == 24 and num_rows[1]
+    for command in commands[1:3]:
+        assert parse_only("evaluate", shlex.split(command)[2:]).val_jsonl == (str(data / "test.jsonl"),)
 
 
 def test_settings_that_do_not_fit_are_written_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

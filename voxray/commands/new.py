@@ -41,22 +41,25 @@ def run_new(settings: NewSettings) -> list[str]:
         raise SettingsError(f"--project {settings.project}: holds a run or other files; name a new folder")
     make_folder(folder, "--project")
     try:
-        run_prepare_job(settings, show_next=False)
+        run_prepare_job(settings, trains_next=True)
     except RunError:
         if not any(path.is_file() for path in folder.rglob("*")):
             shutil.rmtree(folder)  # so that the corrected command can be given
         raise
-    train, val = (
-        resolve_output_dir(path, settings.storage_path) for path in (settings.train_output, settings.val_output)
+    train, val, test = (
+        resolve_output_dir(path, settings.storage_path)
+        for path in (settings.train_output, settings.val_output, settings.test_output)
     )
+    if test.is_file() and not has_rows(test):
+        test.unlink()  # the corpus has no test split
     values: dict[str, Any] = {"train_jsonl": str(train), "output_dir": str(folder / "run")}
     if has_rows(val):
         values |= {"val_jsonl": str(val), "load_best_model_at_end": True}
     job = _write_settings(settings, folder, values)
     shown = Path(settings.project)
     run, before, after = (str(shown / name) for name in ("run", "evaluation-base", "evaluation"))
-    rows = str(shown / val.relative_to(folder)) if val.is_relative_to(folder) else str(val)
-    rows = rows if has_rows(val) else "YOUR-TEST-ROWS.jsonl"
+    held_out = next(filter(has_rows, (test, val)), None)  # training has looked at the validation rows
+    rows = _as_typed(held_out, folder, shown) if held_out else "YOUR-TEST-ROWS.jsonl"
     commands = [
         typed_command(job, "--config", str(shown / SETTINGS_FILE)),
         typed_command("evaluate", "--model_id", settings.model_id, "--val_jsonl", rows, "--output_dir", before),
@@ -70,6 +73,11 @@ def run_new(settings: NewSettings) -> list[str]:
     for line in commands:
         console.print(f"  {line}", markup=False)
     return commands
+
+
+def _as_typed(path: Path, folder: Path, shown: Path) -> str:
+    """The path as one types it: below the new folder, which the user named ``shown``, if it is in it."""
+    return str(shown / path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _language(manifest: Path) -> list[str]:

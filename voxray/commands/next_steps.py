@@ -54,7 +54,12 @@ def after_sweep(settings: Any, output_dir: Path) -> list[str]:
 
 
 def after_prepare(train: Path, val_manifest: Path | None) -> list[str]:
-    """Lines about new manifests: the commands that check them and choose settings to train on them."""
+    """Lines about new manifests: the commands that check them and choose settings to train on them.
+
+    There are none without training rows.
+    """
+    if not has_rows(train):
+        return []
     manifests = [str(train), *([str(val_manifest)] if val_manifest and has_rows(val_manifest) else [])]
     rows = [
         word for flag, path in zip(("--train_jsonl", "--val_jsonl"), manifests, strict=False) for word in (flag, path)

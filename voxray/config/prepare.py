@@ -59,10 +59,11 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     train_output: Annotated[str, Flag(("out_train",), path="output"), Field(min_length=1)]
     """Manifest to write with the training rows."""
     val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
-    """Manifest to write with the validation rows; without it no validation rows are split off."""
+    """Manifest to write with the validation rows: those of the corpus's own validation split, or, if it has none,
+    --val_share of its training rows. Without it, rows of a validation split are left out."""
     test_output: Annotated[str, Flag(("out_test",), path="output")] = ""
-    """Manifest to write with the corpus's own test set; without it these rows are listed in the ledger, or, if the
-    corpus has no validation set, join the other rows."""
+    """Manifest to write with the rows of the corpus's own test split; without it these rows are left out. They are
+    never trained on."""
     audio_output: Annotated[str, Flag(path="output")] = ""
     """Folder for 16 kHz mono FLAC copies of the clips in the manifests. The manifests then refer to the copies, by
     relative paths if the folder is below the manifest's; without it they refer to the original files."""
@@ -85,7 +86,7 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     """Whether to drop rows that repeat the decoded audio and task of an earlier row (text rows: its normalised
     texts)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the rows that goes to validation."""
+    """Share of the training rows that goes to validation, if the corpus has no validation split."""
     leaks: Annotated[Literal["refuse", "scripted", "drop", "allow"], Flag()] = "refuse"
     """What to do if audio, text or a speaker of the validation rows also occurs in training: refuse to write, drop
     those training rows, or allow it. scripted refuses too, but equal texts do not count: several speakers read the same

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import find_clip
+from voxray.corpora.splits import find_split
 
 MAX_DEPTH = 100  # of nested objects and lists; Python can read deeper ones than it can write
 
@@ -137,17 +138,17 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-_SPLIT = re.compile(r"(train|training|dev|val|valid|validation|test|testing|eval)(?![a-z])", re.IGNORECASE)
+_FIRST_WORD = re.compile(r"[\W\d_]")
 
 
 def split_by_path(file: Path, root: Path) -> dict[str, str]:
     """{"split"} by the names of a file and of its folders below ``root``: ``train-clean-100``, ``test-00000-of-00001``.
 
-    {} if no name says so.
+    {} if none of them begins with the name of a split.
     """
     names = reversed(file.absolute().relative_to(root.absolute()).parts)
-    match = next(filter(None, map(_SPLIT.match, names)), None)
-    return {"split": match[1].lower()} if match else {}
+    split = next((find_split(name) for name in names if find_split(_FIRST_WORD.split(name)[0])), "")
+    return {"split": split} if split else {}
 
 
 def find_audio(value: Any, *folders: Path) -> str:
