@@ -1,5 +1,6 @@
 """prepare: every row is accounted for, texts are clean, leaks are detected, and workers do not change the order."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,42 @@ def test_notes_on_transcripts_are_counted(tmp_path, corpus):
     texts = {row["transcript"] for row in (*train, *val)}
     assert summary["transcript_notes"] == {"noise": 2, "odd_pair": 1}
     assert {"(CT)(흉부) 촬영할게요", "그 그 사람이 왔어요"} <= texts
+
+
+MARKED = "b/ (70%)/(70 percent) of group C* with plus+ signs"
+
+
+@pytest.mark.parametrize("language", ["", "en"])
+def test_notation_of_korean_corpora_stays_in_other_languages(tmp_path, language):
+    """Rows without a language are cleaned only if they have Hangul, also as macOS writes it."""
+    hangul = unicodedata.normalize("NFD", "b/ 혈압이 그+ 높아요")
+    rows = [
+        {"audio_path": tone(tmp_path / f"{n}.wav", seed=n), "transcript": text, "speaker": f"s{n}"}
+        for n, text in enumerate((MARKED, hangul))
+    ]
+    rows[0] |= {"language": language, "transcript_raw": f"{MARKED} [sic]"} if language else {}
+    train, _, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), val_output="")
+    assert train[0]["transcript"] == MARKED and train[1]["transcript"] == "혈압이 그 높아요"
+    assert train[0].get("transcript_raw") == rows[0].get("transcript_raw") and "transcript_notes" not in train[0]
+    (tmp_path / "pairs").mkdir()
+    tone(tmp_path / "pairs" / "a.wav")
+    (tmp_path / "pairs" / "a.txt").write_text(MARKED)
+    [row], _, _, _ = prepare(tmp_path, str(tmp_path / "pairs"), val_output="", language=language)
+    assert row["transcript"] == MARKED and row.get("language", "") == language and "transcript_raw" not in row
+
+
+def test_language_is_written_to_rows_that_name_none(tmp_path, corpus):
+    for number, row in enumerate(corpus):
+        row |= {"language": ("", "ja")[number % 2], "speaker": f"s{number}"}
+    settings = {"val_output": "", "language": "English"}
+    train, _, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus), **settings)
+    assert [row["language"] for row in train] == ["en", "ja"] * 6
+    table = ["file,text", *(f"{row['audio_path']},{row['transcript']}" for row in corpus)]
+    (tmp_path / "t.csv").write_text("\n".join(table))
+    train, _, _, _ = prepare(tmp_path, str(tmp_path / "t.csv"), **settings)
+    assert {row["language"] for row in train} == {"en"}, "it replaces the guess by the script of the texts"
+    with pytest.raises(ValueError, match="language 'klingon' is not known"):
+        prepare(tmp_path, str(tmp_path / "t.csv"), language="klingon")
 
 
 def test_dual_notation_gives_both_readings(tmp_path, corpus):

@@ -266,6 +266,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "audio_output": "prepare_flags::test_output_and_audio_output",
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
+        "language": "prepare::language_is_written_to_rows_that_name_none",
         **dict.fromkeys(TableFlags.model_fields, "own_tables::the_flags_of_prepare"),
     },
     "new": {

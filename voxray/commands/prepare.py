@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _prepare(
     train, audio = outputs["train_output"], outputs.pop("audio_output", None)
     for path in (*outputs.values(), ledger):
         make_folder(path.parent)
-    rows = select(chain.from_iterable(_rows(Path(item), settings) for item in settings.input))
+    imported = chain.from_iterable(_rows(Path(item), settings) for item in settings.input)
+    rows = (_with_language(row, settings.language) for row in select(imported))
     prefix = f".prepare-{train.name}-"
     for leftover in train.parent.glob(f"{glob.escape(prefix)}*"):  # of a killed job, since this one holds the lease
         shutil.rmtree(leftover, ignore_errors=True)
@@ -149,9 +151,16 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
     raise SettingsError(f"{flags}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
 
 
+def _with_language(row: ImportedRow | ImportFault, language: str) -> ImportedRow | ImportFault:
+    """The row, with ``--language`` if it names none."""
+    if not language or isinstance(row, ImportFault) or row.values.get("language"):
+        return row
+    return replace(row, values={**row.values, "language": language})
+
+
 def _table_options(settings: PrepareSettings) -> TableOptions:
     columns = {kind: getattr(settings, f"{kind}_column") for kind in HEADINGS}
-    return TableOptions(columns, settings.encoding, settings.sheet, settings.audio_dir)
+    return TableOptions(columns, settings.encoding, settings.sheet, settings.audio_dir, settings.language)
 
 
 def _limits(settings: PrepareSettings) -> Limits:

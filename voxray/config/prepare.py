@@ -2,11 +2,12 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, check_pairs
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles, Settings
+from voxray.core.languages import language_code
 
 
 class TableFlags(Settings):
@@ -72,6 +73,8 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     storage_path: str = ""
     """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
     paths need it."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
+    """Language to write to rows that name none, as a code such as ko or as an English name."""
     reading: Literal["spelling", "phonetic"] = "spelling"
     """Which side of a dual transcription (spelling)/(reading) becomes the text; the other is stored for scoring."""
     min_sec: Annotated[float, Field(ge=0)] = 3.0

@@ -1,6 +1,6 @@
 """KsponSpeech and corpora with its layout: ``.trn`` lists of ``path :: text``, or a ``.txt`` file beside each clip.
 
-Texts without Hangul, of corpora in other languages, get no language.
+Texts without Hangul, of corpora in other languages, get no language and stay as they are.
 """
 
 import os
@@ -99,10 +99,10 @@ def _pair(clip: Path, text: Path, own_split: dict[str, str]) -> ImportedRow | Im
 
 
 def _values(audio_path: str, raw: str) -> dict[str, Any]:
+    if not HANGUL.search(raw) and not audio_path.lower().endswith(".pcm"):
+        return {"audio_path": audio_path, "transcript": raw}
     cleaned = clean_transcript(raw)
-    values: dict[str, Any] = {"audio_path": audio_path, "transcript": cleaned.text}
-    if HANGUL.search(raw) or audio_path.lower().endswith(".pcm"):
-        values["language"] = "ko"
+    values: dict[str, Any] = {"audio_path": audio_path, "transcript": cleaned.text, "language": "ko"}
     values["transcript_raw"] = raw
     if cleaned.phonetic != cleaned.text:
         values["transcript_phonetic"] = cleaned.phonetic
