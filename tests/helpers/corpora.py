@@ -56,17 +56,21 @@ def read(name: str, path: Path) -> tuple[list[ImportedRow], list[ImportFault]]:
 AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def save_to_disk(folder: Path, splits: dict[str, list[dict]], audio: str = "audio") -> Path:
+def save_to_disk(
+    folder: Path, splits: dict[str, list[dict]], audio: str = "audio", audio_between: pa.Array | None = None
+) -> Path:
     """Write what ``save_to_disk`` writes of a DatasetDict. All its splits have shards of the same name.
 
     Args:
         splits: {split: rows}; the row's ``audio`` is the file whose bytes the row holds.
         audio: Name of the column of clips.
+        audio_between: Another column of clips, ``audio``, behind it.
     """
     for split, rows in splits.items():
         clips = [{"bytes": Path(row["audio"]).read_bytes(), "path": Path(row["audio"]).name} for row in rows]
         others = {key: [row[key] for row in rows] for key in rows[0] if key != "audio"}
-        table = pa.table({audio: pa.array(clips, AUDIO), **others})
+        between = {} if audio_between is None else {"audio": audio_between}
+        table = pa.table({audio: pa.array(clips, AUDIO), **between, **others})
         (folder / split).mkdir(parents=True)
         file = folder / split / "data-00000-of-00001.arrow"
         with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:

@@ -21,7 +21,7 @@ from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.core.units import format_duration
-from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
+from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect, huggingface
 from voxray.corpora.importers.lines import is_utf8_text
 from voxray.corpora.importers.table import CorpusTable, TableOptions
 from voxray.corpora.importers.table_columns import HEADINGS
@@ -126,7 +126,7 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
 
     Raises:
         RunError: The input is missing, or its format is unknown or cannot be read.
-        SettingsError: A flag for tables is given, and the input is not a table.
+        SettingsError: A flag is given that is not for this format.
     """
     if not is_utf8_text(str(path)):
         raise RunError(f"--input {str(path)!a}: its name is not UTF-8; rename it, with convmv for one")
@@ -142,13 +142,16 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
             console.print(table.description, markup=False)
             yield from table.rows()
             return
-        if not options.any_set:
-            yield from IMPORTERS[name](path)
+        columns = {f"{kind}_column": kind for kind in huggingface.COLUMNS} if name == "huggingface" else {}
+        flags = [flag for flag in TableFlags.model_fields if getattr(settings, flag) and flag not in columns]
+        if not flags:
+            chosen = {kind: getattr(settings, flag) for flag, kind in columns.items()}
+            yield from huggingface.rows(path, chosen) if columns else IMPORTERS[name](path)
             return
     except (OSError, ValueError) as error:
         raise RunError(f"--input {path}: {error}") from None
-    flags = " ".join(f"--{flag}" for flag in TableFlags.model_fields if getattr(settings, flag))
-    raise SettingsError(f"{flags}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
+    names = " ".join(f"--{flag}" for flag in flags)
+    raise SettingsError(f"{names}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
 
 
 def _with_language(row: ImportedRow | ImportFault, language: str) -> ImportedRow | ImportFault:

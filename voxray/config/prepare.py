@@ -11,27 +11,32 @@ from voxray.core.languages import language_code
 
 
 class TableFlags(Settings):
-    """How to read CSV, TSV and Excel files. What is not given is guessed and printed."""
+    """How to read tables (CSV, TSV and Excel files). What is not given is guessed and printed.
+
+    Some of the flags are also for data sets of Hugging Face: save_to_disk, Parquet and metadata files.
+    """
 
     audio_column: str = ""
     """Heading of the column that names the clips, or its number in a table without headings; by default the column
-    whose cells are audio files."""
+    whose cells are audio files. In a data set of Hugging Face, the column of clips or of their files."""
     text_column: str = ""
-    """Heading or number of the column of transcripts."""
+    """Heading or number of the column of transcripts, in tables and in data sets of Hugging Face."""
     speaker_column: str = ""
-    """Heading or number of the column of speakers; rows of one speaker stay on one side of the split."""
+    """Heading or number of the column of speakers, in tables and in data sets of Hugging Face; rows of
+    one speaker stay on one side of the split."""
     language_column: str = ""
-    """Heading or number of the column of language codes."""
+    """Heading or number of the column of language codes, in tables and in data sets of Hugging Face."""
     start_column: str = ""
-    """Heading or number of the column with the start of a row's part of its clip, in seconds or h:mm:ss."""
+    """Heading or number of the column with the start of a row's part of its clip, in seconds or h:mm:ss; for tables
+    only."""
     end_column: str = ""
-    """Heading or number of the column with the end of that part."""
+    """Heading or number of the column with the end of that part; for tables only."""
     duration_column: str = ""
-    """Heading or number of the column with the length of that part, or of the clip."""
+    """Heading or number of the column with the length of that part, or of the clip; for tables only."""
     channel_column: str = ""
-    """Heading or number of the column with the channel to read, from 0."""
+    """Heading or number of the column with the channel to read, from 0; for tables only."""
     split_column: str = ""
-    """Heading or number of the column with the corpus's own split."""
+    """Heading or number of the column with the corpus's own split, in tables and in data sets of Hugging Face."""
     audio_dir: Annotated[str, Flag(path="input")] = ""
     """Folder of the clips that a table names; they may be at any depth below it. By default the table's folder."""
     encoding: str = ""
