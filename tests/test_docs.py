@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from voxray.cli import main as voxray
+from voxray.config.new import NewSettings
+from voxray.config.prepare import PrepareSettings
 from voxray.core.project_files import job_names
+from voxray.corpora.importers import huggingface
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python"))
@@ -36,6 +39,20 @@ def listed_files(tree: str) -> set[str]:
             folders.append((indent, match[1]))
         files |= {"".join(name for _, name in folders) + name for name in re.findall(r"[a-z0-9_]+\.py", line)}
     return files
+
+
+def test_the_page_of_prepare_has_its_limits_and_the_readmes_its_command() -> None:
+    text = read("docs/data.md")
+    section = text.partition("## Prepare")[2].partition("\n## ")[0]
+    limits = {name for name in PrepareSettings.model_fields if name.startswith(("min_", "max_"))}
+    assert all(f"`--{name}" in section for name in limits)
+    prepare, new = (kind.model_fields for kind in (PrepareSettings, NewSettings))
+    shown = [f"{fields[name].default:g}" for fields in (prepare, new) for name in ("min_sec", "max_sec")]
+    assert "clips under {} s or over {} s (new: {} and {} s)".format(*shown) in section
+    columns = {name for names in huggingface.COLUMNS.values() for name in names}
+    assert all(f"`{name}`" in section for name in columns)
+    pages = ("README.md", "README.ko.md", "docs/data.md")
+    assert len({line for page in pages for line in read(page).splitlines() if "prepare.py --input" in line}) == 1
 
 
 def test_the_tree_lists_every_module() -> None:

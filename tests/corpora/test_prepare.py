@@ -1,12 +1,13 @@
 """prepare: every row is accounted for, texts are clean, leaks are detected, and workers do not change the order."""
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import write_rows
-from helpers.corpora import prepare
+from helpers.corpora import prepare, save_to_disk
 
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.core.errors import BadRow, RunError
@@ -86,12 +87,95 @@ def test_the_corpus_own_split_is_used(tmp_path, corpus):
     assert {line["reason"] for line in ledger} == {"other_split"}
 
 
+SPLITS = {"train": 4, "validation": 3, "test": 2}
+
+
+@pytest.mark.parametrize("own", [("train", "test"), ("train", "validation"), ("train", "validation", "test")])
+@pytest.mark.parametrize("outputs", [(), ("val",), ("test",), ("val", "test")])
+def test_held_out_rows_never_train(tmp_path, capsys, own, outputs):
+    """Rows of the corpus's validation and test splits go to their manifest or into the ledger."""
+    rows = {
+        split: [
+            {"audio": str(tmp_path / tone(tmp_path / f"{split}{n}.wav", seed=10 * at + n)), "text": f"{split} {n}"}
+            for n in range(SPLITS[split])
+        ]
+        for at, split in enumerate(own)
+    }
+    corpus = save_to_disk(tmp_path / "saved", rows)
+    paths = {f"{name}_output": str(tmp_path / "out" / f"{name}.jsonl") for name in outputs}
+    train, val, ledger, summary = prepare(tmp_path, str(corpus), **{"val_output": "", **paths})
+    text = capsys.readouterr().out
+    assert {row["transcript"].split()[0] for row in train} == {"train"}
+    assert summary.get("test", {}).get("rows", 0) == ("test" in own and "test" in outputs) * SPLITS["test"]
+    if "val" in outputs:
+        from_corpus = "validation" in own
+        assert {row["transcript"].split()[0] for row in val} == {"validation" if from_corpus else "train"}
+        assert len(val) == (SPLITS["validation"] if from_corpus else 1)
+    left_out = {name for name, output in (("validation", "val"), ("test", "test")) if output not in outputs} & set(own)
+    assert {line["source_file"].split("/")[-2] for line in ledger} == left_out
+    assert {line["reason"] for line in ledger} <= {"other_split"}
+    for split in ("validation", "test"):
+        flag = {"validation": "--val_output", "test": "--test_output"}[split]
+        sentence = f"{SPLITS[split]} rows of the corpus's {split} split are left out; {flag} FILE writes them"
+        assert (sentence in text) == (split in left_out)
+
+
+def test_rows_of_unknown_splits_do_not_train_and_a_test_set_alone_is_written(tmp_path, corpus, capsys):
+    for row, split in zip(corpus, (*["holdout"] * 2, *["train_dev"] * 2, *[""] * 8), strict=True):
+        row |= {"split": split}
+    train, val, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus), leaks="allow")
+    assert (len(train), len(val)) == (8, 2)
+    assert "2 rows are left out because the corpus puts them into other splits: holdout" in capsys.readouterr().out
+    test = write_rows(tmp_path / "t.jsonl", [{**row, "split": "test"} for row in corpus])
+    with pytest.raises(RunError, match="no usable row"):
+        prepare(tmp_path, test)
+    assert "12 rows of the corpus's test split" in capsys.readouterr().out
+    _, _, ledger, summary = prepare(tmp_path, test, test_output=str(tmp_path / "out" / "test.jsonl"))
+    assert summary["test"]["rows"] == 12 and not ledger and "next:" not in capsys.readouterr().out
+
+
 def test_notes_on_transcripts_are_counted(tmp_path, corpus):
     corpus[0]["transcript"], corpus[1]["transcript"] = "b/ (CT)(흉부) 촬영할게요", "/(noise) 그 + 그 사람이 왔어요"
     train, val, _, summary = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus))
     texts = {row["transcript"] for row in (*train, *val)}
     assert summary["transcript_notes"] == {"noise": 2, "odd_pair": 1}
     assert {"(CT)(흉부) 촬영할게요", "그 그 사람이 왔어요"} <= texts
+
+
+MARKED = "b/ (70%)/(70 percent) of group C* with plus+ signs"
+
+
+@pytest.mark.parametrize("language", ["", "en"])
+def test_notation_of_korean_corpora_stays_in_other_languages(tmp_path, language):
+    """Rows without a language are cleaned only if they have Hangul, also as macOS writes it."""
+    hangul = unicodedata.normalize("NFD", "b/ 혈압이 그+ 높아요")
+    rows = [
+        {"audio_path": tone(tmp_path / f"{n}.wav", seed=n), "transcript": text, "speaker": f"s{n}"}
+        for n, text in enumerate((MARKED, hangul))
+    ]
+    rows[0] |= {"language": language, "transcript_raw": f"{MARKED} [sic]"} if language else {}
+    train, _, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), val_output="")
+    assert train[0]["transcript"] == MARKED and train[1]["transcript"] == "혈압이 그 높아요"
+    assert train[0].get("transcript_raw") == rows[0].get("transcript_raw") and "transcript_notes" not in train[0]
+    (tmp_path / "pairs").mkdir()
+    tone(tmp_path / "pairs" / "a.wav")
+    (tmp_path / "pairs" / "a.txt").write_text(MARKED)
+    [row], _, _, _ = prepare(tmp_path, str(tmp_path / "pairs"), val_output="", language=language)
+    assert row["transcript"] == MARKED and row.get("language", "") == language and "transcript_raw" not in row
+
+
+def test_language_is_written_to_rows_that_name_none(tmp_path, corpus):
+    for number, row in enumerate(corpus):
+        row |= {"language": ("", "ja")[number % 2], "speaker": f"s{number}"}
+    settings = {"val_output": "", "language": "English"}
+    train, _, _, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", corpus), **settings)
+    assert [row["language"] for row in train] == ["en", "ja"] * 6
+    table = ["file,text", *(f"{row['audio_path']},{row['transcript']}" for row in corpus)]
+    (tmp_path / "t.csv").write_text("\n".join(table))
+    train, _, _, _ = prepare(tmp_path, str(tmp_path / "t.csv"), **settings)
+    assert {row["language"] for row in train} == {"en"}, "it replaces the guess by the script of the texts"
+    with pytest.raises(ValueError, match="language 'klingon' is not known"):
+        prepare(tmp_path, str(tmp_path / "t.csv"), language="klingon")
 
 
 def test_dual_notation_gives_both_readings(tmp_path, corpus):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 
 from voxray.commands.prepare import run_prepare_job
@@ -50,6 +51,33 @@ def read(name: str, path: Path) -> tuple[list[ImportedRow], list[ImportFault]]:
             assert Path(item.values["audio_path"]).is_absolute() and Path(item.values["audio_path"]).is_file()
         assert json.dumps(vars(item), ensure_ascii=False).encode()
     return rows, faults
+
+
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def save_to_disk(
+    folder: Path, splits: dict[str, list[dict]], audio: str = "audio", audio_between: pa.Array | None = None
+) -> Path:
+    """Write what ``save_to_disk`` writes of a DatasetDict. All its splits have shards of the same name.
+
+    Args:
+        splits: {split: rows}; the row's ``audio`` is the file whose bytes the row holds.
+        audio: Name of the column of clips.
+        audio_between: Another column of clips, ``audio``, behind it.
+    """
+    for split, rows in splits.items():
+        clips = [{"bytes": Path(row["audio"]).read_bytes(), "path": Path(row["audio"]).name} for row in rows]
+        others = {key: [row[key] for row in rows] for key in rows[0] if key != "audio"}
+        between = {} if audio_between is None else {"audio": audio_between}
+        table = pa.table({audio: pa.array(clips, AUDIO), **between, **others})
+        (folder / split).mkdir(parents=True)
+        file = folder / split / "data-00000-of-00001.arrow"
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table, max_chunksize=2)
+        (folder / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": file.name}]}))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+    return folder
 
 
 def reasons(faults: list[ImportFault]) -> list[tuple[int, str]]:

@@ -20,6 +20,7 @@ from helpers.running import ROOT, environment, load_job, parse_only
 from voxray.commands import evaluate as job
 from voxray.commands import infer
 from voxray.commands.compare import run_compare
+from voxray.comparison.evaluations import read_evaluations
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.core.errors import RunError, SettingsError
@@ -253,6 +254,21 @@ def test_score_only_accepts_rows_of_other_systems(tmp_path: Path, capsys: pytest
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 21 and "79 more bad lines left out" in error
     assert len((tmp_path / "q" / "quarantine.jsonl").read_text().splitlines()) == 99
+
+
+def test_score_only_takes_the_language_of_rows_that_name_none(tmp_path: Path) -> None:
+    row = {"task": "asr", "reference": "Mr. Smith is 20", "prediction": "mister smith is twenty"}
+    rows = [{"id": "a", **row}, {"id": "b", **row, "language": "de"}, {"id": "c", **row, "task": "tqa"}]
+    path = write_rows(tmp_path / "other.jsonl", rows)
+    unknown = score(path, tmp_path / "o")
+    metrics = score(path, tmp_path / "e", "--language", "English")
+    assert "ko-v1" in unknown["normalizer"] and unknown["asr"]["wer"]["value"] > metrics["asr"]["wer"]["value"]
+    assert list(metrics["slices"]["asr"]["language"]) == ["de", "en"]
+    again = score(str(tmp_path / "e"), tmp_path / "again")
+    assert again["asr"] == metrics["asr"] and again["normalizer"] == metrics["normalizer"]
+    assert score(str(tmp_path / "o"), tmp_path / "o", "--language", "en")["asr"] == metrics["asr"], "in its own folder"
+    one, other = read_evaluations([str(tmp_path / "o"), str(tmp_path / "e")])
+    assert one.normalizer == other.normalizer != ""
 
 
 def test_score_only_equals_the_evaluation(

@@ -266,6 +266,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "audio_output": "prepare_flags::test_output_and_audio_output",
         "leaks": "prepare_flags::leaks",
         "reading": "prepare_flags::reading",
+        "language": "prepare::language_is_written_to_rows_that_name_none",
         **dict.fromkeys(TableFlags.model_fields, "own_tables::the_flags_of_prepare"),
     },
     "new": {
@@ -273,6 +274,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(
             ("input", "model_id", "train_output", "val_output", "leaks"), "new::data_settings_and_commands"
         ),
+        "test_output": "new::rows_of_the_corpuss_test_split_are_what_evaluate_answers",
         # The rest are those of prepare, whose tests see them at work.
         **dict.fromkeys(
             PrepareSettings.model_fields.keys() - NewSettings.__annotations__.keys() - {"leaks"}, PREPARE_RUN

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import WHISPER, manifest, read_rows
+from conftest import WHISPER, manifest, read_rows, write_rows
 from helpers.running import load_job, parse_only
 
 from voxray.commands import prepare
@@ -39,7 +39,7 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     commands = new(table, leaks="scripted")
     folder = table.parent / "my project"
     num_rows = [len((folder / "data" / f"{part}.jsonl").read_text().splitlines()) for part in ("train", "val")]
-    assert sum(num_rows) == 24 and min(num_rows) > 0
+    assert sum(num_rows) == 24 and min(num_rows) > 0 and not (folder / "data" / "test.jsonl").exists()
     text = (folder / "train.yaml").read_text()
     assert text.startswith("".join(f"# {command}\n" for command in commands))
     values = yaml.safe_load(text)
@@ -59,6 +59,39 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     (folder / "run" / "checkpoints").mkdir()
     with pytest.raises(SettingsError, match="--project my project: holds a run or other files"):
         new(table)
+
+
+def test_rows_of_the_corpuss_test_split_are_what_evaluate_answers(table: Path) -> None:
+    lines = table.read_text(encoding="cp949").splitlines()
+    cells = ["split", "test", "test", *["train"] * (len(lines) - 3)]
+    table.write_text("\n".join(map(",".join, zip(lines, cells, strict=True))), encoding="cp949")
+    commands = new(table, leaks="allow")
+    data = table.parent / "my project" / "data"
+    num_rows = [len(read_rows(str(data / f"{name}.jsonl"))) for name in ("train", "val", "test")]
+    assert num_rows[2] == 2 and sum(num_rows) == 24 and num_rows[1]
+    for command in commands[1:3]:
+        assert parse_only("evaluate", shlex.split(command)[2:]).val_jsonl == (str(data / "test.jsonl"),)
+
+
+def test_language_and_precision_are_repeated(table: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**row, "speaker": str(n % 4), "language": ""} for n, row in enumerate(read_rows(manifest("asr.train")))]
+    data = Path(write_rows(table.parent / "rows.jsonl", rows[:12]))
+    new(data, leaks="allow")
+    line = capsys.readouterr().out.splitlines()[-1]
+    num_train = len(read_rows(str(table.parent / "my project" / "data" / "train.jsonl")))
+    assert line.startswith(f"{num_train} of {num_train} training rows name no language") and "--language ko" in line
+
+    def write_settings(settings: NewSettings, folder: Path, values: dict) -> str:
+        (folder / "train.yaml").write_text("bf16: true\nquantize: 4bit\n")
+        return "train_whisper"
+
+    monkeypatch.setattr("voxray.commands.new._write_settings", write_settings)
+    commands = new(data, leaks="allow", language="ko")
+    assert "name no language" not in capsys.readouterr().out
+    for command, job in zip((*commands[1:3], commands[4]), ("evaluate", "evaluate", "infer"), strict=True):
+        settings = parse_only(job, shlex.split(command)[2:])
+        assert settings.bf16 and settings.quantize == "4bit"
+    assert settings.language == "ko"
 
 
 def test_settings_that_do_not_fit_are_written_too(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,17 @@ def test_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+def test_after_training_repeats_what_the_adapter_does_not_record(tmp_path: Path) -> None:
+    argv = f"--model_id {TINY} --train_jsonl a.jsonl --output_dir {tmp_path} --report_to none".split()
+    for flags in ([], ["--language", "Korean", "--bf16"], ["--fp16", "--quantize", "4bit"]):
+        settings = parse_only("train_multitask", [*argv, *flags])
+        lines = after_training(settings, tmp_path, {})
+        for line in lines[1:]:
+            later = parse_only(Path(shlex.split(line)[1]).stem, shlex.split(line)[2:])
+            for name in ("language", "bf16", "fp16", "quantize"):
+                assert getattr(later, name) == getattr(settings, name)
+
+
 def test_after_prepare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"audio_path": noise(tmp_path / f"{n}.wav", 4.0), "transcript": f"글 {n}"} for n in range(4)]
     prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows), min_chars_per_sec=0)

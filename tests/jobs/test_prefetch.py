@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import TINY
+from helpers.corpora import save_to_disk
 from helpers.prefetching import COMMIT, DATASET, MODEL, SIZES, archive, clips, hub, release, serving, table
 from helpers.running import ROOT, environment, load_job, parse_only
 
@@ -201,6 +202,17 @@ def test_a_parquet_mirror_keeps_its_splits(tmp_path: Path) -> None:
     assert not list((tmp_path / "D" / "data").glob("*.clips")), "embedded clips are not written twice"
     with pytest.raises(RunError, match=r"--language fr: .*mirror does not hold it, but en, ko"):
         run(of_release(tmp_path / "mirror", tmp_path / "E", "--language fr"))
+
+
+def test_what_save_to_disk_writes_is_taken(tmp_path: Path) -> None:
+    rows = []
+    for name, sentence, sound in clips():
+        (tmp_path / name).write_bytes(sound)
+        rows.append({"audio": str(tmp_path / name), "sentence": sentence})
+    splits = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:12]}
+    run(of_release(save_to_disk(tmp_path / "saved", splits), tmp_path / "D", "--no_features"))
+    for split, wanted in splits.items():
+        assert [row["transcript"] for row in rows_of(tmp_path / "D", split)] == [row["sentence"] for row in wanted]
 
 
 def test_a_language_that_is_not_there(hub_folder: Path, release_folder: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from voxray.audit.measure_rows import Measurements, RowMeasurement
 from voxray.core.storage import atomic_writer
-from voxray.corpora.prepare.split import TRAIN_NAMES, VALIDATION_NAMES
+from voxray.corpora.splits import TRAIN_NAMES, VALIDATION_NAMES
 
 SPLITS = ("train", "val", "test")
 MIN_ROWS_FOR_OUTLIERS = 20

@@ -26,13 +26,28 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
             break
     run = settings.output_dir if "://" in settings.output_dir else str(run_dir)
     rows = ["--val_jsonl", ",".join(settings.val_jsonl) or "YOUR-TEST-ROWS.jsonl"]
+    same = flags_to_repeat(vars(settings))
     board = f"{run_dir.name}:{run_dir / 'tensorboard'}"  # with the name of the run
     return [
         *lines,
         "next:",
-        f"  {typed_command('evaluate', '--lora_dir', run, *rows)}",
-        f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav')}",
+        f"  {typed_command('evaluate', '--lora_dir', run, *rows, *same)}",
+        f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav', *same)}",
         *([f"  tensorboard --logdir_spec {shlex.quote(board)}"] if "tensorboard" in settings.report_to else []),
+    ]
+
+
+def flags_to_repeat(settings: Mapping[str, Any]) -> list[str]:
+    """Flags of a training that evaluate and infer need too, because the adapter does not record them.
+
+    Args:
+        settings: {name: value} of the training.
+    """
+    language, quantize = settings.get("language"), settings.get("quantize", "none")
+    return [
+        *(f"--{name}" for name in ("bf16", "fp16") if settings.get(name)),
+        *(["--language", language] if language else []),
+        *(["--quantize", quantize] if quantize != "none" else []),
     ]
 
 
@@ -54,7 +69,12 @@ def after_sweep(settings: Any, output_dir: Path) -> list[str]:
 
 
 def after_prepare(train: Path, val_manifest: Path | None) -> list[str]:
-    """Lines about new manifests: the commands that check them and choose settings to train on them."""
+    """Lines about new manifests: the commands that check them and choose settings to train on them.
+
+    There are none without training rows.
+    """
+    if not has_rows(train):
+        return []
     manifests = [str(train), *([str(val_manifest)] if val_manifest and has_rows(val_manifest) else [])]
     rows = [
         word for flag, path in zip(("--train_jsonl", "--val_jsonl"), manifests, strict=False) for word in (flag, path)

@@ -237,7 +237,7 @@ def _make_data(settings: PrefetchSettings, folder: Path, lock: LockFile, inputs:
         **{name: str(path) for name, path in outputs.items()},
         **{name: getattr(settings, name) for name in LIMITS},
     )
-    outcome = run_prepare_job(prepare_settings, select=select, work_dir=data / f".work-{key}", show_next=False)
+    outcome = run_prepare_job(prepare_settings, select=select, work_dir=data / f".work-{key}", trains_next=True)
     if settings.strict and outcome.first_fault:
         raise RunError(f"{outcome.first_fault} (--strict)")
     if select.others:

@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ from voxray.core.console import console, progress_bar
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
 from voxray.core.units import format_duration
-from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect
+from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect, huggingface
 from voxray.corpora.importers.lines import is_utf8_text
 from voxray.corpora.importers.table import CorpusTable, TableOptions
 from voxray.corpora.importers.table_columns import HEADINGS
 from voxray.corpora.importers.table_file import SUFFIXES
-from voxray.corpora.prepare.advice import advice
+from voxray.corpora.prepare.advice import advice, split_advice
 from voxray.corpora.prepare.check_rows import ClipFolders, Limits, RowChecker, run_checks, spool
 from voxray.corpora.prepare.write_manifests import OutputFiles, PrepareOutcome, write_manifests
 from voxray.corpora.select import RowStream
@@ -42,7 +43,7 @@ def run_prepare_job(
     select: Callable[[RowStream], RowStream] = lambda rows: rows,
     work_dir: Path | None = None,
     use_ray: bool = True,
-    show_next: bool = True,
+    trains_next: bool = False,
 ) -> PrepareOutcome:
     """Read, check, split and write a corpus.
 
@@ -51,7 +52,7 @@ def run_prepare_job(
         work_dir: Folder for checked rows. An interrupted job leaves it to the next job with the same corpus, limits and
             ``select``. By default a temporary folder.
         use_ray: Whether to check in Ray Data processes; False checks in this process.
-        show_next: Print the commands that use the manifests.
+        trains_next: The caller trains on the rows. It needs training rows, and prints its own commands.
     Raises:
         RunError: The corpus cannot be read, it has no usable row, or (``--leaks refuse``) the split leaks.
         SettingsError: An output path cannot be used.
@@ -67,8 +68,8 @@ def run_prepare_job(
     files = {f"--{name}": path for name, path in outputs.items() if name != "audio_output"} | {"--quarantine": ledger}
     check_output_files(files, settings.input)
     with output_lease(train, "--train_output"), output_lease(ledger, "--quarantine"):
-        outcome = _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray)
-    for line in after_prepare(train, outputs.get("val_output")) if show_next else ():
+        outcome = _prepare(settings, outputs, ledger, select, work_dir, use_ray=use_ray, trains_next=trains_next)
+    for line in after_prepare(train, outputs.get("val_output")) if not trains_next else ():
         console.print(line, markup=False)
     return outcome
 
@@ -81,12 +82,14 @@ def _prepare(
     work_dir: Path | None,
     *,
     use_ray: bool,
+    trains_next: bool,
 ) -> PrepareOutcome:
     """``run_prepare_job`` with absolute output paths."""
     train, audio = outputs["train_output"], outputs.pop("audio_output", None)
     for path in (*outputs.values(), ledger):
         make_folder(path.parent)
-    rows = select(chain.from_iterable(_rows(Path(item), settings) for item in settings.input))
+    imported = chain.from_iterable(_rows(Path(item), settings) for item in settings.input)
+    rows = (_with_language(row, settings.language) for row in select(imported))
     prefix = f".prepare-{train.name}-"
     for leftover in train.parent.glob(f"{glob.escape(prefix)}*"):  # of a killed job, since this one holds the lease
         shutil.rmtree(leftover, ignore_errors=True)
@@ -105,14 +108,14 @@ def _prepare(
         with session if use_ray else nullcontext(), progress_bar("checking") as bar:
             run_checks(paths, checker, num_actors=settings.num_actors, use_ray=use_ray, on_progress=bar.update)
         files = OutputFiles(train, outputs.get("val_output"), ledger, outputs.get("test_output"))
-        outcome = _write(settings, paths, files)
+        outcome = _write(settings, paths, files, needs_train=trains_next)
         finished = True
     finally:
         if finished or not work_dir:
             shutil.rmtree(work, ignore_errors=True)
     _write_summary(settings, outcome, train, ledger)
     _refuse_leaks(settings, outcome)
-    if not outcome.tally.rows["train"]:
+    if not outcome.is_usable(needs_train=trains_next):
         first = f"; the first fault: {outcome.first_fault}" if outcome.first_fault else ""
         raise RunError(f"--input {', '.join(settings.input)}: no usable row, the reasons are in {ledger}{first}")
     return outcome
@@ -123,7 +126,7 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
 
     Raises:
         RunError: The input is missing, or its format is unknown or cannot be read.
-        SettingsError: A flag for tables is given, and the input is not a table.
+        SettingsError: A flag is given that is not for this format.
     """
     if not is_utf8_text(str(path)):
         raise RunError(f"--input {str(path)!a}: its name is not UTF-8; rename it, with convmv for one")
@@ -139,18 +142,28 @@ def _rows(path: Path, settings: PrepareSettings) -> Iterator[ImportedRow | Impor
             console.print(table.description, markup=False)
             yield from table.rows()
             return
-        if not options.any_set:
-            yield from IMPORTERS[name](path)
+        columns = {f"{kind}_column": kind for kind in huggingface.COLUMNS} if name == "huggingface" else {}
+        flags = [flag for flag in TableFlags.model_fields if getattr(settings, flag) and flag not in columns]
+        if not flags:
+            chosen = {kind: getattr(settings, flag) for flag, kind in columns.items()}
+            yield from huggingface.rows(path, chosen) if columns else IMPORTERS[name](path)
             return
     except (OSError, ValueError) as error:
         raise RunError(f"--input {path}: {error}") from None
-    flags = " ".join(f"--{flag}" for flag in TableFlags.model_fields if getattr(settings, flag))
-    raise SettingsError(f"{flags}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
+    names = " ".join(f"--{flag}" for flag in flags)
+    raise SettingsError(f"{names}: only for tables ({', '.join(SUFFIXES)}), and {path} is of format {name}")
+
+
+def _with_language(row: ImportedRow | ImportFault, language: str) -> ImportedRow | ImportFault:
+    """The row, with ``--language`` if it names none."""
+    if not language or isinstance(row, ImportFault) or row.values.get("language"):
+        return row
+    return replace(row, values={**row.values, "language": language})
 
 
 def _table_options(settings: PrepareSettings) -> TableOptions:
     columns = {kind: getattr(settings, f"{kind}_column") for kind in HEADINGS}
-    return TableOptions(columns, settings.encoding, settings.sheet, settings.audio_dir)
+    return TableOptions(columns, settings.encoding, settings.sheet, settings.audio_dir, settings.language)
 
 
 def _limits(settings: PrepareSettings) -> Limits:
@@ -160,8 +173,8 @@ def _limits(settings: PrepareSettings) -> Limits:
     return Limits(quality=quality, **{name: getattr(settings, name) for name in names})
 
 
-def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -> PrepareOutcome:
-    """Split the checked rows and write the manifests; if leaks are refused and there are some, only the ledger."""
+def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles, *, needs_train: bool) -> PrepareOutcome:
+    """Split the checked rows and write the manifests; without usable rows or with refused leaks, only the ledger."""
     keep = False
     try:
         outcome = write_manifests(
@@ -173,7 +186,7 @@ def _write(settings: PrepareSettings, paths: list[Path], outputs: OutputFiles) -
             duplicates=settings.duplicates,
             leak_policy=settings.leaks,
         )
-        keep = not (settings.leaks in REFUSING and outcome.leaks) and bool(outcome.tally.rows["train"])
+        keep = not (settings.leaks in REFUSING and outcome.leaks) and outcome.is_usable(needs_train=needs_train)
     finally:
         outputs.finish(keep=keep)
     return outcome
@@ -200,7 +213,8 @@ def _write_summary(settings: PrepareSettings, outcome: PrepareOutcome, train: Pa
         row_count = outcome.tally.rows[outcome_name]
         table.add_row(shown, str(row_count), format_duration(seconds.get(outcome_name, 0.0)))
     console.print(table)
-    for sentence in advice(dropped, total["rows"], outcome.short_secs, settings.min_sec):
+    sentences = advice(dropped, total["rows"], outcome.short_secs, settings.min_sec)
+    for sentence in (*sentences, *split_advice(outcome.other_splits)):
         console.print(sentence, markup=False)
     if settings.val_output and splits["train"]["rows"] and not splits["val"]["rows"]:
         console.print("no row is left for validation: all rows are of one speaker or session, which stays on one side")
@@ -224,4 +238,5 @@ def _refuse_leaks(settings: PrepareSettings, outcome: PrepareOutcome) -> None:
         flags = "--leaks drop leaves those training rows out, --leaks allow keeps them"
         if leaks.text and not leaks.audio and not leaks.speaker:
             flags += ", and --leaks scripted is for a corpus in which several speakers read the same sentences"
-        raise RunError(f"the validation rows leak into training ({leaks}); {flags}")
+        held_out = "validation and test" if outcome.tally.rows["test"] else "validation"
+        raise RunError(f"the {held_out} rows leak into training ({leaks}); {flags}")

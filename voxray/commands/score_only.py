@@ -50,7 +50,7 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
     """
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     refuse_training_folder(output_dir)
-    rows, bad = read_folder_or_jsonl(settings.score_only, "--score_only")
+    rows, bad = read_folder_or_jsonl(settings.score_only, "--score_only", settings.language)
     task = settings.mode.partition("_")[2]
     rows = [row for row in rows if not task or row["task"] == task]
     for path, line, error in bad[:BAD_LINES_SHOWN]:
@@ -82,7 +82,8 @@ def _update_scoring_settings(path: Path, settings: EvaluateSettings) -> None:
     except (OSError, ValueError):
         previous = {}
     current = settings.model_dump(mode="json")
-    write_json(path, {**current, **previous, **{name: current[name] for name in ScoreFlags.model_fields}})
+    names = [*ScoreFlags.model_fields, *(["language"] if settings.language else [])]
+    write_json(path, {**current, **previous, **{name: current[name] for name in names}})
 
 
 def _has_other_rows(predictions: Path, source: str) -> bool:

@@ -108,7 +108,8 @@ class EvaluateSettings(
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score existing predictions without loading a model: an evaluation folder, or a JSONL file with id, task,
-    reference or references, and prediction per row (optionally language, speaker and other metadata)."""
+    reference or references, and prediction per row (optionally language, speaker and other metadata). Rows that name no
+    language have that of --language."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = "runs/evaluate"
     """Folder for the predictions and metrics.json."""
     per_device_bsz: Annotated[

@@ -29,7 +29,11 @@ class NewSettings(PrepareSettings):
     train_output: Annotated[str, Flag(("out_train",), path="output")] = ""
     """Manifest to write with the training rows; by default data/train.jsonl in the new folder."""
     val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
-    """Manifest to write with the validation rows; by default data/val.jsonl in the new folder."""
+    """Manifest to write with the validation rows; by default data/val.jsonl in the new folder. They are those of
+    the corpus's own validation split, or, if it has none, --val_share of its training rows."""
+    test_output: Annotated[str, Flag(("out_test",), path="output")] = ""
+    """Manifest to write with the rows of the corpus's own test split, if it has one; by default data/test.jsonl in the
+    new folder. They are never trained on."""
     min_sec: Annotated[float, Field(ge=0)] = 0.3
     """Minimum length of a clip, in seconds; shorter ones are dropped."""
     max_sec: Annotated[float, Field(gt=0)] = 30.0
@@ -42,5 +46,5 @@ class NewSettings(PrepareSettings):
             folder = Path(_one_folder(values["project"]))
         except (KeyError, ValueError, TypeError):
             return values  # the field's own validator reports it
-        defaults = {"train_output": str(folder / "data/train.jsonl"), "val_output": str(folder / "data/val.jsonl")}
+        defaults = {f"{name}_output": str(folder / f"data/{name}.jsonl") for name in ("train", "val", "test")}
         return {**defaults, **values}

@@ -2,35 +2,41 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from voxray.config.flag_groups import ClipLimitFlags, check_pairs
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles, Settings
+from voxray.core.languages import language_code
 
 
 class TableFlags(Settings):
-    """How to read CSV, TSV and Excel files. What is not given is guessed and printed."""
+    """How to read tables (CSV, TSV and Excel files). What is not given is guessed and printed.
+
+    Some of the flags are also for data sets of Hugging Face: save_to_disk, Parquet and metadata files.
+    """
 
     audio_column: str = ""
     """Heading of the column that names the clips, or its number in a table without headings; by default the column
-    whose cells are audio files."""
+    whose cells are audio files. In a data set of Hugging Face, the column of clips or of their files."""
     text_column: str = ""
-    """Heading or number of the column of transcripts."""
+    """Heading or number of the column of transcripts, in tables and in data sets of Hugging Face."""
     speaker_column: str = ""
-    """Heading or number of the column of speakers; rows of one speaker stay on one side of the split."""
+    """Heading or number of the column of speakers, in tables and in data sets of Hugging Face; rows of
+    one speaker stay on one side of the split."""
     language_column: str = ""
-    """Heading or number of the column of language codes."""
+    """Heading or number of the column of language codes, in tables and in data sets of Hugging Face."""
     start_column: str = ""
-    """Heading or number of the column with the start of a row's part of its clip, in seconds or h:mm:ss."""
+    """Heading or number of the column with the start of a row's part of its clip, in seconds or h:mm:ss; for tables
+    only."""
     end_column: str = ""
-    """Heading or number of the column with the end of that part."""
+    """Heading or number of the column with the end of that part; for tables only."""
     duration_column: str = ""
-    """Heading or number of the column with the length of that part, or of the clip."""
+    """Heading or number of the column with the length of that part, or of the clip; for tables only."""
     channel_column: str = ""
-    """Heading or number of the column with the channel to read, from 0."""
+    """Heading or number of the column with the channel to read, from 0; for tables only."""
     split_column: str = ""
-    """Heading or number of the column with the corpus's own split."""
+    """Heading or number of the column with the corpus's own split, in tables and in data sets of Hugging Face."""
     audio_dir: Annotated[str, Flag(path="input")] = ""
     """Folder of the clips that a table names; they may be at any depth below it. By default the table's folder."""
     encoding: str = ""
@@ -59,10 +65,11 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     train_output: Annotated[str, Flag(("out_train",), path="output"), Field(min_length=1)]
     """Manifest to write with the training rows."""
     val_output: Annotated[str, Flag(("out_val",), path="output")] = ""
-    """Manifest to write with the validation rows; without it no validation rows are split off."""
+    """Manifest to write with the validation rows: those of the corpus's own validation split, or, if it has none,
+    --val_share of its training rows. Without it, rows of a validation split are left out."""
     test_output: Annotated[str, Flag(("out_test",), path="output")] = ""
-    """Manifest to write with the corpus's own test set; without it these rows are listed in the ledger, or, if the
-    corpus has no validation set, join the other rows."""
+    """Manifest to write with the rows of the corpus's own test split; without it these rows are left out. They are
+    never trained on."""
     audio_output: Annotated[str, Flag(path="output")] = ""
     """Folder for 16 kHz mono FLAC copies of the clips in the manifests. The manifests then refer to the copies, by
     relative paths if the folder is below the manifest's; without it they refer to the original files."""
@@ -71,6 +78,8 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     storage_path: str = ""
     """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
     paths need it."""
+    language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
+    """Language to write to rows that name none, as a code such as ko or as an English name."""
     reading: Literal["spelling", "phonetic"] = "spelling"
     """Which side of a dual transcription (spelling)/(reading) becomes the text; the other is stored for scoring."""
     min_sec: Annotated[float, Field(ge=0)] = 3.0
@@ -85,7 +94,7 @@ class PrepareSettings(TableFlags, ClipLimitFlags):
     """Whether to drop rows that repeat the decoded audio and task of an earlier row (text rows: its normalised
     texts)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the rows that goes to validation."""
+    """Share of the training rows that goes to validation, if the corpus has no validation split."""
     leaks: Annotated[Literal["refuse", "scripted", "drop", "allow"], Flag()] = "refuse"
     """What to do if audio, text or a speaker of the validation rows also occurs in training: refuse to write, drop
     those training rows, or allow it. scripted refuses too, but equal texts do not count: several speakers read the same

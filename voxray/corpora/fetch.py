@@ -8,7 +8,7 @@ from typing import Literal
 from voxray.core.errors import RunError
 from voxray.corpora.hub import FolderRepository, RepoFile, Repository, copy_file, is_intact, open_repository
 from voxray.corpora.importers import detect
-from voxray.corpora.importers.huggingface import METADATA
+from voxray.corpora.importers.huggingface import METADATA, SAVED
 from voxray.corpora.select import clip_member_path, corpus_files, local_folder, no_such_language, release_member_path
 from voxray.corpora.unpack import is_archive, unpack
 
@@ -62,9 +62,13 @@ def find_source(dataset: str, revision: str, hub: str, language: str, splits: tu
 
 
 def _is_importable(folder: Path) -> bool:
-    """Whether an importer reads the folder as it is. One of Parquet or metadata files may have other languages too."""
+    """Whether an importer reads the folder as it is.
+
+    One of Parquet or metadata files may have other languages too, in files of their own. What ``save_to_disk`` writes
+    has the rows of all languages in the same files.
+    """
     try:
-        return detect(folder) != "huggingface"
+        return detect(folder) != "huggingface" or any(folder.rglob(SAVED))
     except RunError:
         return False
 

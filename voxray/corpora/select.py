@@ -16,7 +16,7 @@ from voxray.core.errors import RunError
 from voxray.core.languages import find_code
 from voxray.corpora.hub import RepoFile
 from voxray.corpora.importers import ImportedRow, ImportFault
-from voxray.corpora.prepare.split import TEST_NAMES, TRAIN_NAMES, VALIDATION_NAMES
+from voxray.corpora.splits import find_split
 from voxray.corpora.unpack import is_archive
 
 TABLES = {"train": "train", "validation": "dev", "test": "test"}
@@ -39,13 +39,9 @@ class CorpusFiles:
     files: tuple[RepoFile, ...]
 
 
-def detect_split(name: str) -> str:
-    """``train``, ``validation`` or ``test`` if a name or path contains it (``data/train-0.parquet``), else ""."""
-    words = re.split(r"[^a-z]+", name.lower())
-    for split, names in (("train", TRAIN_NAMES), ("validation", VALIDATION_NAMES), ("test", TEST_NAMES)):
-        if names & set(words):
-            return split
-    return ""
+def detect_split(path: str) -> str:
+    """``train``, ``validation`` or ``test`` by a path: of its file (``data/train-0.parquet``), else of its folders."""
+    return next(filter(None, map(find_split, reversed(PurePosixPath(path).parts))), "")
 
 
 def corpus_files(files: Sequence[RepoFile], language: str, splits: Sequence[str], name: str) -> CorpusFiles:
@@ -219,7 +215,7 @@ class RowFilter:
 
     def _split(self, row: ImportedRow) -> str:
         if split := str(row.values.get("split") or ""):
-            return detect_split(split) or split
+            return find_split(split) or split
         path = Path(row.source_file)
         return detect_split(str(path.relative_to(self.root))) if path.is_relative_to(self.root) else ""
 

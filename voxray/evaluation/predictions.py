@@ -90,6 +90,14 @@ def with_counts(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "normalizer": row_normalizer(row).name, **as_row(count_row(row))}
 
 
+def with_language(rows: Iterable[Mapping[str, Any]], language: str) -> list[dict[str, Any]]:
+    """The rows; those of audio that name no language get this one."""
+    return [
+        {**row, "language": language} if TASKS[row["task"]].has_audio and not row.get("language") else dict(row)
+        for row in rows
+    ]
+
+
 def part_path(predictions: Path, part: int) -> Path:
     return predictions / f"part-{part:05d}.parquet"
 
@@ -106,12 +114,21 @@ def part_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def read_predictions(output_dir: Path) -> list[dict[str, Any]]:
     """All prediction rows of an evaluation, ordered by manifest and line; a long recording is one row.
 
-    All counts are by the default normalisers: rows that another version counted by others are counted again.
+    All counts are by the default normalisers: rows that another version counted by others are counted again. Rows that
+    name no language have that of the evaluation's settings, which --score_only may change.
     """
     files = sorted((output_dir / "predictions").glob("part-*.parquet"))
-    rows = join_chunk_rows(_read_parts(files))
+    rows = with_language(join_chunk_rows(_read_parts(files)), _language_in_settings(output_dir))
     rows = [with_counts(row) if row.get("chunk_of") or _has_other_counts(row) else row for row in rows]
     return sorted(rows, key=lambda row: Source.parse(row["source"]))
+
+
+def _language_in_settings(output_dir: Path) -> str:
+    try:
+        language = json.loads((output_dir / "settings.json").read_text(encoding="utf-8")).get("language")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return _text_or_empty(language)
 
 
 def _has_other_counts(row: Mapping[str, Any]) -> bool:
@@ -132,12 +149,13 @@ def read_part(file: Path) -> list[dict[str, Any]]:
         return pq.read_table(file, page_checksum_verification=True).to_pylist()
 
 
-def read_folder_or_jsonl(path: str, flag: str) -> tuple[list[dict[str, Any]], list[BadPrediction]]:
+def read_folder_or_jsonl(path: str, flag: str, language: str = "") -> tuple[list[dict[str, Any]], list[BadPrediction]]:
     """Read prediction rows from an evaluation's folder or from JSON Lines, and count them again.
 
     Args:
         path: The output or predictions folder of an evaluation, or a JSONL file.
         flag: Name of the flag in error messages.
+        language: Code of the language of audio rows that name none.
     Returns:
         The rows, and (file, line, error) of every bad line.
     Raises:
@@ -147,7 +165,8 @@ def read_folder_or_jsonl(path: str, flag: str) -> tuple[list[dict[str, Any]], li
     if not folder.is_dir():
         if not folder.exists():
             raise RunError(f"{flag} {path}: no such file or folder")
-        return read_jsonl(str(folder.absolute()))
+        rows, bad = read_jsonl(str(folder.absolute()))
+        return ([with_counts(row) for row in with_language(rows, language)] if language else rows), bad
     files = sorted(folder.glob("predictions/part-*.parquet")) or sorted(folder.glob("part-*.parquet"))
     if not files:
         raise RunError(f"{flag} {path}: no predictions/part-*.parquet and no part-*.parquet in this folder")
@@ -156,7 +175,7 @@ def read_folder_or_jsonl(path: str, flag: str) -> tuple[list[dict[str, Any]], li
         check_row(row, f"{flag} {path}: row {number} ({row.get('id') or row.get('source') or 'no id'})")
         if not Source.parse(row.setdefault("source", "") or "").line:
             raise RunError(f"{flag} {path}: row {number} ({row.get('id') or 'no id'}): source is not <manifest>:<line>")
-    return [with_counts(row) for row in join_chunk_rows(rows)], []
+    return [with_counts(row) for row in with_language(join_chunk_rows(rows), language)], []
 
 
 def read_jsonl(path: str) -> tuple[list[dict[str, Any]], list[BadPrediction]]:

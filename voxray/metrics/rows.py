@@ -14,7 +14,7 @@ from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 from voxray.metrics.counts import Counts, count
 from voxray.metrics.names import is_caption, is_transcript
-from voxray.text.korean import clean_transcript
+from voxray.text.korean import clean_transcript, has_notation
 from voxray.text.normalize import DEFAULT_NORMALIZERS, KOREAN, Normalizer, Normalizers
 
 PredictionRow = Mapping[str, Any]
@@ -51,7 +51,7 @@ def row_readings(row: PredictionRow) -> tuple[str, str]:
     """A transcript's reference and its second reading or "", from a key of the row or from ``(A)/(B)`` in the text."""
     [reference] = row_references(row)
     second = next((row[key] for key in PHONETIC_KEYS if row.get(key)), "")
-    if not second and ")/(" in reference.replace(" ", ""):
+    if not second and ")/(" in reference.replace(" ", "") and has_notation(reference, _language(row)):
         cleaned = clean_transcript(reference)
         return cleaned.spelling, cleaned.phonetic
     return reference, second
@@ -61,11 +61,14 @@ def row_normalizer(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMAL
     """The normaliser of a row: that of the language for transcripts, ko-v1 for answers and captions."""
     if not is_transcript(row["task"]):
         return KOREAN
+    return normalizers.select(_language(row))
+
+
+def _language(row: PredictionRow) -> str:
     try:
-        language = language_code(row.get("language"))
+        return language_code(row.get("language"))
     except BadRow:  # an unknown language, so neither Korean nor English
-        language = str(row["language"])
-    return normalizers.select(language)
+        return str(row["language"])
 
 
 def count_row(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMALIZERS) -> Counts:

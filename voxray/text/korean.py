@@ -13,6 +13,8 @@ from voxray.text.korean_numbers import is_reading
 
 Reading = Literal["spelling", "phonetic"]
 
+_HANGUL = re.compile("[가-힣ᄀ-ᇿㄱ-ㆎ]")  # syllables, and their letters as macOS writes them
+
 _PAIR = re.compile(
     r"(?P<outer>\()?[(（](?P<spelling>[^()（）]*)[)）]\s*[/／]\s*[(（](?P<reading>[^()（）]*)[)）](?(outer)\)(?!\s*/))"
 )
@@ -56,6 +58,15 @@ class KoreanText:
     phonetic: str
     spelling: str
     notes: tuple[str, ...] = ()
+
+
+def has_notation(text: str, language: str) -> bool:
+    """Whether marks in a transcript are notation of Korean corpora: it is in Korean, or has Hangul and no language.
+
+    Args:
+        language: Code of its language, "" if it is unknown.
+    """
+    return language == "ko" or (not language and bool(_HANGUL.search(text)))
 
 
 def clean_transcript(raw: str, reading: Reading = "spelling") -> KoreanText:

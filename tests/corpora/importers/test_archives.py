@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from helpers.bad_input import RATE, noise
-from helpers.corpora import clip, lines, prepare, read, reasons
+from helpers.corpora import AUDIO, clip, lines, prepare, read, reasons, save_to_disk
 
-from voxray.core.errors import BadRow, RunError
-from voxray.corpora.importers import detect
+from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.corpora.importers import detect, huggingface
 from voxray.corpora.importers.embedded import embedded_audio
 
-AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 LIMITS = {"min_sec": 0.5, "val_output": "", "max_chars_per_sec": 100}
 
 
@@ -124,6 +124,64 @@ def test_save_to_disk(tmp_path: Path) -> None:
     [state] = (tmp_path / "saved").rglob("state.json")
     state.write_text(json.dumps({"_data_files": [{}]}))
     assert reasons(read("huggingface", tmp_path / "saved")[1]) == [(1, "damaged_file")]
+
+
+SAVED = [{"audio": "", "utterance": "하나", "sentence": "no", "who": "가", "client_id": "no"}]
+CHOSEN = {"audio_column": "clip", "text_column": "utterance", "speaker_column": "who", "language_column": "lang"}
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_the_users_columns_of_a_data_set(tmp_path: Path, is_parquet: bool) -> None:
+    """Flags of prepare replace the columns that are read by default. A missing one is named with the columns."""
+    paths = [noise(tmp_path / f"{n}.wav", 3.0) for n in range(2)]
+    other = pa.array([{"bytes": b"no audio", "path": "no.wav"}], AUDIO)
+    rows = [{**SAVED[0], "audio": paths[0], "lang": "ko", "locale": "en", "part": "train"}]
+    folder = save_to_disk(tmp_path / "saved", {"data": rows}, audio="clip", audio_between=other)
+    if is_parquet:
+        with pa.OSFile(str(next(folder.rglob("*.arrow")))) as source:
+            pq.write_table(pa.ipc.open_stream(source).read_all(), tmp_path / "a.parquet")
+        folder = tmp_path / "a.parquet"
+    flags = {**CHOSEN, "split_column": "part", "val_output": "", "min_chars_per_sec": 0}
+    [row], _, ledger, _ = prepare(tmp_path, str(folder), **flags)
+    assert not ledger and Path(row["audio_path"]).read_bytes() == Path(paths[0]).read_bytes()
+    assert (row["transcript"], row["speaker"], row["language"]) == ("하나", "가", "ko")
+    with pytest.raises(
+        RunError, match=r"--text_column words: .* has the columns clip, audio, utterance, sentence, who"
+    ):
+        prepare(tmp_path, str(folder), **{**flags, "text_column": "words"})
+    with pytest.raises(SettingsError, match=r"--channel_column --encoding: only for tables"):
+        prepare(tmp_path, str(folder), channel_column="who", encoding="cp949")
+
+
+def test_the_users_columns_of_metadata_files(tmp_path: Path) -> None:
+    clip(tmp_path / "a.wav")
+    lines(
+        tmp_path / "metadata.jsonl", {"file": "a.wav", "sentence": "no", "words": "글", "question": "q", "answer": "a"}
+    )
+    columns = {"audio": "file", "text": "words", "speaker": ""}
+    [row] = huggingface.rows(tmp_path, columns)
+    assert row.values == {"audio_path": str(tmp_path / "a.wav"), "transcript": "글"}
+    with pytest.raises(RunError, match=r"--text_column no: .*metadata.jsonl has the columns file, sentence, words"):
+        list(huggingface.rows(tmp_path, {"text": "no"}))
+
+
+def test_a_data_set_without_a_column_of_texts_names_its_columns(tmp_path: Path) -> None:
+    folder = save_to_disk(tmp_path / "saved", {"train": [{"audio": noise(tmp_path / "a.wav", 1.0), "words": "글"}]})
+    with pytest.raises(RunError, match=r"no column transcript, .*; its columns are audio, words; .* --text_column"):
+        read("huggingface", folder)
+
+
+def test_ids_carry_the_split(tmp_path: Path) -> None:
+    """All splits have shards of one name, and metadata files of all folders too."""
+    path = noise(tmp_path / "a.wav", 1.0)
+    splits = {split: [{"audio": path, "text": "글"}] for split in ("test", "train")}
+    rows, _ = read("huggingface", save_to_disk(tmp_path / "saved", splits))
+    assert [row.id for row in rows] == [f"{split}/data-00000-of-00001.arrow:1" for split in splits]
+    for split in splits:
+        clip(tmp_path / "files" / split / "a.wav")
+        lines(tmp_path / "files" / split / "metadata.jsonl", {"file_name": "a.wav", "text": "글"})
+    rows, _ = read("huggingface", tmp_path / "files")
+    assert [row.id for row in rows] == ["test/metadata.jsonl:1", "train/metadata.jsonl:1"]
 
 
 def test_librispeech(tmp_path: Path) -> None:

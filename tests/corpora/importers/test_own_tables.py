@@ -149,6 +149,21 @@ def test_clips_of_another_machine_and_ambiguous_names(tmp_path: Path) -> None:
     assert reasons(items[1:]) == [(3, "audio_ambiguous"), (4, "audio_missing")]
 
 
+@pytest.mark.parametrize(
+    ("heading", "cells", "splits"),
+    [
+        ("구분", ("외래", "입원"), [None, None]),
+        ("구분", ("시험용", "입원"), ["시험용", "입원"]),
+        ("split", ("a", "b"), ["a", "b"]),
+    ],
+)
+def test_a_column_of_something_else_is_no_split(tmp_path, heading, cells, splits) -> None:
+    for name in "ab":
+        clip(tmp_path / f"{name}.wav")
+    path = lines(tmp_path / "t.csv", f"file,text,{heading}", *(f"a.wav,글 글,{cell}" for cell in cells))
+    assert [row.values.get("split") for row in read("table", path)[0]] == splits
+
+
 def test_encodings(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"file,text\na,\xb0\xff\xff\nb,\xb0\xff\xff\nc,\xb0\xff\xff\n")

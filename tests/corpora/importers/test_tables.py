@@ -61,7 +61,8 @@ def test_kspon_lists(tmp_path):
     )
     lines(tmp_path / "scripts" / "dev.trn", "KsponSpeech_01/K_1.pcm :: 네")
     rows, faults = read("ksponspeech", tmp_path / "scripts")
-    assert [(row.id, row.values["split"]) for row in rows] == [("K_1", "dev"), ("K_1", "train"), ("K_1", "train")]
+    assert [row.id for row in rows] == ["K_1"] * 3
+    assert [row.values["split"] for row in rows] == ["validation", "train", "train"]
     assert rows[1].values == {
         "audio_path": sound,
         "transcript": "70% 확률로",
@@ -93,6 +94,18 @@ def test_kspon_folders(tmp_path):
         ("e", "missing_text"),
         ("f", "missing_audio_entry"),
     ]
+
+
+def test_kspon_lists_and_folders_of_held_out_rows(tmp_path):
+    for name in ("train", "test", "other"):
+        clip(tmp_path / name / "x.pcm")
+        lines(tmp_path / name / "x.txt", "네")
+    rows, _ = read("ksponspeech", tmp_path)
+    assert [row.values.get("split") for row in rows] == [None, "test", "train"]
+    for name in ("all", "eval_clean", "eval_other"):
+        lines(tmp_path / "other" / f"{name}.trn", "x.pcm :: 네")
+    rows, _ = read("ksponspeech", tmp_path / "other")
+    assert [row.values.get("split") for row in rows] == [None, "test", "test"]
 
 
 def test_kspon_folders_that_are_links_are_faults(tmp_path):

@@ -65,13 +65,14 @@ def embedded_audio(place: dict[str, Any]) -> bytes:
     """Read the bytes of a clip.
 
     Args:
-        place: {"file", "row"} (from 0) of a Parquet or Arrow file, or {"file", "offset", "size"}. See ``ImportedRow``.
+        place: {"file", "row"} (from 0) and perhaps "column" of a Parquet or Arrow file, or {"file", "offset", "size"}.
+            See ``ImportedRow``.
     Raises:
         BadRow: There are no bytes (``audio_missing``), or they cannot be read (``audio_unreadable``).
     """
     file = place["file"]
     if "offset" not in place:
-        return _clip_of_row(file, place["row"])
+        return _clip_of_row(file, place["row"], place.get("column", ""))
     if place["size"] > MAX_CLIP_BYTES:
         raise BadRow("audio_too_long", f"{file}: a clip of {place['size'] >> 20} MiB")
     try:
@@ -85,8 +86,12 @@ def embedded_audio(place: dict[str, Any]) -> bytes:
     return raw
 
 
-def audio_column(schema: Any) -> str | None:
-    """Name of the struct column with ``bytes`` and ``path``, preferably ``audio``; None if there is none."""
+def audio_column(schema: Any, chosen: str = "") -> str | None:
+    """Name of the struct column with ``bytes`` and ``path``, preferably ``audio``; None if there is none.
+
+    Args:
+        chosen: The only column that counts; "" for any.
+    """
     import pyarrow as pa
 
     names = [
@@ -94,10 +99,12 @@ def audio_column(schema: Any) -> str | None:
         for field in schema
         if pa.types.is_struct(field.type) and {"bytes", "path"} <= {inner.name for inner in field.type}
     ]
+    if chosen:
+        return chosen if chosen in names else None
     return "audio" if "audio" in names else next(iter(names), None)
 
 
-def _clip_of_row(file: str, row: int) -> bytes:
+def _clip_of_row(file: str, row: int, column: str) -> bytes:
     """The clip in one row of a Parquet or Arrow file.
 
     A row group of up to 256 MiB is cached for the next call, so reading rows in order reads each group once.
@@ -106,9 +113,9 @@ def _clip_of_row(file: str, row: int) -> bytes:
 
     try:
         if file.endswith(".arrow"):
-            clip = _arrow_clips(file, os.stat(file).st_mtime_ns)[row].as_py()
+            clip = _arrow_clips(file, os.stat(file).st_mtime_ns, column)[row].as_py()
         else:
-            clip = _parquet_clip(file, row)
+            clip = _parquet_clip(file, row, column)
     except (pa.ArrowException, OSError, UnicodeDecodeError, IndexError) as error:
         raise BadRow("audio_unreadable", f"{file}: {one_line(error, 300)}") from None
     if not clip or clip.get("bytes") is None:
@@ -116,7 +123,7 @@ def _clip_of_row(file: str, row: int) -> bytes:
     return clip["bytes"]
 
 
-def _parquet_clip(file: str, row: int) -> Any:
+def _parquet_clip(file: str, row: int, column: str) -> Any:
     import pyarrow.parquet as pq
 
     stat = os.stat(file)
@@ -128,34 +135,34 @@ def _parquet_clip(file: str, row: int) -> Any:
             first += metadata.row_group(group).num_rows
             group += 1
         if metadata.row_group(group).total_byte_size <= MAX_CACHED_BYTES:
-            return _clips(file, group, stat.st_mtime_ns, stat.st_size)[row - first].as_py()
-        return _stream_to(parquet, group, row - first)
+            return _clips(file, group, stat.st_mtime_ns, stat.st_size, column)[row - first].as_py()
+        return _stream_to(parquet, group, row - first, column)
 
 
 @functools.lru_cache(maxsize=1)
-def _clips(file: str, group: int, mtime_ns: int, size: int) -> Any:
+def _clips(file: str, group: int, mtime_ns: int, size: int, chosen: str) -> Any:
     """The audio column of one row group. Time and size of the file are cache keys, so a changed file is read anew."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as parquet:
-        column = audio_column(parquet.schema_arrow)
+        column = audio_column(parquet.schema_arrow, chosen)
         return parquet.read_row_group(group, columns=[column]).column(0)
 
 
 @functools.lru_cache(maxsize=1)
-def _arrow_clips(file: str, mtime_ns: int) -> Any:
+def _arrow_clips(file: str, mtime_ns: int, chosen: str) -> Any:
     """The audio column of an Arrow file, which stays on disk until a clip is read."""
     import pyarrow as pa
 
     with pa.ipc.open_stream(pa.memory_map(file)) as stream:
         table = stream.read_all()
     table.validate(full=True)  # else damaged offsets end the process
-    return table.column(audio_column(table.schema))
+    return table.column(audio_column(table.schema, chosen))
 
 
-def _stream_to(parquet: Any, group: int, index: int) -> Any:
+def _stream_to(parquet: Any, group: int, index: int, chosen: str) -> Any:
     """The clip at an index of a row group that is too large to cache."""
-    column = audio_column(parquet.schema_arrow)
+    column = audio_column(parquet.schema_arrow, chosen)
     for batch in parquet.iter_batches(16, row_groups=[group], columns=[column]):
         if index < batch.num_rows:
             return batch.column(0)[index].as_py()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import find_clip
+from voxray.corpora.splits import find_split
 
 MAX_DEPTH = 100  # of nested objects and lists; Python can read deeper ones than it can write
 
@@ -21,13 +22,13 @@ class ImportedRow:
     Attributes:
         source_file: Absolute path of the file that the row comes from.
         line: Line in the file, from 1; in Parquet the row, from 1.
-        id: The corpus' own id, else ``<file name>:<line>``.
+        id: The corpus' own id, else ``<file>:<line>``.
         values: A manifest row: the keys of its task (``core/tasks.py``) and, if the corpus has them, ``language``,
             ``start`` and ``duration`` (seconds; only a row with ``start`` is a part of its file), ``channel``,
             ``speaker``, ``session``, ``gender``, ``split``, ``transcript_raw``, ``transcript_phonetic``,
             ``transcript_notes``, ``sample_rate`` (claimed). A clip inside another file has an ``audio_path`` of "" and
             ``audio_bytes_from``, which ``embedded.embedded_audio`` reads: {"file", "row"} (from 0) in Parquet and Arrow
-            files, {"file", "offset", "size"} in tar files.
+            files, with "column" if the user names it, and {"file", "offset", "size"} in tar files.
     """
 
     source_file: str
@@ -66,13 +67,14 @@ class Record(NamedTuple):
     def folder(self) -> Path:
         return Path(self.file).parent
 
-    def record_id(self, keys: tuple[str, ...] = ("id",)) -> str:
-        """The first usable value of the keys, else ``<file name>:<line>``."""
+    def record_id(self, keys: tuple[str, ...] = ("id",), root: Path | None = None) -> str:
+        """The first usable value of the keys, else ``<file>:<line>``: its path below ``root``, or its name."""
         for key in keys:
             value = self.values.get(key)
             if isinstance(value, str | int) and value not in ("", False, True):
                 return str(value)
-        return f"{Path(self.file).name}:{self.line}"
+        name = Path(self.file).relative_to(root.absolute()) if root else Path(self.file).name
+        return f"{name}:{self.line}"
 
     def text(self, key: str, default: str | None = None) -> str:
         """The text at a key. With a default the key may be missing or null.
@@ -94,13 +96,18 @@ def import_records(
     records: Iterable[Record | ImportFault],
     convert: Callable[[Record], dict[str, Any]],
     id_keys: tuple[str, ...] = ("id",),
+    root: Path | None = None,
 ) -> Iterator[ImportedRow | ImportFault]:
-    """Convert each record into a row. A ``BadRow`` raised by ``convert`` becomes a fault."""
+    """Convert each record into a row. A ``BadRow`` raised by ``convert`` becomes a fault.
+
+    Args:
+        root: Folder of the corpus, if several of its files may have one name.
+    """
     for record in records:
         if isinstance(record, ImportFault):
             yield record
             continue
-        row_id = record.record_id(id_keys)
+        row_id = record.record_id(id_keys, root)
         try:
             yield ImportedRow(record.file, record.line, row_id, convert(record))
         except BadRow as error:
@@ -137,17 +144,17 @@ def parse_object(text: str) -> dict[str, Any]:
     return value
 
 
-_SPLIT = re.compile(r"(train|training|dev|val|valid|validation|test|testing|eval)(?![a-z])", re.IGNORECASE)
+_FIRST_WORD = re.compile(r"[\W\d_]")
 
 
 def split_by_path(file: Path, root: Path) -> dict[str, str]:
     """{"split"} by the names of a file and of its folders below ``root``: ``train-clean-100``, ``test-00000-of-00001``.
 
-    {} if no name says so.
+    {} if none of them begins with the name of a split.
     """
     names = reversed(file.absolute().relative_to(root.absolute()).parts)
-    match = next(filter(None, map(_SPLIT.match, names)), None)
-    return {"split": match[1].lower()} if match else {}
+    split = next((find_split(name) for name in names if find_split(_FIRST_WORD.split(name)[0])), "")
+    return {"split": split} if split else {}
 
 
 def find_audio(value: Any, *folders: Path) -> str:

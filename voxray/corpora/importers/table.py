@@ -7,7 +7,7 @@ and flags of prepare replace each guess.
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class TableOptions:
         encoding: Python's name of the encoding.
         sheet: Sheet of an Excel file.
         audio_dir: Folder of the clips.
+        language: Code of the language of rows that name none.
     """
 
     columns: dict[str, str] = field(default_factory=dict)
     encoding: str = ""
     sheet: str = ""
     audio_dir: str = ""
+    language: str = ""
 
     @property
     def any_set(self) -> bool:
@@ -73,6 +75,8 @@ class CorpusTable:
             self.columns: TableColumns = guess_columns(names, sample, self._is_clip, chosen)
         except RunError as error:
             raise RunError(f"{path} ({self._file}): {error}") from None
+        if options.language:
+            self.columns = replace(self.columns, language="")  # no guess is needed
 
     @property
     def description(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from voxray.core.errors import RunError
+from voxray.corpora.splits import find_split
 
 HEADINGS: Mapping[str, tuple[str, ...]] = {
     kind: tuple(headings.split())
@@ -85,6 +86,8 @@ def guess_columns(
     for kind in HEADINGS:
         if kind not in ("audio", "text", *positions):
             named = _named(names, kind, positions)
+            if kind == "split":  # a column 구분 or subset often holds something else
+                named = [at for at in named if names[at] == kind or any(find_split(row[at]) for row in rows)]
             positions |= {kind: named[0]} if named else {}
     if "audio" not in positions:
         positions["audio"] = _audio_column(names, rows, is_clip, positions)

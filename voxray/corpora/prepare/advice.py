@@ -1,6 +1,6 @@
 """Say which flags of prepare keep the rows that it left out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 KEEP = {
@@ -25,6 +25,7 @@ LIMITS = {
 }
 """{reason: flags of the limits}."""
 SHORTER_LIMITS_SEC = (2.0, 1.0, 0.5, 0.3, 0.1)
+NAMES_SHOWN = 5  # of other splits
 GOOD_SHARE = 0.9  # of the short rows that a lower limit should keep
 
 
@@ -48,6 +49,25 @@ def advice(
             sentences.append(f"{start} are left out as {reason}: {KEEP[reason]} keeps them")
         elif reason in LIMITS:
             sentences.append(f"{start} are left out as {reason}: {LIMITS[reason]} sets the limit")
+    return sentences
+
+
+def split_advice(other_splits: Mapping[str, int]) -> list[str]:
+    """A sentence for each split of the corpus whose rows are left out; those of other names share one.
+
+    Args:
+        other_splits: {``validation``, ``test`` or another name: rows}.
+    """
+    sentences = [
+        f"{other_splits[name]} rows of the corpus's {name} split are left out; {flag} FILE writes them"
+        for name, flag in (("validation", "--val_output"), ("test", "--test_output"))
+        if name in other_splits
+    ]
+    names = sorted(other_splits.keys() - {"validation", "test"})
+    if names:
+        shown = ", ".join(names[:NAMES_SHOWN]) + (" and others" if len(names) > NAMES_SHOWN else "")
+        num_rows = sum(other_splits[name] for name in names)
+        sentences.append(f"{num_rows} rows are left out because the corpus puts them into other splits: {shown}")
     return sentences
 
 

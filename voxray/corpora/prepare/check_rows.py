@@ -35,7 +35,7 @@ from voxray.core.tasks import Task
 from voxray.corpora.importers import ImportedRow, ImportFault
 from voxray.corpora.importers.embedded import embedded_audio
 from voxray.corpora.prepare.fingerprints import audio_hash, leak_text, row_text, short_hash, speaker_key
-from voxray.text.korean import KoreanText, Reading, clean_transcript
+from voxray.text.korean import Reading, clean_transcript, has_notation
 
 
 @dataclass(frozen=True)
@@ -151,24 +151,12 @@ class RowChecker(PoolWorker):
         """Clean the answer in place and check its length. Returns the normalised texts of the row."""
         answer = values[task.answer_key]
         if task.template == "transcription":
-            raw = values.pop("transcript_raw", answer)
+            raw = values.get("transcript_raw", answer)
             if not isinstance(raw, str):
                 raise BadRow("bad_type", f"transcript_raw is {type(raw).__name__}, not text")
-            reading = self.limits.reading
-            is_korean = language_code(values.get("language")) in ("", "ko")
-            cleaned = clean_transcript(raw, reading) if is_korean else KoreanText(raw, raw, raw)
-            if cleaned.text != answer:
-                values["transcript_raw"] = answer
-            if cleaned.phonetic != cleaned.text:
-                values["transcript_phonetic"] = cleaned.phonetic
-            if cleaned.notes:
-                values["transcript_notes"] = list(cleaned.notes)
-            answer = cleaned.text
-            if segments(values):
-                parts = values["segments"]
-                cleaned_parts = [clean_transcript(part["text"], reading).text for part in parts] if is_korean else []
-                pairs = zip(parts, cleaned_parts, strict=True) if is_korean else ()
-                values["segments"] = [{**part, "text": text} for part, text in pairs] or parts
+            parts = segments(values)
+            if has_notation(raw, language_code(values.get("language"))):
+                answer = self._clean(values, raw, has_segments=bool(parts))
         values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
         num_chars = len("".join(answer.split()))
         limits = self.limits
@@ -184,6 +172,23 @@ class RowChecker(PoolWorker):
                 within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
                 raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
         return row_text(task.prompt(values), answer)
+
+    def _clean(self, values: dict[str, Any], raw: str, *, has_segments: bool) -> str:
+        """Remove the notation of Korean corpora from transcript and segments. Returns the transcript."""
+        cleaned, answer = clean_transcript(raw, self.limits.reading), values["transcript"]
+        values.pop("transcript_raw", None)
+        if cleaned.text != answer:
+            values["transcript_raw"] = answer
+        if cleaned.phonetic != cleaned.text:
+            values["transcript_phonetic"] = cleaned.phonetic
+        if cleaned.notes:
+            values["transcript_notes"] = list(cleaned.notes)
+        if has_segments:
+            values["segments"] = [
+                {**part, "text": clean_transcript(part["text"], self.limits.reading).text}
+                for part in values["segments"]
+            ]
+        return cleaned.text
 
     def _decode(self, values: dict[str, Any]) -> tuple[np.ndarray, int]:
         """Decode the clip. Returns its samples and their rate in Hz."""

@@ -9,9 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-TRAIN_NAMES = {"train", "training", "학습", "훈련"}
-VALIDATION_NAMES = {"dev", "val", "valid", "validation", "eval", "검증", "개발"}
-TEST_NAMES = {"test", "testing", "시험", "테스트", "평가"}
+from voxray.corpora.splits import find_split
 
 
 class Splittable(Protocol):
@@ -50,14 +48,14 @@ class Split:
     """Assignment of all rows to training, validation and test.
 
     Attributes:
-        groups: Validation groups, if the corpus' own split is not used.
-        by_corpus: Whether the corpus' own split is used.
-        with_test: Whether the corpus' own test rows form a test set.
+        groups: Validation groups drawn from the training rows, if the corpus has no validation rows of its own.
+        with_validation: Whether the corpus' own validation rows are used.
+        with_test: Whether its own test rows are used.
         audio, text, speakers: Hashes and groups of the held-out rows.
     """
 
     groups: set[str] = field(default_factory=set)
-    by_corpus: bool = False
+    with_validation: bool = False
     with_test: bool = False
     audio: set[str] = field(default_factory=set)
     text: set[str] = field(default_factory=set)
@@ -66,14 +64,13 @@ class Split:
     def side(self, row: Splittable) -> str:
         """``train``, ``val``, ``test``, or ``other`` for a split of the corpus that is not used.
 
-        A row without a split is for training if the other rows have one.
+        A row without a split is for training. A row of another split than train never is.
         """
-        name = row.split.lower()
-        if self.with_test and name in TEST_NAMES:
-            return "test"
-        if not self.by_corpus:
+        if _is_for_training(row):
             return "val" if row.group in self.groups else "train"
-        return "train" if name in TRAIN_NAMES or not name else "val" if name in VALIDATION_NAMES else "other"
+        used = {"validation": "val"} if self.with_validation else {}
+        used |= {"test": "test"} if self.with_test else {}
+        return used.get(find_split(row.split), "other")
 
     @property
     def held_out(self) -> str:
@@ -92,24 +89,23 @@ class Split:
 def choose_split(
     rows: Iterable[Splittable], val_share: float, seed: int, *, with_validation: bool, with_test: bool = False
 ) -> Split:
-    """Choose the validation rows: the corpus' own split if it has one, else whole groups drawn at random.
+    """Choose the validation rows: the corpus' own ones, else whole groups of the training rows, drawn at random.
 
     Args:
         rows: All rows, in order.
-        val_share: Share of the rows for validation, filled with whole groups.
-        with_validation: False if there is no validation output. Then all rows are for training.
-        with_test: Keep the corpus' own test rows out of both, as a test set.
+        val_share: Share of the training rows for validation, filled with whole groups.
+        with_validation: Whether there is a validation output.
+        with_test: Whether there is a test output, for the corpus' own test rows.
     """
     sizes: Counter[str] = Counter()
-    names: Counter[str] = Counter()
+    has_validation = False
     for row in rows:
-        if not row.reason and not (with_test and row.split.lower() in TEST_NAMES):
-            sizes[row.group] += 1
-            names[row.split.lower()] += 1
-    if not with_validation:
-        return Split(with_test=with_test)
-    if names.keys() & TRAIN_NAMES and names.keys() & VALIDATION_NAMES:
-        return Split(by_corpus=True, with_test=with_test)
+        if not row.reason:
+            sizes[row.group] += _is_for_training(row)
+            has_validation |= find_split(row.split) == "validation"
+    sizes = +sizes  # without groups that have no training row
+    if not with_validation or has_validation:
+        return Split(with_validation=with_validation, with_test=with_test)
     target, groups, count = val_share * sum(sizes.values()), set(), 0
     order = sorted(sizes)
     random.Random(seed).shuffle(order)
@@ -120,7 +116,11 @@ def choose_split(
             count += sizes[group]
     if not groups and len(order) > 1:  # the share is smaller than every group
         groups.add(min(order, key=lambda group: sizes[group]))
-    return Split(groups=groups, with_test=with_test)
+    return Split(groups=groups, with_validation=True, with_test=with_test)
+
+
+def _is_for_training(row: Splittable) -> bool:
+    return not row.split.strip() or find_split(row.split) == "train"
 
 
 def record_held_out(split: Split, rows: Iterable[Splittable], *, texts: bool = True) -> None:

@@ -14,6 +14,7 @@ from voxray.corpora.prepare.check_rows import CheckedRow, checked_path
 from voxray.corpora.prepare.fingerprints import duplicate_key
 from voxray.corpora.prepare.split import Leaks, choose_split, count_leaks, record_held_out
 from voxray.corpora.prepare.unique import FirstSeen, UniqueIds
+from voxray.corpora.splits import find_split
 
 
 def read_checked(paths: list[Path]) -> Iterator[CheckedRow]:
@@ -52,6 +53,7 @@ class PrepareOutcome:
         first_fault: ``<file>:<line>: <message>`` of the first row left out, "" if there is none.
         notes: {note: rows of the manifests that have it in ``transcript_notes``}.
         short_secs: Durations of the rows that are ``too_short``, in seconds.
+        other_splits: {name of a split: rows that are left out because they are of it}.
         num_mixed: Rows that average the channels of a recording of which other rows take one channel.
     """
 
@@ -60,7 +62,14 @@ class PrepareOutcome:
     first_fault: str = ""
     notes: Counter[str] = field(default_factory=Counter)
     short_secs: list[float] = field(default_factory=list)
+    other_splits: Counter[str] = field(default_factory=Counter)
     num_mixed: int = 0
+
+    def is_usable(self, *, needs_train: bool) -> bool:
+        """Whether there are rows to write: training rows if these are needed or leaks took them, else any."""
+        lost_to_leaks = any(name.startswith("leak_") for name in self.tally.rows)
+        names = ("train",) if needs_train or lost_to_leaks else ("train", "val", "test")
+        return any(self.tally.rows[name] for name in names)
 
 
 class OutputFiles:
@@ -104,7 +113,8 @@ def write_manifests(
     """Third pass: drop duplicates, split, detect leaks, and write every row to a manifest or to the ledger.
 
     Args:
-        val_share: Share of the rows for validation; None writes no validation manifest.
+        val_share: Share of the training rows for validation, if the corpus has no validation split; None writes no
+            validation manifest.
         with_test: Write a manifest of the corpus' own test split.
         duplicates: ``drop`` or ``keep``.
         leak_policy: ``refuse`` (write no manifest if there is a leak), ``scripted`` (the same, but equal texts are no
@@ -119,8 +129,8 @@ def write_manifests(
     for row in _unique(paths, duplicates):
         side = split.side(row)
         if not row.reason and side == "other":
-            row.reason = "other_split"
-            row.message = f"the corpus puts it into {row.split!r}, neither train nor validation"
+            row.reason, row.message = "other_split", f"it is of the corpus's split {row.split!r}"
+            outcome.other_splits[find_split(row.split) or row.split] += 1
         elif not row.reason and side == "train" and leak_policy == "drop" and (leak := split.leak(row)):
             row.reason, row.message = f"leak_{leak}", f"its {leak} is in the {split.held_out} rows as well"
         if row.reason:
