@@ -100,6 +100,14 @@ def test_the_flags_choose_what_trains(run: Callable[..., Path], tuned: Path) -> 
     assert counts["encoder"]["trainable"] == 0 < counts["decoder"]["trainable"]
 
 
+def test_a_wrong_lora_target_ends_the_job_before_features(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "training_data", lambda *args, **options: pytest.fail("computes features"))
+    with pytest.raises(SettingsError, match="--lora_targets o_proj: no layer is called so; layers: fc1, "):
+        run("--target_modules", "q_proj,v_proj,o_proj")
+
+
 def test_grad_ckpt_keeps_the_losses_and_packs_count_encoder_positions(run: Callable[..., Path]) -> None:
     plain = losses(run("--lora_dropout", "0"))
     assert losses(run("--lora_dropout", "0", "--grad_ckpt")) == pytest.approx(plain, abs=1e-5)

@@ -185,7 +185,7 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     """Keep the encoder frozen, without LoRA. With --tuning full, the flag freezes the encoder's own weights."""
     lora_targets: Annotated[CommaStrings, Flag(("target_modules",)), Field(min_length=1)] = ("q_proj", "v_proj")
     """Names of the layers that LoRA adapts, in encoder and decoder, including cross attention. k_proj, out_proj, fc1
-    and fc2 are possible too."""
+    and fc2 are possible too; all-linear is all of them. A name that no layer has is refused."""
     pack_tokens: Annotated[int, Field(ge=16)] = 16_384
     """Maximum size of a pack with --batching packed: its tokens plus the encoder's 1,500 positions for each clip."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 32

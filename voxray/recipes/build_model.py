@@ -14,9 +14,11 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.audio_trim_record import set_trim_audio, trims_audio
 from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
 from voxray.models.adapters.lora import (
+    adapted_roles,
     add_lora,
     check_trainable,
     load_adapter_weights,
+    resolve_targets,
     train_fully,
     trainable_parameters,
 )
@@ -37,6 +39,20 @@ def find_init_adapter(run: RunContext) -> InitAdapter | None:
         return official
     trims_audio = audio_trimming(settings)
     return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trims_audio, **lora)
+
+
+def check_lora_targets(run: RunContext) -> None:
+    """Check the names of ``--lora_targets`` before anything is computed. The family's own names need no check.
+
+    Raises:
+        SettingsError: See ``resolve_targets``.
+    """
+    settings, family = run.settings, run.family
+    targets = run.stage.lora_targets if settings.tuning != "full" else ()
+    if set(targets) - {name for names in family.lora_targets.values() for name in names}:
+        dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+        base = family.build_on_meta(settings.model_id, dtype=dtype)
+        resolve_targets(base, family, adapted_roles(family, run.stage.roles), targets)
 
 
 def audio_trimming(settings: TrainSettings) -> bool | None:
