@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles, Settings, convert, split_commas
@@ -301,6 +301,20 @@ class OptimizerFlags(Settings):
     those of an uncompiled run, and a resumed run those of an uninterrupted one, up to rounding, not bit for bit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the data order, the LoRA initialization and dropout."""
+
+    @field_validator("epochs", "max_steps", mode="before")
+    @classmethod
+    def _counts_of_other_trainers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Other trainers accept a part of an epoch, and -1 steps for no limit."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return value
+        if info.field_name == "epochs" and number % 1:
+            raise ValueError("must be a whole number; --max_steps ends a run within an epoch")
+        if info.field_name == "max_steps" and number < 0:
+            raise ValueError("must be 0 or more; 0 trains for --epochs")
+        return value
 
 
 class BatchingFlags(Settings):
