@@ -9,7 +9,7 @@ import pytest
 from helpers.running import JOBS, ROOT, commands, environment, load_job, parse_only, start
 
 PAGES = ("README.md", "README.ko.md")
-PAGES += tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster"))
+PAGES += tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "trainer"))
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 SAMPLE_PAGE = r"""
 Run `python jobs/nothing.py` in the text counts for nothing, and neither does this:
