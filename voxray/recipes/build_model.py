@@ -27,6 +27,7 @@ from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
 from voxray.recipes.run_context import RunContext
 from voxray.runs.layout import list_checkpoints
+from voxray.runs.run_folder import other_run_advice
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState
 
@@ -152,7 +153,7 @@ def resume(run_dir: Path, model: Any, start: Progress, earlier_data: str = "") -
     if damaged := damaged_files(newest):
         raise RunError(f"{newest}: damaged checkpoint ({', '.join(damaged)}); delete the folder to resume")
     progress = read_progress(newest)
-    advice = "use --overwrite or another --output_dir"
+    advice = other_run_advice(run_dir, has_lora=unwrap_peft(model) is not model)
     if progress.data not in (start.data, earlier_data):
         raise RunError(f"{newest}: the training data has changed since this run started; {advice}")
     if progress.prompts != start.prompts:
