@@ -65,6 +65,13 @@ def test_help_and_refusals_come_before_heavy_imports(job: str) -> None:
     assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("command", ["jobs/train_text.py --help", "jobs/tune.py --help-all", "jobs/infer.py --schema"])
+def test_a_pipe_that_closes_early_is_no_error(command: str) -> None:
+    line = f"set -o pipefail; {sys.executable} {ROOT}/{command} | head -c 0"
+    process = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), timeout=120)
+    assert (process.returncode, process.stderr) == (0, "")
+
+
 def test_help_shows_every_flag_with_its_text() -> None:
     shown = start("train_multitask", ["--help-all"]).stdout
     settings = parse_only("train_multitask", [])

@@ -26,7 +26,7 @@ from voxray.config.input_files import pointer_errors, unique_files
 from voxray.config.other_names import explain_other_name
 from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
-from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, quoted_line
+from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, print_page, quoted_line
 from voxray.core.project_files import PROJECT_FILES
 
 CONFIGS = PROJECT_FILES / "jobs" / "configs"
@@ -117,14 +117,14 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         print(f"{job}: the flags are valid", flush=True)
         raise SystemExit(0)
     if argv == [SCHEMA]:
-        print(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
+        print_page(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
         raise SystemExit(0)
     if argv == [REFERENCE]:
-        print(reference_page(model, job=job, about=about), end="")
+        print_page(reference_page(model, job=job, about=about).removesuffix("\n"))
         raise SystemExit(0)
     if HELP & set(argv):
         everything = bool({"--help-all", "--help_all"} & set(argv))
-        print(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
+        print_page(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
         raise SystemExit(0)
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
