@@ -35,11 +35,14 @@ from voxray.training.engine import OptimizerState
 def find_init_adapter(run: RunContext) -> InitAdapter | None:
     """The adapter of ``--init_adapter``, checked against the settings; None without one."""
     settings, family = run.settings, run.family
+    if settings.init_adapter and settings.tuning == "full":
+        raise SettingsError("--init_adapter: holds LoRA weights, which --tuning full does not have")
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
     if official := family.read_official(settings.init_adapter, **lora):
         return official
     trims_audio = audio_trimming(settings)
-    return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trims_audio, **lora)
+    options = {"store": settings.store, "trims_audio": trims_audio, "targets": run.stage.lora_targets}
+    return read_init_adapter(settings.init_adapter, family, **options, **lora)
 
 
 def check_lora_targets(run: RunContext) -> None:
@@ -71,8 +74,6 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
     """
     settings, family, roles = run.settings, run.family, run.stage.roles
     init_adapter = find_init_adapter(run)
-    if init_adapter and settings.tuning == "full":
-        raise SettingsError("--init_adapter: holds LoRA weights, which --tuning full does not have")
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     torch.manual_seed(settings.seed)  # for weights that no file has
     base = family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
