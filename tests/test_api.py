@@ -95,7 +95,7 @@ def test_wrong_settings_are_one_error_with_all_of_them() -> None:
     with pytest.raises(voxray.SettingsError) as caught:
         voxray.evaluate(val_jsnl="a.jsonl", per_device_bsz=0, batch_size="x")
     message = str(caught.value)
-    assert "val_jsnl: unknown setting; did you mean --val_jsonl?" in message and "--per_device_bsz" in message
+    assert "val_jsnl: unknown setting; did you mean val_jsonl?" in message and "--per_device_bsz" in message
     with pytest.raises(voxray.SettingsError, match="recipe 'no': not one of multitask, text"):
         voxray.train("no", train_jsonl="a.jsonl")
 

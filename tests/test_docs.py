@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 
 from voxray.cli import main as voxray
+from voxray.config import other_names
 from voxray.config.new import NewSettings
+from voxray.config.parse import flag_names
 from voxray.config.prepare import PrepareSettings
+from voxray.config.recipes import recipes
 from voxray.core.project_files import job_names
 from voxray.corpora.importers import huggingface
 
 ROOT = Path(__file__).parents[1]
-SUBJECTS = tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python"))
+SUBJECTS = tuple(
+    f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python", "trainer")
+)
 REFERENCE = tuple(f"docs/reference/{job}.md" for job in job_names())
 LINKED = ("CHANGELOG.md", "benchmarks/README.md", "tests/assets/README.md", *REFERENCE)
 PAGES = ("README.md", "README.ko.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", *SUBJECTS)
@@ -110,3 +115,18 @@ def test_the_reference_pages_are_those_of_the_settings(job: str, capsys: pytest.
         voxray(["reference", job])
     page = read(f"docs/reference/{job}.md")
     assert capsys.readouterr().out == page, "run python tools/write_reference.py"
+
+
+@pytest.mark.parametrize("names", ["TRAINER", "PEFT", "GENERATION"])
+def test_the_tables_of_other_names_are_those_of_the_messages(names: str) -> None:
+    [table] = re.findall(rf"<!-- names: {names} -->\n(.*?)\n<!-- end -->", read("docs/trainer.md"), re.DOTALL)
+    rows = other_names.table_rows(getattr(other_names, names))
+    assert table.splitlines()[2:] == rows, "run python tools/write_reference.py"
+
+
+def test_every_training_job_accepts_the_names_that_mean_the_same() -> None:
+    [paragraph] = re.findall(r"These names mean the same.*?\n\n", read("docs/trainer.md"), re.DOTALL)
+    names = set(re.findall(r"`([a-z]\w+)`", paragraph))
+    assert len(names) > 20
+    for recipe in recipes().values():
+        assert not names - set(flag_names(recipe.settings_class)), recipe.name

@@ -31,7 +31,7 @@ class TrainingResult:
 
     Attributes:
         run_dir: The run folder.
-        adapter_dir: The adapter in it, in PEFT's format.
+        adapter_dir: What was trained: an adapter in PEFT's format, or whole weights with ``tuning="full"``.
         steps: Optimizer steps of the run.
         metrics: Last value of every validation metric, such as ``asr/cer_nospace``; empty without validation rows.
     """

@@ -5,6 +5,7 @@ import sys
 from types import ModuleType
 from typing import NoReturn
 
+from voxray.core.errors import print_page
 from voxray.core.project_files import job_names, job_script
 from voxray.core.version import __version__
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     if command in ("--version", "-V"):
         print(f"voxray {__version__}")
     elif command in ("--help", "-h", "help"):
-        print(USAGE + ", ".join(job_names()))
+        print_page(USAGE + ", ".join(job_names()))
     elif command in ("schema", "reference"):
         if len(rest) != 1:
             _refuse(f"{command} takes the name of one job")

@@ -9,7 +9,7 @@ import pytest
 from helpers.running import JOBS, ROOT, commands, environment, load_job, parse_only, start
 
 PAGES = ("README.md", "README.ko.md")
-PAGES += tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster"))
+PAGES += tuple(f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "trainer"))
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
 SAMPLE_PAGE = r"""
 Run `python jobs/nothing.py` in the text counts for nothing, and neither does this:
@@ -63,6 +63,13 @@ def test_help_and_refusals_come_before_heavy_imports(job: str) -> None:
     for name in ("--nonsense", "--seeed", "stray"):
         assert name in process.stderr, "every fault is named at once"
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("command", ["jobs/train_text.py --help", "jobs/tune.py --help-all", "jobs/infer.py --schema"])
+def test_a_pipe_that_closes_early_is_no_error(command: str) -> None:
+    line = f"set -o pipefail; {sys.executable} {ROOT}/{command} | head -c 0"
+    process = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), timeout=120)
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_help_shows_every_flag_with_its_text() -> None:

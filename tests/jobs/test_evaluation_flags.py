@@ -353,6 +353,24 @@ def test_normalizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["word_edits"] for row in read_predictions(tmp_path / "basic-v2")] == [2]
 
 
+def test_scoring_flags_without_effect_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"task": "asr", "language": language} for language in ("hi", "ko", "ko", "en")] + [{"task": "tqa"}]
+    lines = [{"id": str(number), "reference": "a", "prediction": "a", **row} for number, row in enumerate(rows)]
+    path, table = write_rows(tmp_path / "x.jsonl", lines), tmp_path / "normalizer.json"
+    table.write_text('{"colour": "color"}', encoding="utf-8")
+    score(path, tmp_path / "a", "--english_spelling", str(table))
+    assert "warning" not in capsys.readouterr().out
+    score(path, tmp_path / "b", "--normalizer", "whisper-basic-v1")
+    shown = "2 in ko (ko-v1), 1 in en (whisper-en-v1-nospelling), 1 answers (ko-v1)"
+    output = capsys.readouterr().out
+    assert f"warning: --normalizer whisper-basic-v1 has no effect on 4 of 5 rows: {shown}\n" in output
+    path = write_rows(tmp_path / "hindi.jsonl", lines[:1])
+    score(path, tmp_path / "c", "--normalizer", "whisper-basic-v1", "--english_spelling", str(table))
+    output = capsys.readouterr().out
+    assert "--normalizer whisper" not in output
+    assert "warning: --english_spelling has no effect: no row is an English transcript" in output
+
+
 def test_score_only_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", LINES[:3])
     code = (

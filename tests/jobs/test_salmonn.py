@@ -260,7 +260,7 @@ def test_a_resumed_run_needs_the_same_prompts(data: TrainingData, salmonn: str, 
     assert train_losses(tmp_path / "a", data, salmonn, **flags) == losses, "the same prompts in YAML"
     path.write_text(json.dumps({"asr": ["<SpeechHere> Say."]}))
     for changed in (flags, {"max_steps": 3}):
-        with pytest.raises(RunError, match="--prompts holds other prompts than when this run started; use --overwrite"):
+        with pytest.raises(RunError, match="--prompts holds other prompts than when this run started; give another"):
             train_losses(tmp_path / "a", data, salmonn, **changed)
 
 

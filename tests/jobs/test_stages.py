@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY, write_rows
 from helpers.running import load_job, parse_only
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from voxray.commands import train as command
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings
@@ -220,7 +220,9 @@ def test_resuming_a_run_with_init_adapter_is_exact(run: Callable[..., Path], fir
     assert set(weights) == set(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], first_stage: Path, tmp_path: Path) -> None:
+def test_init_adapters_that_do_not_fit_are_refused(
+    run: Callable[..., Path], first_stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rank = r"has rank 4 and alpha 8, this run --lora_r 8 and --lora_alpha 16; give --lora_r 4 --lora_alpha 8"
     with pytest.raises(SettingsError, match=rank):
         run("train_asr_adapter", init_adapter=str(first_stage))
@@ -238,6 +240,18 @@ def test_init_adapters_that_do_not_fit_are_refused(run: Callable[..., Path], fir
     )
     with pytest.raises(RunError, match="the adapter has use_rslora True, not False"):
         run("train_text", *SAME_LORA, init_adapter=str(tmp_path))
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "bias": "lora_only"}))
+    with monkeypatch.context() as patch:  # what follows is refused before features are computed
+        patch.setattr(command, "training_data", lambda *args, **options: pytest.fail("computes features"))
+        with pytest.raises(SettingsError, match="was trained with bias lora_only, and voxray trains no biases"):
+            run("train_text", *SAME_LORA, init_adapter=str(tmp_path))
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        q_layers = part(tensors(first_stage), "q_proj")
+        save_file(q_layers, adapter / "adapter_model.safetensors")
+        with pytest.raises(SettingsError, match="has LoRA on q_proj of the llm, this run on down_proj, gate"):
+            run("train_text", *SAME_LORA, init_adapter=str(tmp_path))
+        with pytest.raises(SettingsError, match="--init_adapter: holds LoRA weights, which --tuning full does not"):
+            run("train_text", "--tuning", "full", init_adapter=str(first_stage))
     (adapter / "adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(RunError, match="cannot read the adapter"):
         run("train_text", *SAME_LORA, init_adapter=str(tmp_path))

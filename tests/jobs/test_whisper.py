@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from helpers import processes
 from helpers.running import parse_only
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_stages import ledger, losses, tensors
+from transformers import WhisperForConditionalGeneration
 
 from voxray.audio.decode import decode
 from voxray.commands import evaluate as evaluate_command
@@ -98,6 +102,28 @@ def test_the_flags_choose_what_trains(run: Callable[..., Path], tuned: Path) -> 
     assert all(".decoder." in name and (".fc1." in name or ".out_proj." in name) for name in tensors(decoder))
     counts = json.loads((decoder / "parameters.json").read_text())
     assert counts["encoder"]["trainable"] == 0 < counts["decoder"]["trainable"]
+
+
+def test_a_wrong_lora_target_ends_the_job_before_features(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "training_data", lambda *args, **options: pytest.fail("computes features"))
+    with pytest.raises(SettingsError, match="--lora_targets o_proj: no layer is called so; layers: fc1, "):
+        run("--target_modules", "q_proj,v_proj,o_proj")
+
+
+def test_training_starts_from_an_adapter_that_peft_wrote(run: Callable[..., Path], tmp_path: Path) -> None:
+    base = WhisperForConditionalGeneration.from_pretrained(WHISPER)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "theirs")
+    flags = ("--lora_r", "4", "--lora_alpha", "8", "--init_adapter", str(tmp_path / "theirs"))
+    before, after = load_file(tmp_path / "theirs" / "adapter_model.safetensors"), tensors(run(*flags, lr="1e-30"))
+    assert set(before) == set(after) and all(torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(SettingsError, match=r"has LoRA on q_proj, v_proj of .*; give --lora_targets q_proj,v_proj"):
+        run(*flags, "--lora_targets", "fc1")
 
 
 def test_grad_ckpt_keeps_the_losses_and_packs_count_encoder_positions(run: Callable[..., Path]) -> None:

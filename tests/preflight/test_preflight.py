@@ -202,6 +202,17 @@ def test_the_recipe_follows_from_model_and_tasks(
     assert why == "" if "--recipe" in argv and recipe in argv else recipe in why
 
 
+def test_a_wrong_lora_target_is_listed_with_all_other_faults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--recipe whisper --model_id {WHISPER} --train_jsonl /nowhere.jsonl --output_dir {tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as end:
+        load_job("preflight").main([*flags.split(), "--language", "ko", "--target_modules", "q_proj,o_proj"])
+    output = capsys.readouterr().err
+    assert end.value.code == 1 and "--train_jsonl /nowhere.jsonl" in output
+    assert "error: model: --lora_targets o_proj: no layer is called so; layers: fc1, fc2, " in output
+
+
 def test_flags_reach_the_command(small: dict[str, str], tmp_path: Path) -> None:
     """All settings reach the job unchanged through the launch file, so every flag has its effect there."""
     shared = f"--model_id {TINY} --train_jsonl {small['asr.train']} --val_jsonl {small['asr.val']} --output_dir o"

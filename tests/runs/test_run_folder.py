@@ -1,8 +1,10 @@
 """The run folder: where a path leads, who may go on in a folder, and what starting afresh deletes."""
 
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -151,6 +153,26 @@ def test_every_changed_setting_is_named(here: Path):
     with pytest.raises(SettingsError, match=r"--lr \(was 0\.0002, now 0\.1\)") as error:
         open_run_folder(here / "run", settings(lr=0.1, seed=4, log_steps=3), overwrite=False)
     assert "--seed (was 0, now 4)" in str(error.value) and "log_steps" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "starts"), [({"lr": 0.1}, True), ({"lr": 0.1, "lora_r": 4}, False), ({"tuning": "full"}, False)]
+)
+def test_the_message_names_the_way_that_keeps_the_work(here: Path, changes: dict[str, Any], starts: bool):
+    run_dir = here / "run"
+    open_run_folder(run_dir, settings(), overwrite=False)
+    with pytest.raises(SettingsError) as error:
+        open_run_folder(run_dir, settings(**changes), overwrite=False)
+    message = str(error.value)
+    assert "give another --output_dir" in message and "--overwrite deletes the run in the folder" in message
+    assert (f"--init_adapter {run_dir}, to start from its weights" in message) is starts
+
+
+def test_the_page_lists_what_may_change():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    [paragraph] = re.findall(r"\*\*Resume with other settings\.\*\*.*?\n\n", page, re.DOTALL)
+    listed = paragraph.partition("may change:")[2].partition(". ")[0]
+    assert set(re.findall(r"`--(\w+)`", listed)) == CHANGEABLE_SETTINGS
 
 
 def test_what_may_change_may(here: Path):

@@ -85,6 +85,15 @@ def test_a_base_of_another_kind_is_a_failed_trial(tmp_path: Path, featurized: li
     assert "a whisper model, and this job trains voxtral" in reasons[2] and "/nowhere.jsonl" in reasons[1]
 
 
+def test_a_wrong_lora_target_is_a_failed_trial(tmp_path: Path, featurized: list[Any]) -> None:
+    flags = ["--recipe", "whisper", "--model_id", WHISPER, "--train_jsonl", "t", "--val_jsonl", "v", "--language", "ko"]
+    space = json.dumps({"lora_targets": ["q_proj", "o_proj"]})
+    settings = parse_only("tune", [*flags, "--output_dir", str(tmp_path), "--lora_r", "4", "--space", space])
+    runner = Runner(lambda trial: GOOD)
+    Sweep(settings, tmp_path, runner).search()
+    assert runner.ran == [1] and "--lora_targets o_proj: no layer is called so" in read_trials(tmp_path)[1].reason
+
+
 def test_trials_share_features_unless_they_need_others(
     sweep: Callable[..., Runner], tmp_path: Path, featurized: list
 ) -> None:

@@ -51,6 +51,7 @@ def test_mlflow_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatc
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_dir = train_twice(tmp_path, data, "mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{run_dir / 'mlflow.db'}")
+    assert f"of sqlite:///{run_dir / 'mlflow.db'}\n" in (run_dir / "train.log").read_text()
     run = client.get_run(json.loads((run_dir / "mlflow.json").read_text())["id"])
     assert run.info.run_name == "my-run" and run.info.status == "FINISHED" and run.data.params["max_steps"] == "2"
     for kind, name in (("train", "loss"), ("validation", "tqa/rouge_l")):
@@ -62,9 +63,17 @@ def test_mlflow_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatc
 
 
 def test_wandb_holds_the_records(tmp_path: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_NAME", "another name")
+    names: list[str] = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **options: names.append(options["name"]) or init(**options))
     run_dir = train_twice(tmp_path, data, "tensorboard,wandb")
+    assert names == ["another name"] * 2
+    log = (run_dir / "train.log").read_text()
+    assert f"charts: tensorboard --logdir {run_dir / 'tensorboard'}\n" in log
+    assert f"charts: Weights & Biases: wandb sync {run_dir / 'wandb' / 'offline-run-'}" in log
     ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
     assert ids == {json.loads((run_dir / "wandb.json").read_text())["id"]}, "a resumed run continues its run"
     losses: dict[int, float] = {}

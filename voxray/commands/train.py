@@ -22,7 +22,7 @@ from voxray.core.storage import write_json
 from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
-from voxray.recipes.build_model import find_init_adapter
+from voxray.recipes.build_model import check_lora_targets, find_init_adapter
 from voxray.recipes.run_context import RunContext, assemble_inputs
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import training_data
@@ -50,6 +50,7 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
+    check_lora_targets(run)
     _require_trackers(settings)
     with folder_lease(run.run_dir, run.remote.remote_dir):
         if result := _fetch_result(run):

@@ -16,7 +16,8 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
-from voxray.recipes.run_context import assemble_inputs, require_family
+from voxray.recipes.build_model import check_lora_targets
+from voxray.recipes.run_context import RunContext, assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
 from voxray.runs.lease import folder_lease
 from voxray.runs.run_folder import resolve_output_dir
@@ -45,6 +46,8 @@ def run_sweep(settings: Any) -> SweepOutcome:
     base: Any = assemble_inputs(settings)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
     require_family(base)
+    if "lora_targets" not in settings.domains:
+        check_lora_targets(RunContext.create(base, run_dir=output_dir))
     with folder_lease(output_dir):
         open_sweep(output_dir, settings, input_hashes(base, "train_jsonl", "val_jsonl"))
         warn_about_unused_flags(settings)

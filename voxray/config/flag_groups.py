@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from voxray.config.flags import Flag
+from voxray.config.input_files import require_absolute
 from voxray.config.parse import InputFiles, Settings, convert, split_commas
 from voxray.core.languages import language_code
 from voxray.core.tasks import parse_curriculum, parse_task_sizes, parse_task_weights
@@ -113,16 +114,10 @@ class CompiledFlags(Settings):
     contains machine code, so use only folders you trust."""
 
 
-def _absolute(path: str) -> str:
-    if path and not path.startswith("/") and "://" not in path:
-        raise ValueError("must be absolute")
-    return path
-
-
 class OutputFlags(Settings):
     output_dir: Annotated[str, Flag(("out_dir",), path="output")] = ""
     """Folder for everything the job writes. A relative path is below --storage_path, or else the current directory."""
-    storage_path: Annotated[str, AfterValidator(_absolute)] = ""
+    storage_path: Annotated[str, AfterValidator(require_absolute)] = ""
     """Absolute path of a folder that outlives the cluster, such as a shared mount; submitted jobs with relative output
     paths need it. Training, evaluate and featurize also accept a URL (s3://bucket/voxray, gs://bucket/voxray)."""
 
@@ -307,6 +302,20 @@ class OptimizerFlags(Settings):
     those of an uncompiled run, and a resumed run those of an uninterrupted one, up to rounding, not bit for bit."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the data order, the LoRA initialization and dropout."""
+
+    @field_validator("epochs", "max_steps", mode="before")
+    @classmethod
+    def _counts_of_other_trainers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Other trainers accept a part of an epoch, and -1 steps for no limit."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return value
+        if info.field_name == "epochs" and number % 1:
+            raise ValueError("must be a whole number; --max_steps ends a run within an epoch")
+        if info.field_name == "max_steps" and number < 0:
+            raise ValueError("must be 0 or more; 0 trains for --epochs")
+        return value
 
 
 class BatchingFlags(Settings):

@@ -42,3 +42,14 @@ def url_errors(settings: BaseModel, accepted: Collection[str]) -> list[str]:
             if re.match(r"[a-z0-9+]+://", path):
                 errors.append(f"--{name} {path}: takes a path on a file system that every node mounts, not a URL")
     return errors
+
+
+def require_absolute(path: str) -> str:
+    """A path if it is absolute, a URL or empty.
+
+    Raises:
+        ValueError: It is relative.
+    """
+    if path and not path.startswith("/") and "://" not in path:
+        raise ValueError("must be absolute")
+    return path

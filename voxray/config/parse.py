@@ -23,10 +23,10 @@ from pydantic.fields import FieldInfo
 from voxray.config.flags import flag_metadata, is_switch
 from voxray.config.help import help_text, reference_page
 from voxray.config.input_files import pointer_errors, unique_files, url_errors
-from voxray.config.other_names import find_other_name
+from voxray.config.other_names import explain_other_name
 from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
-from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, quoted_line
+from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, print_page, quoted_line
 from voxray.core.project_files import PROJECT_FILES
 
 CONFIGS = PROJECT_FILES / "jobs" / "configs"
@@ -119,14 +119,14 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
         print(f"{job}: the flags are valid", flush=True)
         raise SystemExit(0)
     if argv == [SCHEMA]:
-        print(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
+        print_page(json.dumps(yaml_schema(model), ensure_ascii=False, indent=2))
         raise SystemExit(0)
     if argv == [REFERENCE]:
-        print(reference_page(model, job=job, about=about), end="")
+        print_page(reference_page(model, job=job, about=about).removesuffix("\n"))
         raise SystemExit(0)
     if HELP & set(argv):
         everything = bool({"--help-all", "--help_all"} & set(argv))
-        print(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
+        print_page(help_text(model, job=job, about=about, demo=demo, positional=positional, everything=everything))
         raise SystemExit(0)
     if not argv:
         print(f"{job}: no flags given, so this runs the demo recipe (jobs/configs/{demo})", flush=True)
@@ -181,6 +181,8 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
                 continue
         if name is None and key not in ("config", *model.config_aliases):
             errors.append(f"--{flag}: unknown flag{_suggestion(key, names)}")
+            if not has_value and tokens and not tokens[0].startswith("--"):
+                tokens.pop(0)  # its value
         elif name is None or not is_switch(model.model_fields[name]):
             if not has_value:
                 if not tokens or tokens[0].startswith("--"):
@@ -194,7 +196,7 @@ def _scan(model: type[Settings], argv: list[str]) -> tuple[dict[str, Any], str |
             else:
                 _set(model, values, name, value, f"--{flag}", errors)
         else:
-            if not has_value and tokens and tokens[0].lower() in {"true", "false"}:
+            if not has_value and tokens and not tokens[0].startswith("--"):
                 has_value, value = "=", tokens.pop(0)
             if has_value and value.lower() not in {"true", "false"}:
                 errors.append(f"--{flag}: a switch takes true or false, not {value!r}")
@@ -241,7 +243,7 @@ def _read_yaml(path: Path, model: type[Settings], flags: Mapping[str, Any]) -> t
     for key, value in loaded.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
-            errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names)}")
+            errors.append(f"{path}: {key}: unknown key{_suggestion(str(key), names, '')}")
         elif isinstance(value, bool) and not is_switch(model.model_fields[name]):
             errors.append(
                 f"{path}: {key}: is not true or false, but YAML reads this value as {value}; quote it if it is text"
@@ -275,7 +277,7 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
         SettingsError: A name or a value is wrong. One line has all errors.
     """
     names = flag_names(model)
-    errors = [f"{name}: unknown setting{_suggestion(name, names)}" for name in values if name not in names]
+    errors = [f"{name}: unknown setting{_suggestion(name, names, '')}" for name in values if name not in names]
     fields = {names[name]: value for name, value in values.items() if name in names}
     settings, faults = _validate(model, fields, fields, None)
     if settings is None or faults or errors:
@@ -361,7 +363,10 @@ def _relative_to_project(model: type[Settings], name: str, value: Any) -> Any:
     )
 
 
-def _suggestion(key: str, names: dict[str, str]) -> str:
-    close = [find_other_name(key, names)] if find_other_name(key, names) else []
-    close = close or difflib.get_close_matches(key, [*names, "config"], n=1)
-    return f"; did you mean --{close[0]}?" if close else ""
+def _suggestion(key: str, names: Mapping[str, str], dashes: str = "--") -> str:
+    """The end of the message about an unknown name: what it is called here, or the nearest spelling."""
+    answer = explain_other_name(key, names, dashes)
+    if answer is not None:
+        return answer
+    close = difflib.get_close_matches(key, [*names, "config"], n=1)
+    return f"; did you mean {dashes}{names.get(close[0], close[0])}?" if close else ""

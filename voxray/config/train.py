@@ -1,9 +1,10 @@
 """Settings of the training jobs."""
 
 import os
+from collections.abc import Iterable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from voxray.config.flag_groups import (
     BatchingFlags,
@@ -23,14 +24,24 @@ from voxray.config.flag_groups import (
 )
 from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
+from voxray.config.recipes import recipes
 from voxray.core.languages import language_code
 from voxray.metrics.names import validation_metrics
 
 
-def known_metric(value: str) -> str:
-    if value not in (known := validation_metrics()):
-        raise ValueError(f"must be one of {', '.join(known)}")
-    return value
+def known_metric(value: str, tasks: Iterable[str] | None = None) -> str:
+    """Check the name of a validation metric.
+
+    Args:
+        tasks: Tasks that the job validates with; None for all.
+    Raises:
+        ValueError: Validation on these tasks has no such metric.
+    """
+    if value in (known := validation_metrics(tasks)):
+        return value
+    close = [metric for metric in known if metric.rpartition("/")[2] == value.removeprefix("eval_")]
+    hint = f"did you mean {close[0]}? It " if close else ""
+    raise ValueError(f"{hint}must be one of {', '.join(known)}")
 
 
 def _check_trackers(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,7 +94,7 @@ class TrainSettings(
     """Optimizer steps between checkpoints. The last step of a run is always saved."""
     save_total_limit: Annotated[int, Field(ge=1)] = 3
     """Number of the newest checkpoints to keep. The best one (--metric_for_best_model) is kept in addition."""
-    metric_for_best_model: Annotated[str, AfterValidator(known_metric)] = "overall/macro"
+    metric_for_best_model: str = "overall/macro"
     """Validation metric that decides which checkpoint is best, such as asr/cer_nospace, tqa/rouge_l or sqa/loss.
     overall/macro is the mean of the headline scores of all tasks."""
     load_best_model_at_end: bool = False
@@ -104,6 +115,12 @@ class TrainSettings(
     uninterrupted one to the bit on the same GPUs, as it does on CPUs without this flag."""
     debug: bool = False
     """Quick trial run: at most 8 training rows and 4 validation rows per task, and 4 steps."""
+
+    @field_validator("metric_for_best_model")
+    @classmethod
+    def _metric_of_the_tasks(cls, value: str) -> str:
+        own = (recipe.tasks for recipe in recipes().values() if issubclass(cls, recipe.settings_class))
+        return known_metric(value, next(own, None))
 
     @model_validator(mode="after")
     def _best_model_needs_validation(self) -> "TrainSettings":
@@ -186,7 +203,7 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     """Keep the encoder frozen, without LoRA. With --tuning full, the flag freezes the encoder's own weights."""
     lora_targets: Annotated[CommaStrings, Flag(("target_modules",)), Field(min_length=1)] = ("q_proj", "v_proj")
     """Names of the layers that LoRA adapts, in encoder and decoder, including cross attention. k_proj, out_proj, fc1
-    and fc2 are possible too."""
+    and fc2 are possible too; all-linear is all of them. A name that no layer has is refused."""
     pack_tokens: Annotated[int, Field(ge=16)] = 16_384
     """Maximum size of a pack with --batching packed: its tokens plus the encoder's 1,500 positions for each clip."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 32

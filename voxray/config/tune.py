@@ -60,7 +60,7 @@ class SweepFlags(Settings):
     earlier trials (TPE; needs the extra `optuna`). auto is random with --num_trials, else grid."""
     num_trials: Annotated[int, Field(ge=0)] = 0
     """Trials to sample; 0 runs every combination once."""
-    metric: Annotated[str, AfterValidator(known_metric)] = "asr/cer_nospace"
+    metric: Annotated[str, AfterValidator(lambda value: known_metric(value))] = "asr/cer_nospace"
     """Validation metric by which trials are compared, as task/name, or overall/macro."""
     metric_mode: Literal["auto", "min", "max"] = "auto"
     """Whether lower (min) or higher (max) values of the metric are better; auto follows from the metric."""

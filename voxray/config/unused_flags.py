@@ -12,7 +12,9 @@ def warn_about_unused_flags(settings: ModelFlags, log: Console = console) -> Non
     """Warn about every flag the user set that has no effect here."""
     import torch  # not at the top: settings are read before torch is imported, which takes seconds
 
-    unused = {"lora_r", "lora_alpha", "lora_dropout"} if getattr(settings, "tuning", "") == "full" else set()
+    unused = (
+        {"lora_r", "lora_alpha", "lora_dropout", "lora_targets"} if getattr(settings, "tuning", "") == "full" else set()
+    )
     for name in sorted(unused & settings.model_fields_set):
         log.print(f"warning: --{name} has no effect: --tuning full has no LoRA", markup=False)
     if not torch.cuda.is_available() and not os.environ.get("RAY_ADDRESS"):

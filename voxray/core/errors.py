@@ -6,6 +6,7 @@ usable row, a damaged checkpoint) are ``RunError``: one line on the terminal, ex
 
 import errno
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,6 +82,14 @@ def library_errors(what: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         raise RunError(f"{what}: {one_line(error, 300) or type(error).__name__}") from error
+
+
+def print_page(text: str) -> None:
+    """Print a long text, also into a pipe that its reader closes early, such as ``head``."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # Python writes the rest at its end, and would print a traceback there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def job(main: Callable[..., None]) -> Callable[..., None]:

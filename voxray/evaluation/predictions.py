@@ -7,7 +7,8 @@ JSON Lines of ``{id, task, reference or references, prediction}`` and optional k
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from voxray.evaluation.score import read_terms, score
 from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.generation.join_chunks import join_chunk_rows
 from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics
+from voxray.metrics.names import is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer
-from voxray.text.normalize import normalizers_from
+from voxray.text.normalize import BASIC_V2, WHISPER_EN, Normalizers, normalizers_from
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
 METADATA_COLUMNS = ("speaker", "domain", "dataset", "audio_path", "reference_phonetic")
@@ -62,7 +64,25 @@ def score_predictions(rows: Sequence[dict[str, Any]], flags: ScoreFlags) -> dict
     """Score rows with the options of the settings; returns the content of metrics.json."""
     terms = read_terms(flags.terms) if flags.terms else ()
     normalizers = normalizers_from(flags.normalizer, flags.english_spelling)
+    for warning in unused_normalizers(rows, flags, normalizers):
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     return score(rows, terms=terms, normalizers=normalizers, caption_jars=flags.caption_jars)
+
+
+def unused_normalizers(rows: Sequence[dict[str, Any]], flags: ScoreFlags, normalizers: Normalizers) -> Iterator[str]:
+    """What the rows are that ``--normalizer`` and ``--english_spelling`` have no effect on, one line per flag."""
+    rest = Counter[tuple[str, str]]()
+    for row in rows:
+        name = row_normalizer(row, normalizers).name
+        rest[name, f"in {row.get('language') or 'no language'}" if is_transcript(row["task"]) else "answers"] += 1
+    if flags.normalizer != BASIC_V2:
+        others = {key: count for key, count in rest.items() if key[0] != flags.normalizer}
+        if others:
+            shown = ", ".join(f"{count} {kind} ({name})" for (name, kind), count in others.items())
+            total = f"{sum(others.values())} of {len(rows)} rows"
+            yield f"--normalizer {flags.normalizer} has no effect on {total}: {shown}"
+    if flags.english_spelling and not any(name == WHISPER_EN for name, _ in rest):
+        yield "--english_spelling has no effect: no row is an English transcript"
 
 
 def metrics_by_task(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

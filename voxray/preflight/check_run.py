@@ -28,7 +28,7 @@ from voxray.preflight.machine import (
 )
 from voxray.preflight.meta_model import build_meta_model, report_parameters
 from voxray.preflight.rows import RunRows, check_manifests, read_rows
-from voxray.recipes.build_model import find_init_adapter
+from voxray.recipes.build_model import check_lora_targets, find_init_adapter
 from voxray.recipes.run_context import RunContext, assemble_inputs
 from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import holds_run, make_folder, refuse_other_run
@@ -128,6 +128,7 @@ class Preflight:
         with self.findings.caught("model"):
             run = RunContext.create(settings)
             check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
+            check_lora_targets(run)
         if run and settings.init_adapter:
             with self.findings.caught("model"):
                 init_adapter = find_init_adapter(run)

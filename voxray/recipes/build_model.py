@@ -14,9 +14,11 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.audio_trim_record import set_trim_audio, trims_audio
 from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
 from voxray.models.adapters.lora import (
+    adapted_roles,
     add_lora,
     check_trainable,
     load_adapter_weights,
+    resolve_targets,
     train_fully,
     trainable_parameters,
 )
@@ -25,6 +27,7 @@ from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
 from voxray.recipes.run_context import RunContext
 from voxray.runs.layout import list_checkpoints
+from voxray.runs.run_folder import other_run_advice
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState
 
@@ -32,11 +35,28 @@ from voxray.training.engine import OptimizerState
 def find_init_adapter(run: RunContext) -> InitAdapter | None:
     """The adapter of ``--init_adapter``, checked against the settings; None without one."""
     settings, family = run.settings, run.family
+    if settings.init_adapter and settings.tuning == "full":
+        raise SettingsError("--init_adapter: holds LoRA weights, which --tuning full does not have")
     lora = {"r": settings.lora_r, "alpha": settings.lora_alpha}
     if official := family.read_official(settings.init_adapter, **lora):
         return official
     trims_audio = audio_trimming(settings)
-    return read_init_adapter(settings.init_adapter, family, store=settings.store, trims_audio=trims_audio, **lora)
+    options = {"store": settings.store, "trims_audio": trims_audio, "targets": run.stage.lora_targets}
+    return read_init_adapter(settings.init_adapter, family, **options, **lora)
+
+
+def check_lora_targets(run: RunContext) -> None:
+    """Check the names of ``--lora_targets`` before anything is computed. The family's own names need no check.
+
+    Raises:
+        SettingsError: See ``resolve_targets``.
+    """
+    settings, family = run.settings, run.family
+    targets = run.stage.lora_targets if settings.tuning != "full" else ()
+    if set(targets) - {name for names in family.lora_targets.values() for name in names}:
+        dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+        base = family.build_on_meta(settings.model_id, dtype=dtype)
+        resolve_targets(base, family, adapted_roles(family, run.stage.roles), targets)
 
 
 def audio_trimming(settings: TrainSettings) -> bool | None:
@@ -54,8 +74,6 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
     """
     settings, family, roles = run.settings, run.family, run.stage.roles
     init_adapter = find_init_adapter(run)
-    if init_adapter and settings.tuning == "full":
-        raise SettingsError("--init_adapter: holds LoRA weights, which --tuning full does not have")
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     torch.manual_seed(settings.seed)  # for weights that no file has
     base = family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
@@ -136,7 +154,7 @@ def resume(run_dir: Path, model: Any, start: Progress, earlier_data: str = "") -
     if damaged := damaged_files(newest):
         raise RunError(f"{newest}: damaged checkpoint ({', '.join(damaged)}); delete the folder to resume")
     progress = read_progress(newest)
-    advice = "use --overwrite or another --output_dir"
+    advice = other_run_advice(run_dir, has_lora=unwrap_peft(model) is not model)
     if progress.data not in (start.data, earlier_data):
         raise RunError(f"{newest}: the training data has changed since this run started; {advice}")
     if progress.prompts != start.prompts:

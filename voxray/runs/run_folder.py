@@ -53,6 +53,9 @@ CHANGEABLE_SETTINGS = {
 }
 """Settings that may change when a run is resumed: they alter neither the model nor the order of the data."""
 
+ADAPTER_SETTINGS = {"model_id", "tuning", "lora_r", "lora_alpha", "lora_targets", "freeze_encoder", "freeze_whisper"}
+"""Settings with other values of which a run may not be able to start from an earlier run's adapter."""
+
 STOP_FILE = "STOP"
 """If this file exists in the run folder, the run saves itself and ends after the current step."""
 GROW_FILE = "GROW"
@@ -254,7 +257,19 @@ def refuse_other_run(run_dir: Path, settings: Settings) -> None:
     changed = [name for name in fixed if previous[name] != current[name]]
     if changed:
         shown = ", ".join(f"--{name} (was {previous[name]}, now {current[name]})" for name in changed)
+        has_lora = current.get("tuning") != "full" and not ADAPTER_SETTINGS & set(changed)
+        advice = other_run_advice(run_dir, has_lora=has_lora)
         raise SettingsError(f"{path.parent} holds a run with other settings: {shown}; {advice}")
+
+
+def other_run_advice(run_dir: Path, *, has_lora: bool) -> str:
+    """What to do if a folder holds another run.
+
+    Args:
+        has_lora: Whether the new run can start from the LoRA weights of the run in the folder.
+    """
+    start = f" and --init_adapter {run_dir}, to start from its weights" if has_lora else ""
+    return f"give another --output_dir{start}; --overwrite deletes the run in the folder"
 
 
 def _clear(run_dir: Path) -> None:

@@ -23,6 +23,7 @@ from voxray.core.manifest import require_usable_row
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
+from voxray.recipes.build_model import check_lora_targets
 from voxray.recipes.run_context import RunContext, require_family
 from voxray.recipes.training_data import TrainingData, training_data
 from voxray.sweep.queue import Queue
@@ -158,6 +159,7 @@ class Sweep:
             require_usable_row(run.train_jsonl)
         if "model_id" in trial.choice:
             require_family(run)
+        check_lora_targets(RunContext.create(run, run_dir=self._output_dir))
         return self._training_data(run, use_ray=use_ray)
 
     def _training_data(self, run: Any, *, use_ray: bool) -> TrainingData:

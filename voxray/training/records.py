@@ -52,6 +52,8 @@ class Monitor:
         self._previews = _reopen(run_dir / PREVIEWS, first_step)
         self._log = open(run_dir / LOG, "a", encoding="utf-8")  # noqa: SIM115  # open for the life of the run
         self._trackers = open_trackers(trackers, run_dir, settings or {}, first_step)
+        for tracker in self._trackers:
+            self.say(f"charts: {tracker.place}")
         if steps:
             self.record("resume", first_step, {"repeated_steps": max(steps) - first_step})
 

@@ -19,7 +19,13 @@ WANDB_FILE, MLFLOW_FILE = "wandb.json", "mlflow.json"
 
 
 class Tracker(Protocol):
-    """Shows the records of one run."""
+    """Shows the records of one run.
+
+    Attributes:
+        place: Where the run can be seen: an address, or the command that shows or uploads it.
+    """
+
+    place: str
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Show values by name, such as ``train/loss``."""
@@ -42,6 +48,7 @@ class TensorBoard:
     def __init__(self, run_dir: Path, settings: Mapping[str, Any], first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.place = f"tensorboard --logdir {run_dir / 'tensorboard'}"
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -64,7 +71,7 @@ class WeightsAndBiases:
         with library_errors("--report_to wandb"):
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "voxray"),
-                name=run_dir.name,
+                name=os.environ.get("WANDB_NAME") or run_dir.name,
                 id=known.get("id"),
                 resume="allow",
                 dir=str(run_dir),
@@ -74,6 +81,7 @@ class WeightsAndBiases:
         # a resumed run repeats steps, which W&B's own counter refuses
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
+        self.place = f"Weights & Biases: {self._run.url or f'wandb sync {Path(self._run.dir).parent}'}"
         write_atomically(run_dir / WANDB_FILE, json.dumps({"id": self._run.id}).encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -109,6 +117,7 @@ class MlFlow:
                 self._run_id = self._client.create_run(experiment_id, run_name=run_dir.name).info.run_id
                 for key, value in settings.items():
                     self._client.log_param(self._run_id, key, value)
+        self.place = f"MLflow: run {self._run_id} of {uri.rpartition('@')[2]}"  # without a user's password
         write_atomically(run_dir / MLFLOW_FILE, json.dumps({"id": self._run_id, "uri": uri}).encode())
 
     def log(self, values: Mapping[str, float], step: int) -> None:

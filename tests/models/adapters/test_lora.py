@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, WHISPER
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 from voxray.models.adapters.lora import (
     add_lora,
     base_of_adapter,
@@ -20,12 +20,14 @@ from voxray.models.adapters.lora import (
     find_adapter,
     find_role,
     load_adapter,
+    resolve_targets,
     roles_of_adapter,
     save_adapter,
     target_pattern,
     train_fully,
 )
 from voxray.models.voxtral.family import Voxtral
+from voxray.models.whisper.family import Whisper
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,6 +82,38 @@ def test_a_role_without_matching_layers_is_an_error(monkeypatch):
     monkeypatch.setattr(Voxtral, "lora_targets", {**FAMILY.lora_targets, "projector": ("linear_9",)})
     with pytest.raises(RunError, match="no layer of the projector is called linear_9"):
         with_lora()
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "o_proj"), "o_proj: no layer is called so; layers: fc1, fc2, k_proj, out_proj, q_proj, v_proj"),
+        (("proj_out",), "proj_out: no layer is called so"),
+        (("model.decoder.layers.0.fc1",), "model.decoder.layers.0.fc1: no layer is called so"),
+        (("encoder_attn.q_proj",), "encoder_attn.q_proj: no layer of the encoder is called so; its layers: fc1,"),
+    ],
+)
+def test_every_lora_target_has_to_be_a_layer(targets: tuple[str, ...], message: str):
+    whisper = Whisper()
+    base = whisper.build_on_meta(WHISPER, dtype=torch.float32)
+    with pytest.raises(SettingsError, match=f"^--lora_targets {re.escape(message)}"):
+        resolve_targets(base, whisper, ("encoder", "decoder"), targets)
+
+
+def test_all_linear_means_every_linear_layer_of_the_roles():
+    """As in PEFT, all but the output layer."""
+    whisper = Whisper()
+    base = whisper.build_on_meta(WHISPER, dtype=torch.float32)
+    assert resolve_targets(base, whisper, ("decoder",), ("encoder_attn.q_proj",)) == ("encoder_attn.q_proj",)
+    options = {"model_id": WHISPER, "r": 2, "alpha": 4, "dropout": 0.0}
+    model = add_lora(base, whisper, ("decoder",), **options, targets=("all-linear",))
+    adapted = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    linear = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    in_peft = get_peft_model(
+        whisper.build_on_meta(WHISPER, dtype=torch.float32), LoraConfig(r=2, target_modules="all-linear")
+    )
+    expected = {name for name, module in in_peft.named_modules() if hasattr(module, "lora_A") and ".decoder." in name}
+    assert adapted == linear == expected
 
 
 def test_roles_work_in_older_module_layouts():

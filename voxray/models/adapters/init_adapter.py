@@ -14,12 +14,14 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import checksum
 from voxray.models.adapters.audio_trim_record import read_trim_record
 from voxray.models.adapters.lora import (
+    ALL_LINEAR,
     find_adapter,
     find_role,
+    is_lora_tensor,
     load_adapter_weights,
     roles_of_adapter,
 )
-from voxray.models.adapters.read_files import read_adapter_config, weights_file
+from voxray.models.adapters.read_files import read_adapter_config, tensor_names, weights_file
 from voxray.models.interface import InitAdapter, ModelFamily
 
 PEFT_OPTIONS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
@@ -67,7 +69,14 @@ class PeftAdapter:
 
 
 def read_init_adapter(
-    path: str, family: ModelFamily, *, r: int, alpha: float, store: str, trims_audio: bool | None = None
+    path: str,
+    family: ModelFamily,
+    *,
+    r: int,
+    alpha: float,
+    store: str,
+    trims_audio: bool | None = None,
+    targets: Sequence[str] = (),
 ) -> PeftAdapter | None:
     """Find the adapter of ``--init_adapter`` and check that training can start from it.
 
@@ -76,10 +85,11 @@ def read_init_adapter(
         r, alpha: LoRA rank and alpha of the new training.
         store: What its feature shards hold.
         trims_audio: Whether it omits the audio tokens of padding; None if it has no audio.
+        targets: Names of the layers that LoRA adapts in the new training; empty for the family's own.
     Raises:
         RunError: There is no adapter, or it cannot be read.
-        SettingsError: It has another rank or alpha, changes an encoder whose outputs are stored, or was trained with
-            other audio tokens.
+        SettingsError: It has another rank or alpha, LoRA on other layers, or trained biases; it changes an encoder
+            whose outputs are stored; or it was trained with other audio tokens.
     """
     if not path:
         return None
@@ -89,6 +99,9 @@ def read_init_adapter(
     roles = roles_of_adapter(folder, family)
     if unknown := roles - set(family.roles):
         raise RunError(f"--init_adapter {path}: has tensors of no known part of {family.name} ({', '.join(unknown)})")
+    if (bias := config.get("bias") or "none") != "none":
+        raise SettingsError(f"--init_adapter {path}: was trained with bias {bias}, and voxray trains no biases")
+    _check_layers(path, folder, family, targets)
     if store == "encoder" and "encoder" in roles:
         raise SettingsError(f"--store encoder: --init_adapter {path} changes the encoder, so its outputs differ")
     was_trimmed = read_trim_record(folder)
@@ -97,6 +110,21 @@ def read_init_adapter(
         raise SettingsError(f"--trim_audio_tokens: the adapter of --init_adapter {path} was trained {difference}")
     ordered = tuple(role for role in family.roles if role in roles)
     return PeftAdapter(folder, ordered, str(config.get("base_model_name_or_path") or ""), was_trimmed)
+
+
+def _check_layers(path: str, folder: Path, family: ModelFamily, targets: Sequence[str]) -> None:
+    """Raise SettingsError if an adapter has LoRA on layers with other names than the new training."""
+    layers: dict[str, set[str]] = {}
+    for name in filter(is_lora_tensor, tensor_names(folder)):
+        layers.setdefault(find_role(name, family), set()).add(name.partition(".lora_")[0].rpartition(".")[2])
+    for role, names in layers.items() if ALL_LINEAR not in targets else ():
+        expected = {target.rpartition(".")[2] for target in targets or family.lora_targets.get(role, ())}
+        if names != expected:
+            advice = f"; give --lora_targets {','.join(sorted(names))}" if targets else ""
+            raise SettingsError(
+                f"--init_adapter {path}: has LoRA on {', '.join(sorted(names))} of the {role}, this run on "
+                f"{', '.join(sorted(expected)) or 'none of its layers'}{advice}"
+            )
 
 
 def check_rank_and_alpha(source: str, stored: tuple[int | None, float], r: int, alpha: float) -> None:

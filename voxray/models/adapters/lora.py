@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from voxray.core.errors import RunError, library_errors
+from voxray.core.errors import RunError, SettingsError, library_errors
 from voxray.models.adapters.audio_trim_record import write_trim_record
 from voxray.models.adapters.read_files import CONFIG, FULL, WEIGHTS, read_adapter_config, read_tensors, tensor_names
 from voxray.models.adapters.tied_weights import untie
@@ -35,6 +35,43 @@ def target_pattern(family: ModelFamily, roles: Sequence[str], targets: Sequence[
         layers = "|".join(map(re.escape, targets or family.lora_targets[role]))
         patterns.append(rf"(?:.*\.)?(?:{modules})\.(?:.*\.)?(?:{layers})")
     return "|".join(patterns)
+
+
+ALL_LINEAR = "all-linear"
+"""PEFT's word for all Linear layers but the output layer, here those of the roles that train."""
+
+
+def resolve_targets(model: Any, family: ModelFamily, roles: Sequence[str], targets: Sequence[str]) -> tuple[str, ...]:
+    """Check the names of ``--lora_targets`` against a base.
+
+    Args:
+        model: The base, with weights or on the meta device.
+        roles: Roles whose layers LoRA adapts.
+    Returns:
+        The names; for ``all-linear`` those of all Linear layers in the roles.
+    Raises:
+        SettingsError: No layer has one of the names, or a role has none of the layers.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    layers = {role: [name for name in linear if find_role(name.rpartition(".")[0], family) == role] for role in roles}
+    names = {role: sorted({name.rpartition(".")[2] for name in layers[role]}) for role in roles}
+    every_name = sorted({name for role in roles for name in names[role]})
+    if ALL_LINEAR in targets:
+        return tuple(every_name)
+
+    def is_missing(target: str, *among: str) -> bool:
+        pattern = target_pattern(family, among, (target,))
+        return not any(re.fullmatch(pattern, name) for role in among for name in layers[role])
+
+    if wrong := [target for target in targets if is_missing(target, *roles)]:
+        raise SettingsError(f"--lora_targets {','.join(wrong)}: no layer is called so; layers: {', '.join(every_name)}")
+    for role in roles:
+        if all(is_missing(target, role) for target in targets):
+            raise SettingsError(
+                f"--lora_targets {','.join(targets)}: no layer of the {role} is called so; its layers: "
+                f"{', '.join(names[role])}"
+            )
+    return tuple(targets)
 
 
 def find_role(name: str, family: ModelFamily) -> str:
@@ -62,13 +99,15 @@ def add_lora(
         model_id: Name or folder of the base, stored in the adapter.
         r, alpha, dropout: LoRA's rank, alpha and dropout.
         tuning: ``lora``, ``dora`` or ``rslora``.
-        targets: Names of the layers to adapt in the roles; empty for the family's own.
+        targets: Names of the layers to adapt in the roles (see ``resolve_targets``); empty for the family's own.
     Returns:
         The PEFT model. LoRA weights, in float32, and the roles' ``full_modules`` train, nothing else.
     Raises:
         RunError: A role has no matching layer, or something outside the roles would train.
+        SettingsError: See ``resolve_targets``.
     """
-    adapted = [role for role in roles if role in family.lora_targets]
+    adapted = adapted_roles(family, roles)
+    targets = resolve_targets(model, family, adapted, targets) if targets else ()
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT accepts any number
@@ -81,13 +120,18 @@ def add_lora(
     matched = [name for name, _ in model.named_modules() if re.fullmatch(str(config.target_modules), name)]
     for role in adapted:
         if not any(find_role(name, family) == role for name in matched):
-            raise RunError(f"LoRA: no layer of the {role} is called {', '.join(targets or family.lora_targets[role])}")
+            raise RunError(f"LoRA: no layer of the {role} is called {', '.join(family.lora_targets[role])}")
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if find_role(name, family) in roles and is_inside(name, family.full_modules):
             parameter.requires_grad_(True)
     check_trainable(wrapped, family, roles)
     return wrapped
+
+
+def adapted_roles(family: ModelFamily, roles: Sequence[str]) -> list[str]:
+    """The roles that have layers for LoRA."""
+    return [role for role in roles if role in family.lora_targets]
 
 
 def train_fully(model: Any, family: ModelFamily, roles: Sequence[str]) -> Any:
