@@ -13,7 +13,7 @@ from rapidfuzz.distance import Levenshtein
 from voxray.core.errors import RunError
 from voxray.metrics.counts import as_row, compute_metrics, count
 from voxray.metrics.loops import has_loop
-from voxray.metrics.rows import check_row, count_row
+from voxray.metrics.rows import check_row, count_row, row_readings
 from voxray.metrics.second_readings import best_of_readings, spans
 from voxray.metrics.terms import Terms
 from voxray.text.normalize import KOREAN, normalize_ko_v1
@@ -200,3 +200,11 @@ def test_error_of_a_row_that_cannot_be_scored(broken: dict[str, object], message
     with pytest.raises(RunError) as error:
         check_row({**row("a", "a"), **broken}, "row 3")
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("language", "num_readings"), [("en", 1), ("ko", 2), ("", 1)])
+def test_brackets_are_two_readings_only_in_korean(language: str, num_readings: int):
+    """A reference without language is Korean if it has Hangul."""
+    readings = row_readings(row("(either)/(or) way", "", language=language))
+    assert len(set(filter(None, readings))) == num_readings
+    assert row_readings(row("(70%)/(칠십)", "", language="")) == ("70%", "칠십")
