@@ -336,6 +336,9 @@ SEEN_BY: dict[str, dict[str, str]] = {
     "submit": {
         **dict.fromkeys(("address", "auth"), "submit_job::how_the_cluster_is_asked"),
         **dict.fromkeys(("name", "wait"), "submit_job::a_job_is_handed_in_under_an_id_of_its_own"),
+        **dict.fromkeys(
+            ("entrypoint_num_cpus", "entrypoint_num_gpus"), "submit_job::resources_of_the_jobs_own_process"
+        ),
     },
     "compare": {
         **dict.fromkeys(("runs", "output_dir", "storage_path"), "compare_flags::runs_as_words_or_flag"),

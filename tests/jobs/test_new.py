@@ -44,6 +44,7 @@ def test_data_settings_and_commands(table: Path, capsys: pytest.CaptureFixture[s
     assert text.startswith("".join(f"# {command}\n" for command in commands))
     values = yaml.safe_load(text)
     assert values["model_id"] == WHISPER and values["output_dir"] == str(folder / "run")
+    assert 0 < values["warmup_steps"] < 10, "the default of 50 steps is longer than this run"
     output = capsys.readouterr().out
     assert "memory of one worker" in output and "not fitted" not in output and commands[0] in output
     train, evaluate_base, evaluate, compare, infer = (shlex.split(command)[1:] for command in commands)

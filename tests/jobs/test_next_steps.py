@@ -35,10 +35,16 @@ def test_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert check_commands(lines) == {"evaluate", "infer"}
     evaluate = parse_only("evaluate", shlex.split(lines[1])[2:])
     assert evaluate.lora_dir == str(tmp_path / "a run") and evaluate.val_jsonl == settings.val_jsonl
-    result = {**result, "adapter_step": 52, "best": {"asr/cer": {"step": 24, "value": 0.25}}}
+    result = {**result, "adapter_step": 52, "asr/cer": 0.3, "best": {"asr/cer": {"step": 24, "value": 0.25}}}
     [better, *_] = after_training(settings, tmp_path, result)
     assert better.startswith(
         "adapter/ holds step 52; the best step by asr/cer was 24 (0.2500); --load_best_model_at_end"
+    )
+    assert after_training(settings, tmp_path, {**result, "asr/cer": 0.25})[0] == "next:", "the last step is as good"
+    chosen = settings.model_copy(update={"load_best_model_at_end": True})
+    assert after_training(chosen, tmp_path, result)[0] == "next:"
+    assert any(
+        "infer.py" in line and "--question QUESTION" in line for line in after_training(settings, tmp_path, result)
     )
 
 

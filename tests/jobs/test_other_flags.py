@@ -345,6 +345,7 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
         "speeds": (0.8,),
         "noise_snr": (3.0, 4.0),
         "language": "en",
+        "storage_path": "/storage",
     }
     values = {}
     for name, info in model.model_fields.items():

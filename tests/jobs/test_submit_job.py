@@ -117,7 +117,7 @@ def test_the_settings_file_is_sent_with_the_job(
 ) -> None:
     """A file outside the uploaded folder, with a name relative to where the user is."""
     monkeypatch.chdir(tmp_path)
-    text = "train_jsonl: a b.jsonl # $HOME 'quoted'\noutput_dir: runs/x\n"
+    text = "train_jsonl: a b.jsonl # $HOME 'quoted'\noutput_dir: /runs/x\n"
     (tmp_path / "my settings.yaml").write_text(text)
     client = Client(Details("SUCCEEDED", 0))
     monkeypatch.setattr(submit, "_client", lambda settings: client)
@@ -141,9 +141,13 @@ def test_the_settings_file_is_sent_with_the_job(
         with pytest.raises(SystemExit, match="2"):
             load_job("submit").main(argv)
         assert "bogus" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        load_job("submit").main([*words[:4], "--train_jsonl", "/a", "--output_dir", "runs/x"])
+    assert "--output_dir runs/x: a submitted job runs in a temporary copy" in capfd.readouterr().err
     recipe = str(ROOT / "jobs" / "configs" / "train_text.yaml")
-    load_job("submit").main([*words[:4], f"--config={recipe}"])
-    assert client.submitted["entrypoint"] == "python jobs/train_text.py --config=jobs/configs/train_text.yaml"
+    load_job("submit").main([*words[:4], f"--config={recipe}", "--storage_path=/mnt"])
+    command = "python jobs/train_text.py --config=jobs/configs/train_text.yaml --storage_path=/mnt"
+    assert client.submitted["entrypoint"] == command
 
 
 def test_resources_of_the_jobs_own_process(end: Any) -> None:

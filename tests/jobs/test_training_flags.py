@@ -508,7 +508,7 @@ def test_overwrite(data: dict[str, Any], tmp_path: Path) -> None:
         return MultitaskSettings.model_validate({**defaults, "max_steps": 2, **flags})
 
     command.run_training(settings())
-    with pytest.raises(SettingsError, match=r"--lr \(was 0.0002, now 0.001\); use --overwrite"):
+    with pytest.raises(SettingsError, match=r"--lr \(was 0.0002, now 0.001\); give another --output_dir and"):
         command.run_training(settings(lr=1e-3))
     assert len(read_metrics(tmp_path, "train")) == 2, "a refused run changes nothing"
     command.run_training(settings(lr=1e-3, max_steps=1, overwrite=True))

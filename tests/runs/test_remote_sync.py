@@ -243,7 +243,7 @@ def test_an_evaluation_resumes_on_another_machine(
         return [row["prediction"] for row in read_predictions(remote.folder)], seen
 
     texts, seen = answered("first", range(12))
-    assert seen == [(8, 12), (12, 12)]
+    assert seen == [(0, 12), (8, 12), (12, 12)]
     remote_dir = RemoteSync.from_settings(job_settings).remote_dir
     assert remote_dir is not None
     (remote_dir / "predictions/part-00001.parquet").unlink()

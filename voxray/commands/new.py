@@ -113,6 +113,9 @@ def _write_settings(settings: NewSettings, folder: Path, values: dict[str, Any])
     if why:
         preflight.findings.add("ok", "recipe", why)
     preflight.check()
+    num_steps = preflight.time.num_steps if preflight.time else 0
+    if preflight.settings.warmup_steps > num_steps // 5 > 0:  # the default is for longer runs
+        preflight.settings = preflight.settings.model_copy(update={"warmup_steps": max(1, num_steps // 10)})
     try:
         report_preflight(preflight, show_command=False)
         shutil.copy(folder / "run" / "preflight" / f"{preflight.job}.yaml", folder / SETTINGS_FILE)

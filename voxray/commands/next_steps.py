@@ -8,17 +8,19 @@ from typing import Any
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
 from voxray.core.project_files import typed_command
+from voxray.core.tasks import TASKS
 
 
 def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, Any]) -> list[str]:
-    """Lines about a finished run: a better step than the adapter's, and the commands that evaluate and show it.
+    """Lines about a finished run: a better step than the adapter's, and the commands that use the adapter.
 
     Args:
-        result: What the run returned: ``adapter_step``, and ``best`` {metric: {"step", "value"}} if it was validated.
+        result: What the run returned: ``adapter_step``, the last validation's metrics, and ``best`` {metric: {"step",
+            "value"}} if it was validated.
     """
     lines = []
-    for name, best in result.get("best", {}).items():
-        if best["step"] != result["adapter_step"]:
+    for name, best in result.get("best", {}).items() if not settings.load_best_model_at_end else ():
+        if best["step"] != result["adapter_step"] and best["value"] != result.get(name):
             lines.append(
                 f"adapter/ holds step {result['adapter_step']:g}; the best step by {name} was {best['step']:g} "
                 f"({best['value']:.4f}); --load_best_model_at_end keeps the best one"
@@ -27,12 +29,14 @@ def after_training(settings: TrainSettings, run_dir: Path, result: Mapping[str, 
     run = settings.output_dir if "://" in settings.output_dir else str(run_dir)
     rows = ["--val_jsonl", ",".join(settings.val_jsonl) or "YOUR-TEST-ROWS.jsonl"]
     same = flags_to_repeat(vars(settings))
+    has_audio = any(TASKS[task].has_audio for task in find_recipe(settings).tasks)
+    example = ["--audio_path", "clip.wav"] if has_audio else ["--question", "QUESTION"]
     board = f"{run_dir.name}:{run_dir / 'tensorboard'}"  # with the name of the run
     return [
         *lines,
         "next:",
         f"  {typed_command('evaluate', '--lora_dir', run, *rows, *same)}",
-        f"  {typed_command('infer', '--lora_dir', run, '--audio_path', 'clip.wav', *same)}",
+        f"  {typed_command('infer', '--lora_dir', run, *example, *same)}",
         *([f"  tensorboard --logdir_spec {shlex.quote(board)}"] if "tensorboard" in settings.report_to else []),
     ]
 

@@ -19,6 +19,7 @@ from uuid import uuid4
 
 import yaml
 
+from voxray.config.parse import SUBMITTED_JOB_VARIABLE
 from voxray.config.submit import SubmitSettings
 from voxray.core.errors import RunError, SettingsError, one_line
 from voxray.core.project_files import IN_WHEEL, PACKAGE, PROJECT_FILES, job_script
@@ -83,7 +84,8 @@ def check_flags(job: str, flags: Sequence[str]) -> None:
     for index, path in _config(flags):
         words[index] = words[index].removesuffix(path) + os.path.abspath(path)
     command = [sys.executable, str(job_script(job)), *words, "--check_flags"]
-    if flags and subprocess.run(command, cwd=PROJECT_FILES, stdout=subprocess.DEVNULL, check=False).returncode == 2:
+    env = {**os.environ, SUBMITTED_JOB_VARIABLE: "{}"}
+    if flags and subprocess.run(command, cwd=PROJECT_FILES, env=env, stdout=subprocess.DEVNULL).returncode == 2:
         raise SystemExit(2)
 
 

@@ -53,3 +53,20 @@ def require_absolute(path: str) -> str:
     if path and not path.startswith("/") and "://" not in path:
         raise ValueError("must be absolute")
     return path
+
+
+def relative_output_errors(settings: BaseModel) -> list[str]:
+    """One line for each relative output path of a job that is to be submitted, if it has no ``storage_path``.
+
+    A submitted job runs in a temporary copy of its folder.
+    """
+    if getattr(settings, "storage_path", ""):
+        return []
+    return [
+        f"--{name} {getattr(settings, name)}: a submitted job runs in a temporary copy; make it absolute, or add "
+        "--storage_path"
+        for name, field in type(settings).model_fields.items()
+        if flag_metadata(field).path == "output"
+        and name in settings.model_fields_set
+        and not re.match(r"$|/|~|[a-z0-9+]+://", getattr(settings, name))
+    ]

@@ -12,9 +12,9 @@ from voxray.config.prepare import PrepareSettings
 
 def _one_folder(value: Any) -> str:
     words = (value,) if isinstance(value, str) else tuple(value)
-    if len(words) != 1 or not words[0].strip():
+    if len(words) != 1 or not str(words[0]).strip():
         raise ValueError("takes one folder")
-    return words[0].strip()
+    return str(words[0]).strip()
 
 
 class NewSettings(PrepareSettings):

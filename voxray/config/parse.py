@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from voxray.config.flags import flag_metadata, is_switch
 from voxray.config.help import help_text, reference_page
-from voxray.config.input_files import pointer_errors, unique_files, url_errors
+from voxray.config.input_files import pointer_errors, relative_output_errors, unique_files, url_errors
 from voxray.config.other_names import explain_other_name
 from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
@@ -113,9 +113,10 @@ def parse(model: type[S], argv: Sequence[str] | None, *, job: str, about: str, d
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if CHECK & set(argv):
-        parse(
-            model, [word for word in argv if word not in CHECK], job=job, about=about, demo=demo, positional=positional
-        )
+        words = [word for word in argv if word not in CHECK]
+        settings = parse(model, words, job=job, about=about, demo=demo, positional=positional)
+        if SUBMITTED_JOB_VARIABLE in os.environ and (errors := relative_output_errors(settings)):
+            _exit_with(job, errors)
         print(f"{job}: the flags are valid", flush=True)
         raise SystemExit(0)
     if argv == [SCHEMA]:

@@ -16,7 +16,7 @@ from conftest import WHISPER, manifest, read_rows, write_rows
 
 from voxray.audio.decode import decode
 from voxray.batches.collate import collate_packed, collate_training
-from voxray.core.errors import RunError
+from voxray.core.errors import SettingsError
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
@@ -219,7 +219,7 @@ def test_lora_stays_in_its_role(roles, num_layers):
     base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
     wrapped = add_lora(base, FAMILY, roles, model_id=WHISPER, r=2, alpha=4, dropout=0.0, targets=targets)
     assert all(".fc" in name for name, parameter in wrapped.named_parameters() if parameter.requires_grad)
-    with pytest.raises(RunError, match="no layer of the decoder is called no_such"):
+    with pytest.raises(SettingsError, match="--lora_targets no_such: no layer is called so"):
         add_lora(base, FAMILY, ("decoder",), model_id=WHISPER, r=2, alpha=4, dropout=0.0, targets=("no_such",))
 
 
