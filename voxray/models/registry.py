@@ -6,13 +6,14 @@ machine of the cluster.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from voxray.config.recipes import load_object
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.languages import check_language
+from voxray.models.audio_lm.facts import FACTS
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
@@ -20,18 +21,27 @@ from voxray.models.library_log import log_library_messages
 
 ENTRY_POINTS = "voxray.families"
 FAMILIES = {
-    "voxtral": "voxray.models.voxtral.family:Voxtral",
     "whisper": "voxray.models.whisper.family:Whisper",
     "salmonn": "voxray.models.salmonn.family:Salmonn",
 }
-"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes."""
+"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes.
+
+The model types of ``audio_lm.facts.FACTS`` are families too.
+"""
 
 
 @cache
 def families() -> Mapping[str, Callable[[], Any]]:
     """Loaders of the family classes, by model type. Installed packages cannot replace voxray's own families."""
     installed = {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
-    return installed | {name: lambda path=path: load_object(path) for name, path in FAMILIES.items()}
+    own = {name: partial(_load_audio_lm, name) for name in FACTS} | {
+        name: partial(load_object, path) for name, path in FAMILIES.items()
+    }
+    return installed | own
+
+
+def _load_audio_lm(model_type: str) -> Callable[[], ModelFamily]:
+    return partial(load_object(FACTS[model_type].family), model_type)
 
 
 def get_family(model_id: str) -> ModelFamily:
