@@ -21,12 +21,13 @@ from voxray.models.library_log import log_library_messages
 
 ENTRY_POINTS = "voxray.families"
 FAMILIES = {
+    "voxtral": "voxray.models.voxtral.family:Voxtral",
     "whisper": "voxray.models.whisper.family:Whisper",
     "salmonn": "voxray.models.salmonn.family:Salmonn",
 }
 """{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes.
 
-The model types of ``audio_lm.facts.FACTS`` are families too.
+The other model types of ``audio_lm.facts.FACTS`` share the class ``audio_lm.family.AudioLm``.
 """
 
 
@@ -34,14 +35,16 @@ The model types of ``audio_lm.facts.FACTS`` are families too.
 def families() -> Mapping[str, Callable[[], Any]]:
     """Loaders of the family classes, by model type. Installed packages cannot replace voxray's own families."""
     installed = {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
-    own = {name: partial(_load_audio_lm, name) for name in FACTS} | {
-        name: partial(load_object, path) for name, path in FAMILIES.items()
-    }
-    return installed | own
+    own: dict[str, Callable[[], Any]] = {name: partial(load_object, path) for name, path in FAMILIES.items()}
+    others = {name: partial(_load_audio_lm, name) for name in FACTS if name not in own}
+    return installed | own | others
 
 
-def _load_audio_lm(model_type: str) -> Callable[[], ModelFamily]:
-    return partial(load_object(FACTS[model_type].family), model_type)
+def _load_audio_lm(model_type: str) -> Callable[[], Any]:
+    """A function that returns the family of a model type of ``audio_lm.facts.FACTS`` without a class of its own."""
+    from voxray.models.audio_lm.family import AudioLm
+
+    return partial(AudioLm, model_type)
 
 
 def get_family(model_id: str) -> ModelFamily:

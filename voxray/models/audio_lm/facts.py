@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from voxray.core.tasks import TASKS
+
 MERGED = 4  # encoder outputs that GLM-ASR joins into one position
 
 Positions = Callable[[Any, Any], Any]
@@ -24,7 +26,6 @@ class Facts:
         model, config, encoder: Names of its classes in transformers.
         positions: Positions of a window by its frames.
         window_frames: Mel frames of a window, from the configuration of the encoder.
-        family: Path of the class that drives it.
         output: Name of the encoder's attention layer that follows the heads.
         projector: Names of the projector's Linear layers.
         mask: Form in which the encoder gets the frames of a window: ``frames`` (a mask of mel frames), ``attention`` (a
@@ -35,6 +36,7 @@ class Facts:
         request: The user's text of a transcription, if the processor has no transcription request.
         answer_mark: Token after which the transcript begins in an answer; the model names the language before it.
         languages: Path of the table {code: name} of the languages that a prompt can force.
+        tasks: Tasks that its models answer.
         max_audio_sec: Longest clip, if the processor has no limit.
         compiles: Whether jobs/compile.py can compile encoder and projector.
     """
@@ -44,7 +46,6 @@ class Facts:
     encoder: str
     positions: Positions
     window_frames: Callable[[Any], int]
-    family: str = "voxray.models.audio_lm.family:AudioLm"
     output: str = "out_proj"
     projector: tuple[str, ...] = ("linear_1", "linear_2")
     mask: Literal["", "frames", "attention"] = "frames"
@@ -54,6 +55,7 @@ class Facts:
     request: str = ""
     answer_mark: str = ""
     languages: str = ""
+    tasks: tuple[str, ...] = tuple(TASKS)
     max_audio_sec: float = 0.0
     compiles: bool = True
 
@@ -105,7 +107,6 @@ FACTS: dict[str, Facts] = {
         "VoxtralEncoder",
         _whole,
         _twice_sources,
-        family="voxray.models.voxtral.family:Voxtral",
         mask="",
         merged=4,
     ),
@@ -115,6 +116,7 @@ FACTS: dict[str, Facts] = {
         "Qwen3ASREncoder",
         _chunked,
         _attention_frames,
+        tasks=("asr",),  # its chat template leaves out the text of a user's turn
         answer_mark="<asr_text>",
         languages="transformers.models.qwen3_asr.processing_qwen3_asr:LANGUAGE_CODE_TO_NAME",
         max_audio_sec=1200.0,  # Qwen's own code divides longer recordings

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
-from voxray.core.tasks import TASKS
 from voxray.models.audio_lm.audio import COMPILED, EncoderAndProjector, embed_audio, run_encoder, silent_audio
 from voxray.models.audio_lm.facts import FACTS
 from voxray.models.audio_lm.front_end import AudioLmFrontEnd
@@ -36,7 +35,6 @@ ENCODER, PROJECTOR = "audio_tower", "multi_modal_projector"
 class AudioLm(EncoderMethods, FamilyDefaults):
     """The model side of one model type of ``FACTS`` (see ``ModelFamily``)."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {"encoder": (ENCODER,), "projector": (PROJECTOR,), "llm": ("language_model", "lm_head")}
     )
@@ -58,6 +56,7 @@ class AudioLm(EncoderMethods, FamilyDefaults):
 
     def __init__(self, model_type: str) -> None:
         self.name, self.facts = model_type, FACTS[model_type]
+        self.tasks = self.facts.tasks
 
     @property
     def lora_targets(self) -> Mapping[str, tuple[str, ...]]:
