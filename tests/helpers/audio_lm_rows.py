@@ -67,8 +67,9 @@ def answers_questions(front_end: Any) -> bool:
 
 def request_text(processor: Any, model_type: str, language: str = "") -> str:
     """The text of the library's transcription request."""
-    if model_type == "qwen2_audio":
-        content = [{"type": "audio", "path": "x.wav"}, {"type": "text", "text": "Transcribe the speech."}]
+    requests = {"qwen2_audio": "Transcribe the speech.", "musicflamingo": "Transcribe the input speech."}
+    if model_type in requests:
+        content = [{"type": "audio", "path": "x.wav"}, {"type": "text", "text": requests[model_type]}]
         turns = [{"role": "user", "content": content}]
         return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     options = {"language": language or None} if model_type == "qwen3_asr" else {}

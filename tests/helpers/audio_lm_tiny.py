@@ -112,14 +112,32 @@ def _qwen2_audio() -> tuple[Any, Any]:
     return config, processor
 
 
+def _flamingo_audio() -> dict[str, Any]:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return {"model_type": "audioflamingo3_encoder", "num_mel_bins": BINS, "max_source_positions": SOURCES, **sizes}
+
+
 def _audioflamingo3() -> tuple[Any, Any]:
     tokens = tokenizer([*ENDS, "<sound>"], "<|im_end|>", "<|endoftext|>")
     processor = transformers.AudioFlamingo3Processor(_whisper_features(), tokens, TURNS.replace("AUDIO", "<sound>"))
-    audio = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    audio |= {"model_type": "audioflamingo3_encoder", "num_mel_bins": BINS, "max_source_positions": SOURCES}
-    text = _text("qwen2", tokens)
     config = transformers.AudioFlamingo3Config(
-        audio_config=audio, text_config=text, audio_token_id=processor.audio_token_id
+        audio_config=_flamingo_audio(),
+        text_config=_text("qwen2", tokens),
+        audio_token_id=processor.audio_token_id,
+    )
+    return config, processor
+
+
+def _musicflamingo() -> tuple[Any, Any]:
+    tokens = tokenizer([*ENDS, "<sound>", "<|sound_bos|>", "<|sound_eos|>"], "<|im_end|>", "<|endoftext|>")
+    processor = transformers.MusicFlamingoProcessor(_whisper_features(), tokens, TURNS.replace("AUDIO", "<sound>"))
+    config = transformers.MusicFlamingoConfig(
+        audio_config=_flamingo_audio(),
+        text_config=_text("qwen2", tokens),
+        audio_token_id=processor.audio_token_id,
+        audio_bos_token_id=processor.audio_bos_token_id,
+        audio_eos_token_id=processor.audio_eos_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 1200, "partial_rotary_factor": 0.25},
     )
     return config, processor
 
@@ -143,6 +161,7 @@ BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_asr": _qwen3_asr,
     "qwen2_audio": _qwen2_audio,
     "audioflamingo3": _audioflamingo3,
+    "musicflamingo": _musicflamingo,
     "glmasr": _glmasr,
 }
 """{model type: function that returns configuration and processor}."""

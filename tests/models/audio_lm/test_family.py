@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -55,6 +56,12 @@ def transcriptions(front_end: Any) -> list[Any]:
     return [make_row(front_end, sample(answer=f"일 이 삼 {length}"), length) for length in lengths(front_end)]
 
 
+def heard(front_end: Any, num_samples: int) -> np.ndarray:
+    """The clip for the library. Its Music Flamingo fails at a last window that is too short for a position."""
+    heard_samples = sum(front_end.samples_by_window(num_samples)) if front_end.facts.timed else num_samples
+    return noise(num_samples)[:heard_samples]
+
+
 @torch.no_grad()
 def losses(family: Any, model: Any, batch: Any) -> torch.Tensor:
     return token_losses(partial(family.answer_logits, model), batch)[0]
@@ -71,7 +78,7 @@ def test_logits_are_the_librarys(base, family, front_end, model, reference):
     start = 0
     for row in rows:
         end = front_end.show(row.target_ids[:-1])
-        inputs = library_inputs(base, [f"{text}{end}"], [noise(row.num_samples)])
+        inputs = library_inputs(base, [f"{text}{end}"], [heard(front_end, row.num_samples)])
         assert inputs["input_ids"][0].tolist() == [*row.prompt_ids, *row.target_ids[:-1]]
         theirs = reference(**inputs).logits[0, len(row.prompt_ids) - 1 :]
         torch.testing.assert_close(ours[start : start + len(theirs)], theirs, atol=2e-5, rtol=1e-4)
@@ -82,12 +89,12 @@ def test_logits_are_the_librarys(base, family, front_end, model, reference):
 def library_answers(base: str, reference: Any, rows: list[Any]) -> list[list[int]]:
     """Ids that transformers generates for every row alone, up to the end of the answer."""
     text = request_text(AutoProcessor.from_pretrained(base), Path(base).name)
-    stops = set(get_family(base).front_end(base).stop_ids)
+    front_end = get_family(base).front_end(base)
     answers = []
     for row in rows:
-        inputs = library_inputs(base, [text], [noise(row.num_samples)])
+        inputs = library_inputs(base, [text], [heard(front_end, row.num_samples)])
         ids = reference.generate(**inputs, max_new_tokens=LIMIT, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answers.append([token for token in ids.tolist() if token not in stops])
+        answers.append([token for token in ids.tolist() if token not in front_end.stop_ids])
     return answers
 
 
@@ -109,7 +116,7 @@ def test_beam_search_is_the_librarys(base, family, front_end, model, reference):
     for row in rows:
         with torch.inference_mode():
             ids_BL = family.generate(model, collate_prompts([row], front_end), **options)
-        inputs = library_inputs(base, [text], [noise(row.num_samples)])
+        inputs = library_inputs(base, [text], [heard(front_end, row.num_samples)])
         theirs = reference.generate(**inputs, **options)[0, len(row.prompt_ids) :].tolist()
         assert [t for t in ids_BL[0].tolist() if t not in stops] == [t for t in theirs if t not in stops]
 
@@ -201,7 +208,7 @@ def test_compiled_audio_path_is_the_models(base, family, front_end, model):
 
     batch = collate_training(transcriptions(front_end), front_end)
     if not family.facts.compiles:
-        with pytest.raises(RunError, match=f"the audio path of a {family.name} model depends on the lengths"):
+        with pytest.raises(RunError, match=f"the audio path of a {family.name} model depends on the clips"):
             family.audio_path(model)
         return
     direct = losses(family, model, batch)

@@ -87,10 +87,25 @@ def audio_embeds(base: Any, facts: Facts, batch: Batch) -> torch.Tensor:
         embeds_ND.
     """
     features, num_samples_W = batch["input_features"], batch["num_samples"]
-    run = getattr(base, COMPILED, None) or EncoderAndProjector(base, facts)
-    embeds_WPD = run(features, num_samples_W)
     positions_W = facts.positions(valid_frames(num_samples_W), base.config.audio_config)
+    path = EncoderAndProjector(base, facts)
+    if facts.timed:
+        states_WPD = path.encode(features, num_samples_W)
+        embeds_WPD = path.project(_rotate_by_time(base.model, states_WPD, batch["input_ids"], positions_W))
+    else:
+        embeds_WPD = getattr(base, COMPILED, path)(features, num_samples_W)
     return embeds_WPD[_first(positions_W, embeds_WPD.shape[1])]
+
+
+def _rotate_by_time(
+    model: Any, states_WPD: torch.Tensor, ids_BL: torch.Tensor, positions_W: torch.Tensor
+) -> torch.Tensor:
+    """Rotate the encoder's outputs by their time in their clip, which the library finds by the placeholder tokens."""
+    from transformers.models.musicflamingo.modeling_musicflamingo import apply_rotary_time_emb
+
+    length = states_WPD.shape[1]
+    seconds_WP = model._build_audio_timestamps(ids_BL, positions_W, length)
+    return apply_rotary_time_emb(states_WPD, *model.pos_emb(seconds_WP.to(states_WPD.device), seq_len=length))
 
 
 def embed_audio(base: Any, facts: Facts, batch: Batch) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Facts:
         languages: Path of the table {code: name} of the languages that a prompt can force.
         tasks: Tasks that its models answer.
         max_audio_sec: Longest clip, if the processor has no limit.
+        timed: Whether the encoder's outputs are rotated by their time in the clip before the projector.
         compiles: Whether jobs/compile.py can compile encoder and projector.
     """
 
@@ -57,6 +58,7 @@ class Facts:
     languages: str = ""
     tasks: tuple[str, ...] = tuple(TASKS)
     max_audio_sec: float = 0.0
+    timed: bool = False
     compiles: bool = True
 
 
@@ -142,6 +144,18 @@ FACTS: dict[str, Facts] = {
         _twice_sources,
         pooled=2,
         text_first=True,
+    ),
+    "musicflamingo": Facts(
+        "MusicFlamingoForConditionalGeneration",
+        "MusicFlamingoConfig",
+        "AudioFlamingo3Encoder",
+        _pooled,
+        _twice_sources,
+        pooled=2,
+        text_first=True,
+        request="Transcribe the input speech.",
+        timed=True,
+        compiles=False,
     ),
     "glmasr": Facts(
         "GlmAsrForConditionalGeneration",

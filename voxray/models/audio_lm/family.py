@@ -103,7 +103,7 @@ class AudioLm(EncoderMethods, FamilyDefaults):
             RunError: The encoder cannot be compiled.
         """
         if not self.facts.compiles:
-            raise RunError(f"compile: the audio path of a {self.name} model depends on the lengths of its clips")
+            raise RunError(f"compile: the audio path of a {self.name} model depends on the clips, not on windows alone")
         return EncoderAndProjector(unwrap_peft(model), self.facts)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
