@@ -184,6 +184,19 @@ def test_lora_by_role_has_no_leaks(base, family, front_end):
             assert trained == set(family.lora_targets["encoder"])
 
 
+def test_4_bits_are_the_language_models(base, family, front_end):
+    """Also where the output layer shares the weights of the token embeddings."""
+    model = family.load_model(base, dtype=torch.float32, device=CPU, quantize="4bit")
+    quantized = [n for n, module in model.named_modules() if type(module).__module__.startswith("bitsandbytes")]
+    assert len(quantized) == 2 * 7 and all(".language_model.layers." in name for name in quantized)
+    assert type(model.lm_head) is torch.nn.Linear
+    plain = family.load_model(base, dtype=torch.float32, device=CPU)
+    batch = collate_packed(mixed_rows(front_end, lengths(front_end)), front_end)
+    assert float(losses(family, model, batch).mean()) == pytest.approx(
+        float(losses(family, plain, batch).mean()), rel=0.1
+    )
+
+
 def test_a_batch_without_audio_gives_the_audio_roles_zero_gradients(base, family, front_end):
     """So that workers whose batches differ compute with the same weights."""
     text = make_row(front_end, sample(), 16_000)

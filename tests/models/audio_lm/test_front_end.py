@@ -182,6 +182,8 @@ class TestLanguages:
         assert qwen.show(ids).startswith(f"language None<asr_text>{sample().answer}")
         assert qwen.decode(ids) == sample().answer
         assert qwen.prompt_language(qwen.prompt_ids(sample(), 16_000)) == ""
+        # Training finds rows with an empty answer by their number of tokens.
+        assert row_target_ids(qwen, sample(answer="")) == qwen.target_ids("") == [qwen.eos_id]
 
     def test_other_languages_are_refused(self, qwen):
         with pytest.raises(BadRow):

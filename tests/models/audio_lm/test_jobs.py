@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from voxray.commands import infer
 from voxray.commands.evaluate import run_evaluation
 from voxray.commands.export import run_export
+from voxray.commands.preflight import run_preflight
 from voxray.commands.train import run_training
 from voxray.config.evaluate import InferSettings
 from voxray.core.errors import SettingsError
@@ -126,6 +127,16 @@ def test_export_answers_as_base_and_adapter(
     merged = run_evaluation(parse_only("evaluate", f"--model_id merged --output_dir b {usual}".split()))
     assert with_adapter.metrics == merged.metrics
     assert with_adapter.metrics["asr"]["exact_match"]["n"] == 4
+
+
+def test_preflight_predicts_the_memory(base: str, manifest: str, tmp_path: Path) -> None:
+    """Also of a run that trains the encoder, whose layers may work on more positions than it puts out."""
+    line = f"--recipe multitask --model_id {base} --train_jsonl {manifest} --output_dir {tmp_path / 'run'}"
+    line += " --num_workers 0 --no_freeze_whisper --no_tune"
+    run_preflight(parse_only("preflight", line.split()))
+    report = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text(encoding="utf-8"))
+    assert report["ready"] and all(report["parameters"][role]["trainable"] for role in get_family(base).roles)
+    assert report["memory"]["predicted_bytes"] == pytest.approx(report["memory"]["measured_bytes"], rel=0.25)
 
 
 def test_infer_answers_a_clip_and_a_question(base: str, run: Run) -> None:

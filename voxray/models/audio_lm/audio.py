@@ -58,7 +58,7 @@ def _attention_mask(encoder: Any, mel_WFT: torch.Tensor, frames_W: torch.Tensor)
     return create_bidirectional_mask(config=encoder.config, inputs_embeds=embeds, attention_mask=is_valid_WP)
 
 
-class EncoderAndProjector(torch.nn.Module):
+class AudioModules(torch.nn.Module):
     """Encoder, then projector: (mel_WFT, num_samples_W) -> embeds_WPD. An encoder that was skipped passes its input."""
 
     def __init__(self, base: Any, facts: Facts) -> None:
@@ -88,7 +88,7 @@ def audio_embeds(base: Any, facts: Facts, batch: Batch) -> torch.Tensor:
     """
     features, num_samples_W = batch["input_features"], batch["num_samples"]
     positions_W = facts.positions(valid_frames(num_samples_W), base.config.audio_config)
-    path = EncoderAndProjector(base, facts)
+    path = AudioModules(base, facts)
     if facts.timed:
         states_WPD = path.encode(features, num_samples_W)
         embeds_WPD = path.project(_rotate_by_time(base.model, states_WPD, batch["input_ids"], positions_W))
@@ -128,7 +128,7 @@ def embed_audio(base: Any, facts: Facts, batch: Batch) -> dict[str, Any]:
 def silent_audio(base: Any, facts: Facts, with_encoder: bool, device: torch.device) -> torch.Tensor:
     """Embeddings for a window of zeros, of the encoder if ``with_encoder``, else of the projector."""
     audio = base.config.audio_config
-    path, frames = EncoderAndProjector(base, facts), facts.window_frames(audio)
+    path, frames = AudioModules(base, facts), facts.window_frames(audio)
     is_mel = with_encoder and not isinstance(path.encoder, PassThrough)
     if is_mel:
         mel_WFT = torch.zeros(1, audio.num_mel_bins, frames, dtype=base.dtype, device=device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
-from voxray.models.audio_lm.audio import COMPILED, EncoderAndProjector, embed_audio, run_encoder, silent_audio
+from voxray.models.audio_lm.audio import COMPILED, AudioModules, embed_audio, run_encoder, silent_audio
 from voxray.models.audio_lm.facts import FACTS
 from voxray.models.audio_lm.front_end import AudioLmFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
@@ -104,7 +104,7 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         """
         if not self.facts.compiles:
             raise RunError(f"compile: the audio path of a {self.name} model depends on the clips, not on windows alone")
-        return EncoderAndProjector(unwrap_peft(model), self.facts)
+        return AudioModules(unwrap_peft(model), self.facts)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Make a model call ``run`` instead of encoder and projector."""

@@ -219,12 +219,12 @@ class AudioLmFrontEnd(WindowedLogMel):
         """Token ids of the answer and of the token that ends it.
 
         Args:
-            language: Code of the row's language. If "", the answer of a model that names languages names none.
+            language: Code of the row's language. If "", the answer of a model that names languages starts with
+                ``language None``, unless it is empty.
         """
-        ids = [*self._encode(text, is_text=True), self.eos_id]
-        return (
-            [*self._encode(f"language None{self.facts.answer_mark}"), *ids] if self._mark_id and language == "" else ids
-        )
+        names_none = self._mark_id is not None and text and language == ""
+        start = f"language None{self.facts.answer_mark}" if names_none else ""
+        return [*self._encode(start), *self._encode(text, is_text=True), self.eos_id]
 
     def _encode(self, text: str, *, is_text: bool = False, is_prompt: bool = False) -> list[int]:
         """Token ids.
