@@ -101,14 +101,9 @@ def _guess_family(model_id: str) -> str:
             return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
-    name = _letters(model_id.rpartition("/")[2])
+    name = model_id.lower().rpartition("/")[2]
     types = (model_type for recipe in recipes().values() for model_type in recipe.model_types)
-    return next((model_type for model_type in types if _letters(model_type) in name), "voxtral")
-
-
-def _letters(name: str) -> str:
-    """A name without the marks between its words, in lower case: ``Qwen3-ASR`` and ``qwen3_asr`` are the same."""
-    return name.lower().replace("-", "").replace("_", "")
+    return next((model_type for model_type in types if model_type in name), "voxtral")
 
 
 def _read_tasks(manifests: Any) -> set[str]:

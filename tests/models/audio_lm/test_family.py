@@ -121,6 +121,20 @@ def test_beam_search_is_the_librarys(base, family, front_end, model, reference):
         assert [t for t in ids_BL[0].tolist() if t not in stops] == [t for t in theirs if t not in stops]
 
 
+def test_any_of_the_stop_ids_ends_an_answer(family, front_end, model, monkeypatch):
+    """GLM-ASR answers may end with the mark of the next turn."""
+    [row] = transcriptions(front_end)[1:2]
+    prompt = collate_prompts([row], front_end)
+    with torch.inference_mode():
+        ids = family.generate(model, prompt, max_new_tokens=LIMIT, do_sample=False, eos_token_id=-1)[0].tolist()
+    stop = ids[2]
+    monkeypatch.setattr(front_end, "stop_ids", frozenset({stop, front_end.eos_id}))
+    for options in ({}, {"temperature": 1e-6}):  # greedy steps, and transformers' generate
+        sampling = SamplingParams(LIMIT, **options)
+        [(_, answer)] = generate(model, family, front_end, [row], batch_size=1, sampling=sampling)
+        assert answer.text == front_end.decode(ids[: ids.index(stop)]).strip()
+
+
 def test_packed_losses_are_the_padded_ones(family, front_end, model):
     rows = mixed_rows(front_end, lengths(front_end))
     packed = losses(family, model, collate_packed(rows, front_end))
@@ -240,6 +254,18 @@ def test_compiled_audio_path_is_the_models(base, family, front_end, model):
         exported.module()(batch["input_features"], batch["num_samples"]),
         path(batch["input_features"], batch["num_samples"]),
     )
+
+
+def test_positions_of_the_encoders_layers(base, family, front_end):
+    """Preflight counts their memory by them."""
+    model = family.load_model(base, dtype=torch.float32, device=CPU)
+    shapes: list[tuple[int, ...]] = []
+    layer = model.model.audio_tower.layers[0]
+    layer.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
+    losses(family, model, collate_training([make_row(front_end, sample(), 64_000)], front_end))
+    [shape] = shapes
+    assert shape[-1] == front_end.encoder_dim
+    assert shape.numel() == shape[-1] * family.encoder_layer_positions(model.config, front_end)
 
 
 def test_released_sizes_on_the_meta_device(base, family, tmp_path):

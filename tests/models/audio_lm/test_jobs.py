@@ -31,12 +31,14 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) -> str:
-    """Speech of two languages, one row without language, a clip of three windows, questions and texts."""
+    """Speech of two languages, one row without language, a clip of three windows and a short one, questions, texts."""
     folder = tmp_path_factory.mktemp("rows")
     rows = read_rows(small["asr.train"])[:5]
     rows[0].pop("language", None)
     soundfile.write(folder / "long.wav", np.concatenate([noise(64_000), noise(90_001)]), 16_000, subtype="PCM_16")
     rows.append({"audio_path": str(folder / "long.wav"), "transcript": "a long clip", "language": "en"})
+    soundfile.write(folder / "short.wav", noise(1_600), 16_000, subtype="PCM_16")
+    rows.append({"audio_path": str(folder / "short.wav"), "transcript": "short"})
     rows += [*read_rows(small["sqa.train"])[:3], *read_rows(small["tqa.train"])[:3]]
     return write_rows(folder / "train.jsonl", rows)
 
