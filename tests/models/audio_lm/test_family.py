@@ -235,7 +235,7 @@ def test_compiled_audio_path_is_the_models(base, family, front_end, model):
 
     batch = collate_training(transcriptions(front_end), front_end)
     if not family.facts.compiles:
-        with pytest.raises(RunError, match=f"the audio path of a {family.name} model depends on the clips"):
+        with pytest.raises(RunError, match=f"the audio path of a {family.name} model depends on whole clips"):
             family.audio_path(model)
         return
     direct = losses(family, model, batch)

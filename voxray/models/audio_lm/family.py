@@ -72,7 +72,8 @@ class AudioLm(EncoderMethods, FamilyDefaults):
             return AudioLmFrontEnd(model_id, self.facts, trim_audio=trim_audio)
 
     def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
-        return front_end.encoder_positions // self.facts.merged
+        audio = config.audio_config
+        return int(self.facts.positions(self.facts.window_frames(audio), audio))
 
     def encoder_layer_positions(self, config: Any, front_end: FrontEnd) -> int:
         return front_end.encoder_positions * self.facts.pooled
@@ -102,9 +103,11 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         Raises:
             RunError: The encoder cannot be compiled.
         """
+        base = unwrap_peft(model)
         if not self.facts.compiles:
-            raise RunError(f"compile: the audio path of a {self.name} model depends on the clips, not on windows alone")
-        return AudioModules(unwrap_peft(model), self.facts)
+            reason = f"the audio path of a {self.name} model depends on whole clips"
+            raise RunError(f"--model_id {base.name_or_path}: {reason}, so it cannot be compiled")
+        return AudioModules(base, self.facts)
 
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Make a model call ``run`` instead of encoder and projector."""

@@ -13,7 +13,6 @@ import torch
 
 from voxray.core.errors import library_errors
 from voxray.models.audio_lm.family import AudioLm
-from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import AudioPath, Batch
 from voxray.models.parts.audio_encoder import EncoderMethods, replace_audio_encoder
@@ -33,10 +32,6 @@ class Voxtral(AudioLm):
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> VoxtralFrontEnd:
         with library_errors(f"--model_id {model_id}: its configuration or tokenizer cannot be used"):
             return VoxtralFrontEnd(model_id, trim_audio=trim_audio)
-
-    def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
-        audio = config.audio_config
-        return audio.max_source_positions * audio.hidden_size // audio.intermediate_size
 
     def audio_path(self, model: Any) -> torch.nn.Module:
         """Encoder and projector: mel_WFT -> states_ND, the positions of all windows in order."""
