@@ -62,7 +62,7 @@ def train(recipe: str = "", **settings: Any) -> TrainingResult:
 
     if not recipe:
         family = get_family(fspath(settings["model_id"])).name if settings.get("model_id") else "voxtral"
-        recipe = next((entry.name for entry in recipes().values() if entry.family == family), "")
+        recipe = next((entry.name for entry in recipes().values() if family in entry.model_types), "")
     if recipe not in recipes():
         raise SettingsError(f"recipe {recipe!r}: not one of {', '.join(recipes())}")
     checked = settings_from(recipes()[recipe].settings_class, settings)

@@ -20,7 +20,7 @@ from voxray.core.manifest import UNLABELLED, Chunk, Sample, chunks, read_chunk
 from voxray.core.source import Source
 from voxray.core.storage import write_atomically
 from voxray.corpora.prepare.fingerprints import audio_hash, duplicate_key, leak_text, row_text, short_hash, speaker_key
-from voxray.models.front_end import FrontEnd
+from voxray.models.front_end import FrontEnd, row_target_ids
 
 MAX_DECODED_SEC = 6 * 3600.0  # no clip is longer, but a damaged header may say so and exhaust the memory
 EXCERPT_CHARS = 60
@@ -152,7 +152,7 @@ class RowMeasurer(PoolWorker):
     def _count_tokens(self, sample: Sample, front_end: FrontEnd, num_samples: int, row: RowMeasurement) -> None:
         num_windows = front_end.num_windows(num_samples) if num_samples else 0
         num_prompt = len(front_end.prompt_ids(sample, num_samples))
-        num_target = len(front_end.target_ids(sample.answer, sample.segments))
+        num_target = len(row_target_ids(front_end, sample))
         row.num_tokens = num_prompt + num_target
         window_sec = front_end.window_frames * HOP_SAMPLES / front_end.sample_rate_hz
         if front_end.max_windows and num_windows > front_end.max_windows and not sample.segments:

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from voxray.audio.decode import PCM_SCALE
-from voxray.audio.logmel import HOP_SAMPLES
 from voxray.features.reader import FeatureRow
 from voxray.features.shards import TASK_CODES
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import IGNORED, Batch
-from voxray.models.parts.logmel_windows import padded_windows, window_lengths
+from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 
 Masks = Callable[[np.ndarray], np.ndarray] | None
 """Function that masks parts of a clip's log-mel, shape (frames, bins); None masks nothing."""
@@ -96,8 +95,7 @@ def _audio(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks) -> Bat
     inputs = torch.from_numpy(np.concatenate([_model_input(row, front_end, masks) for row in with_audio]))
     batch = {"input_features": inputs.view(torch.bfloat16) if inputs.dtype == torch.uint16 else inputs}
     if front_end.needs_num_samples:
-        window_samples = front_end.window_frames * HOP_SAMPLES
-        lengths = [length for row in with_audio for length in window_lengths(row.num_samples, window_samples)]
+        lengths = [length for row in with_audio for length in samples_by_window(front_end, row.num_samples)]
         batch["num_samples"] = torch.tensor(lengths)
     return batch
 

@@ -35,7 +35,7 @@ from voxray.models.parts.compiled_audio import (
     load_program,
     weights_hash,
 )
-from voxray.models.parts.logmel_windows import padded_windows
+from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
 from voxray.runs.lease import output_lease
@@ -126,13 +126,13 @@ def noise_clips(
     rng, window_samples = np.random.default_rng(seed), front_end.window_frames * HOP_SAMPLES
     batches = []
     for share in (1.0, SHORT) if front_end.needs_num_samples else (1.0,):
-        lengths = [round(share * window_samples)] * num_windows
+        [length] = samples_by_window(front_end, round(share * window_samples))
         windows = []
-        for length in lengths:
+        for _ in range(num_windows):
             features = front_end.features(rng.normal(0, NOISE, length).astype(np.float32))
             windows.append(padded_windows(features.mel_KF, features.fill, features.num_windows, front_end))
         inputs = [torch.from_numpy(np.concatenate(windows)).to(device, dtype)]
-        inputs += [torch.tensor(lengths, device=device)] if front_end.needs_num_samples else []
+        inputs += [torch.full((num_windows,), length, device=device)] if front_end.needs_num_samples else []
         batches.append(tuple(inputs))
     return batches
 

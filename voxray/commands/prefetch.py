@@ -347,5 +347,5 @@ def _print_next_command(settings: PrefetchSettings, folder: Path, lock: LockFile
 def _transcript_job(model_type: str) -> str:
     """The job that trains a model of this type on transcripts."""
     table = recipes()
-    fitting = (recipe for recipe in table.values() if recipe.family == model_type and recipe.tasks == ("asr",))
+    fitting = (recipe for recipe in table.values() if model_type in recipe.model_types and recipe.tasks == ("asr",))
     return next(fitting, table["asr_adapter"]).job

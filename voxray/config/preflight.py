@@ -81,7 +81,7 @@ def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
     model_id = next((str(values[name]) for name in MODEL_ID_FLAGS if values.get(name)), VOXTRAL)
     family = "salmonn" if is_salmonn_file else _guess_family(model_id)
     for recipe in recipes().values():
-        if recipe.family == family != "voxtral":
+        if family in recipe.model_types and len(recipe.model_types) == 1:
             return recipe.name, f"the model is a {family} model"
     tasks = _read_tasks(values.get("train_jsonl") or "")
     if not tasks:
@@ -94,7 +94,7 @@ def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _guess_family(model_id: str) -> str:
-    """Model type of a folder, "" if it cannot be read; for a hub id, the family in its name, else voxtral."""
+    """Model type of a folder, "" if it cannot be read; for a hub id, the type in its name, else voxtral."""
     path = Path(model_id).expanduser() / "config.json"
     if path.is_file():
         try:
@@ -102,7 +102,8 @@ def _guess_family(model_id: str) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
     name = model_id.lower().rpartition("/")[2]
-    return next((recipe.family for recipe in recipes().values() if recipe.family in name), "voxtral")
+    types = (model_type for recipe in recipes().values() for model_type in recipe.model_types)
+    return next((model_type for model_type in types if model_type in name), "voxtral")
 
 
 def _read_tasks(manifests: Any) -> set[str]:

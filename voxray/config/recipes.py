@@ -36,7 +36,7 @@ class Recipe:
         job: Name of the script in jobs/, without ``.py``; for a recipe of another package the module that
             ``python -m`` runs.
         tasks: Tasks whose rows it trains on and validates with.
-        family: Model type of the bases that it trains.
+        family: Model type of the bases that it trains, or path of a table by model type.
         assemble: Path of a function settings -> settings that the driver calls before a run. It may build the base or
             write manifests. "" calls nothing.
         sweep_metric: Metric that decides a sweep by default.
@@ -48,7 +48,7 @@ class Recipe:
     stage: str
     job: str
     tasks: tuple[str, ...] = tuple(TASKS)
-    family: str = "voxtral"
+    family: str = "voxray.models.audio_lm.facts:FACTS"
     assemble: str = ""
     sweep_metric: str = "asr/cer_nospace"
     sweep_lora_r: tuple[int, ...] = (8, 16)
@@ -56,6 +56,11 @@ class Recipe:
     @property
     def settings_class(self) -> type[Any]:
         return load_object(self.settings)
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Model types of the bases that it trains."""
+        return tuple(load_object(self.family)) if ":" in self.family else (self.family,)
 
 
 BUILT_IN = (

@@ -13,15 +13,14 @@ import torch
 
 from voxray.audio.augment import NO_AUGMENTATION, WaveformAugmentation, augment
 from voxray.audio.decode import Part, decode, to_pcm16
-from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, sha256_hex
 from voxray.core.source import stretch
 from voxray.features.shards import LAYOUT
-from voxray.models.front_end import FrontEnd
+from voxray.models.front_end import FrontEnd, row_target_ids
 from voxray.models.interface import ModelFamily
-from voxray.models.parts.logmel_windows import padded_windows, window_lengths
+from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 from voxray.models.registry import get_family, require_language
 
 FeatureValues = dict[str, Any]
@@ -105,7 +104,7 @@ class Extractor:
             BadRow: The clip is missing or unusable, or the text cannot be encoded.
         """
         sample = replace(sample, language=sample.language or self.spec.language)
-        shared = {"target_ids": self.front_end.target_ids(sample.answer, sample.segments), "task": sample.task.name}
+        shared = {"target_ids": row_target_ids(self.front_end, sample), "task": sample.task.name}
         for name in ("id", "language", "source", "audio_path", "prompt", "answer"):
             shared[name] = getattr(sample, name)
         if not sample.task.has_audio:
@@ -122,7 +121,7 @@ class Extractor:
             row = {**shared, **audio, "num_samples": len(signal), "variant": variant}
             row["prompt_ids"] = self.front_end.prompt_ids(timed, len(signal))
             if variant and timed.segments:  # its times are those of the faster or slower clip
-                row["target_ids"] = self.front_end.target_ids(timed.answer, timed.segments)
+                row["target_ids"] = row_target_ids(self.front_end, timed)
             rows.append(row)
         return rows, clip
 
@@ -168,7 +167,7 @@ class Extractor:
         for row in with_audio:
             mel_KF = row["audio"].astype(np.float16)
             windows.extend(padded_windows(mel_KF, row["fill"], row["num_windows"], self.front_end))
-            lengths.extend(window_lengths(row["num_samples"], self.front_end.window_frames * HOP_SAMPLES))
+            lengths.extend(samples_by_window(self.front_end, row["num_samples"]))
         states = []
         for start in range(0, len(windows), ENCODER_WINDOWS):
             batch = slice(start, start + ENCODER_WINDOWS)

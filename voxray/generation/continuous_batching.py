@@ -6,7 +6,7 @@ many steps as its own answer has tokens.
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from voxray.batches.collate import collate_prompts
 from voxray.features.reader import FeatureRow
-from voxray.models.front_end import FrontEnd
+from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import DecodeState, ModelFamily
 
 MIN_IDLE_SHARE = 0.25
@@ -40,9 +40,9 @@ class PartialCompletion:
     is_done: bool = False
     language: str = ""
 
-    def append(self, token: int, eos_id: int) -> None:
-        """Add the next token; the end-of-text token or the limit finishes the answer."""
-        if token == eos_id:
+    def append(self, token: int, stops: Collection[int]) -> None:
+        """Add the next token; a token that ends the answer or the limit finishes it."""
+        if token in stops:
             self.is_done = True
         else:
             self.ids.append(token)
@@ -54,6 +54,7 @@ class _Batch:
 
     def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd) -> None:
         self.model, self.family, self.front_end = model, family, front_end
+        self.stops = stop_ids(front_end)
         self.device = next(model.parameters()).device
         self.completions: list[PartialCompletion] = []
         self.state: DecodeState | None = None
@@ -96,7 +97,7 @@ class _Batch:
     def _append_tokens(self, completions: Sequence[PartialCompletion], logits_BV: torch.Tensor) -> None:
         for completion, token in zip(completions, logits_BV.argmax(-1).tolist(), strict=True):
             if not completion.is_done:
-                completion.append(token, self.front_end.eos_id)
+                completion.append(token, self.stops)
 
 
 @torch.inference_mode()

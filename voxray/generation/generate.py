@@ -2,8 +2,9 @@
 
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow, Features
 from voxray.features.shards import TASK_CODES
 from voxray.generation.continuous_batching import generate_greedy
-from voxray.models.front_end import FrontEnd
+from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import ModelFamily
 
 Result = TypeVar("Result")
@@ -198,10 +199,11 @@ def _library_ids(
         torch.manual_seed(int(np.random.SeedSequence([sampling.seed, ids_hash]).generate_state(1)[0]))
         # transformers samples among the 50 likeliest tokens unless top_k is 0
         options |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    special = {"pad_token_id": front_end.pad_id, "eos_token_id": front_end.eos_id}
+    stops = stop_ids(front_end)
+    special = {"pad_token_id": front_end.pad_id, "eos_token_id": sorted(stops) if len(stops) > 1 else front_end.eos_id}
     num_samples = [row.num_samples for row in rows]
     ids_BL = family.generate(model, batch, num_samples=num_samples, max_new_tokens=limit, **special, **options)
-    answers = [_before_eos(ids, front_end.eos_id) for ids in ids_BL.tolist()]
+    answers = [_before_stop(ids, stops) for ids in ids_BL.tolist()]
     return answers, list(map(front_end.prompt_language, batch["input_ids"].tolist()))
 
 
@@ -209,5 +211,5 @@ def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float, lan
     return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec, language)
 
 
-def _before_eos(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+def _before_stop(ids: list[int], stops: Collection[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in stops, ids))

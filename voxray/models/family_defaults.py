@@ -28,6 +28,9 @@ class FamilyDefaults:
     def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
         return front_end.encoder_positions
 
+    def encoder_layer_positions(self, config: Any, front_end: FrontEnd) -> int:
+        return front_end.encoder_positions
+
     def cross_attention_frames(self, config: Any, front_end: FrontEnd) -> int:
         return front_end.cross_attention_positions
 

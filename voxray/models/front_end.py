@@ -31,6 +31,9 @@ class AudioFeatures:
 class FrontEnd(Protocol):
     """Turns rows into features and token ids. Picklable, without weights.
 
+    The functions ``stop_ids`` and ``row_target_ids`` of this module, and ``parts.logmel_windows.samples_by_window``,
+    read what only some front ends have.
+
     Attributes:
         fingerprint: Hash of everything that determines the output. Shards with another fingerprint are stale.
         sample_rate_hz: Rate that clips are resampled to.
@@ -118,3 +121,15 @@ class FrontEnd(Protocol):
     def show(self, ids: Sequence[int]) -> str:
         """Text of token ids for people: with control tokens, runs of audio tokens shortened."""
         ...
+
+
+def stop_ids(front_end: FrontEnd) -> frozenset[int]:
+    """Token ids that end an answer when they are generated: ``eos_id``, and others if the front end has any."""
+    return getattr(front_end, "stop_ids", frozenset()) | {front_end.eos_id}
+
+
+def row_target_ids(front_end: FrontEnd, sample: Sample) -> list[int]:
+    """Token ids of a row's answer (see ``FrontEnd.target_ids``). Some models name the language before it."""
+    if getattr(front_end, "answer_names_language", False):
+        return front_end.target_ids(sample.answer, sample.segments, language=sample.language)  # type: ignore[call-arg]
+    return front_end.target_ids(sample.answer, sample.segments)

@@ -7,9 +7,10 @@ A family has two sides:
 * a ``ModelFamily`` names the parts of the model, loads the weights, and runs training and generation passes.
 
 Code outside ``models/`` uses only these two protocols. To add a family, write both classes in ``models/<family>/``,
-inherit from ``family_defaults.FamilyDefaults``, and add one entry to ``registry.FAMILIES``. This is enough to evaluate
-its models. To train them, a recipe is needed too (``config/recipes.py``). Another package can add both through the
-entry point groups ``voxray.families`` and ``voxray.recipes``; ``tests/assets/toy-family`` is an example.
+inherit from ``family_defaults.FamilyDefaults``, and add one entry to ``registry.FAMILIES``. A decoder-only model with
+an audio encoder, a projector and placeholder tokens is a row of ``audio_lm.facts.FACTS`` instead. This is enough to
+evaluate its models. To train them, a recipe is needed too (``config/recipes.py``). Another package can add both through
+the entry point groups ``voxray.families`` and ``voxray.recipes``; ``tests/assets/toy-family`` is an example.
 
 Shape letters: B rows, L tokens, N predicted positions, V vocabulary, W windows of all clips in a batch, F mel bins, T
 mel frames of a window, P encoder positions of a window, D width.
@@ -141,6 +142,10 @@ class ModelFamily(Protocol):
         Args:
             config: The base's configuration.
         """
+        ...
+
+    def encoder_layer_positions(self, config: Any, front_end: FrontEnd) -> int:
+        """Positions per window that the encoder's layers work on, before it averages some of them."""
         ...
 
     def cross_attention_frames(self, config: Any, front_end: FrontEnd) -> int:

@@ -6,13 +6,14 @@ machine of the cluster.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from typing import Any
 
 from voxray.config.recipes import load_object
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.languages import check_language
+from voxray.models.audio_lm.facts import FACTS
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
@@ -24,14 +25,26 @@ FAMILIES = {
     "whisper": "voxray.models.whisper.family:Whisper",
     "salmonn": "voxray.models.salmonn.family:Salmonn",
 }
-"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes."""
+"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes.
+
+The other model types of ``audio_lm.facts.FACTS`` share the class ``audio_lm.family.AudioLm``.
+"""
 
 
 @cache
 def families() -> Mapping[str, Callable[[], Any]]:
     """Loaders of the family classes, by model type. Installed packages cannot replace voxray's own families."""
     installed = {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
-    return installed | {name: lambda path=path: load_object(path) for name, path in FAMILIES.items()}
+    own: dict[str, Callable[[], Any]] = {name: partial(load_object, path) for name, path in FAMILIES.items()}
+    others = {name: partial(_load_audio_lm, name) for name in FACTS if name not in own}
+    return installed | own | others
+
+
+def _load_audio_lm(model_type: str) -> Callable[[], Any]:
+    """A function that returns the family of a model type of ``audio_lm.facts.FACTS`` without a class of its own."""
+    from voxray.models.audio_lm.family import AudioLm
+
+    return partial(AudioLm, model_type)
 
 
 def get_family(model_id: str) -> ModelFamily:

@@ -58,6 +58,7 @@ class ActivationCounter:
         self._names = family.layer_names
         self._shared = {name: group for group in self._names.shared_inputs for name in group}
         base_config = unwrap_peft(model).config
+        self._encoder_positions = family.encoder_layer_positions(base_config, front_end)
         self._projector_positions = family.projector_positions(base_config, front_end)
         self._cross_attention_frames = family.cross_attention_frames(base_config, front_end)
         self._modules = [(name, module) for name, module in model.named_modules() if ".lora_" not in name]
@@ -94,7 +95,7 @@ class ActivationCounter:
     def _positions(self, name: str, role: str, shape: PackShape) -> int:
         """Number of positions that a module processes."""
         if role == self._family.encoder_role:
-            return shape.num_windows * self._front_end.encoder_positions
+            return shape.num_windows * self._encoder_positions
         if role != self._family.projector_role:
             return shape.num_tokens
         if name.endswith(self._names.encoder_norms):

@@ -18,6 +18,7 @@ from voxray.core.source import Source, stretch
 from voxray.features.extract import Extractor
 from voxray.features.reader import RowLengths
 from voxray.features.shards import TASK_CODES
+from voxray.models.front_end import row_target_ids
 
 THREADS = 8
 LINES_PER_CHUNK = 256
@@ -113,7 +114,7 @@ class Lengths(RowLengths):
         limit, waveform = front_end.max_audio_sec, spec.waveform
         if seconds > limit:
             raise BadRow("audio_too_long", f"{sample.audio_path} lasts {seconds:.1f} s, over the {limit:g} s that fit")
-        num_target_tokens = len(front_end.target_ids(sample.answer, sample.segments))
+        num_target_tokens = len(row_target_ids(front_end, sample))
         variants = waveform.num_variants if self._augmented and sample.task.has_audio else 1
         number = columns.sample[-1] + 1 if columns.sample else 0
         for variant in range(variants):

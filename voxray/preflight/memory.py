@@ -191,7 +191,9 @@ class MemoryModel:
             weight.requires_grad and find_role(name, self._family) == self._family.encoder_role
             for name, weight in self._model.named_parameters()
         )
-        positions = shape.num_windows * self._front_end.encoder_positions
+        positions = shape.num_windows * self._family.encoder_layer_positions(
+            unwrap_peft(self._model).config, self._front_end
+        )
         width_bytes = self._front_end.encoder_dim * self._config.dtype.itemsize
         return ENCODER_WIDTHS * positions * width_bytes if is_frozen else 0
 

@@ -79,12 +79,10 @@ def require_family(settings: TrainSettings) -> ModelFamily:
         SettingsError: It is another family. The message names the job that trains it.
     """
     family, recipe = get_family(settings.model_id), find_recipe(settings)
-    if family.name != recipe.family:
-        others = [other.job for other in recipes().values() if other.family == family.name]
-        advice = f"; {others[0]} trains it" if others else ""
-        raise SettingsError(
-            f"--model_id {settings.model_id}: a {family.name} model, and this job trains {recipe.family}{advice}"
-        )
+    if family.name not in recipe.model_types:
+        others = [other.job for other in recipes().values() if family.name in other.model_types]
+        advice, own = f"; {others[0]} trains it" if others else "", ", ".join(recipe.model_types)
+        raise SettingsError(f"--model_id {settings.model_id}: a {family.name} model, and this job trains {own}{advice}")
     return family
 
 

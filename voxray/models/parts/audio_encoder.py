@@ -54,15 +54,15 @@ class EncoderMethods:
     def skip_encoder(self, model: Any) -> None:
         """Make a model accept encoder outputs as ``input_features``, and free the encoder's memory."""
         base = unwrap_peft(model)
-        setattr(base.model, self.encoder_name, PassThrough(base.dtype))
+        setattr(base.model, self.encoder_name, PassThrough(base.dtype, base.device))
 
 
 class PassThrough(torch.nn.Module):
     """Takes the encoder's place in a model and returns its stored outputs."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device  # some models ask their encoder for them
 
     def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling

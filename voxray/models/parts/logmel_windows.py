@@ -4,6 +4,7 @@ Shape letters: K valid mel frames of a clip, W windows, T mel frames of a window
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,9 @@ class WindowedLogMel:
         self.encoder_positions = encoder_positions
         self.window_frames = encoder_positions * ENCODER_STRIDE
         self.window_samples = self.window_frames * HOP_SAMPLES
-        self._check_preprocessor()
+        self._read_preprocessor()
 
-    def _check_preprocessor(self) -> None:
+    def _read_preprocessor(self) -> None:
         from transformers import WhisperFeatureExtractor
 
         try:
@@ -45,11 +46,7 @@ class WindowedLogMel:
         except (OSError, ValueError) as error:
             reason = one_line(error, 200)
             raise RunError(f"--model_id {self.model_id}: no usable preprocessor_config.json: {reason}") from None
-        required = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
-        for name, value in {**required, "feature_size": self.num_mel_bins, "dither": 0.0}.items():
-            if getattr(preprocessor, name) != value:
-                stored = getattr(preprocessor, name)
-                raise RunError(f"--model_id {self.model_id}: its preprocessor has {name} {stored}, not {value}")
+        check_preprocessor(preprocessor, self.model_id, self.num_mel_bins)
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_logmel"}
@@ -72,6 +69,26 @@ class WindowedLogMel:
     def num_windows(self, num_samples: int) -> int:
         """Number of whole windows that a clip of ``num_samples`` at 16 kHz is padded to."""
         return -(-num_samples // self.window_samples)
+
+
+def check_preprocessor(preprocessor: Any, model_id: str, num_mel_bins: int) -> None:
+    """Check that a feature extractor computes the log-mel that voxray computes.
+
+    Raises:
+        RunError: It computes another one.
+    """
+    required = {"sampling_rate": SAMPLE_RATE_HZ, "n_fft": N_FFT, "hop_length": HOP_SAMPLES}
+    for name, value in {**required, "feature_size": num_mel_bins, "dither": 0.0}.items():
+        if getattr(preprocessor, name) != value:
+            stored = getattr(preprocessor, name)
+            raise RunError(f"--model_id {model_id}: its preprocessor has {name} {stored}, not {value}")
+
+
+def samples_by_window(front_end: FrontEnd, num_samples: int) -> list[int]:
+    """Samples that count in each window of a clip: all that are not padding, if the front end has no other rule."""
+    if rule := getattr(front_end, "samples_by_window", None):
+        return rule(num_samples)
+    return window_lengths(num_samples, front_end.window_frames * HOP_SAMPLES)
 
 
 def window_lengths(num_samples: int, window_samples: int) -> list[int]:

@@ -48,7 +48,9 @@ class VoxtralFrontEnd(WindowedLogMel):
     max_windows: int | None = None
     cross_attention_positions = 0
     needs_language = False
-    languages = frozenset(code for code in LANGUAGE_CODES if len(code) == 2)  # as mistral-common requires
+    languages: frozenset[str] | None = frozenset(
+        code for code in LANGUAGE_CODES if len(code) == 2
+    )  # as mistral-common requires
 
     def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
         from transformers import VoxtralConfig

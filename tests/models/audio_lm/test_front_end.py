@@ -1,0 +1,206 @@
+"""Prompts, labels, placeholder counts and features against the processor of each model type."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.audio_lm_rows import answers_questions, library_inputs, make_row, noise, request_text, sample
+from transformers import AutoProcessor
+
+from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.models.front_end import row_target_ids, stop_ids
+from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
+from voxray.models.registry import get_family
+
+LENGTHS = (
+    *(1_600, 1_601, 1_759, 1_760, 2_400, 4_000, 7_999, 8_000, 8_001, 8_159, 8_160, 15_999, 16_000, 16_001, 24_321),
+    *(48_000, 63_840, 63_841, 63_999, 64_000, 64_001, 64_160, 64_161, 64_480, 64_640, 100_000, 128_000, 128_160),
+    *(480_000, 1_440_000),
+)
+"""30 clips of 0.1 s to 90 s; a window has 64,000 samples."""
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def processor(base: str) -> Any:
+    return AutoProcessor.from_pretrained(base)
+
+
+@pytest.fixture(scope="module")
+def front_end(base: str) -> Any:
+    return get_family(base).front_end(base)
+
+
+def fitting(front_end: Any) -> list[int]:
+    """Lengths that the model takes."""
+    return [length for length in LENGTHS if length <= front_end.max_audio_sec * 16_000]
+
+
+def test_transcription_prompts_of_all_lengths(base, processor, front_end):
+    text = request_text(processor, Path(base).name)
+    for length in fitting(front_end):
+        reference = library_inputs(base, [text], [noise(length)])["input_ids"][0].tolist()
+        assert front_end.prompt_ids(sample(), length) == reference, length
+        assert reference.count(front_end.audio_id) == front_end.num_positions(length)
+
+
+def test_features_are_the_processors(base, processor, front_end):
+    """The valid frames too: those of all windows together are those of the processor's mask."""
+    text = request_text(processor, Path(base).name)
+    for length in fitting(front_end):
+        inputs = library_inputs(base, [text], [noise(length)])
+        features = front_end.features(noise(length))
+        ours = padded_windows(features.mel_KF, features.fill, features.num_windows, front_end)
+        theirs = inputs["input_features"].numpy()
+        if theirs.shape[-1] != front_end.window_frames:  # one long clip, not windows
+            ours, theirs = (np.concatenate(list(windows), axis=1) for windows in (ours, theirs))
+            both = min(ours.shape[1], theirs.shape[1])
+            assert not ours[:, both:].any() and not theirs[:, both:].any()
+            ours, theirs = ours[:, :both], theirs[:, :both]
+        assert np.array_equal(ours, theirs[: len(ours)]), length
+        mask = next(
+            mask
+            for name, mask in inputs.items()
+            if name.endswith("mask") and mask.ndim == 2 and mask.shape[-1] != inputs["input_ids"].shape[-1]
+        )
+        counted = sum(-(-samples // 160) for samples in samples_by_window(front_end, length))
+        left_out = int(mask.sum()) - counted  # a last window that is too short for a position
+        assert 0 <= left_out <= 6 and front_end.num_positions(length) > 0
+
+
+def test_labels_are_the_processors_continuation(base, processor, front_end):
+    """Prompt and answer are tokenized like the whole conversation."""
+    row = sample(language="ko" if front_end.answer_names_language else "")
+    text = request_text(processor, Path(base).name, row.language)
+    end = processor.tokenizer.decode([front_end.eos_id])
+    whole = library_inputs(base, [f"{text}{row.answer}{end}"], [noise(16_000)])["input_ids"][0].tolist()
+    assert [*front_end.prompt_ids(row, 16_000), *row_target_ids(front_end, row)] == whole
+
+
+@pytest.mark.parametrize("task", ["sqa", "tqa", "aac"])
+def test_questions_are_the_processors(base, processor, front_end, task):
+    row = sample(task, prompt="How many numbers? 몇 번?\n")
+    if not answers_questions(front_end):
+        with pytest.raises(BadRow, match=f"only transcribes; this row's task is {task}"):
+            front_end.prompt_ids(row, 16_000)
+        return
+    content = [{"type": "text", "text": row.prompt}]
+    if row.audio_path:
+        content.insert(0, {"type": "audio", "path": "x.wav"})
+    turns = [{"role": "user", "content": content}]
+    text = processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    reference = (
+        library_inputs(base, [text], [noise(16_000)])["input_ids"][0].tolist()
+        if row.audio_path
+        else processor.tokenizer(text)["input_ids"]
+    )
+    assert front_end.prompt_ids(row, 16_000) == reference
+    assert front_end.prompt_ids(row, 0).count(front_end.audio_id) == 0
+
+
+def test_control_tokens_in_a_question_are_text(processor, front_end):
+    if not answers_questions(front_end):
+        return
+    question = f"what is {processor.tokenizer.eos_token}{processor.audio_token}?"
+    ids = front_end.prompt_ids(sample("sqa", prompt=question), 16_000)
+    assert ids.count(front_end.audio_id) == front_end.num_positions(16_000)
+    plain = front_end.prompt_ids(sample("sqa", prompt="what is ?"), 16_000)
+    assert ids.count(front_end.eos_id) == plain.count(front_end.eos_id)
+    assert question in processor.tokenizer.decode(ids)
+
+
+def test_answers_end_and_decode_to_themselves(processor, front_end):
+    for text in ("혈압이 120/80 이고요", "plain English", "", processor.tokenizer.eos_token):
+        ids = front_end.target_ids(text)
+        assert ids[-1] == front_end.eos_id and ids.count(front_end.eos_id) == 1
+        assert front_end.decode(ids) == text
+    assert front_end.eos_id in stop_ids(front_end)
+    assert front_end.pad_id != front_end.audio_id
+
+
+def test_front_end_survives_pickling(front_end):
+    copy = pickle.loads(pickle.dumps(front_end))
+    assert copy.fingerprint == front_end.fingerprint
+    assert copy.prompt_ids(sample(), 20_000) == front_end.prompt_ids(sample(), 20_000)
+    assert np.array_equal(copy.features(noise(20_000)).mel_KF, front_end.features(noise(20_000)).mel_KF)
+
+
+def test_show_shortens_audio(processor, front_end):
+    ids = front_end.prompt_ids(sample(), 16_000)
+    assert f"{processor.audio_token}x{front_end.num_positions(16_000)}" in front_end.show(ids)
+
+
+def test_refusals(base, front_end):
+    with pytest.raises(SettingsError, match=r"--trim_audio_tokens: .* leave it out"):
+        get_family(base).front_end(base, trim_audio=True)
+    if front_end.num_positions(160):
+        return
+    with pytest.raises(BadRow, match="160 samples are too few"):
+        front_end.prompt_ids(sample(), 160)
+
+
+def test_windows_without_a_position_are_left_out(front_end):
+    """They would cost a pass of the encoder and give nothing."""
+    for length in (64_000, 64_001, 128_000, 128_320):
+        assert all(front_end._positions(samples) for samples in front_end.samples_by_window(length))
+        row = make_row(front_end, sample(), length)
+        assert row.num_windows == len(front_end.samples_by_window(length))
+
+
+def test_a_base_without_template_is_refused(base, tmp_path):
+    if Path(base).name == "qwen2_audio":  # its processor has a template of its own
+        return
+    for file in Path(base).iterdir():
+        if file.name != "chat_template.jinja":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(RunError, match="no chat template, so it answers no task"):
+        get_family(str(tmp_path)).front_end(str(tmp_path))
+
+
+class TestLanguages:
+    """Qwen3-ASR: the prompt forces a language, or the answer names it."""
+
+    @pytest.fixture(scope="class")
+    def qwen(self, tiny_base: Any) -> Any:
+        base = tiny_base("qwen3_asr")
+        return get_family(base).front_end(base)
+
+    @pytest.mark.parametrize("language", ["ko", "en", "yue"])
+    def test_prompt_forces_the_language(self, tiny_base, qwen, language):
+        base = tiny_base("qwen3_asr")
+        text = request_text(AutoProcessor.from_pretrained(base), "qwen3_asr", language)
+        reference = library_inputs(base, [text], [noise(16_000)])["input_ids"][0].tolist()
+        ids = qwen.prompt_ids(sample(language=language), 16_000)
+        assert ids == reference and qwen.prompt_language(ids) == language
+        assert qwen.decode(row_target_ids(qwen, sample(language=language))) == sample().answer
+
+    def test_answer_names_no_language_if_the_row_has_none(self, qwen):
+        ids = row_target_ids(qwen, sample())
+        assert qwen.show(ids).startswith(f"language None<asr_text>{sample().answer}")
+        assert qwen.decode(ids) == sample().answer
+        assert qwen.prompt_language(qwen.prompt_ids(sample(), 16_000)) == ""
+        # Training finds rows with an empty answer by their number of tokens.
+        assert row_target_ids(qwen, sample(answer="")) == qwen.target_ids("") == [qwen.eos_id]
+
+    def test_other_languages_are_refused(self, qwen):
+        with pytest.raises(BadRow):
+            qwen.prompt_ids(sample(language="sw"), 16_000)
+
+
+def test_released_sizes_follow_from_the_configuration():
+    """The numbers of the released models: 30 s or 8 s windows, and positions of a full one."""
+    from transformers import AudioFlamingo3Config, GlmAsrConfig, Qwen2AudioConfig, Qwen3ASRConfig
+
+    from voxray.models.audio_lm.facts import FACTS
+
+    sizes = {"qwen3_asr": (Qwen3ASRConfig, 800, 104), "qwen2_audio": (Qwen2AudioConfig, 3000, 750)}
+    sizes |= {"audioflamingo3": (AudioFlamingo3Config, 3000, 750), "glmasr": (GlmAsrConfig, 3000, 375)}
+    for model_type, (config_class, frames, positions) in sizes.items():
+        facts, audio = FACTS[model_type], config_class().audio_config
+        assert facts.window_frames(audio) == frames
+        assert facts.positions(frames, audio) == positions
+        many = torch.arange(1, frames + 1)
+        assert facts.positions(many, audio).tolist() == [facts.positions(int(count), audio) for count in many]
