@@ -170,3 +170,11 @@ def test_infer_answers_a_clip_and_a_question(base: str, run: Run) -> None:
         settings = InferSettings(**values, question=question, max_new_tokens=5)
         [entry] = infer.run_inference(settings, "")
         assert isinstance(entry["prediction"], str)
+
+
+def test_infer_answers_a_long_recording(base: str, tmp_path: Path) -> None:
+    """In windows, or in chunks if the model takes one window."""
+    soundfile.write(tmp_path / "long.wav", noise(200_000), 16_000, subtype="PCM_16")
+    settings = InferSettings(model_id=base, audio_path=str(tmp_path / "long.wav"), max_new_tokens=5)
+    [entry] = infer.run_inference(settings, "")
+    assert isinstance(entry["prediction"], str)
