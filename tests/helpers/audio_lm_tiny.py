@@ -185,3 +185,19 @@ def write_tiny(folder: Path, model_type: str) -> str:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
+
+
+def write_released_front_end(folder: Path, model_type: str) -> str:
+    """Write configuration and processor alone, with the windows of the released models; returns the folder's path."""
+    config, processor = BASES[model_type]()
+    audio = config.audio_config
+    for name, size in {"max_source_positions": 1500, "n_window_infer": 800}.items():
+        if hasattr(audio, name):
+            setattr(audio, name, size)
+    if model_type == "glmasr":
+        audio.max_position_embeddings = 1500
+    if model_type != "qwen3_asr":
+        processor.feature_extractor = transformers.WhisperFeatureExtractor(BINS, return_attention_mask=True)
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)

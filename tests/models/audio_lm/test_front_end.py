@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.audio_lm_rows import answers_questions, library_inputs, make_row, noise, request_text, sample
+from helpers.audio_lm_tiny import BASES, write_released_front_end
 from transformers import AutoProcessor
 
 from voxray.core.errors import BadRow, RunError, SettingsError
@@ -188,6 +189,27 @@ class TestLanguages:
     def test_other_languages_are_refused(self, qwen):
         with pytest.raises(BadRow):
             qwen.prompt_ids(sample(language="sw"), 16_000)
+
+
+@pytest.mark.parametrize("model_type", BASES)
+def test_released_windows_have_the_processors_tokens_and_features(model_type, tmp_path):
+    """30 clips of 0.1 s to 90 s, where the model takes them."""
+    base = write_released_front_end(tmp_path, model_type)
+    front_end = get_family(base).front_end(base)
+    assert front_end.window_frames == (800 if model_type == "qwen3_asr" else 3000)
+    text = request_text(AutoProcessor.from_pretrained(base), model_type)
+    for length in (*LENGTHS[:-2], 479_999, 480_000, 512_345, 1_440_000):
+        if length > front_end.max_audio_sec * 16_000:
+            continue
+        inputs = library_inputs(base, [text], [noise(length)])
+        assert front_end.prompt_ids(sample(), length) == inputs["input_ids"][0].tolist(), length
+        features = front_end.features(noise(length))
+        ours = padded_windows(features.mel_KF, features.fill, features.num_windows, front_end)
+        theirs = inputs["input_features"].numpy()
+        if model_type == "qwen3_asr":
+            ours = np.concatenate(list(ours), axis=1)[None, :, : theirs.shape[-1]]
+            theirs = theirs[:, :, : ours.shape[-1]]
+        assert np.array_equal(ours, theirs), length
 
 
 def test_released_sizes_follow_from_the_configuration():

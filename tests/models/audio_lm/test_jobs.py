@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ def manifest(tmp_path_factory: pytest.TempPathFactory, small: dict[str, str]) ->
 
 @pytest.fixture(scope="module")
 def run(manifest: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Run a training job in this process; returns the run folder."""
+    """Run a training job in this process; returns the run folder. Values replace the usual ones, None removes one."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def run(job: str, base: str, name: str, *flags: str) -> Path:
+    def run(job: str, base: str, name: str, *flags: str, **values: str | None) -> Path:
         out = folder / f"{Path(base).name}-{name}"
         usual = {"model_id": base, "num_workers": "0", "features_dir": str(folder / "features"), "max_steps": "4"}
         usual |= {"train_jsonl": manifest, "lr": "1e-2", "lora_r": "4", "lora_alpha": "8", "output_dir": str(out)}
         usual |= {"batching": "packed", "pack_tokens": "600", "save_steps": "2", "grad_accum": "1"}
-        argv = [word for key, value in usual.items() for word in (f"--{key}", value)]
+        argv = [word for key, value in (usual | values).items() if value for word in (f"--{key}", value)]
         run_training(parse_only(job, [*argv, *flags]))
         return out
 
@@ -89,6 +90,27 @@ def test_every_store_trains_the_same(base: str, run: Run) -> None:
     assert losses(stored) == pytest.approx(direct, abs=1e-5)
     computed = run("train_multitask", base, "pcm16", "--store", "pcm16")
     assert losses(computed) == pytest.approx(direct, abs=2e-3), "mel shards hold float16"
+
+
+def test_recomputed_activations_train_the_same(base: str, run: Run) -> None:
+    """Encoder included."""
+    both = partial(run, "train_multitask", base, lora_dropout="0", max_steps="2")
+    direct = both("whole", "--no_freeze_whisper")
+    recomputed = both("recomputed", "--no_freeze_whisper", "--grad_ckpt")
+    assert losses(recomputed) == pytest.approx(losses(direct), abs=1e-6)
+    first, second = adapter(direct), adapter(recomputed)
+    assert any("audio_tower" in name for name in first)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=1e-5, rtol=1e-4)
+
+
+def test_full_tuning_unties_and_is_exported(base: str, run: Run, tmp_path: Path) -> None:
+    """Qwen3-ASR and GLM-ASR share the weights of token embeddings and output layer."""
+    values = {"tuning": "full", "lr": "1e-3", "max_steps": "2", "lora_r": None, "lora_alpha": None}
+    trained = run("train_multitask", base, "full", **values)
+    flags = f"--model_id {base} --lora_dir {trained / 'adapter'} --output_dir {tmp_path / 'merged'}"
+    report = run_export(parse_only("export", flags.split()))
+    assert report["difference_merged"] < 1e-4 and report["difference_on_disk"] < 1e-4
 
 
 def test_rows_of_other_tasks_are_listed(base: str, run: Run) -> None:
@@ -148,3 +170,11 @@ def test_infer_answers_a_clip_and_a_question(base: str, run: Run) -> None:
         settings = InferSettings(**values, question=question, max_new_tokens=5)
         [entry] = infer.run_inference(settings, "")
         assert isinstance(entry["prediction"], str)
+
+
+def test_infer_answers_a_long_recording(base: str, tmp_path: Path) -> None:
+    """In windows, or in chunks if the model takes one window."""
+    soundfile.write(tmp_path / "long.wav", noise(200_000), 16_000, subtype="PCM_16")
+    settings = InferSettings(model_id=base, audio_path=str(tmp_path / "long.wav"), max_new_tokens=5)
+    [entry] = infer.run_inference(settings, "")
+    assert isinstance(entry["prediction"], str)
