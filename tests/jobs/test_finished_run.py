@@ -47,3 +47,21 @@ def test_a_finished_run_is_not_trained_again(
     with pytest.raises(Exception, match="other"):
         command.run_training(settings(tmp_path, steps=2))
     assert len(trained) == 5
+
+
+def test_rows_that_change_during_a_run_are_not_those_that_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest_path = tmp_path / "train.jsonl"
+    shutil.copy(manifest("tqa.val"), manifest_path)
+    train = command.train
+
+    def change_and_train(*args: Any) -> Any:
+        manifest_path.write_text(manifest_path.read_text(encoding="utf-8") * 2, encoding="utf-8")
+        return train(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train", change_and_train)
+        command.run_training(settings(tmp_path))
+    with pytest.raises(Exception, match="other"):
+        command.run_training(settings(tmp_path))

@@ -53,7 +53,8 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     check_lora_targets(run)
     _require_trackers(settings)
     with folder_lease(run.run_dir, run.remote.remote_dir):
-        if result := _fetch_result(run):
+        started_from = _starting_point(run.settings)
+        if result := _fetch_result(run, started_from):
             console.print(f"this run is finished; --overwrite trains anew: {run.run_dir}", markup=False)
             return _report(run, result, show_next=show_next)
         _open(run)
@@ -68,9 +69,9 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
                 warn_about_cpus()
                 if line := dashboard_line():
                     console.print(line, markup=False)
-                result = _train(run, num_workers)
+                result = _train(run, num_workers, started_from)
         else:
-            result = _train(run, num_workers)
+            result = _train(run, num_workers, started_from)
         run.remote.push_all()
         if not result["finished"]:
             raise Stopped(
@@ -88,16 +89,18 @@ def _report(run: RunContext, result: dict[str, Any], *, show_next: bool) -> dict
     return result
 
 
-def _fetch_result(run: RunContext) -> dict[str, Any] | None:
-    """The result of the run folder if the same command finished there; fetches the folder from its URL first."""
+def _fetch_result(run: RunContext, started_from: str) -> dict[str, Any] | None:
+    """The result of the run folder if the same command finished there; fetches the folder from its URL first.
+
+    Args:
+        started_from: Result of ``_starting_point``.
+    """
     if run.settings.overwrite:
         return None
     run.remote.fetch()
-    if any("://" in path for path in (*run.settings.train_jsonl, *run.settings.val_jsonl)):
-        return None  # their contents are not known yet
     try:
         result = json.loads((run.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
-        is_finished = result["finished"] and result.pop(STARTED_FROM) == _starting_point(run.settings)
+        is_finished = result["finished"] and result.pop(STARTED_FROM) == started_from
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return result if is_finished and (run.run_dir / "adapter" / "adapter_config.json").is_file() else None
@@ -136,14 +139,18 @@ def _open(run: RunContext) -> None:
     (run_dir / ERROR_FILE).unlink(missing_ok=True)
 
 
-def _train(run: RunContext, num_workers: tuple[int, int]) -> dict[str, Any]:
-    """Make the features and train, on Ray Train workers or, without any, in this process."""
+def _train(run: RunContext, num_workers: tuple[int, int], started_from: str) -> dict[str, Any]:
+    """Make the features and train, on Ray Train workers or, without any, in this process.
+
+    Args:
+        started_from: Result of ``_starting_point``; the manifests may change during the run.
+    """
     use_ray = num_workers[1] > 0
     data = training_data(run, use_ray=use_ray)
     add_data_provenance(run.run_dir, (*data.train, *data.validation))
     with stop_on_signal(run.run_dir), run.remote.copy_files([LOG, METRICS]), show_progress(run.run_dir):
         result = train_on_workers(run, data, num_workers) if use_ray else train(run, data)
-    write_json(run.run_dir / RESULT_FILE, {**result, STARTED_FROM: _starting_point(run.settings)})
+    write_json(run.run_dir / RESULT_FILE, {**result, STARTED_FROM: started_from})
     return result
 
 

@@ -347,7 +347,7 @@ def with_absolute_inputs(settings: S) -> S:
 
 
 def _absolute_input(value: str) -> str:
-    return value if "://" in value else str(Path(os.path.expanduser(value)).absolute())
+    return str(Path(os.path.expanduser(value)).absolute())
 
 
 def _absolute_model(value: str) -> str:
