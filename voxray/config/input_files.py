@@ -9,6 +9,9 @@ from pydantic import BaseModel
 from voxray.config.flags import flag_metadata
 from voxray.core.lfs import POINTER, find_pointer
 
+TEMPORARY_COPY = "a submitted job runs in a temporary copy; make it absolute, or add --storage_path"
+"""What is wrong with a relative output path of a submitted job."""
+
 
 def unique_files(paths: tuple[str, ...]) -> tuple[str, ...]:
     """The first name of every file: ``a/../m.jsonl`` and links are other names of the same file."""
@@ -63,8 +66,7 @@ def relative_output_errors(settings: BaseModel) -> list[str]:
     if getattr(settings, "storage_path", ""):
         return []
     return [
-        f"--{name} {getattr(settings, name)}: a submitted job runs in a temporary copy; make it absolute, or add "
-        "--storage_path"
+        f"--{name} {getattr(settings, name)}: {TEMPORARY_COPY}"
         for name, field in type(settings).model_fields.items()
         if flag_metadata(field).path == "output"
         and name in settings.model_fields_set

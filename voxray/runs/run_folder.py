@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from voxray.config.input_files import TEMPORARY_COPY
 from voxray.config.parse import SUBMITTED_JOB_VARIABLE, Settings
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.project_files import IN_WHEEL, PROJECT_FILES
@@ -87,9 +88,7 @@ def resolve_output_dir(path: str, storage_path: str, *, flag: str = "--output_di
     if storage_path:
         return Path(storage_path) / folder
     if is_submitted_job():
-        raise SettingsError(
-            f"{flag} {path}: a submitted job runs in a temporary copy; make it absolute, or add --storage_path"
-        )
+        raise SettingsError(f"{flag} {path}: {TEMPORARY_COPY}")
     return folder.absolute()
 
 
