@@ -145,7 +145,7 @@ def test_a_model_folder_cannot_bring_code(tmp_path):
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(SettingsError, match="model type 'evil' is not one of voxtral"):
+    with pytest.raises(SettingsError, match="model type 'evil' is not supported: supported are voxtral"):
         get_family(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 

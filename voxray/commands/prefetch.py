@@ -225,7 +225,9 @@ def _make_data(settings: PrefetchSettings, folder: Path, lock: LockFile, inputs:
         if old.name != f".work-{key}":
             shutil.rmtree(old)
     lock.begin("data", requested)
-    root = inputs[0] if len(inputs) == 1 and inputs[0].is_dir() else Path(step.get("base") or folder / "raw" / "hub")
+    # The name of a file that --dataset names says no split; the names of files in a corpus do.
+    is_root = len(inputs) == 1 and (inputs[0].is_dir() or Path(settings.dataset).expanduser().is_file())
+    root = inputs[0] if is_root else Path(step.get("base") or folder / "raw" / "hub")
     select = RowFilter(root, settings.language, settings.splits, settings.max_rows)
     outputs = {"train_output": data / MANIFESTS["train"]}
     outputs |= {"val_output": data / MANIFESTS["validation"]} if "validation" in settings.splits else {}

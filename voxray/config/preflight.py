@@ -80,9 +80,9 @@ def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
     is_salmonn_file = "cfg_path" in values or isinstance(values.get("model"), dict)  # of SALMONN's own trainer
     model_id = next((str(values[name]) for name in MODEL_ID_FLAGS if values.get(name)), VOXTRAL)
     family = "salmonn" if is_salmonn_file else _guess_family(model_id)
-    for recipe in recipes().values():
-        if family in recipe.model_types and len(recipe.model_types) == 1:
-            return recipe.name, f"the model is a {family} model"
+    fitting = [recipe.name for recipe in recipes().values() if family in recipe.model_types]
+    if len(fitting) == 1:
+        return fitting[0], f"the model is a {family} model"
     tasks = _read_tasks(values.get("train_jsonl") or "")
     if not tasks:
         return "multitask", "no row could be read to choose a recipe by"
@@ -101,9 +101,14 @@ def _guess_family(model_id: str) -> str:
             return str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
-    name = model_id.lower().rpartition("/")[2]
+    name = _without_marks(model_id.rpartition("/")[2])
     types = (model_type for recipe in recipes().values() for model_type in recipe.model_types)
-    return next((model_type for model_type in types if model_type in name), "voxtral")
+    return next((model_type for model_type in types if _without_marks(model_type) in name), "voxtral")
+
+
+def _without_marks(name: str) -> str:
+    """``Qwen3-ASR-1.7B`` -> ``qwen3asr17b``."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _read_tasks(manifests: Any) -> set[str]:

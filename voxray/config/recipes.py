@@ -91,7 +91,7 @@ BUILT_IN = (
         "voxray.recipes.stages:whisper_stage",
         "train_whisper",
         tasks=("asr",),
-        family="whisper",
+        family="voxray.models.audio_seq2seq.facts:FACTS",
         sweep_lora_r=(16, 32),
     ),
     Recipe(

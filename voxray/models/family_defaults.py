@@ -24,6 +24,7 @@ class FamilyDefaults:
     encoder_role = "encoder"
     projector_role = "projector"
     layer_names = LayerNames()
+    reads_samples = False
 
     def projector_positions(self, config: Any, front_end: FrontEnd) -> int:
         return front_end.encoder_positions

@@ -41,6 +41,22 @@ def build_on_meta(build: Callable[[], Any], model_id: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def check_size(model_class: Any, model_id: str) -> None:
+    """Check that a base's weight files can hold the weights that its config.json describes, before they take memory.
+
+    Raises:
+        RunError: They are too small even for 4 bits per weight. The library would draw what is missing at random.
+    """
+    folder = Path(model_file(model_id, "config.json")).parent
+    num_bytes = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    config = model_class.config_class.from_pretrained(model_id)
+    model = build_on_meta(lambda: model_class._from_config(config), model_id)
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    if num_bytes < num_weights // 2:
+        sizes = f"config.json describes {num_weights:,} weights, and its weight files have {num_bytes:,} bytes"
+        raise RunError(f"--model_id {model_id}: {sizes}")
+
+
 def read_config(model_id: str) -> dict[str, Any]:
     """Read a model's config.json from its folder or the hub.
 

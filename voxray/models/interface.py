@@ -110,6 +110,7 @@ class ModelFamily(Protocol):
         encoder_role: Role of the audio encoder.
         projector_role: Role between encoder and language model; "" if there is none.
         layer_names: Layers that preflight treats specially.
+        reads_samples: Whether the features are samples, which have no frequencies to mask.
     """
 
     name: str
@@ -124,6 +125,7 @@ class ModelFamily(Protocol):
     encoder_role: str
     projector_role: str
     layer_names: LayerNames
+    reads_samples: bool
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> FrontEnd:
         """Build the front end of a base.

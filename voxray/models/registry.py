@@ -13,7 +13,8 @@ from typing import Any
 from voxray.config.recipes import load_object
 from voxray.core.errors import BadRow, SettingsError
 from voxray.core.languages import check_language
-from voxray.models.audio_lm.facts import FACTS
+from voxray.models.audio_lm.facts import FACTS as AUDIO_LM_FACTS
+from voxray.models.audio_seq2seq.facts import FACTS as AUDIO_SEQ2SEQ_FACTS
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
@@ -25,10 +26,38 @@ FAMILIES = {
     "whisper": "voxray.models.whisper.family:Whisper",
     "salmonn": "voxray.models.salmonn.family:Salmonn",
 }
-"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes.
+"""{model type: ``package.module:name``}. A family is imported on first use, because Ray starts many processes."""
 
-The other model types of ``audio_lm.facts.FACTS`` share the class ``audio_lm.family.AudioLm``.
-"""
+SHARED = (
+    ("voxray.models.audio_lm.family:AudioLm", AUDIO_LM_FACTS),
+    ("voxray.models.audio_seq2seq.family:AudioSeq2Seq", AUDIO_SEQ2SEQ_FACTS),
+)
+"""(path of a class, model types that share it). It is called with the model type."""
+
+CTC = "it is trained with CTC, and voxray trains models that write their answer token by token"
+TRANSDUCER = "it is a transducer, and voxray trains models that write their answer token by token"
+STREAMS = "it adds a stream of audio to a stream of text, and voxray reads audio at placeholder tokens"
+WHOLE_CLIPS = "its encoder reads clips as a whole, and voxray encodes them in windows before a language model"
+POSITIONS = "its positions have three dimensions, and those of packed rows have one"
+UNSUPPORTED = {
+    "voxtral_realtime": STREAMS,
+    "kyutai_speech_to_text": STREAMS,
+    "phi4_multimodal": "its weights hold LoRA layers of their own, and its attention layers are fused",
+    "granite_speech": WHOLE_CLIPS,
+    "granite_speech_plus": WHOLE_CLIPS,
+    "fun_asr_nano": WHOLE_CLIPS,
+    "moss_transcribe_diarize": "its prompts hold time marks between the tokens of audio",
+    "vibevoice_asr": "it reads samples at 24 kHz through two encoders",
+    "qwen2_5_omni": POSITIONS,
+    "qwen2_5_omni_thinker": POSITIONS,
+    "qwen3_omni_moe": POSITIONS,
+    "qwen3_omni_moe_thinker": POSITIONS,
+    "gemma3n": "its language model has inputs per layer, which packed rows lack",
+    "nemo_speechlm": "its language model has Mamba layers, whose state would pass from one packed row to the next",
+    **dict.fromkeys(("wav2vec2", "wav2vec2-bert", "hubert", "lasr_ctc", "parakeet_ctc"), CTC),
+    **dict.fromkeys(("parakeet_rnnt", "parakeet_tdt", "nemotron3_5_asr", "nemotron_asr_streaming"), TRANSDUCER),
+}
+"""{model type that reads speech: why it is not supported}."""
 
 
 @cache
@@ -36,15 +65,13 @@ def families() -> Mapping[str, Callable[[], Any]]:
     """Loaders of the family classes, by model type. Installed packages cannot replace voxray's own families."""
     installed = {point.name: point.load for point in entry_points(group=ENTRY_POINTS)}
     own: dict[str, Callable[[], Any]] = {name: partial(load_object, path) for name, path in FAMILIES.items()}
-    others = {name: partial(_load_audio_lm, name) for name in FACTS if name not in own}
+    others = {name: partial(_load_shared, path, name) for path, facts in SHARED for name in facts if name not in own}
     return installed | own | others
 
 
-def _load_audio_lm(model_type: str) -> Callable[[], Any]:
-    """A function that returns the family of a model type of ``audio_lm.facts.FACTS`` without a class of its own."""
-    from voxray.models.audio_lm.family import AudioLm
-
-    return partial(AudioLm, model_type)
+def _load_shared(path: str, model_type: str) -> Callable[[], Any]:
+    """A function that returns the family of a model type without a class of its own."""
+    return partial(load_object(path), model_type)
 
 
 def get_family(model_id: str) -> ModelFamily:
@@ -57,7 +84,8 @@ def get_family(model_id: str) -> ModelFamily:
     log_library_messages()
     model_type = str(read_config(model_id).get("model_type"))
     if model_type not in families():
-        raise SettingsError(f"--model_id {model_id}: model type {model_type!r} is not one of {', '.join(families())}")
+        missing = UNSUPPORTED.get(model_type, f"supported are {', '.join(families())}")
+        raise SettingsError(f"--model_id {model_id}: model type {model_type!r} is not supported: {missing}")
     return families()[model_type]()()
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from voxray.batches.rank import Worker
+from voxray.config.flag_groups import MaskFlags
 from voxray.config.recipes import Recipe, find_recipe, load_object, recipes
 from voxray.config.train import TrainSettings
 from voxray.core.errors import SettingsError
@@ -83,6 +84,8 @@ def require_family(settings: TrainSettings) -> ModelFamily:
         others = [other.job for other in recipes().values() if family.name in other.model_types]
         advice, own = f"; {others[0]} trains it" if others else "", ", ".join(recipe.model_types)
         raise SettingsError(f"--model_id {settings.model_id}: a {family.name} model, and this job trains {own}{advice}")
+    if family.reads_samples and isinstance(settings, MaskFlags) and settings.freq_masks:
+        raise SettingsError(f"--freq_masks: a {family.name} model reads samples, which have no frequencies to mask")
     return family
 
 

@@ -261,5 +261,5 @@ def test_long_recordings_need_log_mel(features, rows, make_features, tmp_path):
 
 def test_other_model_types_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(Exception, match="model type 'bert' is not one of voxtral, whisper"):
+    with pytest.raises(Exception, match="model type 'bert' is not supported: supported are voxtral, whisper"):
         get_family(str(tmp_path))

@@ -109,7 +109,7 @@ class CausalDecodeState:
         # transformers applies a mask of four dimensions as it is; without padding none is needed.
         mask = self._mask_BL[:, None, None] if self._is_padded else None
         inputs = {"input_ids": ids_B[:, None], "attention_mask": mask, "position_ids": self._position_B[:, None]}
-        logits_BV = self._forward(**inputs, past_key_values=self._past_key_values)
+        logits_BV = self._forward(**inputs, **self._row_inputs(), past_key_values=self._past_key_values)
         self._position_B = self._position_B + 1
         return logits_BV
 
@@ -133,6 +133,10 @@ class CausalDecodeState:
 
     def _set_mask(self, mask_BL: torch.Tensor) -> None:
         self._mask_BL, self._is_padded = mask_BL, not bool(mask_BL.all())
+
+    def _row_inputs(self) -> dict[str, Any]:
+        """Other inputs that every step needs."""
+        return {}
 
     @property
     def _past_key_values(self) -> Any:

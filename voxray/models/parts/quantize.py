@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
+from voxray.models.hf_files import check_size
 
 QUANTIZED = ("8bit", "4bit")
 
@@ -71,6 +72,7 @@ def load_frozen(
     config = quantization_config(quantize, dtype, keep)
     options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
     with library_errors(f"--model_id {model_id}: cannot load the model"):
+        check_size(model_class, model_id)
         model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
     stabilize_quantized_layers(model)
     return model.to(device).requires_grad_(False).eval()

@@ -7,70 +7,45 @@ Shape letters: B rows (one window each, so W too), R some of the rows, L tokens,
 encoder positions, D width, N predicted positions, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.core.errors import library_errors
-from voxray.models.family_defaults import FamilyDefaults
-from voxray.models.hf_files import build_on_meta, unwrap_peft
+from voxray.models.audio_seq2seq.family import ENCODER, AudioSeq2Seq, pad_rows
+from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import AudioPath, Batch
 from voxray.models.parts.audio_encoder import EncoderMethods, EncoderOutputs, PassThrough, replace_audio_encoder
-from voxray.models.parts.cpu_lm_head import few_rows_linear
-from voxray.models.parts.cross_kv_cache import CrossDecodeState
-from voxray.models.parts.layer_compile import compile_layers, eager_mode
-from voxray.models.parts.quantize import load_frozen
-from voxray.models.whisper.front_end import TASKS, WhisperFrontEnd
-
-ENCODER = "encoder"
+from voxray.models.parts.layer_compile import eager_mode
+from voxray.models.whisper.front_end import WhisperFrontEnd
 
 
-class Whisper(EncoderMethods, FamilyDefaults):
-    """Whisper's model side (see ``ModelFamily``)."""
+class Whisper(AudioSeq2Seq):
+    """Whisper's model side (see ``ModelFamily``): whole windows, languages that it detects, long recordings."""
 
-    name = "whisper"
-    tasks: tuple[str, ...] = TASKS
-    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({ENCODER: (ENCODER,), "decoder": ("decoder", "proj_out")})
-    lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType(
-        dict.fromkeys((ENCODER, "decoder"), ("q_proj", "v_proj"))
-    )
-    always_frozen: tuple[str, ...] = ("encoder.embed_positions",)  # sinusoids
-    quantized: tuple[str, ...] = (ENCODER, "decoder")
-    files: tuple[str, ...] = (
-        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-        *("merges.txt", "normalizer.json", "preprocessor_config.json", "processor_config.json"),
-    )
-    encoder_name = ENCODER
+    always_frozen: tuple[str, ...] = (f"{ENCODER}.embed_positions",)  # sinusoids
+    files: tuple[str, ...] = (*AudioSeq2Seq.files, "normalizer.json")
+    load_encoder = EncoderMethods.load_encoder
+    encode = EncoderMethods.encode
+
+    def __init__(self, model_type: str = "whisper") -> None:
+        super().__init__(model_type)
 
     def front_end(self, model_id: str, *, trim_audio: bool = False) -> WhisperFrontEnd:
         with library_errors(f"--model_id {model_id}: its configuration or tokenizer cannot be used"):
             return WhisperFrontEnd(model_id, trim_audio=trim_audio)
 
-    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
-        """Load the base; ``quantize`` applies to the layers of encoder and decoder."""
-        from transformers import WhisperForConditionalGeneration
-
-        options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "keep": ("proj_out",)}
-        model = load_frozen(WhisperForConditionalGeneration, model_id, **options)
+    def prepare(self, model: Any, model_id: str) -> None:
+        """Complete the generation config of a loaded base."""
         model.generation_config.forced_decoder_ids = None  # our prompts contain language and task
         _set_token_ids(model.generation_config, self.front_end(model_id))
-        return model
-
-    def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
-        """Build the base on the meta device."""
-        from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-        config = WhisperConfig.from_pretrained(model_id)
-        return build_on_meta(lambda: WhisperForConditionalGeneration._from_config(config, dtype=dtype), model_id)
 
     def encoder_class(self, model_id: str) -> tuple[Any, Any]:
-        from transformers import WhisperConfig
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        return WhisperEncoder, WhisperConfig.from_pretrained(model_id)
+        return WhisperEncoder, self.config(model_id)
 
     def audio_path(self, model: Any) -> EncoderOutputs:
         """The encoder: mel_WFT -> states_WPD."""
@@ -81,64 +56,11 @@ class Whisper(EncoderMethods, FamilyDefaults):
         encoder = unwrap_peft(model).model.encoder
         replace_audio_encoder(encoder, encoder, "forward", "last_hidden_state", run)
 
-    def compile_layers(self, model: Any) -> None:
-        """Compile the layers of encoder and decoder for ``answer_logits``."""
-        inner = unwrap_peft(model).model
-        for part in (inner.encoder, inner.decoder):
-            if not isinstance(part, PassThrough):
-                compile_layers(part, model.device)
+    def encode_audio(self, base: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Inputs of the decoder: the encoder's outputs states_BPD for whole windows, all of which count."""
+        return {"encoder_hidden_states": _encode(base, batch["input_features"])}
 
-    def answer_logits(
-        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
-    ) -> torch.Tensor:
-        """Compute logits_NV at selected positions; every row has audio, so ``roles_in_every_pass`` has no effect."""
-        base = unwrap_peft(model)
-        ids_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
-        if "segment_ends" in batch:
-            ids_BL, mask_BL = _unpack_rows(ids_BL[0], batch["segment_ends"])
-        assert len(ids_BL) == len(batch["input_features"]), "one window a row"
-        hidden_BLD = base.model.decoder(
-            input_ids=ids_BL,
-            attention_mask=mask_BL,
-            encoder_hidden_states=_encode(base, batch["input_features"]),
-            use_cache=False,
-        ).last_hidden_state
-        if "segment_ends" in batch:
-            assert mask_BL is not None
-            return base.proj_out(hidden_BLD[mask_BL.bool()][keep_BL[0]])
-        return base.proj_out(hidden_BLD[keep_BL])
-
-    @torch.no_grad()
-    def prefill(self, model: Any, batch: Batch) -> tuple[CrossDecodeState, torch.Tensor]:
-        """Run left-padded prompts; returns their state and logits_BV of the first new token.
-
-        Prompts without a language get the language that the model detects, in ``batch`` as well.
-        Tokens that generation_config.json suppresses, always or at the first position, get logits of minus infinity.
-        """
-        base = unwrap_peft(model)
-        config = base.generation_config
-        suppressed, suppressed_first = config.suppress_tokens or [], config.begin_suppress_tokens or []
-
-        def forward(encoder_hidden_states: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
-            if encoder_hidden_states is None:  # keys and values are cached; the decoder only checks that it is not None
-                encoder_hidden_states = states_BPD[: len(inputs["input_ids"]), :0]
-            with eager_mode(base.model.decoder):
-                hidden_BLD = base.model.decoder(
-                    encoder_hidden_states=encoder_hidden_states, use_cache=True, **inputs
-                ).last_hidden_state
-            logits_BV = few_rows_linear(base.proj_out, hidden_BLD[:, -1])
-            logits_BV[:, suppressed] = -torch.inf
-            return logits_BV
-
-        with eager_mode(base.model.decoder):
-            states_BPD = _encode(base, batch["input_features"])
-        ids_BL, mask_BL = self._add_languages(base, batch, states_BPD)
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "encoder_hidden_states": states_BPD}
-        state, logits_BV = CrossDecodeState.prefill(forward, inputs)
-        logits_BV[:, suppressed_first] = -torch.inf
-        return state, logits_BV
-
-    def _add_languages(self, base: Any, batch: Batch, states_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def complete_prompts(self, base: Any, batch: Batch, states_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Insert the language that the model detects into prompts of the batch that have no language token.
 
         Returns:
@@ -158,7 +80,7 @@ class Whisper(EncoderMethods, FamilyDefaults):
         detected_R = languages[base.proj_out(hidden_R1D[:, -1])[:, languages].argmax(-1)]
         for row, language in zip(rows, detected_R, strict=True):
             prompts[row] = torch.cat([prompts[row][:1], language[None], prompts[row][1:]])
-        batch["input_ids"], batch["attention_mask"] = ids_BL, mask_BL = _pad_rows(prompts, "left")
+        batch["input_ids"], batch["attention_mask"] = ids_BL, mask_BL = pad_rows(prompts, "left")
         return ids_BL, mask_BL
 
     @torch.no_grad()
@@ -183,10 +105,10 @@ class Whisper(EncoderMethods, FamilyDefaults):
             )
         with eager_mode(base.model.decoder):
             if is_long:
-                ids_BL, _ = self._add_languages(base, batch, _encode(base, features[:1]))
+                ids_BL, _ = self.complete_prompts(base, batch, _encode(base, features[:1]))
                 return self._generate_long(base, ids_BL[0], features, num_samples[0], options)
             states_BPD = _encode(base, features)
-            ids_BL, mask_BL = self._add_languages(base, batch, states_BPD)
+            ids_BL, mask_BL = self.complete_prompts(base, batch, states_BPD)
             free_positions = base.config.max_target_positions - ids_BL.shape[1]  # a detected language takes one
             options["max_new_tokens"] = min(options["max_new_tokens"], free_positions)
             # With times transformers may run the encoder again on the audio after the last time token.
@@ -228,21 +150,3 @@ def _encode(base: Any, features: torch.Tensor) -> torch.Tensor:
     """Encoder outputs states_BPD of whole windows; stored encoder outputs are returned as they are."""
     features = features if isinstance(base.model.encoder, PassThrough) else features.to(base.dtype)
     return base.model.encoder(features, return_dict=True).last_hidden_state
-
-
-def _unpack_rows(ids_L: torch.Tensor, ends_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split a packed row into rows padded on the right, and their mask.
-
-    Each row cross-attends to its own encoder outputs, and its tokens are few, so packing would gain nothing.
-    """
-    lengths = torch.diff(ends_B, prepend=ends_B.new_zeros(1)).tolist()
-    return _pad_rows(torch.split(ids_L, lengths), "right")
-
-
-def _pad_rows(rows: Sequence[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids padded with zeros to ids_BL, and mask_BL, 1 for tokens."""
-    masks = [torch.ones_like(row) for row in rows]
-    ids_BL, mask_BL = (
-        torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_side=side) for part in (rows, masks)
-    )
-    return ids_BL, mask_BL

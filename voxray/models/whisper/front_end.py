@@ -68,7 +68,9 @@ class WhisperFrontEnd(WindowedLogMel):
         ids = getattr(generation, "lang_to_id", None) or ids if self.is_multilingual else {}
         self.lang_to_id: dict[str, int] = ids
         self.language_ids = {_code(token): token_id for token, token_id in ids.items()}
-        self.languages = frozenset(self.language_ids) if self.is_multilingual else frozenset({"en"})
+        self.languages: frozenset[str] | None = frozenset({"en"})
+        if self.is_multilingual:
+            self.languages = frozenset(self.language_ids)
         template = TEMPLATE_VERSION if self.is_multilingual else ENGLISH_TEMPLATE_VERSION
         options = [FEATURES_VERSION, template, self.num_mel_bins, self.window_frames, self.is_multilingual]
         self.fingerprint = combined_hash([*options, self._tokenizer_hash()])

@@ -1,0 +1,139 @@
+"""Print which models can be trained on which GPU: the largest batch by preflight's memory model, as Markdown.
+
+python tools/memory_table.py
+
+Every number is for LoRA with rank 16 on all roles that the job trains by default, activations that are recomputed
+(--grad_ckpt), clips of 30 s with 100 tokens of answer, and validation. No weights are needed.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from voxray.core.units import GIB  # noqa: E402
+from voxray.models.adapters.lora import add_lora  # noqa: E402
+from voxray.models.audio_lm.facts import FACTS as AUDIO_LM  # noqa: E402
+from voxray.models.audio_seq2seq.facts import FACTS as AUDIO_SEQ2SEQ  # noqa: E402
+from voxray.models.audio_seq2seq.facts import encoder_config  # noqa: E402
+from voxray.models.interface import ModelFamily  # noqa: E402
+from voxray.models.registry import families  # noqa: E402
+from voxray.preflight.budget import GPU_SHARE  # noqa: E402
+from voxray.preflight.memory import MemoryModel, Training  # noqa: E402
+from voxray.preflight.shapes import ComputeConfig, PackShape  # noqa: E402
+from voxray.recipes.build_model import checkpoint_gradients, set_modes  # noqa: E402
+
+GPUS = (16, 24, 48, 80, 141)  # GiB
+PRECISIONS = ("bf16", "4bit")
+BATCHES = tuple(2**power for power in range(9))
+CLIP_SEC, ANSWER_TOKENS, OTHER_PROMPT_TOKENS = 30, 100, 20
+VALIDATION_ROWS, NEW_TOKENS = 8, 256
+
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
+WHISPER_SMALL = {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072}
+WHISPER_LARGE = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Voxtral-Mini-3B": ("voxtral", {}),
+    "Voxtral-Small-24B": ("voxtral", {"hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40}),
+    "Qwen3-ASR-1.7B": ("qwen3_asr", {}),
+    "Qwen2-Audio-7B": ("qwen2_audio", {"intermediate_size": 11_008, "vocab_size": 156_032}),
+    "Audio-Flamingo-3": ("audioflamingo3", {**QWEN_7B, "num_key_value_heads": 4, "vocab_size": 152_064}),
+    "GLM-ASR-Nano": ("glmasr", {}),
+    "whisper-small": ("whisper", WHISPER_SMALL),
+    "whisper-large-v3": ("whisper", {**WHISPER_LARGE, "num_mel_bins": 128}),
+    "Cohere-Transcribe": ("cohere_asr", {}),
+    "Canary-1B-v2": ("canary", {}),
+}
+"""{name: (model type, sizes that differ from the defaults of transformers)}, of the language model or of all parts."""
+
+
+def released_config(name: str) -> Any:
+    """Configuration of a released model, without tokens."""
+    import transformers
+
+    model_type, sizes = MODELS[name]
+    facts = (AUDIO_LM | AUDIO_SEQ2SEQ)[model_type]
+    config = getattr(transformers, facts.config)()
+    if model_type == "whisper":
+        decoder = {key.replace("encoder", "decoder"): value for key, value in sizes.items()}
+        return transformers.WhisperConfig(**(sizes | decoder), max_target_positions=448)
+    for key, value in sizes.items():
+        setattr(config.text_config, key, value)
+    return config
+
+
+def build(name: str) -> tuple[Any, ModelFamily]:
+    """The model with the LoRA layers that its job trains by default, on the meta device, and its family."""
+    import transformers
+
+    model_type, _ = MODELS[name]
+    family: ModelFamily = families()[model_type]()()
+    facts = (AUDIO_LM | AUDIO_SEQ2SEQ)[model_type]
+    roles = ("projector", "llm") if model_type in AUDIO_LM else tuple(family.roles)
+    with torch.device("meta"):
+        base = getattr(transformers, facts.model)._from_config(released_config(name), dtype=torch.bfloat16)
+        model = add_lora(base.requires_grad_(False), family, roles, model_id=name, r=16, alpha=32, dropout=0.05)
+    checkpoint_gradients(base)
+    set_modes(model, family, roles)
+    return model, family
+
+
+def clip_sizes(name: str, config: Any) -> tuple[Any, int, int]:
+    """What the memory model reads of a front end, prompt tokens of a clip, and its windows."""
+    model_type, _ = MODELS[name]
+    if model_type in AUDIO_LM:
+        lm_facts, audio = AUDIO_LM[model_type], config.audio_config
+        frames = lm_facts.window_frames(audio)
+        positions, windows = int(lm_facts.positions(frames, audio)), -(-CLIP_SEC * 100 // frames)
+        sizes = {"encoder_positions": positions * lm_facts.merged, "encoder_dim": audio.hidden_size}
+        return SimpleNamespace(**sizes, cross_attention_positions=0), positions * windows, windows
+    encoder = encoder_config(config)
+    positions = int(AUDIO_SEQ2SEQ[model_type].positions(CLIP_SEC * 16_000, encoder))
+    sizes = {"encoder_positions": positions, "encoder_dim": getattr(encoder, "hidden_size", 0)}
+    return SimpleNamespace(**sizes, cross_attention_positions=positions), 0, 1
+
+
+def needs(name: str) -> dict[str, dict[int, int]]:
+    """{precision: {batch: bytes}}."""
+    model, family = build(name)
+    front_end, audio_tokens, windows = clip_sizes(name, model.get_base_model().config)
+    prompt = audio_tokens + OTHER_PROMPT_TOKENS
+    length, result = prompt + ANSWER_TOKENS, dict[str, dict[int, int]]()
+    for precision in PRECISIONS:
+        quantize = "none" if precision == "bf16" else precision
+        computing = ComputeConfig(torch.bfloat16, on_gpu=True, grad_ckpt=True, quantize=quantize)
+        memory = MemoryModel(model, family, front_end, computing, Training(grad_accum=4))
+        by_batch = {}
+        for batch in BATCHES:
+            shape = PackShape(batch, batch * length, length, batch * windows, batch * ANSWER_TOKENS)
+            rows = max(VALIDATION_ROWS, batch)
+            validation = PackShape(rows, rows * prompt, prompt, rows * windows, rows)
+            by_batch[batch] = memory.need(shape, validation, NEW_TOKENS).peak_bytes
+        result[precision] = by_batch
+    return result
+
+
+def largest_batch(by_batch: Mapping[int, int], gib: int) -> str:
+    """The largest batch that fits into a GPU; a dash if none does."""
+    limit = gib * GIB * GPU_SHARE
+    return str(max((batch for batch, num_bytes in by_batch.items() if num_bytes <= limit), default="-"))
+
+
+def rows() -> list[str]:
+    """The lines of the table."""
+    lines = [f"| model | precision | {' | '.join(f'{gib} GB' for gib in GPUS)} |", "| --- " * (2 + len(GPUS)) + "|"]
+    for name in MODELS:
+        for precision, by_batch in needs(name).items():
+            cells = [largest_batch(by_batch, gib) for gib in GPUS]
+            lines.append(f"| {name} | {precision} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(rows()))

@@ -1,0 +1,58 @@
+"""The audio encoder of an encoder-decoder, on clips of their own length.
+
+Shape letters: W windows, one for each clip, T mel frames of a window, F mel bins, P encoder positions, D width.
+"""
+
+from typing import Any
+
+import torch
+
+from voxray.models.audio_seq2seq.facts import HOP_SAMPLES, Seq2SeqFacts
+
+DROPOUTS = ("dropout", "dropout_positions", "activation_dropout", "attention_dropout", "layerdrop")
+
+
+def first_columns(count_W: torch.Tensor, length: int) -> torch.Tensor:
+    """True in the first ``count`` of ``length`` columns of every row."""
+    return torch.arange(length, device=count_W.device) < count_W[:, None]
+
+
+def encode_windows(
+    encoder: Any, facts: Seq2SeqFacts, features_WFT: torch.Tensor, num_samples_W: torch.Tensor
+) -> torch.Tensor:
+    """Run the encoder on windows, up to the end of the longest clip among them.
+
+    Returns:
+        states_WPD. Positions after the end of a clip are 0.
+    """
+    positions_W = facts.positions(num_samples_W, encoder.config)
+    if facts.is_waveform:
+        samples = features_WFT.transpose(1, 2).flatten(1).to(encoder.dtype)
+        clips = [clip[None, :length] for clip, length in zip(samples, num_samples_W.tolist(), strict=True)]
+        states = [encoder(clip).last_hidden_state[0] for clip in clips]
+        return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+    frames_W = num_samples_W // HOP_SAMPLES
+    longest = int(frames_W.max())
+    mel_WTF = features_WFT[:, :, :longest].transpose(1, 2).to(encoder.dtype)
+    states_WPD = encoder(mel_WTF, attention_mask=first_columns(frames_W, longest)).last_hidden_state
+    return states_WPD * first_columns(positions_W, states_WPD.shape[1])[..., None]
+
+
+class FrozenBatchNorm(torch.nn.BatchNorm1d):
+    """Normalizes with the stored mean and variance in training too, so that the rows of a batch stay independent."""
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm":
+        return super().train(False)
+
+
+def fix_training_mode(model: Any) -> None:
+    """Make a base compute the same in training as in evaluation: stored statistics, and no dropout of its own.
+
+    Stored encoder outputs then equal those of the encoder in the model. LoRA has a dropout of its own.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.__class__ = FrozenBatchNorm
+        for name in DROPOUTS:
+            if isinstance(getattr(module, name, None), float | int):
+                setattr(module, name, 0.0)

@@ -1,0 +1,217 @@
+"""Encoder-decoders: a decoder that cross-attends to the outputs of an audio encoder writes the transcript.
+
+``facts.FACTS`` lists the model types and what distinguishes them. Prompt and answer tokens are the decoder's only.
+
+Shape letters: B rows (one window each, so W too), L tokens, T mel frames of a window, F mel bins, P encoder positions,
+D width, N predicted positions, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from voxray.core.errors import RunError, library_errors
+from voxray.models.audio_seq2seq.encoder import encode_windows, first_columns, fix_training_mode
+from voxray.models.audio_seq2seq.facts import FACTS, HOP_SAMPLES, encoder_config
+from voxray.models.audio_seq2seq.front_end import AudioSeq2SeqFrontEnd
+from voxray.models.family_defaults import FamilyDefaults
+from voxray.models.front_end import FrontEnd
+from voxray.models.hf_files import build_on_meta, unwrap_peft
+from voxray.models.interface import AudioPath, Batch
+from voxray.models.parts.audio_encoder import EncoderMethods, PassThrough
+from voxray.models.parts.cpu_lm_head import few_rows_linear
+from voxray.models.parts.cross_kv_cache import CrossDecodeState
+from voxray.models.parts.layer_compile import compile_layers, eager_mode
+from voxray.models.parts.quantize import load_frozen
+
+ENCODER = "encoder"
+
+
+class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
+    """The model side of one model type of ``FACTS`` (see ``ModelFamily``)."""
+
+    tasks: tuple[str, ...] = ("asr",)
+    roles: Mapping[str, tuple[str, ...]] = MappingProxyType({ENCODER: (ENCODER,), "decoder": ("decoder", "proj_out")})
+    lora_targets: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        dict.fromkeys((ENCODER, "decoder"), ("q_proj", "v_proj"))
+    )
+    always_frozen: tuple[str, ...] = ("decoder.pos_emb",)  # sinusoids
+    quantized: tuple[str, ...] = (ENCODER, "decoder")
+    files: tuple[str, ...] = (
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+        *("merges.txt", "preprocessor_config.json", "processor_config.json", "chat_template.jinja"),
+    )
+    encoder_name = ENCODER
+    projector_role = ""
+
+    def __init__(self, model_type: str) -> None:
+        self.name, self.facts = model_type, FACTS[model_type]
+        self.reads_samples = self.facts.is_waveform
+
+    def front_end(self, model_id: str, *, trim_audio: bool = False) -> FrontEnd:
+        with library_errors(f"--model_id {model_id}: its configuration or processor cannot be used"):
+            return AudioSeq2SeqFrontEnd(model_id, self.facts, trim_audio=trim_audio)
+
+    def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
+        """Load the base; ``quantize`` applies to the layers of encoder and decoder."""
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "keep": ("proj_out",)}
+        model = load_frozen(_library(self.facts.model), model_id, **options)
+        self.prepare(model, model_id)
+        return model
+
+    def prepare(self, model: Any, model_id: str) -> None:
+        """Change what a loaded base needs changed."""
+        fix_training_mode(model)
+
+    def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
+        """Build the base on the meta device."""
+        config = self.config(model_id)
+        return build_on_meta(lambda: _library(self.facts.model)._from_config(config, dtype=dtype), model_id)
+
+    def encoder_class(self, model_id: str) -> tuple[Any, Any]:
+        return _library(self.facts.encoder), encoder_config(self.config(model_id))
+
+    def config(self, model_id: str) -> Any:
+        """Configuration of a base."""
+        return _library(self.facts.config).from_pretrained(model_id)
+
+    def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
+        """Load the audio encoder with the whole base, because the names in the weight files differ from its own."""
+        return self.load_model(model_id, dtype=dtype, device=device).model.encoder
+
+    @torch.inference_mode()
+    def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
+        """Run the encoder on whole windows; returns states_WPD, with zeros for padding."""
+        device = next(encoder.parameters()).device
+        features_WFT, num_samples_W = features_WFT.to(device), num_samples_W.to(device)
+        states_WPD = encode_windows(encoder, self.facts, features_WFT, num_samples_W)
+        whole = int(self.facts.positions(features_WFT.shape[2] * HOP_SAMPLES, encoder.config))
+        return torch.nn.functional.pad(states_WPD, (0, 0, 0, whole - states_WPD.shape[1]))
+
+    def audio_path(self, model: Any) -> torch.nn.Module:
+        """Not supported.
+
+        Raises:
+            RunError: Always.
+        """
+        reason = f"the encoder of a {self.name} model reads clips at their own length, so it cannot be compiled"
+        raise RunError(f"--model_id {unwrap_peft(model).name_or_path}: {reason}")
+
+    def use_audio_path(self, model: Any, run: AudioPath) -> None:
+        raise AssertionError("audio_path returned no module")
+
+    def compile_layers(self, model: Any) -> None:
+        """Compile the layers of encoder and decoder for ``answer_logits``."""
+        inner = unwrap_peft(model).model
+        for part in (inner.encoder, inner.decoder):
+            if not isinstance(part, PassThrough):
+                compile_layers(part, model.device)
+
+    def encode_audio(self, base: Any, batch: Batch) -> dict[str, torch.Tensor]:
+        """Inputs of the decoder: the encoder's outputs states_BPD, and a mask of those that count."""
+        features, num_samples_B = batch["input_features"], batch["num_samples"]
+        positions_B = self.facts.positions(num_samples_B, encoder_config(base.config))
+        longest = int(positions_B.max())
+        if isinstance(base.model.encoder, PassThrough):
+            states_BPD = features[:, :longest].to(base.dtype).contiguous()
+        else:
+            states_BPD = encode_windows(base.model.encoder, self.facts, features, num_samples_B)
+        # transformers applies a mask of four dimensions as it is, in every step.
+        mask_B11P = first_columns(positions_B, longest)[:, None, None]
+        return {"encoder_hidden_states": states_BPD, "encoder_attention_mask": mask_B11P}
+
+    def complete_prompts(self, base: Any, batch: Batch, states_BPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask of the prompts, ids_BL and mask_BL, after the clips have been encoded."""
+        return batch["input_ids"], batch["attention_mask"]
+
+    def answer_logits(
+        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+    ) -> torch.Tensor:
+        """Compute logits_NV at selected positions; every row has audio, so ``roles_in_every_pass`` has no effect."""
+        base = unwrap_peft(model)
+        ids_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
+        if "segment_ends" in batch:
+            ids_BL, mask_BL = _unpack_rows(ids_BL[0], batch["segment_ends"])
+        assert len(ids_BL) == len(batch["input_features"]), "one window a row"
+        hidden_BLD = base.model.decoder(
+            input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **self.encode_audio(base, batch)
+        ).last_hidden_state
+        if "segment_ends" in batch:
+            assert mask_BL is not None
+            return base.proj_out(hidden_BLD[mask_BL.bool()][keep_BL[0]])
+        return base.proj_out(hidden_BLD[keep_BL])
+
+    @torch.no_grad()
+    def prefill(self, model: Any, batch: Batch) -> tuple[CrossDecodeState, torch.Tensor]:
+        """Run left-padded prompts; returns their state and logits_BV of the first new token.
+
+        Tokens that generation_config.json suppresses, always or at the first position, get logits of minus infinity.
+        """
+        base = unwrap_peft(model)
+        config = base.generation_config
+        suppressed, suppressed_first = config.suppress_tokens or [], config.begin_suppress_tokens or []
+        with eager_mode(base.model.decoder):
+            audio = self.encode_audio(base, batch)
+        states_BPD = audio["encoder_hidden_states"]
+        ids_BL, mask_BL = self.complete_prompts(base, batch, states_BPD)
+        no_states_BPD = states_BPD[:, :0].clone()
+
+        def forward(encoder_hidden_states: torch.Tensor = no_states_BPD, **inputs: Any) -> torch.Tensor:
+            # After the first call, keys and values are cached; the decoder only checks that there are states.
+            with eager_mode(base.model.decoder):
+                hidden_BLD = base.model.decoder(
+                    encoder_hidden_states=encoder_hidden_states, use_cache=True, **inputs
+                ).last_hidden_state
+            logits_BV = few_rows_linear(base.proj_out, hidden_BLD[:, -1])
+            logits_BV[:, suppressed] = -torch.inf
+            return logits_BV
+
+        state, logits_BV = CrossDecodeState.prefill(forward, {"input_ids": ids_BL, "attention_mask": mask_BL, **audio})
+        logits_BV[:, suppressed_first] = -torch.inf
+        return state, logits_BV
+
+    @torch.no_grad()
+    def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
+        """Generate transcripts with transformers; returns ids_BL of the new tokens, padded on the right."""
+        from transformers.models.parakeet.modeling_parakeet import ParakeetEncoderModelOutput
+
+        base = unwrap_peft(model)
+        with eager_mode(base.model.decoder):
+            audio = self.encode_audio(base, batch)
+            encoder_outputs = ParakeetEncoderModelOutput(
+                last_hidden_state=audio["encoder_hidden_states"], attention_mask=audio["encoder_attention_mask"]
+            )
+            ids_BL = base.generate(
+                encoder_outputs=encoder_outputs,
+                decoder_input_ids=batch["input_ids"],
+                decoder_attention_mask=batch["attention_mask"],
+                decoder_start_token_id=int(batch["input_ids"][0, 0]),  # generate puts another one before the prompt
+                **options,
+            )
+        return ids_BL[:, batch["input_ids"].shape[1] :]
+
+
+def _library(name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, name)
+
+
+def _unpack_rows(ids_L: torch.Tensor, ends_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split a packed row into rows padded on the right, and their mask.
+
+    Each row cross-attends to its own encoder outputs, and its tokens are few, so packing would gain nothing.
+    """
+    lengths = torch.diff(ends_B, prepend=ends_B.new_zeros(1)).tolist()
+    return pad_rows(torch.split(ids_L, lengths), "right")
+
+
+def pad_rows(rows: Sequence[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids padded with zeros to ids_BL, and mask_BL, 1 for tokens."""
+    masks = [torch.ones_like(row) for row in rows]
+    ids_BL, mask_BL = (
+        torch.nn.utils.rnn.pad_sequence(list(part), batch_first=True, padding_side=side) for part in (rows, masks)
+    )
+    return ids_BL, mask_BL
