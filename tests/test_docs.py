@@ -1,6 +1,7 @@
 """The documentation names files, classes and functions that exist, and the tree in docs/architecture.md is complete."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,18 @@ from voxray.config.recipes import recipes
 from voxray.core.project_files import job_names
 from voxray.corpora.importers import huggingface
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+import memory_table
+
 ROOT = Path(__file__).parents[1]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in memory_table.MODELS if name != "whisper-small"]
 SUBJECTS = tuple(
     f"docs/{name}.md" for name in ("data", "training", "salmonn", "evaluation", "cluster", "python", "trainer")
 )
 REFERENCE = tuple(f"docs/reference/{job}.md" for job in job_names())
 LINKED = ("CHANGELOG.md", "benchmarks/README.md", "tests/assets/README.md", *REFERENCE)
 PAGES = ("README.md", "README.ko.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", *SUBJECTS)
-FILE = r"(?:[a-z_]+/)+[a-z0-9_]+\.(?:py|md|yaml|toml)"
+FILE = r"(?:[a-z0-9_]+/)+[a-z0-9_]+\.(?:py|md|yaml|toml)"
 
 
 def read(page: str) -> str:
@@ -40,7 +45,7 @@ def listed_files(tree: str) -> set[str]:
     for line in tree.splitlines():
         indent = len(line) - len(line.lstrip())
         folders = [folder for folder in folders if folder[0] < indent]
-        if match := re.match(r" *([a-z_]+/)", line):
+        if match := re.match(r" *([a-z0-9_]+/)", line):
             folders.append((indent, match[1]))
         files |= {"".join(name for _, name in folders) + name for name in re.findall(r"[a-z0-9_]+\.py", line)}
     return files
@@ -130,3 +135,9 @@ def test_every_training_job_accepts_the_names_that_mean_the_same() -> None:
     assert len(names) > 20
     for recipe in recipes().values():
         assert not names - set(flag_names(recipe.settings_class)), recipe.name
+
+
+@pytest.mark.parametrize("name", ["whisper-small", *OTHERS])
+def test_the_memory_tables_are_those_of_preflight(name: str) -> None:
+    row = memory_table.row(name)
+    assert all(row in read(page) for page in ("README.md", "README.ko.md")), "run python tools/memory_table.py"

@@ -1,8 +1,9 @@
-"""Print which models can be trained on which GPU: the largest batch by preflight's memory model, as Markdown.
+"""Print which models can be trained on which GPU, as the Markdown table of the README.
 
 python tools/memory_table.py
 
-Every number is for LoRA with rank 16 on all roles that the job trains by default, activations that are recomputed
+A cell holds the largest batches, of the powers of two up to 256, that preflight's memory model allows in bf16 and with
+--quantize 4bit. They are for LoRA with rank 16 on the roles that the job trains by default, recomputed activations
 (--grad_ckpt), clips of 30 s with 100 tokens of answer, and validation. No weights are needed.
 """
 
@@ -119,21 +120,20 @@ def needs(name: str) -> dict[str, dict[int, int]]:
     return result
 
 
-def largest_batch(by_batch: Mapping[int, int], gib: int) -> str:
-    """The largest batch that fits into a GPU; a dash if none does."""
+def cell(by_precision: Mapping[str, Mapping[int, int]], gib: int) -> str:
+    """The largest batches that fit into a GPU, in the order of ``PRECISIONS``; a dash where none does."""
     limit = gib * GIB * GPU_SHARE
-    return str(max((batch for batch, num_bytes in by_batch.items() if num_bytes <= limit), default="-"))
+    fitting = ([n for n, num_bytes in by_batch.items() if num_bytes <= limit] for by_batch in by_precision.values())
+    return " / ".join(str(max(batches, default="-")) for batches in fitting)
 
 
-def rows() -> list[str]:
-    """The lines of the table."""
-    lines = [f"| model | precision | {' | '.join(f'{gib} GB' for gib in GPUS)} |", "| --- " * (2 + len(GPUS)) + "|"]
-    for name in MODELS:
-        for precision, by_batch in needs(name).items():
-            cells = [largest_batch(by_batch, gib) for gib in GPUS]
-            lines.append(f"| {name} | {precision} | {' | '.join(cells)} |")
-    return lines
+def row(name: str) -> str:
+    """The line of a model."""
+    by_precision = needs(name)
+    return f"| {name} | {' | '.join(cell(by_precision, gib) for gib in GPUS)} |"
 
 
 if __name__ == "__main__":
-    print("\n".join(rows()))
+    print(f"| model | {' | '.join(f'{gib} GB' for gib in GPUS)} |", "| --- " * (1 + len(GPUS)) + "|", sep="\n")
+    for model_name in MODELS:
+        print(row(model_name))

@@ -8,7 +8,6 @@ import json
 import resource
 import shutil
 import tarfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 import torch
 from conftest import ASSETS, TINY, manifest, read_rows, write_rows
 from helpers.corpora import clip, lines
-from helpers.mutate import mutate
+from helpers.mutate import mutate, stopwatch
 
 from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import BadRow, RunError, SettingsError
@@ -276,12 +275,12 @@ def damage(kind: Kind, seeds: range) -> Iterator[tuple[int, Path, float, BaseExc
     for seed in seeds:
         path = kind.files[seed % len(kind.files)]
         path.write_bytes(mutate(intact[path], seed))
-        start, error = time.monotonic(), None
+        seconds, error = stopwatch(), None
         try:
             kind.read()
         except Exception as raised:
             error = raised
-        yield seed, path, time.monotonic() - start, error
+        yield seed, path, seconds(), error
         for name, data in around.items():
             name.write_bytes(data)
 

@@ -4,13 +4,12 @@ Each kind takes 20 seeded mutations. The scripts run in this process and without
 """
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ASSETS, TINY, WHISPER, manifest, read_rows, write_rows
-from helpers.mutate import mutate
+from helpers.mutate import mutate, stopwatch
 from helpers.running import load_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("evaluation_here")]
@@ -149,7 +148,7 @@ def test_damaged_files(
         path = files[seed % len(files)]
         path.write_bytes(mutate(before[path], seed))
         capsys.readouterr()
-        start = time.monotonic()
+        seconds = stopwatch()
         try:
             status = run(command)
         except Exception as error:
@@ -160,7 +159,7 @@ def test_damaged_files(
         is_clear = status == 0 or (status in {1, 2} and "error: " in errors)
         if not is_clear or "Traceback" in errors:
             faults.append(f"{path.name}, seed {seed}: status {status}: {errors[-300:]}")
-        if time.monotonic() - start > SECONDS:
-            faults.append(f"{path.name}, seed {seed}: {time.monotonic() - start:.0f} s")
+        if (taken := seconds()) > SECONDS:
+            faults.append(f"{path.name}, seed {seed}: {taken:.0f} s")
     assert not faults, f"{len(faults)} of {len(SEEDS)}:\n" + "\n".join(faults)
     assert num_refused or name == "predictions", "no mutation had an effect, although only predictions are made again"

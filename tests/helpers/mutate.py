@@ -3,15 +3,28 @@
 import copy
 import json
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
+WAITING_SHARE = 6
+"""Seconds by the clock for one second of the processor, above which a reader waits instead of computing."""
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, -1, 0, 2, 1e308, -0.5, float("nan"), float("inf"), 2**63, 10**40),
     *("", "x", "../../x", "a\x00b", "열" * 2000, "\ud800", "1e999", "0x10", "-1"),
     *([], [[]], [1, "a"], {}, {"a": {"b": []}}),
 )
 """Values that hardly any reader expects."""
+
+
+def stopwatch() -> Callable[[], float]:
+    """A function that returns the seconds since this call.
+
+    Seconds of the processor, because a machine with other work takes longer by the clock; or a share of those of the
+    clock, if the reader mostly waited.
+    """
+    cpu, clock = time.process_time(), time.monotonic()
+    return lambda: max(time.process_time() - cpu, (time.monotonic() - clock) / WAITING_SHARE)
 
 
 def mutate(data: bytes, seed: int) -> bytes:

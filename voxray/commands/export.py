@@ -172,14 +172,15 @@ def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> 
 def probe_logits(model: Any, family: ModelFamily, front_end: FrontEnd) -> torch.Tensor:
     """Logits of the answers to a fixed noise clip and, if the family has the task tqa, to a fixed text question."""
     samples = np.random.default_rng(0).normal(0, 0.1, round(PROBE_SEC * front_end.sample_rate_hz)).astype(np.float32)
-    features = front_end.features(samples)
+    features, known = front_end.features(samples), front_end.languages
+    language = "ko" if known is None or "ko" in known else min(known)
     rows = []
     for name in ("asr", "tqa") if "tqa" in family.tasks else ("asr",):
         has_audio = TASKS[name].has_audio
         prompt, path = ("", "probe") if has_audio else (PROBE_TEXT, "")
-        sample = Sample("probe", TASKS[name], prompt, PROBE_TEXT, path, "ko", "")
+        sample = Sample("probe", TASKS[name], prompt, PROBE_TEXT, path, language, "")
         num_windows = features.num_windows if has_audio else 0
-        values = {"id": "probe", "task": name, "language": "ko", "source": "", "prompt": sample.prompt}
+        values = {"id": "probe", "task": name, "language": language, "source": "", "prompt": sample.prompt}
         values |= {"answer": PROBE_TEXT, "fill": features.fill, "num_windows": num_windows, "num_samples": len(samples)}
         values |= {
             "prompt_ids": front_end.prompt_ids(sample, len(samples) if has_audio else 0),

@@ -23,6 +23,7 @@ class LayerNames:
         ("gate_proj", "down_proj", 3),
         ("fc1", "fc2", 2),
         ("linear_1", "linear_2", 2),
+        ("linear1", "linear2", 2),
     )
     cross_attention: tuple[tuple[str, str, str], ...] = (("encoder_attn", "k_proj", "v_proj"),)
     encoder_norms: tuple[str, ...] = ()

@@ -125,10 +125,11 @@ class ActivationCounter:
             return 2 * (positions + inputs) * module.query.out_features * self._size(name)
         if hasattr(module, "gate_proj"):  # the gate before and after its activation, and the other factor
             return 3 * positions * module.gate_proj.out_features * self._size(name)
-        if hasattr(module, "fc1"):  # the input of the activation
-            return positions * module.fc1.out_features * self._size(name)
-        if hasattr(module, "linear_1"):
-            return positions * module.linear_1.out_features * self._size(name)
+        for first in ("fc1", "linear_1", "linear1"):  # the input of the activation
+            if hasattr(module, first):
+                return positions * getattr(module, first).out_features * self._size(name)
+        if hasattr(module, "pointwise_conv1"):  # the gate and its factor, the inputs of batch norm and activation
+            return 4 * positions * module.pointwise_conv1.in_channels * self._size(name)
         if isinstance(module, torch.nn.Conv1d) and _trains(module):  # the input, and that of GELU after it
             before = positions * ENCODER_STRIDE
             after = before // (module.stride[0] if module.in_channels == module.out_channels else 1)
@@ -207,6 +208,8 @@ class ActivationCounter:
             kv_width = width  # kernels without grouped-query attention need keys and values repeated
         saved = (2 * positions * width + 2 * inputs * kv_width) * self._size(name)
         saved += positions * _num_heads(module) * FLOAT32
+        if hasattr(module, "relative_k_proj"):  # the weights of all pairs of positions, twice
+            saved += 2 * positions * self._encoder_positions * _num_heads(module) * self._size(name)
         return saved + (shape.num_rows * shape.longest**2 * self._size(name) if masked else 0)
 
 

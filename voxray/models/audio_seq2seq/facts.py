@@ -19,7 +19,8 @@ class Seq2SeqFacts:
     """What distinguishes a model type.
 
     Attributes:
-        model, config, encoder: Names of its classes in transformers.
+        model, config: Names of its classes in transformers.
+        encoder: Path of the encoder's class.
         positions: Outputs of the encoder for a clip.
         max_audio_sec: Longest clip.
         languages: Path of the table of the languages that a prompt has to name; "" if prompts name none.
@@ -59,25 +60,35 @@ def _moonshine(samples: Any, audio: Any) -> Any:
     return (((samples - 127) // 64 - 6) // 3 - 2) // 2 + 1
 
 
+PARAKEET = "transformers.models.parakeet.modeling_parakeet:ParakeetEncoder"
 FACTS: dict[str, Seq2SeqFacts] = {
-    "whisper": Seq2SeqFacts("WhisperForConditionalGeneration", "WhisperConfig", "WhisperEncoder", _whole),
+    "whisper": Seq2SeqFacts(
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        "transformers.models.whisper.modeling_whisper:WhisperEncoder",
+        _whole,
+    ),
     "cohere_asr": Seq2SeqFacts(
         "CohereAsrForConditionalGeneration",
         "CohereAsrConfig",
-        "ParakeetEncoder",
+        PARAKEET,
         _parakeet,
         languages="transformers.models.cohere_asr.processing_cohere_asr:LANGUAGES",
     ),
     "canary": Seq2SeqFacts(
         "CanaryForConditionalGeneration",
         "CanaryConfig",
-        "ParakeetEncoder",
+        PARAKEET,
         _parakeet,
         max_audio_sec=40.0,
         languages="transformers.models.canary.processing_canary:LANGUAGE_CODE_TO_NAME",
     ),
     "moonshine": Seq2SeqFacts(
-        "MoonshineForConditionalGeneration", "MoonshineConfig", "MoonshineEncoder", _moonshine, is_waveform=True
+        "MoonshineForConditionalGeneration",
+        "MoonshineConfig",
+        "transformers.models.moonshine.modeling_moonshine:MoonshineEncoder",
+        _moonshine,
+        is_waveform=True,
     ),
 }
 """{model type: its facts}."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from voxray.config.recipes import load_object
 from voxray.core.errors import RunError, library_errors
 from voxray.models.audio_seq2seq.encoder import encode_windows, first_columns, fix_training_mode
 from voxray.models.audio_seq2seq.facts import FACTS, HOP_SAMPLES, encoder_config
@@ -71,7 +72,7 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         return build_on_meta(lambda: _library(self.facts.model)._from_config(config, dtype=dtype), model_id)
 
     def encoder_class(self, model_id: str) -> tuple[Any, Any]:
-        return _library(self.facts.encoder), encoder_config(self.config(model_id))
+        return load_object(self.facts.encoder), encoder_config(self.config(model_id))
 
     def config(self, model_id: str) -> Any:
         """Configuration of a base."""

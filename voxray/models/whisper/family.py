@@ -42,11 +42,6 @@ class Whisper(AudioSeq2Seq):
         model.generation_config.forced_decoder_ids = None  # our prompts contain language and task
         _set_token_ids(model.generation_config, self.front_end(model_id))
 
-    def encoder_class(self, model_id: str) -> tuple[Any, Any]:
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        return WhisperEncoder, self.config(model_id)
-
     def audio_path(self, model: Any) -> EncoderOutputs:
         """The encoder: mel_WFT -> states_WPD."""
         return EncoderOutputs(unwrap_peft(model).model.encoder)
