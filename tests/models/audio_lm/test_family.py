@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from helpers.audio_lm_rows import library_inputs, make_row, mixed_rows, noise, request_text, sample
+from torch._dynamo.utils import counters
 from transformers import AutoProcessor
 
 from voxray.batches.collate import collate_packed, collate_prompts, collate_training
@@ -266,6 +267,16 @@ def test_positions_of_the_encoders_layers(base, family, front_end):
     [shape] = shapes
     assert shape[-1] == front_end.encoder_dim
     assert shape.numel() == shape[-1] * family.encoder_layer_positions(model.config, front_end)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(base, family, front_end, model, fresh, without_inductor):
+    batch = collate_packed(mixed_rows(front_end, lengths(front_end)), front_end)
+    expected = losses(family, model, batch)
+    compiled = family.load_model(base, dtype=torch.float32, device=CPU)
+    family.compile_layers(compiled)
+    torch.testing.assert_close(losses(family, compiled, batch), expected, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] >= 2, "the layers are compiled, not just the probe"
 
 
 def test_released_sizes_on_the_meta_device(base, family, tmp_path):

@@ -9,6 +9,7 @@ import torch
 import transformers
 from helpers.audio_lm_rows import make_row, noise, sample
 from helpers.audio_seq2seq_tiny import library_inputs
+from torch._dynamo.utils import counters
 
 from voxray.batches.collate import collate_packed, collate_prompts, collate_training
 from voxray.core.errors import RunError, SettingsError
@@ -170,6 +171,16 @@ def test_4_bits_leave_the_output_layer(base, family, front_end):
 def test_compiling_the_audio_path_is_refused(family, model):
     with pytest.raises(RunError, match=f"the encoder of a {family.name} model reads clips at their own length"):
         family.audio_path(model)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(base, family, front_end, model, fresh, without_inductor):
+    batch = collate_packed(rows(front_end), front_end)
+    expected = losses(family, model, batch)
+    compiled = family.load_model(base, dtype=torch.float32, device=CPU)
+    family.compile_layers(compiled)
+    torch.testing.assert_close(losses(family, compiled, batch), expected, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] >= 2, "the layers are compiled, not just the probe"
 
 
 def test_released_sizes_on_the_meta_device(base, family, tmp_path):

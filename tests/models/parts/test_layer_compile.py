@@ -21,26 +21,6 @@ FAMILY = get_family(TINY)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def fresh() -> Any:
-    """Remove compiled code of other tests before and after."""
-    torch.compiler.reset()
-    counters.clear()
-    yield
-    torch.compiler.reset()
-
-
-@pytest.fixture
-def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture and differentiate graphs as usual, but run them eagerly, which takes seconds and needs no compiler."""
-    real = torch.compile
-
-    def captured(function: Any, *, dynamic: bool, options: Any = None) -> Any:
-        return real(function, dynamic=dynamic, backend="aot_eager")
-
-    monkeypatch.setattr(torch, "compile", captured)
-
-
 def make_model(*, grad_ckpt: bool = False, quantize: str = "none") -> Any:
     torch.manual_seed(0)
     base = FAMILY.load_model(TINY, dtype=torch.float32, device=CPU, quantize=quantize)
