@@ -128,7 +128,7 @@ def end_processes(pids: Iterable[int], timeout_sec: float = 30) -> None:
 def start(job: str, argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a job as a process and wait for its end."""
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600, **options)
 
 
 class Driver:

@@ -61,9 +61,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     settings = match_training_prompts(settings, model_id, adapter)
     _warn_about_unused_flags(settings, manifest, log)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    extractor = Extractor(
-        model_id, FeatureSpec(trim_audio=config.trim_audio, language="" if manifest else settings.language)
-    )
+    extractor = Extractor(model_id, FeatureSpec(trim_audio=config.trim_audio, language=settings.language))
     model, num_tensors = load_model(config)
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
@@ -79,7 +77,8 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 continue
             completions = [answer for answer in answers if not isinstance(answer, Exception)]
             num_cut += any(completion.hit_max for completion in completions)
-            entries.append(_entry(request, request.text(completions), completions[0].language, keys))
+            language = completions[0].language or settings.language
+            entries.append(_entry(request, request.text(completions), language, keys))
             _print_answer(entries[-1], settings)
             output.write(json.dumps(entries[-1], ensure_ascii=False) + "\n")
     if num_cut:
@@ -97,7 +96,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
 
 def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Console) -> None:
     warn_about_unused_flags(settings, log)
-    unused = {"language": "rows of a manifest name their own"} if manifest else {"preview_rows": "it is for manifests"}
+    unused = {} if manifest else {"preview_rows": "it is for manifests"}
     if not (manifest or settings.audio_path):
         unused["language"] = "it is that of audio"
     for name, reason in unused.items():
@@ -132,7 +131,7 @@ def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys 
     """The output entry of an answer; ``keys`` adds the row's metadata, reference and counts.
 
     Args:
-        language: The language that the model detected, for a row that names none.
+        language: The language of --language, or that the model detected, for a row that names none.
     """
     row = request.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}

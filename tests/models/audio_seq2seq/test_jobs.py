@@ -155,6 +155,14 @@ def test_infer_answers_a_clip_and_a_long_recording(base: str, run: Run, tmp_path
         assert isinstance(entry["prediction"], str)
 
 
+def test_infer_gives_rows_without_a_language_that_of_the_flag(base: str, manifest: str, tmp_path: Path) -> None:
+    rows = [{key: value for key, value in row.items() if key != "language"} for row in read_rows(manifest)[:2]]
+    settings = InferSettings(
+        model_id=base, jsonl=write_rows(tmp_path / "r.jsonl", rows), language="de", max_new_tokens=4
+    )
+    assert [entry["language"] for entry in infer.run_inference(settings, "")] == ["de", "de"]
+
+
 def test_infer_without_a_language(base: str) -> None:
     """One line where the model needs one."""
     settings = InferSettings(model_id=base, audio_path=str(SPEECH / "sample.wav"), max_new_tokens=5)
