@@ -13,6 +13,7 @@ import soundfile
 import torch
 from conftest import SPEECH, read_rows, write_rows
 from helpers.audio_lm_rows import noise
+from helpers.audio_lm_tiny import BASES
 from helpers.running import parse_only
 from safetensors.torch import load_file
 
@@ -28,6 +29,12 @@ from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., Path]
+QUICK = ("qwen3_asr", "glmasr")  # one without windows of its processor, one with; `make chaos` runs the others too
+
+
+@pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t not in QUICK)) for t in BASES])
+def base(request: Any, tiny_base: Callable[[str], str]) -> str:
+    return tiny_base(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from conftest import SPEECH, read_rows, write_rows
 from helpers.audio_lm_rows import noise
+from helpers.audio_seq2seq_tiny import BASES
 from helpers.running import parse_only
 from safetensors.torch import load_file
 
@@ -27,6 +28,12 @@ from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., Path]
+QUICK = "cohere_asr"  # `make chaos` runs the others too
+
+
+@pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t != QUICK)) for t in BASES])
+def base(request: Any, written: dict[str, str]) -> str:
+    return written[request.param]
 
 
 @pytest.fixture(scope="module")
