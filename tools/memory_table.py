@@ -134,6 +134,6 @@ def row(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(f"| model | {' | '.join(f'{gib} GB' for gib in GPUS)} |", "| --- " * (1 + len(GPUS)) + "|", sep="\n")
+    print(f"| model | {' | '.join(f'{gib} GiB' for gib in GPUS)} |", "| --- " * (1 + len(GPUS)) + "|", sep="\n")
     for model_name in MODELS:
         print(row(model_name))

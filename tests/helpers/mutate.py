@@ -20,8 +20,8 @@ STRANGE: tuple[Any, ...] = (
 def stopwatch() -> Callable[[], float]:
     """A function that returns the seconds since this call.
 
-    Seconds of the processor, because a machine with other work takes longer by the clock; or a share of those of the
-    clock, if the reader mostly waited.
+    It counts processor time, which other work on the machine does not lengthen, or a sixth of the elapsed time if that
+    is more.
     """
     cpu, clock = time.process_time(), time.monotonic()
     return lambda: max(time.process_time() - cpu, (time.monotonic() - clock) / WAITING_SHARE)

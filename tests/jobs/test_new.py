@@ -131,11 +131,14 @@ def test_the_folder_is_the_word_after_new() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_three_commands_run(table: Path, evaluation_here: None) -> None:
-    train, evaluate, infer = (shlex.split(command)[2:] for command in new(table, leaks="scripted"))
+def test_the_five_commands_run(table: Path, evaluation_here: None) -> None:
+    train, base, evaluate, compare, infer = (shlex.split(command)[2:] for command in new(table, leaks="scripted"))
     load_job("train_whisper").main([*train, "--num_workers", "0", "--max_steps", "2"])
-    load_job("evaluate").main([*evaluate, "--gen_max_new_tokens", "4"])
+    for words in (base, evaluate):
+        load_job("evaluate").main([*words, "--gen_max_new_tokens", "4"])
+    load_job("compare").main(compare)
     clip = read_rows(manifest("asr.train"))[0]["audio_path"]
     load_job("infer").main([clip if word == "clip.wav" else word for word in infer])
-    metrics = json.loads((table.parent / "runs" / "evaluate" / "metrics.json").read_text())
+    folder = table.parent / evaluate[evaluate.index("--output_dir") + 1]
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert "cer_nospace" in metrics["asr"]

@@ -35,19 +35,21 @@ def test_zero_equals_ddp(make_features: Callable[..., tuple[Path, ...]], tmp_pat
     others = audio_seq2seq_tiny.BASES
     bases |= {name: audio_seq2seq_tiny.write_tiny_seq2seq(tmp_path / name, name) for name in others}
     jobs = []
-    for strategy, flags in STRATEGIES.items():
-        for name, base in bases.items():
-            data = TrainingData(make_features(manifest, model_id=base), ())
-            values = {"train_jsonl": "unused", "model_id": base, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-2}
-            values |= {"max_steps": 3, "per_device_bsz": 1, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8, **flags}
-            values |= {"output_dir": str(tmp_path / "runs" / f"{name}-{strategy}"), "warmup_steps": 0}
-            settings = WhisperSettings if name in others else MultitaskSettings
-            jobs.append(Job(settings.model_validate(values), data))
+    pairs = [(strategy, name) for strategy in STRATEGIES for name in bases]
+    pairs.remove(("stage 3", "moonshine"))  # refused
+    for strategy, name in pairs:
+        base, flags = bases[name], STRATEGIES[strategy]
+        data = TrainingData(make_features(manifest, model_id=base), ())
+        values = {"train_jsonl": "unused", "model_id": base, "num_workers": 0, "lora_dropout": 0.0, "lr": 1e-2}
+        values |= {"max_steps": 3, "per_device_bsz": 1, "grad_accum": 2, "lora_r": 4, "lora_alpha": 8, **flags}
+        values |= {"output_dir": str(tmp_path / "runs" / f"{name}-{strategy}"), "warmup_steps": 0}
+        settings = WhisperSettings if name in others else MultitaskSettings
+        jobs.append(Job(settings.model_validate(values), data))
     records = processes.run_all(jobs, 2)
     losses = {
         Path(job.settings.output_dir).name: [r["loss"] for r in run] for job, run in zip(jobs, records, strict=True)
     }
     for name in bases:
         assert len(set(losses[f"{name}-ddp"])) == 3, f"{name}: nothing was learned"
-        for strategy in ("stage 2", "stage 3"):
+        for strategy in (strategy for strategy, other in pairs if other == name):
             assert losses[f"{name}-{strategy}"] == pytest.approx(losses[f"{name}-ddp"], abs=1e-4), (name, strategy)

@@ -162,7 +162,7 @@ def evaluation_features(
     if settings.mode.partition("_")[2] not in ("", "asr"):
         return folders
     front_end = get_family(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
-    if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest):
+    if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest, language=settings.language):
         return folders
     return (*folders, *make(plain_manifests=(str(chunk_manifest),)).folders)
 

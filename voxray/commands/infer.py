@@ -77,8 +77,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 continue
             completions = [answer for answer in answers if not isinstance(answer, Exception)]
             num_cut += any(completion.hit_max for completion in completions)
-            language = completions[0].language or settings.language
-            entries.append(_entry(request, request.text(completions), language, keys))
+            entries.append(_entry(request, request.text(completions), completions[0].language, keys))
             _print_answer(entries[-1], settings)
             output.write(json.dumps(entries[-1], ensure_ascii=False) + "\n")
     if num_cut:
@@ -131,7 +130,7 @@ def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys 
     """The output entry of an answer; ``keys`` adds the row's metadata, reference and counts.
 
     Args:
-        language: The language of --language, or that the model detected, for a row that names none.
+        language: The language that the model detected, for a row that names none.
     """
     row = request.rows[0]
     entry = {"id": row.id, "task": row.task, "prediction": text}

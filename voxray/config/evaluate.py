@@ -191,8 +191,8 @@ class InferSettings(AdapterFlags, SamplingFlags):
     question: str = ""
     """Question about the audio; without it the audio is transcribed. Without audio it is a text question."""
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
-    """Language of the audio, as a code such as ko or as an English name; empty lets the model detect it. Rows of a
-    manifest that name a language have their own."""
+    """Language of the audio, as a code such as ko or as an English name; empty lets the model detect it, if it can.
+    Rows of a manifest that name a language keep it."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""

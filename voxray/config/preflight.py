@@ -16,6 +16,8 @@ from voxray.config.train import TrainSettings
 from voxray.core.tasks import TASKS, detect_task
 
 MODEL_ID_FLAGS = ("model_id", "base_model", "model_name_or_path")
+HUB_NAMES = {"coheretranscribe": "cohere_asr"}
+"""{part of a hub id without marks: model type}, where the type is not in the name."""
 MAX_ROWS_READ = 200
 """Rows of every manifest that are read to choose a recipe."""
 MAX_LINE_BYTES = 1 << 20
@@ -102,6 +104,9 @@ def _guess_family(model_id: str) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             return ""
     name = _without_marks(model_id.rpartition("/")[2])
+    for part, model_type in HUB_NAMES.items():
+        if part in name:
+            return model_type
     types = (model_type for recipe in recipes().values() for model_type in recipe.model_types)
     return next((model_type for model_type in types if _without_marks(model_type) in name), "voxtral")
 

@@ -202,10 +202,11 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     freeze_encoder: Annotated[bool, Flag(("freeze_whisper",))] = False
     """Keep the encoder frozen, without LoRA. With --tuning full, the flag freezes the encoder's own weights."""
     lora_targets: Annotated[CommaStrings, Flag(("target_modules",)), Field(min_length=1)] = ("q_proj", "v_proj")
-    """Names of the layers that LoRA adapts, in encoder and decoder, including cross attention. k_proj, out_proj, fc1
-    and fc2 are possible too; all-linear is all of them. A name that no layer has is refused."""
+    """Names of the layers that LoRA adapts, in encoder and decoder, including cross attention. Whisper has k_proj,
+    out_proj, fc1 and fc2 too; all-linear is all of them. A name that no layer has is refused."""
     pack_tokens: Annotated[int, Field(ge=16)] = 16_384
-    """Maximum size of a pack with --batching packed: its tokens plus the encoder's 1,500 positions for each clip."""
+    """Maximum size of a pack with --batching packed: its tokens plus the encoder's positions for each clip, 1,500 of
+    Whisper."""
     lora_r: Annotated[int, Field(ge=1, le=1024)] = 32
     """LoRA rank."""
     lora_alpha: Annotated[float, Field(gt=0)] = 64
@@ -217,8 +218,8 @@ class WhisperSettings(TrainSettings, VariantFlags, MaskFlags):
     per_device_bsz: Annotated[int, Flag(("per_device_train_batch_size",)), Field(ge=1)] = 8
     """Rows per forward pass in one worker."""
     max_len: Annotated[int, Flag(("max_length",)), Field(ge=1)] = 448
-    """Maximum length of a row in tokens (prompt and transcript), at most 448. Longer rows are left out and listed in
-    quarantine.jsonl; they are never truncated."""
+    """Maximum length of a row in tokens (prompt and transcript), at most what the decoder takes (Whisper: 448). Longer
+    rows are left out and listed in quarantine.jsonl; they are never truncated."""
     eval_max_new_tokens: Annotated[int, Field(ge=1)] = 225
     """Maximum length of an answer generated during validation, in tokens."""
 

@@ -28,11 +28,12 @@ def can_answer_in_chunks(reason: str, sample: Sample) -> bool:
     return reason == "audio_too_long" and sample.task.name == "asr"
 
 
-def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list[Sample]:
+def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int, language: str = "") -> list[Sample]:
     """Split a recording into chunks as long as the model takes, which overlap by at least ``OVERLAP_SEC``.
 
     Args:
         max_len: Longest prompt in tokens, for chunks too.
+        language: Language of a recording that names none, "" if unknown.
     Raises:
         BadRow: The length of the recording is unknown, its file is cut off, its header states a length that the model
             takes in one piece, or not even a short chunk fits.
@@ -48,7 +49,8 @@ def split_into_chunks(sample: Sample, front_end: FrontEnd, max_len: int) -> list
         message = f"is longer than {chunk_sec:g} s, but its header states {total_sec:.2f} s: encode it again"
         raise BadRow("audio_too_long", f"{sample.audio_path} {message}")
     sample = replace(sample, segments=())  # their times are those of the whole recording
-    while len(front_end.prompt_ids(sample, int(chunk_sec * front_end.sample_rate_hz))) > max_len:
+    prompted = replace(sample, language=sample.language or language)
+    while len(front_end.prompt_ids(prompted, int(chunk_sec * front_end.sample_rate_hz))) > max_len:
         chunk_sec /= 2
         if chunk_sec < 2:
             raise BadRow("too_long", f"not even a chunk of 2 s is within --max_len {max_len}")
@@ -72,19 +74,22 @@ def recording_num_samples(sample: Sample, chunks: Sequence[Sample], front_end: F
     return round((end_sec - sample.start_sec) * front_end.sample_rate_hz)
 
 
-def write_chunk_manifest(folders: Iterable[AnyPath], front_end: FrontEnd, max_len: int, path: Path) -> bool:
+def write_chunk_manifest(
+    folders: Iterable[AnyPath], front_end: FrontEnd, max_len: int, path: Path, *, language: str = ""
+) -> bool:
     """Write a manifest of the chunks of all recordings that feature sets refused for their length.
 
     Args:
         folders: The feature sets, whose ledgers list the recordings.
         path: The manifest; deleted if there are no chunks.
+        language: Language of recordings that name none.
     Returns:
         Whether there are any chunks.
     """
     rows: list[dict[str, Any]] = []
     for sample in _refused_recordings(folders):
         try:
-            chunks = split_into_chunks(sample, front_end, max_len)
+            chunks = split_into_chunks(sample, front_end, max_len, language)
         except BadRow:
             continue  # the ledger keeps its line
         recording = {

@@ -63,7 +63,7 @@ def make_request(sample: Sample, extractor: Extractor, max_len: int) -> AnswerRe
     except BadRow as error:
         if not can_answer_in_chunks(error.reason, sample):
             raise
-        chunks = split_into_chunks(sample, extractor.front_end, max_len)
+        chunks = split_into_chunks(sample, extractor.front_end, max_len, extractor.spec.language)
         share = overlap_share(chunks)
         rows = [_feature_row(chunk, extractor) for chunk in chunks]
         num_samples = recording_num_samples(sample, chunks, extractor.front_end)

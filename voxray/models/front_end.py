@@ -41,7 +41,7 @@ class FrontEnd(Protocol):
         max_windows: Longest clip that the family trains on, in windows; None for no limit.
         max_positions: Longest prompt and answer together, in tokens.
         cross_attention_positions: Encoder positions per window that the decoder cross-attends to. They cost memory but
-            are not prompt tokens (Whisper: 1,500, others: 0).
+            are not prompt tokens (Whisper: 1,500; 0 for models whose language model reads audio as tokens).
         window_frames: Mel frames of one model window.
         num_mel_bins: Values of one frame.
         encoder_positions: Outputs of the audio encoder for one window.

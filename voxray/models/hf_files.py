@@ -42,13 +42,19 @@ def build_on_meta(build: Callable[[], Any], model_id: str) -> Any:
 
 
 def check_size(model_class: Any, model_id: str) -> None:
-    """Check that a base's weight files can hold the weights that its config.json describes, before they take memory.
+    """Check that the weight files in a folder can hold the weights that its config.json describes.
+
+    Without the check, the library would first allocate the weights that are missing. Files on the hub are not checked,
+    because they may not be here yet.
 
     Raises:
-        RunError: They are too small even for 4 bits per weight. The library would draw what is missing at random.
+        RunError: The files are too small even for 4 bits per weight.
     """
-    folder = Path(model_file(model_id, "config.json")).parent
-    num_bytes = sum(path.stat().st_size for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    folder = Path(model_id)
+    files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
+    if not files:
+        return
+    num_bytes = sum(path.stat().st_size for path in files)
     config = model_class.config_class.from_pretrained(model_id)
     model = build_on_meta(lambda: model_class._from_config(config), model_id)
     num_weights = sum(parameter.numel() for parameter in model.parameters())

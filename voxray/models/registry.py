@@ -34,8 +34,8 @@ SHARED = (
 )
 """(path of a class, model types that share it). It is called with the model type."""
 
-CTC = "it is trained with CTC, and voxray trains models that write their answer token by token"
-TRANSDUCER = "it is a transducer, and voxray trains models that write their answer token by token"
+CTC = "it is trained with CTC, and voxray does not have this loss"
+TRANSDUCER = "it is a transducer, and voxray does not have its loss"
 STREAMS = "it adds a stream of audio to a stream of text, and voxray reads audio at placeholder tokens"
 WHOLE_CLIPS = "its encoder reads clips as a whole, and voxray encodes them in windows before a language model"
 POSITIONS = "its positions have three dimensions, and those of packed rows have one"

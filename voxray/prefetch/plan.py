@@ -130,7 +130,7 @@ def _feature_bytes(settings: PrefetchSettings, seconds: float) -> float:
     bins, window_bytes = MEL_BINS, float(WINDOW_BYTES)
     if Path(settings.model_id).is_dir():
         config = read_config(settings.model_id)
-        audio = config.get("audio_config", config)
+        audio = config.get("audio_config") or config.get("encoder_config") or config
         bins = int(audio.get("num_mel_bins", bins))
         width = audio.get("d_model") or audio.get("hidden_size") or 768
         window_bytes = int(audio.get("max_source_positions", 1500)) * int(width) * 2.0

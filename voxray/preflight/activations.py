@@ -131,7 +131,7 @@ class ActivationCounter:
         if hasattr(module, "pointwise_conv1"):  # the gate and its factor, the inputs of batch norm and activation
             return 4 * positions * module.pointwise_conv1.in_channels * self._size(name)
         if isinstance(module, torch.nn.Conv1d) and _trains(module):  # the input, and that of GELU after it
-            before = positions * ENCODER_STRIDE
+            before = positions if LAYER.match(name + ".") else positions * ENCODER_STRIDE
             after = before // (module.stride[0] if module.in_channels == module.out_channels else 1)
             return (before * module.in_channels + after * module.out_channels) * self._size(name)
         return 0

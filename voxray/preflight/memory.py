@@ -195,7 +195,19 @@ class MemoryModel:
             unwrap_peft(self._model).config, self._front_end
         )
         width_bytes = self._front_end.encoder_dim * self._config.dtype.itemsize
-        return ENCODER_WIDTHS * positions * width_bytes if is_frozen else 0
+        layer_bytes = ENCODER_WIDTHS * positions * width_bytes if is_frozen else 0
+        return max(layer_bytes, self._first_convolution_bytes(shape))
+
+    def _first_convolution_bytes(self, shape: PackShape) -> int:
+        """Output of the first convolution over time and frequency, before and after its activation."""
+        modules = unwrap_peft(self._model).named_modules()
+        subsampling = next((module for name, module in modules if name.endswith("encoder.subsampling")), None)
+        if subsampling is None:
+            return 0
+        stages = subsampling.num_layers - 1  # later convolutions with stride 2
+        bins = subsampling.linear.in_features // subsampling.channels
+        outputs = shape.num_windows * self._front_end.encoder_positions * bins * subsampling.channels * 4**stages
+        return 2 * outputs * self._config.dtype.itemsize
 
     def _validation(self, shape: PackShape, new_tokens: int) -> Iterable[MemoryEntry]:
         size, num_positions = self._config.dtype.itemsize, shape.longest + new_tokens + CACHE_GROWTH

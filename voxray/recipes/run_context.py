@@ -86,6 +86,9 @@ def require_family(settings: TrainSettings) -> ModelFamily:
         raise SettingsError(f"--model_id {settings.model_id}: a {family.name} model, and this job trains {own}{advice}")
     if family.reads_samples and isinstance(settings, MaskFlags) and settings.freq_masks:
         raise SettingsError(f"--freq_masks: a {family.name} model reads samples, which have no frequencies to mask")
+    if family.reads_samples and settings.zero_stage == 3 and settings.store != "encoder":
+        reason = f"a {family.name} model encodes clip by clip, and all workers must call the same layers equally often"
+        raise SettingsError(f"--zero_stage 3: {reason}; use stage 2")
     return family
 
 

@@ -35,7 +35,8 @@ def encode_windows(
     longest = int(frames_W.max())
     mel_WTF = features_WFT[:, :, :longest].transpose(1, 2).to(encoder.dtype)
     states_WPD = encoder(mel_WTF, attention_mask=first_columns(frames_W, longest)).last_hidden_state
-    return states_WPD * first_columns(positions_W, states_WPD.shape[1])[..., None]
+    is_padding_WP = ~first_columns(positions_W, states_WPD.shape[1])
+    return states_WPD.masked_fill(is_padding_WP[..., None], 0)  # not by a product, because padding may hold NaN
 
 
 class FrozenBatchNorm(torch.nn.BatchNorm1d):

@@ -73,6 +73,7 @@ FACTS: dict[str, Seq2SeqFacts] = {
         "CohereAsrConfig",
         PARAKEET,
         _parakeet,
+        max_audio_sec=35.0,  # its preprocessor divides longer clips
         languages="transformers.models.cohere_asr.processing_cohere_asr:LANGUAGES",
     ),
     "canary": Seq2SeqFacts(

@@ -63,7 +63,7 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         return model
 
     def prepare(self, model: Any, model_id: str) -> None:
-        """Change what a loaded base needs changed."""
+        """Adjust a base after it is loaded."""
         fix_training_mode(model)
 
     def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:

@@ -67,8 +67,10 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
             values = f"sampling_rate {self._extractor.sampling_rate} and hop_length {hop}"
             expected = f"{SAMPLE_RATE_HZ} and {HOP_SAMPLES}"
             raise RunError(f"--model_id {self.model_id}: its preprocessor has {values}, not {expected}")
+        if not self.facts.is_waveform and self._extractor.feature_size != self._audio.num_mel_bins:
+            bins = f"{self._extractor.feature_size} mel bins, and its encoder {self._audio.num_mel_bins}"
+            raise RunError(f"--model_id {self.model_id}: its preprocessor has {bins}")
         longest = getattr(self._extractor, "max_audio_clip_s", np.inf)
-        longest -= getattr(self._extractor, "overlap_chunk_second", 0)
         if longest < self.facts.max_audio_sec:
             message = f"its preprocessor divides clips over {longest:g} s, and voxray only those over"
             raise RunError(f"--model_id {self.model_id}: {message} {self.facts.max_audio_sec:g} s")
@@ -77,7 +79,11 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
         """{code of a language: token ids of the prompt}; {"": ids} if prompts name no language."""
         if not self.facts.languages:
             return {"": [int(config.decoder_start_token_id)]}
-        return {find_code(code) or code: self._prompt(code) for code in sorted(load_object(self.facts.languages))}
+        known = self._tokenizer.get_vocab()
+        codes = [code for code in sorted(load_object(self.facts.languages)) if f"<|{code}|>" in known]
+        if not codes:
+            raise RunError(f"--model_id {self.model_id}: its tokenizer has no token of a language, such as <|en|>")
+        return {find_code(code) or code: self._prompt(code) for code in codes}
 
     def _prompt(self, code: str) -> list[int]:
         if hasattr(self._processor, "get_decoder_prompt_ids"):
@@ -93,7 +99,9 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
         return [TEMPLATE_VERSION, extractor, *numbers, *prompts, self._tokenizer.backend_tokenizer.to_str()]
 
     def num_positions(self, num_samples: int) -> int:
-        """Outputs of the encoder for a clip."""
+        """Outputs of the encoder for a clip; 0 if it is too short, as a single frame has no deviation to divide by."""
+        if not self.facts.is_waveform and num_samples < 2 * HOP_SAMPLES:
+            return 0
         return max(int(self.facts.positions(num_samples, self._audio)), 0)
 
     def features(self, samples: np.ndarray) -> AudioFeatures:

@@ -23,7 +23,7 @@ from voxray.models.whisper.front_end import WhisperFrontEnd
 
 
 class Whisper(AudioSeq2Seq):
-    """Whisper's model side (see ``ModelFamily``): whole windows, languages that it detects, long recordings."""
+    """Whisper's model side (see ``ModelFamily``). It reads whole windows and detects languages."""
 
     always_frozen: tuple[str, ...] = (f"{ENCODER}.embed_positions",)  # sinusoids
     files: tuple[str, ...] = (*AudioSeq2Seq.files, "normalizer.json")
