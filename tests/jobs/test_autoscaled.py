@@ -106,9 +106,9 @@ def test_nodes_start_for_each_job_and_stop_after_it(
 def test_more_than_the_limits_allow_is_refused_at_once(
     cluster: Autoscaled, job: Callable[..., str], small: dict[str, str], tmp_path: Path
 ) -> None:
-    """At most 2 x 2 + 2 CPUs can be started, so seven workers never fit, and no node is started for them."""
+    """Workers get GPUs where a cluster can start any. At most 2 can be started here, and no node is started for 7."""
     wait_until_gone(cluster)
     flags = ["--train_jsonl", small["tqa.train"], "--output_dir", str(tmp_path / "run"), "--num_workers", "7"]
     output = job("train_text", *flags, status=2)
-    assert output.splitlines()[-1].startswith("error: --num_workers 7: the cluster has 6 CPU(s)")
+    assert output.splitlines()[-1].startswith("error: --num_workers 7: the cluster has 2 GPU(s), including those it can still start")
     assert not any(cluster.count_nodes().values())

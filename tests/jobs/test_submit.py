@@ -236,6 +236,7 @@ def test_stopping_a_job_saves_the_run(head: Head, small: dict[str, str], tmp_pat
     [checkpoint] = (tmp_path / "runs/mt/checkpoints").iterdir()
     assert checkpoint.name == f"step-{steps[-1]:06d}" and steps == list(range(1, steps[-1] + 1))
     result = json.loads((tmp_path / "runs/mt/result.json").read_text())
+    assert result.pop("started_from")
     assert result == {"steps": steps[-1], "adapter_step": steps[-1], "finished": False}
 
 
@@ -246,7 +247,7 @@ def test_submit_follows_a_job_and_exits_as_it_did(head: Head, tmp_path: Path) ->
     refused = arguments("a.jsonl", None)
     process = subprocess.run([*command, *refused], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert process.returncode == 2, process.stdout + process.stderr
-    assert "error: --output_dir runs/mt: a submitted job runs in a temporary copy" in process.stdout
+    assert "error: --output_dir runs/mt: a submitted job runs in a temporary copy" in process.stderr
 
 
 def test_nothing_of_the_head_listens_outside_this_machine(head: Head) -> None:
