@@ -450,7 +450,7 @@ def test_infer_answers_a_text_question(tmp_path: Path, capsys: pytest.CaptureFix
     question = {"instruction": "마지막 숫자는 무엇입니까? 칠 삼 오", "output": "오"}
     [row] = infer_rows(jsonl=write_rows(tmp_path / "q.jsonl", [question]), language="ko", max_new_tokens=1)
     output = capsys.readouterr()
-    assert "warning: --language has no effect" in output.out
+    assert row["language"] == "ko"
     assert "1 answer(s) cut off at --max_new_tokens 1" in output.err
     assert infer_rows(question=question["instruction"], max_new_tokens=1) == [
         {"id": "--question", "task": "tqa", "prediction": row["prediction"]}
