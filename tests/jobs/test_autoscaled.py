@@ -110,5 +110,7 @@ def test_more_than_the_limits_allow_is_refused_at_once(
     wait_until_gone(cluster)
     flags = ["--train_jsonl", small["tqa.train"], "--output_dir", str(tmp_path / "run"), "--num_workers", "7"]
     output = job("train_text", *flags, status=2)
-    assert output.splitlines()[-1].startswith("error: --num_workers 7: the cluster has 2 GPU(s), including those it can still start")
+    assert output.splitlines()[-1].startswith(
+        "error: --num_workers 7: the cluster has 2 GPU(s), including those it can still start"
+    )
     assert not any(cluster.count_nodes().values())

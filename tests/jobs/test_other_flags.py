@@ -180,6 +180,7 @@ def test_evaluate_strict(evaluate: Evaluate, answered: list, small: dict[str, st
 # featurize, and what needs Ray
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_numbers_of_ray_actors(
     local_ray: None, small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

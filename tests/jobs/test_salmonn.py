@@ -389,6 +389,7 @@ def train_losses(folder: Path, data: TrainingData, salmonn: str, num_workers: in
     return [record["loss"] for record in processes.run(settings, data, num_workers)]
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one(
     data: TrainingData, salmonn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,6 +96,7 @@ def made(small, tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_records_of_a_run_are_complete(local_ray, small, made, tmp_path, monkeypatch):
     """Contract 12, on a run of a Ray Train process. No file has a secret from the environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_of_somebody")

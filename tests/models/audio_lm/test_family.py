@@ -1,5 +1,6 @@
 """Logits, generated ids, losses, LoRA and stored encoder outputs, against transformers' own class."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.audio_lm_rows import library_inputs, make_row, mixed_rows, noise, request_text, sample
+from helpers.audio_lm_tiny import BASES
 from torch._dynamo.utils import counters
 from transformers import AutoProcessor
 
@@ -25,6 +27,12 @@ LIMIT = 12
 LENGTHS = (1_600, 24_321, 63_999, 64_000)
 LONG = (150_001, 64_001, 128_000)  # samples; a window has 64,000
 pytestmark = pytest.mark.usefixtures("one_thread")
+QUICK = ("qwen3_asr", "glmasr")  # `make chaos` runs the others too
+
+
+@pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t not in QUICK)) for t in BASES])
+def base(request: Any, tiny_base: Callable[[str], str]) -> str:
+    return tiny_base(request.param)
 
 
 @pytest.fixture(scope="module")
