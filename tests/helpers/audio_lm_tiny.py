@@ -167,6 +167,15 @@ BASES: dict[str, Callable[[], tuple[Any, Any]]] = {
 """{model type: function that returns configuration and processor}."""
 
 
+def randomize(model: Any, std: float) -> None:
+    """Draw all weights, biases and norms too, in sizes that make the answers differ. Sinusoids stay."""
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            torch.nn.init.normal_(weight, mean=float("norm" in name and "weight" in name), std=0.1)
+        elif "embed_positions" not in name:
+            torch.nn.init.normal_(weight, std=std)
+
+
 def write_tiny(folder: Path, model_type: str) -> str:
     """Write a tiny base with random weights; returns its path as text."""
     from voxray.models.audio_lm.facts import FACTS
@@ -174,11 +183,7 @@ def write_tiny(folder: Path, model_type: str) -> str:
     config, processor = BASES[model_type]()
     torch.manual_seed(0)
     model = getattr(transformers, FACTS[model_type].model)(config)
-    for name, weight in model.named_parameters():  # biases and norms too, and sizes that make the answers differ
-        if weight.ndim < 2:
-            torch.nn.init.normal_(weight, mean=float("norm" in name and "weight" in name), std=0.1)
-        elif "embed_positions" not in name:
-            torch.nn.init.normal_(weight, std=0.08)
+    randomize(model, 0.08)
     config_ids = config.text_config
     eos = getattr(config, "eos_token_id", None) or config_ids.eos_token_id
     model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=config_ids.pad_token_id)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 
-from helpers.audio_lm_tiny import tokenizer
+from helpers.audio_lm_tiny import randomize, tokenizer
 
 BINS = 16
 CONTEXT = ["<|startofcontext|>", "<|startoftranscript|>", "<|emo:undefined|>"]
@@ -102,11 +102,7 @@ def write_tiny_seq2seq(folder: Path, model_type: str) -> str:
     config, processor = BASES[model_type]()
     torch.manual_seed(0)
     model = getattr(transformers, FACTS[model_type].model)(config)
-    for name, weight in model.named_parameters():  # biases and norms too, and sizes that make the answers differ
-        if weight.ndim < 2:
-            torch.nn.init.normal_(weight, mean=float("norm" in name and "weight" in name), std=0.1)
-        else:
-            torch.nn.init.normal_(weight, std=0.15)
+    randomize(model, 0.15)
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
             torch.nn.init.normal_(buffer, std=0.3)

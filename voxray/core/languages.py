@@ -73,6 +73,9 @@ def _similar_names(text: str) -> list[str]:
     return get_close_matches(text, [name for name in LANGUAGE_NAMES.values() if len(text) > 3], 1, 0.8)
 
 
+NO_LANGUAGE = "the row names no language, which this model needs; give it one, or --language"
+
+
 def check_language(language: str, known: frozenset[str] | None, model: str) -> None:
     """Check that a model knows a language.
 

@@ -41,6 +41,13 @@ def build_on_meta(build: Callable[[], Any], model_id: str) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def library_class(name: str) -> Any:
+    """A class of transformers by its name."""
+    import transformers
+
+    return getattr(transformers, name)
+
+
 def check_size(model_class: Any, model_id: str) -> None:
     """Check that the weight files in a folder can hold the weights that its config.json describes.
 

@@ -9,6 +9,7 @@ import numpy as np
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError
+from voxray.core.languages import NO_LANGUAGE
 from voxray.core.tasks import TASKS
 from voxray.features.reader import Features, RowLengths
 from voxray.features.shards import TASK_CODES
@@ -110,7 +111,7 @@ def _unfit_rows(
         yield row, "" if part.source(row) in divided else "audio_too_long", message
     if front_end.needs_language:
         for row in rows[~part.has_language[rows]].tolist():
-            yield row, "no_language", "the row names no language, which this model needs; give it one, or --language"
+            yield row, "no_language", NO_LANGUAGE
 
 
 def _why_no_row(stage: Stage, settings: TrainSettings, features: RowLengths, lost: Sequence[tuple[str, str]]) -> str:

@@ -11,7 +11,7 @@ import torch
 from voxray.audio.logmel import HOP_SAMPLES
 from voxray.models.audio_lm.facts import Facts
 from voxray.models.interface import Batch
-from voxray.models.parts.audio_encoder import PassThrough
+from voxray.models.parts.audio_encoder import PassThrough, first_columns
 
 COMPILED = "voxray_audio_path"
 """Attribute of a base with the function that replaces its encoder and projector."""
@@ -30,7 +30,7 @@ def run_encoder(encoder: Any, facts: Facts, mel_WFT: torch.Tensor, num_samples_W
     """
     frames_W, options = valid_frames(num_samples_W), {}
     if facts.mask == "frames":
-        options["input_features_mask"] = _first(frames_W, mel_WFT.shape[-1]).long()
+        options["input_features_mask"] = first_columns(frames_W, mel_WFT.shape[-1]).long()
     elif facts.mask == "attention":
         options["attention_mask"] = _attention_mask(encoder, mel_WFT, frames_W)
     states = encoder(mel_WFT.to(encoder.dtype), return_dict=True, **options).last_hidden_state
@@ -40,12 +40,7 @@ def run_encoder(encoder: Any, facts: Facts, mel_WFT: torch.Tensor, num_samples_W
     positions_W = facts.positions(frames_W, encoder.config)
     full = int(facts.positions(mel_WFT.shape[-1], encoder.config))
     zeros = states.new_zeros(len(mel_WFT), full, states.shape[-1])
-    return zeros.masked_scatter(_first(positions_W, full)[..., None], states)
-
-
-def _first(count_W: torch.Tensor, length: int) -> torch.Tensor:
-    """True in the first ``count`` of ``length`` columns of every row."""
-    return torch.arange(length, device=count_W.device) < count_W[:, None]
+    return zeros.masked_scatter(first_columns(positions_W, full)[..., None], states)
 
 
 def _attention_mask(encoder: Any, mel_WFT: torch.Tensor, frames_W: torch.Tensor) -> Any:
@@ -54,7 +49,7 @@ def _attention_mask(encoder: Any, mel_WFT: torch.Tensor, frames_W: torch.Tensor)
 
     num_windows, length = len(mel_WFT), mel_WFT.shape[-1] // 2
     embeds = torch.zeros(num_windows, length, 1, dtype=encoder.dtype, device=mel_WFT.device)
-    is_valid_WP = _first((frames_W - 1) // 2 + 1, length).long()
+    is_valid_WP = first_columns((frames_W - 1) // 2 + 1, length).long()
     return create_bidirectional_mask(config=encoder.config, inputs_embeds=embeds, attention_mask=is_valid_WP)
 
 
@@ -94,7 +89,7 @@ def audio_embeds(base: Any, facts: Facts, batch: Batch) -> torch.Tensor:
         embeds_WPD = path.project(_rotate_by_time(base.model, states_WPD, batch["input_ids"], positions_W))
     else:
         embeds_WPD = getattr(base, COMPILED, path)(features, num_samples_W)
-    return embeds_WPD[_first(positions_W, embeds_WPD.shape[1])]
+    return embeds_WPD[first_columns(positions_W, embeds_WPD.shape[1])]
 
 
 def _rotate_by_time(

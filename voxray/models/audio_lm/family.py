@@ -19,7 +19,7 @@ from voxray.models.audio_lm.facts import FACTS
 from voxray.models.audio_lm.front_end import AudioLmFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
-from voxray.models.hf_files import build_on_meta, unwrap_peft
+from voxray.models.hf_files import build_on_meta, library_class, unwrap_peft
 from voxray.models.interface import AudioPath, Batch
 from voxray.models.parts.audio_encoder import EncoderMethods
 from voxray.models.parts.cpu_lm_head import few_rows_linear
@@ -81,15 +81,17 @@ class AudioLm(EncoderMethods, FamilyDefaults):
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """Load the base; ``quantize`` applies to the layers of the language model."""
         options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize}
-        return load_frozen(_library(self.facts.model), model_id, **options, keep=(ENCODER, PROJECTOR, "lm_head"))
+        return load_frozen(library_class(self.facts.model), model_id, **options, keep=(ENCODER, PROJECTOR, "lm_head"))
 
     def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """Build the base on the meta device."""
-        config = _library(self.facts.config).from_pretrained(model_id)
-        return build_on_meta(lambda: _library(self.facts.model)._from_config(config, dtype=dtype), model_id)
+        config = library_class(self.facts.config).from_pretrained(model_id)
+        return build_on_meta(lambda: library_class(self.facts.model)._from_config(config, dtype=dtype), model_id)
 
     def encoder_class(self, model_id: str) -> tuple[Any, Any]:
-        return _library(self.facts.encoder), _library(self.facts.config).from_pretrained(model_id).audio_config
+        return library_class(self.facts.encoder), library_class(self.facts.config).from_pretrained(
+            model_id
+        ).audio_config
 
     @torch.inference_mode()
     def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
@@ -160,9 +162,3 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         with eager_mode(base.model.language_model):
             ids_BL = model.generate(**inputs, **options)
         return ids_BL[:, batch["input_ids"].shape[1] :] if "input_ids" in inputs else ids_BL
-
-
-def _library(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)

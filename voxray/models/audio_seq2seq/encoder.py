@@ -8,13 +8,9 @@ from typing import Any
 import torch
 
 from voxray.models.audio_seq2seq.facts import HOP_SAMPLES, Seq2SeqFacts
+from voxray.models.parts.audio_encoder import first_columns
 
 DROPOUTS = ("dropout", "dropout_positions", "activation_dropout", "attention_dropout", "layerdrop")
-
-
-def first_columns(count_W: torch.Tensor, length: int) -> torch.Tensor:
-    """True in the first ``count`` of ``length`` columns of every row."""
-    return torch.arange(length, device=count_W.device) < count_W[:, None]
 
 
 def encode_windows(

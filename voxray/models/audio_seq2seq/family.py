@@ -14,14 +14,14 @@ import torch
 
 from voxray.config.recipes import load_object
 from voxray.core.errors import RunError, library_errors
-from voxray.models.audio_seq2seq.encoder import encode_windows, first_columns, fix_training_mode
+from voxray.models.audio_seq2seq.encoder import encode_windows, fix_training_mode
 from voxray.models.audio_seq2seq.facts import FACTS, HOP_SAMPLES, encoder_config
 from voxray.models.audio_seq2seq.front_end import AudioSeq2SeqFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
-from voxray.models.hf_files import build_on_meta, unwrap_peft
+from voxray.models.hf_files import build_on_meta, library_class, unwrap_peft
 from voxray.models.interface import AudioPath, Batch
-from voxray.models.parts.audio_encoder import EncoderMethods, PassThrough
+from voxray.models.parts.audio_encoder import EncoderMethods, PassThrough, first_columns
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.cross_kv_cache import CrossDecodeState
 from voxray.models.parts.layer_compile import compile_layers, eager_mode
@@ -58,7 +58,7 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
     def load_model(self, model_id: str, *, dtype: torch.dtype, device: torch.device, quantize: str = "none") -> Any:
         """Load the base; ``quantize`` applies to the layers of encoder and decoder."""
         options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": quantize, "keep": ("proj_out",)}
-        model = load_frozen(_library(self.facts.model), model_id, **options)
+        model = load_frozen(library_class(self.facts.model), model_id, **options)
         self.prepare(model, model_id)
         return model
 
@@ -69,14 +69,14 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
     def build_on_meta(self, model_id: str, *, dtype: torch.dtype) -> Any:
         """Build the base on the meta device."""
         config = self.config(model_id)
-        return build_on_meta(lambda: _library(self.facts.model)._from_config(config, dtype=dtype), model_id)
+        return build_on_meta(lambda: library_class(self.facts.model)._from_config(config, dtype=dtype), model_id)
 
     def encoder_class(self, model_id: str) -> tuple[Any, Any]:
         return load_object(self.facts.encoder), encoder_config(self.config(model_id))
 
     def config(self, model_id: str) -> Any:
         """Configuration of a base."""
-        return _library(self.facts.config).from_pretrained(model_id)
+        return library_class(self.facts.config).from_pretrained(model_id)
 
     def load_encoder(self, model_id: str, *, dtype: torch.dtype, device: torch.device) -> Any:
         """Load the audio encoder with the whole base, because the names in the weight files differ from its own."""
@@ -192,12 +192,6 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
                 **options,
             )
         return ids_BL[:, batch["input_ids"].shape[1] :]
-
-
-def _library(name: str) -> Any:
-    import transformers
-
-    return getattr(transformers, name)
 
 
 def _unpack_rows(ids_L: torch.Tensor, ends_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

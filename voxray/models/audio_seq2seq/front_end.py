@@ -11,7 +11,7 @@ import numpy as np
 from voxray.config.recipes import load_object
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow, RunError, SettingsError
-from voxray.core.languages import check_language, find_code
+from voxray.core.languages import NO_LANGUAGE, check_language, find_code
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.audio_seq2seq.facts import HOP_SAMPLES, Seq2SeqFacts, encoder_config
@@ -132,8 +132,7 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
             raise BadRow("unsupported_task", f"{self.model_id} only transcribes; this row's task is {sample.task.name}")
         check_language(sample.language, self.languages, self.model_id)
         if self.needs_language and not sample.language:
-            message = "the row names no language, which this model needs; give it one, or --language"
-            raise BadRow("no_language", message)
+            raise BadRow("no_language", NO_LANGUAGE)
         if num_samples and not self.num_positions(num_samples):
             raise BadRow("audio_too_short", f"{num_samples} samples are too few for the model to hear")
         return list(self._prompts[sample.language if self.needs_language else ""])

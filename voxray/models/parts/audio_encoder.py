@@ -101,6 +101,11 @@ def replace_audio_encoder(encoder: Any, module: Any, method: str, output: str, r
     encoder.layers = torch.nn.ModuleList()
 
 
+def first_columns(count_W: torch.Tensor, length: int) -> torch.Tensor:
+    """True in the first ``count`` of ``length`` columns of every row."""
+    return torch.arange(length, device=count_W.device) < count_W[:, None]
+
+
 def config_hash(config: Any) -> str:
     """Hash of the values of a configuration that differ from its class's defaults."""
     values = {name: value for name, value in config.to_diff_dict().items() if name not in NAMES_WITHOUT_EFFECT}
