@@ -27,7 +27,7 @@ from voxray.config.evaluate import InferSettings
 
 if not find_spec("gradio"):  # importing it takes seconds
     pytest.skip("needs the extra `demo`", allow_module_level=True)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
 
 SAMPLE = SPEECH / "sample.wav"
 QUESTION = "숫자는 모두 몇 개입니까?"

@@ -62,6 +62,7 @@ def test_limits(tmp_path: Path, flag: str, samples: np.ndarray, value: str, faul
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_files_split_and_workers(local_ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output paths, share and seed of the split, duplicates, ledger, and the number of processes."""
     import ray

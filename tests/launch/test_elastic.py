@@ -43,6 +43,7 @@ def damaged(small, tmp_path_factory) -> str:
     return write_rows(folder / "m.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_features_from_ray_equal_those_of_one_process(local_ray, small, damaged, tmp_path):
     """Two or more processes take part. Features and ledgers depend neither on them nor on their order."""
     manifests = [small["asr.train"], small["tqa.train"], damaged]

@@ -36,6 +36,7 @@ def test_messages_go_to_the_file(tmp_path: Path, home: str) -> None:
         assert "peft.tuners WARNING a message of PEFT" in log
 
 
+@pytest.mark.slow
 def test_users_may_ask_for_them(tmp_path: Path) -> None:
     process = run(tmp_path, TRANSFORMERS_VERBOSITY="warning")
     assert "a message of the library" in process.stderr

@@ -111,6 +111,7 @@ def test_it_has_a_preflight(installed: Any, base: str, small: dict[str, str], tm
     assert report["memory"]["predicted_bytes"] == pytest.approx(report["memory"]["measured_bytes"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_its_workers_find_it_too(installed: Any, base: str) -> None:
     """Ray's processes look the settings class up by its name, and the family by the entry points of their machine."""
     code = f"from voxray.models.registry import get_family; print(get_family({base!r}).name)"

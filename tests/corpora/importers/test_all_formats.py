@@ -193,10 +193,10 @@ def test_a_path_that_is_not_a_file_is_missing_audio(tmp_path, kind):
     assert [fault.reason for fault in faults] == ["audio_missing"]
 
 
-SLOW = ("nemo", "salmonn", "commonvoice", "ksponspeech", "lhotse", "huggingface")
+SLOW = ("table", "nemo", "salmonn", "commonvoice", "ksponspeech", "lhotse", "huggingface")
 
 
-@pytest.mark.parametrize("name", ["jsonl", "table", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", ["jsonl", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, name):
     """Streaming 5 MB of rows may take 4 MB more than sixty rows. A list of lines would take 9 MB.
 

@@ -124,7 +124,7 @@ def sha(run_dir: Path) -> str:
     [
         {"quantize": "8bit"},
         {"quantize": "4bit"},
-        {"quantize": "4bit", "bf16": True, "grad_ckpt": True},
+        pytest.param({"quantize": "4bit", "bf16": True, "grad_ckpt": True}, marks=pytest.mark.slow),
         {"fp16": True},
         {"tuning": "dora"},
         {"tuning": "rslora"},
