@@ -25,6 +25,15 @@ from voxray.training import loss_scaling
 from voxray.training.loop import StopSignals, TrainState
 from voxray.training.records import read_metrics
 
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"strategy": "deepspeed"},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
+"""{name: settings} of all ways to train in several processes."""
+SHARDINGS = [STRATEGIES[name] for name in ("fsdp", "zero2", "zero3")]
+
 
 @dataclass(frozen=True)
 class Job:

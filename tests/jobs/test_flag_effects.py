@@ -70,7 +70,9 @@ TRAIN = {
     "pin_memory": "training_flags::pin_memory training_flags::unused_flags_warn_without_a_gpu",
     "drop_last": "training_flags::drop_last",
     "cuda_visible_devices": WARNS,
-    **dict.fromkeys(("strategy", "zero_stage"), "training_flags::strategy_and_zero_stage"),
+    **dict.fromkeys(
+        ("strategy", "zero_stage", "offload_optimizer"), "training_flags::strategy_zero_stage_and_offload_optimizer"
+    ),
     "task_weights": "training_flags::task_weights",
     "eval_steps": "training_flags::val_jsonl_and_eval_steps",
     "eval_max_rows": "training_flags::eval_max_rows_and_new_tokens",

@@ -338,8 +338,11 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
     special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "rslora"}
-    special |= {"strategy": "deepspeed", "zero_stage": 2, "metric_for_best_model": "asr/cer"}
     special |= {
+        "strategy": "deepspeed",
+        "zero_stage": 2,
+        "offload_optimizer": False,
+        "metric_for_best_model": "asr/cer",
         "report_to": ("mlflow",),
         "store": "pcm16",
         "cache_dtype": "float32",
@@ -354,7 +357,8 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
         plain = {bool: default is not True, int: (default if isinstance(default, int) else 0) + 1, str: f"a {name}"}
         plain[float] = (default if isinstance(default, float | int) else 0) + 0.5
         values[name] = special[name] if name in special else plain[kind]
-        left = {"bf16", "fp16", "zero_stage"} - {half}  # stage 3 excludes --quantize and --compile
+        # stage 3 excludes --quantize and --compile, and FSDP's flag DeepSpeed
+        left = {"bf16", "fp16", "zero_stage", "offload_optimizer"} - {half}
         assert values[name] != default or name in left, name
     return values
 

@@ -552,22 +552,29 @@ def test_num_workers(data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.M
     assert elastic.count_workers("auto") == (8, 8), "of the whole cluster, once Ray is connected"
 
 
-def test_strategy_and_zero_stage(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which engine is used; tests/training/test_zero.py tests its effect."""
-    from voxray.training import zero
+def test_strategy_zero_stage_and_offload_optimizer(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which engine is used; tests/training/test_sharding.py tests its effect."""
+    from voxray.training import fsdp, zero
 
-    stages: list[int] = []
+    engines: list[Any] = []
 
-    def fake_zero(*args: Any, stage: int, with_audio: bool, **rates: float) -> DataParallel:
-        stages.append(stage)
-        return DataParallel(*args, **rates)
+    def fake(name: str) -> Any:
+        def engine(*args: Any, dtypes: Any, with_audio: bool, lr: float, weight_decay: float, **own: Any) -> Any:
+            engines.append((name, own))
+            return DataParallel(*args, lr=lr, weight_decay=weight_decay)
 
-    monkeypatch.setattr(zero, "Zero", fake_zero)
+        return engine
+
+    monkeypatch.setattr(zero, "Zero", fake("zero"))
+    monkeypatch.setattr(fsdp, "Fsdp", fake("fsdp"))
     train(strategy="ddp")
-    assert stages == []
+    assert engines == []
     train(strategy="deepspeed")
     train(strategy="deepspeed", zero_stage=3)
-    assert stages == [2, 3]
+    train(strategy="fsdp")
+    train(strategy="fsdp", tuning="full", offload_optimizer=True)
+    offloads = [{"offload_optimizer": value} for value in (False, True)]
+    assert engines == [("zero", {"stage": 2}), ("zero", {"stage": 3}), *(("fsdp", own) for own in offloads)]
     assert parse_only("train_text", ["--train_jsonl", "x", "--output_dir", "y", "--zero_stage", "2"]).zero_stage == 2
     for value in ("1", "4", "two"):
         with pytest.raises(SystemExit):

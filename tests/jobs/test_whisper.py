@@ -13,6 +13,7 @@ import soundfile
 import torch
 from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from helpers import processes
+from helpers.processes import SHARDINGS
 from helpers.running import parse_only
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -232,11 +233,11 @@ def test_resume_is_exact_and_workers_divide_the_same_step(data: TrainingData, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_gives_the_same_losses(data: TrainingData, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize("sharding", SHARDINGS, ids=str)
+def test_sharding_gives_the_same_losses(data: TrainingData, tmp_path: Path, sharding: dict[str, Any]) -> None:
     plain = trained(tmp_path / "a", data, 2, lora_dropout=0.0, per_device_bsz=2)
-    divided = {"strategy": "deepspeed", "zero_stage": stage, "lora_dropout": 0.0, "per_device_bsz": 2}
-    assert trained(tmp_path / "b", data, 2, **divided) == pytest.approx(plain, abs=1e-4)
+    sharded = {**sharding, "lora_dropout": 0.0, "per_device_bsz": 2}
+    assert trained(tmp_path / "b", data, 2, **sharded) == pytest.approx(plain, abs=1e-4)
 
 
 def test_an_exported_model_transcribes_alike_in_the_transformers_pipeline(tuned: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -357,7 +358,8 @@ def test_sampling_restores_the_random_state(data):
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     features, rows = Features(data.validation), np.arange(3)
     preview_settings = PreviewSettings(temperature=1.0, max_new_tokens=2)
-    state: Any = SimpleNamespace(model=model, family=family, worker=Worker())
+    engine = SimpleNamespace(own_passes=nullcontext)
+    state: Any = SimpleNamespace(model=model, family=family, worker=Worker(), engine=engine)
     held_out = validate.ValidationRows(family.front_end(TINY), features, rows)
     before = torch.get_rng_state()
     options = {"seeds": (0, 1), "batch_size": 2, "max_new_tokens": 2}

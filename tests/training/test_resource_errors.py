@@ -95,7 +95,7 @@ def test_out_of_memory_advises_which_settings_to_lower(
 
 
 def test_advice_leaves_out_settings_in_use(tmp_path: Path) -> None:
-    memory_saving = settings(tmp_path, batching="packed", bf16=True, grad_ckpt=True, quantize="4bit")
+    memory_saving = settings(tmp_path, batching="packed", bf16=True, grad_ckpt=True, quantize="4bit", strategy="fsdp")
     assert memory_advice(memory_saving) == "lower --pack_tokens (now 4096); or lower --max_len (now 1280)"
     with (
         pytest.raises(RunError, match=r"^out of memory: lower --per_device_bsz"),

@@ -356,24 +356,6 @@ class WorkerFlags(PlacementFlags):
     """Drop the rows that do not fill the last optimizer step of an epoch."""
 
 
-class StrategyFlags(Settings):
-    strategy: Literal["ddp", "deepspeed"] = "ddp"
-    """How several workers train together: ddp replicates the model and optimizer state in each worker; deepspeed
-    shards them across workers (ZeRO), which saves memory with --tuning full and little with LoRA."""
-    zero_stage: Annotated[int, Field(ge=2, le=3)] = 2
-    """What --strategy deepspeed shards: 2 the gradients and the optimizer state, 3 the weights as well (not with
-    --quantize)."""
-
-    @model_validator(mode="after")
-    def _stage_3_shards_unquantized_weights(self) -> "StrategyFlags":
-        quantized = getattr(self, "quantize", "none")
-        if self.zero_stage == 3 and self.strategy != "deepspeed":
-            raise ValueError("--zero_stage 3: needs --strategy deepspeed")
-        if self.zero_stage == 3 and quantized != "none":
-            raise ValueError(f"--zero_stage 3: cannot divide quantised weights; leave out --quantize {quantized}")
-        return self
-
-
 class ScoreFlags(Settings):
     terms: Annotated[str, Flag(path="input")] = ""
     """Text file of terms (such as drugs or findings), one per line; the report states which of them the transcripts get

@@ -28,6 +28,7 @@ NO_PENALTY = "voxray has no penalties on generated tokens; evaluate has --num_be
 ONE_RANK = "every adapted layer has the rank --lora_r and the scale --lora_alpha / --lora_r"
 LORA_ONLY = "voxray trains LoRA, DoRA, rsLoRA or whole weights (--tuning); PEFT's other methods are not there"
 ZERO = "--strategy deepspeed with --zero_stage 2 or 3 shards the training over the workers"
+FSDP = "--strategy fsdp shards the weights over the workers; --offload_optimizer keeps the optimizer state on the CPU"
 NO_PLUGINS = "a run takes no objects of Python; docs/trainer.md says what can be extended"
 BY_LENGTH = "--batching length groups rows of similar length"
 SPECAUGMENT = "SpecAugment is on with a value above 0"
@@ -73,7 +74,7 @@ TRAINER: Mapping[str, Ours] = {
     ),
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_token"), Ours("", NO_UPLOAD)),
     "deepspeed": Ours("strategy", ZERO),
-    **dict.fromkeys(("fsdp", "fsdp_config"), Ours("", f"voxray has no FSDP; {ZERO}")),
+    **dict.fromkeys(("fsdp", "fsdp_config"), Ours("strategy", FSDP)),
     **dict.fromkeys(("ddp_backend", "ddp_find_unused_parameters"), Ours("", "voxray sets up its processes itself")),
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), Ours("", ONE_JOB)),
     **dict.fromkeys(("callbacks", "compute_metrics", "data_collator", "optimizers"), Ours("", NO_PLUGINS)),

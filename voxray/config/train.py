@@ -15,7 +15,6 @@ from voxray.config.flag_groups import (
     OptimizerFlags,
     OutputFlags,
     SharedFeatureFlags,
-    StrategyFlags,
     TaskBatchingFlags,
     TaskWeights,
     TrimFlags,
@@ -25,6 +24,7 @@ from voxray.config.flag_groups import (
 from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
 from voxray.config.recipes import recipes
+from voxray.config.strategy_flags import StrategyFlags
 from voxray.core.languages import language_code
 from voxray.metrics.names import validation_metrics
 

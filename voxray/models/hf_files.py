@@ -70,6 +70,22 @@ def check_size(model_class: Any, model_id: str) -> None:
         raise RunError(f"--model_id {model_id}: {sizes}")
 
 
+def stored_dtype(model_id: str) -> torch.dtype | None:
+    """Type of the floating-point weights in a model's safetensors files; None if they have several, or no such file."""
+    from safetensors import safe_open
+
+    try:
+        paths = _weight_files(model_id)
+    except RunError:
+        return None
+    dtypes: set[str] = set()
+    for path in paths:
+        with library_errors(f"{path}: cannot be read"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+            dtypes |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # not a dict
+    known = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return known[dtypes.pop()] if len(dtypes) == 1 and dtypes <= known.keys() else None
+
+
 def read_config(model_id: str) -> dict[str, Any]:
     """Read a model's config.json from its folder or the hub.
 
@@ -145,12 +161,12 @@ def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:
     return dict(sorted(tensors.items()))
 
 
-def _weight_files(model_id: str, module: str) -> list[str]:
-    """Paths of the weight files that contain a module: those in the index, or the single file."""
+def _weight_files(model_id: str, module: str = "") -> list[str]:
+    """Paths of the weight files, or of those with a module: those in the index, or the single file."""
     try:
         index = json.loads(Path(model_file(model_id, "model.safetensors.index.json")).read_text())
     except RunError:
         return [model_file(model_id, "model.safetensors")]
     with library_errors(f"--model_id {model_id}: model.safetensors.index.json is damaged"):
-        files = {file for name, file in index["weight_map"].items() if is_inside(name, [module])}
+        files = {file for name, file in index["weight_map"].items() if not module or is_inside(name, [module])}
     return [model_file(model_id, file) for file in sorted(files)]

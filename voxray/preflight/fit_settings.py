@@ -202,9 +202,9 @@ class SettingsFitter:
         config = ComputeConfig(
             dtype, self._budget.on_gpu, settings.grad_ckpt, settings.quantize, settings.label_smoothing
         )
-        state_shards = self.num_workers if settings.strategy == "deepspeed" else 1
-        weight_shards = 1 if settings.zero_stage < 3 else state_shards
-        training = Training(settings.grad_accum, self.num_workers, state_shards, weight_shards)
+        shards = {"state_shards": self.num_workers} if settings.shards_state else {}
+        shards |= {"weight_shards": self.num_workers} if settings.shards_weights else {}
+        training = Training(settings.grad_accum, self.num_workers, **shards, offloads=settings.offload_optimizer)
         return MemoryModel(meta_model, run.family, self._rows.front_end, config, training)
 
     def _fits(self, size: BatchSize) -> bool:

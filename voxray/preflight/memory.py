@@ -7,6 +7,7 @@ largest sum of a phase and the memory that is always in use (weights, AdamW's mo
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from voxray.models.adapters.lora import find_role
@@ -17,7 +18,9 @@ from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import ComputeConfig, PackShape
-from voxray.preflight.weights import quantized_layers, weight_bytes
+from voxray.preflight.weights import TRAINED, bytes_in_training, quantized_layers, weight_bytes
+from voxray.training.sharded_weights import ShardedUnit, find_units
+from voxray.training.zero import MAX_BUCKET_ELEMENTS
 
 ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
 ENCODER_WIDTHS = 12  # of one layer: first and last input, residual, norm, and 4 widths each before and after GELU
@@ -74,14 +77,16 @@ class Training:
     Attributes:
         grad_accum: Forward passes per step; with several, gradients exist when the next forward pass begins.
         num_workers: Processes; several copy their gradients into one buffer to reduce them.
-        state_shards: Processes among which --strategy deepspeed shards gradients and AdamW's moments; 1 for ddp.
-        weight_shards: Processes among which it shards the weights (--zero_stage 3).
+        state_shards: Processes among which --strategy shards gradients and AdamW's moments; 1 for ddp.
+        weight_shards: Processes among which it shards the weights.
+        offloads: Whether trained weights, gradients and moments are in the memory of the CPU.
     """
 
     grad_accum: int = 1
     num_workers: int = 1
     state_shards: int = 1
     weight_shards: int = 1
+    offloads: bool = False
 
 
 class MemoryModel:
@@ -124,9 +129,30 @@ class MemoryModel:
 
     def _always(self) -> Iterable[MemoryEntry]:
         for (role, storage), num_bytes in self._weights.items():
-            yield MemoryEntry(f"{role}: weights, {storage}", num_bytes // self._training.weight_shards)
+            is_trained, training = storage.endswith(TRAINED), self._training
+            shards = min(training.weight_shards, training.state_shards) if is_trained else training.weight_shards
+            if not (is_trained and self._is_offloaded):
+                yield MemoryEntry(f"{role}: weights, {storage}", num_bytes // shards)
+        yield MemoryEntry("weights gathered for two modules", self._gathered_bytes())
         moments = ADAMW_MOMENTS * FLOAT32 * self._num_trained // self._training.state_shards
-        yield MemoryEntry("optimizer: AdamW's moments, float32", moments)
+        yield MemoryEntry("optimizer: AdamW's moments, float32", 0 if self._is_offloaded else moments)
+
+    @property
+    def _is_offloaded(self) -> bool:
+        return self._training.offloads and self._config.on_gpu
+
+    def _gathered_bytes(self) -> int:
+        """Sharded weights are whole in one module at work, and in the next, which is gathered meanwhile."""
+        if self._training.weight_shards == 1:
+            return 0
+        options = (self._model, self._family, self._config.quantize)
+        sizes = [bytes_in_training(unit.parameters, *options) for unit in self._units]
+        return max((sum(sizes[at : at + 2]) for at in range(len(sizes))), default=0)
+
+    @cached_property
+    def _units(self) -> list[ShardedUnit]:
+        trained = [weight for weight in self._model.parameters() if weight.requires_grad]
+        return find_units(self._model, trained if self._training.state_shards == 1 else ())
 
     def _training_step(self, shape: PackShape) -> Iterable[MemoryEntry]:
         activations = self._activations.count(shape)
@@ -160,13 +186,20 @@ class MemoryModel:
         first = next(iter(activations.values()), ActivationBytes())
         yield MemoryEntry("the first layer's activations", first.recomputed + first.working, "end of the backward pass")
         yield MemoryEntry("gradients, float32", total, "optimizer step")
-        if self._training.num_workers > 1:
+        if self._training.num_workers > 1 and self._training.state_shards == 1:
             yield MemoryEntry("gradients in one message", FLOAT32 * self._num_trained, "optimizer step")
+        elif self._training.state_shards > 1:
+            numbers = [sum(each.numel() for each in unit.parameters if each.requires_grad) for unit in self._units]
+            in_message = min(self._num_trained, max(MAX_BUCKET_ELEMENTS, *numbers))
+            yield MemoryEntry("gradients of one message", FLOAT32 * in_message, "end of the backward pass")
         largest = max((weight.numel() for weight in self._model.parameters() if weight.requires_grad), default=0)
-        yield MemoryEntry("AdamW at work on the largest weight", 2 * FLOAT32 * largest, "optimizer step")
+        at_work = 0 if self._is_offloaded else 2 * FLOAT32 * largest // self._training.state_shards
+        yield MemoryEntry("AdamW at work on the largest weight", at_work, "optimizer step")
 
     def _gradient_bytes(self) -> dict[str, int]:
         """{role: bytes of its gradients}."""
+        if self._is_offloaded:
+            return {}
         by_role: dict[str, int] = {}
         for name, weight in self._model.named_parameters():
             role = find_role(name, self._family)

@@ -1,6 +1,6 @@
 """Memory of a model's weights by role and storage type, computed from a model on the meta device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from voxray.models.interface import ModelFamily
 
 BLOCK_4BIT = 64  # weights per scale (NF4)
 BLOCK_SCALES = 256  # scales per second-level scale (double quantisation)
+TRAINED = ", trained"
 CODES_4BIT_BYTES = (16 + 256 + 1) * 4  # per layer: the tables of 4-bit and 8-bit values, and the mean of the scales
 
 
@@ -29,9 +30,20 @@ def weight_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "n
         if id(tensor) in layers:
             storage, num_bytes = quantize, quantized_bytes(layers[id(tensor)], quantize)
         if tensor.requires_grad:
-            storage = f"{storage}, trained"
+            storage += TRAINED
         sizes[role, storage] = sizes.get((role, storage), 0) + num_bytes
     return sizes
+
+
+def bytes_in_training(
+    parameters: Iterable[torch.nn.Parameter], model: torch.nn.Module, family: ModelFamily, quantize: str
+) -> int:
+    """Bytes of some parameters of a model, those that ``quantize`` applies to in their quantized size."""
+    layers = {id(layer.weight): layer for _, layer in quantized_layers(model, family)} if quantize != "none" else {}
+    return sum(
+        quantized_bytes(layers[id(each)], quantize) if id(each) in layers else each.numel() * each.element_size()
+        for each in parameters
+    )
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from voxray.models.adapters.lora import (
     train_fully,
     trainable_parameters,
 )
-from voxray.models.hf_files import unwrap_peft
+from voxray.models.hf_files import stored_dtype, unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.quantize import base_dtype
 from voxray.recipes.run_context import RunContext
@@ -30,6 +30,7 @@ from voxray.runs.layout import list_checkpoints
 from voxray.runs.run_folder import other_run_advice
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState
+from voxray.training.sharded_weights import compute_dtypes, return_freed_memory, shown_in_types, use_4bit_layers
 
 
 def find_init_adapter(run: RunContext) -> InitAdapter | None:
@@ -74,9 +75,8 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
     """
     settings, family, roles = run.settings, run.family, run.stage.roles
     init_adapter = find_init_adapter(run)
-    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     torch.manual_seed(settings.seed)  # for weights that no file has
-    base = family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
+    base = _load_base(run)
     if not with_encoder:
         family.skip_encoder(base)
     torch.manual_seed(settings.seed)
@@ -87,7 +87,8 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
         in_adapter = init_adapter.roles if init_adapter else ()
         adapted = [role for role in family.roles if role in roles or role in in_adapter]
         options = {"model_id": settings.model_id, "tuning": settings.tuning, "targets": run.stage.lora_targets}
-        model = add_lora(base, family, adapted, **options, **lora)
+        with shown_in_types(training_dtypes(base, run)):
+            model = add_lora(base, family, adapted, **options, **lora)
     trimmed = audio_trimming(settings)
     set_trim_audio(model, init_adapter.trims_audio if init_adapter and trimmed is None else trimmed)
     init_line = _load_init_adapter(model, run, init_adapter) if init_adapter else ""
@@ -97,6 +98,29 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
     if settings.compile:
         family.compile_layers(model)
     return model, init_line
+
+
+def _load_base(run: RunContext) -> Any:
+    """Load the base; one whose weights the engine will shard on the CPU and as it is stored, which takes no memory."""
+    settings, family = run.settings, run.family
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    if not settings.shards_weights:
+        return family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
+    if run.worker.device.type == "cpu":
+        return_freed_memory()
+    stored = dtype if settings.tuning == "dora" else stored_dtype(settings.model_id) or dtype
+    base = family.load_model(settings.model_id, dtype=stored, device=torch.device("cpu"))
+    if settings.quantize == "4bit":
+        use_4bit_layers(base, family, dtype)
+    return base
+
+
+def training_dtypes(model: Any, run: RunContext) -> dict[torch.nn.Parameter, torch.dtype]:
+    """Types that the parameters have in training, of a base that was loaded as it is stored; else empty."""
+    settings = run.settings
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    is_stored = settings.shards_weights and settings.tuning != "dora"
+    return compute_dtypes(model, run.family, settings.model_id, dtype) if is_stored else {}
 
 
 def _load_init_adapter(model: Any, run: RunContext, init_adapter: InitAdapter) -> str:

@@ -86,9 +86,12 @@ def require_family(settings: TrainSettings) -> ModelFamily:
         raise SettingsError(f"--model_id {settings.model_id}: a {family.name} model, and this job trains {own}{advice}")
     if family.reads_samples and isinstance(settings, MaskFlags) and settings.freq_masks:
         raise SettingsError(f"--freq_masks: a {family.name} model reads samples, which have no frequencies to mask")
-    if family.reads_samples and settings.zero_stage == 3 and settings.store != "encoder":
+    if family.reads_samples and settings.shards_weights and settings.store != "encoder":
         reason = f"a {family.name} model encodes clip by clip, and all workers must call the same layers equally often"
-        raise SettingsError(f"--zero_stage 3: {reason}; use stage 2")
+        flag, other = (
+            ("--strategy fsdp", "--strategy ddp") if settings.strategy == "fsdp" else ("--zero_stage 3", "stage 2")
+        )
+        raise SettingsError(f"{flag}: {reason}; use {other}")
     return family
 
 

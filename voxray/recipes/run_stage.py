@@ -22,7 +22,7 @@ from voxray.metrics.names import validation_metrics
 from voxray.models.adapters.lora import count_parameters
 from voxray.models.interface import IGNORED
 from voxray.models.parts.arithmetic import set_deterministic, set_tf32
-from voxray.recipes.build_model import build_model, resume
+from voxray.recipes.build_model import build_model, resume, training_dtypes
 from voxray.recipes.choose_rows import LostRow, choose_rows, count_lost
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.stages import Stage
@@ -112,13 +112,18 @@ def build_engine(run: RunContext, model: Any, optimizer_state: OptimizerState, *
     """
     engine: Engine
     settings = run.settings
-    rates = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    sharding: dict[str, Any] = {"dtypes": training_dtypes(model, run), "with_audio": with_audio}
     if settings.strategy == "ddp":
         engine = DataParallel(model, run.family, run.worker, **rates)
+    elif settings.strategy == "fsdp":
+        from voxray.training.fsdp import Fsdp
+
+        engine = Fsdp(model, run.family, run.worker, offload_optimizer=settings.offload_optimizer, **sharding, **rates)
     else:
         from voxray.training.zero import Zero
 
-        engine = Zero(model, run.family, run.worker, stage=settings.zero_stage, with_audio=with_audio, **rates)
+        engine = Zero(model, run.family, run.worker, stage=settings.zero_stage, **sharding, **rates)
     engine.load_optimizer_state(optimizer_state)
     return engine
 

@@ -50,7 +50,8 @@ CHANGEABLE_SETTINGS = {
     *("overwrite", "eval_max_new_tokens", "val_jsonl", "tf32", "cuda_visible_devices"),
     *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps", "preview_rows"),
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
-    *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage", "report_to"),
+    *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
+    *("offload_optimizer", "report_to"),
 }
 """Settings that may change when a run is resumed: they alter neither the model nor the order of the data."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from voxray.batches.rank import Worker
 from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
@@ -69,8 +70,11 @@ class Engine(Protocol):
     def load_optimizer_state(self, optimizer_state: OptimizerState) -> None:
         """Restore the optimizer state of all trainable parameters; empty for a new run."""
 
-    def whole_model(self) -> AbstractContextManager[None]:
-        """Within this context every worker has all weights. It may run the model any number of times, but not train."""
+    def own_passes(self) -> AbstractContextManager[None]:
+        """A context in which every worker may run the model on its own, any number of times.
+
+        In it a worker does not train, and does not communicate with the others. It ends when all workers are done.
+        """
         ...
 
 
@@ -122,7 +126,7 @@ class DataParallel:
         state = {index: optimizer_state[name] for index, (name, _) in enumerate(self._named) if optimizer_state}
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
-    def whole_model(self) -> AbstractContextManager[None]:
+    def own_passes(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -170,6 +174,13 @@ def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence
         grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
         offset += grad.numel()
     return flat[offset:].tolist()
+
+
+def init_single_process_group(worker: Worker) -> None:
+    """Create the process group of a single process, which has none."""
+    if not dist.is_initialized():
+        backend = "nccl" if worker.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=worker.rank, world_size=worker.world_size)
 
 
 def gather(value: object, worker: Worker) -> list[object]:

@@ -165,7 +165,7 @@ def _generate(
     worker, answers = state.worker, []
     options = settings.model_dump(include={"temperature", "top_p", "max_new_tokens"})
     devices = [worker.device] if worker.device.type == "cuda" else []
-    with in_eval_mode(state.model), torch.random.fork_rng(devices):
+    with in_eval_mode(state.model), torch.random.fork_rng(devices), state.engine.own_passes():
         for batch in shared_batches(held_out.features, rows, batch_size, worker):
             seed = int(np.random.SeedSequence([*seeds, batch[0]]).generate_state(1)[0])
             batch_rows = [held_out.features.row(number) for number in batch]

@@ -40,6 +40,8 @@ def memory_advice(settings: TrainSettings) -> str:
         advice.append("add --bf16")
     if settings.tuning != "full" and settings.quantize == "none":
         advice.append("--quantize 4bit")
-    if settings.tuning == "full" and settings.zero_stage < 3:
-        advice.append("take several workers with --strategy deepspeed --zero_stage 3")
+    if not settings.shards_weights:
+        advice.append("take several workers with --strategy fsdp")
+    elif settings.tuning == "full" and settings.strategy == "fsdp" and not settings.offload_optimizer:
+        advice.append("add --offload_optimizer")
     return "; ".join([*advice, f"or lower --max_len (now {settings.max_len})"])

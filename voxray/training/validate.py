@@ -6,8 +6,8 @@ them.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,9 @@ from voxray.metrics.texts import text_metrics
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
 from voxray.training.engine import gather
+
+OwnPassesContext = Callable[[], AbstractContextManager[None]]
+"""See ``Engine.own_passes``."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def validate(
     batch_size: int,
     loss_batch_size: int,
     max_new_tokens: int,
+    own_passes: OwnPassesContext = nullcontext,
 ) -> Validation:
     """Score a model by its generated answers and by the likelihood of the reference answers. Every worker calls it.
 
@@ -103,17 +107,19 @@ def validate(
         batch_size: Rows of a batch for generation.
         loss_batch_size: Rows of a forward pass over prompt and answer.
         max_new_tokens: Maximum length of an answer, in tokens.
+        own_passes: See ``Engine``.
     """
     features = held_out.features
     local: list[tuple[int, str, str, dict[str, int]]] = []
-    with in_eval_mode(model):
+    with in_eval_mode(model), own_passes():
         for batch in shared_batches(features, held_out.rows, batch_size, worker):
             rows = [features.row(number) for number in batch]
             texts = generate_texts(model, family, held_out.front_end, rows, max_new_tokens=max_new_tokens)
             for number, row, text in zip(batch, rows, texts, strict=True):
                 answer = {"task": row.task, "language": row.language, "reference": row.answer, "prediction": text}
                 local.append((number, row.answer, text, as_row(count_row(answer))))
-        losses = answer_losses(model, family, held_out, worker, batch_size=loss_batch_size)
+    with in_eval_mode(model):
+        losses = answer_losses(model, family, held_out, worker, batch_size=loss_batch_size, own_passes=own_passes)
     scored = sorted((item for part in gather_lists(local, worker) for item in part), key=lambda item: item[0])
     metrics: dict[str, float] = {}
     for task, code in TASK_CODES.items():
@@ -130,7 +136,13 @@ def validate(
 
 
 def answer_losses(
-    model: Any, family: ModelFamily, held_out: ValidationRows, worker: Worker, *, batch_size: int
+    model: Any,
+    family: ModelFamily,
+    held_out: ValidationRows,
+    worker: Worker,
+    *,
+    batch_size: int,
+    own_passes: OwnPassesContext = nullcontext,
 ) -> dict[str, dict[str, float]]:
     """Loss and perplexity of the reference answers, by the forward pass of training without label smoothing.
 
@@ -141,9 +153,10 @@ def answer_losses(
     """
     features, rows = held_out.features, held_out.rows
     local: list[tuple[int, float]] = []
-    for batch in shared_batches(features, rows, batch_size, worker):
-        losses = reference_losses(model, family, held_out.front_end, [features.row(number) for number in batch])
-        local += zip((int(features.task[number]) for number in batch), losses, strict=True)
+    with own_passes():
+        for batch in shared_batches(features, rows, batch_size, worker):
+            losses = reference_losses(model, family, held_out.front_end, [features.row(number) for number in batch])
+            local += zip((int(features.task[number]) for number in batch), losses, strict=True)
     gathered = [item for part in gather_lists(local, worker) for item in part]
     tokens = np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
     # fsum rounds once, so the order of the workers does not matter

@@ -57,18 +57,16 @@ class Validator:
         if len(self.held_out.rows):
             preview_settings = read_on_all_workers(self.previews, state.worker)
             options = {"batch_size": sizes.batch_size, "max_new_tokens": sizes.max_new_tokens}
-            with state.engine.whole_model():
-                validation = validate(
-                    state.model,
-                    state.family,
-                    self.held_out,
-                    state.worker,
-                    loss_batch_size=sizes.loss_batch_size,
-                    **options,
-                )
-                entries = preview(
-                    preview_settings, state, self.held_out, validation, seeds=(self.seed, step), **options
-                )
+            validation = validate(
+                state.model,
+                state.family,
+                self.held_out,
+                state.worker,
+                loss_batch_size=sizes.loss_batch_size,
+                own_passes=state.engine.own_passes,
+                **options,
+            )
+            entries = preview(preview_settings, state, self.held_out, validation, seeds=(self.seed, step), **options)
             metrics = validation.metrics
             self.monitor.record("validation", step, metrics)
             self.monitor.say(f"step {step}/{self.num_steps}  {short_line(metrics)}")

@@ -10,26 +10,32 @@ three things itself instead of leaving them to DeepSpeed:
 
 These attributes of DeepSpeed's optimizers are not a documented interface: ``averaged_gradients``,
 ``single_partition_of_fp32_groups``, ``fp32_partitioned_groups_flat``, ``_lazy_init_hp_params_optimizer_state`` and
-``_hp_optimizer_states_linked``. ``tests/training/test_zero.py`` fails if a new version changes their meaning.
+``_hp_optimizer_states_linked``. ``tests/training/test_sharding.py`` fails if a new version changes their meaning.
 """
 
 import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import adapter_tensors, find_role
 from voxray.models.interface import ModelFamily
-from voxray.training.engine import CheckpointState, OptimizerState, copy_to_cpu, parameter_groups
+from voxray.training.engine import (
+    CheckpointState,
+    OptimizerState,
+    copy_to_cpu,
+    init_single_process_group,
+    parameter_groups,
+)
+from voxray.training.sharded_weights import OwnPasses, ShardedUnit, convert, find_units
 
 MAX_BUCKET_ELEMENTS = 100_000_000
 """Maximum gradients in one message. DeepSpeed allocates a buffer of this size, 400 MB in float32."""
@@ -40,9 +46,11 @@ class Zero:
     """An ``Engine`` on top of DeepSpeed.
 
     Args:
-        model: Model with the same weights on every worker, on the worker's device.
+        model: Model with the same weights on every worker, for stage 2 on the worker's device and for stage 3 on the
+            CPU. Weights that are mapped from files take no memory.
         family: Family whose ``answer_logits`` is the forward pass.
         stage: 2 shards gradients and optimizer state, 3 also the weights.
+        dtypes: Stage 3: type of each parameter in training; parameters that are not listed keep theirs.
         with_audio: Whether any row of the run has audio.
     Raises:
         RunError: DeepSpeed is not installed.
@@ -55,6 +63,7 @@ class Zero:
         worker: Worker,
         *,
         stage: int,
+        dtypes: Mapping[torch.nn.Parameter, torch.dtype],
         with_audio: bool,
         lr: float,
         weight_decay: float,
@@ -66,14 +75,23 @@ class Zero:
         parameters = [parameter for _, parameter in self._named]
         # the same options as in DataParallel, so that a run can switch between the two
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
+        largest = 0
+        num_trainable = sum(parameter.numel() for parameter in parameters)  # 0 when they are sharded
         self._deepspeed = _import_deepspeed(worker)
+        if stage == 3:
+            units = find_units(model)
+            in_units = {parameter for unit in units for parameter in unit.parameters}
+            self._other_parameters = [parameter for parameter in model.parameters() if parameter not in in_units]
+            self._own_passes = OwnPasses(units, self._gather_once)
+            largest = max(sum(each.numel() for each in unit.parameters) for unit in units)
+            _partition(self._deepspeed, model, worker.device, dtypes)
         trained_roles = {find_role(name, family) for name, _ in self._named}
         roles_in_every_pass = set(family.roles) if stage == 3 and with_audio else trained_roles
         self._engine, self._zero, *_ = self._deepspeed.initialize(
             model=_Forward(model, family, sorted(roles_in_every_pass)),
             model_parameters=parameters,
             optimizer=self.optimizer,
-            config=_config(stage, sum(parameter.numel() for parameter in parameters)),
+            config=_config(stage, num_trainable, largest),
             dist_init_required=False,
         )
 
@@ -151,12 +169,43 @@ class Zero:
                 safe_set_full_optimizer_state(parameter, optimizer_state[name][key].to(self.worker.device), key)
 
     @contextmanager
-    def whole_model(self) -> Iterator[None]:
+    def own_passes(self) -> Iterator[None]:
         if self._stage < 3:
             yield
             return
-        with self._deepspeed.zero.unwrap_model_for_generation(self._engine):
+        # DeepSpeed's own hooks gather weights ahead, in the order of the last pass of training
+        offload = self._zero.parameter_offload
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        hooks = [hook for unit in self._own_passes.units for hook in self._hooks(unit)]
+        with self._gathered(self._other_parameters), self._own_passes():
             yield
+        for hook in hooks:
+            hook.remove()
+        offload._register_deepspeed_module(offload.module)
+
+    def _hooks(self, unit: ShardedUnit) -> Iterator[Any]:
+        """Hooks that gather the weights of a unit for its forward pass, and free them afterwards."""
+        gathered: list[Any] = []
+
+        def gather(module: torch.nn.Module, inputs: Any) -> None:
+            gathered.append(self._gathered(unit.parameters))
+            gathered[-1].__enter__()
+
+        def free(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            gathered.pop().__exit__(None, None, None)
+
+        yield unit.modules[0].register_forward_pre_hook(gather)
+        yield unit.modules[-1].register_forward_hook(free)
+
+    def _gather_once(self, unit: ShardedUnit) -> None:
+        with self._gathered(unit.parameters):
+            pass
+
+    def _gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """A context in which every worker has these parameters whole."""
+        return self._deepspeed.zero.GatheredParameters(list(parameters))
 
     def _gradients(self) -> list[torch.Tensor]:
         """This worker's shard of the gradients of the step, averaged over the workers."""
@@ -178,8 +227,28 @@ class _Forward(torch.nn.Module):
         return self._family.answer_logits(self.model, batch, keep_BL, roles_in_every_pass=self._roles_in_every_pass)
 
 
-def _config(stage: int, num_trainable: int) -> dict[str, Any]:
-    """DeepSpeed's settings. Its float16 and bfloat16 modes stay off, because trainable weights are float32."""
+def _partition(
+    deepspeed: Any, model: torch.nn.Module, device: torch.device, dtypes: Mapping[torch.nn.Parameter, torch.dtype]
+) -> None:
+    """Move a model to the device and shard its parameters, module by module, so that no worker holds all of them."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    for module in reversed(list(model.modules())):  # a module after those inside it
+        own = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
+        for parameter in own:
+            convert(parameter, device, dtypes.get(parameter))
+            if device.type == "cpu":  # DeepSpeed's broadcast from rank 0 would write into mapped pages
+                parameter.data = parameter.data.clone()
+        if own:
+            deepspeed.zero.Init(module=module, mem_efficient_linear=False)
+
+
+def _config(stage: int, num_trainable: int, largest_unit: int) -> dict[str, Any]:
+    """DeepSpeed's settings. Its float16 and bfloat16 modes stay off, because trainable weights are float32.
+
+    Args:
+        largest_unit: Stage 3: parameters of the largest unit. A worker gathers two units at a time.
+    """
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
@@ -187,6 +256,8 @@ def _config(stage: int, num_trainable: int) -> dict[str, Any]:
     }
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
+        zero["stage3_prefetch_bucket_size"] = largest_unit
+        zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 2 * largest_unit
     return {
         "train_micro_batch_size_per_gpu": 1,  # required, but DeepSpeed only counts samples with it
         "gradient_accumulation_steps": 1,  # ``backward`` marks the last microbatch of a step
@@ -216,7 +287,5 @@ def _import_deepspeed(worker: Worker) -> Any:
     )  # from DeepSpeed, at every step
     # Otherwise DeepSpeed compiles its own communication for CPU machines, which needs a compiler and gains nothing.
     deepspeed.ops.__compatible_ops__ = {}  # type: ignore[attr-defined]
-    if not dist.is_initialized():  # a single process
-        backend = "nccl" if worker.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=worker.rank, world_size=worker.world_size)
+    init_single_process_group(worker)
     return deepspeed

@@ -54,15 +54,27 @@ class EncoderMethods:
     def skip_encoder(self, model: Any) -> None:
         """Make a model accept encoder outputs as ``input_features``, and free the encoder's memory."""
         base = unwrap_peft(model)
-        setattr(base.model, self.encoder_name, PassThrough(base.dtype, base.device))
+        setattr(base.model, self.encoder_name, PassThrough(base))
 
 
 class PassThrough(torch.nn.Module):
-    """Takes the encoder's place in a model and returns its stored outputs."""
+    """Takes the encoder's place in a model and returns its stored outputs.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+    Args:
+        base: The model. Its type and device may change later.
+    """
+
+    def __init__(self, base: Any) -> None:
         super().__init__()
-        self.dtype, self.device = dtype, device  # some models ask their encoder for them
+        self._base = (base,)  # in a tuple, because a module's attribute would become a part of it
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._base[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._base[0].device
 
     def forward(self, input_features: torch.Tensor, **options: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling

@@ -42,7 +42,7 @@ def _is_supported(layer: Any) -> bool:
     """Whether the layer is a large frozen Linear in float32 on a CPU, and oneDNN is available."""
     if type(layer) is not torch.nn.Linear or layer.out_features < MIN_OUTPUTS:
         return False
-    if layer._forward_pre_hooks or "forward" in vars(layer):  # ZeRO-3 fetches the weights for each call
+    if layer._forward_pre_hooks or layer._forward_hooks or "forward" in vars(layer):  # ZeRO-3 gathers the weights
         return False
     weights = layer.weight
     supported = weights.device.type == "cpu" and weights.dtype == torch.float32 and not weights.requires_grad

@@ -159,7 +159,7 @@ class Salmonn(FamilyDefaults):
         """Make a model accept both encoders' outputs as ``input_features``, and free the encoders' memory."""
         base = unwrap_peft(model)
         for name in ENCODERS:
-            setattr(base, name, PassThrough(base.dtype))
+            setattr(base, name, PassThrough(base))
         base.window_embeds = base.stored_embeds
 
     def audio_path(self, model: Any) -> WindowPath:

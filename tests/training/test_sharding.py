@@ -1,4 +1,4 @@
-"""ZeRO gives the same results as plain data parallelism, which other tests check, with a sharded model.
+"""FSDP and ZeRO give the same results as plain data parallelism, which other tests check, with a sharded model.
 
 The short runs of this file use the same two processes, one after the other.
 """
@@ -14,9 +14,10 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import processes
-from helpers.processes import Job
+from helpers.processes import STRATEGIES, Job
 from helpers.running import start
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from voxray.batches.packing import Batching
 from voxray.batches.plan import Plan
@@ -30,8 +31,7 @@ from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import TrainState
 from voxray.training.records import read_metrics
 
-DDP: dict[str, Any] = {}
-ZERO = {2: {"strategy": "deepspeed"}, 3: {"strategy": "deepspeed", "zero_stage": 3}}
+SHARDED, QUICK = ("fsdp", "zero2", "zero3"), ("fsdp", "zero2")
 TEXT_HEAVY = {"max_grad_norm": 0.0, "task_weights": {"asr": 1.0, "tqa": 3.0}, "grad_accum": 1, "max_steps": 6}
 RESUMED = {"lora_dropout": 0.1, "max_steps": 6, "save_steps": 3, "grad_accum": 1}
 VALIDATED = {"eval_steps": 2, "eval_max_rows": 1, "eval_max_new_tokens": 12}
@@ -76,53 +76,67 @@ def train_all(folder: Path, runs: dict[str, tuple[dict[str, Any], TrainingData]]
 def count_numbers(settings: MultitaskSettings, state: TrainState) -> None:
     """Write the number of weights and of moments on this worker to a file."""
     parameters = list(state.model.parameters())
+    moments = [entry["exp_avg"] for entry in state.engine.optimizer.state.values()]
     counts = {
-        "whole": sum(parameter.numel() for parameter in parameters),
-        "weights": sum(getattr(parameter, "ds_tensor", parameter).numel() for parameter in parameters),
-        "moments": sum(entry["exp_avg"].numel() for entry in state.engine.optimizer.state.values()),
+        "weights": sum(map(num_local, parameters)),
+        "moments": sum(map(num_local, moments)),
     }
     path = Path(settings.output_dir) / f"counts-{state.worker.rank}.json"
     path.write_text(json.dumps(counts))
 
 
+def num_local(tensor: Any) -> int:
+    """Numbers of a tensor on this worker."""
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor).numel()
+
+
+def train_as(folder: Path, names: Sequence[str], data: TrainingData, more: bool) -> None:
+    """Train the runs that the tests compare, with each of some strategies.
+
+    Args:
+        more: Full tuning, packs and a step that is not finite, instead of the runs that every change has to pass.
+    """
+    train = TrainingData(data.train, ())
+    jobs: dict[str, tuple[dict[str, Any], TrainingData]] = {}
+    options: dict[str, dict[str, Any]] = {}
+    for name, flags in ((name, STRATEGIES[name]) for name in names):
+        if more:
+            jobs[f"full-{name}"] = ({**flags, **FULL}, train)
+            jobs[f"bad-{name}"] = ({**flags, **POISONED}, train)
+            jobs[f"packed-{name}"] = ({**flags, "batching": "packed", "pack_tokens": 600, "max_steps": 2}, train)
+            jobs[f"ddp-to-{name}"] = ({**flags, **RESUMED}, train)
+            options[f"bad-{name}"] = {"poisoned": (bad_row(data),)}
+            options[f"full-{name}"] = {"inspect": count_numbers}
+            options[f"ddp-to-{name}"] = {"after": checkpoint(folder / "straight-ddp", 3)}
+            continue
+        jobs[f"mix-{name}"] = ({**flags, **VALIDATED}, TrainingData(data.train, data.validation[:1]))
+        jobs[f"straight-{name}"] = ({**flags, **RESUMED}, train)
+        jobs[f"resumed-{name}"] = ({**flags, **RESUMED}, train)
+        options[f"resumed-{name}"] = {"after": checkpoint(folder / f"straight-{name}", 3)}
+    train_all(folder, jobs, **options)
+
+
 @pytest.fixture(scope="module")
 def runs(data: TrainingData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the runs that most tests compare."""
-    folder, train = tmp_path_factory.mktemp("zero"), TrainingData(data.train, ())
-    jobs: dict[str, tuple[dict[str, Any], TrainingData]] = {}
-    for name, flags in (("ddp", DDP), ("zero2", ZERO[2])):
-        jobs[f"mix-{name}"] = ({**flags, **VALIDATED}, TrainingData(data.train, data.validation[:1]))
-        jobs[f"full-{name}"] = ({**flags, **FULL}, train)
-        jobs[f"bad-{name}"] = ({**flags, **POISONED}, train)
-        jobs[f"packed-{name}"] = ({**flags, "batching": "packed", "pack_tokens": 600, "max_steps": 2}, train)
-        jobs[f"straight-{name}"] = ({**flags, **RESUMED}, train)
-    jobs["resumed-zero2"] = ({**ZERO[2], **RESUMED}, train)
-    options: dict[str, dict[str, Any]] = {"resumed-zero2": {"after": checkpoint(folder / "straight-zero2", 3)}}
-    for name in ("ddp", "zero2"):
-        options |= {f"bad-{name}": {"poisoned": (bad_row(data),)}, f"full-{name}": {"inspect": count_numbers}}
-    return train_all(folder, jobs, **options)
+    """Folder of the runs that every change has to pass."""
+    folder = tmp_path_factory.mktemp("sharding")
+    train_as(folder, ("ddp", *QUICK), data, more=False)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def stage_3(runs: Path, data: TrainingData) -> None:
-    """The same runs with stage 3, in the folder of the others."""
-    train = TrainingData(data.train, ())
-    jobs: dict[str, tuple[dict[str, Any], TrainingData]] = {
-        "mix-zero3": ({**ZERO[3], **VALIDATED}, TrainingData(data.train, data.validation[:1])),
-        "full-zero3": ({**ZERO[3], **FULL}, train),
-        "bad-zero3": ({**ZERO[3], **POISONED}, train),
-        "ddp-to-zero3": ({**ZERO[3], **RESUMED}, train),
-    }
-    options: dict[str, dict[str, Any]] = {"ddp-to-zero3": {"after": checkpoint(runs / "straight-ddp", 3)}}
-    options |= {"bad-zero3": {"poisoned": (bad_row(data),)}, "full-zero3": {"inspect": count_numbers}}
-    train_all(runs, jobs, **options)
+def all_runs(runs: Path, data: TrainingData) -> Path:
+    """The same folder, with the runs of all strategies."""
+    train_as(runs, [name for name in SHARDED if name not in QUICK], data, more=False)
+    train_as(runs, list(STRATEGIES), data, more=True)
+    return runs
 
 
-@pytest.fixture(params=[2, pytest.param(3, marks=pytest.mark.slow)])
-def stage(request: pytest.FixtureRequest) -> int:
-    """A stage of ZeRO whose runs are there."""
-    if request.param == 3:
-        request.getfixturevalue("stage_3")
+@pytest.fixture(params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SHARDED])
+def sharded(request: pytest.FixtureRequest) -> str:
+    """A strategy whose runs are there."""
+    if request.param not in QUICK:
+        request.getfixturevalue("all_runs")
     return request.param
 
 
@@ -155,68 +169,23 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def test_training_equals_ddp(runs: Path, stage: int) -> None:
+def test_training_equals_ddp(runs: Path, sharded: str) -> None:
     """Audio and text, with accumulation, and a validation in between on a single row, so one worker is idle."""
-    zero, ddp = runs / f"mix-zero{stage}", runs / "mix-ddp"
-    assert_alike(zero, ddp, loss=1e-5)
-    validations, expected = (read_metrics(run, "validation") for run in (zero, ddp))
+    run, ddp = runs / f"mix-{sharded}", runs / "mix-ddp"
+    assert_alike(run, ddp, loss=1e-5)
+    validations, expected = (read_metrics(each, "validation") for each in (run, ddp))
     assert [record["step"] for record in validations] == [2, 4]
     for record, reference in zip(validations, expected, strict=True):
         assert record.pop("kind") == reference.pop("kind")
         assert record == pytest.approx(reference, abs=1e-4, rel=1e-4)
-    for name, tensor in weights(zero / "adapter").items():
+    for name, tensor in weights(run / "adapter").items():
         assert torch.allclose(tensor, weights(ddp / "adapter")[name], atol=1e-4)
-    assert (zero / "parameters.json").read_text() == (ddp / "parameters.json").read_text()
+    assert (run / "parameters.json").read_text() == (ddp / "parameters.json").read_text()
 
 
-@pytest.mark.slow
-def test_text_only_batches_are_safe_on_any_rank(data: TrainingData, tmp_path: Path) -> None:
-    """Contract 6: ranks with only text beside ranks with only audio, and steps with only text."""
-    features = Features(data.train)
-    with_audio = [
-        tuple(bool(features.num_windows[batch].any()) for batch in step) for step in steps(data, 6, **TEXT_HEAVY)
-    ]
-    assert (False, False) in with_audio and any(any(ranks) and not all(ranks) for ranks in with_audio)
-    strategies = {"ddp": DDP, "zero2": ZERO[2], "zero3": ZERO[3]}
-    train = TrainingData(data.train, ())
-    train_all(tmp_path, {name: ({**flags, **TEXT_HEAVY}, train) for name, flags in strategies.items()})
-    for name in ("zero2", "zero3"):
-        assert_alike(tmp_path / name, tmp_path / "ddp", loss=5e-5)  # one CPU type was 2.1e-5 apart in a step
-
-
-def test_full_tuning_and_clipping(runs: Path, stage: int) -> None:
-    """Clipped so much that it affects AdamW: a common factor of the gradients matters only near its epsilon."""
-    assert_alike(runs / f"full-zero{stage}", runs / "full-ddp")
-
-
-@pytest.mark.slow
-def test_memory_is_sharded(runs: Path, stage_3: None) -> None:
-    """Each of two workers has half of the moments, and at stage 3 half of the weights."""
-    for rank in (0, 1):
-        ddp, two, three = (
-            json.loads((runs / f"full-{name}" / f"counts-{rank}.json").read_text())
-            for name in ("ddp", "zero2", "zero3")
-        )
-        assert two["moments"] == pytest.approx(ddp["moments"] / 2, rel=0.01)
-        assert three["moments"] == pytest.approx(ddp["moments"] / 2, rel=0.01)
-        assert (two["weights"], two["whole"]) == (ddp["weights"], ddp["whole"])
-        assert three["weights"] == pytest.approx(ddp["weights"] / 2, rel=0.01) and three["whole"] == 0
-
-
-def test_a_bad_step_changes_nothing_on_any_worker(runs: Path, stage: int) -> None:
-    run = runs / f"bad-zero{stage}"
-    assert column(run, "skipped") == [0, 0, 1, 1]
-    assert column(run)[2] is None and column(run)[3] is not None
-    two, three, four = (checkpoint(run, step) for step in (2, 3, 4))
-    assert sha(two) == sha(three) != sha(four)
-    before, after = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (two, three))
-    assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
-    assert column(run)[3] == pytest.approx(column(runs / "bad-ddp")[3], abs=1e-5), "continues like ddp"
-    assert column(run, "grad_norm")[3] == pytest.approx(column(runs / "bad-ddp", "grad_norm")[3], rel=1e-4)
-
-
-def assert_resumed(straight: Path, resumed: Path) -> None:
+def test_resume_is_exact(runs: Path, sharded: str) -> None:
     """3 steps and 3 more from the checkpoint equal 6 steps, bit for bit, with dropout."""
+    straight, resumed = runs / f"straight-{sharded}", runs / f"resumed-{sharded}"
     assert column(resumed) == column(straight)[3:]
     assert sha(resumed / "adapter") == sha(straight / "adapter")
     expected, state = optimizer_state(straight), optimizer_state(resumed)
@@ -239,48 +208,99 @@ def assert_close_to(run: Path, straight: Path) -> None:
         assert torch.allclose(entry["exp_avg"], state[name]["exp_avg"], atol=1e-4)
 
 
-def test_resume_is_exact(runs: Path) -> None:
-    assert_resumed(runs / "straight-zero2", runs / "resumed-zero2")
+def test_checkpoints_do_not_show_the_strategy(runs: Path, sharded: str) -> None:
+    assert_close_to(runs / f"straight-{sharded}", runs / "straight-ddp")
 
 
-def test_checkpoints_fit_the_other_strategies(runs: Path, stage: int) -> None:
-    assert_close_to(runs / ("straight-zero2" if stage == 2 else "ddp-to-zero3"), runs / "straight-ddp")
-
-
-@pytest.mark.slow
-def test_checkpoints_of_stage_3(data: TrainingData, tmp_path: Path) -> None:
-    train, after = TrainingData(data.train, ()), {"after": checkpoint(tmp_path / "straight", 3)}
-    strategies = {"ddp": DDP, "straight": ZERO[3], "resumed": ZERO[3], "zero3-to-zero2": ZERO[2], "zero3-to-ddp": DDP}
-    runs = {name: ({**flags, **RESUMED}, train) for name, flags in strategies.items()}
-    train_all(tmp_path, runs, **dict.fromkeys(("resumed", "zero3-to-zero2", "zero3-to-ddp"), after))
-    assert_resumed(tmp_path / "straight", tmp_path / "resumed")
-    for name in strategies:
-        assert_close_to(tmp_path / name, tmp_path / "ddp")
-
-
-@pytest.mark.parametrize("flags", [DDP, ZERO[2]], ids=["ddp", "zero2"])
-def test_two_workers_then_one(runs: Path, data: TrainingData, tmp_path: Path, flags: dict[str, Any]) -> None:
-    """The run resumes in this process, which has no process group, so DeepSpeed gets its own."""
-    train = TrainingData(data.train, ())
-    after = checkpoint(runs / "straight-zero2", 3)
-    processes.run(settings(tmp_path, **{**RESUMED, **flags}), train, after=after)
-    assert column(tmp_path) == pytest.approx(column(runs / "straight-zero2")[3:], abs=1e-5)
-
-
-def test_packs(runs: Path) -> None:
-    assert_alike(runs / "packed-zero2", runs / "packed-ddp", loss=1e-5)
+@pytest.mark.parametrize("strategy", ["ddp", *QUICK])
+def test_two_workers_then_one(runs: Path, data: TrainingData, tmp_path: Path, strategy: str) -> None:
+    """The run resumes in this process, which has no process group, so the strategies create their own."""
+    train, after = TrainingData(data.train, ()), checkpoint(runs / "straight-fsdp", 3)
+    processes.run(settings(tmp_path, **{**RESUMED, **STRATEGIES[strategy]}), train, after=after)
+    assert column(tmp_path) == pytest.approx(column(runs / "straight-fsdp")[3:], abs=1e-5)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARDED)
+class TestAllRuns:
+    def test_checkpoints_fit_the_other_strategies(self, all_runs: Path, strategy: str) -> None:
+        assert_close_to(all_runs / f"ddp-to-{strategy}", all_runs / "straight-ddp")
+
+    def test_full_tuning_and_clipping(self, all_runs: Path, strategy: str) -> None:
+        """Clipped so much that it affects AdamW: a common factor of the gradients matters only near its epsilon."""
+        assert_alike(all_runs / f"full-{strategy}", all_runs / "full-ddp")
+
+    def test_memory_is_sharded(self, all_runs: Path, strategy: str) -> None:
+        """Each of two workers has half of the moments, and unless it is stage 2 half of the weights."""
+        for rank in (0, 1):
+            ddp, counts = (
+                json.loads((all_runs / f"full-{name}" / f"counts-{rank}.json").read_text())
+                for name in ("ddp", strategy)
+            )
+            assert counts["moments"] == pytest.approx(ddp["moments"] / 2, rel=0.01)
+            expected = ddp["weights"] if strategy == "zero2" else ddp["weights"] / 2
+            assert counts["weights"] == pytest.approx(expected, rel=0.02), "FSDP leaves norms and positions whole"
+
+    def test_a_bad_step_changes_nothing_on_any_worker(self, all_runs: Path, strategy: str) -> None:
+        run, ddp = all_runs / f"bad-{strategy}", all_runs / "bad-ddp"
+        assert column(run, "skipped") == [0, 0, 1, 1]
+        assert column(run)[2] is None and column(run)[3] is not None
+        two, three, four = (checkpoint(run, step) for step in (2, 3, 4))
+        assert sha(two) == sha(three) != sha(four)
+        before, after = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (two, three))
+        assert all(torch.equal(entry[key], after[name][key]) for name, entry in before.items() for key in entry)
+        assert column(run)[3] == pytest.approx(column(ddp)[3], abs=1e-5), "continues like ddp"
+        assert column(run, "grad_norm")[3] == pytest.approx(column(ddp, "grad_norm")[3], rel=1e-4)
+
+    def test_packs(self, all_runs: Path, strategy: str) -> None:
+        assert_alike(all_runs / f"packed-{strategy}", all_runs / "packed-ddp", loss=1e-5)
+
+    def test_text_only_batches_are_safe_on_any_rank(self, data: TrainingData, tmp_path: Path, strategy: str) -> None:
+        """Contract 6: ranks with only text beside ranks with only audio, and steps with only text."""
+        features = Features(data.train)
+        with_audio = [
+            tuple(bool(features.num_windows[batch].any()) for batch in step) for step in steps(data, 6, **TEXT_HEAVY)
+        ]
+        assert (False, False) in with_audio and any(any(ranks) and not all(ranks) for ranks in with_audio)
+        train = TrainingData(data.train, ())
+        names = ("ddp", strategy)
+        train_all(tmp_path, {name: ({**STRATEGIES[name], **TEXT_HEAVY}, train) for name in names})
+        assert_alike(tmp_path / strategy, tmp_path / "ddp", loss=5e-5)  # one CPU type was 2.1e-5 apart in a step
+
+    def test_workers_validate_different_numbers_of_rows(
+        self, data: TrainingData, tmp_path: Path, strategy: str
+    ) -> None:
+        """Three validation sets, rows of 1 to 40 new tokens, previews with sampling, and 1 batch more on a worker."""
+        flags = {"eval_steps": 2, "eval_max_rows": 3, "eval_max_new_tokens": 40, "max_steps": 2}
+        names = ("ddp", strategy)
+        train_all(tmp_path, {name: ({**STRATEGIES[name], **flags}, data) for name in names})
+        record, expected = (read_metrics(tmp_path / name, "validation")[0] for name in (strategy, "ddp"))
+        assert record.pop("kind") == expected.pop("kind")
+        assert record == pytest.approx(expected, abs=1e-4, rel=1e-4)
+
+    def test_checkpoints_of_a_strategy(self, all_runs: Path, data: TrainingData, tmp_path: Path, strategy: str) -> None:
+        train, after = TrainingData(data.train, ()), {"after": checkpoint(all_runs / f"straight-{strategy}", 3)}
+        others = [name for name in STRATEGIES if name != strategy]
+        train_all(
+            tmp_path,
+            {name: ({**STRATEGIES[name], **RESUMED}, train) for name in others},
+            **dict.fromkeys(others, after),
+        )
+        for name in others:
+            assert_close_to(tmp_path / name, all_runs / "straight-ddp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", QUICK)
 @pytest.mark.parametrize(("flags", "loss"), [({"quantize": "4bit", "max_steps": 2}, 1e-5), ({"fp16": True}, 5e-3)])
-def test_precisions(data: TrainingData, tmp_path: Path, flags: dict[str, Any], loss: float) -> None:
-    train = TrainingData(data.train, ())
-    train_all(tmp_path, {"ddp": ({**DDP, **flags}, train), "zero2": ({**ZERO[2], **flags}, train)})
-    assert_alike(tmp_path / "zero2", tmp_path / "ddp", loss=loss, norm=max(loss, 1e-4))
+def test_precisions(data: TrainingData, tmp_path: Path, strategy: str, flags: dict[str, Any], loss: float) -> None:
+    train, names = TrainingData(data.train, ()), ("ddp", strategy)
+    train_all(tmp_path, {name: ({**STRATEGIES[name], **flags}, train) for name in names})
+    assert_alike(tmp_path / strategy, tmp_path / "ddp", loss=loss, norm=max(loss, 1e-4))
 
 
 @pytest.mark.slow
-def test_other_settings_with_both_stages(data: TrainingData, tmp_path: Path, small: dict[str, str]) -> None:
+def test_other_settings(data: TrainingData, tmp_path: Path, small: dict[str, str]) -> None:
     """The last kind starts from LoRA in the encoder, which stays frozen."""
     train = TrainingData(data.train, ())
     extractor = Extractor(TINY, FeatureSpec("encoder", dtype="float32"))
@@ -296,18 +316,17 @@ def test_other_settings_with_both_stages(data: TrainingData, tmp_path: Path, sma
         "stored": {**TEXT_HEAVY, "store": "encoder", "cache_dtype": "float32"},
         "frozen": {"init_adapter": str(tmp_path / "encoder-ddp" / "adapter")},
     }
-    strategies: Sequence[tuple[str, dict[str, Any]]] = (("ddp", DDP), ("zero2", ZERO[2]), ("zero3", ZERO[3]))
     runs = {
         f"{kind}-{name}": ({**strategy, **flags}, stored if kind == "stored" else train)
-        for name, strategy in strategies
+        for name, strategy in STRATEGIES.items()
         for kind, flags in kinds.items()
     }
     train_all(tmp_path, runs)
     for kind in kinds:
-        for stage in (2, 3):
-            # neighbours of bfloat16 are 0.02 apart here, and stage 3 has another memory layout
+        for strategy in SHARDED:
+            # neighbours of bfloat16 are 0.02 apart here, and divided weights have another memory layout
             tolerance = {"loss": 2e-2, "norm": 1e-2} if kind == "16 bits" else {}
-            assert_alike(tmp_path / f"{kind}-zero{stage}", tmp_path / f"{kind}-ddp", **tolerance)
+            assert_alike(tmp_path / f"{kind}-{strategy}", tmp_path / f"{kind}-ddp", **tolerance)
     before = weights(tmp_path / "encoder-ddp" / "adapter")
     after = weights(tmp_path / "frozen-zero3" / "adapter")
     in_encoder = [name for name in before if "audio_tower" in name]
@@ -317,17 +336,18 @@ def test_other_settings_with_both_stages(data: TrainingData, tmp_path: Path, sma
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_changes_its_strategy_on_ray_workers(small: dict[str, str], tmp_path: Path) -> None:
-    """From the command line: two steps with ddp, then two with stage 2 and two with stage 3, in one run folder."""
+    """From the command line: two steps with each strategy in turn, in one run folder."""
     usual = f"--model_id {TINY} --train_jsonl {small['asr.train']},{small['tqa.train']} --lr 1e-3 --lora_dropout 0"
     usual += f" --val_jsonl {small['tqa.val']} --eval_max_rows 3 --eval_max_new_tokens 4 --lr_schedule constant"
     strategies = {2: "--strategy ddp", 4: "--strategy deepspeed", 6: "--strategy deepspeed --zero_stage 3"}
+    strategies[8] = "--strategy fsdp"
     for max_steps, strategy in strategies.items():
         line = f"{usual} --num_workers 2 --max_steps {max_steps} {strategy} --output_dir {tmp_path / 'changing'}"
         process = start("train_multitask", line.split())
         assert process.returncode == 0, process.stderr
         noise = [word for word in ("deepspeed", "DeepSpeed", "Warning") if word in process.stdout + process.stderr]
         assert not noise, process.stdout + process.stderr
-    process = start("train_multitask", f"{usual} --num_workers 2 --max_steps 6 --output_dir {tmp_path / 'ddp'}".split())
+    process = start("train_multitask", f"{usual} --num_workers 2 --max_steps 8 --output_dir {tmp_path / 'ddp'}".split())
     assert process.returncode == 0, process.stderr
     assert column(tmp_path / "changing") == pytest.approx(column(tmp_path / "ddp"), abs=1e-5)
     changing, ddp = (read_metrics(tmp_path / name, "validation")[-1] for name in ("changing", "ddp"))
@@ -347,6 +367,20 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 def test_stage_3_refuses_a_quantised_base(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--zero_stage 3: cannot divide quantised weights; leave out --quantize 4bit"):
-        settings(tmp_path, **ZERO[3], quantize="4bit")
+        settings(tmp_path, **STRATEGIES["zero3"], quantize="4bit")
     with pytest.raises(ValueError, match="--zero_stage 3: needs --strategy deepspeed"):
         settings(tmp_path, zero_stage=3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"quantize": "8bit"}, "--strategy fsdp: cannot shard 8-bit weights; take --quantize 4bit or none"),
+        ({"quantize": "4bit", "tuning": "dora"}, "--strategy fsdp: --tuning dora needs unquantised weights"),
+        ({"compile": True}, "--strategy fsdp: cannot compile sharded layers; leave out --compile"),
+        ({"offload_optimizer": True}, "--offload_optimizer: needs --strategy fsdp and --tuning full"),
+    ],
+)
+def test_settings_that_fsdp_refuses(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, strategy="fsdp", **flags)

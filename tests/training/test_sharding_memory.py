@@ -1,0 +1,120 @@
+"""Private memory of two workers that shard a base of 1 GB, while they load it and in their steps."""
+
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY
+from helpers.processes import STRATEGIES
+
+from voxray.batches.rank import Worker
+from voxray.config.train import MultitaskSettings
+from voxray.recipes.build_model import build_model
+from voxray.recipes.run_context import RunContext
+from voxray.recipes.run_stage import build_engine
+from voxray.training.sharded_weights import find_units
+
+MIB = 1 << 20
+
+
+def private_bytes() -> int:
+    """Memory of this process that is mapped from no file."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Anonymous:"))
+
+
+class Peak:
+    """Largest private memory within a block, looked at every 50 ms."""
+
+    def __enter__(self) -> "Peak":
+        self.num_bytes, self._ends = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ends.is_set():
+            self.num_bytes = max(self.num_bytes, private_bytes())
+            time.sleep(0.05)
+
+
+def write_base(folder: Path) -> tuple[str, int]:
+    """A Voxtral with 32 layers of 33 MB in bfloat16; returns its folder and the bytes of its weights."""
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    config: Any = VoxtralConfig.from_pretrained(TINY)
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 32, "head_dim": 64}
+    for name, size in {**sizes, "num_attention_heads": 16, "num_key_value_heads": 16}.items():
+        setattr(config.text_config, name, size)
+    torch.manual_seed(0)
+    model = VoxtralForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="400MB")
+    for name in ("tekken.json", "preprocessor_config.json"):
+        (folder / name).write_bytes((Path(TINY) / name).read_bytes())
+    return str(folder), sum(parameter.numel() for parameter in model.parameters()) * 2
+
+
+def measure(rank: int, folder: Path, base: str, flags: dict[str, Any]) -> None:
+    """Load, shard and train two steps in one of two processes; writes the memory of each phase."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    values = {"train_jsonl": "unused", "model_id": base, "num_workers": 0, "bf16": True, "lora_r": 4, "grad_ckpt": True}
+    settings = MultitaskSettings.model_validate({**values, "output_dir": str(folder), **flags})
+    run = RunContext.create(settings, run_dir=folder, worker=Worker(rank, 2))
+    if flags.get("strategy") == "deepspeed":
+        import deepspeed  # noqa: F401  # its modules are no weights
+    gc.collect()
+    before = private_bytes()
+    with Peak() as loading:
+        model, _ = build_model(run)
+        largest = max(sum(each.nbytes for each in unit.parameters) for unit in find_units(model))
+        engine = build_engine(run, model, {}, with_audio=False)
+    gc.collect()
+    loaded = private_bytes()
+    ids_BL = torch.arange(4)[None] + 30
+    batch = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+    with Peak() as steps:
+        for _ in range(2):
+            logits_NV = engine.logits(batch, ids_BL > 31)
+            engine.backward(logits_NV.float().logsumexp(-1).sum(), last=True)
+            engine.reduce([0.0], scale=1.0, max_norm=1.0)
+            engine.apply(1e-3)
+            del logits_NV
+    figures = {"loaded": loaded, "loading": loading.num_bytes, "steps": steps.num_bytes}
+    figures = {name: num_bytes - before for name, num_bytes in figures.items()} | {"largest": largest}
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("strategy", "share", "modules"), [("fsdp", 1.1, 6), ("zero3", 1.25, 10)])
+def test_a_worker_holds_half_of_the_base(
+    tmp_path: Path, strategy: str, share: float, modules: int, base_of_1_gb: tuple[str, int]
+) -> None:
+    """After loading, half and a tenth; DeepSpeed itself takes 70 MB more. Later also some modules at a time."""
+    base, num_bytes = base_of_1_gb
+    mp.start_processes(measure, args=(tmp_path, base, STRATEGIES[strategy]), nprocs=2, start_method="spawn")
+    for rank in (0, 1):
+        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        print(strategy, rank, {name: f"{value / MIB:.0f} MiB" for name, value in figures.items()})
+        half, largest = num_bytes / 2, figures["largest"]
+        assert figures["loaded"] < share * half
+        assert figures["loading"] < share * half + 3 * largest
+        assert figures["steps"] < share * half + modules * largest
+
+
+@pytest.fixture(scope="module")
+def base_of_1_gb(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    return write_base(tmp_path_factory.mktemp("base"))
