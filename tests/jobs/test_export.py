@@ -154,21 +154,14 @@ def test_a_relative_output_stands_under_the_storage_path(tmp_path):
 
 
 def test_a_merge_that_goes_wrong_is_not_written(tmp_path, monkeypatch):
-    """If the merge misses one layer's LoRA, the logits differ and no file is left."""
-    from peft.tuners.lora import LoraLayer
+    """If the files lack one layer's LoRA, the logits differ and no file is left."""
+    merged_tensors = export.merged_tensors
 
-    def forgetful(model: Any, family: Any, roles: Any) -> int:
-        base = model.get_base_model()
-        names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-        for name in names:
-            layer = base.get_submodule(name)
-            if name != names[-1]:
-                layer.merge(safe_merge=True, adapter_names=["default"])
-            base.set_submodule(name, layer.get_base_layer())
-        return len(names)
+    def forgetful(base: Any, layers: Any, dtype: torch.dtype) -> Any:
+        return merged_tensors(base, dict(list(layers.items())[:-1]), dtype)
 
-    monkeypatch.setattr(export, "merge_roles", forgetful)
-    with pytest.raises(RunError, match="the merged model answers differently"):
+    monkeypatch.setattr(export, "merged_tensors", forgetful)
+    with pytest.raises(RunError, match="the model on disk answers differently"):
         run(make_adapter(tmp_path / "a"), tmp_path / "e")
     assert not (tmp_path / "e").exists() and not list(tmp_path.glob(".e*"))
 

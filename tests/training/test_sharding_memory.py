@@ -16,10 +16,10 @@ from helpers.processes import STRATEGIES
 
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
+from voxray.models.parts.layer_units import find_units
 from voxray.recipes.build_model import build_model
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_engine
-from voxray.training.sharded_weights import find_units
 
 MIB = 1 << 20
 

@@ -29,15 +29,18 @@ from voxray.models.adapters.lora import (
     base_of_adapter,
     find_adapter,
     find_role,
+    is_lora_tensor,
     load_adapter,
     target_pattern,
 )
-from voxray.models.adapters.read_files import CONFIG, WEIGHTS, weights_file
+from voxray.models.adapters.merge import MergeLayers, in_float32, merged_tensors
+from voxray.models.adapters.read_files import CONFIG, WEIGHTS, tensor_names, weights_file
 from voxray.models.adapters.tied_weights import untie
 from voxray.models.front_end import FrontEnd
-from voxray.models.hf_files import read_config, unwrap_peft
+from voxray.models.hf_files import read_config, stored_dtype, unwrap_peft
 from voxray.models.interface import ModelFamily
 from voxray.models.registry import get_family
+from voxray.models.safetensors_files import write_weights
 from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
@@ -68,27 +71,30 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     family = get_family(model_id)
     trimmed = trims_audio(model_id, bool(read_trim_record(adapter)))
     front_end = family.front_end(model_id, trim_audio=trimmed)
-    base = family.load_model(model_id, dtype=torch.float32, device=CPU)
+    base = family.load_model(model_id, dtype=_loaded_dtype(model_id, adapter), device=CPU)
     model, num_tensors = load_adapter(base, adapter)
     console.print(f"adapter {adapter}: all of its {num_tensors} tensors used", markup=False)
     if trimmed:
         set_trim_audio(base, trimmed)  # saved in the model's config.json
         console.print("trained with --trim_audio_tokens: voxray reads that off config.json, others have to know it")
-    expected = probe_logits(model, family, front_end)
+    with in_float32(model):
+        expected = probe_logits(model, family, front_end)
     roles = _roles_to_merge(settings.merge, model, family, adapter)
     if settings.format == "official":
         return _export_official(settings, model, family, output_dir, adapter, expected)
-    num_merged = merge_roles(model, family, roles) if isinstance(model, PeftModel) else num_tensors
+    layers = _layers_to_merge(model, family, roles) if isinstance(model, PeftModel) else {}
+    num_merged = len(layers) if isinstance(model, PeftModel) else num_tensors
     if not num_merged:
         raise RunError(f"--merge {settings.merge}: {adapter} has no part in the {settings.merge}")
-    difference = _difference(probe_logits(model, family, front_end), expected)
+    with in_float32(model, layers):
+        difference = _difference(probe_logits(model, family, front_end), expected)
     _check(difference, torch.float32, "the merged model")
     with output_lease(output_dir), replaced_on_success(output_dir) as partial:
         report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
         report |= {"adapter_sha256": checksum(weights_file(adapter))}
         dtype = _dtype(settings.dtype, model_id)
         with library_errors(f"{output_dir}: cannot write the model"):  # safetensors has its own error for a full disk
-            _write(model, family, partial, model_id, dtype, output_dir)
+            _write(model, layers, family, partial, model_id, dtype, output_dir)
         difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
         _check(difference_on_disk, dtype, "the model on disk")
         report |= {"trim_audio_tokens": trimmed, "layers_merged": num_merged}
@@ -151,24 +157,25 @@ def _export_official(
     return report
 
 
-def merge_roles(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> int:
-    """Merge the adapter's layers of some roles into the base's weights and replace them with the base layers.
+def _loaded_dtype(model_id: str, adapter: Path) -> torch.dtype:
+    """Type in which the base is loaded: the stored one, because weights that are mapped from files take no memory.
 
-    Returns:
-        Number of merged layers.
+    Weights that the adapter holds as a whole replace those of the base, in float32.
     """
+    only_lora = all(map(is_lora_tensor, tensor_names(adapter)))
+    return (stored_dtype(model_id) if only_lora else None) or torch.float32
+
+
+def _layers_to_merge(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> dict[str, LoraLayer]:
+    """{name in the base: layer with LoRA} of some roles. Weights that they share with other layers become their own."""
     base = model.get_base_model()
-    layers = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-    merged = [name for name in layers if find_role(name, family) in roles]
-    untie(base, {f"{name}.base_layer.weight" for name in merged})
-    for name in merged:
-        layer: Any = base.get_submodule(name)
-        layer.merge(safe_merge=True, adapter_names=["default"])
-        base.set_submodule(name, layer.get_base_layer())
-    return len(merged)
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name: layer for name, layer in layers.items() if find_role(name, family) in roles}
+    untie(base, {f"{name}.base_layer.weight" for name in layers})
+    return layers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def probe_logits(model: Any, family: ModelFamily, front_end: FrontEnd) -> torch.Tensor:
     """Logits of the answers to a fixed noise clip and, if the family has the task tqa, to a fixed text question."""
     samples = np.random.default_rng(0).normal(0, 0.1, round(PROBE_SEC * front_end.sample_rate_hz)).astype(np.float32)
@@ -211,22 +218,36 @@ def _dtype(name: str, model_id: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _write(model: Any, family: ModelFamily, folder: Path, model_id: str, dtype: torch.dtype, final: Path) -> None:
+def _write(
+    model: Any,
+    layers: MergeLayers,
+    family: ModelFamily,
+    folder: Path,
+    model_id: str,
+    dtype: torch.dtype,
+    final: Path,
+) -> None:
     """Write the merged base with its tokenizer and processor files, and unmerged layers as an adapter for it.
 
     Args:
+        layers: The layers to merge.
         folder: Where to write.
         final: Where the folder is moved at the end; the adapter names this path as its base.
     """
     base = unwrap_peft(model)
-    unmerged = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    with_lora = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    unmerged = [name for name in with_lora if name not in layers]
     if unmerged:
         roles = sorted({find_role(name, family) for name in unmerged})
         _write_adapter(model, family, folder / "adapter", roles, final)
         for name in unmerged:
             layer: Any = base.get_submodule(name)
             base.set_submodule(name, layer.get_base_layer())
-    base.to(dtype).save_pretrained(folder)
+    write_weights(folder, merged_tensors(base, layers, dtype))
+    base.config.dtype, base.config.architectures = dtype, [type(base).__name__]
+    base.config.save_pretrained(folder)
+    if base.can_generate():
+        base.generation_config.save_pretrained(folder)
     family.copy_files(model_id, folder)
 
 
@@ -246,10 +267,11 @@ def _write_adapter(model: PeftModel, family: ModelFamily, folder: Path, roles: S
 
 
 def _logits_from_disk(folder: Path, family: ModelFamily, dtype: torch.dtype) -> torch.Tensor:
-    """Logits of the written model, loaded from disk as a user would load it."""
+    """Logits of the written model, loaded from disk as a user would load it and computed in float32."""
     model = family.load_model(str(folder), dtype=dtype, device=CPU)
     if (folder / "adapter" / CONFIG).is_file():
         stored = load_file(folder / "adapter" / WEIGHTS)
         model, num_tensors = load_adapter(model, folder / "adapter")
         assert num_tensors == len(stored) > 0
-    return probe_logits(model, family, family.front_end(str(folder)))
+    with in_float32(model):
+        return probe_logits(model, family, family.front_end(str(folder)))

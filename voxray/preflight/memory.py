@@ -16,10 +16,10 @@ from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import CACHE_GROWTH
+from voxray.models.parts.layer_units import LayerUnit, find_units
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.weights import TRAINED, bytes_in_training, quantized_layers, weight_bytes
-from voxray.training.sharded_weights import ShardedUnit, find_units
 from voxray.training.zero import MAX_BUCKET_ELEMENTS
 
 ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
@@ -150,7 +150,7 @@ class MemoryModel:
         return max((sum(sizes[at : at + 2]) for at in range(len(sizes))), default=0)
 
     @cached_property
-    def _units(self) -> list[ShardedUnit]:
+    def _units(self) -> list[LayerUnit]:
         trained = [weight for weight in self._model.parameters() if weight.requires_grad]
         return find_units(self._model, trained if self._training.state_shards == 1 else ())
 

@@ -19,6 +19,7 @@ from voxray.batches.rank import Worker
 from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.layer_units import LayerUnit, find_units
 from voxray.training.engine import (
     CheckpointState,
     DataParallel,
@@ -27,7 +28,7 @@ from voxray.training.engine import (
     init_single_process_group,
     sum_over_workers,
 )
-from voxray.training.sharded_weights import OwnPasses, ShardedUnit, convert, find_units
+from voxray.training.sharded_weights import OwnPasses, convert
 
 
 class Fsdp(DataParallel):
@@ -131,7 +132,7 @@ class _Passes(torch.nn.Module):
 
 def _shard(
     model: torch.nn.Module,
-    units: Sequence[ShardedUnit],
+    units: Sequence[LayerUnit],
     device: torch.device,
     dtypes: Mapping[torch.nn.Parameter, torch.dtype],
     offload_optimizer: bool,
@@ -164,7 +165,7 @@ def _shard(
     return root
 
 
-def _gather_once(unit: ShardedUnit) -> None:
+def _gather_once(unit: LayerUnit) -> None:
     """Gather the weights of a unit, and free them."""
     module = unit.modules[0]
     assert isinstance(module, FSDPModule)

@@ -7,9 +7,8 @@ passes. In a validation the workers answer different rows in different numbers o
 """
 
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -17,62 +16,13 @@ import torch
 import torch.distributed as dist
 
 from voxray.models.adapters.lora import PEFT_PREFIX, find_role
-from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.layer_units import LayerUnit
 from voxray.models.parts.quantize import quantization_config, stabilize_quantized_layers
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 TURN_TIMEOUT = timedelta(hours=2)
 """Longest time that a worker waits for the passes of another."""
-
-
-@dataclass(frozen=True, eq=False)
-class ShardedUnit:
-    """Modules whose weights are gathered together, before the forward pass of the first one.
-
-    Attributes:
-        modules: One module; or the token embeddings and an output layer with the same weights.
-        parameters: Their parameters that are sharded.
-    """
-
-    modules: tuple[torch.nn.Module, ...]
-    parameters: tuple[torch.nn.Parameter, ...]
-
-
-def find_units(model: torch.nn.Module, whole: Collection[torch.nn.Parameter] = ()) -> list[ShardedUnit]:
-    """Find the units of a model: transformer layers, token embeddings, and single layers outside of them.
-
-    Every worker keeps the parameters of no unit whole: norms, position tables, and weights that units share.
-
-    Args:
-        whole: Other parameters that stay whole.
-    """
-    base = unwrap_peft(model)
-    embeddings = base.get_input_embeddings()
-    modules = list(_unit_modules(base, embeddings))
-    users: dict[torch.nn.Parameter, list[torch.nn.Module]] = {}
-    for module in modules:
-        for parameter in module.parameters():
-            users.setdefault(parameter, []).append(module)
-    tied = {module for module in users.get(embeddings.weight, ()) if module is not embeddings}
-    units, excluded = [], set(whole)
-    for module in (each for each in modules if each not in tied):
-        group = (embeddings, *tied) if module is embeddings else (module,)
-        parameters = [each for each, layers in users.items() if each.ndim and set(layers) <= set(group)]
-        if sharded := tuple(each for each in parameters if each not in excluded):
-            units.append(ShardedUnit(group, sharded))
-    return units
-
-
-def _unit_modules(module: torch.nn.Module, embeddings: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Modules of which each can be a unit, in the order in which the model holds them."""
-    for child in module.children():
-        if isinstance(child, torch.nn.ModuleList):
-            yield from child
-        elif child is embeddings or hasattr(child, "base_layer") or type(child) in (torch.nn.Linear, torch.nn.Conv1d):
-            yield child  # a layer with LoRA as a whole, because DoRA reads the weights of the layer inside it
-        else:
-            yield from _unit_modules(child, embeddings)
 
 
 def return_freed_memory() -> None:
@@ -165,7 +115,7 @@ class OwnPasses:
         take_part: Gathers the weights of a unit and frees them.
     """
 
-    def __init__(self, units: list[ShardedUnit], take_part: Callable[[ShardedUnit], None]) -> None:
+    def __init__(self, units: list[LayerUnit], take_part: Callable[[LayerUnit], None]) -> None:
         self.units, self._take_part = units, take_part
         self._group = dist.new_group(backend="gloo", timeout=TURN_TIMEOUT)  # on the CPU, so no GPU is waited for
 

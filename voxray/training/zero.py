@@ -28,6 +28,7 @@ from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import adapter_tensors, find_role
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.layer_units import LayerUnit, find_units
 from voxray.training.engine import (
     CheckpointState,
     OptimizerState,
@@ -35,7 +36,7 @@ from voxray.training.engine import (
     init_single_process_group,
     parameter_groups,
 )
-from voxray.training.sharded_weights import OwnPasses, ShardedUnit, convert, find_units
+from voxray.training.sharded_weights import OwnPasses, convert
 
 MAX_BUCKET_ELEMENTS = 100_000_000
 """Maximum gradients in one message. DeepSpeed allocates a buffer of this size, 400 MB in float32."""
@@ -185,7 +186,7 @@ class Zero:
             hook.remove()
         offload._register_deepspeed_module(offload.module)
 
-    def _hooks(self, unit: ShardedUnit) -> Iterator[Any]:
+    def _hooks(self, unit: LayerUnit) -> Iterator[Any]:
         """Hooks that gather the weights of a unit for its forward pass, and free them afterwards."""
         gathered: list[Any] = []
 
@@ -199,7 +200,7 @@ class Zero:
         yield unit.modules[0].register_forward_pre_hook(gather)
         yield unit.modules[-1].register_forward_hook(free)
 
-    def _gather_once(self, unit: ShardedUnit) -> None:
+    def _gather_once(self, unit: LayerUnit) -> None:
         with self._gathered(unit.parameters):
             pass
 
