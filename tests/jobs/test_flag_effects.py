@@ -372,6 +372,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "recipe": "preflight::the_recipe_follows_from_model_and_tasks",
         "tune": "preflight::a_batch_that_does_not_fit_is_made_smaller",
         "memory_gib": "preflight::a_batch_that_does_not_fit_is_made_smaller preflight::what_no_change_can_fit_is_said",
+        "gpu": "preflight::a_gpu_of_other_machines",
         "price_per_hour": "preflight::a_good_run_is_ready",
         "autorun": "preflight::autorun_becomes_the_command_that_was_printed",
     },

@@ -12,14 +12,14 @@ from conftest import TINY, WHISPER
 
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.models.adapters.lora import add_lora, count_parameters
+from voxray.models.adapters.lora import add_lora, count_parameters, train_fully
 from voxray.models.hf_files import build_on_meta
 from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
 from voxray.preflight.allocations import measure_allocations
 from voxray.preflight.findings import Findings
 from voxray.preflight.fit_settings import SettingsFitter
-from voxray.preflight.memory import MemoryModel
+from voxray.preflight.memory import MemoryModel, Training
 from voxray.preflight.meta_model import build_meta_model
 from voxray.preflight.pack_sizes import current_size
 from voxray.preflight.rows import read_rows
@@ -186,6 +186,59 @@ def test_full_size_voxtral_needs_what_one_would_think(mini: Any) -> None:
     assert plain - in_4_bits == pytest.approx(weights * (2 - 0.516) / 2**30, rel=0.02)
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert peak() < 0.6 * plain, "most of a step are activations"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "workers", "options", "by_hand"),
+    [
+        # 24.26e9 weights in bfloat16, a part of them on each worker, and two of the largest modules next to each other
+        ("none", 1, {}, 2 * 24.26e9),
+        ("none", 4, {"weight_shards": 4}, 2 * (24.26e9 / 4 + 0.671e9 + 0.556e9)),
+        ("none", 8, {"weight_shards": 8}, 2 * (24.26e9 / 8 + 0.671e9 + 0.556e9)),
+        # 4 bits apply to the layers of the language model: 22.3e9 of its weights
+        ("4bit", 1, {}, 2 * 1.98e9 + 0.516 * 22.28e9),
+        ("4bit", 4, {"weight_shards": 4}, (2 * 1.98e9 + 0.516 * 22.28e9) / 4 + 2 * 0.671e9 + 0.516 * 0.556e9),
+    ],
+)
+def test_weights_of_the_24b(quantize: str, workers: int, options: dict[str, Any], by_hand: float) -> None:
+    """Voxtral-Small: weights of each worker by hand, and LoRA of rank 16, which stays whole with FSDP."""
+    family = Voxtral()
+    sizes = {"hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40, "num_attention_heads": 32}
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    config: Any = VoxtralConfig()
+    for name, size in sizes.items():
+        setattr(config.text_config, name, size)
+    with torch.device("meta"):
+        base = VoxtralForConditionalGeneration._from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+        lora = {"r": 16, "alpha": 32, "dropout": 0.0}
+        model = add_lora(base, family, ("projector", "llm"), model_id="small", **lora)
+    computing = ComputeConfig(torch.bfloat16, on_gpu=True, quantize=quantize)
+    training = Training(num_workers=workers, **options)
+    memory = MemoryModel(model, family, Positions(), computing, training)  # type: ignore[arg-type]
+    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    always = memory.need(PackShape(1, 100, 100, 0, 10)).always_bytes()
+    assert always == pytest.approx(by_hand + 12 * trained, rel=0.02)
+
+
+def test_full_tuning_shards_its_state(mini: Any) -> None:
+    """4.04e9 trained weights: 16 bytes each with gradient and moments, of which one of four workers has a quarter."""
+    family = Voxtral()
+    model = train_fully(mini, family, ("projector", "llm"))
+    computing = ComputeConfig(torch.float32, on_gpu=True)
+    model.float()
+
+    def peak(**options: Any) -> float:
+        training = Training(**options)
+        memory = MemoryModel(model, family, Positions(), computing, training)  # type: ignore[arg-type]
+        need = memory.need(PackShape(1, 100, 100, 0, 10))
+        return need.moments["optimizer step"] / 1e9
+
+    whole, four = 4.039e9, {"num_workers": 4, "state_shards": 4, "weight_shards": 4}
+    assert peak() == pytest.approx((16 * whole + 4 * 0.637e9 + 8 * 0.403e9) / 1e9, rel=0.02)
+    gathered = 4 * (0.403e9 + 0.107e9)  # the embeddings and the layer after them
+    assert peak(**four) == pytest.approx((4 * whole + 0.637e9 + gathered + 2 * 0.403e9) / 1e9, rel=0.02)
+    assert peak(**four, offloads=True) < 0.5 * peak(**four)
 
 
 def test_allocations_are_exact() -> None:

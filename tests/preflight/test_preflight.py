@@ -91,6 +91,19 @@ def test_a_batch_that_does_not_fit_is_made_smaller(preflight: Run) -> None:
     assert "lower --per_device_bsz (now 8)" in of_level(report, "fix")[0]
 
 
+def test_a_gpu_of_other_machines(preflight: Run) -> None:
+    """Its kernels and its memory, less CUDA's own, without a step on this machine."""
+    status, report = preflight("--per_device_bsz", "4", "--gpu", "t4", "--fp16", "--no_tune")
+    assert status == 0, of_level(report, "fix")
+    assert report["memory"]["budget"]["num_bytes"] == pytest.approx(0.92 * (14.5 - 0.75) * 2**30, rel=1e-6)
+    assert "measured_bytes" not in report["memory"] or report["memory"]["measured_bytes"] is None
+    assert "memory: no real step was taken: --gpu t4 is predicted" in of_level(report, "unchecked")
+    on_cpu = preflight("--per_device_bsz", "4", "--fp16", "--no_tune", "--overwrite")[1]["memory"]["predicted_bytes"]
+    assert report["memory"]["predicted_bytes"] < on_cpu, "attention on a GPU stores no probabilities"
+    status, report = preflight("--gpu", "t4", "--bf16", "--no_tune", "--overwrite")
+    assert status == 1 and "gpu: --bf16: a T4 has no bfloat16; take --fp16" in of_level(report, "fix")
+
+
 def test_what_no_change_can_fit_is_said(preflight: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status, report = preflight("--memory_gib", "0.001", "--autorun")
     output = capsys.readouterr()

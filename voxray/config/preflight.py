@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -41,9 +41,11 @@ class PreflightFlags(Settings):
     """Price of one worker's machine or GPU per hour. If set, the cost of the run is printed, in the same currency."""
     autorun: bool = False
     """Start the training at the end with the printed command, unless there are problems to fix first."""
+    gpu: Literal["", "h200", "h100", "a100-80", "a100-40", "l4", "t4"] = ""
+    """GPU of the machines that will train, one per worker, to compute the memory for it on a machine without one. No
+    step is tried then."""
     memory_gib: Annotated[float, Field(ge=0)] = 0.0
-    """Memory that one worker may use, in GiB, such as that of the GPU of another machine; 0 uses the memory of this
-    machine."""
+    """Memory that one worker may use, in GiB; 0 uses that of --gpu, or the free memory of this machine."""
 
 
 @cache

@@ -75,7 +75,7 @@ class Preflight:
                 remote.fetch()
         check_libraries(findings)
         check_flags_need(settings, findings)
-        check_gpu(settings, findings)
+        check_gpu(settings, findings, self.flags.gpu)
         check_shared_memory(findings)
         check_ports(findings)
         with findings.caught("resources"):
@@ -142,7 +142,13 @@ class Preflight:
         resumes = self.folder is not None and holds_run(self.folder.parent) and not settings.overwrite
         tunes = self.flags.tune and not resumes
         fitter = SettingsFitter(
-            rows, meta_model, num_workers, self.findings, memory_gib=self.flags.memory_gib, tunes=tunes
+            rows,
+            meta_model,
+            num_workers,
+            self.findings,
+            memory_gib=self.flags.memory_gib,
+            gpu=self.flags.gpu,
+            tunes=tunes,
         )
         fitter.fit_gpus()
         with threads_of_one(fitter.num_workers):

@@ -81,6 +81,7 @@ class SettingsFitter:
         num_workers: Training processes.
         findings: Receives what could not be measured, and the result.
         memory_gib: Memory of a worker; 0 uses the free memory of this machine.
+        gpu: GPU of each worker, on other machines; "" for this machine.
         tunes: Whether settings may be changed.
     """
 
@@ -92,12 +93,13 @@ class SettingsFitter:
         findings: Findings,
         *,
         memory_gib: float,
+        gpu: str = "",
         tunes: bool,
     ) -> None:
         self._rows, self.num_workers, self._memory_gib, self._tunes = rows, num_workers, memory_gib, tunes
-        self._findings = findings
+        self._findings, self._gpu = findings, gpu
         settings = rows.run.settings
-        self.decision = FittedSettings(settings, budget=worker_budget(num_workers, memory_gib))
+        self.decision = FittedSettings(settings, budget=worker_budget(num_workers, memory_gib, gpu))
         self._tried: dict[tuple[BatchSize, bool], StepCost | None] = {}
         self._planned: dict[tuple[BatchSize, bool, int], PlannedPack] = {}
         self._meta_models: dict[bool, Any] = {settings.grad_ckpt: meta_model}
@@ -128,7 +130,7 @@ class SettingsFitter:
     def fit_gpus(self) -> None:
         """Use at most as many workers as there are GPUs: Ray would place all of them on CPUs otherwise."""
         num_gpus, num_workers = torch.cuda.device_count(), str(self._settings.num_workers)
-        if not num_gpus or self._memory_gib or not self._tunes:
+        if not num_gpus or self._memory_gib or self._gpu or not self._tunes:
             return
         if not num_workers.isdecimal() or int(num_workers) <= num_gpus:
             return
@@ -179,7 +181,7 @@ class SettingsFitter:
         message = f"--num_workers {count} (was {self._settings.num_workers}) and --grad_accum {accum}: {reason}"
         self.num_workers = count
         self._change(message, num_workers=count, grad_accum=accum)
-        self.decision.budget = worker_budget(count, self._memory_gib)
+        self.decision.budget = worker_budget(count, self._memory_gib, self._gpu)
 
     def _change(self, message: str, **values: Any) -> None:
         self.decision.changes.append(message)
@@ -236,6 +238,9 @@ class SettingsFitter:
     @cached_property
     def trial_runner(self) -> TrialRunner | None:
         """The real model, loaded at first use; None if its weights and optimizer state do not fit on this machine."""
+        if self._gpu:
+            self._findings.add("unchecked", "memory", f"no real step was taken: --gpu {self._gpu} is predicted")
+            return None
         needed = self.planned(current_size(self._settings)).need.always_bytes()
         has_gpu = torch.cuda.is_available()
         free = f"{format_bytes(self._free_bytes)} free {'on the GPU' if has_gpu else 'here'}"

@@ -54,15 +54,28 @@ def check_libraries(findings: Findings) -> None:
     findings.add("ok", "libraries", f"{len(good)} of {len(good) + num_others} as tested: {main}")
 
 
-def check_gpu(settings: TrainSettings, findings: Findings) -> None:
-    """Report GPUs, driver and CUDA, and whether the GPUs support the precision of the settings."""
+def check_gpu(settings: TrainSettings, findings: Findings, gpu: str = "") -> None:
+    """Report GPUs, driver and CUDA, and whether the GPUs support the precision of the settings.
+
+    Args:
+        gpu: Value of --gpu, of which only the precision is checked.
+    """
+    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
+    if gpu:
+        if dtype is torch.bfloat16 and gpu == "t4":
+            findings.add("fix", "gpu", "--bf16: a T4 has no bfloat16; take --fp16")
+        elif settings.tf32 and gpu == "t4":
+            findings.add("warning", "gpu", "--tf32 has no effect: a T4 has no TF32")
+        else:
+            findings.add("unchecked", "gpu", f"--gpu {gpu}: its driver and its flash attention")
+        _warn_of_float32(settings, findings)
+        return
     if not torch.cuda.is_available():
         build = f"this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch has no CUDA"
         findings.add(
             "unchecked", "gpu", f"this process sees no GPU ({build}): driver, bf16 and flash attention on a GPU"
         )
         return
-    dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     for number in range(torch.cuda.device_count()):
         device = torch.device("cuda", number)
         properties = torch.cuda.get_device_properties(device)
@@ -77,7 +90,11 @@ def check_gpu(settings: TrainSettings, findings: Findings) -> None:
             findings.add("fix", "gpu", f"--bf16: GPU {number} ({properties.name}) has no bfloat16; take --fp16")
         if settings.tf32 and major < 8:
             findings.add("warning", "gpu", f"--tf32 has no effect: GPU {number} ({properties.name}) has no TF32")
-    if dtype is torch.float32 and settings.tuning != "full":
+    _warn_of_float32(settings, findings)
+
+
+def _warn_of_float32(settings: TrainSettings, findings: Findings) -> None:
+    if not (settings.bf16 or settings.fp16) and settings.tuning != "full":
         findings.add("warning", "gpu", "neither --bf16 nor --fp16: weights and activations take twice the memory")
 
 
