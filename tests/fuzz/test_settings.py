@@ -38,3 +38,13 @@ def test_strange_values_in_yaml(job: str, tmp_path: Path, capsys: pytest.Capture
     for _ in range(40 if names else 0):
         chosen = {name: strange_value(chooser) for name in chooser.sample(names, min(3, len(names)))}
         try_yaml(job, chosen, tmp_path / "s.yaml", capsys)
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in settings_class("train_whisper").model_fields:  # type: ignore[union-attr]
+        path = tmp_path / "s.yaml"
+        path.write_text(yaml.safe_dump({name: ["\ud800"] if name == "report_to" else "\ud800"}, allow_unicode=False))
+        with pytest.raises(SystemExit) as end:
+            parse_only("train_whisper", ["--config", str(path)])
+        assert end.value.code == 2
+        assert f"s.yaml: {name}: holds half of a surrogate pair" in capsys.readouterr().err, name

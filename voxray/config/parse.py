@@ -291,9 +291,16 @@ def _validate(
 ) -> tuple[S | None, list[str]]:
     """The settings, or None if they are invalid, and one line per error."""
     settings: S | None = None
-    errors: list[str] = []
+    merged = {**values, **flags}
+    errors = [
+        f"{f'--{name}' if name in flags else f'{config_path}: {name}'}: holds half of a surrogate pair"
+        for name, value in merged.items()
+        if not _has_utf8_form(value)
+    ]
+    if errors:
+        return None, errors
     try:
-        settings = model.model_validate({**values, **flags})
+        settings = model.model_validate(merged)
     except ValidationError as error:
         for item in error.errors():
             name = str(item["loc"][0]) if item["loc"] else ""
@@ -310,6 +317,16 @@ def _validate(
         errors += pointer_errors({name: getattr(settings, name) for name in paths})
         errors += url_errors(settings, model.url_flags)
     return settings, errors
+
+
+def _has_utf8_form(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    except (TypeError, ValueError):  # not JSON, such as a mapping with keys of other types
+        return True
+    return True
 
 
 def _ready(settings: S) -> S:
