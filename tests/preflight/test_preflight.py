@@ -33,10 +33,10 @@ def preflight(small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixtu
     def run(*flags: str, **manifests: str) -> tuple[int, dict[str, Any]]:
         train, val = (manifests.get(name, small[f"tqa.{name}"]) for name in ("train", "val"))
         files = ["--train_jsonl", train, "--val_jsonl", val] if val else ["--train_jsonl", train]
-        status = 0
+        status, workers = 0, [] if "--num_workers" in flags else ["--num_workers", "0"]
         try:
             load_job("preflight").main(
-                ["--model_id", TINY, *files, "--output_dir", str(tmp_path / "run"), "--num_workers", "0", *flags]
+                ["--model_id", TINY, *files, "--output_dir", str(tmp_path / "run"), *workers, *flags]
             )
         except SystemExit as end:
             status = int(end.code or 0)
@@ -102,6 +102,21 @@ def test_a_gpu_of_other_machines(preflight: Run) -> None:
     assert report["memory"]["predicted_bytes"] < on_cpu, "attention on a GPU stores no probabilities"
     status, report = preflight("--gpu", "t4", "--bf16", "--no_tune", "--overwrite")
     assert status == 1 and "gpu: --bf16: a T4 has no bfloat16; take --fp16" in of_level(report, "fix")
+
+
+def test_sharded_weights_are_predicted(preflight: Run) -> None:
+    """A step in one process would hold all weights. The types are those of training, not those of the files."""
+    flags = ("--bf16", "--no_tune", "--overwrite")
+    weights = []
+    for more in ((), ("--strategy", "fsdp", "--num_workers", "2")):
+        status, report = preflight(*flags, *more)
+        assert status == 0, of_level(report, "fix")
+        entries = {entry["cause"]: entry["num_bytes"] for entry in report["memory"]["entries"] if not entry["at"]}
+        weights.append(entries["llm: weights, bfloat16"])
+    assert weights[1] == weights[0] // 2 and entries["weights gathered for two modules"] > 0
+    assert report["memory"]["measured_bytes"] is None
+    message = "memory: no real step was taken: the part of the weights on each of 2 workers is predicted"
+    assert message in of_level(report, "unchecked")
 
 
 def test_what_no_change_can_fit_is_said(preflight: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -238,8 +238,12 @@ class SettingsFitter:
     @cached_property
     def trial_runner(self) -> TrialRunner | None:
         """The real model, loaded at first use; None if its weights and optimizer state do not fit on this machine."""
-        if self._gpu:
-            self._findings.add("unchecked", "memory", f"no real step was taken: --gpu {self._gpu} is predicted")
+        shards = self._settings.shards_weights and self.num_workers > 1
+        if self._gpu or shards:
+            what = (
+                f"--gpu {self._gpu}" if self._gpu else f"the part of the weights on each of {self.num_workers} workers"
+            )
+            self._findings.add("unchecked", "memory", f"no real step was taken: {what} is predicted")
             return None
         needed = self.planned(current_size(self._settings)).need.always_bytes()
         has_gpu = torch.cuda.is_available()

@@ -28,6 +28,12 @@ class _MetaFamily:
         return self._family.build_on_meta(model_id, dtype=dtype)
 
 
+def of_one_process(settings: TrainSettings) -> TrainSettings:
+    """Settings of the same training in one process, which shards nothing and compiles nothing."""
+    alone = {"compile": False, "strategy": "ddp", "zero_stage": 2, "offload_optimizer": False}
+    return settings.model_copy(update=alone)
+
+
 def build_meta_model(run: RunContext, settings: TrainSettings | None = None) -> Any:
     """The model that training would build, with LoRA and in the same modes, on the meta device.
 
@@ -37,7 +43,7 @@ def build_meta_model(run: RunContext, settings: TrainSettings | None = None) -> 
         RunError: A role has no layer for LoRA.
     """
     settings = settings or run.settings
-    plain = settings.model_copy(update={"init_adapter": "", "compile": False})
+    plain = of_one_process(settings).model_copy(update={"init_adapter": ""})
     meta_run = replace(run, settings=plain, family=cast(ModelFamily, _MetaFamily(run.family)))
     with torch.device("meta"):
         model, _ = build_model(meta_run, with_encoder=settings.store != "encoder")

@@ -15,6 +15,7 @@ from voxray.features.reader import FeatureRow
 from voxray.models.adapters.lora import trainable_parameters
 from voxray.models.interface import Batch
 from voxray.preflight.allocations import measure_allocations
+from voxray.preflight.meta_model import of_one_process
 from voxray.preflight.rows import RunRows
 from voxray.recipes.build_model import build_model, checkpoint_gradients, set_modes
 from voxray.training.engine import DataParallel
@@ -67,8 +68,7 @@ class TrialRunner:
 
     def __init__(self, rows: RunRows, settings: TrainSettings, device: torch.device) -> None:
         self._rows, self._settings, self._device = rows, settings, device
-        plain = settings.model_copy(update={"compile": False})
-        run = replace(rows.run, settings=plain, worker=Worker(device=device))
+        run = replace(rows.run, settings=of_one_process(settings), worker=Worker(device=device))
         self.model, _ = build_model(run, with_encoder=settings.store != "encoder")
         self._engine = DataParallel(self.model, run.family, run.worker, lr=settings.lr, weight_decay=0.0)
 
