@@ -4,8 +4,8 @@ Voxtral-Mini has 4.7 billion weights, 9.4 GB in bfloat16. A machine with 24 GiB 
 it. Each job takes two steps or answers two rows. Prints the seconds of each job, and the largest memory of all its
 processes that is mapped from no file. The base is written once and stays in the folder.
 
-    python benchmarks/full_size.py --folder /tmp/full-size
-    python benchmarks/full_size.py --folder /tmp/full-size --only train_text,export
+    python benchmarks/full_size.py --folder runs/full-size
+    python benchmarks/full_size.py --folder runs/full-size --only train_text,export
 """
 
 import argparse

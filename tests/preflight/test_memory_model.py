@@ -12,7 +12,7 @@ from conftest import TINY, WHISPER
 
 from voxray.config.salmonn import SalmonnSettings
 from voxray.config.train import AsrAdapterSettings, MultitaskSettings, TextSettings, TrainSettings, WhisperSettings
-from voxray.models.adapters.lora import add_lora, count_parameters, train_fully
+from voxray.models.adapters.lora import add_lora, count_parameters, quantized_layers, train_fully
 from voxray.models.hf_files import build_on_meta
 from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
@@ -25,7 +25,7 @@ from voxray.preflight.pack_sizes import current_size
 from voxray.preflight.rows import read_rows
 from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.trial_steps import TrialRunner, stored_tensors
-from voxray.preflight.weights import quantized_layers, weight_bytes
+from voxray.preflight.weights import weight_bytes
 from voxray.recipes.run_context import RunContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")

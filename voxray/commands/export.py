@@ -169,8 +169,8 @@ def _loaded_dtype(model_id: str, adapter: Path) -> torch.dtype:
 def _layers_to_merge(model: PeftModel, family: ModelFamily, roles: Sequence[str]) -> dict[str, LoraLayer]:
     """{name in the base: layer with LoRA} of some roles. Weights that they share with other layers become their own."""
     base = model.get_base_model()
-    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    layers = {name: layer for name, layer in layers.items() if find_role(name, family) in roles}
+    with_lora = ((name, module) for name, module in base.named_modules() if isinstance(module, LoraLayer))
+    layers = {name: layer for name, layer in with_lora if find_role(name, family) in roles}
     untie(base, {f"{name}.base_layer.weight" for name in layers})
     return layers
 
@@ -235,8 +235,7 @@ def _write(
         final: Where the folder is moved at the end; the adapter names this path as its base.
     """
     base = unwrap_peft(model)
-    with_lora = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-    unmerged = [name for name in with_lora if name not in layers]
+    unmerged = [name for name, module in base.named_modules() if isinstance(module, LoraLayer) and name not in layers]
     if unmerged:
         roles = sorted({find_role(name, family) for name in unmerged})
         _write_adapter(model, family, folder / "adapter", roles, final)

@@ -18,11 +18,10 @@ from voxray.cluster.session import ray_session
 from voxray.commands.next_steps import after_prepare
 from voxray.config.prepare import PrepareSettings, TableFlags
 from voxray.core.console import console, progress_bar
-from voxray.core.errors import RunError, SettingsError
+from voxray.core.errors import RunError, SettingsError, is_utf8_text
 from voxray.core.storage import write_json
 from voxray.core.units import format_duration
 from voxray.corpora.importers import IMPORTERS, ImportedRow, ImportFault, detect, huggingface
-from voxray.corpora.importers.lines import is_utf8_text
 from voxray.corpora.importers.table import CorpusTable, TableOptions
 from voxray.corpora.importers.table_columns import HEADINGS
 from voxray.corpora.importers.table_file import SUFFIXES

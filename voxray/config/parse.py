@@ -26,7 +26,7 @@ from voxray.config.input_files import pointer_errors, relative_output_errors, un
 from voxray.config.other_names import explain_other_name
 from voxray.config.schema import yaml_schema
 from voxray.config.yaml_file import read_yaml
-from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, print_page, quoted_line
+from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, is_utf8_text, print_page, quoted_line
 from voxray.core.project_files import PROJECT_FILES
 
 CONFIGS = PROJECT_FILES / "jobs" / "configs"
@@ -320,13 +320,11 @@ def _validate(
 
 
 def _has_utf8_form(value: Any) -> bool:
+    """Whether all texts in a value, which may be a list or a mapping, can be written as UTF-8."""
     try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return False
+        return is_utf8_text(json.dumps(value, ensure_ascii=False, default=str))
     except (TypeError, ValueError):  # not JSON, such as a mapping with keys of other types
         return True
-    return True
 
 
 def _ready(settings: S) -> S:

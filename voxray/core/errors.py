@@ -126,3 +126,12 @@ def job(main: Callable[..., None]) -> Callable[..., None]:
 def _print_error(error: object, status: int) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return status
+
+
+def is_utf8_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

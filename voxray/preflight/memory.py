@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from voxray.models.adapters.lora import find_role
+from voxray.models.adapters.lora import find_role, quantized_layers
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import ModelFamily
@@ -19,7 +19,7 @@ from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.models.parts.layer_units import LayerUnit, find_units
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import ComputeConfig, PackShape
-from voxray.preflight.weights import TRAINED, bytes_in_training, quantized_layers, weight_bytes
+from voxray.preflight.weights import TRAINED, stored_bytes, weight_bytes
 from voxray.training.zero import MAX_BUCKET_ELEMENTS
 
 ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
@@ -133,7 +133,7 @@ class MemoryModel:
             shards = min(training.weight_shards, training.state_shards) if is_trained else training.weight_shards
             if not (is_trained and self._is_offloaded):
                 yield MemoryEntry(f"{role}: weights, {storage}", num_bytes // shards)
-        yield MemoryEntry("weights gathered for two modules", self._gathered_bytes())
+        yield MemoryEntry("weights gathered for two modules", self._gathered_bytes)
         moments = ADAMW_MOMENTS * FLOAT32 * self._num_trained // self._training.state_shards
         yield MemoryEntry("optimizer: AdamW's moments, float32", 0 if self._is_offloaded else moments)
 
@@ -141,12 +141,13 @@ class MemoryModel:
     def _is_offloaded(self) -> bool:
         return self._training.offloads and self._config.on_gpu
 
+    @cached_property
     def _gathered_bytes(self) -> int:
         """Sharded weights are whole in one module at work, and in the next, which is gathered meanwhile."""
         if self._training.weight_shards == 1:
             return 0
-        options = (self._model, self._family, self._config.quantize)
-        sizes = [bytes_in_training(unit.parameters, *options) for unit in self._units]
+        stored = stored_bytes(self._model, self._family, self._config.quantize)
+        sizes = [sum(stored[id(each)] for each in unit.parameters) for unit in self._units]
         return max((sum(sizes[at : at + 2]) for at in range(len(sizes))), default=0)
 
     @cached_property

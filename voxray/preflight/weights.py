@@ -1,12 +1,10 @@
 """Memory of a model's weights by role and storage type, computed from a model on the meta device."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
-from voxray.models.adapters.lora import find_role
-from voxray.models.hf_files import unwrap_peft
+from voxray.models.adapters.lora import find_role, quantized_layers
 from voxray.models.interface import ModelFamily
 
 BLOCK_4BIT = 64  # weights per scale (NF4)
@@ -23,41 +21,27 @@ def weight_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "n
         quantize: ``4bit`` and ``8bit`` count quantisable layers in the size that bitsandbytes stores.
     """
     sizes: dict[tuple[str, str], int] = {}
-    layers = {id(layer.weight): layer for _, layer in quantized_layers(model, family)} if quantize != "none" else {}
+    quantized = {id(layer.weight) for _, layer in quantized_layers(model, family)} if quantize != "none" else set()
+    stored = stored_bytes(model, family, quantize)
     for name, tensor in _tensors(model):
-        role, storage = find_role(name, family), str(tensor.dtype).removeprefix("torch.")
-        num_bytes = tensor.numel() * tensor.element_size()
-        if id(tensor) in layers:
-            storage, num_bytes = quantize, quantized_bytes(layers[id(tensor)], quantize)
+        role, num_bytes = find_role(name, family), stored[id(tensor)]
+        storage = quantize if id(tensor) in quantized else str(tensor.dtype).removeprefix("torch.")
         if tensor.requires_grad:
             storage += TRAINED
         sizes[role, storage] = sizes.get((role, storage), 0) + num_bytes
     return sizes
 
 
-def bytes_in_training(
-    parameters: Iterable[torch.nn.Parameter], model: torch.nn.Module, family: ModelFamily, quantize: str
-) -> int:
-    """Bytes of some parameters of a model, those that ``quantize`` applies to in their quantized size."""
+def stored_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "none") -> dict[int, int]:
+    """{id of a parameter or buffer: bytes}, with those that ``quantize`` applies to in their quantized size."""
     layers = {id(layer.weight): layer for _, layer in quantized_layers(model, family)} if quantize != "none" else {}
-    return sum(
-        quantized_bytes(layers[id(each)], quantize) if id(each) in layers else each.numel() * each.element_size()
-        for each in parameters
-    )
+    sizes = {id(tensor): tensor.numel() * tensor.element_size() for _, tensor in _tensors(model)}
+    return sizes | {key: quantized_bytes(layer, quantize) for key, layer in layers.items()}
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-def quantized_layers(model: Any, family: ModelFamily) -> Iterator[tuple[str, torch.nn.Linear]]:
-    """The layers that ``--quantize`` quantises: all Linear layers of some roles except the output layer."""
-    output_layer = unwrap_peft(model).get_output_embeddings()
-    for name, module in model.named_modules():
-        is_inner = isinstance(module, torch.nn.Linear) and module is not output_layer
-        if is_inner and find_role(name, family) in family.quantized and ".lora_" not in name:
-            yield name, module
 
 
 def quantized_bytes(layer: torch.nn.Linear, quantize: str) -> int:

@@ -10,12 +10,13 @@ import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from voxray.models.adapters.lora import PEFT_PREFIX, find_role
+from voxray.models.adapters.lora import PEFT_PREFIX, quantized_layers
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.layer_units import LayerUnit
 from voxray.models.parts.quantize import quantization_config, stabilize_quantized_layers
@@ -47,11 +48,7 @@ def use_4bit_layers(base: Any, family: ModelFamily, dtype: torch.dtype) -> None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     config = quantization_config("4bit", dtype, ())
-    output = base.get_output_embeddings()
-    linear = [(name, module) for name, module in base.named_modules() if type(module) is torch.nn.Linear]
-    for name, module in linear:
-        if find_role(name, family) not in family.quantized or module is output:
-            continue
+    for name, module in list(quantized_layers(base, family)):
         kind = {"quant_type": config.bnb_4bit_quant_type, "compress_statistics": config.bnb_4bit_use_double_quant}
         with torch.device("meta"):
             layer = Linear4bit(module.in_features, module.out_features, False, dtype, **kind)
@@ -66,10 +63,14 @@ def compute_dtypes(
     model: torch.nn.Module, family: ModelFamily, model_id: str, dtype: torch.dtype
 ) -> dict[torch.nn.Parameter, torch.dtype]:
     """{parameter of the base: the type that it has in a run with ``dtype``}, whatever type it was read in."""
-    on_meta = family.build_on_meta(model_id, dtype=dtype).named_parameters()
-    targets = {name: tensor.dtype for name, tensor in on_meta}
+    targets = _types_by_name(family, model_id, dtype)
     names = {name: name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for name, _ in model.named_parameters()}
     return {tensor: targets[names[name]] for name, tensor in model.named_parameters() if names[name] in targets}
+
+
+@lru_cache(maxsize=1)  # for LoRA's initial weights, and for the engine
+def _types_by_name(family: ModelFamily, model_id: str, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return {name: each.dtype for name, each in family.build_on_meta(model_id, dtype=dtype).named_parameters()}
 
 
 @contextmanager
@@ -96,8 +97,7 @@ def is_quantized(parameter: torch.nn.Parameter) -> bool:
 
 def convert(parameter: torch.nn.Parameter, device: torch.device, dtype: torch.dtype | None) -> None:
     """Move a parameter to its device and type, in place. A weight for 4 bits is quantized there."""
-    data = parameter.data.to(device, dtype if parameter.is_floating_point() else None).contiguous()
-    parameter.data = data
+    parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None).contiguous()
     if not is_quantized(parameter):
         parameter._quantize(device)  # type: ignore[attr-defined]
 

@@ -19,6 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import adapter_tensors, find_role
 from voxray.models.interface import ModelFamily
-from voxray.models.parts.layer_units import LayerUnit, find_units
+from voxray.models.parts.layer_units import LayerUnit, around_forward, find_units
 from voxray.training.engine import (
     CheckpointState,
     OptimizerState,
@@ -76,15 +77,14 @@ class Zero:
         parameters = [parameter for _, parameter in self._named]
         # the same options as in DataParallel, so that a run can switch between the two
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
-        largest = 0
+        units = find_units(model) if stage == 3 else []
+        largest = max((sum(each.numel() for each in unit.parameters) for unit in units), default=0)
         num_trainable = sum(parameter.numel() for parameter in parameters)  # 0 when they are sharded
         self._deepspeed = _import_deepspeed(worker)
         if stage == 3:
-            units = find_units(model)
             in_units = {parameter for unit in units for parameter in unit.parameters}
             self._other_parameters = [parameter for parameter in model.parameters() if parameter not in in_units]
             self._own_passes = OwnPasses(units, self._gather_once)
-            largest = max(sum(each.numel() for each in unit.parameters) for unit in units)
             _partition(self._deepspeed, model, worker.device, dtypes)
         trained_roles = {find_role(name, family) for name, _ in self._named}
         roles_in_every_pass = set(family.roles) if stage == 3 and with_audio else trained_roles
@@ -179,26 +179,13 @@ class Zero:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        hooks = [hook for unit in self._own_passes.units for hook in self._hooks(unit)]
+        units = self._own_passes.units
+        hooks = [hook for unit in units for hook in around_forward(unit, partial(self._gathered, unit.parameters))]
         with self._gathered(self._other_parameters), self._own_passes():
             yield
         for hook in hooks:
             hook.remove()
         offload._register_deepspeed_module(offload.module)
-
-    def _hooks(self, unit: LayerUnit) -> Iterator[Any]:
-        """Hooks that gather the weights of a unit for its forward pass, and free them afterwards."""
-        gathered: list[Any] = []
-
-        def gather(module: torch.nn.Module, inputs: Any) -> None:
-            gathered.append(self._gathered(unit.parameters))
-            gathered[-1].__enter__()
-
-        def free(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            gathered.pop().__exit__(None, None, None)
-
-        yield unit.modules[0].register_forward_pre_hook(gather)
-        yield unit.modules[-1].register_forward_hook(free)
 
     def _gather_once(self, unit: LayerUnit) -> None:
         with self._gathered(unit.parameters):

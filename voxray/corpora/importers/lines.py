@@ -124,15 +124,6 @@ def decode_text(raw: bytes, korean_code_page: bool = False) -> str:
     return text
 
 
-def is_utf8_text(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def first_word(raw: bytes) -> str:
     """First word of a line that cannot be decoded, as its id: "" if it is not ASCII or begins JSON."""
     word = raw.split(maxsplit=1)[0][:200]

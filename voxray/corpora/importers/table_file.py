@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from voxray.core.errors import RunError, library_errors
+from voxray.core.errors import RunError, is_utf8_text, library_errors
 from voxray.core.manifest import MAX_LINE_BYTES, open_regular
-from voxray.corpora.importers.lines import Cells, Line, bounded_lines, csv_cells, is_utf8_text, open_text
+from voxray.corpora.importers.lines import Cells, Line, bounded_lines, csv_cells, open_text
 from voxray.corpora.importers.row import ImportFault
 
 EXCEL = ".xlsx"

@@ -6,7 +6,7 @@ Layer names alone do not identify a role: Whisper's encoder and the language mod
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def find_role(name: str, family: ModelFamily) -> str:
     """Role of a module or parameter; "other" if it belongs to none."""
     path = set(name.split("."))
     return next((role for role, modules in family.roles.items() if not path.isdisjoint(modules)), "other")
+
+
+def quantized_layers(model: Any, family: ModelFamily) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """The layers that ``--quantize`` quantises: all Linear layers of some roles except the output layer."""
+    output_layer = unwrap_peft(model).get_output_embeddings()
+    for name, module in model.named_modules():
+        is_inner = isinstance(module, torch.nn.Linear) and module is not output_layer
+        if is_inner and find_role(name, family) in family.quantized and not is_lora_tensor(name):
+            yield name, module
 
 
 def add_lora(

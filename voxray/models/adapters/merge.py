@@ -1,6 +1,6 @@
 """Merges LoRA into a base of any type, layer by layer in float32, without holding the base in float32."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 
 from voxray.models.adapters.lora import is_lora_tensor
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.parts.layer_units import LayerUnit, find_units
+from voxray.models.parts.layer_units import LayerUnit, around_forward, find_units, is_single_layer
 from voxray.models.safetensors_files import LazyTensor
 
 MergeLayers = Mapping[str, LoraLayer]
@@ -36,9 +36,8 @@ def in_float32(model: Any, layers: MergeLayers | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_converted(rest, merged - in_units))
         for unit in large:
-            hooks += _hooks(
-                unit, partial(_converted, unit, merged & {m for each in unit.modules for m in each.modules()})
-            )
+            inside = {layer for module in unit.modules for layer in module.modules()}
+            hooks += around_forward(unit, partial(_converted, unit, merged & inside))
         try:
             yield
         finally:
@@ -49,23 +48,7 @@ def in_float32(model: Any, layers: MergeLayers | None = None) -> Iterator[None]:
 def _is_large(unit: LayerUnit, base: Any) -> bool:
     """Whether a unit is a transformer layer, the token embeddings or the output layer, and not another single layer."""
     module = unit.modules[0]
-    is_single = hasattr(module, "base_layer") or type(module) in (torch.nn.Linear, torch.nn.Conv1d)
-    return not is_single or module is base.get_output_embeddings()
-
-
-def _hooks(unit: LayerUnit, converted: Callable[[], Any]) -> Iterator[Any]:
-    """Hooks that convert a unit for its forward pass."""
-    contexts: list[Any] = []
-
-    def before(module: torch.nn.Module, inputs: Any) -> None:
-        contexts.append(converted())
-        contexts[-1].__enter__()
-
-    def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        contexts.pop().__exit__(None, None, None)
-
-    yield unit.modules[0].register_forward_pre_hook(before)
-    yield unit.modules[-1].register_forward_hook(after)
+    return not is_single_layer(module) or module is base.get_output_embeddings()
 
 
 @contextmanager

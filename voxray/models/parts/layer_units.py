@@ -1,9 +1,12 @@
 """Parts of a model whose weights are handled one after the other, because all together may not fit in memory."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from voxray.models.hf_files import unwrap_peft
 
@@ -53,7 +56,27 @@ def _unit_modules(module: torch.nn.Module, embeddings: torch.nn.Module) -> Itera
     for child in module.children():
         if isinstance(child, torch.nn.ModuleList):
             yield from child
-        elif child is embeddings or hasattr(child, "base_layer") or type(child) in (torch.nn.Linear, torch.nn.Conv1d):
-            yield child  # a layer with LoRA as a whole, because DoRA reads the weights of the layer inside it
+        elif child is embeddings or is_single_layer(child):
+            yield child
         else:
             yield from _unit_modules(child, embeddings)
+
+
+def is_single_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is one layer. With LoRA it is that as a whole, because DoRA reads the weights inside it."""
+    return hasattr(module, "base_layer") or type(module) in (torch.nn.Linear, torch.nn.Conv1d)
+
+
+def around_forward(unit: LayerUnit, context: Callable[[], AbstractContextManager[None]]) -> Iterator[RemovableHandle]:
+    """Hooks that enter a new context before the forward pass of a unit, and leave it afterwards."""
+    entered: list[AbstractContextManager[None]] = []
+
+    def before(module: torch.nn.Module, inputs: Any) -> None:
+        entered.append(context())
+        entered[-1].__enter__()
+
+    def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    yield unit.modules[0].register_forward_pre_hook(before)
+    yield unit.modules[-1].register_forward_hook(after)
