@@ -1,8 +1,9 @@
 # Every target works on a fresh clone: it creates .venv first, once. Start with `make demo`.
 #   make setup   .venv with the versions of constraints.txt      make check   lint, then test
 #   make demo    the smallest full run, on a CPU                 make lint    ruff (rules, format) and basedpyright
-#   make test    the tests, on the CPU and without network       make chaos   long tests and tests that kill processes
-#   make real    tests on real Whisper weights, REAL=FOLDER      make clean   remove .venv and caches
+#   make test    the tests, on the CPU and without network       make slow    tests that take longer
+#   make real    tests on real Whisper weights, REAL=FOLDER      make chaos   tests that kill processes and nodes
+#   make clean   remove .venv and caches
 # PYTHON=python3.12 selects an interpreter; VOXRAY_TORCH_INDEX=URL adds a pip index for torch (see tools/setup.py).
 
 # Each candidate is run, because a version manager's stub can be on PATH without a Python behind it.
@@ -20,7 +21,7 @@ WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 TEST_ENV := env -u RAY_ADDRESS -u PYTHONDONTWRITEBYTECODE $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-.PHONY: setup demo test check lint chaos real clean
+.PHONY: setup demo test check lint slow chaos real clean
 
 setup: $(STAMP)
 	@echo ".venv is ready"
@@ -42,8 +43,11 @@ lint: $(STAMP)
 
 check: lint test
 
+slow: $(STAMP)
+	@$(TEST_ENV) .venv/bin/python -m pytest -m "slow and not chaos" --timeout 1800
+
 chaos: $(STAMP)
-	@$(TEST_ENV) .venv/bin/python -m pytest -m "slow or chaos" --timeout 1800
+	@$(TEST_ENV) .venv/bin/python -m pytest -m chaos --timeout 1800
 
 real: $(STAMP)
 	@test -d "$(REAL)" || { echo "REAL=FOLDER must name a folder of real Whisper weights and clips; see tests/real" >&2; exit 1; }

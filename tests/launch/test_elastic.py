@@ -159,7 +159,7 @@ def test_a_workers_run_error_is_one_line_and_not_retried(local_ray, small, made,
     assert "starting again" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_placement_groups_of_failed_starts_are_removed(local_ray, small, tmp_path, monkeypatch, capsys):
     """Ray Train keeps them, so a second attempt would wait for the resources of the first."""
     import ray

@@ -27,7 +27,7 @@ LIMIT = 12
 LENGTHS = (1_600, 24_321, 63_999, 64_000)
 LONG = (150_001, 64_001, 128_000)  # samples; a window has 64,000
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = ("qwen3_asr", "glmasr")  # `make chaos` runs the others too
+QUICK = ("qwen3_asr", "glmasr")  # `make slow` runs the others too
 
 
 @pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t not in QUICK)) for t in BASES])

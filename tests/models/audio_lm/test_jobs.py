@@ -29,7 +29,7 @@ from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., Path]
-QUICK = ("qwen3_asr", "glmasr")  # one without windows of its processor, one with; `make chaos` runs the others too
+QUICK = ("qwen3_asr", "glmasr")  # one without windows of its processor, one with; `make slow` runs the others too
 
 
 @pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t not in QUICK)) for t in BASES])

@@ -28,7 +28,7 @@ from voxray.training.records import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., Path]
-QUICK = "cohere_asr"  # `make chaos` runs the others too
+QUICK = "cohere_asr"  # `make slow` runs the others too
 
 
 @pytest.fixture(scope="module", params=[pytest.param(t, marks=[pytest.mark.slow] * (t != QUICK)) for t in BASES])
