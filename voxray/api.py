@@ -137,7 +137,7 @@ class Model:
         from voxray.generation import model as loading
 
         model_id, adapter = loading.base_and_adapter(settings, settings.lora_dir)
-        settings = loading.match_training_prompts(settings, model_id, adapter)
+        settings = loading.resolve_settings(settings, model_id, adapter)
         limits = settings.max_new_tokens, settings.batch_size
         self._config = loading.inference_config(settings, model_id, adapter, *limits)
         self._extractor = Extractor(model_id, FeatureSpec(trim_audio=self._config.trim_audio))

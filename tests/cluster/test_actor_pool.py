@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 from voxray.cluster import actor_pool
-from voxray.cluster.actor_pool import ActorPool, PoolWorker, _Item, plan_pool, run_workers
+from voxray.cluster.actor_pool import (
+    MODEL_PROCESS_BYTES,
+    ActorPool,
+    PoolWorker,
+    _Item,
+    fit_memory,
+    plan_pool,
+    run_workers,
+)
 from voxray.core.errors import RunError
 
 
@@ -78,3 +86,37 @@ def test_size_of_a_pool(
     pool = plan_pool(num_items=1000, **{"num_actors": 0, **flags})
     assert (pool.min_size, pool.max_size, pool.num_gpus) == expected
     assert plan_pool(0, 3).max_size == 1, "no more actors than there is work for"
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "maximum", "expected"),
+    [
+        ([16, 16], {}, (4, 4)),  # two models of 7 GiB and their processes on each node
+        ([16, 6], {}, (2, 2)),
+        ([6], {}, (1, 1)),  # one is tried in any case
+        ([16], {"CPU": 64}, (4, 4)),  # more nodes may come, and Ray places what fits
+    ],
+)
+def test_models_at_a_time_by_memory(monkeypatch, capsys, memory_gib, maximum, expected):
+    import ray
+
+    nodes = [{"Alive": True, "Resources": {"memory": each * 2**30}} for each in memory_gib]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"memory": 2**50}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8})
+    monkeypatch.setattr(actor_pool, "max_resource", lambda name: maximum.get(name, 8))
+    needed = 7 * 2**30
+    pool = fit_memory(ActorPool(4, 4), needed)
+    assert (pool.min_size, pool.max_size) == expected
+    assert pool.memory_bytes == min(needed + MODEL_PROCESS_BYTES, max(memory_gib) * 2**30)
+    is_reduced = expected[0] < 4
+    assert ("warning: " in capsys.readouterr().out) is is_reduced
+
+
+@pytest.mark.ray
+def test_ray_places_actors_by_memory(local_ray, by_value):
+    """Each actor asks for more than half of the memory, so one works through all items."""
+    import ray
+
+    pool = fit_memory(ActorPool(1, 2), int(0.6 * ray.cluster_resources()["memory"]))
+    assert len(list(run_workers(Divider, (6,), ITEMS, pool))) == 3
+    assert pool.max_size == 1 and pool.memory_bytes > 0.6 * ray.cluster_resources()["memory"]

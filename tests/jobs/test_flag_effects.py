@@ -27,7 +27,7 @@ MASKS = ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time
 FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
 LANGUAGE = "feature_flags::language"
-TRIM = "trim_flag"
+TRIM, DTYPE = "trim_flag", "arithmetic::flags_go_before_the_base"
 TRAIN = {
     "model_id": "training_flags::model_id",
     "train_jsonl": FOLDERS,
@@ -41,6 +41,7 @@ TRAIN = {
     "allow_empty": "training_flags::allow_empty",
     "bf16": "training_flags::bf16",
     "fp16": "training_flags::fp16",
+    "fp32": f"{DTYPE} arithmetic::runs_record_the_type",
     "quantize": "training_flags::quantize",
     "tuning": "training_flags::tuning",
     "max_bad_steps": "training_flags::max_bad_steps",
@@ -143,6 +144,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("store", "cache_dtype"), "feature_flags::store"),
         "language": LANGUAGE,
         **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
+        "fp32": DTYPE,
         "verify": "feature_flags::verify",
         "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_tokens_as_training_does",
         "variants": "feature_flags::variants",
@@ -206,6 +208,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "lora_dir"), "other_flags::evaluate_model_and_adapter"),
         **dict.fromkeys(("num_actors", "num_models"), "other_flags::numbers_of_ray_actors"),
         "gpus_per_model": "evaluation_flags::models_and_gpus",
+        "fp32": DTYPE,
         **dict.fromkeys(("num_beams", "temperature", "top_p", "seed"), "evaluation_flags::beams_and_sampling"),
         "perplexity": "evaluation_flags::perplexity",
         "retry_failed": "evaluation_flags::retry_failed",
@@ -230,6 +233,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
         **dict.fromkeys(("num_beams", "top_p"), "evaluation_flags::beams_and_sampling"),
         "json_lines": "evaluation_flags::infer_folder_and_json",
+        "fp32": DTYPE,
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
         "max_len": "other_flags::infer_max_len",
@@ -241,6 +245,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("bf16", "fp16", "quantize", "tf32", "trim_audio_tokens"), DEMO_MODEL),
         **dict.fromkeys(("num_beams", "temperature", "top_p", "seed", "batch_size"), DEMO_MODEL),
         "max_new_tokens": "answers::values_of_an_answer",
+        "fp32": DTYPE,
         "max_len": "answers::refusals_are_one_line",
         "host": "serve::errors_at_the_start_are_one_line serve::address_and_warning",
         "port": "serve::errors_at_the_start_are_one_line",
@@ -295,7 +300,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "strict": "prefetch::rows_that_cannot_be_used_are_in_the_ledger",
         "val_share": "prefetch::rows_without_a_split_get_validation_drawn_by_speaker",
         # The rest are those of prepare and featurize, whose tests see them at work.
-        **dict.fromkeys(("storage_path", "num_actors", "rows_per_shard", "bf16", "seed"), HANDED_TO_JOBS),
+        **dict.fromkeys(("storage_path", "num_actors", "rows_per_shard", "bf16", "fp32", "seed"), HANDED_TO_JOBS),
         **dict.fromkeys(("store", "cache_dtype", "cache_budget_gib"), HANDED_TO_JOBS),
         **dict.fromkeys(("min_sec", "max_sec", "max_chars", "duplicates", "leaks"), HANDED_TO_JOBS),
         **dict.fromkeys(("min_chars_per_sec", "max_chars_per_sec", "min_peak_db", "min_rms_db"), HANDED_TO_JOBS),
@@ -317,7 +322,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     },
     "compile": {
         **dict.fromkeys(("model_id", "output_dir"), "compiled_audio::a_program_computes_what_the_encoder_computes"),
-        **dict.fromkeys(("windows", "bf16", "fp16", "tf32", "lora_dir", "seed", "storage_path"), COMPILED),
+        **dict.fromkeys(("windows", "bf16", "fp16", "fp32", "tf32", "lora_dir", "seed", "storage_path"), COMPILED),
         **dict.fromkeys(("backend", "optimization_level"), "compiled_audio::tensorrt_is_an_extra_that_needs_a_gpu"),
         "quantize": "compiled_audio::compile_errors_are_one_line",
         "overwrite": "compiled_audio::other_folders_are_not_overwritten",
@@ -328,7 +333,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("model_id", "output_dir"), "efficiency::report_of_every_family"),
         **dict.fromkeys(("batch_sizes", "clip_sec", "audio_path", "task", "question", "language"), MEASURED),
         **dict.fromkeys(("new_tokens", "warmup", "repeats", "seed", "storage_path", "trim_audio_tokens"), MEASURED),
-        **dict.fromkeys(("bf16", "fp16", "tf32", "quantize"), MEASURED),
+        **dict.fromkeys(("bf16", "fp16", "fp32", "tf32", "quantize"), MEASURED),
         "lora_dir": f"efficiency::an_adapter_names_its_base {SALMONN_BASES}",
         **dict.fromkeys(SALMONN_PARTS, SALMONN_BASES),
         "compare": "efficiency::compare_runs_every_variant_in_its_own_process",

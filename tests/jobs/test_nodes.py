@@ -162,7 +162,7 @@ def test_a_node_is_taken_away(nodes: Nodes, two: list[Node], run: Run, reference
     The test kills the node as soon as the run has saved, because a run this short would end before the deadline.
     """
     run.wait_for_workers(2)
-    num_starts, started_at, deadline_sec = len(run.resumes()), time.monotonic(), 15
+    num_starts, started_at, deadline_sec = len(run.resumes()), time.monotonic(), 40
     saved_before = len(list((run.folder / "checkpoints").glob("step-*")))
     nodes.drain(two[1], deadline_sec)
     run.wait_for(lambda: len(list((run.folder / "checkpoints").glob("step-*"))) > saved_before)

@@ -18,7 +18,7 @@ from helpers.running import load_job, parse_only
 from voxray.commands import evaluate as job
 from voxray.commands import infer, quickstart
 from voxray.config.evaluate import EvaluateSettings, InferSettings
-from voxray.config.flag_groups import FeatureFlags
+from voxray.config.flag_groups import PRECISIONS, FeatureFlags
 from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError
@@ -34,7 +34,7 @@ from voxray.models.voxtral.family import Voxtral
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-PRECISIONS: tuple[tuple[dict[str, Any], tuple[torch.dtype, int]], ...] = (
+LOADED: tuple[tuple[dict[str, Any], tuple[torch.dtype, int]], ...] = (
     ({"fp16": True}, (torch.float16, 0)),
     ({"quantize": "8bit"}, (torch.float32, 8)),
     ({"quantize": "4bit", "bf16": True}, (torch.bfloat16, 4)),
@@ -150,7 +150,7 @@ def test_evaluate_batches_and_precision(
     evaluate(bf16=True, output_dir="b")
     assert {call["dtype"] for call in answered} == {torch.bfloat16}
     assert not torch.backends.cuda.matmul.allow_tf32
-    for index, (flags, expected) in enumerate(PRECISIONS):
+    for index, (flags, expected) in enumerate(LOADED):
         answered.clear()
         evaluate(**flags, output_dir=f"precision{index}")
         assert {(call["dtype"], call["bits"]) for call in answered} == {expected}
@@ -279,7 +279,7 @@ def test_infer_rows(
     assert (answered[0]["max_new_tokens"], answered[0]["temperature"], answered[0]["seed"]) == (5, 0.5, 7)
     answer(jsonl=small["tqa.val"], output_path=str(tmp_path / "a.jsonl"), bf16=True)
     assert answered[-1]["dtype"] == torch.bfloat16
-    for flags, expected in PRECISIONS:
+    for flags, expected in LOADED:
         answer(jsonl=small["tqa.val"], **flags)
         assert (answered[-1]["dtype"], answered[-1]["bits"]) == expected
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -333,11 +333,11 @@ def test_infer_model_id_and_tf32(answered: list, small: dict[str, str], capsys: 
 
 
 def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
-    """A valid non-default value for every field; for bf16 and fp16, which exclude each other, only for ``half``."""
+    """A valid non-default value for every field; for the types, which exclude each other, only for ``half``."""
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
-    special |= {"bf16": half == "bf16", "fp16": half == "fp16", "quantize": "4bit", "tuning": "rslora"}
+    special |= {**{name: half == name for name in PRECISIONS}, "quantize": "4bit", "tuning": "rslora"}
     special |= {
         "strategy": "deepspeed",
         "zero_stage": 2,
@@ -358,12 +358,12 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
         plain[float] = (default if isinstance(default, float | int) else 0) + 0.5
         values[name] = special[name] if name in special else plain[kind]
         # stage 3 excludes --quantize and --compile, and FSDP's flag DeepSpeed
-        left = {"bf16", "fp16", "zero_stage", "offload_optimizer"} - {half}
+        left = {*PRECISIONS, "zero_stage", "offload_optimizer"} - {half}
         assert values[name] != default or name in left, name
     return values
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("half", PRECISIONS)
 def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: str) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -397,7 +397,7 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert trained == {**{name: values[name] for name in MultitaskSettings.model_fields}, **own}
     assert before["val_jsonl"] == after["val_jsonl"] == ("v", "b")
     for evaluation in (before, after):
-        same = (*common, "bf16", "fp16", "quantize", "tf32", "max_len")
+        same = (*common, *PRECISIONS, "quantize", "tf32", "max_len")
         assert {name: evaluation[name] for name in same} == {name: values[name] for name in same}
         assert evaluation["per_device_bsz"] == values["eval_bsz"]
         assert evaluation["gen_max_new_tokens"] == values["eval_max_new_tokens"]

@@ -74,7 +74,7 @@ def compared(small: dict[str, str]) -> Callable[..., tuple[float, float]]:
         pack = fitter.planned(current_size(settings))
         cost = TrialRunner(rows, settings, torch.device("cpu")).try_pack(pack.rows, times=0)
         assert cost is not None
-        return pack.need.peak_bytes, cost.peak_bytes
+        return pack.need.allocated_bytes, cost.peak_bytes
 
     return compare
 

@@ -97,7 +97,10 @@ def test_a_gpu_of_other_machines(preflight: Run) -> None:
     assert status == 0, of_level(report, "fix")
     assert report["memory"]["budget"]["num_bytes"] == pytest.approx(0.92 * (14.5 - 0.75) * 2**30, rel=1e-6)
     assert "measured_bytes" not in report["memory"] or report["memory"]["measured_bytes"] is None
-    assert "memory: no real step was taken: --gpu t4 is predicted" in of_level(report, "unchecked")
+    assert (
+        "memory: no real step was taken: --gpu t4 names a GPU of another machine; the figures are predicted"
+        in of_level(report, "unchecked")
+    )
     on_cpu = preflight("--per_device_bsz", "4", "--fp16", "--no_tune", "--overwrite")[1]["memory"]["predicted_bytes"]
     assert report["memory"]["predicted_bytes"] < on_cpu, "attention on a GPU stores no probabilities"
     status, report = preflight("--gpu", "t4", "--bf16", "--no_tune", "--overwrite")
@@ -115,7 +118,7 @@ def test_sharded_weights_are_predicted(preflight: Run) -> None:
         weights.append(entries["llm: weights, bfloat16"])
     assert weights[1] == weights[0] // 2 and entries["weights gathered for two modules"] > 0
     assert report["memory"]["measured_bytes"] is None
-    message = "memory: no real step was taken: the part of the weights on each of 2 workers is predicted"
+    message = "memory: no real step was taken: each of 2 workers holds a part of the weights; the figures are predicted"
     assert message in of_level(report, "unchecked")
 
 

@@ -3,14 +3,18 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from voxray.cluster.session import cpus_for_data, max_gpus, maximum_hint
+from voxray.cluster.session import cpus_for_data, max_gpus, max_resource, maximum_hint
+from voxray.core.console import console
 from voxray.core.errors import RunError, one_line
+from voxray.core.units import GIB, format_bytes
 
 MIN_ACTORS = 2
 MAX_AUTOSCALED_ACTORS = 64
+MODEL_PROCESS_BYTES = GIB
+"""Memory of a process with a model beside the weights: Python, the libraries, Ray, keys and values of answers."""
 ITEMS_PER_ACTOR = 4
 """Items (chunks of rows) that take about as long as an actor takes to start."""
 
@@ -22,12 +26,14 @@ class ActorPool:
     Attributes:
         min_size, max_size: Number of actors. The pool grows from one to the other while items are waiting.
         num_gpus, num_cpus: Resources of each actor; None uses Ray's default.
+        memory_bytes: Memory of each actor, by which Ray chooses its node; None if it needs little.
     """
 
     min_size: int
     max_size: int
     num_gpus: float | None = None
     num_cpus: float | None = 1
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ def run_workers(
         ),
         num_gpus=pool.num_gpus,
         num_cpus=pool.num_cpus,
+        memory=pool.memory_bytes,
     )
     for row in outcomes.iter_rows():
         outcome = json.loads(row["outcome"])
@@ -127,6 +134,29 @@ def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> Act
         high = max(low, high, MAX_AUTOSCALED_ACTORS if maximum_hint() else 0)
     high = min(high, useful)
     return ActorPool(min(low, high), high, num_gpus=1 if num_gpus else None)
+
+
+def fit_memory(pool: ActorPool, memory_bytes: int) -> ActorPool:
+    """Limit a pool to as many actors as the memory of the nodes suffices for. One always starts.
+
+    Ray takes as a node's memory what was free when it started, less its object store. Nodes that the autoscaler may
+    still start are not counted, so a pool on a cluster that may grow keeps its limit, and Ray places what fits.
+
+    Args:
+        memory_bytes: Memory of the weights of each actor, beside those that the actors of a node share.
+    """
+    import ray
+
+    memory_bytes += MODEL_PROCESS_BYTES
+    nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+    fitting = max(1, sum(num_bytes // memory_bytes for num_bytes in nodes))
+    if max_resource("CPU") > present_resource("CPU"):
+        fitting = max(fitting, pool.max_size)
+    if fitting < pool.min_size:
+        sizes = f"{format_bytes(memory_bytes)} each, and the nodes have {format_bytes(sum(nodes))}"
+        console.print(f"warning: {fitting} instead of {pool.min_size} model(s) at a time: they take {sizes}")
+    sizes = {"min_size": min(pool.min_size, fitting), "max_size": min(pool.max_size, fitting)}
+    return replace(pool, **sizes, memory_bytes=min(memory_bytes, max(nodes, default=0)) or None)
 
 
 def present_cpus() -> int:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 MAXIMUM = {"CPU": "VOXRAY_MAX_CPUS", "GPU": "VOXRAY_MAX_GPUS"}
 """Environment variables for a cluster whose autoscaler does not tell drivers its limits, as that of KubeRay: CPUs of
 all nodes without GPUs, and GPUs, when the cluster is at its largest."""
+GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "V100", "T4"}
+"""Ray's names of NVIDIA's GPUs that are older than Ampere."""
 CONNECT_SEC = 20.0
 RETRY_AFTER_SEC = (5.0, 20.0, 60.0)
 """Waits between the attempts to start Ray on a machine that is busy. Ray itself gives up after 30 s."""
@@ -222,6 +224,20 @@ def maximum_hint() -> str:
 def max_gpus() -> int:
     """Number of GPUs of the cluster, including nodes that its autoscaler may still start."""
     return max_resource("GPU")
+
+
+def cluster_has_bfloat16() -> bool:
+    """Whether the cluster at RAY_ADDRESS has GPUs now, and all of their types compute in bfloat16.
+
+    Raises:
+        RunError: The cluster cannot be reached.
+    """
+    import ray
+
+    with nullcontext() if ray.is_initialized() else ray_session(Path(os.devnull)):
+        resources = ray.cluster_resources()
+    types = {name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")}
+    return bool(resources.get("GPU") and types) and not types & GPUS_WITHOUT_BFLOAT16
 
 
 def cpus_for_data() -> int:

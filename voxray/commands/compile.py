@@ -27,6 +27,7 @@ from voxray.generation.salmonn_base import assemble_base
 from voxray.models.adapters.read_files import weights_file
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import AudioPath
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.models.parts.compiled_audio import (
     FORMAT,
     REPORT,
@@ -69,7 +70,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     )
     settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    family = get_family(model_id)
+    settings, family = with_default_dtype(settings, model_id), get_family(model_id)
     if settings.quantize != "none" and family.encoder_role in family.quantized:
         raise SettingsError(
             f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "

@@ -27,7 +27,7 @@ from voxray.efficiency.measure import LoadedModel, measure, prompt_row
 from voxray.efficiency.peak_memory import PeakMemory
 from voxray.efficiency.plot import plot
 from voxray.generation.generate import SamplingParams
-from voxray.generation.model import InferenceConfig, base_and_adapter, load_model, match_training_prompts
+from voxray.generation.model import InferenceConfig, base_and_adapter, load_model, resolve_settings
 from voxray.generation.salmonn_base import assemble_base
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
@@ -104,7 +104,7 @@ def _measure(settings: EfficiencySettings, output_dir: Path) -> dict[str, Any]:
     """Load the model and measure it with every batch size."""
     settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = match_training_prompts(settings, model_id, adapter)
+    settings = resolve_settings(settings, model_id, adapter)
     family = get_family(model_id)
     front_end = family.front_end(model_id, trim_audio=settings.trim_audio_tokens)
     if "language" not in settings.model_fields_set and front_end.languages == {"en"}:

@@ -31,7 +31,7 @@ from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.generation.long_audio import CHUNK_MANIFEST, restore_recordings, write_chunk_manifest
-from voxray.generation.model import InferenceConfig, base_and_adapter, inference_config, match_training_prompts
+from voxray.generation.model import InferenceConfig, base_and_adapter, inference_config, resolve_settings
 from voxray.generation.salmonn_base import assemble_base
 from voxray.models.adapters.compatibility import check_encoder_unchanged
 from voxray.models.parts.compiled_audio import read_report
@@ -58,7 +58,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     require_usable_row(settings.val_jsonl)
     settings = assemble_base(settings, output_dir)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = match_training_prompts(settings, model_id, adapter)
+    settings = resolve_settings(settings, model_id, adapter, on_ray=True)
     if settings.compiled:
         read_report(Path(settings.compiled))
     with folder_lease(output_dir, remote.remote_dir):

@@ -25,7 +25,7 @@ from voxray.generation.model import (
     base_and_adapter,
     inference_config,
     load_model,
-    match_training_prompts,
+    resolve_settings,
 )
 from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
 from voxray.runs.run_folder import check_output_files, make_folder, resolve_output_dir
@@ -58,7 +58,7 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     output_path = _prepare_output_path(settings.output_path, [manifest, settings.audio_path])
     flag = "lora_dir" if settings.lora_dir else "output_dir"
     model_id, adapter = base_and_adapter(settings, getattr(settings, flag), f"--{flag}")
-    settings = match_training_prompts(settings, model_id, adapter)
+    settings = resolve_settings(settings, model_id, adapter)
     _warn_about_unused_flags(settings, manifest, log)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
     extractor = Extractor(model_id, FeatureSpec(trim_audio=config.trim_audio, language=settings.language))

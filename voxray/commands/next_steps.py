@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from voxray.config.flag_groups import PRECISIONS
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
 from voxray.core.project_files import typed_command
@@ -49,7 +50,7 @@ def flags_to_repeat(settings: Mapping[str, Any]) -> list[str]:
     """
     language, quantize = settings.get("language"), settings.get("quantize", "none")
     return [
-        *(f"--{name}" for name in ("bf16", "fp16") if settings.get(name)),
+        *(f"--{name}" for name in PRECISIONS if settings.get(name)),
         *(["--language", language] if language else []),
         *(["--quantize", quantize] if quantize != "none" else []),
     ]

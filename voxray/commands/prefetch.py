@@ -29,6 +29,7 @@ from voxray.corpora.hub import is_intact, model_files, open_repository, walk
 from voxray.corpora.prepare.fingerprints import short_hash
 from voxray.corpora.select import AUDIO_SUFFIXES, RowFilter
 from voxray.features.from_settings import make_features
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.models.registry import get_family
 from voxray.prefetch.lock_file import LockFile, changed_source, damaged, describe_file, refuse_changes, summarize_files
 from voxray.prefetch.plan import refuse_full_disk, show_plan
@@ -62,6 +63,8 @@ def run_prefetch(settings: PrefetchSettings) -> dict[str, Any]:
         _fetch_model(settings, folder, lock)
         if settings.features:
             get_family(str(folder / "model"))  # raises for an unsupported model, before the long steps
+            if settings.store == "encoder":
+                settings = with_default_dtype(settings, str(folder / "model"), on_ray=True)
         # one Ray session for both steps, and none if both are done
         inputs = _fetch_corpus(settings, folder, lock)
         has_work = bool(inputs) or (settings.features and not _has_features(settings, folder, lock))
@@ -339,7 +342,8 @@ def _print_next_command(settings: PrefetchSettings, folder: Path, lock: LockFile
     flags += ["--features_dir", str(folder / "features"), "--output_dir", f"runs/{folder.name}"]
     changed = settings.model_fields_set & {"store", "cache_dtype", "rows_per_shard"}
     flags += [word for name in sorted(changed) for word in (f"--{name}", str(getattr(settings, name)))]
-    flags += ["--bf16"] if settings.bf16 else []
+    if settings.bf16 or settings.store == "encoder":  # the training has to compute like the stored encoder
+        flags.append("--bf16" if settings.bf16 else "--fp32")
     console.print(
         f"all files are in {folder}, and {lock.path.name} lists them; the next command needs no network:", markup=False
     )

@@ -124,7 +124,7 @@ def figures(preflight: Preflight, command: list[str]) -> dict[str, Any]:
             "entries": [asdict(entry) for entry in need.entries],
             "moments": need.moments,
             "predicted_bytes": need.peak_bytes,
-            "measured_bytes": decision.largest.peak_bytes if decision.largest else None,
+            "measured_bytes": decision.largest.peak_bytes + need.waste_bytes if decision.largest else None,
             "budget": asdict(budget) if budget else None,
             "fits": decision.fits,
             "largest_pack": asdict(decision.pack.shape),

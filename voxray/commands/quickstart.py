@@ -26,10 +26,11 @@ from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.counts import as_row, compute_metrics, count
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.runs.run_folder import make_folder, resolve_output_dir
 
 Values = dict[str, dict[str, float]]
-SHARED = ("model_id", "bf16", "fp16", "quantize", "max_len", *FeatureFlags.model_fields)
+SHARED = ("model_id", "bf16", "fp16", "fp32", "quantize", "max_len", *FeatureFlags.model_fields)
 """Settings shared by the training and the two evaluations."""
 
 
@@ -40,6 +41,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
         The content of summary.json: "base" and "tuned" as {task: {metric: value}}, the comparison values "own_voices"
         and "most_frequent_answer", "seconds" as {step: value}, and "run_dir".
     """
+    settings = with_default_dtype(settings, settings.model_id, on_ray=True)
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     make_folder(output_dir)
     features_path = settings.features_dir or str(output_dir / "features")

@@ -22,6 +22,7 @@ from voxray.core.storage import write_json
 from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.recipes.build_model import check_lora_targets, find_init_adapter
 from voxray.recipes.run_context import RunContext, assemble_inputs
 from voxray.recipes.run_stage import train
@@ -47,6 +48,7 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     """
     resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)  # refuse a bad path first
     settings = assemble_inputs(settings)
+    settings = with_default_dtype(settings, settings.model_id, on_ray=count_workers(settings.num_workers)[1] > 0)
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)

@@ -16,6 +16,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.recipes.build_model import check_lora_targets
 from voxray.recipes.run_context import RunContext, assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
@@ -44,6 +45,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
         refuse_missing_optuna()
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     base: Any = assemble_inputs(settings)
+    base = with_default_dtype(base, base.model_id, on_ray=True)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
     require_family(base)
     if "lora_targets" not in settings.domains:

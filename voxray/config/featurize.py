@@ -4,18 +4,23 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from voxray.config.flag_groups import BaseModelFlags, FeatureFlags, OutputFlags, TrimFlags, VariantFlags
+from voxray.config.flag_groups import (
+    BaseModelFlags,
+    EncoderPrecisionFlags,
+    FeatureFlags,
+    OutputFlags,
+    TrimFlags,
+    VariantFlags,
+)
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles
 
 
-class FeaturizeSettings(BaseModelFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
+class FeaturizeSettings(BaseModelFlags, EncoderPrecisionFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     manifest: Annotated[InputFiles, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to compute feature shards for, comma separated."""
     output_dir: Annotated[str, Flag(("out_dir", "features_dir"), path="output")] = "runs/features"
     """Folder or URL for the feature shards; pass it to a training job as --features_dir."""
-    bf16: bool = False
-    """Compute the outputs of --store encoder in bfloat16, as a training run with --bf16 does."""
     verify: bool = False
     """Verify the checksums of existing shards and rewrite damaged ones."""

@@ -63,6 +63,17 @@ class PlacementFlags(Settings):
     """GPUs to use, as older scripts named them."""
 
 
+PRECISIONS = ("bf16", "fp16", "fp32")
+"""Flags of the type to compute in."""
+
+
+def _one_precision(settings: Settings) -> Settings:
+    names = [f"--{name}" for name in PRECISIONS if getattr(settings, name, False)]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)}: give one of them")
+    return settings
+
+
 class BaseModelFlags(Settings):
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = VOXTRAL
     """Base model: a folder on disk or a hub id."""
@@ -70,21 +81,29 @@ class BaseModelFlags(Settings):
 
 class ModelFlags(BaseModelFlags):
     bf16: bool = False
-    """Load the frozen base weights and compute in bfloat16 (default: float32). LoRA weights and optimizer state stay
-    float32."""
+    """Load the frozen base weights and compute in bfloat16. LoRA weights and optimizer state stay float32. It is the
+    default for a base that is stored in bfloat16, such as Voxtral, on GPUs that have it; otherwise float32 is."""
     fp16: bool = False
     """Same as --bf16 but in float16, for GPUs without bfloat16 such as a T4. Training then uses loss scaling."""
+    fp32: bool = False
+    """Load the frozen base weights and compute in float32."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Quantise the language model's layers with bitsandbytes to 8 bits (LLM.int8) or 4 bits (NF4, double quantised).
     Other weights and the computation are float32, or as --bf16 or --fp16 set."""
     tf32: bool = False
     """Use TF32 for float32 matrix products on GPUs that support it; warns if there is none."""
 
-    @model_validator(mode="after")
-    def _one_half_precision(self) -> "ModelFlags":
-        if self.bf16 and self.fp16:
-            raise ValueError("--bf16 and --fp16: give one of them")
-        return self
+    _check_precision = model_validator(mode="after")(_one_precision)
+
+
+class EncoderPrecisionFlags(Settings):
+    bf16: bool = False
+    """Compute the outputs of --store encoder in bfloat16, as a training run with --bf16 does. It is the default for a
+    base that is stored in bfloat16, on GPUs that have it."""
+    fp32: bool = False
+    """Compute the outputs of --store encoder in float32."""
+
+    _check_precision = model_validator(mode="after")(_one_precision)
 
 
 class SalmonnPartsFlags(Settings):

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from voxray.config.flag_groups import ClipLimitFlags, FeatureFlags, OutputFlags, check_pairs
+from voxray.config.flag_groups import ClipLimitFlags, EncoderPrecisionFlags, FeatureFlags, OutputFlags, check_pairs
 from voxray.config.flags import Flag
 from voxray.config.parse import convert, split_commas
 from voxray.core.languages import language_code
@@ -30,7 +30,7 @@ def _check_language(value: str) -> str:
     return value
 
 
-class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
+class PrefetchSettings(OutputFlags, EncoderPrecisionFlags, FeatureFlags, ClipLimitFlags):
     model_id: Annotated[str, Flag(("model_name_or_path", "base_model"), path="model")] = WHISPER
     """Model to download: a hub id, or a folder on disk to copy."""
     model_revision: str = ""
@@ -75,8 +75,6 @@ class PrefetchSettings(OutputFlags, FeatureFlags, ClipLimitFlags):
     features: bool = True
     """Also compute features. Otherwise training computes them, as it always has to if the folder is moved after this
     job."""
-    bf16: bool = False
-    """Compute the outputs of --store encoder in bfloat16, like a training run with --bf16."""
     keep_raw: bool = True
     """Keep the downloaded and unpacked corpus; --no_keep_raw keeps only the 16 kHz audio."""
     verify: bool = False

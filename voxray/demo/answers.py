@@ -26,7 +26,7 @@ from voxray.generation.model import (
     base_and_adapter,
     inference_config,
     load_model,
-    match_training_prompts,
+    resolve_settings,
 )
 from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
 from voxray.models.registry import get_family, require_language
@@ -231,7 +231,7 @@ def open_model(settings: DemoSettings) -> tuple[DemoModel, int]:
         RunError, SettingsError: The model or the adapter cannot be used.
     """
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings = match_training_prompts(settings, model_id, adapter)
+    settings = resolve_settings(settings, model_id, adapter)
     if settings.language:
         require_language(get_family(model_id).front_end(model_id), settings.language, model_id)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)

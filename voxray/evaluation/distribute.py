@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.cluster.actor_pool import ActorPool, present_cpus, run_workers
+from voxray.cluster.actor_pool import ActorPool, fit_memory, present_cpus, run_workers
 from voxray.cluster.session import max_gpus, maximum_hint
 from voxray.config.flag_groups import as_range
 from voxray.core.console import console
@@ -31,7 +31,7 @@ from voxray.evaluation.predictions import (
 )
 from voxray.features.reader import Features
 from voxray.generation.generate import sort_by_expected_length
-from voxray.generation.model import InferenceConfig
+from voxray.generation.model import InferenceConfig, model_bytes
 from voxray.models.registry import get_family
 from voxray.runs.remote_sync import RemoteSync
 from voxray.text.normalize import BASIC, ENGLISH, KOREAN
@@ -125,6 +125,9 @@ def answer_rows(
     pool, num_threads = None, os.cpu_count() or 1
     if use_ray and items:
         pool, num_threads = plan_model_pool(models or ModelCount(), max_gpus(), present_cpus(), len(items))
+        if not pool.num_gpus:
+            pool = fit_memory(pool, model_bytes(config))
+            num_threads = max(num_threads, present_cpus() // pool.max_size)
     arguments = (config, tuple(folders), predictions, num_threads, remote)
     for result in run_workers(PredictionActor, arguments, items, pool):
         done += result["rows"]

@@ -21,6 +21,7 @@ from voxray.features.shards import LAYOUT
 from voxray.models.front_end import FrontEnd, row_target_ids
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
+from voxray.models.parts.quantize import loaded_bytes
 from voxray.models.registry import get_family, require_language
 
 FeatureValues = dict[str, Any]
@@ -92,6 +93,17 @@ class Extractor:
         encoder = (self.front_end.encoder_positions, self.front_end.encoder_dim)
         return {"mel": (self.front_end.num_mel_bins,), "pcm16": (), "encoder": encoder}[self.spec.store]
 
+    @property
+    def encoder_dtype(self) -> torch.dtype:
+        """Type in which ``encode`` computes."""
+        return torch.bfloat16 if self.spec.bf16 else torch.float32
+
+    @property
+    def encoder_bytes(self) -> int:
+        """Memory that each process takes for the encoder's weights."""
+        family = get_family(self.model_id)
+        return loaded_bytes(family, self.model_id, dtype=self.encoder_dtype, role=family.encoder_role)
+
     def sample_rows(
         self, sample: Sample, *, augmented: bool = True
     ) -> tuple[list[FeatureValues], dict[str, Any] | None]:
@@ -160,8 +172,7 @@ class Extractor:
         family: ModelFamily = get_family(self.model_id)
         if self._encoder is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = torch.bfloat16 if self.spec.bf16 else torch.float32
-            self._encoder = family.load_encoder(self.model_id, dtype=dtype, device=device)
+            self._encoder = family.load_encoder(self.model_id, dtype=self.encoder_dtype, device=device)
         windows: list[np.ndarray] = []
         lengths: list[int] = []
         for row in with_audio:

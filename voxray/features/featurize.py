@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from voxray.cluster.actor_pool import plan_pool, run_workers
+from voxray.cluster.actor_pool import fit_memory, plan_pool, run_workers
 from voxray.core.errors import RunError
 from voxray.core.manifest import chunks, sha256_hex
 from voxray.core.source import Source
@@ -91,6 +91,8 @@ def featurize(
     done, num_made, pids = 0, 0, set()
     on_progress(done, total)
     pool = plan_pool(num_actors, len(work), use_gpus=encodes) if use_ray else None
+    if pool and encodes and not pool.num_gpus:
+        pool = fit_memory(pool, extractor.encoder_bytes)
     for result in run_workers(ChunkFeaturizer, (extractor,), work, pool):
         sets[result["folder"]].add(result)
         if strict and result["bad"]:

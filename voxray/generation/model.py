@@ -14,9 +14,9 @@ from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
-from voxray.models.parts.arithmetic import set_tf32
+from voxray.models.parts.arithmetic import set_tf32, with_default_dtype
 from voxray.models.parts.compiled_audio import use_compiled
-from voxray.models.parts.quantize import base_dtype
+from voxray.models.parts.quantize import base_dtype, loaded_bytes
 from voxray.models.registry import get_family
 from voxray.runs.remote_sync import fetch_folder
 
@@ -85,9 +85,16 @@ def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_
     return model_id, adapter
 
 
-def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path | None) -> AdapterFlagsT:
-    """The settings with ``trim_audio_tokens`` as in the training of the adapter, or of the base without an adapter.
+def resolve_settings(
+    settings: AdapterFlagsT, model_id: str, adapter: Path | None, *, on_ray: bool = False
+) -> AdapterFlagsT:
+    """The settings with what the base and the adapter decide, unless flags do.
 
+    These are the type that the model computes in (see ``with_default_dtype``), and ``trim_audio_tokens`` as in the
+    training of the adapter, or of the base without an adapter.
+
+    Args:
+        on_ray: Whether the job runs on the cluster at RAY_ADDRESS, if that is set.
     Raises:
         SettingsError: The flag is set to the other value.
     """
@@ -96,7 +103,14 @@ def match_training_prompts(settings: AdapterFlagsT, model_id: str, adapter: Path
     if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
         kind = "with" if trimmed else "without"
         raise SettingsError(f"--trim_audio_tokens: {adapter or model_id} was trained {kind} it; leave the flag out")
+    settings = with_default_dtype(settings, model_id, on_ray=on_ray)
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
+
+
+def model_bytes(config: InferenceConfig) -> int:
+    """Memory that each process with this model takes for its weights, beside those that processes share."""
+    family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
+    return loaded_bytes(family, config.model_id, dtype=dtype, quantize=config.quantize)
 
 
 def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:

@@ -86,6 +86,18 @@ def stored_dtype(model_id: str) -> torch.dtype | None:
     return known[dtypes.pop()] if len(dtypes) == 1 and dtypes <= known.keys() else None
 
 
+def checkpoint_dtype(model_id: str) -> torch.dtype | None:
+    """Type of a model's weights by its config.json, or else by its files; None if they have several.
+
+    Raises:
+        RunError: The model has no config.json that can be read.
+    """
+    config = read_config(model_id)
+    name = config.get("dtype") or config.get("torch_dtype")
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    return known.get(str(name)) if name else stored_dtype(model_id)
+
+
 def read_config(model_id: str) -> dict[str, Any]:
     """Read a model's config.json from its folder or the hub.
 

@@ -87,6 +87,18 @@ class ActivationCounter:
             by_role[role].until_backward += num_bytes
         return by_role
 
+    def step_flops(self, shape: PackShape) -> float:
+        """Floating-point operations of the Linear layers in a forward and a backward pass, two per product."""
+        total = 0.0
+        for name, module in self._modules:
+            role = find_role(name, self._family)
+            if not isinstance(module, torch.nn.Linear) or name.endswith(OUTPUT_LAYERS):
+                continue
+            positions = self._input_positions(name, self._positions(name, role, shape), shape)
+            passes = 1 + (role in self._roles_with_gradient) * (1 + self._config.grad_ckpt) + _trains(module)
+            total += 2 * passes * positions * module.weight.numel()
+        return total
+
     def _size(self, name: str) -> int:
         """Bytes per number in a module."""
         is_float32 = find_role(name, self._family) in self._family.float32_roles

@@ -4,19 +4,23 @@ from dataclasses import dataclass
 
 import torch
 
+from voxray.core.memory import free_memory_bytes
 from voxray.core.units import GIB
-from voxray.preflight.machine import free_memory_bytes
 
 GPU_SHARE = 0.92
 """Share of a GPU's free memory that may be used; the rest is for CUDA itself and for fragmentation."""
 CPU_SHARE = 0.9
-"""Share of a machine's free memory that may be used; the rest is for Ray, the driver and the page cache."""
+"""Share of a machine's free memory that may be used; the rest is for the page cache."""
 GPU_GIB = {"h200": 139.0, "h100": 79.0, "a100-80": 79.0, "a100-40": 39.0, "l4": 22.0, "t4": 14.5}
 """{GPU: memory in GiB that torch reports for it, rounded down}."""
 CONTEXT_BYTES = int(0.75 * GIB)
 """Memory that CUDA and its libraries take on a GPU before the first tensor. On a GPU of this machine it is not free."""
-PROCESS_BYTES = int(0.8 * GIB)
-"""Memory of a worker process beside its tensors: Python, torch, transformers, Ray (0.7 GiB resident on a CPU build)."""
+PROCESS_BYTES = int(0.55 * GIB)
+"""Memory of a process beside its tensors: Python, torch, transformers (measured on a CPU build)."""
+RAY_WORKER_BYTES = int(0.25 * GIB)
+"""What Ray adds to a worker process."""
+RAY_BYTES = int(2.8 * GIB)
+"""Memory of Ray's own processes on this machine and of the job's driver."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,13 @@ class Budget:
     on_gpu: bool
 
 
-def worker_budget(num_workers: int, memory_gib: float, gpu: str = "") -> Budget:
+def worker_budget(num_workers: int, memory_gib: float, gpu: str = "", *, uses_ray: bool = False) -> Budget:
     """The budget of each of ``num_workers`` workers.
 
     Args:
         memory_gib: The user's limit per worker; 0 uses the free memory of this machine.
         gpu: GPU of each worker, on other machines (a name of ``GPU_GIB``); "" for this machine.
+        uses_ray: Whether the workers are Ray's, which takes memory of this machine too.
     """
     has_gpu = bool(gpu) or torch.cuda.is_available()
     if gpu and not memory_gib:
@@ -53,6 +58,8 @@ def worker_budget(num_workers: int, memory_gib: float, gpu: str = "") -> Budget:
         free = min(torch.cuda.mem_get_info(device)[0] for device in devices)
         return Budget(int(free * GPU_SHARE), f"{GPU_SHARE:.0%} of the {free / GIB:.1f} GiB free on a GPU", True)
     free = free_memory_bytes()
-    each = int(free * CPU_SHARE / num_workers) - PROCESS_BYTES
+    process, ray = PROCESS_BYTES + RAY_WORKER_BYTES * uses_ray, RAY_BYTES * uses_ray
+    each = int((free * CPU_SHARE - ray) / num_workers) - process
     source = f"{CPU_SHARE:.0%} of the {free / GIB:.1f} GiB free here, for {num_workers} worker(s)"
-    return Budget(max(0, each), f"{source}, less {PROCESS_BYTES / GIB:.1f} GiB for each process", False)
+    source += f", less {process / GIB:.2g} GiB for each process"
+    return Budget(max(0, each), source + (f" and {ray / GIB:.2g} GiB for Ray" if ray else ""), False)

@@ -4,6 +4,7 @@ The files of a preflight are in the folder ``preflight`` of the run's output fol
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from voxray.cluster.session import cluster_resources, stderr_to
 from voxray.config.preflight import PreflightFlags
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
+from voxray.core.errors import RunError
 from voxray.core.storage import free_disk_bytes, require_writable
 from voxray.core.units import format_bytes
 from voxray.features.from_settings import open_features_dir
 from voxray.models.adapters.compatibility import check_encoder_unchanged
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.preflight.estimate import RunTime, checkpoints_bytes, features_bytes, run_time
 from voxray.preflight.findings import Findings
 from voxray.preflight.fit_settings import FittedSettings, SettingsFitter, planned_processes, threads_of_one
@@ -65,6 +68,9 @@ class Preflight:
 
     def check(self) -> None:
         """Run all checks. Problems go to the findings."""
+        with suppress(RunError):  # problems of the base are reported below
+            on_ray, model_id = str(self.settings.num_workers) != "0", self.settings.model_id
+            self.settings = with_default_dtype(self.settings, model_id, on_ray=on_ray, gpu=self.flags.gpu)
         settings, findings = self.settings, self.findings
         with findings.caught("output"):
             remote = RemoteSync.from_settings(settings)
@@ -164,7 +170,7 @@ class Preflight:
         """Warn if the prediction differs from the measurement."""
         if decision.largest is None or decision.pack is None:
             return
-        predicted, measured = decision.pack.need.peak_bytes, decision.largest.peak_bytes
+        predicted, measured = decision.pack.need.allocated_bytes, decision.largest.peak_bytes
         if abs(predicted - measured) > MAX_PREDICTION_ERROR * measured:
             figures = f"predicted were {format_bytes(predicted)}, measured {format_bytes(measured)}"
             self.findings.add("warning", "memory", f"{figures}: believe what was measured")

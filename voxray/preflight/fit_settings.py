@@ -17,11 +17,12 @@ import torch
 from voxray.config.flag_groups import as_range
 from voxray.config.train import TrainSettings
 from voxray.core.errors import is_out_of_memory
+from voxray.core.memory import free_memory_bytes
 from voxray.core.units import format_bytes
 from voxray.models.parts.quantize import base_dtype
 from voxray.preflight.budget import CPU_SHARE, Budget, worker_budget
 from voxray.preflight.findings import Findings
-from voxray.preflight.machine import free_memory_bytes, usable_cpus
+from voxray.preflight.machine import usable_cpus
 from voxray.preflight.memory import MemoryModel, Training
 from voxray.preflight.meta_model import build_meta_model
 from voxray.preflight.pack_sizes import (
@@ -36,7 +37,7 @@ from voxray.preflight.pack_sizes import (
 )
 from voxray.preflight.rows import RunRows
 from voxray.preflight.shapes import ComputeConfig
-from voxray.preflight.trial_steps import GenerationCost, StepCost, TrialRunner
+from voxray.preflight.trial_steps import GenerationCost, StepCost, TrialRunner, flops_per_sec
 from voxray.training.resource_errors import memory_advice
 
 SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
@@ -44,7 +45,7 @@ SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
 MIN_SPEEDUP = 0.9
 """A larger size is chosen only if its time per token is below this share of the current size's."""
 LONG_STEP_SEC = 20.0
-"""If a step takes longer, no further sizes are timed."""
+"""If a step takes longer, no further sizes are timed. On a CPU that would take longer for it, no step is taken."""
 LOADING_MARGIN = 1.2
 
 
@@ -99,7 +100,8 @@ class SettingsFitter:
         self._rows, self.num_workers, self._memory_gib, self._tunes = rows, num_workers, memory_gib, tunes
         self._findings, self._gpu = findings, gpu
         settings = rows.run.settings
-        self.decision = FittedSettings(settings, budget=worker_budget(num_workers, memory_gib, gpu))
+        self.decision = FittedSettings(settings)
+        self.decision.budget = self._worker_budget()
         self._tried: dict[tuple[BatchSize, bool], StepCost | None] = {}
         self._planned: dict[tuple[BatchSize, bool, int], PlannedPack] = {}
         self._meta_models: dict[bool, Any] = {settings.grad_ckpt: meta_model}
@@ -181,7 +183,11 @@ class SettingsFitter:
         message = f"--num_workers {count} (was {self._settings.num_workers}) and --grad_accum {accum}: {reason}"
         self.num_workers = count
         self._change(message, num_workers=count, grad_accum=accum)
-        self.decision.budget = worker_budget(count, self._memory_gib, self._gpu)
+        self.decision.budget = self._worker_budget()
+
+    def _worker_budget(self) -> Budget:
+        uses_ray = str(self._settings.num_workers) != "0"
+        return worker_budget(self.num_workers, self._memory_gib, self._gpu, uses_ray=uses_ray)
 
     def _change(self, message: str, **values: Any) -> None:
         self.decision.changes.append(message)
@@ -214,13 +220,33 @@ class SettingsFitter:
         if needed <= SURE_SHARE * limit or needed > HOPELESS_SHARE * limit or not self._can_try(size):
             return needed <= limit
         cost = self._try(size)
-        return cost is not None and cost.peak_bytes <= limit
+        return cost is not None and cost.peak_bytes + self.planned(size).need.waste_bytes <= limit
 
     def _can_try(self, size: BatchSize) -> bool:
-        """Whether a trial is possible and safe: on a CPU, running out of memory kills the process without an error."""
-        if self.trial_runner is None:
-            return False
-        return torch.cuda.is_available() or self.planned(size).need.peak_bytes <= CPU_SHARE * self._free_bytes
+        """Whether real steps of a size are possible."""
+        return not self._obstacle(size) and self.trial_runner is not None
+
+    def _obstacle(self, size: BatchSize) -> str:
+        """Why no real step of a size can be taken on this machine; "" if one can.
+
+        On a CPU, running out of memory kills the process without an error, and steps of a large model take minutes.
+        """
+        if self._gpu:
+            return f"--gpu {self._gpu} names a GPU of another machine"
+        if self._settings.shards_weights and self.num_workers > 1:
+            return f"each of {self.num_workers} workers holds a part of the weights"
+        if torch.cuda.is_available():
+            return ""
+        pack = self.planned(size)
+        if pack.need.peak_bytes > CPU_SHARE * self._free_bytes:
+            needed, free = format_bytes(pack.need.peak_bytes), format_bytes(self._free_bytes)
+            return f"the largest pack needs {needed}, and {free} are free here"
+        seconds = pack.flops / self._flops_per_sec
+        return f"a step would take about {seconds:.0f} s on this CPU" if seconds > LONG_STEP_SEC else ""
+
+    @cached_property
+    def _flops_per_sec(self) -> float:
+        return flops_per_sec(base_dtype(bf16=self._settings.bf16, fp16=self._settings.fp16))
 
     def _try(self, size: BatchSize) -> StepCost | None:
         """Measured cost of the largest pack of a size; None if it does not fit."""
@@ -238,13 +264,6 @@ class SettingsFitter:
     @cached_property
     def trial_runner(self) -> TrialRunner | None:
         """The real model, loaded at first use; None if its weights and optimizer state do not fit on this machine."""
-        shards = self._settings.shards_weights and self.num_workers > 1
-        if self._gpu or shards:
-            what = (
-                f"--gpu {self._gpu}" if self._gpu else f"the part of the weights on each of {self.num_workers} workers"
-            )
-            self._findings.add("unchecked", "memory", f"no real step was taken: {what} is predicted")
-            return None
         needed = self.planned(current_size(self._settings)).need.always_bytes()
         has_gpu = torch.cuda.is_available()
         free = f"{format_bytes(self._free_bytes)} free {'on the GPU' if has_gpu else 'here'}"
@@ -262,11 +281,11 @@ class SettingsFitter:
 
     def _fastest(self, candidates: Sequence[BatchSize], current: int, largest: int) -> int:
         """Index of the current size, the largest or one between, whichever takes the least time per token."""
-        if self.trial_runner is None or largest == current:
+        if largest == current or not self._can_try(candidates[current]):
             return current
         token_sec: dict[int, float] = {}
         for index in sorted({current, (current + largest) // 2, largest}):
-            cost = self._try_average(candidates[index])
+            cost = self._try_average(candidates[index]) if self._can_try(candidates[index]) else None
             if cost is not None:
                 token_sec[index] = cost.sec / max(1, cost.num_tokens)
             if cost is None or cost.sec > LONG_STEP_SEC:
@@ -293,16 +312,15 @@ class SettingsFitter:
 
     def _measure(self, size: BatchSize) -> None:
         """Measure the chosen size on the real model: its largest pack, its average pack, and validation answers."""
-        if self.trial_runner is None:
-            return
         decision = self.decision
-        if not self._can_try(size):
-            needed, free = format_bytes(self.planned(size).need.peak_bytes), format_bytes(self._free_bytes)
-            reason = f"the largest pack needs {needed}, and {free} are free here"
+        if reason := self._obstacle(size):
             self._findings.add("unchecked", "memory", f"no real step was taken: {reason}; the figures are predicted")
             return
+        if self.trial_runner is None:
+            return
         decision.largest = self._try(size)
-        if decision.largest is None or decision.largest.peak_bytes > self._budget.num_bytes:
+        waste = self.planned(size).need.waste_bytes
+        if decision.largest is None or decision.largest.peak_bytes + waste > self._budget.num_bytes:
             decision.fits = False
             return
         decision.average = self._try_average(size)
@@ -333,10 +351,12 @@ class SettingsFitter:
         limit = f"{format_bytes(budget.num_bytes)} ({budget.source})"
         if decision.fits:
             message = f"{format_bytes(pack.need.peak_bytes)} predicted"
-            message += f", {format_bytes(decision.largest.peak_bytes)} measured" if decision.largest else ""
+            if decision.largest:
+                message += f", {format_bytes(decision.largest.peak_bytes + pack.need.waste_bytes)} measured"
             findings.add("ok", "memory", f"{message}, of {limit}")
         else:
-            needed = decision.largest.peak_bytes if decision.largest else pack.need.peak_bytes
+            waste = pack.need.waste_bytes
+            needed = decision.largest.peak_bytes + waste if decision.largest else pack.need.peak_bytes
             advice = memory_advice(decision.settings)
             findings.add("fix", "memory", f"a worker needs {format_bytes(needed)} and may take {limit}: {advice}")
 

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,13 +23,6 @@ SHARED_MEMORY = Path("/dev/shm")
 MIN_SHARED_BYTES = GIB
 """Recommended shared memory for Ray's object store; with less Ray uses the disk, which is slow."""
 DASHBOARD_PORT = 8265
-MEMINFO, CGROUPS = (
-    Path("/proc/meminfo"),
-    (
-        (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-        (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-    ),
-)
 
 
 def check_libraries(findings: Findings) -> None:
@@ -183,24 +175,3 @@ def check_cpus(settings: TrainSettings, resources: dict[str, int] | None, findin
 def usable_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
-
-
-def free_memory_bytes() -> int:
-    """Free memory of this machine, or of the container that this process runs in if that is less."""
-    return min(_machine_free_bytes(), *_container_free_bytes())
-
-
-def _machine_free_bytes() -> int:
-    for line in MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _container_free_bytes() -> Iterator[int]:
-    yield 2**62  # no limit
-    for limit, used in CGROUPS:
-        try:
-            yield max(0, int(limit.read_text()) - int(used.read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue

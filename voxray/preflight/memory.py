@@ -23,6 +23,9 @@ from voxray.preflight.weights import TRAINED, stored_bytes, weight_bytes
 from voxray.training.zero import MAX_BUCKET_ELEMENTS
 
 ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
+HEAP_WASTE = 0.9
+"""Memory on a CPU, as a share of the activations, that glibc's malloc holds in pieces too small for the next tensor.
+Measured with whisper-base: 0.94 with 2 rows, 0.85 with 8."""
 ENCODER_WIDTHS = 12  # of one layer: first and last input, residual, norm, and 4 widths each before and after GELU
 
 
@@ -34,11 +37,13 @@ class MemoryEntry:
         cause: What uses the memory.
         num_bytes: Size in bytes.
         at: Phase in which it is in use; "" is always.
+        is_waste: Whether it is memory that the process holds but no tensor uses, which the allocator does not count.
     """
 
     cause: str
     num_bytes: int
     at: str = ""
+    is_waste: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,16 @@ class MemoryNeed:
     @property
     def peak_bytes(self) -> int:
         return max(self.moments.values(), default=sum(entry.num_bytes for entry in self.entries))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """The peak as PyTorch's allocator counts it."""
+        return MemoryNeed(tuple(entry for entry in self.entries if not entry.is_waste)).peak_bytes
+
+    @property
+    def waste_bytes(self) -> int:
+        """What the peak has beyond ``allocated_bytes``."""
+        return self.peak_bytes - self.allocated_bytes
 
     @property
     def peak_moment(self) -> str:
@@ -127,6 +142,10 @@ class MemoryModel:
             entries += self._validation(validation, new_tokens)
         return MemoryNeed(tuple(entry for entry in entries if entry.num_bytes))
 
+    def step_flops(self, shape: PackShape) -> float:
+        """See ``ActivationCounter.step_flops``."""
+        return self._activations.step_flops(shape)
+
     def _always(self) -> Iterable[MemoryEntry]:
         for (role, storage), num_bytes in self._weights.items():
             is_trained, training = storage.endswith(TRAINED), self._training
@@ -163,6 +182,9 @@ class MemoryModel:
         kind = "inputs of its layers, computed again later" if self._config.grad_ckpt else "activations"
         for role, role_bytes in activations.items():
             yield MemoryEntry(f"{role}: {kind}", role_bytes.until_backward, "loss")
+        if not (self._config.on_gpu or self._training.weight_shards > 1):
+            waste = int(HEAP_WASTE * sum(role_bytes.until_backward for role_bytes in activations.values()))
+            yield MemoryEntry("freed memory that malloc cannot use again", waste, "loss", is_waste=True)
         yield MemoryEntry("logits, their loss and gradient", self._logit_bytes(shape), "loss")
         yield MemoryEntry("gradients of the passes before, float32", sum(accumulated.values()), "loss")
         roles = list(activations)

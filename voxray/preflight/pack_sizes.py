@@ -84,11 +84,13 @@ class PlannedPack:
         rows: Row numbers.
         shape: The pack's shape.
         need: Memory of a process that trains on it.
+        flops: Floating-point operations of a step on it.
     """
 
     rows: np.ndarray
     shape: PackShape
     need: MemoryNeed
+    flops: float
 
 
 def largest_pack(rows: RunRows, settings: TrainSettings, plan: Plan, memory: MemoryModel) -> PlannedPack:
@@ -101,7 +103,7 @@ def largest_pack(rows: RunRows, settings: TrainSettings, plan: Plan, memory: Mem
         for index in sorted(set(_extremes(rows, microbatches, packed=packed))):
             shape = rows.shape(microbatches[index], packed=packed)
             need = memory.need(shape, validation, settings.eval_max_new_tokens)
-            candidates.append(PlannedPack(microbatches[index], shape, need))
+            candidates.append(PlannedPack(microbatches[index], shape, need, memory.step_flops(shape)))
     return max(candidates, key=lambda pack: pack.need.peak_bytes)
 
 

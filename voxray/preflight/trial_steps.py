@@ -24,6 +24,8 @@ from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8
 """Number of tokens generated to measure the time per token."""
+PRODUCT_SIZES = (256, 2048, 2048)
+"""Rows, inner size and columns of the matrix product that measures the speed of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ class GenerationCost:
     peak_bytes: int
     prompt_sec: float
     token_sec: float
+
+
+def flops_per_sec(dtype: torch.dtype) -> float:
+    """Speed of this machine's CPU in matrix products of a type, measured."""
+    rows, inner, columns = PRODUCT_SIZES
+    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    seconds = []
+    for _ in range(2):  # the first product also prepares the kernel
+        start = time.perf_counter()
+        torch.matmul(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * rows * inner * columns / min(seconds)
 
 
 class TrialRunner:

@@ -11,6 +11,7 @@ from voxray.config.flag_groups import TrimFlags
 from voxray.config.train import TrainSettings
 from voxray.core.content_hash import damaged_files
 from voxray.core.errors import RunError, SettingsError
+from voxray.core.memory import return_freed_memory
 from voxray.models.adapters.audio_trim_record import set_trim_audio, trims_audio
 from voxray.models.adapters.init_adapter import load_init_adapter, read_init_adapter
 from voxray.models.adapters.lora import (
@@ -30,7 +31,7 @@ from voxray.runs.layout import list_checkpoints
 from voxray.runs.run_folder import other_run_advice
 from voxray.training.checkpoint import Progress, read_optimizer_state, read_progress
 from voxray.training.engine import OptimizerState
-from voxray.training.sharded_weights import compute_dtypes, return_freed_memory, shown_in_types, use_4bit_layers
+from voxray.training.sharded_weights import compute_dtypes, shown_in_types, use_4bit_layers
 
 
 def find_init_adapter(run: RunContext) -> InitAdapter | None:

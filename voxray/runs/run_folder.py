@@ -51,7 +51,7 @@ CHANGEABLE_SETTINGS = {
     *("cache_budget_gib", "features_cache_dir", "features_cache_gib", "max_bad_steps", "preview_rows"),
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
-    *("offload_optimizer", "report_to"),
+    *("offload_optimizer", "report_to", "fp32"),  # bf16 and fp16 tell the type
 }
 """Settings that may change when a run is resumed: they alter neither the model nor the order of the data."""
 

@@ -6,9 +6,8 @@ passes. In a validation the workers answer different rows in different numbers o
 ``OwnPasses``).
 """
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -21,20 +20,8 @@ from voxray.models.interface import ModelFamily
 from voxray.models.parts.layer_units import LayerUnit
 from voxray.models.parts.quantize import quantization_config, stabilize_quantized_layers
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 TURN_TIMEOUT = timedelta(hours=2)
 """Longest time that a worker waits for the passes of another."""
-
-
-def return_freed_memory() -> None:
-    """Make this process return large blocks to the system as soon as they are freed, where the C library is glibc's.
-
-    By default it keeps the memory of every gathered layer, and a worker on a CPU soon has that of the whole base.
-    """
-    with suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        for option, num_bytes in ((M_MMAP_THRESHOLD, 1 << 16), (M_TRIM_THRESHOLD, 1 << 17)):
-            library.mallopt(option, num_bytes)
 
 
 def use_4bit_layers(base: Any, family: ModelFamily, dtype: torch.dtype) -> None:

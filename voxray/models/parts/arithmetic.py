@@ -1,8 +1,45 @@
-"""PyTorch's switches for the arithmetic of a process."""
+"""The arithmetic of a process: the type that it computes in, and PyTorch's switches."""
 
 import os
+from typing import TypeVar
 
 import torch
+
+from voxray.cluster.session import cluster_has_bfloat16
+from voxray.config.flag_groups import PRECISIONS
+from voxray.config.parse import Settings
+from voxray.models.hf_files import checkpoint_dtype
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def with_default_dtype(settings: SettingsT, model_id: str, *, on_ray: bool = False, gpu: str = "") -> SettingsT:
+    """The settings with ``bf16`` if the base is stored in bfloat16, the GPUs compute in it, and no type was chosen.
+
+    Args:
+        on_ray: Whether the job computes on the cluster at RAY_ADDRESS, if that is set.
+        gpu: GPU of other machines, by its name in preflight; "" for those of the job.
+    Raises:
+        RunError: The cluster cannot be reached.
+    """
+    is_chosen = any(name in settings.model_fields_set or getattr(settings, name, False) for name in PRECISIONS)
+    trains_in_float32 = getattr(settings, "tuning", "") == "full"
+    if is_chosen or trains_in_float32 or checkpoint_dtype(model_id) is not torch.bfloat16:
+        return settings
+    has_bfloat16 = gpu != "t4" if gpu else gpus_have_bfloat16(on_ray=on_ray)
+    return settings.model_copy(update={"bf16": True}) if has_bfloat16 else settings
+
+
+def gpus_have_bfloat16(*, on_ray: bool) -> bool:
+    """Whether there are GPUs, and all of them compute in bfloat16.
+
+    Args:
+        on_ray: Whether those of the cluster at RAY_ADDRESS count, if that is set, instead of this machine's.
+    """
+    if on_ray and os.environ.get("RAY_ADDRESS"):
+        return cluster_has_bfloat16()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count > 0 and all(torch.cuda.get_device_capability(number)[0] >= 8 for number in range(count))
 
 
 def set_tf32(enabled: bool) -> None:
