@@ -1,9 +1,9 @@
 """The documentation names files, classes and functions that exist, and the tree in docs/architecture.md is complete."""
 
 import re
-import sys
 from pathlib import Path
 
+import memory_table
 import pytest
 
 from voxray.cli import main as voxray
@@ -14,9 +14,6 @@ from voxray.config.prepare import PrepareSettings
 from voxray.config.recipes import recipes
 from voxray.core.project_files import job_names
 from voxray.corpora.importers import huggingface
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-import memory_table
 
 ROOT = Path(__file__).parents[1]
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in memory_table.MODELS if name != "whisper-small"]

@@ -23,8 +23,11 @@ from voxray.models.adapters.lora import add_lora  # noqa: E402
 from voxray.models.audio_lm.facts import FACTS as AUDIO_LM  # noqa: E402
 from voxray.models.audio_seq2seq.facts import FACTS as AUDIO_SEQ2SEQ  # noqa: E402
 from voxray.models.audio_seq2seq.facts import encoder_config  # noqa: E402
+from voxray.models.hf_files import build_on_meta  # noqa: E402
 from voxray.models.interface import ModelFamily  # noqa: E402
 from voxray.models.registry import families  # noqa: E402
+from voxray.models.salmonn.config import BeatsConfig, SalmonnConfig, qformer_config  # noqa: E402
+from voxray.models.salmonn.model import SalmonnForConditionalGeneration  # noqa: E402
 from voxray.preflight.budget import GPU_SHARE  # noqa: E402
 from voxray.preflight.memory import MemoryModel, Training  # noqa: E402
 from voxray.preflight.shapes import ComputeConfig, PackShape  # noqa: E402
@@ -39,6 +42,7 @@ VALIDATION_ROWS, NEW_TOKENS = 8, 256
 QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
 WHISPER_SMALL = {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072}
 WHISPER_LARGE = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120}
+VICUNA = {"vocab_size": 32_000}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Voxtral-Mini-3B": ("voxtral", {}),
     "Voxtral-Small-24B": ("voxtral", {"hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40}),
@@ -50,6 +54,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "whisper-large-v3": ("whisper", {**WHISPER_LARGE, "num_mel_bins": 128}),
     "Cohere-Transcribe": ("cohere_asr", {}),
     "Canary-1B-v2": ("canary", {}),
+    "SALMONN-7B": ("salmonn", {**VICUNA, "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32}),
+    "SALMONN-13B": ("salmonn", {**VICUNA, "hidden_size": 5120, "intermediate_size": 13_824, "num_hidden_layers": 40}),
 }
 """{name: (model type, sizes that differ from the defaults of transformers)}, of the language model or of all parts."""
 
@@ -59,6 +65,13 @@ def released_config(name: str) -> Any:
     import transformers
 
     model_type, sizes = MODELS[name]
+    if model_type == "salmonn":
+        large = WHISPER_LARGE | {key.replace("encoder", "decoder"): value for key, value in WHISPER_LARGE.items()}
+        heads = sizes["hidden_size"] // 128
+        text = transformers.LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=heads)
+        qformer = qformer_config(width=768, heads=12, ffn=3072, layers=2, encoder_width=1280 + 768)
+        parts: Any = {"beats_config": BeatsConfig(), "qformer_config": qformer, "text_config": text}
+        return SalmonnConfig(speech_config=transformers.WhisperConfig(**large), **parts)
     facts = (AUDIO_LM | AUDIO_SEQ2SEQ)[model_type]
     config = getattr(transformers, facts.config)()
     if model_type == "whisper":
@@ -75,11 +88,13 @@ def build(name: str) -> tuple[Any, ModelFamily]:
 
     model_type, _ = MODELS[name]
     family: ModelFamily = families()[model_type]()()
-    facts = (AUDIO_LM | AUDIO_SEQ2SEQ)[model_type]
-    roles = ("projector", "llm") if model_type in AUDIO_LM else tuple(family.roles)
+    roles = tuple(family.roles) if model_type in AUDIO_SEQ2SEQ else ("projector", "llm")
+    config, model_class = released_config(name), SalmonnForConditionalGeneration
+    if model_type != "salmonn":
+        model_class = getattr(transformers, (AUDIO_LM | AUDIO_SEQ2SEQ)[model_type].model)
+    base = build_on_meta(lambda: model_class._from_config(config, dtype=torch.bfloat16), name)
     with torch.device("meta"):
-        base = getattr(transformers, facts.model)._from_config(released_config(name), dtype=torch.bfloat16)
-        model = add_lora(base.requires_grad_(False), family, roles, model_id=name, r=16, alpha=32, dropout=0.05)
+        model = add_lora(base, family, roles, model_id=name, r=16, alpha=32, dropout=0.05)
     checkpoint_gradients(base)
     set_modes(model, family, roles)
     return model, family
@@ -88,6 +103,9 @@ def build(name: str) -> tuple[Any, ModelFamily]:
 def clip_sizes(name: str, config: Any) -> tuple[Any, int, int]:
     """What the memory model reads of a front end, prompt tokens of a clip, and its windows."""
     model_type, _ = MODELS[name]
+    if model_type == "salmonn":
+        sizes = {"encoder_positions": config.speech_config.max_source_positions, "encoder_dim": 1280 + 768}
+        return SimpleNamespace(**sizes, cross_attention_positions=0), config.positions_per_clip, 1
     if model_type in AUDIO_LM:
         lm_facts, audio = AUDIO_LM[model_type], config.audio_config
         frames = lm_facts.window_frames(audio)
