@@ -7,7 +7,11 @@ manifest clips.jsonl.
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import pytest
 import soundfile
 import torch
 from conftest import read_rows, write_rows
-from helpers.running import parse_only
+from helpers.running import ROOT, parse_only
 from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
 
 from voxray.audio.decode import decode
@@ -26,6 +30,7 @@ from voxray.commands.export import run_export
 from voxray.commands.infer import run_inference
 from voxray.commands.train import run_training
 from voxray.evaluation.predictions import read_predictions
+from voxray.preflight.budget import PROCESS_BYTES
 from voxray.training.records import read_metrics
 
 REAL = Path(os.environ.get("VOXRAY_REAL") or "no-folder")
@@ -195,6 +200,41 @@ def test_training_lowers_the_loss_and_resumes(trained: Path, tmp_path: Path) -> 
     train(resumed, "--max_steps", "6")
     again = {record["step"]: record["loss"] for record in read_metrics(resumed, "train")}
     assert [again[step] for step in (3, 4, 5, 6)] == losses[2:]
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_preflight_predicts_the_process(tmp_path: Path, rows: int) -> None:
+    """The whole process of the training, its libraries and what malloc keeps included, within 10 %."""
+    english = [row for row in clips() if row["language"] == "en"]
+    flags = [
+        "--model_id",
+        str(BASE),
+        "--train_jsonl",
+        write_rows(tmp_path / "train.jsonl", english),
+        "--language",
+        "en",
+    ]
+    flags += ["--output_dir", str(tmp_path / "run"), "--num_workers", "0", "--per_device_bsz", str(rows)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    check = [sys.executable, str(ROOT / "jobs" / "preflight.py"), "--recipe", "whisper", *flags, "--no_tune"]
+    subprocess.run(check, check=True, env=env, stdout=subprocess.DEVNULL)
+    report = json.loads((tmp_path / "run" / "preflight" / "preflight.json").read_text())
+    predicted = report["memory"]["predicted_bytes"] + PROCESS_BYTES
+    train = [sys.executable, str(ROOT / "jobs" / "train_whisper.py"), *flags, "--max_steps", "2"]
+    process = subprocess.Popen(train, env=env, stdout=subprocess.DEVNULL)
+    resident = [0]
+    while process.poll() is None:
+        with suppress(OSError, ProcessLookupError):
+            resident.append(resident_bytes(process.pid))
+        time.sleep(0.1)
+    assert process.returncode == 0
+    assert predicted == pytest.approx(max(resident), rel=0.1)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process, with the files that it maps."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_the_export_in_transformers_pipeline(
