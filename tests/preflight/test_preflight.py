@@ -1,6 +1,7 @@
 """The preflight job on small data: its findings, its changes, its files, and the run it starts."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,9 +19,13 @@ from voxray.config.preflight import PreflightTextSettings, preflight_settings
 from voxray.config.recipes import recipes
 from voxray.config.train import TextSettings
 from voxray.core.errors import RunError
+from voxray.core.units import GIB
+from voxray.preflight import budget, fit_settings
 from voxray.preflight import check_run as preflight_job
+from voxray.preflight.budget import worker_budget
 from voxray.preflight.check_run import training_settings
 from voxray.preflight.report import launch_values, write_launch_file
+from voxray.preflight.trial_steps import TrialRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Run = Callable[..., tuple[int, dict[str, Any]]]
@@ -105,6 +110,26 @@ def test_a_gpu_of_other_machines(preflight: Run) -> None:
     assert report["memory"]["predicted_bytes"] < on_cpu, "attention on a GPU stores no probabilities"
     status, report = preflight("--gpu", "t4", "--bf16", "--no_tune", "--overwrite")
     assert status == 1 and "gpu: --bf16: a T4 has no bfloat16; take --fp16" in of_level(report, "fix")
+
+
+def test_steps_that_take_minutes_are_not_tried(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU a large model's step takes minutes, which the speed of one layer tells."""
+    monkeypatch.setattr(fit_settings, "flops_per_sec", lambda dtype: 1e5)
+    monkeypatch.setattr(TrialRunner, "__init__", lambda *args: pytest.fail("the weights are not needed"))
+    status, report = preflight("--per_device_bsz", "4")
+    assert status == 0, of_level(report, "fix")
+    [reason] = [line for line in of_level(report, "unchecked") if line.startswith("memory: no real step was taken: ")]
+    assert re.search(r"a step would take about \d{3,} s on this CPU; the figures are predicted", reason)
+    assert report["memory"]["measured_bytes"] is None and report["time"]["training_sec"] is None
+
+
+def test_rays_own_memory_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes and the driver, once on the machine, and what Ray adds to each worker."""
+    monkeypatch.setattr(budget, "free_memory_bytes", lambda: 20 * GIB)
+    alone, workers = worker_budget(1, 0), worker_budget(2, 0, uses_ray=True)
+    assert alone.num_bytes == 18 * GIB - budget.PROCESS_BYTES
+    each = (18 * GIB - budget.RAY_BYTES) // 2 - budget.PROCESS_BYTES - budget.RAY_WORKER_BYTES
+    assert workers.num_bytes == each and "2.8 GiB for Ray" in workers.source
 
 
 def test_sharded_weights_are_predicted(preflight: Run) -> None:

@@ -25,7 +25,7 @@ from voxray.training.validate import in_eval_mode
 ANSWER_TOKENS = 8
 """Number of tokens generated to measure the time per token."""
 PRODUCT_SIZES = (256, 2048, 2048)
-"""Rows, inner size and columns of the matrix product that measures the speed of a CPU."""
+"""Rows, inputs and outputs of the Linear layer that measures the speed of a CPU."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class GenerationCost:
 
 
 def flops_per_sec(dtype: torch.dtype) -> float:
-    """Speed of this machine's CPU in matrix products of a type, measured."""
-    rows, inner, columns = PRODUCT_SIZES
-    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+    """Speed of this machine's CPU in a Linear layer of a type, measured."""
+    rows, width, outputs = PRODUCT_SIZES
+    inputs, weights = torch.ones(rows, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)
     seconds = []
     for _ in range(2):  # the first product also prepares the kernel
         start = time.perf_counter()
-        torch.matmul(left, right)
+        torch.nn.functional.linear(inputs, weights)
         seconds.append(time.perf_counter() - start)
-    return 2 * rows * inner * columns / min(seconds)
+    return 2 * rows * width * outputs / min(seconds)
 
 
 class TrialRunner:
