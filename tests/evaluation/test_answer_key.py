@@ -59,6 +59,7 @@ NO_EFFECT = {
 }
 """Flags that decide where and how the job computes, or what is done with the answers."""
 ELSEWHERE = {
+    "fp32": "keeps bf16 off, which is in the key, where it would be the default",
     "rows_per_shard": "the order of the rows stays; features of another division are made again",
     "max_len": "decides which rows are answered, and their numbers are in the key",
     "audio_prefix": "goes into the manifest that the job writes",

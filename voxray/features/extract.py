@@ -20,6 +20,7 @@ from voxray.core.source import stretch
 from voxray.features.shards import LAYOUT
 from voxray.models.front_end import FrontEnd, row_target_ids
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 from voxray.models.parts.quantize import loaded_bytes
 from voxray.models.registry import get_family, require_language
@@ -173,6 +174,7 @@ class Extractor:
         if self._encoder is None:
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             self._encoder = family.load_encoder(self.model_id, dtype=self.encoder_dtype, device=device)
+            use_float32_products(self._encoder)
         windows: list[np.ndarray] = []
         lengths: list[int] = []
         for row in with_audio:

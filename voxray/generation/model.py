@@ -16,6 +16,7 @@ from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
 from voxray.models.parts.arithmetic import set_tf32, with_default_dtype
 from voxray.models.parts.compiled_audio import use_compiled
+from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype, loaded_bytes
 from voxray.models.registry import get_family
 from voxray.runs.remote_sync import fetch_folder
@@ -125,6 +126,7 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
     model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)
+    use_float32_products(model)
     if skip_encoder:
         family.skip_encoder(model)
     model, num_tensors = load_adapter(model, Path(config.adapter)) if config.adapter else (model, 0)

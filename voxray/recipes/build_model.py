@@ -25,6 +25,7 @@ from voxray.models.adapters.lora import (
 )
 from voxray.models.hf_files import stored_dtype, unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
+from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype
 from voxray.recipes.run_context import RunContext
 from voxray.runs.layout import list_checkpoints
@@ -106,7 +107,10 @@ def _load_base(run: RunContext) -> Any:
     settings, family = run.settings, run.family
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     if not settings.shards_weights:
-        return family.load_model(settings.model_id, dtype=dtype, device=run.worker.device, quantize=settings.quantize)
+        options = {"dtype": dtype, "device": run.worker.device, "quantize": settings.quantize}
+        base = family.load_model(settings.model_id, **options)
+        use_float32_products(base)
+        return base
     if run.worker.device.type == "cpu":
         return_freed_memory()
     stored = dtype if settings.tuning == "dora" else stored_dtype(settings.model_id) or dtype

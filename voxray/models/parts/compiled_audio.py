@@ -18,6 +18,7 @@ from voxray.core.errors import RunError, one_line
 from voxray.core.storage import checksum
 from voxray.models.interface import AudioPath, ModelFamily
 from voxray.models.parts.audio_encoder import hash_tensors
+from voxray.models.parts.cpu_16bit import Float32Products
 
 REPORT = "compiled.json"
 FORMAT = 2
@@ -162,7 +163,8 @@ def weights_hash(path: torch.nn.Module) -> str:
     for name, module in path.named_modules():
         # extra_repr has the options of torch's layers. Attention and LoRA keep a scale, attention its heads as well.
         values = [getattr(module, option, None) for option in ("scaling", "num_heads")]
-        digest.update(f"{name} {type(module).__name__} {module.extra_repr()} {values}".encode())
+        kind = "Linear" if isinstance(module, Float32Products) else type(module).__name__  # depends on the CPU
+        digest.update(f"{name} {kind} {module.extra_repr()} {values}".encode())
     return digest.hexdigest()
 
 
