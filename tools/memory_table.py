@@ -77,8 +77,11 @@ def released_config(name: str) -> Any:
     if model_type == "whisper":
         decoder = {key.replace("encoder", "decoder"): value for key, value in sizes.items()}
         return transformers.WhisperConfig(**(sizes | decoder), max_target_positions=448)
-    for key, value in sizes.items():
-        setattr(config.text_config, key, value)
+    if not sizes:
+        return config
+    text = config.text_config.to_dict() | sizes
+    text.pop("layer_types", None)  # of the default number of layers
+    config.text_config = type(config.text_config).from_dict(text)
     return config
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import memory_table
 import numpy as np
 import pytest
 import torch
@@ -288,8 +289,9 @@ def test_compiled_layers_give_the_same_losses(base, family, front_end, model, fr
 
 
 def test_released_sizes_on_the_meta_device(base, family, tmp_path):
-    """The configuration of the library's defaults, which are the released sizes: LoRA by role, nothing else trains."""
-    config = getattr(transformers, family.facts.config)()
+    """LoRA by role, nothing else trains. The library's defaults are the released sizes where no table has others."""
+    released = {model_type: name for name, (model_type, _) in memory_table.MODELS.items()}.get(family.name)
+    config = memory_table.released_config(released) if released else getattr(transformers, family.facts.config)()
     config.save_pretrained(tmp_path)
     for roles in (("projector",), ("projector", "llm"), ("encoder", "projector", "llm")):
         built = family.build_on_meta(str(tmp_path), dtype=torch.bfloat16)

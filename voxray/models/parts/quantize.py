@@ -73,7 +73,9 @@ def load_frozen(
 
     logging.disable_progress_bar()
     config = quantization_config(quantize, dtype, keep)
-    options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
+    options: dict[str, Any] = {"quantization_config": config} if config else {}
+    if config or device.type != "cpu":  # convert each weight on its device, not all of them in the memory of the CPU
+        options["device_map"] = {"": device}
     with library_errors(f"--model_id {model_id}: cannot load the model"):
         check_size(model_class, model_id)
         model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
