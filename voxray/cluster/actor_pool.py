@@ -153,10 +153,10 @@ def fit_memory(pool: ActorPool, memory_bytes: int) -> ActorPool:
     if max_resource("CPU") > present_resource("CPU"):
         fitting = max(fitting, pool.max_size)
     if fitting < pool.min_size:
-        sizes = f"{format_bytes(memory_bytes)} each, and the nodes have {format_bytes(sum(nodes))}"
-        console.print(f"warning: {fitting} instead of {pool.min_size} model(s) at a time: they take {sizes}")
-    sizes = {"min_size": min(pool.min_size, fitting), "max_size": min(pool.max_size, fitting)}
-    return replace(pool, **sizes, memory_bytes=min(memory_bytes, max(nodes, default=0)) or None)
+        reason = f"each takes {format_bytes(memory_bytes)}, and the nodes have {format_bytes(sum(nodes))}"
+        console.print(f"warning: {fitting} instead of {pool.min_size} model(s) at a time: {reason}")
+    low, high = min(pool.min_size, fitting), min(pool.max_size, fitting)
+    return replace(pool, min_size=low, max_size=high, memory_bytes=min(memory_bytes, max(nodes, default=0)) or None)
 
 
 def present_cpus() -> int:

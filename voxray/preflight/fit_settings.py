@@ -45,7 +45,7 @@ SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
 MIN_SPEEDUP = 0.9
 """A larger size is chosen only if its time per token is below this share of the current size's."""
 LONG_STEP_SEC = 20.0
-"""If a step takes longer, no further sizes are timed. On a CPU that would take longer for it, no step is taken."""
+"""If a step takes longer, no further sizes are timed. On a CPU, a step that would take longer is not tried."""
 LOADING_MARGIN = 1.2
 
 
@@ -355,8 +355,8 @@ class SettingsFitter:
                 message += f", {format_bytes(decision.largest.peak_bytes + pack.need.waste_bytes)} measured"
             findings.add("ok", "memory", f"{message}, of {limit}")
         else:
-            waste = pack.need.waste_bytes
-            needed = decision.largest.peak_bytes + waste if decision.largest else pack.need.peak_bytes
+            largest = decision.largest
+            needed = largest.peak_bytes + pack.need.waste_bytes if largest else pack.need.peak_bytes
             advice = memory_advice(decision.settings)
             findings.add("fix", "memory", f"a worker needs {format_bytes(needed)} and may take {limit}: {advice}")
 
