@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from train import make_features, read_clips, write_model, write_rows
+from train import library_batch, make_features, read_clips, write_model, write_rows
 from transformers import LogitsProcessor, LogitsProcessorList, WhisperFeatureExtractor
 
 from voxray.batches.collate import collate_prompts
@@ -76,7 +76,7 @@ def generate_plain(
     answers: list[list[int]] = []
     for start in range(0, len(rows), batch_size):
         numbers = range(start, min(start + batch_size, len(rows)))
-        batch = collate_prompts([rows[number] for number in numbers], front_end)
+        batch = library_batch(collate_prompts([rows[number] for number in numbers], front_end))
         batch_clips = [clips[number] for number in numbers if number in clips] if clips is not None else []
         if batch_clips:
             options = {"sampling_rate": 16_000, "padding": "max_length", "return_tensors": "pt"}

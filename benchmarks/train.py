@@ -131,10 +131,15 @@ class Rows(torch.utils.data.Dataset):
         return {"number": number, "length": self.lengths[number]}
 
 
+def library_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a padded batch that transformers' models know."""
+    names = ("input_ids", "attention_mask", "labels", "input_features")
+    return {name: batch[name] for name in names if name in batch}
+
+
 def trainer_batch(features: Features, front_end: Any, numbers: list[int]) -> dict[str, torch.Tensor]:
-    """voxray's padded batch without its task column, as Trainer passes it to the model."""
-    batch = collate_training([features.row(number) for number in numbers], front_end)
-    return {name: tensor for name, tensor in batch.items() if name != "task"}
+    """voxray's padded batch, as Trainer passes it to the model."""
+    return library_batch(collate_training([features.row(number) for number in numbers], front_end))
 
 
 def run_trainer(model: Any, features: Features, collate: Callable[..., Any], folder: Path, *, grouped: bool) -> float:
@@ -215,7 +220,7 @@ def loss_difference(model_id: str, features: Features) -> float:
             rows = [features.row(number) for number in range(start, start + 4)]
             batch = collate_training(rows, front_end)
             voxray_loss = float(answer_loss(model, family, batch, 0.0).sum() / (batch["labels"] != IGNORED).sum())
-            library_loss = float(model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss)
+            library_loss = float(model(**library_batch(batch)).loss)
             worst = max(worst, abs(voxray_loss - library_loss) / library_loss)
     return worst
 

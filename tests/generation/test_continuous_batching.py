@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from helpers.library import library_batch
 from transformers import VoxtralForConditionalGeneration
 
 from voxray.batches.collate import collate_packed, collate_prompts
@@ -45,7 +46,7 @@ def library_ids(model: Any, front_end: Any, rows: list[FeatureRow], limit: int =
     """Token ids by transformers' ``generate``, one row at a time."""
     ids_per_row = []
     for row in rows:
-        batch = collate_prompts([row], front_end)
+        batch = library_batch(collate_prompts([row], front_end))
         ids = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=11, eos_token_id=2)
         ids = ids[0, batch["input_ids"].shape[1] :].tolist()
         ids_per_row.append(ids[: ids.index(2)] if 2 in ids else ids)
@@ -147,7 +148,7 @@ def test_beam_search_equals_transformers(rows, front_end, expected) -> None:
     library: Any = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
     texts = []
     for row in rows[:4]:
-        batch = collate_prompts([row], front_end)
+        batch = library_batch(collate_prompts([row], front_end))
         ids = library.generate(**batch, max_new_tokens=LIMIT, num_beams=3, do_sample=False, eos_token_id=2)
         texts.append(front_end.decode(ids[0, batch["input_ids"].shape[1] :].tolist()).strip())
     assert [completions[index].text for index in range(4)] == texts

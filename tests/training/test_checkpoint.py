@@ -75,7 +75,7 @@ def test_the_next_step_does_not_change_a_pending_checkpoint() -> None:
     states = []
     for _ in range(2):
         engine.backward(model(torch.ones(1, 2)).sum(), last=True)
-        engine.reduce([], scale=1.0, max_norm=0.0)
+        engine.reduce(torch.zeros(0), scale=1.0, max_norm=0.0)
         engine.apply(0.1)
         states.append(engine.checkpoint_state())
     for name in ("weight", "bias"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import processes
+from helpers.library import library_batch
 from safetensors.torch import load_file
 
 from voxray.batches.collate import collate_prompts, collate_training
@@ -79,7 +80,7 @@ def test_loss_equals_transformers(data):
     model = family.load_model(TINY, dtype=torch.float32, device=torch.device("cpu"))
     batch = collate_training([features.row(number) for number in (0, 13, 25, 7)], front_end)
     loss_T = answer_loss(model, family, batch, 0.0)
-    reference = model(**{name: tensor for name, tensor in batch.items() if name != "task"}).loss
+    reference = model(**library_batch(batch)).loss
     assert float(loss_T.sum()) / int((batch["labels"] != IGNORED).sum()) == pytest.approx(float(reference), rel=1e-5)
     assert (loss_T[:3] > 0).all(), "all three tasks are in this batch"
 

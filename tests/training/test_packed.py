@@ -82,10 +82,11 @@ def test_samples_of_a_pack_do_not_see_each_other(data, model):
 
     def logits(*order: int) -> list[torch.Tensor]:
         batch = collate_packed([rows[number] for number in order], front_end)
-        labels, ends = batch.pop("labels"), batch["segment_ends"].tolist()
-        batch.pop("task")
+        ends = batch["segment_ends"].tolist()
+        for name in ("labels", "task", "answer_positions"):
+            del batch[name]
         with torch.no_grad():
-            logits_NV = family.answer_logits(model, batch, torch.ones_like(labels, dtype=torch.bool))
+            logits_NV = family.answer_logits(model, batch, torch.arange(ends[-1]))
         return [logits_NV[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     alone = logits(3)[0]
@@ -143,7 +144,7 @@ def test_packed_attention_equals_the_reference(monkeypatch, flash, heads):
     monkeypatch.setattr(packed, "takes_flash", lambda *what: flash)
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 11, count, 16).transpose(1, 2) for count in (heads[0], heads[1], heads[1]))
-    segments = packed.Segments.of(torch.tensor([1, 6, 11]))
+    segments = packed.Segments.of(torch.tensor([1, 6, 11]), torch.device("cpu"))
     layer = torch.nn.Module()
     output, weights = packed.packed_attention(layer, query, key, value, None, scaling=16**-0.5, segments=segments)
     assert weights is None and torch.allclose(output, dense(query, key, value, [1, 6, 11]), atol=1e-6)
@@ -199,7 +200,7 @@ def test_the_flash_kernel_equals_the_reference():
     inputs = [torch.randn(1, 300, count, 64, device="cuda", dtype=HALF).transpose(1, 2) for count in (8, 2, 2)]
     for tensor in inputs:
         tensor.requires_grad_()
-    segments = packed.Segments.of(torch.tensor([1, 120, 300], device="cuda"))
+    segments = packed.Segments.of(torch.tensor([1, 120, 300]), torch.device("cuda"))
     assert packed.takes_flash(inputs[0].device, HALF, 64, 0.0)
     output, _ = packed.packed_attention(torch.nn.Module(), *inputs, None, scaling=64**-0.5, segments=segments)
     grads = torch.autograd.grad(output.float().square().sum(), inputs)

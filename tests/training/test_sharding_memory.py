@@ -88,7 +88,7 @@ def measure(rank: int, folder: Path, base: str, flags: dict[str, Any]) -> None:
         for _ in range(2):
             logits_NV = engine.logits(batch, ids_BL > 31)
             engine.backward(logits_NV.float().logsumexp(-1).sum(), last=True)
-            engine.reduce([0.0], scale=1.0, max_norm=1.0)
+            engine.reduce(torch.zeros(1), scale=1.0, max_norm=1.0)
             engine.apply(1e-3)
             del logits_NV
     figures = {"loaded": loaded, "loading": loading.num_bytes, "steps": steps.num_bytes}

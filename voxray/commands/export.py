@@ -195,9 +195,11 @@ def probe_logits(model: Any, family: ModelFamily, front_end: FrontEnd) -> torch.
         }
         rows.append(FeatureRow.from_values({**values, "target_ids": front_end.target_ids(PROBE_TEXT)}))
     batch = collate_training(rows, front_end)
-    keep_BL = batch["attention_mask"].bool()
-    batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", "task")}
-    return family.answer_logits(model, batch, keep_BL).float()
+    length = batch["input_ids"].shape[1]
+    ends = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
+    positions_N = torch.cat([row * length + torch.arange(end) for row, end in enumerate(ends)])
+    batch = {name: batch[name] for name in batch if name not in ("labels", "task", "answer_positions")}
+    return family.answer_logits(model, batch, positions_N).float()
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from voxray.audio.decode import decode
-from voxray.batches.collate import collate_prompts
+from voxray.batches.collate import collate_prompts, to_device
 from voxray.core.manifest import Sample
 from voxray.efficiency.peak_memory import PeakMemory
 from voxray.features.reader import FeatureRow
@@ -96,7 +96,7 @@ def answer_once(loaded: LoadedModel, sample: Sample, batch_size: int, new_tokens
     cpu_batch = collate_prompts([prompt_row(front_end, sample, samples) for samples in clips], front_end)
     loaded.synchronise()
     batch_ready = clock()
-    batch = {name: tensor.to(loaded.device) for name, tensor in cpu_batch.items()}
+    batch = to_device(cpu_batch, loaded.device)
     state, logits_BV = loaded.family.prefill(loaded.model, batch)
     ids_B = logits_BV.argmax(-1)
     prefill_submitted = clock()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from voxray.batches.collate import collate_prompts
+from voxray.batches.collate import collate_prompts, to_device
 from voxray.features.reader import FeatureRow
 from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import DecodeState, ModelFamily
@@ -73,7 +73,7 @@ class _Batch:
 
     def admit(self, completions: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
         """Prefill the prompts of new rows, which also gives their first tokens; returns the rows that got a token."""
-        batch = {name: tensor.to(self.device) for name, tensor in collate_prompts(rows, self.front_end).items()}
+        batch = to_device(collate_prompts(rows, self.front_end), self.device)
         state, logits_BV = self.family.prefill(self.model, batch)
         self._append_tokens(completions, logits_BV)
         languages = map(self.front_end.prompt_language, batch["input_ids"].tolist())

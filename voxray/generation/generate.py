@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from voxray.batches.collate import collate_prompts
+from voxray.batches.collate import collate_prompts, to_device
 from voxray.core.errors import RunError, one_line, quoted_line
 from voxray.core.tasks import TASKS
 from voxray.features.reader import FeatureRow, Features
@@ -191,8 +191,7 @@ def _library_ids(
     Args:
         limit: Longest answer, in tokens.
     """
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate_prompts(rows, front_end).items()}
+    batch = to_device(collate_prompts(rows, front_end), next(model.parameters()).device)
     options: dict[str, Any] = {"do_sample": False, "num_beams": sampling.num_beams}
     if sampling.temperature > 0:
         ids_hash = zlib.crc32("\n".join(row.id for row in rows).encode())

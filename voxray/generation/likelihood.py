@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from voxray.batches.collate import collate_training
+from voxray.batches.collate import collate_training, to_device
 from voxray.features.reader import FeatureRow
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
@@ -23,9 +23,9 @@ def reference_losses(model: Any, family: ModelFamily, front_end: FrontEnd, rows:
     Returns:
         One sum per row over ``target_ids``, end-of-text token included.
     """
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in collate_training(rows, front_end).items()}
-    loss_N, keep_BL = token_losses(partial(family.answer_logits, model), batch)
-    row_N = keep_BL.nonzero()[:, 0].cpu()
+    batch = collate_training(rows, front_end)
+    row_N = batch["answer_positions"] // batch["input_ids"].shape[1]
+    batch = to_device(batch, next(model.parameters()).device)
+    loss_N = token_losses(partial(family.answer_logits, model), batch)
     sums = torch.zeros(len(rows), dtype=torch.float64)
     return sums.index_add(0, row_N, loss_N.double().cpu()).tolist()

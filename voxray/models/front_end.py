@@ -47,6 +47,7 @@ class FrontEnd(Protocol):
         encoder_positions: Outputs of the audio encoder for one window.
         encoder_dim: Width of each encoder output.
         pad_id: Token id of padding.
+        positions_per_window: Audio tokens of a whole window; 0 if prompts have none.
         eos_id: Token id that ends an answer.
         needs_language: Whether training rows must have a ``language``.
         languages: Codes of the languages that the base has; None if it takes any.
@@ -65,11 +66,17 @@ class FrontEnd(Protocol):
     encoder_positions: int
     encoder_dim: int
     pad_id: int
+    positions_per_window: int
     eos_id: int
     needs_language: bool
     languages: frozenset[str] | None
     trims_audio: bool
     needs_num_samples: bool
+
+    @property
+    def audio_id(self) -> int | None:
+        """Token id that stands for one position of audio in a prompt; None if prompts have no audio tokens."""
+        ...
 
     def features(self, samples: np.ndarray) -> AudioFeatures:
         """Compute the features of one clip, once per clip in featurize workers or while batches load.

@@ -28,7 +28,7 @@ from voxray.models.layer_names import LayerNames
 IGNORED = -100  # the label that PyTorch's cross entropy ignores
 
 Batch = dict[str, torch.Tensor]
-"""Model inputs by name, as ``batches.collate`` makes them."""
+"""Model inputs by name, as ``batches.collate`` makes them; those of ``collate.ON_CPU`` are always on the CPU."""
 
 AudioPath = Callable[..., torch.Tensor]
 """The computation from features to the tensor that the rest of the model reads.
@@ -266,13 +266,15 @@ class ModelFamily(Protocol):
         ...
 
     def answer_logits(
-        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
     ) -> torch.Tensor:
         """The forward pass of training, validation and perplexity. Computes logits at selected positions only.
 
         Args:
-            batch: As ``collate_training`` or ``collate_packed`` makes it, without ``labels`` and ``task``.
-            keep_BL: True where the next token is to be predicted.
+            batch: As ``collate_training`` or ``collate_packed`` makes it, without ``labels``, ``task`` and
+                ``answer_positions``.
+            positions_N: Positions whose next token is to be predicted, counted through all rows (see
+                ``batches.collate``).
             roles_in_every_pass: Roles that must take part even if the batch has no audio, because all workers must
                 compute with the same weights in the same order. Their weights then get gradients of zero.
         Returns:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from voxray.batches.collate import collate_packed, collate_prompts, collate_training
+from voxray.batches.collate import collate_packed, collate_prompts, collate_training, to_device
 from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.core.errors import is_out_of_memory
@@ -113,7 +113,7 @@ class TrialRunner:
         start = time.perf_counter()
         batch = self._collate(rows)
         collate_sec = time.perf_counter() - start
-        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        batch = to_device(batch, self._device)
         try:
             if not self._engine.optimizer.state:
                 self._step(batch)  # the first step creates AdamW's moments
@@ -146,7 +146,7 @@ class TrialRunner:
         loss = task_losses(self._engine.logits, batch, self._settings.label_smoothing).sum()
         self._engine.backward(loss / max(1, len(trainable_parameters(self.model))), last=True)
         del loss
-        self._engine.reduce([0.0], scale=1.0, max_norm=self._settings.max_grad_norm)
+        self._engine.reduce(torch.zeros(1, device=self._device), scale=1.0, max_norm=self._settings.max_grad_norm)
         self._engine.apply(0.0)
 
     def answer(self, rows: list[FeatureRow]) -> GenerationCost | None:
@@ -155,8 +155,7 @@ class TrialRunner:
         Returns:
             The cost; None if the batch does not fit in memory.
         """
-        family, batch = self._rows.run.family, collate_prompts(rows, self._rows.front_end)
-        batch = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        family, batch = self._rows.run.family, to_device(collate_prompts(rows, self._rows.front_end), self._device)
         times: list[float] = []
 
         @torch.inference_mode()

@@ -39,21 +39,22 @@ class CheckpointState:
 class Engine(Protocol):
     """Computes optimizer steps on all workers together. Every worker makes the same calls, in the same order."""
 
-    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
         """Run the forward pass, as the family's ``answer_logits`` does."""
         ...
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of one microbatch to those of the step; ``last`` marks the last microbatch of the step."""
 
-    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
-        """Sum gradients and scalars over the workers, and clip the gradients.
+    def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
+        """Sum gradients and other numbers over the workers, and clip the gradients.
 
         Args:
+            numbers: One-dimensional, float32, on the worker's device.
             scale: Factor of the losses; gradients are divided by it.
             max_norm: Maximum norm of all gradients together; 0 does not clip.
         Returns:
-            The sums of the scalars, and the gradient norm before clipping.
+            The sums of the numbers, and the gradient norm before clipping.
         """
         ...
 
@@ -93,20 +94,21 @@ class DataParallel:
         # one implementation for all devices, because fused rounds differently from foreach and plain
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
 
-    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
-        return self._family.answer_logits(self.model, batch, keep_BL)
+    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
+        return self._family.answer_logits(self.model, batch, positions_N)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
-        sums = sum_over_workers(self._parameters, scalars, self.worker)
+    def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
+        sums = sum_over_workers(self._parameters, numbers, self.worker)
         if scale != 1:
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(1 / scale)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm or float("inf"), foreach=False)
-        return sums, float(norm)
+        *values, norm_value = torch.cat([sums, norm[None]]).tolist()  # one read, because a read waits for the GPU
+        return values, norm_value
 
     def apply(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -151,21 +153,20 @@ def copy_to_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
-def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence[float], worker: Worker) -> list[float]:
-    """Sum the gradients over the workers in place, and scalars in the same message.
+def sum_over_workers(parameters: Sequence[torch.nn.Parameter], numbers: torch.Tensor, worker: Worker) -> torch.Tensor:
+    """Sum the gradients over the workers in place, and other numbers in the same message.
 
     Args:
         parameters: The trainable parameters. One without a gradient gets a gradient of zeros.
-        scalars: Numbers to sum over the workers.
+        numbers: One-dimensional, float32, on the worker's device.
     Returns:
-        The sums of the scalars.
+        The sums of the numbers.
     """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     if worker.world_size == 1:
-        return list(scalars)
-    numbers = torch.tensor(list(scalars), dtype=torch.float32, device=worker.device)
+        return numbers
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), numbers])
     dist.all_reduce(flat)
@@ -173,7 +174,7 @@ def sum_over_workers(parameters: Sequence[torch.nn.Parameter], scalars: Sequence
     for grad in grads:
         grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
         offset += grad.numel()
-    return flat[offset:].tolist()
+    return flat[offset:]
 
 
 def init_single_process_group(worker: Worker) -> None:

@@ -63,16 +63,16 @@ class Fsdp(DataParallel):
         self._own_passes = OwnPasses(self._units, _gather_once)
         super().__init__(model, family, worker, lr=lr, weight_decay=weight_decay)
 
-    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
+    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
         roles = self._roles_in_every_pass
-        return self._root(lambda: self._family.answer_logits(self.model, batch, keep_BL, roles_in_every_pass=roles))
+        return self._root(lambda: self._family.answer_logits(self.model, batch, positions_N, roles_in_every_pass=roles))
 
-    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
+    def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
         sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]
         if not sharded:
-            return super().reduce(scalars, scale=scale, max_norm=max_norm)
+            return super().reduce(numbers, scale=scale, max_norm=max_norm)
         whole = [parameter for parameter in self._parameters if not isinstance(parameter, DTensor)]
-        sums = sum_over_workers(whole, scalars, self.worker)  # FSDP has summed the gradients of sharded parameters
+        sums = sum_over_workers(whole, numbers, self.worker)  # FSDP has summed the gradients of sharded parameters
         squares = torch.zeros((), dtype=torch.float64, device=self.worker.device)
         for parameter in sharded:
             if parameter.grad is None:
@@ -88,7 +88,7 @@ class Fsdp(DataParallel):
             for grad in (parameter.grad for parameter in self._parameters):
                 assert grad is not None
                 _local(grad).mul_(factor)
-        return sums, norm
+        return sums.tolist(), norm
 
     def checkpoint_state(self) -> CheckpointState:
         """Copy the tensors of a checkpoint to rank 0. The other ranks take part and get an empty result."""

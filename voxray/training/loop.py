@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from voxray.batches.collate import to_device
 from voxray.batches.loader import Loader
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
@@ -177,14 +178,15 @@ def train_step(
     losses: list[tuple[Microbatch, torch.Tensor]] = []
     for number, (microbatch, batch) in enumerate(microbatches, 1):
         seed_microbatch(settings.seed, step, microbatch.number)
-        batch = {name: tensor.to(worker.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = to_device(batch, worker.device)
         loss_T = task_losses(state.engine.logits, batch, settings.label_smoothing)
         is_counted = float(not microbatch.is_filler)
         weight = is_counted / tokens_T.sum() * scaler.scale
         state.engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
         losses_T += loss_T.detach() * is_counted
         losses.append((microbatch, loss_T.detach().sum()))
-    sums, norm = state.engine.reduce([*losses_T.tolist(), *votes], scale=scaler.scale, max_norm=settings.max_grad_norm)
+    numbers = torch.cat([losses_T, torch.tensor(votes).to(worker.device, non_blocking=True)])
+    sums, norm = state.engine.reduce(numbers, scale=scaler.scale, max_norm=settings.max_grad_norm)
     loss_sums, vote_sums = sums[: len(TASKS)], sums[len(TASKS) :]
     record = {"loss": sum(loss_sums) / float(tokens_T.sum()), "grad_norm": norm}
     if scaler.check_step(record["loss"], norm, fp16=settings.fp16):
@@ -210,15 +212,16 @@ def task_losses(logits: LogitsFn, batch: Batch, label_smoothing: float) -> torch
     """Cross entropy summed per task, over answer tokens only.
 
     Args:
-        logits: The forward pass: batch, keep_BL -> logits_NV.
+        logits: The forward pass: batch, positions_N -> logits_NV.
     Returns:
         float32, shape (number of tasks,).
     """
-    loss_N, keep_BL = token_losses(logits, batch, label_smoothing)
-    task = batch["task"]
-    task_BL = task if task.dim() == 2 else task[:, None].expand_as(keep_BL)  # a pack has a task per token
+    loss_N = token_losses(logits, batch, label_smoothing)
+    task, labels_BL = batch["task"], batch["labels"]
+    task_BL = task if task.dim() == 2 else task[:, None].expand_as(labels_BL)  # a pack has a task per token
+    task_N = task_BL.flatten().index_select(0, batch["answer_positions"])
     # not index_add, whose sums on a GPU depend on the order in which threads add
-    of_task_TN = task_BL[keep_BL] == torch.arange(len(TASKS), device=loss_N.device)[:, None]
+    of_task_TN = task_N == torch.arange(len(TASKS), device=loss_N.device)[:, None]
     return torch.where(of_task_TN, loss_N, 0.0).sum(1)
 
 

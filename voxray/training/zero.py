@@ -96,16 +96,16 @@ class Zero:
             dist_init_required=False,
         )
 
-    def logits(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
-        return self._engine(batch, keep_BL)
+    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
+        return self._engine(batch, positions_N)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def reduce(self, scalars: Sequence[float], *, scale: float, max_norm: float) -> tuple[list[float], float]:
+    def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
         grads = self._gradients()
-        numbers = torch.tensor([*scalars, 0.0], dtype=torch.float64, device=self.worker.device)
+        numbers = torch.cat([numbers.double(), numbers.new_zeros(1, dtype=torch.float64)])
         for grad in grads:
             numbers[-1] += torch.linalg.vector_norm(grad, dtype=torch.float64).square()
         dist.all_reduce(numbers)
@@ -211,8 +211,8 @@ class _Forward(torch.nn.Module):
         super().__init__()
         self.model, self._family, self._roles_in_every_pass = model, family, roles_in_every_pass
 
-    def forward(self, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor) -> torch.Tensor:
-        return self._family.answer_logits(self.model, batch, keep_BL, roles_in_every_pass=self._roles_in_every_pass)
+    def forward(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
+        return self._family.answer_logits(self.model, batch, positions_N, roles_in_every_pass=self._roles_in_every_pass)
 
 
 def _partition(

@@ -29,7 +29,8 @@ from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import AudioFeatures
 from voxray.models.hf_files import build_on_meta, read_config, unwrap_peft
 from voxray.models.parts.kv_cache import CausalDecodeState
-from voxray.models.parts.packed_attention import Segments, use_packed_attention
+from voxray.models.parts.losses import at_positions
+from voxray.models.parts.packed_attention import use_training_attention
 from voxray.models.parts.quantize import load_frozen
 from voxray.recipes.stages import Stage
 
@@ -120,6 +121,8 @@ class ToyFrontEnd:
     languages: frozenset[str] | None = None
     trims_audio = False
     needs_num_samples = False
+    audio_id: int | None = None
+    positions_per_window = 0
 
     def __init__(self, model_id: str) -> None:
         self.encoder_dim = int(read_config(model_id)["ears_width"])
@@ -206,15 +209,13 @@ class ToyFamily(FamilyDefaults):
         raise NotImplementedError("the toy has nothing to compile")
 
     def answer_logits(
-        self, model: Any, batch: dict[str, torch.Tensor], keep_BL: torch.Tensor, *, roles_in_every_pass: Any = ()
+        self, model: Any, batch: dict[str, torch.Tensor], positions_N: torch.Tensor, *, roles_in_every_pass: Any = ()
     ) -> torch.Tensor:
         base, inputs = unwrap_peft(model), dict[str, Any](batch)
         embeddings_BLD = base.embed(inputs.pop("input_ids"), inputs.pop("input_features", None))
-        if "segment_ends" in inputs:
-            use_packed_attention(base.writer.model)
-            inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
+        inputs = use_training_attention(base.writer.model, inputs, positions_N.device)
         hidden_BLD = base.writer.model(inputs_embeds=embeddings_BLD, use_cache=False, **inputs).last_hidden_state
-        return base.writer.lm_head(hidden_BLD[keep_BL])
+        return base.writer.lm_head(at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecodeState, torch.Tensor]:
         base = unwrap_peft(model)

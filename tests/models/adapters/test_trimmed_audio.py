@@ -165,21 +165,18 @@ def test_tokens_take_the_first_outputs_of_their_clip(
     assert torch.allclose(embeds_BLD[is_audio], torch.cat(expected), atol=1e-5)
 
 
-def test_whole_windows_use_transformers_own_path(model: Any, manifest: str, tmp_path: Path):
-    """Batches without the flag reach transformers unchanged, and so do clips that fill their windows."""
-    input_names: list[set[str]] = []
-    outer = model.get_base_model().model
-
-    def record(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        input_names.append(set(kwargs))
-
+def test_whole_windows_equal_transformers_own_path(model: Any, manifest: str, tmp_path: Path):
+    """With the ids and features of whole windows, transformers puts the same embeddings at the same tokens."""
     batches = [collate_training(rows_of(manifest, tmp_path / "f"), VoxtralFrontEnd(TINY))]
     full = [row for row in rows_of(manifest, tmp_path / "t", trim_audio=True) if (row.prompt_ids == 24).sum() == 50]
     batches.append(collate_training(full, VoxtralFrontEnd(TINY, trim_audio=True)))
+    inner = model.get_base_model().model
     for batch in batches:
-        with outer.register_forward_pre_hook(record, with_kwargs=True), torch.no_grad():
-            answer_loss(model, FAMILY, batch, 0.0)
-        assert {"input_ids", "input_features"} < input_names[-1] and "inputs_embeds" not in input_names[-1]
+        assert "audio_outputs" not in batch
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "input_features") if name in batch}
+        theirs = language_model_inputs(model, lambda inputs=inputs: inner(**inputs))
+        ours = language_model_inputs(model, lambda batch=batch: answer_loss(model, FAMILY, batch, 0.0))
+        assert torch.equal(ours, theirs)
     assert len(full) >= 1
 
 

@@ -12,10 +12,11 @@ import torch
 import transformers
 from helpers.audio_lm_rows import library_inputs, make_row, mixed_rows, noise, request_text, sample
 from helpers.audio_lm_tiny import BASES
+from helpers.device_reads import DeviceReads
 from torch._dynamo.utils import counters
 from transformers import AutoProcessor
 
-from voxray.batches.collate import collate_packed, collate_prompts, collate_training
+from voxray.batches.collate import ON_CPU, collate_packed, collate_prompts, collate_training
 from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters, trainable_parameters
 from voxray.models.audio_lm.facts import FACTS
@@ -74,7 +75,7 @@ def heard(front_end: Any, num_samples: int) -> np.ndarray:
 
 @torch.no_grad()
 def losses(family: Any, model: Any, batch: Any) -> torch.Tensor:
-    return token_losses(partial(family.answer_logits, model), batch)[0]
+    return token_losses(partial(family.answer_logits, model), batch)
 
 
 @torch.no_grad()
@@ -82,8 +83,8 @@ def test_logits_are_the_librarys(base, family, front_end, model, reference):
     """Each row in a batch with the others has the logits of the library for the row alone."""
     rows = transcriptions(front_end)
     batch = collate_training(rows, front_end)
-    keep_BL = batch["labels"].roll(-1, 1) != -100
-    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, keep_BL)
+    positions_N = batch.pop("answer_positions")
+    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, positions_N)
     text = request_text(AutoProcessor.from_pretrained(base), Path(base).name)
     start = 0
     for row in rows:
@@ -195,7 +196,7 @@ def test_lora_by_role_has_no_leaks(base, family, front_end):
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
         batch = collate_packed(mixed_rows(front_end, lengths(front_end)), front_end)
-        token_losses(partial(family.answer_logits, model), batch)[0].sum().backward()
+        token_losses(partial(family.answer_logits, model), batch).sum().backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert not without
         assert not [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
@@ -206,6 +207,19 @@ def test_lora_by_role_has_no_leaks(base, family, front_end):
                 if "audio_tower" in name
             }
             assert trained == set(family.lora_targets["encoder"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("collate", [collate_training, collate_packed])
+def test_only_the_librarys_encoder_reads_the_device(family, front_end, model, collate):
+    """On a GPU each read waits for what was computed before it. With stored encoder outputs there is none."""
+    batch = collate(mixed_rows(front_end, lengths(front_end)), front_end)
+    on_cpu = [batch[name] for name in ON_CPU if name in batch]
+    with DeviceReads(on_cpu) as in_encoder:
+        family.audio_embeds(model, batch)
+    with DeviceReads(on_cpu) as in_pass:
+        losses(family, model, batch)
+    assert in_pass.reads == in_encoder.reads
 
 
 def test_4_bits_are_the_language_models(base, family, front_end):
@@ -225,7 +239,8 @@ def test_a_batch_without_audio_gives_the_audio_roles_zero_gradients(base, family
     """So that workers whose batches differ compute with the same weights."""
     text = make_row(front_end, sample(), 16_000)
     text = collate_training([text], front_end)
-    text = {name: tensor for name, tensor in text.items() if name not in ("input_features", "num_samples")}
+    audio = ("input_features", "num_samples", "audio_positions", "audio_outputs")
+    text = {name: tensor for name, tensor in text.items() if name not in audio}
     text["input_ids"] = text["input_ids"].where(text["input_ids"] != front_end.audio_id, front_end.eos_id)
     roles = ("encoder", "projector", "llm")
     for skip in (False, True):
@@ -235,7 +250,7 @@ def test_a_batch_without_audio_gives_the_audio_roles_zero_gradients(base, family
             roles = ("projector", "llm")
         model = add_lora(base_model, family, roles, model_id=base, r=4, alpha=8, dropout=0)
         logits = partial(family.answer_logits, model, roles_in_every_pass=roles)
-        token_losses(logits, text)[0].sum().backward()
+        token_losses(logits, text).sum().backward()
         audio = [p for n, p in model.named_parameters() if p.requires_grad and ("audio_tower" in n or "projector" in n)]
         assert audio and all(p.grad is not None and not p.grad.any() for p in audio)
 

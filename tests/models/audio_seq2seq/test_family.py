@@ -9,9 +9,10 @@ import torch
 import transformers
 from helpers.audio_lm_rows import make_row, noise, sample
 from helpers.audio_seq2seq_tiny import library_inputs
+from helpers.device_reads import DeviceReads
 from torch._dynamo.utils import counters
 
-from voxray.batches.collate import collate_packed, collate_prompts, collate_training
+from voxray.batches.collate import ON_CPU, collate_packed, collate_prompts, collate_training
 from voxray.core.errors import RunError, SettingsError
 from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
@@ -60,15 +61,15 @@ def clip_inputs(base: str, row: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def losses(family: Any, model: Any, batch: Any) -> torch.Tensor:
-    return token_losses(partial(family.answer_logits, model), batch)[0]
+    return token_losses(partial(family.answer_logits, model), batch)
 
 
 @torch.no_grad()
 def test_logits_are_the_librarys(base, family, front_end, model, reference):
     """Each row in a batch with the others has the logits of the library for the row alone."""
     batch = collate_training(rows(front_end), front_end)
-    keep_BL = batch["labels"].roll(-1, 1) != -100
-    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, keep_BL)
+    positions_N = batch.pop("answer_positions")
+    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, positions_N)
     start = 0
     for row in rows(front_end):
         ids = torch.tensor([[*row.prompt_ids, *row.target_ids[:-1]]])
@@ -149,12 +150,18 @@ def test_lora_by_role_has_no_leaks(base, family, front_end):
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(weight, std=0.02)
-        token_losses(partial(family.answer_logits, model), collate_packed(rows(front_end), front_end))[
-            0
-        ].sum().backward()
+        token_losses(partial(family.answer_logits, model), collate_packed(rows(front_end), front_end)).sum().backward()
         without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
         assert not without
         assert not [n for n, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+
+
+@pytest.mark.parametrize("collate", [collate_training, collate_packed])
+def test_a_pass_does_not_read_the_device(family, front_end, model, collate):
+    batch = collate(rows(front_end), front_end)
+    with DeviceReads(batch[name] for name in ON_CPU if name in batch) as counts:
+        losses(family, model, batch)
+    assert not counts.reads
 
 
 def test_4_bits_leave_the_output_layer(base, family, front_end):

@@ -20,6 +20,7 @@ from voxray.core.errors import SettingsError
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
+from voxray.models.interface import IGNORED
 from voxray.models.parts.losses import token_losses
 from voxray.models.registry import get_family
 
@@ -100,16 +101,18 @@ def _paths(rows: list[dict[str, Any]], features: Features) -> None:
 def test_losses_equal_transformers_padded_and_packed(model, reference, features):
     rows = short(features)
     batch = collate_training(rows, FRONT_END)
-    ours, keep_BL = token_losses(partial(FAMILY.answer_logits, model), batch)
+    ours = token_losses(partial(FAMILY.answer_logits, model), batch)
     with torch.inference_mode():
         logits = reference(
             input_features=batch["input_features"],
             decoder_input_ids=batch["input_ids"],
             decoder_attention_mask=batch["attention_mask"],
         ).logits
-    labels = batch["labels"].roll(-1, 1)[keep_BL]
-    assert torch.allclose(ours, torch.nn.functional.cross_entropy(logits[keep_BL], labels, reduction="none"), atol=1e-5)
-    packed, _ = token_losses(partial(FAMILY.answer_logits, model), collate_packed(rows, FRONT_END))
+    labels_BL = batch["labels"].roll(-1, 1)
+    keep_BL = labels_BL != IGNORED
+    expected = torch.nn.functional.cross_entropy(logits[keep_BL], labels_BL[keep_BL], reduction="none")
+    assert torch.allclose(ours, expected, atol=1e-5)
+    packed = token_losses(partial(FAMILY.answer_logits, model), collate_packed(rows, FRONT_END))
     assert torch.allclose(packed, ours, atol=1e-5)
 
 
@@ -119,7 +122,7 @@ def test_packed_and_padded_rows_have_the_same_gradients(features):
         base = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
         torch.manual_seed(0)
         wrapped = add_lora(base, FAMILY, ("encoder", "decoder"), model_id=WHISPER, r=4, alpha=8, dropout=0.0)
-        token_losses(partial(FAMILY.answer_logits, wrapped), collate(rows, FRONT_END))[0].sum().backward()
+        token_losses(partial(FAMILY.answer_logits, wrapped), collate(rows, FRONT_END)).sum().backward()
         gradients = [parameter.grad for parameter in wrapped.parameters() if parameter.grad is not None]
         gradients_by_layout.append(torch.cat([gradient.flatten() for gradient in gradients]))
     assert gradients_by_layout[0].abs().max() > 0
@@ -231,7 +234,7 @@ def test_encoder_and_decoder_are_quantised_and_the_output_layer_is_not(quantize,
     assert kinds["proj_out"] == "Linear"
     rows = short(features)[:4]
     wrapped = add_lora(model, FAMILY, ("encoder", "decoder"), model_id=WHISPER, r=4, alpha=8, dropout=0.0)
-    loss, _ = token_losses(partial(FAMILY.answer_logits, wrapped), collate_training(rows, FRONT_END))
+    loss = token_losses(partial(FAMILY.answer_logits, wrapped), collate_training(rows, FRONT_END))
     loss.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in wrapped.parameters() if p.requires_grad)
     assert all(answer.text for answer in completions(wrapped.eval(), rows))
@@ -241,11 +244,11 @@ def test_stored_encoder_outputs_give_the_same_answers_and_losses(model, features
     path = write_rows(tmp_path / "m.jsonl", rows[:5])
     stored = Features(make_features(path, model_id=WHISPER, folder=tmp_path, store="encoder", dtype="float32"))
     from_mel = short(features)[:5]
-    expected, _ = token_losses(partial(FAMILY.answer_logits, model), collate_training(from_mel, FRONT_END))
+    expected = token_losses(partial(FAMILY.answer_logits, model), collate_training(from_mel, FRONT_END))
     skipping = FAMILY.load_model(WHISPER, dtype=torch.float32, device=CPU)
     FAMILY.skip_encoder(skipping)
     some = [stored.row(number) for number in range(5)]
-    losses, _ = token_losses(partial(FAMILY.answer_logits, skipping), collate_training(some, FRONT_END))
+    losses = token_losses(partial(FAMILY.answer_logits, skipping), collate_training(some, FRONT_END))
     assert torch.allclose(losses, expected, atol=1e-5)
     assert [a.text for a in completions(skipping, some)] == [a.text for a in completions(model, from_mel)]
 

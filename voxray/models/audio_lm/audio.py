@@ -1,7 +1,6 @@
 """How audio enters the language model: encoder, projector, and the embeddings at the placeholder tokens.
 
-Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins, P positions of a window, N positions
-of all windows that have tokens, D width.
+Shape letters: B rows, L tokens, W windows, T mel frames of a window, F mel bins, P positions of a window, D width.
 """
 
 from typing import Any
@@ -76,20 +75,15 @@ class AudioModules(torch.nn.Module):
 
 
 def audio_embeds(base: Any, facts: Facts, batch: Batch) -> torch.Tensor:
-    """Embeddings for the placeholder tokens of a batch, in their order.
-
-    Returns:
-        embeds_ND.
-    """
-    features, num_samples_W = batch["input_features"], batch["num_samples"]
-    positions_W = facts.positions(valid_frames(num_samples_W), base.config.audio_config)
+    """embeds_WPD for all positions of the windows of a batch."""
+    features = batch["input_features"]
+    num_samples_W = batch["num_samples"].to(features.device, non_blocking=True)
     path = AudioModules(base, facts)
-    if facts.timed:
-        states_WPD = path.encode(features, num_samples_W)
-        embeds_WPD = path.project(_rotate_by_time(base.model, states_WPD, batch["input_ids"], positions_W))
-    else:
-        embeds_WPD = getattr(base, COMPILED, path)(features, num_samples_W)
-    return embeds_WPD[first_columns(positions_W, embeds_WPD.shape[1])]
+    if not facts.timed:
+        return getattr(base, COMPILED, path)(features, num_samples_W)
+    positions_W = facts.positions(valid_frames(num_samples_W), base.config.audio_config)
+    states_WPD = path.encode(features, num_samples_W)
+    return path.project(_rotate_by_time(base.model, states_WPD, batch["input_ids"], positions_W))
 
 
 def _rotate_by_time(
@@ -101,23 +95,6 @@ def _rotate_by_time(
     length = states_WPD.shape[1]
     seconds_WP = model._build_audio_timestamps(ids_BL, positions_W, length)
     return apply_rotary_time_emb(states_WPD, *model.pos_emb(seconds_WP.to(states_WPD.device), seq_len=length))
-
-
-def embed_audio(base: Any, facts: Facts, batch: Batch) -> dict[str, Any]:
-    """Replace token ids by embeddings, and the placeholder tokens by audio. A batch without audio stays as it is."""
-    inputs = dict[str, Any](batch)
-    if "input_features" not in batch:
-        return inputs
-    ids_BL = inputs.pop("input_ids")
-    del inputs["input_features"], inputs["num_samples"]
-    embeddings_BLD = base.get_input_embeddings()(ids_BL)
-    is_audio_BL = ids_BL == base.config.audio_token_id
-    embeds_ND = audio_embeds(base, facts, batch)
-    assert int(is_audio_BL.sum()) == len(embeds_ND), (
-        f"{int(is_audio_BL.sum())} audio tokens, {len(embeds_ND)} positions"
-    )
-    inputs["inputs_embeds"] = embeddings_BLD.masked_scatter(is_audio_BL[..., None], embeds_ND.to(embeddings_BLD.dtype))
-    return inputs
 
 
 def silent_audio(base: Any, facts: Facts, with_encoder: bool, device: torch.device) -> torch.Tensor:

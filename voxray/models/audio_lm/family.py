@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
-from voxray.models.audio_lm.audio import COMPILED, AudioModules, embed_audio, run_encoder, silent_audio
+from voxray.models.audio_lm.audio import (
+    COMPILED,
+    AudioModules,
+    audio_embeds,
+    run_encoder,
+    silent_audio,
+)
 from voxray.models.audio_lm.facts import FACTS
 from voxray.models.audio_lm.front_end import AudioLmFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
@@ -25,7 +31,9 @@ from voxray.models.parts.audio_encoder import EncoderMethods
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.parts.layer_compile import compile_layers, eager_mode
-from voxray.models.parts.packed_attention import Segments, use_packed_attention
+from voxray.models.parts.losses import at_positions
+from voxray.models.parts.packed_attention import use_training_attention
+from voxray.models.parts.placeholders import put_audio
 from voxray.models.parts.quantize import load_frozen
 from voxray.models.parts.zero_audio_gradients import zero_audio_gradients
 
@@ -121,28 +129,36 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         """Compile the layers of the language model for ``answer_logits``."""
         compile_layers(unwrap_peft(model).model.language_model, model.device)
 
+    def audio_embeds(self, base: Any, batch: Batch) -> torch.Tensor:
+        """Outputs of encoder and projector for the windows of a batch, the last dimension their width."""
+        return audio_embeds(base, self.facts, batch)
+
     def embed_audio(self, base: Any, batch: Batch) -> dict[str, Any]:
-        """The inputs of a base's ``model`` for a batch."""
-        return embed_audio(base, self.facts, batch)
+        """Inputs of a base's ``model``: embeddings, with audio at the placeholder tokens; without audio the batch."""
+        inputs = dict[str, Any](batch)
+        if "input_features" not in batch:
+            return inputs
+        for name in ("input_features", "num_samples", "audio_positions", "audio_outputs"):
+            inputs.pop(name, None)
+        embeddings_BLD = base.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs["inputs_embeds"] = put_audio(embeddings_BLD, self.audio_embeds(base, batch), batch)
+        return inputs
 
     def silent_audio(self, base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
         """Outputs of the projector for inputs of zeros, of the encoder if ``with_encoder``, else of the projector."""
         return silent_audio(base, self.facts, with_encoder, device)
 
     def answer_logits(
-        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions. With 131,072 tokens, logits are most of a step's memory."""
         base = unwrap_peft(model)
-        inputs = self.embed_audio(base, batch)
-        if "segment_ends" in inputs:
-            use_packed_attention(base.model.language_model)
-            inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
+        inputs = use_training_attention(base.model.language_model, self.embed_audio(base, batch), positions_N.device)
         roles = () if "input_features" in batch else roles_in_every_pass
         with zero_audio_gradients(base.get_input_embeddings(), roles, partial(self.silent_audio, base)):
             # Without a cache, because with one transformers lets the samples of a packed row attend to each other.
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
-        return base.lm_head(hidden_BLD[keep_BL])
+        return base.lm_head(at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: Batch) -> tuple[CausalDecodeState, torch.Tensor]:
         """Run left-padded prompts; returns their state and logits_BV of the first new token."""

@@ -59,7 +59,8 @@ class AudioLmFrontEnd(WindowedLogMel):
         self.num_mel_bins = int(self._audio.num_mel_bins)
         self.window_frames = facts.window_frames(self._audio)
         self.window_samples = self.window_frames * HOP_SAMPLES
-        self.encoder_positions = int(facts.positions(self.window_frames, self._audio)) * facts.merged
+        self.positions_per_window = int(facts.positions(self.window_frames, self._audio))
+        self.encoder_positions = self.positions_per_window * facts.merged
         self.encoder_dim = int(self._audio.hidden_size)
         self.max_positions = int(config.text_config.max_position_embeddings)
         self._check_extractor()

@@ -18,17 +18,20 @@ def encode_windows(
 ) -> torch.Tensor:
     """Run the encoder on windows, up to the end of the longest clip among them.
 
+    Args:
+        num_samples_W: Unpadded samples of every window, on the CPU.
     Returns:
         states_WPD. Positions after the end of a clip are 0.
     """
-    positions_W = facts.positions(num_samples_W, encoder.config)
+    num_samples = num_samples_W.tolist()
     if facts.is_waveform:
         samples = features_WFT.transpose(1, 2).flatten(1).to(encoder.dtype)
-        clips = [clip[None, :length] for clip, length in zip(samples, num_samples_W.tolist(), strict=True)]
+        clips = [clip[None, :length] for clip, length in zip(samples, num_samples, strict=True)]
         states = [encoder(clip).last_hidden_state[0] for clip in clips]
         return torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-    frames_W = num_samples_W // HOP_SAMPLES
-    longest = int(frames_W.max())
+    num_samples_W = num_samples_W.to(features_WFT.device, non_blocking=True)
+    frames_W, positions_W = num_samples_W // HOP_SAMPLES, facts.positions(num_samples_W, encoder.config)
+    longest = max(num_samples) // HOP_SAMPLES
     mel_WTF = features_WFT[:, :, :longest].transpose(1, 2).to(encoder.dtype)
     states_WPD = encoder(mel_WTF, attention_mask=first_columns(frames_W, longest)).last_hidden_state
     is_padding_WP = ~first_columns(positions_W, states_WPD.shape[1])

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from voxray.config.recipes import load_object
@@ -25,6 +26,8 @@ from voxray.models.parts.audio_encoder import EncoderMethods, PassThrough, first
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.cross_kv_cache import CrossDecodeState
 from voxray.models.parts.layer_compile import compile_layers, eager_mode
+from voxray.models.parts.losses import at_positions
+from voxray.models.parts.packed_attention import use_training_attention
 from voxray.models.parts.quantize import load_frozen
 
 ENCODER = "encoder"
@@ -85,8 +88,7 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
     @torch.inference_mode()
     def encode(self, encoder: Any, features_WFT: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
         """Run the encoder on whole windows; returns states_WPD, with zeros for padding."""
-        device = next(encoder.parameters()).device
-        features_WFT, num_samples_W = features_WFT.to(device), num_samples_W.to(device)
+        features_WFT = features_WFT.to(next(encoder.parameters()).device)
         states_WPD = encode_windows(encoder, self.facts, features_WFT, num_samples_W)
         whole = int(self.facts.positions(features_WFT.shape[2] * HOP_SAMPLES, encoder.config))
         return torch.nn.functional.pad(states_WPD, (0, 0, 0, whole - states_WPD.shape[1]))
@@ -113,13 +115,14 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
     def encode_audio(self, base: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Inputs of the decoder: the encoder's outputs states_BPD, and a mask of those that count."""
         features, num_samples_B = batch["input_features"], batch["num_samples"]
-        positions_B = self.facts.positions(num_samples_B, encoder_config(base.config))
-        longest = int(positions_B.max())
+        positions = [self.facts.positions(count, encoder_config(base.config)) for count in num_samples_B.tolist()]
+        longest = max(positions)
         if isinstance(base.model.encoder, PassThrough):
             states_BPD = features[:, :longest].to(base.dtype).contiguous()
         else:
             states_BPD = encode_windows(base.model.encoder, self.facts, features, num_samples_B)
         # transformers applies a mask of four dimensions as it is, in every step.
+        positions_B = torch.tensor(positions).to(features.device, non_blocking=True)
         mask_B11P = first_columns(positions_B, longest)[:, None, None]
         return {"encoder_hidden_states": states_BPD, "encoder_attention_mask": mask_B11P}
 
@@ -128,21 +131,18 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         return batch["input_ids"], batch["attention_mask"]
 
     def answer_logits(
-        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions; every row has audio, so ``roles_in_every_pass`` has no effect."""
-        base = unwrap_peft(model)
-        ids_BL, mask_BL = batch["input_ids"], batch.get("attention_mask")
+        base, decoder = unwrap_peft(model), unwrap_peft(model).model.decoder
+        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         if "segment_ends" in batch:
-            ids_BL, mask_BL = _unpack_rows(ids_BL[0], batch["segment_ends"])
-        assert len(ids_BL) == len(batch["input_features"]), "one window a row"
-        hidden_BLD = base.model.decoder(
-            input_ids=ids_BL, attention_mask=mask_BL, use_cache=False, **self.encode_audio(base, batch)
-        ).last_hidden_state
-        if "segment_ends" in batch:
-            assert mask_BL is not None
-            return base.proj_out(hidden_BLD[mask_BL.bool()][keep_BL[0]])
-        return base.proj_out(hidden_BLD[keep_BL])
+            inputs, index_L = _unpack_rows(batch["input_ids"][0], batch["segment_ends"].tolist())
+            positions_N = index_L.index_select(0, positions_N)
+        assert len(inputs["input_ids"]) == len(batch["input_features"]), "one window a row"
+        inputs = use_training_attention(decoder, inputs, positions_N.device)
+        hidden_BLD = decoder(use_cache=False, **inputs, **self.encode_audio(base, batch)).last_hidden_state
+        return base.proj_out(at_positions(hidden_BLD, positions_N))
 
     @torch.no_grad()
     def prefill(self, model: Any, batch: Batch) -> tuple[CrossDecodeState, torch.Tensor]:
@@ -194,13 +194,26 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         return ids_BL[:, batch["input_ids"].shape[1] :]
 
 
-def _unpack_rows(ids_L: torch.Tensor, ends_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split a packed row into rows padded on the right, and their mask.
+def _unpack_rows(ids_L: torch.Tensor, ends: Sequence[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Split a packed row into rows padded on the right.
 
     Each row cross-attends to its own encoder outputs, and its tokens are few, so packing would gain nothing.
+
+    Args:
+        ends: Of every row, the index after its last token.
+    Returns:
+        ``input_ids`` (B, L), and ``attention_mask`` if any row is padded; and index_L, the position of every token of
+        the pack in these rows.
     """
-    lengths = torch.diff(ends_B, prepend=ends_B.new_zeros(1)).tolist()
-    return pad_rows(torch.split(ids_L, lengths), "right")
+    lengths = np.diff(ends, prepend=0)
+    longest = int(lengths.max())
+    parts = [row * longest + np.arange(length) for row, length in enumerate(lengths)]
+    index_L = torch.from_numpy(np.concatenate(parts)).to(ids_L.device, non_blocking=True)
+    zeros = ids_L.new_zeros(len(lengths) * longest)
+    inputs = {"input_ids": zeros.index_copy(0, index_L, ids_L).view(len(lengths), longest)}
+    if lengths.min() < longest:
+        inputs["attention_mask"] = zeros.index_fill(0, index_L, 1).view(len(lengths), longest)
+    return inputs, index_L
 
 
 def pad_rows(rows: Sequence[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,8 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
     """
 
     max_windows: int | None = 1
+    audio_id: int | None = None
+    positions_per_window = 0
     trims_audio = False
     needs_num_samples = True
 

@@ -106,11 +106,12 @@ class AudioPathMixin(DualEncoder):
 
         Args:
             features_WFT: Whole windows (see ``stacked_features``).
-            num_samples_W: Unpadded samples of every window.
+            num_samples_W: Unpadded samples of every window; on the CPU if ``beats_samples`` is None.
             beats_samples: Samples of each window that BEATs gets; those of the longest clip if None.
         """
+        beats_samples = beats_samples or max(MIN_SAMPLES, *num_samples_W.tolist())
+        num_samples_W = num_samples_W.to(features_WFT.device, non_blocking=True)
         lengths_W = num_samples_W.clamp(min=MIN_SAMPLES)
-        beats_samples = beats_samples or int(lengths_W.max())
         mel_WFT, fbank_WTM = split_features(features_WFT, num_samples_W, num_fbank_frames(beats_samples))
         if self.config.alone:
             padding_WK = self._past_end(lengths_W, self.beats.num_tokens(beats_samples))
@@ -122,6 +123,7 @@ class AudioPathMixin(DualEncoder):
     def stored_embeds(self, states_WKD: torch.Tensor, num_samples_W: torch.Tensor) -> torch.Tensor:
         """Embeddings embeds_WPD, from outputs of ``StoredEncoders``; only for models with ``SalmonnConfig.alone``."""
         widths = self.config.speech_config.d_model, self.config.beats_config.encoder_embed_dim
+        num_samples_W = num_samples_W.to(states_WKD.device, non_blocking=True)
         padding_WK = self._past_end(num_samples_W.clamp(min=MIN_SAMPLES), states_WKD.shape[1])
         speech_WKD, audio_WKD = states_WKD.split(widths, dim=-1)
         return self._query(speech_WKD, audio_WKD, padding_WK)

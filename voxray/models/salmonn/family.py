@@ -25,7 +25,8 @@ from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.parts.layer_compile import compile_layers, eager_mode
 from voxray.models.parts.logmel_windows import ENCODER_STRIDE
-from voxray.models.parts.packed_attention import Segments, use_packed_attention
+from voxray.models.parts.losses import at_positions
+from voxray.models.parts.packed_attention import use_training_attention
 from voxray.models.parts.quantize import quantization_config, stabilize_quantized_layers
 from voxray.models.parts.zero_audio_gradients import zero_audio_gradients
 from voxray.models.salmonn.audio_path import ENCODERS, TRAINED_MODULES, StoredEncoders, WindowPath
@@ -175,7 +176,7 @@ class Salmonn(FamilyDefaults):
     def use_audio_path(self, model: Any, run: AudioPath) -> None:
         """Make a model call ``run`` instead of encoders and Q-Former."""
         base = unwrap_peft(model)
-        base.window_embeds = run
+        base.window_embeds = lambda features, num_samples_W: run(features, num_samples_W.to(features.device))
         base.speech_encoder.layers, base.beats.encoder.layers = torch.nn.ModuleList(), torch.nn.ModuleList()
 
     def compile_layers(self, model: Any) -> None:
@@ -183,19 +184,17 @@ class Salmonn(FamilyDefaults):
         compile_layers(unwrap_peft(model).llama_model.model, model.device)
 
     def answer_logits(
-        self, model: Any, batch: Batch, keep_BL: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions."""
         base = unwrap_peft(model)
         roles = () if "input_features" in batch else roles_in_every_pass
         with zero_audio_gradients(base.get_input_embeddings(), roles, partial(_silent_embeds, base)):
-            inputs = base.llm_inputs(**batch)
+            inputs = _llm_inputs(base, batch)
         language_model = base.llama_model.model
-        if "segment_ends" in inputs:
-            use_packed_attention(language_model)
-            inputs["segments"] = Segments.of(inputs.pop("segment_ends"))
+        inputs = use_training_attention(language_model, inputs, positions_N.device)
         hidden_BLD = language_model(use_cache=False, **inputs).last_hidden_state
-        return base.llama_model.lm_head(hidden_BLD[keep_BL])
+        return base.llama_model.lm_head(at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: Batch) -> tuple[CausalDecodeState, torch.Tensor]:
         """Run left-padded prompts; returns their state and logits_BV of the first new token."""
@@ -206,13 +205,19 @@ class Salmonn(FamilyDefaults):
                 hidden_BLD = base.llama_model.model(use_cache=True, **inputs).last_hidden_state
             return few_rows_linear(base.llama_model.lm_head, hidden_BLD[:, -1])
 
-        return CausalDecodeState.prefill(forward, base.llm_inputs(**batch))
+        return CausalDecodeState.prefill(forward, _llm_inputs(base, batch))
 
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
         """Generate answers to left-padded prompts; returns ids_BL of the new tokens, padded on the right."""
         base = unwrap_peft(model)
         with eager_mode(base.llama_model.model):
-            return base.llama_model.generate(**base.llm_inputs(**batch), **options)
+            return base.llama_model.generate(**_llm_inputs(base, batch), **options)
+
+
+def _llm_inputs(base: Any, batch: Batch) -> dict[str, Any]:
+    """Inputs of the language model for a batch, of which some have no audio."""
+    no_positions = batch["input_ids"].new_empty(0)
+    return base.llm_inputs(**{"audio_positions": no_positions, **batch})
 
 
 def _silent_embeds(base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:

@@ -14,11 +14,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Blip2QFormerModel, PreTrainedModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from voxray.models.parts.placeholders import put_audio
 from voxray.models.salmonn.audio_path import TRAINED_MODULES, AudioPathMixin
 from voxray.models.salmonn.beats import Beats
 from voxray.models.salmonn.config import SalmonnConfig
 
-AUDIO = ("input_features", "waveform", "waveform_mask", "num_samples")
+AUDIO = ("input_features", "waveform", "waveform_mask", "num_samples", "audio_positions")
 """Inputs of ``embed`` beside token ids."""
 
 
@@ -84,6 +85,7 @@ class SalmonnForConditionalGeneration(AudioPathMixin, PreTrainedModel):
         waveform: torch.Tensor | None = None,
         waveform_mask: torch.Tensor | None = None,
         num_samples: torch.Tensor | None = None,
+        audio_positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings in which audio embeddings replace the placeholders.
 
@@ -94,6 +96,7 @@ class SalmonnForConditionalGeneration(AudioPathMixin, PreTrainedModel):
             waveform_mask: (W, N) True for samples that are not padding.
             num_samples: (W,) unpadded samples of every window; required without ``waveform``. Then
                 ``input_features`` are stored features, with BEATs' after the log-mel (see ``stacked_features``).
+            audio_positions: Positions of the placeholders, counted through all rows; looked for if None.
         Returns:
             embeds_BLD.
         Raises:
@@ -101,8 +104,10 @@ class SalmonnForConditionalGeneration(AudioPathMixin, PreTrainedModel):
         """
         is_audio_BL = input_ids == self.config.audio_token_id
         embeds_BLD = self.get_input_embeddings()(input_ids.masked_fill(is_audio_BL, 0))
+        if audio_positions is None:
+            audio_positions = is_audio_BL.flatten().nonzero()[:, 0]
         num_clips = 0 if input_features is None else len(input_features)
-        num_tokens, num_positions = int(is_audio_BL.sum()), num_clips * self.config.positions_per_clip
+        num_tokens, num_positions = len(audio_positions), num_clips * self.config.positions_per_clip
         if num_tokens != num_positions:
             raise ValueError(f"{num_tokens} audio tokens for {num_clips} clips, which have {num_positions} positions")
         if input_features is None:
@@ -113,7 +118,7 @@ class SalmonnForConditionalGeneration(AudioPathMixin, PreTrainedModel):
         else:
             padding = None if waveform_mask is None else ~waveform_mask.bool()
             audio_WPD = self.audio_embeds(input_features, waveform, padding)
-        return embeds_BLD.masked_scatter(is_audio_BL[..., None], audio_WPD.to(embeds_BLD.dtype))
+        return put_audio(embeds_BLD, audio_WPD, {"audio_positions": audio_positions})
 
     def llm_inputs(self, input_ids: torch.Tensor, **inputs: Any) -> dict[str, Any]:
         """Inputs of the language model for a batch: the result of ``embed`` in place of ids and audio."""

@@ -16,7 +16,7 @@ from voxray.models.audio_lm.family import AudioLm
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import AudioPath, Batch
 from voxray.models.parts.audio_encoder import EncoderMethods, replace_audio_encoder
-from voxray.models.voxtral.audio import EncoderAndProjector, embed_trimmed_audio, silent_audio_features
+from voxray.models.voxtral.audio import EncoderAndProjector, silent_audio_features
 from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 
@@ -43,8 +43,8 @@ class Voxtral(AudioLm):
         inner = unwrap_peft(model).model
         replace_audio_encoder(inner.audio_tower, inner, "get_audio_features", "pooler_output", run)
 
-    def embed_audio(self, base: Any, batch: Batch) -> dict[str, Any]:
-        return embed_trimmed_audio(base, batch)
+    def audio_embeds(self, base: Any, batch: Batch) -> torch.Tensor:
+        return base.model.get_audio_features(batch["input_features"], return_dict=True).pooler_output
 
     def silent_audio(self, base: Any, with_encoder: bool, device: torch.device) -> torch.Tensor:
         return silent_audio_features(base, with_encoder, device)

@@ -41,7 +41,7 @@ class VoxtralFrontEnd(WindowedLogMel):
     Args:
         model_id: Base model.
         trim_audio: Give a clip only the audio tokens that its valid frames reach. The encoder still gets whole windows,
-            but the projector's outputs for padding do not enter the language model (see ``embed_trimmed_audio``).
+            but the projector's outputs for padding do not enter the language model.
     """
 
     max_audio_sec = MAX_AUDIO_SEC

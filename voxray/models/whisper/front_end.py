@@ -35,6 +35,8 @@ class WhisperFrontEnd(WindowedLogMel):
 
     max_audio_sec = MAX_AUDIO_SEC
     max_windows: int | None = 1
+    audio_id: int | None = None
+    positions_per_window = 0
     trims_audio = False
 
     def __init__(self, model_id: str, *, trim_audio: bool = False) -> None:
