@@ -100,8 +100,10 @@ def test_size_of_a_pool(
 def test_models_at_a_time_by_memory(monkeypatch, capsys, memory_gib, maximum, expected):
     import ray
 
-    nodes = [{"Alive": True, "Resources": {"memory": each * 2**30}} for each in memory_gib]
-    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"memory": 2**50}}])
+    nodes = [{"Alive": True, "Resources": {"CPU": 4, "memory": each * 2**30}} for each in memory_gib]
+    nodes.append({"Alive": True, "Resources": {"memory": 2**40}})  # a head on which nothing is placed
+    nodes.append({"Alive": False, "Resources": {"CPU": 4, "memory": 2**50}})
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8})
     monkeypatch.setattr(actor_pool, "max_resource", lambda name: maximum.get(name, 8))
     needed = 7 * 2**30

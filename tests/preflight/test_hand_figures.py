@@ -10,7 +10,7 @@ import memory_table
 import pytest
 import torch
 
-from voxray.preflight.budget import GPU_GIB, worker_budget
+from voxray.preflight.budget import GPUS, worker_budget
 from voxray.preflight.memory import MemoryModel, Training
 from voxray.preflight.shapes import ComputeConfig, PackShape
 
@@ -130,5 +130,5 @@ def test_released_models_on_six_gpus(name: str, bits: int, fitting: str) -> None
     expected = by_hand(name, bits)
     assert predicted == pytest.approx(expected, rel=0.05)
     for figure in (predicted, expected):
-        suffice = {gpu for gpu in GPU_GIB if figure <= worker_budget(1, 0, gpu).num_bytes}
+        suffice = {gpu for gpu in GPUS if figure <= worker_budget(1, 0, gpu).num_bytes}
         assert suffice == set(fitting.split())

@@ -16,6 +16,7 @@ from voxray.models.adapters.lora import add_lora, count_parameters, quantized_la
 from voxray.models.hf_files import build_on_meta
 from voxray.models.registry import get_family
 from voxray.models.voxtral.family import Voxtral
+from voxray.models.weight_sizes import weight_bytes
 from voxray.preflight.allocations import measure_allocations
 from voxray.preflight.findings import Findings
 from voxray.preflight.fit_settings import SettingsFitter
@@ -25,7 +26,6 @@ from voxray.preflight.pack_sizes import current_size
 from voxray.preflight.rows import read_rows
 from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.preflight.trial_steps import TrialRunner, stored_tensors
-from voxray.preflight.weights import weight_bytes
 from voxray.recipes.run_context import RunContext
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -109,7 +109,7 @@ def test_a_gpu_of_other_machines(preflight: Run) -> None:
     on_cpu = preflight("--per_device_bsz", "4", "--fp16", "--no_tune", "--overwrite")[1]["memory"]["predicted_bytes"]
     assert report["memory"]["predicted_bytes"] < on_cpu, "attention on a GPU stores no probabilities"
     status, report = preflight("--gpu", "t4", "--bf16", "--no_tune", "--overwrite")
-    assert status == 1 and "gpu: --bf16: a T4 has no bfloat16; take --fp16" in of_level(report, "fix")
+    assert status == 1 and "gpu: --bf16: --gpu t4 has no bfloat16; take --fp16" in of_level(report, "fix")
 
 
 def test_steps_that_take_minutes_are_not_tried(preflight: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ The short runs of this file use the same two processes, one after the other.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY
 from helpers import processes
+from helpers.bfloat16 import stored_in_bfloat16
 from helpers.processes import STRATEGIES, Job
 from helpers.running import start
 from safetensors.torch import load_file
@@ -210,6 +212,22 @@ def assert_close_to(run: Path, straight: Path) -> None:
 
 def test_checkpoints_do_not_show_the_strategy(runs: Path, sharded: str) -> None:
     assert_close_to(runs / f"straight-{sharded}", runs / "straight-ddp")
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))]
+)
+def test_full_tuning_resumes_exactly(data: TrainingData, tmp_path: Path, strategy: str) -> None:
+    """Also where the base is stored in 16 bits: a worker that shards loads it so, and trained weights are float32."""
+    base, train = stored_in_bfloat16(tmp_path / "base"), TrainingData(data.train, ())
+    flags = {**STRATEGIES[strategy], "model_id": base, "tuning": "full", "lr": 1e-4, "max_steps": 2, "save_steps": 1}
+    names = ("straight", "resumed")
+    straight, resumed = (Job(settings(tmp_path / name, **flags, grad_accum=1), train) for name in names)
+    after = checkpoint(tmp_path / "straight", 1)
+    processes.run_all([straight, replace(resumed, after=after)], 2)
+    assert column(tmp_path / "resumed") == column(tmp_path / "straight")[1:]
+    assert sha(tmp_path / "resumed" / "adapter") == sha(tmp_path / "straight" / "adapter")
+    assert {tensor.dtype for tensor in weights(after).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", pytest.param("zero2", marks=pytest.mark.slow)])

@@ -148,7 +148,8 @@ def fit_memory(pool: ActorPool, memory_bytes: int) -> ActorPool:
     import ray
 
     memory_bytes += MODEL_PROCESS_BYTES
-    nodes = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [int(each.get("memory", 0)) for each in resources if each.get("CPU")]  # a head often has no CPUs for actors
     fitting = max(1, sum(num_bytes // memory_bytes for num_bytes in nodes))
     if max_resource("CPU") > present_resource("CPU"):
         fitting = max(fitting, pool.max_size)

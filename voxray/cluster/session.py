@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -35,8 +36,8 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 MAXIMUM = {"CPU": "VOXRAY_MAX_CPUS", "GPU": "VOXRAY_MAX_GPUS"}
 """Environment variables for a cluster whose autoscaler does not tell drivers its limits, as that of KubeRay: CPUs of
 all nodes without GPUs, and GPUs, when the cluster is at its largest."""
-GPUS_WITHOUT_BFLOAT16 = {"K80", "P4", "P100", "V100", "T4"}
-"""Ray's names of NVIDIA's GPUs that are older than Ampere."""
+GPUS_WITH_BFLOAT16 = re.compile(r"(A|L|H|B|GH|GB|RTX-A)\d.*|RTX-(30[5-9]|40[5-9]|50[5-9])0.*")
+"""Ray's names of NVIDIA's GPUs from Ampere on. Others, such as RTX-6000, may be of an older generation."""
 CONNECT_SEC = 20.0
 RETRY_AFTER_SEC = (5.0, 20.0, 60.0)
 """Waits between the attempts to start Ray on a machine that is busy. Ray itself gives up after 30 s."""
@@ -237,7 +238,7 @@ def cluster_has_bfloat16() -> bool:
     with nullcontext() if ray.is_initialized() else ray_session(Path(os.devnull)):
         resources = ray.cluster_resources()
     types = {name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")}
-    return bool(resources.get("GPU") and types) and not types & GPUS_WITHOUT_BFLOAT16
+    return bool(resources.get("GPU") and types) and all(map(GPUS_WITH_BFLOAT16.fullmatch, types))
 
 
 def cpus_for_data() -> int:

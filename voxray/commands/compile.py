@@ -24,7 +24,7 @@ from voxray.core.storage import checksum, write_json
 from voxray.generation.generate import SamplingParams
 from voxray.generation.model import InferenceConfig, base_and_adapter, load_model
 from voxray.generation.salmonn_base import assemble_base
-from voxray.models.adapters.read_files import weights_file
+from voxray.models.adapters.read_files import is_fully_tuned, weights_file
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import AudioPath
 from voxray.models.parts.arithmetic import with_default_dtype
@@ -70,7 +70,9 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     )
     settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    settings, family = with_default_dtype(settings, model_id), get_family(model_id)
+    is_full = adapter is not None and is_fully_tuned(adapter)
+    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_full)
+    family = get_family(model_id)
     if settings.quantize != "none" and family.encoder_role in family.quantized:
         raise SettingsError(
             f"--quantize {settings.quantize}: holds the encoder of {family.name} in fewer bits, and such layers "

@@ -17,7 +17,8 @@ def run_featurize_job(settings: FeaturizeSettings) -> FeaturizeReport:
         RunError, SettingsError: The user has to fix an input or a setting.
     """
     require_usable_row(settings.manifest)
-    settings = with_default_dtype(settings, settings.model_id, on_ray=True)
+    if settings.store == "encoder":
+        settings = with_default_dtype(settings, settings.model_id, on_ray=True)
     output_dir = open_features_dir(settings, settings.output_dir, settings.storage_path, flag="--output_dir")
     with ray_session(log_folder(output_dir) / "ray.log", max(MIN_ACTORS, settings.num_actors)):
         report = make_features(settings, settings.model_id, settings.manifest, output_dir, bf16=settings.bf16)

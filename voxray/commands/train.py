@@ -1,6 +1,7 @@
 """A training job from checked settings to its summary line: features, training processes, adapter."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ from voxray.core.storage import write_json
 from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
-from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.recipes.build_model import check_lora_targets, find_init_adapter
-from voxray.recipes.run_context import RunContext, assemble_inputs
+from voxray.recipes.run_context import RunContext, assemble_inputs, with_run_dtype
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import training_data
 from voxray.runs.inputs import input_hashes
@@ -48,15 +48,19 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     """
     resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)  # refuse a bad path first
     settings = assemble_inputs(settings)
-    settings = with_default_dtype(settings, settings.model_id, on_ray=count_workers(settings.num_workers)[1] > 0)
     require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
     check_lora_targets(run)
     _require_trackers(settings)
     with folder_lease(run.run_dir, run.remote.remote_dir):
-        started_from = _starting_point(run.settings)
-        if result := _fetch_result(run, started_from):
+        if not settings.overwrite:
+            run.remote.fetch()
+        on_ray = count_workers(settings.num_workers)[1] > 0
+        settings = with_run_dtype(settings, run.run_dir, on_ray=on_ray)
+        run = replace(run, settings=settings)
+        started_from = _starting_point(settings)
+        if result := _result(run, started_from):
             console.print(f"this run is finished; --overwrite trains anew: {run.run_dir}", markup=False)
             return _report(run, result, show_next=show_next)
         _open(run)
@@ -91,15 +95,14 @@ def _report(run: RunContext, result: dict[str, Any], *, show_next: bool) -> dict
     return result
 
 
-def _fetch_result(run: RunContext, started_from: str) -> dict[str, Any] | None:
-    """The result of the run folder if the same command finished there; fetches the folder from its URL first.
+def _result(run: RunContext, started_from: str) -> dict[str, Any] | None:
+    """The result of the run folder if the same command finished there.
 
     Args:
         started_from: Result of ``_starting_point``.
     """
     if run.settings.overwrite:
         return None
-    run.remote.fetch()
     try:
         result = json.loads((run.run_dir / RESULT_FILE).read_text(encoding="utf-8"))
         is_finished = result["finished"] and result.pop(STARTED_FROM) == started_from

@@ -16,7 +16,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
-from voxray.models.parts.arithmetic import with_default_dtype
+from voxray.models.parts.arithmetic import gpus_have_bfloat16
 from voxray.recipes.build_model import check_lora_targets
 from voxray.recipes.run_context import RunContext, assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
@@ -29,7 +29,7 @@ from voxray.sweep.report import write_report
 from voxray.sweep.results import SweepOutcome, summarise_trials, write_best, write_csv
 from voxray.sweep.search import refuse_missing_optuna
 from voxray.sweep.trials import Trial, read_trials
-from voxray.sweep.work import Sweep
+from voxray.sweep.work import Sweep, trial_settings
 
 
 def run_sweep(settings: Any) -> SweepOutcome:
@@ -45,13 +45,14 @@ def run_sweep(settings: Any) -> SweepOutcome:
         refuse_missing_optuna()
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     base: Any = assemble_inputs(settings)
-    base = with_default_dtype(base, base.model_id, on_ray=True)
     require_usable_row((*base.train_jsonl, *base.val_jsonl))
     require_family(base)
     if "lora_targets" not in settings.domains:
         check_lora_targets(RunContext.create(base, run_dir=output_dir))
     with folder_lease(output_dir):
-        open_sweep(output_dir, settings, input_hashes(base, "train_jsonl", "val_jsonl"))
+        has_bfloat16 = gpus_have_bfloat16(on_ray=True)
+        inputs = input_hashes(base, "train_jsonl", "val_jsonl")
+        has_bfloat16 = open_sweep(output_dir, settings, inputs, has_bfloat16)
         warn_about_unused_flags(settings)
         warn_of_few_validations(settings)
         num_workers = max(1, count_workers(settings.num_workers)[1])
@@ -61,14 +62,14 @@ def run_sweep(settings: Any) -> SweepOutcome:
             concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
 
             def train(config: dict[str, Any]) -> None:
-                train_trial(base, num_workers, config)
+                train_trial(base, num_workers, has_bfloat16, config)
 
             def run(queue: Queue, earlier: Sequence[Trial] | None) -> None:
                 scheduler = None if earlier is None else build_scheduler(settings, earlier)
                 run_on_tune(queue, train, scheduler, concurrent, output_dir / "ray")
 
             try:
-                sweep = Sweep(base, output_dir, run)
+                sweep = Sweep(base, output_dir, run, has_bfloat16=has_bfloat16)
                 sweep.search()
                 if settings.top_k:
                     sweep.repeat()
@@ -76,12 +77,14 @@ def run_sweep(settings: Any) -> SweepOutcome:
                 raise Stopped(
                     f"stopped; run the same command with --resume to continue; sweep in {output_dir}"
                 ) from None
-        return conclude(settings, output_dir)
+        return conclude(settings, output_dir, has_bfloat16=has_bfloat16)
 
 
-def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
+def conclude(settings: Any, output_dir: Path, *, has_bfloat16: bool) -> SweepOutcome:
     """Write and print the result of a sweep.
 
+    Args:
+        has_bfloat16: See ``open_sweep``.
     Raises:
         RunError: No trial has the metric.
     """
@@ -94,7 +97,9 @@ def conclude(settings: Any, output_dir: Path) -> SweepOutcome:
         first = reasons[0] if reasons else f"no validation gave {settings.metric}"
         raise RunError(f"no trial finished: {first}; all of them in {output_dir / TABLE}")
     runs = f", mean of {len(outcome.repeated[0].values)} seeds" if outcome.repeated else ""
-    write_best(output_dir / BEST, settings, best.choice, f"{settings.metric} ({value:.4f}{runs})")
+    type_of_best = trial_settings(settings, best.choice, best.folder, has_bfloat16=has_bfloat16)
+    choice = {**best.choice, **({"bf16": True} if type_of_best.bf16 else {})}
+    write_best(output_dir / BEST, settings, choice, f"{settings.metric} ({value:.4f}{runs})")
     counts = {state: sum(trial.state == state for trial in outcome.trials) for state in ("stopped", "failed")}
     others = "".join(f", {count} {state}" for state, count in counts.items() if count)
     lines = [

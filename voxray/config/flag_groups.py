@@ -89,7 +89,7 @@ class ModelFlags(BaseModelFlags):
     """Load the frozen base weights and compute in float32."""
     quantize: Literal["none", "8bit", "4bit"] = "none"
     """Quantise the language model's layers with bitsandbytes to 8 bits (LLM.int8) or 4 bits (NF4, double quantised).
-    Other weights and the computation are float32, or as --bf16 or --fp16 set."""
+    Other weights and the computation have the type that they have without it."""
     tf32: bool = False
     """Use TF32 for float32 matrix products on GPUs that support it; warns if there is none."""
 

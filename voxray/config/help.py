@@ -170,7 +170,7 @@ def _explanation(field: FieldInfo) -> str:
 def _type_name(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
+        return "|".join(value for value in map(str, typing.get_args(annotation)) if value)
     if origin in {typing.Union, types.UnionType}:
         return "|".join(_type_name(part) for part in typing.get_args(annotation) if part is not type(None))
     if origin is tuple:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
 from voxray.config.parse import HELP, Settings
@@ -46,6 +46,18 @@ class PreflightFlags(Settings):
     step is tried then."""
     memory_gib: Annotated[float, Field(ge=0)] = 0.0
     """Memory that one worker may use, in GiB; 0 uses that of --gpu, or the free memory of this machine."""
+
+    @model_validator(mode="after")
+    def _gpus_are_elsewhere(self) -> "PreflightFlags":
+        if not self.gpu:
+            return self
+        if self.autorun:
+            raise ValueError(
+                f"--gpu {self.gpu}: names a GPU of other machines, where --autorun cannot start the training"
+            )
+        if getattr(self, "shards_state", False) and getattr(self, "num_workers", "") == "auto":
+            raise ValueError(f"--gpu {self.gpu}: how much a worker holds depends on --num_workers; give a number")
+        return self
 
 
 @cache

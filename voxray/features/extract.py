@@ -22,8 +22,8 @@ from voxray.models.front_end import FrontEnd, row_target_ids
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
-from voxray.models.parts.quantize import loaded_bytes
 from voxray.models.registry import get_family, require_language
+from voxray.models.weight_sizes import loaded_bytes
 
 FeatureValues = dict[str, Any]
 """The columns of one row (see ``shards``)."""

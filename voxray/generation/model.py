@@ -14,11 +14,13 @@ from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
+from voxray.models.adapters.read_files import is_fully_tuned
 from voxray.models.parts.arithmetic import set_tf32, with_default_dtype
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
-from voxray.models.parts.quantize import base_dtype, loaded_bytes
+from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
+from voxray.models.weight_sizes import loaded_bytes
 from voxray.runs.remote_sync import fetch_folder
 
 AdapterFlagsT = TypeVar("AdapterFlagsT", bound=AdapterFlags)
@@ -104,14 +106,15 @@ def resolve_settings(
     if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
         kind = "with" if trimmed else "without"
         raise SettingsError(f"--trim_audio_tokens: {adapter or model_id} was trained {kind} it; leave the flag out")
-    settings = with_default_dtype(settings, model_id, on_ray=on_ray)
+    is_full = adapter is not None and is_fully_tuned(adapter)
+    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_full, on_ray=on_ray)
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
 def model_bytes(config: InferenceConfig) -> int:
     """Memory that each process with this model takes for its weights, beside those that processes share."""
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
-    return loaded_bytes(family, config.model_id, dtype=dtype, quantize=config.quantize)
+    return loaded_bytes(family, config.model_id, dtype=dtype, quantize=config.quantize, adapter=config.adapter)
 
 
 def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:

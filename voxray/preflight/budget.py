@@ -11,8 +11,6 @@ GPU_SHARE = 0.92
 """Share of a GPU's free memory that may be used; the rest is for CUDA itself and for fragmentation."""
 CPU_SHARE = 0.9
 """Share of a machine's free memory that may be used; the rest is for the page cache."""
-GPU_GIB = {"h200": 139.0, "h100": 79.0, "a100-80": 79.0, "a100-40": 39.0, "l4": 22.0, "t4": 14.5}
-"""{GPU: memory in GiB that torch reports for it, rounded down}."""
 CONTEXT_BYTES = int(0.75 * GIB)
 """Memory that CUDA and its libraries take on a GPU before the first tensor. On a GPU of this machine it is not free."""
 PROCESS_BYTES = int(0.55 * GIB)
@@ -21,6 +19,30 @@ RAY_WORKER_BYTES = int(0.25 * GIB)
 """What Ray adds to a worker process."""
 RAY_BYTES = int(2.8 * GIB)
 """Memory of Ray's own processes on this machine and of the job's driver."""
+
+
+@dataclass(frozen=True)
+class GpuType:
+    """A type of GPU that ``preflight --gpu`` knows.
+
+    Attributes:
+        gib: Memory in GiB that torch reports, rounded down.
+        has_bfloat16: Whether it computes in bfloat16 and TF32.
+    """
+
+    gib: float
+    has_bfloat16: bool = True
+
+
+GPUS = {
+    "h200": GpuType(139.0),
+    "h100": GpuType(79.0),
+    "a100-80": GpuType(79.0),
+    "a100-40": GpuType(39.0),
+    "l4": GpuType(22.0),
+    "t4": GpuType(14.5, has_bfloat16=False),
+}
+"""{value of --gpu: its GPU}."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +65,14 @@ def worker_budget(num_workers: int, memory_gib: float, gpu: str = "", *, uses_ra
 
     Args:
         memory_gib: The user's limit per worker; 0 uses the free memory of this machine.
-        gpu: GPU of each worker, on other machines (a name of ``GPU_GIB``); "" for this machine.
+        gpu: GPU of each worker, on other machines (a name of ``GPUS``); "" for this machine.
         uses_ray: Whether the workers are Ray's, which takes memory of this machine too.
     """
     has_gpu = bool(gpu) or torch.cuda.is_available()
     if gpu and not memory_gib:
-        free = int(GPU_GIB[gpu] * GIB) - CONTEXT_BYTES
-        source = f"{GPU_SHARE:.0%} of --gpu {gpu} ({GPU_GIB[gpu]:g} GiB) without {CONTEXT_BYTES / GIB:.2g} GiB for CUDA"
+        free = int(GPUS[gpu].gib * GIB) - CONTEXT_BYTES
+        source = f"{GPU_SHARE:.0%} of --gpu {gpu} ({GPUS[gpu].gib:g} GiB)"
+        source += f" without {CONTEXT_BYTES / GIB:.2g} GiB for CUDA"
         return Budget(int(free * GPU_SHARE), source, True)
     if memory_gib:
         return Budget(int(memory_gib * GIB), f"--memory_gib {memory_gib:g}", has_gpu)

@@ -12,12 +12,12 @@ from voxray.cluster.session import cluster_resources, stderr_to
 from voxray.config.preflight import PreflightFlags
 from voxray.config.recipes import find_recipe
 from voxray.config.train import TrainSettings
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import free_disk_bytes, require_writable
 from voxray.core.units import format_bytes
 from voxray.features.from_settings import open_features_dir
 from voxray.models.adapters.compatibility import check_encoder_unchanged
-from voxray.models.parts.arithmetic import with_default_dtype
+from voxray.preflight.budget import GPUS
 from voxray.preflight.estimate import RunTime, checkpoints_bytes, features_bytes, run_time
 from voxray.preflight.findings import Findings
 from voxray.preflight.fit_settings import FittedSettings, SettingsFitter, planned_processes, threads_of_one
@@ -32,7 +32,7 @@ from voxray.preflight.machine import (
 from voxray.preflight.meta_model import build_meta_model, report_parameters
 from voxray.preflight.rows import RunRows, check_manifests, read_rows
 from voxray.recipes.build_model import check_lora_targets, find_init_adapter
-from voxray.recipes.run_context import RunContext, assemble_inputs
+from voxray.recipes.run_context import RunContext, assemble_inputs, with_run_dtype
 from voxray.runs.remote_sync import RemoteSync
 from voxray.runs.run_folder import holds_run, make_folder, refuse_other_run
 
@@ -68,9 +68,11 @@ class Preflight:
 
     def check(self) -> None:
         """Run all checks. Problems go to the findings."""
-        with suppress(RunError):  # problems of the base are reported below
-            on_ray, model_id = str(self.settings.num_workers) != "0", self.settings.model_id
-            self.settings = with_default_dtype(self.settings, model_id, on_ray=on_ray, gpu=self.flags.gpu)
+        with suppress(RunError, SettingsError):  # problems of base and folder are reported below
+            on_ray = str(self.settings.num_workers) != "0"
+            has_bfloat16 = GPUS[self.flags.gpu].has_bfloat16 if self.flags.gpu else None
+            run_dir = RemoteSync.from_settings(self.settings).folder
+            self.settings = with_run_dtype(self.settings, run_dir, on_ray=on_ray, has_bfloat16=has_bfloat16)
         settings, findings = self.settings, self.findings
         with findings.caught("output"):
             remote = RemoteSync.from_settings(settings)

@@ -17,6 +17,7 @@ from voxray.core.project_files import PROJECT_FILES
 from voxray.core.units import GIB
 from voxray.models.parts.packed_attention import takes_flash
 from voxray.models.parts.quantize import base_dtype
+from voxray.preflight.budget import GPUS
 from voxray.preflight.findings import Findings
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,10 +55,11 @@ def check_gpu(settings: TrainSettings, findings: Findings, gpu: str = "") -> Non
     """
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     if gpu:
-        if dtype is torch.bfloat16 and gpu == "t4":
-            findings.add("fix", "gpu", "--bf16: a T4 has no bfloat16; take --fp16")
-        elif settings.tf32 and gpu == "t4":
-            findings.add("warning", "gpu", "--tf32 has no effect: a T4 has no TF32")
+        has_bfloat16 = GPUS[gpu].has_bfloat16
+        if dtype is torch.bfloat16 and not has_bfloat16:
+            findings.add("fix", "gpu", f"--bf16: --gpu {gpu} has no bfloat16; take --fp16")
+        elif settings.tf32 and not has_bfloat16:
+            findings.add("warning", "gpu", f"--tf32 has no effect: --gpu {gpu} has no TF32")
         else:
             findings.add("unchecked", "gpu", f"--gpu {gpu}: its driver and its flash attention")
         _warn_of_float32(settings, findings)
@@ -87,7 +89,7 @@ def check_gpu(settings: TrainSettings, findings: Findings, gpu: str = "") -> Non
 
 def _warn_of_float32(settings: TrainSettings, findings: Findings) -> None:
     if not (settings.bf16 or settings.fp16) and settings.tuning != "full":
-        findings.add("warning", "gpu", "neither --bf16 nor --fp16: weights and activations take twice the memory")
+        findings.add("warning", "gpu", "float32: with --bf16 or --fp16 weights and activations take half the memory")
 
 
 def _driver() -> str:

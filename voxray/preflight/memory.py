@@ -17,9 +17,9 @@ from voxray.models.interface import ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.models.parts.layer_units import LayerUnit, find_units
+from voxray.models.weight_sizes import TRAINED, stored_bytes, weight_bytes
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import ComputeConfig, PackShape
-from voxray.preflight.weights import TRAINED, stored_bytes, weight_bytes
 from voxray.training.zero import MAX_BUCKET_ELEMENTS
 
 ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares

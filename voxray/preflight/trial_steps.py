@@ -14,6 +14,7 @@ from voxray.core.errors import is_out_of_memory
 from voxray.features.reader import FeatureRow
 from voxray.models.adapters.lora import trainable_parameters
 from voxray.models.interface import Batch
+from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.preflight.allocations import measure_allocations
 from voxray.preflight.meta_model import of_one_process
 from voxray.preflight.rows import RunRows
@@ -61,13 +62,14 @@ class GenerationCost:
 
 
 def flops_per_sec(dtype: torch.dtype) -> float:
-    """Speed of this machine's CPU in a Linear layer of a type, measured."""
+    """Speed of this machine's CPU in a frozen Linear layer of a type, measured."""
     rows, width, outputs = PRODUCT_SIZES
-    inputs, weights = torch.ones(rows, width, dtype=dtype), torch.ones(outputs, width, dtype=dtype)
+    inputs, layers = torch.ones(rows, width, dtype=dtype), torch.nn.Sequential(torch.nn.Linear(width, outputs, False))
+    use_float32_products(layers.to(dtype).requires_grad_(False))
     seconds = []
     for _ in range(2):  # the first product also prepares the kernel
         start = time.perf_counter()
-        torch.nn.functional.linear(inputs, weights)
+        layers(inputs)
         seconds.append(time.perf_counter() - start)
     return 2 * rows * width * outputs / min(seconds)
 

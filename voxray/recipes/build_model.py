@@ -191,5 +191,5 @@ def resume(run_dir: Path, model: Any, start: Progress, earlier_data: str = "") -
     optimizer_state = read_optimizer_state(newest)
     if optimizer_state and set(optimizer_state) != {name for name, _ in trainable_parameters(model)}:
         raise RunError(f"{newest}: the optimizer state has other parameters than the model")
-    load_adapter_weights(model, newest)
+    load_adapter_weights(model, newest, keeps_types=True)  # a base that will be sharded has the type of its files
     return replace(progress, data=start.data), optimizer_state

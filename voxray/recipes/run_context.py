@@ -3,9 +3,12 @@
 ``RunContext`` resolves these once per process; every function of a run takes them from it.
 """
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from voxray.batches.rank import Worker
 from voxray.config.flag_groups import MaskFlags
@@ -14,9 +17,11 @@ from voxray.config.train import TrainSettings
 from voxray.core.errors import SettingsError
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.arithmetic import chooses_type, with_default_dtype
 from voxray.models.registry import get_family
 from voxray.recipes.stages import Stage
 from voxray.runs.remote_sync import RemoteSync
+from voxray.runs.run_folder import SETTINGS
 from voxray.training.callbacks import NO_CALLBACKS, Callbacks
 
 
@@ -93,6 +98,22 @@ def require_family(settings: TrainSettings) -> ModelFamily:
         )
         raise SettingsError(f"{flag}: {reason}; use {other}")
     return family
+
+
+def with_run_dtype(settings: TrainSettings, run_dir: Path, **options: Any) -> TrainSettings:
+    """The settings with a type to compute in: that of the run in a folder, or else the default.
+
+    A run keeps its type when it resumes on other GPUs, or on none for now.
+
+    Args:
+        run_dir: Folder of the run, which may hold an earlier part of it.
+        options: Arguments of ``with_default_dtype``.
+    """
+    if not settings.overwrite and not chooses_type(settings):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            stored = json.loads((run_dir / SETTINGS).read_text(encoding="utf-8"))
+            return settings.model_copy(update={name: bool(stored[name]) for name in ("bf16", "fp16")})
+    return with_default_dtype(settings, settings.model_id, **options)
 
 
 def assemble_inputs(settings: TrainSettings) -> TrainSettings:

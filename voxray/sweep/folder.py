@@ -14,19 +14,24 @@ from voxray.runs.inputs import refuse_changed_inputs, write_inputs
 from voxray.runs.run_folder import CHANGEABLE_SETTINGS, make_folder, provenance
 from voxray.sweep.trials import FOLDER
 
+HAS_BFLOAT16 = "gpus_have_bfloat16"
+"""Key of settings.json beside the settings."""
 BEST, TABLE, REPORT = "best.yaml", "results.csv", "report.html"
 RESUMABLE_CHANGES = {
     *("num_trials", "max_concurrent_trials", "top_k", "seeds", "resume", "overwrite"),
-    *(CHANGEABLE_SETTINGS - {"num_workers", "max_steps", "epochs", "val_jsonl", "eval_steps", "eval_max_rows"}),
+    *(CHANGEABLE_SETTINGS - {"num_workers", "max_steps", "epochs", "val_jsonl", "eval_steps", "eval_max_rows", "fp32"}),
 }
 """Settings that may change when a sweep resumes, because its trials can still be compared."""
 
 
-def open_sweep(output_dir: Path, settings: Any, inputs: Mapping[str, str]) -> None:
+def open_sweep(output_dir: Path, settings: Any, inputs: Mapping[str, str], has_bfloat16: bool) -> bool:
     """Prepare the sweep's folder and write settings.json, inputs.json and provenance.json.
 
     Args:
         inputs: Result of ``runs.inputs.input_hashes``.
+        has_bfloat16: Whether the GPUs compute in bfloat16.
+    Returns:
+        The same for the GPUs with which the sweep was started, because all trials have to compute in the same type.
     Raises:
         SettingsError: The folder holds another run or sweep, or this sweep and neither ``--resume`` nor ``--overwrite``
             is set.
@@ -44,9 +49,11 @@ def open_sweep(output_dir: Path, settings: Any, inputs: Mapping[str, str]) -> No
             raise SettingsError(f"--output_dir {output_dir}: holds a sweep; {advice}")
         _refuse_other_sweep(output_dir, previous, current)
         refuse_changed_inputs(output_dir, inputs, "a sweep")
+        has_bfloat16 = bool(previous.get(HAS_BFLOAT16, has_bfloat16))
     write_inputs(output_dir, inputs)
-    write_json(path, current)
+    write_json(path, {**current, HAS_BFLOAT16: has_bfloat16})
     write_json(output_dir / "provenance.json", provenance())
+    return has_bfloat16
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

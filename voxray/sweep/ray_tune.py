@@ -81,11 +81,12 @@ def build_scheduler(settings: Any, earlier: Sequence[Trial]) -> Any:
     return scheduler
 
 
-def train_trial(settings: Any, num_workers: int, config: dict[str, Any]) -> None:
+def train_trial(settings: Any, num_workers: int, has_bfloat16: bool, config: dict[str, Any]) -> None:
     """Train one trial, in the trial's own process, and write its result or error to its folder.
 
     Args:
         num_workers: Training processes of the trial.
+        has_bfloat16: Whether the GPUs compute in bfloat16.
         config: {"number", "folder", "choice", "data"} of the trial.
     """
     from ray import tune
@@ -96,7 +97,7 @@ def train_trial(settings: Any, num_workers: int, config: dict[str, Any]) -> None
             super().after_report(run_context, [scheduler_record(metrics[0], settings.metric, settings.mode)], None)
 
     trial = with_outcome(Trial(config["number"], Path(config["folder"]), config["choice"]))
-    run_settings = trial_settings(settings, trial.choice, trial.folder)
+    run_settings = trial_settings(settings, trial.choice, trial.folder, has_bfloat16=has_bfloat16)
     for record in trial.history:
         if record["step"] <= trial.saved_step:  # from an earlier start; training repeats the later ones
             tune.report(scheduler_record(record, settings.metric, settings.mode))

@@ -23,6 +23,7 @@ from voxray.core.manifest import require_usable_row
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.names import validation_metrics
+from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.recipes.build_model import check_lora_targets
 from voxray.recipes.run_context import RunContext, require_family
 from voxray.recipes.training_data import TrainingData, training_data
@@ -49,12 +50,14 @@ class Sweep:
         settings: Settings of the sweep; for SALMONN with an assembled base.
         output_dir: Folder of the sweep; trials in it are resumed.
         run: Runs the trials of a queue.
+        has_bfloat16: Whether the GPUs compute in bfloat16.
     Raises:
         RunError, SettingsError: The data cannot be used, or validation on it does not compute the metric.
     """
 
-    def __init__(self, settings: Any, output_dir: Path, run: RunTrials) -> None:
+    def __init__(self, settings: Any, output_dir: Path, run: RunTrials, *, has_bfloat16: bool = False) -> None:
         self._settings, self._output_dir, self._run = settings, output_dir, run
+        self._has_bfloat16 = has_bfloat16
         self._trials = {trial.number: trial for trial in read_trials(output_dir)}
         self._swept_features = sorted(FEATURE_FLAGS & set(settings.domains))
         self._data: dict[str, TrainingData] = {}
@@ -68,7 +71,8 @@ class Sweep:
         """
         domains = [self._settings.domains[name] for name in self._swept_features]
         if not domains:
-            self._training_data(self._settings, use_ray=True)
+            settings = with_default_dtype(self._settings, self._settings.model_id, has_bfloat16=self._has_bfloat16)
+            self._training_data(settings, use_ray=True)
         elif math.prod(domain.size for domain in domains) <= (self._settings.num_trials or math.inf):
             for values in itertools.product(*(domain.all() for domain in domains)):
                 choice = dict(zip(self._swept_features, values, strict=True))
@@ -154,7 +158,7 @@ class Sweep:
         Raises:
             RunError, SettingsError: The trial cannot be trained.
         """
-        run = trial_settings(self._settings, trial.choice, trial.folder)
+        run = trial_settings(self._settings, trial.choice, trial.folder, has_bfloat16=self._has_bfloat16)
         if "train_jsonl" in trial.choice:
             require_usable_row(run.train_jsonl)
         if "model_id" in trial.choice:
@@ -164,7 +168,7 @@ class Sweep:
 
     def _training_data(self, run: Any, *, use_ray: bool) -> TrainingData:
         """Training data of a trial's settings, computed once for all trials that need the same features."""
-        key = choice_key({name: getattr(run, name) for name in self._swept_features})
+        key = choice_key({name: getattr(run, name) for name in (*self._swept_features, "bf16")})
         if key not in self._data:
             run = run.model_copy(update={"storage_path": self._settings.storage_path})
             self._data[key] = training_data(RunContext.create(run, run_dir=self._output_dir), use_ray=use_ray)
@@ -183,9 +187,11 @@ def refuse_missing_metric(metric: str, data: TrainingData) -> None:
         raise SettingsError(f"--metric {metric}: validation has {', '.join(metrics)}")
 
 
-def trial_settings(settings: Any, choice: Choice, trial_dir: Path) -> TrainSettings:
+def trial_settings(settings: Any, choice: Choice, trial_dir: Path, *, has_bfloat16: bool = False) -> TrainSettings:
     """Settings of the training run of one trial.
 
+    Args:
+        has_bfloat16: Whether the GPUs compute in bfloat16.
     Raises:
         SettingsError: The training job does not accept the combination.
     """
@@ -194,10 +200,11 @@ def trial_settings(settings: Any, choice: Choice, trial_dir: Path) -> TrainSetti
         values = {name: value for name, value in values.items() if name not in {*SALMONN_PARTS, "end_sym"}}
     own = {"output_dir": str(trial_dir), "storage_path": "", "overwrite": True}
     try:
-        return with_absolute_inputs(settings.trains(**{**values, **own}))
+        run = with_absolute_inputs(settings.trains(**{**values, **own}))
     except ValidationError as error:
         reasons = dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in error.errors())
         raise SettingsError("; ".join(reasons)) from None
+    return with_default_dtype(run, run.model_id, has_bfloat16=has_bfloat16)
 
 
 def trial_line(trial: Trial, metric: str) -> str:

@@ -29,19 +29,22 @@ def explain_resource_errors(settings: TrainSettings) -> Iterator[None]:
 
 
 def memory_advice(settings: TrainSettings) -> str:
-    """Settings that reduce memory, with the cheapest first."""
+    """Settings that reduce memory and that the others allow, with the cheapest first."""
+    is_dora, is_full = settings.tuning == "dora", settings.tuning == "full"
+    takes_fsdp = not (settings.quantize == "8bit" or settings.compile or (is_dora and settings.quantize != "none"))
+    takes_4bit = not (is_full or settings.zero_stage == 3 or (is_dora and settings.strategy == "fsdp"))
     if settings.batching == "packed":
         advice = [f"lower --pack_tokens (now {settings.pack_tokens})"]
     else:
         advice = [f"lower --per_device_bsz (now {settings.per_device_bsz}) and raise --grad_accum"]
     if not settings.grad_ckpt:
         advice.append("add --grad_ckpt")
-    if settings.tuning != "full" and not (settings.bf16 or settings.fp16):
-        advice.append("add --bf16")
-    if settings.tuning != "full" and settings.quantize == "none":
+    if not (is_full or settings.bf16 or settings.fp16):
+        advice.append("replace --fp32 by --bf16" if settings.fp32 else "add --bf16")
+    if takes_4bit and settings.quantize == "none":
         advice.append("--quantize 4bit")
-    if not settings.shards_weights:
+    if takes_fsdp and not settings.shards_weights:
         advice.append("take several workers with --strategy fsdp")
-    elif settings.tuning == "full" and settings.strategy == "fsdp" and not settings.offload_optimizer:
+    elif is_full and settings.strategy == "fsdp" and not settings.offload_optimizer:
         advice.append("add --offload_optimizer")
     return "; ".join([*advice, f"or lower --max_len (now {settings.max_len})"])

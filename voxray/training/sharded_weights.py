@@ -68,7 +68,7 @@ def shown_in_types(dtypes: Mapping[torch.nn.Parameter, torch.dtype]) -> Iterator
     """
     stored = {parameter: parameter.data for parameter in dtypes}
     for parameter, dtype in dtypes.items():
-        shown = dtype if is_quantized(parameter) else torch.uint8
+        shown = torch.uint8 if needs_quantizing(parameter) else dtype
         parameter.data = torch.zeros((), dtype=shown).expand(parameter.shape)
     try:
         yield
@@ -77,15 +77,15 @@ def shown_in_types(dtypes: Mapping[torch.nn.Parameter, torch.dtype]) -> Iterator
             parameter.data = data
 
 
-def is_quantized(parameter: torch.nn.Parameter) -> bool:
-    """Whether a parameter needs no quantization, or has been quantized."""
-    return bool(getattr(parameter, "bnb_quantized", True))  # of bitsandbytes' Params4bit
+def needs_quantizing(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is to be stored in 4 bits and is not yet."""
+    return not getattr(parameter, "bnb_quantized", True)  # of bitsandbytes' Params4bit
 
 
 def convert(parameter: torch.nn.Parameter, device: torch.device, dtype: torch.dtype | None) -> None:
     """Move a parameter to its device and type, in place. A weight for 4 bits is quantized there."""
     parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None).contiguous()
-    if not is_quantized(parameter):
+    if needs_quantizing(parameter):
         parameter._quantize(device)  # type: ignore[attr-defined]
 
 

@@ -101,14 +101,14 @@ def test_the_audio_path_takes_part_in_batches_without_audio(salmonn):
 
 
 def check_text_only(model: Any, text: torch.Tensor) -> None:
-    keep, batch = torch.ones_like(text, dtype=torch.bool), {"input_ids": text}
-    expected = FAMILY.answer_logits(model, batch, keep)
+    positions_N, batch = torch.arange(text.numel()), {"input_ids": text}
+    expected = FAMILY.answer_logits(model, batch, positions_N)
     weights = [
         weight.requires_grad_() for name, weight in model.named_parameters() if name.split(".")[0] in TRAINED_MODULES
     ]
     model.get_input_embeddings().weight.requires_grad_()
     for roles in (("projector", "llm"), ("encoder", "projector", "llm")):
-        logits = FAMILY.answer_logits(model, batch, keep, roles_in_every_pass=roles)
+        logits = FAMILY.answer_logits(model, batch, positions_N, roles_in_every_pass=roles)
         assert torch.equal(logits, expected)
         logits.sum().backward()
         assert all(weight.grad is not None and not weight.grad.any() for weight in weights)

@@ -224,11 +224,14 @@ def is_lora_tensor(name: str) -> bool:
     return "lora_" in name
 
 
-def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool] = lambda name: True) -> int:
+def load_adapter_weights(
+    model: Any, folder: Path, select: Callable[[str], bool] = lambda name: True, *, keeps_types: bool = False
+) -> int:
     """Copy stored tensors into a model in which exactly these are trainable.
 
     Args:
         select: Which of the model's trainable tensors, by name, the adapter must have.
+        keeps_types: Whole weights take the type of the stored tensors, whatever type they have in the model.
     Returns:
         Number of tensors copied.
     Raises:
@@ -249,7 +252,9 @@ def load_adapter_weights(model: Any, folder: Path, select: Callable[[str], bool]
         set_peft_model_state_dict(model, {name: tensor for name, tensor in tensors.items() if is_lora_tensor(name)})
     whole = full_module_weights(model) if isinstance(model, PeftModel) else dict(trainable_parameters(model))
     for name, parameter in whole.items():
-        if name in tensors:
+        if name in tensors and keeps_types:
+            parameter.data = tensors[name].to(parameter.device)
+        elif name in tensors:
             parameter.data.copy_(tensors[name])
     _check_loaded(tensors, model, folder)
     return len(tensors)

@@ -85,6 +85,11 @@ def tensor_names(folder: Path) -> list[str]:
         raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
 
 
+def is_fully_tuned(folder: Path) -> bool:
+    """Whether a folder holds fully tuned weights instead of LoRA."""
+    return read_adapter_config(folder).get("tuning") == FULL
+
+
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Read an adapter's configuration.
 

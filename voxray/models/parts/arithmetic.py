@@ -13,21 +13,36 @@ from voxray.models.hf_files import checkpoint_dtype
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def with_default_dtype(settings: SettingsT, model_id: str, *, on_ray: bool = False, gpu: str = "") -> SettingsT:
+def with_default_dtype(
+    settings: SettingsT,
+    model_id: str,
+    *,
+    is_fully_tuned: bool = False,
+    on_ray: bool = False,
+    has_bfloat16: bool | None = None,
+) -> SettingsT:
     """The settings with ``bf16`` if the base is stored in bfloat16, the GPUs compute in it, and no type was chosen.
 
+    Full tuning trains in float32, and so its weights answer in float32.
+
     Args:
+        is_fully_tuned: Whether the model's weights were fully tuned.
         on_ray: Whether the job computes on the cluster at RAY_ADDRESS, if that is set.
-        gpu: GPU of other machines, by its name in preflight; "" for those of the job.
+        has_bfloat16: Whether the GPUs compute in bfloat16; None asks those of the job.
     Raises:
         RunError: The cluster cannot be reached.
     """
-    is_chosen = any(name in settings.model_fields_set or getattr(settings, name, False) for name in PRECISIONS)
-    trains_in_float32 = getattr(settings, "tuning", "") == "full"
-    if is_chosen or trains_in_float32 or checkpoint_dtype(model_id) is not torch.bfloat16:
+    is_full = is_fully_tuned or getattr(settings, "tuning", "") == "full"
+    if is_full or has_bfloat16 is False or chooses_type(settings) or checkpoint_dtype(model_id) is not torch.bfloat16:
         return settings
-    has_bfloat16 = gpu != "t4" if gpu else gpus_have_bfloat16(on_ray=on_ray)
+    if has_bfloat16 is None:
+        has_bfloat16 = gpus_have_bfloat16(on_ray=on_ray)
     return settings.model_copy(update={"bf16": True}) if has_bfloat16 else settings
+
+
+def chooses_type(settings: Settings) -> bool:
+    """Whether a flag or a settings file says which type to compute in."""
+    return any(name in settings.model_fields_set or getattr(settings, name, False) for name in PRECISIONS)
 
 
 def gpus_have_bfloat16(*, on_ray: bool) -> bool:

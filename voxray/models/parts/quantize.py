@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
-from voxray.models.hf_files import check_size, is_inside, stored_dtype
-from voxray.models.interface import ModelFamily
+from voxray.models.hf_files import check_size
 
 QUANTIZED = ("8bit", "4bit")
-BYTES_PER_WEIGHT = {"8bit": 1.0, "4bit": 0.53}
-"""{--quantize: bytes per weight, with the scales}."""
 
 
 def base_dtype(*, bf16: bool, fp16: bool) -> torch.dtype:
@@ -81,28 +78,6 @@ def load_frozen(
         model: Any = model_class.from_pretrained(model_id, dtype=dtype, **options)
     stabilize_quantized_layers(model)
     return model.to(device).requires_grad_(False).eval()
-
-
-def loaded_bytes(
-    family: ModelFamily, model_id: str, *, dtype: torch.dtype, quantize: str = "none", role: str = ""
-) -> int:
-    """Memory that each process takes for the weights of a base. Weights mapped from their files are shared.
-
-    Args:
-        dtype: Type of the weights and of the computation.
-        role: The only role to load; "" loads the whole base.
-    Raises:
-        RunError: The base has no readable configuration.
-    """
-    if quantize == "none" and not role and stored_dtype(model_id) is dtype:
-        return 0
-    total = 0.0
-    for name, weight in family.build_on_meta(model_id, dtype=dtype).named_parameters():
-        if role and not is_inside(name, family.roles[role]):
-            continue
-        is_quantized = weight.dim() == 2 and any(is_inside(name, family.roles[each]) for each in family.quantized)
-        total += weight.numel() * (BYTES_PER_WEIGHT.get(quantize, 0.0) * is_quantized or weight.element_size())
-    return int(total)
 
 
 def stabilize_quantized_layers(model: Any) -> None:

@@ -93,7 +93,9 @@ class Salmonn(FamilyDefaults):
         """
         logging.disable_progress_bar()
         config = quantization_config(quantize, dtype, (*ENCODERS, *TRAINED_MODULES, "lm_head"))
-        options: dict[str, Any] = {"quantization_config": config, "device_map": {"": device}} if config else {}
+        options: dict[str, Any] = {"quantization_config": config} if config else {}
+        if config or device.type != "cpu":  # convert each weight on its device
+            options["device_map"] = {"": device}
         model = load_folder(model_id, dtype=dtype, **options)
         if unwrap_peft(model.llama_model) is not model.llama_model:
             if config and "checkpoint" in (read_folder(model_id).parts or {}):

@@ -1,10 +1,13 @@
 """Memory of a model's weights by role and storage type, computed from a model on the meta device."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from voxray.models.adapters.lora import find_role, quantized_layers
+from voxray.models.adapters.lora import PEFT_PREFIX, find_role, is_lora_tensor, quantized_layers
+from voxray.models.adapters.read_files import tensor_names
+from voxray.models.hf_files import stored_dtype
 from voxray.models.interface import ModelFamily
 
 BLOCK_4BIT = 64  # weights per scale (NF4)
@@ -30,6 +33,37 @@ def weight_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "n
             storage += TRAINED
         sizes[role, storage] = sizes.get((role, storage), 0) + num_bytes
     return sizes
+
+
+def loaded_bytes(
+    family: ModelFamily,
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    role: str = "",
+    adapter: str = "",
+) -> int:
+    """Memory that each process takes for the weights of a base. Weights mapped from their files are shared.
+
+    Args:
+        dtype: Type of the weights and of the computation.
+        role: The only role to load; "" loads the whole base.
+        adapter: Folder of an adapter. Weights of the base that it replaces are not shared.
+    Raises:
+        RunError: The base has no readable configuration, or the adapter cannot be read.
+    """
+    is_mapped = quantize == "none" and not role and stored_dtype(model_id) is dtype
+    names = tensor_names(Path(adapter)) if adapter else []
+    replaced = {name.removeprefix(PEFT_PREFIX) for name in names if not is_lora_tensor(name)}
+    if is_mapped and not replaced:
+        return 0
+    model = family.build_on_meta(model_id, dtype=dtype)
+    sizes, total = stored_bytes(model, family, quantize), 0
+    for name, tensor in _tensors(model):
+        is_private = name in replaced if is_mapped else not role or find_role(name, family) == role
+        total += sizes[id(tensor)] * is_private
+    return total
 
 
 def stored_bytes(model: torch.nn.Module, family: ModelFamily, quantize: str = "none") -> dict[int, int]:
