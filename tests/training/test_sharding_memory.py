@@ -16,6 +16,7 @@ from helpers.processes import STRATEGIES
 
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
+from voxray.models.interface import apply_layer
 from voxray.models.parts.layer_units import find_units
 from voxray.recipes.build_model import build_model
 from voxray.recipes.run_context import RunContext
@@ -83,10 +84,10 @@ def measure(rank: int, folder: Path, base: str, flags: dict[str, Any]) -> None:
     gc.collect()
     loaded = private_bytes()
     ids_BL = torch.arange(4)[None] + 30
-    batch = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}
+    batch, last_two = {"input_ids": ids_BL, "attention_mask": torch.ones_like(ids_BL)}, torch.tensor([2, 3])
     with Peak() as steps:
         for _ in range(2):
-            logits_NV = engine.logits(batch, ids_BL > 31)
+            logits_NV = engine.run_pass(batch, last_two, apply_layer)
             engine.backward(logits_NV.float().logsumexp(-1).sum(), last=True)
             engine.reduce(torch.zeros(1), scale=1.0, max_norm=1.0)
             engine.apply(1e-3)

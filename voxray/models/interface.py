@@ -37,6 +37,15 @@ Called with features_WFT, and with num_samples_W as well if the front end has ``
 """
 
 
+OutputFn = Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+"""Computes the result of a forward pass from the output layer and states_ND."""
+
+
+def apply_layer(layer: torch.nn.Module, states_ND: torch.Tensor) -> torch.Tensor:
+    """logits_NV."""
+    return layer(states_ND)
+
+
 class DecodeState(Protocol):
     """KV-cache state of the rows being generated. ``ModelFamily.prefill`` creates it."""
 
@@ -266,7 +275,13 @@ class ModelFamily(Protocol):
         ...
 
     def answer_logits(
-        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: Batch,
+        positions_N: torch.Tensor,
+        output: OutputFn = apply_layer,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """The forward pass of training, validation and perplexity. Computes logits at selected positions only.
 
@@ -275,10 +290,11 @@ class ModelFamily(Protocol):
                 ``answer_positions``.
             positions_N: Positions whose next token is to be predicted, counted through all rows (see
                 ``batches.collate``).
+            output: Computes the result; by default the logits.
             roles_in_every_pass: Roles that must take part even if the batch has no audio, because all workers must
                 compute with the same weights in the same order. Their weights then get gradients of zero.
         Returns:
-            logits_NV.
+            The result of ``output``: logits_NV.
         """
         ...
 

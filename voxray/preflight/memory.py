@@ -17,6 +17,7 @@ from voxray.models.interface import ModelFamily
 from voxray.models.parts.cpu_lm_head import MIN_OUTPUTS
 from voxray.models.parts.kv_cache import CACHE_GROWTH
 from voxray.models.parts.layer_units import LayerUnit, find_units
+from voxray.models.parts.losses import MAX_LOGITS
 from voxray.models.weight_sizes import TRAINED, stored_bytes, weight_bytes
 from voxray.preflight.activations import FLOAT32, ActivationBytes, ActivationCounter
 from voxray.preflight.shapes import ComputeConfig, PackShape
@@ -231,8 +232,9 @@ class MemoryModel:
         return by_role
 
     def _logit_bytes(self, shape: PackShape) -> int:
-        """The logits, their log-probabilities and the gradient, all in float32."""
-        return shape.num_answer_tokens * self._vocabulary_size * 3 * FLOAT32
+        """The logits, their log-probabilities and the gradient, all in float32, of all answer tokens or of a chunk."""
+        count = shape.num_answer_tokens * self._vocabulary_size
+        return (count if self._training.weight_shards > 1 else min(count, MAX_LOGITS)) * 3 * FLOAT32
 
     def _dequantized_bytes(self) -> int:
         """Quantised weights are dequantised for each product, one layer at a time."""

@@ -145,7 +145,7 @@ class TrialRunner:
 
     def _step(self, batch: Batch) -> None:
         seed_microbatch(0, 0, 0)
-        loss = task_losses(self._engine.logits, batch, self._settings.label_smoothing).sum()
+        loss = task_losses(self._engine.run_pass, batch, self._settings.label_smoothing).sum()
         self._engine.backward(loss / max(1, len(trainable_parameters(self.model))), last=True)
         del loss
         self._engine.reduce(torch.zeros(1, device=self._device), scale=1.0, max_norm=self._settings.max_grad_norm)

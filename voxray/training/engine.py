@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import HashStore
 
 from voxray.batches.rank import Worker
 from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
-from voxray.models.interface import ModelFamily
+from voxray.models.interface import Batch, ModelFamily, OutputFn
 
 OptimizerState = dict[str, dict[str, torch.Tensor]]
 """{parameter name: {"step", "exp_avg", "exp_avg_sq"}}, as AdamW names them."""
@@ -37,9 +37,15 @@ class CheckpointState:
 
 
 class Engine(Protocol):
-    """Computes optimizer steps on all workers together. Every worker makes the same calls, in the same order."""
+    """Computes optimizer steps on all workers together. Every worker makes the same calls, in the same order.
 
-    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
+    Attributes:
+        shards_output: Whether the output layer is sharded, so that all workers have to call it equally often.
+    """
+
+    shards_output: bool
+
+    def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
         """Run the forward pass, as the family's ``answer_logits`` does."""
         ...
 
@@ -87,6 +93,8 @@ class DataParallel:
         family: Family whose ``answer_logits`` is the forward pass.
     """
 
+    shards_output = False
+
     def __init__(self, model: Any, family: ModelFamily, worker: Worker, *, lr: float, weight_decay: float) -> None:
         self.model, self.worker, self._family = model, worker, family
         self._named, groups = parameter_groups(model, family)
@@ -94,8 +102,8 @@ class DataParallel:
         # one implementation for all devices, because fused rounds differently from foreach and plain
         self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
 
-    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
-        return self._family.answer_logits(self.model, batch, positions_N)
+    def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
+        return self._family.answer_logits(self.model, batch, positions_N, output)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()

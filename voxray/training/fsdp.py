@@ -7,6 +7,7 @@ too. Checkpoints are the same files as those of the other strategies, for any nu
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from voxray.batches.rank import Worker
 from voxray.models.adapters.lora import adapter_tensors, trainable_parameters
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.interface import ModelFamily
+from voxray.models.interface import Batch, ModelFamily, OutputFn
 from voxray.models.parts.layer_units import LayerUnit, find_units
 from voxray.training.engine import (
     CheckpointState,
@@ -42,6 +43,8 @@ class Fsdp(DataParallel):
         offload_optimizer: Keep sharded trainable weights and their optimizer state in the memory of the CPU.
     """
 
+    shards_output = True
+
     def __init__(
         self,
         model: Any,
@@ -63,9 +66,10 @@ class Fsdp(DataParallel):
         self._own_passes = OwnPasses(self._units, _gather_once)
         super().__init__(model, family, worker, lr=lr, weight_decay=weight_decay)
 
-    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
+    def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
         roles = self._roles_in_every_pass
-        return self._root(lambda: self._family.answer_logits(self.model, batch, positions_N, roles_in_every_pass=roles))
+        answer = partial(self._family.answer_logits, self.model, batch, positions_N, output, roles_in_every_pass=roles)
+        return self._root(answer)
 
     def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
         sharded = [parameter for parameter in self._parameters if isinstance(parameter, DTensor)]

@@ -21,7 +21,7 @@ from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
 from voxray.models.interface import Batch, ModelFamily
-from voxray.models.parts.losses import LogitsFn, token_losses
+from voxray.models.parts.losses import PassFn, token_losses
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
 from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress
@@ -179,7 +179,8 @@ def train_step(
     for number, (microbatch, batch) in enumerate(microbatches, 1):
         seed_microbatch(settings.seed, step, microbatch.number)
         batch = to_device(batch, worker.device)
-        loss_T = task_losses(state.engine.logits, batch, settings.label_smoothing)
+        options = {"in_chunks": not state.engine.shards_output}
+        loss_T = task_losses(state.engine.run_pass, batch, settings.label_smoothing, **options)
         is_counted = float(not microbatch.is_filler)
         weight = is_counted / tokens_T.sum() * scaler.scale
         state.engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
@@ -208,15 +209,15 @@ def answer_loss(model: Any, family: ModelFamily, batch: Batch, label_smoothing: 
     return task_losses(partial(family.answer_logits, model), batch, label_smoothing)
 
 
-def task_losses(logits: LogitsFn, batch: Batch, label_smoothing: float) -> torch.Tensor:
+def task_losses(run_pass: PassFn, batch: Batch, label_smoothing: float, *, in_chunks: bool = True) -> torch.Tensor:
     """Cross entropy summed per task, over answer tokens only.
 
     Args:
-        logits: The forward pass: batch, positions_N -> logits_NV.
+        in_chunks: See ``TokenLosses``.
     Returns:
         float32, shape (number of tasks,).
     """
-    loss_N = token_losses(logits, batch, label_smoothing)
+    loss_N = token_losses(run_pass, batch, label_smoothing, in_chunks=in_chunks)
     task, labels_BL = batch["task"], batch["labels"]
     task_BL = task if task.dim() == 2 else task[:, None].expand_as(labels_BL)  # a pack has a task per token
     task_N = task_BL.flatten().index_select(0, batch["answer_positions"])

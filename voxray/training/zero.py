@@ -28,7 +28,7 @@ import torch.distributed as dist
 from voxray.batches.rank import Worker
 from voxray.core.errors import RunError
 from voxray.models.adapters.lora import adapter_tensors, find_role
-from voxray.models.interface import ModelFamily
+from voxray.models.interface import Batch, ModelFamily, OutputFn
 from voxray.models.parts.layer_units import LayerUnit, around_forward, find_units
 from voxray.training.engine import (
     CheckpointState,
@@ -70,7 +70,7 @@ class Zero:
         lr: float,
         weight_decay: float,
     ) -> None:
-        self.model, self.worker, self._stage = model, worker, stage
+        self.model, self.worker, self._stage, self.shards_output = model, worker, stage, stage == 3
         self._named, groups = parameter_groups(model, family)
         self._adapter = adapter_tensors(model)
         self._is_linked = False
@@ -96,8 +96,8 @@ class Zero:
             dist_init_required=False,
         )
 
-    def logits(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
-        return self._engine(batch, positions_N)
+    def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
+        return self._engine(batch, positions_N, output)
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -211,8 +211,9 @@ class _Forward(torch.nn.Module):
         super().__init__()
         self.model, self._family, self._roles_in_every_pass = model, family, roles_in_every_pass
 
-    def forward(self, batch: dict[str, torch.Tensor], positions_N: torch.Tensor) -> torch.Tensor:
-        return self._family.answer_logits(self.model, batch, positions_N, roles_in_every_pass=self._roles_in_every_pass)
+    def forward(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
+        roles = self._roles_in_every_pass
+        return self._family.answer_logits(self.model, batch, positions_N, output, roles_in_every_pass=roles)
 
 
 def _partition(

@@ -28,6 +28,7 @@ from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import AudioFeatures
 from voxray.models.hf_files import build_on_meta, read_config, unwrap_peft
+from voxray.models.interface import OutputFn, apply_layer
 from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.parts.losses import at_positions
 from voxray.models.parts.packed_attention import use_training_attention
@@ -209,13 +210,19 @@ class ToyFamily(FamilyDefaults):
         raise NotImplementedError("the toy has nothing to compile")
 
     def answer_logits(
-        self, model: Any, batch: dict[str, torch.Tensor], positions_N: torch.Tensor, *, roles_in_every_pass: Any = ()
+        self,
+        model: Any,
+        batch: dict[str, torch.Tensor],
+        positions_N: torch.Tensor,
+        output: OutputFn = apply_layer,
+        *,
+        roles_in_every_pass: Any = (),
     ) -> torch.Tensor:
         base, inputs = unwrap_peft(model), dict[str, Any](batch)
         embeddings_BLD = base.embed(inputs.pop("input_ids"), inputs.pop("input_features", None))
         inputs = use_training_attention(base.writer.model, inputs, positions_N.device)
         hidden_BLD = base.writer.model(inputs_embeds=embeddings_BLD, use_cache=False, **inputs).last_hidden_state
-        return base.writer.lm_head(at_positions(hidden_BLD, positions_N))
+        return output(base.writer.lm_head, at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[CausalDecodeState, torch.Tensor]:
         base = unwrap_peft(model)

@@ -26,7 +26,7 @@ from voxray.models.audio_lm.front_end import AudioLmFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, library_class, unwrap_peft
-from voxray.models.interface import AudioPath, Batch
+from voxray.models.interface import AudioPath, Batch, OutputFn, apply_layer
 from voxray.models.parts.audio_encoder import EncoderMethods
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.kv_cache import CausalDecodeState
@@ -149,7 +149,13 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         return silent_audio(base, self.facts, with_encoder, device)
 
     def answer_logits(
-        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: Batch,
+        positions_N: torch.Tensor,
+        output: OutputFn = apply_layer,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions. With 131,072 tokens, logits are most of a step's memory."""
         base = unwrap_peft(model)
@@ -158,7 +164,7 @@ class AudioLm(EncoderMethods, FamilyDefaults):
         with zero_audio_gradients(base.get_input_embeddings(), roles, partial(self.silent_audio, base)):
             # Without a cache, because with one transformers lets the samples of a packed row attend to each other.
             hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
-        return base.lm_head(at_positions(hidden_BLD, positions_N))
+        return output(base.lm_head, at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: Batch) -> tuple[CausalDecodeState, torch.Tensor]:
         """Run left-padded prompts; returns their state and logits_BV of the first new token."""

@@ -21,7 +21,7 @@ from voxray.models.audio_seq2seq.front_end import AudioSeq2SeqFrontEnd
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, library_class, unwrap_peft
-from voxray.models.interface import AudioPath, Batch
+from voxray.models.interface import AudioPath, Batch, OutputFn, apply_layer
 from voxray.models.parts.audio_encoder import EncoderMethods, PassThrough, first_columns
 from voxray.models.parts.cpu_lm_head import few_rows_linear
 from voxray.models.parts.cross_kv_cache import CrossDecodeState
@@ -131,7 +131,13 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         return batch["input_ids"], batch["attention_mask"]
 
     def answer_logits(
-        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: Batch,
+        positions_N: torch.Tensor,
+        output: OutputFn = apply_layer,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions; every row has audio, so ``roles_in_every_pass`` has no effect."""
         base, decoder = unwrap_peft(model), unwrap_peft(model).model.decoder
@@ -142,7 +148,7 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         assert len(inputs["input_ids"]) == len(batch["input_features"]), "one window a row"
         inputs = use_training_attention(decoder, inputs, positions_N.device)
         hidden_BLD = decoder(use_cache=False, **inputs, **self.encode_audio(base, batch)).last_hidden_state
-        return base.proj_out(at_positions(hidden_BLD, positions_N))
+        return output(base.proj_out, at_positions(hidden_BLD, positions_N))
 
     @torch.no_grad()
     def prefill(self, model: Any, batch: Batch) -> tuple[CrossDecodeState, torch.Tensor]:

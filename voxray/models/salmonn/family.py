@@ -18,7 +18,7 @@ from voxray.core.tasks import TASKS
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, unwrap_peft
-from voxray.models.interface import AudioPath, Batch, InitAdapter
+from voxray.models.interface import AudioPath, Batch, InitAdapter, OutputFn, apply_layer
 from voxray.models.layer_names import LayerNames
 from voxray.models.parts.audio_encoder import PassThrough
 from voxray.models.parts.cpu_lm_head import few_rows_linear
@@ -186,7 +186,13 @@ class Salmonn(FamilyDefaults):
         compile_layers(unwrap_peft(model).llama_model.model, model.device)
 
     def answer_logits(
-        self, model: Any, batch: Batch, positions_N: torch.Tensor, *, roles_in_every_pass: Sequence[str] = ()
+        self,
+        model: Any,
+        batch: Batch,
+        positions_N: torch.Tensor,
+        output: OutputFn = apply_layer,
+        *,
+        roles_in_every_pass: Sequence[str] = (),
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions."""
         base = unwrap_peft(model)
@@ -196,7 +202,7 @@ class Salmonn(FamilyDefaults):
         language_model = base.llama_model.model
         inputs = use_training_attention(language_model, inputs, positions_N.device)
         hidden_BLD = language_model(use_cache=False, **inputs).last_hidden_state
-        return base.llama_model.lm_head(at_positions(hidden_BLD, positions_N))
+        return output(base.llama_model.lm_head, at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: Batch) -> tuple[CausalDecodeState, torch.Tensor]:
         """Run left-padded prompts; returns their state and logits_BV of the first new token."""
