@@ -46,7 +46,7 @@ class ForcedLengths(LogitsProcessor):
         self.lengths, self.prompt_length, self.eos_id = torch.tensor(lengths), prompt_length, eos_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        is_done = input_ids.shape[1] - self.prompt_length >= self.lengths
+        is_done = input_ids.shape[1] - self.prompt_length >= self.lengths.to(scores.device)
         scores[is_done] = -float("inf")
         scores[is_done, self.eos_id] = 0
         return scores
@@ -77,6 +77,7 @@ def generate_plain(
     for start in range(0, len(rows), batch_size):
         numbers = range(start, min(start + batch_size, len(rows)))
         batch = library_batch(collate_prompts([rows[number] for number in numbers], front_end))
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         batch_clips = [clips[number] for number in numbers if number in clips] if clips is not None else []
         if batch_clips:
             options = {"sampling_rate": 16_000, "padding": "max_length", "return_tensors": "pt"}

@@ -41,6 +41,7 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from voxray.batches.collate import collate_training
+from voxray.batches.rank import CPU
 from voxray.config.train import MultitaskSettings
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import featurize
@@ -142,21 +143,27 @@ def trainer_batch(features: Features, front_end: Any, numbers: list[int]) -> dic
     return library_batch(collate_training([features.row(number) for number in numbers], front_end))
 
 
-def run_trainer(model: Any, features: Features, collate: Callable[..., Any], folder: Path, *, grouped: bool) -> float:
-    """Train one epoch; returns its seconds."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH_ROWS,
-        num_train_epochs=1,
-        learning_rate=1e-4,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=2 if grouped else 0,
-    )
+def run_trainer(
+    model: Any, features: Features, collate: Callable[..., Any], folder: Path, *, grouped: bool, **options: Any
+) -> float:
+    """Train one epoch; returns its seconds.
+
+    Args:
+        options: Arguments of Trainer that replace those for a CPU.
+    """
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": BATCH_ROWS,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-4,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 2 if grouped else 0,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**values, **options})
     trainer_class = LengthTrainer if grouped else Trainer
     trainer = trainer_class(model=model, args=arguments, train_dataset=Rows(features), data_collator=collate)
     start_sec = time.perf_counter()
@@ -183,17 +190,25 @@ def train_plain(model_id: str, features: Features, clips: dict[int, np.ndarray],
     return run_trainer(model, features, collate, folder, grouped=False)
 
 
-def train_strong(model_id: str, features: Features, folder: Path) -> float:
-    """One epoch of Trainer at its best, in seconds."""
+def train_strong(
+    model_id: str,
+    features: Features,
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    **options: Any,
+) -> float:
+    """One epoch of Trainer at its best, in seconds; ``options`` as in ``run_trainer``."""
     family = get_family(model_id)
     front_end = family.front_end(model_id)
-    base = family.load_model(model_id, dtype=torch.float32, device=torch.device("cpu"))
+    base = family.load_model(model_id, dtype=dtype, device=device)
     model = add_lora(base, family, ("llm",), model_id=model_id, r=LORA["r"], alpha=16, dropout=0.0)  # type: ignore[arg-type]
 
     def collate(items: list[dict[str, int]]) -> dict[str, torch.Tensor]:
         return trainer_batch(features, front_end, [item["number"] for item in items])
 
-    return run_trainer(model, features, collate, folder, grouped=True)
+    return run_trainer(model, features, collate, folder, grouped=True, **options)
 
 
 def train_voxray(model_id: str, features: Features, run_dir: Path) -> float:
