@@ -98,9 +98,12 @@ def generate(
 ) -> Iterator[tuple[int, Completion]]:
     """Answer rows, ``batch_size`` at a time, and yield (index of the row, answer) as soon as the answer is finished."""
     limits = [max(1, min(sampling.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
-    is_alone = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
-    together = [index for index in range(len(rows)) if not is_alone[index]]
-    batches = [[index] for index in range(len(rows)) if is_alone[index]]
+    is_sequential = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
+    together = [index for index in range(len(rows)) if not is_sequential[index]]
+    batches = [[index] for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows == 1]
+    recordings = [index for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows > 1]
+    recordings.sort(key=lambda index: -rows[index].num_windows)  # those that end leave a batch, and none joins it
+    batches += [recordings[start : start + batch_size] for start in range(0, len(recordings), batch_size)]
     if sampling.is_greedy:
         options = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
         batched_rows = [rows[index] for index in together]
@@ -117,7 +120,7 @@ def generate(
         sec = (time.perf_counter() - start_sec) / len(batch)
         for index, ids, language in zip(batch, ids_per_row, languages, strict=True):
             # a row that is generated window by window may reach the limit in each window
-            longest = limit * rows[index].num_windows if is_alone[index] else limit
+            longest = limit * rows[index].num_windows if is_sequential[index] else limit
             yield index, _completion(ids, front_end, longest, sec, language)
 
 

@@ -128,6 +128,8 @@ class DataParallel:
         self.optimizer.zero_grad(set_to_none=True)
 
     def checkpoint_state(self) -> CheckpointState:
+        if not self.worker.is_first:
+            return CheckpointState({}, {})
         by_index = self.optimizer.state_dict()["state"]
         optimizer_state = {self._named[index][0]: copy_to_cpu(entry) for index, entry in by_index.items()}
         return CheckpointState(copy_to_cpu(adapter_tensors(self.model)), optimizer_state)

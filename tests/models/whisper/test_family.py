@@ -266,3 +266,22 @@ def test_other_model_types_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Exception, match="model type 'bert' is not supported: supported are voxtral, whisper"):
         get_family(str(tmp_path))
+
+
+def test_recordings_of_different_lengths_go_together(model, features, make_features, tmp_path):
+    """Each has the text that it has alone, with a named or a detected language, beside clips of one window."""
+    clips = {row["audio_path"]: row["language"] for row in read_rows(manifest("base.val"))}
+    by_language = {code: [path for path, each in clips.items() if each == code] for code in set(clips.values())}
+    recordings, kinds = [], [(6, "en", True), (21, "en", False), (13, "ko", True), (9, "ko", False)]
+    for number, (seconds, code, is_named) in enumerate(kinds):
+        path, speech = tmp_path / f"{number}.wav", np.concatenate([decode(each, 16_000) for each in by_language[code]])
+        soundfile.write(path, np.resize(speech, seconds * 16_000), 16_000)
+        recordings.append({"audio_path": str(path), "transcript": "x", **({"language": code} if is_named else {})})
+    manifest_path = write_rows(tmp_path / "long.jsonl", recordings)
+    stored = Features(make_features(manifest_path, model_id=WHISPER))
+    rows = [stored.row(number) for number in range(len(recordings))]
+    assert len({row.num_windows for row in rows}) > 2 and min(row.num_windows for row in rows) > 1
+    alone = [completions(model, [row])[0] for row in rows]
+    together = completions(model, [*short(features)[:2], *rows])[2:]
+    assert [(answer.text, answer.language) for answer in together] == [(each.text, each.language) for each in alone]
+    assert all(answer.text for answer in together)

@@ -8,6 +8,7 @@ encoder positions, D width, N predicted positions, V vocabulary.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,7 +18,13 @@ from voxray.core.errors import library_errors
 from voxray.models.audio_seq2seq.family import ENCODER, AudioSeq2Seq, pad_rows
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import AudioPath, Batch
-from voxray.models.parts.audio_encoder import EncoderMethods, EncoderOutputs, PassThrough, replace_audio_encoder
+from voxray.models.parts.audio_encoder import (
+    EncoderMethods,
+    EncoderOutputs,
+    PassThrough,
+    first_columns,
+    replace_audio_encoder,
+)
 from voxray.models.parts.layer_compile import eager_mode
 from voxray.models.whisper.front_end import WhisperFrontEnd
 
@@ -80,7 +87,7 @@ class Whisper(AudioSeq2Seq):
 
     @torch.no_grad()
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
-        """Generate transcripts; a recording of several windows goes through transformers' sequential algorithm.
+        """Generate transcripts; recordings of several windows go through transformers' sequential algorithm.
 
         Prompts without a language get the language that the model detects, in ``batch`` as well.
 
@@ -100,8 +107,7 @@ class Whisper(AudioSeq2Seq):
             )
         with eager_mode(base.model.decoder):
             if is_long:
-                ids_BL, _ = self.complete_prompts(base, batch, _encode(base, features[:1]))
-                return self._generate_long(base, ids_BL[0], features, num_samples[0], options)
+                return self._generate_long(base, batch, num_samples, options)
             states_BPD = _encode(base, features)
             ids_BL, mask_BL = self.complete_prompts(base, batch, states_BPD)
             free_positions = base.config.max_target_positions - ids_BL.shape[1]  # a detected language takes one
@@ -118,15 +124,25 @@ class Whisper(AudioSeq2Seq):
             )
 
     def _generate_long(
-        self, base: Any, prompt_L: torch.Tensor, mel_WFT: torch.Tensor, num_samples: int, options: dict[str, Any]
+        self, base: Any, batch: Batch, num_samples: Sequence[int], options: dict[str, Any]
     ) -> torch.Tensor:
-        """Transcribe one recording of several windows; each begins at the end time written for the previous one."""
-        language_ids = _language_ids(base)
-        languages = {token.strip("<|>") for token, token_id in language_ids.items() if token_id in prompt_L.tolist()}
-        task = {"language": next(iter(languages), None), "task": "transcribe"} if language_ids else {}
-        num_frames = num_samples // HOP_SAMPLES
-        mel_1FT = torch.cat(list(mel_WFT), dim=-1)[None, :, :num_frames].to(base.dtype)
-        return base.generate(input_features=mel_1FT, return_timestamps=True, **task, **options)
+        """Transcribe recordings of several windows together. In each of them, a window begins at the end time that was
+        written for the previous one."""
+        mel_WFT = batch["input_features"]
+        counts = [-(-number // (mel_WFT.shape[-1] * HOP_SAMPLES)) for number in num_samples]
+        firsts = [0, *accumulate(counts[:-1])]
+        prompts = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))[0].tolist()
+        tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
+        languages = [next((tokens[each] for each in prompt if each in tokens), None) for prompt in prompts]
+        task = {"language": languages if languages[1:] else languages[0], "task": "transcribe"} if tokens else {}
+        frames = [number // HOP_SAMPLES for number in num_samples]
+        clips = [
+            torch.cat(list(windows), -1)[:, :end].T for windows, end in zip(mel_WFT.split(counts), frames, strict=True)
+        ]
+        mel_BFT = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2).to(base.dtype)
+        if languages[1:]:  # a single recording has no padding
+            options["attention_mask"] = first_columns(torch.tensor(frames, device=mel_BFT.device), max(frames))
+        return base.generate(input_features=mel_BFT, return_timestamps=True, **task, **options)
 
 
 def _language_ids(base: Any) -> dict[str, int]:
