@@ -1,7 +1,7 @@
 """Run the jobs on models of full size with random weights, and measure time and memory.
 
 Voxtral-Mini has 4.7 billion weights, 9.4 GB in bfloat16, and SALMONN-7B takes 15.0 GB. A machine with 24 GiB and no
-GPU can train and export them. Each job takes two steps or answers two rows. Prints for each job its seconds, those of
+GPU can train and export them. Each job takes one or two steps, or answers two rows. Prints for each job its seconds, those of
 its steps, the largest memory of all its processes, and what preflight predicts for one worker of a training. The bases
 are written once and stay in the folder.
 
@@ -147,8 +147,9 @@ def jobs(folder: Path, rows: dict[str, str]) -> dict[str, Job]:
     usual = f"--features_dir {folder}/features --grad_ckpt --per_device_bsz 2 --grad_accum 1 --save_steps 1"
     alone, tasks = f"{usual} --num_workers 0", ",".join(rows.values())
     text = f"--train_jsonl {rows['tqa']} {alone} --bf16"
-    multitask = f"--train_jsonl {tasks} {usual} --bf16 --batching packed --max_steps 2"
-    asr = f"--train_jsonl {rows['asr']} {alone} --max_steps 2"
+    multitask = f"--train_jsonl {tasks} {usual} --bf16 --batching packed --trim_audio_tokens --max_steps 2"
+    asr = f"--train_jsonl {rows['asr']} {alone}"
+    one_row = f"{asr.replace('--per_device_bsz 2', '--per_device_bsz 1')} --max_steps 1"
     answers = f"--bf16 --lora_dir {folder}/adapter"
     mini, first_checkpoint = "Voxtral-Mini-3B", folder / "again/checkpoints/step-000001"
     return {
@@ -158,7 +159,9 @@ def jobs(folder: Path, rows: dict[str, str]) -> dict[str, Job]:
         ),
         "resumed": Job(mini, "train_text", f"{text} --output_dir {folder}/again --max_steps 2"),
         "4bit": Job(mini, "train_text", f"{text} --output_dir {folder}/4bit --quantize 4bit --max_steps 2"),
-        "train_asr_adapter": Job(mini, "train_asr_adapter", f"{asr} --output_dir {folder}/asr --bf16"),
+        "train_asr_adapter": Job(
+            mini, "train_asr_adapter", f"{asr} --output_dir {folder}/asr --bf16 --max_steps 2 --trim_audio_tokens"
+        ),
         "train_multitask": Job(
             mini, "train_multitask", f"{multitask} --output_dir {folder}/multitask --num_workers 1", submitted=True
         ),
@@ -172,9 +175,11 @@ def jobs(folder: Path, rows: dict[str, str]) -> dict[str, Job]:
             f"{answers} --val_jsonl {rows['asr']} --output_dir {folder}/answers --gen_max_new_tokens 8",
         ),
         "export": Job(mini, "export", f"--lora_dir {folder}/adapter --output_dir {folder}/exported"),
-        "SALMONN-7B": Job("SALMONN-7B", "train_salmonn", f"{asr} --output_dir {folder}/salmonn --bf16"),
-        "whisper bf16": Job("whisper-large-v3", "train_whisper", f"{asr} --output_dir {folder}/whisper-bf16 --bf16"),
-        "whisper fp32": Job("whisper-large-v3", "train_whisper", f"{asr} --output_dir {folder}/whisper-fp32"),
+        "SALMONN-7B": Job("SALMONN-7B", "train_salmonn", f"{one_row} --output_dir {folder}/salmonn --bf16"),
+        "whisper bf16": Job(
+            "whisper-large-v3", "train_whisper", f"{one_row} --output_dir {folder}/whisper-bf16 --bf16"
+        ),
+        "whisper fp32": Job("whisper-large-v3", "train_whisper", f"{one_row} --output_dir {folder}/whisper-fp32"),
     }
 
 
