@@ -1,9 +1,9 @@
 """Run the jobs on models of full size with random weights, and measure time and memory.
 
 Voxtral-Mini has 4.7 billion weights, 9.4 GB in bfloat16, and SALMONN-7B takes 15.0 GB. A machine with 24 GiB and no
-GPU can train and export them. Each job takes one or two steps, or answers two rows. Prints for each job its seconds, those of
-its steps, the largest memory of all its processes, and what preflight predicts for one worker of a training. The bases
-are written once and stay in the folder.
+GPU can train and export them. Each job takes one or two steps, or answers two rows. Prints for each job its seconds,
+those of its steps, the largest memory of all its processes, and what preflight predicts for one worker of a training.
+The bases are written once and stay in the folder.
 
     python benchmarks/full_size.py --folder runs/full-size
     python benchmarks/full_size.py --folder runs/full-size --only train_text,export
@@ -151,7 +151,7 @@ def jobs(folder: Path, rows: dict[str, str]) -> dict[str, Job]:
     asr = f"--train_jsonl {rows['asr']} {alone}"
     one_row = f"{asr.replace('--per_device_bsz 2', '--per_device_bsz 1')} --max_steps 1"
     answers = f"--bf16 --lora_dir {folder}/adapter"
-    mini, first_checkpoint = "Voxtral-Mini-3B", folder / "again/checkpoints/step-000001"
+    mini, whisper, first_checkpoint = "Voxtral-Mini-3B", "whisper-large-v3", folder / "again/checkpoints/step-000001"
     return {
         "train_text": Job(mini, "train_text", f"{text} --output_dir {folder}/text --max_steps 2"),
         "killed after step 1": Job(
@@ -179,7 +179,7 @@ def jobs(folder: Path, rows: dict[str, str]) -> dict[str, Job]:
         "whisper bf16": Job(
             "whisper-large-v3", "train_whisper", f"{one_row} --output_dir {folder}/whisper-bf16 --bf16"
         ),
-        "whisper fp32": Job("whisper-large-v3", "train_whisper", f"{one_row} --output_dir {folder}/whisper-fp32"),
+        "whisper fp32": Job(whisper, "train_whisper", f"{one_row} --output_dir {folder}/whisper-fp32"),
     }
 
 
