@@ -169,6 +169,28 @@ def test_long_recordings(tmp_path: Path, model: Path, seconds: int) -> None:
     assert entry["prediction"] == expected and len(expected) > 2 * seconds
 
 
+def test_long_recordings_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight recordings of 35 to 90 s in one batch have the texts that transformers gives to each of them alone."""
+    english = [decode(row["audio_path"], RATE_HZ) for row in clips() if row["language"] == "en"]
+    rows = []
+    for number in range(8):
+        path = tmp_path / f"{number}.wav"
+        speech = np.concatenate(english[number % len(english) :] + english[: number % len(english)])
+        soundfile.write(path, np.resize(speech, round(RATE_HZ * (35 + 7.9 * number))), RATE_HZ)
+        rows.append({"audio_path": str(path), "transcript": "x", "language": "en"})
+    argv = ["--model_id", str(BASE), "--jsonl", write_rows(tmp_path / "rows.jsonl", rows), "--max_new_tokens", "200"]
+    answers, seconds = {}, {}
+    for batch_size in ("1", "8"):
+        start = time.process_time()
+        entries = run_inference(parse_only("infer", [*argv, "--batch_size", batch_size]), "")
+        seconds[batch_size] = time.process_time() - start
+        answers[batch_size] = [entry["prediction"] for entry in entries]
+    with capsys.disabled():
+        print(f"\n8 recordings together take {seconds['8'] / seconds['1']:.2f} of the CPU seconds of one at a time")
+    assert answers["8"] == answers["1"]
+    assert answers["8"] == [text_of_transformers(BASE, row["audio_path"], "en", max_new_tokens=200) for row in rows]
+
+
 def train(output_dir: Path, *flags: str) -> dict[str, Any]:
     english = [row for row in clips() if row["language"] in {"en", "fr", "de", "es"}]
     manifest = write_rows(output_dir.with_name("train.jsonl"), english)
