@@ -159,11 +159,14 @@ class AudioLm(EncoderMethods, FamilyDefaults):
     ) -> torch.Tensor:
         """Compute logits_NV at selected positions. With 131,072 tokens, logits are most of a step's memory."""
         base = unwrap_peft(model)
-        inputs = use_training_attention(base.model.language_model, self.embed_audio(base, batch), positions_N.device)
         roles = () if "input_features" in batch else roles_in_every_pass
         with zero_audio_gradients(base.get_input_embeddings(), roles, partial(self.silent_audio, base)):
-            # Without a cache, because with one transformers lets the samples of a packed row attend to each other.
-            hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
+            inputs = self.embed_audio(base, batch)
+            if "input_ids" in inputs:  # embeddings come first in all batches, because workers gather them in one order
+                inputs["inputs_embeds"] = base.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs = use_training_attention(base.model.language_model, inputs, positions_N.device)
+        # Without a cache, because with one transformers lets the samples of a packed row attend to each other.
+        hidden_BLD = base.model(use_cache=False, **inputs).last_hidden_state
         return output(base.lm_head, at_positions(hidden_BLD, positions_N))
 
     def prefill(self, model: Any, batch: Batch) -> tuple[CausalDecodeState, torch.Tensor]:

@@ -37,8 +37,8 @@ class TokenLosses:
     in_chunks: bool = True
 
     def __call__(self, layer: torch.nn.Module, states_ND: torch.Tensor) -> torch.Tensor:
-        assert isinstance(layer.weight, torch.Tensor)
-        size = max(1, MAX_LOGITS // layer.weight.shape[0])
+        assert isinstance(layer.out_features, int)  # a sharded weight may have no rows
+        size = max(1, MAX_LOGITS // layer.out_features)
         if not self.in_chunks or len(states_ND) <= size:
             return self._losses(layer, states_ND, self.labels_N)
         chunks = zip(states_ND.split(size), self.labels_N.split(size), strict=True)
