@@ -13,6 +13,7 @@ import pytest
 from conftest import TINY
 from helpers.running import ROOT, Driver, alive, parse_only
 
+from voxray.cluster.session import RAY_SETTINGS, WITH_ADDRESS
 from voxray.commands.tune import run_sweep
 from voxray.sweep.trials import Trial, read_trials
 
@@ -30,11 +31,26 @@ def numbers(trial: Trial, kind: str) -> list[int]:
     return [record["step"] for record in map(json.loads, lines) if record["kind"] == kind]
 
 
+@pytest.fixture(scope="module")
+def ray_of_sweeps() -> Iterator[None]:
+    """A Ray that was started as a sweep starts it.
+
+    If Tune kills a trial, Ray Train asks the dashboard whether its controller is alive, and then frees its CPUs.
+    """
+    os.environ.update(RAY_SETTINGS)
+    import ray
+
+    ray.shutdown()
+    ray.init(address="local", num_cpus=4, log_to_driver=False, **WITH_ADDRESS)
+    yield
+    ray.shutdown()
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_trials_are_trained_stopped_and_repeated(
-    local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_of_sweeps: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One trial learns, one diverges and fails, one learns nothing and is stopped; then two more seeds of the best."""
     import ray
@@ -69,7 +85,7 @@ def test_trials_are_trained_stopped_and_repeated(
 @pytest.mark.ray
 @pytest.mark.timeout(1800)
 def test_optuna_and_the_median_with_two_trials_at_a_time(
-    local_ray: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_of_sweeps: None, small: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ranks and a range of rates: each trial equals a run with its values, and two run at the same time."""
     pytest.importorskip("optuna")
