@@ -72,7 +72,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 def environment() -> dict[str, str]:
     """Environment of a job started as a process: this repository's code, no network, no other cluster."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    others = ("RAY_", "PYTEST_", "LOCAL_RANK")  # DeepSpeed needs the last one, which tells Trainer of other processes
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(others)}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     isolated = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
     return {**inherited, **isolated, "PYTHONPATH": path}
