@@ -254,7 +254,9 @@ def predicted(job: Job, base: str, folder: Path) -> int:
     """Memory of one worker of a training job, in bytes, as preflight predicts it."""
     recipe = job.script.removeprefix("train_")
     output = flag(job, "--output_dir")
-    flags = f"--recipe {recipe} --no_tune {job.flags.replace(output, f'{folder}/unused')}"
+    flags = (
+        f"--recipe {recipe} --no_tune {job.flags.replace(f'--output_dir {output}', f'--output_dir {folder}/unused')}"
+    )
     assert run(Job(job.model, "preflight", flags), base, folder / "preflight.log", {}) in (0, 1)
     return json.loads((folder / "unused/preflight/preflight.json").read_text())["memory"]["predicted_bytes"]
 
@@ -295,7 +297,7 @@ def main() -> None:
         figures = table[name] = measure(job, base, folder / f"{name}.log")
         if job.script.startswith("train_"):
             figures["steps"] = step_seconds(output)
-        if "steps" in figures and not (is_resumed or job.killed_at):
+        if "steps" in figures and figures["status"] == 0 and not (is_resumed or job.killed_at):
             figures["predicted"] = predicted(job, base, folder)
         sizes = [f"{figures[key] / GIB:8.2f}" if key in figures else " " * 8 for key in ("private", "all", "predicted")]
         notes = [f"{sec:.0f}" for sec in figures.get("steps", ())]
