@@ -82,7 +82,12 @@ def write_base(folder: Path, name: str) -> None:
         tokens = json.loads((tiny / "config.json").read_text())
         config.update({key: value for key, value in tokens.items() if key.endswith(("token_id", "suppress_tokens"))})
         for path in tiny.iterdir():
-            if path.name not in ("config.json", "preprocessor_config.json", "model.safetensors"):
+            if path.name not in (
+                "config.json",
+                "preprocessor_config.json",
+                "processor_config.json",
+                "model.safetensors",
+            ):
                 shutil.copyfile(path, folder / path.name)
     else:
         model_class, config.audio_token_id = transformers.VoxtralForConditionalGeneration, AUDIO_TOKEN_ID
