@@ -97,13 +97,13 @@ def generate_plain(
 def generate_voxray(
     model: Any, family: Any, front_end: Any, features: Features, lengths: list[int], batch_size: int
 ) -> list[list[int]]:
-    """Answer rows with voxray's loop; returns the token ids of every row."""
-    order = sort_by_expected_length(features, range(len(features)))
+    """Answer the first rows with voxray's loop, one for each of ``lengths``; returns the token ids of every row."""
+    order = sort_by_expected_length(features, range(len(lengths)))
     stored = [features.row(row) for row in order]
     options = {"batch_size": batch_size, "limits": [lengths[row] for row in order]}
     completions = generate_greedy(model, family, front_end, stored, **options)
     ids_by_row = {order[completion.index]: completion.ids for completion in completions}
-    return [ids_by_row[row] for row in range(len(features))]
+    return [ids_by_row[row] for row in range(len(lengths))]
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:

@@ -20,6 +20,7 @@ ratios and one JSON line.
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -56,7 +57,12 @@ from voxray.recipes.training_data import TrainingData
 from voxray.training.loop import answer_loss
 from voxray.training.records import read_metrics
 
-ASSETS = Path(__file__).resolve().parents[1] / "tests/assets/voxtral-tiny"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from helpers.library import library_batch  # noqa: E402
+
+ASSETS = ROOT / "tests/assets/voxtral-tiny"
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
 BATCH_ROWS = 8
@@ -130,12 +136,6 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, int]:
         return {"number": number, "length": self.lengths[number]}
-
-
-def library_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a padded batch that transformers' models know."""
-    names = ("input_ids", "attention_mask", "labels", "input_features")
-    return {name: batch[name] for name in names if name in batch}
 
 
 def trainer_batch(features: Features, front_end: Any, numbers: list[int]) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from voxray.features.featurize import featurize
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import add_lora, trainable_parameters
 from voxray.models.parts import packed_attention as packed
+from voxray.models.parts.losses import pass_inputs
 from voxray.models.parts.packed_attention import PACKED
 from voxray.models.registry import get_family
 from voxray.recipes.training_data import TrainingData
@@ -83,10 +84,8 @@ def test_samples_of_a_pack_do_not_see_each_other(data, model):
     def logits(*order: int) -> list[torch.Tensor]:
         batch = collate_packed([rows[number] for number in order], front_end)
         ends = batch["segment_ends"].tolist()
-        for name in ("labels", "task", "answer_positions"):
-            del batch[name]
         with torch.no_grad():
-            logits_NV = family.answer_logits(model, batch, torch.arange(ends[-1]))
+            logits_NV = family.answer_logits(model, pass_inputs(batch), torch.arange(ends[-1]))
         return [logits_NV[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     alone = logits(3)[0]

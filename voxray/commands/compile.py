@@ -70,8 +70,7 @@ def run_compile(settings: CompileSettings) -> dict[str, Any]:
     )
     settings = assemble_base(settings, output_dir.parent)
     model_id, adapter = base_and_adapter(settings, settings.lora_dir)
-    is_full = adapter is not None and is_fully_tuned(adapter)
-    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_full)
+    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_fully_tuned(adapter))
     family = get_family(model_id)
     if settings.quantize != "none" and family.encoder_role in family.quantized:
         raise SettingsError(

@@ -39,6 +39,7 @@ from voxray.models.adapters.tied_weights import untie
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config, stored_dtype, unwrap_peft
 from voxray.models.interface import ModelFamily
+from voxray.models.parts.losses import pass_inputs
 from voxray.models.registry import get_family
 from voxray.models.safetensors_files import write_weights
 from voxray.runs.lease import output_lease
@@ -198,8 +199,7 @@ def probe_logits(model: Any, family: ModelFamily, front_end: FrontEnd) -> torch.
     length = batch["input_ids"].shape[1]
     ends = [len(row.prompt_ids) + len(row.target_ids) for row in rows]
     positions_N = torch.cat([row * length + torch.arange(end) for row, end in enumerate(ends)])
-    batch = {name: batch[name] for name in batch if name not in ("labels", "task", "answer_positions")}
-    return family.answer_logits(model, batch, positions_N).float()
+    return family.answer_logits(model, pass_inputs(batch), positions_N).float()
 
 
 def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -56,8 +56,9 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     with folder_lease(run.run_dir, run.remote.remote_dir):
         if not settings.overwrite:
             run.remote.fetch()
-        on_ray = count_workers(settings.num_workers)[1] > 0
-        settings = with_run_dtype(settings, run.run_dir, on_ray=on_ray)
+        num_workers = count_workers(settings.num_workers)
+        use_ray = num_workers[1] > 0
+        settings = with_run_dtype(settings, run.run_dir, on_ray=use_ray)
         run = replace(run, settings=settings)
         started_from = _starting_point(settings)
         if result := _result(run, started_from):
@@ -66,8 +67,6 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
         _open(run)
         _warn_about_shared_rows(settings)
         warn_about_unused_flags(settings)
-        num_workers = count_workers(settings.num_workers)
-        use_ray = num_workers[1] > 0
         if use_ray:
             with ray_session(run.run_dir / "ray.log", max(num_workers[1], MIN_ACTORS, settings.num_actors)):
                 num_workers = count_workers(settings.num_workers)  # again: the cluster may have other GPUs

@@ -16,7 +16,7 @@ from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.launch.elastic import count_workers
-from voxray.models.parts.arithmetic import gpus_have_bfloat16
+from voxray.models.parts.arithmetic import chooses_type, gpus_have_bfloat16
 from voxray.recipes.build_model import check_lora_targets
 from voxray.recipes.run_context import RunContext, assemble_inputs, require_family
 from voxray.runs.inputs import input_hashes
@@ -50,7 +50,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
     if "lora_targets" not in settings.domains:
         check_lora_targets(RunContext.create(base, run_dir=output_dir))
     with folder_lease(output_dir):
-        has_bfloat16 = gpus_have_bfloat16(on_ray=True)
+        has_bfloat16 = not chooses_type(base) and gpus_have_bfloat16(on_ray=True)
         inputs = input_hashes(base, "train_jsonl", "val_jsonl")
         has_bfloat16 = open_sweep(output_dir, settings, inputs, has_bfloat16)
         warn_about_unused_flags(settings)

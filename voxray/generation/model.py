@@ -106,8 +106,7 @@ def resolve_settings(
     if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
         kind = "with" if trimmed else "without"
         raise SettingsError(f"--trim_audio_tokens: {adapter or model_id} was trained {kind} it; leave the flag out")
-    is_full = adapter is not None and is_fully_tuned(adapter)
-    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_full, on_ray=on_ray)
+    settings = with_default_dtype(settings, model_id, is_fully_tuned=is_fully_tuned(adapter), on_ray=on_ray)
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 

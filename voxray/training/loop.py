@@ -172,28 +172,27 @@ def train_step(
     Returns:
         {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the votes.
     """
-    worker, scaler = state.worker, state.loss_scaler
+    worker, scaler, engine = state.worker, state.loss_scaler, state.engine
     tokens_T = answer_tokens(loader.plan, loader.features, step)
     losses_T = torch.zeros(len(TASKS), device=worker.device)
     losses: list[tuple[Microbatch, torch.Tensor]] = []
     for number, (microbatch, batch) in enumerate(microbatches, 1):
         seed_microbatch(settings.seed, step, microbatch.number)
         batch = to_device(batch, worker.device)
-        options = {"in_chunks": not state.engine.shards_output}
-        loss_T = task_losses(state.engine.run_pass, batch, settings.label_smoothing, **options)
+        loss_T = task_losses(engine.run_pass, batch, settings.label_smoothing, in_chunks=not engine.shards_output)
         is_counted = float(not microbatch.is_filler)
         weight = is_counted / tokens_T.sum() * scaler.scale
-        state.engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
+        engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
         losses_T += loss_T.detach() * is_counted
         losses.append((microbatch, loss_T.detach().sum()))
     numbers = torch.cat([losses_T, torch.tensor(votes).to(worker.device, non_blocking=True)])
-    sums, norm = state.engine.reduce(numbers, scale=scaler.scale, max_norm=settings.max_grad_norm)
+    sums, norm = engine.reduce(numbers, scale=scaler.scale, max_norm=settings.max_grad_norm)
     loss_sums, vote_sums = sums[: len(TASKS)], sums[len(TASKS) :]
     record = {"loss": sum(loss_sums) / float(tokens_T.sum()), "grad_norm": norm}
     if scaler.check_step(record["loss"], norm, fp16=settings.fp16):
-        state.engine.apply(lr)
+        engine.apply(lr)
     else:
-        state.engine.drop()
+        engine.drop()
         scaler.nonfinite_rows = [row for each, loss in losses if not loss.isfinite() for row in each.rows.tolist()]
     record["skipped"] = scaler.skipped
     if settings.fp16:

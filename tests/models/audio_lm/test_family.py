@@ -21,7 +21,7 @@ from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters, trainable_parameters
 from voxray.models.audio_lm.facts import FACTS
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.parts.losses import token_losses
+from voxray.models.parts.losses import pass_inputs, token_losses
 from voxray.models.registry import get_family
 
 CPU = torch.device("cpu")
@@ -83,8 +83,7 @@ def test_logits_are_the_librarys(base, family, front_end, model, reference):
     """Each row in a batch with the others has the logits of the library for the row alone."""
     rows = transcriptions(front_end)
     batch = collate_training(rows, front_end)
-    positions_N = batch.pop("answer_positions")
-    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, positions_N)
+    ours = family.answer_logits(model, pass_inputs(batch), batch["answer_positions"])
     text = request_text(AutoProcessor.from_pretrained(base), Path(base).name)
     start = 0
     for row in rows:

@@ -18,7 +18,7 @@ from voxray.generation.generate import SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
 from voxray.models.audio_seq2seq.facts import FACTS
 from voxray.models.hf_files import unwrap_peft
-from voxray.models.parts.losses import token_losses
+from voxray.models.parts.losses import pass_inputs, token_losses
 from voxray.models.registry import UNSUPPORTED, families, get_family
 
 CPU = torch.device("cpu")
@@ -68,8 +68,7 @@ def losses(family: Any, model: Any, batch: Any) -> torch.Tensor:
 def test_logits_are_the_librarys(base, family, front_end, model, reference):
     """Each row in a batch with the others has the logits of the library for the row alone."""
     batch = collate_training(rows(front_end), front_end)
-    positions_N = batch.pop("answer_positions")
-    ours = family.answer_logits(model, {k: v for k, v in batch.items() if k not in ("labels", "task")}, positions_N)
+    ours = family.answer_logits(model, pass_inputs(batch), batch["answer_positions"])
     start = 0
     for row in rows(front_end):
         ids = torch.tensor([[*row.prompt_ids, *row.target_ids[:-1]]])

@@ -85,9 +85,9 @@ def tensor_names(folder: Path) -> list[str]:
         raise RunError(f"{path}: cannot read the adapter: {one_line(error, 200)}") from None
 
 
-def is_fully_tuned(folder: Path) -> bool:
-    """Whether a folder holds fully tuned weights instead of LoRA."""
-    return read_adapter_config(folder).get("tuning") == FULL
+def is_fully_tuned(adapter: Path | None) -> bool:
+    """Whether a folder holds fully tuned weights instead of LoRA; False without one."""
+    return adapter is not None and read_adapter_config(adapter).get("tuning") == FULL
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

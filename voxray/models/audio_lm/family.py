@@ -14,13 +14,7 @@ from typing import Any
 import torch
 
 from voxray.core.errors import RunError, library_errors
-from voxray.models.audio_lm.audio import (
-    COMPILED,
-    AudioModules,
-    audio_embeds,
-    run_encoder,
-    silent_audio,
-)
+from voxray.models.audio_lm.audio import COMPILED, AudioModules, audio_embeds, run_encoder, silent_audio
 from voxray.models.audio_lm.facts import FACTS
 from voxray.models.audio_lm.front_end import AudioLmFrontEnd
 from voxray.models.family_defaults import FamilyDefaults

@@ -61,11 +61,14 @@ def token_losses(
     Returns:
         loss_N, float32, one value per answer token, in the order of ``answer_positions``.
     """
-    inputs, positions_N = dict(batch), batch["answer_positions"]
-    for name in ("labels", "task", "answer_positions"):
-        del inputs[name]
+    positions_N = batch["answer_positions"]
     labels_N = batch["labels"].flatten().index_select(0, positions_N + 1)
-    return run_pass(inputs, positions_N, TokenLosses(labels_N, label_smoothing, in_chunks))
+    return run_pass(pass_inputs(batch), positions_N, TokenLosses(labels_N, label_smoothing, in_chunks))
+
+
+def pass_inputs(batch: Batch) -> Batch:
+    """The tensors of a batch that the forward pass takes: those that describe no answers."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "task", "answer_positions")}
 
 
 def at_positions(states_BLD: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
