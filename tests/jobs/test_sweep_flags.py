@@ -65,7 +65,7 @@ def sweep(small: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(tune, "run_on_tune", run_on_tune)
     monkeypatch.setattr(
-        tune, "ray_session", lambda log, processes, **options: ray_call.update(processes=processes) or nullcontext()
+        tune, "ray_session", lambda log, processes: ray_call.update(processes=processes) or nullcontext()
     )
     monkeypatch.setattr(ray_tune, "max_gpus", lambda: ray_call.get("gpus", 0))
     monkeypatch.setattr(ray_tune, "max_resource", lambda kind: 9)

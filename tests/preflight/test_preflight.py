@@ -383,3 +383,22 @@ def start_preflight(flags: list[str], folder: Path) -> subprocess.CompletedProce
     command = [sys.executable, str(ROOT / "jobs" / "preflight.py"), *flags]
     options = {"capture_output": True, "text": True, "timeout": 1700, "cwd": folder}
     return subprocess.run(command, env=environment(), **options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--autorun", "--gpu h100: names a GPU of other machines, where --autorun cannot start the training"),
+        ("--strategy fsdp", "--gpu h100: how much a worker holds depends on --num_workers; give a number"),
+        ("--strategy deepspeed", "--gpu h100: how much a worker holds depends on --num_workers; give a number"),
+        ("--strategy fsdp --num_workers 4", ""),
+    ],
+)
+def test_gpus_of_other_machines(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = f"--recipe text --train_jsonl t --output_dir o --gpu h100 {flags}".split()
+    if not message:
+        assert parse_only("preflight", argv).gpu == "h100"
+        return
+    with pytest.raises(SystemExit) as ended:
+        parse_only("preflight", argv)
+    assert ended.value.code == 2 and message in capsys.readouterr().err

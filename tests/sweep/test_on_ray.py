@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY
 from helpers.running import ROOT, Driver, alive, parse_only
 
-from voxray.cluster.session import RAY_SETTINGS, WITH_ADDRESS
+from voxray.cluster.session import LOCAL, RAY_SETTINGS
 from voxray.commands.tune import run_sweep
 from voxray.sweep.trials import Trial, read_trials
 
@@ -41,7 +41,7 @@ def ray_of_sweeps() -> Iterator[None]:
     import ray
 
     ray.shutdown()
-    ray.init(address="local", num_cpus=4, log_to_driver=False, **WITH_ADDRESS)
+    ray.init(num_cpus=4, **LOCAL)
     yield
     ray.shutdown()
 

@@ -44,14 +44,13 @@ RETRY_AFTER_SEC = (5.0, 20.0, 60.0)
 
 
 @contextmanager
-def ray_session(log_path: Path, num_processes: int = 1, **options: Any) -> Iterator[None]:
+def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
     """Connect to the cluster at RAY_ADDRESS (Ray sets it in submitted jobs), or start Ray here and stop it afterwards.
 
     Args:
         log_path: File for Ray's own messages.
         num_processes: Processes that will run at a time. If Ray is started here, it gets one CPU more than that, and at
             least as many as the machine has, because Ray Data hangs when training holds every CPU.
-        options: Arguments of ``ray.init`` for a Ray that is started here.
     Raises:
         RunError: Ray cannot be started or reached.
     """
@@ -65,7 +64,7 @@ def ray_session(log_path: Path, num_processes: int = 1, **options: Any) -> Itera
     if os.environ.get("RAY_ADDRESS"):
         _connect()
     else:
-        _start(max(os.cpu_count() or 1, num_processes + 1), **options)
+        _start(max(os.cpu_count() or 1, num_processes + 1))
     _quiet_loggers(log_path)
     try:
         with stderr_to(log_path), term_is_interrupt():
@@ -111,18 +110,18 @@ def _connect() -> None:
 def set_address() -> None:
     """Tell the libraries of a Ray worker process the address of its Ray. With several on a machine they cannot find it.
 
-    Ray Train needs it to free what a killed trial reserved.
+    Ray Train needs it to free what a killed training reserved, such as a trial that a sweep stops.
     """
     import ray
 
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
 
 
-WITH_ADDRESS: dict[str, Any] = {"runtime_env": {"worker_process_setup_hook": set_address}}
-"""Arguments of ``ray.init`` by which all worker processes call ``set_address``."""
+LOCAL: dict[str, Any] = {**QUIET, "address": "local", "runtime_env": {"worker_process_setup_hook": set_address}}
+"""Arguments of ``ray.init`` that start Ray on this machine."""
 
 
-def _start(num_cpus: int, **options: Any) -> None:
+def _start(num_cpus: int) -> None:
     """Start Ray on this machine. A start that takes too long, because the machine is busy, is tried again."""
     import ray
 
@@ -130,7 +129,7 @@ def _start(num_cpus: int, **options: Any) -> None:
     token.parent.mkdir(mode=0o700, exist_ok=True)
     for wait_sec in (*RETRY_AFTER_SEC, 0.0):
         try:
-            ray.init(address="local", num_cpus=num_cpus, **QUIET, **options)
+            ray.init(num_cpus=num_cpus, **LOCAL)
             break
         except Exception as error:  # as above
             message = one_line(error, 300)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from voxray.cluster.session import WITH_ADDRESS, ray_session
+from voxray.cluster.session import ray_session
 from voxray.commands.next_steps import after_sweep
 from voxray.config.search_space import format_choice
 from voxray.config.unused_flags import warn_about_unused_flags
@@ -57,7 +57,7 @@ def run_sweep(settings: Any) -> SweepOutcome:
         warn_of_few_validations(settings)
         num_workers = max(1, count_workers(settings.num_workers)[1])
         num_processes = num_workers * max(1, settings.max_concurrent_trials)
-        with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors), **WITH_ADDRESS):
+        with ray_session(output_dir / "ray.log", max(num_processes, settings.num_actors)):
             num_workers = max(1, count_workers(settings.num_workers)[1])  # again: the cluster may have other GPUs
             concurrent = concurrent_trials(num_workers, settings.max_concurrent_trials)
 

@@ -55,7 +55,7 @@ class PreflightFlags(Settings):
             raise ValueError(
                 f"--gpu {self.gpu}: names a GPU of other machines, where --autorun cannot start the training"
             )
-        if getattr(self, "shards_state", False) and getattr(self, "num_workers", "") == "auto":
+        if getattr(self, "strategy", "ddp") != "ddp" and getattr(self, "num_workers", "") == "auto":
             raise ValueError(f"--gpu {self.gpu}: how much a worker holds depends on --num_workers; give a number")
         return self
 
