@@ -1,4 +1,4 @@
-"""Private memory of two workers that shard a base of 1 GB, while they load it and in their steps."""
+"""Private memory of two workers with a base of 1 GB: sharded, and in a type that it is not stored in."""
 
 import gc
 import json
@@ -18,6 +18,8 @@ from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
 from voxray.models.interface import apply_layer
 from voxray.models.parts.layer_units import find_units
+from voxray.models.registry import get_family
+from voxray.models.shared_conversion import load_on_cpu
 from voxray.recipes.build_model import build_model
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_engine
@@ -119,3 +121,31 @@ def test_a_worker_holds_half_of_the_base(
 @pytest.fixture(scope="module")
 def base_of_1_gb(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
     return write_base(tmp_path_factory.mktemp("base"))
+
+
+def convert(rank: int, folder: Path, base: str) -> None:
+    """Load a base in float32, as one of two processes; writes its private memory and what the weights sum up to."""
+    torch.set_num_threads(1)
+    family, before = get_family(base), private_bytes()
+    model = load_on_cpu(family, base, dtype=torch.float32, num_processes=2)
+    gc.collect()
+    figures = {"loaded": private_bytes() - before, "sum": sum(float(each.sum()) for each in model.parameters())}
+    (folder / f"{rank}.json").write_text(json.dumps(figures))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_workers_share_converted_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_of_1_gb: tuple[str, int]
+) -> None:
+    """In float32 the base takes 2 GB of each process by itself, and no private memory where two convert it once."""
+    base, num_bytes = base_of_1_gb
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    mp.start_processes(convert, args=(tmp_path, base), nprocs=2, start_method="spawn")
+    model = get_family(base).load_model(base, dtype=torch.float32, device=torch.device("cpu"))
+    total = sum(float(each.sum()) for each in model.parameters())
+    for rank in (0, 1):
+        figures = json.loads((tmp_path / f"{rank}.json").read_text())
+        print(rank, f"{figures['loaded'] / MIB:.0f} MiB of {2 * num_bytes / MIB:.0f} MiB")
+        assert figures["loaded"] < 0.1 * 2 * num_bytes
+        assert figures["sum"] == total

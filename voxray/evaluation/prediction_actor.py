@@ -45,6 +45,7 @@ class PredictionActor(PoolWorker):
         predictions: Path,
         num_threads: int,
         remote: RemoteSync | None = None,
+        num_models: int = 1,
     ) -> None:
         self.config, self.predictions, self.remote = config, predictions, remote
         # the check of batch invariance has a folder of its own within that of the evaluation
@@ -55,8 +56,9 @@ class PredictionActor(PoolWorker):
         self.family = get_family(config.model_id)
         self.front_end = self.family.front_end(config.model_id, trim_audio=config.trim_audio)
         self.model, self.load_error = None, ""
+        skip_encoder = self.features.store == "encoder"
         try:
-            self.model, _ = load_model(config, skip_encoder=self.features.store == "encoder")
+            self.model, _ = load_model(config, skip_encoder=skip_encoder, num_processes=num_models)
         except RunError as error:
             self.load_error = str(error)
         except Exception as error:  # out of memory, or whatever else a library raises

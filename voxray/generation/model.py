@@ -20,6 +20,7 @@ from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
+from voxray.models.shared_conversion import load_on_cpu
 from voxray.models.weight_sizes import loaded_bytes
 from voxray.runs.remote_sync import fetch_folder
 
@@ -110,24 +111,29 @@ def resolve_settings(
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
-def model_bytes(config: InferenceConfig) -> int:
-    """Memory that each process with this model takes for its weights, beside those that processes share."""
+def model_bytes(config: InferenceConfig, num_processes: int) -> int:
+    """Memory that each of some processes with this model takes for its weights, beside those that they share."""
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
-    return loaded_bytes(family, config.model_id, dtype=dtype, quantize=config.quantize, adapter=config.adapter)
+    options = {"quantize": config.quantize, "adapter": config.adapter, "num_processes": num_processes}
+    return loaded_bytes(family, config.model_id, dtype=dtype, **options)
 
 
-def load_model(config: InferenceConfig, *, skip_encoder: bool = False) -> tuple[Any, int]:
+def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_processes: int = 1) -> tuple[Any, int]:
     """Load base, adapter and compiled audio path; returns the model and the number of adapter tensors loaded.
 
     Args:
         skip_encoder: Rows hold the outputs of the encoder, so the model runs without it.
+        num_processes: Processes of the job with this model. On CPUs they share its weights.
     Raises:
         RunError: Base, adapter or compiled audio path cannot be read, or do not fit each other.
     """
     set_tf32(config.tf32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
-    model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)
+    if device.type == "cpu" and config.quantize == "none":
+        model = load_on_cpu(family, config.model_id, dtype=dtype, num_processes=num_processes)
+    else:
+        model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)
     use_float32_products(model)
     if skip_encoder:
         family.skip_encoder(model)

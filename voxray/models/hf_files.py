@@ -75,7 +75,7 @@ def stored_dtype(model_id: str) -> torch.dtype | None:
     from safetensors import safe_open
 
     try:
-        paths = _weight_files(model_id)
+        paths = weight_files(model_id)
     except RunError:
         return None
     dtypes: set[str] = set()
@@ -162,7 +162,7 @@ def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
     tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(model_id, module):
+    for path in weight_files(model_id, module):
         with library_errors(f"{path}: cannot be read"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
             for name in file.keys():  # noqa: SIM118  # not a dict
                 _, separator, name_in_module = f".{name}".partition(f".{module}.")
@@ -173,8 +173,12 @@ def module_weights(model_id: str, module: str) -> dict[str, torch.Tensor]:
     return dict(sorted(tensors.items()))
 
 
-def _weight_files(model_id: str, module: str = "") -> list[str]:
-    """Paths of the weight files, or of those with a module: those in the index, or the single file."""
+def weight_files(model_id: str, module: str = "") -> list[str]:
+    """Paths of a model's safetensors files, or of those with a module: those in the index, or the single file.
+
+    Raises:
+        RunError: A file is missing, or the index is damaged.
+    """
     try:
         index = json.loads(Path(model_file(model_id, "model.safetensors.index.json")).read_text())
     except RunError:

@@ -7,8 +7,8 @@ import torch
 
 from voxray.models.adapters.lora import PEFT_PREFIX, find_role, is_lora_tensor, quantized_layers
 from voxray.models.adapters.read_files import tensor_names
-from voxray.models.hf_files import stored_dtype
 from voxray.models.interface import ModelFamily
+from voxray.models.shared_conversion import shares_weights
 
 BLOCK_4BIT = 64  # weights per scale (NF4)
 BLOCK_SCALES = 256  # scales per second-level scale (double quantisation)
@@ -43,25 +43,28 @@ def loaded_bytes(
     quantize: str = "none",
     role: str = "",
     adapter: str = "",
+    num_processes: int = 1,
 ) -> int:
-    """Memory that each process takes for the weights of a base. Weights mapped from their files are shared.
+    """Memory that each process takes for the weights of a base, beside those that processes of a node share.
 
     Args:
         dtype: Type of the weights and of the computation.
         role: The only role to load; "" loads the whole base.
         adapter: Folder of an adapter. Weights of the base that it replaces are not shared.
+        num_processes: Processes that load the whole base on a CPU.
     Raises:
         RunError: The base has no readable configuration, or the adapter cannot be read.
     """
-    is_mapped = quantize == "none" and not role and stored_dtype(model_id) is dtype
+    can_share = quantize == "none" and not role
+    is_shared = can_share and shares_weights(family, model_id, dtype=dtype, num_processes=num_processes)
     names = tensor_names(Path(adapter)) if adapter else []
     replaced = {name.removeprefix(PEFT_PREFIX) for name in names if not is_lora_tensor(name)}
-    if is_mapped and not replaced:
+    if is_shared and not replaced:
         return 0
     model = family.build_on_meta(model_id, dtype=dtype)
     sizes, total = stored_bytes(model, family, quantize), 0
     for name, tensor in _tensors(model):
-        is_private = name in replaced if is_mapped else not role or find_role(name, family) == role
+        is_private = name in replaced if is_shared else not role or find_role(name, family) == role
         total += sizes[id(tensor)] * is_private
     return total
 
