@@ -95,15 +95,18 @@ def write_base(folder: Path, name: str) -> None:
     with torch.device("meta"):
         model: Any = model_class._from_config(config, dtype=torch.bfloat16)
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    num_texts = json.loads((ASSETS / "voxtral-tiny" / "tekken.json").read_text())["config"]["num_vocab_tokens"]
 
-    def random(shape: torch.Size, is_norm: bool) -> torch.Tensor:
-        if is_norm:
+    def random(shape: torch.Size, weight: str) -> torch.Tensor:
+        if "norm" in weight:
             return torch.ones(shape, dtype=torch.bfloat16)
-        values = block.repeat(-(-shape.numel() // BLOCK))[: shape.numel()] * 0.02
-        return values.view(shape)
+        values = block.repeat(-(-shape.numel() // BLOCK))[: shape.numel()].view(shape) * 0.02
+        if weight == "lm_head.weight" and model_class is transformers.VoxtralForConditionalGeneration:
+            values[num_texts:] = 0  # the tokenizer is the tiny one, and has no text for the other tokens
+        return values
 
     tensors = [
-        LazyTensor(name, tuple(each.shape), torch.bfloat16, partial(random, each.shape, "norm" in name))
+        LazyTensor(name, tuple(each.shape), torch.bfloat16, partial(random, each.shape, name))
         for name, each in model.state_dict().items()
         if name != "proj_out.weight"  # Whisper's output layer is its embedding
     ]

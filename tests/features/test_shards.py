@@ -1,8 +1,10 @@
 """Feature shards: what is written is what is read, without copies, from any thread, and all of it or nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from voxray.core.errors import RunError
 from voxray.core.storage import write_atomically, write_json
 from voxray.features import reader as features_module
+from voxray.features import shards
 from voxray.features.reader import FeatureRow, Features
 from voxray.features.shards import (
     ROWS_PER_BATCH,
@@ -231,22 +234,53 @@ def test_json_keeps_hangul(tmp_path: Path):
     assert "이름" in text and json.loads(text) == {"이름": "값"}
 
 
-def test_every_changed_byte_of_a_shard_is_noticed(tmp_path: Path) -> None:
-    """A flipped bit anywhere, other than in padding that no reader looks at, stops the read with the file's name."""
+def read_all(folder: Path) -> list[dict[str, Any]]:
+    features = Features([folder])
+    rows = [dataclasses.asdict(features.row(number)) for number in range(len(features))]
+    return [
+        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in row.items()}
+        for row in rows
+    ]
+
+
+def test_no_changed_value_of_a_shard_is_returned(tmp_path: Path) -> None:
+    """A flipped bit stops the read with the file's name, or lies where no reader looks (padding, other columns)."""
     folder = make_set(tmp_path / "set", make_rows(0, ROWS_PER_BATCH + 3))
     path = shard_path(folder, 0)
-    intact = path.read_bytes()
-    generator = np.random.default_rng(0)
-    for position in generator.choice(len(intact), 200, replace=False):
+    intact, rows = path.read_bytes(), read_all(folder)
+    generator, num_noticed = np.random.default_rng(0), 0
+    for position in generator.choice(len(intact), 300, replace=False):
         damaged = bytearray(intact)
         damaged[position] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
-        features = Features([folder])
-        with pytest.raises(RunError, match=f"{path}: damaged"):
-            for number in range(len(features)):
-                features.row(number)
+        try:
+            assert read_all(folder) == rows
+        except RunError as error:
+            assert f"{path}: damaged" in str(error)
+            num_noticed += 1
+    assert num_noticed > 200
     path.write_bytes(intact)
     assert not path.with_suffix(".json").is_file(), "the next run makes the shard again"
+
+
+def test_shards_of_earlier_versions_are_checked_by_record_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their rows have no checksum of their own, and shards.json has one for each record batch."""
+    old_columns = [each for each in shards.COLUMNS if each[0] != "crc32"]
+    monkeypatch.setattr(shards, "COLUMNS", old_columns)
+    folder = make_set(tmp_path / "set", make_rows(0, ROWS_PER_BATCH + 3))
+    path, shard_list = shard_path(folder, 0), folder / "shards.json"
+    data, [entry] = path.read_bytes(), json.loads(shard_list.read_text())
+    with pa.ipc.open_file(path) as reader:
+        assert "crc32" not in reader.schema.names
+    half, end, size = entry["parts"][0][0] // 2, *(end for end, _ in entry["parts"])
+    pairs = [[half, zlib.crc32(data[:half])], [end, zlib.crc32(data[half:end])], [size, zlib.crc32(data[end:])]]
+    write_json(shard_list, [{**entry, "parts": pairs}])
+    assert len(read_all(folder)) == ROWS_PER_BATCH + 3
+    path.write_bytes(data[: half - 1] + bytes([data[half - 1] ^ 1]) + data[half:])
+    with pytest.raises(RunError, match=f"{path}: damaged"):
+        read_all(folder)
 
 
 @pytest.mark.parametrize("name", ["set.json", "index.arrow", "shards.json"])

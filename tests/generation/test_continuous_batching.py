@@ -77,6 +77,28 @@ def test_tokens_equal_transformers(rows, front_end, expected, size, share, monke
     assert greedy_ids(load(), front_end, rows[::-1], size) == expected[::-1]
 
 
+@pytest.mark.parametrize("num_steps", [3, 8, 100])
+def test_tokens_may_be_read_every_few_steps(rows, front_end, expected, num_steps, monkeypatch) -> None:
+    """A row that ends in between gives the same answer, and the others stay what they are."""
+    num_reads = 0
+    append = continuous_batching._Batch._append_tokens
+
+    def counting(*args: Any) -> None:
+        nonlocal num_reads
+        num_reads += 1
+        append(*args)
+
+    monkeypatch.setattr(continuous_batching._Batch, "_append_tokens", counting)
+    greedy_ids(load(), front_end, rows, 4)
+    num_reads_before, num_reads = num_reads, 0
+    monkeypatch.setattr(continuous_batching, "STEPS_PER_READ", num_steps)
+    assert greedy_ids(load(), front_end, rows, 4) == expected
+    assert num_reads < 0.6 * num_reads_before
+    limits = [1 + number % 5 for number in range(len(rows))]
+    ids_per_row = greedy_ids(load(), front_end, rows, 4, limits)
+    assert ids_per_row == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
+
+
 def test_waiting_rows_replace_finished_ones(rows, front_end, expected, monkeypatch) -> None:
     sizes: list[int] = []
     step = CausalDecodeState.decode_step

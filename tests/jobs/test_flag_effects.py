@@ -56,6 +56,7 @@ TRAIN = {
     "lr_schedule": "training_flags::lr_schedule_and_warmup_steps",
     "warmup_steps": "training_flags::lr_schedule_and_warmup_steps",
     "weight_decay": "training_flags::weight_decay",
+    "optim": "training_flags::optim",
     "max_grad_norm": "training_flags::max_grad_norm",
     "label_smoothing": "training_flags::label_smoothing",
     "epochs": "training_flags::epochs_and_rows_per_step",

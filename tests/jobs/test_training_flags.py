@@ -297,6 +297,14 @@ def test_weight_decay(train: Train) -> None:
     assert torch.allclose(decayed, plain * (1 - 1e-2 * 10), atol=1e-6), "lora_A has no gradient in the first step"
 
 
+def test_optim(train: Train) -> None:
+    """Both kinds are AdamW, with other roundings."""
+    plain, fused = (train(optim=name, lr=1e-2, max_steps=3) for name in ("adamw_torch", "adamw_torch_fused"))
+    assert fused.column("loss") == pytest.approx(plain.column("loss"), rel=1e-4)
+    assert torch.allclose(fused.weights("lora_B"), plain.weights("lora_B"), atol=1e-4)
+    assert not torch.equal(fused.weights("lora_B"), plain.weights("lora_B"))
+
+
 def test_max_grad_norm(train: Train) -> None:
     default, low, off, high = (train(max_grad_norm=norm) for norm in (1.0, 1e-7, 0.0, 1e9))
     assert default.column("grad_norm") == low.column("grad_norm"), "the norm before clipping is recorded"
@@ -560,6 +568,7 @@ def test_strategy_zero_stage_and_offload_optimizer(train: Train, monkeypatch: py
 
     def fake(name: str) -> Any:
         def engine(*args: Any, dtypes: Any, with_audio: bool, lr: float, weight_decay: float, **own: Any) -> Any:
+            assert own.pop("fused") is False
             engines.append((name, own))
             return DataParallel(*args, lr=lr, weight_decay=weight_decay)
 

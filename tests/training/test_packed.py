@@ -247,12 +247,13 @@ def weights(run_dir: Path) -> bytes:
     return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_packed_training_resumes_exactly(data, tmp_path):
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_packed_training_resumes_exactly(data, tmp_path, optim):
     """2 steps and then 4 equal 6 steps, with dropout and SpecAugment."""
-    run(data, tmp_path / "resumed", max_steps=2, lr_schedule="constant")
-    resumed = run(data, tmp_path / "resumed", lr_schedule="constant")
-    straight = run(data, tmp_path / "straight", lr_schedule="constant")
-    cosine = run(data, tmp_path / "cosine")
+    run(data, tmp_path / "resumed", max_steps=2, lr_schedule="constant", optim=optim)
+    resumed = run(data, tmp_path / "resumed", lr_schedule="constant", optim=optim)
+    straight = run(data, tmp_path / "straight", lr_schedule="constant", optim=optim)
+    cosine = run(data, tmp_path / "cosine", optim=optim)
     assert [record["loss"] for record in resumed] == [record["loss"] for record in straight]
     assert weights(tmp_path / "resumed") == weights(tmp_path / "straight") != weights(tmp_path / "cosine")
     assert all(0 < record["efficiency"] <= 1 for record in cosine)

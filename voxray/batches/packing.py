@@ -106,34 +106,50 @@ def _best_fit(tokens: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
     """Put every row into the fullest pack that it still fits into, longest rows of a window first.
 
     Open packs are grouped by their free tokens. One large integer has a bit set for each number of free tokens that
-    occurs, so that finding the smallest sufficient one is a shift and a count, a microsecond for any budget.
+    occurs, so that finding the smallest sufficient one is a shift and a count. Rows of equal length go together: of the
+    packs with that many free tokens, each takes as many of them as fit before the next one does.
     Packs that a window leaves open take rows of the next one.
 
     Returns:
         Order of the rows, and the end offset of each pack in it.
     """
-    open_packs: list[list[int]] = [[] for _ in range(budget + 1)]  # pack numbers by free tokens
+    open_packs: list[list[int]] = [[] for _ in range(budget + 1)]  # pack numbers by free tokens, the last one first
     free_bits, num_packs = 0, 0
     pack_numbers = np.empty(len(tokens), np.int32)
+
+    def leave_open(free: int, packs: list[int]) -> int:
+        """Put packs back; returns ``free_bits`` with theirs."""
+        if not free or not packs:
+            return free_bits
+        open_packs[free] += packs
+        return free_bits | 1 << free
+
     for start in range(0, len(tokens), WINDOW_ROWS):
         window = tokens[start : start + WINDOW_ROWS]
         order, numbers = np.argsort(-window, kind="stable"), []
-        for length in window[order].tolist():
-            fitting = free_bits >> length
-            if fitting:
-                free = length + (fitting & -fitting).bit_length() - 1
-                number = open_packs[free].pop()
-                if not open_packs[free]:
-                    free_bits ^= 1 << free
-            else:
-                free, number = budget, num_packs
-                num_packs += 1
-            numbers.append(number)
-            free -= length
-            if free:
-                if not open_packs[free]:
-                    free_bits |= 1 << free
-                open_packs[free].append(number)
+        lengths, counts = np.unique(window, return_counts=True)
+        for length, count in zip(lengths[::-1].tolist(), counts[::-1].tolist(), strict=True):
+            while count:
+                fitting = free_bits >> length
+                free = length + (fitting & -fitting).bit_length() - 1 if fitting else budget
+                per_pack = free // length if length else count
+                num_used = -(-count // per_pack)
+                if fitting:
+                    waiting = open_packs[free]
+                    packs = waiting[: -num_used - 1 : -1]
+                    del waiting[len(waiting) - len(packs) :]
+                    if not waiting:
+                        free_bits ^= 1 << free
+                else:
+                    packs = list(range(num_packs, num_packs + num_used))
+                    num_packs += num_used
+                num_full = min(len(packs), count // per_pack)
+                rest = count - num_full * per_pack if len(packs) > num_full else 0
+                numbers += [number for number in packs[:num_full] for _ in range(per_pack)]
+                numbers += packs[num_full:] * rest
+                free_bits = leave_open(free - length * per_pack, packs[:num_full])
+                free_bits = leave_open(free - length * rest, packs[num_full:])
+                count -= num_full * per_pack + rest
         pack_numbers[start + order] = numbers
     ends = np.cumsum(np.bincount(pack_numbers, minlength=num_packs))
     return np.argsort(pack_numbers, kind="stable"), ends

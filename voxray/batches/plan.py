@@ -54,7 +54,7 @@ class Variants:
     """
 
     def __init__(self, rows: np.ndarray, sample: np.ndarray, seed: int) -> None:
-        _, self._start, self._count = np.unique(sample, return_index=True, return_counts=True)
+        self._start = np.flatnonzero(np.diff(sample, prepend=-1))
         self._rows, self._seed, self.first = rows, seed, rows[self._start]
 
     def first_variants(self, rows: np.ndarray) -> np.ndarray:
@@ -66,7 +66,8 @@ class Variants:
         if len(self._rows) == len(self.first):
             return rows
         drawn = np.random.default_rng([self._seed, epoch, VARIANT_STREAM]).random(len(self.first))
-        indices = self._start + (drawn * self._count).astype(np.int64)
+        counts = np.diff(self._start, append=len(self._rows))
+        indices = self._start + (drawn * counts).astype(np.int64)
         return self._rows[indices[np.searchsorted(self.first, rows)]]
 
 

@@ -38,7 +38,7 @@ ONE_JOB = "train_*, evaluate and infer are jobs of their own"
 TRAINER: Mapping[str, Ours] = {
     "lr_scheduler_type": Ours("lr_schedule"),
     "warmup_ratio": Ours("warmup_steps", "it is a number of steps, not a share of them"),
-    **dict.fromkeys(("optim", "adam_beta1", "adam_beta2", "adam_epsilon"), Ours("", FIXED_OPTIMIZER)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon"), Ours("", FIXED_OPTIMIZER)),
     "label_smoothing_factor": Ours("label_smoothing"),
     "neftune_noise_alpha": Ours("", "voxray adds no noise to embeddings"),
     "torch_compile": Ours("compile"),

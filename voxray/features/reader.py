@@ -14,16 +14,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, one_line
 from voxray.core.storage import AnyPath, RemotePath, checksum
 from voxray.features.shard_cache import fetch
-from voxray.features.shards import AUDIO_COLUMN, INDEX_SCHEMA, ROWS_PER_BATCH, TASK_CODES, are_parts, shard_path
+from voxray.features.shards import (
+    AUDIO_COLUMN,
+    INDEX_SCHEMA,
+    ROWS_PER_BATCH,
+    SCALARS,
+    TASK_CODES,
+    are_parts,
+    row_checksum,
+    shard_path,
+)
 
 OPEN_SHARDS = 256  # memory maps kept open at a time
 OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
-SCALARS = ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples")
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class FeatureRow:
 
 
 class DamagedShard(Exception):
-    """A part of a shard does not have its checksum."""
+    """A row or another part of a shard does not have its checksum."""
 
 
 class _Shard:
@@ -68,8 +77,9 @@ class _Shard:
 
     Args:
         path: The local file.
-        parts: (end, CRC-32) of its parts, as ``shards.shard_bytes`` returns them. Each is checked when it is first
-            read. Empty for shards of earlier versions, which are not checked.
+        parts: (end, CRC-32) of its parts, as ``shards.shard_bytes`` returns them. Rows are checked by their own
+            checksums when they are first read. Shards of earlier versions have parts for their record batches instead,
+            or none, and then they are not checked.
     Raises:
         DamagedShard: The end of the file, which says where the record batches are, has changed.
     """
@@ -82,6 +92,8 @@ class _Shard:
         metadata = self.reader.schema.metadata
         self.store: str = metadata[b"store"].decode()
         self.frame_shape: list[int] = json.loads(metadata[b"frame_shape"])
+        self._has_row_checksums = "crc32" in self.reader.schema.names
+        self._checked_rows: set[int] = set()
 
     def _check(self, part: int) -> None:
         if part not in self._unchecked:
@@ -92,17 +104,20 @@ class _Shard:
         self._unchecked.discard(part)
 
     def row(self, index: int) -> FeatureRow:
-        self._check(index // ROWS_PER_BATCH)
-        batch, index = self.reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
-        values = {name: batch.column(name)[index].as_py() for name in SCALARS}
-        audio = batch.column(AUDIO_COLUMN)[index].values.to_numpy()
-        return FeatureRow(
-            **values,
-            prompt_ids=batch.column("prompt_ids")[index].values.to_numpy(),
-            target_ids=batch.column("target_ids")[index].values.to_numpy(),
-            store=self.store,
-            audio=audio.reshape(-1, *self.frame_shape),
-        )
+        if not self._has_row_checksums:
+            self._check(index // ROWS_PER_BATCH)
+        batch, number = self.reader.get_batch(index // ROWS_PER_BATCH), index % ROWS_PER_BATCH
+        is_checked = not self._has_row_checksums or index in self._checked_rows
+        if not is_checked:
+            batch.validate(full=True)  # values at damaged offsets could lie outside of the file
+        values = {name: batch.column(name)[number].as_py() for name in SCALARS}
+        values |= {name: batch.column(name)[number].values.to_numpy() for name in ("prompt_ids", "target_ids")}
+        audio = batch.column(AUDIO_COLUMN)[number].values.to_numpy()
+        if not is_checked:
+            if row_checksum(values, audio) != batch.column("crc32")[number].as_py():
+                raise DamagedShard
+            self._checked_rows.add(index)
+        return FeatureRow(**values, store=self.store, audio=audio.reshape(-1, *self.frame_shape))
 
 
 class RowLengths:
@@ -180,7 +195,7 @@ class Features(RowLengths):
         self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
-        self.has_language = self._numbers("language") != ""
+        self.has_language = pc.not_equal(self._index["language"], "").combine_chunks().to_numpy(zero_copy_only=False)
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
         self._max_open = OPEN_REMOTE_SHARDS

@@ -18,7 +18,7 @@ random row 3 to 40 times slower, so shards are not compressed.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -41,6 +41,8 @@ encoder  outputs of the frozen encoder for whole windows, (windows, positions, h
          of bfloat16
 """
 AUDIO_COLUMN = "audio"
+SCALARS = ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples")
+"""Columns that are read with every row, beside the tokens and the audio."""
 
 COLUMNS = [
     ("id", pa.string()),
@@ -57,6 +59,7 @@ COLUMNS = [
     ("fill", pa.float32()),
     ("num_windows", pa.int32()),
     ("num_samples", pa.int64()),
+    ("crc32", pa.uint32()),
 ]
 INDEX_SCHEMA = pa.schema(
     [
@@ -112,9 +115,10 @@ def shard_bytes(
     """Serialize rows as one uncompressed Arrow file.
 
     Args:
-        rows: Values by column name; ``audio`` is an array of any shape.
+        rows: Values by column name, without ``crc32``; ``audio`` is an array of any shape.
     Returns:
-        The file, and (end, CRC-32) of its parts: one for each record batch, and one for what follows them.
+        The file, and (end, CRC-32) of its two parts: the record batches, whose rows have checksums of their own and
+        which therefore have none (0), and what follows them.
     """
     schema = shard_schema(store, dtype, frame_shape)
     lengths = np.array([0, *(row[AUDIO_COLUMN].size for row in rows)], dtype=np.int64).cumsum()
@@ -124,19 +128,29 @@ def shard_bytes(
         values[start:end] = torch.from_numpy(row[AUDIO_COLUMN].reshape(-1))
     bits = values.view(torch.uint16) if dtype == torch.bfloat16 else values
     audio = pa.LargeListArray.from_arrays(pa.array(lengths), pa.array(bits.numpy()))
-    arrays = [pa.array([row[name] for row in rows], kind) for name, kind in COLUMNS]
+    sums = [
+        row_checksum(row, bits[start:end].numpy())
+        for row, start, end in zip(rows, lengths[:-1], lengths[1:], strict=True)
+    ]
+    columns = {name: [row[name] for row in rows] for name, _ in COLUMNS if name != "crc32"} | {"crc32": sums}
+    arrays = [pa.array(columns[name], kind) for name, kind in COLUMNS]
     sink = pa.BufferOutputStream()
-    ends = []
     with pa.ipc.new_file(sink, schema) as writer:
         table = pa.Table.from_arrays([*arrays, audio], schema=schema)
         for batch in table.to_batches(max_chunksize=ROWS_PER_BATCH):
             writer.write_batch(batch)
-            ends.append(sink.tell())
+        end = sink.tell()
     data = sink.getvalue()
-    ends.append(data.size)
-    return data, [
-        (end, zlib.crc32(data.slice(start, end - start))) for start, end in zip([0, *ends[:-1]], ends, strict=True)
-    ]
+    return data, [(end, 0), (data.size, zlib.crc32(data.slice(end)))]
+
+
+def row_checksum(row: Mapping[str, Any], audio: np.ndarray) -> int:
+    """CRC-32 of a row: of the values that a reader uses, and of its stored audio."""
+    values = [row[name] for name in SCALARS if name != "fill"]
+    crc = zlib.crc32(json.dumps([*values, float(np.float32(row["fill"]))], default=int).encode())
+    for array in (np.asarray(row["prompt_ids"], np.int32), np.asarray(row["target_ids"], np.int32), audio):
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return crc
 
 
 def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any]]:

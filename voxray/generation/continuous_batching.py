@@ -19,6 +19,9 @@ from voxray.models.interface import DecodeState, ModelFamily
 
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
+STEPS_PER_READ = 1
+"""Tokens that are decoded for every row before they are read from the device. A larger number saves a GPU waits, and
+rows that end in between cost steps for nothing. ``benchmarks/gpu.py`` measures it."""
 
 
 @dataclass
@@ -75,7 +78,7 @@ class _Batch:
         """Prefill the prompts of new rows, which also gives their first tokens; returns the rows that got a token."""
         batch = to_device(collate_prompts(rows, self.front_end), self.device)
         state, logits_BV = self.family.prefill(self.model, batch)
-        self._append_tokens(completions, logits_BV)
+        self._append_tokens(completions, logits_BV.argmax(-1)[None])
         languages = map(self.front_end.prompt_language, batch["input_ids"].tolist())
         for completion, language in zip(completions, languages, strict=True):
             completion.language = language
@@ -87,17 +90,25 @@ class _Batch:
         return completions
 
     def step(self) -> list[PartialCompletion]:
-        """Decode one token per row; tokens of finished rows are ignored. Returns the rows that got a token."""
+        """Decode tokens of every row; those of finished rows are ignored. Returns the rows that got a token."""
         assert self.state is not None
         eos_id, live = self.front_end.eos_id, [completion for completion in self.completions if not completion.is_done]
         last_ids = [eos_id if completion.is_done else completion.ids[-1] for completion in self.completions]
-        self._append_tokens(self.completions, self.state.decode_step(torch.tensor(last_ids, device=self.device)))
+        ids_B = torch.tensor(last_ids, device=self.device)
+        new_ids: list[torch.Tensor] = []
+        num_steps = min(STEPS_PER_READ, *(completion.limit - len(completion.ids) for completion in live))
+        for _ in range(num_steps):
+            ids_B = self.state.decode_step(ids_B).argmax(-1)
+            new_ids.append(ids_B)
+        self._append_tokens(self.completions, torch.stack(new_ids))
         return live
 
-    def _append_tokens(self, completions: Sequence[PartialCompletion], logits_BV: torch.Tensor) -> None:
-        for completion, token in zip(completions, logits_BV.argmax(-1).tolist(), strict=True):
-            if not completion.is_done:
-                completion.append(token, self.stops)
+    def _append_tokens(self, completions: Sequence[PartialCompletion], ids_NB: torch.Tensor) -> None:
+        """Add N tokens to every row. This waits for the device."""
+        for ids in ids_NB.tolist():
+            for completion, token in zip(completions, ids, strict=True):
+                if not completion.is_done:
+                    completion.append(token, self.stops)
 
 
 @torch.inference_mode()

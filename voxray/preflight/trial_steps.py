@@ -25,6 +25,7 @@ from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8
 """Number of tokens generated to measure the time per token."""
+LONG_STEP_SEC = 5.0
 PRODUCT_SIZES = (256, 2048, 2048)
 """Rows, inputs and outputs of the Linear layer that measures the speed of a CPU."""
 
@@ -105,7 +106,8 @@ class TrialRunner:
 
         Args:
             numbers: Row numbers.
-            times: Timed steps, of which the fastest counts. One more step before them measures the memory.
+            times: Timed steps, of which the fastest counts. One more step before them measures the memory. On a CPU a
+                step of over ``LONG_STEP_SEC`` is not repeated.
         Returns:
             The cost; None if the pack does not fit in memory, or no row can be decoded.
         """
@@ -117,11 +119,17 @@ class TrialRunner:
         collate_sec = time.perf_counter() - start
         batch = to_device(batch, self._device)
         try:
-            if not self._engine.optimizer.state:
-                self._step(batch)  # the first step creates AdamW's moments
+            is_first = not self._engine.optimizer.state
+            if is_first:
+                self._engine.reduce(torch.zeros(1, device=self._device), scale=1.0, max_norm=0.0)  # makes gradients of 0
+                self._engine.apply(0.0)  # creates AdamW's moments
             held_bytes = self.held_bytes()
             allocations = measure_allocations(lambda: self._step(batch), self._device)
-            step_sec = min((self._time_step(batch) for _ in range(times)), default=allocations.sec)
+            step_sec = allocations.sec
+            if self._device.type == "cuda" or step_sec <= LONG_STEP_SEC:
+                if is_first:  # that step has also prepared the kernels
+                    allocations = measure_allocations(lambda: self._step(batch), self._device)
+                step_sec = min((self._time_step(batch) for _ in range(times)), default=allocations.sec)
         except (RuntimeError, MemoryError) as error:
             self._engine.drop()
             if not is_out_of_memory(error):

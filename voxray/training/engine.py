@@ -91,16 +91,19 @@ class DataParallel:
     Args:
         model: Model with the same weights on every worker.
         family: Family whose ``answer_logits`` is the forward pass.
+        fused: Use PyTorch's fused AdamW, and compute the norm of the gradients together.
     """
 
     shards_output = False
 
-    def __init__(self, model: Any, family: ModelFamily, worker: Worker, *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, model: Any, family: ModelFamily, worker: Worker, *, lr: float, weight_decay: float, fused: bool = False
+    ) -> None:
         self.model, self.worker, self._family = model, worker, family
         self._named, groups = parameter_groups(model, family)
         self._parameters = [parameter for _, parameter in self._named]
-        # one implementation for all devices, because fused rounds differently from foreach and plain
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
+        self._fused = fused  # fused, foreach and plain round differently, so a run has to keep one of them
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False, fused=fused)
 
     def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
         return self._family.answer_logits(self.model, batch, positions_N, output)
@@ -114,7 +117,7 @@ class DataParallel:
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(1 / scale)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm or float("inf"), foreach=False)
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm or float("inf"), foreach=self._fused)
         *values, norm_value = torch.cat([sums, norm[None]]).tolist()  # one read, because a read waits for the GPU
         return values, norm_value
 

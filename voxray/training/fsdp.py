@@ -56,6 +56,7 @@ class Fsdp(DataParallel):
         offload_optimizer: bool,
         lr: float,
         weight_decay: float,
+        fused: bool = False,
     ) -> None:
         init_single_process_group(worker)
         trainable = [parameter for _, parameter in trainable_parameters(model)]
@@ -64,7 +65,7 @@ class Fsdp(DataParallel):
         self._roles_in_every_pass = list(family.roles) if with_audio else []
         self._root = _shard(model, self._units, worker.device, dtypes, offload_optimizer)
         self._own_passes = OwnPasses(self._units, _gather_once)
-        super().__init__(model, family, worker, lr=lr, weight_decay=weight_decay)
+        super().__init__(model, family, worker, lr=lr, weight_decay=weight_decay, fused=fused)
 
     def run_pass(self, batch: Batch, positions_N: torch.Tensor, output: OutputFn) -> torch.Tensor:
         roles = self._roles_in_every_pass

@@ -69,6 +69,7 @@ class Zero:
         with_audio: bool,
         lr: float,
         weight_decay: float,
+        fused: bool = False,
     ) -> None:
         self.model, self.worker, self._stage, self.shards_output = model, worker, stage, stage == 3
         self._named, groups = parameter_groups(model, family)
@@ -76,7 +77,7 @@ class Zero:
         self._is_linked = False
         parameters = [parameter for _, parameter in self._named]
         # the same options as in DataParallel, so that a run can switch between the two
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, foreach=False, fused=fused)
         units = find_units(model) if stage == 3 else []
         largest = max((sum(each.numel() for each in unit.parameters) for unit in units), default=0)
         num_trainable = sum(parameter.numel() for parameter in parameters)  # 0 when they are sharded
