@@ -94,7 +94,7 @@ class Transcriber:
 
         features = torch.from_numpy(np.stack(batch["input_features"]))
         with torch.inference_mode():
-            tokens = self.model.generate(features, max_new_tokens=MAX_NEW_TOKENS)
+            tokens: Any = self.model.generate(features, max_new_tokens=MAX_NEW_TOKENS)
         return {"id": batch["id"], "tokens": [json.dumps(row) for row in tokens.tolist()]}
 
 
@@ -116,7 +116,7 @@ def rebuilt(model_id: str, folder: Path) -> None:
     import ray
 
     ray.init(address="local", include_dashboard=False, log_to_driver=False)
-    options = {"fn_constructor_args": (model_id,)}
+    options: dict[str, Any] = {"fn_constructor_args": (model_id,)}
     cpus = os.cpu_count() or 1
     rows = ray.data.read_parquet(str(folder / "clips.parquet")).map(resample, num_cpus=0.5)
     rows = rows.map_batches(Preprocessor, batch_size=BATCH_ROWS, concurrency=1, num_cpus=0.25, **options)

@@ -72,7 +72,7 @@ def write_set(folder: Path, num_rows: int) -> None:
     constant = {name: pa.array(columns[name], INDEX_SCHEMA.field(name).type) for name in columns}
     with pa.OSFile(str(folder / "index.arrow"), "wb") as sink, pa.ipc.new_file(sink, INDEX_SCHEMA) as writer:
         for shard in range(num_shards):
-            shard_path(folder, shard).symlink_to(path)
+            (folder / "shards" / shard_path(folder, shard).name).symlink_to(path)
             numbers = range(shard * ROWS_PER_SHARD, (shard + 1) * ROWS_PER_SHARD)
             own = {
                 "id": pa.array([f"utterance-{number:09}" for number in numbers]),

@@ -336,7 +336,12 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     """A valid non-default value for every field; for the types, which exclude each other, only for ``half``."""
     special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
-    special |= {"batching": "length", "per_task_bsz": {"asr": 3}, "curriculum": ((("asr",), 2),)}
+    special |= {
+        "batching": "length",
+        "optim": "adamw_torch_fused",
+        "per_task_bsz": {"asr": 3},
+        "curriculum": ((("asr",), 2),),
+    }
     special |= {**{name: half == name for name in PRECISIONS}, "quantize": "4bit", "tuning": "rslora"}
     special |= {
         "strategy": "deepspeed",

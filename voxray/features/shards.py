@@ -149,7 +149,7 @@ def row_checksum(row: Mapping[str, Any], audio: np.ndarray) -> int:
     values = [row[name] for name in SCALARS if name != "fill"]
     crc = zlib.crc32(json.dumps([*values, float(np.float32(row["fill"]))], default=int).encode())
     for array in (np.asarray(row["prompt_ids"], np.int32), np.asarray(row["target_ids"], np.int32), audio):
-        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+        crc = zlib.crc32(np.ascontiguousarray(array).data, crc)
     return crc
 
 

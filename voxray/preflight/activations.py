@@ -33,11 +33,13 @@ class ActivationBytes:
     Attributes:
         until_backward: Saved until the backward pass.
         recomputed: Saved by the largest layer that is recomputed in the backward pass, while it is recomputed.
+        recomputed_in_all: The same of all layers together, one after the other.
         working: Peak of temporary gradients in the backward pass of one layer.
     """
 
     until_backward: int = 0
     recomputed: int = 0
+    recomputed_in_all: int = 0
     working: int = 0
 
 
@@ -83,6 +85,7 @@ class ActivationCounter:
         for (role, layer), num_bytes in layers.items():
             if layer in self._checkpointed:
                 by_role[role].recomputed = max(by_role[role].recomputed, num_bytes)
+                by_role[role].recomputed_in_all += num_bytes
                 num_bytes = self._positions(layer, role, shape) * _width(self._checkpointed[layer]) * self._size(layer)
             by_role[role].until_backward += num_bytes
         return by_role

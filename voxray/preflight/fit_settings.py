@@ -44,7 +44,7 @@ SURE_SHARE, HOPELESS_SHARE = 0.7, 1.3
 """Predictions below and above these shares of the budget are trusted; in between a size is tried."""
 MIN_SPEEDUP = 0.9
 """A larger size is chosen only if its time per token is below this share of the current size's."""
-LONG_STEP_SEC = 20.0
+LONG_STEP_SEC = 10.0
 """If a step takes longer, no further sizes are timed. On a CPU, a step that would take longer is not tried."""
 LOADING_MARGIN = 1.2
 

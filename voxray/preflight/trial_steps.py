@@ -121,7 +121,9 @@ class TrialRunner:
         try:
             is_first = not self._engine.optimizer.state
             if is_first:
-                self._engine.reduce(torch.zeros(1, device=self._device), scale=1.0, max_norm=0.0)  # makes gradients of 0
+                self._engine.reduce(
+                    torch.zeros(1, device=self._device), scale=1.0, max_norm=0.0
+                )  # makes gradients of 0
                 self._engine.apply(0.0)  # creates AdamW's moments
             held_bytes = self.held_bytes()
             allocations = measure_allocations(lambda: self._step(batch), self._device)
