@@ -36,17 +36,17 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(ROOT / "benchmarks")]
 
 from voxray.batches.loader import Loader  # noqa: E402
 from voxray.batches.rank import Worker  # noqa: E402
 from voxray.config.train import AsrAdapterSettings  # noqa: E402
-from voxray.core.manifest import chunks  # noqa: E402
+from voxray.core.manifest import chunks, read_chunk  # noqa: E402
 from voxray.core.storage import checksum, write_json  # noqa: E402
 from voxray.core.units import GIB  # noqa: E402
+from voxray.features.extract import Extractor, FeatureSpec  # noqa: E402
 from voxray.features.shards import INDEX_SCHEMA, index_part, shard_bytes, shard_path  # noqa: E402
 
-ASSETS = ROOT / "tests/assets/voxtral-tiny"
 ROWS_PER_SHARD = 1024
 CLIP_SEC = 10
 NUM_BATCHES = 200
@@ -54,17 +54,21 @@ SMALL_ROWS = 36_000
 
 
 def write_set(folder: Path, num_rows: int) -> None:
-    """Write a feature set whose shards have the same content."""
+    """Write a feature set whose shards have the same content: rows of one clip, with answers of different lengths."""
+    import soundfile
     import torch
 
-    random, rows = np.random.default_rng(0), []
-    for _ in range(ROWS_PER_SHARD):
-        row = {"task": "asr", "language": "ko", "prompt": "", "audio_path": "", "answer": "", "id": "", "source": ""}
-        row |= {"prompt_ids": [1] * 130, "target_ids": [1] * int(np.clip(random.lognormal(3.4, 0.5), 3, 200))}
-        row |= {"variant": 0, "num_frames": 100 * CLIP_SEC, "fill": -0.8, "num_windows": 1}
-        row |= {"num_samples": 16_000 * CLIP_SEC, "audio": random.random((100 * CLIP_SEC, 128), np.float32)}
-        rows.append(row)
-    (folder / "shards").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    soundfile.write(folder / "clip.wav", random.normal(0, 0.1, CLIP_SEC * 16_000), 16_000)
+    manifest = folder / "clip.jsonl"
+    manifest.write_text(json.dumps({"audio_path": "clip.wav", "transcript": "clip", "language": "ko"}) + "\n")
+    [chunk] = chunks(str(manifest), 1)
+    [sample] = read_chunk(chunk, chunk.read_bytes()).samples
+    [row], _ = Extractor(str(folder.with_name("base")), FeatureSpec("mel")).sample_rows(sample)
+    lengths = np.clip(random.lognormal(3.4, 0.5, ROWS_PER_SHARD), 3, 200).astype(int).tolist()
+    rows = [{**row, "target_ids": [30] * length} for length in lengths]
+    (folder / "shards").mkdir()
     (data, parts), columns = shard_bytes(rows, "mel", torch.float16, (128,)), index_part(rows, 0)
     path = folder / "content.arrow"
     path.write_bytes(data)
@@ -134,8 +138,8 @@ def with_loader(folder: Path, batching: str, watch: Callable[[Loader], Any]) -> 
         raise KeyboardInterrupt
 
     with tempfile.TemporaryDirectory() as name:
-        values = {"train_jsonl": "unused", "model_id": str(ASSETS), "num_workers": 0, "output_dir": name}
-        values |= {"batching": batching, "per_device_bsz": 8, "pack_tokens": 1536, "grad_accum": 1, "report_to": "none"}
+        values = {"train_jsonl": "unused", "model_id": str(folder.with_name("base")), "num_workers": 0}
+        values |= {"batching": batching, "per_device_bsz": 8, "grad_accum": 1, "report_to": "none", "output_dir": name}
         settings = AsrAdapterSettings.model_validate({**values, "loader_workers": 0})
         run = RunContext.create(settings, run_dir=Path(name), worker=Worker())
         with mock.patch.object(run_stage, "fit", fit), suppress(KeyboardInterrupt):
@@ -204,6 +208,10 @@ def main() -> None:
     if flags.measure:
         print(json.dumps(start(large, flags.batching, flags.step)))
         return
+    if not large.with_name("base").is_dir():
+        from train import write_model
+
+        write_model(large.with_name("base"), 4096)
     for folder, num_rows in ((large, flags.rows), (large.with_name("small"), SMALL_ROWS)):
         if not (folder / "set.json").is_file():
             write_set(folder, num_rows)

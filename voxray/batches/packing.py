@@ -161,6 +161,7 @@ def _shuffled(rows: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> M
     order = rng.permutation(len(ends))
     starts, sizes = (ends - sizes)[order], sizes[order]
     new_ends = np.cumsum(sizes)
-    # the source offset of a row is the start of its microbatch plus its offset within the microbatch
-    within = np.arange(len(rows)) - np.repeat(new_ends - sizes, sizes)
-    return Microbatches(rows[np.repeat(starts, sizes) + within], new_ends)
+    # a row moves as far as the start of its microbatch does
+    source = np.arange(len(rows))
+    source += np.repeat(starts - (new_ends - sizes), sizes)
+    return Microbatches(rows[source], new_ends)

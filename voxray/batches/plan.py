@@ -54,8 +54,9 @@ class Variants:
     """
 
     def __init__(self, rows: np.ndarray, sample: np.ndarray, seed: int) -> None:
-        self._start = np.flatnonzero(np.diff(sample, prepend=-1))
-        self._rows, self._seed, self.first = rows, seed, rows[self._start]
+        is_first = np.diff(sample, prepend=-1) > 0
+        self._start = None if is_first.all() else np.flatnonzero(is_first)
+        self._rows, self._seed, self.first = rows, seed, rows if self._start is None else rows[self._start]
 
     def first_variants(self, rows: np.ndarray) -> np.ndarray:
         """Map each row to the first variant of its sample."""
@@ -63,7 +64,7 @@ class Variants:
 
     def draw(self, rows: np.ndarray, epoch: int) -> np.ndarray:
         """Replace first variants by the variants that an epoch uses, drawn by (seed, epoch, sample)."""
-        if len(self._rows) == len(self.first):
+        if self._start is None:
             return rows
         drawn = np.random.default_rng([self._seed, epoch, VARIANT_STREAM]).random(len(self.first))
         counts = np.diff(self._start, append=len(self._rows))
@@ -123,7 +124,10 @@ class Plan:
     def __post_init__(self) -> None:
         assert len(self.task) == len(self.rows)
         names = list(TASKS)
-        self.rows_by_task = {names[code]: self.rows[self.task == code] for code in np.unique(self.task)}
+        codes = np.unique(self.task)
+        self.rows_by_task = {
+            names[code]: self.rows[self.task == code] if len(codes) > 1 else self.rows for code in codes
+        }
         for name, weight in (self.weights or {}).items():
             if weight > 0 and name not in self.rows_by_task:
                 raise SettingsError(f"--task_weights: {name} has weight {weight:g}, but there is no {name} row")

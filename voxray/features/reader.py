@@ -123,9 +123,11 @@ class _Shard:
 class RowLengths:
     """Lengths of rows, as planning needs them. Rows are numbered from 0 in manifest order.
 
+    100,000 hours are 36 million rows, so arrays of one number per row are as narrow as they can be.
+
     Attributes:
         task: Task code of every row, int8 (see ``shards.TASK_CODES``).
-        sample: Number of the manifest row that each row is a variant of, int64.
+        sample: Number of the manifest row that each row is a variant of, ascending.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
         max_extra_prompt_tokens: {task: tokens to reserve per row, since a sampled prompt may be longer}.
@@ -158,7 +160,7 @@ class RowLengths:
     def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows within a token limit, and the first row of every sample that has no variant within it."""
         fits = self.longest_tokens <= max_len
-        rows, too_long = np.flatnonzero(fits), np.flatnonzero(~fits)
+        rows, too_long = (np.flatnonzero(chosen).astype(np.int32) for chosen in (fits, ~fits))
         lost = too_long[~np.isin(self.sample[too_long], self.sample[rows])]
         return rows, lost[np.unique(self.sample[lost], return_index=True)[1]]
 
@@ -185,11 +187,11 @@ class Features(RowLengths):
             raise RunError(f"{self.folders[0].name}: these feature sets store different things: {', '.join(stores)}")
         self.store: str = next(iter(stores), "")
         tables = [_read_index(*pair) for pair in zip(self.folders, self._descriptions, strict=True)]
-        self._set = np.repeat(np.arange(len(tables), dtype=np.int32), [table.num_rows for table in tables])
+        self._first_rows = np.cumsum([0, *(table.num_rows for table in tables)])  # of every set
         self._index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
         self._shard, self._row = self._numbers("shard"), self._numbers("row")
         self.task = self._numbers("task")
-        self.sample = np.cumsum(self._numbers("variant") == 0) - 1
+        self.sample = np.cumsum(self._numbers("variant") == 0, dtype=np.int32) - 1
         self.num_prompt_tokens = self._numbers("num_prompt_tokens")
         self.num_target_tokens = self._numbers("num_target_tokens")
         self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
@@ -226,7 +228,8 @@ class Features(RowLengths):
         Raises:
             RunError: The shard is damaged. The next run makes it again.
         """
-        set_number, shard = int(self._set[number]), int(self._shard[number])
+        set_number = int(np.searchsorted(self._first_rows, number, side="right")) - 1
+        shard = int(self._shard[number])
         try:
             return self._get_shard(set_number, shard).row(int(self._row[number]))
         except (DamagedShard, pa.ArrowInvalid, OSError) as error:

@@ -78,7 +78,7 @@ def _usable_rows(
     names = {code: name for name, code in TASK_CODES.items()}
     message = f"this job trains on {', '.join(stage.tasks)} rows"
     lost += [(part, int(row), "other_task", f"{names[int(part.task[row])]}: {message}") for row in others]
-    rows = rows[of_stage[rows]]
+    rows = rows[of_stage[rows]] if len(others) else rows
     unfit = list(_unfit_rows(part, rows, front_end, divided))
     lost += [(part, row, reason, message) for row, reason, message in unfit if reason]
     return rows[~np.isin(rows, [row for row, *_ in unfit])], lost

@@ -176,7 +176,9 @@ def build_plan(
         rows: Row numbers to train on.
         cross_attention_positions: Positions per window, in addition to the tokens (see ``models.front_end.FrontEnd``).
     """
-    variants = Variants(rows, features.sample[rows], settings.seed)
+    variants, num_tokens = Variants(rows, features.sample[rows], settings.seed), features.longest_tokens
+    if cross_attention_positions:
+        num_tokens = num_tokens + features.num_windows * cross_attention_positions
     return Plan(
         features.task[variants.first],
         variants.first,
@@ -186,7 +188,7 @@ def build_plan(
         microbatches_per_step,
         settings.drop_last,
         variants,
-        features.longest_tokens + features.num_windows * cross_attention_positions,
+        num_tokens,
         stage.curriculum,
     )
 
