@@ -39,7 +39,7 @@ if missing:
 
 import torch  # noqa: E402
 from evaluate import draw_answer_lengths, generate_plain, generate_voxray  # noqa: E402
-from train import make_features, train_strong, write_model, write_rows  # noqa: E402
+from train import make_features, train_strong, whole_pack, write_model, write_rows  # noqa: E402
 from transformers import WhisperFeatureExtractor  # noqa: E402
 
 from voxray.batches.rank import Worker  # noqa: E402
@@ -50,7 +50,7 @@ from voxray.generation import continuous_batching  # noqa: E402
 from voxray.models.registry import get_family  # noqa: E402
 from voxray.preflight.memory import MemoryModel, Training  # noqa: E402
 from voxray.preflight.meta_model import build_meta_model  # noqa: E402
-from voxray.preflight.shapes import ComputeConfig, PackShape  # noqa: E402
+from voxray.preflight.shapes import ComputeConfig  # noqa: E402
 from voxray.recipes import run_stage  # noqa: E402
 from voxray.recipes.run_context import RunContext  # noqa: E402
 from voxray.recipes.training_data import TrainingData  # noqa: E402
@@ -184,14 +184,7 @@ def prediction(run: Any, features: Features, num_tokens: int) -> tuple[float, fl
         quantize=settings.quantize,
     )
     model = MemoryModel(build_meta_model(run), run.family, run.front_end, config, Training())
-    shape = PackShape(
-        round(share * len(features)),
-        num_tokens,
-        int(features.num_tokens.max()),
-        round(share * float(features.num_windows.sum())),
-        round(share * float(features.num_target_tokens.sum())),
-        packed=True,
-    )
+    shape = whole_pack(features, share)
     return model.step_flops(shape), model.need(shape).allocated_bytes
 
 

@@ -11,8 +11,9 @@ epoch each:
     cached   the same from stored outputs of the frozen encoder
 
 All use the same threads, dtype and rank, and the same average number of rows per batch. Tokens are counted without
-padding. The losses on the same batches are compared first, to show that the computation is the same. Prints a table of
-ratios and one JSON line.
+padding. The losses on the same batches are compared first, to show that the computation is the same. ``of products`` is
+the speed of voxray's Linear layers, as if nothing else took time, as a share of that of a matrix product of 2,048 x
+2,048 numbers. Prints the processor, a table of ratios and one JSON line.
 
     python benchmarks/train.py --rows 192
 """
@@ -51,6 +52,9 @@ from voxray.models.adapters.lora import add_lora
 from voxray.models.interface import IGNORED
 from voxray.models.registry import get_family
 from voxray.models.voxtral.tiny import AUDIO_TOKEN_ID
+from voxray.preflight.memory import MemoryModel, Training
+from voxray.preflight.meta_model import build_meta_model
+from voxray.preflight.shapes import ComputeConfig, PackShape
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import train
 from voxray.recipes.training_data import TrainingData
@@ -211,8 +215,12 @@ def train_strong(
     return run_trainer(model, features, collate, folder, grouped=True, **options)
 
 
-def train_voxray(model_id: str, features: Features, run_dir: Path) -> float:
-    """One epoch of voxray's recipe as its job runs it, without validation, in seconds."""
+def train_voxray(model_id: str, features: Features, run_dir: Path) -> tuple[float, float]:
+    """One epoch of voxray's recipe as its job runs it, without validation.
+
+    Returns:
+        Its seconds, and the floating-point operations of its Linear layers.
+    """
     run_dir.mkdir()
     budget = round(float(features.num_tokens.mean()) * BATCH_ROWS)
     values = {"train_jsonl": "unused", "model_id": model_id, "output_dir": str(run_dir), "epochs": 1, "lr": 1e-4}
@@ -220,8 +228,37 @@ def train_voxray(model_id: str, features: Features, run_dir: Path) -> float:
     values |= {"lora_r": LORA["r"], "lora_alpha": 16, "lora_dropout": 0.0, "store": features.store, "log_steps": 10**6}
     settings = MultitaskSettings.model_validate(values)
     data = TrainingData(features.folders, ())  # type: ignore[arg-type]
-    train(RunContext.create(settings, run_dir=run_dir), data)
-    return sum(record["sec"] for record in read_metrics(run_dir, "train"))
+    run = RunContext.create(settings, run_dir=run_dir)
+    train(run, data)
+    model = MemoryModel(build_meta_model(run), run.family, run.front_end, ComputeConfig(torch.float32), Training())
+    flops = model.step_flops(whole_pack(features))
+    return sum(record["sec"] for record in read_metrics(run_dir, "train")), flops
+
+
+def whole_pack(features: Features, share: float = 1.0) -> PackShape:
+    """A pack with a share of all rows."""
+    columns = (features.num_tokens, features.num_windows, features.num_target_tokens)
+    num_tokens, num_windows, num_answer_tokens = (round(share * float(column.sum())) for column in columns)
+    longest, num_rows = int(features.num_tokens.max()), round(share * len(features))
+    return PackShape(num_rows, num_tokens, longest, num_windows, num_answer_tokens, packed=True)
+
+
+def product_flops_per_sec() -> float:
+    """Speed of a large matrix product in float32."""
+    size, seconds = 2048, list[float]()
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    for _ in range(6):
+        start_sec = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start_sec)
+    return 2 * size**3 / min(seconds)
+
+
+def processor() -> str:
+    """Name of the processor, and the number of threads that compute."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def loss_difference(model_id: str, features: Features) -> float:
@@ -246,9 +283,10 @@ def main() -> None:
     parser.add_argument("--vocabularies", default="4096,131072", help="sizes of the vocabulary; one model for each")
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
-    figures = []
+    figures, peak_flops = [], product_flops_per_sec()
+    print(f"{processor()}, {peak_flops / 1e9:.0f} GFLOP/s in matrix products")
     print("            tokens/s                        to strong       to plain")
-    print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference")
+    print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference  of products")
     with tempfile.TemporaryDirectory() as name:
         manifest = write_rows(Path(name), flags.rows)
         for vocabulary in map(int, flags.vocabularies.split(",")):
@@ -263,17 +301,19 @@ def main() -> None:
             seconds = {
                 "plain": train_plain(model_id, features, clips, folder / "plain"),
                 "strong": train_strong(model_id, features, folder / "strong"),
-                "voxray": train_voxray(model_id, features, folder / "voxray"),
-                "cached": train_voxray(model_id, stored, folder / "cached"),
             }
+            seconds["voxray"], flops = train_voxray(model_id, features, folder / "voxray")
+            seconds["cached"], _ = train_voxray(model_id, stored, folder / "cached")
+            share = flops / seconds["voxray"] / peak_flops
             rates = {side: tokens / value for side, value in seconds.items()}
             ratios = [rates[one] / rates[other] for one, other in RATIOS]
             line = "  ".join(f"{rate:6.0f}" for rate in rates.values())
             line += "".join(f"  {ratio:6.2f}" for ratio in ratios)
-            print(f"{vocabulary:10}  {line}  {difference:.1e}", flush=True)
+            print(f"{vocabulary:10}  {line}  {difference:.1e}          {share:.0%}", flush=True)
             row = {
                 "vocabulary": vocabulary,
                 "loss_difference": difference,
+                "share_of_products": round(share, 3),
                 **{side: round(rate) for side, rate in rates.items()},
             }
             figures.append({**row, "ratios": [round(ratio, 2) for ratio in ratios]})
