@@ -33,8 +33,8 @@ SUM_STARTS = ((0, 100), (0,))  # where MKL starts a new partial sum of 201 produ
 class _Band:
     """A few neighbouring mel bins and the frequencies with non-zero weights in them."""
 
-    bins: tuple[int, int]  # first one and number, as ``Tensor.narrow`` takes them
-    frequencies: tuple[int, int]
+    bins: slice
+    frequencies: slice
     filters_FM: torch.Tensor
     accumulates: bool  # whether to add to the sum over lower frequencies that an earlier band left in these bins
 
@@ -88,15 +88,15 @@ class LogMel:
         mel_TM = torch.empty(num_computed, self.num_mel_bins)
         num_blocks = -(-num_computed // BLOCK_FRAMES)
         size = -(-num_computed // num_blocks)  # blocks of equal size: the last one must not have few frames
-        blocks = mel_TM.split(size)
-        for frames, block_TM in zip(frames_TN.split(size), blocks, strict=True):
-            _mel_product(self._bands, _power(frames * self._window), block_TM)
-            block_TM.clamp_(min=FLOOR).log10_()
-        mel_KM = mel_TM[:num_frames]
-        clamp = np.maximum(np.float32(mel_KM.amax().item()), SILENCE) - DYNAMIC_RANGE
-        for block_TM in blocks:  # while a block is in the CPU cache
-            block_TM.clamp_(min=float(clamp)).add_(4.0).mul_(0.25)
-        return mel_KM.numpy(), float((np.maximum(clamp, SILENCE) + FOUR) / FOUR)
+        for start in range(0, num_computed, size):
+            power_TF = _power(frames_TN[start : start + size] * self._window)
+            _mel_product(self._bands, power_TF, mel_TM[start : start + size])
+        mel_KM = mel_TM[:num_frames].clamp_(min=FLOOR).log10_().numpy()
+        clamp = np.maximum(mel_KM.max(), SILENCE) - DYNAMIC_RANGE
+        np.maximum(mel_KM, clamp, out=mel_KM)
+        mel_KM += FOUR
+        mel_KM /= FOUR
+        return mel_KM, float((np.maximum(clamp, SILENCE) + FOUR) / FOUR)
 
 
 def num_valid_frames(num_samples: int, padded_samples: int) -> int:
@@ -145,15 +145,14 @@ def _bands(filters_FM: torch.Tensor) -> list[_Band]:
     sum starts where the matrix library starts one. ``SUM_STARTS`` has the starts known for MKL, which are tried here.
     If none gives equal bits, the only band is the whole matrix.
     """
-    num_frequencies, num_bins = filters_FM.shape
-    whole = [_Band((0, num_bins), (0, num_frequencies), filters_FM, accumulates=False)]
+    whole = [_Band(slice(None), slice(None), filters_FM, accumulates=False)]
 
     def empty(power_TF: torch.Tensor) -> torch.Tensor:
-        return torch.empty(len(power_TF), num_bins)
+        return torch.empty(len(power_TF), filters_FM.shape[1])
 
     random = np.random.default_rng(0)
     trials = [
-        torch.from_numpy(random.lognormal(0, 4, (num_frames, num_frequencies)).astype(np.float32))
+        torch.from_numpy(random.lognormal(0, 4, (num_frames, len(filters_FM))).astype(np.float32))
         for num_frames in (MIN_FRAMES, BLOCK_FRAMES)
     ]
     for bands in (_split_into_bands(filters_FM, starts) for starts in SUM_STARTS):
@@ -168,22 +167,20 @@ def _bands(filters_FM: torch.Tensor) -> list[_Band]:
 def _split_into_bands(filters_FM: torch.Tensor, starts: tuple[int, ...]) -> list[_Band]:
     bands = []
     for low, high in zip(starts, (*starts[1:], len(filters_FM)), strict=True):
-        for start, filters in zip(
-            range(0, filters_FM.shape[1], BAND_BINS), filters_FM.split(BAND_BINS, 1), strict=True
-        ):
-            nonzero = torch.nonzero(filters[low:high].any(dim=1)).flatten()
+        for first in range(0, filters_FM.shape[1], BAND_BINS):
+            bins = slice(first, first + BAND_BINS)
+            nonzero = torch.nonzero(filters_FM[low:high, bins].any(dim=1)).flatten()
             if len(nonzero):
-                first, last = low + int(nonzero[0]), low + int(nonzero[-1])
-                bins, frequencies = (start, filters.shape[1]), (first, last + 1 - first)
-                accumulates = bool(filters[:low].any())
-                bands.append(_Band(bins, frequencies, filters[first : last + 1].contiguous(), accumulates))
+                frequencies = slice(low + int(nonzero[0]), low + int(nonzero[-1]) + 1)
+                accumulates = bool(filters_FM[:low, bins].any())
+                bands.append(_Band(bins, frequencies, filters_FM[frequencies, bins].contiguous(), accumulates))
     return bands
 
 
 def _mel_product(bands: list[_Band], power_TF: torch.Tensor, mel_TM: torch.Tensor) -> torch.Tensor:
     """Fill ``mel_TM`` with the product of powers and filters, and return it."""
     for band in bands:
-        band_TM, band_TF = mel_TM.narrow(1, *band.bins), power_TF.narrow(1, *band.frequencies)
+        band_TM, band_TF = mel_TM[:, band.bins], power_TF[:, band.frequencies]
         if band.accumulates:
             torch.addmm(band_TM, band_TF, band.filters_FM, out=band_TM)
         else:
