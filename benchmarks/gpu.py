@@ -12,6 +12,7 @@ a CPU too, as a test of the script. The last lines are the table for benchmarks/
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 import warnings
@@ -36,6 +37,8 @@ if missing:
     lines = [f"missing: {', '.join(missing)}", f"  pip download --no-deps --dest wheels {' '.join(missing)}"]
     lines += ["on a machine with network, and here:", "  pip install --no-index --find-links wheels --no-deps wheels/*"]
     sys.exit("\n".join(lines))
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # torch reads it when it is imported
 
 import torch  # noqa: E402
 from evaluate import draw_answer_lengths, generate_plain, generate_voxray  # noqa: E402
@@ -209,7 +212,11 @@ def train(bench: Bench, quantize: str = "none") -> dict[str, Any]:
 
 
 def steps(bench: Bench) -> dict[str, Any]:
-    """Waits for the GPU, launches and idle share of one step on a multitask pack."""
+    """Waits for the GPU, launches and idle share of one step on a multitask pack, with both kinds of AdamW."""
+    return {optim: watched_step(bench, optim) for optim in ("adamw_torch", "adamw_torch_fused")}
+
+
+def watched_step(bench: Bench, optim: str) -> dict[str, Any]:
     figures: dict[str, Any] = {}
 
     def watch(number: int, step: Callable[[], Any]) -> Any:
@@ -234,7 +241,7 @@ def steps(bench: Bench) -> dict[str, Any]:
         return result
 
     with each_step(watch):
-        run_training(bench, "watched", bench.features("multitask"), WARM_UP_STEPS + 3)
+        run_training(bench, f"watched-{optim}", bench.features("multitask"), WARM_UP_STEPS + 3, optim=optim)
     return figures
 
 

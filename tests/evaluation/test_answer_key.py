@@ -47,6 +47,7 @@ CHANGES: dict[str, str] = {
     "perplexity": "all",
     "mode": "valid_asr",
     "compiled": "compiled",
+    "merge_adapter": "true",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,23 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
+from helpers.adapters import random_adapter
 from helpers.running import ROOT, environment, load_job, parse_only
+from peft.tuners.lora import LoraLayer
 
 from voxray.commands import evaluate as job
 from voxray.commands import infer
 from voxray.commands.compare import run_compare
+from voxray.commands.export import run_export
 from voxray.comparison.evaluations import read_evaluations
 from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
+from voxray.config.export import ExportSettings
 from voxray.core.errors import RunError, SettingsError
 from voxray.evaluation.predictions import read_predictions
 from voxray.generation import continuous_batching
+from voxray.generation.generate import SamplingParams
+from voxray.generation.model import InferenceConfig, load_model, model_bytes
 from voxray.models.voxtral.front_end import VoxtralFrontEnd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +108,28 @@ def test_conflicting_values(line: str, message: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as end:
         parse_only("evaluate", ["--val_jsonl", "v.jsonl", *line.split()])
     assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_merge_adapter(evaluate: Evaluate, small: dict[str, str], tmp_path: Path) -> None:
+    """The answers are those of the exported model, and no layer with LoRA is left."""
+    adapter = random_adapter(tmp_path / "adapter", std=0.1)
+    run_export(ExportSettings(lora_dir=str(adapter), output_dir=str(tmp_path / "exported"), dtype="float32"))
+
+    def texts(**flags: Any) -> list[str]:
+        return [row["prediction"] for row in evaluate(val_jsonl=(small["asr.val"],), **flags)[1]]
+
+    exported, base = texts(model_id=str(tmp_path / "exported")), texts()
+    assert texts(lora_dir=str(adapter), merge_adapter=True) == exported != base
+    infer_flags = {"lora_dir": str(adapter), "jsonl": small["asr.val"]}
+    assert [row["prediction"] for row in infer_rows(**infer_flags, merge_adapter=True)] == exported
+    config = InferenceConfig(TINY, str(adapter), SamplingParams(1), 1, merge_adapter=True)
+    model, num_tensors = load_model(config)
+    assert num_tensors > 0 and not [name for name, _ in model.named_modules() if "lora" in name]
+    plain, _ = load_model(replace(config, merge_adapter=False))
+    size = sum(module.base_layer.weight.nbytes for module in plain.modules() if isinstance(module, LoraLayer))
+    assert model_bytes(replace(config, fp16=True), 1) == size // 2  # the tiny model is stored in float16
+    with pytest.raises(SystemExit):
+        parse_only("infer", ["--audio_path", "a.wav", "--merge_adapter", "--quantize", "4bit"])
 
 
 def test_something_to_evaluate_is_required(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,6 +71,19 @@ class AdapterFlags(LoraDirFlags, TrimFlags):
     """An adapter, and the prompt format it was trained with."""
 
 
+class MergeFlags(Settings):
+    merge_adapter: bool = False
+    """Add the LoRA of the adapter to the weights of the base before anything is answered. A token then takes as little
+    computation as with the base alone. Answers may differ where two tokens are nearly equally likely."""
+
+    @model_validator(mode="after")
+    def _can_merge(self) -> "MergeFlags":
+        for name, value in (("quantize", "none"), ("compiled", "")):
+            if self.merge_adapter and getattr(self, name, value) != value:
+                raise ValueError(f"--merge_adapter: not with --{name}")
+        return self
+
+
 class SalmonnBaseFlags(SalmonnPartsFlags, LoraDirFlags):
     """An assembled SALMONN base, which can also load a checkpoint of SALMONN's own trainer."""
 
@@ -98,6 +111,7 @@ class SalmonnPromptFlags(SalmonnBaseFlags, AdapterFlags):
 class EvaluateSettings(
     OutputFlags,
     SalmonnPromptFlags,
+    MergeFlags,
     CompiledFlags,
     EvaluationDataFlags,
     SamplingFlags,
@@ -185,7 +199,7 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, SamplingFlags):
+class InferSettings(AdapterFlags, MergeFlags, SamplingFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""

@@ -14,7 +14,9 @@ from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
+from voxray.models.adapters.merge import merge_into_base
 from voxray.models.adapters.read_files import is_fully_tuned
+from voxray.models.hf_files import unwrap_peft
 from voxray.models.parts.arithmetic import set_tf32, with_default_dtype
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
@@ -42,6 +44,7 @@ class InferenceConfig:
         quantize: none, 8bit or 4bit.
         trim_audio: Whether the audio tokens of padding are left out of prompts.
         compiled: Folder of the compiled audio path, or "".
+        merge_adapter: Whether LoRA is added to the weights of the base.
         perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
             or ``all``.
     """
@@ -57,6 +60,7 @@ class InferenceConfig:
     trim_audio: bool = False
     compiled: str = ""
     perplexity: str = "none"
+    merge_adapter: bool = False
 
 
 def inference_config(
@@ -69,6 +73,7 @@ def inference_config(
     """The configuration that a job's settings ask for."""
     sampling = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
+    flags["merge_adapter"] = getattr(settings, "merge_adapter", False)
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
     return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, **flags)
 
@@ -114,7 +119,8 @@ def resolve_settings(
 def model_bytes(config: InferenceConfig, num_processes: int) -> int:
     """Memory that each of some processes with this model takes for its weights, beside those that they share."""
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
-    options = {"quantize": config.quantize, "adapter": config.adapter, "num_processes": num_processes}
+    options: dict[str, Any] = {"adapter": config.adapter, "merges_adapter": config.merge_adapter}
+    options |= {"quantize": config.quantize, "num_processes": num_processes}
     return loaded_bytes(family, config.model_id, dtype=dtype, **options)
 
 
@@ -138,6 +144,8 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_proce
     if skip_encoder:
         family.skip_encoder(model)
     model, num_tensors = load_adapter(model, Path(config.adapter)) if config.adapter else (model, 0)
+    if config.merge_adapter and unwrap_peft(model) is not model:
+        model = merge_into_base(model)
     if config.compiled:
         use_compiled(model, family, Path(config.compiled), dtype=dtype, device=device)
     return model, num_tensors

@@ -43,6 +43,7 @@ def loaded_bytes(
     quantize: str = "none",
     role: str = "",
     adapter: str = "",
+    merges_adapter: bool = False,
     num_processes: int = 1,
 ) -> int:
     """Memory that each process takes for the weights of a base, beside those that processes of a node share.
@@ -51,6 +52,7 @@ def loaded_bytes(
         dtype: Type of the weights and of the computation.
         role: The only role to load; "" loads the whole base.
         adapter: Folder of an adapter. Weights of the base that it replaces are not shared.
+        merges_adapter: Whether its LoRA is added to the weights of the base.
         num_processes: Processes that load the whole base on a CPU.
     Raises:
         RunError: The base has no readable configuration, or the adapter cannot be read.
@@ -59,6 +61,9 @@ def loaded_bytes(
     is_shared = can_share and shares_weights(family, model_id, dtype=dtype, num_processes=num_processes)
     names = tensor_names(Path(adapter)) if adapter else []
     replaced = {name.removeprefix(PEFT_PREFIX) for name in names if not is_lora_tensor(name)}
+    if merges_adapter:
+        lora = (name.removeprefix(PEFT_PREFIX) for name in names if is_lora_tensor(name))
+        replaced |= {f"{name.partition('.lora_')[0]}.weight" for name in lora}
     if is_shared and not replaced:
         return 0
     model = family.build_on_meta(model_id, dtype=dtype)

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from voxray.models.adapters.lora import is_lora_tensor
+from voxray.models.adapters.tied_weights import untie
 from voxray.models.hf_files import unwrap_peft
 from voxray.models.parts.layer_units import LayerUnit, around_forward, find_units, is_single_layer
 from voxray.models.safetensors_files import LazyTensor
@@ -95,6 +97,18 @@ def merged_tensors(base: Any, layers: MergeLayers, dtype: torch.dtype) -> list[L
         LazyTensor(name, *(getattr(tensors[names[id(tensor)]], field) for field in ("shape", "dtype", "compute")))
         for name, tensor in on_disk.items()
     ]
+
+
+@torch.no_grad()
+def merge_into_base(model: PeftModel) -> Any:
+    """Add LoRA to the weights of its base, in float32, and return the base. The weights keep their type."""
+    base: Any = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    untie(base, {f"{name}.base_layer.weight" for name in layers})
+    for layer in layers.values():
+        weight = layer.get_base_layer().weight
+        weight.data = _merged_weight(layer, weight.dtype)
+    return model.unload()
 
 
 def _as_type(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
