@@ -18,6 +18,7 @@ featurize makes before, is measured apart: reading its lines. Prints a table and
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ def write_set(folder: Path, num_rows: int) -> None:
     import torch
 
     random = np.random.default_rng(0)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     folder.mkdir(parents=True)
     soundfile.write(folder / "clip.wav", random.normal(0, 0.1, CLIP_SEC * 16_000), 16_000)
     manifest = folder / "clip.jsonl"
@@ -96,13 +98,15 @@ def write_set(folder: Path, num_rows: int) -> None:
 
 def write_manifest(path: Path, num_rows: int) -> None:
     """Write a manifest of rows without their clips."""
-    with path.open("w", encoding="utf-8") as file:
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
         for number in range(num_rows):
             clip, text = (
                 f"clips/{number // 1000:05}/{number:09}.flac",
                 "환자는 어제부터 열이 나고 기침을 하며 혈압은 정상입니다",
             )
             file.write(f'{{"id": "utterance-{number:09}", "audio_path": "{clip}", "transcript": "{text}"}}\n')
+    unfinished.rename(path)
 
 
 class Peak:

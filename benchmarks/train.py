@@ -11,8 +11,8 @@ epoch each:
     cached   the same from stored outputs of the frozen encoder
 
 All use the same threads, dtype and rank, and the same average number of rows per batch. Tokens are counted without
-padding. The losses on the same batches are compared first, to show that the computation is the same. ``of products`` is
-the speed of voxray's Linear layers, as if nothing else took time, as a share of that of a matrix product of 2,048 x
+padding. The losses on the same batches are compared first, to show that the computation is the same. ``matrix speed``
+is the speed of voxray's Linear layers, as if nothing else took time, as a share of that of a matrix product of 2,048 x
 2,048 numbers. Prints the processor, a table of ratios and one JSON line.
 
     python benchmarks/train.py --rows 192
@@ -286,7 +286,7 @@ def main() -> None:
     figures, peak_flops = [], product_flops_per_sec()
     print(f"{processor()}, {peak_flops / 1e9:.0f} GFLOP/s in matrix products")
     print("            tokens/s                        to strong       to plain")
-    print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference  of products")
+    print("vocabulary   plain  strong  voxray  cached  voxray  cached  cached  loss difference  matrix speed")
     with tempfile.TemporaryDirectory() as name:
         manifest = write_rows(Path(name), flags.rows)
         for vocabulary in map(int, flags.vocabularies.split(",")):

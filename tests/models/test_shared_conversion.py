@@ -1,76 +1,104 @@
-"""Bases in another type than the stored one, which several processes convert once."""
+"""Bases in another type than the stored one, whose weights several processes share."""
 
+import fcntl
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, WHISPER
+from helpers.running import ROOT, environment
 
 from voxray.models import shared_conversion
 from voxray.models.registry import get_family
-from voxray.models.shared_conversion import load_on_cpu, shares_weights
+from voxray.models.shared_conversion import load_on_cpu, shared_bytes
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def folder_for_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Conversions of tiny models are shared here, in a folder of the test."""
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights of tiny models are shared here, in a folder of the test."""
     monkeypatch.setattr(shared_conversion, "MIN_BYTES", 1)
+    monkeypatch.setattr(shared_conversion, "_locks_in_use", [])
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     return folder
 
 
+def folders(temporary: Path) -> list[Path]:
+    return [path for path in temporary.glob("voxray-*/*") if path.is_dir()]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_converted_weights_are_those_of_transformers(folder_for_files: Path, dtype: torch.dtype) -> None:
-    family = get_family(TINY)
-    plain = family.load_model(TINY, dtype=dtype, device=CPU)
-    with_files: list[str] = []
-    load = family.load_model
-
-    def load_and_look(model_id: str, **options: object) -> object:
-        with_files.extend(path.name for path in Path(model_id).iterdir())
-        return load(model_id, **options)  # type: ignore[arg-type]
-
-    wrapped = SimpleNamespace(load_model=load_and_look, build_on_meta=family.build_on_meta)
-    shared = load_on_cpu(wrapped, TINY, dtype=dtype, num_processes=2)  # type: ignore[arg-type]
-    expected = plain.state_dict()
-    assert {name: value.dtype for name, value in shared.state_dict().items()} == {
-        name: value.dtype for name, value in expected.items()
-    }
-    assert all(torch.equal(value, expected[name]) for name, value in shared.state_dict().items())
-    assert (shared.name_or_path, shared.config.name_or_path) == (TINY, TINY)
-    assert "model.safetensors" in with_files
-    left = [path.suffix for path in folder_for_files.rglob("*") if path.is_file()]
-    assert sorted(left) == [".users", ".writer"]  # empty files
+@pytest.mark.parametrize("base", [TINY, WHISPER])
+def test_shared_weights_are_those_of_transformers(temporary: Path, base: str, dtype: torch.dtype) -> None:
+    family = get_family(base)
+    expected = family.load_model(base, dtype=dtype, device=CPU).state_dict()
+    shared_with = 2 if shared_bytes(base, dtype, 2) else 0
+    for _ in range(2):
+        model = load_on_cpu(family, base, dtype=dtype, num_processes=2)
+        found = model.state_dict()
+        assert {name: value.dtype for name, value in found.items()} == {
+            name: value.dtype for name, value in expected.items()
+        }
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+        assert model.name_or_path == base
+    assert len(folders(temporary)) == min(1, shared_with)
 
 
-def test_who_shares(folder_for_files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = get_family(TINY)
-    assert shares_weights(family, TINY, dtype=torch.float16, num_processes=1)  # as it is stored
-    assert not shares_weights(family, TINY, dtype=torch.bfloat16, num_processes=1)
-    assert shares_weights(family, TINY, dtype=torch.bfloat16, num_processes=2)
-    load_on_cpu(family, TINY, dtype=torch.float16, num_processes=2)
-    assert not any(folder_for_files.iterdir())
+def test_when_weights_are_shared(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared_bytes(TINY, torch.float16, 2) == 0  # as it is stored
+    assert shared_bytes(TINY, torch.float32, 1) == 0
+    stored = (Path(TINY) / "model.safetensors").stat().st_size
+    assert shared_bytes(TINY, torch.float32, 2) == 2 * stored
     no_space = shutil._ntuple_diskusage(1, 1, 0)  # type: ignore[attr-defined]
     monkeypatch.setattr("shutil.disk_usage", lambda path: no_space)
-    model = load_on_cpu(family, TINY, dtype=torch.bfloat16, num_processes=2)
-    assert model.dtype is torch.bfloat16
-    monkeypatch.setattr(shared_conversion, "MIN_BYTES", 1 << 40)
-    assert not shares_weights(family, TINY, dtype=torch.bfloat16, num_processes=2)
+    assert shared_bytes(TINY, torch.float32, 2) == 0
+    model = load_on_cpu(get_family(TINY), TINY, dtype=torch.float32, num_processes=2)
+    assert model.dtype is torch.float32 and not folders(temporary)
 
 
-def test_files_of_a_killed_process_are_replaced(folder_for_files: Path) -> None:
-    family = get_family(TINY)
-    load_on_cpu(family, TINY, dtype=torch.bfloat16, num_processes=2)
-    [users] = folder_for_files.rglob("*.users")
-    unfinished = users.with_suffix(".unfinished")
-    unfinished.mkdir()
-    (unfinished / "model.safetensors").write_bytes(b"half")
-    model = load_on_cpu(family, TINY, dtype=torch.bfloat16, num_processes=2)
-    assert model.dtype is torch.bfloat16
-    assert not unfinished.exists()
+@pytest.mark.parametrize("fault", ["full disk", "a file in the place of the folder", "no locks"])
+def test_without_the_file_a_process_keeps_its_own_weights(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if fault == "full disk":
+        monkeypatch.setattr(shared_conversion, "write_weights", fail)
+    elif fault == "no locks":
+        monkeypatch.setattr(fcntl, "flock", fail)
+    else:
+        name = f"voxray-{shared_conversion.platform.node()}-{shared_conversion.os.getuid()}"
+        (temporary / name).write_text("")
+    model = load_on_cpu(get_family(TINY), TINY, dtype=torch.float32, num_processes=2)
+    assert model.dtype is torch.float32
+    assert not folders(temporary)
+
+
+SCRIPT = """
+import os, sys, torch
+from voxray.models import shared_conversion
+from voxray.models.registry import get_family
+shared_conversion.MIN_BYTES = 1
+dtype = getattr(torch, sys.argv[2])
+shared_conversion.load_on_cpu(get_family(sys.argv[1]), sys.argv[1], dtype=dtype, num_processes=2)
+if sys.argv[3:]:
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_the_last_process_deletes_the_file_and_a_later_job_what_a_killed_one_left(temporary: Path) -> None:
+    def run(*arguments: str) -> int:
+        variables = {**environment(), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+        return subprocess.run([sys.executable, "-c", SCRIPT, TINY, *arguments], env=variables).returncode
+
+    assert run("float32", "killed") == -9
+    assert len(folders(temporary)) == 1
+    assert run("bfloat16") == 0
+    assert not folders(temporary)

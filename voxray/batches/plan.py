@@ -54,7 +54,7 @@ class Variants:
     """
 
     def __init__(self, rows: np.ndarray, sample: np.ndarray, seed: int) -> None:
-        is_first = np.diff(sample, prepend=-1) > 0
+        is_first = np.append(True, np.diff(sample) > 0)[: len(sample)]
         self._start = None if is_first.all() else np.flatnonzero(is_first)
         self._rows, self._seed, self.first = rows, seed, rows if self._start is None else rows[self._start]
 

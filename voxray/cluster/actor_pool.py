@@ -136,7 +136,7 @@ def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> Act
     return ActorPool(min(low, high), high, num_gpus=1 if num_gpus else None)
 
 
-def fit_memory(pool: ActorPool, memory_bytes: int) -> ActorPool:
+def fit_memory(pool: ActorPool, memory_bytes: int, shared_bytes: int = 0) -> ActorPool:
     """Limit a pool to as many actors as the memory of the nodes suffices for. One always starts.
 
     Ray takes as a node's memory what was free when it started, less its object store. Nodes that the autoscaler may
@@ -144,12 +144,14 @@ def fit_memory(pool: ActorPool, memory_bytes: int) -> ActorPool:
 
     Args:
         memory_bytes: Memory of the weights of each actor, beside those that the actors of a node share.
+        shared_bytes: Memory that the actors of a node share.
     """
     import ray
 
     memory_bytes += MODEL_PROCESS_BYTES
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [int(each.get("memory", 0)) for each in resources if each.get("CPU")]  # a head often has no CPUs for actors
+    # a head often has no CPUs for actors
+    nodes = [max(0, int(each.get("memory", 0)) - shared_bytes) for each in resources if each.get("CPU")]
     fitting = max(1, sum(num_bytes // memory_bytes for num_bytes in nodes))
     if max_resource("CPU") > present_resource("CPU"):
         fitting = max(fitting, pool.max_size)

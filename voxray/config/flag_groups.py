@@ -300,7 +300,7 @@ class OptimizerFlags(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's decoupled weight decay."""
     optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch"
-    """PyTorch's AdamW, weight by weight or fused: faster on GPUs, with other rounding. A run keeps it."""
+    """PyTorch's AdamW, weight by weight or fused: faster on GPUs, rounds differently. Fixed for a run."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the total gradient norm to this value; 0 turns clipping off."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 10

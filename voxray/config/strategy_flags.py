@@ -29,6 +29,10 @@ class StrategyFlags(Settings):
         """Whether every worker holds only a part of the gradients and of the optimizer state."""
         return self.strategy == "deepspeed" or (self.strategy == "fsdp" and getattr(self, "tuning", "") == "full")
 
+    @property
+    def _is_fused(self) -> bool:
+        return getattr(self, "optim", "") == "adamw_torch_fused"
+
     @model_validator(mode="after")
     def _sharding_fits_the_other_flags(self) -> "StrategyFlags":
         quantized = getattr(self, "quantize", "none")
@@ -40,6 +44,8 @@ class StrategyFlags(Settings):
             raise ValueError("--strategy fsdp: --tuning dora needs unquantised weights; leave out --quantize 4bit")
         if self.strategy == "fsdp" and getattr(self, "compile", False):
             raise ValueError("--strategy fsdp: cannot compile sharded layers; leave out --compile")
+        if self.strategy == "fsdp" and getattr(self, "tuning", "") == "full" and self._is_fused:
+            raise ValueError("--optim adamw_torch_fused: not with --strategy fsdp and --tuning full")
         if self.offload_optimizer and not (self.strategy == "fsdp" and getattr(self, "tuning", "") == "full"):
             raise ValueError("--offload_optimizer: needs --strategy fsdp and --tuning full")
         if self.zero_stage == 3 and quantized != "none":

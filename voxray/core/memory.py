@@ -38,6 +38,12 @@ def _container_free_bytes() -> Iterator[int]:
             continue
 
 
+def trim_heap() -> None:
+    """Return all memory that is free now to the system, once, where the C library is glibc's."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def return_freed_memory() -> None:
     """Make this process return large blocks to the system as soon as they are freed, where the C library is glibc's.
 

@@ -126,7 +126,7 @@ def answer_rows(
     if use_ray and items:
         pool, num_threads = plan_model_pool(models or ModelCount(), max_gpus(), present_cpus(), len(items))
         if not pool.num_gpus:
-            pool = fit_memory(pool, model_bytes(config, pool.max_size))
+            pool = fit_memory(pool, *model_bytes(config, pool.max_size))
             num_threads = max(num_threads, present_cpus() // pool.max_size)
     num_models = pool.max_size if pool else 1
     arguments = (config, tuple(folders), predictions, num_threads, remote, num_models)

@@ -197,10 +197,9 @@ class Features(RowLengths):
         self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
-        lengths = pc.call_function(
-            "binary_length", [self._index["language"]]
-        ).combine_chunks()  # without a Python object for each row
-        self.has_language = lengths.to_numpy(zero_copy_only=False) > 0
+        languages = self._index["language"]
+        num_bytes = pc.call_function("binary_length", [languages]).combine_chunks()  # without Python strings
+        self.has_language = num_bytes.to_numpy(zero_copy_only=False) > 0
         self._open: OrderedDict[tuple[int, int], _Shard] = OrderedDict()
         self._lock = threading.Lock()  # loader threads share the open shards
         self._max_open = OPEN_REMOTE_SHARDS

@@ -117,8 +117,8 @@ def shard_bytes(
     Args:
         rows: Values by column name, without ``crc32``; ``audio`` is an array of any shape.
     Returns:
-        The file, and (end, CRC-32) of its two parts: the record batches, whose rows have checksums of their own and
-        which therefore have none (0), and what follows them.
+        The file, and (end, CRC-32) of its two parts. The first part is the record batches. It has no checksum (0),
+        because every row has one. The second part is what follows them.
     """
     schema = shard_schema(store, dtype, frame_shape)
     lengths = np.array([0, *(row[AUDIO_COLUMN].size for row in rows)], dtype=np.int64).cumsum()

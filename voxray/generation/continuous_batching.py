@@ -20,8 +20,8 @@ from voxray.models.interface import DecodeState, ModelFamily
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
 STEPS_PER_READ = 1
-"""Tokens that are decoded for every row before they are read from the device. A larger number saves a GPU waits, and
-rows that end in between cost steps for nothing. ``benchmarks/gpu.py`` measures it."""
+"""Tokens that are decoded for every row before they are read from the device. With a larger number a GPU waits less
+often, but a row that ends in between is decoded for nothing until the next read. ``benchmarks/gpu.py`` measures it."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class _Batch:
         last_ids = [eos_id if completion.is_done else completion.ids[-1] for completion in self.completions]
         ids_B = torch.tensor(last_ids, device=self.device)
         new_ids: list[torch.Tensor] = []
-        num_steps = min(STEPS_PER_READ, *(completion.limit - len(completion.ids) for completion in live))
+        num_steps = min([STEPS_PER_READ, *(completion.limit - len(completion.ids) for completion in live)])
         for _ in range(num_steps):
             ids_B = self.state.decode_step(ids_B).argmax(-1)
             new_ids.append(ids_B)

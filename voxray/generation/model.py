@@ -22,7 +22,7 @@ from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
-from voxray.models.shared_conversion import load_on_cpu
+from voxray.models.shared_conversion import load_on_cpu, shared_bytes
 from voxray.models.weight_sizes import loaded_bytes
 from voxray.runs.remote_sync import fetch_folder
 
@@ -116,12 +116,16 @@ def resolve_settings(
     return settings.model_copy(update={"trim_audio_tokens": trimmed})
 
 
-def model_bytes(config: InferenceConfig, num_processes: int) -> int:
-    """Memory that each of some processes with this model takes for its weights, beside those that they share."""
+def model_bytes(config: InferenceConfig, num_processes: int) -> tuple[int, int]:
+    """Memory that the weights take in each process of a job, and memory that they take once on each node.
+
+    Files of the model itself are not counted. The system can drop them from memory and read them again.
+    """
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
     options: dict[str, Any] = {"adapter": config.adapter, "merges_adapter": config.merge_adapter}
     options |= {"quantize": config.quantize, "num_processes": num_processes}
-    return loaded_bytes(family, config.model_id, dtype=dtype, **options)
+    shared = shared_bytes(config.model_id, dtype, num_processes) if config.quantize == "none" else 0
+    return loaded_bytes(family, config.model_id, dtype=dtype, **options), shared
 
 
 def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_processes: int = 1) -> tuple[Any, int]:

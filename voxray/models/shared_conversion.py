@@ -1,123 +1,140 @@
-"""Weights of a base in another type than the stored one, converted once per node and mapped by all of its processes."""
+"""Weights of a base in another type than the stored one, which the CPU processes of a node map from one file."""
 
+import atexit
 import fcntl
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 
 from voxray.core.content_hash import combined_hash
-from voxray.core.errors import RunError, library_errors
+from voxray.core.memory import trim_heap
 from voxray.core.units import GIB
-from voxray.models.hf_files import is_inside, stored_dtype, weight_files
+from voxray.models.hf_files import model_file, stored_dtype, weight_files
 from voxray.models.interface import ModelFamily
-from voxray.models.safetensors_files import TYPES, LazyTensor, write_weights
+from voxray.models.safetensors_files import LazyTensor, write_weights
 
 MIN_BYTES = GIB // 2
 """Converted weights of a smaller base are not shared."""
-DTYPES = {name: dtype for dtype, name in TYPES.items()}
+FILE = "model.safetensors"
+
+_locks_in_use: list[IO[str]] = []
+"""Locks that tell the other processes which files this process maps."""
 
 
 def load_on_cpu(family: ModelFamily, model_id: str, *, dtype: torch.dtype, num_processes: int) -> Any:
-    """Load a base that is not quantized on the CPU, with weights that several processes of a node share.
+    """Load a base that is not quantized on the CPU.
 
-    Weights that are stored in ``dtype`` are mapped from their files. Others are converted: a process alone does it in
-    its own memory. Of several, the first one writes converted files into the folder for temporary files, and all map
-    them. The last one that loads them deletes them; their space is free once the processes end.
+    PyTorch maps weights that are stored in ``dtype`` from their files, so the processes of a node share them. Others
+    are converted. If the job has several processes, the first one of a node writes its converted weights into the
+    folder for temporary files. All of them map that file in place of their own weights. They load the base one after
+    the other. The file is deleted by the last process, or by a later job if that process was killed.
 
     Args:
         dtype: Type of the weights and of the computation.
-        num_processes: Processes of the job that load this base.
+        num_processes: Processes of the job that load this base, on all nodes.
     Raises:
         RunError: Weights are missing or cannot be read.
     """
-    device, parent = torch.device("cpu"), Path(tempfile.gettempdir(), f"voxray-{os.getuid()}")
-    tensors = _converted(family, model_id, dtype) if num_processes > 1 else []
-    if not tensors:
-        return family.load_model(model_id, dtype=dtype, device=device)
-    parent.mkdir(mode=0o700, exist_ok=True)
-    with _shared_folder(parent, model_id, dtype, tensors) as folder:
-        model = family.load_model(folder, dtype=dtype, device=device)
-    model.config.name_or_path = model.name_or_path = model_id
+    load = partial(family.load_model, model_id, dtype=dtype, device=torch.device("cpu"))
+    if not shared_bytes(model_id, dtype, num_processes):
+        return load()
+    with _turn() as folder:
+        model = load()
+        if folder:
+            with suppress(OSError):  # the process then keeps its own weights
+                _share(model, folder / _key(model_id, dtype))
     return model
 
 
-def shares_weights(family: ModelFamily, model_id: str, *, dtype: torch.dtype, num_processes: int) -> bool:
-    """Whether processes of a node share the weights that ``load_on_cpu`` loads."""
-    return stored_dtype(model_id) is dtype or (num_processes > 1 and bool(_converted(family, model_id, dtype)))
-
-
-def _converted(family: ModelFamily, model_id: str, dtype: torch.dtype) -> list[LazyTensor]:
-    """The weights of a base in another type.
-
-    Returns:
-        Empty if they have it already, are too small for it, or are in no safetensors files.
-    """
-    try:
-        paths = weight_files(model_id)
-    except RunError:
-        return []
-    in_float32 = family.build_on_meta(model_id, dtype=dtype)._keep_in_fp32_modules_strict or ()
-    tensors: list[LazyTensor] = []
-    has_other_type = False
-    for path in paths:
-        with library_errors(f"{path}: cannot be read"), safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                part = file.get_slice(name)
-                if (stored := DTYPES.get(part.get_dtype())) is None:
-                    return []
-                is_kept = not stored.is_floating_point or is_inside(name, in_float32)
-                new = stored if is_kept else dtype
-                has_other_type |= new is not stored
-                tensors.append(LazyTensor(name, tuple(part.get_shape()), new, partial(_read, path, name, new)))
-    is_large = sum(tensor.num_bytes for tensor in tensors) >= MIN_BYTES
-    return tensors if has_other_type and is_large else []
-
-
-def _read(path: str, name: str, dtype: torch.dtype) -> torch.Tensor:
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-        return file.get_tensor(name).to(dtype)
+def shared_bytes(model_id: str, dtype: torch.dtype, num_processes: int) -> int:
+    """Size of the converted weights that the processes of each node share; 0 if they share none."""
+    stored = stored_dtype(model_id)
+    if num_processes == 1 or stored in (None, dtype):
+        return 0
+    assert stored is not None
+    in_files = sum(Path(path).stat().st_size for path in weight_files(model_id))
+    num_bytes = in_files * dtype.itemsize // stored.itemsize
+    has_space = shutil.disk_usage(tempfile.gettempdir()).free > 1.1 * num_bytes
+    return num_bytes if num_bytes >= MIN_BYTES and has_space else 0
 
 
 @contextmanager
-def _shared_folder(parent: Path, model_id: str, dtype: torch.dtype, tensors: Sequence[LazyTensor]) -> Iterator[str]:
-    """Folder of a base with converted weights. It stays while a process is within this block.
-
-    The base itself where the disk has no space for them.
-    """
-    originals = Path(weight_files(model_id)[0]).parent
-    stats = [(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(originals.iterdir())]
-    folder = parent / f"{combined_hash([str(dtype), *map(str, stats)])[:16]}"
-    with open(f"{folder}.users", "w") as users, open(f"{folder}.writer", "w") as writer:
-        fcntl.flock(users, fcntl.LOCK_SH)
-        fcntl.flock(writer, fcntl.LOCK_EX)
-        is_written = folder.is_dir() or _write(folder, originals, tensors)
-        fcntl.flock(writer, fcntl.LOCK_UN)
+def _turn() -> Iterator[Path | None]:
+    """Wait for the other processes of the node; yields the folder of all files, or None where none can be used."""
+    folder = Path(tempfile.gettempdir(), f"voxray-{platform.node()}-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.getuid():
+            raise PermissionError
+        lock = (folder / "lock").open("a+")
+    except OSError:
+        yield None
+        return
+    with lock:
         try:
-            yield str(folder) if is_written else model_id
-        finally:
-            with suppress(BlockingIOError):  # another process uses the folder, and deletes it
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks
+            yield None
+            return
+        yield folder
 
 
-def _write(folder: Path, originals: Path, tensors: Sequence[LazyTensor]) -> bool:
-    """Write the weights, with links to a base's other files; returns False if the disk has no space for them."""
-    if shutil.disk_usage(folder.parent).free < 1.05 * sum(tensor.num_bytes for tensor in tensors):
-        return False
+def _key(model_id: str, dtype: torch.dtype) -> str:
+    """Name of a base's converted weights: a hash of their type, and of path, size and time of its files."""
+    files = [Path(path).resolve() for path in (model_file(model_id, "config.json"), *weight_files(model_id))]
+    stats = [f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return combined_hash([str(dtype), *stats])[:16]
+
+
+def _share(model: Any, folder: Path) -> None:
+    """Replace a model's weights by those in a folder, which is written if it does not exist."""
+    in_use = folder.with_suffix(".lock").open("a+")
+    fcntl.flock(in_use, fcntl.LOCK_SH)
+    _locks_in_use.append(in_use)
+    atexit.register(_delete_if_unused, in_use, folder)
+    _delete_unused(folder.parent)
+    if not folder.is_dir():
+        _write(model, folder)
+    with safe_open(folder / FILE, "pt") as file:  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            parameter.data = file.get_tensor(name)
+    trim_heap()
+
+
+def _write(model: Any, folder: Path) -> None:
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
     unfinished.mkdir()
-    for path in originals.iterdir():
-        if not path.name.startswith("model") or "safetensors" not in path.name:
-            (unfinished / path.name).symlink_to(path.resolve())
-    write_weights(unfinished, tensors)
-    unfinished.rename(folder)
-    return True
+    tensors = [
+        LazyTensor(name, tuple(parameter.shape), parameter.dtype, parameter.detach)
+        for name, parameter in model.named_parameters()
+    ]
+    try:
+        write_weights(unfinished, tensors, max_file_bytes=2**62)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _delete_unused(parent: Path) -> None:
+    """Delete what jobs left that were killed."""
+    for path in parent.glob("*.lock"):
+        with path.open("a+") as lock:
+            _delete_if_unused(lock, path.with_suffix(""))
+
+
+def _delete_if_unused(lock: IO[str], folder: Path) -> None:
+    with suppress(OSError):  # another process uses it
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in (folder, folder.with_suffix(".unfinished")):
+            shutil.rmtree(path, ignore_errors=True)

@@ -7,8 +7,9 @@ import torch
 
 from voxray.models.adapters.lora import PEFT_PREFIX, find_role, is_lora_tensor, quantized_layers
 from voxray.models.adapters.read_files import tensor_names
+from voxray.models.hf_files import stored_dtype
 from voxray.models.interface import ModelFamily
-from voxray.models.shared_conversion import shares_weights
+from voxray.models.shared_conversion import shared_bytes
 
 BLOCK_4BIT = 64  # weights per scale (NF4)
 BLOCK_SCALES = 256  # scales per second-level scale (double quantisation)
@@ -53,12 +54,12 @@ def loaded_bytes(
         role: The only role to load; "" loads the whole base.
         adapter: Folder of an adapter. Weights of the base that it replaces are not shared.
         merges_adapter: Whether its LoRA is added to the weights of the base.
-        num_processes: Processes that load the whole base on a CPU.
+        num_processes: Processes of the job that load the whole base on a CPU (see ``shared_conversion``).
     Raises:
         RunError: The base has no readable configuration, or the adapter cannot be read.
     """
     can_share = quantize == "none" and not role
-    is_shared = can_share and shares_weights(family, model_id, dtype=dtype, num_processes=num_processes)
+    is_shared = can_share and (stored_dtype(model_id) is dtype or shared_bytes(model_id, dtype, num_processes) > 0)
     names = tensor_names(Path(adapter)) if adapter else []
     replaced = {name.removeprefix(PEFT_PREFIX) for name in names if not is_lora_tensor(name)}
     if merges_adapter:

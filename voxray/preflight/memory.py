@@ -29,10 +29,10 @@ ADAMW_MOMENTS = 2  # AdamW's running means of gradients and of their squares
 HEAP_WASTE = 0.9
 """Memory on a CPU, as a share of the activations, that glibc's malloc holds in pieces too small for the next tensor.
 Measured with whisper-base: 0.94 with 2 rows, 0.85 with 8."""
-RECOMPUTED_WASTE = {torch.float32: 0.5}
-OTHER_RECOMPUTED_WASTE = 0.2
-"""The same with --grad_ckpt, as a share of what all layers save when they are computed again: every layer leaves its
-output between the pieces. Measured with whisper-large-v3 and 1 row: 0.47 in float32, 0.19 in bfloat16."""
+RECOMPUTED_WASTE = {torch.float32: 0.5, torch.bfloat16: 0.2, torch.float16: 0.2}
+"""The same memory with --grad_ckpt, as a share of what all layers save when they are computed again, because every
+layer leaves its output between the pieces. Measured with whisper-large-v3 and 1 row: 0.47 in float32, 0.19 in
+bfloat16."""
 ENCODER_WIDTHS = 12  # of one layer: first and last input, residual, norm, and 4 widths each before and after GELU
 
 
@@ -190,7 +190,7 @@ class MemoryModel:
         for role, role_bytes in activations.items():
             yield MemoryEntry(f"{role}: {kind}", role_bytes.until_backward, "loss")
         if not (self._config.on_gpu or self._training.weight_shards > 1):
-            share = RECOMPUTED_WASTE.get(self._config.dtype, OTHER_RECOMPUTED_WASTE)
+            share = RECOMPUTED_WASTE[self._config.dtype]
             waste = sum(
                 HEAP_WASTE * each.until_backward + share * each.recomputed_in_all for each in activations.values()
             )

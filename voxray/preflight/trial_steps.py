@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8
 """Number of tokens generated to measure the time per token."""
-LONG_STEP_SEC = 5.0
+MAX_REPEATED_SEC = 5.0
+"""A step that takes longer on a CPU is timed once."""
 PRODUCT_SIZES = (256, 2048, 2048)
 """Rows, inputs and outputs of the Linear layer that measures the speed of a CPU."""
 
@@ -87,7 +89,8 @@ class TrialRunner:
         self._rows, self._settings, self._device = rows, settings, device
         run = replace(rows.run, settings=of_one_process(settings), worker=Worker(device=device))
         self.model, _ = build_model(run, with_encoder=settings.store != "encoder")
-        self._engine = DataParallel(self.model, run.family, run.worker, lr=settings.lr, weight_decay=0.0)
+        rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": 0.0, "fused": settings.optim == "adamw_torch_fused"}
+        self._engine = DataParallel(self.model, run.family, run.worker, **rates)
 
     def checkpoint(self) -> None:
         """Recompute activations from now on, as --grad_ckpt does."""
@@ -107,7 +110,7 @@ class TrialRunner:
         Args:
             numbers: Row numbers.
             times: Timed steps, of which the fastest counts. One more step before them measures the memory. On a CPU a
-                step of over ``LONG_STEP_SEC`` is not repeated.
+                step of over ``MAX_REPEATED_SEC`` is not repeated.
         Returns:
             The cost; None if the pack does not fit in memory, or no row can be decoded.
         """
@@ -119,19 +122,13 @@ class TrialRunner:
         collate_sec = time.perf_counter() - start
         batch = to_device(batch, self._device)
         try:
-            is_first = not self._engine.optimizer.state
-            if is_first:
-                self._engine.reduce(
-                    torch.zeros(1, device=self._device), scale=1.0, max_norm=0.0
-                )  # makes gradients of 0
-                self._engine.apply(0.0)  # creates AdamW's moments
+            if not self._engine.optimizer.state:
+                self._step(batch)  # reads mapped weights, prepares the kernels and creates AdamW's moments
             held_bytes = self.held_bytes()
             allocations = measure_allocations(lambda: self._step(batch), self._device)
             step_sec = allocations.sec
-            if self._device.type == "cuda" or step_sec <= LONG_STEP_SEC:
-                if is_first:  # that step has also prepared the kernels
-                    allocations = measure_allocations(lambda: self._step(batch), self._device)
-                step_sec = min((self._time_step(batch) for _ in range(times)), default=allocations.sec)
+            if self._device.type == "cuda" or step_sec <= MAX_REPEATED_SEC:
+                step_sec = min((self._time_step(batch) for _ in range(times)), default=step_sec)
         except (RuntimeError, MemoryError) as error:
             self._engine.drop()
             if not is_out_of_memory(error):

@@ -106,7 +106,7 @@ def merge_into_base(model: PeftModel) -> Any:
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
     untie(base, {f"{name}.base_layer.weight" for name in layers})
     for layer in layers.values():
-        weight = layer.get_base_layer().weight
+        weight: Any = layer.get_base_layer().weight
         weight.data = _merged_weight(layer, weight.dtype)
     return model.unload()
 
