@@ -115,7 +115,8 @@ def rebuilt(model_id: str, folder: Path) -> None:
     """Ray's pipeline, in this process as driver."""
     import ray
 
-    ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    # every stage is a pool of its own, and all of them run at a time
+    ray.init(address="local", num_cpus=4 * (os.cpu_count() or 1), include_dashboard=False, log_to_driver=False)
     options: dict[str, Any] = {"fn_constructor_args": (model_id,)}
     cpus = os.cpu_count() or 1
     rows = ray.data.read_parquet(str(folder / "clips.parquet")).map(resample, num_cpus=0.5)
@@ -143,7 +144,8 @@ def measure(command: list[str], log: Path) -> dict[str, float]:
 
 def texts(folder: Path, column: str) -> dict[str, str]:
     """{id: text} of a folder of Parquet files."""
-    table = pq.read_table(folder, columns=["id", column])
+    files = sorted(folder.rglob("*.parquet"))
+    table = pa.concat_tables([pq.read_table(path, columns=["id", column]) for path in files])
     return {
         key: value.strip() for key, value in zip(*(table[name].to_pylist() for name in ("id", column)), strict=True)
     }
