@@ -13,7 +13,7 @@ from helpers.running import ROOT, environment
 
 from voxray.models import shared_conversion
 from voxray.models.registry import get_family
-from voxray.models.shared_conversion import load_on_cpu, shared_bytes
+from voxray.models.shared_conversion import load_shared, shared_bytes
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_shared_weights_are_those_of_transformers(temporary: Path, base: str, dt
     expected = family.load_model(base, dtype=dtype, device=CPU).state_dict()
     shared_with = 2 if shared_bytes(base, dtype, 2) else 0
     for _ in range(2):
-        model = load_on_cpu(family, base, dtype=dtype, num_processes=2)
+        model = load_shared(family, base, dtype=dtype, device=CPU, num_processes=2)
         found = model.state_dict()
         assert {name: value.dtype for name, value in found.items()} == {
             name: value.dtype for name, value in expected.items()
@@ -58,7 +58,7 @@ def test_when_weights_are_shared(temporary: Path, monkeypatch: pytest.MonkeyPatc
     no_space = shutil._ntuple_diskusage(1, 1, 0)  # type: ignore[attr-defined]
     monkeypatch.setattr("shutil.disk_usage", lambda path: no_space)
     assert shared_bytes(TINY, torch.float32, 2) == 0
-    model = load_on_cpu(get_family(TINY), TINY, dtype=torch.float32, num_processes=2)
+    model = load_shared(get_family(TINY), TINY, dtype=torch.float32, device=CPU, num_processes=2)
     assert model.dtype is torch.float32 and not folders(temporary)
 
 
@@ -76,7 +76,7 @@ def test_without_the_file_a_process_keeps_its_own_weights(
     else:
         name = f"voxray-{shared_conversion.platform.node()}-{shared_conversion.os.getuid()}"
         (temporary / name).write_text("")
-    model = load_on_cpu(get_family(TINY), TINY, dtype=torch.float32, num_processes=2)
+    model = load_shared(get_family(TINY), TINY, dtype=torch.float32, device=CPU, num_processes=2)
     assert model.dtype is torch.float32
     assert not folders(temporary)
 
@@ -87,7 +87,8 @@ from voxray.models import shared_conversion
 from voxray.models.registry import get_family
 shared_conversion.MIN_BYTES = 1
 dtype = getattr(torch, sys.argv[2])
-shared_conversion.load_on_cpu(get_family(sys.argv[1]), sys.argv[1], dtype=dtype, num_processes=2)
+options = {"dtype": dtype, "device": torch.device("cpu"), "num_processes": 2}
+shared_conversion.load_shared(get_family(sys.argv[1]), sys.argv[1], **options)
 if sys.argv[3:]:
     os.kill(os.getpid(), 9)
 """

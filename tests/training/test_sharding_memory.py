@@ -2,8 +2,6 @@
 
 import gc
 import json
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY
+from helpers.private_memory import Peak, private_bytes
 from helpers.processes import STRATEGIES
 
 from voxray.batches.rank import Worker
@@ -19,37 +18,12 @@ from voxray.config.train import MultitaskSettings
 from voxray.models.interface import apply_layer
 from voxray.models.parts.layer_units import find_units
 from voxray.models.registry import get_family
-from voxray.models.shared_conversion import load_on_cpu
+from voxray.models.shared_conversion import load_shared
 from voxray.recipes.build_model import build_model
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_engine
 
 MIB = 1 << 20
-
-
-def private_bytes() -> int:
-    """Memory of this process that is mapped from no file."""
-    rollup = Path("/proc/self/smaps_rollup").read_text()
-    return next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Anonymous:"))
-
-
-class Peak:
-    """Largest private memory within a block, looked at every 50 ms."""
-
-    def __enter__(self) -> "Peak":
-        self.num_bytes, self._ends = 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ends.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ends.is_set():
-            self.num_bytes = max(self.num_bytes, private_bytes())
-            time.sleep(0.05)
 
 
 def write_base(folder: Path) -> tuple[str, int]:
@@ -127,7 +101,7 @@ def convert(rank: int, folder: Path, base: str) -> None:
     """Load a base in float32, as one of two processes; writes its private memory and what the weights sum up to."""
     torch.set_num_threads(1)
     family, before = get_family(base), private_bytes()
-    model = load_on_cpu(family, base, dtype=torch.float32, num_processes=2)
+    model = load_shared(family, base, dtype=torch.float32, device=torch.device("cpu"), num_processes=2)
     gc.collect()
     figures = {"loaded": private_bytes() - before, "sum": sum(float(each.sum()) for each in model.parameters())}
     (folder / f"{rank}.json").write_text(json.dumps(figures))

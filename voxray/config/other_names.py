@@ -21,7 +21,7 @@ class Ours:
         return self.flags.split()
 
 
-FIXED_OPTIMIZER = "voxray trains with AdamW, betas 0.9 and 0.999, epsilon 1e-8; only --lr and --weight_decay can be set"
+FIXED_OPTIMIZER = "voxray trains with AdamW, betas 0.9 and 0.999, epsilon 1e-8; see --lr, --weight_decay and --optim"
 NO_UPLOAD = "voxray uploads nothing; run the export job, then `hf upload`"
 GREEDY = "validations during training answer greedily; evaluate and infer have --num_beams"
 NO_PENALTY = "voxray has no penalties on generated tokens; evaluate has --num_beams, --temperature and --top_p"

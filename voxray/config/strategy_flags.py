@@ -30,7 +30,8 @@ class StrategyFlags(Settings):
         return self.strategy == "deepspeed" or (self.strategy == "fsdp" and getattr(self, "tuning", "") == "full")
 
     @property
-    def _is_fused(self) -> bool:
+    def fuses_optimizer(self) -> bool:
+        """Whether AdamW is computed in a few kernels."""
         return getattr(self, "optim", "") == "adamw_torch_fused"
 
     @model_validator(mode="after")
@@ -44,7 +45,7 @@ class StrategyFlags(Settings):
             raise ValueError("--strategy fsdp: --tuning dora needs unquantised weights; leave out --quantize 4bit")
         if self.strategy == "fsdp" and getattr(self, "compile", False):
             raise ValueError("--strategy fsdp: cannot compile sharded layers; leave out --compile")
-        if self.strategy == "fsdp" and getattr(self, "tuning", "") == "full" and self._is_fused:
+        if self.strategy == "fsdp" and getattr(self, "tuning", "") == "full" and self.fuses_optimizer:
             raise ValueError("--optim adamw_torch_fused: not with --strategy fsdp and --tuning full")
         if self.offload_optimizer and not (self.strategy == "fsdp" and getattr(self, "tuning", "") == "full"):
             raise ValueError("--offload_optimizer: needs --strategy fsdp and --tuning full")

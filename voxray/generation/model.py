@@ -22,7 +22,7 @@ from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
-from voxray.models.shared_conversion import load_on_cpu, shared_bytes
+from voxray.models.shared_conversion import load_shared, shared_bytes
 from voxray.models.weight_sizes import loaded_bytes
 from voxray.runs.remote_sync import fetch_folder
 
@@ -140,10 +140,8 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_proce
     set_tf32(config.tf32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
-    if device.type == "cpu" and config.quantize == "none":
-        model = load_on_cpu(family, config.model_id, dtype=dtype, num_processes=num_processes)
-    else:
-        model = family.load_model(config.model_id, dtype=dtype, device=device, quantize=config.quantize)
+    options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": config.quantize}
+    model = load_shared(family, config.model_id, **options, num_processes=num_processes)
     use_float32_products(model)
     if skip_encoder:
         family.skip_encoder(model)

@@ -30,8 +30,16 @@ _locks_in_use: list[IO[str]] = []
 """Locks that tell the other processes which files this process maps."""
 
 
-def load_on_cpu(family: ModelFamily, model_id: str, *, dtype: torch.dtype, num_processes: int) -> Any:
-    """Load a base that is not quantized on the CPU.
+def load_shared(
+    family: ModelFamily,
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str = "none",
+    num_processes: int,
+) -> Any:
+    """Load a base. On a CPU the processes of a node share the memory of weights that are not quantized.
 
     PyTorch maps weights that are stored in ``dtype`` from their files, so the processes of a node share them. Others
     are converted. If the job has several processes, the first one of a node writes its converted weights into the
@@ -39,13 +47,13 @@ def load_on_cpu(family: ModelFamily, model_id: str, *, dtype: torch.dtype, num_p
     the other. The file is deleted by the last process, or by a later job if that process was killed.
 
     Args:
-        dtype: Type of the weights and of the computation.
+        dtype, device, quantize: See ``ModelFamily.load_model``.
         num_processes: Processes of the job that load this base, on all nodes.
     Raises:
         RunError: Weights are missing or cannot be read.
     """
-    load = partial(family.load_model, model_id, dtype=dtype, device=torch.device("cpu"))
-    if not shared_bytes(model_id, dtype, num_processes):
+    load = partial(family.load_model, model_id, dtype=dtype, device=device, quantize=quantize)
+    if device.type != "cpu" or quantize != "none" or not shared_bytes(model_id, dtype, num_processes):
         return load()
     with _turn() as folder:
         model = load()

@@ -89,7 +89,7 @@ class TrialRunner:
         self._rows, self._settings, self._device = rows, settings, device
         run = replace(rows.run, settings=of_one_process(settings), worker=Worker(device=device))
         self.model, _ = build_model(run, with_encoder=settings.store != "encoder")
-        rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": 0.0, "fused": settings.optim == "adamw_torch_fused"}
+        rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": 0.0, "fused": settings.fuses_optimizer}
         self._engine = DataParallel(self.model, run.family, run.worker, **rates)
 
     def checkpoint(self) -> None:

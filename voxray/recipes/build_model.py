@@ -27,7 +27,7 @@ from voxray.models.hf_files import stored_dtype, unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.quantize import base_dtype
-from voxray.models.shared_conversion import load_on_cpu
+from voxray.models.shared_conversion import load_shared
 from voxray.recipes.run_context import RunContext
 from voxray.runs.layout import list_checkpoints
 from voxray.runs.run_folder import other_run_advice
@@ -108,11 +108,8 @@ def _load_base(run: RunContext) -> Any:
     settings, family = run.settings, run.family
     dtype = base_dtype(bf16=settings.bf16, fp16=settings.fp16)
     if not settings.shards_weights:
-        device, num_processes = run.worker.device, run.worker.world_size
-        if device.type == "cpu" and settings.quantize == "none":
-            base = load_on_cpu(family, settings.model_id, dtype=dtype, num_processes=num_processes)
-        else:
-            base = family.load_model(settings.model_id, dtype=dtype, device=device, quantize=settings.quantize)
+        options = {"dtype": dtype, "device": run.worker.device, "quantize": settings.quantize}
+        base = load_shared(family, settings.model_id, **options, num_processes=run.worker.world_size)
         use_float32_products(base)
         return base
     if run.worker.device.type == "cpu":

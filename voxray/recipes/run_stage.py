@@ -113,7 +113,7 @@ def build_engine(run: RunContext, model: Any, optimizer_state: OptimizerState, *
     engine: Engine
     settings = run.settings
     rates: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    rates["fused"] = settings.optim == "adamw_torch_fused"
+    rates["fused"] = settings.fuses_optimizer
     sharding: dict[str, Any] = {"dtypes": training_dtypes(model, run), "with_audio": with_audio}
     if settings.strategy == "ddp":
         engine = DataParallel(model, run.family, run.worker, **rates)
