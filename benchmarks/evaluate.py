@@ -95,12 +95,12 @@ def generate_plain(
 
 
 def generate_voxray(
-    model: Any, family: Any, front_end: Any, features: Features, lengths: list[int], batch_size: int
+    model: Any, family: Any, front_end: Any, features: Features, lengths: list[int], batch_size: int, **options: Any
 ) -> list[list[int]]:
     """Answer the first rows with voxray's loop, one for each of ``lengths``; returns the token ids of every row."""
     order = sort_by_expected_length(features, range(len(lengths)))
     stored = [features.row(row) for row in order]
-    options = {"batch_size": batch_size, "limits": [lengths[row] for row in order]}
+    options |= {"batch_size": batch_size, "limits": [lengths[row] for row in order]}
     completions = generate_greedy(model, family, front_end, stored, **options)
     ids_by_row = {order[completion.index]: completion.ids for completion in completions}
     return [ids_by_row[row] for row in range(len(lengths))]

@@ -17,7 +17,9 @@ from voxray.batches.collate import collate_prompts, collate_training, to_device
 from voxray.batches.rank import CPU, Worker
 from voxray.config.train import MultitaskSettings
 from voxray.features.reader import Features
+from voxray.generation.continuous_batching import generate_greedy
 from voxray.models.interface import IGNORED
+from voxray.models.parts import static_kv_cache
 from voxray.models.parts.arithmetic import set_tf32
 from voxray.models.registry import get_family
 from voxray.recipes.training_data import TrainingData
@@ -151,6 +153,24 @@ def test_a_training_equals_that_on_the_cpu_and_waits_once_per_step(
         losses[device.type] = [record["loss"] for record in read_metrics(run_dir, "train")]
     np.testing.assert_allclose(losses["cuda"], losses["cpu"], rtol=1e-4)
     assert max(waits[1:]) <= 1
+
+
+def test_a_captured_step_gives_the_same_answers(folders: tuple[Path, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows join and leave, and the cache grows."""
+    monkeypatch.setattr(static_kv_cache, "PAGE", 16)
+    family, features = get_family(TINY), Features(folders)
+    set_tf32(False)
+    model = family.load_model(TINY, dtype=torch.float32, device=GPU)
+    rows = [features.row(number) for number in range(20)]
+
+    def answers(**options: bool) -> list[list[int]]:
+        options |= {"batch_size": 4, "limits": [20] * len(rows)}
+        completions = generate_greedy(model, family, family.front_end(TINY), rows, **options)
+        return [completion.ids for completion in sorted(completions, key=lambda each: each.index)]
+
+    expected = answers()
+    assert answers(static_cache=True) == expected
+    assert answers(static_cache=True) == expected, "the graph is used again"
 
 
 def test_answers_equal_those_on_the_cpu(folders: tuple[Path, ...]) -> None:

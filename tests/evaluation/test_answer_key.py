@@ -48,6 +48,7 @@ CHANGES: dict[str, str] = {
     "mode": "valid_asr",
     "compiled": "compiled",
     "merge_adapter": "true",
+    "static_cache": "true",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}

@@ -298,8 +298,8 @@ def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
     assert check_invariance(CONFIG, folders, rows, tmp_path, 99, use_ray=False)["n"] == len(rows)
     real = prediction_actor.generate
 
-    def other(model, family, front_end, rows, *, batch_size, sampling):
-        for index, answer in real(model, family, front_end, rows, batch_size=batch_size, sampling=sampling):
+    def other(model, family, front_end, rows, *, batch_size, **options):
+        for index, answer in real(model, family, front_end, rows, batch_size=batch_size, **options):
             text = answer.text + "!" * (batch_size == 1 and rows[index].id == "sqa.val.jsonl:1")
             yield index, replace(answer, text=text)
 

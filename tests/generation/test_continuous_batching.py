@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from helpers.library import library_batch
+from torch._dynamo.utils import counters
 from transformers import VoxtralForConditionalGeneration
 
 from voxray.batches.collate import collate_packed, collate_prompts
@@ -16,6 +17,7 @@ from voxray.generation import continuous_batching
 from voxray.generation.continuous_batching import generate_greedy
 from voxray.generation.generate import SamplingParams, generate, generate_texts
 from voxray.models.adapters.lora import add_lora
+from voxray.models.parts import static_kv_cache
 from voxray.models.parts.kv_cache import CausalDecodeState
 from voxray.models.registry import get_family
 from voxray.training.loop import answer_loss
@@ -53,8 +55,10 @@ def library_ids(model: Any, front_end: Any, rows: list[FeatureRow], limit: int =
     return ids_per_row
 
 
-def greedy_ids(model: Any, front_end: Any, rows: list[FeatureRow], size: int, limits: list[int] | None = None) -> Any:
-    options = {"batch_size": size, "limits": limits or [LIMIT] * len(rows)}
+def greedy_ids(
+    model: Any, front_end: Any, rows: list[FeatureRow], size: int, limits: list[int] | None = None, **options: Any
+) -> Any:
+    options |= {"batch_size": size, "limits": limits or [LIMIT] * len(rows)}
     completions = sorted(generate_greedy(model, FAMILY, front_end, rows, **options), key=lambda row: row.index)
     assert [completion.index for completion in completions] == list(range(len(rows))), "every row once"
     return [completion.ids for completion in completions]
@@ -97,6 +101,38 @@ def test_tokens_may_be_read_every_few_steps(rows, front_end, expected, num_steps
     limits = [1 + number % 5 for number in range(len(rows))]
     ids_per_row = greedy_ids(load(), front_end, rows, 4, limits)
     assert ids_per_row == [ids[:limit] for ids, limit in zip(expected, limits, strict=True)]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_tokens_of_a_static_cache(rows, front_end, expected, size, monkeypatch) -> None:
+    """Rows join and leave slots, the cache grows, and a second call uses the same cache again."""
+    num_steps = 0
+
+    def not_compiled(step: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        return step
+
+    monkeypatch.setattr(torch, "compile", not_compiled)
+    monkeypatch.setattr(static_kv_cache, "PAGE", 8)
+    model = load()
+    assert greedy_ids(model, front_end, rows, size, static_cache=True) == expected
+    assert num_steps > 1, "the cache grows"
+    num_steps, cache = 0, model.voxray_static_state
+    next(
+        generate_greedy(model, FAMILY, front_end, rows, batch_size=size, limits=[LIMIT] * len(rows), static_cache=True)
+    )
+    assert greedy_ids(model, front_end, rows[::-1], size, static_cache=True) == expected[::-1]
+    assert num_steps == 0 and model.voxray_static_state is cache
+    monkeypatch.setattr(continuous_batching, "STEPS_PER_READ", 3)
+    assert greedy_ids(model, front_end, rows, size + 2, static_cache=True) == expected
+
+
+@pytest.mark.slow
+def test_a_static_cache_is_compiled(rows, front_end, expected) -> None:
+    counters.clear()
+    assert greedy_ids(load(), front_end, rows, 4, static_cache=True) == expected
+    assert counters["stats"]["calls_captured"] > 100
 
 
 def test_waiting_rows_replace_finished_ones(rows, front_end, expected, monkeypatch) -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 from conftest import SPEECH, TINY, WHISPER, manifest, read_rows, write_rows
 from helpers.adapters import random_adapter
 from helpers.running import ROOT, environment, load_job, parse_only
@@ -130,6 +131,26 @@ def test_merge_adapter(evaluate: Evaluate, small: dict[str, str], tmp_path: Path
     assert model_bytes(replace(config, fp16=True), 1) == (size // 2, 0)  # the tiny model is stored in float16
     with pytest.raises(SystemExit):
         parse_only("infer", ["--audio_path", "a.wav", "--merge_adapter", "--quantize", "4bit"])
+
+
+def test_static_cache(evaluate: Evaluate, small: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers stay the same, and the step of evaluate and of infer is compiled."""
+    steps: list[Any] = []
+    _, plain = evaluate()
+    monkeypatch.setattr(torch, "compile", lambda step, **options: steps.append(step) or step)
+    _, static = evaluate(static_cache=True, output_dir="static")
+    texts = [row["prediction"] for row in plain]
+    assert [row["prediction"] for row in static] == texts
+    num_steps = len(steps)
+    assert [row["prediction"] for row in infer_rows(jsonl=small["tqa.val"], static_cache=True)] == texts
+    assert 0 < num_steps < len(steps)
+
+
+@pytest.mark.parametrize("other", [["--num_beams", "2"], ["--temperature", "1"], ["--quantize", "8bit"]])
+def test_static_cache_is_for_greedy_answers(other: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_only("infer", ["--audio_path", "a.wav", "--static_cache", *other])
+    assert end.value.code == 2 and f"--static_cache: not with {other[0]}" in capsys.readouterr().err
 
 
 def test_something_to_evaluate_is_required(capsys: pytest.CaptureFixture[str]) -> None:

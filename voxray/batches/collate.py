@@ -8,6 +8,7 @@ after the other, P outputs of a window, F mel bins, T mel frames of a window.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ Masks = Callable[[np.ndarray], np.ndarray] | None
 """Function that masks parts of a clip's log-mel, shape (frames, bins); None masks nothing."""
 ON_CPU = ("num_samples", "segment_ends")
 """Tensors of a batch that stay on the CPU, because models read their values."""
+PREPARED = "prepared"
+"""``store`` of rows whose audio is the model's input (see ``with_model_input``)."""
 
 
 def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
@@ -102,6 +105,18 @@ def collate_prompts(rows: Sequence[FeatureRow], front_end: FrontEnd) -> Batch:
     return batch | _audio(rows, starts, front_end, None)
 
 
+def with_model_input(row: FeatureRow, front_end: FrontEnd) -> FeatureRow:
+    """The row with the model's input in place of its stored audio. A thread prepares rows that are collated later."""
+    if not row.num_windows:
+        return row
+    return replace(row, audio=_model_input(row, front_end, None), store=PREPARED)
+
+
+def pinned(batch: Batch) -> Batch:
+    """A copy of a batch in page-locked memory, which a GPU reads while the CPU goes on."""
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Copy the tensors of a batch to a device, but for those of ``ON_CPU``."""
     return {name: tensor if name in ON_CPU else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -148,7 +163,7 @@ def _audio_positions(rows: Sequence[FeatureRow], starts: Sequence[int], front_en
 
 def _model_input(row: FeatureRow, front_end: FrontEnd, masks: Masks) -> np.ndarray:
     """The model's input for a clip: log-mel, (windows, bins, frames), or the encoder outputs as stored."""
-    if row.store == "encoder":
+    if row.store in ("encoder", PREPARED):
         return row.audio
     mel_KF, fill = row.audio, row.fill
     if row.store == "pcm16":

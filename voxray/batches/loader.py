@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from voxray.audio.augment import SpecAugment, spec_augment
-from voxray.batches.collate import Masks, collate_packed, collate_training
+from voxray.batches.collate import Masks, collate_packed, collate_training, pinned
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features
@@ -115,4 +115,4 @@ class Loader:
         rows = [self.row(number, epoch) for number in microbatch.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
         batch = collate(rows, self.front_end, self.masking.for_microbatch(step, microbatch.number))
-        return {name: tensor.pin_memory() for name, tensor in batch.items()} if self.pin_memory else batch
+        return pinned(batch) if self.pin_memory else batch

@@ -71,16 +71,22 @@ class AdapterFlags(LoraDirFlags, TrimFlags):
     """An adapter, and the prompt format it was trained with."""
 
 
-class MergeFlags(Settings):
+class DecodeFlags(Settings):
     merge_adapter: bool = False
     """Add the LoRA of the adapter to the weights of the base before anything is answered. A token then takes as little
     computation as with the base alone. Answers may differ where two tokens are nearly equally likely."""
+    static_cache: bool = False
+    """Store keys and values in memory of fixed size, so that decoding a token is the same computation every time: one
+    CUDA graph on a GPU, code compiled by torch.compile on a CPU, which takes a minute or more at the start. Answers may
+    differ where two tokens are nearly equally likely."""
 
     @model_validator(mode="after")
-    def _can_merge(self) -> "MergeFlags":
-        for name, value in (("quantize", "none"), ("compiled", "")):
-            if self.merge_adapter and getattr(self, name, value) != value:
-                raise ValueError(f"--merge_adapter: not with --{name}")
+    def _can_decode(self) -> "DecodeFlags":
+        searches = {"num_beams": 1, "temperature": 0.0}
+        for flag, excluded in (("merge_adapter", {"compiled": ""}), ("static_cache", searches)):
+            for name, value in {"quantize": "none", **excluded}.items():
+                if getattr(self, flag) and getattr(self, name, value) != value:
+                    raise ValueError(f"--{flag}: not with --{name}")
         return self
 
 
@@ -111,7 +117,7 @@ class SalmonnPromptFlags(SalmonnBaseFlags, AdapterFlags):
 class EvaluateSettings(
     OutputFlags,
     SalmonnPromptFlags,
-    MergeFlags,
+    DecodeFlags,
     CompiledFlags,
     EvaluationDataFlags,
     SamplingFlags,
@@ -199,7 +205,7 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, MergeFlags, SamplingFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags):
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""

@@ -51,6 +51,7 @@ class PredictionActor(PoolWorker):
         # the check of batch invariance has a folder of its own within that of the evaluation
         chunk_manifests = [folder / CHUNK_MANIFEST for folder in (predictions.parent, predictions.parent.parent)]
         self.features, self.keys = Features(folders), ManifestKeys(chunk_manifests)
+        self._rows: dict[int, FeatureRow] = {}
         if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
         self.family = get_family(config.model_id)
@@ -79,6 +80,7 @@ class PredictionActor(PoolWorker):
         """
         if self.load_error:
             raise RunError(self.load_error)
+        self._rows.clear()
         entries: list[dict[str, Any]] = []
         failed: list[tuple[int, str, str]] = []
         with open_crash_log(self.predictions / f".attempts-{part:05d}", MAX_CRASHES_PER_ROW) as crash_log:
@@ -107,14 +109,15 @@ class PredictionActor(PoolWorker):
         """Run ``work`` on stored rows; yields (row number, result or the exception that prevented it)."""
 
         def work_on_stored(numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Result]]:
-            return work([self.features.row(number) for number in numbers], batch_size)
+            return work([self._row(number) for number in numbers], batch_size)
 
         return bisect_failures(list(rows), self.config.batch_size, work_on_stored)
 
     def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion]]:
         """Yield (index of the row, answer)."""
         model = (self.model, self.family, self.front_end)
-        return generate(*model, rows, batch_size=batch_size, sampling=self.config.sampling)
+        options = {"sampling": self.config.sampling, "static_cache": self.config.static_cache}
+        return generate(*model, rows, batch_size=batch_size, **options)
 
     def score_references(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, float]]:
         """Yield (index of the row, -ln p of its reference answer)."""
@@ -122,19 +125,25 @@ class PredictionActor(PoolWorker):
             batch = rows[start : start + batch_size]
             yield from enumerate(reference_losses(self.model, self.family, self.front_end, batch), start)
 
+    def _row(self, number: int) -> FeatureRow:
+        """A row of the part that is being answered. It is read once."""
+        if number not in self._rows:
+            self._rows[number] = self.features.row(number)
+        return self._rows[number]
+
     def _needs_loss(self, number: int) -> bool:
         """Whether the settings score the row's reference by likelihood, and the row has a reference of its own.
 
         Chunks of a recording have none.
         """
-        row, scored = self.features.row(number), self.config.perplexity
+        row, scored = self._row(number), self.config.perplexity
         if scored == "none" or (scored == "answers" and is_transcript(row.task)):
             return False
         return not {"chunk_of", UNLABELLED} & set(self.keys.of(row.source))
 
     def _entry(self, number: int, answer: Completion, loss: float | Exception | None) -> dict[str, Any]:
         """Columns of a row's prediction."""
-        row = self.features.row(number)
+        row = self._row(number)
         entry = {name: getattr(row, name) for name in ENTRY_COLUMNS} | self.keys.of(row.source)
         reference = entry.pop("whole_reference", row.answer)
         if entry.pop(UNLABELLED, False):

@@ -7,15 +7,18 @@ many steps as its own answer has tokens.
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
-from voxray.batches.collate import collate_prompts, to_device
+from voxray.batches.collate import collate_prompts, pinned, to_device, with_model_input
 from voxray.features.reader import FeatureRow
 from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import DecodeState, ModelFamily
+from voxray.models.parts.static_kv_cache import static_state
 
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
@@ -53,10 +56,14 @@ class PartialCompletion:
 
 
 class _Batch:
-    """The rows that are decoded together; some of them may be finished."""
+    """The rows that are decoded together; some of them may be finished.
 
-    def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd) -> None:
-        self.model, self.family, self.front_end = model, family, front_end
+    Args:
+        num_slots: Slots of a cache of fixed size; 0 for a cache that grows.
+    """
+
+    def __init__(self, model: Any, family: ModelFamily, front_end: FrontEnd, num_slots: int) -> None:
+        self.model, self.family, self.front_end, self.num_slots = model, family, front_end, num_slots
         self.stops = stop_ids(front_end)
         self.device = next(model.parameters()).device
         self.completions: list[PartialCompletion] = []
@@ -76,14 +83,15 @@ class _Batch:
 
     def admit(self, completions: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
         """Prefill the prompts of new rows, which also gives their first tokens; returns the rows that got a token."""
-        batch = to_device(collate_prompts(rows, self.front_end), self.device)
+        batch = collate_prompts(rows, self.front_end)
+        batch = to_device(pinned(batch) if self.device.type == "cuda" else batch, self.device)
         state, logits_BV = self.family.prefill(self.model, batch)
         self._append_tokens(completions, logits_BV.argmax(-1)[None])
         languages = map(self.front_end.prompt_language, batch["input_ids"].tolist())
         for completion, language in zip(completions, languages, strict=True):
             completion.language = language
         if self.state is None:
-            self.state = state
+            self.state = static_state(self.model, state, self.num_slots) if self.num_slots else state
         else:
             self.state.merge(state)
         self.completions += completions
@@ -111,6 +119,21 @@ class _Batch:
                     completion.append(token, self.stops)
 
 
+def _prepare_ahead(rows: Sequence[FeatureRow], front_end: FrontEnd, num_ahead: int) -> Iterator[FeatureRow]:
+    """Yield the rows with their model inputs, which a thread computes while the model answers earlier rows."""
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        futures: deque[Future[FeatureRow]] = deque()
+        try:
+            for row in rows:
+                futures.append(pool.submit(with_model_input, row, front_end))
+                if len(futures) > num_ahead:
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 @torch.inference_mode()
 def generate_greedy(
     model: Any,
@@ -120,6 +143,7 @@ def generate_greedy(
     *,
     batch_size: int,
     limits: Sequence[int],
+    static_cache: bool = False,
 ) -> Iterator[PartialCompletion]:
     """Answer rows and yield each answer as soon as it is finished.
 
@@ -127,9 +151,11 @@ def generate_greedy(
         rows: In the order in which they start. Neighbours with prompts of similar length waste the least padding.
         batch_size: Rows decoded at a time.
         limits: Longest answer of every row, in tokens.
+        static_cache: See ``models.parts.static_kv_cache``.
     """
     waiting = deque(PartialCompletion(index, limit) for index, limit in enumerate(limits))
-    batch = _Batch(model, family, front_end)
+    batch = _Batch(model, family, front_end, batch_size if static_cache else 0)
+    prepared = _prepare_ahead(rows, front_end, batch_size)
     while waiting or batch.completions:
         start_sec = time.perf_counter()
         size = batch_size if waiting else len(batch.completions)
@@ -137,7 +163,7 @@ def generate_greedy(
             batch.drop_finished()
         new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch.completions)))]
         if new:
-            advanced = batch.admit(new, [rows[completion.index] for completion in new])
+            advanced = batch.admit(new, list(islice(prepared, len(new))))
         elif batch.completions:
             advanced = batch.step()
         else:

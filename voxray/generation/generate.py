@@ -95,8 +95,13 @@ def generate(
     *,
     batch_size: int,
     sampling: SamplingParams,
+    static_cache: bool = False,
 ) -> Iterator[tuple[int, Completion]]:
-    """Answer rows, ``batch_size`` at a time, and yield (index of the row, answer) as soon as the answer is finished."""
+    """Answer rows, ``batch_size`` at a time, and yield (index of the row, answer) as soon as the answer is finished.
+
+    Args:
+        static_cache: See ``models.parts.static_kv_cache``. Only greedy answers use it.
+    """
     limits = [max(1, min(sampling.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
     is_sequential = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
     together = [index for index in range(len(rows)) if not is_sequential[index]]
@@ -105,9 +110,9 @@ def generate(
     recordings.sort(key=lambda index: -rows[index].num_windows)  # those that end leave a batch, and none joins it
     batches += [recordings[start : start + batch_size] for start in range(0, len(recordings), batch_size)]
     if sampling.is_greedy:
-        options = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
+        options: dict[str, Any] = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
         batched_rows = [rows[index] for index in together]
-        for completion in generate_greedy(model, family, front_end, batched_rows, **options):
+        for completion in generate_greedy(model, family, front_end, batched_rows, static_cache=static_cache, **options):
             index = together[completion.index]
             yield index, _completion(completion.ids, front_end, limits[index], completion.sec, completion.language)
     else:

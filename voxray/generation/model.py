@@ -20,6 +20,7 @@ from voxray.models.hf_files import unwrap_peft
 from voxray.models.parts.arithmetic import set_tf32, with_default_dtype
 from voxray.models.parts.compiled_audio import use_compiled
 from voxray.models.parts.cpu_16bit import use_float32_products
+from voxray.models.parts.layer_compile import check_compiler
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
 from voxray.models.shared_conversion import load_shared, shared_bytes
@@ -45,6 +46,7 @@ class InferenceConfig:
         trim_audio: Whether the audio tokens of padding are left out of prompts.
         compiled: Folder of the compiled audio path, or "".
         merge_adapter: Whether LoRA is added to the weights of the base.
+        static_cache: Whether tokens are decoded in a cache of fixed size (see ``models.parts.static_kv_cache``).
         perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
             or ``all``.
     """
@@ -61,6 +63,7 @@ class InferenceConfig:
     compiled: str = ""
     perplexity: str = "none"
     merge_adapter: bool = False
+    static_cache: bool = False
 
 
 def inference_config(
@@ -73,7 +76,7 @@ def inference_config(
     """The configuration that a job's settings ask for."""
     sampling = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
-    flags["merge_adapter"] = getattr(settings, "merge_adapter", False)
+    flags |= {name: getattr(settings, name, False) for name in ("merge_adapter", "static_cache")}
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
     return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, **flags)
 
@@ -139,6 +142,8 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_proce
     """
     set_tf32(config.tf32)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.static_cache and device.type == "cpu":
+        check_compiler(device, "--static_cache")
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "quantize": config.quantize}
     model = load_shared(family, config.model_id, **options, num_processes=num_processes)

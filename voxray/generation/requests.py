@@ -91,7 +91,8 @@ def answer_requests(
 
     def generate_rows(numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Completion]]:
         batch = [rows[number] for number in numbers]
-        return generate(model, family, front_end, batch, batch_size=batch_size, sampling=config.sampling)
+        options = {"batch_size": batch_size, "sampling": config.sampling, "static_cache": config.static_cache}
+        return generate(model, family, front_end, batch, **options)
 
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].prompt_ids))
     waiting, first = deque(requests), 0

@@ -114,9 +114,8 @@ class DataParallel:
     def reduce(self, numbers: torch.Tensor, *, scale: float, max_norm: float) -> tuple[list[float], float]:
         sums = sum_over_workers(self._parameters, numbers, self.worker)
         if scale != 1:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / scale)
+            grads = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            torch.ops.aten._foreach_mul_(grads, 1 / scale)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm or float("inf"), foreach=self._fused)
         *values, norm_value = torch.cat([sums, norm[None]]).tolist()  # one read, because a read waits for the GPU
         return values, norm_value
@@ -183,11 +182,10 @@ def sum_over_workers(parameters: Sequence[torch.nn.Parameter], numbers: torch.Te
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([*(grad.reshape(-1).float() for grad in grads), numbers])
     dist.all_reduce(flat)
-    offset = 0
-    for grad in grads:
-        grad.copy_(flat[offset : offset + grad.numel()].view_as(grad))
-        offset += grad.numel()
-    return flat[offset:]
+    *summed, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
+    # one launch on a GPU for many tensors, as torch's optimizers do it; there is no public name
+    torch.ops.aten._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(summed, grads, strict=True)])
+    return numbers
 
 
 def init_single_process_group(worker: Worker) -> None:

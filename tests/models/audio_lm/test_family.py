@@ -108,11 +108,13 @@ def library_answers(base: str, reference: Any, rows: list[Any]) -> list[list[int
     return answers
 
 
-def test_steps_give_the_ids_of_generate(base, family, front_end, model, reference):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_steps_give_the_ids_of_generate(base, family, front_end, model, reference, static_cache, monkeypatch):
     """All lengths in one batch, in which rows finish and join."""
+    monkeypatch.setattr(torch, "compile", lambda step: step)
     rows = transcriptions(front_end)
-    sampling = SamplingParams(LIMIT)
-    results = dict(generate(model, family, front_end, rows, batch_size=3, sampling=sampling))
+    options = {"batch_size": 3, "sampling": SamplingParams(LIMIT), "static_cache": static_cache}
+    results = dict(generate(model, family, front_end, rows, **options))
     expected = [front_end.decode(ids).strip() for ids in library_answers(base, reference, rows)]
     assert [results[row].text for row in range(len(rows))] == expected
     assert len(set(expected)) > 1, "the audio makes no difference"

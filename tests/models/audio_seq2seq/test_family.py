@@ -88,10 +88,12 @@ def library_ids(base: str, reference: Any, row: Any, **options: Any) -> list[int
     return answer[: answer.index(end)] if end in answer else answer
 
 
-def test_steps_give_the_ids_of_generate(base, family, front_end, model, reference):
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_steps_give_the_ids_of_generate(base, family, front_end, model, reference, static_cache, monkeypatch):
     """All lengths in batches of two, in which rows finish and join."""
-    sampling = SamplingParams(LIMIT)
-    results = dict(generate(model, family, front_end, rows(front_end), batch_size=2, sampling=sampling))
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    options = {"batch_size": 2, "sampling": SamplingParams(LIMIT), "static_cache": static_cache}
+    results = dict(generate(model, family, front_end, rows(front_end), **options))
     expected = [front_end.decode(library_ids(base, reference, row)).strip() for row in rows(front_end)]
     assert [results[number].text for number in range(len(LENGTHS))] == expected
     assert len(set(expected)) > 1, "the audio makes no difference"

@@ -158,7 +158,10 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
         """
         base = unwrap_peft(model)
         config = base.generation_config
-        suppressed, suppressed_first = config.suppress_tokens or [], config.begin_suppress_tokens or []
+        suppressed, suppressed_first = (
+            torch.tensor(ids or [], dtype=torch.int64, device=base.device)
+            for ids in (config.suppress_tokens, config.begin_suppress_tokens)
+        )
         with eager_mode(base.model.decoder):
             audio = self.encode_audio(base, batch)
         states_BPD = audio["encoder_hidden_states"]
@@ -172,12 +175,10 @@ class AudioSeq2Seq(EncoderMethods, FamilyDefaults):
                     encoder_hidden_states=encoder_hidden_states, use_cache=True, **inputs
                 ).last_hidden_state
             logits_BV = few_rows_linear(base.proj_out, hidden_BLD[:, -1])
-            logits_BV[:, suppressed] = -torch.inf
-            return logits_BV
+            return logits_BV.index_fill_(1, suppressed, -torch.inf)
 
         state, logits_BV = CrossDecodeState.prefill(forward, {"input_ids": ids_BL, "attention_mask": mask_BL, **audio})
-        logits_BV[:, suppressed_first] = -torch.inf
-        return state, logits_BV
+        return state, logits_BV.index_fill_(1, suppressed_first, -torch.inf)
 
     @torch.no_grad()
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:

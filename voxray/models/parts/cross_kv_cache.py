@@ -37,38 +37,41 @@ class CrossDecodeState(CausalDecodeState):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         super().select_rows(rows)
-        index = torch.tensor(rows, device=self._mask_BL.device)
-        for layer in self._cross_layers:
+        index = torch.tensor(rows, device=self.mask_BL.device)
+        for layer in self.cross_layers:
             layer.keys, layer.values = layer.keys[index], layer.values[index]
         if self._mask_B11P is not None:
             self._mask_B11P = self._mask_B11P[index]
 
     def merge(self, other: "CrossDecodeState") -> None:  # type: ignore[override]  # a state of the same model
         super().merge(other)
-        for layer, other_layer in zip(self._cross_layers, other._cross_layers, strict=True):
+        for layer, other_layer in zip(self.cross_layers, other.cross_layers, strict=True):
             layer.keys = _concat(layer.keys, other_layer.keys, dim=2)
             layer.values = _concat(layer.values, other_layer.values, dim=2)
         if self._mask_B11P is not None and other._mask_B11P is not None:
             self._mask_B11P = _concat(self._mask_B11P, other._mask_B11P, dim=3)
 
-    def _row_inputs(self) -> dict[str, Any]:
+    def row_inputs(self) -> dict[str, torch.Tensor]:
         return {} if self._mask_B11P is None else {"encoder_attention_mask": self._mask_B11P}
 
     @property
-    def _past_key_values(self) -> EncoderDecoderCache:
+    def past_key_values(self) -> EncoderDecoderCache:
         return self._caches
 
     @property
-    def _cross_layers(self) -> list[Any]:
+    def cross_layers(self) -> list[Any]:
         return self._caches.cross_attention_cache.layers
 
 
 def _concat(first: torch.Tensor, second: torch.Tensor, dim: int) -> torch.Tensor:
     """Concatenate rows; the shorter ones are padded with zeros, or False, after the last position."""
     length = max(first.shape[dim], second.shape[dim])
-    return torch.cat([_pad_right(tensor, length, dim) for tensor in (first, second)])
+    return torch.cat([pad_right(tensor, length, dim) for tensor in (first, second)])
 
 
-def _pad_right(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+def pad_right(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """Pad with zeros, or False, after the last position."""
+    if tensor.shape[dim] == length:
+        return tensor
     trailing = (0, 0) * (tensor.ndim - 1 - dim)
     return torch.nn.functional.pad(tensor, (*trailing, 0, length - tensor.shape[dim]))

@@ -67,10 +67,10 @@ def _with_spare_columns(states_BHLD: torch.Tensor) -> torch.Tensor:
 def _concat(first: torch.Tensor | None, second: torch.Tensor | None, length: int) -> torch.Tensor:
     """Concatenate rows, padded on the left with zeros: even masked columns must not hold NaN."""
     assert first is not None and second is not None
-    return torch.cat([_pad_left(states, length, dim=2) for states in (first, second)])
+    return torch.cat([pad_left(states, length, dim=2) for states in (first, second)])
 
 
-def _pad_left(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+def pad_left(tensor: torch.Tensor, length: int, dim: int) -> torch.Tensor:
     """Pad with zeros, or False, before the first column."""
     trailing = (0, 0) * (tensor.ndim - 1 - dim)
     return torch.nn.functional.pad(tensor, (*trailing, length - tensor.shape[dim], 0))
@@ -85,7 +85,7 @@ class CausalDecodeState:
     """
 
     def __init__(self, forward: ForwardFn, mask_BL: torch.Tensor) -> None:
-        self._forward, self._cache = forward, Cache(layer_class_to_replicate=PreallocatedCacheLayer)
+        self.forward, self._cache = forward, Cache(layer_class_to_replicate=PreallocatedCacheLayer)
         self._set_mask(mask_BL)
         self._position_B = mask_BL.sum(1)
 
@@ -101,47 +101,54 @@ class CausalDecodeState:
         mask_BL = inputs["attention_mask"].bool()
         state = cls(forward, mask_BL)
         positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
-        return state, forward(**inputs, position_ids=positions_BL, past_key_values=state._past_key_values)
+        return state, forward(**inputs, position_ids=positions_BL, past_key_values=state.past_key_values)
 
     def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
         """Append one token to every row; returns logits_BV of the next one."""
-        self._mask_BL = torch.nn.functional.pad(self._mask_BL, (0, 1), value=True)
+        self.mask_BL = torch.nn.functional.pad(self.mask_BL, (0, 1), value=True)
         # transformers applies a mask of four dimensions as it is; without padding none is needed.
-        mask = self._mask_BL[:, None, None] if self._is_padded else None
+        mask = self.mask_BL[:, None, None] if self._is_padded else None
         inputs = {"input_ids": ids_B[:, None], "attention_mask": mask, "position_ids": self._position_B[:, None]}
-        logits_BV = self._forward(**inputs, **self._row_inputs(), past_key_values=self._past_key_values)
+        logits_BV = self.forward(**inputs, **self.row_inputs(), past_key_values=self.past_key_values)
         self._position_B = self._position_B + 1
         return logits_BV
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, and drop the columns that are padding in all of them."""
-        index = torch.tensor(rows, device=self._mask_BL.device)
-        mask_BL = self._mask_BL[index]
+        index = torch.tensor(rows, device=self.mask_BL.device)
+        mask_BL = self.mask_BL[index]
         first_column = int(mask_BL.any(0).int().argmax())
         self._set_mask(mask_BL[:, first_column:])
         self._position_B = self._position_B[index]
-        for layer in self._layers:
+        for layer in self.layers:
             layer.select(index, first_column)
 
     def merge(self, other: "CausalDecodeState") -> None:
         """Append the rows of another state of the same model."""
-        length = max(self._mask_BL.shape[1], other._mask_BL.shape[1])
-        self._set_mask(torch.cat([_pad_left(mask, length, dim=1) for mask in (self._mask_BL, other._mask_BL)]))
+        length = max(self.mask_BL.shape[1], other.mask_BL.shape[1])
+        self._set_mask(torch.cat([pad_left(mask, length, dim=1) for mask in (self.mask_BL, other.mask_BL)]))
         self._position_B = torch.cat([self._position_B, other._position_B])
-        for layer, other_layer in zip(self._layers, other._layers, strict=True):
+        for layer, other_layer in zip(self.layers, other.layers, strict=True):
             layer.append_rows(other_layer, length)
 
     def _set_mask(self, mask_BL: torch.Tensor) -> None:
-        self._mask_BL, self._is_padded = mask_BL, not bool(mask_BL.all())
+        self.mask_BL, self._is_padded = mask_BL, not bool(mask_BL.all())
 
-    def _row_inputs(self) -> dict[str, Any]:
-        """Other inputs that every step needs."""
+    def row_inputs(self) -> dict[str, torch.Tensor]:
+        """Other inputs that every step needs, one for each row."""
         return {}
 
     @property
-    def _past_key_values(self) -> Any:
+    def past_key_values(self) -> Any:
+        """The cache as the model takes it."""
         return self._cache
 
     @property
-    def _layers(self) -> list[PreallocatedCacheLayer]:
+    def layers(self) -> list[PreallocatedCacheLayer]:
+        """Keys and values of the layers' self-attention."""
         return self._cache.layers  # type: ignore[return-value]
+
+    @property
+    def cross_layers(self) -> list[DynamicLayer]:
+        """Keys and values of the layers' cross-attention, if there is any."""
+        return []

@@ -20,6 +20,22 @@ def compile_layers(model: Any, device: torch.device) -> None:
     """Compile the layers of a transformers encoder or decoder when they are first called.
 
     Raises:
+        RunError: Nothing can be compiled on this machine.
+    """
+    check_compiler(device, "--compile")
+    compiled = torch.compile(_call, dynamic=True, options=COMPILE_OPTIONS)
+    for layer in model.layers:
+        if layer.gradient_checkpointing:
+            layer._gradient_checkpointing_func = partial(_recompute, layer._gradient_checkpointing_func, compiled)
+        else:
+            layer.compile(dynamic=True, options=COMPILE_OPTIONS)
+    model.voxray_compiled = True
+
+
+def check_compiler(device: torch.device, flag: str) -> None:
+    """Check that torch.compile works.
+
+    Raises:
         RunError: Nothing can be compiled on this machine, because a C++ compiler or Triton is missing.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -30,14 +46,7 @@ def compile_layers(model: Any, device: torch.device) -> None:
         torch.compile(_probe, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:  # inductor's errors have no common base class
         reason = one_line(error, 200)
-        raise RunError(f"--compile: nothing can be compiled on this machine: {reason}") from None
-    compiled = torch.compile(_call, dynamic=True, options=COMPILE_OPTIONS)
-    for layer in model.layers:
-        if layer.gradient_checkpointing:
-            layer._gradient_checkpointing_func = partial(_recompute, layer._gradient_checkpointing_func, compiled)
-        else:
-            layer.compile(dynamic=True, options=COMPILE_OPTIONS)
-    model.voxray_compiled = True
+        raise RunError(f"{flag}: nothing can be compiled on this machine: {reason}") from None
 
 
 def _probe(values: torch.Tensor) -> torch.Tensor:
