@@ -1,6 +1,5 @@
-"""run_workers: results and errors of workers, on Ray and in one process."""
+"""run_workers and run_stages: results and errors of workers, on Ray and in one process."""
 
-import json
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from voxray.cluster.actor_pool import (
     _Item,
     fit_memory,
     plan_pool,
+    run_stages,
     run_workers,
 )
 from voxray.core.errors import RunError
@@ -41,8 +41,9 @@ def test_results_and_errors_in_this_process():
 
 
 def test_an_actor_returns_errors_as_values():
-    [outcome] = Divider(6)({"item": [_Item({"divisor": 0})]})["outcome"]
-    assert json.loads(outcome) == {"error": "no zero"}
+    [item] = Divider(6)({"item": [_Item({"divisor": 0})]})["item"]
+    assert item.error == "no zero"
+    assert Divider(6)({"item": [item]}) == {"item": [item]}, "a later stage leaves it as it is"
 
 
 @pytest.mark.ray
@@ -52,6 +53,26 @@ def test_results_and_errors_on_ray(local_ray, by_value):
     assert sorted(quotients) == [2, 3, 6]
     with pytest.raises(RunError, match=r"^no zero$"):
         list(run_workers(Divider, (6,), [{"divisor": 0}], pool))
+
+
+class Namer(PoolWorker):
+    """Names what a Divider returns."""
+
+    def work(self, item: Any) -> dict[str, Any]:
+        if item["quotient"] == 1:
+            raise RunError("one is too small")
+        return {"name": f"the {item['quotient']}"}
+
+
+@pytest.mark.ray
+def test_items_pass_through_stages_on_ray(local_ray, by_value):
+    pool = ActorPool(1, 1)
+    stages = [(Divider, (6,), pool), (Namer, (), pool)]
+    assert sorted(result["name"] for result in run_stages(stages, ITEMS)) == ["the 2", "the 3", "the 6"]
+    for divisor, message in ((0, r"^no zero$"), (6, r"^one is too small$")):
+        with pytest.raises(RunError, match=message):
+            list(run_stages(stages, [{"divisor": divisor}]))
+    assert list(run_stages(stages, [])) == []
 
 
 @pytest.mark.parametrize(
@@ -67,6 +88,9 @@ def test_results_and_errors_on_ray(local_ray, by_value):
         ({"CPU": 4, "GPU": 2}, {"GPU": 8}, False, {"use_gpus": True, "num_actors": 4}, (2, 4, 1)),
         ({"CPU": 4, "GPU": 2}, {}, False, {"use_gpus": True, "num_actors": 9}, (2, 2, 1)),
         ({"CPU": 4, "GPU": 0}, {}, False, {"use_gpus": True}, (4, 4, None)),
+        ({"CPU": 16}, {"CPU": 128}, False, {"num_taken_cpus": 4}, (12, 124, None)),
+        ({"CPU": 4}, {}, False, {"num_taken_cpus": 4}, (1, 1, None)),
+        ({"CPU": 16}, {}, False, {"num_taken_cpus": 4, "num_actors": 6}, (6, 6, None)),
     ],
 )
 def test_size_of_a_pool(

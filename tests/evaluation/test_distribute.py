@@ -267,16 +267,16 @@ def test_without_a_model_the_job_ends_in_one_line(folders, tmp_path, monkeypatch
     batch = {"item": [_Item({"part": 0, "rows": [0]})]}
     damaged = replace(CONFIG, adapter=str(tmp_path))
     (tmp_path / "adapter_config.json").write_text("[")
-    [outcome] = PredictionActor(damaged, folders, tmp_path / "p", 1)(batch)["outcome"]
-    assert "cannot read the adapter's configuration" in json.loads(outcome)["error"]
+    [item] = PredictionActor(damaged, folders, tmp_path / "p", 1)(batch)["item"]
+    assert "cannot read the adapter's configuration" in item.error
 
     def load(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of\nmemory")
 
     monkeypatch.setattr(prediction_actor, "load_model", load)
     message = "the model cannot be loaded: OutOfMemoryError: CUDA out of memory"
-    [outcome] = PredictionActor(CONFIG, folders, tmp_path / "p", 1)(batch)["outcome"]
-    assert json.loads(outcome) == {"error": message}
+    [item] = PredictionActor(CONFIG, folders, tmp_path / "p", 1)(batch)["item"]
+    assert item.error == message
     with pytest.raises(RunError, match=message):
         evaluate(folders, [0], tmp_path / "q")
 

@@ -1,6 +1,5 @@
 """Ray Data actor pools: how many actors there are, and how items are processed by them."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,34 +37,41 @@ class ActorPool:
 
 @dataclass(frozen=True)
 class _Item:
-    """Wraps an item so that Ray Data pickles it as it is; a bare dict would become Arrow columns."""
+    """Wraps an item or a result so that Ray Data pickles it as it is; a bare dict would become Arrow columns.
+
+    Attributes:
+        error: Message of the error that ended the work on it; None if there was none.
+    """
 
     value: Any
+    error: str | None = None
 
 
 class PoolWorker:
-    """Base class of the workers of ``run_workers``. Large results go to files, not through Ray."""
+    """Base class of the workers of ``run_workers`` and ``run_stages``. Large results go to files, not through Ray."""
 
-    def work(self, item: Any) -> dict[str, Any]:
+    def work(self, item: Any) -> Any:
         """Process one item.
 
         Returns:
-            A small result of JSON values.
+            A small result that pickles; in ``run_stages``, the item of the next stage.
         Raises:
             RunError, OSError: The job ends with this message.
         """
         raise NotImplementedError
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Run ``work`` on a Ray Data batch of one item.
+        """Run ``work`` on a Ray Data batch of one item, unless an earlier stage failed on it.
 
         An error is returned as a value, because Ray would retry an actor that raises and print its traceback.
         """
-        try:
-            outcome = {"result": self.work(batch["item"][0].value)}
-        except (RunError, OSError) as error:
-            outcome = {"error": one_line(error)}
-        return {"outcome": [json.dumps(outcome)]}
+        [item] = batch["item"]
+        if item.error is None:
+            try:
+                item = _Item(self.work(item.value))
+            except (RunError, OSError) as error:
+                item = _Item(None, one_line(error))
+        return {"item": [item]}
 
 
 def run_workers(
@@ -91,28 +97,51 @@ def run_workers(
                 raise RunError(one_line(error)) from error
             yield result
         return
+    yield from run_stages([(worker_class, arguments, pool)], items)
+
+
+def run_stages(
+    stages: Sequence[tuple[Callable[..., PoolWorker], Sequence[Any], ActorPool]], items: Sequence[Any]
+) -> Iterator[dict[str, Any]]:
+    """Process every item on Ray Data with a worker of each stage in turn.
+
+    The stages run at the same time. Ray Data starts no more work of a stage while its results fill their share of the
+    object store.
+
+    Args:
+        stages: Class of the workers, its constructor's arguments, and the actors; see ``run_workers``.
+        items: Values that pickle.
+    Yields:
+        The results of the last stage, in the order in which they finish.
+    Raises:
+        RunError: A worker raised a RunError or an OSError.
+    """
+    if not items:
+        return
     import ray
 
-    rows = [{"item": _Item(item)} for item in items]
-    outcomes = ray.data.from_items(rows, override_num_blocks=min(len(rows), 1000)).map_batches(
-        worker_class,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2
-        ),
-        num_gpus=pool.num_gpus,
-        num_cpus=pool.num_cpus,
-        memory=pool.memory_bytes,
-    )
-    for row in outcomes.iter_rows():
-        outcome = json.loads(row["outcome"])
-        if "error" in outcome:
-            raise RunError(outcome["error"])
-        yield outcome["result"]
+    # Ray repeats a block as a whole when an actor dies. With several stages, some of its items would have moved on.
+    num_blocks = len(items) if len(stages) > 1 else min(len(items), 1000)
+    data = ray.data.from_items([{"item": _Item(item)} for item in items], override_num_blocks=num_blocks)
+    for worker_class, arguments, pool in stages:
+        data = data.map_batches(
+            worker_class,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2
+            ),
+            num_gpus=pool.num_gpus,
+            num_cpus=pool.num_cpus,
+            memory=pool.memory_bytes,
+        )
+    for row in data.iter_rows():
+        if row["item"].error is not None:
+            raise RunError(row["item"].error)
+        yield row["item"].value
 
 
-def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> ActorPool:
+def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False, num_taken_cpus: int = 0) -> ActorPool:
     """Size of a pool of single-CPU actors, never more actors than there is work for.
 
     Where the autoscaler may start more nodes, the pool begins with the CPUs or GPUs that are there and grows with the
@@ -121,6 +150,7 @@ def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> Act
     Args:
         num_actors: Requested actors; 0 means one per CPU of the cluster.
         use_gpus: Give each actor a GPU if the cluster has or can start any; then there are no more actors than GPUs.
+        num_taken_cpus: CPUs to leave for another pool. One actor starts in any case.
     """
     num_gpus = max_gpus() if use_gpus else 0
     useful = max(1, num_items if num_actors else math.ceil(num_items / ITEMS_PER_ACTOR))
@@ -132,6 +162,7 @@ def plan_pool(num_actors: int, num_items: int, *, use_gpus: bool = False) -> Act
     else:
         low, high = max(MIN_ACTORS, present_cpus()), cpus_for_data() or MAX_AUTOSCALED_ACTORS
         high = max(low, high, MAX_AUTOSCALED_ACTORS if maximum_hint() else 0)
+        low, high = max(1, low - num_taken_cpus), max(1, high - num_taken_cpus)
     high = min(high, useful)
     return ActorPool(min(low, high), high, num_gpus=1 if num_gpus else None)
 

@@ -16,11 +16,13 @@ from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
 from voxray.features.crash_log import CrashLog, open_crash_log
-from voxray.features.extract import Extractor, file_state
+from voxray.features.extract import Extractor, FeatureValues, file_state
 from voxray.features.shards import INDEX_SCHEMA, are_parts, index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
+MAX_CRASHES_PER_SHARD = 3
+"""Processes that may die while they encode or write one shard. Ray would replace them without end."""
 EARLIER_REFUSAL = "is not a two-letter code"
 """End of the message with which earlier versions refused languages such as yue."""
 
@@ -44,42 +46,45 @@ class WorkItem:
     max_bytes: float = float("inf")
 
 
-class ChunkFeaturizer(PoolWorker):
-    """Featurizes chunks, as a Ray Data actor or in this process."""
+@dataclass(frozen=True)
+class DecodedChunk:
+    """A chunk whose clips are decoded and whose shard is not written.
+
+    Attributes:
+        work_item: The chunk, and where to write.
+        raw: Its lines.
+        rows: Rows of the usable samples, before ``Extractor.encode``.
+        num_samples: Usable samples.
+        bad: Ledger lines of the bad rows.
+        clips: States of the files, by which later runs detect changes.
+        pid: Process that decoded them.
+    """
+
+    work_item: WorkItem
+    raw: bytes
+    rows: list[FeatureValues]
+    num_samples: int
+    bad: list[dict[str, Any]]
+    clips: list[dict[str, Any]]
+    pid: int
+
+
+class ChunkReader(PoolWorker):
+    """Decodes the clips of chunks: the first half of ``ChunkFeaturizer``."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
 
-    def work(self, item: WorkItem) -> dict[str, Any]:
-        """Write the chunk's shard, unless a valid one exists.
+    def work(self, item: WorkItem) -> DecodedChunk | dict[str, Any]:
+        """Decode the chunk's clips and compute their features.
 
         Returns:
-            folder, chunk: Of the item.
-            pid: Of this process.
-            rows: Usable rows.
-            num_made: Rows computed now, the bad ones included.
-            bad: Ledger lines of the chunk's bad rows.
-            content: Hash of the chunk's lines and clips.
-        Raises:
-            RunError: The shard is larger than allowed.
+            The chunk for ``ChunkWriter``, or the result (see there) if a valid shard exists.
         """
         raw = item.chunk.read_bytes()
-        cached = _read_valid_report(item, raw)
-        report = cached or self._write(item, raw)
-        return {
-            "folder": str(item.folder),
-            "chunk": item.chunk.number,
-            "pid": os.getpid(),
-            "rows": report["samples"],
-            "num_made": 0 if cached else report["samples"] + len(report["bad"]),
-            "bad": report["bad"],
-            "content": report["content"],
-        }
-
-    def _write(self, item: WorkItem, raw: bytes) -> dict[str, Any]:
-        """Write the chunk's shard and its report; returns the report."""
-        manifest, path = item.chunk.manifest, shard_path(item.folder, item.chunk.number)
-        parsed = read_chunk(item.chunk, raw)
+        if report := _read_valid_report(item, raw):
+            return _result(item, report, [os.getpid()], num_made=0)
+        manifest, parsed = item.chunk.manifest, read_chunk(item.chunk, raw)
         bad = [_ledger_line(manifest, line, "", error) for line, error in parsed.bad]
         rows, clips, num_samples = [], [], 0
         with open_crash_log(crash_log_path(item, raw), MAX_CRASHES_PER_ROW) as crash_log:
@@ -94,29 +99,91 @@ class ChunkFeaturizer(PoolWorker):
                     bad.append(_ledger_line(manifest, Source.parse(sample.source).line, sample.id, error))
                     if error.reason == "process_died":
                         clips.append({**file_state(sample.audio_path), "sha256": ""})
-            self.extractor.encode(rows)
-        spec = self.extractor.spec
+        bad.sort(key=lambda line: line["line"])
+        return DecodedChunk(item, raw, rows, num_samples, bad, clips, os.getpid())
+
+
+class ChunkWriter(PoolWorker):
+    """Encodes chunks and writes their shards: the second half of ``ChunkFeaturizer``."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.extractor = extractor
+
+    def work(self, item: DecodedChunk | dict[str, Any]) -> dict[str, Any]:
+        """Write the chunk's shard and its report.
+
+        Args:
+            item: What ``ChunkReader`` returned. A result is returned as it is.
+        Returns:
+            folder, chunk: Of the item.
+            pids: Processes that worked on the chunk.
+            rows: Usable rows.
+            num_made: Rows computed now, the bad ones included.
+            bad: Ledger lines of the chunk's bad rows.
+            content: Hash of the chunk's lines and clips.
+        Raises:
+            RunError: The shard is larger than allowed, or ``MAX_CRASHES_PER_SHARD`` processes died while they wrote it.
+        """
+        if isinstance(item, dict):
+            return item
+        chunk, path = item.work_item.chunk, shard_path(item.work_item.folder, item.work_item.chunk.number)
+        log_path = crash_log_path(item.work_item, item.raw).with_suffix(".write")
+        with open_crash_log(log_path, MAX_CRASHES_PER_SHARD) as crash_log:
+            if not crash_log.start_rows([chunk.first_line]):
+                lines = f"{chunk.num_lines} lines from {chunk.manifest}:{chunk.first_line}"
+                died = f"{MAX_CRASHES_PER_SHARD} processes died while they wrote the features of {lines}"
+                raise RunError(f"{path}: {died}; if memory is short, lower --rows_per_shard")
+            report = self._write(item, path)
+        num_made = report["samples"] + len(report["bad"])
+        return _result(item.work_item, report, sorted({item.pid, os.getpid()}), num_made)
+
+    def _write(self, decoded: DecodedChunk, path: AnyPath) -> dict[str, Any]:
+        """Write the chunk's shard and its report; returns the report."""
+        item, rows, spec = decoded.work_item, decoded.rows, self.extractor.spec
+        self.extractor.encode(rows)
         data, parts = shard_bytes(rows, spec.store, spec.torch_dtype, self.extractor.frame_shape)
         if data.size > item.max_bytes:
             raise RunError(f"{path}: {data.size:,} bytes, but its clips seemed to need {item.max_bytes:,.0f} at most")
         write_atomically(path, data)
-        clip_keys = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in clips)
-        bad.sort(key=lambda line: line["line"])
+        clip_keys = "".join(clip["sha256"] or f"{clip['size']}:{clip['mtime_ns']}" for clip in decoded.clips)
         report = {
-            "lines": sha256_hex(raw),
+            "lines": sha256_hex(decoded.raw),
             "first_line": item.chunk.first_line,
-            "samples": num_samples,
+            "samples": decoded.num_samples,
             "rows": len(rows),
             "bytes": data.size,
             "sha256": hashlib.sha256(data).hexdigest(),
             "parts": parts,
-            "content": hashlib.sha256(raw + clip_keys.encode()).hexdigest(),
-            "bad": bad,
-            "clips": clips,
+            "content": hashlib.sha256(decoded.raw + clip_keys.encode()).hexdigest(),
+            "bad": decoded.bad,
+            "clips": decoded.clips,
             "index": index_part(rows, item.chunk.number),
         }
         write_json(path.with_suffix(".json"), report)
         return report
+
+
+class ChunkFeaturizer(PoolWorker):
+    """Featurizes chunks in one process: a ``ChunkReader`` and a ``ChunkWriter``."""
+
+    def __init__(self, extractor: Extractor) -> None:
+        self.reader, self.writer = ChunkReader(extractor), ChunkWriter(extractor)
+
+    def work(self, item: WorkItem) -> dict[str, Any]:
+        """Write the chunk's shard, unless a valid one exists.
+
+        Returns:
+            The result of ``ChunkWriter``.
+        Raises:
+            RunError: As ``ChunkWriter``.
+        """
+        return self.writer.work(self.reader.work(item))
+
+
+def _result(item: WorkItem, report: dict[str, Any], pids: list[int], num_made: int) -> dict[str, Any]:
+    """Result of a chunk (see ``ChunkWriter.work``)."""
+    values = {"folder": str(item.folder), "chunk": item.chunk.number, "pids": pids, "num_made": num_made}
+    return {**values, "rows": report["samples"], "bad": report["bad"], "content": report["content"]}
 
 
 REPORT_TYPES = {"samples": int, "rows": int, "sha256": str, "content": str, "bad": list, "clips": list, "index": dict}

@@ -108,7 +108,7 @@ class Extractor:
     def sample_rows(
         self, sample: Sample, *, augmented: bool = True
     ) -> tuple[list[FeatureValues], dict[str, Any] | None]:
-        """Extract the rows of one sample. For ``encoder`` sets they hold log-mel until ``encode`` is called.
+        """Extract the rows of one sample. For ``encoder`` sets they hold log-mel in float16 until ``encode`` is called.
 
         Returns:
             A row per variant, and for clips the state of the file (path, size, times, hash), by which later runs
@@ -155,7 +155,9 @@ class Extractor:
 
     def _mel(self, samples: np.ndarray) -> dict[str, Any]:
         features = self.front_end.features(samples)
-        audio = {"audio": features.mel_KF, "num_frames": len(features.mel_KF), "fill": features.fill}
+        # shards of log-mel round it too, and faster (shard_bytes)
+        mel_KF = features.mel_KF.astype(np.float16) if self.spec.store == "encoder" else features.mel_KF
+        audio = {"audio": mel_KF, "num_frames": len(mel_KF), "fill": features.fill}
         return {**audio, "num_windows": features.num_windows}
 
     def _pcm(self, samples: np.ndarray) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Extractor:
     def encode(self, rows: Sequence[FeatureValues]) -> None:
         """Replace the rows' log-mel by encoder outputs, in place. Does nothing for the other stores.
 
-        The encoder gets features rounded to float16, as in a run from ``mel`` shards.
+        The encoder gets log-mel that ``sample_rows`` has rounded to float16, as in a run from ``mel`` shards.
         """
         with_audio = [row for row in rows if row["num_windows"]] if self.spec.store == "encoder" else []
         if not with_audio:
@@ -178,8 +180,7 @@ class Extractor:
         windows: list[np.ndarray] = []
         lengths: list[int] = []
         for row in with_audio:
-            mel_KF = row["audio"].astype(np.float16)
-            windows.extend(padded_windows(mel_KF, row["fill"], row["num_windows"], self.front_end))
+            windows.extend(padded_windows(row["audio"], row["fill"], row["num_windows"], self.front_end))
             lengths.extend(samples_by_window(self.front_end, row["num_samples"]))
         states = []
         for start in range(0, len(windows), ENCODER_WINDOWS):

@@ -1,23 +1,24 @@
 """Featurizes manifests into feature shards, on Ray Data or in this process.
 
-The unit of work is a chunk of manifest lines, which becomes one shard. Only chunk descriptions and counts travel
-through Ray: a worker reads the lines and clips of its chunk, computes the features and writes the shard itself. So the
-driver's memory does not grow with the data, the order of the rows does not depend on the workers, and a restarted run
-repeats only unfinished chunks.
+The unit of work is a chunk of manifest lines, which becomes one shard. A worker reads the lines and clips of its chunk,
+computes the features and writes the shard itself. For encoder outputs on GPUs there are two workers: one on a CPU
+decodes the clips, and one with a GPU encodes them and writes the shard. So a GPU can encode while the next clips are
+decoded. Only chunk descriptions and counts travel through the driver. So its memory does not grow with the data, the
+order of the rows does not depend on the workers, and a restarted run repeats only unfinished chunks.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from voxray.cluster.actor_pool import fit_memory, plan_pool, run_workers
+from voxray.cluster.actor_pool import fit_memory, plan_pool, run_stages, run_workers
 from voxray.core.errors import RunError
 from voxray.core.manifest import chunks, sha256_hex
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, checksum, children, num_bytes, to_jsonl, write_atomically, write_json
-from voxray.features.chunk import ChunkFeaturizer, WorkItem
+from voxray.features.chunk import ChunkFeaturizer, ChunkReader, ChunkWriter, WorkItem
 from voxray.features.disk_estimate import with_byte_limits
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
@@ -65,7 +66,8 @@ def featurize(
         extractor: Extracts the features of a row.
         features_dir: Absolute folder of the feature sets, or a remote one.
         plain_manifests: Absolute paths of manifests whose clips get no variants (validation data).
-        num_actors: Ray Data actors; 0 starts one per CPU of the cluster, up to what the work needs.
+        num_actors: Ray Data actors, of each stage if there are two; 0 starts one per CPU of the cluster, up to what the
+            work needs. There are no more encoders than GPUs.
         use_ray: False computes in this process.
         strict: Stop at the first bad row.
         verify: Read existing shards and make damaged ones again.
@@ -83,23 +85,19 @@ def featurize(
         for each in sets.values()
         for chunk in chunks(each.manifest, rows_per_shard)
     ]
-    encodes = extractor.spec.store == "encoder"
-    if encodes:
+    if extractor.spec.store == "encoder":
         work = with_byte_limits(work, extractor, features_dir, max_bytes, on_estimate)
     num_lines = {(str(item.folder), item.chunk.number): item.chunk.num_lines for item in work}
     total = sum(num_lines.values())
     done, num_made, pids = 0, 0, set()
     on_progress(done, total)
-    pool = plan_pool(num_actors, len(work), use_gpus=encodes) if use_ray else None
-    if pool and encodes and not pool.num_gpus:
-        pool = fit_memory(pool, extractor.encoder_bytes)
-    for result in run_workers(ChunkFeaturizer, (extractor,), work, pool):
+    for result in _run_workers(work, extractor, num_actors, use_ray):
         sets[result["folder"]].add(result)
         if strict and result["bad"]:
             line = result["bad"][0]
             raise RunError(f"{line['manifest']}:{line['line']}: {line['message']} (--strict)")
         num_made += result["num_made"]
-        pids.add(result["pid"])
+        pids.update(result["pids"])
         done += num_lines[result["folder"], result["chunk"]]
         on_progress(done, total)
     for each in sets.values():
@@ -107,6 +105,22 @@ def featurize(
     num_rows = sum(each.num_rows for each in sets.values())
     num_bad = sum(each.num_bad for each in sets.values())
     return FeaturizeReport(folders, num_rows, num_bad, num_made, len(pids))
+
+
+def _run_workers(
+    work: Sequence[WorkItem], extractor: Extractor, num_actors: int, use_ray: bool
+) -> Iterator[dict[str, Any]]:
+    """Results of all chunks (see ``ChunkWriter``), in the order in which they finish."""
+    encodes = extractor.spec.store == "encoder"
+    pool = plan_pool(num_actors, len(work), use_gpus=encodes) if use_ray else None
+    if pool and pool.num_gpus:
+        readers = plan_pool(num_actors, len(work), num_taken_cpus=pool.min_size)
+        # Ray reserves no CPU for writers: on a node whose CPUs are all taken by readers, a GPU would stay idle.
+        writers = replace(pool, num_cpus=0)
+        return run_stages([(ChunkReader, (extractor,), readers), (ChunkWriter, (extractor,), writers)], work)
+    if pool and encodes:
+        pool = fit_memory(pool, extractor.encoder_bytes)
+    return run_workers(ChunkFeaturizer, (extractor,), work, pool)
 
 
 @dataclass
