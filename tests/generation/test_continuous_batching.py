@@ -15,10 +15,11 @@ from voxray.features.featurize import featurize
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation import continuous_batching
 from voxray.generation.continuous_batching import generate_greedy
-from voxray.generation.generate import SamplingParams, generate, generate_texts
+from voxray.generation.generate import SamplingParams, bisect_failures, generate, generate_texts
 from voxray.models.adapters.lora import add_lora
 from voxray.models.parts import static_kv_cache
 from voxray.models.parts.kv_cache import CausalDecodeState
+from voxray.models.parts.static_kv_cache import StaticDecodeState
 from voxray.models.registry import get_family
 from voxray.training.loop import answer_loss
 
@@ -119,19 +120,92 @@ def test_tokens_of_a_static_cache(rows, front_end, expected, size, monkeypatch) 
     assert greedy_ids(model, front_end, rows, size, static_cache=True) == expected
     assert num_steps > 1, "the cache grows"
     num_steps, cache = 0, model.voxray_static_state
-    next(
-        generate_greedy(model, FAMILY, front_end, rows, batch_size=size, limits=[LIMIT] * len(rows), static_cache=True)
-    )
     assert greedy_ids(model, front_end, rows[::-1], size, static_cache=True) == expected[::-1]
     assert num_steps == 0 and model.voxray_static_state is cache
     monkeypatch.setattr(continuous_batching, "STEPS_PER_READ", 3)
     assert greedy_ids(model, front_end, rows, size + 2, static_cache=True) == expected
 
 
+def test_a_static_cache_has_one_user_at_a_time(rows, front_end, expected, monkeypatch) -> None:
+    """Two loops that take turns, and one that is given up, do not change each other's answers."""
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    model, options = load(), {"batch_size": 3, "limits": [LIMIT] * len(rows), "static_cache": True}
+    next(generate_greedy(model, FAMILY, front_end, rows, **options))
+    loops = [generate_greedy(model, FAMILY, front_end, each, **options) for each in (rows, rows[::-1])]
+    ids: list[dict[int, list[int]]] = [{}, {}]
+    for pair in zip(*loops, strict=True):
+        for answers, completion in zip(ids, pair, strict=True):
+            answers[completion.index] = completion.ids
+    assert [ids[0][index] for index in range(len(rows))] == expected
+    assert [ids[1][index] for index in range(len(rows))] == expected[::-1]
+
+
+@pytest.mark.parametrize("limit", ["memory for growth", "memory for four rows"])
+def test_a_static_cache_is_not_used_again_after_an_error(rows, front_end, expected, limit, monkeypatch) -> None:
+    """Rows are answered after memory ran out while the cache grew, or with fewer rows at a time."""
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    monkeypatch.setattr(static_kv_cache, "PAGE", 8)
+    has_failed, grow, step = False, StaticDecodeState._resize, StaticDecodeState._step
+
+    def failing_growth(state: StaticDecodeState, layer: Any, num_columns: int) -> None:
+        """Fail once, when the first layer has grown and the second one has not."""
+        nonlocal has_failed
+        if layer is state._layers[1] and num_columns > layer.keys.shape[2] and not has_failed:
+            has_failed = True
+            raise torch.OutOfMemoryError("out of memory")
+        grow(state, layer, num_columns)
+
+    def failing_step(state: StaticDecodeState) -> torch.Tensor:
+        if state.num_slots > 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(state)
+
+    name, fails = ("_resize", failing_growth) if limit == "memory for growth" else ("_step", failing_step)
+    monkeypatch.setattr(StaticDecodeState, name, fails)
+    model, sampling = load(), SamplingParams(LIMIT)
+
+    def work(numbers: Any, batch_size: int) -> Any:
+        batch = [rows[number] for number in numbers]
+        return generate(model, FAMILY, front_end, batch, batch_size=batch_size, sampling=sampling, static_cache=True)
+
+    answers = dict(bisect_failures(range(len(rows)), 8, work))
+    assert has_failed == (limit == "memory for growth")
+    texts = [answers[number].text for number in range(len(rows))]
+    assert texts == [front_end.decode(ids).strip() for ids in expected]
+
+
+@pytest.mark.parametrize("static_cache", [False, True])
+def test_finished_rows_do_not_pass_the_last_position(front_end, rows, static_cache, monkeypatch) -> None:
+    """A row that ended stays in its batch for some steps, but never beyond its limit."""
+    monkeypatch.setattr(torch, "compile", lambda step: step)
+    monkeypatch.setattr(continuous_batching, "MIN_IDLE_SHARE", 1.0)
+    longest: list[int] = []
+    step = continuous_batching._Batch.step
+
+    def watched(batch: Any) -> Any:
+        advanced = step(batch)
+        longest.extend(completion.num_decoded - completion.limit for completion in batch.completions)
+        return advanced
+
+    monkeypatch.setattr(continuous_batching._Batch, "step", watched)
+    limits = [2 + 5 * (number % 4) for number in range(len(rows))]
+    greedy_ids(load(), front_end, rows, 6, limits, static_cache=static_cache)
+    assert max(longest) == 0
+
+
 @pytest.mark.slow
-def test_a_static_cache_is_compiled(rows, front_end, expected) -> None:
+@pytest.mark.parametrize("vocabulary", [0, 17_000])
+def test_a_static_cache_is_compiled(rows, front_end, vocabulary, monkeypatch) -> None:
+    """Also with an output layer that ``cpu_lm_head`` speeds up where nothing is compiled."""
+    model = load()
+    if vocabulary:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        model.requires_grad_(False)
+    limits = [8] * len(rows)
+    expected = greedy_ids(model, front_end, rows, 4, limits)
     counters.clear()
-    assert greedy_ids(load(), front_end, rows, 4, static_cache=True) == expected
+    assert greedy_ids(model, front_end, rows, 4, limits, static_cache=True) == expected
     assert counters["stats"]["calls_captured"] > 100
 
 

@@ -78,15 +78,16 @@ class DecodeFlags(Settings):
     static_cache: bool = False
     """Store keys and values in memory of fixed size, so that decoding a token is the same computation every time: one
     CUDA graph on a GPU, code compiled by torch.compile on a CPU, which takes a minute or more at the start. Answers may
-    differ where two tokens are nearly equally likely."""
+    differ where two tokens are nearly equally likely. Whisper's long recordings and rows with times do not use it."""
 
     @model_validator(mode="after")
     def _can_decode(self) -> "DecodeFlags":
         searches = {"num_beams": 1, "temperature": 0.0}
+        hint = {"num_beams": " (--mode searches with 4 beams)"} if getattr(self, "mode", "") else {}
         for flag, excluded in (("merge_adapter", {"compiled": ""}), ("static_cache", searches)):
             for name, value in {"quantize": "none", **excluded}.items():
                 if getattr(self, flag) and getattr(self, name, value) != value:
-                    raise ValueError(f"--{flag}: not with --{name}")
+                    raise ValueError(f"--{flag}: not with --{name}{hint.get(name, '')}")
         return self
 
 

@@ -18,7 +18,7 @@ from voxray.batches.collate import collate_prompts, pinned, to_device, with_mode
 from voxray.features.reader import FeatureRow
 from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import DecodeState, ModelFamily
-from voxray.models.parts.static_kv_cache import static_state
+from voxray.models.parts.static_kv_cache import StaticDecodeState, give_back, take_static_state
 
 MIN_IDLE_SHARE = 0.25
 """Share of a batch that must be finished before its rows are replaced. Replacing copies the KV cache of the others."""
@@ -37,6 +37,7 @@ class PartialCompletion:
         ids: Token ids, without the end-of-text token.
         sec: The row's share of the time that its batches took.
         language: See ``FrontEnd.prompt_language``.
+        num_decoded: Tokens that were decoded for the row, also after its end.
     """
 
     index: int
@@ -45,6 +46,7 @@ class PartialCompletion:
     sec: float = 0.0
     is_done: bool = False
     language: str = ""
+    num_decoded: int = 0
 
     def append(self, token: int, stops: Collection[int]) -> None:
         """Add the next token; a token that ends the answer or the limit finishes it."""
@@ -73,13 +75,25 @@ class _Batch:
     def num_live(self) -> int:
         return sum(not completion.is_done for completion in self.completions)
 
+    @property
+    def is_at_the_end(self) -> bool:
+        """Whether the next tokens of a finished row could be beyond the model's last position."""
+        done = (completion for completion in self.completions if completion.is_done)
+        return any(completion.num_decoded + STEPS_PER_READ > completion.limit for completion in done)
+
     def drop_finished(self) -> None:
         live = [index for index, completion in enumerate(self.completions) if not completion.is_done]
         if not live:
-            self.state = None
+            self.close()
         elif self.state and len(live) < len(self.completions):
             self.state.select_rows(live)
         self.completions = [self.completions[index] for index in live]
+
+    def close(self) -> None:
+        """End with the rows of this batch."""
+        if isinstance(self.state, StaticDecodeState):
+            give_back(self.model, self.state)
+        self.state = None
 
     def admit(self, completions: list[PartialCompletion], rows: Sequence[FeatureRow]) -> list[PartialCompletion]:
         """Prefill the prompts of new rows, which also gives their first tokens; returns the rows that got a token."""
@@ -91,7 +105,7 @@ class _Batch:
         for completion, language in zip(completions, languages, strict=True):
             completion.language = language
         if self.state is None:
-            self.state = static_state(self.model, state, self.num_slots) if self.num_slots else state
+            self.state = take_static_state(self.model, state, self.num_slots) if self.num_slots else state
         else:
             self.state.merge(state)
         self.completions += completions
@@ -115,6 +129,7 @@ class _Batch:
         """Add N tokens to every row. This waits for the device."""
         for ids in ids_NB.tolist():
             for completion, token in zip(completions, ids, strict=True):
+                completion.num_decoded += 1
                 if not completion.is_done:
                     completion.append(token, self.stops)
 
@@ -154,12 +169,12 @@ def generate_greedy(
         static_cache: See ``models.parts.static_kv_cache``.
     """
     waiting = deque(PartialCompletion(index, limit) for index, limit in enumerate(limits))
-    batch = _Batch(model, family, front_end, batch_size if static_cache else 0)
+    batch = _Batch(model, family, front_end, min(batch_size, len(limits)) if static_cache else 0)
     prepared = _prepare_ahead(rows, front_end, batch_size)
     while waiting or batch.completions:
         start_sec = time.perf_counter()
         size = batch_size if waiting else len(batch.completions)
-        if size - batch.num_live >= max(1, size * MIN_IDLE_SHARE):
+        if size - batch.num_live >= max(1, size * MIN_IDLE_SHARE) or batch.is_at_the_end:
             batch.drop_finished()
         new = [waiting.popleft() for _ in range(min(len(waiting), batch_size - len(batch.completions)))]
         if new:
@@ -167,8 +182,9 @@ def generate_greedy(
         elif batch.completions:
             advanced = batch.step()
         else:
-            return
+            break
         sec = time.perf_counter() - start_sec
         for completion in advanced:
             completion.sec += sec / len(advanced)
         yield from (completion for completion in advanced if completion.is_done)
+    batch.close()

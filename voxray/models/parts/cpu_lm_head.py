@@ -29,7 +29,8 @@ def few_rows_linear(layer: Any, hidden_BD: torch.Tensor) -> torch.Tensor:
     Returns:
         Outputs, shape (B, outputs).
     """
-    if not (_is_supported(layer) and len(hidden_BD) <= MAX_ROWS and hidden_BD.is_inference()):
+    is_compiling = torch.compiler.is_compiling()  # torch.compile does not know these operators
+    if is_compiling or not (_is_supported(layer) and len(hidden_BD) <= MAX_ROWS and hidden_BD.is_inference()):
         return layer(hidden_BD)
     weights = layer.weight
     version = (weights.data_ptr(), weights._version)

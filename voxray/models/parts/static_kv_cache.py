@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, one_line
 from voxray.models.interface import DecodeState
 from voxray.models.parts.cross_kv_cache import pad_right
 from voxray.models.parts.kv_cache import CausalDecodeState
@@ -22,6 +22,7 @@ PAGE = 128
 """Columns by which the cache grows. The step is captured, or compiled, again when it has grown."""
 WARMUP_STEPS = 2
 """Steps before a capture, in which libraries choose their kernels and allocate memory."""
+_ATTRIBUTE = "voxray_static_state"
 
 
 class _SlotLayer(DynamicLayer):
@@ -69,12 +70,16 @@ class StaticDecodeState:
         self.merge(state)
 
     def decode_step(self, ids_B: torch.Tensor) -> torch.Tensor:
-        """Append one token to every row; returns logits_BV of the next one."""
+        """Append one token to every row; returns logits_BV of the next one.
+
+        Raises:
+            RunError: The step cannot be captured or compiled.
+        """
         for layer in self._layers:
             self._resize(layer, max(self._lengths) + 1)
         self._ids_S.index_copy_(0, self._slot_B, ids_B)
         if self._run is None:
-            self._run = self._capture() if self._ids_S.is_cuda else torch.compile(self._step)
+            self._run = self._capture() if self._ids_S.is_cuda else _compiled(self._step)
         logits_SV = self._run()
         self._column_S += self._is_used_S
         self._lengths = [length + 1 for length in self._lengths]
@@ -95,38 +100,41 @@ class StaticDecodeState:
         for layer, source in zip(self._layers, other.layers, strict=True):
             assert source.keys is not None and source.values is not None
             aligned = (tensor.take_along_dim(source_B1L1, dim=2) for tensor in (source.keys, source.values))
-            self._write(layer, slot_B, *aligned)
+            self._write(layer, slot_B, *aligned, page=PAGE)
+        row_inputs = other.row_inputs()
+        page = PAGE if row_inputs else 1  # without a mask, all positions of the encoder count
         for layer, source in zip(self._cross_layers, other.cross_layers, strict=True):
-            self._write(layer, slot_B, source.keys, source.values)
-        for name, rows in other.row_inputs().items():
-            self._row_inputs[name] = self._written(self._row_inputs.get(name), slot_B, rows, dim=3)
+            self._write(layer, slot_B, source.keys, source.values, page=page)
+        for name, rows in row_inputs.items():
+            self._row_inputs[name] = self._written(self._row_inputs.get(name), slot_B, rows, dim=3, page=page)
         self._set_rows(self._slots + slots, self._lengths + length_B.tolist())
 
-    def _write(self, layer: DynamicLayer, slot_B: torch.Tensor, keys: Any, values: Any) -> None:
-        layer.keys = self._written(layer.keys, slot_B, keys, dim=2)
-        layer.values = self._written(layer.values, slot_B, values, dim=2)
+    def _write(self, layer: DynamicLayer, slot_B: torch.Tensor, keys: Any, values: Any, *, page: int) -> None:
+        layer.keys = self._written(layer.keys, slot_B, keys, dim=2, page=page)
+        layer.values = self._written(layer.values, slot_B, values, dim=2, page=page)
         layer.is_initialized = True
 
     def _written(
-        self, tensor_S: torch.Tensor | None, slot_B: torch.Tensor, rows_B: torch.Tensor, *, dim: int
+        self, tensor_S: torch.Tensor | None, slot_B: torch.Tensor, rows_B: torch.Tensor, *, dim: int, page: int
     ) -> torch.Tensor:
-        """A tensor of all slots with rows written into some; whichever is shorter in ``dim`` is padded with zeros."""
+        """A tensor of all slots with rows written into some. Both are padded with zeros to whole pages of ``dim``."""
         if tensor_S is None:
             tensor_S = rows_B.new_zeros(self.num_slots, *rows_B.shape[1:])
-            self._run = None
-        elif tensor_S.shape[dim] < rows_B.shape[dim]:
-            tensor_S = pad_right(tensor_S, rows_B.shape[dim], dim)
-            self._run = None
+        tensor_S = self._padded(tensor_S, rows_B.shape[dim], dim, page)
         tensor_S[slot_B] = pad_right(rows_B, tensor_S.shape[dim], dim)
         return tensor_S
 
     def _resize(self, layer: DynamicLayer, num_columns: int) -> None:
-        """Give a layer whole pages of columns, at least ``num_columns``."""
+        """Give a layer at least so many columns."""
         assert layer.keys is not None and layer.values is not None
-        length = -(-max(num_columns, layer.keys.shape[2]) // PAGE) * PAGE
-        if length > layer.keys.shape[2]:
-            layer.keys, layer.values = pad_right(layer.keys, length, 2), pad_right(layer.values, length, 2)
+        layer.keys, layer.values = (self._padded(tensor, num_columns, 2, PAGE) for tensor in (layer.keys, layer.values))
+
+    def _padded(self, tensor_S: torch.Tensor, size: int, dim: int, page: int) -> torch.Tensor:
+        """The tensor with whole pages of ``dim``, at least ``size``. A captured step has the tensor that it was."""
+        size = -(-max(size, tensor_S.shape[dim]) // page) * page
+        if size > tensor_S.shape[dim]:
             self._run = None
+        return pad_right(tensor_S, size, dim)
 
     def _set_rows(self, slots: list[int], lengths: list[int]) -> None:
         self._slots, self._lengths = slots, lengths
@@ -135,7 +143,7 @@ class StaticDecodeState:
         self._is_used_S.zero_().index_fill_(0, self._slot_B, 1)
 
     def _step(self) -> torch.Tensor:
-        """logits_SV of the tokens after ``_ids_S``. To repeat it changes nothing."""
+        """logits_SV of the tokens after ``_ids_S``. Repeating it changes nothing."""
         assert self._layers[0].keys is not None
         column_L = torch.arange(self._layers[0].keys.shape[2], device=self._ids_S.device)
         inputs = {"input_ids": self._ids_S[:, None], "position_ids": self._column_S[:, None], **self._row_inputs}
@@ -152,8 +160,13 @@ class StaticDecodeState:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits_SV = self._step()
+        try:
+            with torch.cuda.graph(graph):
+                logits_SV = self._step()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RunError(f"--static_cache: this step cannot be captured: {one_line(error, 200)}") from error
 
         def run() -> torch.Tensor:
             graph.replay()
@@ -162,16 +175,37 @@ class StaticDecodeState:
         return run
 
 
-def static_state(model: Any, state: DecodeState, num_slots: int) -> StaticDecodeState:
-    """The rows of a state that ``prefill`` made, in the cache of a model, which exists once and is used again.
+def _compiled(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled = torch.compile(step)
+
+    def run() -> torch.Tensor:
+        try:
+            return compiled()
+        except TorchDynamoException as error:
+            raise RunError(f"--static_cache: this step cannot be compiled: {one_line(error, 200)}") from error
+
+    return run
+
+
+def take_static_state(model: Any, state: DecodeState, num_slots: int) -> StaticDecodeState:
+    """The rows of a state that ``prefill`` made, in the cache that an earlier call gave back, or in a new one.
+
+    The model does not hold the cache meanwhile. So a second user gets its own, and after an error it is not used again.
 
     Raises:
         RunError: A family of another package has a state of its own.
     """
     if not isinstance(state, CausalDecodeState):
         raise RunError(f"--static_cache: {type(state).__name__} of this model has no cache that voxray knows")
-    static = getattr(model, "voxray_static_state", None)
+    static: StaticDecodeState | None = vars(model).pop(_ATTRIBUTE, None)
     if static is None or static.num_slots < num_slots:
-        model.voxray_static_state = static = StaticDecodeState(state, num_slots)
+        static = StaticDecodeState(state, num_slots)
     static.restart(state)
     return static
+
+
+def give_back(model: Any, static: StaticDecodeState) -> None:
+    """Keep a cache for the next rows of the same model."""
+    setattr(model, _ATTRIBUTE, static)
