@@ -48,6 +48,7 @@ CHANGES: dict[str, str] = {
     "mode": "valid_asr",
     "compiled": "compiled",
     "merge_adapter": "true",
+    "tasks_file": "tasks.yaml",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}
@@ -82,6 +83,7 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     write_rows(tmp_path / "rows.jsonl", rows)
     write_rows(tmp_path / "other.jsonl", rows[:1])
     shutil.copytree(TINY, tmp_path / "base")
+    (tmp_path / "tasks.yaml").write_text("s: {keys: [audio_path, s], prompt: x, answer: s, metrics: [rouge_l]}")
     monkeypatch.chdir(tmp_path)
 
     def stop(config: InferenceConfig, folders: Any, rows: Any, output_dir: Path, **options: Any) -> None:
