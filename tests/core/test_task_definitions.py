@@ -165,6 +165,7 @@ def without(definition: dict[str, Any], *names: str) -> dict[str, Any]:
         ({"s": {**SUMMARY, "default_prompt": "x"}}, "s: default_prompt: is never used"),
         ({"a": SUMMARY, "b": {**SUMMARY, "keys": ["note", *SUMMARY["keys"]]}}, "b: keys: a, which comes first, takes"),
         ({f"t{number}": {**SUMMARY, "keys": [f"k{number}", "summary"]} for number in range(101)}, "101 tasks; 100 at"),
+        ({"s": {**SUMMARY, "prompt": "\ud800"}}, "holds half of a surrogate pair"),
         ({"s": {**SUMMARY, "prompt": "x" * 40_000}}, "characters as JSON; 32,000 at most"),
     ],
 )

@@ -147,6 +147,9 @@ def test_a_run_is_not_resumed_with_other_tasks(here: Path) -> None:
             run_train("run", flags)
         assert f"--tasks_file: {here / 'run'} holds a run with {kind}" in str(error.value)
         assert "\n" not in str(error.value)
+    write_tasks(here / "tasks.yaml", other)
+    with pytest.raises(SettingsError, match="another definition of soap"):
+        run_train("run", steps=1)  # with steps=1 the run is finished
     run_train("run", "--tasks_file other.yaml --overwrite")
 
 
@@ -215,6 +218,10 @@ def test_a_mistake_in_the_file_is_one_line(here: Path, capsys: pytest.CaptureFix
     assert status.value.code == 2 and len(lines) == 3
     assert lines[0].startswith("error: --tasks_file tasks.yaml: soap: metrics: 'rouge' is not one of cer_nospace, ")
     assert lines[1] == "error: --tasks_file tasks.yaml: intent: metrics: must be a list of names, such as [a, b]"
+    (here / "tasks.yaml").write_text('"a\\ud800": {keys: [x]}')
+    with pytest.raises(SystemExit):
+        parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
+    assert "--tasks_file tasks.yaml: a\\ud800: a task's name is lower-case" in capsys.readouterr().err
 
 
 def test_evaluations_with_other_tasks_are_not_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,8 @@ def load_own_tasks(values: Mapping[str, Any], folder_flags: Sequence[str] = ()) 
         try:
             use_own_tasks(parse_own_tasks(read_yaml(Path(path).expanduser())))
         except ValueError as error:
-            return [f"--tasks_file {path}: {line}" for line in str(error).split("\n")]
+            text = str(error).encode("utf-8", "backslashreplace").decode()  # names may hold half of a surrogate pair
+            return [f"--tasks_file {path}: {line}" for line in text.split("\n")]
         return []
     records = [(name, folder) for name in folder_flags for folder in _folders(values.get(name))]
     try:

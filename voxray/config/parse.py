@@ -300,7 +300,7 @@ def _validate(
         for name, value in merged.items()
         if not _has_utf8_form(value)
     ]
-    errors += load_own_tasks(merged, model.task_folders)
+    errors = errors or load_own_tasks(merged, model.task_folders)
     if errors:
         return None, errors
     try:

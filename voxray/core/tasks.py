@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from voxray.core.errors import is_utf8_text
 from voxray.core.task_definitions import Task, read_definitions
 from voxray.core.yaml_file import read_yaml
 
@@ -49,7 +50,10 @@ def parse_own_tasks(definitions: Mapping[Any, Any]) -> dict[str, Task]:
         ValueError: As ``read_definitions``, or the definitions are too long.
     """
     tasks = read_definitions(definitions, BUILT_IN)
-    if (size := len(json.dumps({name: task.definition for name, task in tasks.items()}))) > MAX_CHARS:
+    checked = {name: task.definition for name, task in tasks.items()}
+    if not is_utf8_text(json.dumps(checked, ensure_ascii=False)):
+        raise ValueError("holds half of a surrogate pair")
+    if (size := len(json.dumps(checked))) > MAX_CHARS:
         raise ValueError(f"takes {size:,} characters as JSON; {MAX_CHARS:,} at most")
     return tasks
 

@@ -227,7 +227,8 @@ def open_run_folder(
             _clear(run_dir)
         else:
             refuse_other_run(run_dir, settings)
-            refuse_other_tasks(run_dir, "a run", other_run_advice(run_dir, has_lora=True))
+            has_lora = getattr(settings, "tuning", "") != "full"
+            refuse_other_tasks(run_dir, "a run", other_run_advice(run_dir, has_lora=has_lora))
             refuse_changed_inputs(run_dir, inputs or {}, "a run")
     write_inputs(run_dir, inputs or {})
     for name in (STOP_FILE, GROW_FILE):
