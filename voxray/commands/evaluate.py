@@ -39,7 +39,7 @@ from voxray.models.registry import get_family
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_path
 from voxray.runs.lease import folder_lease
 from voxray.runs.remote_sync import RemoteSync
-from voxray.runs.run_folder import provenance, refuse_training_folder
+from voxray.runs.run_folder import provenance, record_tasks, refuse_training_folder
 
 
 def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
@@ -65,6 +65,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         warn_about_unused_flags(settings)
         write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
         write_json(output_dir / "provenance.json", provenance())
+        record_tasks(output_dir)
         remote.push_all()
         features_path = settings.features_dir or remote.features_url or str(output_dir / "features")
         features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")

@@ -20,6 +20,7 @@ from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import SettingsError, Stopped
 from voxray.core.manifest import require_usable_row, sha256_hex
 from voxray.core.storage import write_json
+from voxray.core.tasks import own_definitions
 from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
@@ -111,10 +112,11 @@ def _result(run: RunContext, started_from: str) -> dict[str, Any] | None:
 
 
 def _starting_point(settings: TrainSettings) -> str:
-    """Hash of the settings, the models and the manifests of a run. Of a feature set, its description counts."""
+    """Hash of the settings, the models, the manifests and the own tasks of a run; of feature sets, the descriptions."""
     manifests = [Path(path) for path in (*settings.train_jsonl, *settings.val_jsonl)]
     data = [path_hash(path / "set.json" if path.is_dir() else path) for path in manifests]
-    return combined_hash([settings.model_dump_json(), input_hashes(settings), data])
+    tasks = [[name, definition] for name, definition in own_definitions().items()]
+    return combined_hash([settings.model_dump_json(), input_hashes(settings), data, *filter(None, [tasks])])
 
 
 def _require_trackers(settings: TrainSettings) -> None:

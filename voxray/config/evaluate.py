@@ -22,6 +22,7 @@ from voxray.config.flag_groups import (
 from voxray.config.flags import Flag
 from voxray.config.parse import DEMO_ASSETS, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
+from voxray.config.task_flags import RecordedTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
@@ -124,8 +125,10 @@ class EvaluateSettings(
     ScoreFlags,
     SharedFeatureFlags,
     PlacementFlags,
+    RecordedTaskFlags,
 ):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
+    task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "score_only")
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score existing predictions without loading a model: an evaluation folder, or a JSONL file with id, task,
     reference or references, and prediction per row (optionally language, speaker and other metadata). Rows that name no
@@ -205,7 +208,8 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags):
+    task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "output_dir")
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""

@@ -25,7 +25,9 @@ from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
 from voxray.config.recipes import recipes
 from voxray.config.strategy_flags import StrategyFlags
+from voxray.config.task_flags import OwnTaskFlags
 from voxray.core.languages import language_code
+from voxray.core.tasks import with_own_tasks
 from voxray.metrics.names import validation_metrics
 
 
@@ -67,6 +69,7 @@ class TrainSettings(
     WorkerFlags,
     StrategyFlags,
     SharedFeatureFlags,
+    OwnTaskFlags,
 ):
     """Flags of every training job."""
 
@@ -119,7 +122,7 @@ class TrainSettings(
     @field_validator("metric_for_best_model")
     @classmethod
     def _metric_of_the_tasks(cls, value: str) -> str:
-        own = (recipe.tasks for recipe in recipes().values() if issubclass(cls, recipe.settings_class))
+        own = (with_own_tasks(each.tasks) for each in recipes().values() if issubclass(cls, each.settings_class))
         return known_metric(value, next(own, None))
 
     @model_validator(mode="after")

@@ -25,7 +25,6 @@ from voxray.recipes.choose_rows import choose_rows
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_plan
 
-TASK_OF_CODE = {code: name for name, code in TASK_CODES.items()}
 PERCENTILES = (0, 50, 95, 100)
 
 
@@ -209,7 +208,7 @@ def _report_tasks(chosen: RunRows, findings: Findings) -> None:
 
 
 def _rows_by_task(lengths: Lengths, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    for code, name in TASK_OF_CODE.items():
+    for name, code in TASK_CODES.items():
         of_task = rows[lengths.task[rows] == code]
         if len(of_task):
             yield name, of_task
