@@ -81,6 +81,10 @@ class TrainSettings(
     init_adapter: Annotated[str, Flag(path="input")] = ""
     """Start from the LoRA weights of an earlier run or stage: a run, adapter or checkpoint folder with the same rank
     and alpha. LoRA weights that this job does not train stay unchanged and are saved with the result."""
+    distill_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of a second loss that keeps the model close to its base on the answers: the Kullback-Leibler divergence of
+    the base's distribution of each token from the model's. The base is the model without its LoRA, so a step computes
+    one more forward pass. 0 turns it off."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between validations; 0 validates after each epoch."""
     eval_max_rows: Annotated[int, Field(ge=0)] = 200
@@ -127,6 +131,12 @@ class TrainSettings(
         for name in ("load_best_model_at_end", "early_stopping_patience"):
             if getattr(self, name) and not self.val_jsonl:
                 raise ValueError(f"--{name}: needs validation rows, --val_jsonl")
+        return self
+
+    @model_validator(mode="after")
+    def _a_base_to_distill_from(self) -> "TrainSettings":
+        if self.distill_weight and self.tuning == "full":
+            raise ValueError("--distill_weight: --tuning full leaves no base to compare with")
         return self
 
     @property
