@@ -58,6 +58,9 @@ TRAIN = {
     "weight_decay": "training_flags::weight_decay",
     "optim": "training_flags::optim",
     "max_grad_norm": "training_flags::max_grad_norm",
+    **dict.fromkeys(
+        ("replay_jsonl", "replay_share"), "replay::a_share_of_the_rows_is_replayed replay::the_job_reads_manifests"
+    ),
     "distill_weight": "distillation::a_larger_weight_stays_closer_to_the_base",
     "label_smoothing": "training_flags::label_smoothing",
     "epochs": "training_flags::epochs_and_rows_per_step",
