@@ -59,7 +59,8 @@ TRAIN = {
     "optim": "training_flags::optim",
     "max_grad_norm": "training_flags::max_grad_norm",
     **dict.fromkeys(
-        ("replay_jsonl", "replay_share"), "replay::a_share_of_the_rows_is_replayed replay::the_job_reads_manifests"
+        ("replay_jsonl", "replay_share"),
+        "replay::a_share_of_the_rows_is_replayed replay::the_job_reads_manifests_of_replay",
     ),
     "distill_weight": "distillation::a_larger_weight_stays_closer_to_the_base",
     "label_smoothing": "training_flags::label_smoothing",

@@ -54,6 +54,7 @@ def _check_trackers(value: tuple[str, ...]) -> tuple[str, ...]:
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 WHISPER = "openai/whisper-small"
 
+REPLAY_SHARE = 0.1
 SHARED_ROWS = "also in --train_jsonl; scores on rows of the training tell nothing about other rows"
 
 
@@ -84,7 +85,7 @@ class TrainSettings(
     replay_jsonl: Annotated[InputFiles, Flag(path="input")] = ()
     """Manifests with rows of the kind that the base was trained on, comma separated. --replay_share of the rows are
     drawn from them, so that the model does not forget. Their clips get no variants."""
-    replay_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    replay_share: Annotated[float, Field(gt=0, lt=1)] = REPLAY_SHARE
     """Share of the rows that are drawn from --replay_jsonl. They are drawn in addition to those of --train_jsonl, so an
     epoch gets longer."""
     distill_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
@@ -147,7 +148,7 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def _replayed_rows(self) -> "TrainSettings":
-        if "replay_share" in self.model_fields_set and not self.replay_jsonl:
+        if self.replay_share != REPLAY_SHARE and not self.replay_jsonl:
             raise ValueError("--replay_share: needs --replay_jsonl")
         if both := {*map(os.path.realpath, self.train_jsonl)} & {*map(os.path.realpath, self.replay_jsonl)}:
             raise ValueError(f"--replay_jsonl {min(both)}: also in --train_jsonl")
