@@ -51,9 +51,11 @@ CHANGES: dict[str, str] = {
     "merge_adapter": "true",
     "static_cache": "true",
     "tasks_file": "tasks.yaml",
+    "lora_scale": "0.5",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}
+NEEDS["lora_scale"] = ["--lora_dir", "adapter"]
 """Flags without which a flag has no effect or is refused."""
 CHANGES["cache_dtype"] = "float32"
 NO_EFFECT = {
@@ -123,7 +125,7 @@ def test_a_flag_that_decides_answers_changes_the_key(
     if flag == "model_id":
         shutil.copytree(TINY, tmp_path / "other-base")
         edit_json(tmp_path / "other-base" / "generation_config.json", "max_length", 9)
-    if flag == "lora_dir":
+    if flag in ("lora_dir", "lora_scale"):
         write_adapter(tmp_path / "adapter", str(tmp_path / "base"))
     if flag == "compiled":
         (tmp_path / "compiled").mkdir()

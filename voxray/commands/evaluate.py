@@ -12,6 +12,7 @@ import numpy as np
 
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
+from voxray.commands.lora_frontier import evaluate_scales
 from voxray.commands.next_steps import after_evaluation
 from voxray.comparison.report import write_report
 from voxray.config.evaluate import EvaluateSettings
@@ -48,6 +49,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     Raises:
         RunError, SettingsError: The user has to fix an input or a setting.
     """
+    if len(settings.lora_scale) > 1:
+        return evaluate_scales(settings, run_evaluation)
     remote = RemoteSync.from_settings(settings)
     output_dir = remote.folder
     remote.fetch()

@@ -15,7 +15,7 @@ MAX_TASKS = 100
 """The index of a feature set stores the position of a task in 8 bits."""
 RESERVED = frozenset(
     ("overall", "slices", "normalizer", "signatures", "intervals", "not_available", "counts", "terms", "unlabelled")
-) | {"long_audio", "batch_invariance", "loss", "unknown"}
+) | {"long_audio", "batch_invariance", "loss", "unknown", "replay"}
 """Names beside those of tasks in metrics.json, metrics.jsonl and audit.json."""
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _KEY_IN_BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")
