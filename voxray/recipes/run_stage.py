@@ -231,7 +231,7 @@ def describe_run(
     monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
     monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
     first_epoch = plan.epoch_rows(0)
-    for name in filter(TASK_CODES.get, plan.rows_by_task):
+    for name in (name for name in plan.rows_by_task if name in TASK_CODES):
         of_task = features.task[first_epoch] == TASK_CODES[name]
         if of_task.any():
             batch = collate_training([loader.row(int(first_epoch[of_task.argmax()]), 0)], front_end)
