@@ -221,3 +221,23 @@ def test_plans_that_cannot_be(arguments: tuple[int, ...], options: dict, message
 
 def test_a_weight_of_zero_needs_no_rows():
     assert make_plan(4, weights={"asr": 1, "tqa": 0}).steps_in_epoch(0) == 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 200), st.integers(1, 30), st.floats(0.01, 0.9), st.booleans(), st.integers(0, 2**40))
+def test_a_share_of_every_epoch_is_replayed(count: int, num_replayed: int, share: float, weighted: bool, seed: int):
+    """All rows of the training once per epoch, and the replayed ones in turn, none twice before all were drawn."""
+    rows, task = np.arange(count + num_replayed), np.zeros(count + num_replayed, np.int8)
+    weights = {"asr": 1.0} if weighted else None
+    options = {"is_replay": rows >= count, "replay_share": share}
+    plan = Plan(task, rows, weights, seed, Batching("fixed", microbatch_size=2), 3, **options)
+    drawn = [plan.epoch_rows(epoch) for epoch in range(4)]
+    replayed = np.concatenate([epoch_rows[epoch_rows >= count] for epoch_rows in drawn])
+    per_epoch = max(1, round(count * share / (1 - share)))
+    for epoch_rows in drawn:
+        assert sorted(epoch_rows[epoch_rows < count].tolist()) == list(range(count))
+        assert (epoch_rows >= count).sum() == per_epoch
+    times = np.bincount(replayed - count, minlength=num_replayed)
+    assert times.max() - times.min() <= 1
+    without = Plan(task[:count], rows[:count], weights, seed, Batching("fixed", microbatch_size=2), 3)
+    assert without.rows_by_task.keys() == {"asr"}

@@ -15,8 +15,8 @@ from helpers.corpora import clip, lines, prepare, read, read_json_lines, reasons
 from helpers.running import load_job, parse_only
 
 from voxray.commands.infer import run_inference
-from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.core.yaml_file import read_yaml
 from voxray.corpora.importers import detect
 from voxray.corpora.importers.embedded import embedded_audio
 from voxray.corpora.importers.lines import decode_text

@@ -6,7 +6,7 @@ one of the two tables.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from voxray.commands import evaluate as job
 from voxray.config.evaluate import EvaluateSettings
 from voxray.core.content_hash import path_hash
+from voxray.core.tasks import use_own_tasks
 from voxray.evaluation.distribute import answer_key
 from voxray.features.reader import Features
 from voxray.generation.model import InferenceConfig
@@ -49,9 +50,12 @@ CHANGES: dict[str, str] = {
     "compiled": "compiled",
     "merge_adapter": "true",
     "static_cache": "true",
+    "tasks_file": "tasks.yaml",
+    "lora_scale": "0.5",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}
+NEEDS["lora_scale"] = ["--lora_dir", "adapter"]
 """Flags without which a flag has no effect or is refused."""
 CHANGES["cache_dtype"] = "float32"
 NO_EFFECT = {
@@ -74,7 +78,7 @@ class Stop(Exception):
 
 
 @pytest.fixture
-def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """Call it with flags: the key of the answers that the evaluate job would write."""
     rows = read_rows(Path(__file__).parents[1] / "assets" / "speech" / "asr.val.jsonl")[:2]
     for row in rows:
@@ -83,6 +87,7 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     write_rows(tmp_path / "rows.jsonl", rows)
     write_rows(tmp_path / "other.jsonl", rows[:1])
     shutil.copytree(TINY, tmp_path / "base")
+    (tmp_path / "tasks.yaml").write_text("s: {keys: [audio_path, s], prompt: x, answer: s, metrics: [rouge_l]}")
     monkeypatch.chdir(tmp_path)
 
     def stop(config: InferenceConfig, folders: Any, rows: Any, output_dir: Path, **options: Any) -> None:
@@ -97,7 +102,8 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
             job.run_evaluation(parse_only("evaluate", [*argv, "--output_dir", "evaluation", *flags]))
         return str(stopped.value)
 
-    return key
+    yield key
+    use_own_tasks({})
 
 
 def write_adapter(folder: Path, model_id: str, *, alpha: float = 4) -> None:
@@ -119,7 +125,7 @@ def test_a_flag_that_decides_answers_changes_the_key(
     if flag == "model_id":
         shutil.copytree(TINY, tmp_path / "other-base")
         edit_json(tmp_path / "other-base" / "generation_config.json", "max_length", 9)
-    if flag == "lora_dir":
+    if flag in ("lora_dir", "lora_scale"):
         write_adapter(tmp_path / "adapter", str(tmp_path / "base"))
     if flag == "compiled":
         (tmp_path / "compiled").mkdir()

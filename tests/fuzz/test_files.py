@@ -21,10 +21,10 @@ from conftest import ASSETS, TINY, manifest, read_rows, write_rows
 from helpers.corpora import clip, lines
 from helpers.mutate import mutate, stopwatch
 
-from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
 from voxray.core.tasks import TASKS
+from voxray.core.yaml_file import read_yaml
 from voxray.corpora.importers import IMPORTERS, ImportFault
 from voxray.corpora.importers.embedded import embedded_audio
 from voxray.corpora.importers.table import CorpusTable

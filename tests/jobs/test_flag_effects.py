@@ -28,9 +28,11 @@ FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
 LANGUAGE = "feature_flags::language"
 TRIM, DTYPE = "trim_flag", "arithmetic::flags_go_before_the_base"
+OWN_TASKS = "own_tasks::own_tasks_from_features_to_a_comparison"
 TRAIN = {
     "model_id": "training_flags::model_id",
     "train_jsonl": FOLDERS,
+    "tasks_file": "own_tasks::a_run_is_not_resumed_with_other_tasks own_tasks::recipes_train_their_kind_of_tasks",
     "output_dir": FOLDERS,
     "storage_path": FOLDERS,
     "features_dir": FOLDERS,
@@ -58,6 +60,11 @@ TRAIN = {
     "weight_decay": "training_flags::weight_decay",
     "optim": "training_flags::optim",
     "max_grad_norm": "training_flags::max_grad_norm",
+    **dict.fromkeys(
+        ("replay_jsonl", "replay_share"),
+        "replay::a_share_of_the_rows_is_replayed replay::the_job_reads_manifests_of_replay",
+    ),
+    "distill_weight": "distillation::a_larger_weight_stays_closer_to_the_base",
     "label_smoothing": "training_flags::label_smoothing",
     "epochs": "training_flags::epochs_and_rows_per_step",
     "max_steps": "training_flags::max_steps",
@@ -142,6 +149,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     )
     | {
         "num_actors": "other_flags::numbers_of_ray_actors",
+        "tasks_file": f"{OWN_TASKS} own_tasks::features_of_other_tasks_are_other_features",
         **dict.fromkeys(("store", "cache_dtype"), "feature_flags::store"),
         "language": LANGUAGE,
         **dict.fromkeys(("cache_budget_gib", "bf16"), "feature_flags::cache_budget_and_bf16"),
@@ -202,6 +210,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
     "evaluate": {
         **dict.fromkeys(("output_dir", "storage_path", "features_dir", "rows_per_shard"), EVALUATE_FOLDERS),
         "val_jsonl": EVALUATE_ROWS,
+        "tasks_file": OWN_TASKS,
         "mode": f"{EVALUATE_ROWS} {SALMONN_SETS} salmonn_evaluation::modes_search_as_the_evaluator",
         "audio_prefix": SALMONN_SETS,
         **dict.fromkeys(SALMONN_PARTS, f"{SALMONN_SETS} {SALMONN_BASES}"),
@@ -214,6 +223,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "perplexity": "evaluation_flags::perplexity",
         "merge_adapter": "evaluation_flags::merge_adapter",
         "static_cache": "evaluation_flags::static_cache",
+        "lora_scale": "lora_scale::scales_of_an_adapter",
         "retry_failed": "evaluation_flags::retry_failed",
         "check_batch_invariance": "evaluation_flags::check_batch_invariance",
         "score_only": "evaluation_flags::score_only_accepts_rows_of_other_systems",
@@ -236,8 +246,10 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
         **dict.fromkeys(("num_beams", "top_p"), "evaluation_flags::beams_and_sampling"),
         "json_lines": "evaluation_flags::infer_folder_and_json",
+        "tasks_file": "own_tasks::infer_takes_a_file",
         "merge_adapter": "evaluation_flags::merge_adapter",
         "static_cache": "evaluation_flags::static_cache",
+        "lora_scale": "lora_scale::scales_of_an_adapter",
         "fp32": DTYPE,
         **dict.fromkeys(("lora_dir", "output_dir"), INFER_ADAPTER),
         **dict.fromkeys(("model_id", "tf32"), "other_flags::infer_model_id_and_tf32"),
@@ -266,6 +278,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "format": f"{SALMONN}::stage_2_starts_from_stage_1",
         "merge": "export::only_the_projector_can_be_merged",
         "dtype": "export::dtype",
+        "scale": "lora_scale::scales_of_an_adapter lora_scale::what_cannot_be_scaled",
     },
     "prepare": {
         **dict.fromkeys(("min_sec", "max_sec", "min_chars", "max_chars"), PREPARE_LIMITS),
@@ -321,6 +334,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "max_len": f"{AUDIT_FILES} audit_flags::max_len_without_a_model_says_that_it_is_not_checked",
         "trim_audio_tokens": f"{TRIM}::featurize_and_audit_count_tokens_as_training_does",
         "leaks": "audit_flags::equal_texts_of_a_script_are_no_leaks",
+        "tasks_file": "own_tasks::preflight_and_audit_know_own_tasks",
         "compare": f"{AUDIT_FILES} audit_flags::same_side_files_are_not_compared_unless_asked",
         **dict.fromkeys(("outlier_spread", "max_examples"), "audit_flags::outlier_spread_and_max_examples"),
         **dict.fromkeys(("num_actors", "rows_per_chunk"), "audit_flags::actors_and_chunks"),
@@ -357,6 +371,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("seed", "num_resamples"), "compare_flags::seed_and_num_resamples"),
         **dict.fromkeys(("top", "max_rows"), "compare_flags::top_and_max_rows"),
         "embed_audio_mib": "compare_flags::embed_audio_mib",
+        "tasks_file": "own_tasks::evaluations_with_other_tasks_are_not_compared",
     },
     # A sweep's own flags are seen on it; the rest reaches every trial, where train_multitask's tests see it.
     "tune": {

@@ -128,7 +128,7 @@ def test_hands_its_flags_to_every_trial(sweep: Callable[..., Swept], tmp_path: P
     settings = TuneMultitaskSettings.model_validate({**values, **swept})
     trial = trial_settings(settings, {"task_weights": {"asr": 1.0}, "lora_r": 17}, tmp_path)
     own = {"output_dir": str(tmp_path), "storage_path": "", "overwrite": True}
-    paths = {name: str(Path(name[0]).absolute()) for name in ("noise_dir", "room_dir", "init_adapter")}
+    paths = {name: str(Path(name[0]).absolute()) for name in ("noise_dir", "room_dir", "init_adapter", "tasks_file")}
     trial_values = {name: value for name, value in dict(trial).items() if name not in paths}
     absolute = {"train_jsonl": (str(Path("t").absolute()),), "val_jsonl": (str(Path("v").absolute()),)}
     expected = {**values, **absolute, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}

@@ -184,7 +184,7 @@ def test_what_may_change_may(here: Path):
     values |= {"save_total_limit": 9, "metric_for_best_model": "asr/wer", "load_best_model_at_end": True}
     values |= {"early_stopping_patience": 2, "early_stopping_threshold": 0.5}
     values |= {"worker_timeout_sec": 99, "preview_rows": 9, "strategy": "deepspeed", "zero_stage": 3}
-    values |= {"report_to": "none", "offload_optimizer": False, "fp32": True}
+    values |= {"report_to": "none", "offload_optimizer": False, "fp32": True, "tasks_file": "/moved.yaml"}
     assert set(values) == CHANGEABLE_SETTINGS and set(MultitaskSettings.model_fields) >= CHANGEABLE_SETTINGS
     open_run_folder(here / "run", settings(), overwrite=False)
     open_run_folder(here / "run", settings(**values), overwrite=False)

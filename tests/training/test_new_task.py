@@ -1,6 +1,7 @@
-"""A new task needs one more entry in ``TASKS``: features, training and validation then work for its rows."""
+"""A new task needs one more entry in the task table: features, training and validation then work for its rows."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,25 @@ from helpers.training import train as train_here
 
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings
-from voxray.core.tasks import TASKS, Task
+from voxray.core.task_definitions import Task
+from voxray.core.tasks import use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
-from voxray.features.shards import TASK_CODES
 from voxray.models.registry import get_family
 from voxray.recipes.run_stage import TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOOD = Task("mood", ("audio_path", "mood"), "chat", (), "mood", ("exact_match",), default_prompt="Which mood?")
+MOOD = Task("mood", ("audio_path", "mood"), "chat", "Which mood?", "mood", ("exact_match",))
 
 
 @pytest.fixture
-def mood_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add the entry, and its code in shards, which is computed from the table on import."""
-    monkeypatch.setitem(TASKS, "mood", MOOD)
-    monkeypatch.setitem(TASK_CODES, "mood", len(TASKS) - 1)
+def mood_task() -> Iterator[None]:
+    """Add the entry."""
+    use_own_tasks({"mood": MOOD})
+    yield
+    use_own_tasks({})
 
 
 @pytest.mark.parametrize("flags", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])

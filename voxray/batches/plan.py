@@ -14,8 +14,13 @@ from voxray.batches.packing import Batching, Microbatches, make_microbatches
 from voxray.core.errors import SettingsError
 from voxray.core.tasks import TASKS
 
+REPLAY = "replay"
+"""Name under which the plan counts replayed rows, as if they were a task."""
 ORDER_STREAM, VARIANT_STREAM, MICROBATCH_STREAM = 3, 4, 5
 """Random streams of an epoch. Each task draws its rows from a stream of its own (see ``_stream``)."""
+
+
+REPLAY_STREAM = 1 << 20
 
 
 def _stream(code: int) -> int:
@@ -103,6 +108,9 @@ class Plan:
         num_tokens: Tokens by row number; optional for ``fixed`` batching.
         curriculum: Phases; an epoch draws from the rows of its phase's tasks, and the last phase has no end.
             Without phases every epoch draws from all tasks.
+        is_replay: Whether an entry of ``rows`` is replayed; None if none is.
+        replay_share: Share of the draws that are replayed rows, whatever their task. They come in addition to those of
+            the other rows.
     Raises:
         SettingsError: A task with a positive weight or in the curriculum has no rows, or not even one step can be
             filled.
@@ -118,23 +126,30 @@ class Plan:
     variants: Variants | None = None
     num_tokens: np.ndarray | None = None
     curriculum: Sequence[Phase] = ()
+    is_replay: np.ndarray | None = None
+    replay_share: float = 0.0
     _microbatches: dict[int, Microbatches] = field(default_factory=dict, init=False, repr=False)  # by epoch
     _ends: list[int] = field(default_factory=list, init=False, repr=False)  # number of steps up to each epoch's end
 
     def __post_init__(self) -> None:
         assert len(self.task) == len(self.rows)
-        names = list(TASKS)
-        codes = np.unique(self.task)
-        self.rows_by_task = {
-            names[code]: self.rows[self.task == code] if len(codes) > 1 else self.rows for code in codes
-        }
+        names, task, rows = list(TASKS), self.task, self.rows
+        replayed = rows[:0]
+        if self.is_replay is not None and self.is_replay.any():
+            replayed, task, rows = rows[self.is_replay], task[~self.is_replay], rows[~self.is_replay]
+        codes = np.unique(task)
+        self.rows_by_task = {names[code]: rows[task == code] if len(codes) > 1 else rows for code in codes}
         for name, weight in (self.weights or {}).items():
             if weight > 0 and name not in self.rows_by_task:
                 raise SettingsError(f"--task_weights: {name} has weight {weight:g}, but there is no {name} row")
-        if not len(self.rows):
+        if not len(rows):
             raise SettingsError("--train_jsonl: no row to train on")
         self.curriculum = tuple(self.curriculum) or (Phase(tuple(self.rows_by_task), 1),)
         self._quotas = [self._quota(phase) for phase in self.curriculum]
+        if len(replayed):
+            self.rows_by_task[REPLAY] = replayed
+            for quota in self._quotas:
+                quota[REPLAY] = max(1, round(sum(quota.values()) * self.replay_share / (1 - self.replay_share)))
         self._codes = dict(zip(self.rows.tolist(), self.task.tolist(), strict=True)) if self.batching.per_task else {}
         if not self.steps_in_epoch(0):
             per_step = self.batching.microbatch_size * self.microbatches_per_step
@@ -177,9 +192,10 @@ class Plan:
 
     def _draws(self, name: str, start: int, count: int) -> np.ndarray:
         """Draws ``start`` to ``start + count`` of a task from its endless sequence of permutations."""
-        rows, stream = self.rows_by_task[name], _stream(list(TASKS).index(name))
-        if self.weights is None:
+        rows = self.rows_by_task[name]
+        if self.weights is None and name != REPLAY:
             return rows
+        stream = REPLAY_STREAM if name == REPLAY else _stream(list(TASKS).index(name))
         rounds = range(start // len(rows), (start + count - 1) // len(rows) + 1)
         shuffled = [rows[np.random.default_rng([self.seed, index, stream]).permutation(len(rows))] for index in rounds]
         first = start - rounds[0] * len(rows) if count else 0

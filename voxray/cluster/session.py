@@ -1,5 +1,6 @@
 """Starts Ray on this machine or connects to a cluster, and reports the resources of the cluster."""
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import yaml
 
 from voxray.core.console import console
 from voxray.core.errors import RunError, SettingsError, one_line
+from voxray.core.tasks import VARIABLE, own_definitions
 
 RAY_SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray fetches reports at this interval; the default is 2 s
@@ -52,13 +54,14 @@ def ray_session(log_path: Path, num_processes: int = 1) -> Iterator[None]:
         num_processes: Processes that will run at a time. If Ray is started here, it gets one CPU more than that, and at
             least as many as the machine has, because Ray Data hangs when training holds every CPU.
     Raises:
-        RunError: Ray cannot be started or reached.
+        RunError: Ray cannot be started or reached, or runs already and its processes know other tasks.
     """
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
+        _require_same_tasks()
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -100,7 +103,7 @@ def _connect() -> None:
     try:
         if host and port.isdecimal():  # else it is a word such as "auto"
             socket.create_connection((host, int(port)), timeout=CONNECT_SEC).close()
-        ray.init(**QUIET)
+        ray.init(**QUIET, runtime_env=_environment())
     except OSError as error:
         raise RunError(f"RAY_ADDRESS {address}: no cluster answers there: {one_line(error, 200)}") from None
     except Exception as error:  # Ray raises many types here, none of them because of a setting
@@ -121,6 +124,26 @@ LOCAL: dict[str, Any] = {**QUIET, "address": "local", "runtime_env": {"worker_pr
 """Arguments of ``ray.init`` that start Ray on this machine."""
 
 
+def _environment() -> dict[str, Any]:
+    """The part of the runtime environment that makes the job's own tasks known to all of its processes."""
+    definitions = own_definitions()
+    return {"env_vars": {VARIABLE: json.dumps(definitions)}} if definitions else {}
+
+
+def _require_same_tasks() -> None:
+    """Check that the Ray of this process was started with the job's own tasks.
+
+    Raises:
+        RunError: It was not.
+    """
+    import ray
+
+    definitions = own_definitions()
+    variables = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    if variables.get(VARIABLE, "{}") != json.dumps(definitions):
+        raise RunError("--tasks_file: Ray was started in this process with other tasks; call ray.shutdown() first")
+
+
 def _start(num_cpus: int) -> None:
     """Start Ray on this machine. A start that takes too long, because the machine is busy, is tried again."""
     import ray
@@ -129,7 +152,7 @@ def _start(num_cpus: int) -> None:
     token.parent.mkdir(mode=0o700, exist_ok=True)
     for wait_sec in (*RETRY_AFTER_SEC, 0.0):
         try:
-            ray.init(num_cpus=num_cpus, **LOCAL)
+            ray.init(num_cpus=num_cpus, **{**LOCAL, "runtime_env": {**LOCAL["runtime_env"], **_environment()}})
             break
         except Exception as error:  # as above
             message = one_line(error, 300)

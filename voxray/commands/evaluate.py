@@ -12,6 +12,7 @@ import numpy as np
 
 from voxray.cluster.actor_pool import MIN_ACTORS
 from voxray.cluster.session import ray_session
+from voxray.commands.lora_frontier import evaluate_scales
 from voxray.commands.next_steps import after_evaluation
 from voxray.comparison.report import write_report
 from voxray.config.evaluate import EvaluateSettings
@@ -39,7 +40,7 @@ from voxray.models.registry import get_family
 from voxray.models.salmonn.compat.annotations import MANIFESTS, as_manifests, ledger_path
 from voxray.runs.lease import folder_lease
 from voxray.runs.remote_sync import RemoteSync
-from voxray.runs.run_folder import provenance, refuse_training_folder
+from voxray.runs.run_folder import provenance, record_tasks, refuse_training_folder
 
 
 def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
@@ -48,6 +49,8 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     Raises:
         RunError, SettingsError: The user has to fix an input or a setting.
     """
+    if len(settings.lora_scale) > 1:
+        return evaluate_scales(settings, run_evaluation)
     remote = RemoteSync.from_settings(settings)
     output_dir = remote.folder
     remote.fetch()
@@ -65,6 +68,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         warn_about_unused_flags(settings)
         write_json(output_dir / "settings.json", settings.model_dump(mode="json"))
         write_json(output_dir / "provenance.json", provenance())
+        record_tasks(output_dir)
         remote.push_all()
         features_path = settings.features_dir or remote.features_url or str(output_dir / "features")
         features_dir = open_features_dir(settings, features_path, settings.storage_path, flag="--features_dir")

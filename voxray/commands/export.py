@@ -33,6 +33,7 @@ from voxray.models.adapters.lora import (
     load_adapter,
     target_pattern,
 )
+from voxray.models.adapters.lora_scale import scale_lora
 from voxray.models.adapters.merge import MergeLayers, in_float32, merged_tensors
 from voxray.models.adapters.read_files import CONFIG, WEIGHTS, tensor_names, weights_file
 from voxray.models.adapters.tied_weights import untie
@@ -74,6 +75,10 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     front_end = family.front_end(model_id, trim_audio=trimmed)
     base = family.load_model(model_id, dtype=_loaded_dtype(model_id, adapter), device=CPU)
     model, num_tensors = load_adapter(base, adapter)
+    if settings.scale != 1:
+        if settings.merge != "all" or settings.format != "transformers":
+            raise SettingsError(f"--scale {settings.scale:g}: only with --merge all and --format transformers")
+        scale_lora(model, adapter, f"--scale {settings.scale:g}", settings.scale)
     console.print(f"adapter {adapter}: all of its {num_tensors} tensors used", markup=False)
     if trimmed:
         set_trim_audio(base, trimmed)  # saved in the model's config.json
@@ -98,7 +103,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
             _write(model, layers, family, partial, model_id, dtype, output_dir)
         difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
         _check(difference_on_disk, dtype, "the model on disk")
-        report |= {"trim_audio_tokens": trimmed, "layers_merged": num_merged}
+        report |= {"scale": settings.scale, "trim_audio_tokens": trimmed, "layers_merged": num_merged}
         report |= {"dtype": str(dtype).removeprefix("torch.")}
         report |= {"difference_merged": difference, "difference_on_disk": difference_on_disk, **provenance()}
         write_json(partial / REPORT, report)

@@ -22,7 +22,7 @@ from voxray.evaluation.predictions import (
     set_aside_predictions,
 )
 from voxray.runs.lease import folder_lease
-from voxray.runs.run_folder import refuse_training_folder, resolve_output_dir
+from voxray.runs.run_folder import record_tasks, refuse_training_folder, resolve_output_dir
 
 BAD_LINES_SHOWN = 20
 
@@ -66,6 +66,7 @@ def score_only(settings: EvaluateSettings) -> dict[str, Any]:
             _update_scoring_settings(output_dir / "settings.json", settings)
         else:
             _write_rows(output_dir, rows, bad, settings)
+        record_tasks(output_dir)
         write_json(output_dir / "metrics.json", metrics)
         write_report(output_dir)
         console.print(metrics_table(settings.score_only, metrics))

@@ -20,6 +20,7 @@ from voxray.core.content_hash import combined_hash, path_hash
 from voxray.core.errors import SettingsError, Stopped
 from voxray.core.manifest import require_usable_row, sha256_hex
 from voxray.core.storage import write_json
+from voxray.core.tasks import own_definitions
 from voxray.launch.elastic import count_workers, train_on_workers
 from voxray.launch.progress_view import show_progress, stop_on_signal
 from voxray.models.adapters.compatibility import check_encoder_unchanged
@@ -48,7 +49,7 @@ def run_training(settings: TrainSettings, *, show_next: bool = True) -> dict[str
     """
     resolve_output_dir(settings.output_dir, settings.storage_path, is_mirrored=True)  # refuse a bad path first
     settings = assemble_inputs(settings)
-    require_usable_row((*settings.train_jsonl, *settings.val_jsonl))
+    require_usable_row(settings.manifests)
     run = RunContext.create(settings, worker=Worker(device=_device()))
     check_encoder_unchanged(run.family, settings.store, settings.quantize, None)
     check_lora_targets(run)
@@ -111,10 +112,11 @@ def _result(run: RunContext, started_from: str) -> dict[str, Any] | None:
 
 
 def _starting_point(settings: TrainSettings) -> str:
-    """Hash of the settings, the models and the manifests of a run. Of a feature set, its description counts."""
-    manifests = [Path(path) for path in (*settings.train_jsonl, *settings.val_jsonl)]
+    """Hash of the settings, the models, the manifests and the own tasks of a run; of feature sets, the descriptions."""
+    manifests = [Path(path) for path in settings.manifests]
     data = [path_hash(path / "set.json" if path.is_dir() else path) for path in manifests]
-    return combined_hash([settings.model_dump_json(), input_hashes(settings), data])
+    tasks = [[name, definition] for name, definition in own_definitions().items()]
+    return combined_hash([settings.model_dump_json(), input_hashes(settings), data, *filter(None, [tasks])])
 
 
 def _require_trackers(settings: TrainSettings) -> None:
@@ -151,7 +153,7 @@ def _train(run: RunContext, num_workers: tuple[int, int], started_from: str) -> 
     """
     use_ray = num_workers[1] > 0
     data = training_data(run, use_ray=use_ray)
-    add_data_provenance(run.run_dir, (*data.train, *data.validation))
+    add_data_provenance(run.run_dir, data.folders)
     with stop_on_signal(run.run_dir), run.remote.copy_files([LOG, METRICS]), show_progress(run.run_dir):
         result = train_on_workers(run, data, num_workers) if use_ray else train(run, data)
     write_json(run.run_dir / RESULT_FILE, {**result, STARTED_FROM: started_from})

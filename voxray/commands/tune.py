@@ -45,13 +45,13 @@ def run_sweep(settings: Any) -> SweepOutcome:
         refuse_missing_optuna()
     output_dir = resolve_output_dir(settings.output_dir, settings.storage_path)
     base: Any = assemble_inputs(settings)
-    require_usable_row((*base.train_jsonl, *base.val_jsonl))
+    require_usable_row(base.manifests)
     require_family(base)
     if "lora_targets" not in settings.domains:
         check_lora_targets(RunContext.create(base, run_dir=output_dir))
     with folder_lease(output_dir):
         has_bfloat16 = not chooses_type(base) and gpus_have_bfloat16(on_ray=True)
-        inputs = input_hashes(base, "train_jsonl", "val_jsonl")
+        inputs = input_hashes(base, "train_jsonl", "replay_jsonl", "val_jsonl")
         has_bfloat16 = open_sweep(output_dir, settings, inputs, has_bfloat16)
         warn_about_unused_flags(settings)
         warn_of_few_validations(settings)

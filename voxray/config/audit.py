@@ -7,9 +7,10 @@ from pydantic import Field, model_validator
 from voxray.config.flag_groups import ClipLimitFlags, OutputFlags, TrimFlags, check_pairs
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles
+from voxray.config.task_flags import OwnTaskFlags
 
 
-class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags):
+class AuditSettings(OutputFlags, ClipLimitFlags, TrimFlags, OwnTaskFlags):
     input: Annotated[InputFiles, Flag(("jsonl", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to audit, comma separated; also checked for leaks between them."""
     output_dir: Annotated[str, Flag(("out_dir",), path="output"), Field(min_length=1)] = "runs/audit"

@@ -1,15 +1,17 @@
 """Settings of jobs/compare.py."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from voxray.config.flag_groups import OutputFlags
 from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings
+from voxray.config.task_flags import RecordedTaskFlags
 
 
-class CompareSettings(OutputFlags):
+class CompareSettings(OutputFlags, RecordedTaskFlags):
+    task_folders: ClassVar[tuple[str, ...]] = ("runs",)
     runs: Annotated[CommaStrings, Flag(("run",), path="model"), Field(min_length=1)]
     """Evaluation folders, comma separated, or as arguments before any flag (compare.py runs/a runs/b); all others are
     compared with the first. For a single folder the job writes a report.html instead."""

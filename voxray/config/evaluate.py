@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from voxray.config.flag_groups import (
     SALMONN_PARTS,
+    CommaNumbers,
     CompiledFlags,
     EvaluationDataFlags,
     ModelFlags,
@@ -22,6 +23,7 @@ from voxray.config.flag_groups import (
 from voxray.config.flags import Flag
 from voxray.config.parse import DEMO_ASSETS, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
+from voxray.config.task_flags import RecordedTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
@@ -40,6 +42,9 @@ def _parse_num_models(value: Any) -> Any:
     if isinstance(value, bool) or not str(value).isdecimal():
         raise ValueError(message)
     return int(value)
+
+
+MAX_LORA_SCALE = 2.0
 
 
 class SamplingFlags(Settings):
@@ -125,8 +130,10 @@ class EvaluateSettings(
     ScoreFlags,
     SharedFeatureFlags,
     PlacementFlags,
+    RecordedTaskFlags,
 ):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
+    task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "score_only")
     score_only: Annotated[str, Flag(path="input"), Field(validate_default=True)] = ""
     """Score existing predictions without loading a model: an evaluation folder, or a JSONL file with id, task,
     reference or references, and prediction per row (optionally language, speaker and other metadata). Rows that name no
@@ -144,6 +151,10 @@ class EvaluateSettings(
     one per two CPUs."""
     gpus_per_model: Annotated[float, Field(ge=0)] = 0.0
     """GPUs per model, such as 0.5 to place two models on one GPU; 0 gives each model one GPU, or its share."""
+    lora_scale: Annotated[CommaNumbers, Field(min_length=1)] = (1.0,)
+    """Share of what the LoRA of the adapter adds to the weights: 0 gives the base, 1 what was trained. With several,
+    such as 0,0.25,0.5,0.75,1, the rows are evaluated at each of them, and a table shows the headline metric of each
+    manifest: what the adapter gains on new data and loses on old."""
     perplexity: Literal["none", "answers", "all"] = "answers"
     """Tasks whose reference answers get loss and perplexity: answers is all tasks but transcription, all is every task.
     It costs about as much per row as the prompt's forward pass."""
@@ -183,6 +194,12 @@ class EvaluateSettings(
             raise ValueError("--compiled and --store encoder: give one of them; stored outputs need no encoder")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:
             raise ValueError(f"--gpus_per_model {self.gpus_per_model:g}: a fraction of one GPU, or whole ones")
+        if wrong := [scale for scale in self.lora_scale if not 0 <= scale <= MAX_LORA_SCALE]:
+            raise ValueError(f"--lora_scale {wrong[0]:g}: must be between 0 and {MAX_LORA_SCALE:g}")
+        if self.lora_scale != (1.0,) and not (self.lora_dir and self.val_jsonl):
+            raise ValueError("--lora_scale: needs --lora_dir and --val_jsonl")
+        if len(set(self.lora_scale)) < len(self.lora_scale) or (self.lora_scale[1:] and self.mode):
+            raise ValueError("--lora_scale: takes each value once, and a single one with --mode")
         if self.check_batch_invariance and self.temperature:
             raise ValueError("--check_batch_invariance: answers that are drawn with --temperature always differ")
         return self
@@ -206,7 +223,8 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags):
+    task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "output_dir")
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
     question: str = ""
@@ -224,6 +242,8 @@ class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags):
     """Run folder of a training job; its final adapter is loaded, or its newest checkpoint if there is none."""
     max_new_tokens: Annotated[int, Flag(("gen_max_new_tokens",)), Field(ge=1)] = 256
     """Maximum length of an answer in tokens."""
+    lora_scale: Annotated[float, Field(ge=0, le=MAX_LORA_SCALE)] = 1.0
+    """Share of what the LoRA of the adapter adds to the weights: 0 gives the base, 1 what was trained."""
     batch_size: Annotated[int, Flag(("per_device_bsz", "ppl_batch")), Field(ge=1)] = 8
     """Rows generated together."""
     preview_rows: Annotated[int, Flag(("num_preview",)), Field(ge=0)] = 0

@@ -24,6 +24,9 @@ class ExportSettings(Settings):
     merge: Literal["all", "projector"] = "all"
     """What to merge into the base's weights: the whole adapter, or only its projector part. The rest is then written to
     the subfolder `adapter`, as an adapter for the new base."""
+    scale: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Share of what the LoRA of the adapter adds to the weights; 0.75 keeps more of the base than 1, what was
+    trained. `evaluate --lora_scale` measures which share is best."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     """Data type of the written weights; base is the data type of the base model's files."""
     overwrite: bool = False

@@ -14,9 +14,12 @@ from voxray.config.flag_groups import (
 )
 from voxray.config.flags import Flag
 from voxray.config.parse import InputFiles
+from voxray.config.task_flags import OwnTaskFlags
 
 
-class FeaturizeSettings(BaseModelFlags, EncoderPrecisionFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags):
+class FeaturizeSettings(
+    BaseModelFlags, EncoderPrecisionFlags, OutputFlags, FeatureFlags, VariantFlags, TrimFlags, OwnTaskFlags
+):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     manifest: Annotated[InputFiles, Flag(("input", "train_jsonl"), path="input"), Field(min_length=1)]
     """Manifests (JSONL) to compute feature shards for, comma separated."""

@@ -24,10 +24,11 @@ from voxray.config.flags import flag_metadata, is_switch
 from voxray.config.help import help_text, reference_page
 from voxray.config.input_files import pointer_errors, relative_output_errors, unique_files, url_errors
 from voxray.config.other_names import explain_other_name
+from voxray.config.own_tasks import load_own_tasks
 from voxray.config.schema import yaml_schema
-from voxray.config.yaml_file import read_yaml
 from voxray.core.errors import MAX_VALUE_CHARS, SettingsError, is_utf8_text, print_page, quoted_line
 from voxray.core.project_files import PROJECT_FILES
+from voxray.core.yaml_file import read_yaml
 
 CONFIGS = PROJECT_FILES / "jobs" / "configs"
 DEMO_ASSETS = PROJECT_FILES / "tests" / "assets"
@@ -77,6 +78,8 @@ class Settings(BaseModel):
     """Older names of --config."""
     url_flags: ClassVar[tuple[str, ...]] = ("features_dir",)
     """Flags for paths that also take a URL, such as s3://bucket/voxray."""
+    task_folders: ClassVar[tuple[str, ...]] = ()
+    """Flags for folders that may have recorded own tasks."""
 
     @classmethod
     def translate_yaml(
@@ -297,6 +300,7 @@ def _validate(
         for name, value in merged.items()
         if not _has_utf8_form(value)
     ]
+    errors = errors or load_own_tasks(merged, model.task_folders)
     if errors:
         return None, errors
     try:

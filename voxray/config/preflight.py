@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from voxray.config.flag_groups import SALMONN_PARTS, VOXTRAL
+from voxray.config.own_tasks import load_own_tasks
 from voxray.config.parse import HELP, Settings
 from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes
 from voxray.config.train import TrainSettings
@@ -84,6 +85,7 @@ def preflight_settings(argv: Sequence[str]) -> tuple[type[Any], str]:
     recipe = str(values.get("recipe", ""))
     if recipe in recipes():
         return derive_preflight(recipes()[recipe]), ""
+    load_own_tasks(values)
     recipe, reason = _choose_recipe(values)
     return derive_preflight(recipes()[recipe]), f"{recipe}, because {reason}; --recipe selects another"
 
@@ -102,9 +104,10 @@ def _choose_recipe(values: dict[str, Any]) -> tuple[str, str]:
     tasks = _read_tasks(values.get("train_jsonl") or "")
     if not tasks:
         return "multitask", "no row could be read to choose a recipe by"
-    if tasks <= {"tqa"}:
+    kinds = {TASKS[name].kind for name in tasks}
+    if kinds <= {"tqa"}:
         return "text", "all rows that were read are text questions"
-    if tasks <= {"asr"}:
+    if kinds <= {"asr"}:
         return "asr_adapter", "all rows that were read are transcriptions"
     return "multitask", f"the rows are of the tasks {', '.join(name for name in TASKS if name in tasks)}"
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, cast
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from voxray.config.yaml_file import read_yaml
 from voxray.core.tasks import TASKS
+from voxray.core.yaml_file import read_yaml
 
 ENTRY_POINTS = "voxray.recipes"
 
@@ -35,7 +35,7 @@ class Recipe:
         stage: Path of the function that turns the settings into a ``recipes.stages.Stage``.
         job: Name of the script in jobs/, without ``.py``; for a recipe of another package the module that
             ``python -m`` runs.
-        tasks: Tasks whose rows it trains on and validates with.
+        tasks: Built-in tasks whose rows it trains on and validates with, and the kinds of own tasks (``Task.kind``).
         family: Model type of the bases that it trains, or path of a table by model type.
         assemble: Path of a function settings -> settings that the driver calls before a run. It may build the base or
             write manifests. "" calls nothing.

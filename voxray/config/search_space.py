@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from voxray.config.flags import flag_metadata
 from voxray.config.parse import Settings, field_adapter, flag_names
-from voxray.config.yaml_file import yaml_value
+from voxray.core.yaml_file import yaml_value
 
 DIGITS = 4
 """Significant digits of sampled numbers, so that people can read and retype them."""
@@ -32,6 +32,7 @@ FIXED: Mapping[str, str] = {
     "features_dir": "trials share their shards",
     "overwrite": "it is the sweep that starts afresh",
     "num_workers": "all trials take as many processes",
+    "tasks_file": "all trials share their features",
     "val_jsonl": SAME_ROWS,
     "eval_max_rows": SAME_ROWS,
     **dict.fromkeys(("whisper_path", "beats_path", "llama_path", "end_sym", "audio_prefix"), ONE_BASE),

@@ -25,7 +25,9 @@ from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
 from voxray.config.recipes import recipes
 from voxray.config.strategy_flags import StrategyFlags
+from voxray.config.task_flags import OwnTaskFlags
 from voxray.core.languages import language_code
+from voxray.core.tasks import with_own_tasks
 from voxray.metrics.names import validation_metrics
 
 
@@ -54,6 +56,7 @@ def _check_trackers(value: tuple[str, ...]) -> tuple[str, ...]:
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 WHISPER = "openai/whisper-small"
 
+REPLAY_SHARE = 0.1
 SHARED_ROWS = "also in --train_jsonl; scores on rows of the training tell nothing about other rows"
 
 
@@ -67,6 +70,7 @@ class TrainSettings(
     WorkerFlags,
     StrategyFlags,
     SharedFeatureFlags,
+    OwnTaskFlags,
 ):
     """Flags of every training job."""
 
@@ -81,6 +85,16 @@ class TrainSettings(
     init_adapter: Annotated[str, Flag(path="input")] = ""
     """Start from the LoRA weights of an earlier run or stage: a run, adapter or checkpoint folder with the same rank
     and alpha. LoRA weights that this job does not train stay unchanged and are saved with the result."""
+    replay_jsonl: Annotated[InputFiles, Flag(path="input")] = ()
+    """Manifests with rows of the kind that the base was trained on, comma separated. --replay_share of the rows are
+    drawn from them, so that the model does not forget. Their clips get no variants."""
+    replay_share: Annotated[float, Field(gt=0, lt=1)] = REPLAY_SHARE
+    """Share of the rows that are drawn from --replay_jsonl. They are drawn in addition to those of --train_jsonl, so an
+    epoch gets longer."""
+    distill_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Weight of a second loss that keeps the model close to its base on the answers: the Kullback-Leibler divergence of
+    the base's distribution of each token from the model's. The base is the model without its LoRA, so a step computes
+    one more forward pass. 0 turns it off."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between validations; 0 validates after each epoch."""
     eval_max_rows: Annotated[int, Field(ge=0)] = 200
@@ -119,7 +133,7 @@ class TrainSettings(
     @field_validator("metric_for_best_model")
     @classmethod
     def _metric_of_the_tasks(cls, value: str) -> str:
-        own = (recipe.tasks for recipe in recipes().values() if issubclass(cls, recipe.settings_class))
+        own = (with_own_tasks(each.tasks) for each in recipes().values() if issubclass(cls, each.settings_class))
         return known_metric(value, next(own, None))
 
     @model_validator(mode="after")
@@ -129,10 +143,29 @@ class TrainSettings(
                 raise ValueError(f"--{name}: needs validation rows, --val_jsonl")
         return self
 
+    @model_validator(mode="after")
+    def _a_base_to_distill_from(self) -> "TrainSettings":
+        if self.distill_weight and self.tuning == "full":
+            raise ValueError("--distill_weight: --tuning full leaves no base to compare with")
+        return self
+
+    @model_validator(mode="after")
+    def _replayed_rows(self) -> "TrainSettings":
+        if self.replay_share != REPLAY_SHARE and not self.replay_jsonl:
+            raise ValueError("--replay_share: needs --replay_jsonl")
+        if both := {*map(os.path.realpath, self.train_jsonl)} & {*map(os.path.realpath, self.replay_jsonl)}:
+            raise ValueError(f"--replay_jsonl {min(both)}: also in --train_jsonl")
+        return self
+
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """All manifests: of training, of replay, of validation."""
+        return (*self.train_jsonl, *self.replay_jsonl, *self.val_jsonl)
+
     @property
     def shared_manifests(self) -> tuple[str, ...]:
         """Validation manifests that are training manifests too."""
-        training = set(map(os.path.realpath, self.train_jsonl))
+        training = set(map(os.path.realpath, (*self.train_jsonl, *self.replay_jsonl)))
         return tuple(path for path in self.val_jsonl if os.path.realpath(path) in training)
 
     @model_validator(mode="after")

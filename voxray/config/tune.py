@@ -14,7 +14,7 @@ from voxray.config.parse import Settings, convert
 from voxray.config.recipes import Recipe, derive_settings, lookup, peek_values, recipes, with_default
 from voxray.config.search_space import Choice, Domain, parse_space
 from voxray.config.train import TrainSettings, known_metric
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, with_own_tasks
 from voxray.metrics.names import higher_is_better, validation_metrics
 
 CHOICE_FLAGS = ("task_weights", "lora_r")
@@ -114,7 +114,7 @@ class SweepFlags(Settings):
     def _check_search(self) -> "SweepFlags":
         continuous = [name for name, domain in self.domains.items() if domain.size == math.inf]
         faults = []
-        if self.metric not in (known := validation_metrics(self.tasks)):
+        if self.metric not in (known := validation_metrics(with_own_tasks(self.tasks))):
             faults.append(f"--metric {self.metric}: train_{self.recipe} validates {', '.join(known)}")
         if self.method == "grid" and self.num_trials:
             faults.append("--search grid: runs every combination; leave out --num_trials")

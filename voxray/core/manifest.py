@@ -225,9 +225,9 @@ def check_values(row: dict[str, Any]) -> Task:
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
         if key in task.keys and row[key] is None:
             raise BadRow("bad_type", f"{key} is null")
-    for key in task.prompt_keys[:1]:
-        if not (row.get(key) or task.default_prompt).strip():
-            raise BadRow("empty_text", f"{key} is empty")
+    empty = [key for key in task.prompt_keys if key in task.keys and not row[key].strip()]
+    if empty or (task.prompt_text and not task.prompt(row).strip()):
+        raise BadRow("empty_text", f"{(*empty, *task.prompt_keys)[0]} is empty")
     language_code(row.get("language"))
     segment(row)
     return task

@@ -1,84 +1,85 @@
 """The task table: which keys identify a task's rows, its prompt, its answer and its metrics.
 
-A row's task follows from its keys, so manifests may mix tasks. To add a task, append an entry to ``TASKS``.
+A row's task follows from its keys, so manifests may mix tasks. ``tasks.yaml`` has the built-in tasks. A job adds the
+tasks of a user's file (``--tasks_file``), and passes them to Ray's processes in an environment variable.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from voxray.core.errors import is_utf8_text
+from voxray.core.task_definitions import Task, read_definitions
+from voxray.core.yaml_file import read_yaml
+
+VARIABLE = "VOXRAY_TASKS"
+"""Environment variable with the own tasks of a job, as JSON."""
+MAX_CHARS = 32_000
+"""Longest JSON of own tasks. The system limits the arguments and variables of a process."""
+BUILT_IN = read_definitions(read_yaml(Path(__file__).with_name("tasks.yaml")), {})
+TASKS: dict[str, Task] = {}
+"""All tasks: the built-in ones, then the user's own in the order of their file."""
+TASK_CODES: dict[str, int] = {}
+"""{task: its position in ``TASKS``}, which feature shards store."""
 
 
-@dataclass(frozen=True)
-class Task:
-    """One kind of training row.
+def use_own_tasks(tasks: Mapping[str, Task]) -> None:
+    """Replace the own tasks of this process; an empty mapping leaves the built-in ones."""
+    for table in (TASKS, TASK_CODES):
+        table.clear()
+    TASKS.update({**BUILT_IN, **tasks})
+    TASK_CODES.update({name: code for code, name in enumerate(TASKS)})
 
-    Attributes:
-        name: Short name, used in flags, metrics and predictions.
-        keys: Keys that a row must have. A row belongs to the first task whose keys it has all.
-        template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
-        prompt_keys: Keys whose texts form the user message, joined by a newline. Empty texts are left out.
-        default_prompt: The user message of a row without any of these texts.
-        answer_key: Key of the text that the model is to produce.
-        metrics: Names of the metrics reported everywhere, the headline metric first. Evaluation adds the others of
-            the same kind (``metrics/names.py``).
-        allows_empty_answer: Whether "" is a valid answer (nobody speaks in the clip). Otherwise such a row is refused.
+
+def own_tasks() -> dict[str, Task]:
+    """The tasks that are not built in."""
+    return {name: task for name, task in TASKS.items() if name not in BUILT_IN}
+
+
+def own_definitions() -> dict[str, Any]:
+    """{name: definition} of the own tasks, as their file has them."""
+    return {name: task.definition for name, task in own_tasks().items()}
+
+
+def parse_own_tasks(definitions: Mapping[Any, Any]) -> dict[str, Task]:
+    """Check the definitions of own tasks (see ``read_definitions``).
+
+    Raises:
+        ValueError: As ``read_definitions``, or the definitions are too long.
     """
-
-    name: str
-    keys: tuple[str, ...]
-    template: Literal["transcription", "chat"]
-    prompt_keys: tuple[str, ...]
-    answer_key: str
-    metrics: tuple[str, ...]
-    allows_empty_answer: bool = False
-    default_prompt: str = ""
-
-    @property
-    def has_audio(self) -> bool:
-        return "audio_path" in self.keys
-
-    def prompt(self, row: Mapping[str, Any]) -> str:
-        """The user's text of a row; empty for a plain transcription request."""
-        return "\n".join(str(row[key]) for key in self.prompt_keys if row.get(key)) or self.default_prompt
+    tasks = read_definitions(definitions, BUILT_IN)
+    checked = {name: task.definition for name, task in tasks.items()}
+    if not is_utf8_text(json.dumps(checked, ensure_ascii=False)):
+        raise ValueError("holds half of a surrogate pair")
+    if (size := len(json.dumps(checked))) > MAX_CHARS:
+        raise ValueError(f"takes {size:,} characters as JSON; {MAX_CHARS:,} at most")
+    return tasks
 
 
-SPEECH_METRICS = ("cer_nospace", "cer", "wer", "swer", "exact_match")
-ANSWER_METRICS = ("rouge_l", "exact_match")
-CAPTION_METRICS = ("rouge_l", "exact_match", "cider_d")
-
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (
-        Task("asr", ("audio_path", "transcript"), "transcription", (), "transcript", SPEECH_METRICS, True),
-        Task("sqa", ("audio_path", "question", "answer"), "chat", ("question",), "answer", ANSWER_METRICS),
-        Task("tqa", ("instruction", "output"), "chat", ("instruction", "input"), "output", ANSWER_METRICS),
-        Task(
-            "aac",
-            ("audio_path", "caption"),
-            "chat",
-            ("question",),
-            "caption",
-            CAPTION_METRICS,
-            default_prompt="Please describe the audio.",  # SALMONN's own request for a caption
-        ),
-    )
-}
-"""Append new tasks at the end: feature shards store a task's index, so the order must not change."""
+use_own_tasks(parse_own_tasks(json.loads(os.environ.get(VARIABLE) or "{}")))
 POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
 """Tasks of a positional ``--task_weights 1.0,1.5,1.2``. Weights of other tasks are set by name."""
 
 
 def detect_task(row: Mapping[str, Any]) -> Task:
-    """Detect the task of a manifest row by its keys.
+    """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones.
 
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
-    for task in TASKS.values():
+    for task in (*own_tasks().values(), *BUILT_IN.values()):
         if all(key in row for key in task.keys):
             return task
     required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
+
+
+def with_own_tasks(names: Iterable[str]) -> tuple[str, ...]:
+    """Tasks of a recipe or a model, and the own tasks of the same kind (``Task.kind``) as one of them."""
+    names = tuple(names)
+    return tuple(dict.fromkeys((*names, *(name for name, task in own_tasks().items() if task.kind in names))))
 
 
 def parse_task_sizes(value: Any) -> dict[str, int]:

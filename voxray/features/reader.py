@@ -3,6 +3,7 @@
 import hashlib
 import json
 import resource
+import sys
 import threading
 import zlib
 from collections import OrderedDict
@@ -134,6 +135,7 @@ class RowLengths:
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
         has_language: Whether the row's language is known, bool.
+        first_replay: Number of the first row of ``--replay_jsonl``; these rows are the last ones.
     """
 
     task: np.ndarray
@@ -144,6 +146,7 @@ class RowLengths:
     num_windows: np.ndarray
     num_samples: np.ndarray
     has_language: np.ndarray
+    first_replay: int = sys.maxsize
 
     @property
     def num_tokens(self) -> np.ndarray:
@@ -172,6 +175,8 @@ class RowLengths:
 class Features(RowLengths):
     """Rows of one or several feature sets.
 
+    Args:
+        num_replay_sets: Number of the last sets whose rows are replayed.
     Attributes:
         folders: The feature sets.
         store: Kind of stored audio, one of ``shards.STORES``; "" if there is no set.
@@ -179,7 +184,13 @@ class Features(RowLengths):
         RunError: A folder holds no finished set, or the sets store different kinds of audio.
     """
 
-    def __init__(self, folders: Iterable[AnyPath], max_extra_prompt_tokens: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        folders: Iterable[AnyPath],
+        max_extra_prompt_tokens: Mapping[str, int] | None = None,
+        *,
+        num_replay_sets: int = 0,
+    ) -> None:
         self.folders = tuple(folders)
         self._descriptions = [_read_description(folder) for folder in self.folders]
         stores = {description["store"] for description in self._descriptions}
@@ -188,6 +199,7 @@ class Features(RowLengths):
         self.store: str = next(iter(stores), "")
         tables = [_read_index(*pair) for pair in zip(self.folders, self._descriptions, strict=True)]
         self._first_rows = np.cumsum([0, *(table.num_rows for table in tables)])  # of every set
+        self.first_replay = int(self._first_rows[len(tables) - num_replay_sets])
         self._index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
         self._shard, self._row = self._numbers("shard"), self._numbers("row")
         self.task = self._numbers("task")

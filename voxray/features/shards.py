@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 
 from voxray.core.storage import AnyPath, checksum, move_into_place, scratch_file, write_json
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASK_CODES
 
 LAYOUT = 2
 """Version of the columns of shards and index. Sets of another version are made again."""
@@ -77,7 +77,6 @@ INDEX_SCHEMA = pa.schema(
         ("num_samples", pa.int64()),
     ]
 )
-TASK_CODES = {name: code for code, name in enumerate(TASKS)}
 _ARROW_TYPES = {
     torch.float16: pa.float16(),
     torch.int16: pa.int16(),

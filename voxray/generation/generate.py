@@ -20,7 +20,6 @@ from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import ModelFamily
 
 Result = TypeVar("Result")
-_TRANSCRIPTION = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,8 @@ def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int
     The length of a transcript follows from its clip. The length of a chat answer is unknown, so these rows come first;
     the short transcripts at the end then fill the batch while the long answers finish.
     """
-    is_chat = ~np.isin(features.task, _TRANSCRIPTION)
+    transcriptions = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
+    is_chat = ~np.isin(features.task, transcriptions)
 
     def key(row: int) -> tuple[int, ...]:
         by_clip, by_prompt = -int(features.num_samples[row]), -int(features.num_prompt_tokens[row])

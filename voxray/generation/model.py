@@ -14,6 +14,7 @@ from voxray.generation.generate import SamplingParams
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
+from voxray.models.adapters.lora_scale import scale_lora
 from voxray.models.adapters.merge import merge_into_base
 from voxray.models.adapters.read_files import is_fully_tuned
 from voxray.models.hf_files import unwrap_peft
@@ -46,6 +47,7 @@ class InferenceConfig:
         trim_audio: Whether the audio tokens of padding are left out of prompts.
         compiled: Folder of the compiled audio path, or "".
         merge_adapter: Whether LoRA is added to the weights of the base.
+        lora_scale: Share of what LoRA adds.
         static_cache: Whether tokens are decoded in a cache of fixed size (see ``models.parts.static_kv_cache``).
         perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
             or ``all``.
@@ -63,6 +65,7 @@ class InferenceConfig:
     compiled: str = ""
     perplexity: str = "none"
     merge_adapter: bool = False
+    lora_scale: float = 1.0
     static_cache: bool = False
 
 
@@ -77,6 +80,8 @@ def inference_config(
     sampling = SamplingParams(max_new_tokens, settings.num_beams, settings.temperature, settings.top_p, settings.seed)
     flags = {name: getattr(settings, name) for name in ("bf16", "tf32", "fp16", "quantize")}
     flags |= {name: getattr(settings, name, False) for name in ("merge_adapter", "static_cache")}
+    scale = getattr(settings, "lora_scale", 1.0)
+    flags["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
     return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, **flags)
 
@@ -151,6 +156,8 @@ def load_model(config: InferenceConfig, *, skip_encoder: bool = False, num_proce
     if skip_encoder:
         family.skip_encoder(model)
     model, num_tensors = load_adapter(model, Path(config.adapter)) if config.adapter else (model, 0)
+    if config.lora_scale != 1:
+        scale_lora(model, Path(config.adapter), f"--lora_scale {config.lora_scale:g}", config.lora_scale)
     if config.merge_adapter and unwrap_peft(model) is not model:
         model = merge_into_base(model)
     if config.compiled:

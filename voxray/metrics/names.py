@@ -7,6 +7,7 @@ A key is ``<task>/<metric>`` or ``overall/<aggregate>``. The metrics are defined
 
 from collections.abc import Iterable
 
+from voxray.core.task_definitions import ERROR_RATES
 from voxray.core.tasks import TASKS
 
 TEXT_METRICS = ("char_f1", "bleu", "chrf", "distinct_1", "distinct_2")
@@ -31,7 +32,7 @@ _LOWER_IS_BETTER = {
 
 def is_transcript(task: str) -> bool:
     """Whether a task is scored by error rates."""
-    return headline(task) == "cer_nospace"
+    return headline(task) in ERROR_RATES
 
 
 def is_caption(task: str) -> bool:
@@ -51,18 +52,19 @@ def validation_metrics(tasks: Iterable[str] | None = None) -> tuple[str, ...]:
     keys = []
     for task in TASKS if tasks is None else tasks:
         names = (*TASKS[task].metrics, *text_metric_names(task), *LIKELIHOOD_METRICS)
-        keys += [f"{task}/{name}" for name in names]
+        keys += [f"{task}/{name}" for name in dict.fromkeys(names)]
     return (*keys, *(f"overall/{name}" for name in OVERALL))
 
 
 def evaluation_metrics(task: str) -> tuple[str, ...]:
     """All metrics that an evaluation can report for a task, the headline metric first."""
     specific = TRANSCRIPT_METRICS if is_transcript(task) else JAVA_METRICS if is_caption(task) else ()
-    return (*TASKS[task].metrics, *text_metric_names(task), *specific, *FAULTS, *LIKELIHOOD_METRICS)
+    names = (*TASKS[task].metrics, *text_metric_names(task), *specific, *FAULTS, *LIKELIHOOD_METRICS)
+    return tuple(dict.fromkeys(names))
 
 
 def headline(task: str) -> str:
-    """The main metric of a task, its first in the task table: ``cer_nospace`` or ``rouge_l``."""
+    """The main metric of a task, its first in the task table."""
     return TASKS[task].metrics[0]
 
 

@@ -212,7 +212,8 @@ class SettingsFitter:
         )
         shards = {"state_shards": self.num_workers} if settings.shards_state else {}
         shards |= {"weight_shards": self.num_workers} if settings.shards_weights else {}
-        training = Training(settings.grad_accum, self.num_workers, **shards, offloads=settings.offload_optimizer)
+        more: dict[str, Any] = {"offloads": settings.offload_optimizer, "distills": settings.distill_weight > 0}
+        training = Training(settings.grad_accum, self.num_workers, **shards, **more)
         return MemoryModel(meta_model, run.family, self._rows.front_end, config, training)
 
     def _fits(self, size: BatchSize) -> bool:

@@ -54,6 +54,7 @@ class Lengths(RowLengths):
         manifests: Paths of the manifests, in order.
         extractor: The extractor that would compute their features.
         augmented: Whether their clips get variants.
+        replay: Paths of manifests whose rows are replayed. They get no variants.
         max_extra_prompt_tokens: See ``RowLengths``.
     Attributes:
         bad: Lines that would be skipped.
@@ -69,6 +70,7 @@ class Lengths(RowLengths):
         bar: Bar,
         *,
         augmented: bool,
+        replay: Sequence[str] = (),
         max_extra_prompt_tokens: Mapping[str, int] | None = None,
     ) -> None:
         self._extractor, self._augmented = extractor, augmented
@@ -76,10 +78,12 @@ class Lengths(RowLengths):
         self._columns, self._sources = Columns(), list[str]()
         self.bad: list[BadManifestLine] = []
         self.segmented: set[str] = set()
-        work = [chunk for manifest in dict.fromkeys(manifests) for chunk in chunks(manifest, LINES_PER_CHUNK)]
+        names = dict.fromkeys((*manifests, *replay))
+        work = [chunk for manifest in names for chunk in chunks(manifest, LINES_PER_CHUNK)]
         num_lines, num_done = sum(chunk.num_lines for chunk in work), 0
         with ThreadPoolExecutor(THREADS) as pool:
             for chunk in work:
+                self._augmented = augmented and chunk.manifest not in replay
                 rows = read_chunk(chunk)
                 self.bad += [BadManifestLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in rows.bad]
                 for sample, seconds in zip(rows.samples, pool.map(_clip_seconds, rows.samples), strict=True):
@@ -89,6 +93,8 @@ class Lengths(RowLengths):
         for name in Columns.__dataclass_fields__:
             dtype = {"task": np.int8, "has_language": np.bool_}.get(name, np.int64)
             setattr(self, name, np.array(getattr(self._columns, name), dtype))
+        is_replayed = [Source.parse(source).file in replay for source in self._sources] if replay else []
+        self.first_replay = is_replayed.index(True) if True in is_replayed else len(self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)

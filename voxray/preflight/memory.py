@@ -102,6 +102,7 @@ class Training:
         state_shards: Processes among which --strategy shards gradients and AdamW's moments; 1 for ddp.
         weight_shards: Processes among which it shards the weights.
         offloads: Whether trained weights, gradients and moments are in the memory of the CPU.
+        distills: Whether the distributions of the base are compared with those of the model.
     """
 
     grad_accum: int = 1
@@ -109,6 +110,7 @@ class Training:
     state_shards: int = 1
     weight_shards: int = 1
     offloads: bool = False
+    distills: bool = False
 
 
 class MemoryModel:
@@ -241,9 +243,13 @@ class MemoryModel:
         return by_role
 
     def _logit_bytes(self, shape: PackShape) -> int:
-        """The logits, their log-probabilities and the gradient, all in float32, of all answer tokens or of a chunk."""
+        """The logits, their log-probabilities and the gradient, all in float32, of all answer tokens or of a chunk.
+
+        Distillation adds the log-probabilities of both models, and what the divergence is summed from.
+        """
         count = shape.num_answer_tokens * self._vocabulary_size
-        return (count if self._training.weight_shards > 1 else min(count, MAX_LOGITS)) * 3 * FLOAT32
+        copies = 6 if self._training.distills else 3
+        return (count if self._training.weight_shards > 1 else min(count, MAX_LOGITS)) * copies * FLOAT32
 
     def _dequantized_bytes(self) -> int:
         """Quantised weights are dequantised for each product, one layer at a time."""

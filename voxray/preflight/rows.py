@@ -25,7 +25,6 @@ from voxray.recipes.choose_rows import choose_rows
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.run_stage import build_plan
 
-TASK_OF_CODE = {code: name for name, code in TASK_CODES.items()}
 PERCENTILES = (0, 50, 95, 100)
 
 
@@ -105,8 +104,9 @@ def stored_row(row: dict[str, Any], extractor: Extractor) -> FeatureRow:
 def check_manifests(settings: TrainSettings, findings: Findings) -> bool:
     """Whether every manifest can be read and has a usable row. Problems go to the findings."""
     good = True
-    for manifest in dict.fromkeys((*settings.train_jsonl, *settings.val_jsonl)):
-        flag = "--train_jsonl" if manifest in settings.train_jsonl else "--val_jsonl"
+    for manifest in dict.fromkeys(settings.manifests):
+        flags = ("train_jsonl", "replay_jsonl", "val_jsonl")
+        flag = next(f"--{name}" for name in flags if manifest in getattr(settings, name))
         try:
             require_usable_row((manifest,))
         except RunError as error:
@@ -136,7 +136,8 @@ def _choose_rows(run: RunContext, extractor: Extractor, findings: Findings) -> R
     settings, stage = run.settings, run.stage
     extra_tokens = stage.prompt_sampler.max_extra_prompt_tokens if stage.prompt_sampler else None
     with progress_bar("rows") as bar:
-        train = Lengths(settings.train_jsonl, extractor, bar, augmented=True, max_extra_prompt_tokens=extra_tokens)
+        options = {"augmented": True, "replay": settings.replay_jsonl, "max_extra_prompt_tokens": extra_tokens}
+        train = Lengths(settings.train_jsonl, extractor, bar, **options)
         held_out = Lengths(settings.val_jsonl, extractor, bar, augmented=False)
     for flag, lengths in (("--train_jsonl", train), ("--val_jsonl", held_out)):
         _report_bad_lines(flag, lengths, settings, findings)
@@ -209,7 +210,7 @@ def _report_tasks(chosen: RunRows, findings: Findings) -> None:
 
 
 def _rows_by_task(lengths: Lengths, rows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    for code, name in TASK_OF_CODE.items():
+    for name, code in TASK_CODES.items():
         of_task = rows[lengths.task[rows] == code]
         if len(of_task):
             yield name, of_task

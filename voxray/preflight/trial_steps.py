@@ -21,7 +21,7 @@ from voxray.preflight.meta_model import of_one_process
 from voxray.preflight.rows import RunRows
 from voxray.recipes.build_model import build_model, checkpoint_gradients, set_modes
 from voxray.training.engine import DataParallel
-from voxray.training.loop import seed_microbatch, task_losses
+from voxray.training.loop import pass_losses, seed_microbatch
 from voxray.training.validate import in_eval_mode
 
 ANSWER_TOKENS = 8
@@ -152,9 +152,10 @@ class TrialRunner:
 
     def _step(self, batch: Batch) -> None:
         seed_microbatch(0, 0, 0)
-        loss = task_losses(self._engine.run_pass, batch, self._settings.label_smoothing).sum()
+        loss_T, divergence = pass_losses(self._engine, self.model, batch, self._settings)
+        loss = loss_T.sum() if divergence is None else loss_T.sum() + divergence
         self._engine.backward(loss / max(1, len(trainable_parameters(self.model))), last=True)
-        del loss
+        del loss, loss_T, divergence
         self._engine.reduce(torch.zeros(1, device=self._device), scale=1.0, max_norm=self._settings.max_grad_norm)
         self._engine.apply(0.0)
 

@@ -23,6 +23,7 @@ from voxray.models.adapters.lora import (
     train_fully,
     trainable_parameters,
 )
+from voxray.models.adapters.lora_scale import check_base_is_there
 from voxray.models.hf_files import stored_dtype, unwrap_peft
 from voxray.models.interface import InitAdapter, ModelFamily
 from voxray.models.parts.cpu_16bit import use_float32_products
@@ -95,6 +96,8 @@ def build_model(run: RunContext, *, with_encoder: bool = True) -> tuple[Any, str
     trimmed = audio_trimming(settings)
     set_trim_audio(model, init_adapter.trims_audio if init_adapter and trimmed is None else trimmed)
     init_line = _load_init_adapter(model, run, init_adapter) if init_adapter else ""
+    if settings.distill_weight:
+        check_base_is_there(model, f"--distill_weight {settings.distill_weight:g}")
     if settings.grad_ckpt:
         checkpoint_gradients(base)
     set_modes(model, family, roles)

@@ -57,10 +57,13 @@ def choose_rows(
     limit = DEBUG_VALIDATION_ROWS if settings.debug else settings.eval_max_rows
     held_out_rows = first_rows_per_task(held_out, held_out_rows, limit)
     if settings.debug:
-        rows = first_rows_per_task(features, rows, DEBUG_ROWS)
+        parts = (rows[rows < features.first_replay], rows[rows >= features.first_replay])
+        rows = np.concatenate([first_rows_per_task(features, part, DEBUG_ROWS) for part in parts])
     if not len(rows):
         reasons = [(reason, message) for part, _, reason, message in lost if part is features]
         raise RunError(f"--train_jsonl: {_why_no_row(stage, settings, features, reasons)}")
+    if settings.replay_jsonl and rows[-1] < features.first_replay:
+        raise RunError("--replay_jsonl: no row is left to train on")
     return rows, held_out_rows, lost
 
 

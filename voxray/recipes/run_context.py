@@ -5,7 +5,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from voxray.config.flag_groups import MaskFlags
 from voxray.config.recipes import Recipe, find_recipe, load_object, recipes
 from voxray.config.train import TrainSettings
 from voxray.core.errors import SettingsError
+from voxray.core.tasks import with_own_tasks
 from voxray.models.front_end import FrontEnd
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.arithmetic import chooses_type, with_default_dtype
@@ -75,7 +76,8 @@ class RunContext:
     @cached_property
     def stage(self) -> Stage:
         """Roles and tasks of the run."""
-        return load_object(self.recipe.stage)(self.settings)
+        stage = load_object(self.recipe.stage)(self.settings)
+        return replace(stage, tasks=with_own_tasks(stage.tasks))
 
 
 def require_family(settings: TrainSettings) -> ModelFamily:

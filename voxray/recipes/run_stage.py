@@ -55,7 +55,8 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
         set_tf32(run.settings.tf32)
         set_deterministic(run.settings.deterministic)
         sampler = run.stage.prompt_sampler
-        features = Features(data.train, sampler.max_extra_prompt_tokens if sampler else None)
+        extra_tokens = sampler.max_extra_prompt_tokens if sampler else None
+        features = Features((*data.train, *data.replay), extra_tokens, num_replay_sets=len(data.replay))
         held_out = Features(data.validation)
         rows, held_out_rows, lost = choose_rows(
             run.stage, run.settings, features, held_out, run.front_end, data.divided
@@ -190,6 +191,8 @@ def build_plan(
         variants,
         num_tokens,
         stage.curriculum,
+        variants.first >= features.first_replay,
+        settings.replay_share,
     )
 
 
@@ -209,7 +212,7 @@ def _count_steps(run: RunContext, plan: Plan) -> int:
 def _write_start(
     run: RunContext, data: TrainingData, lost: list[LostRow], parameters: dict[str, dict[str, int]]
 ) -> None:
-    write_ledger(run.run_dir / "quarantine.jsonl", (*data.train, *data.validation), lost)
+    write_ledger(run.run_dir / "quarantine.jsonl", data.folders, lost)
     write_json(run.run_dir / "parameters.json", parameters)
 
 
@@ -228,7 +231,7 @@ def describe_run(
     monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
     monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
     first_epoch = plan.epoch_rows(0)
-    for name in plan.rows_by_task:
+    for name in (name for name in plan.rows_by_task if name in TASK_CODES):
         of_task = features.task[first_epoch] == TASK_CODES[name]
         if of_task.any():
             batch = collate_training([loader.row(int(first_epoch[of_task.argmax()]), 0)], front_end)

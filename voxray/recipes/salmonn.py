@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,10 +35,11 @@ def assemble_inputs(settings: SalmonnSettings) -> SalmonnSettings:
     make_folder(run_dir)
     if settings.prompts and (left_out := read_prompts(settings.prompts).left_out):
         console.print(f"{settings.prompts}: {len(left_out)} left out: {'; '.join(left_out)}", markup=False)
-    paths = (*settings.train_jsonl, *settings.val_jsonl)
-    manifests = as_manifests(paths, run_dir / MANIFESTS, settings.audio_prefix)
-    num_train = len(settings.train_jsonl)
-    changed: dict[str, Any] = {"train_jsonl": manifests[:num_train], "val_jsonl": manifests[num_train:]}
+    manifests = iter(as_manifests(settings.manifests, run_dir / MANIFESTS, settings.audio_prefix))
+    changed: dict[str, Any] = {
+        name: tuple(islice(manifests, len(getattr(settings, name))))
+        for name in ("train_jsonl", "replay_jsonl", "val_jsonl")
+    }
     if not settings.model_id:
         parts = {"whisper": settings.whisper_path, "beats": settings.beats_path, "llm": settings.llama_path}
         changed["model_id"] = assemble_salmonn(run_dir, **parts, end_sym=settings.end_sym)

@@ -16,11 +16,18 @@ class TrainingData:
 
     Attributes:
         divided: Sources of rows that are too long to train on. Their parts are rows of an additional set.
+        replay: Sets of ``--replay_jsonl``.
     """
 
     train: tuple[AnyPath, ...]
     validation: tuple[AnyPath, ...]
     divided: frozenset[str] = frozenset()
+    replay: tuple[AnyPath, ...] = ()
+
+    @property
+    def folders(self) -> tuple[AnyPath, ...]:
+        """All sets."""
+        return (*self.train, *self.replay, *self.validation)
 
 
 def training_data(run: RunContext, *, use_ray: bool) -> TrainingData:
@@ -28,10 +35,13 @@ def training_data(run: RunContext, *, use_ray: bool) -> TrainingData:
     settings = run.settings
     folder = settings.features_dir or run.remote.features_url or str(run.run_dir / "features")
     features_dir = open_features_dir(settings, folder, settings.storage_path, flag="--features_dir")
-    train, validation = (tuple(dict.fromkeys(names)) for names in (settings.train_jsonl, settings.val_jsonl))
+    named = (settings.train_jsonl, settings.replay_jsonl, settings.val_jsonl)
+    train, replay, validation = (tuple(dict.fromkeys(names)) for names in named)
     options: dict[str, Any] = {"bf16": settings.bf16, "use_ray": use_ray}
-    report = make_features(settings, settings.model_id, train, features_dir, plain_manifests=validation, **options)
-    data = TrainingData(report.folders[: len(train)], report.folders[len(train) :])
+    plain_manifests = (*replay, *validation)
+    report = make_features(settings, settings.model_id, train, features_dir, plain_manifests=plain_manifests, **options)
+    first, last = len(train), len(train) + len(replay)
+    data = TrainingData(report.folders[:first], report.folders[last:], replay=report.folders[first:last])
     paths = [run.run_dir / f"divided.{part}.jsonl" for part in ("train", "validation")]
     divided = [
         write_parts(sets, run.front_end, path) for sets, path in zip((data.train, data.validation), paths, strict=True)
@@ -42,4 +52,5 @@ def training_data(run: RunContext, *, use_ray: bool) -> TrainingData:
     console.print(f"{len(divided[0] | divided[1])} row(s) too long for the model, divided at their segments")
     report = make_features(settings, settings.model_id, parts, features_dir, plain_manifests=plain, **options)
     train_sets, plain_sets = report.folders[: len(parts)], report.folders[len(parts) :]
-    return TrainingData((*data.train, *train_sets), (*data.validation, *plain_sets), divided[0] | divided[1])
+    sources = divided[0] | divided[1]
+    return TrainingData((*data.train, *train_sets), (*data.validation, *plain_sets), sources, data.replay)

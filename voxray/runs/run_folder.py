@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from voxray.config.input_files import TEMPORARY_COPY
+from voxray.config.own_tasks import RECORD, recorded_tasks
 from voxray.config.parse import SUBMITTED_JOB_VARIABLE, Settings
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.project_files import IN_WHEEL, PROJECT_FILES
 from voxray.core.storage import AnyPath, write_json
+from voxray.core.tasks import own_definitions
 from voxray.core.version import __version__
 from voxray.runs.inputs import refuse_changed_inputs, write_inputs
 
@@ -52,6 +54,7 @@ CHANGEABLE_SETTINGS = {
     *("save_total_limit", "metric_for_best_model", "load_best_model_at_end"),
     *("early_stopping_patience", "early_stopping_threshold", "strategy", "zero_stage"),
     *("offload_optimizer", "report_to", "fp32"),  # bf16 and fp16 tell the type
+    "tasks_file",  # its contents may not
 }
 """Settings that may change when a run is resumed: they alter neither the model nor the order of the data."""
 
@@ -224,12 +227,42 @@ def open_run_folder(
             _clear(run_dir)
         else:
             refuse_other_run(run_dir, settings)
+            has_lora = getattr(settings, "tuning", "") != "full"
+            refuse_other_tasks(run_dir, "a run", other_run_advice(run_dir, has_lora=has_lora))
             refuse_changed_inputs(run_dir, inputs or {}, "a run")
     write_inputs(run_dir, inputs or {})
     for name in (STOP_FILE, GROW_FILE):
         (run_dir / name).unlink(missing_ok=True)
     write_json(run_dir / SETTINGS, json.loads(settings.model_dump_json()))
     write_json(run_dir / "provenance.json", provenance())
+    record_tasks(run_dir)
+
+
+def record_tasks(folder: Path) -> None:
+    """Write the definitions of the job's own tasks into the folder of a run or an evaluation."""
+    if definitions := own_definitions():
+        write_json(folder / RECORD, definitions)
+    else:
+        (folder / RECORD).unlink(missing_ok=True)
+
+
+def refuse_other_tasks(folder: Path, what: str, advice: str) -> None:
+    """Compare the job's own tasks with those of the run or the sweep in a folder.
+
+    Args:
+        what: What the folder holds, for the message.
+        advice: End of the message.
+    Raises:
+        SettingsError: They differ. The message names a task.
+    """
+    try:
+        before, now = recorded_tasks(folder), own_definitions()
+    except ValueError as error:
+        raise SettingsError(f"{error}; use --overwrite or another --output_dir") from None
+    if list(before.items()) != list(now.items()):
+        changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        kind = f"definition of {', '.join(changed)}" if changed else "order of the tasks"
+        raise SettingsError(f"--tasks_file: {folder} holds {what} with another {kind}; {advice}")
 
 
 def holds_run(run_dir: Path) -> bool:

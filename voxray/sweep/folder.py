@@ -11,7 +11,7 @@ from voxray.core.console import console
 from voxray.core.errors import SettingsError
 from voxray.core.storage import write_json
 from voxray.runs.inputs import refuse_changed_inputs, write_inputs
-from voxray.runs.run_folder import CHANGEABLE_SETTINGS, make_folder, provenance
+from voxray.runs.run_folder import CHANGEABLE_SETTINGS, make_folder, provenance, record_tasks, refuse_other_tasks
 from voxray.sweep.trials import FOLDER
 
 HAS_BFLOAT16 = "gpus_have_bfloat16"
@@ -49,10 +49,12 @@ def open_sweep(output_dir: Path, settings: Any, inputs: Mapping[str, str], has_b
             raise SettingsError(f"--output_dir {output_dir}: holds a sweep; {advice}")
         _refuse_other_sweep(output_dir, previous, current)
         refuse_changed_inputs(output_dir, inputs, "a sweep")
+        refuse_other_tasks(output_dir, "a sweep", "use --overwrite or another --output_dir")
         has_bfloat16 = bool(previous.get(HAS_BFLOAT16, has_bfloat16))
     write_inputs(output_dir, inputs)
     write_json(path, {**current, HAS_BFLOAT16: has_bfloat16})
     write_json(output_dir / "provenance.json", provenance())
+    record_tasks(output_dir)
     return has_bfloat16
 
 

@@ -20,8 +20,9 @@ from voxray.batches.rank import Worker
 from voxray.config.train import TrainSettings
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
+from voxray.models.adapters.lora_scale import without_lora
 from voxray.models.interface import Batch, ModelFamily
-from voxray.models.parts.losses import PassFn, token_losses
+from voxray.models.parts.losses import PassFn, answer_states, token_losses
 from voxray.runs.run_folder import GROW_FILE, STOP_FILE
 from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress
@@ -170,25 +171,32 @@ def train_step(
     Args:
         votes: Numbers to sum over the workers, in the same message as the losses.
     Returns:
-        {"loss", "loss/<task>", "grad_norm", "skipped"} over all workers, and the sums of the votes.
+        {"loss", "loss/<task>", "grad_norm", "skipped", and with distillation "distill_kl"} over all workers, and the
+        sums of the votes.
     """
     worker, scaler, engine = state.worker, state.loss_scaler, state.engine
     tokens_T = answer_tokens(loader.plan, loader.features, step)
     losses_T = torch.zeros(len(TASKS), device=worker.device)
+    divergences = losses_T.new_zeros(1 if settings.distill_weight else 0)
     losses: list[tuple[Microbatch, torch.Tensor]] = []
     for number, (microbatch, batch) in enumerate(microbatches, 1):
         seed_microbatch(settings.seed, step, microbatch.number)
         batch = to_device(batch, worker.device)
-        loss_T = task_losses(engine.run_pass, batch, settings.label_smoothing, in_chunks=not engine.shards_output)
+        loss_T, divergence = pass_losses(engine, state.model, batch, settings)
         is_counted = float(not microbatch.is_filler)
         weight = is_counted / tokens_T.sum() * scaler.scale
-        engine.backward(loss_T.sum() * weight, last=number == len(microbatches))
+        total = loss_T.sum() if divergence is None else loss_T.sum() + settings.distill_weight * divergence
+        engine.backward(total * weight, last=number == len(microbatches))
         losses_T += loss_T.detach() * is_counted
-        losses.append((microbatch, loss_T.detach().sum()))
-    numbers = torch.cat([losses_T, torch.tensor(votes).to(worker.device, non_blocking=True)])
+        if divergence is not None:
+            divergences += divergence.detach() * is_counted
+        losses.append((microbatch, total.detach()))
+    numbers = torch.cat([losses_T, divergences, torch.tensor(votes).to(worker.device, non_blocking=True)])
     sums, norm = engine.reduce(numbers, scale=scaler.scale, max_norm=settings.max_grad_norm)
-    loss_sums, vote_sums = sums[: len(TASKS)], sums[len(TASKS) :]
+    loss_sums, vote_sums = sums[: len(TASKS)], sums[len(TASKS) + len(divergences) :]
     record = {"loss": sum(loss_sums) / float(tokens_T.sum()), "grad_norm": norm}
+    if settings.distill_weight:
+        record["distill_kl"] = sums[len(TASKS)] / float(tokens_T.sum())
     if scaler.check_step(record["loss"], norm, fp16=settings.fp16):
         engine.apply(lr)
     else:
@@ -201,6 +209,20 @@ def train_step(
         if count:
             record[f"loss/{name}"] = total / float(count)
     return record, vote_sums
+
+
+def pass_losses(
+    engine: Engine, model: Any, batch: Batch, settings: TrainSettings
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """loss_T of a microbatch, by task, and with ``--distill_weight`` the sum of KL(base || model) over its tokens."""
+    smoothing = settings.label_smoothing
+    in_chunks = not engine.shards_output
+    if not settings.distill_weight:
+        return task_losses(engine.run_pass, batch, smoothing, in_chunks=in_chunks), None
+    with without_lora(model):
+        states_ND = answer_states(engine.run_pass, batch)
+    losses_2N = token_losses(engine.run_pass, batch, smoothing, in_chunks=in_chunks, base_states_ND=states_ND)
+    return sum_by_task(losses_2N[0], batch), losses_2N[1].sum()
 
 
 def answer_loss(model: Any, family: ModelFamily, batch: Batch, label_smoothing: float) -> torch.Tensor:
@@ -216,7 +238,11 @@ def task_losses(run_pass: PassFn, batch: Batch, label_smoothing: float, *, in_ch
     Returns:
         float32, shape (number of tasks,).
     """
-    loss_N = token_losses(run_pass, batch, label_smoothing, in_chunks=in_chunks)
+    return sum_by_task(token_losses(run_pass, batch, label_smoothing, in_chunks=in_chunks), batch)
+
+
+def sum_by_task(loss_N: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """loss_T: the sums of the losses of answer tokens by task."""
     task, labels_BL = batch["task"], batch["labels"]
     task_BL = task if task.dim() == 2 else task[:, None].expand_as(labels_BL)  # a pack has a task per token
     task_N = task_BL.flatten().index_select(0, batch["answer_positions"])

@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError
 
 from voxray.batches.rank import Worker
 from voxray.config.parse import Settings
-from voxray.config.yaml_file import read_yaml
 from voxray.core.storage import write_atomically
+from voxray.core.yaml_file import read_yaml
 from voxray.generation.generate import generate_texts
 from voxray.training.engine import gather
 from voxray.training.loop import TrainState

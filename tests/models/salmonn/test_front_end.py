@@ -12,7 +12,7 @@ from conftest import ASSETS
 
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, parse_own_tasks, use_own_tasks
 from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.models.parts.logmel_windows import padded_windows, window_lengths
 from voxray.models.salmonn.folder import load_folder, write_folder
@@ -50,6 +50,19 @@ def test_prompts_equal_the_references(front_end, expected, official, task):
     audio = [front_end.audio_id] * 88
     assert ids == [expected["tok.bos"], *expected["tok.before"], *audio, *expected[f"tok.after_{official}"]]
     assert front_end.prompts.default(task, QUESTIONS[official]) == OFFICIAL[official][0]
+
+
+def test_own_tasks_ask_their_own_question(front_end):
+    chat = {"keys": ["audio_path", "s"], "prompt": "Sum up.", "answer": "s", "metrics": ["rouge_l"]}
+    verbatim = {"keys": ["audio_path", "v"], "template": "transcription", "answer": "v", "metrics": ["wer"]}
+    use_own_tasks(parse_own_tasks({"s": chat, "v": verbatim}))
+    try:
+        assert front_end.prompt_ids(sample("s", "Sum up."), 80_000) == front_end.prompt_ids(
+            sample("sqa", "Sum up."), 80_000
+        )
+        assert front_end.prompt_ids(sample("v"), 80_000) == front_end.prompt_ids(sample("asr"), 80_000)
+    finally:
+        use_own_tasks({})
 
 
 def test_tokenizing_in_one_piece_gives_other_tokens(front_end, expected):

@@ -130,7 +130,7 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
             BadRow: The row is not a transcription, its language is missing or not one of the base, or its clip is too
                 short.
         """
-        if sample.task.name != "asr":
+        if sample.task.template != "transcription":
             raise BadRow("unsupported_task", f"{self.model_id} only transcribes; this row's task is {sample.task.name}")
         check_language(sample.language, self.languages, self.model_id)
         if self.needs_language and not sample.language:

@@ -27,43 +27,74 @@ class TokenLosses:
     More than ``MAX_LOGITS`` logits are computed in chunks, and again in the backward pass: they would take most of a
     step's memory.
 
+    With ``base_states_ND``, the result is losses_2N: the cross entropies, and KL(base || model) of the distributions
+    of every token, in nats. Distillation from the base is the loss of "Learning without Forgetting" (Li and Hoiem,
+    2016) on the rows of the training.
+
     Attributes:
         labels_N: The answer tokens.
         in_chunks: False where all workers have to call the output layer equally often.
+        base_states_ND: States of the base without the adapter. The output layer, which has none, is shared.
     """
 
     labels_N: torch.Tensor
     label_smoothing: float = 0.0
     in_chunks: bool = True
+    base_states_ND: torch.Tensor | None = None
 
     def __call__(self, layer: torch.nn.Module, states_ND: torch.Tensor) -> torch.Tensor:
         assert isinstance(layer.out_features, int)  # a sharded weight may have no rows
         size = max(1, MAX_LOGITS // layer.out_features)
+        columns = [states_ND, self.labels_N] + ([] if self.base_states_ND is None else [self.base_states_ND])
         if not self.in_chunks or len(states_ND) <= size:
-            return self._losses(layer, states_ND, self.labels_N)
-        chunks = zip(states_ND.split(size), self.labels_N.split(size), strict=True)
+            return self._losses(layer, *columns)
+        chunks = zip(*(column.split(size) for column in columns), strict=True)
         recompute = partial(checkpoint, self._losses, layer, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([recompute(*chunk) for chunk in chunks])
+        return torch.cat([recompute(*chunk) for chunk in chunks], dim=-1)
 
-    def _losses(self, layer: torch.nn.Module, states_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    def _losses(
+        self,
+        layer: torch.nn.Module,
+        states_ND: torch.Tensor,
+        labels_N: torch.Tensor,
+        base_states_ND: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         logits_NV = layer(states_ND).float()
-        return F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=self.label_smoothing)
+        loss_N = F.cross_entropy(logits_NV, labels_N, reduction="none", label_smoothing=self.label_smoothing)
+        if base_states_ND is None:
+            return loss_N
+        with torch.no_grad():
+            target_NV = layer(base_states_ND).float().log_softmax(-1)
+        divergence_NV = F.kl_div(logits_NV.log_softmax(-1), target_NV, reduction="none", log_target=True)
+        return torch.stack([loss_N, divergence_NV.sum(-1)])
 
 
 def token_losses(
-    run_pass: PassFn, batch: Batch, label_smoothing: float = 0.0, *, in_chunks: bool = True
+    run_pass: PassFn,
+    batch: Batch,
+    label_smoothing: float = 0.0,
+    *,
+    in_chunks: bool = True,
+    base_states_ND: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of every answer token, including the end-of-text token.
 
     Args:
         batch: As ``collate_training`` or ``collate_packed`` makes it.
-        in_chunks: See ``TokenLosses``.
+        in_chunks, base_states_ND: See ``TokenLosses``.
     Returns:
-        loss_N, float32, one value per answer token, in the order of ``answer_positions``.
+        loss_N, float32, one value per answer token, in the order of ``answer_positions``; or losses_2N.
     """
     positions_N = batch["answer_positions"]
     labels_N = batch["labels"].flatten().index_select(0, positions_N + 1)
-    return run_pass(pass_inputs(batch), positions_N, TokenLosses(labels_N, label_smoothing, in_chunks))
+    output = TokenLosses(labels_N, label_smoothing, in_chunks, base_states_ND)
+    return run_pass(pass_inputs(batch), positions_N, output)
+
+
+@torch.no_grad()
+def answer_states(run_pass: PassFn, batch: Batch) -> torch.Tensor:
+    """states_ND before the output layer, at the positions that predict the answer tokens."""
+    return run_pass(pass_inputs(batch), batch["answer_positions"], lambda layer, states_ND: states_ND)
 
 
 def pass_inputs(batch: Batch) -> Batch:

@@ -52,7 +52,8 @@ class Prompts:
         if question == OTHER_CAPTION_REQUEST:
             return self.by_task[OTHER_CAPTIONS]
         has_own_question = bool(question) and question != TASKS[task].default_prompt
-        prompts = self.by_task.get(task, (QUESTION,))
+        own = self.by_task["asr"] if TASKS[task].kind == "asr" else (QUESTION,)
+        prompts = self.by_task.get(task, own)
         return tuple(QUESTION if has_own_question and QUESTION_MARK not in prompt else prompt for prompt in prompts)
 
     def default(self, task: str, question: str) -> str:

@@ -16,7 +16,6 @@ from voxray.core.source import Segment, text_matches
 from voxray.models.hf_files import model_file
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
-TASKS = ("asr",)
 TEMPLATE_VERSION = "whisper-1"
 ENGLISH_TEMPLATE_VERSION = "whisper-en-2"  # rows of other languages are refused
 MAX_AUDIO_SEC = 2 * 3600.0  # of one recording, which has 230 MB of log-mel
@@ -101,7 +100,7 @@ class WhisperFrontEnd(WindowedLogMel):
                 clip.
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
-        if sample.task.name not in TASKS:
+        if sample.task.template != "transcription":
             raise BadRow("unsupported_task", f"Whisper only transcribes; this row's task is {sample.task.name}")
         check_language(sample.language, self.languages, self.model_id)
         if sample.segments and num_samples:
