@@ -3,7 +3,7 @@
 The unit of work is a chunk of manifest lines, which becomes one shard. A worker reads the lines and clips of its chunk,
 computes the features and writes the shard itself. For encoder outputs on GPUs there are two workers: one on a CPU
 decodes the clips, and one with a GPU encodes them and writes the shard. So a GPU can encode while the next clips are
-decoded. Only chunk descriptions and counts travel through the driver. So the driver's memory does not grow with the data, the
+decoded. Only chunk descriptions and counts travel through the driver, whose memory does not grow with the data. The
 order of the rows does not depend on the workers, and a restarted run repeats only unfinished chunks.
 """
 
