@@ -62,7 +62,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     calls: list[dict[str, Any]] = []
 
     def generated(
-        model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, sampling: SamplingParams
+        model: Any, family: Any, front_end: Any, rows: Any, *, batch_size: int, sampling: SamplingParams, **_: Any
     ) -> Any:
         dtype = next(model.parameters()).dtype
         kinds = {parameter.dtype for parameter in model.parameters()}
@@ -334,7 +334,14 @@ def test_infer_model_id_and_tf32(answered: list, small: dict[str, str], capsys: 
 
 def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
     """A valid non-default value for every field; for the types, which exclude each other, only for ``half``."""
-    special = {"model_id": "m", "train_jsonl": ("t",), "val_jsonl": ("v",), "lora_dropout": 0.5, "label_smoothing": 0.5}
+    special = {
+        "model_id": "m",
+        "train_jsonl": ("t",),
+        "val_jsonl": ("v",),
+        "replay_jsonl": ("r",),
+        "lora_dropout": 0.5,
+        "label_smoothing": 0.5,
+    }
     special |= {"task_weights": {"asr": 1.0}, "lr_schedule": "linear", "num_workers": 3, "base_val_jsonl": ("b",)}
     special |= {
         "batching": "length",
