@@ -30,6 +30,7 @@ from voxray.config.compare import CompareSettings
 from voxray.config.evaluate import EvaluateSettings, InferSettings
 from voxray.config.export import ExportSettings
 from voxray.core.errors import RunError, SettingsError
+from voxray.core.manifest import chunks, read_chunk
 from voxray.evaluation.predictions import read_predictions
 from voxray.generation import continuous_batching
 from voxray.generation.generate import SamplingParams
@@ -434,6 +435,33 @@ def test_score_only_imports_neither_torch_nor_ray(tmp_path: Path) -> None:
 
 
 # infer
+
+
+def test_pseudo_labels(tmp_path: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """They are a manifest from which a training can start, and answers that are cut off are not in it."""
+    rows = [{**row, "speaker": "s"} for name in ("asr.val", "sqa.val", "tqa.val") for row in read_rows(small[name])[:3]]
+    for row in rows:
+        if "audio_path" in row:
+            row["audio_path"] = str(SPEECH / row["audio_path"])
+    write_rows(tmp_path / "old.jsonl", [*rows, {"audio_path": "missing.wav", "transcript": "a"}])
+    output = tmp_path / "new" / "labels.jsonl"
+    flags = {"jsonl": str(tmp_path / "old.jsonl"), "max_new_tokens": 40, "pseudo_labels": str(output)}
+    answers = infer_rows(**flags)
+    labels = read_rows(str(output))
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"{len(labels)} of {len(answers)} answers are labels in {output}" in shown and len(labels) > 5
+    texts = {answer["prediction"] for answer in answers}
+    for label in labels:
+        [key] = {"transcript", "answer", "output"} & set(label)
+        assert label[key] in texts and any({**row, key: ""} == {**label, key: ""} for row in rows)
+    assert [sample.answer for chunk in chunks(str(output), 64) for sample in read_chunk(chunk).samples] == [
+        next(label[key] for key in ("transcript", "answer", "output") if key in label) for label in labels
+    ]
+    infer_rows(audio_path=str(SPEECH / "sample.wav"), language="ko", pseudo_labels=str(output), max_new_tokens=40)
+    [label] = read_rows(str(output))
+    assert label["audio_path"] == str(SPEECH / "sample.wav") and label["language"] == "ko" and label["transcript"]
+    infer_rows(audio_path=str(SPEECH / "sample.wav"), pseudo_labels=str(output), max_new_tokens=1)
+    assert output.read_text() == ""
 
 
 def test_infer_folder_and_json(tmp_path: Path, small: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,6 +246,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
         **dict.fromkeys(("num_beams", "top_p"), "evaluation_flags::beams_and_sampling"),
         "json_lines": "evaluation_flags::infer_folder_and_json",
+        "pseudo_labels": "evaluation_flags::pseudo_labels",
         "tasks_file": "own_tasks::infer_takes_a_file",
         "merge_adapter": "evaluation_flags::merge_adapter",
         "static_cache": "evaluation_flags::static_cache",

@@ -1,9 +1,10 @@
 """The infer job: answers a clip, a folder of clips, a question or a manifest, in this process and without Ray."""
 
 import json
+import linecache
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from voxray.config.evaluate import InferSettings
 from voxray.config.unused_flags import warn_about_unused_flags
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import BadRow, RunError
-from voxray.core.manifest import Sample, chunks, read_chunk, require_usable_row
+from voxray.core.manifest import UNLABELLED, Sample, chunks, read_chunk, require_usable_row
+from voxray.core.source import Source
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
@@ -55,7 +57,10 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if manifest:
         require_usable_row((manifest,))
     samples = _manifest_rows(manifest, limit) if manifest else _clips_or_question(settings)
-    output_path = _prepare_output_path(settings.output_path, [manifest, settings.audio_path])
+    inputs = [manifest, settings.audio_path]
+    output_path, labels_path = (
+        _prepare_output_path(getattr(settings, flag), inputs, f"--{flag}") for flag in ("output_path", "pseudo_labels")
+    )
     flag = "lora_dir" if settings.lora_dir else "output_dir"
     model_id, adapter = base_and_adapter(settings, getattr(settings, flag), f"--{flag}")
     settings = resolve_settings(settings, model_id, adapter)
@@ -66,9 +71,10 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     if adapter:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
     entries: list[dict[str, Any]] = []
-    num_failed, num_cut, keys = 0, 0, ManifestKeys() if manifest else None
+    num_failed, num_cut, num_labels, keys = 0, 0, 0, ManifestKeys() if manifest else None
     # line buffered, so that finished answers are on disk if the job is killed
-    with open(output_path, "w", encoding="utf-8", buffering=1) as output:
+    options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "buffering": 1}
+    with open(output_path, **options) as output, open(labels_path, **options) as labels:
         for request, answers in _answer(samples, model, config, extractor, settings):
             error = next((answer for answer in answers if isinstance(answer, Exception)), None)
             if error:
@@ -76,12 +82,18 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
                 print(f"{request.rows[0].source}: not answered: {failure_reason(error)}", file=sys.stderr, flush=True)
                 continue
             completions = [answer for answer in answers if not isinstance(answer, Exception)]
-            num_cut += any(completion.hit_max for completion in completions)
+            is_cut = any(completion.hit_max for completion in completions)
+            num_cut += is_cut
             entries.append(_entry(request, request.text(completions), completions[0].language, keys))
             _print_answer(entries[-1], settings)
             output.write(json.dumps(entries[-1], ensure_ascii=False) + "\n")
+            if entries[-1]["prediction"] and not is_cut:
+                num_labels += 1
+                labels.write(json.dumps(_labelled_row(request.sample, entries[-1]), ensure_ascii=False) + "\n")
     if num_cut:
         print(f"{num_cut} answer(s) cut off at --max_new_tokens {settings.max_new_tokens}", file=sys.stderr, flush=True)
+    if settings.pseudo_labels:
+        log.print(f"{num_labels} of {len(entries)} answers are labels in {labels_path}", markup=False)
     source = manifest or settings.audio_path or QUESTION_ID
     if not entries:
         raise RunError(f"{source}: nothing could be answered")
@@ -103,18 +115,18 @@ def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Consol
             log.print(f"warning: --{name} has no effect: {reason}", markup=False)
 
 
-def _prepare_output_path(path: str, inputs: Sequence[str]) -> Path:
-    """Resolve --output_path and make its folder, before anything is answered.
+def _prepare_output_path(path: str, inputs: Sequence[str], flag: str) -> Path:
+    """Resolve an output file and make its folder, before anything is answered.
 
     Raises:
         SettingsError: The path is a folder or one of the inputs.
     """
     if not path:
         return Path(os.devnull)
-    file = resolve_output_dir(path, "", flag="--output_path")
+    file = resolve_output_dir(path, "", flag=flag)
     clips = [clip for folder in inputs if os.path.isdir(folder) for clip in list_audio(folder)]
-    check_output_files({"--output_path": file}, [*filter(None, inputs), *clips])
-    make_folder(file.parent, "--output_path")
+    check_output_files({flag: file}, [*filter(None, inputs), *clips])
+    make_folder(file.parent, flag)
     return file
 
 
@@ -144,6 +156,22 @@ def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys 
         "num_samples": request.num_samples,
     }
     return with_counts({**entry, **own, **metadata})
+
+
+def _labelled_row(sample: Sample, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest row with the answer as its label: the row of the manifest, or a row for a clip or a question."""
+    source, values = Source.parse(sample.source), dict[str, Any](id=sample.id)
+    if source.line:
+        values = json.loads(linecache.getline(*source).removeprefix("\ufeff"))
+        for name in ("segments", "references", "transcript_phonetic", UNLABELLED):  # they belong to the other label
+            values.pop(name, None)
+    elif sample.task.prompt_keys:
+        values[sample.task.prompt_keys[0]] = sample.prompt
+    if sample.task.has_audio:
+        values["audio_path"] = os.path.abspath(sample.audio_path)
+    if language := sample.language or entry.get("language", ""):
+        values["language"] = language
+    return {**values, sample.task.answer_key: entry["prediction"]}
 
 
 def _print_answer(entry: dict[str, Any], settings: InferSettings) -> None:

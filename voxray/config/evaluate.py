@@ -236,6 +236,9 @@ class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags)
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""
     """JSONL file to also write the answers to; they are always printed."""
+    pseudo_labels: Annotated[str, Flag(path="output")] = ""
+    """Manifest to write with the answered rows and the answers as their labels, for training, such as with
+    --replay_jsonl. Empty answers and those that are cut off are left out."""
     json_lines: Annotated[bool, Flag(("json",))] = False
     """Print the answers as JSON lines instead of text."""
     output_dir: Annotated[str, Flag(("lora_run",), path="model")] = ""

@@ -23,11 +23,13 @@ class AnswerRequest:
     """A sample to answer, as features.
 
     Attributes:
+        sample: The sample.
         rows: The row, or one row per chunk.
         num_samples: Audio samples of the whole recording.
         overlap_share: Share of each chunk that overlaps with the next.
     """
 
+    sample: Sample
     rows: list[FeatureRow]
     num_samples: int
     overlap_share: float = 0.0
@@ -70,7 +72,7 @@ def make_request(sample: Sample, extractor: Extractor, max_len: int) -> AnswerRe
     for row in rows:
         if len(row.prompt_ids) > max_len:
             raise BadRow("too_long", f"{len(row.prompt_ids)} tokens, over --max_len {max_len}")
-    return AnswerRequest(rows, num_samples, share)
+    return AnswerRequest(sample, rows, num_samples, share)
 
 
 def _feature_row(sample: Sample, extractor: Extractor) -> FeatureRow:
