@@ -130,7 +130,8 @@ def test_hands_its_flags_to_every_trial(sweep: Callable[..., Swept], tmp_path: P
     own = {"output_dir": str(tmp_path), "storage_path": "", "overwrite": True}
     paths = {name: str(Path(name[0]).absolute()) for name in ("noise_dir", "room_dir", "init_adapter", "tasks_file")}
     trial_values = {name: value for name, value in dict(trial).items() if name not in paths}
-    absolute = {"train_jsonl": (str(Path("t").absolute()),), "val_jsonl": (str(Path("v").absolute()),)}
+    manifests = {"train_jsonl": "t", "replay_jsonl": "r", "val_jsonl": "v"}
+    absolute = {name: (str(Path(path).absolute()),) for name, path in manifests.items()}
     expected = {**values, **absolute, "task_weights": {"asr": 1.0}, "lora_r": 17, **own}
     assert trial_values == {name: value for name, value in expected.items() if name not in paths}
     run = sweep("--num_actors 3 --rows_per_shard 5 --strict --tf32").ray_call["data"].settings
