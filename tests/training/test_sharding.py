@@ -331,6 +331,7 @@ def test_other_settings(data: TrainingData, tmp_path: Path, small: dict[str, str
         "packed": {"batching": "packed", "pack_tokens": 600},
         "recomputed": {"grad_ckpt": True},
         "16 bits": {"bf16": True},
+        "distilled": {**TEXT_HEAVY, "distill_weight": 0.5},
         "stored": {**TEXT_HEAVY, "store": "encoder", "cache_dtype": "float32"},
         "frozen": {"init_adapter": str(tmp_path / "encoder-ddp" / "adapter")},
     }
