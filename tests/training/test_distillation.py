@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, WHISPER
 from helpers.adapters import random_adapter
 from helpers.training import train
 
 from voxray.batches.collate import collate_packed, collate_training
 from voxray.batches.rank import Worker
-from voxray.config.train import MultitaskSettings
+from voxray.config.train import MultitaskSettings, WhisperSettings
+from voxray.core.errors import SettingsError
 from voxray.features.reader import Features
 from voxray.models.adapters.lora import load_adapter
-from voxray.models.adapters.lora_scale import scale_lora, without_lora
+from voxray.models.adapters.lora_scale import check_base_is_there, scale_lora, without_lora
 from voxray.models.interface import IGNORED
 from voxray.models.parts import losses
 from voxray.models.registry import get_family
@@ -137,6 +138,24 @@ def test_scaled_lora_adds_a_share(adapter, scale):
     expected = reference.base_layer(states) + scale * (reference(states) - reference.base_layer(states))
     scale_lora(model, adapter, "--scale", scale)
     torch.testing.assert_close(layer(states), expected)
+
+
+def test_whisper_is_distilled_too(small, make_features, tmp_path):
+    features = make_features(small["asr.train"], model_id=WHISPER)
+    values = {"train_jsonl": "unused", "model_id": WHISPER, "output_dir": str(tmp_path), "num_workers": 0}
+    values |= {"max_steps": 8, "lr": 1e-2, "per_device_bsz": 4, "distill_weight": 0.5}
+    train(WhisperSettings.model_validate(values), tmp_path, TrainingData(features, ()))
+    divergences = [record["distill_kl"] for record in records(tmp_path)]
+    assert abs(divergences[0]) < 1e-6 < max(divergences)
+
+
+def test_modules_that_train_as_a_whole_leave_no_base(adapter):
+    """As SALMONN's Q-Former does beside LoRA."""
+    model = load(adapter)
+    check_base_is_there(model, "--distill_weight 1")
+    model.get_output_embeddings().weight.requires_grad_(True)
+    with pytest.raises(SettingsError, match=r"--distill_weight 1: .*lm_head.weight trains as a whole"):
+        check_base_is_there(model, "--distill_weight 1")
 
 
 def test_full_tuning_has_no_base(tmp_path):
