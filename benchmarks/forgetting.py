@@ -33,10 +33,12 @@ import voices  # noqa: E402
 
 from voxray.commands.evaluate import run_evaluation  # noqa: E402
 from voxray.commands.train import run_training  # noqa: E402
+from voxray.comparison.compare import compare_slices, compare_tasks  # noqa: E402
+from voxray.comparison.evaluations import match_rows, read_evaluations  # noqa: E402
 from voxray.config.evaluate import EvaluateSettings  # noqa: E402
 from voxray.config.train import MultitaskSettings, WhisperSettings  # noqa: E402
 
-NUM_OLD, NUM_REPLAY = 400, 300
+NUM_OLD, NUM_REPLAY, NUM_RESAMPLES = 400, 300, 2000
 MODELS: dict[str, tuple[str, str, Any]] = {
     "voxtral": ("voxtral-tiny", "quickstart.yaml", MultitaskSettings),
     "whisper": ("whisper-tiny", "demo_train_whisper.yaml", WhisperSettings),
@@ -99,13 +101,32 @@ def measure(model: str, variant: str, seed: int, folder: Path, old: dict[str, st
     evaluation |= {"features_dir": values["features_dir"], "gen_max_new_tokens": 32, "per_device_bsz": 16}
     result = run_evaluation(EvaluateSettings.model_validate(evaluation))
     points = json.loads((result.output_dir / "frontier.json").read_text())
-    return [{"model": model, "variant": variant, "seed": seed, **point} for point in points]
+    differences = {scale: to_base(result.output_dir, scale) for scale in scales}
+    run = {"model": model, "variant": variant, "seed": seed}
+    return [{**run, **point, **differences[point["scale"]][Path(point["manifest"]).stem]} for point in points]
 
 
-def cell(points: list[dict[str, Any]]) -> str:
+def to_base(folder: Path, scale: float) -> dict[str, dict[str, float]]:
+    """{data set: difference to the base with its paired 95 % interval}."""
+    runs = read_evaluations([f"{folder}/scale-0", f"{folder}/scale-{scale:g}"])
+    options = {"seed": 0, "num_resamples": NUM_RESAMPLES}
+    slices = compare_slices(compare_tasks(match_rows(runs), **options), **options)
+    differences = {}
+    for entry in slices:
+        if entry.slice == "dataset" and entry.difference.interval:
+            low, high = entry.difference.interval
+            differences[entry.value] = {
+                "to_base": entry.difference.difference,
+                "to_base_low": low,
+                "to_base_high": high,
+            }
+    return differences
+
+
+def cell(points: list[dict[str, Any]], names: tuple[str, str, str] = ("value", "low", "high")) -> str:
     """A value with its interval; of several seeds, the means."""
-    value, low, high = (sum(point[name] for point in points) / len(points) for name in ("value", "low", "high"))
-    return f"{value:.3f} ({low:.3f} - {high:.3f})"
+    value, low, high = (sum(point[name] for point in points) / len(points) for name in names)
+    return f"{value:6.3f} ({low:6.3f} to {high:6.3f})"
 
 
 def main() -> None:
@@ -124,13 +145,14 @@ def main() -> None:
         for variant in flags.variants.split(","):
             for seed in map(int, flags.seeds.split(",")):
                 points += measure(model, variant, seed, folder, old, flags)
-    print("model    variant  scale  new                     old")
+    print("model    variant  scale  new                        old                        old, difference to the base")
     for key in dict.fromkeys((point["model"], point["variant"], point["scale"]) for point in points):
         same = [point for point in points if (point["model"], point["variant"], point["scale"]) == key]
         new, own = (
             [point for point in same if (point["manifest"] == "old.jsonl") == is_old] for is_old in (False, True)
         )
-        print(f"{key[0]:8} {key[1]:8} {key[2]:5g}  {cell(new)}   {cell(own)}")
+        difference = cell(own, ("to_base", "to_base_low", "to_base_high"))
+        print(f"{key[0]:8} {key[1]:8} {key[2]:5g}  {cell(new)}  {cell(own)}  {difference}")
     print(json.dumps({"benchmark": "forgetting", "points": points}))
 
 
