@@ -103,7 +103,8 @@ def _connect() -> None:
     try:
         if host and port.isdecimal():  # else it is a word such as "auto"
             socket.create_connection((host, int(port)), timeout=CONNECT_SEC).close()
-        ray.init(**QUIET, **({"runtime_env": environment} if (environment := _environment()) else {}))
+        options: dict[str, Any] = {"runtime_env": _environment()} if own_definitions() else {}
+        ray.init(**QUIET, **options)
     except OSError as error:
         raise RunError(f"RAY_ADDRESS {address}: no cluster answers there: {one_line(error, 200)}") from None
     except Exception as error:  # Ray raises many types here, none of them because of a setting
