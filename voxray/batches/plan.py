@@ -16,11 +16,8 @@ from voxray.core.tasks import TASKS
 
 REPLAY = "replay"
 """Name under which the plan counts replayed rows, as if they were a task."""
-ORDER_STREAM, VARIANT_STREAM, MICROBATCH_STREAM = 3, 4, 5
+ORDER_STREAM, VARIANT_STREAM, MICROBATCH_STREAM, REPLAY_STREAM = 3, 4, 5, 1 << 20
 """Random streams of an epoch. Each task draws its rows from a stream of its own (see ``_stream``)."""
-
-
-REPLAY_STREAM = 1 << 20
 
 
 def _stream(code: int) -> int:

@@ -73,7 +73,7 @@ class Lengths(RowLengths):
         replay: Sequence[str] = (),
         max_extra_prompt_tokens: Mapping[str, int] | None = None,
     ) -> None:
-        self._extractor, self._augmented = extractor, augmented
+        self._extractor = extractor
         self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self._columns, self._sources = Columns(), list[str]()
         self.bad: list[BadManifestLine] = []
@@ -83,18 +83,18 @@ class Lengths(RowLengths):
         num_lines, num_done = sum(chunk.num_lines for chunk in work), 0
         with ThreadPoolExecutor(THREADS) as pool:
             for chunk in work:
-                self._augmented = augmented and chunk.manifest not in replay
+                is_replay = chunk.manifest in replay
+                if is_replay:
+                    self.first_replay = min(self.first_replay, len(self))
                 rows = read_chunk(chunk)
                 self.bad += [BadManifestLine(chunk.manifest, line, bad.reason, bad.message) for line, bad in rows.bad]
                 for sample, seconds in zip(rows.samples, pool.map(_clip_seconds, rows.samples), strict=True):
-                    self._add(sample, seconds)
+                    self._add(sample, seconds, augmented=augmented and not is_replay)
                 num_done += chunk.num_lines
                 bar.update(num_done, num_lines)
         for name in Columns.__dataclass_fields__:
             dtype = {"task": np.int8, "has_language": np.bool_}.get(name, np.int64)
             setattr(self, name, np.array(getattr(self._columns, name), dtype))
-        is_replayed = [Source.parse(source).file in replay for source in self._sources] if replay else []
-        self.first_replay = is_replayed.index(True) if True in is_replayed else len(self._sources)
 
     def __len__(self) -> int:
         return len(self._sources)
@@ -106,22 +106,22 @@ class Lengths(RowLengths):
         """The number of a row's variant within its sample."""
         return int(number) - int(np.searchsorted(self.sample, self.sample[number]))
 
-    def _add(self, sample: Sample, seconds: "float | BadRow") -> None:
+    def _add(self, sample: Sample, seconds: "float | BadRow", *, augmented: bool) -> None:
         try:
             if isinstance(seconds, BadRow):
                 raise seconds
-            self._add_variants(sample, seconds)
+            self._add_variants(sample, seconds, augmented=augmented)
         except BadRow as error:
             self.bad.append(BadManifestLine(*Source.parse(sample.source), error.reason, error.message))
 
-    def _add_variants(self, sample: Sample, seconds: float) -> None:
+    def _add_variants(self, sample: Sample, seconds: float, *, augmented: bool) -> None:
         spec, front_end, columns = self._extractor.spec, self._extractor.front_end, self._columns
         sample = replace(sample, language=sample.language or spec.language)
         limit, waveform = front_end.max_audio_sec, spec.waveform
         if seconds > limit:
             raise BadRow("audio_too_long", f"{sample.audio_path} lasts {seconds:.1f} s, over the {limit:g} s that fit")
         num_target_tokens = len(row_target_ids(front_end, sample))
-        variants = waveform.num_variants if self._augmented and sample.task.has_audio else 1
+        variants = waveform.num_variants if augmented and sample.task.has_audio else 1
         number = columns.sample[-1] + 1 if columns.sample else 0
         for variant in range(variants):
             speed = waveform.speed(variant) if variant else 1.0
