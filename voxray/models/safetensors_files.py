@@ -40,10 +40,13 @@ class LazyTensor:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, tensors: Iterable[LazyTensor], max_file_bytes: int = MAX_FILE_BYTES) -> None:
+def write_weights(
+    folder: Path, tensors: Iterable[LazyTensor], max_file_bytes: int = MAX_FILE_BYTES, *, stem: str = "model"
+) -> None:
     """Write ``model.safetensors``, or several files and ``model.safetensors.index.json``.
 
     Args:
+        stem: Begin of the names of the files.
         max_file_bytes: Largest file; a tensor that is larger has a file of its own.
     """
     groups: list[list[LazyTensor]] = [[]]
@@ -52,15 +55,15 @@ def write_weights(folder: Path, tensors: Iterable[LazyTensor], max_file_bytes: i
             groups.append([])
         groups[-1].append(tensor)
     if len(groups) == 1:
-        _write_file(folder / "model.safetensors", groups[0])
+        _write_file(folder / f"{stem}.safetensors", groups[0])
         return
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+    names = [f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
     for name, group in zip(names, groups, strict=True):
         _write_file(folder / name, group)
     total = sum(tensor.num_bytes for group in groups for tensor in group)
     files = {tensor.name: name for name, group in zip(names, groups, strict=True) for tensor in group}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def _write_file(path: Path, tensors: Sequence[LazyTensor]) -> None:
