@@ -4,6 +4,7 @@ Every step is verified: each tensor of the adapter must match a layer, the merge
 unmerged one, and so must the model read back from disk.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,20 @@ from voxray.models.adapters.merge import MergeLayers, in_float32, merged_tensors
 from voxray.models.adapters.read_files import CONFIG, WEIGHTS, tensor_names, weights_file
 from voxray.models.adapters.tied_weights import untie
 from voxray.models.front_end import FrontEnd
-from voxray.models.hf_files import read_config, stored_dtype, unwrap_peft
+from voxray.models.hf_files import model_file, read_config, stored_dtype, unwrap_peft
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.losses import pass_inputs
 from voxray.models.registry import get_family
 from voxray.models.safetensors_files import write_weights
+from voxray.models.voxtral.mistral_format import peft_names, read_mistral, rename_for_vllm, write_mistral
 from voxray.runs.lease import output_lease
 from voxray.runs.run_folder import provenance, replaced_on_success, require_replaceable, resolve_output_dir
 
 REPORT = "export.json"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Largest allowed difference as a share of the largest logit, by data type: the size of its rounding error."""
+FORMATS = {"mistral": "voxtral"}
+"""{format: the family that has it}; the others are for all families, or refused by the family."""
 CPU = torch.device("cpu")
 PROBE_SEC, PROBE_TEXT = 1.5, "환자는 어제부터 열이 납니다"
 
@@ -71,13 +75,15 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         output_dir, REPORT, overwrite=settings.overwrite, earlier="an earlier export", other="it is no export"
     )
     family = get_family(model_id)
+    if settings.format in FORMATS and family.name != FORMATS[settings.format]:
+        raise SettingsError(f"--format {settings.format}: {FORMATS[settings.format]} models only, not {family.name}")
     trimmed = trims_audio(model_id, bool(read_trim_record(adapter)))
     front_end = family.front_end(model_id, trim_audio=trimmed)
     base = family.load_model(model_id, dtype=_loaded_dtype(model_id, adapter), device=CPU)
     model, num_tensors = load_adapter(base, adapter)
     if settings.scale != 1:
-        if settings.merge != "all" or settings.format != "transformers":
-            raise SettingsError(f"--scale {settings.scale:g}: only with --merge all and --format transformers")
+        if settings.merge != "all" or settings.format == "official":
+            raise SettingsError(f"--scale {settings.scale:g}: only with --merge all, and not with --format official")
         scale_lora(model, adapter, f"--scale {settings.scale:g}", settings.scale)
     console.print(f"adapter {adapter}: all of its {num_tensors} tensors used", markup=False)
     if trimmed:
@@ -95,25 +101,47 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     with in_float32(model, layers):
         difference = _difference(probe_logits(model, family, front_end), expected)
     _check(difference, torch.float32, "the merged model")
+    report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
+    report |= {"adapter_sha256": checksum(weights_file(adapter)), "difference_merged": difference}
+    report |= {"scale": settings.scale, "trim_audio_tokens": trimmed, "layers_merged": num_merged}
+    return _write_merged(settings, model, layers, family, output_dir, expected, report)
+
+
+def _write_merged(
+    settings: ExportSettings,
+    model: Any,
+    layers: MergeLayers,
+    family: ModelFamily,
+    output_dir: Path,
+    expected: torch.Tensor,
+    report: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the merged model in ``--format``, read it back and compare its logits; returns the completed report."""
+    model_id, dtype = report["base"], _dtype(settings.dtype, report["base"])
     with output_lease(output_dir), replaced_on_success(output_dir) as partial:
-        report = {"base": model_id, "adapter": str(adapter), "merge": settings.merge, "tensors": num_tensors}
-        report |= {"adapter_sha256": checksum(weights_file(adapter))}
-        dtype = _dtype(settings.dtype, model_id)
         with library_errors(f"{output_dir}: cannot write the model"):  # safetensors has its own error for a full disk
-            _write(model, layers, family, partial, model_id, dtype, output_dir)
-        difference_on_disk = _difference(_logits_from_disk(partial, family, dtype), expected)
-        _check(difference_on_disk, dtype, "the model on disk")
-        report |= {"scale": settings.scale, "trim_audio_tokens": trimmed, "layers_merged": num_merged}
-        report |= {"dtype": str(dtype).removeprefix("torch.")}
-        report |= {"difference_merged": difference, "difference_on_disk": difference_on_disk, **provenance()}
+            adapter = _split_adapter(model, layers, family, partial, output_dir, settings.format)
+            if settings.format == "mistral":
+                write_mistral(partial, merged_tensors(unwrap_peft(model), layers, dtype), unwrap_peft(model).config)
+                shutil.copyfile(model_file(model_id, "tekken.json"), partial / "tekken.json")
+            else:
+                _write_folder(model, layers, family, partial, model_id, dtype)
+        read = _mistral_logits if settings.format == "mistral" else _logits_from_disk
+        difference = _difference(read(partial, family, dtype, model_id), expected)
+        _check(difference, dtype, "the model on disk")
+        report |= {"format": settings.format, "dtype": str(dtype).removeprefix("torch.")}
+        report |= {"difference_on_disk": difference, **provenance()}
         write_json(partial / REPORT, report)
         write_checksums(partial)
     console.print(
-        f"{num_merged} layers merged; logits differ by {difference:.1e} of the largest, "
-        f"{difference_on_disk:.1e} on disk"
+        f"{report['layers_merged']} layers merged; logits differ by {report['difference_merged']:.1e} of the largest, "
+        f"{difference:.1e} on disk"
     )
     console.print(f"model in {output_dir}", markup=False)
     use = typed_command("infer", "--model_id", str(output_dir), "--audio_path", "clip.wav")
+    if settings.format == "mistral":
+        use = f"vllm serve {output_dir} --config-format mistral --load-format mistral --tokenizer-mode mistral"
+        use += f" --enable-lora --lora-modules tuned={output_dir / 'adapter'}" if adapter else ""
     console.print(f"next:\n  {use}", markup=False, soft_wrap=True)
     return report
 
@@ -225,36 +253,42 @@ def _dtype(name: str, model_id: str) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _write(
-    model: Any,
-    layers: MergeLayers,
-    family: ModelFamily,
-    folder: Path,
-    model_id: str,
-    dtype: torch.dtype,
-    final: Path,
+def _write_folder(
+    model: Any, layers: MergeLayers, family: ModelFamily, folder: Path, model_id: str, dtype: torch.dtype
 ) -> None:
-    """Write the merged base with its tokenizer and processor files, and unmerged layers as an adapter for it.
-
-    Args:
-        layers: The layers to merge.
-        folder: Where to write.
-        final: Where the folder is moved at the end; the adapter names this path as its base.
-    """
+    """Write the merged base with its tokenizer and processor files, as transformers loads it."""
     base = unwrap_peft(model)
-    unmerged = [name for name, module in base.named_modules() if isinstance(module, LoraLayer) and name not in layers]
-    if unmerged:
-        roles = sorted({find_role(name, family) for name in unmerged})
-        _write_adapter(model, family, folder / "adapter", roles, final)
-        for name in unmerged:
-            layer: Any = base.get_submodule(name)
-            base.set_submodule(name, layer.get_base_layer())
     write_weights(folder, merged_tensors(base, layers, dtype))
     base.config.dtype, base.config.architectures = dtype, [type(base).__name__]
     base.config.save_pretrained(folder)
     if base.can_generate():
         base.generation_config.save_pretrained(folder)
     family.copy_files(model_id, folder)
+
+
+def _split_adapter(
+    model: Any, layers: MergeLayers, family: ModelFamily, folder: Path, final: Path, format: str
+) -> bool:
+    """Write layers that are not merged as an adapter for the merged base, and remove their LoRA from the model.
+
+    Args:
+        layers: The layers to merge.
+        folder: Where to write.
+        final: Where the folder is moved at the end; the adapter names this path as its base.
+    Returns:
+        Whether there are such layers.
+    """
+    base = unwrap_peft(model)
+    unmerged = [name for name, module in base.named_modules() if isinstance(module, LoraLayer) and name not in layers]
+    if unmerged:
+        roles = sorted({find_role(name, family) for name in unmerged})
+        _write_adapter(model, family, folder / "adapter", roles, final)
+        if format == "mistral":
+            rename_for_vllm(folder / "adapter")
+        for name in unmerged:
+            layer: Any = base.get_submodule(name)
+            base.set_submodule(name, layer.get_base_layer())
+    return bool(unmerged)
 
 
 def _write_adapter(model: PeftModel, family: ModelFamily, folder: Path, roles: Sequence[str], base_path: Path) -> None:
@@ -272,7 +306,17 @@ def _write_adapter(model: PeftModel, family: ModelFamily, folder: Path, roles: S
     write_trim_record(model, folder)
 
 
-def _logits_from_disk(folder: Path, family: ModelFamily, dtype: torch.dtype) -> torch.Tensor:
+def _mistral_logits(folder: Path, family: ModelFamily, dtype: torch.dtype, model_id: str) -> torch.Tensor:
+    """Logits of a model in Mistral's format, from the written files, computed in float32."""
+    model = read_mistral(folder, family.load_model(model_id, dtype=dtype, device=CPU))
+    if (folder / "adapter" / CONFIG).is_file():
+        with peft_names(folder / "adapter") as adapter:
+            model, _ = load_adapter(model, adapter)
+    with in_float32(model):
+        return probe_logits(model, family, family.front_end(model_id))
+
+
+def _logits_from_disk(folder: Path, family: ModelFamily, dtype: torch.dtype, model_id: str) -> torch.Tensor:
     """Logits of the written model, loaded from disk as a user would load it and computed in float32."""
     model = family.load_model(str(folder), dtype=dtype, device=CPU)
     if (folder / "adapter" / CONFIG).is_file():

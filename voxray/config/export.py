@@ -18,9 +18,10 @@ class ExportSettings(Settings):
     paths need it."""
     model_id: Annotated[str, Flag(("base_model", "model_name_or_path"), path="model")] = ""
     """Base model: a folder on disk or a hub id; by default the one recorded in the adapter."""
-    format: Literal["transformers", "official"] = "transformers"
-    """What to write: transformers is a complete model that transformers or voxray loads; official, for SALMONN only, is
-    a checkpoint of the trained weights for SALMONN's own code."""
+    format: Literal["transformers", "mistral", "official"] = "transformers"
+    """What to write: transformers is a complete model that transformers or voxray loads; mistral, for Voxtral, is
+    Mistral's own format, which vLLM loads; official, for SALMONN, is a checkpoint of the trained weights for SALMONN's
+    own code."""
     merge: Literal["all", "projector"] = "all"
     """What to merge into the base's weights: the whole adapter, or only its projector part. The rest is then written to
     the subfolder `adapter`, as an adapter for the new base."""

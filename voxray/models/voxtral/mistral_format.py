@@ -6,17 +6,24 @@ order: transformers rotates the first half of a head against the second, Mistral
 Source: vLLM, ``transformers_utils/configs/mistral.py`` and ``model_executor/models/voxtral.py``.
 """
 
+import json
 import re
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from voxray.audio.logmel import HOP_SAMPLES, N_FFT, SAMPLE_RATE_HZ
-from voxray.core.errors import RunError
+from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import write_json
+from voxray.models.adapters.read_files import CONFIG, WEIGHTS
 from voxray.models.safetensors_files import LazyTensor, write_weights
 
 STEM = "consolidated"
@@ -48,6 +55,8 @@ _LAYERS = {
     "language_model.model.layers.": ("layers.", _TEXT_LAYER),
     "audio_tower.layers.": (f"{_ENCODER}.transformer.layers.", _AUDIO_LAYER),
 }
+_PEFT_TEXT, _VLLM_TEXT = "base_model.model.model.language_model.", "base_model.model.language_model.model."
+"""Names of the language model's layers in an adapter of PEFT, and in one for vLLM."""
 _ROTATED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
 
 
@@ -110,26 +119,60 @@ def write_mistral(folder: Path, tensors: Iterable[LazyTensor], config: Any) -> N
     write_weights(folder, renamed, stem=STEM)
 
 
-def read_mistral(folder: Path, model: Any) -> None:
-    """Copy the weights of a folder in Mistral's format into a model of transformers, whose types they get.
+def read_mistral(folder: Path, base: Any) -> Any:
+    """Load a model of transformers with the weights of a folder in Mistral's format.
 
+    Args:
+        base: A model of the same configuration; sinusoids come from it.
     Raises:
         RunError: The folder does not have exactly the model's tensors.
     """
-    from safetensors import safe_open
     from transformers.core_model_loading import revert_weight_conversion
 
     stored = {}
     for path in sorted(folder.glob(f"{STEM}*.safetensors")):
         file = safe_open(path, framework="pt")
-        stored |= {name: file for name in file.keys()}  # noqa: SIM118, a file is no dictionary
-    parameters = revert_weight_conversion(model, dict(model.state_dict(keep_vars=True)))
-    expected = {mistral_name(name): name for name in parameters if name != LEFT_OUT}
-    if different := sorted(expected.keys() ^ stored.keys()):
+        stored |= dict.fromkeys(file.keys(), file)
+    tensors = revert_weight_conversion(base, dict(base.state_dict()))
+    names = {mistral_name(name): name for name in tensors if name != LEFT_OUT}
+    if different := sorted(names.keys() ^ stored.keys()):
         raise RunError(f"{folder}: {len(different)} tensors are missing or unknown: {', '.join(different[:5])}")
-    for mistral, name in expected.items():
-        tensor, heads = stored[mistral].get_tensor(mistral), _num_heads(name, model.config)
-        parameters[name].data.copy_(_in_halves(tensor, heads) if heads else tensor)
+    for other, name in names.items():
+        tensor, heads = stored[other].get_tensor(other), _num_heads(name, base.config)
+        tensors[name] = _in_halves(tensor, heads) if heads else tensor
+    model = type(base).from_pretrained(None, config=base.config, state_dict=tensors, dtype=base.dtype)
+    return model.eval().requires_grad_(False)
+
+
+def rename_for_vllm(adapter: Path) -> None:
+    """Give the tensors of a LoRA adapter the names under which vLLM finds their layers, in place.
+
+    vLLM ignores tensors under PEFT's names without a message.
+
+    Raises:
+        SettingsError: vLLM does not apply this kind of adapter.
+    """
+    config = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
+    if config.get("use_dora"):
+        raise SettingsError("--merge projector: vLLM applies no DoRA; merge all of it")
+    tensors = load_file(adapter / WEIGHTS)
+    if foreign := [name for name in tensors if not name.startswith(_PEFT_TEXT)]:
+        raise SettingsError(f"--merge projector: vLLM applies LoRA to the language model only, not to {foreign[0]}")
+    renamed = {name.replace(_PEFT_TEXT, _VLLM_TEXT, 1): tensor for name, tensor in tensors.items()}
+    save_file(renamed, adapter / WEIGHTS, metadata={"format": "pt"})
+    config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
+    write_json(adapter / CONFIG, config)
+
+
+@contextmanager
+def peft_names(adapter: Path) -> Iterator[Path]:
+    """A temporary copy of an adapter with vLLM's names, under PEFT's."""
+    tensors = load_file(adapter / WEIGHTS)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(adapter, Path(folder) / "adapter"))
+        renamed = {name.replace(_VLLM_TEXT, _PEFT_TEXT, 1): tensor for name, tensor in tensors.items()}
+        save_file(renamed, copy / WEIGHTS, metadata={"format": "pt"})
+        yield copy
 
 
 def _num_heads(name: str, config: Any) -> int:
