@@ -69,10 +69,13 @@ def test_rows_are_in_the_order_of_mistrals_rotation(adapter: Path, tmp_path: Pat
     run(adapter, tmp_path / "mistral")
     run(adapter, tmp_path / "hf", format="transformers")
     stored = tensors(tmp_path / "mistral")
-    theirs = {name: load_file(tmp_path / "hf" / "model.safetensors")[name] for name in (
-        "language_model.model.layers.0.self_attn.q_proj.weight",
-        "language_model.model.layers.0.self_attn.k_proj.weight",
-    )}
+    theirs = {
+        name: load_file(tmp_path / "hf" / "model.safetensors")[name]
+        for name in (
+            "language_model.model.layers.0.self_attn.q_proj.weight",
+            "language_model.model.layers.0.self_attn.k_proj.weight",
+        )
+    }
     hidden, dim = torch.randn(6, 128), 32
     angles = torch.outer(torch.arange(6.0), 10_000.0 ** (-torch.arange(0, dim, 2) / dim))
     turns = torch.polar(torch.ones_like(angles), angles)[:, None]
@@ -106,7 +109,9 @@ def test_several_files(adapter: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("damage", ["missing", "other values", "unknown"])
-def test_a_wrong_file_is_not_written(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+def test_a_wrong_file_is_not_written(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
     read = export.read_mistral
 
     def damaged(folder: Path, base: object) -> object:
@@ -122,7 +127,9 @@ def test_a_wrong_file_is_not_written(adapter: Path, tmp_path: Path, monkeypatch:
         return read(folder, base)
 
     monkeypatch.setattr(export, "read_mistral", damaged)
-    message = "the model on disk answers differently" if damage == "other values" else "1 tensors are missing or unknown"
+    message = (
+        "the model on disk answers differently" if damage == "other values" else "1 tensors are missing or unknown"
+    )
     with pytest.raises(RunError, match=message):
         run(adapter, tmp_path / "e")
     assert not (tmp_path / "e").exists()

@@ -79,7 +79,9 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         raise SettingsError(f"--format {settings.format}: {FORMATS[settings.format]} models only, not {family.name}")
     trimmed = trims_audio(model_id, bool(read_trim_record(adapter)))
     if trimmed and settings.format == "mistral":
-        raise SettingsError(f"--format mistral: {adapter} was trained with --trim_audio_tokens, which vLLM does not know")
+        raise SettingsError(
+            f"--format mistral: {adapter} was trained with --trim_audio_tokens, which vLLM does not know"
+        )
     front_end = family.front_end(model_id, trim_audio=trimmed)
     base = family.load_model(model_id, dtype=_loaded_dtype(model_id, adapter), device=CPU)
     model, num_tensors = load_adapter(base, adapter)

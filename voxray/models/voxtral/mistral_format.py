@@ -172,6 +172,9 @@ def peft_names(adapter: Path) -> Iterator[Path]:
         copy = Path(shutil.copytree(adapter, Path(folder) / "adapter"))
         renamed = {name.replace(_VLLM_TEXT, _PEFT_TEXT, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, copy / WEIGHTS, metadata={"format": "pt"})
+        config = json.loads((copy / CONFIG).read_text(encoding="utf-8"))
+        config["target_modules"] = rf".*language_model\..*\.({'|'.join(config['target_modules'])})"
+        write_json(copy / CONFIG, config)
         yield copy
 
 
