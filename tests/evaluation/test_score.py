@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
-from voxray.evaluation.score import by_task, read_terms, score
+from voxray.evaluation.score import by_task, score
+from voxray.metrics.terms import read_terms
 from voxray.metrics.names import evaluation_metrics, higher_is_better
 from voxray.text.normalize import normalize_ko_v1, normalizers_from
 
@@ -206,6 +207,23 @@ def test_empty_references():
     only_empty = score(rows[:1], num_resamples=20)
     assert set(only_empty["asr"]) == {"exact_match", "silence_hallucination", "repetition", "hallucination"}
     assert only_empty["overall"] == {}, "there is no headline metric"
+
+
+def test_terms_of_contexts():
+    """Without a list, the terms of each row's own prompt; a leak is one that nobody said."""
+    texts = [
+        ("타이레놀, 와파린", "타이레놀 드세요", "타이레놀 드세요"),
+        ("타이레놀, 와파린, Tylenol", "네", "와파린 와파린"),
+        ("와파린", "와 파린 5mg", "아스피린"),
+        ("", "타이레놀", "와파린"),
+    ]
+    rows = [{"task": "asr", "prompt": each[0], "reference": each[1], "prediction": each[2]} for each in texts]
+    metrics = score(rows, num_resamples=20)
+    assert metrics["asr"]["context_leak"]["value"] == 1 / 4 and metrics["asr"]["context_leak"]["n"] == 4
+    assert metrics["asr"]["term_recall"]["value"] == 1 / 2 and metrics["terms"]["n"] == 2
+    listed = score(rows, terms=("타이레놀",), num_resamples=0)["asr"]
+    assert listed["term_recall"]["n"] == 2 and listed["context_leak"]["value"] == 1 / 4
+    assert not {"context_leak", "term_recall"} & set(score(rows[3:], num_resamples=0)["asr"])
 
 
 def test_terms(tmp_path: Path):

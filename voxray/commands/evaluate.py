@@ -27,6 +27,7 @@ from voxray.evaluation.distribute import ModelCount, answer_rows, check_invarian
 from voxray.evaluation.predictions import labelled_rows, read_predictions, score_predictions
 from voxray.evaluation.result import EvaluationResult
 from voxray.evaluation.submission import write_submission
+from voxray.features.context import num_context_tokens
 from voxray.features.featurize import write_ledger
 from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
@@ -123,7 +124,7 @@ def _answer_and_score(
     output_dir = remote.folder
     folders = evaluation_features(settings, config.model_id, features_dir, output_dir)
     features, models = Features(folders), ModelCount(settings.num_models, settings.gpus_per_model)
-    rows, too_long = rows_to_answer(features, settings)
+    rows, too_long = rows_to_answer(features, settings, config)
     write_evaluation_ledger(output_dir, settings.val_jsonl, folders, too_long)
     with progress_bar("answers") as bar:
         options = {"models": models, "retry_failed": settings.retry_failed, "remote": remote}
@@ -189,8 +190,20 @@ def write_evaluation_ledger(
     return len(lines)
 
 
+def prompt_lengths(features: Features, config: InferenceConfig) -> np.ndarray:
+    """Tokens of every row's prompt, at most. Those of the context of the job come on top of the stored ones."""
+    lengths = features.num_prompt_tokens
+    codes = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
+    is_transcription = np.isin(features.task, codes)
+    if config.context and is_transcription.any():
+        front_end = get_family(config.model_id).front_end(config.model_id, trim_audio=config.trim_audio)
+        first = features.row(int(is_transcription.argmax()))
+        lengths = lengths + num_context_tokens(first, config.context, front_end) * is_transcription
+    return lengths
+
+
 def rows_to_answer(
-    features: Features, settings: EvaluateSettings
+    features: Features, settings: EvaluateSettings, config: InferenceConfig
 ) -> tuple[list[int], list[tuple[Features, int, str, str]]]:
     """Select the rows of the task of ``--mode`` (all tasks without one).
 
@@ -199,7 +212,7 @@ def rows_to_answer(
     Raises:
         RunError: No row is within ``--max_len``.
     """
-    lengths, task = features.num_prompt_tokens, settings.mode.partition("_")[2]
+    lengths, task = prompt_lengths(features, config), settings.mode.partition("_")[2]
     of_task = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
     limit = f"over --max_len {settings.max_len}"
     too_long = [

@@ -20,6 +20,7 @@ from voxray.core.source import Source
 from voxray.evaluation.predictions import with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
+from voxray.features.context import sample_with_context
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.generation.generate import Completion, failure_reason
 from voxray.generation.model import (
@@ -134,6 +135,8 @@ def _answer(
     samples: Iterator[Sample], model: Any, config: InferenceConfig, extractor: Extractor, settings: InferSettings
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer the samples; yields each request with the completions or errors of its rows."""
+    if config.context is not None:
+        samples = (sample_with_context(sample, config.context) for sample in samples)
     for requests in _request_groups(samples, extractor, settings):
         yield from answer_requests(requests, model, extractor.front_end, config)
 
@@ -154,6 +157,7 @@ def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys 
         "source": row.source,
         "reference": row.answer,
         "num_samples": request.num_samples,
+        **({"prompt": row.prompt} if row.prompt else {}),
     }
     return with_counts({**entry, **own, **metadata})
 

@@ -15,11 +15,12 @@ from voxray.comparison.significance import Parts
 from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import labelled_rows, read_predictions
-from voxray.evaluation.score import count_rows, read_terms
+from voxray.evaluation.score import count_rows
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
 
 IGNORED_SETTINGS = {

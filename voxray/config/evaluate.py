@@ -23,7 +23,7 @@ from voxray.config.flag_groups import (
 from voxray.config.flags import Flag
 from voxray.config.parse import DEMO_ASSETS, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
-from voxray.config.task_flags import RecordedTaskFlags
+from voxray.config.task_flags import ContextFlags, RecordedTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
@@ -131,6 +131,7 @@ class EvaluateSettings(
     SharedFeatureFlags,
     PlacementFlags,
     RecordedTaskFlags,
+    ContextFlags,
 ):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "score_only")
@@ -223,7 +224,7 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags, ContextFlags):
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "output_dir")
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""

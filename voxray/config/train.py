@@ -25,7 +25,7 @@ from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
 from voxray.config.recipes import recipes
 from voxray.config.strategy_flags import StrategyFlags
-from voxray.config.task_flags import OwnTaskFlags
+from voxray.config.task_flags import ContextShareFlags, OwnTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import with_own_tasks
 from voxray.metrics.names import validation_metrics
@@ -71,6 +71,7 @@ class TrainSettings(
     StrategyFlags,
     SharedFeatureFlags,
     OwnTaskFlags,
+    ContextShareFlags,
 ):
     """Flags of every training job."""
 

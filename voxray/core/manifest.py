@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from voxray.core.context import context_of_row
 from voxray.core.errors import BadRow, RunError
 from voxray.core.languages import language_code
 from voxray.core.lfs import POINTER, POINTER_START
@@ -39,7 +40,7 @@ class Sample:
     Attributes:
         id: The row's own ``id`` if that is text or a number, else ``<file name>:<line>``.
         task: Entry of the row's task in the task table.
-        prompt: The user's text; empty for a transcription request.
+        prompt: The user's text; of a transcription its context, or empty.
         answer: The text that the model is to produce.
         audio_path: Absolute path of the clip, or "" for text tasks.
         language: Code of the language (``core/languages.py``), or "" if the row has none.
@@ -187,7 +188,8 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
     language, source = language_code(row.get("language")), str(Source(manifest, number))
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row), segments(row))
+    prompt = context_of_row(row) if task.template == "transcription" else task.prompt(row)
+    return Sample(row_id, task, prompt, answer, audio_path, language, source, *segment(row), segments(row))
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
@@ -230,6 +232,8 @@ def check_values(row: dict[str, Any]) -> Task:
         raise BadRow("empty_text", f"{(*empty, *task.prompt_keys)[0]} is empty")
     language_code(row.get("language"))
     segment(row)
+    if task.template == "transcription":
+        context_of_row(row)
     return task
 
 

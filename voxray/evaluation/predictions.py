@@ -21,7 +21,7 @@ from voxray.core.errors import BadRow, RunError, library_errors
 from voxray.core.manifest import chunks
 from voxray.core.source import Source
 from voxray.core.tasks import TASKS
-from voxray.evaluation.score import read_terms, score
+from voxray.evaluation.score import score
 from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.generation.join_chunks import join_chunk_rows
 from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics

@@ -33,7 +33,7 @@ from voxray.metrics.names import evaluation_metrics, headline, higher_is_better,
 from voxray.metrics.ngrams import CorpusMetric
 from voxray.metrics.overall import aggregate_tasks, headline_score, likelihood_metrics
 from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
-from voxray.metrics.terms import Terms
+from voxray.metrics.terms import RowTerms, count_terms
 from voxray.metrics.texts import score_texts
 from voxray.text.normalize import DEFAULT_NORMALIZERS, Normalizers
 
@@ -52,14 +52,14 @@ class CountedRows:
 
     Attributes:
         columns: {count: (rows,)}.
-        terms: Per row, the terms in the reference and those of them in the prediction; empty without a list of terms.
+        terms: Of every row; empty without terms.
         ratios: {metric: Ratio over the rows}.
     """
 
     task: str
     rows: Sequence[PredictionRow]
     columns: Mapping[str, np.ndarray]
-    terms: Sequence[tuple[Counter[str], Counter[str]]]
+    terms: Sequence[RowTerms]
     ratios: Mapping[str, Ratio]
 
 
@@ -78,7 +78,7 @@ def score(
         rows: Prediction rows, see ``metrics.rows``.
         seed: Of the bootstrap.
         num_resamples: Draws of the bootstrap for whole tasks; slices use at most 1,000. 0 computes no intervals.
-        terms: Terms whose recall in transcripts is measured.
+        terms: Terms whose recall in transcripts is measured; if empty, those of each row's context.
         normalizers: Of transcripts, by language.
         caption_jars: Folder with the jars that METEOR and SPICE need, see ``metrics.meteor_spice``.
     Returns:
@@ -113,8 +113,9 @@ def score(
     metrics["slices"] = {task: _slices(data, seed, num_resamples) for task, data in counted.items()}
     metrics["normalizer"] = dict(Counter(row_normalizer(row, normalizers).name for row in rows).most_common())
     metrics["counts"] = {task: _counts(data) for task, data in counted.items()}
-    if terms:
-        metrics["terms"] = _terms([pair for data in counted.values() for pair in data.terms], len(set(terms)))
+    row_terms = [pair for data in counted.values() for pair in data.terms]
+    if terms or row_terms:
+        metrics["terms"] = _terms(row_terms, len(set(terms)))
     return {**metrics, **details}
 
 
@@ -142,16 +143,8 @@ def count_rows(
         counts: Counts of each row, if this version has computed them already.
     """
     columns = as_columns([as_row(count_row(row, normalizers)) for row in rows] if counts is None else counts)
-    row_terms: list[tuple[Counter[str], Counter[str]]] = []
-    if terms and is_transcript(task):
-        of_rows = [row_normalizer(row, normalizers) for row in rows]
-        lists = {normalizer: Terms(terms, normalizer) for normalizer in set(of_rows)}
-        for row, normalizer in zip(rows, of_rows, strict=True):
-            term_list, references = lists[normalizer], row_references(row)
-            in_reference = term_list.count(row_readings(row)[0] if len(references) == 1 else references[0])
-            row_terms.append((in_reference, in_reference & term_list.count(row["prediction"])))
-        columns["terms_ref"] = np.array([in_reference.total() for in_reference, _ in row_terms])
-        columns["terms_found"] = np.array([in_both.total() for _, in_both in row_terms])
+    row_terms, term_columns = count_terms(rows, terms, normalizers) if is_transcript(task) else ([], {})
+    columns |= term_columns
     ratios = {name: metric_ratio(task, name, columns) for name in evaluation_metrics(task)}
     if not columns["two_readings"].any():
         ratios |= {"cer_phonetic": None, "cer_best": None}
@@ -318,7 +311,7 @@ def _counts(data: CountedRows) -> dict[str, Any]:
     return counts | {"two_readings": int(columns["two_readings"].sum())}
 
 
-def _terms(pairs: Sequence[tuple[Counter[str], Counter[str]]], num_terms: int) -> dict[str, Any]:
+def _terms(pairs: Sequence[RowTerms], num_terms: int) -> dict[str, Any]:
     """How often terms occur in references and are in the predictions, and which terms are missed most often."""
     in_references: Counter[str] = Counter()
     recalled: Counter[str] = Counter()
@@ -328,21 +321,4 @@ def _terms(pairs: Sequence[tuple[Counter[str], Counter[str]]], num_terms: int) -
     missed = in_references - recalled
     worst = sorted(missed, key=lambda term: (-missed[term], term))[:MAX_LISTED_TERMS]
     listed = [{"term": term, "n": in_references[term], "found": recalled[term]} for term in worst]
-    return {"num_terms": num_terms, "n": in_references.total(), "found": recalled.total(), "missed": listed}
-
-
-def read_terms(path: str | Path) -> tuple[str, ...]:
-    """Read terms from a text file, one per line. Blank lines and lines that begin with # are ignored.
-
-    Raises:
-        RunError: The file cannot be read or has no term.
-    """
-    try:
-        with open_regular(path) as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: cannot read the list of terms: {error}") from None
-    terms = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
-    if not terms:
-        raise RunError(f"{path}: no term in this list; write one per line")
-    return terms
+    return {"num_terms": num_terms or len(in_references), "n": in_references.total(), "found": recalled.total(), "missed": listed}

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from voxray.cluster.actor_pool import PoolWorker
+from voxray.core.context import CONTEXT
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
 from voxray.core.source import Source
@@ -157,6 +158,7 @@ class ChunkWriter(PoolWorker):
             "content": hashlib.sha256(decoded.raw + clip_keys.encode()).hexdigest(),
             "bad": decoded.bad,
             "clips": decoded.clips,
+            "reads_context": True,
             "index": index_part(rows, item.chunk.number),
         }
         write_json(path.with_suffix(".json"), report)
@@ -230,6 +232,8 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
         if any(
             line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]
         ):
+            return None
+        if "reads_context" not in report and CONTEXT.encode() in raw:  # earlier versions ignored this key
             return None
         if "parts" not in report and any(map(_is_mp3_segment, report["clips"])):
             return None

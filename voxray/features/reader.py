@@ -7,11 +7,11 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from voxray.features.shards import (
     shard_path,
 )
 
+Value = TypeVar("Value")
 OPEN_SHARDS = 256  # memory maps kept open at a time
 OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
 
@@ -103,6 +104,10 @@ class _Shard:
         if not start <= end <= self._data.size or zlib.crc32(self._data.slice(start, end - start)) != crc:
             raise DamagedShard
         self._unchecked.discard(part)
+
+    def prompt(self, index: int) -> str:
+        """Text of a row's prompt. It is not checked for damage; training on the row itself does that."""
+        return self.reader.get_batch(index // ROWS_PER_BATCH).column("prompt")[index % ROWS_PER_BATCH].as_py()
 
     def row(self, index: int) -> FeatureRow:
         if not self._has_row_checksums:
@@ -239,16 +244,23 @@ class Features(RowLengths):
         Raises:
             RunError: The shard is damaged. The next run makes it again.
         """
+        return self._read(number, lambda shard, row: shard.row(row))
+
+    def _read(self, number: int, read: Callable[[_Shard, int], Value]) -> Value:
         set_number = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         shard = int(self._shard[number])
         try:
-            return self._get_shard(set_number, shard).row(int(self._row[number]))
+            return read(self._get_shard(set_number, shard), int(self._row[number]))
         except (DamagedShard, pa.ArrowInvalid, OSError) as error:
             path = shard_path(self.folders[set_number], shard)
             if isinstance(path, Path):
                 path.with_suffix(".json").unlink(missing_ok=True)  # so the next run makes the shard again
             reason = f" ({one_line(error, 200)})" if str(error) else ""
             raise RunError(f"{path}: damaged{reason}; run the same command again, which makes it anew") from None
+
+    def prompt(self, number: int) -> str:
+        """``row(number).prompt``, read without the rest of the row."""
+        return self._read(number, lambda shard, row: shard.prompt(row))
 
     def _get_shard(self, set_number: int, shard: int) -> _Shard:
         key = (set_number, shard)

@@ -108,7 +108,9 @@ def generate(
     batches = [[index] for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows == 1]
     recordings = [index for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows > 1]
     recordings.sort(key=lambda index: -rows[index].num_windows)  # those that end leave a batch, and none joins it
-    batches += [recordings[start : start + batch_size] for start in range(0, len(recordings), batch_size)]
+    for context in dict.fromkeys(rows[index].prompt for index in recordings):  # those of a batch have the same
+        alike = [index for index in recordings if rows[index].prompt == context]
+        batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
     if sampling.is_greedy:
         options: dict[str, Any] = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
         batched_rows = [rows[index] for index in together]

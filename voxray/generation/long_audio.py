@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from voxray.audio.decode import header_seconds
+from voxray.core.context import CONTEXT
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Source
@@ -103,6 +104,7 @@ def write_chunk_manifest(
             row = {"id": sample.id, "audio_path": chunk.audio_path, "language": chunk.language, "transcript": ""}
             row |= {"start": chunk.start_sec, "duration": chunk.duration_sec}
             row |= {"channel": chunk.channel} if chunk.channel >= 0 else {}
+            row |= {CONTEXT: chunk.prompt} if chunk.prompt else {}
             rows.append({**row, **recording, "chunk": number, "overlap_share": share})
     if rows:
         write_atomically(path, to_jsonl(rows))

@@ -17,8 +17,8 @@ CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 JAVA_METRICS = ("meteor", "spice", "spider")
 """Of captions, in evaluation, if Java and the jars are available."""
 LIKELIHOOD_METRICS = ("loss", "perplexity")
-TRANSCRIPT_METRICS = ("cer_phonetic", "cer_best", "term_recall", "silence_hallucination")
-"""Of transcripts, in evaluation, if there are second readings, terms, or clips without speech."""
+TRANSCRIPT_METRICS = ("cer_phonetic", "cer_best", "term_recall", "context_leak", "silence_hallucination")
+"""Of transcripts, in evaluation, if there are second readings, terms, contexts, or clips without speech."""
 FAULTS = ("repetition", "hallucination")
 """Of all tasks, in evaluation."""
 OUT_OF_100 = frozenset(("bleu", "chrf"))
@@ -26,7 +26,7 @@ OUT_OF_100 = frozenset(("bleu", "chrf"))
 OVERALL = ("macro", "weighted", "balance")
 _LOWER_IS_BETTER = {
     *("cer_nospace", "cer", "wer", "swer", "cer_phonetic", "cer_best", "loss", "perplexity"),
-    *("silence_hallucination", *FAULTS),
+    *("context_leak", "silence_hallucination", *FAULTS),
 }
 
 

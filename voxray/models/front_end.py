@@ -130,6 +130,14 @@ class FrontEnd(Protocol):
         ...
 
 
+CONTEXT_LINE = "Context: "
+
+
+def with_context_line(request: str, context: str) -> str:
+    """The text of a transcription request with the row's context on a line of its own; without one, unchanged."""
+    return f"{request}\n{CONTEXT_LINE}{context}" if context else request
+
+
 def stop_ids(front_end: FrontEnd) -> frozenset[int]:
     """Token ids that end an answer when they are generated: ``eos_id``, and others if the front end has any."""
     return getattr(front_end, "stop_ids", frozenset()) | {front_end.eos_id}

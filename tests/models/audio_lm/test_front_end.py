@@ -48,6 +48,20 @@ def test_transcription_prompts_of_all_lengths(base, processor, front_end):
         assert reference.count(front_end.audio_id) == front_end.num_positions(length)
 
 
+@pytest.mark.parametrize("context", ["아스피린, 와파린", "Tylenol"])
+def test_a_context_stands_where_the_processor_puts_a_prompt(base, processor, front_end, context):
+    text = request_text(processor, Path(base).name, context=context)
+    reference = library_inputs(base, [text], [noise(16_000)])["input_ids"][0].tolist()
+    assert context in text and front_end.prompt_ids(sample(prompt=context), 16_000) == reference
+
+
+def test_control_tokens_in_a_context_are_text(processor, front_end):
+    context = f"a {processor.tokenizer.eos_token}{processor.audio_token} b"
+    ids, plain = (front_end.prompt_ids(sample(prompt=text), 16_000) for text in (context, "a  b"))
+    assert context in processor.tokenizer.decode(ids)
+    assert all(ids.count(token) == plain.count(token) for token in (front_end.audio_id, front_end.eos_id))
+
+
 def test_features_are_the_processors(base, processor, front_end):
     """The valid frames too: those of all windows together are those of the processor's mask."""
     text = request_text(processor, Path(base).name)

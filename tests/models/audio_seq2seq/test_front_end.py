@@ -66,6 +66,11 @@ def test_every_language_has_the_processors_prompt(base, front_end):
         assert front_end.prompt_language(ids) == language
 
 
+def test_contexts_are_refused(front_end):
+    with pytest.raises(BadRow, match="have no place for a context; remove it"):
+        front_end.prompt_ids(row(front_end, prompt="Tylenol"), 16_000)
+
+
 def test_answers_end_with_the_token_that_ends_generation(front_end):
     ids = front_end.target_ids("열이 납니다 <eos></s>")
     assert ids[-1] == front_end.eos_id and front_end.eos_id not in ids[:-1], "control tokens in a text are text"

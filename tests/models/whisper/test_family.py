@@ -17,6 +17,7 @@ from conftest import WHISPER, manifest, read_rows, write_rows
 from voxray.audio.decode import decode
 from voxray.batches.collate import collate_packed, collate_training
 from voxray.core.errors import SettingsError
+from voxray.features.context import with_context
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
@@ -270,6 +271,47 @@ def test_other_model_types_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Exception, match="model type 'bert' is not supported: supported are voxtral, whisper"):
         get_family(str(tmp_path))
+
+
+def test_answers_with_a_context_equal_transformers(model, reference, features):
+    """With a named and a detected language, with beams, in batches of several contexts, and in long recordings."""
+    from transformers import WhisperProcessor
+
+    contexts = ("환자, 혈압", "Tylenol")
+    prompt_ids = WhisperProcessor.from_pretrained(WHISPER).get_prompt_ids
+    rows = [with_context(row, contexts[number % 2], FRONT_END) for number, row in enumerate(short(features))]
+    prompts = {row.id: torch.from_numpy(prompt_ids(row.prompt)) for row in rows}
+    expected = [reference_text(reference, row, prompt_ids=prompts[row.id]) for row in rows]
+    answers = completions(model, rows)
+    assert [f" {answer.text}" for answer in answers] == [f" {text}" for text in expected]
+    spoken = [row["language"] for row in (*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3])]
+    assert [answer.language for answer in answers] == spoken
+    [beams] = completions(model, rows[1:2], num_beams=3)
+    assert beams.text == reference_text(reference, rows[1], prompt_ids=prompts[rows[1].id], num_beams=3)
+    recording = features.row(len(features) - 1)
+    recordings = [with_context(recording, context, FRONT_END) for context in (*contexts, "")]
+    texts = [answer.text for answer in completions(model, recordings)]
+    for text, context in zip(texts, contexts, strict=False):
+        options = {"prompt_ids": torch.from_numpy(prompt_ids(context)), "return_timestamps": True}
+        assert text == reference_text(reference, recording, **options)
+    assert texts[2] == reference_text(reference, recording, return_timestamps=True)
+    assert [with_context(row, "", FRONT_END).prompt_ids.tolist() for row in rows] == [
+        row.prompt_ids.tolist() for row in short(features)
+    ]
+
+
+def test_rows_with_times_and_a_context(model, reference, features, make_features, tmp_path):
+    row = read_rows(manifest("base.val"))[0]
+    row |= {"segments": [{"start": 0.0, "end": 1.0, "text": row["transcript"]}], "context": ["환자"]}
+    timed = Features(make_features(write_rows(tmp_path / "t.jsonl", [row]), model_id=WHISPER, folder=tmp_path)).row(0)
+    PATHS[timed.id] = row["audio_path"]
+    assert timed.prompt == "환자" and FRONT_END.show(timed.prompt_ids).startswith("<|startofprev|> 환자<|startof")
+    assert FRONT_END.no_times_id not in with_context(timed, "", FRONT_END).prompt_ids
+    from transformers import WhisperProcessor
+
+    prompt_ids = torch.from_numpy(WhisperProcessor.from_pretrained(WHISPER).get_prompt_ids("환자"))
+    [answer] = completions(model, [timed])
+    assert answer.text == reference_text(reference, timed, return_timestamps=True, prompt_ids=prompt_ids)
 
 
 def test_recordings_of_different_lengths_go_together(model, features, make_features, tmp_path):

@@ -45,6 +45,26 @@ def test_prompt_and_target_equal_the_processors_labels(front_end, processor, lan
     assert front_end.decode(front_end.target_ids(text)) == processor.tokenizer.decode(ours, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("context", ["아스피린, 와파린", "Tylenol 500 mg", "<|en|> is text"])
+def test_a_context_stands_where_the_processor_puts_it(front_end, processor, context):
+    ids = front_end.prompt_ids(replace(SPOKEN, prompt=context), 1)
+    plain = front_end.prompt_ids(SPOKEN, 1)
+    start = len(ids) - len(plain)
+    assert ids[start:] == plain and front_end.prompt_language(ids) == "ko"
+    if "<|" in context:  # the processor refuses control tokens
+        assert front_end.decode(ids[1:start]) == f" {context}" and not set(ids[1:start]) & set(plain)
+    else:
+        assert ids[:start] == processor.get_prompt_ids(context).tolist()
+
+
+def test_of_a_long_context_the_last_tokens_count(front_end, processor):
+    context = ", ".join(f"약 {number}" for number in range(400))
+    ids = front_end.prompt_ids(replace(SPOKEN, prompt=context), 1)
+    kept = front_end.max_positions // 2 - 1
+    assert ids[1 : kept + 1] == processor.get_prompt_ids(context).tolist()[-kept:]
+    assert ids[kept + 1 :] == front_end.prompt_ids(SPOKEN, 1)
+
+
 def test_features_equal_the_processors(front_end, processor):
     for row in read_rows(manifest("asr.val"))[:6]:
         samples = decode(row["audio_path"], 16_000)

@@ -3,7 +3,7 @@
 Shape letters: K valid mel frames of a clip, F mel bins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import groupby
 from typing import Any
@@ -18,12 +18,12 @@ from voxray.core.languages import check_language
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.audio_lm.facts import Facts
-from voxray.models.front_end import AudioFeatures
+from voxray.models.front_end import AudioFeatures, with_context_line
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel, check_preprocessor, window_lengths
 
 TEMPLATE_VERSION = "audio-lm-1"
 MARK = "\ue000question\ue000"
-"""Stands for the question in a rendered template. These characters belong to no language."""
+"""Stands for a text of the row in a rendered template. These characters belong to no language."""
 
 
 class AudioLmFrontEnd(WindowedLogMel):
@@ -174,13 +174,13 @@ class AudioLmFrontEnd(WindowedLogMel):
         """
         if sample.task.template == "transcription":
             check_language(sample.language, self.languages, self.model_id)
-            ids = self._encode(self._request_text(sample.language), is_prompt=True)
+            ids = self._ids_with(sample.prompt, lambda text: self._request_text(sample.language, text))
         elif not self._takes_questions:
             raise BadRow("unsupported_task", f"{self.model_id} only transcribes; this row's task is {sample.task.name}")
         else:
-            ids = self._chat_ids(sample.prompt, bool(sample.audio_path))
+            ids = self._ids_with(sample.prompt, lambda text: self._chat(text, bool(sample.audio_path)))
         if ids.count(self.audio_id) != bool(sample.audio_path):
-            raise BadRow("bad_text", "the question holds the token that stands for audio")
+            raise BadRow("bad_text", "the text holds the token that stands for audio")
         if not sample.audio_path:
             return ids
         positions = self.num_positions(num_samples)
@@ -195,11 +195,14 @@ class AudioLmFrontEnd(WindowedLogMel):
         before, _, after = text.partition(self._processor.audio_token)
         return [*self._encode(before), *[self.audio_id] * positions, *self._encode(after)]
 
-    def _request_text(self, language: str) -> str:
-        """The text of a transcription request."""
+    def _request_text(self, language: str, context: str = "") -> str:
+        """The text of a transcription request. Its context stands where the processor puts a prompt."""
         if self.facts.request:
-            return self._chat(self.facts.request, True)
+            return self._chat(with_context_line(self.facts.request, context), True)
         options = {"language": language or None} if self.facts.languages else {}
+        if context:  # other processors replace their own request by a prompt
+            request = getattr(self._processor, "default_transcription_prompt", "")
+            options["prompt"] = with_context_line(request, context) if request else context
         return self._processor.apply_transcription_request("clip.wav", tokenize=False, **options)[0]
 
     def _chat(self, question: str, has_audio: bool) -> str:
@@ -209,12 +212,16 @@ class AudioLmFrontEnd(WindowedLogMel):
             turn["content"].insert(self.facts.text_first, {"type": "audio", "path": "clip.wav"})
         return self._processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
 
-    def _chat_ids(self, question: str, has_audio: bool) -> list[int]:
-        """Token ids of a question. Control tokens in it are plain text."""
-        if not any(token in question for token in self._tokenizer.all_special_tokens):
-            return self._encode(self._chat(question, has_audio), is_prompt=True)
-        before, _, after = self._chat(MARK, has_audio).partition(MARK)
-        return [*self._encode(before, is_prompt=True), *self._encode(question, is_text=True), *self._encode(after)]
+    def _ids_with(self, text: str, render: Callable[[str], str]) -> list[int]:
+        """Token ids of a prompt with a text of the row. Control tokens in the text are plain text.
+
+        Args:
+            render: Puts a text into the prompt.
+        """
+        if not any(token in text for token in self._tokenizer.all_special_tokens):
+            return self._encode(render(text), is_prompt=True)
+        before, _, after = render(MARK).partition(MARK)
+        return [*self._encode(before, is_prompt=True), *self._encode(text, is_text=True), *self._encode(after)]
 
     def target_ids(self, text: str, segments: Sequence[Segment] = (), *, language: str | None = None) -> list[int]:
         """Token ids of the answer and of the token that ends it.

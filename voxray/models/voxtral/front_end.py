@@ -117,7 +117,8 @@ class VoxtralFrontEnd(WindowedLogMel):
             num_samples: Length of the clip at 16 kHz; 0 omits its audio tokens.
 
         A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
-        the language is unknown). A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
+        the language is unknown). The context of a row stands before ``[/INST]``, like the text of a chat; Mistral
+        defines no place for it. A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
 
         Raises:
             BadRow: The base does not have the row's language.
@@ -129,7 +130,7 @@ class VoxtralFrontEnd(WindowedLogMel):
         if sample.task.template == "transcription":
             check_language(sample.language, self.languages, self.model_id)
             language = self._encode(f"lang:{sample.language}") if sample.language else []
-            return [*ids, self.end_inst_id, *language, self.transcribe_id]
+            return [*ids, *self._encode(sample.prompt), self.end_inst_id, *language, self.transcribe_id]
         return [*ids, *self._encode(sample.prompt), self.end_inst_id]
 
     def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:

@@ -74,14 +74,16 @@ class Whisper(AudioSeq2Seq):
         rows = [row for row, ids in enumerate(prompts) if len(languages) and not torch.isin(ids, languages).any()]
         if not rows:
             return ids_BL, mask_BL
-        start_R1 = torch.stack([prompts[row][:1] for row in rows])
+        start_id = base.config.decoder_start_token_id
+        starts = [int((prompts[row] == start_id).nonzero()[0]) for row in rows]  # a context may stand before it
+        start_R1 = torch.full((len(rows), 1), start_id, device=ids_BL.device)
         with eager_mode(base.model.decoder):
             hidden_R1D = base.model.decoder(
                 input_ids=start_R1, encoder_hidden_states=states_BPD[rows], use_cache=False
             ).last_hidden_state
         detected_R = languages[base.proj_out(hidden_R1D[:, -1])[:, languages].argmax(-1)]
-        for row, language in zip(rows, detected_R, strict=True):
-            prompts[row] = torch.cat([prompts[row][:1], language[None], prompts[row][1:]])
+        for row, start, language in zip(rows, starts, detected_R, strict=True):
+            prompts[row] = torch.cat([prompts[row][: start + 1], language[None], prompts[row][start + 1 :]])
         batch["input_ids"], batch["attention_mask"] = ids_BL, mask_BL = pad_rows(prompts, "left")
         return ids_BL, mask_BL
 
@@ -127,11 +129,12 @@ class Whisper(AudioSeq2Seq):
         self, base: Any, batch: Batch, num_samples: Sequence[int], options: dict[str, Any]
     ) -> torch.Tensor:
         """Transcribe recordings of several windows together. In each of them, a window begins at the end time that was
-        written for the previous one."""
+        written for the previous one. All have the same context, which stands before every window."""
         mel_WFT = batch["input_features"]
         counts = [-(-number // (mel_WFT.shape[-1] * HOP_SAMPLES)) for number in num_samples]
         firsts = [0, *accumulate(counts[:-1])]
-        prompts = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))[0].tolist()
+        ids_BL, mask_BL = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
         languages = [next((tokens[each] for each in prompt if each in tokens), None) for prompt in prompts]
         task = {"language": languages if languages[1:] else languages[0], "task": "transcribe"} if tokens else {}
@@ -140,6 +143,8 @@ class Whisper(AudioSeq2Seq):
             torch.cat(list(windows), -1)[:, :end].T for windows, end in zip(mel_WFT.split(counts), frames, strict=True)
         ]
         mel_BFT = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2).to(base.dtype)
+        if context := prompts[0][: prompts[0].index(base.config.decoder_start_token_id)]:
+            options["prompt_ids"] = torch.tensor(context, device=mel_BFT.device)
         if languages[1:]:  # a single recording has no padding
             options["attention_mask"] = first_columns(torch.tensor(frames, device=mel_BFT.device), max(frames))
         return base.generate(input_features=mel_BFT, return_timestamps=True, **task, **options)

@@ -93,7 +93,8 @@ class WhisperFrontEnd(WindowedLogMel):
         """Token ids up to the answer: ``<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>``.
 
         Rows without a language get no language token; the model detects the language before it answers. Rows with
-        segments are transcribed with times, so ``<|notimestamps|>`` is omitted.
+        segments are transcribed with times, so ``<|notimestamps|>`` is omitted. The context of a row stands before the
+        start, after ``<|startofprev|>``; of a long one the last tokens count, as in OpenAI's code.
 
         Raises:
             BadRow: The row is not a transcription, the base does not have its language, or its segments end after the
@@ -107,12 +108,18 @@ class WhisperFrontEnd(WindowedLogMel):
             end_sec, clip_sec = sample.segments[-1][1], num_samples / self.sample_rate_hz
             if end_sec > clip_sec + END_TOLERANCE_SEC:
                 raise BadRow("bad_segment", f"segments end at {end_sec:g} s, and the clip lasts {clip_sec:.2f} s")
-        ids = [self.start_id]
+        ids = [*self._context_ids(sample.prompt), self.start_id]
         if self.is_multilingual:
             if sample.language:
                 ids.append(self.language_ids[sample.language])
             ids.append(self._id("<|transcribe|>"))
         return ids if sample.segments else [*ids, self.no_times_id]
+
+    def _context_ids(self, context: str) -> list[int]:
+        if not context:
+            return []
+        ids = self._tokenizer.encode(f" {context}", add_special_tokens=False, split_special_tokens=True)
+        return [self._id("<|startofprev|>"), *ids[-(self.max_positions // 2 - 1) :]]
 
     def prompt_language(self, prompt_ids: Sequence[int]) -> str:
         """Code of the language in a prompt; "" if the prompt has none, "en" for English-only models."""
