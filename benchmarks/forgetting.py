@@ -8,10 +8,13 @@ The tiny Voxtral is tuned as in `make demo`, the tiny Whisper as in its demo con
     both     replay and distillation
 
 Each adapter is evaluated at several scales (--lora_scale) on the held-out clips of the demo ("new") and on 400 clips in
-the base's own voices ("old"), with texts that occur nowhere else. espeak-ng has to be installed. Prints a table of
-cer_nospace with 95 % intervals, and one JSON line.
+the base's own voices ("old"), with texts that occur nowhere else. With --real, whisper-base is tuned on the same voices
+(LoRA on the decoder). Its old clips are the real ones in nine languages, and it replays sentences of these languages
+with its own answers as labels. espeak-ng has to be installed. Prints a table of cer_nospace with 95 % intervals, and
+one JSON line.
 
     python benchmarks/forgetting.py --folder runs/forgetting --seeds 0,1,2
+    python benchmarks/forgetting.py --folder runs/forgetting --models real --real FOLDER --seeds 0
 """
 
 import argparse
@@ -32,10 +35,11 @@ import texts  # noqa: E402
 import voices  # noqa: E402
 
 from voxray.commands.evaluate import run_evaluation  # noqa: E402
+from voxray.commands.infer import run_inference  # noqa: E402
 from voxray.commands.train import run_training  # noqa: E402
 from voxray.comparison.compare import compare_slices, compare_tasks  # noqa: E402
 from voxray.comparison.evaluations import match_rows, read_evaluations  # noqa: E402
-from voxray.config.evaluate import EvaluateSettings  # noqa: E402
+from voxray.config.evaluate import EvaluateSettings, InferSettings  # noqa: E402
 from voxray.config.train import MultitaskSettings, WhisperSettings  # noqa: E402
 
 NUM_OLD, NUM_REPLAY, NUM_RESAMPLES = 400, 300, 2000
@@ -43,6 +47,24 @@ MODELS: dict[str, tuple[str, str, Any]] = {
     "voxtral": ("voxtral-tiny", "quickstart.yaml", MultitaskSettings),
     "whisper": ("whisper-tiny", "demo_train_whisper.yaml", WhisperSettings),
 }
+REAL: dict[str, Any] = {
+    **{"train_jsonl": "tests/assets/speech/asr.train.jsonl", "language": "ko", "freeze_encoder": True},
+    **{"store": "encoder", "per_device_bsz": 8, "max_steps": 150, "warmup_steps": 15, "lr": 5e-4, "lora_r": 16},
+}
+"""Settings of whisper-base."""
+SENTENCES = {
+    "en": ("The train leaves in ten minutes.", "She bought bread and milk this morning.", "It will rain tomorrow."),
+    "es": ("El tren sale en diez minutos.", "Ella compró pan y leche esta mañana.", "Mañana va a llover."),
+    "fr": ("Le train part dans dix minutes.", "Elle a acheté du pain et du lait.", "Il va pleuvoir demain."),
+    "hi": ("ट्रेन दस मिनट में जाएगी।", "उसने सुबह रोटी और दूध खरीदा।", "कल बारिश होगी।"),
+    "it": ("Il treno parte tra dieci minuti.", "Ha comprato pane e latte stamattina.", "Domani pioverà."),
+    "ja": ("でんしゃは じゅっぷんごに でます。", "かのじょは けさ パンを かいました。", "あしたは あめでしょう。"),
+    "pl": ("Pociąg odjeżdża za dziesięć minut.", "Rano kupiła chleb i mleko.", "Jutro będzie padać."),
+    "pt": ("O comboio parte daqui a dez minutos.", "Ela comprou pão e leite esta manhã.", "Amanhã vai chover."),
+    "zh": ("火车十分钟后开。", "她今天早上买了面包和牛奶。", "明天会下雨。"),
+}
+VOICES = {"en": "en-us", "pt": "pt", "fr": "fr", "zh": "cmn"}
+"""espeak's names of languages that have other ones than their codes."""
 DROPPED = ("base_val_jsonl", "num_workers", "val_jsonl", "eval_bsz")
 
 
@@ -78,18 +100,47 @@ def _write(folder: Path, name: str, utterances: list[Any], rng: random.Random) -
     corpus.write_jsonl(folder / f"{name}.jsonl", rows)
 
 
-def measure(model: str, variant: str, seed: int, folder: Path, old: dict[str, str], flags: Any) -> list[dict[str, Any]]:
-    """Train one adapter and evaluate it at all scales; returns the points of the frontier."""
+def write_real_replay(folder: Path, base: str) -> str:
+    """Write spoken sentences in the languages of the real clips, with the answers of the base as labels."""
+    manifest, rng, rows = folder / "real-replay.jsonl", random.Random(5), []
+    if manifest.is_file():
+        return str(manifest)
+    (folder / "real-replay").mkdir(parents=True, exist_ok=True)
+    for language, sentences in SENTENCES.items():
+        for number, (sentence, variant) in enumerate((each, tone) for each in sentences for tone in ("m1", "m3", "f2")):
+            speaker = voices.Speaker(f"{VOICES.get(language, language)}+{variant}", rng.randint(140, 180), 50)
+            path = folder / "real-replay" / f"{language}{number}.ogg"
+            path.write_bytes(voices.encode(voices.speak(sentence, speaker), ".ogg"))
+            rows.append({"audio_path": f"real-replay/{path.name}", "transcript": sentence, "language": language})
+    corpus.write_jsonl(folder / "real-spoken.jsonl", rows)
+    values = {"model_id": base, "jsonl": str(folder / "real-spoken.jsonl"), "pseudo_labels": str(manifest)}
+    run_inference(InferSettings.model_validate({**values, "max_new_tokens": 60}), "")
+    return str(manifest)
+
+
+def read_settings(model: str, flags: Any) -> tuple[dict[str, Any], Any]:
+    """Training settings of a model, without data of the benchmark, and their class."""
+    if model == "real":
+        return {**REAL, "model_id": str((flags.real / "whisper-base").resolve())}, WhisperSettings
     base, config, settings_class = MODELS[model]
-    run_dir = folder / f"{model}-{variant}-{seed}"
     values = yaml.safe_load((ROOT / "jobs" / "configs" / config).read_text())
     values = {name: value for name, value in values.items() if name not in DROPPED}
-    paths = values["train_jsonl"]
-    values["train_jsonl"] = [str(ROOT / path) for path in (paths if isinstance(paths, list) else [paths])]
-    values |= {"model_id": str(ASSETS / base), "output_dir": str(run_dir), "num_workers": 0, "seed": seed}
-    values |= {"features_dir": str(folder / f"features-{model}")}
     if model == "voxtral":
         values["grad_accum"] = 2  # the demo has two workers
+    return {**values, "model_id": str(ASSETS / base)}, settings_class
+
+
+def measure(model: str, variant: str, seed: int, folder: Path, old: dict[str, str], flags: Any) -> list[dict[str, Any]]:
+    """Train one adapter and evaluate it at all scales; returns the points of the frontier."""
+    run_dir = folder / f"{model}-{variant}-{seed}"
+    values, settings_class = read_settings(model, flags)
+    paths = values["train_jsonl"]
+    values["train_jsonl"] = [str(ROOT / path) for path in (paths if isinstance(paths, list) else [paths])]
+    values |= {"output_dir": str(run_dir), "num_workers": 0, "seed": seed}
+    values |= {"features_dir": str(folder / f"features-{model}")}
+    if model == "real":
+        clips = str(flags.real.resolve() / "clips" / "clips.jsonl")
+        old = {"old": clips, "replay": write_real_replay(folder, values["model_id"])}
     if variant in ("replay", "both"):
         values |= {"replay_jsonl": [old["replay"]], "replay_share": flags.replay_share}
     if variant in ("distill", "both"):
@@ -98,7 +149,8 @@ def measure(model: str, variant: str, seed: int, folder: Path, old: dict[str, st
     scales = tuple(map(float, flags.scales.split(",")))
     evaluation = {"model_id": values["model_id"], "lora_dir": str(run_dir), "output_dir": str(run_dir / "evaluation")}
     evaluation |= {"val_jsonl": [str(ASSETS / "speech" / "asr.val.jsonl"), old["old"]], "lora_scale": scales}
-    evaluation |= {"features_dir": values["features_dir"], "gen_max_new_tokens": 32, "per_device_bsz": 16}
+    evaluation |= {"features_dir": values["features_dir"], "gen_max_new_tokens": 60 if model == "real" else 32}
+    evaluation |= {"store": values.get("store", "mel"), "per_device_bsz": 16}
     result = run_evaluation(EvaluateSettings.model_validate(evaluation))
     points = json.loads((result.output_dir / "frontier.json").read_text())
     differences = {scale: to_base(result.output_dir, scale) for scale in scales}
@@ -132,7 +184,8 @@ def cell(points: list[dict[str, Any]], names: tuple[str, str, str] = ("value", "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--models", default="voxtral,whisper")
+    parser.add_argument("--models", default="voxtral,whisper", help="some of voxtral, whisper and real")
+    parser.add_argument("--real", type=Path, help="folder with whisper-base and clips (see tests/real)")
     parser.add_argument("--variants", default="plain,replay,distill,both")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--scales", default="0,0.25,0.5,0.75,1")
@@ -149,7 +202,7 @@ def main() -> None:
     for key in dict.fromkeys((point["model"], point["variant"], point["scale"]) for point in points):
         same = [point for point in points if (point["model"], point["variant"], point["scale"]) == key]
         new, own = (
-            [point for point in same if (point["manifest"] == "old.jsonl") == is_old] for is_old in (False, True)
+            [point for point in same if (point["manifest"] != "asr.val.jsonl") == is_old] for is_old in (False, True)
         )
         difference = cell(own, ("to_base", "to_base_low", "to_base_high"))
         print(f"{key[0]:8} {key[1]:8} {key[2]:5g}  {cell(new)}  {cell(own)}  {difference}")
