@@ -112,6 +112,14 @@ def with_model_input(row: FeatureRow, front_end: FrontEnd) -> FeatureRow:
     return replace(row, audio=_model_input(row, front_end, None), store=PREPARED)
 
 
+def answer_rows(batch: Batch) -> np.ndarray:
+    """The row of each answer token, (N,), counted within the batch."""
+    positions_N = batch["answer_positions"].numpy()
+    if "segment_ends" in batch:
+        return np.searchsorted(batch["segment_ends"].numpy(), positions_N, side="right")
+    return positions_N // batch["labels"].shape[1]
+
+
 def pinned(batch: Batch) -> Batch:
     """A copy of a batch in page-locked memory, which a GPU reads while the CPU goes on."""
     return {name: tensor.pin_memory() for name, tensor in batch.items()}

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from voxray.audio.augment import SpecAugment, spec_augment
 from voxray.batches.context_sampler import ContextSampler
-from voxray.batches.collate import Masks, collate_packed, collate_training, pinned
+from voxray.batches.collate import Masks, answer_rows, collate_packed, collate_training, pinned
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features
@@ -118,4 +119,7 @@ class Loader:
         rows = [self.row(number, step) for number in microbatch.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
         batch = collate(rows, self.front_end, self.masking.for_microbatch(step, microbatch.number))
+        if self.features.first_replay < len(self.features):
+            is_replayed = microbatch.rows >= self.features.first_replay
+            batch["is_replayed"] = torch.from_numpy(is_replayed[answer_rows(batch)])
         return pinned(batch) if self.pin_memory else batch
