@@ -20,8 +20,8 @@ from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
 from voxray.evaluation.score import by_task, score
-from voxray.metrics.terms import read_terms
 from voxray.metrics.names import evaluation_metrics, higher_is_better
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import normalize_ko_v1, normalizers_from
 
 Rows = list[dict[str, Any]]

@@ -111,7 +111,9 @@ def test_voxtral_and_salmonn_prompts(salmonn: str) -> None:
         )
 
 
-def sampler(folders: Any, model_id: str = TINY, shares: str = "true=2,false=1,none=1") -> tuple[ContextSampler, Features]:
+def sampler(
+    folders: Any, model_id: str = TINY, shares: str = "true=2,false=1,none=1"
+) -> tuple[ContextSampler, Features]:
     features, front_end = Features(folders), get_family(model_id).front_end(model_id)
     rows = np.arange(len(features))
     return ContextSampler(features, rows, front_end, parse_context_shares(shares), 7), features
@@ -152,7 +154,7 @@ def test_training_draws_contexts_and_resumes_exactly(here: Path) -> None:
     none = tensors(run_train("none", "--context_shares none=1"))
     rows = [{name: value for name, value in row.items() if name != "context"} for row in read_rows("rows.jsonl")]
     write_rows(here / "rows.jsonl", rows)
-    without = tensors(run_train("without", "--features_dir features-without"))
+    without = tensors(run_train("without"))
     assert are_equal(none, without) and not are_equal(own, none)
     assert not are_equal(tensors(here / "whole"), own) and not are_equal(tensors(here / "whole"), none)
 
@@ -171,7 +173,7 @@ def test_evaluation_uses_the_asked_context(here: Path, job: str, evaluation_here
         assert ("context_leak" in metrics["asr"]) == (name != "none")
     assert prompts["own"] == ["아스피린, 와파린", "혈압, 두통", "Tylenol", "열", "", "고혈압, 당뇨, 두통"]
     assert set(prompts["file"]) == {"와파린, 타이레놀"} and set(prompts["none"]) == {""}
-    lengths = [Features([folder]).num_prompt_tokens for folder in (here / "features").iterdir()][0]
+    lengths = next(Features([folder]).num_prompt_tokens for folder in (here / "features").iterdir())
     longest = int(lengths.min()) + 3  # the list of terms is longer than that
     with pytest.raises(Exception, match=f"no row to evaluate within --max_len {longest}"):
         evaluate.run_evaluation(
@@ -181,7 +183,11 @@ def test_evaluation_uses_the_asked_context(here: Path, job: str, evaluation_here
 
 def test_infer_uses_the_asked_context(here: Path) -> None:
     base = ["--model_id", WHISPER, "--jsonl", "rows.jsonl", "--max_new_tokens", "4"]
-    for flags, first in (([], "아스피린, 와파린"), (["--context", "terms.txt"], "와파린, 타이레놀"), (["--no_context"], None)):
+    for flags, first in (
+        ([], "아스피린, 와파린"),
+        (["--context", "terms.txt"], "와파린, 타이레놀"),
+        (["--no_context"], None),
+    ):
         entries = infer.run_inference(parse_only("infer", [*base, *flags]), "")
         assert entries[0].get("prompt") == first
     clip = read_rows("rows.jsonl")[0]["audio_path"]
@@ -201,11 +207,12 @@ def test_infer_uses_the_asked_context(here: Path) -> None:
     assert calls == ["와파린, 타이레놀"]
 
 
-def test_refusals(here: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="--context and --no_context: give one of them"):
+def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
         parse_only("evaluate", ["--val_jsonl", "rows.jsonl", "--context", "terms.txt", "--no_context"])
+    assert "--context and --no_context: give one of them" in capsys.readouterr().err
     base = write_tiny_seq2seq(tmp_path / "moonshine", "moonshine")
-    with pytest.raises(SettingsError, match="--context: prompts of .*moonshine have no place for a context"):
+    with pytest.raises(SettingsError, match=r"--context: prompts of .*moonshine have no place for a context"):
         line = ["--val_jsonl", "rows.jsonl", "--model_id", base, "--context", "terms.txt", "--output_dir", "e"]
         evaluate.run_evaluation(parse_only("evaluate", line))
 

@@ -96,6 +96,8 @@ def test_only_replayed_rows_are_distilled(small, make_features, adapter, tmp_pat
     rows = np.arange(len(features))
     plan = build_plan(multitask_stage(run_settings), run_settings, features, rows, 2)
     loader = Loader(features, front_end, plan, Worker(), 0, Masking(SpecAugment(), 0), pin_memory=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
     engine = DataParallel(model, FAMILY, Worker(), lr=0.1, weight_decay=0.0)
     num_replayed = 0
     for _, microbatches in loader.steps(0, 3):

@@ -46,11 +46,11 @@ class ContextSampler:
 
     def _false_context(self, row: FeatureRow, rng: np.random.Generator) -> FeatureRow:
         """The row with terms of another row, or without a context if few rows have one that fits."""
-        said = _solid(row.answer)
+        transcript = _solid(row.answer)
         for _ in range(MAX_TRIES):
             other = self._features.prompt(int(self._rows[rng.integers(len(self._rows))]))
             own = {*map(_solid, split_terms(row.prompt))}
-            terms = [term for term in split_terms(other) if _solid(term) not in said and _solid(term) not in own]
+            terms = [term for term in split_terms(other) if _solid(term) not in transcript and _solid(term) not in own]
             while terms:
                 changed = with_context(row, join_terms(terms), self._front_end)
                 if len(changed.prompt_ids) <= len(row.prompt_ids):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from voxray.audio.augment import SpecAugment, spec_augment
-from voxray.batches.context_sampler import ContextSampler
 from voxray.batches.collate import Masks, answer_rows, collate_packed, collate_training, pinned
+from voxray.batches.context_sampler import ContextSampler
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features

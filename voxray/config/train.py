@@ -94,9 +94,9 @@ class TrainSettings(
     epoch gets longer."""
     distill_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of a second loss that keeps the model close to its base on the answers: the Kullback-Leibler divergence of
-    the base's distribution of each token from the model's. With --replay_jsonl it counts on the replayed rows only, where
-    the base is right. The base is the model without its LoRA, so a step computes one more forward pass. 0 turns it
-    off."""
+    the base's distribution of each token from the model's. With --replay_jsonl it counts on the replayed rows only,
+    where the base is right. The base is the model without its LoRA, so a step computes one more forward pass. 0 turns
+    it off."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between validations; 0 validates after each epoch."""
     eval_max_rows: Annotated[int, Field(ge=0)] = 200

@@ -34,7 +34,7 @@ def context_of_row(row: Mapping[str, Any]) -> str:
     return join_terms(terms)
 
 
-SHARES = ("true", "false", "none")
+SHARES: tuple[str, ...] = ("true", "false", "none")
 """A row's own context, terms of other rows that nobody says in its clip, and no context."""
 
 
@@ -50,10 +50,10 @@ def parse_context_shares(value: Any) -> dict[str, float]:
         pairs = list(value.items())
     else:
         raise ValueError("needs name=share pairs, such as true=0.5,false=0.25,none=0.25")
-    shares = dict.fromkeys(SHARES, 0.0)
+    shares: dict[str, float] = dict.fromkeys(SHARES, 0.0)
     if unknown := [str(name) for name, _ in pairs if name not in shares]:
         raise ValueError(f"unknown name {unknown[0]!r}; known: {', '.join(SHARES)}")
-    if len(dict(pairs)) < len(pairs):
+    if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("a name is given twice")
     for name, text in pairs:
         try:

@@ -27,6 +27,7 @@ from voxray.generation.join_chunks import join_chunk_rows
 from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics
 from voxray.metrics.names import is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import BASIC_V2, WHISPER_EN, Normalizers, normalizers_from
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")

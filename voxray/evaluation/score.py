@@ -8,13 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxray.core.errors import RunError
-from voxray.core.manifest import open_regular
 from voxray.core.tasks import TASKS
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.bootstrap import (
@@ -32,7 +30,7 @@ from voxray.metrics.meteor_spice import java_metrics
 from voxray.metrics.names import evaluation_metrics, headline, higher_is_better, is_caption, is_transcript
 from voxray.metrics.ngrams import CorpusMetric
 from voxray.metrics.overall import aggregate_tasks, headline_score, likelihood_metrics
-from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
+from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_references
 from voxray.metrics.terms import RowTerms, count_terms
 from voxray.metrics.texts import score_texts
 from voxray.text.normalize import DEFAULT_NORMALIZERS, Normalizers
@@ -321,4 +319,9 @@ def _terms(pairs: Sequence[RowTerms], num_terms: int) -> dict[str, Any]:
     missed = in_references - recalled
     worst = sorted(missed, key=lambda term: (-missed[term], term))[:MAX_LISTED_TERMS]
     listed = [{"term": term, "n": in_references[term], "found": recalled[term]} for term in worst]
-    return {"num_terms": num_terms or len(in_references), "n": in_references.total(), "found": recalled.total(), "missed": listed}
+    return {
+        "num_terms": num_terms or len(in_references),
+        "n": in_references.total(),
+        "found": recalled.total(),
+        "missed": listed,
+    }

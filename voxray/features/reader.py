@@ -32,7 +32,7 @@ from voxray.features.shards import (
     shard_path,
 )
 
-Value = TypeVar("Value")
+Stored = TypeVar("Stored")
 OPEN_SHARDS = 256  # memory maps kept open at a time
 OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
 
@@ -246,7 +246,7 @@ class Features(RowLengths):
         """
         return self._read(number, lambda shard, row: shard.row(row))
 
-    def _read(self, number: int, read: Callable[[_Shard, int], Value]) -> Value:
+    def _read(self, number: int, read: Callable[[_Shard, int], Stored]) -> Stored:
         set_number = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         shard = int(self._shard[number])
         try:

@@ -87,7 +87,9 @@ def inference_config(
     scale = getattr(settings, "lora_scale", 1.0)
     flags["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
-    return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, context=_context(settings, model_id), **flags)
+    return InferenceConfig(
+        model_id, str(adapter or ""), sampling, batch_size, context=_context(settings, model_id), **flags
+    )
 
 
 def _context(settings: EvaluateSettings | InferSettings | DemoSettings, model_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Important terms, such as drugs and findings: how many are recognised, and how many answers take from their prompts."""
+"""Terms, such as drugs and findings: how many are recognised, and how many answers take from their prompts."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
