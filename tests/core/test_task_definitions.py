@@ -47,6 +47,7 @@ def own() -> Any:
 
 TEXTS = (None, "", " ", " a ", "x\ny", "\n", "{question}", "{input}", "a  {b} ")
 PROMPT_KEYS = {"asr": (), "sqa": ("question",), "tqa": ("instruction", "input"), "aac": ("question",)}
+PROMPT_KEYS |= {"chat": (), "text_chat": ()}
 DEFAULTS = {"aac": "Please describe the audio."}
 
 
@@ -67,6 +68,8 @@ def test_the_built_in_tasks_are_those_of_earlier_versions() -> None:
         Task("sqa", ("audio_path", "question", "answer"), "chat", "{question}", "answer", texts),
         Task("tqa", ("instruction", "output"), "chat", "{instruction}\n{input}", "output", texts),
         Task("aac", ("audio_path", "caption"), "chat", "{question}", "caption", captions, False, DEFAULTS["aac"]),
+        Task("chat", ("audio_path", "messages"), "conversation", "", "messages", texts),
+        Task("text_chat", ("messages",), "conversation", "", "messages", texts),
     ]
 
 
@@ -90,7 +93,7 @@ def test_prompts_of_own_tasks(own: Any, name: str, row: dict[str, Any], prompt: 
 
 
 def test_own_tasks_come_last_in_the_table_and_first_in_detection(own: dict[str, Any]) -> None:
-    assert tasks.TASK_CODES == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3, "summary": 4, "verbatim": 5, "intent": 6}
+    assert list(tasks.TASK_CODES.items()) == [(name, code) for code, name in enumerate((*BUILT_IN, *own))]
     assert tasks.own_definitions() == own and list(tasks.own_definitions()) == list(own)
     row = {"audio_path": "a", "transcript": "t", "summary": "s"}
     assert detect_task(row).name == "summary"
@@ -100,7 +103,7 @@ def test_own_tasks_come_last_in_the_table_and_first_in_detection(own: dict[str, 
     assert with_own_tasks(TASKS) == tuple(TASKS)
     assert [name for name in TASKS if is_transcript(name)] == ["asr", "verbatim"]
     use_own_tasks({})
-    assert list(TASKS) == ["asr", "sqa", "tqa", "aac"] and detect_task(row).name == "asr"
+    assert list(TASKS) == list(BUILT_IN) and detect_task(row).name == "asr"
 
 
 def test_values_of_rows(own: Any) -> None:
@@ -158,7 +161,7 @@ def without(definition: dict[str, Any], *names: str) -> dict[str, Any]:
         ({"s": without(SUMMARY, "prompt")}, "s: prompt: is missing"),
         ({"s": {**SUMMARY, "prompt": ["x"]}}, "s: prompt: must be text, not ['x']"),
         ({"s": {**SUMMARY, "prompt": "Repeat {summary}"}}, "s: prompt: holds the answer, {summary}"),
-        ({"s": {**SUMMARY, "template": "asr"}}, "s: template: must be transcription, or left out"),
+        ({"s": {**SUMMARY, "template": "asr"}}, "s: template: must be transcription or conversation, or left out"),
         ({"s": {**SUMMARY, "template": "transcription"}}, "s: template: transcription is the model's own request"),
         ({"s": {**VERBATIM, "keys": ["verbatim"]}}, "s: keys: template transcription needs audio_path"),
         ({"s": {**SUMMARY, "allow_empty_answer": "no"}}, "s: allow_empty_answer: must be true or false, not 'no'"),
@@ -188,3 +191,24 @@ def test_codes_fit_into_eight_bits() -> None:
 def test_the_package_has_the_file() -> None:
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"voxray.core" = ["tasks.yaml"]' in settings
+
+
+def test_own_tasks_may_be_conversations() -> None:
+    definition = {
+        "keys": ["messages", "topic"],
+        "template": "conversation",
+        "answer": "messages",
+        "metrics": ["char_f1"],
+    }
+    tasks_by_name = parse_own_tasks({"advice": definition})
+    assert tasks_by_name["advice"].definition == definition and tasks_by_name["advice"].kind == "tqa"
+    use_own_tasks(tasks_by_name)
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "topic": "t"}
+    assert check_values(row).name == "advice"
+    with pytest.raises(BadRow, match="topic is int, not text"):
+        check_values({**row, "topic": 3})
+    use_own_tasks({})
+    assert check_values(row).name == "text_chat"
+    for changes in ({"prompt": "x"}, {"answer": "topic"}):
+        with pytest.raises(ValueError, match="template: conversation needs answer: messages, and no prompt"):
+            parse_own_tasks({"advice": {**definition, **changes}})

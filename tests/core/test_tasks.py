@@ -56,7 +56,7 @@ def test_prompts():
     assert TASKS["tqa"].prompt(TQA) == "i"
     assert TASKS["tqa"].prompt({**TQA, "input": "x"}) == "i\nx"
     assert TASKS["tqa"].prompt({**TQA, "input": ""}) == TASKS["tqa"].prompt({**TQA, "input": None}) == "i"
-    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac"]
+    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac", "chat"]
 
 
 def test_a_caption_row_has_its_own_question_or_salmonns():

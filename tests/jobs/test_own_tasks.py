@@ -22,7 +22,7 @@ from voxray.core.errors import RunError, SettingsError
 from voxray.core.tasks import TASKS, use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
-from voxray.features.shards import LAYOUT
+from voxray.features.shards import LAYOUT, TASK_CODES
 from voxray.models.registry import get_family
 from voxray.training.records import read_metrics
 
@@ -90,7 +90,8 @@ def test_own_tasks_from_features_to_a_comparison(here: Path, evaluation_here: No
     flags = f"--manifest rows.jsonl --model_id {TINY} --output_dir features --tasks_file tasks.yaml"
     folders = featurize.run_featurize_job(parse_only("featurize", flags.split())).folders
     features, front_end = Features(folders), get_family(TINY).front_end(TINY)
-    assert features.task.tolist() == [4] * 3 + [5] * 3 + [6] * 3 + [2] * 3
+    names = [name for name in (*TASKS_OF_FILE, "tqa") for _ in range(3)]
+    assert features.task.tolist() == [TASK_CODES[name] for name in names]
     shown = [front_end.show(features.row(row).prompt_ids.tolist()) for row in (0, 3, 6)]
     assert shown[0].endswith("Write a SOAP note. 짧게[/INST]") and shown[1].endswith("lang:ko[TRANSCRIBE]")
     assert shown[2] == "<s>[INST]Intent?\n예약 0[/INST]"

@@ -13,6 +13,7 @@ from rich.console import Console
 from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
 from voxray.config.unused_flags import warn_about_unused_flags
+from voxray.core.chat import CHAT_KEYS, to_messages
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import UNLABELLED, Sample, chunks, read_chunk, require_usable_row
@@ -169,13 +170,16 @@ def _labelled_row(sample: Sample, entry: Mapping[str, Any]) -> dict[str, Any]:
         values = json.loads(linecache.getline(*source).removeprefix("\ufeff"))
         for name in ("segments", "references", "transcript_phonetic", UNLABELLED):  # they belong to the other label
             values.pop(name, None)
+        if sample.turns:
+            values = {name: value for name, value in values.items() if name not in CHAT_KEYS}
     elif sample.task.prompt_keys:
         values[sample.task.prompt_keys[0]] = sample.prompt
     if sample.task.has_audio:
         values["audio_path"] = os.path.abspath(sample.audio_path)
     if language := sample.language or entry.get("language", ""):
         values["language"] = language
-    return {**values, sample.task.answer_key: entry["prediction"]}
+    answer = entry["prediction"]
+    return {**values, sample.task.answer_key: to_messages(sample.turns, answer) if sample.turns else answer}
 
 
 def _print_answer(entry: dict[str, Any], settings: InferSettings) -> None:

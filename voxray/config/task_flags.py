@@ -11,7 +11,7 @@ from voxray.core.context import parse_context_shares
 
 class OwnTaskFlags(Settings):
     tasks_file: Annotated[str, Flag(path="input")] = ""
-    """YAML file that defines own tasks beside asr, sqa, tqa and aac: the keys of their rows, prompt, answer and metrics
+    """YAML file that defines own tasks beside the built-in ones: the keys of their rows, prompt, answer and metrics
     (docs/data.md). Its contents are part of the features and of a run."""
 
 

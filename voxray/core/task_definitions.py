@@ -28,7 +28,8 @@ class Task:
     Attributes:
         name: Short name, used in flags, metrics and predictions.
         keys: Keys that a row must have. A row belongs to the first task whose keys it has all.
-        template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
+        template: ``transcription`` (the model's own transcription request), ``chat`` (one user message) or
+            ``conversation`` (the messages of the row, see ``core/chat.py``).
         prompt_text: The user message, with keys of the row in braces (see ``prompt``).
         answer_key: Key of the text that the model is to produce.
         metrics: Names of the metrics reported everywhere, the headline metric first. Evaluation adds the others of
@@ -39,7 +40,7 @@ class Task:
 
     name: str
     keys: tuple[str, ...]
-    template: Literal["transcription", "chat"]
+    template: Literal["transcription", "chat", "conversation"]
     prompt_text: str
     answer_key: str
     metrics: tuple[str, ...]
@@ -54,6 +55,11 @@ class Task:
     def prompt_keys(self) -> tuple[str, ...]:
         """Keys whose texts are in the user message."""
         return tuple(dict.fromkeys(_KEY_IN_BRACES.findall(self.prompt_text)))
+
+    @property
+    def asks(self) -> bool:
+        """Whether each row has a request of its own, so that rows with equal audio may differ."""
+        return bool(self.prompt_keys) or self.template == "conversation"
 
     @property
     def kind(self) -> Literal["asr", "sqa", "tqa"]:
@@ -147,9 +153,8 @@ def _read_task(name: str, values: Any) -> Task:
     if not isinstance(allows_empty, bool):
         raise ValueError(f"allow_empty_answer: must be true or false, not {allows_empty!r}")
     _check_metrics(metrics)
-    is_chat = values.get("template", "chat") == "chat"
+    template: Any = values.get("template", "chat")
     prompt_text, default = _text(values, "prompt"), _text(values, "default_prompt")
-    template: Literal["transcription", "chat"] = "chat" if is_chat else "transcription"
     task = Task(name, keys, template, prompt_text, answer, metrics, allows_empty, default)
     _check_request(task, values)
     return task
@@ -183,9 +188,13 @@ def _check_metrics(metrics: tuple[str, ...]) -> None:
 
 def _check_request(task: Task, values: Mapping[str, Any]) -> None:
     """Check ``template``, ``prompt`` and ``default_prompt`` together."""
-    if values.get("template", "chat") not in ("chat", "transcription"):
-        raise ValueError(f"template: must be transcription, or left out for a prompt, not {values['template']!r}")
-    if task.template == "transcription":
+    if task.template not in ("chat", "transcription", "conversation"):
+        choices = "transcription or conversation"
+        raise ValueError(f"template: must be {choices}, or left out for a prompt, not {values['template']!r}")
+    if task.template == "conversation":
+        if task.prompt_text or task.default_prompt or task.answer_key != "messages":
+            raise ValueError("template: conversation needs answer: messages, and no prompt")
+    elif task.template == "transcription":
         if task.prompt_text or task.default_prompt:
             raise ValueError("template: transcription is the model's own request; leave the prompt out")
         if not task.has_audio:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from voxray.core.chat import task_keys
 from voxray.core.errors import is_utf8_text
 from voxray.core.task_definitions import Task, read_definitions
 from voxray.core.yaml_file import read_yaml
@@ -69,11 +70,17 @@ def detect_task(row: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
+    keys = task_keys(row)
     for task in (*own_tasks().values(), *BUILT_IN.values()):
-        if all(key in row for key in task.keys):
+        if all(key in keys for key in task.keys):
             return task
     required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
+
+
+def single_turn_tasks() -> tuple[str, ...]:
+    """The tasks whose rows have one request each, for models that answer no conversations."""
+    return tuple(name for name, task in TASKS.items() if task.template != "conversation")
 
 
 def with_own_tasks(names: Iterable[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
 from voxray.features.crash_log import CrashLog, open_crash_log
 from voxray.features.extract import Extractor, FeatureValues, file_state
-from voxray.features.shards import INDEX_SCHEMA, are_parts, index_part, shard_bytes, shard_path
+from voxray.features.shards import are_parts, index_batch, index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
@@ -247,7 +247,7 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
 
 def _has_index(report: dict[str, Any]) -> bool:
     """Whether a report's part of the index has all columns, with a value for each row."""
-    batch = pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA)
+    batch = index_batch(report["index"])
     return batch.num_rows == report["rows"] and not any(column.null_count for column in batch.columns)
 
 

@@ -33,8 +33,8 @@ class Stage:
 
 
 def text_stage(settings: TextSettings) -> Stage:
-    """Voxtral stage 1: text QA, LoRA on the language model only. Projector and encoder stay frozen."""
-    return Stage(roles=("llm",), tasks=("tqa",))
+    """Voxtral stage 1: text QA and chats, LoRA on the language model only. Projector and encoder stay frozen."""
+    return Stage(roles=("llm",), tasks=("tqa", "text_chat"))
 
 
 def asr_adapter_stage(settings: AsrAdapterSettings) -> Stage:

@@ -79,8 +79,9 @@ def test_answers_end_with_the_token_that_ends_generation(front_end):
 
 
 def test_rows_that_the_model_cannot_answer(front_end):
-    with pytest.raises(BadRow, match="only transcribes; this row's task is sqa"):
-        front_end.prompt_ids(row(front_end, task="sqa", prompt="What?"), 16_000)
+    for task in ("sqa", "chat"):
+        with pytest.raises(BadRow, match=f"only transcribes; this row's task is {task}"):
+            front_end.prompt_ids(row(front_end, task=task, prompt="What?"), 16_000)
     for length in (100, 319):
         with pytest.raises(BadRow, match=f"{length} samples are too few"):
             front_end.prompt_ids(row(front_end), length)
