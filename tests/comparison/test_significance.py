@@ -8,6 +8,7 @@ import pytest
 from voxray.comparison import significance as paired
 from voxray.comparison.significance import MIN_SPEAKERS, compare_rows, holm, resampling_units
 from voxray.metrics.bootstrap import Groups
+from voxray.metrics.counts import Ratio
 
 # Edits of two systems on seven utterances, and reference lengths; two rows have the same speaker.
 FIRST = [3, 0, 4, 2, 5, 1, 2]
@@ -16,8 +17,8 @@ LENGTHS = [10, 4, 8, 9, 12, 6, 7]
 SPEAKERS = [0, 0, 1, 2, 3, 4, 4]
 
 
-def parts(values, lengths) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(values, float)[:, None], np.array(lengths, float)[:, None]
+def ratio(values, lengths) -> list[Ratio]:
+    return [Ratio(np.array(values, float), np.array(lengths, float), len(values))]
 
 
 def alone(num: int) -> Groups:
@@ -31,7 +32,7 @@ def grouped(numbers) -> Groups:
 def compared(first, second, lengths, units, **options):
     """One metric; the divisor of the second run may differ."""
     first_lengths, second_lengths = lengths if isinstance(lengths, tuple) else (lengths, lengths)
-    return compare_rows(parts(first, first_lengths), parts(second, second_lengths), units, **options)[0]
+    return compare_rows(ratio(first, first_lengths), ratio(second, second_lengths), units, **options)[0]
 
 
 def exchanged(first, second, first_lengths, second_lengths, speakers) -> float:
@@ -112,7 +113,7 @@ def test_rows_without_the_metric_are_left_out():
     result = compared([*FIRST, 0], [*SECOND, 0], [*LENGTHS, 0], alone(8), num_resamples=50_000)
     without = compared(FIRST, SECOND, LENGTHS, alone(7), num_resamples=50_000)
     assert (result.first, result.second, result.p, result.num_rows) == (without.first, without.second, without.p, 7)
-    nothing = compare_rows(parts([0, 0], [0, 0]), parts([0, 0], [0, 0]), alone(2))
+    nothing = compare_rows(ratio([0, 0], [0, 0]), ratio([0, 0], [0, 0]), alone(2))
     assert nothing == [None]
 
 

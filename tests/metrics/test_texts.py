@@ -4,6 +4,7 @@ import itertools
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from voxray.core.tasks import TASKS
 from voxray.evaluation.score import score
 from voxray.metrics.counts import as_row, compute_metrics, count
 from voxray.metrics.names import headline, higher_is_better, validation_metrics
+from voxray.metrics.ngrams import _bleu, script_tokenizer
 from voxray.metrics.overall import likelihood_metrics, overall_metrics
 from voxray.metrics.texts import score_texts, text_metrics
 from voxray.text.normalize import normalize_ko_v1
@@ -95,6 +97,46 @@ def test_intervals_of_bleu_and_chrf_are_as_wide_as_sacrebleus():
         low, high = metrics[name]["low"], metrics[name]["high"]
         assert (high - low) / 2 == pytest.approx(float(expected._ci), rel=0.15)
         assert (high + low) / 2 == pytest.approx(float(expected._mean), abs=0.3 * float(expected._ci))
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer"),
+    [
+        ("", "13a"),
+        ("120/80", "13a"),
+        ("The blood pressure is high.", "13a"),
+        ("Привет, как дела?", "13a"),
+        ("नमस्ते, आप कैसे हैं?", "13a"),
+        ("血压很高。", "zh"),
+        ("MRI 检查", "zh"),
+        ("血圧が高いです。", "char"),
+        ("ＭＲＩカタカナ", "char"),
+        ("혈압이 높습니다.", "char"),
+        ("MRI 검사", "char"),
+        ("ความดันสูง", "char"),
+        ("ຄວາມດັນ", "char"),
+        ("សម្ពាធឈាម", "char"),
+        ("သွေးပေါင်", "char"),
+        ("The word 안녕 means hello in Korean.", "13a"),
+        ("Li·Ming・Wang", "13a"),
+    ],
+)
+def test_the_tokenizer_follows_from_the_script(text: str, tokenizer: str):
+    assert script_tokenizer(text) == tokenizer
+
+
+def test_bleu_of_many_sums_equals_sacrebleus():
+    """With orders that have no match, no n-gram, or nothing at all."""
+    rng = np.random.default_rng(0)
+    totals = np.sort(rng.integers(0, 60, (3000, 4)), axis=1)[:, ::-1]
+    matches = np.where(rng.random((3000, 4)) < 0.2, 0, rng.integers(0, totals + 1))
+    lengths = np.stack([totals[:, 0], np.maximum(totals[:, 0] + rng.integers(-30, 40, 3000), 0)], axis=1)
+    sums = np.concatenate([lengths, matches, totals], axis=1)
+    expected = [
+        BLEU.compute_bleu(row[2:6], row[6:], row[0], row[1], smooth_method="exp").score for row in sums.tolist()
+    ]
+    assert _bleu(sums.astype(float)).tolist() == expected
+    assert 0 < sum(value == 0 for value in expected) < 2000 and max(expected) > 50
 
 
 def test_bleu_of_a_corpus_is_not_a_mean():

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from voxray.comparison.alignments import length_slices, row_errors
-from voxray.comparison.significance import Parts
 from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import labelled_rows, read_predictions
@@ -19,6 +17,7 @@ from voxray.evaluation.score import count_rows, read_terms
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
 from voxray.metrics.names import evaluation_metrics, is_transcript
+from voxray.metrics.ngrams import SummedMetric
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
 
@@ -366,23 +365,16 @@ def _format(value: Any) -> str:
 
 def metric_contributions(
     task: str, runs: Sequence[Sequence[ScoredRow]], rules: ScoringRules
-) -> tuple[list[str], list[Parts]]:
-    """Per-row numerators and denominators of a task's metrics.
+) -> tuple[list[str], list[list[SummedMetric]]]:
+    """The metrics of a task that are computed from sums over rows, such as error rates.
 
     Returns:
-        The metrics that are ratios of sums and have a value in every run, the headline first; and the ``Parts`` of
-        every run.
+        Names of the metrics that have a value in every run, the headline first; and these metrics of every run.
     """
-    ratios = []
+    metrics = []
     for rows in runs:
         values, counts = [row.values for row in rows], [row.counts for row in rows]
-        ratios.append(count_rows(task, values, terms=rules.terms, normalizers=rules.normalizers, counts=counts).ratios)
-    names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
-    parts = [
-        (
-            np.stack([of_run[name].numerator for name in names], axis=1),
-            np.stack([of_run[name].denominator for name in names], axis=1),
-        )
-        for of_run in ratios
-    ]
-    return names, parts
+        scored = {"terms": rules.terms, "normalizers": rules.normalizers, "counts": counts, "needs_texts": False}
+        metrics.append(count_rows(task, values, **scored).metrics)
+    names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in metrics)]
+    return names, [[of_run[name] for name in names] for of_run in metrics]

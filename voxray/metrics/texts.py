@@ -12,7 +12,7 @@ import numpy as np
 from voxray.metrics import captions
 from voxray.metrics.counts import Ratio, rouge_units
 from voxray.metrics.names import CAPTION_METRICS, is_caption, is_transcript
-from voxray.metrics.ngrams import CorpusMetric, bleu_and_chrf
+from voxray.metrics.ngrams import CorpusMetric, SummedMetric, bleu_and_chrf
 from voxray.text.normalize import KO_V1, normalize_ko_v1
 
 UNITS = "hangul by character, latin words and numbers whole"
@@ -28,7 +28,7 @@ def text_metrics(task: str, pairs: Sequence[Pair]) -> TextScores:
     return {name: {"value": metric.value, "n": metric.n} for name, metric in summed.items()} | distinct
 
 
-def score_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | CorpusMetric], TextScores, dict[str, str]]:
+def score_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, SummedMetric], TextScores, dict[str, str]]:
     """Metrics of all answers to the rows of a task, with the signature of each.
 
     bleu                    sacrebleu's corpus BLEU on characters (spaces do not count), from 0 to 100
@@ -53,7 +53,7 @@ def score_texts(task: str, pairs: Sequence[Pair]) -> tuple[dict[str, Ratio | Cor
         for texts, prediction in pairs
     ]
     sacrebleu_metrics, sacrebleu_signatures = bleu_and_chrf(normalized)
-    summed: dict[str, Ratio | CorpusMetric] = {**sacrebleu_metrics}
+    summed: dict[str, SummedMetric] = {**sacrebleu_metrics}
     signatures = {name: f"{signature}|norm:{KO_V1}" for name, signature in sacrebleu_signatures.items()}
     signatures |= {name: f"tok:{UNITS}|norm:{KO_V1}" for name in ("rouge_l", "distinct_1", "distinct_2")}
     if is_caption(task):
