@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from voxray.commands import audit, compare, evaluate, featurize, infer, preflight, score_only, train
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.tasks import TASKS, use_own_tasks
+from voxray.core.tasks import TASK_CODES, TASKS, use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
 from voxray.features.shards import LAYOUT
@@ -90,7 +90,7 @@ def test_own_tasks_from_features_to_a_comparison(here: Path, evaluation_here: No
     flags = f"--manifest rows.jsonl --model_id {TINY} --output_dir features --tasks_file tasks.yaml"
     folders = featurize.run_featurize_job(parse_only("featurize", flags.split())).folders
     features, front_end = Features(folders), get_family(TINY).front_end(TINY)
-    assert features.task.tolist() == [4] * 3 + [5] * 3 + [6] * 3 + [2] * 3
+    assert features.task.tolist() == [5] * 3 + [6] * 3 + [7] * 3 + [2] * 3
     shown = [front_end.show(features.row(row).prompt_ids.tolist()) for row in (0, 3, 6)]
     assert shown[0].endswith("Write a SOAP note. 짧게[/INST]") and shown[1].endswith("lang:ko[TRANSCRIBE]")
     assert shown[2] == "<s>[INST]Intent?\n예약 0[/INST]"
@@ -164,6 +164,15 @@ def test_features_of_other_tasks_are_other_features(here: Path) -> None:
     parse_only("featurize", ["--manifest", "rows.jsonl"])
     assert Extractor(TINY).fingerprint == fingerprints[0], "one job's tasks do not stay for the next"
     assert fingerprints[1] == fingerprints[2] and len(set(fingerprints)) == 4
+
+
+def test_features_with_other_codes_of_the_tasks_are_other_features(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codes of own tasks follow those of the built-in tasks, of which there were four once."""
+    parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
+    before = Extractor(TINY).fingerprint
+    for name in TASKS_OF_FILE:
+        monkeypatch.setitem(TASK_CODES, name, TASK_CODES[name] - 1)
+    assert Extractor(TINY).fingerprint != before
 
 
 @pytest.mark.parametrize(("job", "tasks"), [("train_text", {"intent", "tqa"}), ("train_asr_adapter", {"verbatim"})])

@@ -16,7 +16,7 @@ from voxray.evaluation.predictions import labelled_rows, read_predictions
 from voxray.evaluation.score import count_rows, read_terms
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
-from voxray.metrics.names import evaluation_metrics, is_transcript
+from voxray.metrics.names import evaluation_metrics, is_transcript, is_translation
 from voxray.metrics.ngrams import SummedMetric
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
 from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
@@ -142,7 +142,7 @@ def read_evaluation(folder: Path, label: str = "", rules: ScoringRules | None = 
         check_row(row, f"{folder}: row {number} ({row.get('id') or row.get('source') or 'no id'})")
     for task in TASKS:
         # Other versions left an earlier evaluation's metrics.json beside new answers until these were finished.
-        expected = metrics.get(task, {}).get("exact_match", {}).get("n")
+        expected = metrics.get(task, {}).get("chrf" if is_translation(task) else "exact_match", {}).get("n")
         num_stored = sum(row["task"] == task for row in stored)
         if expected not in (None, num_stored):
             raise RunError(
@@ -219,7 +219,7 @@ def score_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list
                 for index in indices:
                     slices[index][name] = label
         counts = [as_row(count_row(values, rules.normalizers)) for values in of_task]
-        errors = row_errors(task, as_columns(counts))
+        errors = row_errors(task, of_task, as_columns(counts))
         for values, (reference, prediction), numbers, error, labels in zip(
             of_task, texts, counts, errors, slices, strict=True
         ):
@@ -366,7 +366,7 @@ def _format(value: Any) -> str:
 def metric_contributions(
     task: str, runs: Sequence[Sequence[ScoredRow]], rules: ScoringRules
 ) -> tuple[list[str], list[list[SummedMetric]]]:
-    """The metrics of a task that are computed from sums over rows, such as error rates.
+    """The metrics of a task that are computed from sums over rows, such as error rates and BLEU of translations.
 
     Returns:
         Names of the metrics that have a value in every run, the headline first; and these metrics of every run.

@@ -19,7 +19,7 @@ _COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote
 
 
 def _audio_task(name: str) -> str:
-    audio_tasks = [task.name for task in TASKS.values() if task.has_audio]
+    audio_tasks = [task.name for task in TASKS.values() if task.has_audio and task.template != "translation"]
     if name not in audio_tasks:
         raise ValueError(f"must be one of {', '.join(audio_tasks)}")
     return name

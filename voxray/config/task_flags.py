@@ -8,8 +8,8 @@ from voxray.config.parse import Settings
 
 class OwnTaskFlags(Settings):
     tasks_file: Annotated[str, Flag(path="input")] = ""
-    """YAML file that defines own tasks beside asr, sqa, tqa and aac: the keys of their rows, prompt, answer and metrics
-    (docs/data.md). Its contents are part of the features and of a run."""
+    """YAML file that defines own tasks beside asr, sqa, tqa, aac and ast: the keys of their rows, prompt, answer and
+    metrics (docs/data.md). Its contents are part of the features and of a run."""
 
 
 class RecordedTaskFlags(Settings):

@@ -21,6 +21,7 @@ from voxray.core.languages import language_code
 from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.project_files import typed_command
 from voxray.core.source import Segment, Source, segment, segments
+from voxray.core.task_definitions import TARGET_LANGUAGE
 from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
@@ -47,7 +48,8 @@ class Sample:
         start_sec: Start of the clip in the file.
         duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
         channel: Channel to read, from 0; -1 averages all channels.
-        segments: Timed parts of the transcript, if the row has them.
+        segments: Timed parts of the transcript, if the row has them; empty for a translation.
+        target_language: Code of the language to translate into; "" for other tasks.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Sample:
     duration_sec: float = 0.0
     channel: int = -1
     segments: tuple[Segment, ...] = ()
+    target_language: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,9 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
     language, source = language_code(row.get("language")), str(Source(manifest, number))
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row), segments(row))
+    is_translation = task.template == "translation"  # segments are those of a transcript
+    more = ((), language_code(row[TARGET_LANGUAGE])) if is_translation else (segments(row), "")
+    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row), *more)
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
@@ -229,6 +234,8 @@ def check_values(row: dict[str, Any]) -> Task:
     if empty or (task.prompt_text and not task.prompt(row).strip()):
         raise BadRow("empty_text", f"{(*empty, *task.prompt_keys)[0]} is empty")
     language_code(row.get("language"))
+    if TARGET_LANGUAGE in task.keys and not language_code(row[TARGET_LANGUAGE], TARGET_LANGUAGE):
+        raise BadRow("bad_language", f"{TARGET_LANGUAGE} {row[TARGET_LANGUAGE]!r} names no language")
     segment(row)
     return task
 

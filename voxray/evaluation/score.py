@@ -29,7 +29,14 @@ from voxray.metrics.bootstrap import (
 from voxray.metrics.captions import Caption
 from voxray.metrics.counts import Ratio, as_columns, as_row, metric_ratio
 from voxray.metrics.meteor_spice import java_metrics
-from voxray.metrics.names import evaluation_metrics, headline, higher_is_better, is_caption, is_transcript
+from voxray.metrics.names import (
+    evaluation_metrics,
+    headline,
+    higher_is_better,
+    is_caption,
+    is_transcript,
+    is_translation,
+)
 from voxray.metrics.ngrams import SummedMetric
 from voxray.metrics.overall import aggregate_tasks, headline_score, likelihood_metrics
 from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
@@ -147,7 +154,7 @@ def count_rows(
     Args:
         normalizers: Of transcripts, by language.
         counts: Counts of each row, if this version has computed them already.
-        needs_texts: Compute the metrics of ``score_texts``.
+        needs_texts: Compute the metrics of ``score_texts`` of all tasks, not only those of translations.
     """
     columns = as_columns([as_row(count_row(row, normalizers)) for row in rows] if counts is None else counts)
     row_terms: list[tuple[Counter[str], Counter[str]]] = []
@@ -165,7 +172,7 @@ def count_rows(
         ratios |= {"cer_phonetic": None, "cer_best": None}
     ratios["loss"] = _loss(rows)
     available = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    pairs = [(row_references(row), row["prediction"]) for row in rows] if needs_texts else []
+    pairs = [(row_references(row), row["prediction"]) for row in rows] if needs_texts or is_translation(task) else []
     text_sums, distinct, signatures = score_texts(task, pairs)
     return CountedRows(task, rows, columns, row_terms, {**available, **text_sums}, distinct, signatures)
 
