@@ -183,12 +183,12 @@ def test_recipes_train_their_kind_of_tasks(here: Path, job: str, tasks: set[str]
     assert len(lines) == 2 * (12 - 3 * len(tasks)) and all('"other_task"' in line for line in lines)
 
 
-def test_whisper_transcribes_only(here: Path) -> None:
+def test_whisper_answers_no_questions(here: Path) -> None:
     flags = f"--train_jsonl rows.jsonl --output_dir run --model_id {WHISPER} --num_workers 0 --max_steps 1"
     with_file = [*flags.split(), "--tasks_file", "tasks.yaml", "--language", "ko"]
     assert train.run_training(parse_only("train_whisper", with_file))["finished"]
     write_rows(here / "rows.jsonl", read_rows(str(here / "rows.jsonl"))[:3])
-    with pytest.raises(RunError, match="Whisper only transcribes; this row's task is soap"):
+    with pytest.raises(RunError, match="Whisper only transcribes and translates; this row's task is soap"):
         train.run_training(parse_only("train_whisper", [*with_file, "--overwrite"]))
 
 

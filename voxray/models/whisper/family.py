@@ -1,4 +1,4 @@
-"""Whisper: an encoder over one window of 30 s, and a decoder that writes the transcript.
+"""Whisper: an encoder over one window of 30 s, and a decoder that writes the transcript or its English translation.
 
 Prompt and answer tokens are the decoder's only; it cross-attends to the encoder's outputs. Longer recordings go through
 Whisper's own algorithm, window by window: each window begins at the end time that was written for the previous one.
@@ -30,8 +30,9 @@ from voxray.models.whisper.front_end import WhisperFrontEnd
 
 
 class Whisper(AudioSeq2Seq):
-    """Whisper's model side (see ``ModelFamily``). It reads whole windows and detects languages."""
+    """Whisper's model side (see ``ModelFamily``). It reads whole windows, detects languages and translates."""
 
+    tasks: tuple[str, ...] = ("asr", "ast")
     always_frozen: tuple[str, ...] = (f"{ENCODER}.embed_positions",)  # sinusoids
     files: tuple[str, ...] = (*AudioSeq2Seq.files, "normalizer.json")
     load_encoder = EncoderMethods.load_encoder
@@ -87,7 +88,9 @@ class Whisper(AudioSeq2Seq):
 
     @torch.no_grad()
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
-        """Generate transcripts; recordings of several windows go through transformers' sequential algorithm.
+        """Generate transcripts or translations, by the tokens of the prompts.
+
+        Recordings of several windows go through transformers' sequential algorithm.
 
         Prompts without a language get the language that the model detects, in ``batch`` as well.
 
@@ -119,30 +122,56 @@ class Whisper(AudioSeq2Seq):
                 decoder_input_ids=ids_BL,  # replaces the prompt that generate would build from the language below
                 decoder_attention_mask=mask_BL,
                 return_timestamps=with_times,
-                **({"language": "en", "task": "transcribe"} if _language_ids(base) else {}),
+                **({"language": "en", "task": _task(base, ids_BL[0])} if _language_ids(base) else {}),
                 **options,
             )
 
     def _generate_long(
         self, base: Any, batch: Batch, num_samples: Sequence[int], options: dict[str, Any]
     ) -> torch.Tensor:
-        """Transcribe recordings of several windows together. In each of them, a window begins at the end time that was
-        written for the previous one."""
+        """Transcribe or translate recordings of several windows together. In each of them, a window begins at the end
+        time that was written for the previous one."""
         mel_WFT = batch["input_features"]
         counts = [-(-number // (mel_WFT.shape[-1] * HOP_SAMPLES)) for number in num_samples]
         firsts = [0, *accumulate(counts[:-1])]
-        prompts = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))[0].tolist()
-        tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
-        languages = [next((tokens[each] for each in prompt if each in tokens), None) for prompt in prompts]
-        task = {"language": languages if languages[1:] else languages[0], "task": "transcribe"} if tokens else {}
+        prompts_BL = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))[0]
         frames = [number // HOP_SAMPLES for number in num_samples]
         clips = [
             torch.cat(list(windows), -1)[:, :end].T for windows, end in zip(mel_WFT.split(counts), frames, strict=True)
         ]
-        mel_BFT = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2).to(base.dtype)
-        if languages[1:]:  # a single recording has no padding
-            options["attention_mask"] = first_columns(torch.tensor(frames, device=mel_BFT.device), max(frames))
-        return base.generate(input_features=mel_BFT, return_timestamps=True, **task, **options)
+        tasks = [_task(base, prompt) for prompt in prompts_BL]
+        answers: dict[int, torch.Tensor] = {}
+        for task in dict.fromkeys(tasks):  # transformers takes one task for all recordings
+            rows = [row for row, each in enumerate(tasks) if each == task]
+            ids_BL = _generate_recordings(base, [clips[row] for row in rows], prompts_BL[rows].tolist(), task, options)
+            answers |= zip(rows, ids_BL, strict=True)
+        ordered = [answers[row] for row in range(len(tasks))]
+        return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=base.config.eos_token_id)
+
+
+def _generate_recordings(
+    base: Any, clips: Sequence[torch.Tensor], prompts: Sequence[Sequence[int]], task: str, options: dict[str, Any]
+) -> torch.Tensor:
+    """Token ids ids_BL of recordings of one task, by transformers' algorithm.
+
+    Args:
+        clips: Log-mel of each recording, shape (frames, F).
+        prompts: Token ids of the prompts, which name the languages.
+    """
+    tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
+    languages = [next((tokens[each] for each in prompt if each in tokens), None) for prompt in prompts]
+    request = {"language": languages if languages[1:] else languages[0], "task": task} if tokens else {}
+    mel_BFT = torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True).transpose(1, 2).to(base.dtype)
+    if languages[1:]:  # a single recording has no padding
+        frames = torch.tensor([len(clip) for clip in clips], device=mel_BFT.device)
+        request["attention_mask"] = first_columns(frames, mel_BFT.shape[2])
+    return base.generate(input_features=mel_BFT, return_timestamps=True, **request, **options)
+
+
+def _task(base: Any, prompt_L: torch.Tensor) -> str:
+    """transformers' name of the task that a prompt asks for."""
+    translate = (getattr(base.generation_config, "task_to_id", None) or {}).get("translate", -1)
+    return "translate" if (prompt_L == translate).any() else "transcribe"
 
 
 def _language_ids(base: Any) -> dict[str, int]:
