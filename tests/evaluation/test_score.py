@@ -280,7 +280,8 @@ def test_metrics_of_any_texts_are_finite(rows: list[tuple[str, str, str, str]]):
         for task, text, _, language in (row, (row[0], unicodedata.normalize("NFD", row[1]), row[2], row[3])):
             same = {"task": task, "reference": text, "prediction": row[1], "language": language}
             entry = score([same], num_resamples=0)[task]
-            assert entry["exact_match"]["value"] == 1 and entry.get("cer_nospace", {"value": 0})["value"] == 0
+            assert entry.get("cer_nospace", {"value": 0})["value"] == 0
+            assert task == "ast" or entry["exact_match"]["value"] == 1, "translations are scored by BLEU and chrF only"
 
 
 def test_long_texts_are_fast():

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from voxray.commands import audit, compare, evaluate, featurize, infer, preflight, score_only, train
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.tasks import TASKS, use_own_tasks
+from voxray.core.tasks import TASK_CODES, TASKS, use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
-from voxray.features.shards import LAYOUT, TASK_CODES
+from voxray.features.shards import LAYOUT
 from voxray.models.registry import get_family
 from voxray.training.records import read_metrics
 
@@ -167,6 +167,15 @@ def test_features_of_other_tasks_are_other_features(here: Path) -> None:
     assert fingerprints[1] == fingerprints[2] and len(set(fingerprints)) == 4
 
 
+def test_features_with_other_codes_of_the_tasks_are_other_features(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codes of own tasks follow those of the built-in tasks, of which there were four once."""
+    parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
+    before = Extractor(TINY).fingerprint
+    for name in TASKS_OF_FILE:
+        monkeypatch.setitem(TASK_CODES, name, TASK_CODES[name] - 1)
+    assert Extractor(TINY).fingerprint != before
+
+
 @pytest.mark.parametrize(("job", "tasks"), [("train_text", {"intent", "tqa"}), ("train_asr_adapter", {"verbatim"})])
 def test_recipes_train_their_kind_of_tasks(here: Path, job: str, tasks: set[str]) -> None:
     result = run_train("run", job=job)
@@ -175,12 +184,12 @@ def test_recipes_train_their_kind_of_tasks(here: Path, job: str, tasks: set[str]
     assert len(lines) == 2 * (12 - 3 * len(tasks)) and all('"other_task"' in line for line in lines)
 
 
-def test_whisper_transcribes_only(here: Path) -> None:
+def test_whisper_answers_no_questions(here: Path) -> None:
     flags = f"--train_jsonl rows.jsonl --output_dir run --model_id {WHISPER} --num_workers 0 --max_steps 1"
     with_file = [*flags.split(), "--tasks_file", "tasks.yaml", "--language", "ko"]
     assert train.run_training(parse_only("train_whisper", with_file))["finished"]
     write_rows(here / "rows.jsonl", read_rows(str(here / "rows.jsonl"))[:3])
-    with pytest.raises(RunError, match="Whisper only transcribes; this row's task is soap"):
+    with pytest.raises(RunError, match="Whisper only transcribes and translates; this row's task is soap"):
         train.run_training(parse_only("train_whisper", [*with_file, "--overwrite"]))
 
 

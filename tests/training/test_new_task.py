@@ -34,7 +34,7 @@ def mood_task() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("flags", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])
-def test_a_fifth_task_trains_and_validates(
+def test_a_new_task_trains_and_validates(
     mood_task: None, small: dict[str, str], tmp_path: Path, flags: dict[str, Any]
 ) -> None:
     clips = read_rows(small["asr.train"])

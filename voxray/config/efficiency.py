@@ -19,7 +19,8 @@ _COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote
 
 
 def _audio_task(name: str) -> str:
-    audio_tasks = [task for task in single_turn_tasks() if TASKS[task].has_audio]
+    tasks = (TASKS[task] for task in single_turn_tasks())
+    audio_tasks = [task.name for task in tasks if task.has_audio and task.template != "translation"]
     if name not in audio_tasks:
         raise ValueError(f"must be one of {', '.join(audio_tasks)}")
     return name

@@ -90,7 +90,7 @@ BUILT_IN = (
         "voxray.config.train:WhisperSettings",
         "voxray.recipes.stages:whisper_stage",
         "train_whisper",
-        tasks=("asr",),
+        tasks=("asr", "ast"),
         family="voxray.models.audio_seq2seq.facts:FACTS",
         sweep_lora_r=(16, 32),
     ),

@@ -23,6 +23,7 @@ from voxray.core.languages import language_code
 from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.project_files import typed_command
 from voxray.core.source import Segment, Source, segment, segments
+from voxray.core.task_definitions import TARGET_LANGUAGE
 from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
@@ -47,8 +48,9 @@ class Sample:
         start_sec: Start of the clip in the file.
         duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
         channel: Channel to read, from 0; -1 averages all channels.
-        segments: Timed parts of the transcript, if the row has them.
+        segments: Timed parts of the transcript, if the row has them; empty for a translation.
         turns: Of a chat, the turns before the last answer.
+        target_language: Code of the language to translate into; "" for other tasks.
     """
 
     id: str
@@ -63,6 +65,7 @@ class Sample:
     channel: int = -1
     segments: tuple[Segment, ...] = ()
     turns: tuple[Turn, ...] = ()
+    target_language: str = ""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,9 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     prompt, turns = (chat.prompt, chat.turns) if chat else (task.prompt(row), ())
     if task.template == "transcription":
         prompt = context_of_row(row)
-    return Sample(row_id, task, prompt, answer, audio_path, language, source, *segment(row), segments(row), turns)
+    is_translation = task.template == "translation"  # segments are those of a transcript
+    more = ((), turns, language_code(row[TARGET_LANGUAGE])) if is_translation else (segments(row), turns)
+    return Sample(row_id, task, prompt, answer, audio_path, language, source, *segment(row), *more)
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
@@ -239,6 +244,8 @@ def check_values(row: dict[str, Any]) -> Task:
     if empty or (task.prompt_text and not task.prompt(row).strip()):
         raise BadRow("empty_text", f"{(*empty, *task.prompt_keys)[0]} is empty")
     language_code(row.get("language"))
+    if TARGET_LANGUAGE in task.keys and not language_code(row[TARGET_LANGUAGE], TARGET_LANGUAGE):
+        raise BadRow("bad_language", f"{TARGET_LANGUAGE} {row[TARGET_LANGUAGE]!r} names no language")
     segment(row)
     if task.template == "transcription":
         context_of_row(row)

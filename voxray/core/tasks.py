@@ -20,6 +20,8 @@ VARIABLE = "VOXRAY_TASKS"
 MAX_CHARS = 32_000
 """Longest JSON of own tasks. The system limits the arguments and variables of a process."""
 BUILT_IN = read_definitions(read_yaml(Path(__file__).with_name("tasks.yaml")), {})
+DETECTION_ORDER = sorted(BUILT_IN.values(), key=lambda task: task.template != "translation")
+"""The built-in tasks in the order of detection. A row with a translation may also have the transcript."""
 TASKS: dict[str, Task] = {}
 """All tasks: the built-in ones, then the user's own in the order of their file."""
 TASK_CODES: dict[str, int] = {}
@@ -65,13 +67,13 @@ POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
 
 
 def detect_task(row: Mapping[str, Any]) -> Task:
-    """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones.
+    """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones, of which ast comes first.
 
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
     keys = task_keys(row)
-    for task in (*own_tasks().values(), *BUILT_IN.values()):
+    for task in (*own_tasks().values(), *DETECTION_ORDER):
         if all(key in keys for key in task.keys):
             return task
     required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())

@@ -24,8 +24,8 @@ MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
 MAX_CRASHES_PER_SHARD = 3
 """Processes that may die while they encode or write one shard. Ray would replace them without end."""
-EARLIER_REFUSAL = "is not a two-letter code"
-"""End of the message with which earlier versions refused languages such as yue."""
+EARLIER_REFUSALS = ("is not a two-letter code", "; aac: audio_path, caption)")
+"""Ends of the messages with which earlier versions refused languages such as yue, and translations."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,9 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
         if not are_parts(report.get("parts", [])):
             return None
         json.dumps(report, ensure_ascii=False).encode()  # raises if a text holds half a surrogate pair
-        # The clip may have been fixed since, and earlier versions knew codes of two letters only.
+        # The clip may have been fixed since, and earlier versions knew fewer languages and tasks.
         if any(
-            line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]
+            line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSALS) for line in report["bad"]
         ):
             return None
         if "reads_context" not in report and CONTEXT.encode() in raw:  # earlier versions ignored this key

@@ -67,11 +67,10 @@ class Completion:
 def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
     """Sort rows so that the longest answers come first and rows with similar prompts are neighbours.
 
-    The length of a transcript follows from its clip. The length of a chat answer is unknown, so these rows come first;
-    the short transcripts at the end then fill the batch while the long answers finish.
+    The length of a transcript or translation follows from its clip. The length of a chat answer is unknown, so these
+    rows come first; the short transcripts at the end then fill the batch while the long answers finish.
     """
-    transcriptions = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
-    is_chat = ~np.isin(features.task, transcriptions)
+    is_chat = np.isin(features.task, [TASK_CODES[name] for name, task in TASKS.items() if task.template == "chat"])
 
     def key(row: int) -> tuple[int, ...]:
         by_clip, by_prompt = -int(features.num_samples[row]), -int(features.num_prompt_tokens[row])
@@ -108,9 +107,7 @@ def generate(
     batches = [[index] for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows == 1]
     recordings = [index for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows > 1]
     recordings.sort(key=lambda index: -rows[index].num_windows)  # those that end leave a batch, and none joins it
-    for context in dict.fromkeys(rows[index].prompt for index in recordings):  # those of a batch have the same
-        alike = [index for index in recordings if rows[index].prompt == context]
-        batches += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    batches += [recordings[start : start + batch_size] for start in range(0, len(recordings), batch_size)]
     if sampling.is_greedy:
         options: dict[str, Any] = {"batch_size": batch_size, "limits": [limits[index] for index in together]}
         batched_rows = [rows[index] for index in together]

@@ -229,6 +229,16 @@ class Ratio:
         """(utterances, 2), for ``from_sums``."""
         return np.stack([self.numerator, self.denominator], axis=1)
 
+    @property
+    def contributes(self) -> np.ndarray:
+        """(utterances,), whether each one counts."""
+        return self.denominator > 0
+
+    def select(self, index: np.ndarray) -> "Ratio":
+        """The ratio over some of the utterances."""
+        denominator = self.denominator[index]
+        return Ratio(self.numerator[index], denominator, int((denominator > 0).sum()))
+
     @staticmethod
     def from_sums(sums: np.ndarray) -> np.ndarray:
         """Values, (n,), from sums of the columns, (n, 2); NaN where the denominator is 0."""

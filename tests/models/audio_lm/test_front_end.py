@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 from voxray.core.chat import CLIP, Turn
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample
+from voxray.core.tasks import TASKS
 from voxray.models.front_end import row_target_ids, stop_ids
 from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 from voxray.models.registry import get_family
@@ -117,6 +118,18 @@ def test_questions_are_the_processors(base, processor, front_end, task):
     )
     assert front_end.prompt_ids(row, 16_000) == reference
     assert front_end.prompt_ids(row, 0).count(front_end.audio_id) == 0
+
+
+def test_a_translation_is_a_question(front_end):
+    text = TASKS["ast"].prompt({"target_language": "ko"})
+    if not answers_questions(front_end):
+        with pytest.raises(BadRow, match="only transcribes; this row's task is ast") as error:
+            front_end.prompt_ids(sample("ast", prompt=text), 16_000)
+        assert error.value.reason == "unsupported_task"
+        return
+    prompt = front_end.prompt_ids(sample("ast", prompt=text), 16_000)
+    assert prompt == front_end.prompt_ids(sample("sqa", prompt=text), 16_000)
+    assert "Translate the speech into Korean." in front_end.show(prompt)
 
 
 def test_control_tokens_in_a_question_are_text(processor, front_end):

@@ -67,6 +67,13 @@ def test_own_tasks_ask_their_own_question(front_end):
         use_own_tasks({})
 
 
+def test_a_translation_is_a_question(front_end):
+    text = TASKS["ast"].prompt({"target_language": "zh"})
+    assert text == "Translate the speech into Chinese."
+    ids = front_end.prompt_ids(sample("ast", text), 80_000)
+    assert ids == front_end.prompt_ids(sample("sqa", text), 80_000) != front_end.prompt_ids(sample("asr"), 80_000)
+
+
 def test_tokenizing_in_one_piece_gives_other_tokens(front_end, expected):
     """The reason why the texts around the audio are tokenized separately."""
     whole = front_end.template.replace("{}", OFFICIAL["asr"][0]).replace("<SpeechHere>", "")

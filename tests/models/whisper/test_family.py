@@ -1,5 +1,6 @@
 """Whisper's model side against transformers': losses, generation in changing batches, long recordings."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -76,8 +77,8 @@ def completions(model: Any, rows: list[FeatureRow], *, static_cache: bool = Fals
     return [results[row] for row in range(len(rows))]
 
 
-def reference_text(reference: Any, row: FeatureRow, **options: Any) -> str:
-    """transformers' transcript of one row, with features and detected language of its own."""
+def reference_text(reference: Any, row: FeatureRow, *, task: str = "transcribe", **options: Any) -> str:
+    """transformers' answer to one row, with features and detected language of its own."""
     from transformers import WhisperProcessor
 
     processor = WhisperProcessor.from_pretrained(WHISPER)
@@ -88,7 +89,7 @@ def reference_text(reference: Any, row: FeatureRow, **options: Any) -> str:
     inputs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="pt", **options_long)
     inputs["input_features"] = inputs["input_features"].half().float()  # as shards hold them
     language = row.language or None
-    ids = reference.generate(**inputs, language=language, task="transcribe", max_new_tokens=LIMIT, **options)
+    ids = reference.generate(**inputs, language=language, task=task, max_new_tokens=LIMIT, **options)
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
@@ -185,6 +186,49 @@ def test_long_recordings_go_through_whispers_own_algorithm(model, reference, fea
     transcripts = [row["transcript"] for row in read_rows(manifest("base.val")) if row["language"] == "en"][:5]
     words = [word for line in transcripts for word in line.split()]
     assert sum(word in answer.text.split() for word in words) > 0.8 * len(words), "the whole recording is transcribed"
+
+
+def translations(make_features: Callable[..., Any], folder: Path, rows: list[dict[str, Any]]) -> list[FeatureRow]:
+    """The rows as translations into English."""
+    translated = [{**row, "translation": "x", "target_language": "en"} for row in rows]
+    stored = Features(make_features(write_rows(folder / "t.jsonl", translated), model_id=WHISPER, folder=folder))
+    PATHS.update({stored.row(number).id: row["audio_path"] for number, row in enumerate(rows)})
+    return [stored.row(number) for number in range(len(stored))]
+
+
+@pytest.fixture(scope="module")
+def translating(model: Any, reference: Any) -> list[Any]:
+    """Our model and transformers', to which the token of the task makes a difference: the tiny model ignores it."""
+    torch.manual_seed(0)
+    models, embedding_D = [copy.deepcopy(each) for each in (model, reference)], 3 * torch.randn(model.config.d_model)
+    for each in models:
+        with torch.no_grad():
+            each.model.decoder.embed_tokens.weight[FRONT_END.task_to_id["translate"]] = embedding_D
+    return models
+
+
+def test_translations_equal_transformers(translating, rows, make_features, tmp_path):
+    """Short clips with a named and a detected language, by greedy and beam search, and a long recording."""
+    model, reference = translating
+    *clips, long = translations(make_features, tmp_path, [*rows[:3], rows[-1]])
+    translate_id = FRONT_END.task_to_id["translate"]
+    assert long.num_windows > 2 and all(translate_id in row.prompt_ids for row in (*clips, long))
+    for options in ({}, {"num_beams": 2}):
+        answers = [answer.text for answer in completions(model, clips, **options)]
+        assert answers == [reference_text(reference, row, task="translate", **options) for row in clips]
+        assert answers != [reference_text(reference, row, **options) for row in clips]
+    expected = reference_text(reference, long, task="translate", return_timestamps=True)
+    assert [answer.text for answer in completions(model, [long])] == [expected]
+    assert expected != reference_text(reference, long, return_timestamps=True)
+
+
+def test_recordings_of_both_tasks_go_together(translating, features, rows, make_features, tmp_path):
+    """Each has the text that it has alone."""
+    [translated] = translations(make_features, tmp_path, rows[-1:])
+    transcribed = features.row(len(features) - 1)
+    alone = [completions(translating[0], [row])[0].text for row in (transcribed, translated)]
+    together = completions(translating[0], [transcribed, translated, transcribed])
+    assert [answer.text for answer in together] == [*alone, alone[0]] and alone[0] != alone[1]
 
 
 def test_rows_with_times_get_transcripts_with_times(model, reference, features, make_features, tmp_path):
