@@ -197,8 +197,9 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
     if task.template == "transcription":
         prompt = context_of_row(row)
     is_translation = task.template == "translation"  # segments are those of a transcript
-    more = ((), turns, language_code(row[TARGET_LANGUAGE])) if is_translation else (segments(row), turns)
-    return Sample(row_id, task, prompt, answer, audio_path, language, source, *segment(row), *more)
+    timed, target = ((), language_code(row[TARGET_LANGUAGE])) if is_translation else (segments(row), "")
+    part = segment(row)
+    return Sample(row_id, task, prompt, answer, audio_path, language, source, *part, timed, turns, target)
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:

@@ -28,7 +28,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _KEY_IN_BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
-Template = Literal["transcription", "translation", "chat"]
+Template = Literal["transcription", "translation", "chat", "conversation"]
 
 
 @dataclass(frozen=True)
