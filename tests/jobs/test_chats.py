@@ -45,9 +45,7 @@ def rows_of(clips: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, str], evaluation_here: None
-) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, str], evaluation_here: None) -> Path:
     write_rows(tmp_path / "rows.jsonl", rows_of(read_rows(small["asr.train"])))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(featurize, "ray_session", lambda *args: nullcontext())
