@@ -15,7 +15,7 @@ FIRST, ANSWER, SECOND, LAST = "무엇이 들립니까?", "숫자입니다", "How
 TURNS = (Turn("user", (CLIP, FIRST)), Turn("assistant", (ANSWER,)), Turn("user", (SECOND,)))
 
 
-def message(role: str, content: Any) -> dict[str, Any]:
+def message(role: Any, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 

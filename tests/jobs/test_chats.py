@@ -1,7 +1,6 @@
 """Chats through the jobs: train, evaluate, compare, infer, audit and prepare, in this process."""
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,9 +45,7 @@ def rows_of(clips: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, str], evaluation_here: None
-) -> Iterator[Path]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: dict[str, str], evaluation_here: None) -> Path:
     write_rows(tmp_path / "rows.jsonl", rows_of(read_rows(small["asr.train"])))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(featurize, "ray_session", lambda *args: nullcontext())

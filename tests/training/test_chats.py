@@ -243,7 +243,8 @@ def test_features_of_earlier_versions_have_no_labels_in_prompts(small: dict[str,
     from voxray.features.featurize import featurize
 
     def make() -> Path:
-        return featurize([small["tqa.train"]], Extractor(TINY), tmp_path, rows_per_shard=8, use_ray=False).folders[0]
+        report = featurize([small["tqa.train"]], Extractor(TINY), tmp_path, rows_per_shard=8, use_ray=False)
+        return Path(str(report.folders[0]))
 
     folder = make()
     for path in (folder / "shards").glob("*.json"):
