@@ -48,7 +48,7 @@ def own() -> Any:
 
 TEXTS = (None, "", " ", " a ", "x\ny", "\n", "{question}", "{input}", "a  {b} ")
 PROMPT_KEYS = {"asr": (), "sqa": ("question",), "tqa": ("instruction", "input"), "aac": ("question",)}
-PROMPT_KEYS |= {"chat": (), "text_chat": (), "ast": ("target_language",)}
+PROMPT_KEYS |= {"chat": (), "text_chat": ()}
 DEFAULTS = {"aac": "Please describe the audio."}
 AST_KEYS = ("audio_path", "translation", "target_language")
 AST_PROMPT = "Translate the speech into {target_language}."

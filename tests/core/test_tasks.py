@@ -133,3 +133,21 @@ def test_task_weights(value, weights: dict[str, float]):
 def test_faulty_task_weights(value, message: str):
     with pytest.raises(ValueError, match=message):
         parse_task_weights(value)
+
+
+NULLS = {"messages": None, "conversations": None, "audios": None, "translation": None, "target_language": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({**NULLS, "audio_path": "a", "transcript": "t"}, "asr"),
+        ({**NULLS, "audio_path": None, "transcript": None, "instruction": "i", "output": "o"}, "tqa"),
+        ({**NULLS, "audio_path": "a", "transcript": "t", "translation": "x", "target_language": "en"}, "ast"),
+        ({**NULLS, "transcript": None, "conversations": [{"from": "human", "value": "x"}]}, "text_chat"),
+        ({"audio_path": "a", "transcript": None}, "asr"),
+    ],
+)
+def test_keys_without_a_value_count_only_if_nothing_else_matches(row, name):
+    """Exports of tables have every column in every row."""
+    assert detect_task(row).name == name

@@ -80,7 +80,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
         BadRow: ``bad_type``, ``unsupported_chat`` (roles, options, or media other than one clip), ``audio_count``,
             ``several_audios``, ``remote_audio`` or ``empty_text``.
     """
-    name = next(name for name in MESSAGE_KEYS if name in row)
+    name = _messages_key(row)
     messages, system = row[name], row.get("system")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRow("bad_type", f"{name} is not a list of objects")
@@ -211,8 +211,14 @@ def _clips(row: Mapping[str, Any]) -> list[Any]:
     return [value for value in values if value not in (None, "")]
 
 
+def _messages_key(row: Mapping[str, Any]) -> str:
+    """The key that holds the messages; one without a value only if there is no other."""
+    names = [name for name in MESSAGE_KEYS if name in row]
+    return next((name for name in names if row[name] is not None), names[0])
+
+
 def _clips_of_parts(row: Mapping[str, Any]) -> Iterator[Any]:
-    messages = next(row[name] for name in MESSAGE_KEYS if name in row)
+    messages = row[_messages_key(row)]
     for message in messages if isinstance(messages, list) else ():
         content = _content(message) if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():

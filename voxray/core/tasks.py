@@ -69,13 +69,16 @@ POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
 def detect_task(row: Mapping[str, Any]) -> Task:
     """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones, of which ast comes first.
 
+    Exports of tables have all columns in every row. So keys without a value count only if the others match no task.
+
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
-    keys = task_keys(row)
-    for task in (*own_tasks().values(), *DETECTION_ORDER):
-        if all(key in keys for key in task.keys):
-            return task
+    with_values = {key: value for key, value in row.items() if value is not None}
+    for keys in (task_keys(with_values), task_keys(row)):
+        for task in (*own_tasks().values(), *DETECTION_ORDER):
+            if all(key in keys for key in task.keys):
+                return task
     required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
 
