@@ -189,7 +189,7 @@ def test_infer_uses_the_asked_context(here: Path) -> None:
         (["--no_context"], None),
     ):
         entries = infer.run_inference(parse_only("infer", [*base, *flags]), "")
-        assert entries[0].get("prompt") == first
+        assert entries[0].get("context") == first
     clip = read_rows("rows.jsonl")[0]["audio_path"]
     calls: list[str] = []
     answer = partial(infer.answer_requests)

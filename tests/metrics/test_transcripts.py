@@ -171,7 +171,7 @@ def test_hallucination():
 
 def test_terms():
     terms = Terms(["흉부 엑스레이", "혈압", "고혈압", "mg", "Tylenol", "36.5", "", "혈압 계", "  "], KOREAN)
-    assert len(terms.names) == 7
+    assert len(terms) == 7
     for text, counts in [
         ("흉부엑스레이, 흉부 엑스레이", {"흉부 엑스레이": 2}),
         ("고혈압과 혈압", {"고혈압": 1, "혈압": 1}),

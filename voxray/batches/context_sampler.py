@@ -1,5 +1,6 @@
 """Draws the context of training rows: their own one, terms that nobody says, or none."""
 
+import unicodedata
 import zlib
 from collections.abc import Mapping
 
@@ -51,14 +52,15 @@ class ContextSampler:
             other = self._features.prompt(int(self._rows[rng.integers(len(self._rows))]))
             own = {*map(_solid, split_terms(row.prompt))}
             terms = [term for term in split_terms(other) if _solid(term) not in transcript and _solid(term) not in own]
+            rng.shuffle(terms)
             while terms:
                 changed = with_context(row, join_terms(terms), self._front_end)
                 if len(changed.prompt_ids) <= len(row.prompt_ids):
                     return changed
-                terms.pop()
+                terms = terms[: len(terms) // 2]
         return with_context(row, "", self._front_end)
 
 
 def _solid(text: str) -> str:
     """Text without spaces and case."""
-    return "".join(text.split()).casefold()
+    return "".join(unicodedata.normalize("NFC", text).split()).casefold()

@@ -191,6 +191,8 @@ class EvaluateSettings(
     def _one_source(self) -> "EvaluateSettings":
         if self.score_only and self.val_jsonl:
             raise ValueError("--val_jsonl and --score_only: give one of them")
+        if self.score_only and (self.context or self.no_context):
+            raise ValueError("--context, --no_context: they are for --val_jsonl; --score_only answers nothing")
         if self.compiled and self.store == "encoder":
             raise ValueError("--compiled and --store encoder: give one of them; stored outputs need no encoder")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:

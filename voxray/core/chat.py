@@ -15,12 +15,13 @@ CLIP = "<audio>"
 UNLABELLED = "unlabelled"
 """Key of a row without a reference: the model answers it, but the answer is not scored."""
 MESSAGE_KEYS = ("messages", "conversations")
-CHAT_KEYS = (*MESSAGE_KEYS, "audios", "system")
+CHAT_KEYS = (*MESSAGE_KEYS, "audios", "audio", "system")
 """Keys that hold a chat, beside ``audio_path``."""
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _CLIP_TYPES = ("audio", "audio_url", "input_audio")
 _CLIP_KEYS = (*_CLIP_TYPES, "path", "url", "audio_path")
-_OTHER_MEDIA = ("images", "videos")
+_OWN_CLIP_KEYS = ("audio_path", "audio")
+_OTHER_MEDIA = ("images", "videos", "tools")
 _AROUND_CLIP = re.compile(f"({CLIP})")
 
 
@@ -86,7 +87,7 @@ def read_chat(row: Mapping[str, Any]) -> Chat:
         raise BadRow("bad_type", f"{name} is not a list of objects")
     if system not in (None, ""):
         messages = [{"role": "system", "content": system}, *messages]
-    turns = [_turn(message) for message in messages]
+    turns = [turn for turn in map(_turn, messages) if turn.role != "system" or turn.parts]
     has_answer = _check_roles(turns, needs_answer=row.get(UNLABELLED) is not True)
     clip = _check_clip(row, turns)
     if clip and not any(CLIP in turn.parts for turn in turns):
@@ -124,7 +125,7 @@ def short_form(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _turn(message: Mapping[str, Any]) -> Turn:
-    role, content = message.get("role", message.get("from")), _content(message)
+    role, content = _first(message, "role", "from"), _content(message)
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow("unsupported_chat", f"a message of {role!r}, who is not system, user or assistant")
     if role in ("assistant", "gpt"):
@@ -144,13 +145,18 @@ def _turn(message: Mapping[str, Any]) -> Turn:
 
 def _refuse_options(message: Mapping[str, Any]) -> None:
     """Refuse an answer that is not to be trained on, or that calls tools: every answer has labels, on its text."""
-    for key, usual in (("weight", 1), ("loss", True), ("tool_calls", [])):
+    for key, usual in (("weight", 1), ("loss", True), ("tool_calls", []), ("function_call", None)):
         if message.get(key) not in (None, usual):
             raise BadRow("unsupported_chat", f"an answer with {key} {message[key]!r}: all of its text is trained on")
 
 
 def _content(message: Mapping[str, Any]) -> Any:
-    return message.get("content", message.get("value"))
+    return _first(message, "content", "value")
+
+
+def _first(values: Mapping[str, Any], *keys: str) -> Any:
+    """The first of some values that is not null."""
+    return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
 def _pieces(part: Any) -> Iterator[str]:
@@ -183,7 +189,7 @@ def _check_clip(row: Mapping[str, Any], turns: Sequence[Turn]) -> str:
     for name in _OTHER_MEDIA:
         if row.get(name):
             raise BadRow("unsupported_chat", f"{name}: a chat may have text and one clip")
-    if not isinstance(row.get("audios", []), list | None):
+    if not isinstance(row.get("audios", []), list | str | None):
         raise BadRow("bad_type", f"audios is {type(row['audios']).__name__}, not a list")
     clips = _clips(row)
     roles = [turn.role for turn in turns for part in turn.parts if part == CLIP]
@@ -206,8 +212,7 @@ def _clips(row: Mapping[str, Any]) -> list[Any]:
     """Everything that a row of whatever form names as a clip."""
     listed = row.get("audios")
     values = [*map(_path, listed if isinstance(listed, list) else [listed]), *_clips_of_parts(row)]
-    if (own := _path(row.get("audio_path"))) not in values:
-        values.append(own)
+    values += [own for key in _OWN_CLIP_KEYS if (own := _path(row.get(key))) not in values]
     return [value for value in values if value not in (None, "")]
 
 

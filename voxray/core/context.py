@@ -17,8 +17,9 @@ def join_terms(terms: Iterable[str]) -> str:
 
 
 def split_terms(context: str) -> tuple[str, ...]:
-    """The terms of a context: its parts between commas, each once."""
-    return tuple(dict.fromkeys(filter(None, map(str.strip, re.split("[,，、]", context)))))
+    """The terms of a context: its parts between commas, each once. A comma between digits is part of a number."""
+    parts = re.split(r"(?<!\d)[,，、]|[,，、](?!\d)", context)
+    return tuple(dict.fromkeys(filter(None, map(str.strip, parts))))
 
 
 def context_of_row(row: Mapping[str, Any]) -> str:
@@ -27,7 +28,9 @@ def context_of_row(row: Mapping[str, Any]) -> str:
     Raises:
         BadRow: It is neither a text nor a list of texts.
     """
-    context = row.get(CONTEXT) or ()
+    context = row.get(CONTEXT)
+    if context is None:
+        return ""
     terms = [context] if isinstance(context, str) else context
     if not isinstance(terms, list | tuple) or not all(isinstance(term, str) for term in terms):
         raise BadRow("bad_type", f"{CONTEXT} is neither a text nor a list of texts")

@@ -234,7 +234,8 @@ def check_values(row: dict[str, Any]) -> Task:
         raise BadRow("unknown_task", str(error)) from None
     keys = task.keys
     if task.template == "conversation":
-        read_chat(row)
+        if read_chat(row).clip and not task.has_audio:
+            raise BadRow("unsupported_chat", f"the chat has a clip, and the task {task.name} has no key audio_path")
         keys = tuple(key for key in keys if key not in ("messages", "audio_path"))
     for key in (*keys, *task.prompt_keys, "language"):
         if row.get(key) is not None and not isinstance(row[key], str):

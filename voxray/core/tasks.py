@@ -28,6 +28,10 @@ TASK_CODES: dict[str, int] = {}
 """{task: its position in ``TASKS``}, which feature shards store."""
 
 
+NO_TARGET = ("target_language", "")
+"""A cell of a table whose other rows are translations."""
+
+
 def use_own_tasks(tasks: Mapping[str, Task]) -> None:
     """Replace the own tasks of this process; an empty mapping leaves the built-in ones."""
     for table in (TASKS, TASK_CODES):
@@ -74,7 +78,7 @@ def detect_task(row: Mapping[str, Any]) -> Task:
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
-    with_values = {key: value for key, value in row.items() if value is not None}
+    with_values = {key: value for key, value in row.items() if not (value is None or (key, value) == NO_TARGET)}
     for keys in (task_keys(with_values), task_keys(row)):
         for task in (*own_tasks().values(), *DETECTION_ORDER):
             if all(key in keys for key in task.keys):

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from voxray.config.flag_groups import ScoreFlags
 from voxray.core.console import console
+from voxray.core.context import context_of_row
 from voxray.core.errors import BadRow, RunError, library_errors
 from voxray.core.manifest import chunks
 from voxray.core.source import Source
@@ -245,6 +246,8 @@ def _parse_row(raw: bytes, path: str, line: int) -> dict[str, Any]:
     if row_id is None:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in entry else "there is no id")
     row: dict[str, Any] = {name: _text_or_empty(entry.get(name)) for name in ("language", "prompt")}
+    if TASKS[task].template == "transcription":  # the prompt of another system is a request
+        row["prompt"] = context_of_row(entry)
     row |= {name: text_or_none(entry.get(name)) for name in METADATA_COLUMNS}
     row |= {name: number_or_none(entry.get(name)) for name in ("nll", "snr_db")}
     row |= {name: _size_or_none(entry.get(name)) for name in ("num_samples", "num_tokens")}

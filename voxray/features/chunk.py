@@ -22,10 +22,11 @@ from voxray.features.shards import are_parts, index_batch, index_part, shard_byt
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
+WRITE_LOG = ".write"
 MAX_CRASHES_PER_SHARD = 3
 """Processes that may die while they encode or write one shard. Ray would replace them without end."""
-EARLIER_REFUSALS = ("is not a two-letter code", "; aac: audio_path, caption)")
-"""Ends of the messages with which earlier versions refused languages such as yue, and translations."""
+EARLIER_REFUSALS = ("is not a two-letter code", "; aac: audio_path, caption)", " is null")
+"""Ends of the messages with which earlier versions refused languages such as yue, translations, and table rows."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class ChunkWriter(PoolWorker):
         if isinstance(item, dict):
             return item
         chunk, path = item.work_item.chunk, shard_path(item.work_item.folder, item.work_item.chunk.number)
-        log_path = crash_log_path(item.work_item, item.raw).with_suffix(".write")
+        log_path = crash_log_path(item.work_item, item.raw).with_suffix(WRITE_LOG)
         with open_crash_log(log_path, MAX_CRASHES_PER_SHARD) as crash_log:
             if not crash_log.start_rows([chunk.first_line]):
                 lines = f"{chunk.num_lines} lines from {chunk.manifest}:{chunk.first_line}"
@@ -194,11 +195,19 @@ REPORT_TYPES = {"samples": int, "rows": int, "sha256": str, "content": str, "bad
 
 def crash_log_path(item: WorkItem, raw: bytes) -> Path:
     """Crash log of a chunk: beside its shard, or on the local disk for a remote feature set."""
-    if isinstance(item.folder, Path):
-        folder = item.folder / "shards"
-    else:
-        folder = Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(item.folder).encode())[:16]
-    return folder / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}"
+    return _crash_logs(item.folder) / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}"
+
+
+def forget_write_crashes(folder: AnyPath) -> None:
+    """Delete the crash logs of shards that an earlier job was writing when it ended. A job counts its own crashes."""
+    for path in _crash_logs(folder).glob(f".attempts-*{WRITE_LOG}"):
+        path.unlink(missing_ok=True)
+
+
+def _crash_logs(folder: AnyPath) -> Path:
+    if isinstance(folder, Path):
+        return folder / "shards"
+    return Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(folder).encode())[:16]
 
 
 def start_sample(sample: Sample, crash_log: CrashLog) -> None:

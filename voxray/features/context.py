@@ -29,9 +29,3 @@ def with_context(row: FeatureRow, context: str, front_end: FrontEnd) -> FeatureR
     sample = Sample(row.id, task, context, row.answer, row.source, row.language, row.source, segments=segments)
     ids = front_end.prompt_ids(sample, row.num_samples)
     return replace(row, prompt=context, prompt_ids=np.asarray(ids, np.int32))
-
-
-def num_context_tokens(row: FeatureRow, context: str, front_end: FrontEnd) -> int:
-    """Tokens that a context adds to the prompt of a transcription."""
-    with_it, without = (with_context(row, text, front_end) for text in (context, ""))
-    return len(with_it.prompt_ids) - len(without.prompt_ids)

@@ -11,6 +11,7 @@ import numpy as np
 from voxray.core.context import split_terms
 from voxray.core.errors import RunError
 from voxray.core.manifest import open_regular
+from voxray.core.tasks import TASKS
 from voxray.metrics.rows import PredictionRow, row_normalizer, row_readings, row_references
 from voxray.text.normalize import Normalizer, Normalizers
 
@@ -35,10 +36,8 @@ class Terms:
         self._names = {solid: name for solid, name in names.items() if solid}
         self._lengths = sorted({len(solid) for solid in self._names}, reverse=True)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The terms that can be counted."""
-        return tuple(self._names.values())
+    def __len__(self) -> int:
+        return len(self._names)
 
     def count(self, text: str) -> Counter[str]:
         """How often each term occurs in a raw text."""
@@ -74,7 +73,7 @@ def count_terms(
         those of them in the prediction; ``terms_absent`` and ``terms_leaked``, terms of the prompt that the reference
         does not have and those of them in the prediction. Both are empty without any terms.
     """
-    contexts = [split_terms(row.get("prompt") or "") for row in rows]
+    contexts = [_context_terms(row) for row in rows]
     if not terms and not any(contexts):
         return [], {}
     term_list = cache(Terms)
@@ -85,13 +84,24 @@ def count_terms(
         texts = (row_readings(row)[0] if len(references) == 1 else references[0], row["prediction"])
         in_reference, in_prediction = map(term_list(tuple(terms) or context, normalizer).count, texts)
         row_terms.append((in_reference, in_reference & in_prediction))
-        prompted = term_list(context, normalizer)
-        in_reference, in_prediction = map(prompted.count, texts)
-        not_said = [term for term in prompted.names if not in_reference[term]]
-        absent[number], leaked[number] = len(not_said), sum(in_prediction[term] > 0 for term in not_said)
+        spoken = [_solid(text, normalizer) for text in (*references, *row_readings(row))]
+        not_said = tuple(term for term in context if not any(_solid(term, normalizer) in text for text in spoken))
+        in_prediction = term_list(not_said, normalizer).count(row["prediction"])
+        absent[number], leaked[number] = len(not_said), len(in_prediction)
     totals = np.array([[counter.total() for counter in pair] for pair in row_terms])
     columns = {"terms_ref": totals[:, 0], "terms_found": totals[:, 1], "terms_absent": absent, "terms_leaked": leaked}
     return row_terms, columns
+
+
+def _context_terms(row: PredictionRow) -> tuple[str, ...]:
+    """Terms in the prompt of a transcription. Prompts of other tasks are requests."""
+    if TASKS[row["task"]].template != "transcription":
+        return ()
+    return split_terms(row.get("context") or row.get("prompt") or "")
+
+
+def _solid(text: str, normalizer: Normalizer) -> str:
+    return normalizer.normalize(text).replace(" ", "")
 
 
 def read_terms(path: str | Path) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from voxray.core.chat import CLIP, read_chat, short_form
 from voxray.core.errors import BadRow
-from voxray.core.manifest import refuse_old_cache
+from voxray.core.manifest import UNLABELLED, refuse_old_cache
 from voxray.core.tasks import detect_task, own_tasks
 from voxray.corpora.importers.lines import json_lines
 from voxray.corpora.importers.row import ImportedRow, ImportFault, Record, find_audio, import_records
@@ -21,7 +21,7 @@ _TRANSCRIBE = re.compile(
     r"(?:please )?transcribe(?: (?:this|the))?(?: (?:audio|speech|clip|recording))?(?: (?:in)?to text)?"
     r"|(?:이 |다음 )?(?:음성|오디오)[을를]? ?(?:받아 ?(?:쓰세요|적으세요|(?:써|적어) ?주세요)|전사해 ?주세요)"
 )
-_KEPT = ("language", "speaker", "split", "session", "start", "duration", "channel")
+_KEPT = ("language", "speaker", "split", "session", "start", "duration", "channel", "context", "domain", UNLABELLED)
 """Keys that a chat with one question keeps as a row of another task."""
 
 

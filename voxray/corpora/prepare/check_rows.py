@@ -29,7 +29,7 @@ from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
 from voxray.core.chat import read_chat
 from voxray.core.errors import BadRow
 from voxray.core.languages import language_code
-from voxray.core.manifest import check_values
+from voxray.core.manifest import UNLABELLED, check_values
 from voxray.core.source import Source, segment, segments
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import Task
@@ -163,7 +163,7 @@ class RowChecker(PoolWorker):
             values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
         num_chars = len("".join(answer.split()))
         limits = self.limits
-        if num_chars < limits.min_chars:
+        if num_chars < limits.min_chars and values.get(UNLABELLED) is not True:
             raise BadRow(
                 "empty_text" if not num_chars else "text_too_short", f"{task.answer_key}: {num_chars} characters"
             )

@@ -52,7 +52,8 @@ class Prompts:
             return (QUESTION_MARK,)
         if question == OTHER_CAPTION_REQUEST:
             return self.by_task[OTHER_CAPTIONS]
-        has_own_question = bool(question) and question != TASKS[task].default_prompt
+        is_own = question != TASKS[task].default_prompt and TASKS[task].template != "translation"
+        has_own_question = bool(question) and is_own
         is_transcription = TASKS[task].kind == "asr"
         own = self.by_task["asr"] if is_transcription else (QUESTION,)
         prompts = self.by_task.get(task, own)
