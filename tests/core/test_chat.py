@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from voxray.core.chat import CLIP, Turn, clip_path, short_form
+from voxray.core.chat import CLIP, Turn, clip_path, read_chat, short_form
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, parse_row
 from voxray.core.tasks import detect_task
@@ -187,12 +187,11 @@ USER, REPLY = message("user", "a"), message("assistant", "b")
             "empty_text",
             "message 2 of the chat (assistant)",
         ),
-        ({"messages": [message("system", ""), USER, REPLY]}, "empty_text", "message 1 of the chat (system) is empty"),
         ({"messages": [message("user", ["x"]), REPLY]}, "unsupported_chat", "a part of type None, neither text nor"),
         ({"messages": [message("user", [{"type": "image", "image": "x.png"}]), REPLY]}, "unsupported_chat", "'image'"),
         ({"messages": [message("user", [{"type": "text"}]), REPLY]}, "unsupported_chat", "a part of type 'text'"),
         ({"messages": [USER, REPLY], "images": ["x.png"]}, "unsupported_chat", "images: a chat may have text and one"),
-        ({"messages": [USER, REPLY], "audios": "a b.wav"}, "bad_type", "audios is str, not a list"),
+        ({"messages": [USER, REPLY], "audios": 5}, "bad_type", "audios is int, not a list"),
         (
             {"messages": [USER, REPLY], "audios": ["a b.wav"] * 2},
             "several_audios",
@@ -235,3 +234,15 @@ USER, REPLY = message("user", "a"), message("assistant", "b")
 def test_chats_that_are_refused(folder: Path, row: dict[str, Any], reason: str, part: str) -> None:
     seen, text = refusal(row, folder)
     assert seen == reason and part in text, text
+
+
+def test_tables_of_chats() -> None:
+    """Columns of other formats are null, and a clip may be in the column that Hugging Face names audio."""
+    turns = [{"role": "user", "from": None, "content": "q", "value": None}]
+    turns += [{"role": None, "from": "gpt", "content": None, "value": "a"}]
+    chat = read_chat({"messages": None, "conversations": turns, "audio": {"path": "a.wav", "bytes": None}})
+    assert chat.clip == "a.wav" and chat.answer == "a" and chat.turns == (Turn("user", (CLIP, "q")),)
+    assert read_chat({"messages": [{"role": "system", "content": " "}, *turns]}).turns == (Turn("user", ("q",)),)
+    assert read_chat({"messages": turns, "audios": "a.wav"}).clip == "a.wav"
+    with pytest.raises(BadRow, match="tools: a chat may have text and one clip"):
+        read_chat({"messages": turns, "tools": [{"name": "f"}]})

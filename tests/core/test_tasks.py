@@ -146,6 +146,7 @@ NULLS = {"messages": None, "conversations": None, "audios": None, "translation":
         ({**NULLS, "audio_path": "a", "transcript": "t", "translation": "x", "target_language": "en"}, "ast"),
         ({**NULLS, "transcript": None, "conversations": [{"from": "human", "value": "x"}]}, "text_chat"),
         ({"audio_path": "a", "transcript": None}, "asr"),
+        ({"audio_path": "a", "transcript": "t", "translation": "", "target_language": ""}, "asr"),
     ],
 )
 def test_keys_without_a_value_count_only_if_nothing_else_matches(row, name):

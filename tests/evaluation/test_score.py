@@ -226,6 +226,17 @@ def test_terms_of_contexts():
     assert not {"context_leak", "term_recall"} & set(score(rows[3:], num_resamples=0)["asr"])
 
 
+def test_terms_that_are_said_in_any_form_are_not_absent():
+    """Within longer terms, in other references and readings, and as numbers with commas."""
+    row = {"task": "asr", "prompt": "pain, chest pain", "reference": "chest pain", "prediction": "pain in chest"}
+    assert "context_leak" not in score([row], num_resamples=0)["asr"], "nothing is absent"
+    row |= {"prompt": "1,000 mg, Tylenol", "reference": "1,000 mg", "prediction": "Tylenol"}
+    assert score([row], num_resamples=0)["asr"]["context_leak"] == {"value": 1, "low": None, "high": None, "n": 1}
+    del row["reference"]
+    row |= {"references": ["x", "Tylenol"], "prompt": "Tylenol"}
+    assert "context_leak" not in score([row], num_resamples=0)["asr"]
+
+
 def test_terms(tmp_path: Path):
     path = tmp_path / "terms.txt"
     path.write_text("\ufeff# drugs\n타이레놀\n\n  흉부 엑스레이 \n타이레놀\n", encoding="utf-8")

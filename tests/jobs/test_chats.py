@@ -91,12 +91,12 @@ def test_text_chats_are_rows_of_the_text_stage(here: Path) -> None:
 
 def test_whisper_says_that_it_answers_no_chats(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = f"--model_id {WHISPER} --train_jsonl rows.jsonl --output_dir run --num_workers 0 --features_dir features"
-    with pytest.raises(RunError, match="Whisper only transcribes; this row's task is chat"):
+    with pytest.raises(RunError, match="Whisper only transcribes and translates; this row's task is chat"):
         train.run_training(parse_only("train_whisper", flags.split()))
     with pytest.raises(RunError):
         preflight.run_preflight(parse_only("preflight", f"{flags} --recipe whisper".split()))
     shown = " ".join(capsys.readouterr().out.split())
-    assert "unsupported_task: Whisper only transcribes; this row's task is chat; 6 such row(s)" in shown
+    assert "unsupported_task: Whisper only transcribes and translates; this row's task is chat; 6 such row(s)" in shown
 
 
 def test_answers_become_labels_of_chats(here: Path, small: dict[str, str]) -> None:

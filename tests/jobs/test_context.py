@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import TINY, WHISPER, read_rows, write_rows
 from helpers.audio_seq2seq_tiny import write_tiny_seq2seq
 from helpers.running import parse_only
@@ -24,6 +26,7 @@ from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import read_predictions
 from voxray.features.context import with_context
 from voxray.features.reader import Features
+from voxray.generation.long_audio import write_chunk_manifest
 from voxray.models.registry import get_family
 from voxray.models.salmonn.front_end import SalmonnFrontEnd
 
@@ -231,3 +234,56 @@ def test_features_of_earlier_versions_are_made_again(here: Path) -> None:
     featurize.run_featurize_job(job)
     assert all(path.stat().st_mtime_ns > time for path, time in zip(reports, before, strict=True))
     assert all(json.loads(path.read_text())["reads_context"] for path in reports)
+
+
+def test_lengths_count_the_context_of_the_job(here: Path, evaluation_here: None) -> None:
+    """Rows with long contexts of their own are answered without them."""
+    rows = read_rows("rows.jsonl")
+    rows[0]["context"] = [f"긴 낱말 {number}" for number in range(100)]
+    write_rows(here / "rows.jsonl", rows)
+    usual = f"--model_id {TINY} --val_jsonl rows.jsonl --gen_max_new_tokens 2 --features_dir features --max_len 200"
+    for name, flags, number in (("own", "", 5), ("none", "--no_context", 6), ("file", "--context terms.txt", 6)):
+        evaluate.run_evaluation(parse_only("evaluate", f"{usual} --output_dir {name} {flags}".split()))
+        assert len(read_predictions(here / name)) == number, name
+
+
+def test_chunks_of_long_recordings_have_the_context_of_the_job(here: Path, tmp_path: Path) -> None:
+    front_end = get_family(TINY).front_end(TINY)
+    clip = tmp_path / "long.wav"
+    soundfile.write(clip, np.zeros(2000 * 16_000, np.int16), 16_000)
+    row = {"audio_path": str(clip), "transcript": "x", "language": "ko", "context": "own"}
+    sample = parse_row(json.dumps(row).encode(), str(here / "rows.jsonl"), 1)
+    terms = ", ".join(f"낱말 {number}" for number in range(60))
+    (tmp_path / "set").mkdir()
+    line = {"manifest": str(tmp_path / "m.jsonl"), "line": 1, "id": "x", "reason": "audio_too_long", "message": "m"}
+    write_rows(tmp_path / "m.jsonl", [row])
+    (tmp_path / "set" / "quarantine.jsonl").write_text(json.dumps(line) + "\n")
+    chunks = tmp_path / "chunks.jsonl"
+    for context, text in ((None, "own"), ("", None), (terms, terms)):
+        assert write_chunk_manifest([tmp_path / "set"], front_end, 1280, chunks, context=context)
+        parts = read_rows(str(chunks))
+        assert {part.get("context") for part in parts} == {text}
+        num_samples = round(parts[0]["duration"] * 16_000)
+        assert len(front_end.prompt_ids(replace(sample, prompt=text or ""), num_samples)) <= 1280
+
+
+def test_drawing_from_long_contexts_is_quick(here: Path, make_features: Any) -> None:
+    """Few terms of a long list are tried, and decomposed Hangul counts as said."""
+    rows = read_rows("rows.jsonl")
+    rows[0] |= {"context": ["열"], "transcript": "기침이 납니다"}
+    for row in rows[1:]:
+        row["context"] = [unicodedata.normalize("NFD", "기침"), *(f"낱말 {number}" for number in range(100))]
+    write_rows(here / "rows.jsonl", rows)
+    draw, features = sampler(make_features(str(here / "rows.jsonl"), folder=here / "f"))
+    row, calls = features.row(0), 0
+    prompt_ids = type(draw._front_end).prompt_ids
+
+    def counted(*args: Any) -> list[int]:
+        nonlocal calls
+        calls += 1
+        return prompt_ids(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(draw._front_end), "prompt_ids", counted)
+        drawn = [draw(row, step).prompt for step in range(40)]
+    assert calls < 40 * 16 * 8 and not any("기침" in unicodedata.normalize("NFC", text) for text in drawn)

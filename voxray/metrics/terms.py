@@ -84,7 +84,8 @@ def count_terms(
         texts = (row_readings(row)[0] if len(references) == 1 else references[0], row["prediction"])
         in_reference, in_prediction = map(term_list(tuple(terms) or context, normalizer).count, texts)
         row_terms.append((in_reference, in_reference & in_prediction))
-        spoken = [_solid(text, normalizer) for text in (*references, *row_readings(row))]
+        readings = row_readings(row) if len(references) == 1 else references
+        spoken = [_solid(text, normalizer) for text in readings]
         not_said = tuple(term for term in context if not any(_solid(term, normalizer) in text for text in spoken))
         in_prediction = term_list(not_said, normalizer).count(row["prediction"])
         absent[number], leaked[number] = len(not_said), len(in_prediction)

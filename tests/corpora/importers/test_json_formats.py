@@ -253,7 +253,7 @@ def test_jsonl(tmp_path):
         chat([{"type": "image", "image": "x.png"}]),
         chat([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]),
         chat("<audio>", audios=["gone.wav"]),
-        chat("<audio>", audios="a.wav"),
+        chat("<audio>", audios=5),
         chat("두통", answer=3),
         {"messages": "x"},
         {"other": 1},
