@@ -158,7 +158,5 @@ def test_an_own_task_cannot_have_the_template(here: Path, capsys: pytest.Capture
     (here / "tasks.yaml").write_text(yaml.safe_dump({"german": own}))
     with pytest.raises(SystemExit):
         parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
-    message = (
-        "error: --tasks_file tasks.yaml: german: template: must be transcription, or left out for a prompt, not 'tr"
-    )
+    message = "error: --tasks_file tasks.yaml: german: template: must be transcription or conversation, or left out for"
     assert capsys.readouterr().err.startswith(message)
