@@ -202,7 +202,7 @@ def test_a_task_more_leaves_the_plan_of_the_others_as_it_was(monkeypatch):
     test_a_plan_pinned_to_its_values()
     streams = [_stream(code) for code in range(len(TASKS))]
     assert len({*streams, ORDER_STREAM, VARIANT_STREAM, MICROBATCH_STREAM}) == len(TASKS) + 3
-    weighted = make_plan(0, 0, 0, 7, 7, weights={"aac": 1, "more": 2})
+    weighted = make_plan(0, 0, 0, 7, 0, 0, 0, 7, weights={"aac": 1, "more": 2})
     assert tasks_of(weighted, weighted.epoch_rows(0)) == {"aac": 5, "more": 9}
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import jiwer
 import pytest
 from helpers.evaluations import write_evaluation
+from sacrebleu.metrics.chrf import CHRF
 
 from voxray.commands.compare import run_compare
 from voxray.comparison.compare import compare_slices, compare_tasks, verdicts
 from voxray.comparison.evaluations import match_rows, read_evaluations, short_labels, training_differences
 from voxray.config.compare import CompareSettings
 from voxray.core.errors import RunError, SettingsError
+from voxray.metrics.texts import score_texts
 
 WORDS = [
     "혈압이",
@@ -228,6 +230,44 @@ def test_tasks_are_compared_one_by_one(tmp_path):
     )
 
 
+ENGLISH = "The doctor says that her blood pressure is high, so she should rest for 2 days at home and drink water."
+
+
+def test_translations_are_compared_by_bleu(tmp_path, capsys):
+    """Values of sacrebleu on raw text, with intervals, p-values, slices and reports."""
+    rng = random.Random(0)
+    references = [" ".join(rng.choices(ENGLISH.split(), k=rng.randint(6, 20))) for _ in range(50)]
+    references[::10] = sentences(5)
+    good = [" ".join(word for word in text.split() if rng.random() < 0.9) for text in references]
+    bad = [" ".join(word.lower() for word in text.split() if rng.random() < 0.7) for text in references]
+    of_task = {"task": "ast", "prompt": "Translate the speech into English."}
+    runs = []
+    for name, answers in {"a": bad, "b": good}.items():
+        answered = [{**row, "domain": "xy"[n % 2]} for n, row in enumerate(rows(references, answers, **of_task))]
+        runs.append(write_evaluation(tmp_path / name, answered))
+    result = compare(tmp_path, *runs)
+    metrics = result["tasks"]["ast"]["metrics"]
+    for index, answers in enumerate((bad, good)):
+        chrf = CHRF()
+        assert metrics["chrf"]["runs"][index]["value"] == chrf.corpus_score(answers, [references]).score
+        [error, *_] = read_evaluations(runs)[index].rows
+        assert error.error == 1 - chrf.sentence_score(answers[0], [references[0]]).score / 100
+        bleu = metrics["bleu"]["runs"][index]
+        assert bleu["low"] < bleu["value"] < bleu["high"]
+        assert bleu["value"] == score_texts("ast", list(zip(references, answers, strict=True)))[0]["bleu"].value
+    assert result["verdicts"][0].startswith("ast: b is better than a (bleu ") and result["normalizer"] == "none"
+    assert result["overall"]["macro"]["b"] == metrics["bleu"]["runs"][1]["value"] / 100
+    slices = {entry["value"]: entry for entry in result["slices"] if entry["slice"] == "domain"}
+    assert set(slices) == {"x", "y"} and all(
+        entry["metric"] == "bleu" and entry["is_shown"] for entry in slices.values()
+    )
+    assert "bleu (0 to 100)" in (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    report = compare(tmp_path, runs[0])["ast"]
+    assert report["slices"][0]["metric"] == "bleu" and report["worst"][0]["error"] > report["worst"][-1]["error"] > 0
+    assert "bleu (0 to 100)" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "bleu" in capsys.readouterr().out
+
+
 def test_empty_references_and_odd_texts_are_compared(tmp_path):
     """Silence, decomposed Hangul, emoji and an empty answer give finite values."""
     texts = ["", "혈압", "\u1112\u1167\u11af\u110b\u1161\u11b8", "😀 네", "가" * 3000]
@@ -288,6 +328,8 @@ def test_errors_are_one_line(pair, tmp_path):
     Path(broken, "settings.json").write_text("{")
     begun = write_evaluation(tmp_path / "begun", rows(["가"], ["가"]))
     Path(begun, "metrics.json").write_text(json.dumps({"asr": {"exact_match": {"value": 1, "n": 9}}}))
+    translated = write_evaluation(tmp_path / "translated", rows(["a"], ["a"], task="ast"))
+    Path(translated, "metrics.json").write_text(json.dumps({"ast": {"chrf": {"value": 1, "n": 7}}}))
     unlike = write_evaluation(tmp_path / "unlike", rows(["가"], ["가"], id="z", source="/z.jsonl:1"))
     for runs, error, message in (
         ((one, str(tmp_path / "none")), RunError, "no evaluation there .*; no such folder"),
@@ -303,6 +345,7 @@ def test_errors_are_one_line(pair, tmp_path):
             RunError,
             "metrics.json is of 9 asr rows, but 1 are in predictions/: the evaluation has not fin",
         ),
+        ((one, translated), RunError, "metrics.json is of 7 ast rows, but 1 are in predictions/"),
         (
             (one, unlike),
             RunError,

@@ -4,10 +4,14 @@ from itertools import product
 
 import numpy as np
 import pytest
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from voxray.comparison import significance as paired
 from voxray.comparison.significance import MIN_SPEAKERS, compare_rows, holm, resampling_units
 from voxray.metrics.bootstrap import Groups
+from voxray.metrics.counts import Ratio
+from voxray.metrics.texts import score_texts
 
 # Edits of two systems on seven utterances, and reference lengths; two rows have the same speaker.
 FIRST = [3, 0, 4, 2, 5, 1, 2]
@@ -16,8 +20,8 @@ LENGTHS = [10, 4, 8, 9, 12, 6, 7]
 SPEAKERS = [0, 0, 1, 2, 3, 4, 4]
 
 
-def parts(values, lengths) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(values, float)[:, None], np.array(lengths, float)[:, None]
+def ratio(values, lengths) -> list[Ratio]:
+    return [Ratio(np.array(values, float), np.array(lengths, float), len(values))]
 
 
 def alone(num: int) -> Groups:
@@ -31,7 +35,7 @@ def grouped(numbers) -> Groups:
 def compared(first, second, lengths, units, **options):
     """One metric; the divisor of the second run may differ."""
     first_lengths, second_lengths = lengths if isinstance(lengths, tuple) else (lengths, lengths)
-    return compare_rows(parts(first, first_lengths), parts(second, second_lengths), units, **options)[0]
+    return compare_rows(ratio(first, first_lengths), ratio(second, second_lengths), units, **options)[0]
 
 
 def exchanged(first, second, first_lengths, second_lengths, speakers) -> float:
@@ -112,8 +116,77 @@ def test_rows_without_the_metric_are_left_out():
     result = compared([*FIRST, 0], [*SECOND, 0], [*LENGTHS, 0], alone(8), num_resamples=50_000)
     without = compared(FIRST, SECOND, LENGTHS, alone(7), num_resamples=50_000)
     assert (result.first, result.second, result.p, result.num_rows) == (without.first, without.second, without.p, 7)
-    nothing = compare_rows(parts([0, 0], [0, 0]), parts([0, 0], [0, 0]), alone(2))
+    nothing = compare_rows(ratio([0, 0], [0, 0]), ratio([0, 0], [0, 0]), alone(2))
     assert nothing == [None]
+
+
+REFERENCES = [
+    "The patient has had a high fever since last night.",
+    "Please take this medicine three times a day after meals.",
+    "The blood pressure is much too high today.",
+    "I would like to see the results of the blood test.",
+    "Does it hurt when you take a deep breath?",
+    "Come back in two weeks for another check.",
+]
+WORSE = [
+    "The patient has fever since last night.",
+    "Please take this medicine three time a day.",
+    "The pressure of the blood is high today.",
+    "I want to see the result of blood tests.",
+    "Does it hurt when you breathe deep?",
+    "",
+]
+BETTER = [
+    "The patient has had a fever since last night.",
+    "Please take this three times a day after meals.",
+    "The blood pressure is too high today.",
+    "I would like to see the results of the test.",
+    "Does it hurt when you take deep breaths?",
+    "Come back in two weeks for a check.",
+]
+
+
+def sacrebleu_score(metric, answers, rows=range(6)) -> float:
+    rows = list(rows)
+    return metric.corpus_score([answers[row] for row in rows], [[REFERENCES[row] for row in rows]]).score
+
+
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_bleu_and_chrf_are_compared_like_sacrebleus_values(name):
+    """The p-value by going through all exchanges, and the intervals by drawing rows, with sacrebleu's corpus scores."""
+    metric = {"bleu": BLEU(), "chrf": CHRF()}[name]
+    runs = [score_texts("ast", list(zip(REFERENCES, each, strict=True)))[0][name] for each in (WORSE, BETTER)]
+    [result] = compare_rows([runs[0]], [runs[1]], alone(6), num_resamples=20_000)
+    assert (result.first, result.second) == (sacrebleu_score(metric, WORSE), sacrebleu_score(metric, BETTER))
+    assert (result.num_rows, result.num_units) == (6, 6)
+    sizes = []
+    for swaps in product((False, True), repeat=6):
+        pairs = [
+            pair[::-1] if swap else pair for swap, pair in zip(swaps, zip(WORSE, BETTER, strict=True), strict=True)
+        ]
+        one, other = zip(*pairs, strict=True)
+        sizes.append(abs(sacrebleu_score(metric, other) - sacrebleu_score(metric, one)))
+    assert result.p == sum(size >= sizes[0] - 1e-9 for size in sizes) / 64 and result.p < 0.2
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(0, 6, 6) for _ in range(1500)]
+    drawn = np.array([[sacrebleu_score(metric, answers, draw) for answers in (WORSE, BETTER)] for draw in draws])
+    for interval, values in (
+        (result.first_interval, drawn[:, 0]),
+        (result.second_interval, drawn[:, 1]),
+        (result.interval, drawn[:, 1] - drawn[:, 0]),
+    ):
+        assert interval == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])), abs=3)
+
+
+def test_metrics_of_different_kinds_are_compared_together():
+    """Each as it is alone."""
+    texts = [score_texts("ast", list(zip(REFERENCES, each, strict=True)))[0] for each in (WORSE, BETTER)]
+    ratios = ratio(FIRST[:6], LENGTHS[:6])[0], ratio(SECOND[:6], LENGTHS[:6])[0]
+    runs = [[rate, *of_run.values()] for rate, of_run in zip(ratios, texts, strict=True)]
+    together = compare_rows(*runs, alone(6), num_resamples=500)
+    assert together == [
+        compare_rows([one], [other], alone(6), num_resamples=500)[0] for one, other in zip(*runs, strict=True)
+    ]
 
 
 def simulated(rng, num_speakers: int, rows_each: int, spread: float, effect: float = 0.0):

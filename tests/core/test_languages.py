@@ -5,7 +5,7 @@ import pytest
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from voxray.core.errors import BadRow
-from voxray.core.languages import LANGUAGE_CODES, LANGUAGE_NAMES, check_language, language_code
+from voxray.core.languages import LANGUAGE_CODES, LANGUAGE_NAMES, check_language, language_code, language_name
 
 
 def test_the_table_is_whispers():
@@ -56,6 +56,27 @@ def test_an_unknown_language_is_refused(value: str, hint: str):
     with pytest.raises(BadRow, match=f"language '{value}' is not known; {hint}") as error:
         language_code(value)
     assert error.value.reason == "bad_language"
+
+
+@pytest.mark.parametrize(
+    ("name", "forms"),
+    [
+        ("", (None, "", "auto")),
+        ("Korean", ("ko", "KO-kr", "kor", "korean")),
+        ("Haitian Creole", ("ht", "Haitian")),
+        ("Javanese", ("jw",)),
+        ("Irish", ("ga", "Irish")),
+        ("Scottish Gaelic", ("gd-GB",)),
+        ("Chinese", ("zh-Hant",)),
+    ],
+)
+def test_english_names(name: str, forms: tuple[str | None, ...]):
+    assert {language_name(form) for form in forms} == {name}
+
+
+def test_every_language_has_a_name_that_is_read_as_the_language():
+    names = {code: language_name(code) for code in LANGUAGE_CODES}
+    assert all(name and language_code(name) == code for code, name in names.items())
 
 
 def test_a_model_without_the_language_is_named_with_its_languages():

@@ -14,6 +14,7 @@ from voxray.core.manifest import Sample, chunks, parse_row, read_chunk, require_
 from voxray.core.source import Source
 
 TQA = {"instruction": "i", "output": "o"}
+AST = {"audio_path": "a.wav", "translation": "a", "target_language": "en"}
 
 
 @pytest.fixture
@@ -132,6 +133,16 @@ def test_a_row_of_each_task(tmp_path: Path, clip: str):
     assert parse({"audio_path": clip, "transcript": " "}, manifest).answer == ""  # nobody speaks: a valid answer
 
 
+def test_a_row_with_a_transcript_and_a_translation_is_a_translation(tmp_path: Path, clip: str):
+    """Its segments are those of the transcript, so the translation has none."""
+    row = {"audio_path": clip, "transcript": "안녕", "segments": [{"start": 0, "end": 0.5, "text": "안녕"}]}
+    assert parse(row, str(tmp_path / "m.jsonl")).segments and not parse(row, str(tmp_path / "m.jsonl")).target_language
+    row |= {"translation": " Hello. ", "target_language": "en-US", "language": "kor"}
+    sample = parse(row, str(tmp_path / "m.jsonl"))
+    assert (sample.task.name, sample.answer, sample.prompt) == ("ast", "Hello.", "Translate the speech into English.")
+    assert (sample.language, sample.target_language, sample.segments) == ("ko", "en", ())
+
+
 @pytest.mark.parametrize(("row_id", "sample_id"), [("a", "a"), (7, "7"), (0, "0"), ("", None), (None, None)])
 def test_ids(row_id: object, sample_id: str | None):
     assert parse({**TQA, "id": row_id}).id == (sample_id or "rows.jsonl:3")
@@ -173,6 +184,17 @@ def test_ids(row_id: object, sample_id: str | None):
         ({"audio_path": "/", "transcript": "a"}, "audio_missing", "not an audio file: /"),
         ({**TQA, "language": "klingon"}, "bad_language", "'klingon'"),
         ({**TQA, "language": "한"}, "bad_language", "'한'"),
+        ({**AST, "target_language": "kr"}, "bad_language", "target_language 'kr' is not known; did you mean 'ko'"),
+        ({**AST, "target_language": "the king's"}, "bad_language", 'target_language "the king\'s" is not known; write'),
+        ({**AST, "target_language": "auto"}, "bad_language", "target_language 'auto' names no language"),
+        ({**AST, "target_language": " "}, "empty_text", "target_language is empty"),
+        ({**AST, "target_language": None}, "bad_type", "target_language is null"),
+        ({**AST, "target_language": 3}, "bad_type", "target_language is int, not text"),
+        ({**AST, "translation": " "}, "empty_text", "translation is empty"),
+        ({**AST, "translation": ["a"]}, "bad_type", "translation is list, not text"),
+        ({**AST, "language": "klingon"}, "bad_language", "language 'klingon' is not known"),
+        ({**AST, "target_language": "klingon", "transcript": "a"}, "bad_language", "target_language 'klingon'"),
+        ({"audio_path": "a.wav", "translation": "a"}, "unknown_task", "ast: audio_path, translation, target_language"),
     ],
 )
 def test_bad_rows(row: object, code: str, message: str):

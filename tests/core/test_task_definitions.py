@@ -9,11 +9,12 @@ import pytest
 from voxray.core import tasks
 from voxray.core.errors import BadRow
 from voxray.core.manifest import check_values
-from voxray.core.task_definitions import HEADLINE_METRICS, MAX_TASKS, RESERVED, Task
+from voxray.core.task_definitions import HEADLINE_METRICS, MAX_TASKS, RESERVED, Task, read_definitions
 from voxray.core.tasks import BUILT_IN, TASKS, detect_task, parse_own_tasks, use_own_tasks, with_own_tasks
 from voxray.evaluation.score import score
 from voxray.metrics.counts import COUNT_NAMES, as_columns, metric_ratio
-from voxray.metrics.names import evaluation_metrics, is_transcript, validation_metrics
+from voxray.metrics.names import evaluation_metrics, is_transcript, is_translation, validation_metrics
+from voxray.metrics.texts import score_texts
 
 SUMMARY: dict[str, Any] = {
     "keys": ["audio_path", "summary"],
@@ -47,15 +48,18 @@ def own() -> Any:
 
 TEXTS = (None, "", " ", " a ", "x\ny", "\n", "{question}", "{input}", "a  {b} ")
 PROMPT_KEYS = {"asr": (), "sqa": ("question",), "tqa": ("instruction", "input"), "aac": ("question",)}
+PROMPT_KEYS |= {"chat": (), "text_chat": ()}
 DEFAULTS = {"aac": "Please describe the audio."}
+AST_KEYS = ("audio_path", "translation", "target_language")
+AST_PROMPT = "Translate the speech into {target_language}."
 
 
 def test_prompts_of_built_in_tasks_are_the_texts_joined_by_a_newline() -> None:
     for question, instruction, text in itertools.product(TEXTS, repeat=3):
         row = {"question": question, "instruction": instruction, "input": text}
-        for name, task in BUILT_IN.items():
-            expected = "\n".join(str(row[key]) for key in PROMPT_KEYS[name] if row.get(key)) or DEFAULTS.get(name, "")
-            assert task.prompt(row) == expected and task.prompt_keys == PROMPT_KEYS[name]
+        for name, keys in PROMPT_KEYS.items():
+            expected = "\n".join(str(row[key]) for key in keys if row.get(key)) or DEFAULTS.get(name, "")
+            assert BUILT_IN[name].prompt(row) == expected and BUILT_IN[name].prompt_keys == keys
     assert BUILT_IN["tqa"].prompt({"input": "i"}) == "i" and BUILT_IN["sqa"].prompt({}) == ""
 
 
@@ -67,6 +71,9 @@ def test_the_built_in_tasks_are_those_of_earlier_versions() -> None:
         Task("sqa", ("audio_path", "question", "answer"), "chat", "{question}", "answer", texts),
         Task("tqa", ("instruction", "output"), "chat", "{instruction}\n{input}", "output", texts),
         Task("aac", ("audio_path", "caption"), "chat", "{question}", "caption", captions, False, DEFAULTS["aac"]),
+        Task("ast", AST_KEYS, "translation", AST_PROMPT, "translation", ("bleu", "chrf")),
+        Task("chat", ("audio_path", "messages"), "conversation", "", "messages", texts),
+        Task("text_chat", ("messages",), "conversation", "", "messages", texts),
     ]
 
 
@@ -90,7 +97,7 @@ def test_prompts_of_own_tasks(own: Any, name: str, row: dict[str, Any], prompt: 
 
 
 def test_own_tasks_come_last_in_the_table_and_first_in_detection(own: dict[str, Any]) -> None:
-    assert tasks.TASK_CODES == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3, "summary": 4, "verbatim": 5, "intent": 6}
+    assert list(tasks.TASK_CODES.items()) == [(name, code) for code, name in enumerate((*BUILT_IN, *own))]
     assert tasks.own_definitions() == own and list(tasks.own_definitions()) == list(own)
     row = {"audio_path": "a", "transcript": "t", "summary": "s"}
     assert detect_task(row).name == "summary"
@@ -100,7 +107,30 @@ def test_own_tasks_come_last_in_the_table_and_first_in_detection(own: dict[str, 
     assert with_own_tasks(TASKS) == tuple(TASKS)
     assert [name for name in TASKS if is_transcript(name)] == ["asr", "verbatim"]
     use_own_tasks({})
-    assert list(TASKS) == ["asr", "sqa", "tqa", "aac"] and detect_task(row).name == "asr"
+    assert list(TASKS) == list(BUILT_IN) and detect_task(row).name == "asr"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"language": "ko", "target_language": "de"}, "From Korean into German: hi"),
+        ({"language": "ko-KR", "target_language": "haitian creole"}, "From Korean into Haitian Creole: hi"),
+        ({"language": "auto", "target_language": "zu"}, "From into Zulu: hi"),
+        ({"target_language": "Chinese"}, "From into Chinese: hi"),
+    ],
+)
+def test_prompts_show_languages_by_their_english_names(row: dict[str, Any], prompt: str) -> None:
+    definition = {**INTENT, "prompt": "From {language} into {target_language}: {utterance}"}
+    [task] = parse_own_tasks({"intent": definition}).values()
+    assert task.prompt({"utterance": "hi", **row}) == prompt
+    with pytest.raises(BadRow, match="target_language 'Klingon' is not known") as error:
+        task.prompt({"utterance": "hi", **row, "target_language": "Klingon"})
+    assert error.value.reason == "bad_language"
+
+
+def test_definitions_of_built_in_tasks_give_the_same_tasks() -> None:
+    definitions = {name: task.definition for name, task in BUILT_IN.items()}
+    assert read_definitions(definitions, {}) == BUILT_IN
 
 
 def test_values_of_rows(own: Any) -> None:
@@ -122,10 +152,22 @@ def test_metrics_of_own_tasks_are_named_once(own: Any) -> None:
     assert len(set(evaluation_metrics("intent"))) == len(evaluation_metrics("intent"))
 
 
-def test_every_headline_metric_is_a_ratio_of_sums_over_rows() -> None:
+def test_own_tasks_may_be_scored_as_translations() -> None:
+    """BLEU on raw text, which ko-v1 would make equal; a task with another headline may have BLEU too."""
+    row = {"id": "1", "task": "intent", "reference": "Book a Table, please.", "prediction": "book a table please"}
+    for metrics, expected in ((["bleu", "rouge_l"], False), (["rouge_l", "bleu"], True)):
+        use_own_tasks(parse_own_tasks({"intent": {**INTENT, "metrics": metrics}}))
+        assert is_translation("intent") != expected
+        scored = score([row], num_resamples=0)
+        assert (scored["intent"]["bleu"]["value"] > 99) == expected and scored["intent"]["rouge_l"]["value"] > 0.5
+        assert set(scored["normalizer"]) == ({"ko-v1"} if expected else {"none"})
+    use_own_tasks({})
+
+
+def test_every_headline_metric_is_computed_from_sums_over_rows() -> None:
     columns = as_columns([dict.fromkeys(COUNT_NAMES, 1)])
     for name in HEADLINE_METRICS:
-        assert metric_ratio("sqa", name, columns) is not None, name
+        assert metric_ratio("sqa", name, columns) is not None or name in score_texts("sqa", [("a", "b")])[0], name
 
 
 def test_names_beside_the_tasks_in_metrics_are_reserved() -> None:
@@ -155,10 +197,17 @@ def without(definition: dict[str, Any], *names: str) -> dict[str, Any]:
         ({"s": {**SUMMARY, "metrics": []}}, "s: metrics: must be a list of names"),
         ({"s": {**SUMMARY, "metrics": ["cider_d", "rouge_l"]}}, "s: metrics: cider_d cannot come first; "),
         ({"s": {**SUMMARY, "metrics": ["wer", "cider_d"]}}, "s: metrics: cider_d is for captions, so wer cannot"),
+        ({"s": {**SUMMARY, "metrics": ["bleu", "cider_d"]}}, "s: metrics: cider_d is for captions, so bleu cannot"),
+        ({"s": {**SUMMARY, "metrics": ["wer", "chrf"]}}, "s: metrics: chrf is not for transcripts, so wer cannot"),
         ({"s": without(SUMMARY, "prompt")}, "s: prompt: is missing"),
         ({"s": {**SUMMARY, "prompt": ["x"]}}, "s: prompt: must be text, not ['x']"),
         ({"s": {**SUMMARY, "prompt": "Repeat {summary}"}}, "s: prompt: holds the answer, {summary}"),
-        ({"s": {**SUMMARY, "template": "asr"}}, "s: template: must be transcription, or left out"),
+        ({"s": {**SUMMARY, "template": "asr"}}, "s: template: must be transcription or conversation, or left out"),
+        (
+            {"s": {**SUMMARY, "template": "translation"}},
+            "s: template: must be transcription or conversation, or left out",
+        ),
+        ({"s": {**SUMMARY, "template": ["chat"]}}, "s: template: must be transcription or conversation, or left out"),
         ({"s": {**SUMMARY, "template": "transcription"}}, "s: template: transcription is the model's own request"),
         ({"s": {**VERBATIM, "keys": ["verbatim"]}}, "s: keys: template transcription needs audio_path"),
         ({"s": {**SUMMARY, "allow_empty_answer": "no"}}, "s: allow_empty_answer: must be true or false, not 'no'"),
@@ -188,3 +237,24 @@ def test_codes_fit_into_eight_bits() -> None:
 def test_the_package_has_the_file() -> None:
     settings = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '"voxray.core" = ["tasks.yaml"]' in settings
+
+
+def test_own_tasks_may_be_conversations() -> None:
+    definition = {
+        "keys": ["messages", "topic"],
+        "template": "conversation",
+        "answer": "messages",
+        "metrics": ["char_f1"],
+    }
+    tasks_by_name = parse_own_tasks({"advice": definition})
+    assert tasks_by_name["advice"].definition == definition and tasks_by_name["advice"].kind == "tqa"
+    use_own_tasks(tasks_by_name)
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "topic": "t"}
+    assert check_values(row).name == "advice"
+    with pytest.raises(BadRow, match="topic is int, not text"):
+        check_values({**row, "topic": 3})
+    use_own_tasks({})
+    assert check_values(row).name == "text_chat"
+    for changes in ({"prompt": "x"}, {"answer": "topic"}):
+        with pytest.raises(ValueError, match="template: conversation needs answer: messages, and no prompt"):
+            parse_own_tasks({"advice": {**definition, **changes}})

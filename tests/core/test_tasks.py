@@ -13,6 +13,7 @@ ASR = {"audio_path": "a.wav", "transcript": "안녕"}
 SQA = {"audio_path": "a.wav", "question": "q", "answer": "a"}
 TQA = {"instruction": "i", "output": "o"}
 AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
+AST = {"audio_path": "a.wav", "translation": "hello", "target_language": "en"}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,11 @@ AAC = {"audio_path": "a.wav", "caption": "a dog barks"}
         ({**AAC, "question": "What is heard?"}, "aac"),
         ({**AAC, **SQA}, "sqa"),
         ({**AAC, **ASR}, "asr"),
+        (AST, "ast"),
+        ({**AST, **ASR}, "ast"),
+        ({**AST, **ASR, **SQA, **AAC}, "ast"),
+        ({**ASR, "translation": "hello"}, "asr"),
+        ({**ASR, "target_language": "en"}, "asr"),
         ({"transcript": None, "audio_path": None}, "asr"),  # the manifest checks the values
     ],
 )
@@ -56,7 +62,9 @@ def test_prompts():
     assert TASKS["tqa"].prompt(TQA) == "i"
     assert TASKS["tqa"].prompt({**TQA, "input": "x"}) == "i\nx"
     assert TASKS["tqa"].prompt({**TQA, "input": ""}) == TASKS["tqa"].prompt({**TQA, "input": None}) == "i"
-    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac"]
+    assert TASKS["ast"].prompt(AST) == "Translate the speech into English."
+    assert TASKS["ast"].prompt({**AST, "target_language": "KOR"}) == "Translate the speech into Korean."
+    assert [name for name, task in TASKS.items() if task.has_audio] == ["asr", "sqa", "aac", "ast", "chat"]
 
 
 def test_a_caption_row_has_its_own_question_or_salmonns():
@@ -72,8 +80,9 @@ def test_a_caption_row_has_its_own_question_or_salmonns():
 
 def test_task_codes_on_disk_do_not_change():
     """Existing shards and checkpoints contain these numbers. New tasks are appended."""
-    assert list(TASKS)[:4] == ["asr", "sqa", "tqa", "aac"]
-    assert {name: code for name, code in TASK_CODES.items() if code < 4} == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3}
+    assert list(TASKS)[:5] == ["asr", "sqa", "tqa", "aac", "ast"]
+    codes = {name: code for name, code in TASK_CODES.items() if code < 5}
+    assert codes == {"asr": 0, "sqa": 1, "tqa": 2, "aac": 3, "ast": 4}
 
 
 @pytest.mark.parametrize(
@@ -124,3 +133,22 @@ def test_task_weights(value, weights: dict[str, float]):
 def test_faulty_task_weights(value, message: str):
     with pytest.raises(ValueError, match=message):
         parse_task_weights(value)
+
+
+NULLS = {"messages": None, "conversations": None, "audios": None, "translation": None, "target_language": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({**NULLS, "audio_path": "a", "transcript": "t"}, "asr"),
+        ({**NULLS, "audio_path": None, "transcript": None, "instruction": "i", "output": "o"}, "tqa"),
+        ({**NULLS, "audio_path": "a", "transcript": "t", "translation": "x", "target_language": "en"}, "ast"),
+        ({**NULLS, "transcript": None, "conversations": [{"from": "human", "value": "x"}]}, "text_chat"),
+        ({"audio_path": "a", "transcript": None}, "asr"),
+        ({"audio_path": "a", "transcript": "t", "translation": "", "target_language": ""}, "asr"),
+    ],
+)
+def test_keys_without_a_value_count_only_if_nothing_else_matches(row, name):
+    """Exports of tables have every column in every row."""
+    assert detect_task(row).name == name

@@ -56,6 +56,15 @@ def test_good_and_quarantined_add_up_and_speakers_stay_together(tmp_path, corpus
     assert not list((tmp_path / "out").glob(".prepare-*")), "no work folder is left"
 
 
+def test_one_clip_may_have_translations_into_several_languages(tmp_path, corpus):
+    first, *others = corpus
+    translations = [{**first, "translation": "High.", "target_language": target} for target in ("en", "German", "xx")]
+    rows = [*translations, translations[0], *others]
+    train, val, ledger, _ = prepare(tmp_path, write_rows(tmp_path / "m.jsonl", rows))
+    assert [row["target_language"] for row in (*train, *val) if "translation" in row] == ["en", "German"]
+    assert [(line["line"], line["reason"]) for line in ledger] == [(3, "bad_language"), (4, "duplicate")]
+
+
 @pytest.mark.ray
 def test_order_and_content_do_not_depend_on_the_workers(local_ray, tmp_path, corpus):
     manifest = write_rows(tmp_path / "m.jsonl", corpus)

@@ -52,6 +52,8 @@ CHANGES: dict[str, str] = {
     "static_cache": "true",
     "tasks_file": "tasks.yaml",
     "lora_scale": "0.5",
+    "context": "terms.txt",
+    "no_context": "true",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}
@@ -87,6 +89,7 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     write_rows(tmp_path / "rows.jsonl", rows)
     write_rows(tmp_path / "other.jsonl", rows[:1])
     shutil.copytree(TINY, tmp_path / "base")
+    (tmp_path / "terms.txt").write_text("Tylenol\n")
     (tmp_path / "tasks.yaml").write_text("s: {keys: [audio_path, s], prompt: x, answer: s, metrics: [rouge_l]}")
     monkeypatch.chdir(tmp_path)
 

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from voxray.core.console import console, metrics_table
 from voxray.core.errors import RunError
 from voxray.core.tasks import TASKS
-from voxray.evaluation.score import by_task, read_terms, score
+from voxray.evaluation.score import by_task, score
 from voxray.metrics.names import evaluation_metrics, higher_is_better
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import normalize_ko_v1, normalizers_from
 
 Rows = list[dict[str, Any]]
@@ -208,6 +209,34 @@ def test_empty_references():
     assert only_empty["overall"] == {}, "there is no headline metric"
 
 
+def test_terms_of_contexts():
+    """Without a list, the terms of each row's own prompt; a leak is one that nobody said."""
+    texts = [
+        ("타이레놀, 와파린", "타이레놀 드세요", "타이레놀 드세요"),
+        ("타이레놀, 와파린, Tylenol", "네", "와파린 와파린"),
+        ("와파린", "와 파린 5mg", "아스피린"),
+        ("", "타이레놀", "와파린"),
+    ]
+    rows = [{"task": "asr", "prompt": each[0], "reference": each[1], "prediction": each[2]} for each in texts]
+    metrics = score(rows, num_resamples=20)
+    assert metrics["asr"]["context_leak"]["value"] == 1 / 4 and metrics["asr"]["context_leak"]["n"] == 4
+    assert metrics["asr"]["term_recall"]["value"] == 1 / 2 and metrics["terms"]["n"] == 2
+    listed = score(rows, terms=("타이레놀",), num_resamples=0)["asr"]
+    assert listed["term_recall"]["n"] == 2 and listed["context_leak"]["value"] == 1 / 4
+    assert not {"context_leak", "term_recall"} & set(score(rows[3:], num_resamples=0)["asr"])
+
+
+def test_terms_that_are_said_in_any_form_are_not_absent():
+    """Within longer terms, in other references and readings, and as numbers with commas."""
+    row = {"task": "asr", "prompt": "pain, chest pain", "reference": "chest pain", "prediction": "pain in chest"}
+    assert "context_leak" not in score([row], num_resamples=0)["asr"], "nothing is absent"
+    row |= {"prompt": "1,000 mg, Tylenol", "reference": "1,000 mg", "prediction": "Tylenol"}
+    assert score([row], num_resamples=0)["asr"]["context_leak"] == {"value": 1, "low": None, "high": None, "n": 1}
+    del row["reference"]
+    row |= {"references": ["x", "Tylenol"], "prompt": "Tylenol"}
+    assert "context_leak" not in score([row], num_resamples=0)["asr"]
+
+
 def test_terms(tmp_path: Path):
     path = tmp_path / "terms.txt"
     path.write_text("\ufeff# drugs\n타이레놀\n\n  흉부 엑스레이 \n타이레놀\n", encoding="utf-8")
@@ -262,7 +291,8 @@ def test_metrics_of_any_texts_are_finite(rows: list[tuple[str, str, str, str]]):
         for task, text, _, language in (row, (row[0], unicodedata.normalize("NFD", row[1]), row[2], row[3])):
             same = {"task": task, "reference": text, "prediction": row[1], "language": language}
             entry = score([same], num_resamples=0)[task]
-            assert entry["exact_match"]["value"] == 1 and entry.get("cer_nospace", {"value": 0})["value"] == 0
+            assert entry.get("cer_nospace", {"value": 0})["value"] == 0
+            assert task == "ast" or entry["exact_match"]["value"] == 1, "translations are scored by BLEU and chrF only"
 
 
 def test_long_texts_are_fast():

@@ -10,10 +10,11 @@ from conftest import TINY, manifest, read_rows, write_rows
 
 from voxray.core.errors import RunError
 from voxray.core.manifest import Sample, chunks
-from voxray.features.chunk import MAX_CRASHES_PER_SHARD, ChunkFeaturizer, WorkItem, crash_log_path
+from voxray.features.chunk import MAX_CRASHES_PER_SHARD, WRITE_LOG, ChunkFeaturizer, WorkItem, crash_log_path
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.features.featurize import FeaturizeReport, featurize
 from voxray.features.reader import Features
+from voxray.features.shards import shard_path
 
 SPEC = FeatureSpec(store="encoder")
 
@@ -125,6 +126,17 @@ def test_a_row_that_kills_decoders_is_skipped(ray_with_gpu, by_value, tmp_path: 
     assert (report.num_rows, report.num_bad) == (11, 1)
     assert "process_died" in (report.folders[0] / "quarantine.jsonl").read_text()
     assert Features(report.folders).ids(range(11)) == [row["id"] for row in rows if row["id"] != "poison"]
+
+
+def test_each_job_counts_its_own_deaths(mixed: str, tmp_path: Path) -> None:
+    """Logs that an earlier job left behind do not end the next one."""
+    [folder] = make(mixed, tmp_path / "f", Extractor(TINY, SPEC), use_ray=False).folders
+    for chunk in chunks(mixed, 4):
+        shard_path(folder, chunk.number).unlink()
+        log = crash_log_path(WorkItem(chunk, folder), chunk.read_bytes()).with_suffix(WRITE_LOG)
+        log.write_text(f" {chunk.first_line}\n" * MAX_CRASHES_PER_SHARD)
+    report = make(mixed, tmp_path / "f", Extractor(TINY, SPEC), use_ray=False)
+    assert (report.num_rows, report.num_bad) == (18, 2)
 
 
 @pytest.mark.chaos

@@ -242,13 +242,20 @@ def test_chunk_bytes_counts_variants(rows):
     assert chunk_bytes(WorkItem(chunk, Path("f"), augmented=False), three) == one
 
 
-def test_languages_that_an_earlier_version_refused_are_read_again(tmp_path: Path):
+def test_rows_that_an_earlier_version_refused_are_read_again(tmp_path: Path):
     row = {"instruction": "i", "output": "o", "language": "yue"}
     path, options = write_rows(tmp_path / "m.jsonl", [row, row]), {"rows_per_shard": 8, "use_ray": False}
     assert featurize([path], Extractor(TINY), tmp_path / "f", **options).num_rows == 2
     [report] = (tmp_path / "f").glob("*/shards/*.json")
     refused = {"manifest": path, "line": 2, "id": "", "reason": "bad_language"}
-    for message, num_made in (("language 'yue' is not a two-letter code", 2), ("language 'xx' is not known", 0)):
+    no_task = "keys a match no task (asr: audio_path, transcript; sqa: audio_path, question, answer; tqa: instruction, "
+    no_task += "output; aac: audio_path, caption"
+    for message, num_made in (
+        ("language 'yue' is not a two-letter code", 2),
+        ("language 'xx' is not known", 0),
+        (f"{no_task})", 2),
+        (f"{no_task}; ast: audio_path, translation, target_language)", 0),
+    ):
         stored = json.loads(report.read_text())
         report.write_text(json.dumps({**stored, "bad": [{**refused, "message": message}]}))
         assert featurize([path], Extractor(TINY), tmp_path / "f", **options).num_made == num_made

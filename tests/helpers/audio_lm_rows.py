@@ -65,14 +65,18 @@ def answers_questions(front_end: Any) -> bool:
     return True
 
 
-def request_text(processor: Any, model_type: str, language: str = "") -> str:
+def request_text(processor: Any, model_type: str, language: str = "", context: str = "") -> str:
     """The text of the library's transcription request."""
     requests = {"qwen2_audio": "Transcribe the speech.", "musicflamingo": "Transcribe the input speech."}
     if model_type in requests:
-        content = [{"type": "audio", "path": "x.wav"}, {"type": "text", "text": requests[model_type]}]
+        line = f"\nContext: {context}" if context else ""
+        content = [{"type": "audio", "path": "x.wav"}, {"type": "text", "text": f"{requests[model_type]}{line}"}]
         turns = [{"role": "user", "content": content}]
         return processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     options = {"language": language or None} if model_type == "qwen3_asr" else {}
+    if context and model_type != "qwen3_asr":  # others replace their request by the prompt
+        context = f"{processor.default_transcription_prompt}\nContext: {context}"
+    options |= {"prompt": context} if context else {}
     return processor.apply_transcription_request("x.wav", tokenize=False, **options)[0]
 
 

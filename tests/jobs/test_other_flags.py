@@ -348,6 +348,7 @@ def other_values(model: type, half: str = "bf16") -> dict[str, Any]:
         "optim": "adamw_torch_fused",
         "per_task_bsz": {"asr": 3},
         "curriculum": ((("asr",), 2),),
+        "context_shares": {"true": 1.0, "false": 0.0, "none": 0.0},
     }
     special |= {**{name: half == name for name in PRECISIONS}, "quantize": "4bit", "tuning": "rslora"}
     special |= {

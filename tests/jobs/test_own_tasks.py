@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from voxray.commands import audit, compare, evaluate, featurize, infer, preflight, score_only, train
 from voxray.core.content_hash import combined_hash
 from voxray.core.errors import RunError, SettingsError
-from voxray.core.tasks import TASKS, use_own_tasks
+from voxray.core.tasks import TASK_CODES, TASKS, use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
 from voxray.features.shards import LAYOUT
@@ -90,7 +90,8 @@ def test_own_tasks_from_features_to_a_comparison(here: Path, evaluation_here: No
     flags = f"--manifest rows.jsonl --model_id {TINY} --output_dir features --tasks_file tasks.yaml"
     folders = featurize.run_featurize_job(parse_only("featurize", flags.split())).folders
     features, front_end = Features(folders), get_family(TINY).front_end(TINY)
-    assert features.task.tolist() == [4] * 3 + [5] * 3 + [6] * 3 + [2] * 3
+    names = [name for name in (*TASKS_OF_FILE, "tqa") for _ in range(3)]
+    assert features.task.tolist() == [TASK_CODES[name] for name in names]
     shown = [front_end.show(features.row(row).prompt_ids.tolist()) for row in (0, 3, 6)]
     assert shown[0].endswith("Write a SOAP note. 짧게[/INST]") and shown[1].endswith("lang:ko[TRANSCRIBE]")
     assert shown[2] == "<s>[INST]Intent?\n예약 0[/INST]"
@@ -166,6 +167,15 @@ def test_features_of_other_tasks_are_other_features(here: Path) -> None:
     assert fingerprints[1] == fingerprints[2] and len(set(fingerprints)) == 4
 
 
+def test_features_with_other_codes_of_the_tasks_are_other_features(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The codes of own tasks follow those of the built-in tasks, of which there were four once."""
+    parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
+    before = Extractor(TINY).fingerprint
+    for name in TASKS_OF_FILE:
+        monkeypatch.setitem(TASK_CODES, name, TASK_CODES[name] - 1)
+    assert Extractor(TINY).fingerprint != before
+
+
 @pytest.mark.parametrize(("job", "tasks"), [("train_text", {"intent", "tqa"}), ("train_asr_adapter", {"verbatim"})])
 def test_recipes_train_their_kind_of_tasks(here: Path, job: str, tasks: set[str]) -> None:
     result = run_train("run", job=job)
@@ -174,12 +184,12 @@ def test_recipes_train_their_kind_of_tasks(here: Path, job: str, tasks: set[str]
     assert len(lines) == 2 * (12 - 3 * len(tasks)) and all('"other_task"' in line for line in lines)
 
 
-def test_whisper_transcribes_only(here: Path) -> None:
+def test_whisper_answers_no_questions(here: Path) -> None:
     flags = f"--train_jsonl rows.jsonl --output_dir run --model_id {WHISPER} --num_workers 0 --max_steps 1"
     with_file = [*flags.split(), "--tasks_file", "tasks.yaml", "--language", "ko"]
     assert train.run_training(parse_only("train_whisper", with_file))["finished"]
     write_rows(here / "rows.jsonl", read_rows(str(here / "rows.jsonl"))[:3])
-    with pytest.raises(RunError, match="Whisper only transcribes; this row's task is soap"):
+    with pytest.raises(RunError, match="Whisper only transcribes and translates; this row's task is soap"):
         train.run_training(parse_only("train_whisper", [*with_file, "--overwrite"]))
 
 

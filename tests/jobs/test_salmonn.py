@@ -231,7 +231,8 @@ def test_packs_reserve_tokens_for_sampled_prompts(
     assert (planned.longest_tokens - stored.num_tokens)[planned.task == 0].tolist() == [
         sampler.max_extra_prompt_tokens["asr"]
     ] * 12
-    assert set(sampler.max_extra_prompt_tokens) == {"asr", "sqa", "aac"} and sampler.max_extra_prompt_tokens["aac"] == 0
+    assert set(sampler.max_extra_prompt_tokens) == {"asr", "sqa", "aac", "ast"}
+    assert sampler.max_extra_prompt_tokens["aac"] == 0 == sampler.max_extra_prompt_tokens["ast"]
     flags = {"batching": "packed", "pack_tokens": int(planned.longest_tokens.max())}
     settings = SalmonnSettings.model_validate({"model_id": salmonn, "train_jsonl": "t", "output_dir": "o", **flags})
     lengths = {}

@@ -188,7 +188,7 @@ def test_terms():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"task": "speech"}, "row 3: task is 'speech', not one of asr, sqa, tqa, aac"),
+        ({"task": "speech"}, "row 3: task is 'speech', not one of asr, sqa, tqa, aac, ast, chat, text_chat"),
         ({"prediction": None}, "row 3: prediction is missing, not text"),
         ({"reference": 5}, "row 3: reference is int, not text"),
         ({"references": "a"}, "row 3: references is str, not a list of texts"),

@@ -10,7 +10,9 @@ from conftest import TINY, WHISPER
 from helpers.adapters import random_adapter
 from helpers.training import train
 
+from voxray.audio.augment import SpecAugment
 from voxray.batches.collate import collate_packed, collate_training
+from voxray.batches.loader import Loader, Masking
 from voxray.batches.rank import Worker
 from voxray.config.train import MultitaskSettings, WhisperSettings
 from voxray.core.errors import SettingsError
@@ -20,6 +22,8 @@ from voxray.models.adapters.lora_scale import check_base_is_there, scale_lora, w
 from voxray.models.interface import IGNORED
 from voxray.models.parts import losses
 from voxray.models.registry import get_family
+from voxray.recipes.run_stage import build_plan
+from voxray.recipes.stages import multitask_stage
 from voxray.recipes.training_data import TrainingData
 from voxray.training.engine import DataParallel
 from voxray.training.loop import pass_losses
@@ -81,6 +85,31 @@ def test_the_divergence_is_that_of_the_definition(data, adapter, tmp_path, colla
         torch.autograd.grad(divergence, trained), torch.autograd.grad(expected, trained), strict=True
     ):
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-5
+
+
+@pytest.mark.parametrize("batching", ["fixed", "packed"])
+def test_only_replayed_rows_are_distilled(small, make_features, adapter, tmp_path, batching):
+    """The batches of the loader: the divergence is that of their replayed rows alone."""
+    new, replayed = make_features(small["asr.train"], small["tqa.train"])
+    features, front_end, model = Features((new, replayed), num_replay_sets=1), FAMILY.front_end(TINY), load(adapter)
+    run_settings = settings(tmp_path, batching=batching, replay_jsonl=["x"], replay_share=0.4, pack_tokens=600)
+    rows = np.arange(len(features))
+    plan = build_plan(multitask_stage(run_settings), run_settings, features, rows, 2)
+    loader = Loader(features, front_end, plan, Worker(), 0, Masking(SpecAugment(), 0), pin_memory=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    engine = DataParallel(model, FAMILY, Worker(), lr=0.1, weight_decay=0.0)
+    num_replayed = 0
+    for _, microbatches in loader.steps(0, 3):
+        for microbatch, batch in microbatches:
+            expected, numbers = torch.zeros(()), [row for row in microbatch.rows if row >= features.first_replay]
+            if numbers:
+                alone = collate_training([features.row(int(row)) for row in numbers], front_end)
+                expected = pass_losses(engine, model, alone, run_settings)[1]
+            _, divergence = pass_losses(engine, model, batch, run_settings)
+            torch.testing.assert_close(divergence, expected, rtol=1e-4, atol=1e-4)
+            num_replayed += len(numbers)
+    assert num_replayed
 
 
 def test_a_larger_weight_stays_closer_to_the_base(data, tmp_path):

@@ -16,6 +16,7 @@ from voxray.core.tasks import use_own_tasks
 from voxray.features.extract import Extractor
 from voxray.features.featurize import featurize
 from voxray.features.reader import Features
+from voxray.features.shards import TASK_CODES
 from voxray.models.registry import get_family
 from voxray.recipes.run_stage import TrainingData
 
@@ -33,7 +34,7 @@ def mood_task() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("flags", [{"batching": "packed", "pack_tokens": 300}, {"task_weights": "mood=1,aac=2,tqa=1"}])
-def test_a_fifth_task_trains_and_validates(
+def test_a_new_task_trains_and_validates(
     mood_task: None, small: dict[str, str], tmp_path: Path, flags: dict[str, Any]
 ) -> None:
     clips = read_rows(small["asr.train"])
@@ -42,7 +43,7 @@ def test_a_fifth_task_trains_and_validates(
     path = write_rows(tmp_path / "m.jsonl", [*rows, *read_rows(small["tqa.train"])[:4]])
     folders = featurize([path], Extractor(TINY), tmp_path / "f", rows_per_shard=8, use_ray=False).folders
     features, front_end = Features(folders), get_family(TINY).front_end(TINY)
-    assert features.task.tolist() == [4] * 4 + [3] * 4 + [2] * 4
+    assert features.task.tolist() == [TASK_CODES[name] for name in ("mood", "aac", "tqa") for _ in range(4)]
     prompt = front_end.show(features.row(0).prompt_ids.tolist())
     assert prompt == "<s>[INST][BEGIN_AUDIO][AUDIO]x50Which mood?[/INST]"
     values = {"train_jsonl": path, "val_jsonl": path, "model_id": TINY, "num_workers": 0, "max_steps": 2}

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from voxray.core.chat import short_form
 from voxray.core.manifest import parse_row
 from voxray.core.storage import atomic_writer
 
@@ -62,6 +63,7 @@ def _rewrite(
     sample, values = parse_row(raw, manifest, line), json.loads(raw)
     changes = {}
     if sample.audio_path and _resolved_audio(raw, path) != os.path.realpath(sample.audio_path):
+        values = short_form(values) if sample.turns else values
         changes["audio_path"] = os.path.abspath(sample.audio_path)
         summary.num_moved += 1
     if values.get("id") not in (None, ""):

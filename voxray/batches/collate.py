@@ -29,7 +29,7 @@ PREPARED = "prepared"
 
 
 def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks = None) -> Batch:
-    """Collate prompts and answers with padding on the right; only an answer and its end-of-text token have labels.
+    """Collate prompts and answers with padding on the right; only answers and their end-of-text tokens have labels.
 
     Args:
         masks: Applied to the log-mel of every clip (SpecAugment), in the order of the rows.
@@ -50,7 +50,7 @@ def collate_training(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Mas
         start = len(row.prompt_ids)
         ids_BL[number, :start] = row.prompt_ids
         ids_BL[number, start:length] = row.target_ids
-        labels_BL[number, start:length] = row.target_ids
+        labels_BL[number, :length] = _labels(row)
         mask_BL[number, :length] = 1
     batch = {"input_ids": torch.from_numpy(ids_BL), "labels": torch.from_numpy(labels_BL)}
     if min(lengths) < shape[1]:
@@ -73,7 +73,7 @@ def collate_packed(rows: Sequence[FeatureRow], front_end: FrontEnd, masks: Masks
     parts = [(row.prompt_ids, row.target_ids) for row in rows]
     lengths = [len(prompt) + len(target) for prompt, target in parts]
     ids = np.concatenate([array for part in parts for array in part]).astype(np.int64)
-    labels = np.concatenate([array for prompt, target in parts for array in (np.full(len(prompt), IGNORED), target)])
+    labels = np.concatenate([_labels(row) for row in rows])
     columns = {
         "input_ids": ids,
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
@@ -112,6 +112,14 @@ def with_model_input(row: FeatureRow, front_end: FrontEnd) -> FeatureRow:
     return replace(row, audio=_model_input(row, front_end, None), store=PREPARED)
 
 
+def answer_rows(batch: Batch) -> np.ndarray:
+    """The row of each answer token, (N,), counted within the batch."""
+    positions_N = batch["answer_positions"].numpy()
+    if "segment_ends" in batch:
+        return np.searchsorted(batch["segment_ends"].numpy(), positions_N, side="right")
+    return positions_N // batch["labels"].shape[1]
+
+
 def pinned(batch: Batch) -> Batch:
     """A copy of a batch in page-locked memory, which a GPU reads while the CPU goes on."""
     return {name: tensor.pin_memory() for name, tensor in batch.items()}
@@ -122,14 +130,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor if name in ON_CPU else tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def _labels(row: FeatureRow) -> np.ndarray:
+    """Token ids of prompt and answer, ``IGNORED`` where they have no label."""
+    prompt = np.full(len(row.prompt_ids), IGNORED)
+    if row.prompt_labels is not None:
+        prompt[row.prompt_labels] = row.prompt_ids[row.prompt_labels]
+    return np.concatenate([prompt, row.target_ids])
+
+
 def _answer_positions(rows: Sequence[FeatureRow], starts: Sequence[int]) -> torch.Tensor:
     """Positions that predict the tokens of the answers.
 
     Args:
         starts: Position of each row's first token.
     """
-    firsts = [start + len(row.prompt_ids) - 1 for row, start in zip(rows, starts, strict=True)]
-    parts = [np.arange(first, first + len(row.target_ids)) for row, first in zip(rows, firsts, strict=True)]
+    parts = [start - 1 + np.flatnonzero(_labels(row) != IGNORED) for row, start in zip(rows, starts, strict=True)]
     return torch.from_numpy(np.concatenate(parts))
 
 

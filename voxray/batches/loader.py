@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from voxray.audio.augment import SpecAugment, spec_augment
-from voxray.batches.collate import Masks, collate_packed, collate_training, pinned
+from voxray.batches.collate import Masks, answer_rows, collate_packed, collate_training, pinned
+from voxray.batches.context_sampler import ContextSampler
 from voxray.batches.plan import Microbatch, Plan
 from voxray.batches.rank import Worker
 from voxray.features.reader import FeatureRow, Features
@@ -58,6 +60,7 @@ class Loader:
         loader_workers: Threads that read ahead; 0 reads each step when it is requested.
         masking: SpecAugment masks on the features of training clips.
         prompt_sampler: Samples a prompt for every row in each epoch; None keeps the stored prompts.
+        context_sampler: Samples the contexts of transcriptions in each step; None keeps the stored ones.
         pin_memory: Put batches into page-locked memory, for fast copies to a GPU.
     """
 
@@ -70,12 +73,13 @@ class Loader:
         loader_workers: int,
         masking: Masking,
         prompt_sampler: PromptSampler | None = None,
+        context_sampler: ContextSampler | None = None,
         *,
         pin_memory: bool,
     ) -> None:
         self.features, self.front_end, self.plan, self.worker = features, front_end, plan, worker
         self.loader_workers, self.masking, self.pin_memory = loader_workers, masking, pin_memory
-        self.prompt_sampler = prompt_sampler
+        self.prompt_sampler, self.context_sampler = prompt_sampler, context_sampler
 
     def steps(self, start: int, end: int) -> Iterator[tuple[int, list[tuple[Microbatch, Batch]]]]:
         """Steps ``start`` to ``end`` - 1."""
@@ -105,14 +109,17 @@ class Loader:
     def _microbatches(self, step: int) -> list[Microbatch]:
         return self.plan.rank_microbatches(step, self.worker.rank, self.worker.world_size)
 
-    def row(self, number: int, epoch: int) -> FeatureRow:
-        """A row with its prompt for an epoch."""
-        row = self.features.row(number)
+    def row(self, number: int, step: int) -> FeatureRow:
+        """A row with its prompt for a step."""
+        row, (epoch, _) = self.features.row(number), self.plan.locate(step)
+        row = self.context_sampler(row, step) if self.context_sampler else row
         return self.prompt_sampler(row, epoch) if self.prompt_sampler else row
 
     def _batch(self, step: int, microbatch: Microbatch) -> Batch:
-        epoch, _ = self.plan.locate(step)
-        rows = [self.row(number, epoch) for number in microbatch.rows]
+        rows = [self.row(number, step) for number in microbatch.rows]
         collate = collate_packed if self.plan.batching.kind == "packed" else collate_training
         batch = collate(rows, self.front_end, self.masking.for_microbatch(step, microbatch.number))
+        if self.features.first_replay < len(self.features):
+            is_replayed = microbatch.rows >= self.features.first_replay
+            batch["is_replayed"] = torch.from_numpy(is_replayed[answer_rows(batch)])
         return pinned(batch) if self.pin_memory else batch

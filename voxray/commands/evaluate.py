@@ -27,6 +27,7 @@ from voxray.evaluation.distribute import ModelCount, answer_rows, check_invarian
 from voxray.evaluation.predictions import labelled_rows, read_predictions, score_predictions
 from voxray.evaluation.result import EvaluationResult
 from voxray.evaluation.submission import write_submission
+from voxray.features.context import with_context
 from voxray.features.featurize import write_ledger
 from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
@@ -121,9 +122,9 @@ def _answer_and_score(
         RunError: There is no row to answer, or no row could be answered.
     """
     output_dir = remote.folder
-    folders = evaluation_features(settings, config.model_id, features_dir, output_dir)
+    folders = evaluation_features(settings, config, features_dir, output_dir)
     features, models = Features(folders), ModelCount(settings.num_models, settings.gpus_per_model)
-    rows, too_long = rows_to_answer(features, settings)
+    rows, too_long = rows_to_answer(features, settings, config)
     write_evaluation_ledger(output_dir, settings.val_jsonl, folders, too_long)
     with progress_bar("answers") as bar:
         options = {"models": models, "retry_failed": settings.retry_failed, "remote": remote}
@@ -156,9 +157,10 @@ def _answer_and_score(
 
 
 def evaluation_features(
-    settings: EvaluateSettings, model_id: str, features_dir: AnyPath, output_dir: Path
+    settings: EvaluateSettings, config: InferenceConfig, features_dir: AnyPath, output_dir: Path
 ) -> tuple[AnyPath, ...]:
     """Folders of the features of the manifests, and of the chunks of recordings that are too long for the model."""
+    model_id = config.model_id
     make = partial(make_features, settings, model_id, (), features_dir, bf16=settings.bf16)
     folders = make(plain_manifests=settings.val_jsonl).folders
     chunk_manifest = output_dir / CHUNK_MANIFEST
@@ -166,7 +168,8 @@ def evaluation_features(
     if settings.mode.partition("_")[2] not in ("", "asr"):
         return folders
     front_end = get_family(model_id).front_end(model_id, trim_audio=settings.trim_audio_tokens)
-    if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest, language=settings.language):
+    options = {"language": settings.language, "context": config.context}
+    if not write_chunk_manifest(folders, front_end, settings.max_len, chunk_manifest, **options):
         return folders
     return (*folders, *make(plain_manifests=(str(chunk_manifest),)).folders)
 
@@ -189,8 +192,27 @@ def write_evaluation_ledger(
     return len(lines)
 
 
+def prompt_lengths(features: Features, config: InferenceConfig) -> np.ndarray:
+    """Tokens of every row's prompt, with the context of the job instead of the stored one."""
+    lengths = features.num_prompt_tokens
+    codes = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
+    transcriptions = np.flatnonzero(np.isin(features.task, codes))
+    if config.context is None or not len(transcriptions):
+        return lengths
+    front_end, lengths = get_family(config.model_id).front_end(config.model_id, trim_audio=config.trim_audio), +lengths
+    added: int | None = None  # to the prompt of a row without a context, the same for all of them
+    for row in transcriptions.tolist():
+        if added is None or features.prompt(row):
+            stored = features.row(row)
+            lengths[row] = num_tokens = len(with_context(stored, config.context, front_end).prompt_ids)
+            added = added if stored.prompt else num_tokens - len(stored.prompt_ids)
+        else:
+            lengths[row] += added
+    return lengths
+
+
 def rows_to_answer(
-    features: Features, settings: EvaluateSettings
+    features: Features, settings: EvaluateSettings, config: InferenceConfig
 ) -> tuple[list[int], list[tuple[Features, int, str, str]]]:
     """Select the rows of the task of ``--mode`` (all tasks without one).
 
@@ -199,7 +221,7 @@ def rows_to_answer(
     Raises:
         RunError: No row is within ``--max_len``.
     """
-    lengths, task = features.num_prompt_tokens, settings.mode.partition("_")[2]
+    lengths, task = prompt_lengths(features, config), settings.mode.partition("_")[2]
     of_task = features.task == TASK_CODES.get(task, -1) if task else np.full(len(features), True)
     limit = f"over --max_len {settings.max_len}"
     too_long = [

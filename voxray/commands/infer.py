@@ -13,13 +13,16 @@ from rich.console import Console
 from voxray.audio.augment import list_audio
 from voxray.config.evaluate import InferSettings
 from voxray.config.unused_flags import warn_about_unused_flags
+from voxray.core.chat import CHAT_KEYS, to_messages
 from voxray.core.console import console, metrics_table
+from voxray.core.context import CONTEXT
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import UNLABELLED, Sample, chunks, read_chunk, require_usable_row
 from voxray.core.source import Source
-from voxray.evaluation.predictions import with_counts
+from voxray.evaluation.predictions import labelled_rows, with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
+from voxray.features.context import sample_with_context
 from voxray.features.extract import Extractor, FeatureSpec
 from voxray.generation.generate import Completion, failure_reason
 from voxray.generation.model import (
@@ -97,8 +100,8 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     source = manifest or settings.audio_path or QUESTION_ID
     if not entries:
         raise RunError(f"{source}: nothing could be answered")
-    if manifest:
-        log.print(metrics_table(f"{len(entries)} rows", score(entries, num_resamples=0)))
+    if manifest and (to_score := labelled_rows(entries)):
+        log.print(metrics_table(f"{len(to_score)} rows", score(to_score, num_resamples=0)))
     if num_failed:
         num_rows = num_failed + len(entries)
         raise RunError(f"{source}: {num_failed} of {num_rows} rows could not be answered, named above")
@@ -109,7 +112,9 @@ def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Consol
     warn_about_unused_flags(settings, log)
     unused = {} if manifest else {"preview_rows": "it is for manifests"}
     if not (manifest or settings.audio_path):
-        unused["language"] = "it is that of audio"
+        unused |= {"language": "it is that of audio"}
+    if settings.question and not manifest:
+        unused |= dict.fromkeys(("context", "no_context"), "contexts are for transcriptions")
     for name, reason in unused.items():
         if name in settings.model_fields_set and getattr(settings, name):
             log.print(f"warning: --{name} has no effect: {reason}", markup=False)
@@ -134,6 +139,8 @@ def _answer(
     samples: Iterator[Sample], model: Any, config: InferenceConfig, extractor: Extractor, settings: InferSettings
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer the samples; yields each request with the completions or errors of its rows."""
+    if config.context is not None:
+        samples = (sample_with_context(sample, config.context) for sample in samples)
     for requests in _request_groups(samples, extractor, settings):
         yield from answer_requests(requests, model, extractor.front_end, config)
 
@@ -154,7 +161,10 @@ def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys 
         "source": row.source,
         "reference": row.answer,
         "num_samples": request.num_samples,
+        **({CONTEXT: row.prompt} if row.prompt and request.sample.task.template == "transcription" else {}),
     }
+    if metadata.pop(UNLABELLED, False):
+        own["reference"] = None
     return with_counts({**entry, **own, **metadata})
 
 
@@ -165,13 +175,16 @@ def _labelled_row(sample: Sample, entry: Mapping[str, Any]) -> dict[str, Any]:
         values = json.loads(linecache.getline(*source).removeprefix("\ufeff"))
         for name in ("segments", "references", "transcript_phonetic", UNLABELLED):  # they belong to the other label
             values.pop(name, None)
+        if sample.turns:
+            values = {name: value for name, value in values.items() if name not in CHAT_KEYS}
     elif sample.task.prompt_keys:
         values[sample.task.prompt_keys[0]] = sample.prompt
     if sample.task.has_audio:
         values["audio_path"] = os.path.abspath(sample.audio_path)
     if language := sample.language or entry.get("language", ""):
         values["language"] = language
-    return {**values, sample.task.answer_key: entry["prediction"]}
+    answer = entry["prediction"]
+    return {**values, sample.task.answer_key: to_messages(sample.turns, answer) if sample.turns else answer}
 
 
 def _print_answer(entry: dict[str, Any], settings: InferSettings) -> None:

@@ -11,7 +11,9 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from voxray.metrics.counts import metric_ratio
-from voxray.metrics.names import headline, is_transcript
+from voxray.metrics.names import headline, is_transcript, is_translation
+from voxray.metrics.rows import PredictionRow, row_references
+from voxray.metrics.texts import score_texts
 
 EditKind = Literal["equal", "substitute", "insert", "delete"]
 KINDS: dict[str, EditKind] = {"equal": "equal", "replace": "substitute", "insert": "insert", "delete": "delete"}
@@ -149,14 +151,20 @@ def _pad(unit: str, size: int) -> str:
     return unit + " " * (size - display_width(unit)) if unit else GAP * size
 
 
-def row_errors(task: str, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+def row_errors(task: str, rows: Sequence[PredictionRow], columns: Mapping[str, np.ndarray]) -> np.ndarray:
     """Error of every answer by its task's headline metric: 0 is correct, above 1 means more edits than reference units.
 
+    Of a translation it is 1 - chrF / 100, because BLEU is 0 for most single sentences.
+
     Args:
+        rows: The answers.
         columns: {count: array over answers}.
     """
     if is_transcript(task):
         return columns["solid_edits"] / np.maximum(columns["solid_ref"], 1)
+    if is_translation(task):
+        chrf = score_texts(task, [(row_references(row), row["prediction"]) for row in rows])[0]["chrf"]
+        return 1 - chrf.from_sums(chrf.columns) / 100
     ratio = metric_ratio(task, headline(task), columns)
     assert ratio is not None
     return 1 - ratio.numerator / ratio.denominator

@@ -110,16 +110,16 @@ def compare_tasks(matched: MatchedEvaluations, *, seed: int, num_resamples: int)
 def _compare_task(
     task: str, rows: tuple[tuple[ScoredRow, ...], ...], rules: ScoringRules, seed: int, num_resamples: int
 ) -> TaskComparison:
-    metrics, parts = metric_contributions(task, rows, rules)
+    names, metrics = metric_contributions(task, rows, rules)
     units = resampling_units([row.values for row in rows[0]])
     options = {"seed": seed, "num_resamples": num_resamples}
     pairs: dict[tuple[int, int], dict[str, Difference]] = {}
     values: dict[str, list[Any]] = {}
     for one, other in combinations(range(len(rows)), 2):
-        differences = compare_rows(parts[one], parts[other], units, **options)
-        pairs[one, other] = {name: entry for name, entry in zip(metrics, differences, strict=True) if entry}
+        differences = compare_rows(metrics[one], metrics[other], units, **options)
+        pairs[one, other] = {name: entry for name, entry in zip(names, differences, strict=True) if entry}
     if len(rows) == 1:
-        entries = zip(metrics, metric_intervals(parts[0], units, **options), strict=True)
+        entries = zip(names, metric_intervals(metrics[0], units, **options), strict=True)
         values = {name: [(entry.first, entry.first_interval)] for name, entry in entries if entry}
     for (one, other), differences in pairs.items():
         for name, entry in differences.items():
@@ -139,13 +139,13 @@ def compare_slices(comparisons: Sequence[TaskComparison], *, seed: int, num_resa
     """Compare each run with the first on every slice of every task; of a single run, its own values by slice."""
     entries: list[tuple[str, str, str, int, Difference]] = []
     for task in comparisons:
-        metrics, parts = metric_contributions(task.task, task.rows, task.rules)
-        if headline(task.task) not in metrics:
+        names, metrics = metric_contributions(task.task, task.rows, task.rules)
+        if headline(task.task) not in names:
             continue
-        metric = [metrics.index(headline(task.task))]
+        by_run = [of_run[names.index(headline(task.task))] for of_run in metrics]
         for name, value, indices in _slices(task.rows[0]):
             units = resampling_units([task.rows[0][index].values for index in indices])
-            of_slice = [(top[indices][:, metric], bottom[indices][:, metric]) for top, bottom in parts]
+            of_slice = [[metric.select(indices)] for metric in by_run]
             for run in range(1, len(of_slice)) or (0,):
                 difference = compare_rows(of_slice[0], of_slice[run], units, seed=seed, num_resamples=num_resamples)[0]
                 if difference:

@@ -7,19 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from voxray.comparison.alignments import length_slices, row_errors
-from voxray.comparison.significance import Parts
 from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import labelled_rows, read_predictions
-from voxray.evaluation.score import count_rows, read_terms
+from voxray.evaluation.score import count_rows
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.counts import as_columns, as_row
-from voxray.metrics.names import evaluation_metrics, is_transcript
+from voxray.metrics.names import evaluation_metrics, is_transcript, is_translation
+from voxray.metrics.ngrams import SummedMetric
 from voxray.metrics.rows import check_row, count_row, row_normalizer, row_readings, row_references
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import BASIC_V2, DEFAULT_NORMALIZERS, Normalizers, normalize_ko_v1, normalizers_from
 
 IGNORED_SETTINGS = {
@@ -143,7 +143,7 @@ def read_evaluation(folder: Path, label: str = "", rules: ScoringRules | None = 
         check_row(row, f"{folder}: row {number} ({row.get('id') or row.get('source') or 'no id'})")
     for task in TASKS:
         # Other versions left an earlier evaluation's metrics.json beside new answers until these were finished.
-        expected = metrics.get(task, {}).get("exact_match", {}).get("n")
+        expected = metrics.get(task, {}).get("chrf" if is_translation(task) else "exact_match", {}).get("n")
         num_stored = sum(row["task"] == task for row in stored)
         if expected not in (None, num_stored):
             raise RunError(
@@ -220,7 +220,7 @@ def score_rows(stored: Sequence[Mapping[str, Any]], rules: ScoringRules) -> list
                 for index in indices:
                     slices[index][name] = label
         counts = [as_row(count_row(values, rules.normalizers)) for values in of_task]
-        errors = row_errors(task, as_columns(counts))
+        errors = row_errors(task, of_task, as_columns(counts))
         for values, (reference, prediction), numbers, error, labels in zip(
             of_task, texts, counts, errors, slices, strict=True
         ):
@@ -366,23 +366,16 @@ def _format(value: Any) -> str:
 
 def metric_contributions(
     task: str, runs: Sequence[Sequence[ScoredRow]], rules: ScoringRules
-) -> tuple[list[str], list[Parts]]:
-    """Per-row numerators and denominators of a task's metrics.
+) -> tuple[list[str], list[list[SummedMetric]]]:
+    """The metrics of a task that are computed from sums over rows, such as error rates and BLEU of translations.
 
     Returns:
-        The metrics that are ratios of sums and have a value in every run, the headline first; and the ``Parts`` of
-        every run.
+        Names of the metrics that have a value in every run, the headline first; and these metrics of every run.
     """
-    ratios = []
+    metrics = []
     for rows in runs:
         values, counts = [row.values for row in rows], [row.counts for row in rows]
-        ratios.append(count_rows(task, values, terms=rules.terms, normalizers=rules.normalizers, counts=counts).ratios)
-    names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in ratios)]
-    parts = [
-        (
-            np.stack([of_run[name].numerator for name in names], axis=1),
-            np.stack([of_run[name].denominator for name in names], axis=1),
-        )
-        for of_run in ratios
-    ]
-    return names, parts
+        scored = {"terms": rules.terms, "normalizers": rules.normalizers, "counts": counts, "needs_texts": False}
+        metrics.append(count_rows(task, values, **scored).metrics)
+    names = [name for name in evaluation_metrics(task) if all(name in of_run for of_run in metrics)]
+    return names, [[of_run[name] for name in names] for of_run in metrics]

@@ -1,17 +1,19 @@
 """Is one run better than another on the same rows? Paired bootstrap intervals and permutation p-values.
 
-Every metric here is a sum over rows divided by a sum over rows (edits over reference length; ROUGE-L over rows), and
-rates are computed from sums only. Rows of one speaker resemble each other, so the bootstrap draws *units*, and the
-permutation test exchanges them: a unit is all rows of a speaker, or one row.
+Every metric here is computed from sums over rows only: rates are one sum divided by another (edits over reference
+length; ROUGE-L over rows), BLEU and chrF are functions of the sums of n-gram counts. Rows of one speaker resemble each
+other, so the bootstrap draws *units*, and the permutation test exchanges them: a unit is all rows of a speaker, or one
+row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from voxray.metrics.bootstrap import NUM_RESAMPLES, Groups, group_by_speaker, interval, resampled_sums, resamples_for
+from voxray.metrics.ngrams import SummedMetric
 
 ALPHA = 0.05
 """A difference is significant if its p-value is below this and its interval excludes 0."""
@@ -62,49 +64,49 @@ def resampling_units(rows: Sequence[Mapping[str, Any]]) -> Groups:
     return groups if groups.num >= MIN_SPEAKERS else Groups(np.arange(len(rows)), len(rows), "utterance")
 
 
-Parts = tuple[np.ndarray, np.ndarray]
-"""Per-row numerators and denominators of metrics, both of shape (rows, metrics); a row without the metric has 0."""
-
-
 def compare_rows(
-    first: Parts,
-    second: Parts,
+    first: Sequence[SummedMetric],
+    second: Sequence[SummedMetric],
     units: Groups,
     *,
     seed: int = 0,
     num_resamples: int = NUM_RESAMPLES,
 ) -> list[Difference | None]:
-    """Compare two runs on the same R rows by M metrics.
+    """Compare two runs on the same rows by some metrics.
 
-    A metric's value is the sum of its numerators over the sum of its denominators. Interval: percentile bootstrap over
-    units. p-value: permutation test that exchanges the runs within units, in all ways for up to ``MAX_EXACT_UNITS``
-    units, else in random ways with the observed one counted among them, so that it is never 0.
+    Interval: percentile bootstrap over units. p-value: permutation test that exchanges the runs within units, in all
+    ways for up to ``MAX_EXACT_UNITS`` units, else in random ways with the observed one counted among them, so that it
+    is never 0.
 
     Args:
-        first, second: The runs.
+        first, second: The same metrics of the two runs.
         units: Rows that are drawn, and exchanged, together.
         seed: Random seed.
         num_resamples: Number of draws.
     Returns:
         A comparison per metric; None for a metric that no row has.
     """
-    sums = [_by_unit(values, units) for values in (*first, *second)]
-    columns = np.concatenate([*first, *second], axis=1)
-    draws = np.split(resampled_sums(columns, units, seed=seed, num_resamples=num_resamples), 4, axis=1)
-    p_values = _p_values(sums, seed + 1, num_resamples)
+    columns = [metric.columns for metric in (*first, *second)]
+    sums_by_unit = [_by_unit(values, units) for values in columns]
+    ends = np.cumsum([values.shape[1] for values in columns])[:-1]
+    drawn_sums = resampled_sums(np.concatenate(columns, axis=1), units, seed=seed, num_resamples=num_resamples)
+    draws = [
+        metric.from_sums(sums)
+        for metric, sums in zip((*first, *second), np.split(drawn_sums, ends, axis=1), strict=True)
+    ]
+    own, others = sums_by_unit[: len(first)], sums_by_unit[len(first) :]
+    p_values = _p_values([metric.from_sums for metric in first], own, others, seed + 1, num_resamples)
     differences: list[Difference | None] = []
-    for metric, p in enumerate(p_values):
-        top, divisor, other_top, other_divisor = (values[:, metric].sum() for values in sums)
-        rows = (first[1][:, metric] > 0) | (second[1][:, metric] > 0)
+    for index, (metric, other_metric, p) in enumerate(zip(first, second, p_values, strict=True)):
+        value, other = (_total(metric, sums[index]) for sums in (own, others))
+        rows = metric.contributes | other_metric.contributes
         num_units = len(np.unique(units.index[rows]))
-        if not (divisor and other_divisor):
+        if not (np.isfinite(value) and np.isfinite(other)):
             differences.append(None)
             continue
-        tops, divisors, other_tops, other_divisors = (values[:, metric] for values in draws)
-        usable = (divisors > 0) & (other_divisors > 0)
-        drawn = [tops[usable] / divisors[usable], other_tops[usable] / other_divisors[usable]]
+        drawn = np.stack([draws[index], draws[len(first) + index]])
+        drawn = drawn[:, np.isfinite(drawn).all(axis=0)]
         intervals = [_interval(values, num_units) for values in (*drawn, drawn[1] - drawn[0])]
-        value, other = float(top / divisor), float(other_top / other_divisor)
         differences.append(
             Difference(
                 first=value,
@@ -122,10 +124,15 @@ def compare_rows(
 
 
 def metric_intervals(
-    run: Parts, units: Groups, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+    run: Sequence[SummedMetric], units: Groups, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
 ) -> list[Difference | None]:
     """Values and intervals of one run, computed by comparing it with itself."""
     return compare_rows(run, run, units, seed=seed, num_resamples=num_resamples)
+
+
+def _total(metric: SummedMetric, sums: np.ndarray) -> float:
+    """A metric from the sums of its columns by unit; not finite if no row has it."""
+    return float(metric.from_sums(np.array([[column.sum() for column in sums.T]]))[0])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -156,22 +163,28 @@ def _chunks(num_draws: int, num_units: int) -> Iterator[int]:
         yield min(size, num_draws - start)
 
 
-def _p_values(sums: Sequence[np.ndarray], seed: int, num_resamples: int) -> np.ndarray:
+def _p_values(
+    from_sums: Sequence[Callable[[np.ndarray], np.ndarray]],
+    first: Sequence[np.ndarray],
+    second: Sequence[np.ndarray],
+    seed: int,
+    num_resamples: int,
+) -> np.ndarray:
     """Two-sided p-value per metric: how often exchanging the runs within units gives a difference at least as large.
 
     Args:
-        sums: Numerators and denominators of the first run, then of the second, each of shape (units, metrics).
+        from_sums: Of each metric.
+        first, second: Sums of the columns of each metric by unit, of the two runs.
     """
-    top_UM, divisor_UM, other_top_UM, other_divisor_UM = sums
-    moves = np.concatenate([other_top_UM - top_UM, other_divisor_UM - divisor_UM], axis=1)
-    totals = np.concatenate([other_top_UM + top_UM, other_divisor_UM + divisor_UM], axis=1).sum(axis=0)
+    own, others = np.concatenate(first, axis=1), np.concatenate(second, axis=1)
+    ends = np.cumsum([values.shape[1] for values in first])[:-1]
+    moves, totals = others - own, (others + own).sum(axis=0)
 
     def size(signed_sums: np.ndarray) -> np.ndarray:
-        """|second - first| of exchanges, from the sums of ``moves`` with their signs."""
-        top, divisor = np.split((totals + signed_sums) / 2, 2, axis=1)
-        other_top, other_divisor = np.split((totals - signed_sums) / 2, 2, axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.abs(np.nan_to_num(top / divisor - other_top / other_divisor, posinf=np.inf, neginf=-np.inf))
+        """|second - first| of exchanges, (n, metrics), from the sums of ``moves`` with their signs."""
+        parts = (np.split((totals + sign * signed_sums) / 2, ends, axis=1) for sign in (1, -1))
+        values = [value(sums) - value(other_sums) for value, sums, other_sums in zip(from_sums, *parts, strict=True)]
+        return np.abs(np.nan_to_num(np.stack(values, axis=1)))
 
     limit = size(moves.sum(axis=0, keepdims=True))[0]
     limit -= TIE * (1 + limit)

@@ -12,14 +12,15 @@ from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, convert
 from voxray.config.salmonn_yaml import efficiency_flags
 from voxray.core.languages import language_code
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, single_turn_tasks
 
 Variant = Literal["eager", "compiled", "8bit", "4bit"]
 _COMPILES = "jobs/compile.py compiles; --compiled names the folder that it wrote"
 
 
 def _audio_task(name: str) -> str:
-    audio_tasks = [task.name for task in TASKS.values() if task.has_audio]
+    tasks = (TASKS[task] for task in single_turn_tasks())
+    audio_tasks = [task.name for task in tasks if task.has_audio and task.template != "translation"]
     if name not in audio_tasks:
         raise ValueError(f"must be one of {', '.join(audio_tasks)}")
     return name

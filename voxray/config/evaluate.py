@@ -23,7 +23,7 @@ from voxray.config.flag_groups import (
 from voxray.config.flags import Flag
 from voxray.config.parse import DEMO_ASSETS, Settings, convert
 from voxray.config.salmonn_yaml import evaluator_flags
-from voxray.config.task_flags import RecordedTaskFlags
+from voxray.config.task_flags import ContextFlags, RecordedTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 
@@ -131,6 +131,7 @@ class EvaluateSettings(
     SharedFeatureFlags,
     PlacementFlags,
     RecordedTaskFlags,
+    ContextFlags,
 ):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "score_only")
@@ -190,6 +191,8 @@ class EvaluateSettings(
     def _one_source(self) -> "EvaluateSettings":
         if self.score_only and self.val_jsonl:
             raise ValueError("--val_jsonl and --score_only: give one of them")
+        if self.score_only and (self.context or self.no_context):
+            raise ValueError("--context, --no_context: they are for --val_jsonl; --score_only answers nothing")
         if self.compiled and self.store == "encoder":
             raise ValueError("--compiled and --store encoder: give one of them; stored outputs need no encoder")
         if self.gpus_per_model > 1 and self.gpus_per_model % 1:
@@ -223,7 +226,7 @@ class EvaluateSettings(
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags, ContextFlags):
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "output_dir")
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, cast
 from pydantic import create_model
 from pydantic.fields import FieldInfo
 
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, single_turn_tasks
 from voxray.core.yaml_file import read_yaml
 
 ENTRY_POINTS = "voxray.recipes"
@@ -75,7 +75,7 @@ BUILT_IN = (
         "voxray.config.train:TextSettings",
         "voxray.recipes.stages:text_stage",
         "train_text",
-        tasks=("tqa",),
+        tasks=("tqa", "text_chat"),
         sweep_metric="tqa/rouge_l",
     ),
     Recipe(
@@ -90,7 +90,7 @@ BUILT_IN = (
         "voxray.config.train:WhisperSettings",
         "voxray.recipes.stages:whisper_stage",
         "train_whisper",
-        tasks=("asr",),
+        tasks=("asr", "ast"),
         family="voxray.models.audio_seq2seq.facts:FACTS",
         sweep_lora_r=(16, 32),
     ),
@@ -99,6 +99,7 @@ BUILT_IN = (
         "voxray.config.salmonn:SalmonnSettings",
         "voxray.recipes.salmonn:salmonn_stage",
         "train_salmonn",
+        tasks=single_turn_tasks(),
         family="salmonn",
         assemble="voxray.recipes.salmonn:assemble_inputs",
         sweep_metric="overall/macro",

@@ -25,7 +25,7 @@ from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, InputFiles
 from voxray.config.recipes import recipes
 from voxray.config.strategy_flags import StrategyFlags
-from voxray.config.task_flags import OwnTaskFlags
+from voxray.config.task_flags import ContextShareFlags, OwnTaskFlags
 from voxray.core.languages import language_code
 from voxray.core.tasks import with_own_tasks
 from voxray.metrics.names import validation_metrics
@@ -57,7 +57,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 WHISPER = "openai/whisper-small"
 
 REPLAY_SHARE = 0.1
-SHARED_ROWS = "also in --train_jsonl; scores on rows of the training tell nothing about other rows"
+SHARED_ROWS = "also in --train_jsonl or --replay_jsonl; scores on rows of the training tell nothing about other rows"
 
 
 class TrainSettings(
@@ -71,6 +71,7 @@ class TrainSettings(
     StrategyFlags,
     SharedFeatureFlags,
     OwnTaskFlags,
+    ContextShareFlags,
 ):
     """Flags of every training job."""
 
@@ -93,8 +94,9 @@ class TrainSettings(
     epoch gets longer."""
     distill_weight: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Weight of a second loss that keeps the model close to its base on the answers: the Kullback-Leibler divergence of
-    the base's distribution of each token from the model's. The base is the model without its LoRA, so a step computes
-    one more forward pass. 0 turns it off."""
+    the base's distribution of each token from the model's. With --replay_jsonl it counts on the replayed rows only,
+    where the base is right. The base is the model without its LoRA, so a step computes one more forward pass. 0 turns
+    it off."""
     eval_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps between validations; 0 validates after each epoch."""
     eval_max_rows: Annotated[int, Field(ge=0)] = 200

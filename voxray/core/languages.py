@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from voxray.core.errors import BadRow
 
-_NAMES = """
+_WHISPER = """
 af=afrikaans,afr; am=amharic,amh; ar=arabic,ara,arb; as=assamese,asm; az=azerbaijani,aze; ba=bashkir,bak;
 be=belarusian,bel; bg=bulgarian,bul; bn=bengali,ben; bo=tibetan,bod,tib; br=breton,bre; bs=bosnian,bos;
 ca=catalan,valencian,cat; cs=czech,ces,cze; cy=welsh,cym,wel; da=danish,dan; de=german,deu,ger; el=greek,ell,gre;
@@ -28,21 +28,28 @@ ta=tamil,tam; te=telugu,tel; tg=tajik,tgk; th=thai,tha; tk=turkmen,tuk; tl=tagal
 tt=tatar,tat; uk=ukrainian,ukr; ur=urdu,urd; uz=uzbek,uzb; vi=vietnamese,vie; yi=yiddish,yid,ji; yo=yoruba,yor;
 yue=cantonese; zh=chinese,mandarin,zho,chi,cmn
 """
-_OTHER_CODES = """
-aa ab ae ak an av ay bi bm ce ch co cr cu cv dv dz ee eo ff fj fy ga gd gn gv ho hz ia ie ig ii ik io iu kg ki kj kl ks
-ku kv kw ky lg li lu mh na nd ng nr nv ny oj om or os pi qu rm rn rw sc se sg sm ss st ti tn to ts tw ty ug ve vo wa wo
-xh za zu
+_OTHER = """
+aa=afar; ab=abkhazian; ae=avestan; ak=akan; an=aragonese; av=avaric; ay=aymara; bi=bislama; bm=bambara; ce=chechen;
+ch=chamorro; co=corsican; cr=cree; cu=church slavonic; cv=chuvash; dv=divehi; dz=dzongkha; ee=ewe; eo=esperanto;
+ff=fulah; fj=fijian; fy=western frisian; ga=irish; gd=scottish gaelic; gn=guarani; gv=manx; ho=hiri motu; hz=herero;
+ia=interlingua; ie=interlingue; ig=igbo; ii=sichuan yi; ik=inupiaq; io=ido; iu=inuktitut; kg=kongo; ki=kikuyu;
+kj=kuanyama; kl=greenlandic; ks=kashmiri; ku=kurdish; kv=komi; kw=cornish; ky=kyrgyz; lg=ganda; li=limburgish;
+lu=luba; mh=marshallese; na=nauruan; nd=north ndebele; ng=ndonga; nr=south ndebele; nv=navajo; ny=chichewa; oj=ojibwe;
+om=oromo; or=odia; os=ossetian; pi=pali; qu=quechua; rm=romansh; rn=rundi; rw=kinyarwanda; sc=sardinian;
+se=northern sami; sg=sango; sm=samoan; ss=swati; st=southern sotho; ti=tigrinya; tn=tswana; to=tongan; ts=tsonga;
+tw=twi; ty=tahitian; ug=uyghur; ve=venda; vo=volapük; wa=walloon; wo=wolof; xh=xhosa; za=zhuang; zu=zulu
 """
 _COUNTRIES = {"kr": "ko", "jp": "ja", "cn": "zh", "ua": "uk", "cz": "cs", "dk": "da", "gr": "el", "vn": "vi"}
 """Codes of countries that are often written for a language. ``kr`` is Kanuri in ISO 639-1, but hardly ever meant so."""
 
-LANGUAGE_NAMES: dict[str, str] = {}
+_NAMES = {
+    code: names.split(",")
+    for code, _, names in (entry.partition("=") for entry in re.split(r";\s*", f"{_WHISPER.strip()}; {_OTHER.strip()}"))
+}
+"""{code: its names and older codes, the English name first} in lower case."""
+_CODES = {name: code for code, names in _NAMES.items() for name in (code, *names)}
+LANGUAGE_NAMES = {code: names[0] for code, names in list(_NAMES.items())[: _WHISPER.count("=")]}
 """{code: English name in lower case} of the languages that Whisper has."""
-_CODES: dict[str, str] = {code: code for code in _OTHER_CODES.split()}
-for _entry in re.split(r";\s*", _NAMES.strip()):
-    _code, _, _names = _entry.partition("=")
-    LANGUAGE_NAMES[_code] = _names.split(",")[0]
-    _CODES |= dict.fromkeys((_code, *_names.split(",")), _code)
 LANGUAGE_CODES = frozenset(_CODES.values())
 """All codes that ``language_code`` returns."""
 
@@ -52,9 +59,11 @@ def find_code(text: str) -> str:
     return _CODES.get(text.strip().lower(), "")
 
 
-def language_code(value: str | None) -> str:
+def language_code(value: str | None, key: str = "language") -> str:
     """``ko``, ``ko-KR``, ``kor``, ``Korean`` -> ``ko``; ``jw`` -> ``jv``; ``nb_NO`` -> ``no``; None and "" -> "".
 
+    Args:
+        key: Name of the value in the message.
     Raises:
         BadRow: No language has this code or name (``bad_language``). The message suggests one if it can.
     """
@@ -66,7 +75,19 @@ def language_code(value: str | None) -> str:
     close = [_COUNTRIES[text]] if text in _COUNTRIES else [_CODES[name] for name in _similar_names(text)]
     hint = f"; did you mean {close[0]!r} ({LANGUAGE_NAMES[close[0]]})?" if close else ""
     known = "write a two-letter code of ISO 639-1, haw, yue, or an English name such as Korean"
-    raise BadRow("bad_language", f"language {value!r} is not known{hint or '; ' + known}")
+    raise BadRow("bad_language", f"{key} {value!r} is not known{hint or '; ' + known}")
+
+
+def language_name(value: str | None, key: str = "language") -> str:
+    """English name of a language in any of its forms: ``ko-KR`` -> ``Korean``; "" for None, "" and ``auto``.
+
+    Args:
+        key: Name of the value in the message.
+    Raises:
+        BadRow: As ``language_code``.
+    """
+    code = language_code(value, key)
+    return _NAMES[code][0].title() if code else ""
 
 
 def _similar_names(text: str) -> list[str]:

@@ -16,19 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from voxray.core.chat import UNLABELLED, Turn, read_chat, task_keys
+from voxray.core.context import context_of_row
 from voxray.core.errors import BadRow, RunError
 from voxray.core.languages import language_code
 from voxray.core.lfs import POINTER, POINTER_START
 from voxray.core.project_files import typed_command
 from voxray.core.source import Segment, Source, segment, segments
+from voxray.core.task_definitions import TARGET_LANGUAGE
 from voxray.core.tasks import TASKS, Task, detect_task
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line accepted. Without a limit, a file without line ends would fill the memory."""
 MAX_SHOWN_PATH = 300
 """Characters of a row's audio path that a message shows."""
-UNLABELLED = "unlabelled"
-"""Key of a row without a reference: the model answers it, but the answer is not scored."""
 OLD_CACHE_SUFFIXES = (".pt", ".pth")
 
 
@@ -39,7 +40,7 @@ class Sample:
     Attributes:
         id: The row's own ``id`` if that is text or a number, else ``<file name>:<line>``.
         task: Entry of the row's task in the task table.
-        prompt: The user's text; empty for a transcription request.
+        prompt: The user's text; of a transcription its context, or empty; of a chat all turns before the last answer.
         answer: The text that the model is to produce.
         audio_path: Absolute path of the clip, or "" for text tasks.
         language: Code of the language (``core/languages.py``), or "" if the row has none.
@@ -47,7 +48,9 @@ class Sample:
         start_sec: Start of the clip in the file.
         duration_sec: Length of the clip; 0 takes everything from ``start_sec``.
         channel: Channel to read, from 0; -1 averages all channels.
-        segments: Timed parts of the transcript, if the row has them.
+        segments: Timed parts of the transcript, if the row has them; empty for a translation.
+        turns: Of a chat, the turns before the last answer.
+        target_language: Code of the language to translate into; "" for other tasks.
     """
 
     id: str
@@ -61,6 +64,8 @@ class Sample:
     duration_sec: float = 0.0
     channel: int = -1
     segments: tuple[Segment, ...] = ()
+    turns: tuple[Turn, ...] = ()
+    target_language: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,13 +186,20 @@ def parse_row(line: bytes, manifest: str, number: int) -> Sample:
         raise BadRow("bad_row", f"a JSON {type(row).__name__}, not an object")
     refuse_old_cache(row)
     task = check_values(row)
-    answer = row[task.answer_key].strip()
+    chat = read_chat(row) if task.template == "conversation" else None
+    answer = chat.answer if chat else row[task.answer_key].strip()
     if not answer and not task.allows_empty_answer and row.get(UNLABELLED) is not True:
         raise BadRow("empty_text", f"{task.answer_key} is empty")
-    audio_path = _audio_path(row["audio_path"], manifest) if task.has_audio else ""
+    audio_path = _audio_path(chat.clip if chat else row["audio_path"], manifest) if task.has_audio else ""
     row_id = str(row["id"]) if is_id(row.get("id")) else f"{Path(manifest).name}:{number}"
     language, source = language_code(row.get("language")), str(Source(manifest, number))
-    return Sample(row_id, task, task.prompt(row), answer, audio_path, language, source, *segment(row), segments(row))
+    prompt, turns = (chat.prompt, chat.turns) if chat else (task.prompt(row), ())
+    if task.template == "transcription":
+        prompt = context_of_row(row)
+    is_translation = task.template == "translation"  # segments are those of a transcript
+    timed, target = ((), language_code(row[TARGET_LANGUAGE])) if is_translation else (segments(row), "")
+    part = segment(row)
+    return Sample(row_id, task, prompt, answer, audio_path, language, source, *part, timed, turns, target)
 
 
 def samples_at(sources: Iterable[str], lines_per_chunk: int = 256) -> Iterator[Sample]:
@@ -214,22 +226,31 @@ def check_values(row: dict[str, Any]) -> Task:
     """Detect a row's task and check the values that voxray uses, except the answer's text and the audio.
 
     Raises:
-        BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language`` or ``bad_segment``.
+        BadRow: ``unknown_task``, ``bad_type``, ``empty_text``, ``bad_language``, ``bad_segment``, or as ``read_chat``.
     """
     try:
         task = detect_task(row)
     except ValueError as error:
         raise BadRow("unknown_task", str(error)) from None
-    for key in (*task.keys, *task.prompt_keys, "language"):
+    keys = task.keys
+    if task.template == "conversation":
+        if read_chat(row).clip and not task.has_audio:
+            raise BadRow("unsupported_chat", f"the chat has a clip, and the task {task.name} has no key audio_path")
+        keys = tuple(key for key in keys if key not in ("messages", "audio_path"))
+    for key in (*keys, *task.prompt_keys, "language"):
         if row.get(key) is not None and not isinstance(row[key], str):
             raise BadRow("bad_type", f"{key} is {type(row[key]).__name__}, not text")
-        if key in task.keys and row[key] is None:
+        if key in keys and row[key] is None:
             raise BadRow("bad_type", f"{key} is null")
     empty = [key for key in task.prompt_keys if key in task.keys and not row[key].strip()]
     if empty or (task.prompt_text and not task.prompt(row).strip()):
         raise BadRow("empty_text", f"{(*empty, *task.prompt_keys)[0]} is empty")
     language_code(row.get("language"))
+    if TARGET_LANGUAGE in task.keys and not language_code(row[TARGET_LANGUAGE], TARGET_LANGUAGE):
+        raise BadRow("bad_language", f"{TARGET_LANGUAGE} {row[TARGET_LANGUAGE]!r} names no language")
     segment(row)
+    if task.template == "transcription":
+        context_of_row(row)
     return task
 
 
@@ -243,7 +264,7 @@ def refuse_old_cache(row: dict[str, Any]) -> None:
     """
     audio_path = row.get("audio_path")
     if audio_path in (None, ""):
-        if any(not task.has_audio and all(key in row for key in task.keys) for task in TASKS.values()):
+        if any(not task.has_audio and all(key in task_keys(row) for key in task.keys) for task in TASKS.values()):
             return
         values = row.values()
     else:

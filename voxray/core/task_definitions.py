@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from voxray.core.languages import language_name
+
 ERROR_RATES = ("cer_nospace", "cer", "wer", "swer")
-"""Headline metrics of transcripts. A task with another one is scored as free text."""
-HEADLINE_METRICS = (*ERROR_RATES, "exact_match", "rouge_l", "char_f1")
-"""Metrics from 0 to 1 that are a ratio of sums over rows, as intervals, slices and the mean over tasks need them."""
+"""Headline metrics of transcripts."""
+TRANSLATION_METRICS = ("bleu", "chrf")
+"""Headline metrics of translations, from 0 to 100. A task with another headline is scored as free text."""
+HEADLINE_METRICS = (*ERROR_RATES, "exact_match", "rouge_l", "char_f1", *TRANSLATION_METRICS)
+"""Metrics computed from sums over rows, as intervals, slices and the mean over tasks need them."""
 TASK_METRICS = (*HEADLINE_METRICS, "cider_d")
 MAX_TASKS = 100
 """The index of a feature set stores the position of a task in 8 bits."""
@@ -17,8 +21,14 @@ RESERVED = frozenset(
     ("overall", "slices", "normalizer", "signatures", "intervals", "not_available", "counts", "terms", "unlabelled")
 ) | {"long_audio", "batch_invariance", "loss", "unknown", "replay"}
 """Names beside those of tasks in metrics.json, metrics.jsonl and audit.json."""
+TARGET_LANGUAGE = "target_language"
+LANGUAGE_KEYS = ("language", TARGET_LANGUAGE)
+"""Keys of a row that hold languages. A prompt shows their English names."""
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _KEY_IN_BRACES = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+Template = Literal["transcription", "translation", "chat", "conversation"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,9 @@ class Task:
     Attributes:
         name: Short name, used in flags, metrics and predictions.
         keys: Keys that a row must have. A row belongs to the first task whose keys it has all.
-        template: ``transcription`` (the model's own transcription request) or ``chat`` (one user message).
+        template: ``transcription`` (the model's own transcription request), ``translation`` (the model's own
+            translation request if it has one, else the user message), ``chat`` (one user message) or ``conversation``
+            (the messages of the row, see ``core/chat.py``).
         prompt_text: The user message, with keys of the row in braces (see ``prompt``).
         answer_key: Key of the text that the model is to produce.
         metrics: Names of the metrics reported everywhere, the headline metric first. Evaluation adds the others of
@@ -39,7 +51,7 @@ class Task:
 
     name: str
     keys: tuple[str, ...]
-    template: Literal["transcription", "chat"]
+    template: Template
     prompt_text: str
     answer_key: str
     metrics: tuple[str, ...]
@@ -56,15 +68,26 @@ class Task:
         return tuple(dict.fromkeys(_KEY_IN_BRACES.findall(self.prompt_text)))
 
     @property
-    def kind(self) -> Literal["asr", "sqa", "tqa"]:
-        """The built-in task of the same form: asr for transcriptions, sqa for other tasks with audio, tqa for text."""
-        return "asr" if self.template == "transcription" else "sqa" if self.has_audio else "tqa"
+    def asks(self) -> bool:
+        """Whether each row has a request of its own, so that rows with equal audio may differ."""
+        return bool(self.prompt_keys) or self.template == "conversation"
+
+    @property
+    def kind(self) -> Literal["asr", "ast", "sqa", "tqa"]:
+        """The built-in task of the same form: asr for transcriptions, ast for translations, sqa for other tasks with
+        audio, tqa for text."""
+        if self.template in ("chat", "conversation"):
+            return "sqa" if self.has_audio else "tqa"
+        return "asr" if self.template == "transcription" else "ast"
 
     def prompt(self, row: Mapping[str, Any]) -> str:
         """The user's text of a row; empty for a plain transcription request.
 
         Keys that are missing or empty are left out, with the blanks before them. A line that holds only such keys is
-        left out.
+        left out. Languages appear by their English names.
+
+        Raises:
+            BadRow: A key of ``LANGUAGE_KEYS`` in the prompt holds no known language (``bad_language``).
         """
         lines = [(line, _fill(line, row)) for line in self.prompt_text.split("\n")]
         texts = [text for line, text in lines if text or not _KEY_IN_BRACES.search(line)]
@@ -73,8 +96,8 @@ class Task:
     @property
     def definition(self) -> dict[str, Any]:
         """The task as a file defines it."""
-        is_chat = self.template == "chat"
-        request = {"prompt": self.prompt_text} if is_chat else {"template": self.template}
+        request = {} if self.template == "chat" else {"template": self.template}
+        request |= {"prompt": self.prompt_text} if self.prompt_text else {}
         optional = {"allow_empty_answer": True} if self.allows_empty_answer else {}
         optional |= {"default_prompt": self.default_prompt} if self.default_prompt else {}
         texts = {"answer": self.answer_key, "metrics": list(self.metrics)}
@@ -84,7 +107,8 @@ class Task:
 def _fill(line: str, row: Mapping[str, Any]) -> str:
     text, *rest = _KEY_IN_BRACES.split(line)
     for key, following in zip(rest[::2], rest[1::2], strict=True):
-        text = f"{text}{row[key]}" if row.get(key) else text.rstrip(" ")
+        value = language_name(row.get(key), key) if key in LANGUAGE_KEYS else row.get(key)
+        text = f"{text}{value}" if value else text.rstrip(" ")
         text += following if text else following.lstrip(" ")
     return text
 
@@ -94,7 +118,7 @@ def read_definitions(definitions: Mapping[Any, Any], built_in: Mapping[str, Task
 
     Args:
         definitions: {name: {"keys", "prompt" or "template", "answer", "metrics", ...}}, as in a YAML file.
-        built_in: Tasks whose names are taken.
+        built_in: Tasks whose names are taken; empty for the built-in tasks themselves.
     Returns:
         {name: task}, in the order of the file.
     Raises:
@@ -105,7 +129,7 @@ def read_definitions(definitions: Mapping[Any, Any], built_in: Mapping[str, Task
     for name, values in definitions.items():
         try:
             _check_name(name, built_in)
-            tasks[name] = _read_task(name, values)
+            tasks[name] = _read_task(name, values, is_built_in=not built_in)
             _refuse_hidden(tasks[name], tasks)
         except ValueError as error:
             errors.append(f"{name}: {error}")
@@ -128,7 +152,7 @@ def _refuse_hidden(task: Task, tasks: Mapping[str, Task]) -> None:
             raise ValueError(f"keys: {other.name}, which comes first, takes every row with them; put {task.name} first")
 
 
-def _read_task(name: str, values: Any) -> Task:
+def _read_task(name: str, values: Any, *, is_built_in: bool) -> Task:
     """One task of a file.
 
     Raises:
@@ -147,11 +171,13 @@ def _read_task(name: str, values: Any) -> Task:
     if not isinstance(allows_empty, bool):
         raise ValueError(f"allow_empty_answer: must be true or false, not {allows_empty!r}")
     _check_metrics(metrics)
-    is_chat = values.get("template", "chat") == "chat"
+    template: Any = values.get("template", "chat")
+    if template not in ("chat", "transcription", "conversation") and not (is_built_in and template == "translation"):
+        choices = "transcription or conversation"
+        raise ValueError(f"template: must be {choices}, or left out for a prompt, not {template!r}")
     prompt_text, default = _text(values, "prompt"), _text(values, "default_prompt")
-    template: Literal["transcription", "chat"] = "chat" if is_chat else "transcription"
     task = Task(name, keys, template, prompt_text, answer, metrics, allows_empty, default)
-    _check_request(task, values)
+    _check_request(task)
     return task
 
 
@@ -177,15 +203,19 @@ def _check_metrics(metrics: tuple[str, ...]) -> None:
             raise ValueError(f"metrics: {metric!r} is not one of {', '.join(TASK_METRICS)}")
     if metrics[0] not in HEADLINE_METRICS:
         raise ValueError(f"metrics: {metrics[0]} cannot come first; {', '.join(HEADLINE_METRICS)} can")
-    if "cider_d" in metrics and metrics[0] in ERROR_RATES:
+    if "cider_d" in metrics and metrics[0] in (*ERROR_RATES, *TRANSLATION_METRICS):
         raise ValueError(f"metrics: cider_d is for captions, so {metrics[0]} cannot come first")
+    for metric in TRANSLATION_METRICS:
+        if metric in metrics and metrics[0] in ERROR_RATES:
+            raise ValueError(f"metrics: {metric} is not for transcripts, so {metrics[0]} cannot come first")
 
 
-def _check_request(task: Task, values: Mapping[str, Any]) -> None:
+def _check_request(task: Task) -> None:
     """Check ``template``, ``prompt`` and ``default_prompt`` together."""
-    if values.get("template", "chat") not in ("chat", "transcription"):
-        raise ValueError(f"template: must be transcription, or left out for a prompt, not {values['template']!r}")
-    if task.template == "transcription":
+    if task.template == "conversation":
+        if task.prompt_text or task.default_prompt or task.answer_key != "messages":
+            raise ValueError("template: conversation needs answer: messages, and no prompt")
+    elif task.template == "transcription":
         if task.prompt_text or task.default_prompt:
             raise ValueError("template: transcription is the model's own request; leave the prompt out")
         if not task.has_audio:

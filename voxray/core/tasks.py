@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from voxray.core.chat import task_keys
 from voxray.core.errors import is_utf8_text
 from voxray.core.task_definitions import Task, read_definitions
 from voxray.core.yaml_file import read_yaml
@@ -19,10 +20,16 @@ VARIABLE = "VOXRAY_TASKS"
 MAX_CHARS = 32_000
 """Longest JSON of own tasks. The system limits the arguments and variables of a process."""
 BUILT_IN = read_definitions(read_yaml(Path(__file__).with_name("tasks.yaml")), {})
+DETECTION_ORDER = sorted(BUILT_IN.values(), key=lambda task: task.template != "translation")
+"""The built-in tasks in the order of detection. A row with a translation may also have the transcript."""
 TASKS: dict[str, Task] = {}
 """All tasks: the built-in ones, then the user's own in the order of their file."""
 TASK_CODES: dict[str, int] = {}
 """{task: its position in ``TASKS``}, which feature shards store."""
+
+
+NO_TARGET = ("target_language", "")
+"""A cell of a table whose other rows are translations."""
 
 
 def use_own_tasks(tasks: Mapping[str, Task]) -> None:
@@ -64,16 +71,25 @@ POSITIONAL_TASKS: tuple[str, ...] = ("asr", "sqa", "tqa")
 
 
 def detect_task(row: Mapping[str, Any]) -> Task:
-    """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones.
+    """Detect the task of a manifest row by its keys. Own tasks come before the built-in ones, of which ast comes first.
+
+    Exports of tables have all columns in every row. So keys without a value count only if the others match no task.
 
     Raises:
         ValueError: The keys match no task. The message lists the keys of each task.
     """
-    for task in (*own_tasks().values(), *BUILT_IN.values()):
-        if all(key in row for key in task.keys):
-            return task
+    with_values = {key: value for key, value in row.items() if not (value is None or (key, value) == NO_TARGET)}
+    for keys in (task_keys(with_values), task_keys(row)):
+        for task in (*own_tasks().values(), *DETECTION_ORDER):
+            if all(key in keys for key in task.keys):
+                return task
     required = "; ".join(f"{task.name}: {', '.join(task.keys)}" for task in TASKS.values())
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
+
+
+def single_turn_tasks() -> tuple[str, ...]:
+    """The tasks whose rows have one request each, for models that answer no conversations."""
+    return tuple(name for name, task in TASKS.items() if task.template != "conversation")
 
 
 def with_own_tasks(names: Iterable[str]) -> tuple[str, ...]:

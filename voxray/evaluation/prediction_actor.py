@@ -13,6 +13,7 @@ from voxray.core.manifest import UNLABELLED
 from voxray.core.storage import AnyPath, write_atomically, write_json
 from voxray.evaluation.predictions import part_bytes, part_path, with_counts
 from voxray.evaluation.row_metadata import ManifestKeys
+from voxray.features.context import with_context
 from voxray.features.crash_log import open_crash_log
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, Result, bisect_failures, failure_reason, generate
@@ -128,7 +129,8 @@ class PredictionActor(PoolWorker):
     def _row(self, number: int) -> FeatureRow:
         """A row of the part that is being answered. It is read once."""
         if number not in self._rows:
-            self._rows[number] = self.features.row(number)
+            row, context = self.features.row(number), self.config.context
+            self._rows[number] = row if context is None else with_context(row, context, self.front_end)
         return self._rows[number]
 
     def _needs_loss(self, number: int) -> bool:

@@ -17,16 +17,18 @@ import pyarrow.parquet as pq
 
 from voxray.config.flag_groups import ScoreFlags
 from voxray.core.console import console
+from voxray.core.context import context_of_row
 from voxray.core.errors import BadRow, RunError, library_errors
 from voxray.core.manifest import chunks
 from voxray.core.source import Source
 from voxray.core.tasks import TASKS
-from voxray.evaluation.score import read_terms, score
+from voxray.evaluation.score import score
 from voxray.evaluation.slices import SAMPLE_RATE_HZ
 from voxray.generation.join_chunks import join_chunk_rows
 from voxray.metrics.counts import COUNT_NAMES, as_row, compute_metrics
 from voxray.metrics.names import is_transcript
 from voxray.metrics.rows import check_row, count_row, row_normalizer
+from voxray.metrics.terms import read_terms
 from voxray.text.normalize import BASIC_V2, WHISPER_EN, Normalizers, normalizers_from
 
 TEXT_COLUMNS = ("id", "task", "language", "source", "prompt", "reference", "prediction")
@@ -244,6 +246,8 @@ def _parse_row(raw: bytes, path: str, line: int) -> dict[str, Any]:
     if row_id is None:
         raise BadRow("no_id", "id is neither text nor a number" if "id" in entry else "there is no id")
     row: dict[str, Any] = {name: _text_or_empty(entry.get(name)) for name in ("language", "prompt")}
+    if TASKS[task].template == "transcription":  # the prompt of another system is a request
+        row["prompt"] = context_of_row(entry)
     row |= {name: text_or_none(entry.get(name)) for name in METADATA_COLUMNS}
     row |= {name: number_or_none(entry.get(name)) for name in ("nll", "snr_db")}
     row |= {name: _size_or_none(entry.get(name)) for name in ("num_samples", "num_tokens")}

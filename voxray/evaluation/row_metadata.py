@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from voxray.core.chat import clip_path
 from voxray.core.manifest import UNLABELLED, find_file
 from voxray.core.source import Source
 from voxray.evaluation.predictions import METADATA_COLUMNS, number_or_none, text_or_none
@@ -68,7 +69,7 @@ def _metadata(row: dict[str, Any], manifest: str) -> dict[str, Any]:
     metadata["reference_phonetic"] = text_or_none(row.get("transcript_phonetic"))
     metadata["snr_db"] = number_or_none(row.get("snr_db"))
     metadata[UNLABELLED] = True if row.get(UNLABELLED) is True else None
-    references, path = row.get("references"), row.get("audio_path")
+    references, path = row.get("references"), clip_path(row)
     if isinstance(references, list) and references and all(isinstance(text, str) for text in references):
         metadata["references"] = references
     if isinstance(path, str) and path:

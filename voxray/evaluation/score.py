@@ -8,13 +8,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from voxray.core.errors import RunError
-from voxray.core.manifest import open_regular
 from voxray.core.tasks import TASKS
 from voxray.evaluation.slices import slice_rows
 from voxray.metrics.bootstrap import (
@@ -29,17 +27,26 @@ from voxray.metrics.bootstrap import (
 from voxray.metrics.captions import Caption
 from voxray.metrics.counts import Ratio, as_columns, as_row, metric_ratio
 from voxray.metrics.meteor_spice import java_metrics
-from voxray.metrics.names import evaluation_metrics, headline, higher_is_better, is_caption, is_transcript
-from voxray.metrics.ngrams import CorpusMetric
+from voxray.metrics.names import (
+    evaluation_metrics,
+    headline,
+    higher_is_better,
+    is_caption,
+    is_transcript,
+    is_translation,
+)
+from voxray.metrics.ngrams import SummedMetric
 from voxray.metrics.overall import aggregate_tasks, headline_score, likelihood_metrics
-from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_readings, row_references
-from voxray.metrics.terms import Terms
-from voxray.metrics.texts import score_texts
+from voxray.metrics.rows import PredictionRow, check_row, count_row, row_normalizer, row_references
+from voxray.metrics.terms import RowTerms, count_terms
+from voxray.metrics.texts import TextScores, score_texts
 from voxray.text.normalize import DEFAULT_NORMALIZERS, Normalizers
 
 SLICE_RESAMPLES = 1_000
 MAX_LISTED_SPEAKERS = 5
 MAX_LISTED_TERMS = 20
+WHOLE_SET = frozenset(("cider_d",))
+"""Metrics without slices: weights of CIDEr-D's n-grams depend on all captions of the set."""
 NO_INTERVAL_DISTINCT = "an answer drawn twice brings no new n-gram, so that drawn sets would score lower: no interval"
 NO_INTERVAL_JAVA = "a figure of the whole set, from a program in Java: no interval"
 
@@ -52,15 +59,19 @@ class CountedRows:
 
     Attributes:
         columns: {count: (rows,)}.
-        terms: Per row, the terms in the reference and those of them in the prediction; empty without a list of terms.
-        ratios: {metric: Ratio over the rows}.
+        terms: Of every row; empty without terms.
+        metrics: {metric: its columns over the rows}.
+        distinct: Metrics that cannot be computed from sums over rows, see ``score_texts``.
+        signatures: {metric: signature}.
     """
 
     task: str
     rows: Sequence[PredictionRow]
     columns: Mapping[str, np.ndarray]
-    terms: Sequence[tuple[Counter[str], Counter[str]]]
-    ratios: Mapping[str, Ratio]
+    terms: Sequence[RowTerms]
+    metrics: Mapping[str, SummedMetric]
+    distinct: TextScores
+    signatures: dict[str, str]
 
 
 def score(
@@ -78,7 +89,7 @@ def score(
         rows: Prediction rows, see ``metrics.rows``.
         seed: Of the bootstrap.
         num_resamples: Draws of the bootstrap for whole tasks; slices use at most 1,000. 0 computes no intervals.
-        terms: Terms whose recall in transcripts is measured.
+        terms: Terms whose recall in transcripts is measured; if empty, those of each row's context.
         normalizers: Of transcripts, by language.
         caption_jars: Folder with the jars that METEOR and SPICE need, see ``metrics.meteor_spice``.
     Returns:
@@ -113,8 +124,9 @@ def score(
     metrics["slices"] = {task: _slices(data, seed, num_resamples) for task, data in counted.items()}
     metrics["normalizer"] = dict(Counter(row_normalizer(row, normalizers).name for row in rows).most_common())
     metrics["counts"] = {task: _counts(data) for task, data in counted.items()}
-    if terms:
-        metrics["terms"] = _terms([pair for data in counted.values() for pair in data.terms], len(set(terms)))
+    row_terms = [pair for data in counted.values() for pair in data.terms]
+    if terms or row_terms:
+        metrics["terms"] = _terms(row_terms, len(set(terms)))
     return {**metrics, **details}
 
 
@@ -134,30 +146,26 @@ def count_rows(
     terms: Sequence[str] = (),
     normalizers: Normalizers = DEFAULT_NORMALIZERS,
     counts: Sequence[Mapping[str, int]] | None = None,
+    needs_texts: bool = True,
 ) -> CountedRows:
     """Count the rows of one task.
 
     Args:
         normalizers: Of transcripts, by language.
         counts: Counts of each row, if this version has computed them already.
+        needs_texts: Compute the metrics of ``score_texts`` of all tasks, not only those of translations.
     """
     columns = as_columns([as_row(count_row(row, normalizers)) for row in rows] if counts is None else counts)
-    row_terms: list[tuple[Counter[str], Counter[str]]] = []
-    if terms and is_transcript(task):
-        of_rows = [row_normalizer(row, normalizers) for row in rows]
-        lists = {normalizer: Terms(terms, normalizer) for normalizer in set(of_rows)}
-        for row, normalizer in zip(rows, of_rows, strict=True):
-            term_list, references = lists[normalizer], row_references(row)
-            in_reference = term_list.count(row_readings(row)[0] if len(references) == 1 else references[0])
-            row_terms.append((in_reference, in_reference & term_list.count(row["prediction"])))
-        columns["terms_ref"] = np.array([in_reference.total() for in_reference, _ in row_terms])
-        columns["terms_found"] = np.array([in_both.total() for _, in_both in row_terms])
+    row_terms, term_columns = count_terms(rows, terms, normalizers) if is_transcript(task) else ([], {})
+    columns |= term_columns
     ratios = {name: metric_ratio(task, name, columns) for name in evaluation_metrics(task)}
     if not columns["two_readings"].any():
         ratios |= {"cer_phonetic": None, "cer_best": None}
     ratios["loss"] = _loss(rows)
     available = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    return CountedRows(task, rows, columns, row_terms, available)
+    pairs = [(row_references(row), row["prediction"]) for row in rows] if needs_texts or is_translation(task) else []
+    text_sums, distinct, signatures = score_texts(task, pairs)
+    return CountedRows(task, rows, columns, row_terms, {**available, **text_sums}, distinct, signatures)
 
 
 def _loss(rows: Sequence[PredictionRow]) -> Ratio | None:
@@ -183,19 +191,18 @@ def _score_task(
         {metric: (draws,)}, the values of each bootstrap draw.
     """
     groups = group_by_speaker(data.rows)
-    pairs = [(row_references(row), row["prediction"]) for row in data.rows]
-    text_sums, distinct, signatures = score_texts(data.task, pairs)
-    entries, samples = _entries_with_intervals({**data.ratios, **text_sums}, groups, seed, num_resamples)
-    entries |= {name: _entry(float(score["value"]), int(score["n"])) for name, score in distinct.items()}
-    without_interval, not_available = dict.fromkeys(distinct, NO_INTERVAL_DISTINCT), {}
+    entries, samples = _entries_with_intervals(data.metrics, groups, seed, num_resamples)
+    entries |= {name: _entry(float(score["value"]), int(score["n"])) for name, score in data.distinct.items()}
+    without_interval, not_available = dict.fromkeys(data.distinct, NO_INTERVAL_DISTINCT), {}
     if is_caption(data.task):
+        pairs = [(row_references(row), row["prediction"]) for row in data.rows]
         values, not_available = _java(pairs, float(entries["cider_d"]["value"] or 0), caption_jars)
         entries |= {name: _entry(value, len(pairs)) for name, value in values.items()}
         without_interval |= dict.fromkeys(values, NO_INTERVAL_JAVA)
     draws = resamples_for(groups.num, num_resamples)
     intervals = {"level": LEVEL, "resampled": groups.unit, "groups": groups.num, "num_resamples": draws}
     details = {
-        "signatures": signatures,
+        "signatures": data.signatures,
         "intervals": intervals | ({"without": without_interval} if without_interval else {}),
         "not_available": not_available,
     }
@@ -203,7 +210,7 @@ def _score_task(
 
 
 def _entries_with_intervals(
-    metrics: Mapping[str, Ratio | CorpusMetric], groups: Groups, seed: Sequence[int], num_resamples: int
+    metrics: Mapping[str, SummedMetric], groups: Groups, seed: Sequence[int], num_resamples: int
 ) -> tuple[dict[str, MetricEntry], dict[str, np.ndarray]]:
     """Entries of metrics computed from sums, and their values in each bootstrap draw. All metrics share the draws."""
     samples: dict[str, np.ndarray] = {}
@@ -264,7 +271,7 @@ def _overall(
 
 def _slices(data: CountedRows, seed: int, num_resamples: int) -> dict[str, Any]:
     """{dimension: {label: {"n", metric: entry}}}. For speakers only their number, the best and the worst."""
-    names = [name for name in TASKS[data.task].metrics if name in data.ratios]
+    names = [name for name in TASKS[data.task].metrics if name in data.metrics and name not in WHOLE_SET]
     slices: dict[str, Any] = {}
     for dimension, groups in slice_rows(data.rows).items():
         if dimension == "speaker":
@@ -280,24 +287,18 @@ def _slices(data: CountedRows, seed: int, num_resamples: int) -> dict[str, Any]:
 def _slice(
     data: CountedRows, row_indices: Sequence[int], names: Sequence[str], seed: int, num_resamples: int
 ) -> dict[str, MetricEntry]:
-    ratios = {name: _select(data.ratios[name], row_indices) for name in names}
-    not_empty = {name: ratio for name, ratio in ratios.items() if ratio.n}
+    metrics = {name: data.metrics[name].select(np.array(row_indices)) for name in names}
+    not_empty = {name: metric for name, metric in metrics.items() if metric.n}
     groups = group_by_speaker([data.rows[index] for index in row_indices])
     return _entries_with_intervals(not_empty, groups, (seed,), num_resamples)[0]
 
 
-def _select(ratio: Ratio, row_indices: Sequence[int]) -> Ratio:
-    index = np.array(row_indices)
-    denominator = ratio.denominator[index]
-    return Ratio(ratio.numerator[index], denominator, int((denominator > 0).sum()))
-
-
 def _speakers(data: CountedRows, groups: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     name = headline(data.task)
-    if name not in data.ratios:
+    if name not in data.metrics:
         return {"num_speakers": len(groups)}
-    ratios = [(speaker, len(rows), _select(data.ratios[name], rows)) for speaker, rows in groups.items()]
-    entries = [{"speaker": speaker, "n": n, name: ratio.value} for speaker, n, ratio in ratios if ratio.n]
+    parts = [(speaker, len(rows), data.metrics[name].select(np.array(rows))) for speaker, rows in groups.items()]
+    entries = [{"speaker": speaker, "n": n, name: part.value} for speaker, n, part in parts if part.n]
     entries.sort(key=lambda entry: float(entry[name]), reverse=higher_is_better(name))
     best, worst = entries[:MAX_LISTED_SPEAKERS], entries[::-1][:MAX_LISTED_SPEAKERS]
     return {"num_speakers": len(groups), "best": best, "worst": worst}
@@ -318,7 +319,7 @@ def _counts(data: CountedRows) -> dict[str, Any]:
     return counts | {"two_readings": int(columns["two_readings"].sum())}
 
 
-def _terms(pairs: Sequence[tuple[Counter[str], Counter[str]]], num_terms: int) -> dict[str, Any]:
+def _terms(pairs: Sequence[RowTerms], num_terms: int) -> dict[str, Any]:
     """How often terms occur in references and are in the predictions, and which terms are missed most often."""
     in_references: Counter[str] = Counter()
     recalled: Counter[str] = Counter()
@@ -328,21 +329,9 @@ def _terms(pairs: Sequence[tuple[Counter[str], Counter[str]]], num_terms: int) -
     missed = in_references - recalled
     worst = sorted(missed, key=lambda term: (-missed[term], term))[:MAX_LISTED_TERMS]
     listed = [{"term": term, "n": in_references[term], "found": recalled[term]} for term in worst]
-    return {"num_terms": num_terms, "n": in_references.total(), "found": recalled.total(), "missed": listed}
-
-
-def read_terms(path: str | Path) -> tuple[str, ...]:
-    """Read terms from a text file, one per line. Blank lines and lines that begin with # are ignored.
-
-    Raises:
-        RunError: The file cannot be read or has no term.
-    """
-    try:
-        with open_regular(path) as file:
-            lines = file.read().decode("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: cannot read the list of terms: {error}") from None
-    terms = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
-    if not terms:
-        raise RunError(f"{path}: no term in this list; write one per line")
-    return terms
+    return {
+        "num_terms": num_terms or len(in_references),
+        "n": in_references.total(),
+        "found": recalled.total(),
+        "missed": listed,
+    }

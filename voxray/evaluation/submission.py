@@ -57,6 +57,8 @@ def _manifest_ids(path: str) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(chunk.read_bytes().split(b"\n"), chunk.first_line):
             try:
                 row = json.loads(line.decode("utf-8-sig"))
+                if not isinstance(row, dict):
+                    continue
                 task = detect_task(row).name
             except (ValueError, RecursionError, TypeError):
                 continue  # not a row of any task

@@ -11,20 +11,22 @@ from typing import Any
 import pyarrow as pa
 
 from voxray.cluster.actor_pool import PoolWorker
+from voxray.core.context import CONTEXT
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import Chunk, Sample, read_chunk, sha256_hex
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, num_bytes, write_atomically, write_json
 from voxray.features.crash_log import CrashLog, open_crash_log
 from voxray.features.extract import Extractor, FeatureValues, file_state
-from voxray.features.shards import INDEX_SCHEMA, are_parts, index_part, shard_bytes, shard_path
+from voxray.features.shards import are_parts, index_batch, index_part, shard_bytes, shard_path
 
 MAX_CRASHES_PER_ROW = 3
 """A row that has ended this many processes is skipped."""
+WRITE_LOG = ".write"
 MAX_CRASHES_PER_SHARD = 3
 """Processes that may die while they encode or write one shard. Ray would replace them without end."""
-EARLIER_REFUSAL = "is not a two-letter code"
-"""End of the message with which earlier versions refused languages such as yue."""
+EARLIER_REFUSALS = ("is not a two-letter code", "; aac: audio_path, caption)", " is null")
+"""Ends of the messages with which earlier versions refused languages such as yue, translations, and table rows."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class ChunkWriter(PoolWorker):
         if isinstance(item, dict):
             return item
         chunk, path = item.work_item.chunk, shard_path(item.work_item.folder, item.work_item.chunk.number)
-        log_path = crash_log_path(item.work_item, item.raw).with_suffix(".write")
+        log_path = crash_log_path(item.work_item, item.raw).with_suffix(WRITE_LOG)
         with open_crash_log(log_path, MAX_CRASHES_PER_SHARD) as crash_log:
             if not crash_log.start_rows([chunk.first_line]):
                 lines = f"{chunk.num_lines} lines from {chunk.manifest}:{chunk.first_line}"
@@ -157,6 +159,7 @@ class ChunkWriter(PoolWorker):
             "content": hashlib.sha256(decoded.raw + clip_keys.encode()).hexdigest(),
             "bad": decoded.bad,
             "clips": decoded.clips,
+            "reads_context": True,
             "index": index_part(rows, item.chunk.number),
         }
         write_json(path.with_suffix(".json"), report)
@@ -192,11 +195,19 @@ REPORT_TYPES = {"samples": int, "rows": int, "sha256": str, "content": str, "bad
 
 def crash_log_path(item: WorkItem, raw: bytes) -> Path:
     """Crash log of a chunk: beside its shard, or on the local disk for a remote feature set."""
-    if isinstance(item.folder, Path):
-        folder = item.folder / "shards"
-    else:
-        folder = Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(item.folder).encode())[:16]
-    return folder / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}"
+    return _crash_logs(item.folder) / f".attempts-{item.chunk.number:05d}-{sha256_hex(raw)[:16]}"
+
+
+def forget_write_crashes(folder: AnyPath) -> None:
+    """Delete the crash logs of shards that an earlier job was writing when it ended. A job counts its own crashes."""
+    for path in _crash_logs(folder).glob(f".attempts-*{WRITE_LOG}"):
+        path.unlink(missing_ok=True)
+
+
+def _crash_logs(folder: AnyPath) -> Path:
+    if isinstance(folder, Path):
+        return folder / "shards"
+    return Path(tempfile.gettempdir()) / "voxray-attempts" / sha256_hex(str(folder).encode())[:16]
 
 
 def start_sample(sample: Sample, crash_log: CrashLog) -> None:
@@ -226,10 +237,12 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
         if not are_parts(report.get("parts", [])):
             return None
         json.dumps(report, ensure_ascii=False).encode()  # raises if a text holds half a surrogate pair
-        # The clip may have been fixed since, and earlier versions knew codes of two letters only.
+        # The clip may have been fixed since, and earlier versions knew fewer languages and tasks.
         if any(
-            line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSAL) for line in report["bad"]
+            line["reason"].startswith("audio_") or line["message"].endswith(EARLIER_REFUSALS) for line in report["bad"]
         ):
+            return None
+        if "reads_context" not in report and CONTEXT.encode() in raw:  # earlier versions ignored this key
             return None
         if "parts" not in report and any(map(_is_mp3_segment, report["clips"])):
             return None
@@ -243,7 +256,7 @@ def _read_valid_report(item: WorkItem, raw: bytes) -> dict[str, Any] | None:
 
 def _has_index(report: dict[str, Any]) -> bool:
     """Whether a report's part of the index has all columns, with a value for each row."""
-    batch = pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA)
+    batch = index_batch(report["index"])
     return batch.num_rows == report["rows"] and not any(column.null_count for column in batch.columns)
 
 

@@ -17,7 +17,7 @@ from voxray.core.content_hash import combined_hash
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, sha256_hex
 from voxray.core.source import stretch
-from voxray.core.tasks import own_definitions
+from voxray.core.tasks import TASK_CODES, own_definitions
 from voxray.features.shards import LAYOUT
 from voxray.models.front_end import FrontEnd, row_target_ids
 from voxray.models.interface import ModelFamily
@@ -80,8 +80,8 @@ class Extractor:
             weights = get_family(model_id).encoder_fingerprint(model_id)
             inputs += [self.spec.dtype, "bf16" if self.spec.bf16 else "fp32", weights]
         definitions = own_definitions()
-        if definitions:  # metrics change nothing that is stored
-            inputs.append([[name, {**task, "metrics": []}] for name, task in definitions.items()])
+        if definitions:  # shards store the codes of tasks; metrics change nothing that is stored
+            inputs.append([[TASK_CODES[name], name, {**task, "metrics": []}] for name, task in definitions.items()])
         self.plain_fingerprint = combined_hash(inputs)
         variants = self.spec.waveform.fingerprint
         inputs += [variants, self.front_end.max_audio_sec]  # the longest that a variant may get

@@ -18,7 +18,7 @@ from voxray.core.errors import RunError
 from voxray.core.manifest import chunks, sha256_hex
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, checksum, children, num_bytes, to_jsonl, write_atomically, write_json
-from voxray.features.chunk import ChunkFeaturizer, ChunkReader, ChunkWriter, WorkItem
+from voxray.features.chunk import ChunkFeaturizer, ChunkReader, ChunkWriter, WorkItem, forget_write_crashes
 from voxray.features.disk_estimate import with_byte_limits
 from voxray.features.extract import Extractor
 from voxray.features.reader import Features
@@ -91,6 +91,8 @@ def featurize(
     total = sum(num_lines.values())
     done, num_made, pids = 0, 0, set()
     on_progress(done, total)
+    for folder in folders:
+        forget_write_crashes(folder)
     for result in _run_workers(work, extractor, num_actors, use_ray):
         sets[result["folder"]].add(result)
         if strict and result["bad"]:

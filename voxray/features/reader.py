@@ -7,11 +7,11 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ from voxray.features.shards import (
     shard_path,
 )
 
+Stored = TypeVar("Stored")
 OPEN_SHARDS = 256  # memory maps kept open at a time
 OPEN_REMOTE_SHARDS = 16  # a copy that was evicted from the cache takes disk space until it is closed
 
@@ -41,6 +42,8 @@ class FeatureRow:
     """One stored row. Its arrays are read-only views of the mapped file.
 
     Attributes:
+        prompt_ids: Token ids up to the answer. ``FrontEnd.prompt_ids`` marks those with a label; here they are plain.
+        prompt_labels: Whether each token of the prompt has a label, bool; None if none has.
         store: Kind of ``audio``, one of ``shards.STORES``.
         audio: mel: float16, (num_frames, num_mel_bins); pcm16: int16, (num_samples,); encoder: float32, float16,
             or uint16 that holds the bits of bfloat16, (num_windows, positions, hidden). Empty for text tasks.
@@ -60,6 +63,14 @@ class FeatureRow:
     fill: float
     num_windows: int
     num_samples: int
+    prompt_labels: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        ids = np.asarray(self.prompt_ids)
+        has_label = ids < 0
+        if has_label.any():
+            object.__setattr__(self, "prompt_ids", np.where(has_label, -1 - ids, ids))
+            object.__setattr__(self, "prompt_labels", has_label)
 
     @classmethod
     def from_values(cls, row: dict[str, Any]) -> "FeatureRow":
@@ -104,6 +115,10 @@ class _Shard:
             raise DamagedShard
         self._unchecked.discard(part)
 
+    def prompt(self, index: int) -> str:
+        """Text of a row's prompt. It is not checked for damage; training on the row itself does that."""
+        return self.reader.get_batch(index // ROWS_PER_BATCH).column("prompt")[index % ROWS_PER_BATCH].as_py()
+
     def row(self, index: int) -> FeatureRow:
         if not self._has_row_checksums:
             self._check(index // ROWS_PER_BATCH)
@@ -131,6 +146,7 @@ class RowLengths:
         sample: Number of the manifest row that each row is a variant of, ascending.
         num_prompt_tokens: Tokens before the answer, audio positions included.
         num_target_tokens: Tokens of the answer, the end-of-text token included.
+        num_prompt_labels: Tokens before the answer that have a label: those of the earlier answers of a chat.
         max_extra_prompt_tokens: {task: tokens to reserve per row, since a sampled prompt may be longer}.
         num_windows: Model windows of the clip, 0 for text.
         num_samples: Samples of the clip at the model's rate.
@@ -142,6 +158,7 @@ class RowLengths:
     sample: np.ndarray
     num_prompt_tokens: np.ndarray
     num_target_tokens: np.ndarray
+    num_prompt_labels: np.ndarray
     max_extra_prompt_tokens: Mapping[str, int]
     num_windows: np.ndarray
     num_samples: np.ndarray
@@ -159,6 +176,10 @@ class RowLengths:
         for name, extra in self.max_extra_prompt_tokens.items():
             longest[self.task == TASK_CODES[name]] += extra
         return longest
+
+    def num_labels(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens with a label, on which the loss is computed, of some rows."""
+        return self.num_target_tokens[rows] + self.num_prompt_labels[rows]
 
     def within(self, max_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows within a token limit, and the first row of every sample that has no variant within it."""
@@ -206,6 +227,8 @@ class Features(RowLengths):
         self.sample = np.cumsum(self._numbers("variant") == 0, dtype=np.int32) - 1
         self.num_prompt_tokens = self._numbers("num_prompt_tokens")
         self.num_target_tokens = self._numbers("num_target_tokens")
+        labels = self._numbers("num_prompt_labels")
+        self.num_prompt_labels = labels if labels.any() else np.broadcast_to(np.int32(0), labels.shape)  # no memory
         self.max_extra_prompt_tokens = max_extra_prompt_tokens or {}
         self.num_windows = self._numbers("num_windows")
         self.num_samples = self._numbers("num_samples")
@@ -239,16 +262,23 @@ class Features(RowLengths):
         Raises:
             RunError: The shard is damaged. The next run makes it again.
         """
+        return self._read(number, lambda shard, row: shard.row(row))
+
+    def _read(self, number: int, read: Callable[[_Shard, int], Stored]) -> Stored:
         set_number = int(np.searchsorted(self._first_rows, number, side="right")) - 1
         shard = int(self._shard[number])
         try:
-            return self._get_shard(set_number, shard).row(int(self._row[number]))
+            return read(self._get_shard(set_number, shard), int(self._row[number]))
         except (DamagedShard, pa.ArrowInvalid, OSError) as error:
             path = shard_path(self.folders[set_number], shard)
             if isinstance(path, Path):
                 path.with_suffix(".json").unlink(missing_ok=True)  # so the next run makes the shard again
             reason = f" ({one_line(error, 200)})" if str(error) else ""
             raise RunError(f"{path}: damaged{reason}; run the same command again, which makes it anew") from None
+
+    def prompt(self, number: int) -> str:
+        """``row(number).prompt``, read without the rest of the row."""
+        return self._read(number, lambda shard, row: shard.prompt(row))
 
     def _get_shard(self, set_number: int, shard: int) -> _Shard:
         key = (set_number, shard)
@@ -314,7 +344,15 @@ def _read_index(folder: AnyPath, description: dict[str, Any]) -> pa.Table:
             path = fetch(path, description["index_sha256"], description["index_bytes"])
         elif checksum(path) != description["index_sha256"]:
             raise ValueError("it is not what set.json says")
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        return _with_all_columns(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
     except (OSError, ValueError, KeyError) as error:
         reason = one_line(error, 200)
         raise RunError(f"{folder / 'index.arrow'}: damaged ({reason}); run featurize on its manifest") from None
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """An index with the column that those of earlier versions lack: they had no labels in prompts."""
+    if "num_prompt_labels" in table.column_names:
+        return table
+    zeros = pa.array(np.zeros(table.num_rows, np.int32))
+    return table.append_column("num_prompt_labels", zeros).select(INDEX_SCHEMA.names)

@@ -44,7 +44,7 @@ AUDIO_COLUMN = "audio"
 SCALARS = ("id", "task", "language", "source", "prompt", "answer", "fill", "num_windows", "num_samples")
 """Columns that are read with every row, beside the tokens and the audio."""
 
-COLUMNS = [
+COLUMNS = [  # prompt_ids holds tokens with a label as -1 - id (models.front_end.with_labels)
     ("id", pa.string()),
     ("task", pa.string()),
     ("language", pa.string()),
@@ -72,6 +72,7 @@ INDEX_SCHEMA = pa.schema(
         ("row", pa.int32()),
         ("num_prompt_tokens", pa.int32()),
         ("num_target_tokens", pa.int32()),
+        ("num_prompt_labels", pa.int32()),
         ("num_frames", pa.int32()),
         ("num_windows", pa.int32()),
         ("num_samples", pa.int64()),
@@ -163,8 +164,15 @@ def index_part(rows: Sequence[dict[str, Any]], shard: int) -> dict[str, list[Any
         "row": list(range(len(rows))),
         "num_prompt_tokens": [len(row["prompt_ids"]) for row in rows],
         "num_target_tokens": [len(row["target_ids"]) for row in rows],
+        "num_prompt_labels": [sum(token < 0 for token in row["prompt_ids"]) for row in rows],
         **{name: [row[name] for row in rows] for name in ("variant", "num_frames", "num_windows", "num_samples")},
     }
+
+
+def index_batch(columns: Mapping[str, list[Any]]) -> pa.RecordBatch:
+    """The index of one shard, by the columns of ``index_part``. Earlier versions had no labels in prompts."""
+    missing = {"num_prompt_labels": [0] * len(columns["id"])}
+    return pa.RecordBatch.from_pydict({**missing, **columns}, schema=INDEX_SCHEMA)
 
 
 def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
@@ -180,7 +188,7 @@ def write_index(folder: AnyPath, num_shards: int) -> dict[str, Any]:
                 report = json.loads(shard_path(folder, number).with_suffix(".json").read_text())
                 shards.append({name: report[name] for name in ("rows", "bytes", "sha256", "parts") if name in report})
                 if report["rows"]:
-                    writer.write_batch(pa.RecordBatch.from_pydict(report["index"], schema=INDEX_SCHEMA))
+                    writer.write_batch(index_batch(report["index"]))
         index = {"index_bytes": partial.stat().st_size, "index_sha256": checksum(partial)}
         move_into_place(partial, folder / "index.arrow")
     write_json(folder / "shards.json", shards)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from voxray.audio.logmel import HOP_SAMPLES
+from voxray.core.context import CONTEXT
 from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Segment, text_matches
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
@@ -61,5 +62,6 @@ def _row(sample: Sample, number: int, group: Sequence[Segment]) -> dict[str, Any
     row |= {"transcript": " ".join(text for *_, text in group), "part_of": sample.source}
     row |= {"start": round(sample.start_sec + begin, 3), "duration": round(end - begin, 3)}
     row |= {"channel": sample.channel} if sample.channel >= 0 else {}
+    row |= {CONTEXT: sample.prompt} if sample.prompt else {}
     shifted = [{"start": round(s - begin, 3), "end": round(e - begin, 3), "text": text} for s, e, text in group]
     return {**row, "segments": shifted}

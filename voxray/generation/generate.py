@@ -67,11 +67,10 @@ class Completion:
 def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
     """Sort rows so that the longest answers come first and rows with similar prompts are neighbours.
 
-    The length of a transcript follows from its clip. The length of a chat answer is unknown, so these rows come first;
-    the short transcripts at the end then fill the batch while the long answers finish.
+    The length of a transcript or translation follows from its clip. The length of a chat answer is unknown, so these
+    rows come first; the short transcripts at the end then fill the batch while the long answers finish.
     """
-    transcriptions = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
-    is_chat = ~np.isin(features.task, transcriptions)
+    is_chat = np.isin(features.task, [TASK_CODES[name] for name, task in TASKS.items() if task.template == "chat"])
 
     def key(row: int) -> tuple[int, ...]:
         by_clip, by_prompt = -int(features.num_samples[row]), -int(features.num_prompt_tokens[row])

@@ -1,6 +1,7 @@
 """Log-likelihood of the reference answers, from which loss and perplexity are computed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,9 @@ def reference_losses(model: Any, family: ModelFamily, front_end: FrontEnd, rows:
         model: In eval mode.
         rows: One batch.
     Returns:
-        One sum per row over ``target_ids``, end-of-text token included.
+        One sum per row over ``target_ids``, end-of-text token included. Of a chat it is the last answer.
     """
-    batch = collate_training(rows, front_end)
+    batch = collate_training([replace(row, prompt_labels=None) for row in rows], front_end)
     row_N = batch["answer_positions"] // batch["input_ids"].shape[1]
     batch = to_device(batch, next(model.parameters()).device)
     loss_N = token_losses(partial(family.answer_logits, model), batch)

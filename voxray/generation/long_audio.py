@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from voxray.audio.decode import header_seconds
+from voxray.core.context import CONTEXT
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample, samples_at
 from voxray.core.source import Source
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically
+from voxray.features.context import sample_with_context
 from voxray.models.front_end import FrontEnd
 
 OVERLAP_SEC = 5.0
@@ -75,7 +77,13 @@ def recording_num_samples(sample: Sample, chunks: Sequence[Sample], front_end: F
 
 
 def write_chunk_manifest(
-    folders: Iterable[AnyPath], front_end: FrontEnd, max_len: int, path: Path, *, language: str = ""
+    folders: Iterable[AnyPath],
+    front_end: FrontEnd,
+    max_len: int,
+    path: Path,
+    *,
+    language: str = "",
+    context: str | None = None,
 ) -> bool:
     """Write a manifest of the chunks of all recordings that feature sets refused for their length.
 
@@ -83,11 +91,14 @@ def write_chunk_manifest(
         folders: The feature sets, whose ledgers list the recordings.
         path: The manifest; deleted if there are no chunks.
         language: Language of recordings that name none.
+        context: Context of all recordings, "" for none; None for their own.
     Returns:
         Whether there are any chunks.
     """
     rows: list[dict[str, Any]] = []
     for sample in _refused_recordings(folders):
+        if context is not None:
+            sample = sample_with_context(sample, context)
         try:
             chunks = split_into_chunks(sample, front_end, max_len, language)
         except BadRow:
@@ -103,6 +114,7 @@ def write_chunk_manifest(
             row = {"id": sample.id, "audio_path": chunk.audio_path, "language": chunk.language, "transcript": ""}
             row |= {"start": chunk.start_sec, "duration": chunk.duration_sec}
             row |= {"channel": chunk.channel} if chunk.channel >= 0 else {}
+            row |= {CONTEXT: chunk.prompt} if chunk.prompt else {}
             rows.append({**row, **recording, "chunk": number, "overlap_share": share})
     if rows:
         write_atomically(path, to_jsonl(rows))

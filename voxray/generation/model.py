@@ -9,8 +9,10 @@ import torch
 
 from voxray.config.demo import DemoSettings
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
+from voxray.core.context import join_terms
 from voxray.core.errors import SettingsError
 from voxray.generation.generate import SamplingParams
+from voxray.metrics.terms import read_terms
 from voxray.models.adapters.audio_trim_record import read_trim_record, trims_audio
 from voxray.models.adapters.compatibility import check_adapter_family
 from voxray.models.adapters.lora import base_of_adapter, find_adapter, load_adapter
@@ -51,6 +53,7 @@ class InferenceConfig:
         static_cache: Whether tokens are decoded in a cache of fixed size (see ``models.parts.static_kv_cache``).
         perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
             or ``all``.
+        context: Context of all transcriptions, "" for none; None for that of each row.
     """
 
     model_id: str
@@ -67,6 +70,7 @@ class InferenceConfig:
     merge_adapter: bool = False
     lora_scale: float = 1.0
     static_cache: bool = False
+    context: str | None = None
 
 
 def inference_config(
@@ -83,7 +87,19 @@ def inference_config(
     scale = getattr(settings, "lora_scale", 1.0)
     flags["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
-    return InferenceConfig(model_id, str(adapter or ""), sampling, batch_size, **flags)
+    return InferenceConfig(
+        model_id, str(adapter or ""), sampling, batch_size, context=_context(settings, model_id), **flags
+    )
+
+
+def _context(settings: EvaluateSettings | InferSettings | DemoSettings, model_id: str) -> str | None:
+    if isinstance(settings, DemoSettings):
+        return None
+    if not settings.context:
+        return "" if settings.no_context else None
+    if not getattr(get_family(model_id).front_end(model_id), "takes_context", True):
+        raise SettingsError(f"--context: prompts of {model_id} have no place for a context")
+    return join_terms(read_terms(settings.context))
 
 
 def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:

@@ -27,6 +27,8 @@ from voxray.text.normalize import KOREAN, Normalizer
 _UNITS = re.compile(r"[a-z0-9]+(?:[./:%-][a-z0-9]+)*|[^\sa-z0-9]")
 MIN_HALLUCINATED_CHARS = 10
 """Fewer inserted characters than this are no hallucination, however short the reference."""
+TERM_METRICS = {"term_recall": ("terms_found", "terms_ref"), "context_leak": ("terms_leaked", "terms_absent")}
+"""{metric: columns of ``terms.count_terms``}"""
 CAPTION_BETA = 1.2
 """Weight of recall in the ROUGE-L of captions. Source: pycocoevalcap."""
 
@@ -211,7 +213,7 @@ class Ratio:
 
     Attributes:
         numerator, denominator: (utterances,); both are 0 for an utterance that is left out.
-        n: Utterances (for ``term_recall``: terms) that contribute.
+        n: Utterances (for the metrics of ``TERM_METRICS``: terms) that contribute.
     """
 
     numerator: np.ndarray
@@ -226,6 +228,16 @@ class Ratio:
     def columns(self) -> np.ndarray:
         """(utterances, 2), for ``from_sums``."""
         return np.stack([self.numerator, self.denominator], axis=1)
+
+    @property
+    def contributes(self) -> np.ndarray:
+        """(utterances,), whether each one counts."""
+        return self.denominator > 0
+
+    def select(self, index: np.ndarray) -> "Ratio":
+        """The ratio over some of the utterances."""
+        denominator = self.denominator[index]
+        return Ratio(self.numerator[index], denominator, int((denominator > 0).sum()))
 
     @staticmethod
     def from_sums(sums: np.ndarray) -> np.ndarray:
@@ -255,9 +267,10 @@ def metric_ratio(task: str, metric: str, columns: Mapping[str, np.ndarray]) -> R
     hallucination           share of predictions that repeat themselves, or have at least 10 inserted characters and
                             more than the reference has characters, or are not empty although the reference is
     term_recall             share of the terms in references that are in the predictions
+    context_leak            share of the terms that a prompt has and the reference has not, which are in the prediction
 
     Args:
-        columns: {count: array}; ``term_recall`` also needs ``terms_ref`` and ``terms_found``.
+        columns: {count: array}; the last two also need the columns of ``terms.count_terms``.
     """
     if metric == "rouge_l" and is_caption(task):
         parts: tuple[np.ndarray, np.ndarray] = (_caption_rouge_l(columns), np.ones_like(columns["exact"]))
@@ -269,14 +282,15 @@ def metric_ratio(task: str, metric: str, columns: Mapping[str, np.ndarray]) -> R
     elif metric == "silence_hallucination":
         silent = columns["solid_ref"] == 0
         parts = silent & (columns["solid_ins"] > 0), silent
-    elif metric == "term_recall" and "terms_ref" in columns:
-        parts = columns["terms_found"], columns["terms_ref"]
+    elif metric in TERM_METRICS and "terms_ref" in columns:
+        counted, of = TERM_METRICS[metric]
+        parts = columns[counted], columns[of]
     else:
         return None
     numerator, denominator = (np.asarray(part, np.float64) for part in parts)
     if not denominator.sum():
         return None
-    n = denominator.sum() if metric == "term_recall" else (denominator > 0).sum()
+    n = denominator.sum() if metric in TERM_METRICS else (denominator > 0).sum()
     return Ratio(numerator, denominator, int(n))
 
 

@@ -7,7 +7,7 @@ A key is ``<task>/<metric>`` or ``overall/<aggregate>``. The metrics are defined
 
 from collections.abc import Iterable
 
-from voxray.core.task_definitions import ERROR_RATES
+from voxray.core.task_definitions import ERROR_RATES, TRANSLATION_METRICS
 from voxray.core.tasks import TASKS
 
 TEXT_METRICS = ("char_f1", "bleu", "chrf", "distinct_1", "distinct_2")
@@ -17,22 +17,27 @@ CAPTION_METRICS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4")
 JAVA_METRICS = ("meteor", "spice", "spider")
 """Of captions, in evaluation, if Java and the jars are available."""
 LIKELIHOOD_METRICS = ("loss", "perplexity")
-TRANSCRIPT_METRICS = ("cer_phonetic", "cer_best", "term_recall", "silence_hallucination")
-"""Of transcripts, in evaluation, if there are second readings, terms, or clips without speech."""
+TRANSCRIPT_METRICS = ("cer_phonetic", "cer_best", "term_recall", "context_leak", "silence_hallucination")
+"""Of transcripts, in evaluation, if there are second readings, terms, contexts, or clips without speech."""
 FAULTS = ("repetition", "hallucination")
 """Of all tasks, in evaluation."""
-OUT_OF_100 = frozenset(("bleu", "chrf"))
+OUT_OF_100 = frozenset(TRANSLATION_METRICS)
 """Metrics from 0 to 100, as sacrebleu reports them. Rates and the other scores start at 0 and are 1 at their best."""
 OVERALL = ("macro", "weighted", "balance")
 _LOWER_IS_BETTER = {
     *("cer_nospace", "cer", "wer", "swer", "cer_phonetic", "cer_best", "loss", "perplexity"),
-    *("silence_hallucination", *FAULTS),
+    *("context_leak", "silence_hallucination", *FAULTS),
 }
 
 
 def is_transcript(task: str) -> bool:
     """Whether a task is scored by error rates."""
     return headline(task) in ERROR_RATES
+
+
+def is_translation(task: str) -> bool:
+    """Whether a task is scored by BLEU and chrF on raw text."""
+    return headline(task) in TRANSLATION_METRICS
 
 
 def is_caption(task: str) -> bool:
@@ -44,6 +49,8 @@ def text_metric_names(task: str) -> tuple[str, ...]:
     """The free-text metrics that validation reports for a task; none for transcription."""
     if is_transcript(task):
         return ()
+    if is_translation(task):
+        return TRANSLATION_METRICS
     return (*TEXT_METRICS, *CAPTION_METRICS) if is_caption(task) else TEXT_METRICS
 
 

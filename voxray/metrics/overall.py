@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from voxray.metrics.names import headline, higher_is_better
+from voxray.metrics.names import OUT_OF_100, headline, higher_is_better
 
 
 def likelihood_metrics(nll: float, tokens: int) -> dict[str, float]:
@@ -28,11 +28,13 @@ def likelihood_metrics(nll: float, tokens: int) -> dict[str, float]:
 
 
 def headline_score(task: str, value: Any) -> Any:
-    """A task's headline metric as a score from 0, worst, to 1, best: ROUGE-L unchanged, max(1 - CER, 0).
+    """A task's headline metric as a score from 0, worst, to 1, best: ROUGE-L unchanged, max(1 - CER, 0), BLEU / 100.
 
     Args:
         value: A number or an array; the result has the same type.
     """
+    if headline(task) in OUT_OF_100:
+        return value / 100
     return value if higher_is_better(headline(task)) else 1 - np.minimum(value, 1.0)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from voxray.core.errors import BadRow, RunError
 from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
-from voxray.metrics.counts import Counts, count
-from voxray.metrics.names import is_caption, is_transcript
+from voxray.metrics.counts import Counts, count, rouge_units
+from voxray.metrics.names import is_caption, is_transcript, is_translation
 from voxray.text.korean import clean_transcript, has_notation
-from voxray.text.normalize import DEFAULT_NORMALIZERS, KOREAN, Normalizer, Normalizers
+from voxray.text.normalize import DEFAULT_NORMALIZERS, KOREAN, RAW, Normalizer, Normalizers
 
 PredictionRow = Mapping[str, Any]
 PHONETIC_KEYS = ("reference_phonetic", "transcript_phonetic")
@@ -58,7 +58,9 @@ def row_readings(row: PredictionRow) -> tuple[str, str]:
 
 
 def row_normalizer(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMALIZERS) -> Normalizer:
-    """The normaliser of a row: that of the language for transcripts, ko-v1 for answers and captions."""
+    """The normaliser of a row: that of the language for transcripts, none for translations, ko-v1 for other answers."""
+    if is_translation(row["task"]):
+        return RAW
     if not is_transcript(row["task"]):
         return KOREAN
     return normalizers.select(_language(row))
@@ -86,8 +88,13 @@ def count_row(row: PredictionRow, normalizers: Normalizers = DEFAULT_NORMALIZERS
     if len(references) == 1 and is_transcript(row["task"]):
         reference, second = row_readings(row)
         return count(reference, prediction, normalizer, phonetic=second)
-    candidates = [count(text, prediction, normalizer) for text in references]
+    units = _lower_case_units if is_translation(row["task"]) else None
+    candidates = [count(text, prediction, normalizer, units=units) for text in references]
     return min(candidates, key=_error_rate if is_transcript(row["task"]) else _answer_distance)
+
+
+def _lower_case_units(text: str) -> list[str]:
+    return rouge_units(text.lower())
 
 
 def _merge_caption_counts(candidates: Sequence[Counts]) -> Counts:

@@ -1,10 +1,22 @@
-"""Recall of important terms, such as drugs and findings: how many of those in the references are in the predictions."""
+"""Terms, such as drugs and findings: how many are recognised, and how many answers take from their prompts."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import accumulate
+from pathlib import Path
 
-from voxray.text.normalize import Normalizer
+import numpy as np
+
+from voxray.core.context import split_terms
+from voxray.core.errors import RunError
+from voxray.core.manifest import open_regular
+from voxray.core.tasks import TASKS
+from voxray.metrics.rows import PredictionRow, row_normalizer, row_readings, row_references
+from voxray.text.normalize import Normalizer, Normalizers
+
+RowTerms = tuple[Counter[str], Counter[str]]
+"""How often each term is in a row's reference, and how often of these in its prediction."""
 
 
 class Terms:
@@ -47,6 +59,67 @@ class Terms:
                 counts[self._names[solid[start:end]]] += 1
             start = end or start + 1
         return counts
+
+
+def count_terms(
+    rows: Sequence[PredictionRow], terms: Sequence[str], normalizers: Normalizers
+) -> tuple[list[RowTerms], dict[str, np.ndarray]]:
+    """Count terms in the transcripts of rows.
+
+    Args:
+        terms: Terms whose recall is measured; if empty, those of the context in each row's own prompt.
+    Returns:
+        The terms of every row, and {count: (rows,)}: ``terms_ref`` and ``terms_found``, terms in the reference and
+        those of them in the prediction; ``terms_absent`` and ``terms_leaked``, terms of the prompt that the reference
+        does not have and those of them in the prediction. Both are empty without any terms.
+    """
+    contexts = [_context_terms(row) for row in rows]
+    if not terms and not any(contexts):
+        return [], {}
+    term_list = cache(Terms)
+    row_terms: list[RowTerms] = []
+    absent, leaked = np.zeros((2, len(rows)), int)
+    for number, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+        normalizer, references = row_normalizer(row, normalizers), row_references(row)
+        texts = (row_readings(row)[0] if len(references) == 1 else references[0], row["prediction"])
+        in_reference, in_prediction = map(term_list(tuple(terms) or context, normalizer).count, texts)
+        row_terms.append((in_reference, in_reference & in_prediction))
+        readings = row_readings(row) if len(references) == 1 else references
+        spoken = [_solid(text, normalizer) for text in readings]
+        not_said = tuple(term for term in context if not any(_solid(term, normalizer) in text for text in spoken))
+        in_prediction = term_list(not_said, normalizer).count(row["prediction"])
+        absent[number], leaked[number] = len(not_said), len(in_prediction)
+    totals = np.array([[counter.total() for counter in pair] for pair in row_terms])
+    columns = {"terms_ref": totals[:, 0], "terms_found": totals[:, 1], "terms_absent": absent, "terms_leaked": leaked}
+    return row_terms, columns
+
+
+def _context_terms(row: PredictionRow) -> tuple[str, ...]:
+    """Terms in the prompt of a transcription. Prompts of other tasks are requests."""
+    if TASKS[row["task"]].template != "transcription":
+        return ()
+    return split_terms(row.get("context") or row.get("prompt") or "")
+
+
+def _solid(text: str, normalizer: Normalizer) -> str:
+    return normalizer.normalize(text).replace(" ", "")
+
+
+def read_terms(path: str | Path) -> tuple[str, ...]:
+    """Read terms from a text file, one per line. Blank lines and lines that begin with # are ignored.
+
+    Raises:
+        RunError: The file cannot be read or has no term.
+    """
+    try:
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot read the list of terms: {error}") from None
+    terms = tuple(dict.fromkeys(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")))
+    if not terms:
+        raise RunError(f"{path}: no term in this list; write one per line")
+    return terms
 
 
 def _kind(char: str) -> str:

@@ -3,7 +3,7 @@
 Shape letters: F mel bins, K valid mel frames of a clip.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,8 @@ class FrontEnd(Protocol):
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
         """Token ids from the start of the text up to the first token of the answer, audio tokens included.
 
+        Tokens of a chat's earlier answers are marked by ``with_labels``.
+
         Args:
             num_samples: Length of the row's clip at ``sample_rate_hz``; 0 without audio.
         Raises:
@@ -130,9 +132,22 @@ class FrontEnd(Protocol):
         ...
 
 
+CONTEXT_LINE = "Context: "
+
+
+def with_context_line(request: str, context: str) -> str:
+    """The text of a transcription request with the row's context on a line of its own; without one, unchanged."""
+    return f"{request}\n{CONTEXT_LINE}{context}" if context else request
+
+
 def stop_ids(front_end: FrontEnd) -> frozenset[int]:
     """Token ids that end an answer when they are generated: ``eos_id``, and others if the front end has any."""
     return getattr(front_end, "stop_ids", frozenset()) | {front_end.eos_id}
+
+
+def with_labels(ids: Iterable[int]) -> list[int]:
+    """Mark token ids of a prompt that have a label: id t becomes -1 - t, which ``features.reader`` turns back."""
+    return [-1 - token for token in ids]
 
 
 def row_target_ids(front_end: FrontEnd, sample: Sample) -> list[int]:

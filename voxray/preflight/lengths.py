@@ -32,6 +32,7 @@ class Columns:
     sample: list[int] = field(default_factory=list)
     num_prompt_tokens: list[int] = field(default_factory=list)
     num_target_tokens: list[int] = field(default_factory=list)
+    num_prompt_labels: list[int] = field(default_factory=list)
     num_windows: list[int] = field(default_factory=list)
     num_samples: list[int] = field(default_factory=list)
     has_language: list[bool] = field(default_factory=list)
@@ -130,7 +131,9 @@ class Lengths(RowLengths):
             if sample.task.has_audio and not num_samples:
                 raise BadRow("audio_empty", f"{sample.audio_path} has no samples")
             timed = replace(sample, segments=stretch(sample.segments, 1 / speed))
-            columns.num_prompt_tokens.append(len(front_end.prompt_ids(timed, num_samples)))
+            prompt_ids = front_end.prompt_ids(timed, num_samples)
+            columns.num_prompt_tokens.append(len(prompt_ids))
+            columns.num_prompt_labels.append(sum(token < 0 for token in prompt_ids))
             columns.num_windows.append(front_end.num_windows(num_samples) if num_samples else 0)
             columns.num_target_tokens.append(num_target_tokens)
             columns.num_samples.append(num_samples)

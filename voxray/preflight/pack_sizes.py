@@ -142,7 +142,7 @@ def _extremes(rows: RunRows, packs: Microbatches, *, packed: bool) -> Iterator[i
     longest = np.maximum.reduceat(lengths.num_tokens[packs.rows], starts)
     tokens = np.add.reduceat(lengths.num_tokens[packs.rows], starts)
     windows = np.add.reduceat(lengths.num_windows[packs.rows], starts)
-    answers = np.add.reduceat(lengths.num_target_tokens[packs.rows], starts)
+    answers = np.add.reduceat(lengths.num_labels(packs.rows), starts)
     positions = tokens if packed else counts * longest
     for column in (positions, windows, answers, counts * longest**2):
         yield int(column.argmax())

@@ -63,9 +63,10 @@ class RunRows:
 
     def shape(self, rows: Sequence[int] | np.ndarray, *, packed: bool) -> PackShape:
         """Sizes of a microbatch of training rows."""
-        lengths = self.train
-        columns = (lengths.num_prompt_tokens, lengths.num_target_tokens, lengths.num_windows)
-        return pack_shape(rows, *columns, packed=packed)
+        lengths, rows = self.train, np.asarray(rows)
+        labels = lengths.num_labels(rows)
+        others = lengths.num_prompt_tokens[rows] + lengths.num_target_tokens[rows] - labels
+        return pack_shape(range(len(rows)), others, labels, lengths.num_windows[rows], packed=packed)
 
     def decode(self, numbers: Sequence[int] | np.ndarray, *, held_out: bool = False) -> list[FeatureRow]:
         """Rows as shards would give them, without those that do not decode.

@@ -58,24 +58,24 @@ class ComputeConfig:
 
 
 def pack_shape(
-    rows: Iterable[int], prompts: np.ndarray, targets: np.ndarray, windows: np.ndarray, *, packed: bool
+    rows: Iterable[int], others: np.ndarray, labels: np.ndarray, windows: np.ndarray, *, packed: bool
 ) -> PackShape:
     """The shape of a pack.
 
     Args:
         rows: Row numbers.
-        prompts, targets, windows: Prompt tokens, answer tokens and windows by row number.
+        others, labels, windows: Tokens without a label, tokens with one, and windows by row number.
         packed: Whether the rows are concatenated instead of padded.
     """
     indices = np.asarray(list(rows))
-    lengths = prompts[indices] + targets[indices]
+    lengths = others[indices] + labels[indices]
     longest = int(lengths.max())
     return PackShape(
         num_rows=len(indices),
         num_tokens=int(lengths.sum()) if packed else len(indices) * longest,
         longest=longest,
         num_windows=int(windows[indices].sum()),
-        num_answer_tokens=int(targets[indices].sum()),
+        num_answer_tokens=int(labels[indices].sum()),
         packed=packed,
         even=bool((lengths == longest).all()),
     )

@@ -17,6 +17,7 @@ from voxray.models.front_end import FrontEnd
 from voxray.recipes.stages import Stage
 from voxray.training.validate import first_rows_per_task
 
+NO_ANSWER = "the row has no answer to train on or to compare with"
 EMPTY = "the transcript is empty; --allow_empty trains on such clips as silence"
 DEBUG_ROWS, DEBUG_VALIDATION_ROWS = 8, 4
 
@@ -48,8 +49,10 @@ def choose_rows(
     chosen = []
     for part in (features, held_out):
         rows, lost_of_part = _usable_rows(stage, settings, part, front_end, divided)
+        rows, unlabelled = _split_off_empty(part, rows, front_end, transcripts=False)
+        lost_of_part += [(part, row, "unlabelled", NO_ANSWER) for row in unlabelled]
         if part is features and not settings.allow_empty:
-            rows, empty = _split_off_empty(part, rows, front_end)
+            rows, empty = _split_off_empty(part, rows, front_end, transcripts=True)
             lost_of_part += [(part, row, "empty_text", EMPTY) for row in empty]
         chosen.append(rows)
         lost += lost_of_part
@@ -87,12 +90,16 @@ def _usable_rows(
     return rows[~np.isin(rows, [row for row, *_ in unfit])], lost
 
 
-def _split_off_empty(part: RowLengths, rows: np.ndarray, front_end: FrontEnd) -> tuple[np.ndarray, list[int]]:
-    """Divide rows into those with an answer, and one row of every clip with an empty transcript."""
-    may_be_empty = np.isin(
-        part.task[rows], [TASK_CODES[name] for name, task in TASKS.items() if task.allows_empty_answer]
-    )
-    is_empty = may_be_empty & (part.num_target_tokens[rows] <= len(front_end.target_ids("")))
+def _split_off_empty(
+    part: RowLengths, rows: np.ndarray, front_end: FrontEnd, *, transcripts: bool
+) -> tuple[np.ndarray, list[int]]:
+    """Divide rows into those with an answer, and one row of every clip without one.
+
+    Args:
+        transcripts: Divide rows of tasks that allow an empty answer (silence); else rows of the other tasks.
+    """
+    codes = [TASK_CODES[name] for name, task in TASKS.items() if task.allows_empty_answer == transcripts]
+    is_empty = np.isin(part.task[rows], codes) & (part.num_target_tokens[rows] <= len(front_end.target_ids("")))
     empty = rows[is_empty]
     return rows[~is_empty], empty[np.unique(part.sample[empty], return_index=True)[1]].tolist()
 

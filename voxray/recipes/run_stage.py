@@ -8,6 +8,7 @@ import numpy as np
 
 from voxray.audio.augment import SpecAugment
 from voxray.batches.collate import collate_training
+from voxray.batches.context_sampler import ContextSampler
 from voxray.batches.loader import Loader, Masking
 from voxray.batches.packing import Batching
 from voxray.batches.plan import Plan, Variants
@@ -159,6 +160,7 @@ def _build_loader(run: RunContext, features: Features, rows: np.ndarray, microba
         settings.loader_workers,
         masks,
         run.stage.prompt_sampler,
+        ContextSampler(features, rows, run.front_end, settings.context_shares, settings.seed),
         pin_memory=pin_memory,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from voxray.config.salmonn import SalmonnSettings
 from voxray.core.console import console
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, single_turn_tasks
 from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
 from voxray.features.reader import FeatureRow
 from voxray.models.salmonn.assemble import assemble_salmonn
@@ -49,7 +49,7 @@ def assemble_inputs(settings: SalmonnSettings) -> SalmonnSettings:
 def salmonn_stage(settings: SalmonnSettings) -> Stage:
     """SALMONN stages 1 and 2: all weights between the encoders and the language model, and LoRA on the latter."""
     sampler = SampledPrompts(settings.model_id, settings.prompts, settings.seed) if settings.prompts else None
-    return Stage(ROLES, prompt_sampler=sampler)
+    return Stage(ROLES, single_turn_tasks(), prompt_sampler=sampler)
 
 
 class SampledPrompts:
@@ -77,7 +77,7 @@ class SampledPrompts:
 
 def _max_extra_prompt_tokens(stored: SalmonnFrontEnd, sampled: SalmonnFrontEnd) -> Iterator[tuple[str, int]]:
     """(task, tokens by which the longest prompt in the file exceeds the stored one), at least 0."""
-    for task in (task for task in TASKS.values() if task.has_audio):
+    for task in (TASKS[name] for name in single_turn_tasks() if TASKS[name].has_audio):
         extra = [0]
         for question in (task.default_prompt, OTHER_CAPTION_REQUEST, ANY_QUESTION):
             ids = stored.render_ids(stored.prompts.default(task.name, question), question, 1)

@@ -33,8 +33,8 @@ class Stage:
 
 
 def text_stage(settings: TextSettings) -> Stage:
-    """Voxtral stage 1: text QA, LoRA on the language model only. Projector and encoder stay frozen."""
-    return Stage(roles=("llm",), tasks=("tqa",))
+    """Voxtral stage 1: text QA and chats, LoRA on the language model only. Projector and encoder stay frozen."""
+    return Stage(roles=("llm",), tasks=("tqa", "text_chat"))
 
 
 def asr_adapter_stage(settings: AsrAdapterSettings) -> Stage:
@@ -43,13 +43,13 @@ def asr_adapter_stage(settings: AsrAdapterSettings) -> Stage:
 
 
 def multitask_stage(settings: MultitaskSettings) -> Stage:
-    """Voxtral stage 3: ASR, spoken QA and text QA together, LoRA on projector and language model."""
+    """Voxtral stage 3: all tasks together, LoRA on projector and language model."""
     roles = ("projector", "llm") if settings.freeze_whisper else ("encoder", "projector", "llm")
     curriculum = tuple(Phase(*phase) for phase in settings.curriculum)
     return Stage(roles, task_weights=settings.task_weights, per_task_bsz=settings.per_task_bsz, curriculum=curriculum)
 
 
 def whisper_stage(settings: WhisperSettings) -> Stage:
-    """Whisper: transcription, LoRA on encoder and decoder, or on the decoder only."""
+    """Whisper: transcription and translation, LoRA on encoder and decoder, or on the decoder only."""
     roles = ("decoder",) if settings.freeze_encoder else ("encoder", "decoder")
-    return Stage(roles, tasks=("asr",), lora_targets=settings.lora_targets)
+    return Stage(roles, tasks=("asr", "ast"), lora_targets=settings.lora_targets)

@@ -1,8 +1,9 @@
 """Text normalisation before scoring. It changes error rates by points, so results name the version used.
 
-``ko-v1`` is for Korean and for all texts other than transcripts. English transcripts use Whisper's English normaliser
-from transformers, as its papers and leaderboards do. Transcripts in other languages use ``basic-v2``, or on request
-``whisper-basic-v1``, which Whisper's papers and leaderboards use. ``Normalizers`` selects by language.
+``ko-v1`` is for Korean and for all texts other than transcripts and translations. English transcripts use Whisper's
+English normaliser from transformers, as its papers and leaderboards do. Transcripts in other languages use
+``basic-v2``, or on request ``whisper-basic-v1``, which Whisper's papers and leaderboards use. ``Normalizers`` selects
+by language. Translations keep case and punctuation (``none``), as sacrebleu scores them.
 
 The two differ on combining marks only. Whisper's rules replace them by spaces, which deletes the vowels of Hindi, Tamil
 or Thai and cuts their words. A text without such marks is the same by both rules, so no list of scripts is needed.
@@ -19,6 +20,7 @@ from pathlib import Path
 from voxray.core.errors import RunError
 from voxray.core.manifest import open_regular
 
+NONE = "none"
 KO_V1 = "ko-v1"
 BASIC_V2 = "basic-v2"
 WHISPER_BASIC = "whisper-basic-v1"
@@ -83,6 +85,11 @@ def normalize_ko_v1(text: str) -> str:
     return " ".join("".join(parts).split())
 
 
+def normalize_spaces(text: str) -> str:
+    """The text with single spaces between words and none at the ends."""
+    return " ".join(text.split())
+
+
 def normalize_basic_v2(text: str) -> str:
     """Normalise text of any language: ``normalize_whisper_basic`` with combining marks (vowel signs, tones) kept.
 
@@ -124,6 +131,7 @@ def normalize_whisper_en(text: str, rules: Callable[[str], str] | None = None) -
     return " ".join(word for word in words if any(map(str.isalnum, word)))
 
 
+RAW = Normalizer(NONE, normalize_spaces)
 KOREAN = Normalizer(KO_V1, normalize_ko_v1)
 BASIC = Normalizer(BASIC_V2, normalize_basic_v2)
 BASIC_OF_WHISPER = Normalizer(WHISPER_BASIC, normalize_whisper_basic)

@@ -214,7 +214,10 @@ def train_step(
 def pass_losses(
     engine: Engine, model: Any, batch: Batch, settings: TrainSettings
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """loss_T of a microbatch, by task, and with ``--distill_weight`` the sum of KL(base || model) over its tokens."""
+    """loss_T of a microbatch, by task, and with ``--distill_weight`` the sum of KL(base || model) over its tokens.
+
+    With ``--replay_jsonl``, over the tokens of replayed rows.
+    """
     smoothing = settings.label_smoothing
     in_chunks = not engine.shards_output
     if not settings.distill_weight:
@@ -222,7 +225,10 @@ def pass_losses(
     with without_lora(model):
         states_ND = answer_states(engine.run_pass, batch)
     losses_2N = token_losses(engine.run_pass, batch, smoothing, in_chunks=in_chunks, base_states_ND=states_ND)
-    return sum_by_task(losses_2N[0], batch), losses_2N[1].sum()
+    loss_N, divergence_N = losses_2N
+    if "is_replayed" in batch:
+        divergence_N = divergence_N * batch["is_replayed"]
+    return sum_by_task(loss_N, batch), divergence_N.sum()
 
 
 def answer_loss(model: Any, family: ModelFamily, batch: Batch, label_smoothing: float) -> torch.Tensor:

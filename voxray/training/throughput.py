@@ -79,7 +79,7 @@ def _microbatch_rows(plan: Plan, step: int) -> list[np.ndarray]:
 def answer_tokens(plan: Plan, features: Features, step: int) -> np.ndarray:
     """Number of answer tokens of each task in a step, over all workers. Shape (number of tasks,)."""
     rows = step_rows(plan, step)
-    return np.bincount(features.task[rows], features.num_target_tokens[rows], minlength=len(TASKS))
+    return np.bincount(features.task[rows], features.num_labels(rows), minlength=len(TASKS))
 
 
 def efficiency(plan: Plan, features: Features, step: int) -> float:

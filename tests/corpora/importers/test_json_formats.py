@@ -233,6 +233,7 @@ def test_jsonl(tmp_path):
     sound = clip(tmp_path / "a.wav")
     audio = {"type": "audio", "audio": "a.wav"}
     system = {"role": "system", "content": "짧게."}
+    several = [chat("a")["messages"][1], *chat("b")["messages"]]
     path = lines(
         tmp_path / "rows.jsonl",
         {"audio_path": "a.wav", "transcript": "네", "domain": "진료", "id": 7},
@@ -245,13 +246,14 @@ def test_jsonl(tmp_path):
         chat("두통이 있어요"),
         {"messages": [system, *chat("두통")["messages"]]},
         {"messages": chat("a")["messages"] * 2},
+        {"messages": [*chat([audio, {"type": "text", "text": "무슨 말?"}])["messages"][:1], *several], "note": 1},
         {"messages": [system]},
         chat("<audio><audio>", audios=[sound]),
         chat([audio, audio]),
         chat([{"type": "image", "image": "x.png"}]),
         chat([{"type": "input_audio", "input_audio": {"data": "AAAA"}}]),
         chat("<audio>", audios=["gone.wav"]),
-        chat("<audio>", audios="a.wav"),
+        chat("<audio>", audios=5),
         chat("두통", answer=3),
         {"messages": "x"},
         {"other": 1},
@@ -270,22 +272,23 @@ def test_jsonl(tmp_path):
         sqa,
         {"instruction": "두통이 있어요", "input": "", "output": "네"},
         {"instruction": "짧게.\n두통", "input": "", "output": "네"},
+        {"messages": chat("a")["messages"] * 2},
+        {"audio_path": sound, "messages": [{"role": "user", "content": "<audio>무슨 말?"}, *several], "note": 1},
     ]
     assert rows[0].id == "7"
     assert reasons(faults) == [
-        (10, "multi_turn"),
-        (11, "unsupported_chat"),
-        (12, "audio_count"),
-        (13, "several_audios"),
-        (14, "unsupported_chat"),
+        (12, "unsupported_chat"),
+        (13, "audio_count"),
+        (14, "several_audios"),
         (15, "unsupported_chat"),
         (16, "audio_missing"),
-        (17, "bad_type"),
+        (17, "audio_missing"),
         (18, "bad_type"),
         (19, "bad_type"),
-        (20, "unknown_task"),
-        (21, "audio_missing"),
-        (22, "missing_key"),
+        (20, "bad_type"),
+        (21, "unknown_task"),
+        (22, "audio_missing"),
+        (23, "missing_key"),
     ]
 
 

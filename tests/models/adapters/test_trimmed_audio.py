@@ -200,7 +200,7 @@ def test_packed_equals_padded(model: Any, trimmed: list[FeatureRow]):
     packed, packed_grads = loss([collate_packed(trimmed, front_end)])
     assert (packed - padded).abs().max() / tokens < 1e-5 and (alone - padded).abs().max() / tokens < 1e-5
     assert (packed_grads - padded_grads).abs().max() < 1e-4 * padded_grads.abs().max()
-    assert (packed > 0).all(), "all four tasks are covered"
+    assert (packed[:4] > 0).all(), "all four tasks are covered"
 
 
 def test_generation_equals_a_naive_loop_over_rows(model: Any, trimmed: list[FeatureRow]):

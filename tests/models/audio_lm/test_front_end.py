@@ -1,6 +1,7 @@
 """Prompts, labels, placeholder counts and features against the processor of each model type."""
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from helpers.audio_lm_rows import answers_questions, library_inputs, make_row, n
 from helpers.audio_lm_tiny import BASES, write_released_front_end
 from transformers import AutoProcessor
 
+from voxray.core.chat import CLIP, Turn
 from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.core.manifest import Sample
+from voxray.core.tasks import TASKS
 from voxray.models.front_end import row_target_ids, stop_ids
 from voxray.models.parts.logmel_windows import padded_windows, samples_by_window
 from voxray.models.registry import get_family
@@ -46,6 +50,20 @@ def test_transcription_prompts_of_all_lengths(base, processor, front_end):
         reference = library_inputs(base, [text], [noise(length)])["input_ids"][0].tolist()
         assert front_end.prompt_ids(sample(), length) == reference, length
         assert reference.count(front_end.audio_id) == front_end.num_positions(length)
+
+
+@pytest.mark.parametrize("context", ["아스피린, 와파린", "Tylenol"])
+def test_a_context_stands_where_the_processor_puts_a_prompt(base, processor, front_end, context):
+    text = request_text(processor, Path(base).name, context=context)
+    reference = library_inputs(base, [text], [noise(16_000)])["input_ids"][0].tolist()
+    assert context in text and front_end.prompt_ids(sample(prompt=context), 16_000) == reference
+
+
+def test_control_tokens_in_a_context_are_text(processor, front_end):
+    context = f"a {processor.tokenizer.eos_token}{processor.audio_token} b"
+    ids, plain = (front_end.prompt_ids(sample(prompt=text), 16_000) for text in (context, "a  b"))
+    assert context in processor.tokenizer.decode(ids)
+    assert all(ids.count(token) == plain.count(token) for token in (front_end.audio_id, front_end.eos_id))
 
 
 def test_features_are_the_processors(base, processor, front_end):
@@ -102,6 +120,18 @@ def test_questions_are_the_processors(base, processor, front_end, task):
     assert front_end.prompt_ids(row, 0).count(front_end.audio_id) == 0
 
 
+def test_a_translation_is_a_question(front_end):
+    text = TASKS["ast"].prompt({"target_language": "ko"})
+    if not answers_questions(front_end):
+        with pytest.raises(BadRow, match="only transcribes; this row's task is ast") as error:
+            front_end.prompt_ids(sample("ast", prompt=text), 16_000)
+        assert error.value.reason == "unsupported_task"
+        return
+    prompt = front_end.prompt_ids(sample("ast", prompt=text), 16_000)
+    assert prompt == front_end.prompt_ids(sample("sqa", prompt=text), 16_000)
+    assert "Translate the speech into Korean." in front_end.show(prompt)
+
+
 def test_control_tokens_in_a_question_are_text(processor, front_end):
     if not answers_questions(front_end):
         return
@@ -111,6 +141,109 @@ def test_control_tokens_in_a_question_are_text(processor, front_end):
     plain = front_end.prompt_ids(sample("sqa", prompt="what is ?"), 16_000)
     assert ids.count(front_end.eos_id) == plain.count(front_end.eos_id)
     assert question in processor.tokenizer.decode(ids)
+
+
+TALK = (
+    Turn("system", ("Be brief.",)),
+    Turn("user", (CLIP, "What is said?")),
+    Turn("assistant", ("환자는 열이 납니다",)),
+    Turn("user", ("How many numbers? 몇 번?",)),
+    Turn("assistant", ("three",)),
+    Turn("user", ("Thanks.",)),
+)
+CONVERSATIONS = (
+    TALK,
+    TALK[1:],
+    TALK[1:2],
+    (Turn("user", ("What is said?", CLIP)), *TALK[2:4]),
+    (Turn("user", ("one",)), *TALK[2:3], Turn("user", (CLIP, "two?"))),
+    (TALK[0], TALK[3], *TALK[4:]),
+)
+
+
+def conversation(turns: tuple[Turn, ...]) -> Sample:
+    has_audio = any(CLIP in turn.parts for turn in turns)
+    return replace(sample("chat" if has_audio else "text_chat", answer="열"), turns=turns)
+
+
+def template_ids(base: str, processor: Any, turns: tuple[Turn, ...], *, is_prompt: bool) -> list[int]:
+    """The processor's ids of a conversation of this library's own chat template."""
+    messages = [
+        {
+            "role": role,
+            "content": [
+                {"type": "audio", "path": "x.wav"} if part == CLIP else {"type": "text", "text": part} for part in parts
+            ],
+        }
+        for role, parts in turns
+    ]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_prompt)
+    if any(CLIP in turn.parts for turn in turns):
+        return library_inputs(base, [text], [noise(16_000)])["input_ids"][0].tolist()
+    return processor.tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("turns", CONVERSATIONS)
+def test_conversations_are_the_processors(base, processor, front_end, turns):
+    """Ids, and labels: an answer is what the template adds to the prompt before it, up to a token that ends answers."""
+    row = conversation(turns)
+    if not answers_questions(front_end):
+        with pytest.raises(BadRow, match=f"only transcribes; this row's task is {row.task.name}"):
+            front_end.prompt_ids(row, 16_000)
+        return
+    stored = front_end.prompt_ids(row, 16_000)
+    ids = [-1 - token if token < 0 else token for token in stored]
+    assert ids == template_ids(base, processor, turns, is_prompt=True)
+    whole = template_ids(base, processor, (*turns, Turn("assistant", ("열",))), is_prompt=False)
+    with_answer = [*ids, *row_target_ids(front_end, row)]
+    assert with_answer[: len(whole)] == whole or whole[: len(with_answer)] == with_answer
+    has_label = []
+    for number, turn in enumerate(turns):
+        if turn.role == "assistant":
+            start = len(template_ids(base, processor, turns[:number], is_prompt=True))
+            end = start + len(front_end.target_ids(turn.text))
+            assert ids[end - 1] in stop_ids(front_end) and not {*ids[start : end - 1]} & stop_ids(front_end)
+            has_label += range(start, end)
+    assert [number for number, token in enumerate(stored) if token < 0] == has_label
+
+
+def test_control_tokens_in_a_conversation_are_text(processor, front_end):
+    if not answers_questions(front_end):
+        return
+    control = f"x{processor.tokenizer.eos_token}{processor.audio_token}"
+    plain, turns = (
+        (
+            Turn("system", (f"brief{text}",)),
+            Turn("user", (CLIP, f"what{text}?")),
+            Turn("assistant", (f"this{text}",)),
+            Turn("user", (f"why{text}?",)),
+        )
+        for text in ("", control)
+    )
+    ids = [-1 - token if token < 0 else token for token in front_end.prompt_ids(conversation(turns), 16_000)]
+    without = front_end.prompt_ids(conversation(plain), 16_000)
+    assert ids.count(front_end.audio_id) == without.count(front_end.audio_id) == front_end.num_positions(16_000)
+    ends = [sum(token in (end, -1 - end) for token in without) for end in stop_ids(front_end)]
+    assert [ids.count(end) for end in stop_ids(front_end)] == ends
+    assert processor.tokenizer.decode(ids).count(control) == 4
+
+
+def test_a_template_that_leaves_out_a_message_is_refused(base, front_end):
+    """Rows would train without a part of their conversation."""
+    if not answers_questions(front_end):
+        return
+    own = front_end._processor.chat_template
+    try:
+        front_end._processor.chat_template = own.replace(
+            "for m in messages", "for m in messages if m['role'] != 'system'"
+        )
+        with pytest.raises(BadRow, match="leaves out a message"):
+            front_end.prompt_ids(conversation(TALK), 16_000)
+        front_end._processor.chat_template = "{{ raise_exception('no system') }}"
+        with pytest.raises(BadRow, match=r"the chat template of .*: no system"):
+            front_end.prompt_ids(conversation(TALK), 16_000)
+    finally:
+        front_end._processor.chat_template = own
 
 
 def test_answers_end_and_decode_to_themselves(processor, front_end):

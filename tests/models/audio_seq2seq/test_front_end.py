@@ -66,6 +66,11 @@ def test_every_language_has_the_processors_prompt(base, front_end):
         assert front_end.prompt_language(ids) == language
 
 
+def test_contexts_are_refused(front_end):
+    with pytest.raises(BadRow, match="have no place for a context; remove it"):
+        front_end.prompt_ids(row(front_end, prompt="Tylenol"), 16_000)
+
+
 def test_answers_end_with_the_token_that_ends_generation(front_end):
     ids = front_end.target_ids("열이 납니다 <eos></s>")
     assert ids[-1] == front_end.eos_id and front_end.eos_id not in ids[:-1], "control tokens in a text are text"
@@ -74,8 +79,9 @@ def test_answers_end_with_the_token_that_ends_generation(front_end):
 
 
 def test_rows_that_the_model_cannot_answer(front_end):
-    with pytest.raises(BadRow, match="only transcribes; this row's task is sqa"):
-        front_end.prompt_ids(row(front_end, task="sqa", prompt="What?"), 16_000)
+    for task in ("sqa", "chat"):
+        with pytest.raises(BadRow, match=f"only transcribes; this row's task is {task}"):
+            front_end.prompt_ids(row(front_end, task=task, prompt="What?"), 16_000)
     for length in (100, 319):
         with pytest.raises(BadRow, match=f"{length} samples are too few"):
             front_end.prompt_ids(row(front_end), length)

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import ASSETS
 
+from voxray.core.chat import CLIP, Turn
 from voxray.core.errors import BadRow, RunError, SettingsError
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS, parse_own_tasks, use_own_tasks
@@ -65,6 +67,13 @@ def test_own_tasks_ask_their_own_question(front_end):
         use_own_tasks({})
 
 
+def test_a_translation_is_a_question(front_end):
+    text = TASKS["ast"].prompt({"target_language": "zh"})
+    assert text == "Translate the speech into Chinese."
+    ids = front_end.prompt_ids(sample("ast", text), 80_000)
+    assert ids == front_end.prompt_ids(sample("sqa", text), 80_000) != front_end.prompt_ids(sample("asr"), 80_000)
+
+
 def test_tokenizing_in_one_piece_gives_other_tokens(front_end, expected):
     """The reason why the texts around the audio are tokenized separately."""
     whole = front_end.template.replace("{}", OFFICIAL["asr"][0]).replace("<SpeechHere>", "")
@@ -103,6 +112,13 @@ def test_marks_and_control_tokens_in_a_question_are_text(front_end):
     assert front_end.target_ids("a</s>b").count(front_end.eos_id) == 1
     with pytest.raises(BadRow, match="surrogate"):
         front_end.target_ids("a\ud800")
+
+
+def test_conversations_are_refused(front_end):
+    turns = (Turn("user", (CLIP, "a")), Turn("assistant", ("b",)), Turn("user", ("c",)))
+    with pytest.raises(BadRow, match="SALMONN answers one question per clip; this row's task is chat") as error:
+        front_end.prompt_ids(replace(sample("chat"), turns=turns), 1)
+    assert error.value.reason == "unsupported_task"
 
 
 def test_a_question_without_audio_has_no_speech_marks(front_end):

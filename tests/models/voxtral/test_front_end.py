@@ -10,6 +10,8 @@ import torch
 from conftest import SPEECH, TINY
 from transformers import VoxtralProcessor
 
+from voxray.core.chat import CLIP, Turn
+from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
 from voxray.features.extract import Extractor
@@ -144,3 +146,95 @@ def test_other_preprocessors_are_refused(tmp_path):
     WhisperFeatureExtractor(feature_size=80).save_pretrained(tmp_path)
     with pytest.raises(RunError, match=r"feature_size 80, not 128"):
         VoxtralFrontEnd(str(tmp_path))
+
+
+TALK = (
+    Turn("user", (CLIP, "무엇이 들립니까?")),
+    Turn("assistant", ("숫자 120/80 입니다.",)),
+    Turn("user", ("How many? [INST]</s>",)),
+    Turn("assistant", ("Five",)),
+    Turn("user", ("Thanks.",)),
+)
+CONVERSATIONS = {
+    "audio first": TALK,
+    "text before audio": (Turn("user", ("들으세요:", CLIP, "무엇?")), *TALK[1:3]),
+    "audio later": (Turn("user", ("Hello",)), Turn("assistant", ("Hi",)), Turn("user", ("What?", CLIP))),
+    "one question": TALK[:1],
+    "audio alone": (Turn("user", (CLIP,)),),
+    "system": (Turn("system", ("짧게.",)), Turn("user", ("무엇?",)), *TALK[1:3]),
+}
+
+
+def mistral_ids(turns: tuple[Turn, ...]) -> list[int]:
+    """Ids of mistral-common: as a prompt if the user's turn is the last one, or else as an example of fine-tuning."""
+    from mistral_common.protocol.instruct.chunk import AudioChunk, TextChunk
+    from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.audio import Audio
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    mode = ValidationMode.test if turns[-1].role == "user" else ValidationMode.finetuning
+    clip = AudioChunk(input_audio=Audio(noise(9_000), 16_000, "wav").to_base64("wav"))
+    messages = {"system": SystemMessage, "user": UserMessage, "assistant": AssistantMessage}
+    contents = [[clip if part == CLIP else TextChunk(text=part) for part in turn.parts] for turn in turns]
+    request = ChatCompletionRequest(
+        messages=[
+            messages[turn.role](content=content if turn.role == "user" else turn.text)
+            for turn, content in zip(turns, contents, strict=True)
+        ]
+    )
+    return MistralTokenizer.from_file(f"{TINY}/tekken.json", mode=mode).encode_chat_completion(request).tokens
+
+
+def conversation(turns: tuple[Turn, ...], answer: str = "열이 납니다") -> Sample:
+    has_audio = any(CLIP in turn.parts for turn in turns)
+    task, audio = TASKS["chat" if has_audio else "text_chat"], "x.wav" if has_audio else ""
+    return Sample("id", task, "", answer, audio, "", "m.jsonl:1", turns=turns)
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_conversations_are_those_of_mistral_common(front_end, name):
+    """Tokens with a label are those by which mistral-common's ids grow with an answer."""
+    turns = CONVERSATIONS[name]
+    stored = front_end.prompt_ids(conversation(turns), 9_000)
+    ids = [-1 - token if token < 0 else token for token in stored]
+    assert ids == mistral_ids(turns)
+    assert [*ids, *front_end.target_ids("열이 납니다")] == mistral_ids((*turns, Turn("assistant", ("열이 납니다",))))
+    spans = [
+        range(len(mistral_ids(turns[:number])), len(mistral_ids(turns[: number + 1])))
+        for number, turn in enumerate(turns)
+        if turn.role == "assistant"
+    ]
+    assert [number for number, token in enumerate(stored) if token < 0] == [number for span in spans for number in span]
+
+
+def test_a_conversation_is_the_processors(processor, front_end):
+    path = str(next((SPEECH / "val").glob("*.wav")))
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "audio", "path": path} if part == CLIP else {"type": "text", "text": part}
+                for part in turn.parts
+            ],
+        }
+        for turn in TALK
+    ]
+    kwargs = {**SHAPE, "return_tensors": "pt", "return_dict": True, "tokenize": True}
+    reference = processor.apply_chat_template(messages, processor_kwargs=kwargs)["input_ids"][0].tolist()
+    stored = front_end.prompt_ids(conversation(TALK), WINDOW_SAMPLES)
+    assert [-1 - token if token < 0 else token for token in stored] == reference
+
+
+def test_one_question_has_the_prompt_of_a_spoken_question(front_end):
+    row = conversation((Turn("user", (CLIP, "무엇?")),))
+    assert front_end.prompt_ids(row, 9_000) == front_end.prompt_ids(sample("sqa", "무엇?"), 9_000)
+
+
+def test_a_system_message_beside_a_clip_is_refused_as_by_mistral_common(front_end):
+    turns = (Turn("system", ("짧게.",)), *TALK[:1])
+    with pytest.raises(BadRow, match="no system message beside a clip; put its text into the user's first message"):
+        front_end.prompt_ids(conversation(turns), 9_000)
+    with pytest.raises(ValueError, match=r"audio chunks in messages at indexes \[1\]. This is not allowed"):
+        mistral_ids(turns)

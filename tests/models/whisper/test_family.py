@@ -1,5 +1,6 @@
 """Whisper's model side against transformers': losses, generation in changing batches, long recordings."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from conftest import WHISPER, manifest, read_rows, write_rows
 from voxray.audio.decode import decode
 from voxray.batches.collate import collate_packed, collate_training
 from voxray.core.errors import SettingsError
+from voxray.features.context import with_context
 from voxray.features.reader import FeatureRow, Features
 from voxray.generation.generate import Completion, SamplingParams, generate
 from voxray.models.adapters.lora import add_lora, count_parameters
@@ -75,8 +77,8 @@ def completions(model: Any, rows: list[FeatureRow], *, static_cache: bool = Fals
     return [results[row] for row in range(len(rows))]
 
 
-def reference_text(reference: Any, row: FeatureRow, **options: Any) -> str:
-    """transformers' transcript of one row, with features and detected language of its own."""
+def reference_text(reference: Any, row: FeatureRow, *, task: str = "transcribe", **options: Any) -> str:
+    """transformers' answer to one row, with features and detected language of its own."""
     from transformers import WhisperProcessor
 
     processor = WhisperProcessor.from_pretrained(WHISPER)
@@ -87,7 +89,7 @@ def reference_text(reference: Any, row: FeatureRow, **options: Any) -> str:
     inputs = processor.feature_extractor(samples, sampling_rate=16_000, return_tensors="pt", **options_long)
     inputs["input_features"] = inputs["input_features"].half().float()  # as shards hold them
     language = row.language or None
-    ids = reference.generate(**inputs, language=language, task="transcribe", max_new_tokens=LIMIT, **options)
+    ids = reference.generate(**inputs, language=language, task=task, max_new_tokens=LIMIT, **options)
     return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
@@ -186,6 +188,49 @@ def test_long_recordings_go_through_whispers_own_algorithm(model, reference, fea
     assert sum(word in answer.text.split() for word in words) > 0.8 * len(words), "the whole recording is transcribed"
 
 
+def translations(make_features: Callable[..., Any], folder: Path, rows: list[dict[str, Any]]) -> list[FeatureRow]:
+    """The rows as translations into English."""
+    translated = [{**row, "translation": "x", "target_language": "en"} for row in rows]
+    stored = Features(make_features(write_rows(folder / "t.jsonl", translated), model_id=WHISPER, folder=folder))
+    PATHS.update({stored.row(number).id: row["audio_path"] for number, row in enumerate(rows)})
+    return [stored.row(number) for number in range(len(stored))]
+
+
+@pytest.fixture(scope="module")
+def translating(model: Any, reference: Any) -> list[Any]:
+    """Our model and transformers', to which the token of the task makes a difference: the tiny model ignores it."""
+    torch.manual_seed(0)
+    models, embedding_D = [copy.deepcopy(each) for each in (model, reference)], 3 * torch.randn(model.config.d_model)
+    for each in models:
+        with torch.no_grad():
+            each.model.decoder.embed_tokens.weight[FRONT_END.task_to_id["translate"]] = embedding_D
+    return models
+
+
+def test_translations_equal_transformers(translating, rows, make_features, tmp_path):
+    """Short clips with a named and a detected language, by greedy and beam search, and a long recording."""
+    model, reference = translating
+    *clips, long = translations(make_features, tmp_path, [*rows[:3], rows[-1]])
+    translate_id = FRONT_END.task_to_id["translate"]
+    assert long.num_windows > 2 and all(translate_id in row.prompt_ids for row in (*clips, long))
+    for options in ({}, {"num_beams": 2}):
+        answers = [answer.text for answer in completions(model, clips, **options)]
+        assert answers == [reference_text(reference, row, task="translate", **options) for row in clips]
+        assert answers != [reference_text(reference, row, **options) for row in clips]
+    expected = reference_text(reference, long, task="translate", return_timestamps=True)
+    assert [answer.text for answer in completions(model, [long])] == [expected]
+    assert expected != reference_text(reference, long, return_timestamps=True)
+
+
+def test_recordings_of_both_tasks_go_together(translating, features, rows, make_features, tmp_path):
+    """Each has the text that it has alone."""
+    [translated] = translations(make_features, tmp_path, rows[-1:])
+    transcribed = features.row(len(features) - 1)
+    alone = [completions(translating[0], [row])[0].text for row in (transcribed, translated)]
+    together = completions(translating[0], [transcribed, translated, transcribed])
+    assert [answer.text for answer in together] == [*alone, alone[0]] and alone[0] != alone[1]
+
+
 def test_rows_with_times_get_transcripts_with_times(model, reference, features, make_features, tmp_path):
     row = read_rows(manifest("base.val"))[0]
     row |= {"segments": [{"start": 0.0, "end": 1.0, "text": row["transcript"]}]}
@@ -270,6 +315,47 @@ def test_other_model_types_are_refused(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Exception, match="model type 'bert' is not supported: supported are voxtral, whisper"):
         get_family(str(tmp_path))
+
+
+def test_answers_with_a_context_equal_transformers(model, reference, features):
+    """With a named and a detected language, with beams, in batches of several contexts, and in long recordings."""
+    from transformers import WhisperProcessor
+
+    contexts = ("환자, 혈압", "Tylenol")
+    prompt_ids = WhisperProcessor.from_pretrained(WHISPER).get_prompt_ids
+    rows = [with_context(row, contexts[number % 2], FRONT_END) for number, row in enumerate(short(features))]
+    prompts = {row.id: torch.from_numpy(prompt_ids(row.prompt)) for row in rows}
+    expected = [reference_text(reference, row, prompt_ids=prompts[row.id]) for row in rows]
+    answers = completions(model, rows)
+    assert [f" {answer.text}" for answer in answers] == [f" {text}" for text in expected]
+    spoken = [row["language"] for row in (*read_rows(manifest("base.val"))[:6], *read_rows(manifest("asr.val"))[:3])]
+    assert [answer.language for answer in answers] == spoken
+    [beams] = completions(model, rows[1:2], num_beams=3)
+    assert beams.text == reference_text(reference, rows[1], prompt_ids=prompts[rows[1].id], num_beams=3)
+    recording = features.row(len(features) - 1)
+    recordings = [with_context(recording, context, FRONT_END) for context in (*contexts, "")]
+    texts = [answer.text for answer in completions(model, recordings)]
+    for text, context in zip(texts, contexts, strict=False):
+        options = {"prompt_ids": torch.from_numpy(prompt_ids(context)), "return_timestamps": True}
+        assert text == reference_text(reference, recording, **options)
+    assert texts[2] == reference_text(reference, recording, return_timestamps=True)
+    assert [with_context(row, "", FRONT_END).prompt_ids.tolist() for row in rows] == [
+        row.prompt_ids.tolist() for row in short(features)
+    ]
+
+
+def test_rows_with_times_and_a_context(model, reference, features, make_features, tmp_path):
+    row = read_rows(manifest("base.val"))[0]
+    row |= {"segments": [{"start": 0.0, "end": 1.0, "text": row["transcript"]}], "context": ["환자"]}
+    timed = Features(make_features(write_rows(tmp_path / "t.jsonl", [row]), model_id=WHISPER, folder=tmp_path)).row(0)
+    PATHS[timed.id] = row["audio_path"]
+    assert timed.prompt == "환자" and FRONT_END.show(timed.prompt_ids).startswith("<|startofprev|> 환자<|startof")
+    assert FRONT_END.no_times_id not in with_context(timed, "", FRONT_END).prompt_ids
+    from transformers import WhisperProcessor
+
+    prompt_ids = torch.from_numpy(WhisperProcessor.from_pretrained(WHISPER).get_prompt_ids("환자"))
+    [answer] = completions(model, [timed])
+    assert answer.text == reference_text(reference, timed, return_timestamps=True, prompt_ids=prompt_ids)
 
 
 def test_recordings_of_different_lengths_go_together(model, features, make_features, tmp_path):

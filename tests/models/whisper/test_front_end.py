@@ -45,6 +45,64 @@ def test_prompt_and_target_equal_the_processors_labels(front_end, processor, lan
     assert front_end.decode(front_end.target_ids(text)) == processor.tokenizer.decode(ours, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("context", ["아스피린, 와파린", "Tylenol 500 mg", "<|en|> is text"])
+def test_a_context_stands_where_the_processor_puts_it(front_end, processor, context):
+    ids = front_end.prompt_ids(replace(SPOKEN, prompt=context), 1)
+    plain = front_end.prompt_ids(SPOKEN, 1)
+    start = len(ids) - len(plain)
+    assert ids[start:] == plain and front_end.prompt_language(ids) == "ko"
+    if "<|" in context:  # the processor refuses control tokens
+        assert front_end.decode(ids[1:start]) == f" {context}" and not set(ids[1:start]) & set(plain)
+    else:
+        assert ids[:start] == processor.get_prompt_ids(context).tolist()
+
+
+def test_of_a_long_context_the_last_tokens_count(front_end, processor):
+    context = ", ".join(f"약 {number}" for number in range(400))
+    ids = front_end.prompt_ids(replace(SPOKEN, prompt=context), 1)
+    kept = front_end.max_positions // 2 - 1
+    assert ids[1 : kept + 1] == processor.get_prompt_ids(context).tolist()[-kept:]
+    assert ids[kept + 1 :] == front_end.prompt_ids(SPOKEN, 1)
+
+
+def translated(target: str = "en", language: str = "ko") -> Sample:
+    return replace(SPOKEN, task=TASKS["ast"], answer="He has a fever.", language=language, target_language=target)
+
+
+@pytest.mark.parametrize("language", ["ko", "en", "jv"])
+def test_prompts_of_translations_equal_the_processors(front_end, processor, language):
+    own = "jw" if language == "jv" else language  # Whisper's own code
+    forced = processor.get_decoder_prompt_ids(language=own, task="translate")
+    prompt = front_end.prompt_ids(translated(language=language), 1)
+    assert prompt == [front_end.start_id, *(token_id for _, token_id in forced)]
+    assert front_end.show(prompt) == f"<|startoftranscript|><|{own}|><|translate|><|notimestamps|>"
+    assert front_end.prompt_language(prompt) == language and not front_end.needs_sequential_generate(prompt, 1)
+    unknown = front_end.prompt_ids(translated(language=""), 1)
+    assert front_end.show(unknown) == "<|startoftranscript|><|translate|><|notimestamps|>"
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason", "message"),
+    [
+        (
+            translated("ko"),
+            "unsupported_task",
+            "Whisper translates into English only; target_language of this row is ko",
+        ),
+        (
+            translated("yue"),
+            "unsupported_task",
+            "Whisper translates into English only; target_language of this row is y",
+        ),
+        (translated(language="zz"), "bad_language", "language 'zz' is none of the 99 that"),
+    ],
+)
+def test_translations_into_other_languages_are_refused(front_end, sample, reason, message):
+    with pytest.raises(BadRow) as error:
+        front_end.prompt_ids(sample, 1)
+    assert error.value.reason == reason and str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
 def test_features_equal_the_processors(front_end, processor):
     for row in read_rows(manifest("asr.val"))[:6]:
         samples = decode(row["audio_path"], 16_000)
@@ -92,6 +150,9 @@ def test_folders_without_a_generation_config(front_end, tmp_path):
     with pytest.raises(BadRow, match=r"language 'ko' is none of the 1 that .*old has: en") as error:
         english.prompt_ids(SPOKEN, 1)
     assert error.value.reason == "bad_language"
+    with pytest.raises(BadRow, match="old is an English-only checkpoint, which does not translate") as error:
+        english.prompt_ids(translated(language="en"), 1)
+    assert error.value.reason == "unsupported_task"
     assert not english.needs_language and english.fingerprint != front_end.fingerprint
 
 

@@ -6,6 +6,7 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 
+from voxray.core.chat import MESSAGE_KEYS
 from voxray.core.errors import BadRow, RunError
 from voxray.core.manifest import refuse_old_cache
 from voxray.core.tasks import TASKS
@@ -112,6 +113,6 @@ def _format_of_keys(keys: set[str]) -> str | None:
         return "nemo"
     if "supervisions" in keys or {"recording", "duration"} <= keys:
         return "lhotse"
-    if "messages" in keys or any(set(task.keys) <= keys for task in TASKS.values()):
+    if keys & set(MESSAGE_KEYS) or any(set(task.keys) <= keys for task in TASKS.values()):
         return "jsonl"
     return "huggingface" if keys & set(FILE_COLUMNS) else None

@@ -26,9 +26,10 @@ from voxray.audio.decode import Part, decode_native
 from voxray.audio.flac import flac_bytes
 from voxray.audio.quality import QualityLimits, check, measure
 from voxray.cluster.actor_pool import PoolWorker, plan_pool, run_workers
+from voxray.core.chat import read_chat
 from voxray.core.errors import BadRow
 from voxray.core.languages import language_code
-from voxray.core.manifest import check_values
+from voxray.core.manifest import UNLABELLED, check_values
 from voxray.core.source import Source, segment, segments
 from voxray.core.storage import write_atomically
 from voxray.core.tasks import Task
@@ -149,7 +150,8 @@ class RowChecker(PoolWorker):
 
     def _check_text(self, values: dict[str, Any], task: Task, duration_sec: float) -> str:
         """Clean the answer in place and check its length. Returns the normalised texts of the row."""
-        answer = values[task.answer_key]
+        chat = read_chat(values) if task.template == "conversation" else None
+        answer = chat.answer if chat else values[task.answer_key]
         if task.template == "transcription":
             raw = values.get("transcript_raw", answer)
             if not isinstance(raw, str):
@@ -157,10 +159,11 @@ class RowChecker(PoolWorker):
             parts = segments(values)
             if has_notation(raw, language_code(values.get("language"))):
                 answer = self._clean(values, raw, has_segments=bool(parts))
-        values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
+        if not chat:
+            values[task.answer_key] = answer = " ".join(answer.split()) if task.has_audio else answer.strip()
         num_chars = len("".join(answer.split()))
         limits = self.limits
-        if num_chars < limits.min_chars:
+        if num_chars < limits.min_chars and values.get(UNLABELLED) is not True:
             raise BadRow(
                 "empty_text" if not num_chars else "text_too_short", f"{task.answer_key}: {num_chars} characters"
             )
@@ -171,7 +174,7 @@ class RowChecker(PoolWorker):
             if not limits.min_chars_per_sec <= rate <= limits.max_chars_per_sec:
                 within = f"{limits.min_chars_per_sec:g} to {limits.max_chars_per_sec:g}"
                 raise BadRow("speaking_rate", f"{rate:.1f} characters per second, outside {within}")
-        return row_text(task.prompt(values), answer)
+        return row_text(chat.prompt if chat else task.prompt(values), answer)
 
     def _clean(self, values: dict[str, Any], raw: str, *, has_segments: bool) -> str:
         """Remove the notation of Korean corpora from transcript and segments. Returns the transcript."""

@@ -37,7 +37,7 @@ def leak_text(task: Task, text: str) -> str:
     Many clips may share one question and answer, or the empty transcript of silence. For these rows only the audio can
     leak.
     """
-    if task.has_audio and (task.prompt_keys or not text):
+    if task.has_audio and (task.asks or not text):
         return ""
     return short_hash(task.name + text)
 
@@ -51,7 +51,7 @@ def duplicate_key(task: Task, audio: str, text: str) -> str:
     if not audio:
         return text
     # One clip may have many questions.
-    return f"{task.name}:{audio}{text if task.prompt_keys else ''}"
+    return f"{task.name}:{audio}{text if task.asks else ''}"
 
 
 def speaker_key(row: Mapping[str, Any]) -> str:

@@ -9,21 +9,23 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from voxray.audio.logmel import HOP_SAMPLES, LogMel
 from voxray.config.recipes import load_object
+from voxray.core.chat import CLIP, Turn
 from voxray.core.content_hash import combined_hash
-from voxray.core.errors import BadRow, RunError, SettingsError
+from voxray.core.errors import BadRow, RunError, SettingsError, one_line
 from voxray.core.languages import check_language
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.audio_lm.facts import Facts
-from voxray.models.front_end import AudioFeatures
+from voxray.models.front_end import AudioFeatures, with_context_line, with_labels
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel, check_preprocessor, window_lengths
 
 TEMPLATE_VERSION = "audio-lm-1"
-MARK = "\ue000question\ue000"
-"""Stands for the question in a rendered template. These characters belong to no language."""
+MARK = "\ue000text\ue000"
+"""Stands for a text in a rendered template. These characters belong to no language."""
 
 
 class AudioLmFrontEnd(WindowedLogMel):
@@ -85,7 +87,7 @@ class AudioLmFrontEnd(WindowedLogMel):
         self.audio_id: int = config.audio_token_id
         if not self._processor.chat_template:
             raise RunError(f"--model_id {self.model_id}: its processor has no chat template, so it answers no task")
-        self._takes_questions = MARK in self._chat(MARK, True)
+        self._takes_questions = MARK in self._render([self._question(MARK, True)])
         self.stop_ids = _stop_ids(self.model_id, config)
         end_id = self._end_of_answer()
         self.eos_id = int(end_id if end_id in self.stop_ids else self._tokenizer.eos_token_id)
@@ -95,7 +97,7 @@ class AudioLmFrontEnd(WindowedLogMel):
 
     def _end_of_answer(self) -> Any:
         """First token after an answer in the chat template; None if there is none."""
-        turns = [_turn("user", "a"), _turn("assistant", MARK)]
+        turns = [_message(Turn("user", ("a",))), _message(Turn("assistant", (MARK,)))]
         text = self._processor.apply_chat_template(turns, tokenize=False)
         ids = self._tokenizer.encode(text.partition(MARK)[2], add_special_tokens=False)
         return ids[0] if ids else None
@@ -170,17 +172,18 @@ class AudioLmFrontEnd(WindowedLogMel):
         Args:
             num_samples: Length of the clip at 16 kHz; 0 omits its audio tokens.
         Raises:
-            BadRow: The base does not have the row's language or answers no questions, or the clip is too short.
+            BadRow: The base does not have the row's language, answers no questions or has no place for a message of the
+                system, or the clip is too short.
         """
         if sample.task.template == "transcription":
             check_language(sample.language, self.languages, self.model_id)
-            ids = self._encode(self._request_text(sample.language), is_prompt=True)
+            ids = self._request_ids(sample.language, sample.prompt)
         elif not self._takes_questions:
             raise BadRow("unsupported_task", f"{self.model_id} only transcribes; this row's task is {sample.task.name}")
         else:
-            ids = self._chat_ids(sample.prompt, bool(sample.audio_path))
+            ids = self._conversation_ids(sample.turns or (self._question(sample.prompt, bool(sample.audio_path)),))
         if ids.count(self.audio_id) != bool(sample.audio_path):
-            raise BadRow("bad_text", "the question holds the token that stands for audio")
+            raise BadRow("bad_text", "a text holds the token that stands for audio")
         if not sample.audio_path:
             return ids
         positions = self.num_positions(num_samples)
@@ -195,26 +198,65 @@ class AudioLmFrontEnd(WindowedLogMel):
         before, _, after = text.partition(self._processor.audio_token)
         return [*self._encode(before), *[self.audio_id] * positions, *self._encode(after)]
 
-    def _request_text(self, language: str) -> str:
-        """The text of a transcription request."""
+    def _request_text(self, language: str, context: str = "") -> str:
+        """The text of a transcription request. Its context stands where the processor puts a prompt."""
         if self.facts.request:
-            return self._chat(self.facts.request, True)
+            return self._render([self._question(with_context_line(self.facts.request, context), True)])
         options = {"language": language or None} if self.facts.languages else {}
+        if context:  # other processors replace their own request by a prompt
+            request = getattr(self._processor, "default_transcription_prompt", "")
+            options["prompt"] = with_context_line(request, context) if request else context
         return self._processor.apply_transcription_request("clip.wav", tokenize=False, **options)[0]
 
-    def _chat(self, question: str, has_audio: bool) -> str:
-        """The text of a conversation with one question."""
-        turn = _turn("user", question)
-        if has_audio:
-            turn["content"].insert(self.facts.text_first, {"type": "audio", "path": "clip.wav"})
-        return self._processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    def _request_ids(self, language: str, context: str) -> list[int]:
+        """Token ids of a transcription request. Control tokens in the context are split like other text."""
+        if not any(token in context for token in self._tokenizer.all_special_tokens):
+            return self._encode(self._request_text(language, context), is_prompt=True)
+        before, _, after = self._request_text(language, MARK).partition(MARK)
+        return [*self._encode(before, is_prompt=True), *self._encode(context, is_text=True), *self._encode(after)]
 
-    def _chat_ids(self, question: str, has_audio: bool) -> list[int]:
-        """Token ids of a question. Control tokens in it are plain text."""
-        if not any(token in question for token in self._tokenizer.all_special_tokens):
-            return self._encode(self._chat(question, has_audio), is_prompt=True)
-        before, _, after = self._chat(MARK, has_audio).partition(MARK)
-        return [*self._encode(before, is_prompt=True), *self._encode(question, is_text=True), *self._encode(after)]
+    def _question(self, text: str, has_audio: bool) -> Turn:
+        """The turn of a single question."""
+        if not has_audio:
+            return Turn("user", (text,))
+        return Turn("user", (text, CLIP) if self.facts.text_first else (CLIP, text))
+
+    def _render(self, turns: Sequence[Turn]) -> str:
+        """The text of a conversation, up to the next answer."""
+        messages = list(map(_message, turns))
+        return self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def _conversation_ids(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation, with one placeholder for the clip; those of its answers have a label.
+
+        Answers are tokenized by themselves, as those that the model generates. So are texts with control tokens, which
+        are split like other text. The token after an answer has a label if it ends answers.
+        """
+        marked: list[tuple[str, str]] = []
+        shown = [Turn(role, tuple(self._marked(role, part, marked) for part in parts)) for role, parts in turns]
+        try:
+            text = self._render(shown)
+        except TemplateError as error:
+            raise BadRow("unsupported_chat", f"the chat template of {self.model_id}: {one_line(error, 200)}") from None
+        first, *others = text.split(MARK)
+        if len(others) != len(marked) or not all(turn.text in text for turn in shown if turn.role == "system"):
+            raise BadRow("unsupported_chat", f"the chat template of {self.model_id} leaves out a message")
+        ids = self._encode(first, is_prompt=True)
+        for (role, part), following in zip(marked, others, strict=True):
+            part_ids, following_ids = self._encode(part, is_text=True), self._encode(following)
+            if role == "assistant":
+                num_ends = len(self.stop_ids.intersection(following_ids[:1]))
+                part_ids, following_ids = [*part_ids, *following_ids[:num_ends]], following_ids[num_ends:]
+            ids += [*(with_labels(part_ids) if role == "assistant" else part_ids), *following_ids]
+        return ids
+
+    def _marked(self, role: str, part: str, marked: list[tuple[str, str]]) -> str:
+        """``MARK`` for a part that is tokenized by itself, which is added to ``marked``; or else the part."""
+        has_control = any(token in part for token in self._tokenizer.all_special_tokens)
+        if part == CLIP or (role != "assistant" and not has_control):
+            return part
+        marked.append((role, part))
+        return MARK
 
     def target_ids(self, text: str, segments: Sequence[Segment] = (), *, language: str | None = None) -> list[int]:
         """Token ids of the answer and of the token that ends it.
@@ -266,8 +308,9 @@ class AudioLmFrontEnd(WindowedLogMel):
         return "".join(parts)
 
 
-def _turn(role: str, text: str) -> dict[str, Any]:
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+def _message(turn: Turn) -> dict[str, Any]:
+    audio, role = {"type": "audio", "path": "clip.wav"}, turn.role
+    return {"role": role, "content": [audio if part == CLIP else {"type": "text", "text": part} for part in turn.parts]}
 
 
 def _stop_ids(model_id: str, config: Any) -> frozenset[int]:

@@ -37,6 +37,7 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
     positions_per_window = 0
     trims_audio = False
     needs_num_samples = True
+    takes_context = False
 
     def __init__(self, model_id: str, facts: Seq2SeqFacts, *, trim_audio: bool = False) -> None:
         from transformers import AutoConfig, AutoProcessor
@@ -127,11 +128,13 @@ class AudioSeq2SeqFrontEnd(WindowedLogMel):
         """Token ids up to the answer.
 
         Raises:
-            BadRow: The row is not a transcription, its language is missing or not one of the base, or its clip is too
-                short.
+            BadRow: The row is not a transcription or has a context, its language is missing or not one of the base, or
+                its clip is too short.
         """
         if sample.task.template != "transcription":
             raise BadRow("unsupported_task", f"{self.model_id} only transcribes; this row's task is {sample.task.name}")
+        if sample.prompt:
+            raise BadRow("unsupported_context", f"prompts of {self.model_id} have no place for a context; remove it")
         check_language(sample.language, self.languages, self.model_id)
         if self.needs_language and not sample.language:
             raise BadRow("no_language", NO_LANGUAGE)

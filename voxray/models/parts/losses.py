@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from voxray.models.interface import Batch, OutputFn
 
+ABOUT_ANSWERS = ("labels", "task", "answer_positions", "is_replayed")
+"""Tensors of a batch that the forward pass does not take."""
 PassFn = Callable[[Batch, torch.Tensor, OutputFn], torch.Tensor]
 """The forward pass: (batch without labels and tasks, positions_N, output) -> result of ``output`` (see
 ``ModelFamily.answer_logits``)."""
@@ -99,7 +101,7 @@ def answer_states(run_pass: PassFn, batch: Batch) -> torch.Tensor:
 
 def pass_inputs(batch: Batch) -> Batch:
     """The tensors of a batch that the forward pass takes: those that describe no answers."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "task", "answer_positions")}
+    return {name: tensor for name, tensor in batch.items() if name not in ABOUT_ANSWERS}
 
 
 def at_positions(states_BLD: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from transformers.utils import logging
 
 from voxray.core.errors import SettingsError, library_errors
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import single_turn_tasks
 from voxray.models.family_defaults import FamilyDefaults
 from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import build_on_meta, unwrap_peft
@@ -51,7 +51,7 @@ class Salmonn(FamilyDefaults):
     """SALMONN's model side (see ``ModelFamily``)."""
 
     name = "salmonn"
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = single_turn_tasks()
     roles: Mapping[str, tuple[str, ...]] = MappingProxyType(
         {"encoder": ENCODERS, "projector": TRAINED_MODULES, "llm": (LLM,)}
     )

@@ -104,7 +104,14 @@ class SalmonnFrontEnd(WindowedLogMel):
         return AudioFeatures(stack_features(mel_KF, samples), fill, num_windows)
 
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
-        """Token ids up to the answer, with the task's default prompt."""
+        """Token ids up to the answer, with the task's default prompt.
+
+        Raises:
+            BadRow: The row is a conversation.
+        """
+        if sample.task.template == "conversation":
+            message = f"SALMONN answers one question per clip; this row's task is {sample.task.name}"
+            raise BadRow("unsupported_task", message)
         prompt = self.prompts.default(sample.task.name, sample.prompt)
         return self.render_ids(prompt, sample.prompt, self.num_windows(num_samples))
 

@@ -10,6 +10,7 @@ from typing import Any
 from voxray.core.errors import RunError, one_line
 from voxray.core.tasks import TASKS
 from voxray.corpora.importers.salmonn import OTHER_CAPTION_REQUEST
+from voxray.models.front_end import with_context_line
 
 AUDIO_MARK = "<SpeechHere>"
 QUESTION_MARK = "{}"
@@ -51,9 +52,13 @@ class Prompts:
             return (QUESTION_MARK,)
         if question == OTHER_CAPTION_REQUEST:
             return self.by_task[OTHER_CAPTIONS]
-        has_own_question = bool(question) and question != TASKS[task].default_prompt
-        own = self.by_task["asr"] if TASKS[task].kind == "asr" else (QUESTION,)
+        is_own = question != TASKS[task].default_prompt and TASKS[task].template != "translation"
+        has_own_question = bool(question) and is_own
+        is_transcription = TASKS[task].kind == "asr"
+        own = self.by_task["asr"] if is_transcription else (QUESTION,)
         prompts = self.by_task.get(task, own)
+        if is_transcription and question:  # the question is the row's context
+            return tuple(p if QUESTION_MARK in p else with_context_line(p, QUESTION_MARK) for p in prompts)
         return tuple(QUESTION if has_own_question and QUESTION_MARK not in prompt else prompt for prompt in prompts)
 
     def default(self, task: str, question: str) -> str:

@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 
 from voxray.audio.logmel import num_valid_frames
+from voxray.core.chat import CLIP, Turn
 from voxray.core.errors import BadRow, RunError, one_line
 from voxray.core.languages import LANGUAGE_CODES, check_language
 from voxray.core.manifest import Sample
 from voxray.core.source import Segment
 from voxray.models.adapters.audio_trim_record import trims_audio
+from voxray.models.front_end import with_labels
 from voxray.models.hf_files import model_file
 from voxray.models.parts.logmel_windows import FEATURES_VERSION, WindowedLogMel
 
@@ -82,6 +84,7 @@ class VoxtralFrontEnd(WindowedLogMel):
     def _load_tokenizer(self) -> None:
         self._tokenizer_path = model_file(self.model_id, "tekken.json")
         names = ("<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]")
+        names += ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
         try:
             status = os.stat(self._tokenizer_path)
             self._tekken = _read_tokenizer(self._tokenizer_path, status.st_mtime_ns, status.st_size)
@@ -90,7 +93,8 @@ class VoxtralFrontEnd(WindowedLogMel):
             reason = one_line(error, 200)
             raise RunError(f"{self._tokenizer_path}: not a Voxtral tokenizer: {reason}") from None
         self.bos_id, self.eos_id, self.pad_id = ids[:3]
-        self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:]
+        self.begin_inst_id, self.end_inst_id, self.audio_id, self.begin_audio_id, self.transcribe_id = ids[3:8]
+        self.begin_system_id, self.end_system_id = ids[8:]
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the tokenizer, whose Rust core cannot be pickled; ``__setstate__`` loads it again."""
@@ -117,20 +121,37 @@ class VoxtralFrontEnd(WindowedLogMel):
             num_samples: Length of the clip at 16 kHz; 0 omits its audio tokens.
 
         A transcription request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n[/INST]lang:ko[TRANSCRIBE]`` (without ``lang:`` when
-        the language is unknown). A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``.
+        the language is unknown). The context of a row stands before ``[/INST]``, like the text of a chat; Mistral
+        defines no place for it. A chat request is ``<s>[INST][BEGIN_AUDIO][AUDIO]*n question[/INST]``. A conversation
+        goes on with ``answer</s>[INST]...[/INST]``, and may begin with ``<s>[SYSTEM_PROMPT]...[/SYSTEM_PROMPT]``.
 
         Raises:
-            BadRow: The base does not have the row's language.
+            BadRow: The base does not have the row's language, or the row has a system message beside a clip.
         Source: mistral-common, ``InstructTokenizerV7``.
         """
-        ids = [self.bos_id, self.begin_inst_id]
+        audio: list[int] = []
         if sample.audio_path:
-            ids += [self.begin_audio_id] + [self.audio_id] * (self.num_positions(num_samples) if num_samples else 0)
+            audio = [self.begin_audio_id] + [self.audio_id] * (self.num_positions(num_samples) if num_samples else 0)
+        if sample.turns:
+            return [self.bos_id, *(token for turn in sample.turns for token in self._turn_ids(turn, audio))]
+        ids = [self.bos_id, self.begin_inst_id, *audio]
         if sample.task.template == "transcription":
             check_language(sample.language, self.languages, self.model_id)
             language = self._encode(f"lang:{sample.language}") if sample.language else []
-            return [*ids, self.end_inst_id, *language, self.transcribe_id]
+            return [*ids, *self._encode(sample.prompt), self.end_inst_id, *language, self.transcribe_id]
         return [*ids, *self._encode(sample.prompt), self.end_inst_id]
+
+    def _turn_ids(self, turn: Turn, audio: Sequence[int]) -> list[int]:
+        """Token ids of one turn of a conversation; ``audio`` takes the place of the clip."""
+        ids = [token for part in turn.parts for token in (audio if part == CLIP else self._encode(part))]
+        if turn.role == "assistant":
+            return with_labels([*ids, self.eos_id])
+        if turn.role == "user":
+            return [self.begin_inst_id, *ids, self.end_inst_id]
+        if audio:
+            reason = "mistral-common takes no system message beside a clip; put its text into the user's first message"
+            raise BadRow("unsupported_chat", reason)
+        return [self.begin_system_id, *ids, self.end_system_id]
 
     def target_ids(self, text: str, segments: Sequence[Segment] = ()) -> list[int]:
         """Token ids of the answer and the end-of-text token after it."""

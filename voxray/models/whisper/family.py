@@ -1,4 +1,4 @@
-"""Whisper: an encoder over one window of 30 s, and a decoder that writes the transcript.
+"""Whisper: an encoder over one window of 30 s, and a decoder that writes the transcript or its English translation.
 
 Prompt and answer tokens are the decoder's only; it cross-attends to the encoder's outputs. Longer recordings go through
 Whisper's own algorithm, window by window: each window begins at the end time that was written for the previous one.
@@ -30,8 +30,9 @@ from voxray.models.whisper.front_end import WhisperFrontEnd
 
 
 class Whisper(AudioSeq2Seq):
-    """Whisper's model side (see ``ModelFamily``). It reads whole windows and detects languages."""
+    """Whisper's model side (see ``ModelFamily``). It reads whole windows, detects languages and translates."""
 
+    tasks: tuple[str, ...] = ("asr", "ast")
     always_frozen: tuple[str, ...] = (f"{ENCODER}.embed_positions",)  # sinusoids
     files: tuple[str, ...] = (*AudioSeq2Seq.files, "normalizer.json")
     load_encoder = EncoderMethods.load_encoder
@@ -74,20 +75,24 @@ class Whisper(AudioSeq2Seq):
         rows = [row for row, ids in enumerate(prompts) if len(languages) and not torch.isin(ids, languages).any()]
         if not rows:
             return ids_BL, mask_BL
-        start_R1 = torch.stack([prompts[row][:1] for row in rows])
+        start_id = base.config.decoder_start_token_id
+        starts = [int((prompts[row] == start_id).nonzero()[0]) for row in rows]  # a context may stand before it
+        start_R1 = torch.full((len(rows), 1), start_id, device=ids_BL.device)
         with eager_mode(base.model.decoder):
             hidden_R1D = base.model.decoder(
                 input_ids=start_R1, encoder_hidden_states=states_BPD[rows], use_cache=False
             ).last_hidden_state
         detected_R = languages[base.proj_out(hidden_R1D[:, -1])[:, languages].argmax(-1)]
-        for row, language in zip(rows, detected_R, strict=True):
-            prompts[row] = torch.cat([prompts[row][:1], language[None], prompts[row][1:]])
+        for row, start, language in zip(rows, starts, detected_R, strict=True):
+            prompts[row] = torch.cat([prompts[row][: start + 1], language[None], prompts[row][start + 1 :]])
         batch["input_ids"], batch["attention_mask"] = ids_BL, mask_BL = pad_rows(prompts, "left")
         return ids_BL, mask_BL
 
     @torch.no_grad()
     def generate(self, model: Any, batch: Batch, *, num_samples: Sequence[int] = (), **options: Any) -> torch.Tensor:
-        """Generate transcripts; recordings of several windows go through transformers' sequential algorithm.
+        """Generate transcripts or translations, by the tokens of the prompts.
+
+        Recordings of several windows go through transformers' sequential algorithm.
 
         Prompts without a language get the language that the model detects, in ``batch`` as well.
 
@@ -126,23 +131,62 @@ class Whisper(AudioSeq2Seq):
     def _generate_long(
         self, base: Any, batch: Batch, num_samples: Sequence[int], options: dict[str, Any]
     ) -> torch.Tensor:
-        """Transcribe recordings of several windows together. In each of them, a window begins at the end time that was
-        written for the previous one."""
+        """Transcribe or translate recordings of several windows together. In each of them, a window begins at the end
+        time that was written for the previous one. A context stands before every window of its recording."""
         mel_WFT = batch["input_features"]
         counts = [-(-number // (mel_WFT.shape[-1] * HOP_SAMPLES)) for number in num_samples]
         firsts = [0, *accumulate(counts[:-1])]
-        prompts = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))[0].tolist()
-        tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
-        languages = [next((tokens[each] for each in prompt if each in tokens), None) for prompt in prompts]
-        task = {"language": languages if languages[1:] else languages[0], "task": "transcribe"} if tokens else {}
+        ids_BL, mask_BL = self.complete_prompts(base, batch, _encode(base, mel_WFT[firsts]))
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(ids_BL, mask_BL, strict=True)]
         frames = [number // HOP_SAMPLES for number in num_samples]
         clips = [
             torch.cat(list(windows), -1)[:, :end].T for windows, end in zip(mel_WFT.split(counts), frames, strict=True)
         ]
-        mel_BFT = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).transpose(1, 2).to(base.dtype)
-        if languages[1:]:  # a single recording has no padding
-            options["attention_mask"] = first_columns(torch.tensor(frames, device=mel_BFT.device), max(frames))
-        return base.generate(input_features=mel_BFT, return_timestamps=True, **task, **options)
+        requests = [_task_and_context(base, prompt) for prompt in prompts]
+        answers: dict[int, torch.Tensor] = {}
+        for request in dict.fromkeys(requests):  # transformers takes one task and context for all recordings
+            rows = [row for row, each in enumerate(requests) if each == request]
+            languages = [_language(base, prompts[row]) for row in rows]
+            ids_BL = _generate_recordings(base, [clips[row] for row in rows], languages, *request, options)
+            answers |= zip(rows, ids_BL, strict=True)
+        ordered = [answers[row] for row in range(len(prompts))]
+        return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True, padding_value=base.config.eos_token_id)
+
+
+def _generate_recordings(
+    base: Any,
+    clips: Sequence[torch.Tensor],
+    languages: Sequence[str | None],
+    task: str,
+    context: Sequence[int],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Token ids ids_BL of recordings of one task and context, by transformers' algorithm.
+
+    Args:
+        clips: Log-mel of each recording, shape (frames, F).
+    """
+    named: dict[str, Any] = {"language": list(languages) if languages[1:] else languages[0], "task": task}
+    request = named if _language_ids(base) else {}
+    request |= {"prompt_ids": torch.tensor(context, device=clips[0].device)} if context else {}
+    mel_BFT = torch.nn.utils.rnn.pad_sequence(list(clips), batch_first=True).transpose(1, 2).to(base.dtype)
+    if languages[1:]:  # a single recording has no padding
+        frames = torch.tensor([len(clip) for clip in clips], device=mel_BFT.device)
+        request["attention_mask"] = first_columns(frames, mel_BFT.shape[2])
+    return base.generate(input_features=mel_BFT, return_timestamps=True, **request, **options)
+
+
+def _language(base: Any, prompt: Sequence[int]) -> str | None:
+    """transformers' name of the language in a prompt."""
+    tokens = {token_id: token.strip("<|>") for token, token_id in _language_ids(base).items()}
+    return next((tokens[each] for each in prompt if each in tokens), None)
+
+
+def _task_and_context(base: Any, prompt: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+    """transformers' name of the task that a prompt asks for, and the token ids before the start of the transcript."""
+    translate = (getattr(base.generation_config, "task_to_id", None) or {}).get("translate", -1)
+    context = prompt[: prompt.index(base.config.decoder_start_token_id)]
+    return "translate" if translate in prompt else "transcribe", tuple(context)
 
 
 def _language_ids(base: Any) -> dict[str, int]:

@@ -92,27 +92,42 @@ class WhisperFrontEnd(WindowedLogMel):
     def prompt_ids(self, sample: Sample, num_samples: int) -> list[int]:
         """Token ids up to the answer: ``<|startoftranscript|><|ko|><|transcribe|><|notimestamps|>``.
 
-        Rows without a language get no language token; the model detects the language before it answers. Rows with
-        segments are transcribed with times, so ``<|notimestamps|>`` is omitted.
+        A translation has ``<|translate|>`` instead of ``<|transcribe|>``; the language is that of the speech. Rows
+        without a language get no language token; the model detects the language before it answers. Rows with segments
+        are transcribed with times, so ``<|notimestamps|>`` is omitted. The context of a row stands before the
+        start, after ``<|startofprev|>``; of a long one the last tokens count, as in OpenAI's code.
 
         Raises:
-            BadRow: The row is not a transcription, the base does not have its language, or its segments end after the
-                clip.
+            BadRow: The row is neither a transcription nor a translation into English, the base does not translate or
+                does not have its language, or its segments end after the clip.
         Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision (2022), figure 1.
         """
-        if sample.task.template != "transcription":
-            raise BadRow("unsupported_task", f"Whisper only transcribes; this row's task is {sample.task.name}")
+        is_translation = sample.task.template == "translation"
+        if sample.task.template not in ("transcription", "translation"):
+            message = f"Whisper only transcribes and translates; this row's task is {sample.task.name}"
+            raise BadRow("unsupported_task", message)
+        if is_translation and not self.is_multilingual:
+            raise BadRow("unsupported_task", f"{self.model_id} is an English-only checkpoint, which does not translate")
+        if is_translation and sample.target_language != "en":
+            message = f"Whisper translates into English only; target_language of this row is {sample.target_language}"
+            raise BadRow("unsupported_task", message)
         check_language(sample.language, self.languages, self.model_id)
         if sample.segments and num_samples:
             end_sec, clip_sec = sample.segments[-1][1], num_samples / self.sample_rate_hz
             if end_sec > clip_sec + END_TOLERANCE_SEC:
                 raise BadRow("bad_segment", f"segments end at {end_sec:g} s, and the clip lasts {clip_sec:.2f} s")
-        ids = [self.start_id]
+        ids = [*([] if is_translation else self._context_ids(sample.prompt)), self.start_id]
         if self.is_multilingual:
             if sample.language:
                 ids.append(self.language_ids[sample.language])
-            ids.append(self._id("<|transcribe|>"))
+            ids.append(self._id("<|translate|>" if is_translation else "<|transcribe|>"))
         return ids if sample.segments else [*ids, self.no_times_id]
+
+    def _context_ids(self, context: str) -> list[int]:
+        if not context:
+            return []
+        ids = self._tokenizer.encode(f" {context}", add_special_tokens=False, split_special_tokens=True)
+        return [self._id("<|startofprev|>"), *ids[-(self.max_positions // 2 - 1) :]]
 
     def prompt_language(self, prompt_ids: Sequence[int]) -> str:
         """Code of the language in a prompt; "" if the prompt has none, "en" for English-only models."""
