@@ -167,3 +167,15 @@ def test_prepare_keeps_the_turns_of_chats(here: Path, small: dict[str, str]) -> 
     assert not parsed.bad
     several = {(sample.turns, sample.answer) for sample in original.samples[:6] if len(sample.turns) > 1}
     assert {(sample.turns, sample.answer) for sample in parsed.samples if sample.turns} == several
+
+
+def test_rows_without_an_answer_do_not_train(here: Path, small: dict[str, str]) -> None:
+    """They would teach the model to say nothing. They are listed, and not validated either."""
+    rows = read_rows("rows.jsonl")
+    rows[0] = {**rows[0], "messages": rows[0]["messages"][:3], "unlabelled": True}
+    question = {"audio_path": rows[0]["audio_path"], "question": "q", "answer": "", "unlabelled": True}
+    write_rows(here / "rows.jsonl", [*rows, question])
+    result = run_train("train_multitask", "run")
+    assert result["finished"] and not any(name.startswith("sqa/") for name in result)
+    ledger = [json.loads(line) for line in (here / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["line"], line["reason"]) for line in ledger] == [(1, "unlabelled"), (7, "unlabelled")] * 2
