@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from voxray.core.context import SHARES, join_terms, split_terms
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, template_codes
 from voxray.features.context import with_context
 from voxray.features.reader import FeatureRow, Features
-from voxray.features.shards import TASK_CODES
 from voxray.models.front_end import FrontEnd
 
 CONTEXT_STREAM = 2  # of the random numbers; 1 is SpecAugment's
@@ -31,8 +30,8 @@ class ContextSampler:
     def __init__(
         self, features: Features, rows: np.ndarray, front_end: FrontEnd, shares: Mapping[str, float], seed: int
     ) -> None:
-        codes = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
-        self._features, self._rows = features, rows[np.isin(features.task[rows], codes)]
+        is_transcription = np.isin(features.task[rows], template_codes("transcription"))
+        self._features, self._rows = features, rows[is_transcription]
         self._front_end, self._shares, self._seed = front_end, [shares[name] for name in SHARES], seed
 
     def __call__(self, row: FeatureRow, step: int) -> FeatureRow:
@@ -47,10 +46,9 @@ class ContextSampler:
 
     def _false_context(self, row: FeatureRow, rng: np.random.Generator) -> FeatureRow:
         """The row with terms of another row, or without a context if few rows have one that fits."""
-        transcript = _solid(row.answer)
+        transcript, own = _solid(row.answer), {*map(_solid, split_terms(row.prompt))}
         for _ in range(MAX_TRIES):
             other = self._features.prompt(int(self._rows[rng.integers(len(self._rows))]))
-            own = {*map(_solid, split_terms(row.prompt))}
             terms = [term for term in split_terms(other) if _solid(term) not in transcript and _solid(term) not in own]
             rng.shuffle(terms)
             while terms:

@@ -22,7 +22,7 @@ from voxray.core.console import console, metrics_table, progress_bar
 from voxray.core.errors import RunError, Stopped
 from voxray.core.manifest import require_usable_row
 from voxray.core.storage import AnyPath, to_jsonl, write_atomically, write_json
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import TASKS, template_codes
 from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, delete_crash_logs, read_failed
 from voxray.evaluation.predictions import labelled_rows, read_predictions, score_predictions
 from voxray.evaluation.result import EvaluationResult
@@ -195,8 +195,7 @@ def write_evaluation_ledger(
 def prompt_lengths(features: Features, config: InferenceConfig) -> np.ndarray:
     """Tokens of every row's prompt, with the context of the job instead of the stored one."""
     lengths = features.num_prompt_tokens
-    codes = [TASK_CODES[name] for name, task in TASKS.items() if task.template == "transcription"]
-    transcriptions = np.flatnonzero(np.isin(features.task, codes))
+    transcriptions = np.flatnonzero(np.isin(features.task, template_codes("transcription")))
     if config.context is None or not len(transcriptions):
         return lengths
     front_end, lengths = get_family(config.model_id).front_end(config.model_id, trim_audio=config.trim_audio), +lengths

@@ -87,6 +87,11 @@ def detect_task(row: Mapping[str, Any]) -> Task:
     raise ValueError(f"keys {', '.join(map(str, row)) or '(none)'} match no task ({required})")
 
 
+def template_codes(*templates: str) -> list[int]:
+    """Codes of the tasks with one of some templates (``Task.template``)."""
+    return [TASK_CODES[name] for name, task in TASKS.items() if task.template in templates]
+
+
 def single_turn_tasks() -> tuple[str, ...]:
     """The tasks whose rows have one request each, for models that answer no conversations."""
     return tuple(name for name, task in TASKS.items() if task.template != "conversation")

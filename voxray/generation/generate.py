@@ -12,9 +12,8 @@ import torch
 
 from voxray.batches.collate import collate_prompts, to_device
 from voxray.core.errors import RunError, one_line, quoted_line
-from voxray.core.tasks import TASKS
+from voxray.core.tasks import template_codes
 from voxray.features.reader import FeatureRow, Features
-from voxray.features.shards import TASK_CODES
 from voxray.generation.continuous_batching import generate_greedy
 from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.interface import ModelFamily
@@ -70,7 +69,7 @@ def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int
     The length of a transcript or translation follows from its clip. The length of a chat answer is unknown, so these
     rows come first; the short transcripts at the end then fill the batch while the long answers finish.
     """
-    is_chat = np.isin(features.task, [TASK_CODES[name] for name, task in TASKS.items() if task.template == "chat"])
+    is_chat = np.isin(features.task, template_codes("chat", "conversation"))
 
     def key(row: int) -> tuple[int, ...]:
         by_clip, by_prompt = -int(features.num_samples[row]), -int(features.num_prompt_tokens[row])

@@ -81,10 +81,10 @@ def count_terms(
     absent, leaked = np.zeros((2, len(rows)), int)
     for number, (row, context) in enumerate(zip(rows, contexts, strict=True)):
         normalizer, references = row_normalizer(row, normalizers), row_references(row)
-        texts = (row_readings(row)[0] if len(references) == 1 else references[0], row["prediction"])
+        readings = row_readings(row) if len(references) == 1 else references
+        texts = (readings[0], row["prediction"])
         in_reference, in_prediction = map(term_list(tuple(terms) or context, normalizer).count, texts)
         row_terms.append((in_reference, in_reference & in_prediction))
-        readings = row_readings(row) if len(references) == 1 else references
         spoken = [_solid(text, normalizer) for text in readings]
         not_said = tuple(term for term in context if not any(_solid(term, normalizer) in text for text in spoken))
         in_prediction = term_list(not_said, normalizer).count(row["prediction"])
