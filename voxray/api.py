@@ -135,13 +135,16 @@ class Model:
     def __init__(self, settings: InferSettings) -> None:
         from voxray.features.extract import Extractor, FeatureSpec
         from voxray.generation import model as loading
+        from voxray.generation.engines.load import check_engine, engine_store, load_engine
 
         model_id, adapter = loading.base_and_adapter(settings, settings.lora_dir)
         settings = loading.resolve_settings(settings, model_id, adapter)
         limits = settings.max_new_tokens, settings.batch_size
         self._config = loading.inference_config(settings, model_id, adapter, *limits)
-        self._extractor = Extractor(model_id, FeatureSpec(trim_audio=self._config.trim_audio))
-        self._model, _ = loading.load_model(self._config)
+        check_engine(self._config)
+        store = engine_store(self._config.engine)
+        self._extractor = Extractor(model_id, FeatureSpec(store, trim_audio=self._config.trim_audio))
+        self._engine, _ = load_engine(self._config, self._extractor.front_end)
         self._settings = settings
 
     @overload
@@ -210,7 +213,7 @@ class Model:
             )
             for path, question, language in clips
         ]
-        answered = answer_requests(requests, self._model, self._extractor.front_end, self._config)
+        answered = answer_requests(requests, self._engine, self._config.batch_size)
         return [_text(request, completions) for request, completions in answered]
 
 

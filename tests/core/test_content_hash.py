@@ -108,6 +108,11 @@ def test_checksums_name_the_damaged_files(tmp_path: Path) -> None:
     (tmp_path / "c").unlink()
     assert damaged_files(tmp_path) == ["a", "c"]
     assert damaged_files(tmp_path, ["b"]) == []
+    (tmp_path / "README.md").write_text("a card")
+    write_checksums(tmp_path)
+    before = folder_hash(tmp_path)
+    (tmp_path / "README.md").write_text("another card")
+    assert damaged_files(tmp_path) == [] and folder_hash(tmp_path) == before
     for damaged in ("", "[]", "nonsense"):
         (tmp_path / CHECKSUMS).write_text(damaged)
         assert damaged_files(tmp_path) == [CHECKSUMS]

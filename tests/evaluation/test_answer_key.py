@@ -54,16 +54,22 @@ CHANGES: dict[str, str] = {
     "lora_scale": "0.5",
     "context": "terms.txt",
     "no_context": "true",
+    "engine": "ct2",
+    "server": "http://two/v1",
+    "served_model": "two",
 }
 """{flag that decides answers: another value}"""
 NEEDS = {"top_p": ["--temperature", "0.5"], "seed": ["--temperature", "0.5"], "cache_dtype": ["--store", "encoder"]}
 NEEDS["lora_scale"] = ["--lora_dir", "adapter"]
+SERVER = ["--server", "http://one/v1", "--served_model", "one"]
+NEEDS |= {"server": SERVER, "served_model": SERVER}
 """Flags without which a flag has no effect or is refused."""
 CHANGES["cache_dtype"] = "float32"
 NO_EFFECT = {
     *("output_dir", "storage_path", "features_dir", "features_cache_dir", "features_cache_gib", "cache_budget_gib"),
     *("num_actors", "num_models", "gpus_per_model", "cuda_visible_devices", "strict", "retry_failed", "score_only"),
     *("check_batch_invariance", "normalizer", "terms", "english_spelling", "caption_jars"),
+    *("engine_python", "server_key", "server_timeout_sec", "server_retries"),
 }
 """Flags that decide where and how the job computes, or what is done with the answers."""
 ELSEWHERE = {
@@ -100,6 +106,8 @@ def question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
 
     def key(*flags: str) -> str:
         defaults = {"--val_jsonl": "rows.jsonl", "--model_id": "base", "--features_dir": "features"}
+        if "--server" in flags:
+            del defaults["--model_id"]
         argv = [word for pair in defaults.items() if pair[0] not in flags for word in pair]
         with pytest.raises(Stop) as stopped:
             job.run_evaluation(parse_only("evaluate", [*argv, "--output_dir", "evaluation", *flags]))
@@ -134,8 +142,22 @@ def test_a_flag_that_decides_answers_changes_the_key(
         (tmp_path / "compiled").mkdir()
         (tmp_path / "compiled" / "program").write_text("1")
         monkeypatch.setattr(job, "read_report", lambda folder: {})
+    if flag == "engine":
+        monkeypatch.setattr(job, "check_engine", lambda config: None)
     needed = NEEDS.get(flag, [])
-    assert question(*needed) != question(*needed, f"--{flag}", CHANGES[flag])
+    changed = dict(zip(needed[::2], needed[1::2], strict=True)) | {f"--{flag}": CHANGES[flag]}
+    assert question(*needed) != question(*(word for pair in changed.items() for word in pair))
+
+
+def test_key_and_patience_with_a_server_do_not_change_the_key(
+    question: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = question(*SERVER)
+    for name in ("OPENAI_API_KEY", "OTHER_KEY"):
+        monkeypatch.setenv(name, "secret")
+    assert question(*SERVER) == before
+    others = ("--server_key", "OTHER_KEY", "--server_timeout_sec", "9", "--server_retries", "0")
+    assert question(*SERVER, *others) == before
 
 
 def edit_json(path: Path, name: str, value: Any) -> None:

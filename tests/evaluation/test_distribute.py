@@ -16,13 +16,15 @@ from voxray.batches.collate import collate_training
 from voxray.cluster.actor_pool import ActorPool, _Item
 from voxray.config.flag_groups import ScoreFlags
 from voxray.core.errors import RunError, SettingsError
-from voxray.evaluation import distribute, prediction_actor
+from voxray.evaluation import distribute
 from voxray.evaluation.distribute import ModelCount, answer_rows, check_invariance, plan_model_pool, read_failed
 from voxray.evaluation.prediction_actor import MAX_CRASHES_PER_ROW, PredictionActor
 from voxray.evaluation.predictions import read_predictions, score_predictions
 from voxray.features.crash_log import open_crash_log
 from voxray.features.reader import Features
 from voxray.generation import continuous_batching
+from voxray.generation.engines import engine
+from voxray.generation.engines import load as engine_loader
 from voxray.generation.generate import SamplingParams, generate_texts, sort_by_expected_length
 from voxray.generation.model import InferenceConfig
 from voxray.models.registry import get_family
@@ -236,14 +238,14 @@ def test_skipped_rows_are_listed(folders, tmp_path, monkeypatch):
 
 def test_reference_losses_are_those_of_transformers(folders, tmp_path, monkeypatch):
     """Row by row with the library's own loss; a row whose loss cannot be computed keeps its answer."""
-    real, features = prediction_actor.reference_losses, Features(folders)
+    real, features = engine.reference_losses, Features(folders)
 
     def failing(model, family, front_end, rows):
         if any(row.id == "tqa.val.jsonl:2" for row in rows):
             raise RuntimeError("out of memory")
         return real(model, family, front_end, rows)
 
-    monkeypatch.setattr(prediction_actor, "reference_losses", failing)
+    monkeypatch.setattr(engine, "reference_losses", failing)
     metrics = evaluate(folders, range(len(features)), tmp_path, replace(CONFIG, perplexity="answers"))
     model = VoxtralForConditionalGeneration.from_pretrained(TINY).eval()
     front_end, predictions = get_family(TINY).front_end(TINY), {row["id"]: row for row in read_predictions(tmp_path)}
@@ -273,7 +275,7 @@ def test_without_a_model_the_job_ends_in_one_line(folders, tmp_path, monkeypatch
     def load(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of\nmemory")
 
-    monkeypatch.setattr(prediction_actor, "load_model", load)
+    monkeypatch.setattr(engine_loader, "load_model", load)
     message = "the model cannot be loaded: OutOfMemoryError: CUDA out of memory"
     [item] = PredictionActor(CONFIG, folders, tmp_path / "p", 1)(batch)["item"]
     assert item.error == message
@@ -296,14 +298,14 @@ def test_batch_composition_changes_no_text(folders, tmp_path, monkeypatch):
     result = check_invariance(CONFIG, folders, rows, tmp_path, 5, use_ray=False)
     assert result == {"n": 5, "differing": 0, "ids": []}
     assert check_invariance(CONFIG, folders, rows, tmp_path, 99, use_ray=False)["n"] == len(rows)
-    real = prediction_actor.generate
+    real = engine.generate
 
     def other(model, family, front_end, rows, *, batch_size, **options):
         for index, answer in real(model, family, front_end, rows, batch_size=batch_size, **options):
             text = answer.text + "!" * (batch_size == 1 and rows[index].id == "sqa.val.jsonl:1")
             yield index, replace(answer, text=text)
 
-    monkeypatch.setattr(prediction_actor, "generate", other)
+    monkeypatch.setattr(engine, "generate", other)
     shutil.rmtree(tmp_path / "one_by_one")
     result = check_invariance(CONFIG, folders, rows, tmp_path, 99, use_ray=False)
     assert result == {"n": len(rows), "differing": 1, "ids": ["sqa.val.jsonl:1"]}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SPEECH, TINY
 
-from voxray.commands import export
+from voxray.commands import export_formats
 from voxray.commands.export import run_export
 from voxray.commands.infer import run_inference
 from voxray.config.evaluate import InferSettings
@@ -155,12 +155,12 @@ def test_a_relative_output_stands_under_the_storage_path(tmp_path):
 
 def test_a_merge_that_goes_wrong_is_not_written(tmp_path, monkeypatch):
     """If the files lack one layer's LoRA, the logits differ and no file is left."""
-    merged_tensors = export.merged_tensors
+    merged_tensors = export_formats.merged_tensors
 
     def forgetful(base: Any, layers: Any, dtype: torch.dtype) -> Any:
         return merged_tensors(base, dict(list(layers.items())[:-1]), dtype)
 
-    monkeypatch.setattr(export, "merged_tensors", forgetful)
+    monkeypatch.setattr(export_formats, "merged_tensors", forgetful)
     with pytest.raises(RunError, match="the model on disk answers differently"):
         run(make_adapter(tmp_path / "a"), tmp_path / "e")
     assert not (tmp_path / "e").exists() and not list(tmp_path.glob(".e*"))

@@ -9,7 +9,7 @@ from conftest import TINY, WHISPER
 from helpers.adapters import random_adapter
 from safetensors.torch import load_file, save_file
 
-from voxray.commands import export
+from voxray.commands import export_formats
 from voxray.commands.export import run_export
 from voxray.config.export import ExportSettings
 from voxray.core.errors import RunError, SettingsError
@@ -112,7 +112,7 @@ def test_several_files(adapter: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_wrong_file_is_not_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    read = export.read_mistral
+    read = export_formats.read_mistral
 
     def damaged(folder: Path, base: object) -> object:
         [path] = folder.glob("*.safetensors")
@@ -126,7 +126,7 @@ def test_a_wrong_file_is_not_written(
         save_file(stored, path)
         return read(folder, base)
 
-    monkeypatch.setattr(export, "read_mistral", damaged)
+    monkeypatch.setattr(export_formats, "read_mistral", damaged)
     message = (
         "the model on disk answers differently" if damage == "other values" else "1 tensors are missing or unknown"
     )

@@ -23,6 +23,13 @@ VARIANTS = dict.fromkeys(
     ("speeds", "noise_snr", "noise_dir", "noise_share", "room_dir", "room_share", "variant_seed"),
     "feature_flags::variants",
 )
+SERVER = {
+    **dict.fromkeys(("engine", "engine_python"), "vllm_engine::evaluate_and_infer_answer_with_vllm"),
+    **dict.fromkeys(("server", "served_model"), "server::requests_of_all_tasks"),
+    "server_key": "server::keys_that_cannot_be_used",
+    "server_timeout_sec": "server::faults_of_rows_stay_with_their_rows",
+    "server_retries": "server::a_server_that_cannot_be_reached_ends_the_job",
+}
 MASKS = ("freq_masks", "freq_mask_bins", "time_masks", "time_mask_frames", "time_mask_share")
 FEATURES_TRAINED = "feature_flags::feature_flags_reach_training"
 FOLDERS = "training_flags::train_jsonl_output_dir_storage_path_features_dir"
@@ -241,8 +248,10 @@ SEEN_BY: dict[str, dict[str, str]] = {
         **CACHE,
         "compiled": "compiled_audio::evaluate_and_efficiency_use_it",
         "cuda_visible_devices": WARNS,
+        **SERVER,
     },
     "infer": {
+        **SERVER,
         **dict.fromkeys(("audio_path", "question", "language"), "other_flags::infer_clip"),
         **dict.fromkeys(("jsonl", "output_path", "batch_size", "preview_rows", "bf16", "fp16", "quantize"), INFER_ROWS),
         **dict.fromkeys(("max_new_tokens", "temperature", "seed"), f"{INFER_ROWS} {SAMPLING}"),
@@ -282,6 +291,7 @@ SEEN_BY: dict[str, dict[str, str]] = {
         "format": f"{SALMONN}::stage_2_starts_from_stage_1",
         "merge": "export::only_the_projector_can_be_merged",
         "dtype": "export::dtype",
+        "evaluations": "model_card::card_of_a_training_and_of_its_export",
         "scale": "lora_scale::scales_of_an_adapter lora_scale::what_cannot_be_scaled",
     },
     "prepare": {

@@ -23,10 +23,9 @@ from voxray.config.quickstart import QuickstartSettings
 from voxray.config.train import MultitaskSettings
 from voxray.core.errors import RunError
 from voxray.evaluation import distribute as batch
-from voxray.evaluation import prediction_actor as answerer
 from voxray.evaluation.predictions import read_predictions
 from voxray.features.extract import Extractor
-from voxray.generation import requests as items
+from voxray.generation.engines import engine
 from voxray.generation.generate import Completion, SamplingParams
 from voxray.models.adapters.lora import add_lora, save_adapter
 from voxray.models.voxtral.family import Voxtral
@@ -72,8 +71,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({**what, "batch_size": batch_size, **asdict(sampling)})
         return ((index, Completion("1", 1, False, 0.1)) for index in range(len(rows)))
 
-    monkeypatch.setattr(answerer, "generate", generated)
-    monkeypatch.setattr(items, "generate", generated)
+    monkeypatch.setattr(engine, "generate", generated)
     return calls
 
 
@@ -393,6 +391,8 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(quickstart, "read_predictions", lambda folder: [])
     monkeypatch.setattr(quickstart, "_split", lambda rows, own: split.append(own) or ({}, {}))
     monkeypatch.setattr(quickstart, "_most_frequent_answer", lambda folders, settings: {})
+    cards: list[Any] = []
+    monkeypatch.setattr(quickstart, "_write_card", lambda *arguments: cards.append(arguments))
     values = {
         **other_values(QuickstartSettings, half),
         "storage_path": str(tmp_path),
@@ -418,7 +418,7 @@ def test_quickstart_hands_its_flags_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert (before["output_dir"], after["output_dir"]) == (str(folder / "base"), str(folder / "tuned"))
     assert (before["lora_dir"], after["lora_dir"]) == ("", str(folder / "train"))
     assert split[0] == 3 and split[1:] == [("b",), ("b",)]
-    assert (folder / "summary.json").is_file()
+    assert (folder / "summary.json").is_file() and cards == [(folder, values["model_id"])]
 
 
 def test_quickstart_trains_in_two_processes_unless_told_otherwise(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def test_stage_2_starts_from_stage_1(run: Run, tuned: Path, tmp_path: Path, caps
     assert losses(plain)[0] < losses(tuned)[0]
     report = run_export(ExportSettings(lora_dir=str(tuned), output_dir=str(tmp_path / "x"), format="official"))
     assert report["tensors"] == 69 and report["difference_on_disk"] == 0
+    assert "SALMONN's own code reads the checkpoint" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
     official = tmp_path / "x" / "salmonn_v1.pth"
     official_names = json.loads((ASSETS / "salmonn-reference" / "keys_salmonn_7b.json").read_text())
     needed = {

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -126,15 +127,29 @@ def test_evaluate(tmp_path: Path, evaluation_here: None, container: str, batch_s
     assert len(answers) == 27 and sum(map(bool, answers)) == 27
 
 
+@cache
+def in_ct2(model: Path) -> Path:
+    """The base in CTranslate2's format, in float32."""
+    folder = Path(tempfile.mkdtemp()) / "e"
+    values = ["--model_id", str(model), "--format", "ct2", "--output_dir", str(folder)]
+    run_export(parse_only("export", values))
+    return folder
+
+
+def engine_flags(engine: str, model: Path) -> list[str]:
+    return ["--model_id", str(in_ct2(model) if engine == "ct2" else model), "--engine", engine]
+
+
+@pytest.mark.parametrize("engine", ["transformers", "ct2"])
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("with_language", [True, False])
-def test_infer(tmp_path: Path, batch_size: int, with_language: bool) -> None:
+def test_infer(tmp_path: Path, batch_size: int, with_language: bool, engine: str) -> None:
     languages = [row["language"] if with_language else "" for row in clips()]
     rows = [
         {"audio_path": row["audio_path"], "transcript": row["transcript"]} | ({"language": code} if code else {})
         for row, code in zip(clips(), languages, strict=True)
     ]
-    argv = ["--model_id", str(BASE), "--jsonl", write_rows(tmp_path / "rows.jsonl", rows)]
+    argv = [*engine_flags(engine, BASE), "--jsonl", write_rows(tmp_path / "rows.jsonl", rows)]
     argv += ["--batch_size", str(batch_size), "--max_new_tokens", str(LIMIT)]
     answers = [entry["prediction"] for entry in run_inference(parse_only("infer", argv), "")]
     assert answers == [
@@ -152,8 +167,10 @@ def test_infer_with_an_english_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", [BASE, TINY_EN], ids=["base", "tiny.en"])
-@pytest.mark.parametrize("seconds", [40, 120, 360])
-def test_long_recordings(tmp_path: Path, model: Path, seconds: int) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "engine"), [(40, "transformers"), (120, "transformers"), (360, "transformers"), (120, "ct2")]
+)
+def test_long_recordings(tmp_path: Path, model: Path, seconds: int, engine: str) -> None:
     """English clips one after another, with pauses."""
     pause = np.zeros(RATE_HZ, np.float32)
     english = [decode(row["audio_path"], RATE_HZ) for row in clips() if row["language"] == "en"]
@@ -163,7 +180,7 @@ def test_long_recordings(tmp_path: Path, model: Path, seconds: int) -> None:
     path = tmp_path / "long.wav"
     soundfile.write(path, np.concatenate(parts)[: seconds * RATE_HZ], RATE_HZ, subtype="FLOAT")
     language = ["--language", "en"] if model == BASE else []
-    argv = ["--model_id", str(model), "--audio_path", str(path), "--max_new_tokens", "200", *language]
+    argv = [*engine_flags(engine, model), "--audio_path", str(path), "--max_new_tokens", "200", *language]
     [entry] = run_inference(parse_only("infer", argv), "")
     expected = text_of_transformers(model, str(path), "en", max_new_tokens=200)
     assert entry["prediction"] == expected and len(expected) > 2 * seconds

@@ -17,7 +17,7 @@ from voxray.core.errors import RunError
 from voxray.models.adapters.lora import CONFIG, WEIGHTS
 from voxray.models.voxtral.family import Voxtral
 from voxray.recipes.build_model import resume
-from voxray.runs.layout import checkpoint_folder, list_checkpoints
+from voxray.runs.layout import CARD, checkpoint_folder, list_checkpoints
 from voxray.training import checkpoint
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter, read_optimizer_state, read_progress
 from voxray.training.engine import CheckpointState, DataParallel
@@ -125,6 +125,23 @@ def test_the_published_adapter_is_replaced_as_a_whole(tmp_path: Path) -> None:
     publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter")
     assert sorted(os.listdir(tmp_path / "adapter")) == sorted([CONFIG, WEIGHTS, CHECKSUMS])
     assert json.loads((tmp_path / "adapter" / CONFIG).read_text())["tuning"] == "full"
+
+
+def test_an_adapter_has_its_whole_card_or_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=3)
+    write(writer, 1)
+    writer.wait()
+
+    def killed(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "write_checksums", killed)
+        publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter", "# Card")
+    assert not (tmp_path / "adapter").exists()
+    publish_adapter(checkpoint_folder(tmp_path, 1), tmp_path / "adapter", "# Card")
+    assert (tmp_path / "adapter" / CARD).read_text() == "# Card"
+    assert CARD not in json.loads((tmp_path / "adapter" / CHECKSUMS).read_text())
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "optimizer.pt", "progress.json", CONFIG])

@@ -32,6 +32,7 @@ from voxray.features.featurize import write_ledger
 from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
+from voxray.generation.engines.load import check_engine
 from voxray.generation.long_audio import CHUNK_MANIFEST, restore_recordings, write_chunk_manifest
 from voxray.generation.model import InferenceConfig, base_and_adapter, inference_config, resolve_settings
 from voxray.generation.salmonn_base import assemble_base
@@ -76,6 +77,7 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
         check_encoder_unchanged(get_family(model_id), settings.store, settings.quantize, adapter)
         config = inference_config(settings, model_id, adapter, settings.gen_max_new_tokens, settings.per_device_bsz)
         config = replace(config, perplexity=settings.perplexity)
+        check_engine(config)
         _, max_models = as_range(settings.num_models)
         num_cpus = max(MIN_ACTORS, settings.num_actors, max_models)
         with _report_interrupt(output_dir), ray_session(output_dir / "ray.log", num_cpus):

@@ -24,12 +24,13 @@ from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.evaluation.score import score
 from voxray.features.context import sample_with_context
 from voxray.features.extract import Extractor, FeatureSpec
+from voxray.generation.engines.engine import InferenceEngine
+from voxray.generation.engines.load import check_engine, engine_store, load_engine
 from voxray.generation.generate import Completion, failure_reason
 from voxray.generation.model import (
     InferenceConfig,
     base_and_adapter,
     inference_config,
-    load_model,
     resolve_settings,
 )
 from voxray.generation.requests import AnswerRequest, answer_requests, make_request, make_sample
@@ -69,16 +70,18 @@ def run_inference(settings: InferSettings, demo_jsonl: str) -> list[dict[str, An
     settings = resolve_settings(settings, model_id, adapter)
     _warn_about_unused_flags(settings, manifest, log)
     config = inference_config(settings, model_id, adapter, settings.max_new_tokens, settings.batch_size)
-    extractor = Extractor(model_id, FeatureSpec(trim_audio=config.trim_audio, language=settings.language))
-    model, num_tensors = load_model(config)
-    if adapter:
+    check_engine(config)
+    store = engine_store(config.engine)
+    extractor = Extractor(model_id, FeatureSpec(store, trim_audio=config.trim_audio, language=settings.language))
+    engine, num_tensors = load_engine(config, extractor.front_end)
+    if num_tensors:
         print(f"adapter {adapter}: {num_tensors} tensors", file=sys.stderr, flush=True)
     entries: list[dict[str, Any]] = []
     num_failed, num_cut, num_labels, keys = 0, 0, 0, ManifestKeys() if manifest else None
     # line buffered, so that finished answers are on disk if the job is killed
     options: dict[str, Any] = {"mode": "w", "encoding": "utf-8", "buffering": 1}
     with open(output_path, **options) as output, open(labels_path, **options) as labels:
-        for request, answers in _answer(samples, model, config, extractor, settings):
+        for request, answers in _answer(samples, engine, config, extractor, settings):
             error = next((answer for answer in answers if isinstance(answer, Exception)), None)
             if error:
                 num_failed += 1
@@ -136,13 +139,17 @@ def _prepare_output_path(path: str, inputs: Sequence[str], flag: str) -> Path:
 
 
 def _answer(
-    samples: Iterator[Sample], model: Any, config: InferenceConfig, extractor: Extractor, settings: InferSettings
+    samples: Iterator[Sample],
+    engine: InferenceEngine,
+    config: InferenceConfig,
+    extractor: Extractor,
+    settings: InferSettings,
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer the samples; yields each request with the completions or errors of its rows."""
     if config.context is not None:
         samples = (sample_with_context(sample, config.context) for sample in samples)
     for requests in _request_groups(samples, extractor, settings):
-        yield from answer_requests(requests, model, extractor.front_end, config)
+        yield from answer_requests(requests, engine, config.batch_size)
 
 
 def _entry(request: AnswerRequest, text: str, language: str, keys: ManifestKeys | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from voxray.cards.card import read_card_facts, write_card
 from voxray.cluster.session import ray_session
 from voxray.commands.evaluate import run_evaluation
 from voxray.commands.train import run_training
@@ -26,6 +27,7 @@ from voxray.features.from_settings import make_features, open_features_dir
 from voxray.features.reader import Features
 from voxray.features.shards import TASK_CODES
 from voxray.metrics.counts import as_row, compute_metrics, count
+from voxray.models.adapters.lora import find_adapter
 from voxray.models.parts.arithmetic import with_default_dtype
 from voxray.runs.run_folder import make_folder, resolve_output_dir
 
@@ -75,6 +77,7 @@ def run_quickstart(settings: QuickstartSettings) -> dict[str, Any]:
         with _timed(seconds, "evaluate tuned"):
             adapter = str(output_dir / "train")
             run_evaluation(EvaluateSettings(**evaluation, output_dir=str(output_dir / "tuned"), lora_dir=adapter))
+    _write_card(output_dir, settings.model_id)
     folders = dict(zip(chain(*manifests), report.folders, strict=True))
     base, own_voices = _split(read_predictions(output_dir / "base"), settings.base_val_jsonl)
     tuned, own_voices_tuned = _split(read_predictions(output_dir / "tuned"), settings.base_val_jsonl)
@@ -97,6 +100,13 @@ def _train_settings(settings: QuickstartSettings, output_dir: Path, shared: dict
     values = {name: getattr(settings, name) for name in names & settings.model_fields_set}
     values |= {**shared, "num_workers": settings.num_workers, "output_dir": str(output_dir / "train")}
     return MultitaskSettings(**{**values, "overwrite": True})
+
+
+def _write_card(output_dir: Path, model_id: str) -> None:
+    """Write the adapter's card again, with the results of both evaluations."""
+    adapter = find_adapter(str(output_dir / "train"))
+    evaluations = [str(output_dir / name) for name in ("base", "tuned")]
+    write_card(adapter, read_card_facts(adapter, model_id, evaluations=evaluations))
 
 
 @contextmanager

@@ -26,6 +26,7 @@ IGNORED_SETTINGS = {
     *("model_id", "lora_dir", "output_dir", "storage_path", "features_dir", "features_cache_dir", "score_only"),
     *("features_cache_gib", "cache_budget_gib", "num_actors", "num_models", "per_device_bsz", "rows_per_shard"),
     *("cuda_visible_devices", "strict", "seed", "gpus_per_model", "check_batch_invariance", "mode", "tasks_file"),
+    *("server", "served_model", "server_key", "server_timeout_sec", "server_retries"),
 }
 """Settings that are the subject of a comparison, or that do not change the answers."""
 

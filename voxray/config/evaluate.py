@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from voxray.config.engine_flags import REFUSED, EngineFlags
 from voxray.config.flag_groups import (
     SALMONN_PARTS,
     CommaNumbers,
@@ -132,6 +133,7 @@ class EvaluateSettings(
     PlacementFlags,
     RecordedTaskFlags,
     ContextFlags,
+    EngineFlags,
 ):
     url_flags: ClassVar[tuple[str, ...]] = ("output_dir", "storage_path", "features_dir")
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "score_only")
@@ -213,20 +215,22 @@ class EvaluateSettings(
         sources = {"val_jsonl", "score_only", *SALMONN_PARTS}
         if isinstance(values, dict) and values.get("mode") and not sources & set(values):
             held_out = [str(DEMO_ASSETS / "speech" / f"{task}.val.jsonl") for task in ("asr", "sqa", "tqa")]
-            return {"model_id": str(DEMO_ASSETS / "voxtral-tiny"), **values, "val_jsonl": held_out}
+            model = {} if values.get("server") else {"model_id": str(DEMO_ASSETS / "voxtral-tiny")}
+            return {**model, **values, "val_jsonl": held_out}
         return values
 
     @model_validator(mode="before")
     @classmethod
     def _mode_defaults(cls, values: Any) -> Any:
-        """SALMONN's evaluator searches with four beams, for at most 200 tokens."""
+        """SALMONN's evaluator searches with four beams, for at most 200 tokens. Engines without beams do not."""
         if not (isinstance(values, dict) and values.get("mode")):
             return values
-        beams = {} if values.get("temperature") else {"num_beams": 4}
+        refused = REFUSED.get("server" if values.get("server") else str(values.get("engine")), ())
+        beams = {} if values.get("temperature") or "num_beams" in refused else {"num_beams": 4}
         return {"gen_max_new_tokens": 200, **beams, **values}
 
 
-class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags, ContextFlags):
+class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags, ContextFlags, EngineFlags):
     task_folders: ClassVar[tuple[str, ...]] = ("lora_dir", "output_dir")
     audio_path: Annotated[str, Flag(path="input")] = ""
     """An audio file, or a folder of them, to transcribe or to answer --question about."""
@@ -263,4 +267,6 @@ class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags,
             raise ValueError("--audio_path and --jsonl: give one of them")
         if self.question and self.jsonl:
             raise ValueError("--question and --jsonl: give one of them; the rows of a manifest hold their questions")
+        if self.server and self.output_dir:
+            raise ValueError("--server: not with --output_dir, because the server loads its model by itself")
         return self

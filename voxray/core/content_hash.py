@@ -81,8 +81,9 @@ def _hash_all(folder: Path, names: Iterable[str]) -> list[str]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write ``CHECKSUMS`` for all files of a folder."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    """Write ``CHECKSUMS`` for all files of a folder but Markdown pages, such as model cards, which may be rewritten."""
+    paths = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"]
+    names = sorted(path.name for path in paths if path.name != CHECKSUMS)
     write_json(folder / CHECKSUMS, {name: checksum(folder / name) for name in names})
 
 

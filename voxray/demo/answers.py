@@ -20,6 +20,7 @@ from voxray.core.languages import language_code
 from voxray.core.tasks import TASKS
 from voxray.evaluation.predictions import metrics_by_task, with_counts
 from voxray.features.extract import Extractor, FeatureSpec
+from voxray.generation.engines.engine import TransformersEngine
 from voxray.generation.generate import Completion, failure_reason
 from voxray.generation.model import (
     InferenceConfig,
@@ -109,6 +110,7 @@ class DemoModel:
         self.has_base = isinstance(model, PeftModel) and not family.full_modules
         self._model = model
         self._extractor = Extractor(config.model_id, FeatureSpec(trim_audio=config.trim_audio))
+        self._engine = TransformersEngine(model, self._extractor.front_end, config)
         self._decoder = IsolatedDecoder()
         self._lock = threading.Lock()  # disabling the adapter affects all users of the model
         self._is_stopping = False
@@ -203,7 +205,7 @@ class DemoModel:
 
     def _generate(self, answer_request: AnswerRequest) -> list[Completion]:
         try:
-            [(_, results)] = answer_requests([answer_request], self._model, self._extractor.front_end, self.config)
+            [(_, results)] = answer_requests([answer_request], self._engine, self.config.batch_size)
         except RunError as error:
             raise AnswerError(f"{error}.") from None
         except _Stopping:

@@ -40,6 +40,8 @@ BATCHES_PER_PART = 8
 """Longer parts waste less time on the last rows of each part; shorter parts lose less work when a run is killed."""
 MADE_BY = "made_by.json"
 """File that identifies the evaluation to which the parts beside it belong."""
+NOT_IN_KEY = ("engine_python", "max_len", "server")
+"""Fields of ``InferenceConfig`` that do not decide the answers; of a server the address does."""
 RowProgress = Callable[[int, int], None]
 
 
@@ -124,7 +126,10 @@ def answer_rows(
     on_progress(done, total)
     pool, num_threads = None, os.cpu_count() or 1
     if use_ray and items:
-        pool, num_threads = plan_model_pool(models or ModelCount(), max_gpus(), present_cpus(), len(items))
+        models, num_gpus = models or ModelCount(), 0 if config.server else max_gpus()
+        if config.server:  # one process sends as many requests at a time as --per_device_bsz says
+            models = replace(models, number=models.number or 1)
+        pool, num_threads = plan_model_pool(models, num_gpus, present_cpus(), len(items))
         if not pool.num_gpus:
             pool = fit_memory(pool, *model_bytes(config, pool.max_size))
             num_threads = max(num_threads, present_cpus() // pool.max_size)
@@ -208,6 +213,12 @@ def answer_key(config: InferenceConfig, features: Features, parts: Sequence[Sequ
         RunError: A file of the base, the adapter or the compiled programs cannot be read.
     """
     values: dict[str, Any] = {**asdict(config), "model_id": get_family(config.model_id).content_hash(config.model_id)}
+    for name in NOT_IN_KEY:
+        del values[name]
+    if config.server:
+        values["server"] = config.server.url
+    if config.engine == "transformers":  # keys of earlier versions had no engine
+        del values["engine"]
     for name in ("adapter", "compiled"):
         values[name] = path_hash(Path(getattr(config, name))) if getattr(config, name) else ""
     stored_counts = [PREDICTION_SCHEMA.names, sorted(normalizer.name for normalizer in (KOREAN, BASIC, ENGLISH))]

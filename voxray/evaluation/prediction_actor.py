@@ -16,10 +16,11 @@ from voxray.evaluation.row_metadata import ManifestKeys
 from voxray.features.context import with_context
 from voxray.features.crash_log import open_crash_log
 from voxray.features.reader import FeatureRow, Features
-from voxray.generation.generate import Completion, Result, bisect_failures, failure_reason, generate
-from voxray.generation.likelihood import reference_losses
+from voxray.generation.engines.engine import InferenceEngine, TransformersEngine
+from voxray.generation.engines.load import load_engine
+from voxray.generation.generate import Completion, Result, bisect_failures, failure_reason
 from voxray.generation.long_audio import CHUNK_MANIFEST
-from voxray.generation.model import InferenceConfig, load_model
+from voxray.generation.model import InferenceConfig
 from voxray.metrics.names import is_transcript
 from voxray.models.registry import get_family
 from voxray.runs.remote_sync import RemoteSync
@@ -55,12 +56,12 @@ class PredictionActor(PoolWorker):
         self._rows: dict[int, FeatureRow] = {}
         if not torch.cuda.is_available():
             torch.set_num_threads(num_threads)
-        self.family = get_family(config.model_id)
-        self.front_end = self.family.front_end(config.model_id, trim_audio=config.trim_audio)
-        self.model, self.load_error = None, ""
+        self.front_end = get_family(config.model_id).front_end(config.model_id, trim_audio=config.trim_audio)
+        self.engine: InferenceEngine | None = None
+        self.load_error = ""
         skip_encoder = self.features.store == "encoder"
         try:
-            self.model, _ = load_model(config, skip_encoder=skip_encoder, num_processes=num_models)
+            self.engine, _ = load_engine(config, self.front_end, skip_encoder=skip_encoder, num_processes=num_models)
         except RunError as error:
             self.load_error = str(error)
         except Exception as error:  # out of memory, or whatever else a library raises
@@ -114,17 +115,16 @@ class PredictionActor(PoolWorker):
 
         return bisect_failures(list(rows), self.config.batch_size, work_on_stored)
 
-    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion]]:
-        """Yield (index of the row, answer)."""
-        model = (self.model, self.family, self.front_end)
-        options = {"sampling": self.config.sampling, "static_cache": self.config.static_cache}
-        return generate(*model, rows, batch_size=batch_size, **options)
+    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion | Exception]]:
+        """Yield (index of the row, answer, or why it has none)."""
+        assert self.engine is not None
+        return self.engine.generate(rows, batch_size)
 
     def score_references(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, float]]:
         """Yield (index of the row, -ln p of its reference answer)."""
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            yield from enumerate(reference_losses(self.model, self.family, self.front_end, batch), start)
+            assert isinstance(self.engine, TransformersEngine)
+            yield from enumerate(self.engine.reference_losses(rows[start : start + batch_size]), start)
 
     def _row(self, number: int) -> FeatureRow:
         """A row of the part that is being answered. It is read once."""
@@ -139,7 +139,11 @@ class PredictionActor(PoolWorker):
         Chunks of a recording have none.
         """
         row, scored = self._row(number), self.config.perplexity
-        if scored == "none" or (scored == "answers" and is_transcript(row.task)):
+        if (
+            not isinstance(self.engine, TransformersEngine)
+            or scored == "none"
+            or (scored == "answers" and is_transcript(row.task))
+        ):
             return False
         return not {"chunk_of", UNLABELLED} & set(self.keys.of(row.source))
 

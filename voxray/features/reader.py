@@ -73,11 +73,16 @@ class FeatureRow:
             object.__setattr__(self, "prompt_labels", has_label)
 
     @classmethod
-    def from_values(cls, row: dict[str, Any]) -> "FeatureRow":
-        """Make a row from the log-mel values of ``extract.Extractor`` without storing it."""
+    def from_values(cls, row: dict[str, Any], store: str = "mel") -> "FeatureRow":
+        """Make a row from the values of ``extract.Extractor`` without storing it.
+
+        Args:
+            store: ``mel`` or ``pcm16``.
+        """
         values = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         ids = {name: np.asarray(row[name], np.int32) for name in ("prompt_ids", "target_ids")}
-        return cls(**{**values, **ids, "store": "mel", "audio": row["audio"].astype(np.float16)})
+        audio = row["audio"].astype(np.int16 if store == "pcm16" else np.float16)
+        return cls(**{**values, **ids, "store": store, "audio": audio})
 
 
 class DamagedShard(Exception):
@@ -255,6 +260,15 @@ class Features(RowLengths):
     def source(self, number: int) -> str:
         """``<manifest>:<line>`` of a row."""
         return self._index["source"][int(number)].as_py()
+
+    @property
+    def manifests(self) -> list[tuple[str, str]]:
+        """(path of the manifest, hash of its lines and clips) of every set."""
+        return [(str(each.get("manifest", "")), each["content"]) for each in self._descriptions]
+
+    def origins(self, numbers: np.ndarray) -> pa.Table:
+        """``language`` and ``source`` of some rows."""
+        return self._index.select(["language", "source"]).take(pa.array(numbers))
 
     def row(self, number: int) -> FeatureRow:
         """Read one row from its mapped shard; no copy of the features is made.

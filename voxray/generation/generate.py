@@ -63,6 +63,11 @@ class Completion:
     language: str = ""
 
 
+def answer_limits(rows: Sequence[FeatureRow], front_end: FrontEnd, sampling: SamplingParams) -> list[int]:
+    """Longest answer of every row, in tokens."""
+    return [max(1, min(sampling.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
+
+
 def sort_by_expected_length(features: Features, rows: Sequence[int]) -> list[int]:
     """Sort rows so that the longest answers come first and rows with similar prompts are neighbours.
 
@@ -100,7 +105,7 @@ def generate(
     Args:
         static_cache: See ``models.parts.static_kv_cache``. Only greedy answers use it.
     """
-    limits = [max(1, min(sampling.max_new_tokens, front_end.max_positions - len(row.prompt_ids))) for row in rows]
+    limits = answer_limits(rows, front_end, sampling)
     is_sequential = [front_end.needs_sequential_generate(row.prompt_ids, row.num_windows) for row in rows]
     together = [index for index in range(len(rows)) if not is_sequential[index]]
     batches = [[index] for index in range(len(rows)) if is_sequential[index] and rows[index].num_windows == 1]
@@ -112,7 +117,7 @@ def generate(
         batched_rows = [rows[index] for index in together]
         for completion in generate_greedy(model, family, front_end, batched_rows, static_cache=static_cache, **options):
             index = together[completion.index]
-            yield index, _completion(completion.ids, front_end, limits[index], completion.sec, completion.language)
+            yield index, make_completion(completion.ids, front_end, limits[index], completion.sec, completion.language)
     else:
         batches += [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
     for batch in batches:
@@ -124,7 +129,7 @@ def generate(
         for index, ids, language in zip(batch, ids_per_row, languages, strict=True):
             # a row that is generated window by window may reach the limit in each window
             longest = limit * rows[index].num_windows if is_sequential[index] else limit
-            yield index, _completion(ids, front_end, longest, sec, language)
+            yield index, make_completion(ids, front_end, longest, sec, language)
 
 
 def bisect_failures(
@@ -212,7 +217,8 @@ def _library_ids(
     return answers, list(map(front_end.prompt_language, batch["input_ids"].tolist()))
 
 
-def _completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float, language: str) -> Completion:
+def make_completion(ids: list[int], front_end: FrontEnd, limit: int, sec: float, language: str) -> Completion:
+    """The answer that these token ids are. It was cut off if there are ``limit`` of them."""
     return Completion(front_end.decode(ids).strip(), len(ids), len(ids) >= limit, sec, language)
 
 

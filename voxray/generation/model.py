@@ -1,13 +1,16 @@
 """Load the model that answers, and collect from a job's settings what determines its answers."""
 
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import SecretStr
 
 from voxray.config.demo import DemoSettings
+from voxray.config.engine_flags import STORES, EngineFlags
 from voxray.config.evaluate import AdapterFlags, EvaluateSettings, InferSettings, LoraDirFlags
 from voxray.core.context import join_terms
 from voxray.core.errors import SettingsError
@@ -26,11 +29,33 @@ from voxray.models.parts.cpu_16bit import use_float32_products
 from voxray.models.parts.layer_compile import check_compiler
 from voxray.models.parts.quantize import base_dtype
 from voxray.models.registry import get_family
+from voxray.models.served import SERVED
 from voxray.models.shared_conversion import load_shared, shared_bytes
 from voxray.models.weight_sizes import loaded_bytes
 from voxray.runs.remote_sync import fetch_folder
 
 AdapterFlagsT = TypeVar("AdapterFlagsT", bound=AdapterFlags)
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """A server with OpenAI's API.
+
+    Attributes:
+        url: Address up to the version, such as ``http://localhost:8000/v1``.
+        model: Name of the model on it.
+        key_variable: Environment variable that holds the key.
+        timeout_sec: Longest time to wait for one response.
+        num_retries: How often a request is sent again after an error that may pass.
+        key: The key; it is pickled for other processes, and neither printed nor stored. "" for none.
+    """
+
+    url: str
+    model: str
+    key_variable: str = "OPENAI_API_KEY"
+    timeout_sec: float = 120.0
+    num_retries: int = 4
+    key: SecretStr = field(default_factory=lambda: SecretStr(""))
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,10 @@ class InferenceConfig:
         perplexity: Rows whose reference answers are scored by likelihood: ``none``, ``answers`` (all but transcripts)
             or ``all``.
         context: Context of all transcriptions, "" for none; None for that of each row.
+        engine: What answers: transformers, vllm, ct2 or server.
+        engine_python: Python that runs vLLM, "" for the Python of this process.
+        server: Server that answers; None for other engines.
+        max_len: Longest prompt in tokens, for engines that reserve memory for it.
     """
 
     model_id: str
@@ -71,6 +100,10 @@ class InferenceConfig:
     lora_scale: float = 1.0
     static_cache: bool = False
     context: str | None = None
+    engine: str = "transformers"
+    engine_python: str = ""
+    server: ServerAddress | None = None
+    max_len: int = 0
 
 
 def inference_config(
@@ -87,9 +120,21 @@ def inference_config(
     scale = getattr(settings, "lora_scale", 1.0)
     flags["lora_scale"] = scale[0] if isinstance(scale, tuple) else scale
     flags |= {"trim_audio": settings.trim_audio_tokens, "compiled": getattr(settings, "compiled", "")}
+    flags |= {"max_len": settings.max_len}
+    if isinstance(settings, EngineFlags):
+        flags |= {"engine": settings.engine_name, "engine_python": settings.engine_python, "server": _server(settings)}
     return InferenceConfig(
         model_id, str(adapter or ""), sampling, batch_size, context=_context(settings, model_id), **flags
     )
+
+
+def _server(settings: EngineFlags) -> ServerAddress | None:
+    if not settings.server:
+        return None
+    limits = settings.server_timeout_sec, settings.server_retries
+    key = SecretStr(os.environ.get(settings.server_key, "").strip())
+    url = settings.server.rstrip("/")
+    return ServerAddress(url, settings.served_model, settings.server_key, *limits, key=key)
 
 
 def _context(settings: EvaluateSettings | InferSettings | DemoSettings, model_id: str) -> str | None:
@@ -103,7 +148,16 @@ def _context(settings: EvaluateSettings | InferSettings | DemoSettings, model_id
 
 
 def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:
-    """Base model and adapter folder to use. The base that the adapter names is used unless --model_id is set."""
+    """Base model and adapter folder to use. The base that the adapter names is used unless --model_id is set.
+
+    Raises:
+        RunError, SettingsError: The adapter cannot be used, or --server_key names no variable that is set.
+    """
+    if isinstance(settings, EngineFlags) and settings.server:
+        if "server_key" in settings.model_fields_set and not os.environ.get(settings.server_key):
+            # the value is not shown, because it may be the key itself
+            raise SettingsError("--server_key: the environment has no variable of this name")
+        return f"{SERVED}{settings.served_model}", None
     if not lora_dir:
         return settings.model_id, None
     if "://" in lora_dir:
@@ -123,21 +177,32 @@ def resolve_settings(
 ) -> AdapterFlagsT:
     """The settings with what the base and the adapter decide, unless flags do.
 
-    These are the type that the model computes in (see ``with_default_dtype``), and ``trim_audio_tokens`` as in the
-    training of the adapter, or of the base without an adapter.
+    These are the type that the model computes in (see ``with_default_dtype``), ``trim_audio_tokens`` as in the training
+    of the adapter, or of the base without an adapter, and ``store`` as the engine needs it. For a server only the
+    latter is decided, and the name of its model.
 
     Args:
         on_ray: Whether the job runs on the cluster at RAY_ADDRESS, if that is set.
     Raises:
         SettingsError: The flag is set to the other value.
     """
+    if isinstance(settings, EngineFlags) and settings.server:
+        return settings.model_copy(update={"model_id": model_id, **_store(settings)})
     trained = read_trim_record(adapter) if adapter else None
     trimmed = trims_audio(model_id, settings.trim_audio_tokens) if trained is None else trained
     if "trim_audio_tokens" in settings.model_fields_set and settings.trim_audio_tokens != trimmed:
         kind = "with" if trimmed else "without"
         raise SettingsError(f"--trim_audio_tokens: {adapter or model_id} was trained {kind} it; leave the flag out")
     settings = with_default_dtype(settings, model_id, is_fully_tuned=is_fully_tuned(adapter), on_ray=on_ray)
-    return settings.model_copy(update={"trim_audio_tokens": trimmed})
+    return settings.model_copy(update={"trim_audio_tokens": trimmed, **_store(settings)})
+
+
+def _store(settings: AdapterFlags) -> dict[str, str]:
+    """``--store`` as the engine needs it, for a job that has this flag."""
+    if not (isinstance(settings, EngineFlags) and settings.engine_name in STORES and hasattr(settings, "store")):
+        return {}
+    stores, store = STORES[settings.engine_name], getattr(settings, "store", "")
+    return {"store": store if store in stores else stores[0]}
 
 
 def model_bytes(config: InferenceConfig, num_processes: int) -> tuple[int, int]:
@@ -145,6 +210,8 @@ def model_bytes(config: InferenceConfig, num_processes: int) -> tuple[int, int]:
 
     Files of the model itself are not counted. The system can drop them from memory and read them again.
     """
+    if config.server:
+        return 0, 0
     family, dtype = get_family(config.model_id), base_dtype(bf16=config.bf16, fp16=config.fp16)
     options: dict[str, Any] = {"adapter": config.adapter, "merges_adapter": config.merge_adapter}
     options |= {"quantize": config.quantize, "num_processes": num_processes}

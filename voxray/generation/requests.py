@@ -3,19 +3,16 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from voxray.core.errors import BadRow
 from voxray.core.manifest import Sample
 from voxray.core.tasks import TASKS
 from voxray.features.extract import Extractor
 from voxray.features.reader import FeatureRow
-from voxray.generation.generate import Completion, bisect_failures, generate
+from voxray.generation.engines.engine import InferenceEngine
+from voxray.generation.generate import Completion, bisect_failures
 from voxray.generation.join_chunks import join_texts
 from voxray.generation.long_audio import can_answer_in_chunks, overlap_share, recording_num_samples, split_into_chunks
-from voxray.generation.model import InferenceConfig
-from voxray.models.front_end import FrontEnd
-from voxray.models.registry import get_family
 
 
 @dataclass(frozen=True)
@@ -76,11 +73,11 @@ def make_request(sample: Sample, extractor: Extractor, max_len: int) -> AnswerRe
 
 
 def _feature_row(sample: Sample, extractor: Extractor) -> FeatureRow:
-    return FeatureRow.from_values(extractor.sample_rows(sample)[0][0])
+    return FeatureRow.from_values(extractor.sample_rows(sample)[0][0], extractor.spec.store)
 
 
 def answer_requests(
-    requests: Sequence[AnswerRequest], model: Any, front_end: FrontEnd, config: InferenceConfig
+    requests: Sequence[AnswerRequest], engine: InferenceEngine, batch_size: int
 ) -> Iterator[tuple[AnswerRequest, list[Completion | Exception]]]:
     """Answer requests together; yields each with its rows' completions, or the exception of a row that has none.
 
@@ -89,17 +86,15 @@ def answer_requests(
     Raises:
         RunError: The device has failed.
     """
-    family, rows = get_family(config.model_id), [row for request in requests for row in request.rows]
+    rows = [row for request in requests for row in request.rows]
 
-    def generate_rows(numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Completion]]:
-        batch = [rows[number] for number in numbers]
-        options = {"batch_size": batch_size, "sampling": config.sampling, "static_cache": config.static_cache}
-        return generate(model, family, front_end, batch, **options)
+    def generate_rows(numbers: Sequence[int], batch_size: int) -> Iterator[tuple[int, Completion | Exception]]:
+        return engine.generate([rows[number] for number in numbers], batch_size)
 
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].prompt_ids))
     waiting, first = deque(requests), 0
     completions: dict[int, Completion | Exception] = {}
-    for number, completion in bisect_failures(order, config.batch_size, generate_rows):
+    for number, completion in bisect_failures(order, batch_size, generate_rows):
         completions[number] = completion
         while waiting and all(first + index in completions for index in range(len(waiting[0].rows))):
             request = waiting.popleft()

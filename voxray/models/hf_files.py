@@ -1,7 +1,9 @@
 """Models in Hugging Face's layout: configuration, files, weights of one module, and models built without weights."""
 
 import json
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,34 @@ from voxray.core.errors import RunError, library_errors, one_line
 from voxray.core.lfs import POINTER, find_pointer
 
 OTHER_LAYOUTS = {
-    ("model.bin", "vocabulary.*"): "a CTranslate2 model (as faster-whisper uses)",
-    ("params.json", "consolidated*"): "a model in Mistral's own layout (params.json, consolidated weights)",
+    ("model.bin", "vocabulary.*"): ("a CTranslate2 model (as faster-whisper uses)", "ct2"),
+    ("params.json", "consolidated*"): ("a model in Mistral's own layout (params.json, consolidated weights)", "vllm"),
 }
-"""{patterns of files in a folder: what the folder is}."""
+"""{patterns of files in a folder: what the folder is, and the engine that reads it}."""
+
+
+LOCK_FILE_NAME = "prefetch.lock.json"
+"""File beside a base that ``prefetch`` fetched, which says from where."""
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def hub_id(model_id: str) -> str:
+    """Id on the hub of a base, "" if it is not known.
+
+    Args:
+        model_id: A hub id, or a folder. Of a folder the id is known if it is a snapshot in a hub cache, or if prefetch
+            fetched it.
+    """
+    if match := re.search(r"/models--([^/]+)/snapshots/[^/]", f"/{model_id}"):
+        return match[1].replace("--", "/")
+    folder = Path(model_id)
+    if not folder.is_dir():
+        return model_id if HUB_ID.fullmatch(model_id) else ""
+    try:
+        step = json.loads((folder.parent / LOCK_FILE_NAME).read_text(encoding="utf-8"))["steps"]["model"]
+        return hub_id(str(step["asked"]["model_id"])) if folder.name == "model" else ""
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -60,7 +86,7 @@ def check_size(model_class: Any, model_id: str) -> None:
     folder = Path(model_id)
     files = [*folder.glob("model*.safetensors")] or [*folder.glob("pytorch_model*.bin")]
     if not files:
-        return
+        return refuse_other_layout(model_id)
     num_bytes = sum(path.stat().st_size for path in files)
     config = model_class.config_class.from_pretrained(model_id)
     model = build_on_meta(lambda: model_class._from_config(config), model_id)
@@ -108,14 +134,28 @@ def read_config(model_id: str) -> dict[str, Any]:
 
     if pointer := find_pointer(model_id):
         raise RunError(f"--model_id {pointer}: {POINTER}")
-    for files, layout in OTHER_LAYOUTS.items():
-        if all(any(Path(model_id).glob(file)) for file in files) and not any(Path(model_id).glob("model*.safetensors")):
-            raise RunError(f"--model_id {model_id}: {layout}; voxray reads models in the layout of transformers")
+    if "model_type" not in _stored_config(model_id):  # exports have the configuration of transformers as well
+        refuse_other_layout(model_id)
     is_path = model_id.startswith(("/", "./", "../", "~")) or model_id.count("/") > 1
     if is_path and not Path(model_id).is_dir():
         raise RunError(f"--model_id {model_id}: no such folder")
     with library_errors(f"--model_id {model_id}: no usable config.json in this folder or on the hub"):
         return dict(PreTrainedConfig.get_config_dict(model_id)[0])
+
+
+def refuse_other_layout(model_id: str) -> None:
+    """Raise a RunError if a folder holds the weights of a model in another layout than that of transformers."""
+    for files, (layout, engine) in OTHER_LAYOUTS.items():
+        if all(any(Path(model_id).glob(file)) for file in files) and not any(Path(model_id).glob("model*.safetensors")):
+            advice = f"voxray reads models in the layout of transformers; exports of its own with --engine {engine}"
+            raise RunError(f"--model_id {model_id}: {layout}; {advice}")
+
+
+def _stored_config(model_id: str) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        config = json.loads((Path(model_id) / "config.json").read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def model_file(model_id: str, name: str) -> str:

@@ -19,6 +19,7 @@ from voxray.models.front_end import FrontEnd
 from voxray.models.hf_files import read_config
 from voxray.models.interface import ModelFamily
 from voxray.models.library_log import log_library_messages
+from voxray.models.served import SERVED
 
 ENTRY_POINTS = "voxray.families"
 FAMILIES = {
@@ -75,13 +76,15 @@ def _load_shared(path: str, model_type: str) -> Callable[[], Any]:
 
 
 def get_family(model_id: str) -> ModelFamily:
-    """Find the family of a base model by its configuration.
+    """Find the family of a base model by its configuration, or that of a model on a server (``SERVED``).
 
     Raises:
         RunError: The model has no readable configuration.
         SettingsError: No family is registered for its model type.
     """
     log_library_messages()
+    if model_id.startswith(SERVED):
+        return load_object("voxray.models.served:Served")()
     model_type = str(read_config(model_id).get("model_type"))
     if model_type not in families():
         missing = UNSUPPORTED.get(model_type, f"supported are {', '.join(families())}")

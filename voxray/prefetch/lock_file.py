@@ -22,8 +22,8 @@ from typing import Any
 from voxray.core.errors import RunError, SettingsError
 from voxray.core.storage import checksum, write_json
 from voxray.core.version import __version__
+from voxray.models.hf_files import LOCK_FILE_NAME
 
-LOCK_FILE_NAME = "prefetch.lock.json"
 FORMAT = 1
 FileDescription = dict[str, Any]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,11 @@ from voxray.batches.context_sampler import ContextSampler
 from voxray.batches.loader import Loader, Masking
 from voxray.batches.packing import Batching
 from voxray.batches.plan import Plan, Variants
+from voxray.cards.card import card_text, read_card_facts
+from voxray.cards.facts import read_run
 from voxray.config.flag_groups import MaskFlags
 from voxray.config.train import TrainSettings
-from voxray.core.errors import SettingsError
+from voxray.core.errors import SettingsError, one_line
 from voxray.core.storage import write_json
 from voxray.features.featurize import write_ledger
 from voxray.features.reader import Features, RowLengths
@@ -27,8 +30,9 @@ from voxray.recipes.build_model import build_model, resume, training_dtypes
 from voxray.recipes.choose_rows import LostRow, choose_rows, count_lost
 from voxray.recipes.run_context import RunContext
 from voxray.recipes.stages import Stage
+from voxray.recipes.trained_rows import describe_trained_rows
 from voxray.recipes.training_data import TrainingData
-from voxray.runs.layout import checkpoint_folder
+from voxray.runs.layout import TRAINED_ROWS_FILE, checkpoint_folder
 from voxray.training.best_checkpoint import BestCheckpoint
 from voxray.training.callbacks import planned_workers
 from voxray.training.checkpoint import CheckpointWriter, Progress, publish_adapter
@@ -76,6 +80,7 @@ def train(run: RunContext, data: TrainingData) -> dict[str, Any]:
         )
         if run.worker.is_first:
             _write_start(run, data, lost, state.parameters)
+            _write_trained_rows(run, features, rows, loader.plan)
             for line in filter(None, (*lines, count_lost(run.stage, lost))):
                 monitor.say(line)
             describe_run(monitor, state.parameters, loader, state.start.step, num_steps)
@@ -218,6 +223,17 @@ def _write_start(
     write_json(run.run_dir / "parameters.json", parameters)
 
 
+def _write_trained_rows(run: RunContext, features: Features, rows: np.ndarray, plan: Plan) -> None:
+    trained = describe_trained_rows(features, rows, run.front_end.sample_rate_hz)
+    write_json(run.run_dir / TRAINED_ROWS_FILE, {**trained, "rows_per_step": rows_per_step(plan)})
+
+
+def rows_per_step(plan: Plan) -> float:
+    """Rows of an optimizer step, on average over the first epoch."""
+    microbatches = plan.epoch_microbatches(0)
+    return len(microbatches.rows) / len(microbatches) * plan.microbatches_per_step
+
+
 def describe_run(
     monitor: Monitor, parameters: Mapping[str, Mapping[str, int]], loader: Loader, step: int, num_steps: int
 ) -> None:
@@ -227,9 +243,7 @@ def describe_run(
     roles = ", ".join(f"{role} {entry['trainable']:,}" for role, entry in parameters.items())
     monitor.say(f"parameters: {total:,}, of which {trainable:,} train ({trainable / total:.2%}): {roles}")
     rows = ", ".join(f"{len(rows)} {name}" for name, rows in plan.rows_by_task.items())
-    microbatches = plan.epoch_microbatches(0)
-    rows_per_step = len(microbatches.rows) / len(microbatches) * plan.microbatches_per_step
-    steps = f"{plan.steps_in_epoch(0)} steps of {rows_per_step:.3g} rows per epoch"
+    steps = f"{plan.steps_in_epoch(0)} steps of {rows_per_step(plan):.3g} rows per epoch"
     monitor.say(f"data: {rows} rows; {steps}; {epoch_efficiency(plan, features):.1%} of their tokens are not padding")
     monitor.say(f"{'resuming from' if step else 'starting at'} step {step} of {num_steps}")
     first_epoch = plan.epoch_rows(0)
@@ -283,7 +297,8 @@ def _finish(run: RunContext, best: BestCheckpoint, step: int, num_steps: int, mo
     finished = step >= num_steps or best.should_stop
     adapter_step = best.best_step if run.settings.load_best_model_at_end and best.best_step else step
     if run.worker.is_first and finished:
-        publish_adapter(checkpoint_folder(run.run_dir, adapter_step), run.run_dir / "adapter")
+        checkpoint = checkpoint_folder(run.run_dir, adapter_step)
+        publish_adapter(checkpoint, run.run_dir / "adapter", _card(run, checkpoint, adapter_step, monitor))
         for line in _last_lines(best, step, num_steps, adapter_step):
             monitor.say(line)
     result = {"steps": step, "finished": finished, "adapter_step": adapter_step, **best.last}
@@ -294,6 +309,16 @@ def _finish(run: RunContext, best: BestCheckpoint, step: int, num_steps: int, mo
         monitor.say(f"best {name}: {entry['value']:.4f} at step {entry['step']}")
     monitor.close()
     return {**result, "best": best_steps} if best_steps else result
+
+
+def _card(run: RunContext, checkpoint: Path, step: int, monitor: Monitor) -> str:
+    """Text of the model card of a checkpoint; "" if it cannot be made, which must not end a run."""
+    try:
+        facts = read_card_facts(checkpoint, run.settings.model_id, run=read_run(run.run_dir, step))
+        return card_text(facts)
+    except Exception as error:  # it reads files that others wrote, such as the card of the base
+        monitor.say(f"no model card: {one_line(error, 200)}")
+        return ""
 
 
 def _last_lines(best: BestCheckpoint, step: int, num_steps: int, adapter_step: int) -> Iterator[str]:

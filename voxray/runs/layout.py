@@ -5,6 +5,7 @@ from pathlib import Path
 
 ERROR_FILE, RESULT_FILE = "error.json", "result.json"
 CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE = "checkpoints", "optimizer.pt", "progress.json"
+TRAINED_ROWS_FILE, PARAMETERS_FILE, CARD = "trained_rows.json", "parameters.json", "README.md"
 
 
 def checkpoint_folder(run_dir: Path, step: int) -> Path:

@@ -310,7 +310,7 @@ def _clear(run_dir: Path) -> None:
     for name in ("checkpoints", "adapter", "tensorboard"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     files = ("metrics.jsonl", "previews.jsonl", "previews.yaml", "train.log", "result.json")
-    for name in (*files, "quarantine.jsonl", "parameters.json"):
+    for name in (*files, "quarantine.jsonl", "parameters.json", "trained_rows.json"):
         (run_dir / name).unlink(missing_ok=True)
 
 

@@ -23,7 +23,14 @@ from voxray.core.content_hash import CHECKSUMS, write_checksums
 from voxray.core.errors import RunError, one_line
 from voxray.models.adapters.lora import save_adapter
 from voxray.models.adapters.read_files import check_finite
-from voxray.runs.layout import CHECKPOINTS_FOLDER, OPTIMIZER_FILE, PROGRESS_FILE, checkpoint_folder, list_checkpoints
+from voxray.runs.layout import (
+    CARD,
+    CHECKPOINTS_FOLDER,
+    OPTIMIZER_FILE,
+    PROGRESS_FILE,
+    checkpoint_folder,
+    list_checkpoints,
+)
 from voxray.training.engine import CheckpointState, OptimizerState
 
 STORED_NAMES = {"microbatches_per_step": "packs_per_step", "loss_scaler": "guard", "best": "selection"}
@@ -165,8 +172,12 @@ def read_optimizer_state(folder: Path) -> OptimizerState:
     return state
 
 
-def publish_adapter(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint's adapter to ``folder``, which is replaced atomically."""
+def publish_adapter(checkpoint: Path, folder: Path, card: str = "") -> None:
+    """Copy a checkpoint's adapter to ``folder``, which is replaced atomically.
+
+    Args:
+        card: Text of its model card; empty for none.
+    """
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -174,6 +185,9 @@ def publish_adapter(checkpoint: Path, folder: Path) -> None:
         if path.name not in {OPTIMIZER_FILE, PROGRESS_FILE, CHECKSUMS}:
             shutil.copyfile(path, partial / path.name)
             _flush_to_disk(partial / path.name)
+    if card:
+        (partial / CARD).write_text(card, encoding="utf-8")
+        _flush_to_disk(partial / CARD)
     write_checksums(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

@@ -99,7 +99,7 @@ class Monitor:
             lines = ["| prompt | reference | generated |", "| --- | --- | --- |"]
             for entry in entries:
                 if entry["task"] == task:
-                    lines.append("| " + " | ".join(map(_cell, _columns(entry))) + " |")
+                    lines.append("| " + " | ".join(map(escape_cell, _columns(entry))) + " |")
             for tracker in self._trackers:
                 tracker.log_text(f"previews/{task}", "\n".join(lines), step)
         self.say(f"step {step}: {len(entries)} previews in {self._run_dir / PREVIEWS}")
@@ -151,7 +151,7 @@ def _columns(entry: Mapping[str, Any]) -> tuple[str, str, str]:
     return entry["prompt"] or "(audio)", entry["reference"], entry["prediction"]
 
 
-def _cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Escape any text for a cell of a Markdown table."""
     return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").split())
 

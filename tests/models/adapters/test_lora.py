@@ -1,5 +1,6 @@
 """LoRA by role, on the tiny model and on the released model's full configuration."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
 from voxray.core.errors import RunError, SettingsError
+from voxray.models.adapters.audio_trim_record import read_trim_record, set_trim_audio
 from voxray.models.adapters.lora import (
     add_lora,
     base_of_adapter,
@@ -151,6 +153,26 @@ def test_adapter_round_trip(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.allclose(logits(loaded), logits(tiny()))
     assert base_of_adapter(tmp_path) == TINY
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_an_adapter_names_its_base_by_the_hub_id(tmp_path, kind):
+    """For others it has the hub id; here the folder that was used counts as long as it exists."""
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / "0a1b"
+    shutil.copytree(TINY, snapshot)
+    base = FAMILY.load_model(str(snapshot), dtype=torch.float32, device=torch.device("cpu"))
+    roles = ("projector", "llm")
+    options = {"model_id": str(snapshot), "r": 2, "alpha": 2, "dropout": 0.0}
+    model = train_fully(base, FAMILY, roles) if kind == "full" else add_lora(base, FAMILY, roles, **options)
+    save_adapter(model, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
+    assert base_of_adapter(tmp_path / "a") == str(snapshot) and read_trim_record(tmp_path / "a") is False
+    assert load_adapter(tiny(), tmp_path / "a")[1]
+    set_trim_audio(model, True)
+    save_adapter(model, tmp_path / "a")
+    assert base_of_adapter(tmp_path / "a") == str(snapshot) and read_trim_record(tmp_path / "a") is True
+    shutil.rmtree(snapshot)
+    assert base_of_adapter(tmp_path / "a") == "org/tiny"
 
 
 def test_peft_reads_our_adapter(tmp_path):

@@ -1,6 +1,7 @@
 """Records whether a model was trained without the audio tokens of padding; it must be used as it was trained.
 
 An adapter folder stores this in ``voxray.json``, a model exported from such an adapter in its config.json.
+``voxray.json`` also has the folder of the base, if PEFT's configuration names the base by its hub id.
 """
 
 import json
@@ -10,7 +11,7 @@ from typing import Any
 from voxray.core.errors import RunError
 from voxray.models.hf_files import read_config
 
-RECORD, KEY = "voxray.json", "trim_audio_tokens"
+RECORD, KEY, BASE_PATH = "voxray.json", "trim_audio_tokens", "base_path"
 
 
 def trims_audio(model_id: str, flag: bool) -> bool:
@@ -23,10 +24,26 @@ def set_trim_audio(model: Any, trimmed: bool | None) -> None:
     setattr(model.config, KEY, trimmed)
 
 
-def write_trim_record(model: Any, folder: Path) -> None:
-    """Write ``voxray.json`` into an adapter folder, if ``set_trim_audio`` was called for the model."""
-    if hasattr(model.config, KEY):
-        (folder / RECORD).write_text(json.dumps({KEY: getattr(model.config, KEY)}) + "\n")
+def write_record(model: Any, folder: Path, base_path: str = "") -> None:
+    """Write ``voxray.json`` into an adapter folder, if there is anything to record.
+
+    Args:
+        model: Its audio trimming is recorded if ``set_trim_audio`` was called for it.
+        base_path: Folder of the base, if the adapter's configuration has another name for it.
+    """
+    record = {KEY: getattr(model.config, KEY)} if hasattr(model.config, KEY) else {}
+    record |= {BASE_PATH: base_path} if base_path else {}
+    if record:
+        (folder / RECORD).write_text(json.dumps(record) + "\n")
+
+
+def read_base_path(folder: Path) -> str:
+    """Folder of the base that an adapter was trained on; "" if it is not recorded, or does not exist here."""
+    try:
+        path = json.loads((folder / RECORD).read_text()).get(BASE_PATH)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return path if isinstance(path, str) and Path(path).is_dir() else ""
 
 
 def read_trim_record(folder: Path) -> bool | None:
@@ -41,7 +58,8 @@ def read_trim_record(folder: Path) -> bool | None:
     if not path.exists():
         return False
     try:
-        trimmed = json.loads(path.read_text())[KEY]
+        record = json.loads(path.read_text())
+        trimmed = record.get(KEY, False) if BASE_PATH in record else record[KEY]
         if trimmed is not None and not isinstance(trimmed, bool):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):

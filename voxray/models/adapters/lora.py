@@ -16,10 +16,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 
 from voxray.core.errors import RunError, SettingsError, library_errors
-from voxray.models.adapters.audio_trim_record import write_trim_record
+from voxray.models.adapters.audio_trim_record import read_base_path, write_record
 from voxray.models.adapters.read_files import CONFIG, FULL, WEIGHTS, read_adapter_config, read_tensors, tensor_names
 from voxray.models.adapters.tied_weights import untie
-from voxray.models.hf_files import is_inside, unwrap_peft
+from voxray.models.hf_files import hub_id, is_inside, unwrap_peft
 from voxray.models.interface import ModelFamily
 
 
@@ -184,8 +184,8 @@ def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Par
 def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write an adapter in PEFT's format, or fully tuned weights in two files of the same names.
 
-    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. ``voxray.json``
-    records how to build prompts for them (see ``audio_trim_record``).
+    The configuration of fully tuned weights has ``"tuning": "full"``, the base and the tensors' names. The base has its
+    hub id there if it is known (``hub_id``). ``voxray.json`` records how to build prompts, and the base's folder.
 
     Args:
         tensors: An earlier result of ``adapter_tensors``; the current tensors if None.
@@ -194,13 +194,16 @@ def save_adapter(model: Any, folder: Path, tensors: Mapping[str, torch.Tensor] |
     stored = adapter_tensors(model) if tensors is None else tensors
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(stored.items())}
     save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
-    write_trim_record(model, folder)
-    if not isinstance(model, PeftModel):
-        values = {"tuning": FULL, "base_model_name_or_path": model.config.name_or_path, "tensors": list(stored)}
+    is_peft = isinstance(model, PeftModel)
+    base = str((model.peft_config["default"].base_model_name_or_path if is_peft else model.config.name_or_path) or "")
+    name = hub_id(base) or base
+    write_record(model, folder, base if name != base else "")
+    if not is_peft:
+        values = {"tuning": FULL, "base_model_name_or_path": name, "tensors": list(stored)}
         (folder / CONFIG).write_text(json.dumps(values, indent=1))
         return
     config = copy.copy(model.peft_config["default"])
-    config.inference_mode = True
+    config.base_model_name_or_path, config.inference_mode = name, True
     config.save_pretrained(str(folder))
 
 
@@ -318,6 +321,7 @@ def load_adapter(model: Any, folder: Path) -> tuple[Any, int]:
     with library_errors(f"{folder}: the adapter does not fit the model"):
         config: Any = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
+        config.base_model_name_or_path = None  # PEFT sets it, and warns if it had another name
         # Whole modules that were saved beside LoRA are copied into the base's own parameters.
         config.modules_to_save = None
         if any(old != new for old, new in names.items()):  # the configuration's patterns are for the old names, too
@@ -370,9 +374,10 @@ def roles_of_adapter(folder: Path, family: ModelFamily) -> set[str]:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """The base that an adapter was trained on, as its configuration names it.
+    """The base that an adapter was trained on: its folder as long as it exists, else as the configuration names it.
 
     Raises:
         RunError: The configuration cannot be read.
     """
-    return str(read_adapter_config(folder).get("base_model_name_or_path") or "")
+    config = read_adapter_config(folder)
+    return read_base_path(folder) or str(config.get("base_model_name_or_path") or "")

@@ -55,7 +55,7 @@ _LAYERS = {
     "language_model.model.layers.": ("layers.", _TEXT_LAYER),
     "audio_tower.layers.": (f"{_ENCODER}.transformer.layers.", _AUDIO_LAYER),
 }
-_PEFT_TEXT, _VLLM_TEXT = "base_model.model.model.language_model.", "base_model.model.language_model.model."
+_PEFT_TEXT, VLLM_TEXT = "base_model.model.model.language_model.", "base_model.model.language_model.model."
 """Names of the language model's layers in an adapter of PEFT, and in one for vLLM."""
 _ROTATED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
 
@@ -158,7 +158,7 @@ def rename_for_vllm(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     if foreign := [name for name in tensors if not name.startswith(_PEFT_TEXT)]:
         raise SettingsError(f"--merge projector: vLLM applies LoRA to the language model only, not to {foreign[0]}")
-    renamed = {name.replace(_PEFT_TEXT, _VLLM_TEXT, 1): tensor for name, tensor in tensors.items()}
+    renamed = {name.replace(_PEFT_TEXT, VLLM_TEXT, 1): tensor for name, tensor in tensors.items()}
     save_file(renamed, adapter / WEIGHTS, metadata={"format": "pt"})
     config["target_modules"] = sorted({name.split(".")[-3] for name in tensors})
     write_json(adapter / CONFIG, config)
@@ -170,7 +170,7 @@ def peft_names(adapter: Path) -> Iterator[Path]:
     tensors = load_file(adapter / WEIGHTS)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(adapter, Path(folder) / "adapter"))
-        renamed = {name.replace(_VLLM_TEXT, _PEFT_TEXT, 1): tensor for name, tensor in tensors.items()}
+        renamed = {name.replace(VLLM_TEXT, _PEFT_TEXT, 1): tensor for name, tensor in tensors.items()}
         save_file(renamed, copy / WEIGHTS, metadata={"format": "pt"})
         config = json.loads((copy / CONFIG).read_text(encoding="utf-8"))
         config["target_modules"] = rf".*language_model\..*\.({'|'.join(config['target_modules'])})"
