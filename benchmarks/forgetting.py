@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,7 +212,12 @@ def cell(points: list[dict[str, Any]], name: str) -> str:
 
 
 def compute_here() -> None:
-    """Let the evaluate job answer in this process: Ray would take longer to start than the tiny models to answer."""
+    """Let the evaluate job answer in this process: Ray would take longer to start than the tiny models to answer.
+
+    One thread, also in evaluations, which otherwise take all cores: several of these benchmarks may run side by side.
+    """
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda number: None
     evaluate.ray_session = lambda *args: nullcontext()
     for name in ("make_features", "answer_rows"):
         setattr(evaluate, name, partial(getattr(evaluate, name), use_ray=False))
