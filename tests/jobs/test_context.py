@@ -203,11 +203,12 @@ def test_infer_uses_the_asked_context(here: Path) -> None:
 
     infer.answer_requests = record  # type: ignore[assignment]
     try:
-        line = ["--model_id", WHISPER, "--audio_path", clip, "--context", "terms.txt", "--max_new_tokens", "2"]
-        infer.run_inference(parse_only("infer", line), "")
+        line = ["--model_id", WHISPER, "--audio_path", clip, "--max_new_tokens", "2"]
+        for flags in (["--context", "terms.txt"], ["--initial_prompt", "어제는\n괜찮았습니다."]):
+            infer.run_inference(parse_only("infer", [*line, *flags]), "")
     finally:
         infer.answer_requests = answer  # type: ignore[assignment]
-    assert calls == ["와파린, 타이레놀"]
+    assert calls == ["와파린, 타이레놀", "어제는 괜찮았습니다."]
 
 
 def test_refusals(here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

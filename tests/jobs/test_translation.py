@@ -160,3 +160,23 @@ def test_an_own_task_cannot_have_the_template(here: Path, capsys: pytest.Capture
         parse_only("featurize", ["--manifest", "rows.jsonl", "--tasks_file", "tasks.yaml"])
     message = "error: --tasks_file tasks.yaml: german: template: must be transcription or conversation, or left out for"
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_infer_translates_a_clip(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answer is that of a row of a manifest with the same target language, and becomes a label of such a row."""
+    clip = {**read_rows("rows.jsonl")[4], "target_language": "en"}
+    write_rows(here / "one.jsonl", [clip])
+    base = ["--model_id", WHISPER, "--max_new_tokens", "12"]
+    [expected] = infer.run_inference(parse_only("infer", [*base, "--jsonl", "one.jsonl"]), "")
+    line = [*base, "--audio_path", clip["audio_path"], "--language", clip["language"], "--task", "translate"]
+    [entry] = infer.run_inference(parse_only("infer", [*line, "--pseudo_labels", "labels.jsonl"]), "")
+    assert (entry["task"], entry["prediction"]) == ("ast", expected["prediction"])
+    [label] = read_rows(here / "labels.jsonl")
+    assert (label["target_language"], label["translation"]) == ("en", entry["prediction"])
+    with pytest.raises(RunError, match="Whisper translates into English only; target_language of this row is ko"):
+        infer.run_inference(parse_only("infer", [*line, "--target_language", "Korean"]), "")
+    for flags in ("--jsonl one.jsonl --task translate", "--audio_path a.wav --target_language ko"):
+        with pytest.raises(SystemExit):
+            parse_only("infer", flags.split())
+    message = capsys.readouterr().err
+    assert "--task translate: is for --audio_path" in message and "--target_language: needs --task translate" in message

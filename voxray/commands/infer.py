@@ -117,7 +117,7 @@ def _warn_about_unused_flags(settings: InferSettings, manifest: str, log: Consol
     if not (manifest or settings.audio_path):
         unused |= {"language": "it is that of audio"}
     if settings.question and not manifest:
-        unused |= dict.fromkeys(("context", "no_context"), "contexts are for transcriptions")
+        unused |= dict.fromkeys(("context", "no_context", "initial_prompt"), "contexts are for transcriptions")
     for name, reason in unused.items():
         if name in settings.model_fields_set and getattr(settings, name):
             log.print(f"warning: --{name} has no effect: {reason}", markup=False)
@@ -186,6 +186,8 @@ def _labelled_row(sample: Sample, entry: Mapping[str, Any]) -> dict[str, Any]:
             values = {name: value for name, value in values.items() if name not in CHAT_KEYS}
     elif sample.task.prompt_keys:
         values[sample.task.prompt_keys[0]] = sample.prompt
+    if sample.target_language and not source.line:
+        values["target_language"] = sample.target_language
     if sample.task.has_audio:
         values["audio_path"] = os.path.abspath(sample.audio_path)
     if language := sample.language or entry.get("language", ""):
@@ -222,8 +224,10 @@ def _clips_or_question(settings: InferSettings) -> Iterator[Sample]:
     else:
         raise RunError(f"--audio_path {path}: no such file")
     sources = {name: clip if path.is_dir() else "--audio_path" for name, clip in clips.items()}
+    target = settings.target_language if settings.task == "translate" else ""
     return (
-        make_sample(name, settings.question, clip, settings.language, sources[name]) for name, clip in clips.items()
+        make_sample(name, settings.question, clip, settings.language, sources[name], target)
+        for name, clip in clips.items()
     )
 
 

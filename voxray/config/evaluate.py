@@ -239,6 +239,14 @@ class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags,
     language: Annotated[str, Flag(("language_abbr",)), AfterValidator(language_code)] = ""
     """Language of the audio, as a code such as ko or as an English name; empty lets the model detect it, if it can.
     Rows of a manifest that name a language keep it."""
+    task: Literal["transcribe", "translate"] = "transcribe"
+    """What to do with the audio of --audio_path if there is no --question."""
+    target_language: Annotated[str, AfterValidator(language_code)] = "en"
+    """Language to translate into, with --task translate, as a code or as an English name. Whisper translates into
+    English only."""
+    initial_prompt: str = ""
+    """Text before all transcripts, such as names or the previous sentence, where the prompt of the model has a place
+    for it."""
     jsonl: Annotated[str, Flag(("test_jsonl", "val_jsonl"), path="input")] = ""
     """Manifest of rows to answer."""
     output_path: Annotated[str, Flag(path="output")] = ""
@@ -267,6 +275,12 @@ class InferSettings(AdapterFlags, DecodeFlags, SamplingFlags, RecordedTaskFlags,
             raise ValueError("--audio_path and --jsonl: give one of them")
         if self.question and self.jsonl:
             raise ValueError("--question and --jsonl: give one of them; the rows of a manifest hold their questions")
+        if self.initial_prompt and (self.context or self.no_context):
+            raise ValueError("--initial_prompt: not with --context or --no_context")
+        if self.task == "translate" and (self.jsonl or self.question or not self.audio_path or self.server):
+            raise ValueError("--task translate: is for --audio_path, without --question and --server")
+        if "target_language" in self.model_fields_set and self.task != "translate":
+            raise ValueError("--target_language: needs --task translate")
         if self.server and self.output_dir:
             raise ValueError("--server: not with --output_dir, because the server loads its model by itself")
         return self

@@ -140,11 +140,13 @@ def _server(settings: EngineFlags) -> ServerAddress | None:
 def _context(settings: EvaluateSettings | InferSettings | DemoSettings, model_id: str) -> str | None:
     if isinstance(settings, DemoSettings):
         return None
-    if not settings.context:
+    initial_prompt = " ".join(settings.initial_prompt.split()) if isinstance(settings, InferSettings) else ""
+    if not (settings.context or initial_prompt):
         return "" if settings.no_context else None
     if not getattr(get_family(model_id).front_end(model_id), "takes_context", True):
-        raise SettingsError(f"--context: prompts of {model_id} have no place for a context")
-    return join_terms(read_terms(settings.context))
+        flag = "--context" if settings.context else "--initial_prompt"
+        raise SettingsError(f"{flag}: prompts of {model_id} have no place for a context")
+    return initial_prompt or join_terms(read_terms(settings.context))
 
 
 def base_and_adapter(settings: LoraDirFlags, lora_dir: str, flag: str = "--lora_dir") -> tuple[str, Path | None]:

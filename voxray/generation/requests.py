@@ -36,16 +36,24 @@ class AnswerRequest:
         return join_texts((completion.text for completion in completions), self.overlap_share)
 
 
-def make_sample(name: str, question: str, audio_path: str = "", language: str = "", source: str = "") -> Sample:
-    """A sample for a text question, for a question about a clip or, without a question, for the clip's transcript.
+def make_sample(
+    name: str,
+    question: str,
+    audio_path: str = "",
+    language: str = "",
+    source: str = "",
+    target_language: str = "",
+) -> Sample:
+    """A sample for a text question or a question about a clip; without a question, for the transcript or translation.
 
     Args:
         name: Id of the row.
         language: Language of the clip, as a code or "".
         source: Name of the sample in messages; ``name`` if empty.
+        target_language: Code of the language to translate the clip into; "" transcribes it.
     """
-    task = TASKS["tqa" if not audio_path else "sqa" if question else "asr"]
-    return Sample(name, task, question, "", audio_path, language, source or name)
+    task = TASKS["tqa" if not audio_path else "sqa" if question else "ast" if target_language else "asr"]
+    return Sample(name, task, question, "", audio_path, language, source or name, target_language=target_language)
 
 
 def make_request(sample: Sample, extractor: Extractor, max_len: int) -> AnswerRequest:
