@@ -128,7 +128,9 @@ def card_text(facts: CardFacts) -> str:
         "Training data": _training_data(facts.run),
         "Training": _training(facts.run),
         "Results": _results(facts),
-        "How to use it": usage(facts.kind, facts.base, facts.adapter, facts.tasks, trimmed=facts.trimmed),
+        "How to use it": usage(
+            facts.kind, facts.base, facts.adapter, facts.tasks, trimmed=facts.trimmed, part=facts.part
+        ),
         "Limits": _limits(facts),
     }
     text = "\n\n".join(f"## {title}\n\n{body}" if title else body for title, body in sections.items() if body)
@@ -262,7 +264,7 @@ def _value(result: MetricResult | None) -> str:
 
 
 def _limits(facts: CardFacts) -> str:
-    entries = dataset_differences(facts.evaluations)
+    entries = dataset_differences([each for each in facts.evaluations if each.scale in (0, facts.scale)])
     if not entries:
         return NOTHING_MEASURED
     table = [("task", "data set", "metric", "base", "tuned", "difference")]

@@ -109,7 +109,9 @@ def _read_card_evaluation(folder: Path, adapter: AdapterFacts, base: BaseFacts) 
         if names.isdisjoint({base.hub_id, base.name}):
             raise RunError(f"--evaluations {folder}: is of the model {model_id}, and the adapter's base is {base.name}")
         return CardEvaluation(evaluation, 0.0)
-    if (weights := _weights(lora_dir)) and file_hash(weights) != adapter.weights_sha256:
+    if not (weights := _weights(lora_dir)):
+        raise RunError(f"--evaluations {folder}: its adapter {lora_dir} is not here any more, so it cannot be compared")
+    if file_hash(weights) != adapter.weights_sha256:
         raise RunError(f"--evaluations {folder}: is of the adapter {lora_dir}, which holds other weights than this one")
     scale = settings.get("lora_scale", 1.0)
     return CardEvaluation(evaluation, float(scale[0] if isinstance(scale, list) else scale))

@@ -23,7 +23,7 @@ from voxray.models.hf_files import unwrap_peft
 from voxray.models.interface import ModelFamily
 from voxray.models.parts.losses import pass_inputs
 from voxray.models.safetensors_files import write_weights
-from voxray.models.voxtral.mistral_format import peft_names, read_mistral, rename_for_vllm, write_mistral
+from voxray.models.voxtral.mistral_format import max_lora_rank, peft_names, read_mistral, rename_for_vllm, write_mistral
 from voxray.models.whisper.ct2_format import DTYPES as CT2_DTYPES
 from voxray.models.whisper.ct2_format import convert_to_ct2, ct2_logits, require_ct2
 
@@ -132,7 +132,10 @@ class MistralFormat(HfFormat):
 
     def usage(self, folder: Path, has_adapter: bool) -> str:
         command = f"vllm serve {folder} --config-format mistral --load-format mistral --tokenizer-mode mistral"
-        return f"{command} --enable-lora --lora-modules tuned={folder / 'adapter'}" if has_adapter else command
+        if not has_adapter:
+            return command
+        lora = f"--enable-lora --max-lora-rank {max_lora_rank(folder / 'adapter')}"
+        return f"{command} {lora} --lora-modules tuned={folder / 'adapter'}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ class Ct2Format(HfFormat):
         require_ct2("--format ct2")
 
     def write(self, merged: MergedModel, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:  # inside, so that the next export removes it
             merged.write_folder(Path(temporary), torch.float32)
             convert_to_ct2(Path(temporary), folder, merged.dtype)
 

@@ -32,6 +32,7 @@ from voxray.generation.engines.load import check_engine, load_engine
 from voxray.generation.generate import Completion, SamplingParams
 from voxray.generation.model import InferenceConfig
 from voxray.models.registry import get_family
+from voxray.models.voxtral.mistral_format import max_lora_rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIMIT = 24
@@ -58,9 +59,10 @@ class LLM:
                 os.kill(os.getpid(), signal.SIGKILL)
         with open(FOLDER / "answered.txt", "a") as file:
             file.writelines(f"{count}\\n" for count in counts)
-        ids = [prompt["prompt_token_ids"][-3:] for prompt in prompts]
+        ids = [prompt.get("decoder_prompt", prompt)["prompt_token_ids"][-3:] for prompt in prompts]
         return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=each)]) for each in ids]
     def num_samples(self, prompt):
+        prompt = prompt.get("encoder_prompt", prompt)
         return len(prompt["multi_modal_data"]["audio"][0]) if "multi_modal_data" in prompt else 0
 '''
 
@@ -245,6 +247,23 @@ def test_evaluate_and_infer_answer_with_vllm(
     with pytest.raises(SystemExit):
         parse_only("infer", ["--jsonl", jsonl, "--engine_python", python])
     assert "--engine_python: needs --engine vllm" in capsys.readouterr().err
+
+
+def test_rows_that_vllm_would_answer_differently_are_refused(
+    python: str, make_features: Callable[..., Any], tmp_path: Path
+) -> None:
+    """vLLM puts a start token before the context of a Whisper prompt. The other rows are answered."""
+    rows = read_rows(manifest("base.val"))[:2]
+    features = pcm16_features(make_features, tmp_path, [rows[0], {**rows[1], "context": "fever"}], WHISPER)
+    engine, _ = load_engine(config(WHISPER, python), get_family(WHISPER).front_end(WHISPER))
+    answers = dict(engine.generate([features.row(0), features.row(1)], 8))
+    assert isinstance(answers[0], Completion) and "no contexts of Whisper; leave them out" in str(answers[1])
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 8), (8, 8), (12, 16), (300, 320), (600, 0)])
+def test_ranks_are_those_of_vllm(tmp_path: Path, rank: int, expected: int) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    assert max_lora_rank(tmp_path) == expected
 
 
 def completions(settings: InferenceConfig, features: Features) -> list[Completion]:

@@ -78,7 +78,8 @@ class ServerEngine:
             return "/audio/transcriptions", self._form(row, {name: text for name, text in optional.items() if text})
         if template == "translation" and sample and sample.target_language == "en":
             return "/audio/translations", self._form(row, {})
-        turns: Sequence[Turn] = [Turn("user", (*([CLIP] if len(row.audio) else []), row.prompt))]
+        has_audio = TASKS[row.task].has_audio
+        turns: Sequence[Turn] = [Turn("user", (*([CLIP] if has_audio else []), row.prompt))]
         if template == "conversation" and sample:
             turns = sample.turns
         sampling = self.sampling

@@ -25,11 +25,11 @@ from voxray.features.reader import FeatureRow
 from voxray.generation.engines import vllm_worker
 from voxray.generation.generate import Completion, answer_limits, make_completion
 from voxray.generation.model import InferenceConfig
-from voxray.models.adapters.read_files import CONFIG, tensor_names
+from voxray.models.adapters.read_files import tensor_names
 from voxray.models.front_end import FrontEnd, stop_ids
 from voxray.models.hf_files import read_config
 from voxray.models.registry import get_family
-from voxray.models.voxtral.mistral_format import VLLM_TEXT
+from voxray.models.voxtral.mistral_format import LORA_RANKS, VLLM_TEXT, max_lora_rank
 
 MODELS = ("whisper", "voxtral")
 MAX_DEATHS = 5
@@ -119,10 +119,28 @@ class VllmEngine:
         self._biases = _suppressed(config.model_id) if self.is_whisper else {}
         self._worker, self._num_deaths = self._start(), 0
 
-    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion]]:
-        for row in rows:
-            if self.is_whisper and self.front_end.needs_sequential_generate(row.prompt_ids, row.num_windows):
-                raise VllmError("--engine vllm answers no recordings over 30 s and no rows with times of Whisper")
+    def generate(self, rows: Sequence[FeatureRow], batch_size: int) -> Iterator[tuple[int, Completion | Exception]]:
+        reasons = [self._refusal(row) for row in rows]
+        yield from ((index, VllmError(f"--engine vllm: {why}")) for index, why in enumerate(reasons) if why)
+        if indices := [index for index, why in enumerate(reasons) if not why]:
+            answers = self._answer([rows[index] for index in indices])
+            yield from zip(indices, answers, strict=True)
+
+    def _refusal(self, row: FeatureRow) -> str:
+        """Why vLLM would answer a row differently; "" if it does not."""
+        if not self.is_whisper:
+            return ""
+        front_end: Any = self.front_end
+        if front_end.needs_sequential_generate(row.prompt_ids, row.num_windows):
+            return "no recordings over 30 s and no rows with times of Whisper"
+        # vLLM puts a start token before a prompt that begins with another one
+        return (
+            "no contexts of Whisper; leave them out with --no_context"
+            if row.prompt_ids[0] != front_end.start_id
+            else ""
+        )
+
+    def _answer(self, rows: Sequence[FeatureRow]) -> Iterator[Completion]:
         start_sec, limits = time.perf_counter(), answer_limits(rows, self.front_end, self.sampling)
         prompts = self._with_languages(rows)
         answers = self._ask(rows, prompts, [self._options(limit) for limit in limits])
@@ -131,7 +149,7 @@ class VllmEngine:
         for index, (prompt, ids) in enumerate(zip(prompts, answers, strict=True)):
             ids = [token for token in ids if token not in stops]
             language = self.front_end.prompt_language(prompt)
-            yield index, make_completion(ids, self.front_end, limits[index], sec, language)
+            yield make_completion(ids, self.front_end, limits[index], sec, language)
 
     def _options(self, limit: int) -> dict[str, Any]:
         """Arguments of vLLM's ``SamplingParams``."""
@@ -218,8 +236,7 @@ class VllmEngine:
         if not self.is_whisper:
             arguments |= dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "mistral")
         if config.adapter:
-            rank = json.loads((Path(config.adapter) / CONFIG).read_text(encoding="utf-8"))["r"]
-            arguments |= {"enable_lora": True, "max_lora_rank": max(8, rank)}
+            arguments |= {"enable_lora": True, "max_lora_rank": max_lora_rank(Path(config.adapter))}
         return arguments
 
 
@@ -234,6 +251,8 @@ def _check_adapter(adapter: Path, family: str) -> None:
     if foreign := [name for name in tensor_names(adapter) if not name.startswith(VLLM_TEXT)]:
         advice = "write it with `export --format mistral --merge projector`, or merge it"
         raise SettingsError(f"--engine vllm: {adapter}: vLLM would ignore {foreign[0]}; {advice}")
+    if not max_lora_rank(adapter):
+        raise SettingsError(f"--engine vllm: {adapter}: vLLM takes LoRA up to rank {LORA_RANKS[-1]}; merge it")
 
 
 def _suppressed(model_id: str) -> dict[str, float]:

@@ -55,6 +55,8 @@ _LAYERS = {
     "language_model.model.layers.": ("layers.", _TEXT_LAYER),
     "audio_tower.layers.": (f"{_ENCODER}.transformer.layers.", _AUDIO_LAYER),
 }
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for the largest rank of its adapters."""
 _PEFT_TEXT, VLLM_TEXT = "base_model.model.model.language_model.", "base_model.model.language_model.model."
 """Names of the language model's layers in an adapter of PEFT, and in one for vLLM."""
 _ROTATED = re.compile(r"language_model\.model\.layers\.\d+\.self_attn\.([qk])_proj\.weight")
@@ -142,6 +144,12 @@ def read_mistral(folder: Path, base: Any) -> Any:
         tensors[name] = _in_halves(tensor, heads) if heads else tensor
     model = type(base).from_pretrained(None, config=base.config, state_dict=tensors, dtype=base.dtype)
     return model.eval().requires_grad_(False)
+
+
+def max_lora_rank(adapter: Path) -> int:
+    """vLLM's ``max_lora_rank`` for an adapter, which it chooses among ``LORA_RANKS``; 0 if none is large enough."""
+    rank = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["r"]
+    return next((each for each in LORA_RANKS if each >= rank), 0)
 
 
 def rename_for_vllm(adapter: Path) -> None:

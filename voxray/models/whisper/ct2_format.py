@@ -38,7 +38,7 @@ def convert_to_ct2(source: Path, folder: Path, dtype: str) -> None:
     """
     from ctranslate2.converters import TransformersConverter
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         converted = Path(temporary) / "model"
         with library_errors("--format ct2: CTranslate2 cannot convert the model"):
             TransformersConverter(str(source)).convert(str(converted), quantization=dtype)
