@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -154,14 +155,8 @@ def read_adapter(folder: Path, model_id: str) -> AdapterFacts:
 
 
 def _count_numbers(path: Path) -> int:
-    num_numbers = 0
     with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-        for name in file.keys():  # noqa: SIM118  # not a dict
-            size = 1
-            for length in file.get_slice(name).get_shape():
-                size *= length
-            num_numbers += size
-    return num_numbers
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # not a dict
 
 
 def find_run(adapter: Path) -> tuple[Path, int] | None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from voxray.cards.facts import AdapterFacts, BaseFacts
 from voxray.core.tasks import TASKS
 from voxray.models.adapters.read_files import FULL
-from voxray.models.voxtral.mistral_format import LORA_RANKS
+from voxray.models.voxtral.mistral_format import next_lora_rank
 
 FOLDER, BASE = "THIS-FOLDER", "BASE"
 """Words of the examples for the folder of the card, and for a base without a hub id."""
@@ -84,7 +84,7 @@ def _vllm(kind: str, base: BaseFacts, adapter: AdapterFacts, part: str) -> Itera
         yield _block("With vLLM", "bash", export, f"vllm serve exported{more}")
     else:
         if part and adapter.rank is not None:
-            rank = next((each for each in LORA_RANKS if each >= adapter.rank), adapter.rank)
+            rank = next_lora_rank(adapter.rank) or adapter.rank
             more += f" --enable-lora --max-lora-rank {rank} --lora-modules tuned={FOLDER}/adapter"
         yield _block("With vLLM", "bash", f"vllm serve {FOLDER}{more}")
 

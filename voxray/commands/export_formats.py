@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ class Ct2Format(HfFormat):
     """CTranslate2's format (see ``ct2_format``)."""
 
     family: str = "whisper"
-    dtypes: Sequence[str] = field(default=CT2_DTYPES)
+    dtypes: Sequence[str] = CT2_DTYPES
 
     def require_library(self) -> None:
         require_ct2("--format ct2")
@@ -157,8 +157,7 @@ class Ct2Format(HfFormat):
         front_end = merged.family.front_end(str(folder))
         [row] = probe_rows(merged.family, front_end)
         batch = collate_training([row], front_end)
-        answer = ct2_logits(folder, batch["input_features"].numpy(), row.prompt_ids.tolist(), row.target_ids.tolist())
-        return answer
+        return ct2_logits(folder, batch["input_features"].numpy(), row.prompt_ids.tolist(), row.target_ids.tolist())
 
     def usage(self, folder: Path, has_adapter: bool) -> str:
         flags = ("--model_id", str(folder), "--engine", "ct2", "--audio_path", "clip.wav")

@@ -7,8 +7,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from voxray.config.flags import Flag
 from voxray.config.parse import CommaStrings, Settings
 
-DTYPES = ("float32", "bfloat16", "float16", "int8", "int8_float32", "int8_float16", "int8_bfloat16")
-
 
 def _format(value: object) -> object:
     return "hf" if value == "transformers" else value  # its name in earlier versions

@@ -214,15 +214,12 @@ class VllmEngine:
         )
         worker = _Worker(process, log)
         try:
-            worker.send({"arguments": self._arguments(), "adapter": self.config.adapter, **self._kind})
+            options = {"adapter": self.config.adapter, "is_encoder_decoder": self.is_whisper}
+            worker.send({"arguments": self._arguments(), **options})
         except VllmError as error:
             worker.close()
             raise RunError(f"--engine vllm: vLLM cannot load {self.config.model_id}: {error}") from None
         return worker
-
-    @property
-    def _kind(self) -> dict[str, bool]:
-        return {"is_encoder_decoder": self.is_whisper}
 
     def _arguments(self) -> dict[str, Any]:
         """Arguments of vLLM's ``LLM``."""

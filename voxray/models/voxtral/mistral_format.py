@@ -147,8 +147,12 @@ def read_mistral(folder: Path, base: Any) -> Any:
 
 
 def max_lora_rank(adapter: Path) -> int:
-    """vLLM's ``max_lora_rank`` for an adapter, which it chooses among ``LORA_RANKS``; 0 if none is large enough."""
-    rank = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["r"]
+    """vLLM's ``max_lora_rank`` for an adapter; 0 if its rank is too large."""
+    return next_lora_rank(json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["r"])
+
+
+def next_lora_rank(rank: int) -> int:
+    """The smallest of ``LORA_RANKS`` that is not below a rank; 0 if there is none."""
     return next((each for each in LORA_RANKS if each >= rank), 0)
 
 
